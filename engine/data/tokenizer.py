@@ -1,0 +1,220 @@
+"""WordPiece tokens: of a Hugging Face model folder, or trained for the demo.
+
+The ``tokenizers`` library splits text into pieces; ``[CLS]``, ``[SEP]`` and the limit on the length
+are ours, so that they do not depend on settings that a model folder happens to carry.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from ..errors import InputError
+from .read import read_bytes
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+_CHUNK = 4096
+"""Sentences encoded at a time: bounds the memory of the library's result objects."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTexts:
+    """Sentences as token ids.
+
+    Attributes:
+        tokens: int32 ``[T]``, the sentences one after the other, each ``[CLS] … [SEP]``.
+        offsets: int64 ``[S + 1]``; sentence ``s`` is ``tokens[offsets[s]:offsets[s + 1]]``.
+        truncated: how many sentences were cut to the limit.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    truncated: int
+
+
+class Tokenizer:
+    """Splits sentences into WordPiece token ids.
+
+    Attributes:
+        pad_id, unk_id, cls_id, sep_id, mask_id: the ids of the special tokens.
+    """
+
+    def __init__(self, backend: Backend, where: str = "tokenizer") -> None:
+        """Wrap a tokenizer of the ``tokenizers`` library.
+
+        Args:
+            backend: the tokenizer; its truncation and padding are switched off.
+            where: what to call it in an error message.
+
+        Raises:
+            InputError: its vocabulary lacks one of the special tokens of BERT.
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
+        if None in ids:
+            missing = SPECIAL_TOKENS[ids.index(None)]
+            raise InputError(f"no token {missing} in the vocabulary, {where}; give a BERT's folder")
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
+        self._backend = backend
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Load the tokenizer of a model folder or of a run.
+
+        It is ``tokenizer.json`` or, where there is none, ``vocab.txt`` with the settings of
+        ``tokenizer_config.json``.
+
+        Raises:
+            InputError: the folder has neither, or they cannot be used.
+        """
+        whole, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
+        if whole.is_file():
+            try:
+                backend = Backend.from_str(read_bytes(whole).decode("utf-8"))
+            except Exception as error:  # the library raises nothing narrower
+                reason = " ".join(str(error).split())
+                raise InputError(f"not a tokenizer: {reason}, {whole}; replace it") from error
+            return cls(backend, str(whole))
+        if vocabulary.is_file():
+            settings = _read_settings(folder / "tokenizer_config.json")
+            backend = _word_piece(_read_vocabulary(vocabulary), settings)
+            return cls(backend, str(vocabulary))
+        raise InputError(f"no tokenizer.json or vocab.txt, {folder}; give a model's folder")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Train a lower-casing WordPiece; the same texts give the same vocabulary."""
+        backend = _word_piece({token: i for i, token in enumerate(SPECIAL_TOKENS)}, {})
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    def save(self, folder: Path) -> None:
+        """Write ``tokenizer.json``, ``vocab.txt`` and ``tokenizer_config.json`` into ``folder``."""
+        (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+        vocabulary = self._backend.get_vocab()
+        lines = "".join(token + "\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
+        (folder / "vocab.txt").write_text(lines, encoding="utf-8")
+        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
+
+    def to_json(self) -> str:
+        """Return everything that decides how a text is split."""
+        return self._backend.to_str()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id: what an embedding table needs at least."""
+        return max(self._backend.get_vocab().values()) + 1
+
+    @property
+    def lowercase(self) -> bool:
+        """Whether text is put in lower case first."""
+        normalizer = self._backend.normalizer
+        return isinstance(normalizer, normalizers.BertNormalizer) and bool(normalizer.lowercase)
+
+    def encode(self, texts: Sequence[str], max_length: int) -> EncodedTexts:
+        """Turn sentences into token ids, cutting those that exceed ``max_length`` tokens.
+
+        Args:
+            texts: S sentences.
+            max_length: the limit, ``[CLS]`` and ``[SEP]`` included.  A sentence that is cut
+                loses tokens before its ``[SEP]``, which stays last.
+
+        Raises:
+            ValueError: ``max_length`` leaves no room for a token.
+        """
+        if max_length < 3:
+            raise ValueError(f"max_length: expected at least 3, got {max_length}")
+        pieces: list[npt.NDArray[np.int32]] = []
+        lengths = np.empty(len(texts), dtype=np.int64)
+        for start in range(0, len(texts), _CHUNK):
+            chunk = texts[start : start + _CHUNK]
+            encodings = self._backend.encode_batch_fast(chunk, add_special_tokens=False)
+            ids = [encoding.ids for encoding in encodings]
+            lengths[start : start + len(ids)] = [len(row) for row in ids]
+            framed = ([self.cls_id, *row[: max_length - 2], self.sep_id] for row in ids)
+            pieces.append(np.fromiter(chain.from_iterable(framed), dtype=np.int32))
+
+        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+        np.cumsum(np.minimum(lengths + 2, max_length), out=offsets[1:])
+        return EncodedTexts(
+            tokens=np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32),
+            offsets=offsets,
+            truncated=int((lengths + 2 > max_length).sum()),
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without the special tokens."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a token, or None where the vocabulary lacks it."""
+        return self._backend.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """Return the token of an id, or None where the vocabulary lacks it."""
+        return self._backend.id_to_token(token_id)
+
+
+def _word_piece(vocabulary: dict[str, int], settings: Mapping[str, object]) -> Backend:
+    """Return BERT's tokenizer with the given vocabulary and ``tokenizer_config.json``."""
+    backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    strip_accents = settings.get("strip_accents")
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=bool(settings.get("tokenize_chinese_chars", True)),
+        strip_accents=None if strip_accents is None else bool(strip_accents),
+        lowercase=bool(settings.get("do_lower_case", True)),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    present = [token for token in SPECIAL_TOKENS if token in vocabulary]
+    backend.add_special_tokens(present)
+    if {"[CLS]", "[SEP]"} <= vocabulary.keys():
+        # Not used here, but the saved file serves transformers too.
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+        )
+    return backend
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    """Read ``vocab.txt``: a token a line, its id the line number from 0."""
+    vocabulary: dict[str, int] = {}
+    for number, line in enumerate(read_bytes(path).removesuffix(b"\n").split(b"\n")):
+        try:
+            token = line.removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"not UTF-8, {path}:{number + 1}; replace the vocabulary") from error
+        if token in vocabulary:
+            raise InputError(f"token {token!r} stands twice, {path}:{number + 1}; remove one")
+        vocabulary[token] = number
+    return vocabulary
+
+
+def _read_settings(path: Path) -> Mapping[str, object]:
+    """Read ``tokenizer_config.json``; a folder without it is a lower-casing BERT's."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(read_bytes(path))
+    except ValueError as error:
+        raise InputError(f"not JSON: {error}, {path}; replace it") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"expected a JSON object, {path}; replace it")
+    return settings
