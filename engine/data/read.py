@@ -54,20 +54,33 @@ class Table:
 def read_table(
     path: Path, format_: FileFormat, *, labelled: bool = True, on_bad_row: OnBadRow = "error"
 ) -> Table:
-    """Read one file.
+    """Read one file: :func:`parse_table` of its content."""
+    return parse_table(read_bytes(path), path, format_, labelled=labelled, on_bad_row=on_bad_row)
+
+
+def parse_table(
+    content: bytes,
+    path: Path,
+    format_: FileFormat,
+    *,
+    labelled: bool = True,
+    on_bad_row: OnBadRow = "error",
+) -> Table:
+    """Turn the content of one file into a table.
 
     Args:
-        path: a UTF-8 file (a byte order mark is allowed) with a header line.  The columns may
-            stand in any order and further ones are ignored.
+        content: UTF-8 (a byte order mark is allowed) with a header line.  The columns may stand in
+            any order and further ones are ignored.
+        path: where it comes from, for error messages.
         format_: the columns to read and the range of the label.
         labelled: read the label column; without it, the file need not have one.
         on_bad_row: what to do with a row that cannot be used.
 
     Raises:
-        InputError: the file cannot be read, its header lacks a column or names one twice, no row
-            is usable, or, with ``on_bad_row="error"``, a row cannot be used.
+        InputError: the header lacks a column or names one twice, no row is usable, or, with
+            ``on_bad_row="error"``, a row cannot be used.
     """
-    lines = read_bytes(path).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\n")
+    lines = content.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\n")
     columns = ("id", *format_.sentences, *((format_.label,) if labelled else ()))
     width, places = _read_header(path, lines[0], columns)
 

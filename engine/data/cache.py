@@ -1,0 +1,149 @@
+"""Keep tokenized splits on disk, found by what they were made from.
+
+An entry is a folder named by the hash of everything that decides its content, so it never goes
+stale.  It is written under another name and renamed when whole, so that a reader never sees half
+of one and two processes that make the same entry do not disturb each other.  Every file in it is
+checked against its hash when it is opened: an entry that does not hold is made anew.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+from .formats import FileFormat
+from .read import OnBadRow, parse_table, read_bytes
+from .split import TokenizedSplit, tokenize
+from .tokenizer import Tokenizer
+
+_VERSION = 1
+"""Raise it when reading, tokenizing or the layout of an entry changes."""
+
+_INDEX, _META = "index.json", "meta.json"
+
+_META_FIELDS = ("task", "ids", "columns", "truncated", "bad_rows", "blank")
+
+_OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""How rename says that something stands where a folder is to go."""
+
+
+def default_cache() -> Path:
+    """Return ``$SUPERBERT_CACHE`` or, where that is not set, ``~/.cache/superbert``."""
+    folder = os.environ.get("SUPERBERT_CACHE")
+    return Path(folder) if folder else Path.home() / ".cache" / "superbert"
+
+
+def load_split(
+    path: Path,
+    format_: FileFormat,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    labelled: bool = True,
+    on_bad_row: OnBadRow = "error",
+    cache: Path | None = None,
+) -> TokenizedSplit:
+    """Return a file's examples as tokens, from the cache or, the first time, into it.
+
+    Args:
+        path: the file.
+        format_: its columns and the range of its label.
+        tokenizer: what to split the sentences with.
+        max_length: the most tokens in a sentence, ``[CLS]`` and ``[SEP]`` included.
+        labelled: read the labels too.
+        on_bad_row: what to do with a row that cannot be used.
+        cache: the cache's folder; None for :func:`default_cache`.
+
+    Raises:
+        InputError: the file cannot be used, or the cache not be written.
+    """
+    root = default_cache() if cache is None else cache
+    content = read_bytes(path)
+    made_from = {
+        "version": _VERSION,
+        "file": hashlib.sha256(content).hexdigest(),
+        "format": repr(format_),
+        "tokenizer": tokenizer.to_json(),
+        "max_length": max_length,
+        "labelled": labelled,
+        "on_bad_row": on_bad_row,
+    }
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    entry = root / key
+    try:
+        return _open_entry(entry)
+    except _DamagedEntryError:
+        table = parse_table(content, path, format_, labelled=labelled, on_bad_row=on_bad_row)
+        split = tokenize(format_.task, table, tokenizer, max_length)
+    try:
+        return _write_entry(entry, split)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the cache of tokenized data: {error.strerror or error}, {root}; "
+            "set SUPERBERT_CACHE to a folder that can be written"
+        ) from error
+
+
+class _DamagedEntryError(Exception):
+    """An entry that is not there, or not as it was written."""
+
+
+def _open_entry(entry: Path) -> TokenizedSplit:
+    """Open an entry, memory-mapped."""
+    try:
+        index = json.loads((entry / _INDEX).read_bytes())
+        for name, digest in index.items():
+            if _file_hash(entry / name) != digest:
+                raise _DamagedEntryError(name)
+        meta = json.loads((entry / _META).read_bytes())
+        arrays = {
+            name: np.load(entry / name, mmap_mode="r") for name in index if name.endswith(".npy")
+        }
+        return TokenizedSplit(
+            **(meta | {"blank": tuple(meta["blank"])}),
+            tokens=arrays["tokens.npy"],
+            offsets=arrays["offsets.npy"],
+            labels=arrays.get("labels.npy"),
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _DamagedEntryError(str(error)) from error
+
+
+def _write_entry(entry: Path, split: TokenizedSplit) -> TokenizedSplit:
+    """Put a split into the cache and return it as the cache has it."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="making-", dir=entry.parent) as workshop:
+        made = Path(workshop) / "made"
+        made.mkdir()
+        np.save(made / "tokens.npy", split.tokens)
+        np.save(made / "offsets.npy", split.offsets)
+        if split.labels is not None:
+            np.save(made / "labels.npy", split.labels)
+        meta = {name: getattr(split, name) for name in _META_FIELDS}
+        (made / _META).write_text(json.dumps(meta), encoding="utf-8")
+        index = {path.name: _file_hash(path) for path in made.iterdir()}
+        (made / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+        for attempt in count():
+            try:
+                os.rename(made, entry)
+                break
+            except OSError as error:
+                if error.errno not in _OCCUPIED:
+                    raise
+            with suppress(_DamagedEntryError):
+                return _open_entry(entry)  # another process was faster
+            with suppress(FileNotFoundError):
+                os.rename(entry, Path(workshop) / f"damaged-{attempt}")
+    return _open_entry(entry)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

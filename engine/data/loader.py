@@ -1,0 +1,143 @@
+"""Batches ahead of time: packed in a background thread while the device works on the last one."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from .pack import PackedBatch, pack
+from .sample import Indices, TaskSampler
+from .split import TokenizedSplit
+
+
+class TrainingLoader:
+    """Iterates over the training batches of steps ``start`` to ``stop``, one batch of each task.
+
+    Use it in a ``with`` statement, which ends the thread however the loop is left.  An exception in
+    the thread is raised where the batch was asked for.
+    """
+
+    def __init__(
+        self,
+        splits: Sequence[TokenizedSplit],
+        samplers: Sequence[TaskSampler],
+        start: int,
+        stop: int,
+        *,
+        shard: tuple[int, int] = (0, 1),
+        pin_memory: bool = False,
+        depth: int = 4,
+    ) -> None:
+        """Start packing.
+
+        Args:
+            splits: the training split of each task.
+            samplers: what draws its batches.
+            start: the first step, 0 for a run that begins.
+            stop: one past the last step.
+            shard: (rank, ranks); a rank takes every ``ranks``-th example of each task's batch.
+            pin_memory: put the batches in pinned memory, for copies that do not block.
+            depth: the most batches that wait.
+
+        Raises:
+            ValueError: a task's batch has fewer examples than there are ranks.
+        """
+        rank, ranks = shard
+        for sampler in samplers:
+            if sampler.batch_size < ranks:
+                raise ValueError(
+                    f"shard: a batch of {sampler.batch_size} examples of task {sampler.task!r} "
+                    f"cannot be divided among {ranks} ranks"
+                )
+
+        def make(step: int) -> PackedBatch:
+            picks = [sampler.batch(step)[rank::ranks] for sampler in samplers]
+            batch = pack(splits, picks)
+            return batch.pin_memory() if pin_memory else batch
+
+        self._ready: queue.Queue[PackedBatch | BaseException | None] = queue.Queue(depth)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(
+            target=self._produce, args=(make, range(start, stop)), name="packing", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Yield the batches in the order of the steps."""
+        while not self._closing.is_set():
+            item = self._ready.get()
+            if isinstance(item, PackedBatch):
+                yield item
+                continue
+            self.close()
+            if item is not None:
+                raise item
+
+    def close(self) -> None:
+        """End the thread; what is still waiting is dropped."""
+        self._closing.set()
+        while not self._ready.empty():
+            self._ready.get_nowait()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        """Return the loader."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the loader."""
+        self.close()
+
+    def _produce(self, make: Callable[[int], PackedBatch], steps: range) -> None:
+        last: BaseException | None = None
+        try:
+            for step in steps:
+                if not self._put(make(step)):
+                    return
+        except BaseException as error:  # raised again where the batch is asked for
+            last = error
+        self._put(last)
+
+    def _put(self, item: PackedBatch | BaseException | None) -> bool:
+        """Queue an item unless the loader was closed; return whether it was.
+
+        ``close`` empties the queue after it set the event, so a ``put`` that waits here gets its
+        place, and the next call sees the event: the thread always ends.
+        """
+        if self._closing.is_set():
+            return False
+        self._ready.put(item)
+        return True
+
+
+def evaluation_batches(
+    split: TokenizedSplit, max_tokens: int
+) -> Iterator[tuple[Indices, PackedBatch]]:
+    """Yield a whole split in batches of examples of similar length, the longest first.
+
+    Longest first, so that memory that does not suffice shows at once.
+
+    Args:
+        split: the split.
+        max_tokens: the most tokens in a batch; a longer example makes a batch by itself.
+
+    Yields:
+        The indices of the batch's examples, which put its results back in order, and the batch.
+    """
+    sizes = split.lengths.reshape(len(split), split.columns).sum(axis=1)
+    order = np.argsort(-sizes, kind="stable")
+    ends = np.concatenate(([0], np.cumsum(sizes[order])))
+    start = 0
+    while start < len(order):
+        within = int(np.searchsorted(ends, ends[start] + max_tokens, side="right")) - 1
+        stop = max(start + 1, within)
+        yield order[start:stop], pack([split], [order[start:stop]])
+        start = stop
