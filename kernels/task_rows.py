@@ -11,19 +11,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class TaskRows(NamedTuple):
-    """Views of the flat ``[K, P]`` gradient buffer that belong to one layer.
-
-    Attributes:
-        weight: ``[K, *weight.shape]``; the inner dimensions are contiguous, ``stride(0)`` is the
-            buffer's row length.
-        bias: ``[K, *bias.shape]``, likewise, or None for a layer without bias.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-
 class TaskSegments(NamedTuple):
     """Which rows of the stream belong to which task.
 
@@ -40,3 +27,51 @@ class TaskSegments(NamedTuple):
     def num_tasks(self) -> int:
         """K, the number of segments."""
         return len(self.offsets) - 1
+
+
+class TaskRows(NamedTuple):
+    """Views of the flat ``[K, P]`` gradient buffer that belong to one layer.
+
+    Attributes:
+        weight: ``[K, *weight.shape]``; the inner dimensions are contiguous, ``stride(0)`` is the
+            buffer's row length.
+        bias: ``[K, *bias.shape]``, likewise, or None for a layer without bias.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def checked(
+        self, segments: TaskSegments | None, weight: Tensor, bias: Tensor | None, x: Tensor
+    ) -> TaskSegments:
+        """Return ``segments`` after holding them and these rows against the layer's tensors.
+
+        Args:
+            segments: the caller's argument, None included.
+            weight: the layer's weight.
+            bias: the layer's bias, or None.
+            x: the layer's input; its first dimension is the stream.
+
+        Raises:
+            ValueError: something is missing or does not fit; the message names it.
+        """
+        if segments is None:
+            raise ValueError("segments: needed with rows, to tell which task a row belongs to")
+        num_tasks = segments.num_tasks
+        if self.weight.shape != (num_tasks, *weight.shape):
+            raise ValueError(
+                f"rows.weight: expected shape {(num_tasks, *weight.shape)} (tasks, *weight.shape), "
+                f"got {tuple(self.weight.shape)}"
+            )
+        if (bias is None) != (self.bias is None):
+            raise ValueError("rows.bias: must be given exactly when the layer has a bias")
+        if bias is not None and self.bias is not None and self.bias.shape != (num_tasks, *bias.shape):
+            raise ValueError(
+                f"rows.bias: expected shape {(num_tasks, *bias.shape)} (tasks, *bias.shape), "
+                f"got {tuple(self.bias.shape)}"
+            )
+        if segments.offsets[-1] > x.shape[0]:
+            raise ValueError(
+                f"segments.offsets: end at row {segments.offsets[-1]}, the stream has {x.shape[0]}"
+            )
+        return segments

@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: `make train` and `make test`.
+#
+#   make setup    .venv with pinned dependencies, and the C++/CUDA extension
+#   make train    setup, then a multitask run on the embedded demo corpus
+#   make test     setup, then the whole test suite
+#   make check    formatting, lint and types, as CI runs them
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTENSION_SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: setup setup-dev train test check clean
+
+setup: $(VENV)/.built
+
+setup-dev: setup $(VENV)/.dev
+
+train: setup
+	$(BIN)/python -m engine.train demo
+
+test: setup-dev
+	$(BIN)/python -m pytest
+
+check: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
+
+clean:
+	rm -rf $(VENV) build kernels/*.so
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(EXTENSION_SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@

@@ -1,0 +1,49 @@
+"""What all command-line doors share: how they report bad input, and how they show scores."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from .errors import InputError
+from .scoring import metric_name
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(BAD_INPUT, f"error: {message}; see {self.prog} --help\n")
+
+
+def run_door(main: Callable[[], int]) -> NoReturn:
+    """Run a door's main function and exit with its status; bad input is one line and status 2."""
+    try:
+        status = main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = BAD_INPUT
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    sys.exit(status)
+
+
+def print_scores(console: Console, title: str, scores: Mapping[str, float]) -> None:
+    """Print a table of scores by task, ``overall`` last."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("score", justify="right")
+    for task, value in scores.items():
+        if task != "overall":
+            table.add_row(task, metric_name(task), f"{value:.3f}")
+    table.add_section()
+    table.add_row("overall", "mean", f"{scores['overall']:.3f}")
+    console.print(table)

@@ -1,0 +1,38 @@
+"""``python -m engine.evaluate RUN``: score a run's best checkpoint on its labelled data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .door import Parser, print_scores, run_door
+from .run import open_run
+from .runtime.precision import pick_device
+from .scoring import Scores, score_splits, write_scores
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the door; return its exit status."""
+    parser = Parser(
+        prog="python -m engine.evaluate",
+        description="Score a run's best checkpoint; print a table and write metrics.json.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--split", choices=["dev", "train"], default="dev", help="default: dev")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="default: the run's own data")
+    parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
+    options = parser.parse_args(arguments)
+
+    run = open_run(options.run)
+    if options.data is not None:
+        run = run.with_data(options.data)
+    model, progress = run.trained_model(pick_device(options.device))
+    splits = {task: run.split(task, options.split) for task in run.recipe.tasks}
+    scores = score_splits(model, splits)
+    write_scores(run.folder, Scores(options.split, progress.step, scores))
+    print_scores(Console(), f"{options.split} scores of step {progress.step}", scores)
+    return 0
+
+
+if __name__ == "__main__":
+    run_door(main)

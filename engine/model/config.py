@@ -1,0 +1,79 @@
+"""The shape of an encoder, read from and written to a Hugging Face ``config.json``."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """Shape and constants of a BERT encoder, under the names that ``config.json`` gives them."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{field.name} = {value!r}: expected a whole number of at least 1")
+            if field.type is float and not (isinstance(value, int | float) and 0 <= value < 1):
+                raise InputError(f"{field.name} = {value!r}: expected a number in [0, 1)")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size = {self.hidden_size} is not divisible by "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
+        if self.hidden_act != "gelu":
+            raise InputError(f"hidden_act = {self.hidden_act!r}: only 'gelu' (erf) is supported")
+
+    @property
+    def head_dim(self) -> int:
+        """D, the width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_huggingface(cls, config: dict[str, Any]) -> "EncoderConfig":
+        """Read the encoder's shape out of a ``config.json``.
+
+        Raises:
+            InputError: it describes no BERT encoder, or a field is missing or out of range.
+        """
+        if config.get("model_type", "bert") != "bert":
+            raise InputError(f"model_type = {config['model_type']!r}: expected 'bert'")
+        positions = config.get("position_embedding_type", "absolute")
+        if positions != "absolute":
+            raise InputError(f"position_embedding_type = {positions!r}: expected 'absolute'")
+        if config.get("is_decoder") or config.get("add_cross_attention"):
+            raise InputError("a decoder or cross attention: expected a plain encoder")
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        missing = [
+            name
+            for name, field in known.items()
+            if field.default is dataclasses.MISSING and name not in config
+        ]
+        if missing:
+            raise InputError(f"missing {', '.join(missing)}")
+        return cls(**{name: config[name] for name in known if name in config})
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """Return the ``config.json`` of a ``transformers.BertModel`` of this shape."""
+        return {
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "position_embedding_type": "absolute",
+            "pad_token_id": 0,
+            **dataclasses.asdict(self),
+        }

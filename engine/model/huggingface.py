@@ -1,0 +1,188 @@
+"""Weights in and out of the Hugging Face BERT layout.  safetensors only: no pickle is loaded.
+
+Their layout keeps query, key and value apart and calls things by longer names; ours has one
+``qkv`` matrix a layer, since attention reads the three together.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import InputError
+from .config import EncoderConfig
+
+_WHOLE = {
+    "embeddings.word_embeddings": "embeddings.word",
+    "embeddings.position_embeddings": "embeddings.position",
+    "embeddings.token_type_embeddings": "embeddings.token_type",
+    "embeddings.LayerNorm": "embeddings.norm",
+}
+_IN_LAYER = {
+    "attention.output.dense": "attention_output",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "intermediate",
+    "output.dense": "output",
+    "output.LayerNorm": "output_norm",
+}
+_QKV = ("query", "key", "value")
+# Heads that pretraining leaves beside the encoder; the tasks here have their own.
+_NOT_ENCODER = ("pooler.", "cls.", "classifier.", "dropout.", "embeddings.position_ids")
+# Names of the norm's weights in checkpoints converted from TensorFlow.
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def resolve(model: str) -> Path:
+    """Return the folder of ``model``: a local folder, or a hub name, downloaded once.
+
+    Raises:
+        InputError: there is no such folder, and the hub does not give it either.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise InputError(f"--init {model}: no such folder; give a model's folder or a hub name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=["config.json", "*.safetensors*", "vocab.txt", "tokenizer*.json"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"--init {model}: neither a folder nor a model that the hub gives ({reason})"
+        ) from None
+
+
+def read_config(folder: Path) -> EncoderConfig:
+    """Read ``config.json`` in ``folder``.
+
+    Raises:
+        InputError: it is missing, no JSON, or describes no BERT encoder that is supported.
+    """
+    path = folder / "config.json"
+    try:
+        return EncoderConfig.from_huggingface(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; a model folder holds config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(f"{path}: not a JSON object ({error})") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder, whole or in shards.
+
+    Raises:
+        InputError: there are none.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index}: not an index of weight files ({error!r})") from None
+        files = [folder / Path(name).name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            hint = "; convert pytorch_model.bin" if (folder / "pytorch_model.bin").exists() else ""
+            raise InputError(f"{file}: not found; weights are read from safetensors only{hint}")
+    return files
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as archive:
+                for name in archive.keys():  # noqa: SIM118 (not a dict)
+                    yield name, archive.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a readable safetensors file ({error})") from None
+
+
+def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]:
+    """Read a Hugging Face BERT's weights under the names of :class:`engine.model.encoder.Encoder`.
+
+    Args:
+        folder: holds ``model.safetensors`` or its shards; a ``bert.`` prefix, the heads of
+            pretraining and the old names of norm weights are understood.
+        config: the shape that the weights must have.
+
+    Returns:
+        A state dict, fp32, complete.
+
+    Raises:
+        InputError: a weight is missing, unknown, of another shape or not finite.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in _tensors(folder):
+        short = name.removeprefix("bert.")
+        for old, new in _OLD_NAMES.items():
+            short = short.replace(old, new)
+        if not short.startswith(_NOT_ENCODER):
+            found[short] = tensor
+    state: dict[str, Tensor] = {}
+    for ours, parts, shape in _expected(config):
+        absent = [part for part in parts if part not in found]
+        if absent:
+            raise InputError(f"{folder}: weight {absent[0]} is missing")
+        tensors = [found.pop(part) for part in parts]
+        for part, tensor in zip(parts, tensors, strict=True):
+            if tuple(tensor.shape) != shape:
+                raise InputError(
+                    f"{folder}: weight {part} has shape {list(tensor.shape)}, "
+                    f"config.json asks for {list(shape)}"
+                )
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise InputError(f"{folder}: weight {part} holds values that are no finite numbers")
+        state[ours] = torch.cat([tensor.float() for tensor in tensors])
+    if found:
+        raise InputError(f"{folder}: weight {sorted(found)[0]} is not part of a BERT encoder")
+    return state
+
+
+def _expected(config: EncoderConfig) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:
+    """Yield (our name, their names, the shape of each of theirs) for every weight."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        "embeddings.word": (config.vocab_size, width),
+        "embeddings.position": (config.max_position_embeddings, width),
+        "embeddings.token_type": (config.type_vocab_size, width),
+        "attention_output": (width, width),
+        "intermediate": (inner, width),
+        "output": (width, inner),
+    }
+    for theirs, ours in _WHOLE.items():
+        yield f"{ours}.weight", [f"{theirs}.weight"], shapes.get(ours, (width,))
+        if ours.endswith("norm"):
+            yield f"{ours}.bias", [f"{theirs}.bias"], (width,)
+    for index in range(config.num_hidden_layers):
+        layer, prefix = f"encoder.layer.{index}.", f"layers.{index}."
+        for kind, shape in (("weight", (width, width)), ("bias", (width,))):
+            parts = [f"{layer}attention.self.{part}.{kind}" for part in _QKV]
+            yield f"{prefix}qkv.{kind}", parts, shape
+        for theirs, ours in _IN_LAYER.items():
+            matrix = shapes.get(ours, (width,))
+            yield f"{prefix}{ours}.weight", [f"{layer}{theirs}.weight"], matrix
+            yield f"{prefix}{ours}.bias", [f"{layer}{theirs}.bias"], matrix[:1]
+
+
+def to_huggingface_state(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+    """Rename an encoder's state dict back: the inverse of :func:`load_encoder_state`."""
+    renamed: dict[str, Tensor] = {}
+    for ours, parts, _ in _expected(config):
+        pieces = state[ours].chunk(len(parts)) if len(parts) > 1 else (state[ours],)
+        renamed.update((part, piece.clone()) for part, piece in zip(parts, pieces, strict=True))
+    return renamed

@@ -1,0 +1,1 @@
+"""The multitask step: flat parameters and gradient rows, surgery, update."""

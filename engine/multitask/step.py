@@ -1,0 +1,100 @@
+"""One training step: forward, one backward for K gradients, surgery, update.
+
+Nothing here reads a value back from the device.  What a step needs from the host (rate, seed,
+order of surgery) is written into tensors that stay in place, and what it reports stays a tensor.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.pack import PackedBatch
+from ..model.multitask import MultitaskModel
+from ..rooms import kernels
+from .balance import Method
+from .flat_parameters import FlatParameters
+from .optimizer import AdamW
+
+
+class StepReport(NamedTuple):
+    """What one step did, as fp32 tensors on its device.
+
+    Attributes:
+        losses: ``[K]``.
+        gram: ``[K, K]``, the dot products of the task gradients.
+        weights: ``[K]``, by which they were combined.
+        grad_norm: 0-dim, of the combined gradient before clipping.
+        skipped: 0-dim, 1 where a gradient was not finite and nothing was updated.
+    """
+
+    losses: Tensor
+    gram: Tensor
+    weights: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class MultitaskStep:
+    """Trains a model by task gradients.
+
+    Args:
+        model: in training mode, its parameters held by ``parameters``.
+        tasks: the K trained tasks, in the order of their rows.
+        parameters: flat storage and gradient rows of ``model``.
+        optimizer: updates ``parameters``.
+        balance: from the Gram matrix to the weights of the sum.
+        clip_norm: largest norm of the combined gradient; 0 for none.
+        seed: decides dropout and the order of surgery, together with the step's number.
+    """
+
+    def __init__(
+        self,
+        model: MultitaskModel,
+        tasks: Sequence[str],
+        parameters: FlatParameters,
+        optimizer: AdamW,
+        balance: Method,
+        *,
+        clip_norm: float,
+        seed: int,
+    ) -> None:
+        self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
+        self.optimizer, self.balance, self.clip_norm = optimizer, balance, clip_norm
+        self._first_seed = seed << 32
+        device = parameters.master.device
+        self._lr = torch.zeros((), device=device)
+        self._seed = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __call__(self, batch: PackedBatch, step: int, lr: float) -> StepReport:
+        """Train on one batch.
+
+        Args:
+            batch: a batch of each task, in the order of ``tasks``, on the model's device.
+            step: the step's number, from 0; with the seed it decides all randomness.
+            lr: learning rate of this step.
+        """
+        self._lr.fill_(lr)
+        self._seed.fill_(self._first_seed + step)
+
+        losses = self._task_gradients(batch)
+        gram = kernels.gram(self.parameters.rows)
+        weights = self.balance(gram, kernels.draw_order(len(self.tasks), self._seed))
+        combined = kernels.combined_norm(gram, weights, max_norm=self.clip_norm)
+        self.optimizer.step(weights, lr=self._lr, scale=combined.scale, skip=combined.skip)
+        self.model.encoder.embeddings.wipe_rows(batch, batch.token_offsets)
+        return StepReport(losses, gram, weights, combined.norm, combined.skip.float())
+
+    def _task_gradients(self, batch: PackedBatch) -> Tensor:
+        """Fill the K gradient rows by one forward and one backward pass; return the losses."""
+        scores = self.model(batch, self.tasks, seed=self._seed, task_rows=True)
+        losses = torch.stack(
+            [
+                self.model.head(task).loss(task_scores, labels)
+                for task, task_scores, labels in zip(self.tasks, scores, batch.labels, strict=True)
+            ]
+        )
+        # Each loss reaches its own part of the stream only, so their sum is all K at once.
+        losses.sum().backward()
+        return losses.detach()

@@ -1,0 +1,64 @@
+"""``python -m engine.predict RUN``: predict a file's rows with a run's best checkpoint."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .data.formats import FORMATS
+from .door import Parser, run_door
+from .errors import InputError
+from .run import open_run
+from .runtime.files import write_text
+from .runtime.precision import pick_device
+from .scoring import predict
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the door; return its exit status."""
+    parser = Parser(
+        prog="python -m engine.predict",
+        description="Predict every row of a file: a line each, in its order (id, prediction).",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--task", required=True, metavar="NAME", help="the task to predict")
+    parser.add_argument("--input", required=True, type=Path, metavar="TSV", help="labels not needed")
+    parser.add_argument("--output", required=True, type=Path, metavar="TSV", help="what to write")
+    parser.add_argument(
+        "--on-bad-row",
+        choices=["error", "blank"],
+        default="error",
+        help="a malformed row ends it, or is predicted as if its sentences were empty",
+    )
+    parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
+    options = parser.parse_args(arguments)
+
+    run = open_run(options.run)
+    if options.task not in run.recipe.tasks:
+        known = ", ".join(run.recipe.tasks)
+        raise InputError(f"--task {options.task}: {options.run} has {known}")
+    form = FORMATS[options.task]
+    split = run.read(form, options.input, labelled=False, on_bad_row=options.on_bad_row)
+    model, _ = run.trained_model(pick_device(options.device))
+    predictions = predict(model, split)
+
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(["id", "prediction"])
+    whole = form.kind != "score"
+    for name, value in zip(split.ids, predictions.tolist(), strict=True):
+        writer.writerow([name, int(value) if whole else f"{value:.4f}"])
+    write_text(options.output, text.getvalue())
+    console = Console()
+    console.print(f"wrote {len(split)} predictions to {options.output}", soft_wrap=True)
+    if split.truncated:
+        console.print(f"{split.truncated} sentences cut to the length limit")
+    for reason, count in split.bad_rows.items():
+        console.print(f"{count} rows taken as empty ({reason})")
+    return 0
+
+
+if __name__ == "__main__":
+    run_door(main)

@@ -1,0 +1,217 @@
+"""Recipes: every setting of a run, checked in one place.
+
+A recipe is a TOML file; the built-in ones lie in ``engine/recipes``.  What a file leaves out has
+the default below, and ``--set key=value`` replaces any field, nested ones by a dotted name
+(``tasks.sts.features=cosine``).  An unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .data.formats import FORMATS
+from .errors import InputError
+from .model.heads import FEATURES, POOLINGS
+from .multitask.balance import METHODS
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class TaskRecipe(_Settings):
+    """How one task is read off the encoder."""
+
+    features: Literal[FEATURES]  # type: ignore[valid-type]
+    """What the head sees: single, mean, concat, difference or cosine (engine/model/heads.py)."""
+
+
+class EncoderRecipe(_Settings):
+    """The encoder that is trained from scratch when no ``--init`` gives weights."""
+
+    vocab_size: Annotated[int, Field(ge=16)] = 4096
+    """Most entries of the WordPiece vocabulary, which is learnt from the training sentences."""
+    hidden_size: Positive = 128
+    """Width."""
+    num_hidden_layers: Positive = 2
+    """Layers."""
+    num_attention_heads: Positive = 4
+    """Attention heads of a layer; they share the width."""
+    intermediate_size: Positive = 512
+    """Width of the feed-forward layer."""
+    max_position_embeddings: Annotated[int, Field(ge=3)] = 128
+    """Longest sequence."""
+    hidden_dropout_prob: Fraction = 0.1
+    """Dropout of embeddings and of layer outputs."""
+    attention_probs_dropout_prob: Fraction = 0.1
+    """Dropout of attention probabilities."""
+
+
+class Recipe(_Settings):
+    """Every setting of a run."""
+
+    description: str = ""
+    """One line for ``--list``."""
+    paper: str = ""
+    """The paper whose system this is, or empty."""
+
+    data: str = ""
+    """Folder of the data files (``--data``); empty for the embedded demo corpus."""
+    init: str = ""
+    """Folder or hub name of a pretrained encoder (``--init``); empty to train from scratch."""
+
+    tasks: dict[str, TaskRecipe] = Field(min_length=1)
+    """The tasks that are evaluated."""
+    train: tuple[str, ...] = Field(min_length=1)
+    """The tasks that are trained: one batch of each, a step."""
+    pooling: Literal[POOLINGS] = "mean"  # type: ignore[valid-type]
+    """Sentence vector: the first token's state (cls) or the mean over tokens."""
+    dropout: Fraction = 0.1
+    """Dropout before the heads."""
+    encoder: EncoderRecipe = EncoderRecipe()
+    """Shape of an encoder trained from scratch; with ``--init`` the model's own counts."""
+    max_length: Annotated[int, Field(ge=3)] = 512
+    """Longest sequence in tokens; the model's own limit counts if it is lower."""
+
+    batch_size: Positive = 32
+    """Examples of each task in a step."""
+    epochs: Positive = 10
+    """Passes over the largest training set; smaller ones start again as they run out."""
+    max_steps: Count = 0
+    """Stop after so many steps (``--max-steps``); 0: after the epochs."""
+    limit: Count = 0
+    """Cut every training set to so many examples, keeping the label distribution; 0: all."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a malformed row of a data file does: end the run, or be skipped and counted."""
+
+    balance: Literal[tuple(METHODS)] = "pcgrad"  # type: ignore[valid-type]
+    """How the task gradients are combined."""
+    optimizer: Literal["adamw"] = "adamw"
+    """Adam with decoupled weight decay; Adam itself when weight_decay is 0."""
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """After warm-up: stay at the peak, or fall to 0 in a straight line."""
+    warmup: Fraction = 0.0
+    """Share of all steps in which the rate climbs from 0 to its peak."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay of matrices; biases and norms are left alone."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest norm of the combined gradient; 0: no clipping."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the model computes in; auto: bf16 where the hardware multiplies it fast."""
+    seed: Count = 0
+    """Decides initial weights, batches, dropout and the order of surgery."""
+    log_every: Positive = 10
+    """Steps between reads of the metrics; every step has its line all the same."""
+    checkpoint_every: Count = 0
+    """Steps between checkpoints besides the one at each epoch's end; 0: none."""
+
+    @model_validator(mode="after")
+    def _tasks_exist(self) -> "Recipe":
+        for name in self.tasks:
+            if name not in FORMATS:
+                raise ValueError(f"tasks.{name}: no such task{_nearest(name, FORMATS)}")
+        for name in self.train:
+            if name not in self.tasks:
+                raise ValueError(f"train: {name!r} is not among tasks{_nearest(name, self.tasks)}")
+        if len(set(self.train)) != len(self.train):
+            raise ValueError("train: a task is named twice")
+        return self
+
+    def to_toml(self) -> str:
+        """Return the recipe with every field, as TOML that :func:`load` reads back."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+
+def names() -> list[str]:
+    """Return the names of the built-in recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        name: a built-in recipe's name, or the path of a TOML file.
+        overrides: ``key=value`` each; the value is read as TOML, or as text when it is none.
+
+    Raises:
+        InputError: no such recipe, no TOML, an unknown key, or a value out of range.
+    """
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        known = "" if name.endswith(".toml") else _nearest(name, names())
+        raise InputError(f"recipe {name}: not found{known}; --list shows all") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path}: not TOML ({error})") from None
+    for override in overrides:
+        _apply(fields, override)
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise InputError(f"recipe {name}: {_first_problem(error)}") from None
+
+
+def override(key: str, value: object) -> str:
+    """Return the ``key=value`` that sets a field to ``value``."""
+    return f"{key}={tomli_w.dumps({'v': value}).removeprefix('v = ').strip()}"
+
+
+def _apply(fields: dict[str, Any], override: str) -> None:
+    """Set one field of nested tables from ``a.b.c=value``."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"--set {override}: expected key=value")
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        fields = fields.setdefault(table, {})
+        if not isinstance(fields, dict):
+            raise InputError(f"--set {override}: {table} has no fields of its own")
+    try:
+        fields[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        fields[last] = text.strip()
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Put pydantic's first finding into one line: key, what is wrong, what is known."""
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return f"unknown key {'.'.join(location)}{_nearest(location[-1], known)}"
+    if not location:
+        return message
+    return f"{'.'.join(location)} = {problem['input']!r}: {message}"
+
+
+def _fields_at(location: Sequence[str]) -> Mapping[str, Any]:
+    if not location:
+        return Recipe.model_fields
+    return EncoderRecipe.model_fields if location[0] == "encoder" else TaskRecipe.model_fields
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,215 @@
+"""A run: its folder and all that follows from what lies in it.
+
+    recipe.toml      every setting, resolved
+    config.json      the encoder's shape, as in a Hugging Face model folder
+    tokenizer.json   (and vocab.txt, tokenizer_config.json)
+    metrics.jsonl    a line for every training step
+    metrics.json     the scores of the last evaluation
+    checkpoints/     see engine/runtime/checkpoint.py
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import recipe as recipes
+from .data import demo
+from .data.cache import default_cache, load_split
+from .data.formats import FORMATS, FileFormat
+from .data.read import OnBadRow, read_table
+from .data.split import TokenizedSplit
+from .data.tokenizer import Tokenizer
+from .errors import InputError
+from .model import huggingface
+from .model.config import EncoderConfig
+from .model.multitask import MultitaskModel
+from .recipe import Recipe
+from .runtime.checkpoint import Checkpoints, Progress, load_weights, read_progress
+from .runtime.files import explained, whole_folder, write_text
+
+_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "max_steps", "data", "init"}
+
+
+class Run(NamedTuple):
+    """One run's folder, opened.
+
+    Attributes:
+        folder: where everything lies.
+        recipe: its settings.
+        config: the encoder's shape.
+        tokenizer: what its sentences are split with.
+    """
+
+    folder: Path
+    recipe: Recipe
+    config: EncoderConfig
+    tokenizer: Tokenizer
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints."""
+        return Checkpoints(self.folder / "checkpoints")
+
+    def split(self, task: str, split: str) -> TokenizedSplit:
+        """Return a split of the run's data set, tokenized."""
+        form = FORMATS[task]
+        return self.read(form, form.file(data_folder(self.recipe), split), labelled=split != "test")
+
+    def read(
+        self,
+        form: FileFormat,
+        path: Path,
+        *,
+        labelled: bool = True,
+        on_bad_row: OnBadRow | None = None,
+    ) -> TokenizedSplit:
+        """Return a file's examples, tokenized for this run's encoder."""
+        return load_split(
+            path,
+            form,
+            self.tokenizer,
+            min(self.recipe.max_length, self.config.max_position_embeddings),
+            labelled=labelled,
+            on_bad_row=on_bad_row or self.recipe.on_bad_row,
+        )
+
+    def new_model(self) -> MultitaskModel:
+        """Return the model as the run's seed initialises it, fp32, on the CPU."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)
+            return MultitaskModel(
+                self.config,
+                [FORMATS[task] for task in self.recipe.tasks],
+                {task: settings.features for task, settings in self.recipe.tasks.items()},
+                pooling=self.recipe.pooling,
+                dropout_p=self.recipe.dropout,
+            )
+
+    def initial_model(self) -> MultitaskModel:
+        """Return the model that training starts from: with the pretrained weights, if any."""
+        model = self.new_model()
+        if self.recipe.init:
+            folder = huggingface.resolve(self.recipe.init)
+            model.encoder.load_state_dict(huggingface.load_encoder_state(folder, self.config))
+        return model
+
+    def trained_model(self, device: torch.device) -> tuple[MultitaskModel, Progress]:
+        """Return the model with the weights of the best checkpoint, and where that was.
+
+        Raises:
+            InputError: the run has no checkpoint, or it cannot be used.
+        """
+        checkpoint = self.checkpoints.find("best") or self.checkpoints.find("step")
+        if checkpoint is None:
+            raise InputError(f"{self.folder}: no checkpoint yet; train it first")
+        model = self.new_model()
+        load_weights(checkpoint, model)
+        return model.to(device).eval(), read_progress(checkpoint)
+
+    def with_data(self, folder: Path) -> "Run":
+        """Return the same run with another data set."""
+        return self._replace(recipe=self.recipe.model_copy(update={"data": str(folder)}))
+
+
+def data_folder(recipe: Recipe) -> Path:
+    """Return the folder of the data set: the recipe's, or that of the demo corpus."""
+    if not recipe.data:
+        return _demo_folder()
+    folder = Path(recipe.data)
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: no such folder; give the folder of the data files")
+    return folder
+
+
+def _demo_folder() -> Path:
+    """Return the folder of the demo corpus, written once for each version of its grammar."""
+    version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:12]
+    folder = default_cache() / f"demo-{version}"
+    if not folder.exists():
+        with whole_folder(folder) as partial:
+            demo.write_demo(partial)
+    return folder
+
+
+def create(recipe: Recipe, folder: Path) -> Run:
+    """Begin a run in ``folder``: write its recipe, its encoder's shape and its tokenizer.
+
+    Raises:
+        InputError: the folder holds something already, or the encoder or data cannot be used.
+    """
+    with explained("look into", folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            holds = "a run" if (folder / "recipe.toml").exists() else "something"
+            hint = " or pass --resume to go on with it" if holds == "a run" else ""
+            raise InputError(f"--out {folder}: holds {holds} already; give another folder{hint}")
+    if recipe.init:
+        source = huggingface.resolve(recipe.init)
+        config, tokenizer = huggingface.read_config(source), Tokenizer.load(source)
+        huggingface.weight_files(source)  # not there: say so before anything is written
+    else:
+        tokenizer = Tokenizer.train(_training_sentences(recipe), recipe.encoder.vocab_size)
+        shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
+        config = EncoderConfig(**shape)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"--init {recipe.init}: the tokenizer has {tokenizer.vocab_size} entries, "
+            f"the embedding table {config.vocab_size}; the two belong to different models"
+        )
+    with explained("write", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder)
+    write_text(folder / "config.json", json.dumps(config.to_huggingface(), indent=2) + "\n")
+    write_text(folder / "recipe.toml", recipe.to_toml())
+    return Run(folder, recipe, config, tokenizer)
+
+
+def free_folder(parent: Path, recipe: str) -> Path:
+    """Return the first of ``parent/NAME-1``, ``parent/NAME-2``, … that does not exist."""
+    name = Path(recipe).stem
+    return next(
+        folder for n in itertools.count(1) if not (folder := parent / f"{name}-{n}").exists()
+    )
+
+
+def _training_sentences(recipe: Recipe) -> Iterable[str]:
+    for task in recipe.train:
+        form = FORMATS[task]
+        path = form.file(data_folder(recipe), "train")
+        for column in read_table(path, form, on_bad_row=recipe.on_bad_row).sentences:
+            yield from column
+
+
+def open_run(folder: Path) -> Run:
+    """Open a run that exists.
+
+    Raises:
+        InputError: ``folder`` holds no run.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise InputError(f"{folder}: holds no run (no recipe.toml); give a run's folder")
+    recipe = recipes.load(str(folder / "recipe.toml"))
+    return Run(folder, recipe, huggingface.read_config(folder), Tokenizer.load(folder))
+
+
+def resume(recipe: Recipe, folder: Path) -> Run:
+    """Open a run to go on with it, or begin it if there is none in ``folder``.
+
+    Raises:
+        InputError: the run was made with other settings.
+    """
+    if not (folder / "recipe.toml").is_file():
+        return create(recipe, folder)
+    run = open_run(folder)
+    made_with, now = run.recipe.model_dump(), recipe.model_dump()
+    for key in now.keys() - _FREE_TO_CHANGE:
+        if now[key] != made_with[key]:
+            raise InputError(
+                f"--resume: {folder} was made with {key} = {made_with[key]!r}, now it is "
+                f"{now[key]!r}; resume with the same settings or give another --out"
+            )
+    return run._replace(recipe=recipe)

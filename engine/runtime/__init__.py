@@ -1,0 +1,1 @@
+"""What surrounds the step: device and precision, run folders, checkpoints, metrics."""

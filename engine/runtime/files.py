@@ -1,0 +1,55 @@
+"""Files that are either whole or not there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import InputError
+
+
+@contextmanager
+def explained(doing: str, path: Path) -> Iterator[None]:
+    """Turn what the system refuses (disk full, no permission) into one clear line.
+
+    Raises:
+        InputError: in place of an OSError from the body.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot {doing} {path}: {reason}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under another name and put it in its place when whole."""
+    partial = path.with_name(path.name + ".partial")
+    with explained("write", path):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, and put it in the place of ``path`` when the body is done.
+
+    If the body fails, nothing of it stays and ``path`` is what it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with explained("write", path):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in partial.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,46 @@
+"""Being asked to stop: SIGINT (Ctrl-C) and SIGTERM (a machine that is taken back)."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Within its ``with`` block, a first signal only sets it true; a second one acts as usual.
+
+    So a step is never torn: whoever runs the loop looks here after each step, and writes a
+    checkpoint before leaving.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._usual: dict[int, signal.Handlers] = {}
+
+    def __bool__(self) -> bool:
+        """Return whether a signal has come."""
+        return self._asked
+
+    def __enter__(self) -> Self:
+        """Take over the signals."""
+        for number in _SIGNALS:
+            self._usual[number] = signal.signal(number, self._note)  # type: ignore[assignment]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, usual in self._usual.items():
+            signal.signal(number, usual)

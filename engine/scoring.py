@@ -1,0 +1,103 @@
+"""Predictions and scores of a model on whole splits."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .data.formats import FORMATS
+from .data.loader import evaluation_batches
+from .data.split import TokenizedSplit
+from .errors import InputError
+from .model.multitask import MultitaskModel
+from .runtime.files import write_text
+
+_MAX_TOKENS = 8192  # a batch; enough to fill the machine, little enough for any of them
+
+
+def predict(model: MultitaskModel, split: TokenizedSplit) -> npt.NDArray[np.float32]:
+    """Return a prediction for every example of a split, in its order.
+
+    Args:
+        model: on any device; put into evaluation mode for the duration.
+        split: of a task that the model has a head for.
+
+    Returns:
+        float32 ``[n]``: class numbers, or scores within the label's range.
+    """
+    predictions = np.empty(len(split), dtype=np.float32)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for indices, batch in evaluation_batches(split, _MAX_TOKENS):
+            (scores,) = model(batch.to(device), [split.task])
+            predictions[indices] = model.head(split.task).predict(scores).float().cpu().numpy()
+    model.train(was_training)
+    return predictions
+
+
+def metric_name(task: str) -> str:
+    """Return what a task is scored by: ``accuracy`` or ``pearson``."""
+    return "pearson" if FORMATS[task].kind == "score" else "accuracy"
+
+
+def score(task: str, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Return accuracy, or for scores the Pearson correlation (0 where either is constant)."""
+    predicted, wanted = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
+    if metric_name(task) == "accuracy":
+        return float((predicted == wanted).mean())
+    if np.ptp(predicted) == 0 or np.ptp(wanted) == 0:
+        return 0.0
+    return float(np.corrcoef(predicted, wanted)[0, 1])
+
+
+def score_splits(
+    model: MultitaskModel, splits: Mapping[str, TokenizedSplit]
+) -> dict[str, float]:
+    """Score a model on a labelled split of each task.
+
+    Returns:
+        The score of each task, and ``overall``, their mean.
+    """
+    scores = {}
+    for task, split in splits.items():
+        assert split.labels is not None, f"split of {task} has no labels"
+        scores[task] = score(task, predict(model, split), split.labels)
+    return scores | {"overall": sum(scores.values()) / len(scores)}
+
+
+class Scores(NamedTuple):
+    """``metrics.json``: the scores of one evaluation.
+
+    Attributes:
+        split: ``dev`` or ``train``.
+        step: of the checkpoint that was scored.
+        scores: by task, and ``overall``.
+    """
+
+    split: str
+    step: int
+    scores: dict[str, float]
+
+
+def write_scores(folder: Path, scores: Scores) -> None:
+    """Write ``metrics.json`` into a run's folder."""
+    write_text(folder / "metrics.json", json.dumps(scores._asdict(), indent=2) + "\n")
+
+
+def read_scores(folder: Path) -> Scores:
+    """Read ``metrics.json`` of a run.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    file = folder / "metrics.json"
+    try:
+        return Scores(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file}: no scores to read ({error}); run engine.evaluate") from None

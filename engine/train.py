@@ -1,0 +1,142 @@
+"""``python -m engine.train RECIPE``: train one encoder on several tasks.
+
+From here a step goes: the loop below -> multitask/step.py (forward, one backward, surgery,
+update) -> model/encoder.py -> kernels/ -> csrc/.
+"""
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+
+from . import recipe as recipes
+from . import run as runs
+from .door import INTERRUPTED, Parser, print_scores, run_door
+from .errors import InputError
+from .run import Run
+from .runtime.metrics_log import MetricsLog
+from .runtime.precision import pick_device
+from .runtime.stop import StopRequest
+from .scoring import Scores, read_scores, score_splits, write_scores
+from .training import Training
+from .watch import ProgressBar, describe, list_recipes
+
+
+def train(training: Training, console: Console) -> bool:
+    """Train from where the run's last checkpoint left it.
+
+    Returns:
+        Whether the run came to its end; False when it was asked to stop (SIGINT, SIGTERM), after
+        writing a checkpoint to resume from.
+    """
+    run, recipe = training.run, training.run.recipe
+    progress = training.restore()
+    log = MetricsLog(run.folder / "metrics.jsonl", recipe.train, progress.step, recipe.log_every)
+    with (
+        StopRequest() as stop,
+        closing(training.loader(progress.step)) as loader,
+        ProgressBar(console, progress.step, training.total_steps) as bar,
+    ):
+        for step, batch in zip(itertools.count(progress.step), loader, strict=False):
+            lr = training.schedule(step)
+            report = training.step(batch.to(training.device), step, lr)
+            if log.add(step, lr, batch.num_tokens, report):
+                bar.show(step + 1, log.latest)
+
+            progress = progress._replace(step=step + 1)
+            epoch_ends = training.ends_epoch(progress.step)
+            if epoch_ends:
+                log.flush()
+                scores = score_splits(training.model, training.dev_sets)
+                if progress.best_score is None or scores["overall"] > progress.best_score:
+                    progress = progress._replace(
+                        best_score=scores["overall"], best_step=progress.step
+                    )
+                    training.save_best(progress)
+                    write_scores(run.folder, Scores("dev", progress.step, scores))
+                bar.print_epoch(progress, training.epoch_steps, scores)
+            due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
+            if epoch_ends or due or stop:
+                log.flush()
+                training.save(progress)
+                log.restart_clock()
+            if stop:
+                break
+    return progress.step == training.total_steps
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the door; return its exit status."""
+    options = _parser().parse_args(arguments)
+    console = Console()
+    if options.list:
+        list_recipes(console, [(name, recipes.load(name).description) for name in recipes.names()])
+        return 0
+    if options.recipe is None:
+        raise InputError("RECIPE is missing; --list shows all")
+    device = pick_device(options.device)
+    recipe = recipes.load(options.recipe, _overrides(options))
+    if options.resume:
+        if options.out is None:
+            raise InputError("--resume: name the run's folder with --out")
+        run = runs.resume(recipe, options.out)
+    else:
+        run = runs.create(recipe, options.out or runs.free_folder(Path("runs"), options.recipe))
+    training = Training.build(run, device)
+    describe(console, training)
+    if not train(training, console):
+        console.print(f"stopped; go on with --resume --out {run.folder}")
+        return INTERRUPTED
+    best = read_scores(run.folder)
+    print_scores(console, f"dev scores, best epoch (step {best.step})", best.scores)
+    console.print(f"wrote {run.folder}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    """Turn the options that are recipe fields into overrides; ``--set`` comes last and wins."""
+    fields = {
+        "data": options.data and str(options.data.absolute()),
+        "init": options.init,
+        "max_steps": options.max_steps,
+        "seed": options.seed,
+        "on_bad_row": options.on_bad_row,
+    }
+    named = [recipes.override(key, value) for key, value in fields.items() if value is not None]
+    return [*named, *itertools.chain.from_iterable(options.set)]
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m engine.train", description="Train one BERT on several tasks.")
+    add = parser.add_argument
+    add("recipe", nargs="?", metavar="RECIPE", help="a built-in recipe's name or a TOML file")
+    add("--list", action="store_true", help="show the built-in recipes, a line each, and end")
+    add("--data", type=Path, metavar="DIR", help="folder of the data files (default: a demo corpus)")
+    add(
+        "--init",
+        metavar="MODEL",
+        help="pretrained BERT: a folder in the Hugging Face layout or a hub name "
+        "(default: train from scratch)",
+    )
+    add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE-N)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
+    add("--max-steps", type=int, metavar="N", help="stop after N steps")
+    add("--seed", type=int, metavar="N", help="decides weights, batches, dropout (default: 0)")
+    add("--device", metavar="D", help="cpu or cuda (default: the GPU if there is one)")
+    add("--on-bad-row", choices=["error", "skip"], help="what a malformed data row does")
+    add(
+        "--set",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace any field of the recipe, such as lr=1e-4 tasks.sts.features=cosine",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_door(main)

@@ -1,0 +1,134 @@
+"""What a training run works with, put together from its recipe."""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from .data.loader import TrainingLoader
+from .data.sample import TaskSampler, stratified_subset
+from .data.split import TokenizedSplit
+from .model.multitask import MultitaskModel
+from .multitask.balance import METHODS
+from .multitask.flat_parameters import FlatParameters
+from .multitask.optimizer import AdamW
+from .multitask.schedule import Schedule
+from .multitask.step import MultitaskStep
+from .recipe import Recipe
+from .run import Run
+from .runtime.checkpoint import Progress
+from .runtime.precision import pick_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The parts of one training run.
+
+    Attributes:
+        run: its folder and recipe.
+        device: where it computes.
+        train_sets: the training split of each trained task, in the order of the gradient rows.
+        dev_sets: the dev split of each evaluated task.
+        samplers: what makes up each task's batches.
+        model: encoder and heads, in training mode, on flat parameters.
+        parameters: master weights, compute weights, gradient rows.
+        optimizer: updates them.
+        step: one training step.
+        schedule: the learning rate.
+        epoch_steps: steps that go through the largest training set once.
+        total_steps: steps of the whole run.
+    """
+
+    run: Run
+    device: torch.device
+    train_sets: list[TokenizedSplit]
+    dev_sets: dict[str, TokenizedSplit]
+    samplers: list[TaskSampler]
+    model: MultitaskModel
+    parameters: FlatParameters
+    optimizer: AdamW
+    step: MultitaskStep
+    schedule: Schedule
+    epoch_steps: int
+    total_steps: int
+
+    @classmethod
+    def build(cls, run: Run, device: torch.device) -> "Training":
+        """Read the data, build the model and everything around it.
+
+        Raises:
+            InputError: data or weights cannot be used.
+        """
+        recipe = run.recipe
+        train_sets = [run.split(task, "train") for task in recipe.train]
+        samplers = [_sampler(split, recipe) for split in train_sets]
+        epoch_steps = -(-max(len(sampler) for sampler in samplers) // recipe.batch_size)
+        total_steps = min(epoch_steps * recipe.epochs, recipe.max_steps or sys.maxsize)
+        model = run.initial_model().train()
+        parameters = FlatParameters(
+            model, recipe.train, device=device, compute_dtype=pick_dtype(recipe.precision, device)
+        )
+        optimizer = AdamW(
+            parameters, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
+        )
+        return cls(
+            run=run,
+            device=device,
+            train_sets=train_sets,
+            dev_sets={task: run.split(task, "dev") for task in recipe.tasks},
+            samplers=samplers,
+            model=model,
+            parameters=parameters,
+            optimizer=optimizer,
+            step=MultitaskStep(
+                model,
+                recipe.train,
+                parameters,
+                optimizer,
+                METHODS[recipe.balance],
+                clip_norm=recipe.clip_norm,
+                seed=recipe.seed,
+            ),
+            schedule=Schedule(
+                peak=recipe.lr,
+                kind=recipe.schedule,
+                warmup_steps=round(recipe.warmup * total_steps),
+                total_steps=total_steps,
+            ),
+            epoch_steps=epoch_steps,
+            total_steps=total_steps,
+        )
+
+    def loader(self, start: int) -> TrainingLoader:
+        """Return the batches from step ``start`` to the end of the run."""
+        return TrainingLoader(
+            self.train_sets,
+            self.samplers,
+            start,
+            self.total_steps,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def ends_epoch(self, steps_done: int) -> bool:
+        """Return whether the run is at an epoch's end, or at its own."""
+        return steps_done % self.epoch_steps == 0 or steps_done == self.total_steps
+
+    def restore(self) -> Progress:
+        """Load the run's newest checkpoint, if it has one; return how far it had come."""
+        return self.run.checkpoints.load(self.model, self.parameters, self.optimizer)
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint to go on from."""
+        self.run.checkpoints.save(progress, self.model, self.parameters, self.optimizer)
+
+    def save_best(self, progress: Progress) -> None:
+        """Write the weights as the best so far."""
+        self.run.checkpoints.save_best(progress, self.model, self.parameters)
+
+
+def _sampler(split: TokenizedSplit, recipe: Recipe) -> TaskSampler:
+    assert split.labels is not None, f"training split of {split.task} has no labels"
+    subset = None
+    if recipe.limit:
+        subset = stratified_subset(split.labels, recipe.limit, split.task, recipe.seed)
+    return TaskSampler(split.task, len(split), recipe.batch_size, recipe.seed, subset)

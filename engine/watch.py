@@ -1,0 +1,85 @@
+"""What a training run shows on the terminal."""
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich import progress as bars
+from rich.console import Console
+
+from .runtime.checkpoint import Progress
+from .training import Training
+
+
+def describe(console: Console, training: Training) -> None:
+    """Print what is about to be trained, and what the data files gave cause to report."""
+    recipe, parameters = training.run.recipe, training.parameters
+    console.print(
+        f"{parameters.numel / 1e6:.1f} M parameters, {len(recipe.train)} task gradients, "
+        f"balance {recipe.balance}, {training.total_steps} steps of "
+        f"{recipe.batch_size} examples a task on {training.device} "
+        f"({str(parameters.compute.dtype).removeprefix('torch.')})"
+    )
+    for split in [*training.train_sets, *training.dev_sets.values()]:
+        if split.truncated:
+            console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
+        for reason, count in split.bad_rows.items():
+            console.print(f"{split.task}: {count} rows skipped ({reason})")
+
+
+class ProgressBar:
+    """Steps, losses, conflict rate, tokens a second and the time left, on one line."""
+
+    def __init__(self, console: Console, done: int, total: int) -> None:
+        self._console = console
+        self._bar = bars.Progress(
+            bars.BarColumn(bar_width=24),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.description}"),
+            bars.TimeElapsedColumn(),
+            bars.TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done)
+
+    def show(self, steps_done: int, line: Mapping[str, Any]) -> None:
+        """Bring the bar up to date with a line of ``metrics.jsonl``."""
+        losses = "  ".join(f"{task} {_number(loss)}" for task, loss in line["losses"].items())
+        self._bar.update(
+            self._task,
+            completed=steps_done,
+            description=f"{losses}  conflicts {line['conflict_rate']:.0%}  "
+            f"{line['tokens_per_s']:,.0f} tokens/s",
+        )
+
+    def print_epoch(self, progress: Progress, epoch_steps: int, scores: Mapping[str, float]) -> None:
+        """Print the dev scores at the end of an epoch."""
+        figures = "  ".join(f"{task} {value:.3f}" for task, value in scores.items())
+        mark = "  (best so far)" if progress.best_step == progress.step else ""
+        self._console.print(f"epoch {progress.step / epoch_steps:.3g}  dev  {figures}{mark}")
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop drawing."""
+        self._bar.stop()
+
+
+def list_recipes(console: Console, recipes: Iterable[tuple[str, str]]) -> None:
+    """Print recipes, a line each: name and description."""
+    pairs = list(recipes)
+    width = max(len(name) for name, _ in pairs)
+    for name, description in pairs:
+        console.print(f"{name:{width}}  {description}", highlight=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"

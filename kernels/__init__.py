@@ -1,0 +1,25 @@
+"""Kernels for BERT trainers: attention, layer norm and gradient surgery.
+
+Each works on a GPU (Triton, CUDA) and on a CPU (C++, torch) under the same name.
+"""
+
+from .attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
+from .dropout import dropout
+from .embedding import embedding, wipe_
+from .layer_norm import FusedLayerNorm, dropout_add_layer_norm, layer_norm
+from .linear import linear
+from .task_rows import TaskRows, TaskSegments
+
+__all__ = [
+    "FusedLayerNorm",
+    "TaskRows",
+    "TaskSegments",
+    "dropout",
+    "dropout_add_layer_norm",
+    "embedding",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "layer_norm",
+    "linear",
+    "wipe_",
+]

@@ -1,0 +1,120 @@
+"""A linear layer whose backward writes one weight gradient for each task.
+
+    y = x W^T + b        x [T, I], W [O, I], b [O], y [T, O]
+    dx = dy W
+    dW_k = dy_k^T x_k,  db_k = sum of dy_k over its rows       (k: the rows of task k)
+
+The K weight products together do the arithmetic of the single ``dy^T x``; each lands in its row
+of the flat gradient buffer, so nothing is copied, summed or zero-filled afterwards.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from .task_rows import TaskRows, TaskSegments
+
+
+@torch.library.custom_op(
+    "superbert::linear_task_gradients_", mutates_args=("weight_rows", "bias_rows")
+)
+def linear_task_gradients_(
+    grad_output: Tensor,
+    x: Tensor,
+    weight_rows: Tensor,
+    bias_rows: Tensor | None,
+    offsets: Sequence[int],
+    accumulate: bool,
+) -> None:
+    """Write ``dy_k^T x_k`` and the column sums of ``dy_k`` into row k, for every task k.
+
+    Args:
+        grad_output: dy ``[T, O]``.
+        x: ``[T, I]``.
+        weight_rows: ``[K, O, I]``, written; any row stride.
+        bias_rows: ``[K, O]``, written, or None.
+        offsets: K + 1 ascending row numbers.
+        accumulate: add to what the rows hold.
+    """
+    for task, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        dy, inputs, row = grad_output[start:end], x[start:end], weight_rows[task]
+        if accumulate:
+            row.addmm_(dy.t(), inputs)
+        else:
+            torch.mm(dy.t(), inputs, out=row)
+        if bias_rows is not None:
+            if accumulate:
+                bias_rows[task].add_(dy.sum(0))
+            else:
+                torch.sum(dy, 0, out=bias_rows[task])
+
+
+@linear_task_gradients_.register_fake
+def _(
+    grad_output: Tensor,
+    x: Tensor,
+    weight_rows: Tensor,
+    bias_rows: Tensor | None,
+    offsets: Sequence[int],
+    accumulate: bool,
+) -> None:
+    return None
+
+
+class _TaskLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_rows: Tensor,
+        bias_rows: Tensor | None,
+        offsets: tuple[int, ...],
+        accumulate: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        # Not saved tensors: each backward overwrites them, which is their purpose.
+        ctx.rows = (weight_rows, bias_rows)  # type: ignore[attr-defined]
+        ctx.segments = (offsets, accumulate)  # type: ignore[attr-defined]
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        linear_task_gradients_(grad_output, x, *ctx.rows, *ctx.segments)
+        grad_input = grad_output.mm(weight) if ctx.needs_input_grad[0] else None
+        return grad_input, None, None, None, None, None, None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """Apply ``x W^T + b``; with ``rows``, the backward pass writes the K weight gradients there.
+
+    Args:
+        x: ``[T, I]`` with rows, ``[..., I]`` without.
+        weight: ``[O, I]``, dtype of ``x``.
+        bias: ``[O]`` or None.
+        rows: where task gradients go, of the weight's dtype; ``weight.grad`` then stays None.
+        segments: which rows of ``x`` belong to which task; needed with ``rows``.
+
+    Returns:
+        ``[..., O]``.
+
+    Raises:
+        ValueError: ``rows`` without ``segments``, or shapes of the two that disagree.
+    """
+    if rows is None:
+        return F.linear(x, weight, bias)
+    segments = rows.checked(segments, weight, bias, x)
+    return _TaskLinear.apply(x, weight, bias, rows.weight, rows.bias, *segments)  # type: ignore[no-any-return]
