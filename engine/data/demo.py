@@ -1,0 +1,172 @@
+"""A corpus made by a grammar, to train on where there is no other: the CS224N file set in small.
+
+*Scenes* have five slots (which, who, does, what, where), each filled by a concept that has several
+names.  A paraphrase fills every slot with the same concepts under names drawn anew; similarity is
+the share of slots that agree, times five.  *Opinions* grade an aspect of a film; a degree word
+moves the grade, a negation turns it round, and after a "but" only the second clause counts.
+"""
+
+import csv
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .formats import FORMATS, SPLITS
+
+Example = tuple[tuple[str, ...], float]
+"""The sentences of an example and its label."""
+
+Scene = tuple[tuple[str, ...], ...]
+"""A concept, that is its names, for each slot."""
+
+SIZES = {"train": 3000, "dev": 500, "test": 200}
+"""Examples of each task in each split."""
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_SLOTS = (
+    "small little tiny|big large huge|young youthful|old elderly aged|clever smart bright"
+    "|lazy idle|happy cheerful glad|angry furious|quick fast swift|quiet silent"
+    "|hungry starving|rich wealthy",
+    "children kids youngsters|doctors physicians|dogs hounds|cats kittens|teachers tutors"
+    "|thieves robbers|soldiers troops|farmers growers|writers authors|drivers motorists"
+    "|sailors seamen|judges magistrates",
+    "buy purchase|sell trade|carry bring|find discover|hide conceal|break smash"
+    "|repair fix mend|clean wash|watch observe|want desire|throw toss|forget lose",
+    "cars automobiles|boats ships|pictures images|stones rocks|gifts presents|coats jackets"
+    "|chairs seats|cups mugs|phones telephones|letters notes|clocks watches|bags sacks",
+    "woods forest|street road|shop store|house home|hills mountains|shore beach|yard garden"
+    "|town city|school classroom|station terminal|office bureau|kitchen canteen",
+)
+_CONCEPTS = tuple(tuple(_words(names) for names in concepts.split("|")) for concepts in _SLOTS)
+
+_QUESTIONS = (
+    "why do {} {} {} {} in the {} ?",
+    "what is the reason that {} {} {} {} in the {} ?",
+    "in the {4} , why do {0} {1} {2} {3} ?",
+)
+_STATEMENTS = (
+    "the {} {} {} {} in the {} .",
+    "in the {4} , the {0} {1} {2} {3} .",
+    "some {} {} {} {} in the {} .",
+)
+
+_ASPECTS = _words("acting plot story music script cast ending dialogue camera pace humor film")
+_GRADES = {
+    -2: _words("awful terrible horrible dreadful atrocious disastrous"),
+    -1: _words("bad weak dull poor boring clumsy"),
+    0: _words("average ordinary acceptable passable"),
+    1: _words("good nice enjoyable pleasant solid charming"),
+    2: _words("superb brilliant wonderful fantastic stunning excellent"),
+}
+_STRONGER = _words("very truly really extremely")
+_WEAKER = _words("somewhat slightly fairly rather")
+_OPENINGS = ("", "", "i think", "honestly ,", "as they say ,", "in the end ,", "for me")
+
+
+def write_demo(folder: Path, seed: int = 0) -> None:
+    """Write the train, dev and test files of every task into ``folder``, made if missing.
+
+    The same seed gives the same bytes.  No example of one split occurs in another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, generate in _GENERATORS.items():
+        examples = _distinct(generate, random.Random(f"{seed}/{task}"))
+        for split, size in SIZES.items():
+            _write_split(folder, task, split, [next(examples) for _ in range(size)])
+
+
+def _distinct(
+    generate: Callable[[random.Random], Example], rng: random.Random
+) -> Iterator[Example]:
+    seen: set[tuple[str, ...]] = set()
+    while True:
+        sentences, label = generate(rng)
+        if sentences not in seen:
+            seen.add(sentences)
+            yield sentences, label
+
+
+def _write_split(folder: Path, task: str, split: str, examples: list[Example]) -> None:
+    format_ = FORMATS[task]
+    labelled = split != "test"
+    with format_.file(folder, split).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["", "id", *format_.sentences, *([format_.label] if labelled else [])])
+        for row, (sentences, label) in enumerate(examples):
+            written = f"{label:g}"
+            writer.writerow(
+                [row, f"{task}-{SPLITS[split]}-{row}", *sentences, *([written] if labelled else [])]
+            )
+
+
+def _scene(rng: random.Random) -> Scene:
+    return tuple(rng.choice(concepts) for concepts in _CONCEPTS)
+
+
+def _changed(rng: random.Random, scene: Scene, changes: int) -> Scene:
+    """Return the scene with other concepts in ``changes`` of its slots."""
+    slots = set(rng.sample(range(len(scene)), changes))
+    return tuple(
+        rng.choice([other for other in concepts if other != concept]) if slot in slots else concept
+        for slot, (concept, concepts) in enumerate(zip(scene, _CONCEPTS, strict=True))
+    )
+
+
+def _tell(rng: random.Random, scene: Scene, templates: tuple[str, ...]) -> str:
+    return rng.choice(templates).format(*(rng.choice(names) for names in scene))
+
+
+def _quora(rng: random.Random) -> Example:
+    scene = _scene(rng)
+    duplicate = rng.random() < 0.4
+    other = scene if duplicate else _changed(rng, scene, rng.randint(1, len(scene)))
+    return (_tell(rng, scene, _QUESTIONS), _tell(rng, other, _QUESTIONS)), float(duplicate)
+
+
+def _sts(rng: random.Random) -> Example:
+    scene = _scene(rng)
+    changes = rng.randint(0, len(scene))
+    other = _changed(rng, scene, changes)
+    similarity = 5 * (1 - changes / len(scene))
+    return (_tell(rng, scene, _STATEMENTS), _tell(rng, other, _STATEMENTS)), similarity
+
+
+def _clause(rng: random.Random) -> tuple[str, int]:
+    """Return a clause such as "the plot was not very good" and its grade, -2 to 2."""
+    grade = rng.choice(list(_GRADES))
+    word = rng.choice(_GRADES[grade])
+    sign = (grade > 0) - (grade < 0)
+    modifier = ""
+    match rng.choice(("plain", "plain", "stronger", "weaker", "negated")):
+        case "stronger":
+            modifier, grade = rng.choice(_STRONGER), 2 * sign
+        case "weaker":
+            modifier, grade = rng.choice(_WEAKER), grade - sign
+        case "negated":
+            modifier, grade = "not", -sign
+    return " ".join(f"the {rng.choice(_ASPECTS)} was {modifier} {word}".split()), grade
+
+
+def _sst(rng: random.Random) -> Example:
+    clause, grade = _clause(rng)
+    if rng.random() < 0.3:
+        first, _ = _clause(rng)
+        clause = f"{first} , but {clause}"
+    sentence = f"{rng.choice(_OPENINGS)} {clause} .".strip()
+    return (sentence,), float(grade + 2)
+
+
+def _cfimdb(rng: random.Random) -> Example:
+    """Return a review of several clauses; it is positive if the grades add up to more than 0."""
+    while True:
+        clauses, grades = zip(*(_clause(rng) for _ in range(rng.randint(4, 8))), strict=True)
+        total = sum(grades)
+        if total:
+            return (" . ".join(clauses) + " .",), float(total > 0)
+
+
+_GENERATORS = {"sst": _sst, "quora": _quora, "sts": _sts, "cfimdb": _cfimdb}
