@@ -1,0 +1,47 @@
+// Chooses at run time between the builds of one source for several vector units.
+//
+// CMake compiles every *_simd.cpp once for each instruction set, with SUPERBERT_ISA set to its
+// name, and the code stands in the namespace superbert::SUPERBERT_ISA.  Such a file may include
+// nothing whose inline functions could end up shared with other files (no torch, no containers):
+// the linker keeps one copy of those, and it might keep the one that needs AVX-512.
+#pragma once
+
+namespace superbert {
+
+#if defined(__x86_64__)
+
+// The best of three builds of one thing that this processor can run.
+template <typename T>
+const T& best_for_cpu(const T& plain, const T& avx2, const T& avx512) {
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                               __builtin_cpu_supports("f16c");
+  static const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has_avx512 ? avx512 : has_avx2 ? avx2 : plain;
+}
+
+// Declares the builds of `name`, an object of type `type`, and `name()` that picks one.
+#define SUPERBERT_DISPATCH(type, name)                                                             \
+  namespace plain {                                                                                \
+  extern const type name;                                                                          \
+  }                                                                                                \
+  namespace avx2 {                                                                                 \
+  extern const type name;                                                                          \
+  }                                                                                                \
+  namespace avx512 {                                                                               \
+  extern const type name;                                                                          \
+  }                                                                                                \
+  inline const type& name() { return best_for_cpu(plain::name, avx2::name, avx512::name); }
+
+#else
+
+#define SUPERBERT_DISPATCH(type, name)                                                             \
+  namespace plain {                                                                                \
+  extern const type name;                                                                          \
+  }                                                                                                \
+  inline const type& name() { return plain::name; }
+
+#endif
+
+} // namespace superbert

@@ -1,0 +1,223 @@
+// CPU kernels of gradient surgery: one pass over memory each.  Compiled once for each vector unit.
+#include "surgery.h"
+
+#include "pcgrad_solver.h"
+#include "simd.h"
+
+namespace superbert::SUPERBERT_ISA {
+namespace {
+
+// Calls f with a null pointer of the rows' element type.
+template <typename F>
+void with_type(FloatType type, const F& f) {
+  switch (type) {
+  case FloatType::kFloat32:
+    return f(static_cast<const float*>(nullptr));
+  case FloatType::kFloat64:
+    return f(static_cast<const double*>(nullptr));
+  case FloatType::kBFloat16:
+    return f(static_cast<const BFloat16*>(nullptr));
+  case FloatType::kFloat16:
+    return f(static_cast<const Half*>(nullptr));
+  }
+}
+
+// ---- Gram matrix -------------------------------------------------------------------------------
+// The matrix is cut into tiles of at most 4 x 4 rows, whose sums fill the vector registers.  A
+// block of columns goes through all tiles while it is in the cache, so memory is read once; its
+// sums are folded into float64, so the error does not grow with the number of columns.
+constexpr int kTile = 4;
+constexpr int64_t kBlockColumns = 2048;
+
+// Adds the tile of rows a[0..I) x b[0..J) over `count` columns.  On the diagonal a == b, j >= i.
+template <int I, int J, bool kDiagonal, typename T>
+void add_tile(const T* a, const T* b, int64_t row_stride, int64_t count, double* gram,
+              int64_t gram_stride) {
+  using C = Compute<T>;
+  Vec<C> sums[I][J] = {};
+  const auto accumulate = [&](const auto& load_row) {
+    Vec<C> x[I], y[J];
+#pragma GCC unroll 4
+    for (int i = 0; i < I; ++i) x[i] = load_row(a + i * row_stride);
+#pragma GCC unroll 4
+    for (int j = 0; j < J; ++j) y[j] = kDiagonal ? x[j] : load_row(b + j * row_stride);
+#pragma GCC unroll 4
+    for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+      for (int j = kDiagonal ? i : 0; j < J; ++j) sums[i][j] += x[i] * y[j];
+    }
+  };
+  int64_t column = 0;
+  for (; column + kLanes<C> <= count; column += kLanes<C>) {
+    accumulate([&](const T* row) { return load(row + column); });
+  }
+  if (column < count) {
+    accumulate([&](const T* row) { return load_first(row + column, count - column); });
+  }
+  for (int i = 0; i < I; ++i) {
+    for (int j = kDiagonal ? i : 0; j < J; ++j) {
+      gram[i * gram_stride + j] += sum_lanes<C>(sums[i][j]);
+    }
+  }
+}
+
+template <typename T>
+void add_block(const T* block, const Rows& rows, int64_t count, double* gram) {
+  const int64_t k = rows.num_rows, stride = rows.row_stride;
+  for (int64_t i = 0; i < k; i += kTile) {
+    const T* a = block + i * stride;
+    double* diagonal = gram + i * k + i;
+    switch (k - i) {
+    case 1:
+      add_tile<1, 1, true>(a, a, stride, count, diagonal, k);
+      break;
+    case 2:
+      add_tile<2, 2, true>(a, a, stride, count, diagonal, k);
+      break;
+    case 3:
+      add_tile<3, 3, true>(a, a, stride, count, diagonal, k);
+      break;
+    default:
+      add_tile<4, 4, true>(a, a, stride, count, diagonal, k);
+      break;
+    }
+    for (int64_t j = i + kTile; j < k; j += kTile) {
+      const T* b = block + j * stride;
+      double* tile = gram + i * k + j;
+      switch (k - j) {
+      case 1:
+        add_tile<4, 1, false>(a, b, stride, count, tile, k);
+        break;
+      case 2:
+        add_tile<4, 2, false>(a, b, stride, count, tile, k);
+        break;
+      case 3:
+        add_tile<4, 3, false>(a, b, stride, count, tile, k);
+        break;
+      default:
+        add_tile<4, 4, false>(a, b, stride, count, tile, k);
+        break;
+      }
+    }
+  }
+}
+
+void gram(const Rows& rows, int64_t begin, int64_t end, double* result) {
+  with_type(rows.type, [&](auto type) {
+    const auto* data = static_cast<decltype(type)>(rows.data);
+    for (int64_t column = begin; column < end; column += kBlockColumns) {
+      const int64_t count = end - column < kBlockColumns ? end - column : kBlockColumns;
+      add_block(data + column, rows, count, result);
+    }
+  });
+}
+
+// ---- combination -------------------------------------------------------------------------------
+// Calls use(column, lanes, gradient) for each vector of sum_k weights[k] * rows[k]; fewer lanes
+// than a vector has only at the end.
+template <typename T, typename F>
+void for_combined(const Rows& rows, const double* weights, int64_t begin, int64_t end,
+                  const F& use) {
+  using C = Compute<T>;
+  const T* data = static_cast<const T*>(rows.data);
+  Vec<C> broadcast[kMaxTasks];
+  for (int64_t k = 0; k < rows.num_rows; ++k) broadcast[k] = Vec<C>{} + static_cast<C>(weights[k]);
+
+  const auto combined = [&](const auto& load_row) {
+    Vec<C> sum{};
+    const T* row = data;
+    for (int64_t k = 0; k < rows.num_rows; ++k, row += rows.row_stride) {
+      sum += broadcast[k] * load_row(row);
+    }
+    return sum;
+  };
+  int64_t column = begin;
+  for (; column + kLanes<C> <= end; column += kLanes<C>) {
+    use(column, kLanes<C>, combined([&](const T* row) { return load(row + column); }));
+  }
+  if (column < end) {
+    const int64_t lanes = end - column;
+    use(column, lanes, combined([&](const T* row) { return load_first(row + column, lanes); }));
+  }
+}
+
+template <typename T, typename V>
+void store_lanes(T* p, V v, int64_t lanes) {
+  if (lanes == kLanes<Compute<T>>) {
+    store(p, v);
+  } else {
+    store_first(p, v, lanes);
+  }
+}
+
+template <typename T>
+auto load_lanes(const T* p, int64_t lanes) {
+  return lanes == kLanes<Compute<T>> ? load(p) : load_first(p, lanes);
+}
+
+void combine(const Rows& rows, const double* weights, int64_t begin, int64_t end,
+             FloatType out_type, void* out) {
+  with_type(rows.type, [&]<typename T>(const T*) {
+    with_type(out_type, [&]<typename Out>(const Out*) {
+      if constexpr (sizeof(Compute<T>) == sizeof(Compute<Out>)) {
+        Out* result = static_cast<Out*>(out);
+        for_combined<T>(rows, weights, begin, end, [&](int64_t column, int64_t lanes, auto sum) {
+          store_lanes(result + column, sum, lanes);
+        });
+      }
+    });
+  });
+}
+
+// Stands for the low precision copy where there is none.
+struct NoCopy {};
+
+template <typename T, typename Copy>
+void combine_adamw_as(const Rows& rows, const double* weights, int64_t begin, int64_t end,
+                      const AdamWStep& step, const AdamWState& state, Copy* copy) {
+  using C = Compute<T>;
+  C* master = static_cast<C*>(state.master);
+  C* exp_avg = static_cast<C*>(state.exp_avg);
+  C* exp_avg_sq = static_cast<C*>(state.exp_avg_sq);
+  const C gradient_scale = step.gradient_scale, eps = step.eps;
+  const C keep1 = step.beta1, add1 = 1.0 - step.beta1;
+  const C keep2 = step.beta2, add2 = 1.0 - step.beta2;
+  const C weight_factor = step.weight_factor, step_size = step.step_size;
+  const C second_moment_factor = step.second_moment_factor;
+
+  for_combined<T>(rows, weights, begin, end, [&](int64_t column, int64_t lanes, Vec<C> gradient) {
+    gradient *= gradient_scale;
+    const Vec<C> m = keep1 * load_lanes(exp_avg + column, lanes) + add1 * gradient;
+    const Vec<C> v = keep2 * load_lanes(exp_avg_sq + column, lanes) + add2 * gradient * gradient;
+    const Vec<C> denominator = square_root(v) * second_moment_factor + eps;
+    const Vec<C> weight =
+        weight_factor * load_lanes(master + column, lanes) - step_size * (m / denominator);
+    store_lanes(exp_avg + column, m, lanes);
+    store_lanes(exp_avg_sq + column, v, lanes);
+    store_lanes(master + column, weight, lanes);
+    if constexpr (!__is_same(Copy, NoCopy)) store_lanes(copy + column, weight, lanes);
+  });
+}
+
+void combine_adamw(const Rows& rows, const double* weights, int64_t begin, int64_t end,
+                   const AdamWStep& step, const AdamWState& state) {
+  with_type(rows.type, [&]<typename T>(const T*) {
+    const auto run = [&](auto* copy) {
+      combine_adamw_as<T>(rows, weights, begin, end, step, state, copy);
+    };
+    if (state.low_precision == nullptr) return run(static_cast<NoCopy*>(nullptr));
+    if constexpr (sizeof(Compute<T>) == sizeof(float)) {
+      if (state.low_precision_type == FloatType::kBFloat16) {
+        return run(static_cast<BFloat16*>(state.low_precision));
+      }
+      return run(static_cast<Half*>(state.low_precision));
+    }
+  });
+}
+
+} // namespace
+
+extern const SurgeryKernels surgery_kernels;
+const SurgeryKernels surgery_kernels = {gram, combine, combine_adamw};
+
+} // namespace superbert::SUPERBERT_ISA

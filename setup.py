@@ -1,0 +1,98 @@
+"""Builds the C++/CUDA extension through CMake; everything else stands in pyproject.toml.
+
+The library speaks LibTorch's stable ABI and knows nothing of CPython, so that one build serves
+every Python and every torch from 2.11 on.  In the repository the packages stand at the top
+(``engine``, ``kernels``); installed they are ``superbert.engine`` and ``superbert.kernels``.
+
+CUDA code is built when the installed torch has CUDA and nvcc is at hand; ``SUPERBERT_CUDA=ON`` or
+``OFF`` in the environment of the build decides otherwise.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+LIBRARY = "libsuperbert.so"
+
+
+def find_tool(name: str) -> str | None:
+    """Path of a build tool: beside this Python (a virtual environment's own) or on PATH."""
+    return shutil.which(name, path=os.pathsep.join([sys.prefix + "/bin", os.environ["PATH"]]))
+
+
+def cuda_wanted() -> bool:
+    """Whether to build the CUDA code, as the module's docstring says."""
+    choice = os.environ.get("SUPERBERT_CUDA", "")
+    if choice not in ("", "ON", "OFF"):
+        raise SystemExit(f"SUPERBERT_CUDA must be ON or OFF, not {choice!r}")
+    if choice:
+        return choice == "ON"
+    import torch
+
+    return torch.version.cuda is not None and find_tool("nvcc") is not None
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake and puts the library into the package ``kernels``."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The library's place; without CPython's version, which it does not depend on."""
+        *package, _ = fullname.split(".")
+        return os.path.join(*package, LIBRARY)
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configure and build, then copy the library to where setuptools wants it."""
+        cmake = find_tool("cmake")
+        torch = importlib.util.find_spec("torch")
+        if cmake is None or torch is None or torch.origin is None:
+            raise SystemExit(
+                "building needs cmake and an installed torch "
+                "(pip install --no-build-isolation); `make setup` does all of it"
+            )
+        generator = ["-GNinja"] if find_tool("ninja") else []
+        if ninja := find_tool("ninja"):
+            generator.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+        build_dir = ROOT / "build" / "cmake"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(build_dir), *generator),
+            f"-DSUPERBERT_TORCH_DIR={Path(torch.origin).parent}",
+            f"-DSUPERBERT_CUDA={'ON' if cuda_wanted() else 'OFF'}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(build_dir), "--parallel"], check=True)
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A fresh file, then a rename: a process that runs the old library keeps it whole.
+        partial = target.with_suffix(".part")
+        shutil.copyfile(build_dir / LIBRARY, partial)
+        partial.replace(target)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel for any Python 3 on this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """``py3-none-<platform>``: see the module's docstring."""
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    packages=[
+        f"superbert.{name}"
+        for name in find_packages(include=["engine", "engine.*", "kernels", "kernels.*"])
+    ],
+    package_dir={"superbert.engine": "engine", "superbert.kernels": "kernels"},
+    package_data={"superbert.engine": ["recipes/*.toml"]},
+    ext_modules=[Extension("superbert.kernels.libsuperbert", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
+)
