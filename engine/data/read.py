@@ -101,7 +101,7 @@ def parse_table(
             if on_bad_row == "error":
                 raise InputError(
                     f"{bad.reason}: {bad.detail}, {path}:{number}; "
-                    "correct the row or pass --on-bad-row skip"
+                    "correct the row or see --on-bad-row"
                 ) from bad
             bad_rows[bad.reason] += 1
             if on_bad_row == "skip":

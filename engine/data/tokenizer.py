@@ -91,15 +91,27 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train a lower-casing WordPiece; the same texts give the same vocabulary."""
-        backend = _word_piece({token: i for i, token in enumerate(SPECIAL_TOKENS)}, {})
+        """Train a lower-casing WordPiece; the same texts give the same vocabulary.
+
+        Args:
+            texts: the sentences; all are held in memory.
+            vocab_size: the most tokens that the vocabulary may have; it has fewer where the
+                texts' words are all in it before.  The texts' characters are always in it.
+        """
+        texts = list(texts)
+        backend = _word_piece({}, {})
+        normalize = backend.normalizer.normalize_str
+        characters = sorted({c for text in texts for c in normalize(text) if not c.isspace()})
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            # The library would number the ## forms in the order of a hash table, which differs
+            # from run to run and decides between merges of equal rank.  Named here, they get
+            # their numbers in this order.
+            special_tokens=[*SPECIAL_TOKENS, *(f"##{c}" for c in characters)],
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        return cls(backend)
+        return cls(_word_piece(backend.get_vocab(), {}))
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``vocab.txt`` and ``tokenizer_config.json`` into ``folder``."""

@@ -1,0 +1,144 @@
+"""Token ids: equal to transformers', framed and cut as BERT wants them."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+from engine.data.formats import FORMATS
+from engine.data.read import read_table
+from engine.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from engine.errors import InputError
+
+
+def test_every_sentence_is_framed_and_cut(tokenizer: Tokenizer) -> None:
+    texts = ["the plot was good .", "", "good", "the " * 50]
+    encoded = tokenizer.encode(texts, max_length=8)
+    rows = [
+        encoded.tokens[a:b].tolist()
+        for a, b in zip(encoded.offsets, encoded.offsets[1:], strict=False)
+    ]
+    assert [len(row) for row in rows] == [7, 2, 3, 8]
+    assert all(row[0] == tokenizer.cls_id and row[-1] == tokenizer.sep_id for row in rows)
+    assert encoded.truncated == 1
+    assert tokenizer.decode(rows[0]) == "the plot was good."
+
+
+def test_many_sentences_are_encoded_in_order(tokenizer: Tokenizer) -> None:
+    texts = ["the plot was good", "bad"] * 2500  # more than one chunk of the library's
+    encoded = tokenizer.encode(texts, max_length=32)
+    np.testing.assert_array_equal(np.diff(encoded.offsets), [6, 3] * 2500)
+    assert len(encoded.tokens) == encoded.offsets[-1]
+
+
+def test_no_sentence_and_no_room(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode([], max_length=8).tokens.shape == (0,)
+    with pytest.raises(ValueError, match="max_length"):
+        tokenizer.encode(["x"], max_length=2)
+
+
+def test_training_is_repeatable(demo: Path) -> None:
+    # Hash tables are seeded anew for every table, so one process shows what two would.
+    table = read_table(FORMATS["sts"].file(demo, "train"), FORMATS["sts"])
+    texts = [text for column in table.sentences for text in column]
+    first = Tokenizer.train(texts, 250)
+    assert first.vocab_size == 250
+    assert all(Tokenizer.train(texts, 250).to_json() == first.to_json() for _ in range(5))
+    assert first.unk_id not in first.encode(["quick unseen words"], 64).tokens
+
+
+def test_special_tokens_of_the_trained_are_berts(tokenizer: Tokenizer) -> None:
+    added = Backend.from_str(tokenizer.to_json()).get_added_tokens_decoder().values()
+    assert [token.content for token in added] == list(SPECIAL_TOKENS)
+    assert tokenizer.pad_id == 0
+
+
+def test_case_is_ignored(tokenizer: Tokenizer) -> None:
+    np.testing.assert_array_equal(
+        tokenizer.encode(["The PLOT"], 8).tokens, tokenizer.encode(["the plot"], 8).tokens
+    )
+
+
+def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    texts = ["the plot was really good .", "unseen wörds ! 你好"]
+    expected = tokenizer.encode(texts, 16).tokens
+    assert Tokenizer.load(tmp_path).to_json() == tokenizer.to_json()
+    (tmp_path / "tokenizer.json").unlink()
+    from_vocabulary = Tokenizer.load(tmp_path)
+    np.testing.assert_array_equal(from_vocabulary.encode(texts, 16).tokens, expected)
+    assert from_vocabulary.vocab_size == tokenizer.vocab_size
+
+
+def test_settings_of_the_folder_do_not_cut_or_pad(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    backend = Backend.from_str(tokenizer.to_json())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    texts = ["the plot was good .", "good"]
+    loaded = Tokenizer.load(tmp_path)
+    np.testing.assert_array_equal(
+        loaded.encode(texts, 32).tokens, tokenizer.encode(texts, 32).tokens
+    )
+    assert loaded.to_json() == tokenizer.to_json()
+
+
+def test_cased_vocabulary_stays_cased(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    cased = Tokenizer.load(tmp_path)
+    assert not cased.lowercase
+    assert cased.encode(["PLOT"], 8).tokens[1] == cased.unk_id
+
+
+def test_folders_without_a_usable_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no tokenizer\.json or vocab.txt"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\nthe\n[SEP]\nthe\n[MASK]\n")
+    with pytest.raises(InputError, match=r"'the' stands twice.*:6"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n[UNK]\n\xff\n")
+    with pytest.raises(InputError, match=r"not UTF-8.*:3"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nthe\n")
+    with pytest.raises(InputError, match=r"no token \[MASK\]"):
+        Tokenizer.load(tmp_path)
+    for settings in ("{", "[]", "\x00"):
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+        with pytest.raises(InputError, match=r"tokenizer_config\.json"):
+            Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"not a tokenizer.*tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    Backend(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"no token \[PAD\]"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("from_vocabulary", [False, True], ids=["tokenizer.json", "vocab.txt"])
+def test_agrees_with_transformers(
+    real_encoder: Path, tmp_path: Path, from_vocabulary: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    if from_vocabulary:
+        shutil.copy(real_encoder / "vocab.txt", tmp_path)
+    ours = Tokenizer.load(tmp_path if from_vocabulary else real_encoder)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(real_encoder))
+    texts = [
+        "A film 's `` charm '' , don't you think?",
+        "Çédille ÄÖ naïve café — “quotes” … 100%",
+        "你好 mixed with latin, привет",
+        "tab\tand nbsp\xa0zero\u200bwidth \x96 control \x7f",
+        "[MASK] and [SEP] inside",
+        "supercalifragilisticexpialidocious" * 4,
+        "🙂 emoji",
+        "long " * 600,
+    ]
+    encoded = ours.encode(texts, 512)
+    expected = theirs(texts, truncation=True, max_length=512)["input_ids"]
+    assert encoded.tokens.tolist() == [token for row in expected for token in row]
+    assert encoded.truncated == 1
