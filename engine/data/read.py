@@ -175,8 +175,12 @@ def _split(line: bytes) -> list[str]:
         raise _BadRowError("not UTF-8", where) from error
     if "\0" in text:
         raise _BadRowError("NUL character", f"at {text.index(chr(0)) + 1}")
+    if "\r" in text:
+        raise _BadRowError("carriage return", "within a line; lines end in LF or CR LF")
     if not text.strip():
         raise _BadRowError("empty line", "nothing in it")
+    if len(text) > csv.field_size_limit():
+        raise _BadRowError("line too long", f"{len(text)} characters")
     try:
         return next(csv.reader([text], delimiter="\t", strict=True))
     except csv.Error as error:

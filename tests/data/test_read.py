@@ -25,7 +25,9 @@ BAD_ROWS = {
     "number of fields": b"1\tb\tdull\tfilm\t1",
     "not UTF-8": b"1\tb\tcaf\xe9\t1",
     "NUL character": b"1\tb\tdull\0film\t1",
+    "carriage return": b"1\tb\tdull\rfilm\t1",
     "empty line": b"",
+    "line too long": b"1\tb\t" + b"dull " * 30000 + b"\t1",
     "broken quoting": b'1\tb\t"dull film\t1',
 }
 
@@ -72,13 +74,14 @@ def test_a_stray_quote_swallows_no_row() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no column 'id'|empty line"),
+        (b"", "header: empty line"),
         (b"\n\n", "empty line"),
         (HEADER, "no usable row"),
         (b"id\tsentence\n0\tx\n", "no column 'sentiment'.*f:1"),
         (b"id\tsentence\tsentence\tsentiment\n", "twice: 'sentence'"),
         (b'id\t"sentence\tsentiment\n', "broken quoting"),
         (b"id,sentence,sentiment\n", "no column 'id'"),
+        (b"id\tsentence\tsentiment\ra\tfine\t3\r", "header: carriage return"),
         (b"\xff\xfei\0d\0", "header: not UTF-8"),
         (HEADER + b"0\ta\t\t3\n", "empty sentence"),
     ],
