@@ -1,0 +1,47 @@
+// What the border to torch (attention_cpu.cpp) and the CPU kernels (attention_simd.cpp) agree on:
+// plain structs, no torch.  Shapes and offsets are checked before they come here.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_isa.h"
+#include "dropout.h"
+#include "storage.h"
+
+namespace superbert {
+
+// A packed stream [T, heads, width] with any row and head stride, counted in elements.
+struct HeadRows {
+  void* data;
+  int64_t row;
+  int64_t head;
+};
+
+struct AttentionCall {
+  Storage storage;
+  int64_t sequences, heads, width;
+  int64_t total_queries; // rows of q, the row length of the log-sum-exp
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  float scale;
+  bool causal;
+  Dropout dropout;
+  HeadRows q, k, v, out;
+  float* lse; // [heads, total_queries]
+};
+
+struct AttentionGradients {
+  HeadRows out, q, k, v;
+};
+
+// Item = sequence * heads + head.  `scratch` has scratch_floats() floats and belongs to one thread.
+struct AttentionKernels {
+  int64_t (*scratch_floats)(const AttentionCall& call);
+  void (*forward)(const AttentionCall& call, int64_t item, float* scratch);
+  void (*backward)(const AttentionCall& call, const AttentionGradients& gradients, int64_t item,
+                   float* scratch);
+};
+
+SUPERBERT_DISPATCH(AttentionKernels, attention_kernels)
+
+} // namespace superbert

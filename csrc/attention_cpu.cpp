@@ -1,0 +1,179 @@
+// The CPU side of the attention ops; kernels/attention.py documents them.
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "attention.h"
+#include "tensor_border.h"
+
+namespace superbert {
+namespace {
+
+using torch::stable::select;
+using torch::stable::Tensor;
+
+// The arguments that every op has after its tensors.
+struct Options {
+  double dropout_p;
+  double softmax_scale;
+  bool causal;
+  std::optional<Tensor> seed;
+  int64_t stream;
+};
+
+// The sequence boundaries are data, so the checks that shapes allow are made in Python and these
+// are made here.
+void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total) {
+  const auto* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  const int64_t sequences = cu_seqlens.numel() - 1;
+  STD_TORCH_CHECK(cu[0] == 0, name, ": expected to start at 0, got ", cu[0]);
+  for (int64_t s = 0; s < sequences; ++s)
+    STD_TORCH_CHECK(cu[s] <= cu[s + 1], name, ": expected ascending offsets, got ", cu[s],
+                    " before ", cu[s + 1], " at position ", s);
+  STD_TORCH_CHECK(cu[sequences] <= total, name, ": expected to end within the ", total,
+                  " rows, got ", cu[sequences]);
+}
+
+// Rows behind the last sequence belong to nobody; they are defined to be zero.
+void zero_rows_after(const Tensor& cu_seqlens, const Tensor& x) {
+  const int64_t sequences = cu_seqlens.numel() - 1;
+  const int64_t end = static_cast<const int32_t*>(cu_seqlens.const_data_ptr())[sequences];
+  if (end == x.size(0)) return;
+  Tensor x_view = x;
+  Tensor rest = torch::stable::narrow(x_view, 0, end, x.size(0) - end);
+  torch::stable::zero_(rest);
+}
+
+HeadRows head_rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
+
+Tensor empty_heads(const Tensor& like) {
+  return torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)});
+}
+
+AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                        const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                        const Options& options) {
+  check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.size(0));
+  check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  AttentionCall call;
+  call.storage = storage_of("q", q);
+  call.sequences = cu_seqlens_q.numel() - 1;
+  call.heads = q.size(1);
+  call.width = q.size(2);
+  call.total_queries = q.size(0);
+  call.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
+  call.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr());
+  call.scale = static_cast<float>(options.softmax_scale);
+  call.causal = options.causal;
+  call.dropout = make_dropout(options.dropout_p, options.seed, options.stream);
+  call.q = head_rows(q);
+  call.k = head_rows(k);
+  call.v = head_rows(v);
+  call.out = head_rows(out);
+  call.lse = static_cast<float*>(lse.data_ptr());
+  return call;
+}
+
+// Runs one of the kernels over all heads of all sequences.
+template <typename Kernel>
+void run(const AttentionCall& call, const Kernel& kernel) {
+  const int64_t floats = attention_kernels().scratch_floats(call);
+  parallel_items(
+      call.sequences * call.heads, [&] { return std::make_unique_for_overwrite<float[]>(floats); },
+      [&](auto& scratch, int64_t item) { kernel(item, scratch.get()); });
+}
+
+std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                       const Options& options) {
+  Tensor out = empty_heads(q);
+  Tensor lse =
+      torch::stable::new_empty(q, {q.size(1), q.size(0)}, torch::headeronly::ScalarType::Float);
+  const AttentionCall call = make_call(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options);
+  zero_rows_after(cu_seqlens_q, out);
+  zero_rows_after(cu_seqlens_q, torch::stable::transpose(lse, 0, 1));
+  const auto& kernels = attention_kernels();
+  run(call, [&](int64_t item, float* scratch) { kernels.forward(call, item, scratch); });
+  return {out, lse};
+}
+
+void run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+                  const Tensor& cu_seqlens_k, const Options& options, const Tensor& grad_q,
+                  const Tensor& grad_k, const Tensor& grad_v) {
+  const AttentionCall call = make_call(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options);
+  zero_rows_after(cu_seqlens_q, grad_q);
+  zero_rows_after(cu_seqlens_k, grad_k);
+  zero_rows_after(cu_seqlens_k, grad_v);
+  const Tensor d_out = torch::stable::contiguous(grad_out);
+  const AttentionGradients gradients = {head_rows(d_out), head_rows(grad_q), head_rows(grad_k),
+                                        head_rows(grad_v)};
+  const auto& kernels = attention_kernels();
+  run(call,
+      [&](int64_t item, float* scratch) { kernels.backward(call, gradients, item, scratch); });
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
+                                     Tensor cu_seqlens_k, int64_t, int64_t, double dropout_p,
+                                     double softmax_scale, bool causal, std::optional<Tensor> seed,
+                                     int64_t stream) {
+  return run_forward(q, k, v, cu_seqlens_q, cu_seqlens_k,
+                     {dropout_p, softmax_scale, causal, seed, stream});
+}
+
+std::tuple<Tensor, Tensor, Tensor>
+attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                   Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t, int64_t, double dropout_p,
+                   double softmax_scale, bool causal, std::optional<Tensor> seed, int64_t stream) {
+  Tensor grad_q = empty_heads(q), grad_k = empty_heads(k), grad_v = empty_heads(v);
+  run_backward(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
+               {dropout_p, softmax_scale, causal, seed, stream}, grad_q, grad_k, grad_v);
+  return {grad_q, grad_k, grad_v};
+}
+
+std::tuple<Tensor, Tensor> attention_qkvpacked(Tensor qkv, Tensor cu_seqlens, int64_t,
+                                               double dropout_p, double softmax_scale, bool causal,
+                                               std::optional<Tensor> seed, int64_t stream) {
+  return run_forward(select(qkv, 1, 0), select(qkv, 1, 1), select(qkv, 1, 2), cu_seqlens,
+                     cu_seqlens, {dropout_p, softmax_scale, causal, seed, stream});
+}
+
+Tensor attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse,
+                                    Tensor cu_seqlens, int64_t, double dropout_p,
+                                    double softmax_scale, bool causal, std::optional<Tensor> seed,
+                                    int64_t stream) {
+  Tensor grad = torch::stable::new_empty(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
+  run_backward(grad_out, select(qkv, 1, 0), select(qkv, 1, 1), select(qkv, 1, 2), out, lse,
+               cu_seqlens, cu_seqlens, {dropout_p, softmax_scale, causal, seed, stream},
+               select(grad, 1, 0), select(grad, 1, 1), select(grad, 1, 2));
+  return grad;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+        "SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, float softmax_scale, "
+        "bool causal, Tensor? seed, int stream) -> (Tensor out, Tensor lse)");
+  m.def("attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+        "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+        "float dropout_p, float softmax_scale, bool causal, Tensor? seed, int stream) "
+        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def("attention_qkvpacked(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, "
+        "float softmax_scale, bool causal, Tensor? seed, int stream) -> (Tensor out, Tensor lse)");
+  m.def("attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, "
+        "Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, float softmax_scale, bool causal, "
+        "Tensor? seed, int stream) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_qkvpacked", TORCH_BOX(&attention_qkvpacked));
+  m.impl("attention_qkvpacked_backward", TORCH_BOX(&attention_qkvpacked_backward));
+}
+
+} // namespace
+} // namespace superbert

@@ -1,0 +1,308 @@
+// Attention over packed sequences on the CPU.  Compiled once for each vector unit.
+//
+// A work item is one head of one sequence.  Its scores live in a scratch tile of at most
+// kQueryBlock x kKeyBlock floats: a sentence needs one tile, a long sequence goes tile by tile with
+// a running maximum (forward; Milakov and Gimelshein 2018, arXiv:1805.02867) or with the saved
+// log-sum-exp (backward; Dao et al. 2022, arXiv:2205.14135).  All arithmetic is float32.
+#include "attention.h"
+
+#include "dropout_simd.h"
+#include "simd_math.h"
+
+namespace superbert::SUPERBERT_ISA {
+namespace {
+
+constexpr int64_t kQueryBlock = 64;
+constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kFactorRow = kKeyBlock + 32; // a tile may start anywhere in a quad of keys
+constexpr float kInfinity = __builtin_inff();
+
+int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+// Where one head of one sequence stands in the packed streams.
+struct Span {
+  int64_t head, query, queries, key, keys;
+  bool causal;
+
+  Span(const AttentionCall& call, int64_t item) : head(item % call.heads), causal(call.causal) {
+    const int64_t sequence = item / call.heads;
+    query = call.cu_seqlens_q[sequence];
+    queries = call.cu_seqlens_q[sequence + 1] - query;
+    key = call.cu_seqlens_k[sequence];
+    keys = call.cu_seqlens_k[sequence + 1] - key;
+  }
+
+  // How many keys query i sees.  Causal attention is aligned at the end, as in flash-attn: the last
+  // query sees every key.
+  int64_t visible(int64_t i) const {
+    if (!causal) return keys;
+    const int64_t seen = smaller(keys, i + 1 + keys - queries);
+    return seen > 0 ? seen : 0;
+  }
+};
+
+// The float32 tiles of one item, laid out in the thread's scratch.
+struct Tiles {
+  int64_t row;     // floats of a row of width `width`
+  int64_t columns; // floats of a row of scores
+  float *queries, *keys, *keys_t, *values, *values_t, *scores, *grad_scores, *factors;
+  float *out, *grad_out, *grad_queries, *grad_keys, *grad_values, *row_max, *row_sum, *delta;
+  float* scratch; // null: only count
+  int64_t floats = 0;
+
+  Tiles(int64_t width, int64_t num_queries, int64_t num_keys, float* memory)
+      : row(round_up(width)), columns(round_up(smaller(kKeyBlock, num_keys))), scratch(memory) {
+    const int64_t rows = smaller(kQueryBlock, num_queries);
+    queries = take(rows * row);
+    keys = take(columns * row);
+    keys_t = take(columns * row);
+    values = take(columns * row);
+    values_t = take(columns * row);
+    scores = take(rows * columns);
+    grad_scores = take(rows * columns);
+    factors = take(rows * kFactorRow);
+    out = take(rows * row);
+    grad_out = take(rows * row);
+    grad_queries = take(num_queries * row);
+    grad_keys = take(columns * row);
+    grad_values = take(columns * row);
+    row_max = take(rows);
+    row_sum = take(rows);
+    delta = take(num_queries);
+  }
+
+  float* take(int64_t count) {
+    float* start = scratch == nullptr ? nullptr : scratch + floats;
+    floats += round_up(count);
+    return start;
+  }
+};
+
+int64_t scratch_floats(const AttentionCall& call) {
+  int64_t num_queries = 0, num_keys = 0;
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    const int64_t q = call.cu_seqlens_q[s + 1] - call.cu_seqlens_q[s];
+    const int64_t k = call.cu_seqlens_k[s + 1] - call.cu_seqlens_k[s];
+    num_queries = q > num_queries ? q : num_queries;
+    num_keys = k > num_keys ? k : num_keys;
+  }
+  return Tiles(call.width, num_queries, num_keys, nullptr).floats;
+}
+
+template <typename T>
+T* element(const HeadRows& rows, int64_t i, int64_t head) {
+  return static_cast<T*>(rows.data) + i * rows.row + head * rows.head;
+}
+
+// Rows first .. first + count of one head, widened and scaled, to `to` [count, row].
+template <typename T>
+void widen_rows(const HeadRows& from, int64_t head, int64_t first, int64_t count, int64_t width,
+                float factor, float* to, int64_t row) {
+  for (int64_t i = 0; i < count; ++i) {
+    widen(element<const T>(from, first + i, head), width, factor, to + i * row);
+  }
+}
+
+template <typename T>
+void narrow_rows(const float* from, int64_t row, const HeadRows& to, int64_t head, int64_t first,
+                 int64_t count, int64_t width, float factor) {
+  for (int64_t i = 0; i < count; ++i) {
+    narrow(from + i * row, width, factor, element<T>(to, first + i, head));
+  }
+}
+
+// to [width, columns] = from [count, row] transposed; columns that only fill a vector become zero.
+void transpose(const float* from, int64_t count, int64_t width, int64_t row, float* to,
+               int64_t columns) {
+  for (int64_t d = 0; d < width; ++d) {
+    for (int64_t i = 0; i < count; ++i) to[d * columns + i] = from[i * row + d];
+    for (int64_t i = count; i < round_up(count); ++i) to[d * columns + i] = 0;
+  }
+}
+
+// Scores of keys that a query does not see become -inf, and of the columns that only fill a vector.
+void mask_scores(const Span& span, int64_t query, int64_t queries, int64_t key, int64_t keys,
+                 float* scores, int64_t columns) {
+  for (int64_t i = 0; i < queries; ++i) {
+    const int64_t seen = span.visible(query + i) - key;
+    for (int64_t j = seen < 0 ? 0 : smaller(seen, keys); j < round_up(keys); ++j) {
+      scores[i * columns + j] = -kInfinity;
+    }
+  }
+}
+
+// Computes the dropout factors of a tile; key j of query i has factors[i * kFactorRow + j].
+const float* tile_factors(const AttentionCall& call, const Span& span, int64_t query,
+                          int64_t queries, int64_t key, int64_t keys, float* buffer) {
+  attention_factors(call.dropout, span.head, span.query + query, queries, span.key + key, keys,
+                    buffer, kFactorRow);
+  return buffer + (span.key + key) % 4;
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// Folds one tile of scores [queries, keys] into the running softmax.  The tile then holds the
+// probabilities that multiply the values, up to the division by the row's final sum.
+void softmax_tile(int64_t queries, int64_t keys, const float* factors, const Tiles& tiles) {
+  for (int64_t i = 0; i < queries; ++i) {
+    float* scores = tiles.scores + i * tiles.columns;
+    Floats largest = splat(-kInfinity);
+    for (int64_t j = 0; j < keys; j += kWidth) {
+      const Floats s = load(scores + j);
+      largest = largest < s ? s : largest;
+    }
+    const float old_max = tiles.row_max[i], tile_max = max_lane(largest);
+    const float new_max = tile_max > old_max ? tile_max : old_max;
+    if (old_max != new_max && old_max != -kInfinity) {
+      const float rescale = __builtin_expf(old_max - new_max);
+      float* out = tiles.out + i * tiles.row;
+      for (int64_t d = 0; d < tiles.row; d += kWidth) store(out + d, load(out + d) * rescale);
+      tiles.row_sum[i] *= rescale;
+    }
+    tiles.row_max[i] = new_max;
+    const float shift = new_max == -kInfinity ? 0.0f : new_max; // -inf: no key seen so far
+    Floats total{};
+    for (int64_t j = 0; j < keys; j += kWidth) {
+      const Floats p = exponential(load(scores + j) - shift);
+      total += p;
+      store(scores + j, factors ? p * load(factors + i * kFactorRow + j) : p);
+    }
+    tiles.row_sum[i] += sum_lanes<float>(total);
+  }
+}
+
+template <typename T>
+void forward_head(const AttentionCall& call, const Span& span, const Tiles& tiles) {
+  const int64_t width = call.width, row = tiles.row, columns = tiles.columns;
+  for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
+    const int64_t m = smaller(kQueryBlock, span.queries - i0);
+    widen_rows<T>(call.q, span.head, span.query + i0, m, width, call.scale, tiles.queries, row);
+    fill(tiles.row_max, m, -kInfinity);
+    fill(tiles.row_sum, m, 0);
+    fill(tiles.out, m * row, 0);
+    const int64_t visible = span.visible(i0 + m - 1);
+    for (int64_t j0 = 0; j0 < visible; j0 += kKeyBlock) {
+      const int64_t n = smaller(kKeyBlock, span.keys - j0);
+      if (i0 == 0 || span.keys > kKeyBlock) { // a single block of keys serves all queries
+        widen_rows<T>(call.k, span.head, span.key + j0, n, width, 1, tiles.keys, row);
+        widen_rows<T>(call.v, span.head, span.key + j0, n, width, 1, tiles.values, row);
+        transpose(tiles.keys, n, width, row, tiles.keys_t, columns);
+      }
+      multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
+               false);
+      mask_scores(span, i0, m, j0, n, tiles.scores, columns);
+      const float* factors = nullptr;
+      if (call.dropout.active()) factors = tile_factors(call, span, i0, m, j0, n, tiles.factors);
+      softmax_tile(m, n, factors, tiles);
+      multiply(m, width, n, {tiles.scores, columns, 1}, tiles.values, row, tiles.out, row, true);
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t query = span.query + i0 + i;
+      const float total = tiles.row_sum[i];
+      narrow(tiles.out + i * row, width, total == 0 ? 0 : 1 / total,
+             element<T>(call.out, query, span.head));
+      call.lse[span.head * call.total_queries + query] = tiles.row_max[i] + __builtin_logf(total);
+    }
+  }
+}
+
+void forward(const AttentionCall& call, int64_t item, float* scratch) {
+  const Span span(call, item);
+  const Tiles tiles(call.width, span.queries, span.keys, scratch);
+  with_storage(call.storage, [&]<typename T>(const T*) { forward_head<T>(call, span, tiles); });
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// delta_i = sum_d dO_id O_id, which is also sum_j P_ij dP_ij.
+void row_products(const float* grad_out, const float* out, int64_t rows, int64_t row,
+                  float* delta) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Floats total{};
+    for (int64_t d = 0; d < row; d += kWidth) {
+      total += load(grad_out + i * row + d) * load(out + i * row + d);
+    }
+    delta[i] = sum_lanes<float>(total);
+  }
+}
+
+// Turns the tiles S and dP = dO V^T, in place, into what multiplies dO and Q (f: dropout factor):
+//     P = exp(S - lse),   S <- P f,   dP <- P (dP f - delta)
+void grad_scores_tile(int64_t m, int64_t n, const float* lse, const float* delta,
+                      const float* factors, const Tiles& tiles) {
+  for (int64_t i = 0; i < m; ++i) {
+    const float shift = lse[i] == -kInfinity ? 0.0f : lse[i]; // -inf: the query sees no key
+    float* scores = tiles.scores + i * tiles.columns;
+    float* grads = tiles.grad_scores + i * tiles.columns;
+    for (int64_t j = 0; j < n; j += kWidth) {
+      const Floats p = exponential(load(scores + j) - shift);
+      const Floats factor = factors ? load(factors + i * kFactorRow + j) : splat(1);
+      store(grads + j, p * (load(grads + j) * factor - delta[i]));
+      store(scores + j, p * factor);
+    }
+  }
+}
+
+template <typename T>
+void backward_head(const AttentionCall& call, const AttentionGradients& grads, const Span& span,
+                   const Tiles& tiles) {
+  const int64_t head = span.head, width = call.width, row = tiles.row, columns = tiles.columns;
+  const float* lse = call.lse + head * call.total_queries + span.query;
+  fill(tiles.grad_queries, span.queries * row, 0);
+  for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
+    const int64_t m = smaller(kQueryBlock, span.queries - i0);
+    widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
+    widen_rows<T>(call.out, head, span.query + i0, m, width, 1, tiles.out, row);
+    row_products(tiles.grad_out, tiles.out, m, row, tiles.delta + i0);
+  }
+  for (int64_t j0 = 0; j0 < span.keys; j0 += kKeyBlock) {
+    const int64_t n = smaller(kKeyBlock, span.keys - j0);
+    widen_rows<T>(call.k, head, span.key + j0, n, width, 1, tiles.keys, row);
+    widen_rows<T>(call.v, head, span.key + j0, n, width, 1, tiles.values, row);
+    transpose(tiles.keys, n, width, row, tiles.keys_t, columns);
+    transpose(tiles.values, n, width, row, tiles.values_t, columns);
+    fill(tiles.grad_keys, n * row, 0);
+    fill(tiles.grad_values, n * row, 0);
+    for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
+      const int64_t m = smaller(kQueryBlock, span.queries - i0);
+      if (span.visible(i0 + m - 1) <= j0) continue;
+      widen_rows<T>(call.q, head, span.query + i0, m, width, call.scale, tiles.queries, row);
+      if (span.queries > kQueryBlock) { // else it still stands there from above
+        widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
+      }
+      multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
+               false);
+      mask_scores(span, i0, m, j0, n, tiles.scores, columns);
+      multiply(m, n, width, {tiles.grad_out, row, 1}, tiles.values_t, columns, tiles.grad_scores,
+               columns, false);
+      const float* factors = nullptr;
+      if (call.dropout.active()) factors = tile_factors(call, span, i0, m, j0, n, tiles.factors);
+      grad_scores_tile(m, n, lse + i0, tiles.delta + i0, factors, tiles);
+      multiply(n, width, m, {tiles.scores, 1, columns}, tiles.grad_out, row, tiles.grad_values, row,
+               true);
+      multiply(n, width, m, {tiles.grad_scores, 1, columns}, tiles.queries, row, tiles.grad_keys,
+               row, true);
+      multiply(m, width, n, {tiles.grad_scores, columns, 1}, tiles.keys, row,
+               tiles.grad_queries + i0 * row, row, true);
+    }
+    narrow_rows<T>(tiles.grad_keys, row, grads.k, head, span.key + j0, n, width, 1);
+    narrow_rows<T>(tiles.grad_values, row, grads.v, head, span.key + j0, n, width, 1);
+  }
+  narrow_rows<T>(tiles.grad_queries, row, grads.q, head, span.query, span.queries, width,
+                 call.scale);
+}
+
+void backward(const AttentionCall& call, const AttentionGradients& gradients, int64_t item,
+              float* scratch) {
+  const Span span(call, item);
+  const Tiles tiles(call.width, span.queries, span.keys, scratch);
+  with_storage(call.storage,
+               [&]<typename T>(const T*) { backward_head<T>(call, gradients, span, tiles); });
+}
+
+} // namespace
+
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels = {scratch_floats, forward, backward};
+
+} // namespace superbert::SUPERBERT_ISA

@@ -1,0 +1,29 @@
+// Dropout as the CPU kernels are told about it (the generator stands in dropout_simd.h), and the
+// elementwise kernel (dropout_simd.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_isa.h"
+#include "storage.h"
+
+namespace superbert {
+
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t stream = 0;
+  uint32_t threshold = 0; // elements whose random word lies below are dropped
+  float scale = 1;        // 1 / (1 - p)
+
+  bool active() const { return threshold != 0; }
+};
+
+struct DropoutKernels {
+  // Elements [begin, end) of a contiguous tensor, so that threads can share them out.
+  void (*dropout)(Storage storage, const Dropout& dropout, const void* from, int64_t begin,
+                  int64_t end, void* to);
+};
+
+SUPERBERT_DISPATCH(DropoutKernels, dropout_kernels)
+
+} // namespace superbert

@@ -1,0 +1,40 @@
+// The CPU side of the dropout op; kernels/dropout.py documents it.
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "tensor_border.h"
+
+namespace superbert {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kBlock = 16384;
+
+Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
+  const Dropout dropout = make_dropout(p, seed, stream);
+  const Storage storage = storage_of("x", x);
+  const Tensor from = torch::stable::contiguous(x);
+  Tensor to = torch::stable::empty_like(from);
+  const int64_t count = from.numel();
+  const auto& kernels = dropout_kernels();
+  parallel_items((count + kBlock - 1) / kBlock, [] { return 0; },
+                 [&](int, int64_t block) {
+                   const int64_t begin = block * kBlock;
+                   kernels.dropout(storage, dropout, from.data_ptr(), begin,
+                                   begin + kBlock < count ? begin + kBlock : count, to.data_ptr());
+                 });
+  return to;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
+  m.def("dropout(Tensor x, float p, Tensor seed, int stream) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) { m.impl("dropout", TORCH_BOX(&dropout)); }
+
+} // namespace
+} // namespace superbert

@@ -1,0 +1,64 @@
+// What the border to torch (layer_norm_cpu.cpp) and the CPU kernels (layer_norm_simd.cpp) agree on:
+// plain structs, no torch.  Shapes are checked before they come here; all rows are contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_isa.h"
+#include "dropout.h"
+#include "storage.h"
+
+namespace superbert {
+
+// out = (h - mean) * rstd * weight + bias,  h = residual + dropout(x + x_bias)
+struct LayerNormCall {
+  Storage storage; // of x, residual, out and hidden
+  int64_t rows, width;
+  const void* x;
+  const void* residual; // or null: h = x
+  const float* x_bias;  // or null
+  const float* weight;  // or null: 1
+  const float* bias;    // or null: 0
+  float eps;
+  Dropout dropout;
+  void* out;
+  void* hidden; // h as the backward pass reads it; or null
+  float* mean;
+  float* rstd;
+};
+
+struct LayerNormGradients {
+  Storage storage; // of grad_out, hidden, grad_hidden and grad_x
+  int64_t rows, width;
+  const void* grad_out;
+  const void* hidden;
+  const float* weight; // or null: 1
+  const float* mean;
+  const float* rstd;
+  Dropout dropout;
+  void* grad_hidden;
+  void* grad_x; // or null
+};
+
+// A parameter's gradient: element i of the row is data[i].
+struct GradientRow {
+  Storage storage;
+  void* data;
+  bool accumulate;
+};
+
+// forward and backward work on the rows [begin, end), so that threads can share them out.
+struct LayerNormKernels {
+  int64_t (*scratch_floats)(int64_t width);
+  void (*forward)(const LayerNormCall& call, int64_t begin, int64_t end, float* scratch);
+  // `partial`, when not null, receives these rows' sums for weight and bias: [2, width].
+  void (*backward)(const LayerNormGradients& call, int64_t begin, int64_t end, float* partial,
+                   float* scratch);
+  // Sums `count` partials, `stride` floats apart, in their order.
+  void (*sum_partials)(const float* partials, int64_t count, int64_t stride, int64_t width,
+                       const GradientRow& row);
+};
+
+SUPERBERT_DISPATCH(LayerNormKernels, layer_norm_kernels)
+
+} // namespace superbert

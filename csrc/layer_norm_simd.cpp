@@ -1,0 +1,149 @@
+// Layer norm over rows, with residual and dropout, on the CPU.  Compiled once for each vector unit.
+// All arithmetic is float32.
+#include "layer_norm.h"
+
+#include "dropout_simd.h"
+#include "simd_math.h"
+
+namespace superbert::SUPERBERT_ISA {
+namespace {
+
+int64_t scratch_floats(int64_t width) { return width + kWidth + element_factor_floats(width); }
+
+// x[i], x null standing for `missing`.
+template <typename Lanes>
+Floats load_or(float missing, const float* x, int64_t i, Lanes lanes) {
+  return x == nullptr ? splat(missing) : lanes.load(x + i);
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// h = residual + dropout(x + x_bias) of one row, into `hidden`; returns its sum.
+template <typename T>
+float combine_row(const LayerNormCall& call, int64_t row, float* factor_buffer, float* hidden) {
+  const int64_t start = row * call.width;
+  const T* x = static_cast<const T*>(call.x) + start;
+  const T* residual =
+      call.residual == nullptr ? nullptr : static_cast<const T*>(call.residual) + start;
+  const float* factors = nullptr;
+  if (call.dropout.active()) {
+    factors = element_factors(call.dropout, start, call.width, factor_buffer);
+  }
+  Floats total{};
+  for_row(call.width, [&](int64_t i, auto lanes) {
+    Floats h = lanes.load(x + i);
+    if (call.x_bias != nullptr) h += lanes.load(call.x_bias + i);
+    if (factors != nullptr) h *= lanes.load(factors + i);
+    if (residual != nullptr) h += lanes.load(residual + i);
+    lanes.store(hidden + i, h);
+    total += lanes.keep(h);
+  });
+  return sum_lanes<float>(total);
+}
+
+template <typename T>
+void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* factor_buffer) {
+  const float width = call.width;
+  const float rough_mean = combine_row<T>(call, row, factor_buffer, hidden) / width;
+  // Two passes; the second also corrects the rounding of the first one's mean.
+  Floats deviation{}, square{};
+  for_row(call.width, [&](int64_t i, auto lanes) {
+    const Floats d = lanes.keep(lanes.load(hidden + i) - rough_mean);
+    deviation += d;
+    square += d * d;
+  });
+  const float correction = sum_lanes<float>(deviation) / width;
+  const float mean = rough_mean + correction;
+  const float variance = sum_lanes<float>(square) / width - correction * correction;
+  const float rstd = 1 / __builtin_sqrtf((variance > 0 ? variance : 0 * variance) + call.eps);
+  call.mean[row] = mean;
+  call.rstd[row] = rstd;
+  T* out = static_cast<T*>(call.out) + row * call.width;
+  T* saved = call.hidden == nullptr ? nullptr : static_cast<T*>(call.hidden) + row * call.width;
+  for_row(call.width, [&](int64_t i, auto lanes) {
+    const Floats h = lanes.load(hidden + i);
+    const Floats weight = load_or(1, call.weight, i, lanes);
+    lanes.store(out + i, (h - mean) * rstd * weight + load_or(0, call.bias, i, lanes));
+    if (saved != nullptr) lanes.store(saved + i, h);
+  });
+}
+
+void forward(const LayerNormCall& call, int64_t begin, int64_t end, float* scratch) {
+  with_storage(call.storage, [&]<typename T>(const T*) {
+    for (int64_t row = begin; row < end; ++row) {
+      forward_row<T>(call, row, scratch, scratch + call.width + kWidth);
+    }
+  });
+}
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// With xhat = (h - mean) * rstd and g = dy * weight, means taken over the row:
+//     dh = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dx = dropout factor * dh
+template <typename T>
+void backward_row(const LayerNormGradients& call, int64_t row, float* grad_weight, float* grad_bias,
+                  float* factor_buffer) {
+  const int64_t start = row * call.width;
+  const T* dy = static_cast<const T*>(call.grad_out) + start;
+  const T* hidden = static_cast<const T*>(call.hidden) + start;
+  const float mean = call.mean[row], rstd = call.rstd[row];
+  Floats sum_g{}, sum_gx{};
+  for_row(call.width, [&](int64_t i, auto lanes) {
+    const Floats grad = lanes.load(dy + i);
+    const Floats xhat = (lanes.load(hidden + i) - mean) * rstd;
+    const Floats g = grad * load_or(1, call.weight, i, lanes);
+    sum_g += lanes.keep(g);
+    sum_gx += lanes.keep(g * xhat);
+    if (grad_weight != nullptr) {
+      lanes.store(grad_weight + i, lanes.load(grad_weight + i) + grad * xhat);
+      lanes.store(grad_bias + i, lanes.load(grad_bias + i) + grad);
+    }
+  });
+  const float mean_g = sum_lanes<float>(sum_g) / call.width;
+  const float mean_gx = sum_lanes<float>(sum_gx) / call.width;
+
+  T* grad_hidden = static_cast<T*>(call.grad_hidden) + start;
+  T* grad_x = call.grad_x == nullptr ? nullptr : static_cast<T*>(call.grad_x) + start;
+  const float* factors = nullptr;
+  if (grad_x != nullptr) {
+    factors = element_factors(call.dropout, start, call.width, factor_buffer);
+  }
+  for_row(call.width, [&](int64_t i, auto lanes) {
+    const Floats xhat = (lanes.load(hidden + i) - mean) * rstd;
+    const Floats g = lanes.load(dy + i) * load_or(1, call.weight, i, lanes);
+    const Floats grad = (g - mean_g - xhat * mean_gx) * rstd;
+    lanes.store(grad_hidden + i, grad);
+    if (grad_x != nullptr) lanes.store(grad_x + i, grad * lanes.load(factors + i));
+  });
+}
+
+void backward(const LayerNormGradients& call, int64_t begin, int64_t end, float* partial,
+              float* scratch) {
+  if (partial != nullptr) fill(partial, 2 * call.width, 0);
+  float* grad_bias = partial == nullptr ? nullptr : partial + call.width;
+  with_storage(call.storage, [&]<typename T>(const T*) {
+    for (int64_t row = begin; row < end; ++row) {
+      backward_row<T>(call, row, partial, grad_bias, scratch);
+    }
+  });
+}
+
+void sum_partials(const float* partials, int64_t count, int64_t stride, int64_t width,
+                  const GradientRow& row) {
+  with_storage(row.storage, [&]<typename T>(const T*) {
+    T* result = static_cast<T*>(row.data);
+    for_row(width, [&](int64_t i, auto lanes) {
+      Floats total = row.accumulate ? lanes.load(result + i) : Floats{};
+      for (int64_t part = 0; part < count; ++part)
+        total += lanes.load(partials + part * stride + i);
+      lanes.store(result + i, total);
+    });
+  });
+}
+
+} // namespace
+
+extern const LayerNormKernels layer_norm_kernels;
+const LayerNormKernels layer_norm_kernels = {scratch_floats, forward, backward, sum_partials};
+
+} // namespace superbert::SUPERBERT_ISA

@@ -1,0 +1,191 @@
+// For the *_simd.cpp files: rows widened to float32 scratch and back, exp, and the small matrix
+// product that attention is made of.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+#include "storage.h"
+
+namespace superbert::SUPERBERT_ISA {
+
+using Floats = Vec<float>;
+using Ints = Vec<int32_t>;
+constexpr int kWidth = kLanes<float>;
+
+// Calls f with a null pointer of the storage type.
+template <typename F>
+void with_storage(Storage storage, const F& f) {
+  switch (storage) {
+  case Storage::kFloat32:
+    return f(static_cast<const float*>(nullptr));
+  case Storage::kBFloat16:
+    return f(static_cast<const BFloat16*>(nullptr));
+  case Storage::kFloat16:
+    return f(static_cast<const Half*>(nullptr));
+  }
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline Floats splat(float value) { return value - Floats{}; }
+
+// ---- rows in scratch, which is padded to whole vectors ------------------------------------------
+template <typename T>
+inline void widen(const T* from, int64_t count, float factor, float* to) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i) * factor);
+  if (i < count) store(to + i, load_first(from + i, count - i) * factor);
+}
+
+template <typename T>
+inline void narrow(const float* from, int64_t count, float factor, T* to) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i) * factor);
+  if (i < count) store_first(to + i, load(from + i) * factor, count - i);
+}
+
+inline void fill(float* to, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+// Calls f(i, lanes) for each vector of a row, the last one perhaps in part; `lanes` loads, stores
+// and masks the lanes that exist.
+struct AllLanes {
+  template <typename T>
+  Floats load(const T* p) const {
+    return SUPERBERT_ISA::load(p);
+  }
+  template <typename T>
+  void store(T* p, Floats v) const {
+    SUPERBERT_ISA::store(p, v);
+  }
+  Floats keep(Floats v) const { return v; }
+};
+
+struct FirstLanes {
+  int64_t count;
+
+  template <typename T>
+  Floats load(const T* p) const {
+    return load_first(p, count);
+  }
+  template <typename T>
+  void store(T* p, Floats v) const {
+    store_first(p, v, count);
+  }
+  Floats keep(Floats v) const { // zero in the other lanes
+    float values[kWidth];
+    SUPERBERT_ISA::store(values, v);
+    return load_first(values, count);
+  }
+};
+
+template <typename F>
+inline void for_row(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) f(i, AllLanes{});
+  if (i < count) f(i, FirstLanes{count - i});
+}
+
+// ---- functions ----------------------------------------------------------------------------------
+inline float max_lane(Floats v) {
+  float result = v[0];
+  for (int lane = 1; lane < kWidth; ++lane) result = v[lane] > result ? v[lane] : result;
+  return result;
+}
+
+// exp(x) for x <= 88, to about one unit in the last place: x = n ln 2 + r with |r| <= ln(2) / 2,
+// and the Taylor polynomial of degree 7 in r (remainder below 2^-27).  Exactly zero below -87.3,
+// where the result would be subnormal.  A NaN comes back as NaN.
+inline Floats exponential(Floats x) {
+  constexpr float kLowest = -87.3f;
+  constexpr float kRound = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+  const Floats clamped = x < kLowest ? splat(kLowest) : x;
+  const Floats shifted = clamped * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  const Floats r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f; // ln 2 in two parts
+  Floats p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // The low bits of `shifted` are n on top of kRound's own; n goes into the exponent of 2^n.
+  const Ints power = (load_bits<Ints>(&shifted) - 0x4b400000 + 127) << 23;
+  return x < kLowest ? Floats{} : p * load_bits<Floats>(&power);
+}
+
+// ---- matrix product -----------------------------------------------------------------------------
+
+// A matrix in scratch: element (i, j) is data[i * row + j * column].
+struct Left {
+  const float* data;
+  int64_t row;
+  int64_t column;
+
+  Left from_row(int64_t i) const { return {data + i * row, row, column}; }
+};
+
+// One register tile of C (+)= A B: `rows` rows by `vectors` vectors over the whole inner dimension.
+template <int kRows, int kVectors>
+inline void multiply_tile(int64_t inner, Left a, const float* b, int64_t b_row, float* c,
+                          int64_t c_row, bool accumulate) {
+  Floats sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      sums[i][v] = accumulate ? load(c + i * c_row + v * kWidth) : Floats{};
+    }
+  }
+  for (int64_t k = 0; k < inner; ++k) {
+    Floats right[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_row + v * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const float left = a.data[i * a.row + k * a.column];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[i][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(c + i * c_row + v * kWidth, sums[i][v]);
+  }
+}
+
+// All rows of a strip of columns: kRows at a time, then what is left by halves.
+template <int kRows, int kVectors>
+inline void multiply_strip(int64_t rows, int64_t inner, Left a, const float* b, int64_t b_row,
+                           float* c, int64_t c_row, bool accumulate) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) {
+    multiply_tile<kRows, kVectors>(inner, a.from_row(i), b, b_row, c + i * c_row, c_row,
+                                   accumulate);
+  }
+  if constexpr (kRows > 1) {
+    if (i < rows) {
+      multiply_strip<kRows / 2, kVectors>(rows - i, inner, a.from_row(i), b, b_row, c + i * c_row,
+                                          c_row, accumulate);
+    }
+  }
+}
+
+// C [rows, columns] (+)= A [rows, inner] B [inner, columns], by strips of two vectors.  Columns
+// beyond `columns` up to a whole vector are computed too; b and c have room for them.
+inline void multiply(int64_t rows, int64_t columns, int64_t inner, Left a, const float* b,
+                     int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+  constexpr int kRows = kWidth == 16 ? 8 : 4; // sums take 16 of 32 registers, or 8 of 16
+  int64_t j = 0;
+  for (; j + kWidth < columns; j += 2 * kWidth) {
+    multiply_strip<kRows, 2>(rows, inner, a, b + j, b_row, c + j, c_row, accumulate);
+  }
+  if (j < columns) multiply_strip<kRows, 1>(rows, inner, a, b + j, b_row, c + j, c_row, accumulate);
+}
+
+} // namespace superbert::SUPERBERT_ISA

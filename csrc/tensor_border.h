@@ -1,0 +1,58 @@
+// Between torch and the CPU kernels of attention, layer norm and dropout: storage types, dropout
+// arguments and work shared out over torch's thread pool.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <optional>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "dropout.h"
+#include "storage.h"
+
+namespace superbert {
+
+inline Storage storage_of(const char* name, const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+  case ScalarType::Float:
+    return Storage::kFloat32;
+  case ScalarType::BFloat16:
+    return Storage::kBFloat16;
+  case ScalarType::Half:
+    return Storage::kFloat16;
+  default:
+    STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+inline Dropout make_dropout(double p, const std::optional<torch::stable::Tensor>& seed,
+                            int64_t stream) {
+  STD_TORCH_CHECK(p >= 0 && p < 1, "dropout_p: expected 0 <= p < 1, got ", p);
+  STD_TORCH_CHECK(stream >= 0 && stream <= UINT32_MAX, "stream: expected 32 bits, got ", stream);
+  if (p == 0) return {};
+  STD_TORCH_CHECK(seed.has_value() && seed->is_cpu() && seed->numel() == 1 &&
+                      seed->scalar_type() == torch::headeronly::ScalarType::Long,
+                  "seed: dropout needs a tensor of one int64 on the CPU");
+  return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())),
+          static_cast<uint32_t>(stream), static_cast<uint32_t>(p * 4294967296.0),
+          static_cast<float>(1 / (1 - p))};
+}
+
+// Calls work(scratch, item) for each item in 0 .. count, every thread with a scratch of its own
+// from make_scratch().  Threads take the next item when they are free, so that items may differ in
+// size; which thread computes an item makes no difference to its result.
+template <typename MakeScratch, typename Work>
+void parallel_items(int64_t count, const MakeScratch& make_scratch, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads < count ? threads : count, 1, [&](int64_t, int64_t) {
+    auto scratch = make_scratch();
+    for (int64_t item = next++; item < count; item = next++) work(scratch, item);
+  });
+}
+
+} // namespace superbert

@@ -1,0 +1,348 @@
+"""Layer norm, alone and behind BERT's dropout and residual.
+
+    h = residual + dropout(x + x_bias)        or h = x
+    mean, var over the last dimension,  rstd = 1 / sqrt(var + eps),  xhat = (h - mean) rstd
+    y = xhat weight + bias
+
+    g = dy weight
+    dh = rstd (g - mean(g) - xhat mean(g xhat)),  dx = dropout factor * dh
+    dweight_k = sum of dy xhat, dbias_k = sum of dy, over the rows of task k
+
+Rows are computed in float32 whatever their dtype, the variance in two passes, and the statistics
+are kept in float32.  With task rows (:class:`TaskRows`) the backward pass writes the K gradients of
+weight and bias there; without, their sum is the usual gradient.
+"""
+
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+
+from . import _extension  # noqa: F401  (registers the operators)
+from .dropout import check_dropout, dropout, new_seed
+from .implementation import declare
+from .task_rows import TaskRows, TaskSegments
+
+_ops = torch.ops.superbert
+
+
+# ---- reference ------------------------------------------------------------------------------------
+
+
+def normalize_reference(hidden: Tensor, eps: float) -> Tensor:
+    """``xhat``: the rows of ``hidden`` with mean 0 and variance 1, in its dtype."""
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+
+
+class _TaskAffine(torch.autograd.Function):
+    """``xhat weight + bias`` whose backward writes task rows; plain torch."""
+
+    @staticmethod
+    def forward(ctx, xhat, weight, bias, rows, segments):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(xhat, weight)
+        ctx.rows, ctx.segments = rows, segments
+        return xhat * weight + bias
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        xhat, weight = ctx.saved_tensors
+        (offsets, accumulate), (weight_rows, bias_rows) = ctx.segments, ctx.rows
+        for task, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+            for row, term in ((weight_rows[task], grad * xhat), (bias_rows[task], grad)):
+                row.copy_(term[begin:end].sum(0) + (row if accumulate else 0))
+        return grad * weight, None, None, None, None
+
+
+def layer_norm_reference(
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """``y`` by plain torch operations, in the dtype of ``hidden``."""
+    xhat = normalize_reference(hidden, eps)
+    if rows is not None:
+        return _TaskAffine.apply(xhat, weight, bias, rows, segments)  # type: ignore[no-any-return]
+    scaled = xhat if weight is None else xhat * weight
+    return scaled if bias is None else scaled + bias
+
+
+# ---- registration ---------------------------------------------------------------------------------
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _layer_norm_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), _statistic(x), _statistic(x)
+
+
+def _layer_norm_backward_fake(grad_out: Tensor, hidden: Tensor, *_: object) -> Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+def _add_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), _statistic(x), _statistic(x)
+
+
+def _add_backward_fake(grad_out: Tensor, hidden: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
+
+
+def _save(ctx, hidden, weight, bias, mean, rstd, task_arguments) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(hidden, weight, bias, mean, rstd)
+    # Not saved tensors: each backward overwrites them, which is their purpose.
+    *ctx.rows, ctx.offsets, ctx.accumulate = task_arguments
+
+
+def _parameter_rows(ctx, weight, bias, num_rows):  # type: ignore[no-untyped-def]
+    """Where the parameters' gradients go: the task rows, or a row of their own for all rows."""
+    if ctx.rows[0] is not None:
+        return *ctx.rows, ctx.offsets, ctx.accumulate
+    fresh = [None if p is None else p.new_empty((1, p.shape[0])) for p in (weight, bias)]
+    return *fresh, (0, num_rows), False
+
+
+def _parameter_gradients(ctx, task_arguments):  # type: ignore[no-untyped-def]
+    """What autograd gets for weight and bias: None when the gradients are in the task rows."""
+    if ctx.rows[0] is not None:
+        return None, None
+    return tuple(None if rows is None else rows[0] for rows in task_arguments[:2])
+
+
+def _layer_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, _eps, *task_arguments = inputs
+    _, mean, rstd = output
+    _save(ctx, x, weight, bias, mean, rstd, task_arguments)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _layer_norm_backward(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, mean, rstd = ctx.saved_tensors
+    task_arguments = _parameter_rows(ctx, weight, bias, mean.numel())
+    grad = _ops.layer_norm_backward(grad_out, hidden, weight, mean, rstd, *task_arguments)
+    return grad, *_parameter_gradients(ctx, task_arguments), *[None] * 5
+
+
+def _add_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _x, _residual, x_bias, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.stream, *rest = inputs
+    _, hidden, mean, rstd = output
+    ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
+    _save(ctx, hidden, weight, bias, mean, rstd, rest)
+    ctx.mark_non_differentiable(hidden, mean, rstd)
+
+
+def _add_backward(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, mean, rstd = ctx.saved_tensors
+    task_arguments = _parameter_rows(ctx, weight, bias, mean.numel())
+    arguments = (grad_out, hidden, weight, mean, rstd, *task_arguments)
+    if ctx.dropout_p > 0:
+        grad_residual, grad_x = _ops.dropout_add_layer_norm_backward(
+            *arguments, ctx.dropout_p, ctx.seed, ctx.stream
+        )
+    else:
+        grad_residual = grad_x = _ops.layer_norm_backward(*arguments)
+    grad_x_bias = None
+    if ctx.x_bias_dtype is not None:
+        grad_x_bias = grad_x.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.x_bias_dtype)
+    gradients = _parameter_gradients(ctx, task_arguments)
+    return grad_x, grad_residual, grad_x_bias, *gradients, *[None] * 8
+
+
+for _name, _fake in {
+    "layer_norm": _layer_norm_fake,
+    "layer_norm_backward": _layer_norm_backward_fake,
+    "dropout_add_layer_norm": _add_fake,
+    "dropout_add_layer_norm_backward": _add_backward_fake,
+}.items():
+    torch.library.register_fake(f"superbert::{_name}", _fake)
+    declare(_name, cpu="cpp", cuda="triton")
+torch.library.register_autograd(
+    "superbert::layer_norm", _layer_norm_backward, setup_context=_layer_norm_setup
+)
+torch.library.register_autograd(
+    "superbert::dropout_add_layer_norm", _add_backward, setup_context=_add_setup
+)
+
+
+# ---- public ---------------------------------------------------------------------------------------
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:
+    if parameter is None:
+        return
+    if parameter.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: expected [{x.shape[-1]}], got {list(parameter.shape)}")
+    if parameter.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device}, got {parameter.device}")
+    if parameter.dtype not in _DTYPES:
+        raise ValueError(f"{name}: expected a floating dtype, got {parameter.dtype}")
+
+
+def _task_arguments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: TaskRows | None,
+    segments: TaskSegments | None,
+) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
+    """Check what all the functions share; return the operators' arguments that speak of tasks."""
+    if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected floating [..., width], got {x.dtype} {list(x.shape)}")
+    _check_parameter("weight", weight, x)
+    _check_parameter("bias", bias, x)
+    if rows is None:
+        return None, None, (), False
+    if weight is None or x.dim() != 2:
+        raise ValueError("rows: task gradients need a weight and x of shape [tokens, width]")
+    segments = rows.checked(segments, weight, bias, x)
+    return rows.weight, rows.bias, segments.offsets, segments.accumulate
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-12,
+    *,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """Normalise the last dimension: ``(x - mean) / sqrt(var + eps) * weight + bias``.
+
+    Args:
+        x: ``[..., N]``; ``[T, N]`` with rows.
+        weight: ``[N]``, any floating dtype; None stands for ones.
+        bias: ``[N]``; None stands for zeros.
+        eps: added to the variance; BERT's default.
+        rows: where task gradients of weight and bias go; their ``grad`` then stays None.
+        segments: which rows of ``x`` belong to which task; needed with ``rows``.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; the message names it.
+    """
+    tasks = _task_arguments(x, weight, bias, rows, segments)
+    if x.dtype == torch.float64:
+        return layer_norm_reference(x, weight, bias, eps, rows, segments)
+    return _ops.layer_norm(x, weight, bias, eps, *tasks)[0]  # type: ignore[no-any-return]
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-12,
+    training: bool = True,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """BERT's post-norm in one pass: ``layer_norm(residual + dropout(x + x_bias))``.
+
+    Args:
+        x: ``[..., N]``; ``[T, N]`` with rows.
+        residual: shape of ``x``; where the dtypes differ, both are taken to the wider one.
+        weight: ``[N]``, any floating dtype; None stands for ones.
+        bias: ``[N]``; None stands for zeros.
+        x_bias: ``[N]``, added to ``x`` before the dropout.
+        dropout_p: probability to drop an element of ``x``.
+        eps: added to the variance.
+        training: without it there is no dropout.
+        seed: of dropout; int64, one element, on x's device.  None draws one.
+        stream: tells apart uses that share a seed.
+        rows: where task gradients of weight and bias go; their ``grad`` then stays None.
+        segments: which rows of ``x`` belong to which task; needed with ``rows``.
+
+    Returns:
+        ``[..., N]`` in the wider dtype of x and residual.
+
+    Raises:
+        ValueError: a shape, dtype, device or range that does not fit; the message names it.
+    """
+    if residual.shape != x.shape or residual.device != x.device:
+        raise ValueError(
+            f"residual: expected {list(x.shape)} on {x.device}, "
+            f"got {list(residual.shape)} on {residual.device}"
+        )
+    if x.dtype != residual.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    tasks = _task_arguments(x, weight, bias, rows, segments)
+    _check_parameter("x_bias", x_bias, x)
+    check_dropout(dropout_p, seed, stream, x.device)
+    p = dropout_p if training else 0.0
+    if x.dtype == torch.float64:
+        biased = x if x_bias is None else x + x_bias
+        hidden = residual + dropout(biased, p, seed=seed, stream=stream)
+        return layer_norm_reference(hidden, weight, bias, eps, rows, segments)
+    if p > 0 and seed is None:
+        seed = new_seed(x.device)
+    out, *_ = _ops.dropout_add_layer_norm(
+        x, residual, x_bias, weight, bias, p, eps, seed, stream, *tasks
+    )
+    return out  # type: ignore[no-any-return]
+
+
+class FusedLayerNorm(nn.Module):
+    """Layer norm as a module, with the arguments of apex's and torch's.
+
+    Args:
+        normalized_shape: width of the last dimension, as a number or a sequence of one.
+        eps: added to the variance.
+        elementwise_affine: whether there is a weight and a bias.
+        memory_efficient: accepted for apex's sake; nothing more is kept than the input, which the
+            caller keeps anyway.
+
+    Raises:
+        ValueError: more than one normalised dimension.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int, ...] | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__()
+        shape = (
+            (int(normalized_shape),)
+            if isinstance(normalized_shape, Integral)
+            else tuple(normalized_shape)  # type: ignore[arg-type]
+        )
+        if len(shape) != 1:
+            raise ValueError(f"normalized_shape: expected one dimension, got {shape}")
+        self.normalized_shape = shape
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.memory_efficient = memory_efficient
+        if elementwise_affine:
+            self.weight = nn.Parameter(torch.ones(shape))
+            self.bias = nn.Parameter(torch.zeros(shape))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x [..., N]``."""
+        if x.shape[-1:] != self.normalized_shape:
+            raise ValueError(f"x: expected [..., {self.normalized_shape[0]}], got {list(x.shape)}")
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        """The arguments, as torch's own layer norm shows them."""
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
