@@ -10,15 +10,15 @@ namespace superbert {
 
 #if defined(__x86_64__)
 
-// The best of three builds of one thing that this processor can run.
+enum class VectorUnit { kPlain, kAvx2, kAvx512 };
+
+// The widest one of this processor, or the narrower one that limit_vector_unit() asked for.
+VectorUnit vector_unit();
+
 template <typename T>
 const T& best_for_cpu(const T& plain, const T& avx2, const T& avx512) {
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                               __builtin_cpu_supports("f16c");
-  static const bool has_avx512 =
-      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return has_avx512 ? avx512 : has_avx2 ? avx2 : plain;
+  const VectorUnit unit = vector_unit();
+  return unit == VectorUnit::kAvx512 ? avx512 : unit == VectorUnit::kAvx2 ? avx2 : plain;
 }
 
 // Declares the builds of `name`, an object of type `type`, and `name()` that picks one.

@@ -22,41 +22,56 @@ void with_type(FloatType type, const F& f) {
   }
 }
 
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // ---- Gram matrix -------------------------------------------------------------------------------
 // The matrix is cut into tiles of at most 4 x 4 rows, whose sums fill the vector registers.  A
-// block of columns goes through all tiles while it is in the cache, so memory is read once; its
-// sums are folded into float64, so the error does not grow with the number of columns.
+// block of columns goes through all tiles while it is in the cache, so memory is read once.
+//
+// The error does not grow with the number of columns: a float32 chain is at most kChain additions
+// long, the chains of a block are added up, and the blocks in float64.
 constexpr int kTile = 4;
 constexpr int64_t kBlockColumns = 2048;
+constexpr int64_t kChain = 32;
 
 // Adds the tile of rows a[0..I) x b[0..J) over `count` columns.  On the diagonal a == b, j >= i.
 template <int I, int J, bool kDiagonal, typename T>
 void add_tile(const T* a, const T* b, int64_t row_stride, int64_t count, double* gram,
               int64_t gram_stride) {
   using C = Compute<T>;
-  Vec<C> sums[I][J] = {};
-  const auto accumulate = [&](const auto& load_row) {
-    Vec<C> x[I], y[J];
+  Vec<C> totals[I][J] = {};
+  int64_t column = 0;
+  while (column < count) {
+    Vec<C> chains[I][J] = {};
+    const auto accumulate = [&](const auto& load_row) {
+      Vec<C> x[I], y[J];
 #pragma GCC unroll 4
-    for (int i = 0; i < I; ++i) x[i] = load_row(a + i * row_stride);
+      for (int i = 0; i < I; ++i) x[i] = load_row(a + i * row_stride);
 #pragma GCC unroll 4
-    for (int j = 0; j < J; ++j) y[j] = kDiagonal ? x[j] : load_row(b + j * row_stride);
+      for (int j = 0; j < J; ++j) y[j] = kDiagonal ? x[j] : load_row(b + j * row_stride);
+#pragma GCC unroll 4
+      for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+        for (int j = kDiagonal ? i : 0; j < J; ++j) chains[i][j] += x[i] * y[j];
+      }
+    };
+    const int64_t chain_end = smaller(column + kChain * kLanes<C>, count);
+    for (; column + kLanes<C> <= chain_end; column += kLanes<C>) {
+      accumulate([&](const T* row) { return load(row + column); });
+    }
+    if (column < chain_end) {
+      accumulate([&](const T* row) { return load_first(row + column, chain_end - column); });
+      column = chain_end;
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 4
-      for (int j = kDiagonal ? i : 0; j < J; ++j) sums[i][j] += x[i] * y[j];
+      for (int j = kDiagonal ? i : 0; j < J; ++j) totals[i][j] += chains[i][j];
     }
-  };
-  int64_t column = 0;
-  for (; column + kLanes<C> <= count; column += kLanes<C>) {
-    accumulate([&](const T* row) { return load(row + column); });
-  }
-  if (column < count) {
-    accumulate([&](const T* row) { return load_first(row + column, count - column); });
   }
   for (int i = 0; i < I; ++i) {
     for (int j = kDiagonal ? i : 0; j < J; ++j) {
-      gram[i * gram_stride + j] += sum_lanes<C>(sums[i][j]);
+      gram[i * gram_stride + j] += sum_lanes<C>(totals[i][j]);
     }
   }
 }
@@ -106,8 +121,7 @@ void gram(const Rows& rows, int64_t begin, int64_t end, double* result) {
   with_type(rows.type, [&](auto type) {
     const auto* data = static_cast<decltype(type)>(rows.data);
     for (int64_t column = begin; column < end; column += kBlockColumns) {
-      const int64_t count = end - column < kBlockColumns ? end - column : kBlockColumns;
-      add_block(data + column, rows, count, result);
+      add_block(data + column, rows, smaller(kBlockColumns, end - column), result);
     }
   });
 }
@@ -120,15 +134,21 @@ void for_combined(const Rows& rows, const double* weights, int64_t begin, int64_
                   const F& use) {
   using C = Compute<T>;
   const T* data = static_cast<const T*>(rows.data);
+  const int64_t stride = rows.row_stride;
   Vec<C> broadcast[kMaxTasks];
   for (int64_t k = 0; k < rows.num_rows; ++k) broadcast[k] = Vec<C>{} + static_cast<C>(weights[k]);
 
+  // Four rows at a time: a short chain of additions, for the error's sake and the pipeline's.
   const auto combined = [&](const auto& load_row) {
     Vec<C> sum{};
     const T* row = data;
-    for (int64_t k = 0; k < rows.num_rows; ++k, row += rows.row_stride) {
-      sum += broadcast[k] * load_row(row);
+    int64_t k = 0;
+    for (; k + 4 <= rows.num_rows; k += 4, row += 4 * stride) {
+      sum += (broadcast[k] * load_row(row) + broadcast[k + 1] * load_row(row + stride)) +
+             (broadcast[k + 2] * load_row(row + 2 * stride) +
+              broadcast[k + 3] * load_row(row + 3 * stride));
     }
+    for (; k < rows.num_rows; ++k, row += stride) sum += broadcast[k] * load_row(row);
     return sum;
   };
   int64_t column = begin;

@@ -20,6 +20,7 @@ AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ def _compute_dtype(rows: Tensor) -> torch.dtype:
 def gram_reference(rows: Tensor, offsets: Sequence[int]) -> Tensor:
     """``[S, K, K]``: dot products of the rows over each segment of columns."""
     rows = rows.to(_compute_dtype(rows))
-    parts = [rows[:, begin:end] for begin, end in zip(offsets, offsets[1:], strict=False)]
+    parts = [rows[:, begin:end] for begin, end in pairwise(offsets)]
     return torch.stack([part @ part.T for part in parts])
 
 
