@@ -1,0 +1,1 @@
+"""A training engine for one BERT shared by several tasks."""

@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--task", required=True, metavar="NAME", help="the task to predict")
-    parser.add_argument("--input", required=True, type=Path, metavar="TSV", help="labels not needed")
+    parser.add_argument(
+        "--input", required=True, type=Path, metavar="TSV", help="labels not needed"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="TSV", help="what to write")
     parser.add_argument(
         "--on-bad-row",

@@ -1,11 +1,11 @@
 """A run: its folder and all that follows from what lies in it.
 
-    recipe.toml      every setting, resolved
-    config.json      the encoder's shape, as in a Hugging Face model folder
-    tokenizer.json   (and vocab.txt, tokenizer_config.json)
-    metrics.jsonl    a line for every training step
-    metrics.json     the scores of the last evaluation
-    checkpoints/     see engine/runtime/checkpoint.py
+recipe.toml      every setting, resolved
+config.json      the encoder's shape, as in a Hugging Face model folder
+tokenizer.json   (and vocab.txt, tokenizer_config.json)
+metrics.jsonl    a line for every training step
+metrics.json     the scores of the last evaluation
+checkpoints/     see engine/runtime/checkpoint.py
 """
 
 import hashlib
@@ -54,6 +54,15 @@ class Run(NamedTuple):
     def checkpoints(self) -> Checkpoints:
         """The run's checkpoints."""
         return Checkpoints(self.folder / "checkpoints")
+
+    def write(self) -> None:
+        """Write the folder's settings: recipe, encoder's shape, tokenizer."""
+        with explained("write", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.tokenizer.save(self.folder)
+        shape = json.dumps(self.config.to_huggingface(), indent=2) + "\n"
+        write_text(self.folder / "config.json", shape)
+        write_text(self.folder / "recipe.toml", self.recipe.to_toml())
 
     def split(self, task: str, split: str) -> TokenizedSplit:
         """Return a split of the run's data set, tokenized."""
@@ -136,8 +145,8 @@ def _demo_folder() -> Path:
     return folder
 
 
-def create(recipe: Recipe, folder: Path) -> Run:
-    """Begin a run in ``folder``: write its recipe, its encoder's shape and its tokenizer.
+def begin(recipe: Recipe, folder: Path) -> Run:
+    """Plan a run in ``folder``; nothing is written yet.
 
     Raises:
         InputError: the folder holds something already, or the encoder or data cannot be used.
@@ -150,7 +159,6 @@ def create(recipe: Recipe, folder: Path) -> Run:
     if recipe.init:
         source = huggingface.resolve(recipe.init)
         config, tokenizer = huggingface.read_config(source), Tokenizer.load(source)
-        huggingface.weight_files(source)  # not there: say so before anything is written
     else:
         tokenizer = Tokenizer.train(_training_sentences(recipe), recipe.encoder.vocab_size)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
@@ -160,11 +168,6 @@ def create(recipe: Recipe, folder: Path) -> Run:
             f"--init {recipe.init}: the tokenizer has {tokenizer.vocab_size} entries, "
             f"the embedding table {config.vocab_size}; the two belong to different models"
         )
-    with explained("write", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder)
-    write_text(folder / "config.json", json.dumps(config.to_huggingface(), indent=2) + "\n")
-    write_text(folder / "recipe.toml", recipe.to_toml())
     return Run(folder, recipe, config, tokenizer)
 
 
@@ -203,7 +206,7 @@ def resume(recipe: Recipe, folder: Path) -> Run:
         InputError: the run was made with other settings.
     """
     if not (folder / "recipe.toml").is_file():
-        return create(recipe, folder)
+        return begin(recipe, folder)
     run = open_run(folder)
     made_with, now = run.recipe.model_dump(), recipe.model_dump()
     for key in now.keys() - _FREE_TO_CHANGE:

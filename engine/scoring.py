@@ -56,9 +56,7 @@ def score(task: str, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float
     return float(np.corrcoef(predicted, wanted)[0, 1])
 
 
-def score_splits(
-    model: MultitaskModel, splits: Mapping[str, TokenizedSplit]
-) -> dict[str, float]:
+def score_splits(model: MultitaskModel, splits: Mapping[str, TokenizedSplit]) -> dict[str, float]:
     """Score a model on a labelled split of each task.
 
     Returns:

@@ -16,7 +16,6 @@ from . import recipe as recipes
 from . import run as runs
 from .door import INTERRUPTED, Parser, print_scores, run_door
 from .errors import InputError
-from .run import Run
 from .runtime.metrics_log import MetricsLog
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
@@ -84,8 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("--resume: name the run's folder with --out")
         run = runs.resume(recipe, options.out)
     else:
-        run = runs.create(recipe, options.out or runs.free_folder(Path("runs"), options.recipe))
+        run = runs.begin(recipe, options.out or runs.free_folder(Path("runs"), options.recipe))
     training = Training.build(run, device)
+    run.write()  # only now: what cannot be trained leaves no folder behind
     describe(console, training)
     if not train(training, console):
         console.print(f"stopped; go on with --resume --out {run.folder}")
@@ -114,7 +114,9 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="a built-in recipe's name or a TOML file")
     add("--list", action="store_true", help="show the built-in recipes, a line each, and end")
-    add("--data", type=Path, metavar="DIR", help="folder of the data files (default: a demo corpus)")
+    add(
+        "--data", type=Path, metavar="DIR", help="folder of the data files (default: a demo corpus)"
+    )
     add(
         "--init",
         metavar="MODEL",

@@ -86,7 +86,7 @@ class Training:
                 parameters,
                 optimizer,
                 METHODS[recipe.balance],
-                clip_norm=recipe.clip_norm,
+                clip_norm=recipe.clip_norm or None,
                 seed=recipe.seed,
             ),
             schedule=Schedule(

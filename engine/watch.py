@@ -52,7 +52,9 @@ class ProgressBar:
             f"{line['tokens_per_s']:,.0f} tokens/s",
         )
 
-    def print_epoch(self, progress: Progress, epoch_steps: int, scores: Mapping[str, float]) -> None:
+    def print_epoch(
+        self, progress: Progress, epoch_steps: int, scores: Mapping[str, float]
+    ) -> None:
         """Print the dev scores at the end of an epoch."""
         figures = "  ".join(f"{task} {value:.3f}" for task, value in scores.items())
         mark = "  (best so far)" if progress.best_step == progress.step else ""

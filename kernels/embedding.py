@@ -9,6 +9,7 @@ filling K whole tables with zeros at every step.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,13 +32,13 @@ def embedding_task_gradients_(
     grad_output: Tensor, index: Tensor, rows: Tensor, offsets: Sequence[int]
 ) -> None:
     """Add the rows of dy ``[T, H]`` of task k to ``rows[k]`` ``[N, H]`` at ``index`` ``[T]``."""
-    for task, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for task, (start, end) in enumerate(pairwise(offsets)):
         _scatter_add_(rows[task], index[start:end], grad_output[start:end])
 
 
 @embedding_task_gradients_.register_fake
-def _(grad_output: Tensor, index: Tensor, rows: Tensor, offsets: Sequence[int]) -> None:
-    return None
+def _(*_arguments: object) -> None:
+    pass
 
 
 def wipe_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
@@ -48,7 +49,7 @@ def wipe_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
         index: ``[T]`` table rows of that batch.
         offsets: ``K + 1`` ascending row numbers of that batch.
     """
-    for task, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for task, (start, end) in enumerate(pairwise(offsets)):
         rows[task].index_fill_(0, index[start:end], 0)
 
 

@@ -9,6 +9,7 @@ of the flat gradient buffer, so nothing is copied, summed or zero-filled afterwa
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def linear_task_gradients_(
         offsets: K + 1 ascending row numbers.
         accumulate: add to what the rows hold.
     """
-    for task, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for task, (start, end) in enumerate(pairwise(offsets)):
         dy, inputs, row = grad_output[start:end], x[start:end], weight_rows[task]
         if accumulate:
             row.addmm_(dy.t(), inputs)
@@ -53,15 +54,8 @@ def linear_task_gradients_(
 
 
 @linear_task_gradients_.register_fake
-def _(
-    grad_output: Tensor,
-    x: Tensor,
-    weight_rows: Tensor,
-    bias_rows: Tensor | None,
-    offsets: Sequence[int],
-    accumulate: bool,
-) -> None:
-    return None
+def _(*_arguments: object) -> None:
+    pass
 
 
 class _TaskLinear(torch.autograd.Function):

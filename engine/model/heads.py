@@ -41,7 +41,13 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
     if pooling == "cls":
         return hidden[cu_seqlens[:-1].long()]
     offsets = cu_seqlens.long()
-    return torch.segment_reduce(hidden.float(), "mean", offsets=offsets, axis=0).to(hidden.dtype)
+    mean = torch.segment_reduce(_at_least_fp32(hidden), "mean", offsets=offsets, axis=0)
+    return mean.to(hidden.dtype)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    """Widen bf16; leave fp32, and float64, in which the tests compute their references."""
+    return x.float() if x.element_size() < 4 else x
 
 
 def pair_features(first: Tensor, second: Tensor, features: str) -> Tensor:
@@ -97,7 +103,7 @@ class TaskHead(nn.Module):
             seed: 0-dim int64; needed in training mode.
 
         Returns:
-            fp32 ``[n, classes]`` logits, ``[n]`` logits (binary) or ``[n]`` scores.
+            In fp32 ``[n, classes]`` logits, ``[n]`` logits (binary) or ``[n]`` scores.
         """
         pooled = kernels.dropout(
             pooled, self.dropout_p, training=self.training, seed=seed, stream=self.site
@@ -107,10 +113,11 @@ class TaskHead(nn.Module):
         else:
             first, second = pooled.chunk(2)
             if self.output is None:
-                return (F.cosine_similarity(first.float(), second.float()) + 1) * 2.5
+                first, second = _at_least_fp32(first), _at_least_fp32(second)
+                return (F.cosine_similarity(first, second) + 1) * 2.5
             joined = pair_features(first, second, self.features)
         assert self.output is not None
-        scores = self.output(joined, segments).float()
+        scores = _at_least_fp32(self.output(joined, segments))
         return scores if self.task.kind == "classes" else scores.squeeze(1)
 
     def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
@@ -120,6 +127,7 @@ class TaskHead(nn.Module):
             scores: what :meth:`forward` returned.
             labels: fp32 ``[n]``: class numbers, 0/1, or values.
         """
+        labels = labels.to(scores.dtype)
         if self.task.kind == "classes":
             return F.cross_entropy(scores, labels.long())
         if self.task.kind == "binary":

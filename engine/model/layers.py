@@ -59,9 +59,7 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, segments: kernels.TaskSegments | None = None) -> Tensor:
         """Normalise the rows of ``x [T, H]``."""
         rows = self.rows if segments is not None else None
-        return kernels.layer_norm(
-            x, self.weight, self.bias, self.eps, rows=rows, segments=segments
-        )
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps, rows=rows, segments=segments)
 
     def add(
         self,
@@ -73,7 +71,7 @@ class LayerNorm(nn.Module):
         stream: int,
         segments: kernels.TaskSegments | None = None,
     ) -> Tensor:
-        """Normalise ``residual + dropout(x)``, both ``[T, H]``; ``stream`` tells the sites apart."""
+        """Normalise ``residual + dropout(x)``, both ``[T, H]``; ``stream`` is the dropout site."""
         rows = self.rows if segments is not None else None
         return kernels.dropout_add_layer_norm(
             x,

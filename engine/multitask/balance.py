@@ -16,12 +16,12 @@ Method = Callable[[Tensor, Tensor], Tensor]
 """``(gram [K, K] fp32, order [K, K]) -> weights [K] fp32``, on the Gram matrix's device."""
 
 
-def _sum(gram: Tensor, order: Tensor) -> Tensor:
+def _sum(gram: Tensor, _order: Tensor) -> Tensor:
     """The gradient of the summed losses: plain multitask training."""
     return torch.ones_like(gram[0])
 
 
-def _mean(gram: Tensor, order: Tensor) -> Tensor:
+def _mean(gram: Tensor, _order: Tensor) -> Tensor:
     """The gradient of the mean loss."""
     return torch.full_like(gram[0], 1 / gram.shape[0])
 

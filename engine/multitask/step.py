@@ -45,7 +45,7 @@ class MultitaskStep:
         parameters: flat storage and gradient rows of ``model``.
         optimizer: updates ``parameters``.
         balance: from the Gram matrix to the weights of the sum.
-        clip_norm: largest norm of the combined gradient; 0 for none.
+        clip_norm: largest norm of the combined gradient; None for no clipping.
         seed: decides dropout and the order of surgery, together with the step's number.
     """
 
@@ -57,7 +57,7 @@ class MultitaskStep:
         optimizer: AdamW,
         balance: Method,
         *,
-        clip_norm: float,
+        clip_norm: float | None,
         seed: int,
     ) -> None:
         self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
@@ -81,10 +81,10 @@ class MultitaskStep:
         losses = self._task_gradients(batch)
         gram = kernels.gram(self.parameters.rows)
         weights = self.balance(gram, kernels.draw_order(len(self.tasks), self._seed))
-        combined = kernels.combined_norm(gram, weights, max_norm=self.clip_norm)
-        self.optimizer.step(weights, lr=self._lr, scale=combined.scale, skip=combined.skip)
+        guard = kernels.update_guard(gram, weights, max_norm=self.clip_norm)
+        self.optimizer.step(weights, lr=self._lr, scale=guard.scale, skip=guard.skip)
         self.model.encoder.embeddings.wipe_rows(batch, batch.token_offsets)
-        return StepReport(losses, gram, weights, combined.norm, combined.skip.float())
+        return StepReport(losses, gram, weights, guard.norm, guard.skip.float())
 
     def _task_gradients(self, batch: PackedBatch) -> Tensor:
         """Fill the K gradient rows by one forward and one backward pass; return the losses."""

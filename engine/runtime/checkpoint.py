@@ -87,9 +87,7 @@ class Checkpoints:
             _write_progress(partial, progress)
         self._drop_older("best", progress.step)
 
-    def load(
-        self, model: MultitaskModel, parameters: FlatParameters, optimizer: AdamW
-    ) -> Progress:
+    def load(self, model: MultitaskModel, parameters: FlatParameters, optimizer: AdamW) -> Progress:
         """Restore the newest ``step`` checkpoint; without one, leave everything as it is.
 
         Returns:

@@ -37,7 +37,7 @@ class StopRequest:
         """Give the signals back."""
         self._restore()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
         self._asked = True
         self._restore()
 

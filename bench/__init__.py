@@ -1,0 +1,1 @@
+"""Benchmarks: one for each kernel, one for the step."""

@@ -1,0 +1,34 @@
+"""Small runs on the demo corpus."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine.train import main
+
+TINY = [
+    "encoder.hidden_size=32",
+    "encoder.num_hidden_layers=1",
+    "encoder.num_attention_heads=2",
+    "encoder.intermediate_size=48",
+    "encoder.vocab_size=256",
+    "limit=64",  # two steps an epoch
+    "epochs=3",
+    "log_every=1",
+]
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path) -> Callable[..., Path]:
+    """Train a tiny demo run in ``tmp_path / name``; return its folder."""
+
+    def run(
+        name: str, *arguments: str, recipe: str = "demo", settings: tuple[str, ...] = ()
+    ) -> Path:
+        folder = tmp_path / name
+        status = main([recipe, "--out", str(folder), *arguments, "--set", *TINY, *settings])
+        assert status == 0
+        return folder
+
+    return run

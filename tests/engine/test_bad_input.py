@@ -1,0 +1,207 @@
+"""Bad input: one line on stderr that says what and where, status 2, nothing lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine import evaluate, predict, train
+from engine.data.cache import default_cache
+from engine.door import run_door
+from engine.recipe import load
+from engine.run import data_folder
+
+from .conftest import TINY
+
+
+def refuse(capsys, door, *arguments: str) -> str:
+    """Run a door that must refuse; return its one line."""
+    with pytest.raises(SystemExit) as stop:
+        run_door(lambda: door.main(list(arguments)))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "RECIPE is missing"),
+        (["cgz"], "did you mean cgs?"),
+        (["cgs", "--set", "lrate=1"], "unknown key lrate; did you mean"),
+        (["cgs", "--set", "tasks.sst.featurs=single"], "did you mean features?"),
+        (["cgs", "--set", "encoder.hiden_size=8"], "did you mean hidden_size?"),
+        (["cgs", "--set", "lr"], "expected key=value"),
+        (["cgs", "--set", "lr=fast"], "lr = 'fast'"),
+        (["cgs", "--set", "lr=-1"], "lr = -1"),
+        (["cgs", "--set", "lr=nan"], "lr = nan"),
+        (["cgs", "--set", "batch_size=0"], "batch_size = 0"),
+        (["cgs", "--set", "balance=pcgard"], "balance = 'pcgard'"),
+        (["cgs", "--set", "lr.peak=1"], "lr has no fields"),
+        (["cgs", "--set", "train=['imdb']"], "'imdb' is not among tasks"),
+        (["cgs", "--set", "tasks.sst2.features=single"], "did you mean sst?"),
+        (["cgs", "--set", "tasks.sst.features=cosine"], "tasks.sst.features = 'cosine'"),
+        (["cgs", "--max-steps", "many"], "invalid int value"),
+        (["cgs", "--device", "tpu"], "--device tpu"),
+        (["cgs", "--data", "no/such/folder"], "no such folder"),
+        (["cgs", "--init", "./no-such-model"], "no such folder"),
+        (["cgs", "--resume"], "--out"),
+        (["none.toml"], "not found"),
+        (["cgs", "--set", "encoder.hidden_size=30", "encoder.num_attention_heads=4"], "divisible"),
+    ],
+)
+def test_options_and_recipes(capsys, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in refuse(capsys, train, *arguments)
+    assert not list(tmp_path.rglob("recipe.toml"))
+
+
+def test_a_recipe_that_is_no_toml(capsys, tmp_path):
+    (tmp_path / "mine.toml").write_text("lr = = 1\n")
+    assert "line 1" in refuse(capsys, train, str(tmp_path / "mine.toml"))
+
+
+@pytest.fixture
+def demo_copy(tmp_path: Path) -> Path:
+    """A copy of the demo data set to spoil."""
+    return shutil.copytree(data_folder(load("demo")), tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("1\tx\ta fine film\t7", "label is outside 0 to 4"),
+        ("1\tx\ta fine film\tgood", "label is not a number"),
+        ("1\tx\ta fine film\t2.5", "label is not a whole number"),
+        ("1\tx\ta fine film\tnan", "label is not a number"),
+        ("1\tx\t   \t2", "empty sentence"),
+        ("1\tx\ta fine film", "number of fields"),
+        ('1\tx\t"a fine film\t2', "broken quoting"),
+    ],
+)
+def test_bad_rows_end_the_run_or_are_skipped(capsys, tmp_path, demo_copy, row, expected):
+    file = demo_copy / "ids-sst-train.csv"
+    header, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([header, rows[0], row, *rows[1:]]) + "\n")
+    arguments = ["demo", "--data", str(demo_copy), "--out", str(tmp_path / "run")]
+    message = refuse(capsys, train, *arguments, "--max-steps", "1", "--set", *TINY)
+    assert expected in message
+    assert f"{file}:3" in message
+
+    skipping = [*arguments, "--on-bad-row", "skip", "--max-steps", "1"]
+    assert train.main([*skipping, "--set", *TINY]) == 0
+    assert "1 rows skipped" in capsys.readouterr().out
+
+
+def test_wrong_encoding_and_missing_files(capsys, tmp_path, demo_copy):
+    file = demo_copy / "quora-dev.csv"
+    file.write_bytes(file.read_bytes().replace(b"the ", b"th\xe9 ", 1))
+    arguments = ["demo", "--data", str(demo_copy), "--out", str(tmp_path / "run"), "--set", *TINY]
+    assert "not UTF-8" in refuse(capsys, train, *arguments)
+    file.unlink()
+    message = refuse(capsys, train, *[*arguments[:4], str(tmp_path / "other"), *arguments[5:]])
+    assert "quora-dev.csv" in message
+
+
+def test_out_that_holds_another_run(capsys, tiny_run):
+    folder = tiny_run("run")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "holds a run already" in refuse(capsys, train, "demo", "--out", str(folder))
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_with_other_settings(capsys, tiny_run):
+    folder = tiny_run("run")
+    arguments = ["demo", "--out", str(folder), "--resume", "--set", *TINY, "lr=0.5"]
+    assert "was made with lr = 0.001, now it is 0.5" in refuse(capsys, train, *arguments)
+
+
+@pytest.fixture
+def small_model(tiny_run, tmp_path: Path) -> Path:
+    """A model folder in the Hugging Face layout, to spoil."""
+    from engine.model.huggingface import to_huggingface_state
+    from engine.run import open_run
+
+    run = open_run(tiny_run("source"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    run.tokenizer.save(folder)
+    shutil.copy(run.folder / "config.json", folder)
+    state = to_huggingface_state(run.new_model().encoder.state_dict(), run.config)
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def test_a_model_folder_trains(small_model, tiny_run):
+    tiny_run("from-model", "--init", str(small_model))
+
+
+def spoil_shape(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["encoder.layer.0.output.dense.weight"] = torch.zeros(3, 3)
+    save_file(state, folder / "model.safetensors")
+
+
+def spoil_missing(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    del state["encoder.layer.0.attention.self.key.bias"]
+    save_file(state, folder / "model.safetensors")
+
+
+def spoil_nan(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["embeddings.LayerNorm.weight"][0] = float("nan")
+    save_file(state, folder / "model.safetensors")
+
+
+def spoil_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: not found"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "not a readable"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: not found"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
+        (spoil_config, "model_type = 'gpt2'"),
+        (spoil_shape, "encoder.layer.0.output.dense.weight has shape [3, 3]"),
+        (spoil_missing, "encoder.layer.0.attention.self.key.bias is missing"),
+        (spoil_nan, "no finite numbers"),
+    ],
+)
+def test_model_folders(capsys, tmp_path, small_model, spoil, expected):
+    capsys.readouterr()
+    spoil(small_model)
+    arguments = ["demo", "--init", str(small_model), "--out", str(tmp_path / "run")]
+    assert expected in refuse(capsys, train, *arguments, "--set", *TINY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_cannot_be_evaluated(capsys, tmp_path, tiny_run):
+    assert "holds no run" in refuse(capsys, evaluate, str(tmp_path))
+    folder = tiny_run("run")
+    capsys.readouterr()
+    (folder / "data.tsv").write_text("id\ttext\n1\tx\n")
+    arguments = [str(folder), "--input", str(folder / "data.tsv"), "--output", str(folder / "out")]
+    assert "no column 'sentence'" in refuse(capsys, predict, *arguments, "--task", "sst")
+    assert "sst, quora, sts" in refuse(capsys, predict, *arguments, "--task", "cfimdb")
+    shutil.rmtree(folder / "checkpoints")
+    assert "no checkpoint yet" in refuse(capsys, evaluate, str(folder))
+
+
+def test_a_cache_that_cannot_be_written(capsys, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("SUPERBERT_CACHE", str(blocked / "cache"))
+    assert default_cache() == blocked / "cache"
+    message = refuse(capsys, train, "demo", "--out", str(tmp_path / "run"), "--set", *TINY)
+    assert "cannot" in message

@@ -1,0 +1,168 @@
+"""Whole runs through the front door, small ones."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import evaluate, predict
+from engine.run import open_run
+from engine.runtime.metrics_log import MetricsLog
+from engine.train import main
+
+from .conftest import TINY
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of ``metrics.jsonl`` but for the clock's."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["tokens_per_s"]
+    return lines
+
+
+def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    path = open_run(folder).checkpoints.find("step")
+    return load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    first, second = last_checkpoint(one), last_checkpoint(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_run_leaves_what_its_folder_promises(tiny_run):
+    folder = tiny_run("run")
+    for name in ("recipe.toml", "config.json", "tokenizer.json", "metrics.json"):
+        assert (folder / name).is_file()
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == list(range(6))
+    assert lines[0].keys() >= {"losses", "lr", "cosines", "conflict_rate", "grad_norm", "weights"}
+    assert lines[0]["cosines"].keys() == {"sst/quora", "sst/sts", "quora/sts"}
+    assert lines[0]["losses"].keys() == {"sst", "quora", "sts"}
+    assert not list(folder.rglob("*.partial"))
+    scores = json.loads((folder / "metrics.json").read_text())["scores"]
+    tasks = [scores[task] for task in ("sst", "quora", "sts")]
+    assert scores["overall"] == pytest.approx(sum(tasks) / 3)
+
+
+def test_the_same_seed_gives_the_same_bits(tiny_run):
+    assert_same_run(tiny_run("one"), tiny_run("two"))
+    other = tiny_run("three", "--seed", "1")
+    assert metrics(other)[0]["losses"] != metrics(tiny_run("four"))[0]["losses"]
+
+
+@pytest.mark.parametrize("crash_after", [0, 3, 4])
+def test_a_resumed_run_equals_an_undisturbed_one(tiny_run, tmp_path, monkeypatch, crash_after):
+    """Step 0: before the first checkpoint; 3: at one; 4: past one, its line already written."""
+    settings = ("checkpoint_every=1",) if crash_after == 3 else ()
+    whole = tiny_run("whole", settings=settings)
+    add = MetricsLog.add
+
+    def crash(log, step, *rest):
+        written = add(log, step, *rest)
+        if step == crash_after:
+            raise RuntimeError("power cut")
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "add", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            tiny_run("cut", settings=settings)
+    assert_same_run(tiny_run("cut", "--resume", settings=settings), whole)
+
+
+def test_asked_to_stop_it_checkpoints_and_goes_on_later(tiny_run, tmp_path, monkeypatch):
+    whole = tiny_run("whole")
+    add = MetricsLog.add
+
+    def interrupt(log, step, *rest):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return add(log, step, *rest)
+
+    arguments = ["demo", "--out", str(tmp_path / "stopped"), "--set", *TINY]
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "add", interrupt)
+        assert main(arguments) == 130
+    assert len(metrics(tmp_path / "stopped")) == 3
+    assert main([*arguments, "--resume"]) == 0
+    assert_same_run(tmp_path / "stopped", whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(tiny_run):
+    folder = tiny_run("run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    tiny_run("run", "--resume")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_untrained_heads_stay_as_initialised(tiny_run):
+    """Weight decay would move a head that no trained task reaches, were it in the update."""
+    folder = tiny_run("run", recipe="sst-finetune", settings=("weight_decay=0.1", "lr=0.01"))
+    initial = open_run(folder).new_model().state_dict()
+    trained = last_checkpoint(folder)
+    assert torch.equal(trained["heads.quora.output.weight"], initial["heads.quora.output.weight"])
+    assert not torch.equal(trained["heads.sst.output.weight"], initial["heads.sst.output.weight"])
+    assert json.loads((folder / "metrics.json").read_text())["scores"].keys() >= {"quora", "sts"}
+
+
+@pytest.mark.parametrize("recipe", ["sst-finetune", "qqp-finetune", "sts-finetune", "vgs", "cgs"])
+def test_every_recipe_runs_on_the_demo_corpus(tiny_run, recipe):
+    assert len(metrics(tiny_run("run", "--max-steps", "2", recipe=recipe))) == 2
+
+
+def test_bf16_computes_on_a_copy_of_fp32_masters(tiny_run):
+    folder = tiny_run("run", settings=("precision=bf16",))
+    assert last_checkpoint(folder)["encoder.embeddings.word.weight"].dtype == torch.float32
+    exact = tiny_run("exact", settings=("precision=fp32",))
+    for ours, theirs in zip(metrics(folder), metrics(exact), strict=True):
+        # bf16 keeps 8 bits: a loss may be off by a few times 2^-8 of itself in so few steps.
+        assert ours["losses"]["sst"] == pytest.approx(theirs["losses"]["sst"], rel=2**-5)
+
+
+def test_evaluate_gives_the_scores_of_the_best_epoch_again(tiny_run):
+    folder = tiny_run("run")
+    at_the_end = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").unlink()
+    assert evaluate.main([str(folder), "--split", "dev"]) == 0
+    assert json.loads((folder / "metrics.json").read_text()) == at_the_end
+
+
+@pytest.mark.parametrize("task", ["sst", "quora", "sts"])
+def test_predict_writes_a_line_for_every_row_in_order(tiny_run, tmp_path, task):
+    folder = tiny_run("run")
+    from engine.data.formats import FORMATS
+    from engine.data.read import read_table
+    from engine.run import data_folder
+
+    form = FORMATS[task]
+    source = form.file(data_folder(open_run(folder).recipe), "test")
+    output = tmp_path / "out.tsv"
+    arguments = [str(folder), "--task", task, "--input", str(source), "--output", str(output)]
+    assert predict.main(arguments) == 0
+    header, *lines = output.read_text().splitlines()
+    assert header == "id\tprediction"
+    ids = [line.split("\t")[0] for line in lines]
+    assert ids == read_table(source, form, labelled=False).ids
+    for line in lines:
+        assert 0 <= float(line.split("\t")[1]) <= form.high
+
+
+def test_predict_can_keep_the_place_of_a_bad_row(tiny_run, tmp_path):
+    folder = tiny_run("run")
+    source, output = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    source.write_text("id\tsentence\na\tfine film\nb\t\nc\tdull\n")
+    arguments = [str(folder), "--task", "sst", "--input", str(source), "--output", str(output)]
+    assert predict.main([*arguments, "--on-bad-row", "blank"]) == 0
+    assert [line.split("\t")[0] for line in output.read_text().splitlines()] == [
+        "id",
+        "a",
+        "b",
+        "c",
+    ]

@@ -1,0 +1,74 @@
+"""A small multitask model and batches for it."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from engine.data.formats import FORMATS
+from engine.data.pack import PackedBatch, pack
+from engine.data.split import TokenizedSplit
+from engine.model.config import EncoderConfig
+from engine.model.multitask import MultitaskModel
+
+TASKS = ("sst", "quora", "sts")
+
+
+def random_split(task: str, examples: int, *, vocab: int, seed: int) -> TokenizedSplit:
+    """Sentences of 1 to 20 tokens with labels in the task's range."""
+    rng = np.random.default_rng(seed)
+    form = FORMATS[task]
+    lengths = rng.integers(1, 21, size=examples * len(form.sentences))
+    labels = rng.uniform(0, form.high, examples)
+    return TokenizedSplit(
+        task=task,
+        ids=[str(i) for i in range(examples)],
+        columns=len(form.sentences),
+        tokens=rng.integers(0, vocab, size=lengths.sum()).astype(np.uint16),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        labels=(labels if form.kind == "score" else labels.round()).astype(np.float32),
+        truncated=0,
+        bad_rows={},
+        blank=(),
+    )
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., PackedBatch]:
+    def make(seed: int = 0, sizes: tuple[int, ...] = (5, 3, 4)) -> PackedBatch:
+        splits = [
+            random_split(task, size, vocab=97, seed=seed + position)
+            for position, (task, size) in enumerate(zip(TASKS, sizes, strict=True))
+        ]
+        return pack(splits, [np.arange(size) for size in sizes])
+
+    return make
+
+
+@pytest.fixture
+def make_model() -> Callable[..., MultitaskModel]:
+    def make(
+        features: dict[str, str] | None = None, *, dropout: float = 0.0, pooling: str = "mean"
+    ) -> MultitaskModel:
+        torch.manual_seed(0)
+        config = EncoderConfig(
+            vocab_size=97,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=80,
+            max_position_embeddings=32,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            initializer_range=0.2,  # large enough that tasks conflict and norms matter
+        )
+        return MultitaskModel(
+            config,
+            [FORMATS[task] for task in (*TASKS, "cfimdb")],
+            features or {"sst": "single", "quora": "concat", "sts": "cosine", "cfimdb": "single"},
+            pooling=pooling,
+            dropout_p=dropout,
+        )
+
+    return make
