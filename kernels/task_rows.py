@@ -65,7 +65,11 @@ class TaskRows(NamedTuple):
             )
         if (bias is None) != (self.bias is None):
             raise ValueError("rows.bias: must be given exactly when the layer has a bias")
-        if bias is not None and self.bias is not None and self.bias.shape != (num_tasks, *bias.shape):
+        if (
+            bias is not None
+            and self.bias is not None
+            and self.bias.shape != (num_tasks, *bias.shape)
+        ):
             raise ValueError(
                 f"rows.bias: expected shape {(num_tasks, *bias.shape)} (tasks, *bias.shape), "
                 f"got {tuple(self.bias.shape)}"
