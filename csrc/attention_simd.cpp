@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 128;
-constexpr int64_t kFactorRow = kKeyBlock + 32; // a tile may start anywhere in a quad of keys
 constexpr float kInfinity = __builtin_inff();
 
 int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
@@ -60,7 +59,7 @@ struct Tiles {
     values_t = take(columns * row);
     scores = take(rows * columns);
     grad_scores = take(rows * columns);
-    factors = take(rows * kFactorRow);
+    factors = take(rows * (columns + 8) + 4 * kQuads + kWidth); // whole quads, and read by vectors
     out = take(rows * row);
     grad_out = take(rows * row);
     grad_queries = take(num_queries * row);
@@ -111,47 +110,45 @@ void narrow_rows(const float* from, int64_t row, const HeadRows& to, int64_t hea
   }
 }
 
-// to [width, columns] = from [count, row] transposed; columns that only fill a vector become zero.
-void transpose(const float* from, int64_t count, int64_t width, int64_t row, float* to,
-               int64_t columns) {
-  for (int64_t d = 0; d < width; ++d) {
-    for (int64_t i = 0; i < count; ++i) to[d * columns + i] = from[i * row + d];
-    for (int64_t i = count; i < round_up(count); ++i) to[d * columns + i] = 0;
-  }
+// The scores of vector j of a row of which `seen` keys are seen: -inf in the other lanes.
+Floats load_seen(const float* scores, int64_t j, int64_t seen) {
+  const Floats s = load(scores + j);
+  return j + kWidth <= seen ? s : first_lanes(s, seen - j, -kInfinity);
 }
 
-// Scores of keys that a query does not see become -inf, and of the columns that only fill a vector.
-void mask_scores(const Span& span, int64_t query, int64_t queries, int64_t key, int64_t keys,
-                 float* scores, int64_t columns) {
-  for (int64_t i = 0; i < queries; ++i) {
-    const int64_t seen = span.visible(query + i) - key;
-    for (int64_t j = seen < 0 ? 0 : smaller(seen, keys); j < round_up(keys); ++j) {
-      scores[i * columns + j] = -kInfinity;
-    }
-  }
-}
+// The dropout factors of a tile; key j of query i has data[i * row + j].  Null: no dropout.
+struct TileFactors {
+  const float* data = nullptr;
+  int64_t row = 0;
 
-// Computes the dropout factors of a tile; key j of query i has factors[i * kFactorRow + j].
-const float* tile_factors(const AttentionCall& call, const Span& span, int64_t query,
-                          int64_t queries, int64_t key, int64_t keys, float* buffer) {
-  attention_factors(call.dropout, span.head, span.query + query, queries, span.key + key, keys,
-                    buffer, kFactorRow);
-  return buffer + (span.key + key) % 4;
-}
+  TileFactors(const AttentionCall& call, const Span& span, int64_t query, int64_t queries,
+              int64_t key, int64_t keys, float* buffer) {
+    if (!call.dropout.active()) return;
+    const int64_t first_key = span.key + key;
+    attention_factors(call.dropout, span.head, span.query + query, queries, first_key, keys,
+                      buffer);
+    data = buffer + first_key % 4;
+    row = 4 * attention_quads(first_key, keys);
+  }
+
+  const float* of(int64_t i) const { return data == nullptr ? nullptr : data + i * row; }
+};
 
 // ---- forward ------------------------------------------------------------------------------------
 
 // Folds one tile of scores [queries, keys] into the running softmax.  The tile then holds the
 // probabilities that multiply the values, up to the division by the row's final sum.
-void softmax_tile(int64_t queries, int64_t keys, const float* factors, const Tiles& tiles) {
+void softmax_tile(const Span& span, int64_t query, int64_t queries, int64_t key, int64_t keys,
+                  const TileFactors& factors, const Tiles& tiles) {
   for (int64_t i = 0; i < queries; ++i) {
     float* scores = tiles.scores + i * tiles.columns;
+    const int64_t seen = span.visible(query + i) - key;
     Floats largest = splat(-kInfinity);
     for (int64_t j = 0; j < keys; j += kWidth) {
-      const Floats s = load(scores + j);
+      const Floats s = load_seen(scores, j, seen);
       largest = largest < s ? s : largest;
     }
-    const float old_max = tiles.row_max[i], tile_max = max_lane(largest);
+    const float old_max = tiles.row_max[i], tile_max = max_of_lanes(largest);
     const float new_max = tile_max > old_max ? tile_max : old_max;
     if (old_max != new_max && old_max != -kInfinity) {
       const float rescale = __builtin_expf(old_max - new_max);
@@ -161,13 +158,14 @@ void softmax_tile(int64_t queries, int64_t keys, const float* factors, const Til
     }
     tiles.row_max[i] = new_max;
     const float shift = new_max == -kInfinity ? 0.0f : new_max; // -inf: no key seen so far
+    const float* factor = factors.of(i);
     Floats total{};
     for (int64_t j = 0; j < keys; j += kWidth) {
-      const Floats p = exponential(load(scores + j) - shift);
+      const Floats p = exponential(load_seen(scores, j, seen) - shift);
       total += p;
-      store(scores + j, factors ? p * load(factors + i * kFactorRow + j) : p);
+      store(scores + j, factor == nullptr ? p : p * load(factor + j));
     }
-    tiles.row_sum[i] += sum_lanes<float>(total);
+    tiles.row_sum[i] += sum_of_lanes(total);
   }
 }
 
@@ -186,14 +184,12 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
       if (i0 == 0 || span.keys > kKeyBlock) { // a single block of keys serves all queries
         widen_rows<T>(call.k, span.head, span.key + j0, n, width, 1, tiles.keys, row);
         widen_rows<T>(call.v, span.head, span.key + j0, n, width, 1, tiles.values, row);
-        transpose(tiles.keys, n, width, row, tiles.keys_t, columns);
+        transpose(tiles.keys, row, n, width, tiles.keys_t, columns);
       }
       multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
                false);
-      mask_scores(span, i0, m, j0, n, tiles.scores, columns);
-      const float* factors = nullptr;
-      if (call.dropout.active()) factors = tile_factors(call, span, i0, m, j0, n, tiles.factors);
-      softmax_tile(m, n, factors, tiles);
+      const TileFactors factors(call, span, i0, m, j0, n, tiles.factors);
+      softmax_tile(span, i0, m, j0, n, factors, tiles);
       multiply(m, width, n, {tiles.scores, columns, 1}, tiles.values, row, tiles.out, row, true);
     }
     for (int64_t i = 0; i < m; ++i) {
@@ -222,23 +218,26 @@ void row_products(const float* grad_out, const float* out, int64_t rows, int64_t
     for (int64_t d = 0; d < row; d += kWidth) {
       total += load(grad_out + i * row + d) * load(out + i * row + d);
     }
-    delta[i] = sum_lanes<float>(total);
+    delta[i] = sum_of_lanes(total);
   }
 }
 
 // Turns the tiles S and dP = dO V^T, in place, into what multiplies dO and Q (f: dropout factor):
 //     P = exp(S - lse),   S <- P f,   dP <- P (dP f - delta)
-void grad_scores_tile(int64_t m, int64_t n, const float* lse, const float* delta,
-                      const float* factors, const Tiles& tiles) {
-  for (int64_t i = 0; i < m; ++i) {
+void grad_scores_tile(const Span& span, int64_t query, int64_t queries, int64_t key, int64_t keys,
+                      const float* lse, const float* delta, const TileFactors& factors,
+                      const Tiles& tiles) {
+  for (int64_t i = 0; i < queries; ++i) {
+    const int64_t seen = span.visible(query + i) - key;
+    const float* factor = factors.of(i);
     const float shift = lse[i] == -kInfinity ? 0.0f : lse[i]; // -inf: the query sees no key
     float* scores = tiles.scores + i * tiles.columns;
     float* grads = tiles.grad_scores + i * tiles.columns;
-    for (int64_t j = 0; j < n; j += kWidth) {
-      const Floats p = exponential(load(scores + j) - shift);
-      const Floats factor = factors ? load(factors + i * kFactorRow + j) : splat(1);
-      store(grads + j, p * (load(grads + j) * factor - delta[i]));
-      store(scores + j, p * factor);
+    for (int64_t j = 0; j < keys; j += kWidth) {
+      const Floats p = exponential(load_seen(scores, j, seen) - shift);
+      const Floats f = factor == nullptr ? splat(1) : load(factor + j);
+      store(grads + j, p * (load(grads + j) * f - delta[i]));
+      store(scores + j, p * f);
     }
   }
 }
@@ -259,8 +258,8 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
     const int64_t n = smaller(kKeyBlock, span.keys - j0);
     widen_rows<T>(call.k, head, span.key + j0, n, width, 1, tiles.keys, row);
     widen_rows<T>(call.v, head, span.key + j0, n, width, 1, tiles.values, row);
-    transpose(tiles.keys, n, width, row, tiles.keys_t, columns);
-    transpose(tiles.values, n, width, row, tiles.values_t, columns);
+    transpose(tiles.keys, row, n, width, tiles.keys_t, columns);
+    transpose(tiles.values, row, n, width, tiles.values_t, columns);
     fill(tiles.grad_keys, n * row, 0);
     fill(tiles.grad_values, n * row, 0);
     for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
@@ -272,12 +271,10 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
       }
       multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
                false);
-      mask_scores(span, i0, m, j0, n, tiles.scores, columns);
       multiply(m, n, width, {tiles.grad_out, row, 1}, tiles.values_t, columns, tiles.grad_scores,
                columns, false);
-      const float* factors = nullptr;
-      if (call.dropout.active()) factors = tile_factors(call, span, i0, m, j0, n, tiles.factors);
-      grad_scores_tile(m, n, lse + i0, tiles.delta + i0, factors, tiles);
+      const TileFactors factors(call, span, i0, m, j0, n, tiles.factors);
+      grad_scores_tile(span, i0, m, j0, n, lse + i0, tiles.delta + i0, factors, tiles);
       multiply(n, width, m, {tiles.scores, 1, columns}, tiles.grad_out, row, tiles.grad_values, row,
                true);
       multiply(n, width, m, {tiles.grad_scores, 1, columns}, tiles.queries, row, tiles.grad_keys,

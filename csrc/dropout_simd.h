@@ -15,40 +15,75 @@
 #include <cstring>
 
 #include "dropout.h"
+#include "simd_math.h"
 
 namespace superbert::SUPERBERT_ISA {
 
-constexpr int kQuads = 16; // Philox calls made side by side
+// The generator works on 64-bit lanes of which the low halves count; the high halves hold what a
+// product or an exclusive or left there.
+using Wide = VectorOf<uint64_t>::type;
+constexpr int kWideLanes = kVectorBytes / 8;
+constexpr int kVectors = 2; // side by side, since a round is a chain of dependent products
+constexpr int kQuads = kVectors * kWideLanes;
 
-// Keep factors (0 or 1 / (1 - p)) of kQuads quads: factors[4 * i + word].
-inline void keep_factors(const Dropout& dropout, const uint32_t* low, const uint32_t* high,
-                         uint32_t head, float* factors) {
-  uint32_t c0[kQuads], c1[kQuads], c2[kQuads], c3[kQuads];
-  for (int i = 0; i < kQuads; ++i) {
-    c0[i] = low[i];
-    c1[i] = high[i];
-    c2[i] = head;
-    c3[i] = dropout.stream;
+// The 64-bit products of the low halves with `factor`.
+inline Wide multiply_low(Wide a, uint32_t factor) {
+#if defined(__AVX512F__)
+  return (Wide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(factor));
+#elif defined(__AVX2__)
+  return (Wide)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(factor));
+#else
+  return (a & 0xffffffff) * factor;
+#endif
+}
+
+// Stores the keep factors, 0 or 1 / (1 - p), of the quads whose words 0 and 1, 2 and 3 stand in the
+// halves of each lane.
+inline void store_factors(const Dropout& dropout, Wide words01, Wide words23, float* factors) {
+  Wide first, second; // lanes of one and the other in turn
+  for (int lane = 0; lane < kWideLanes; ++lane) {
+    first[lane] = lane % 2 * kWideLanes + lane / 2;
+    second[lane] = first[lane] + kWideLanes / 2;
+  }
+  const Wide words[2] = {__builtin_shuffle(words01, words23, first),
+                         __builtin_shuffle(words01, words23, second)};
+  for (int half = 0; half < 2; ++half) {
+    const Floats kept =
+        load_bits<Words>(&words[half]) >= dropout.threshold ? splat(dropout.scale) : Floats{};
+    store(factors + half * kWidth, kept);
+  }
+}
+
+// Keep factors of kQuads quads: factors[4 * i + word].
+inline void keep_factors(const Dropout& dropout, const uint64_t* quads, uint32_t head,
+                         float* factors) {
+  Wide c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    c0[v] = load_bits<Wide>(quads + v * kWideLanes);
+    c1[v] = c0[v] >> 32;
+    c2[v] = Wide{} + head;
+    c3[v] = Wide{} + dropout.stream;
   }
   uint32_t key0 = static_cast<uint32_t>(dropout.seed);
   uint32_t key1 = static_cast<uint32_t>(dropout.seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kQuads; ++i) {
-      const uint64_t product0 = static_cast<uint64_t>(c0[i]) * 0xD2511F53u;
-      const uint64_t product1 = static_cast<uint64_t>(c2[i]) * 0xCD9E8D57u;
-      c0[i] = static_cast<uint32_t>(product1 >> 32) ^ c1[i] ^ key0;
-      c1[i] = static_cast<uint32_t>(product1);
-      c2[i] = static_cast<uint32_t>(product0 >> 32) ^ c3[i] ^ key1;
-      c3[i] = static_cast<uint32_t>(product0);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      const Wide product0 = multiply_low(c0[v], 0xD2511F53);
+      const Wide product1 = multiply_low(c2[v], 0xCD9E8D57);
+      c0[v] = (product1 >> 32) ^ c1[v] ^ key0;
+      c1[v] = product1;
+      c2[v] = (product0 >> 32) ^ c3[v] ^ key1;
+      c3[v] = product0;
     }
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
   }
-  for (int i = 0; i < kQuads; ++i) {
-    factors[4 * i + 0] = c0[i] >= dropout.threshold ? dropout.scale : 0.0f;
-    factors[4 * i + 1] = c1[i] >= dropout.threshold ? dropout.scale : 0.0f;
-    factors[4 * i + 2] = c2[i] >= dropout.threshold ? dropout.scale : 0.0f;
-    factors[4 * i + 3] = c3[i] >= dropout.threshold ? dropout.scale : 0.0f;
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    store_factors(dropout, (c0[v] & 0xffffffff) | (c1[v] << 32),
+                  (c2[v] & 0xffffffff) | (c3[v] << 32), factors + v * 4 * kWideLanes);
   }
 }
 
@@ -62,39 +97,34 @@ inline const float* element_factors(const Dropout& dropout, int64_t first, int64
   const uint64_t first_quad = static_cast<uint64_t>(first) / 4;
   const int64_t quads = (first + count + 3) / 4 - static_cast<int64_t>(first_quad);
   for (int64_t done = 0; done < quads; done += kQuads) {
-    uint32_t low[kQuads], high[kQuads];
-    for (int i = 0; i < kQuads; ++i) {
-      const uint64_t quad = first_quad + done + i;
-      low[i] = static_cast<uint32_t>(quad);
-      high[i] = static_cast<uint32_t>(quad >> 32);
-    }
-    keep_factors(dropout, low, high, 0, buffer + 4 * done);
+    uint64_t quad[kQuads];
+    for (int i = 0; i < kQuads; ++i) quad[i] = first_quad + done + i;
+    keep_factors(dropout, quad, 0, buffer + 4 * done);
   }
   return buffer + first % 4;
 }
 
-// Factors of queries x keys of one attention head.  The factor of (query i, key j), counted from
-// the first of each, is buffer[i * ld + first_key % 4 + j]; ld is at least keys + 6.
+// Factors of queries x keys of one attention head, keys padded to whole quads: a row has
+// 4 * attention_quads(first_key, keys) floats, and the first one's is first_key % 4.
+inline int64_t attention_quads(int64_t first_key, int64_t keys) {
+  return (first_key + keys + 3) / 4 - first_key / 4;
+}
+
+// `buffer` has room for kQuads quads more than the tile.
 inline void attention_factors(const Dropout& dropout, int64_t head, int64_t first_query,
-                              int64_t queries, int64_t first_key, int64_t keys, float* buffer,
-                              int64_t ld) {
-  const int64_t first_quad = first_key / 4;
-  const int64_t quads = (first_key + keys + 3) / 4 - first_quad;
-  uint32_t low[kQuads], high[kQuads];
-  float factors[4 * kQuads];
-  int64_t query = 0, quad = 0;
-  while (query < queries) {
-    float* to[kQuads];
-    int filled = 0;
-    for (; filled < kQuads && query < queries; ++filled) {
-      low[filled] = static_cast<uint32_t>(first_quad + quad);
-      high[filled] = static_cast<uint32_t>(first_query + query);
-      to[filled] = buffer + query * ld + 4 * quad;
-      if (++quad == quads) quad = 0, ++query;
+                              int64_t queries, int64_t first_key, int64_t keys, float* buffer) {
+  const int64_t quads = attention_quads(first_key, keys), total = queries * quads;
+  uint64_t row = static_cast<uint64_t>(first_query) << 32, quad = first_key / 4;
+  const uint64_t end = quad + quads;
+  for (int64_t done = 0; done < total; done += kQuads) {
+    uint64_t counters[kQuads];
+    for (int i = 0; i < kQuads; ++i) {
+      counters[i] = row + quad;
+      const bool row_ends = ++quad == end;
+      quad -= row_ends ? quads : 0;
+      row += static_cast<uint64_t>(row_ends) << 32;
     }
-    for (int i = filled; i < kQuads; ++i) low[i] = high[i] = 0;
-    keep_factors(dropout, low, high, static_cast<uint32_t>(head), factors);
-    for (int i = 0; i < filled; ++i) std::memcpy(to[i], factors + 4 * i, 4 * sizeof(float));
+    keep_factors(dropout, counters, static_cast<uint32_t>(head), buffer + 4 * done);
   }
 }
 

@@ -38,7 +38,7 @@ float combine_row(const LayerNormCall& call, int64_t row, float* factor_buffer, 
     lanes.store(hidden + i, h);
     total += lanes.keep(h);
   });
-  return sum_lanes<float>(total);
+  return sum_of_lanes(total);
 }
 
 template <typename T>
@@ -52,9 +52,9 @@ void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* f
     deviation += d;
     square += d * d;
   });
-  const float correction = sum_lanes<float>(deviation) / width;
+  const float correction = sum_of_lanes(deviation) / width;
   const float mean = rough_mean + correction;
-  const float variance = sum_lanes<float>(square) / width - correction * correction;
+  const float variance = sum_of_lanes(square) / width - correction * correction;
   const float rstd = 1 / __builtin_sqrtf((variance > 0 ? variance : 0 * variance) + call.eps);
   call.mean[row] = mean;
   call.rstd[row] = rstd;
@@ -99,8 +99,8 @@ void backward_row(const LayerNormGradients& call, int64_t row, float* grad_weigh
       lanes.store(grad_bias + i, lanes.load(grad_bias + i) + grad);
     }
   });
-  const float mean_g = sum_lanes<float>(sum_g) / call.width;
-  const float mean_gx = sum_lanes<float>(sum_gx) / call.width;
+  const float mean_g = sum_of_lanes(sum_g) / call.width;
+  const float mean_gx = sum_of_lanes(sum_gx) / call.width;
 
   T* grad_hidden = static_cast<T*>(call.grad_hidden) + start;
   T* grad_x = call.grad_x == nullptr ? nullptr : static_cast<T*>(call.grad_x) + start;

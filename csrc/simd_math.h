@@ -30,6 +30,17 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline Floats splat(float value) { return value - Floats{}; }
 
+inline Ints lane_numbers() {
+  Ints lanes;
+  for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = lane;
+  return lanes;
+}
+
+// The first `count` lanes of v; `rest` in the others.
+inline Floats first_lanes(Floats v, int64_t count, float rest) {
+  return lane_numbers() < static_cast<int32_t>(count) ? v : splat(rest);
+}
+
 // ---- rows in scratch, which is padded to whole vectors ------------------------------------------
 template <typename T>
 inline void widen(const T* from, int64_t count, float factor, float* to) {
@@ -75,9 +86,7 @@ struct FirstLanes {
     store_first(p, v, count);
   }
   Floats keep(Floats v) const { // zero in the other lanes
-    float values[kWidth];
-    SUPERBERT_ISA::store(values, v);
-    return load_first(values, count);
+    return first_lanes(v, count, 0);
   }
 };
 
@@ -89,10 +98,22 @@ inline void for_row(int64_t count, const F& f) {
 }
 
 // ---- functions ----------------------------------------------------------------------------------
-inline float max_lane(Floats v) {
-  float result = v[0];
-  for (int lane = 1; lane < kWidth; ++lane) result = v[lane] > result ? v[lane] : result;
-  return result;
+// Reduces the lanes by halves, always in the same order.
+template <typename F>
+inline float reduce_lanes(Floats v, const F& f) {
+#pragma GCC unroll 4
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    v = f(v, __builtin_shuffle(v, lane_numbers() ^ half));
+  }
+  return v[0];
+}
+
+inline float sum_of_lanes(Floats v) {
+  return reduce_lanes(v, [](Floats a, Floats b) { return a + b; });
+}
+
+inline float max_of_lanes(Floats v) {
+  return reduce_lanes(v, [](Floats a, Floats b) { return a < b ? b : a; });
 }
 
 // exp(x) for x <= 88, to about one unit in the last place: x = n ln 2 + r with |r| <= ln(2) / 2,
@@ -116,6 +137,44 @@ inline Floats exponential(Floats x) {
   // The low bits of `shifted` are n on top of kRound's own; n goes into the exponent of 2^n.
   const Ints power = (load_bits<Ints>(&shifted) - 0x4b400000 + 127) << 23;
   return x < kLowest ? Floats{} : p * load_bits<Floats>(&power);
+}
+
+// ---- transposition ------------------------------------------------------------------------------
+
+// Transposes a square of vectors: log2(kWidth) rounds, each of which exchanges between rows `half`
+// apart the lanes that differ in that bit.
+inline void transpose_square(Floats (&rows)[kWidth]) {
+#pragma GCC unroll 4
+  for (int half = 1; half < kWidth; half *= 2) {
+    const Ints lane = lane_numbers();
+    const Ints own_low = (lane & half) == 0 ? lane : kWidth + lane - half;
+    const Ints own_high = (lane & half) == 0 ? lane + half : kWidth + lane;
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (i & half) continue;
+      const Floats low = rows[i], high = rows[i + half];
+      rows[i] = __builtin_shuffle(low, high, own_low);
+      rows[i + half] = __builtin_shuffle(low, high, own_high);
+    }
+  }
+}
+
+// to [columns, to_row] = from [rows, from_row] transposed.  Whole squares are written: what fills
+// the last one beyond `rows` is zero.
+inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
+                      int64_t to_row) {
+  for (int64_t i = 0; i < rows; i += kWidth) {
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      Floats square[kWidth];
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; ++r) {
+        square[r] = i + r < rows ? load(from + (i + r) * from_row + j) : Floats{};
+      }
+      transpose_square(square);
+#pragma GCC unroll 16
+      for (int c = 0; c < kWidth; ++c) store(to + (j + c) * to_row + i, square[c]);
+    }
+  }
 }
 
 // ---- matrix product -----------------------------------------------------------------------------
