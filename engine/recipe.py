@@ -53,6 +53,8 @@ class EncoderRecipe(_Settings):
     """Width of the feed-forward layer."""
     max_position_embeddings: Annotated[int, Field(ge=3)] = 128
     """Longest sequence."""
+    initializer_range: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Standard deviation of initial weights."""
     hidden_dropout_prob: Fraction = 0.1
     """Dropout of embeddings and of layer outputs."""
     attention_probs_dropout_prob: Fraction = 0.1

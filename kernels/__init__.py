@@ -4,6 +4,7 @@ Each works on a GPU (Triton, CUDA) and on a CPU (C++, torch) under the same name
 :func:`implementation` tells which one runs.
 """
 
+from ._namesake import namesake_attribute
 from .attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from .dropout import dropout
 from .embedding import embedding, wipe_
@@ -33,3 +34,7 @@ __all__ = [
     "update_guard",
     "wipe_",
 ]
+
+
+def __getattr__(name: str) -> object:
+    return namesake_attribute(__name__, name)

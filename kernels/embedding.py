@@ -96,4 +96,4 @@ def embedding(
     if rows is None:
         return F.embedding(index, weight)
     segments = rows.checked(segments, weight, None, index)
-    return _TaskEmbedding.apply(index, weight, rows.weight, segments.offsets)  # type: ignore[no-any-return]
+    return _TaskEmbedding.apply(index, weight, rows.weight, segments.offsets)  # type: ignore[no-untyped-call]

@@ -111,4 +111,4 @@ def linear(
     if rows is None:
         return F.linear(x, weight, bias)
     segments = rows.checked(segments, weight, bias, x)
-    return _TaskLinear.apply(x, weight, bias, rows.weight, rows.bias, *segments)  # type: ignore[no-any-return]
+    return _TaskLinear.apply(x, weight, bias, rows.weight, rows.bias, *segments)  # type: ignore[no-untyped-call]

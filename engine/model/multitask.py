@@ -82,3 +82,18 @@ class MultitaskModel(nn.Module):
             own = kernels.TaskSegments((0, count), accumulate) if task_rows else None
             scores.append(self.head(task)(pooled[start:end], own, seed))
         return scores
+
+    def losses(
+        self, scores: Sequence[Tensor], batch: PackedBatch, tasks: Sequence[str]
+    ) -> list[Tensor]:
+        """Return each task's mean loss, 0-dim, from what :meth:`forward` returned.
+
+        Raises:
+            ValueError: the batch has no labels of a task.
+        """
+        losses = []
+        for task, task_scores, labels in zip(tasks, scores, batch.labels, strict=True):
+            if labels is None:
+                raise ValueError(f"batch.labels: None for task {task!r}, which is to be trained")
+            losses.append(self.head(task).loss(task_scores, labels))
+        return losses

@@ -59,7 +59,8 @@ class FlatParameters:
     ) -> None:
         self._tasks = tuple(tasks)
         model.to(device=device)
-        trained, frozen = [], []
+        trained: list[tuple[str, nn.Parameter]] = []
+        frozen: list[tuple[str, nn.Parameter]] = []
         for name, parameter in model.named_parameters():
             rows = self._rows_of(name)
             (trained if rows is not None else frozen).append((name, parameter))

@@ -89,12 +89,7 @@ class MultitaskStep:
     def _task_gradients(self, batch: PackedBatch) -> Tensor:
         """Fill the K gradient rows by one forward and one backward pass; return the losses."""
         scores = self.model(batch, self.tasks, seed=self._seed, task_rows=True)
-        losses = torch.stack(
-            [
-                self.model.head(task).loss(task_scores, labels)
-                for task, task_scores, labels in zip(self.tasks, scores, batch.labels, strict=True)
-            ]
-        )
+        losses = torch.stack(self.model.losses(scores, batch, self.tasks))
         # Each loss reaches its own part of the stream only, so their sum is all K at once.
         losses.sum().backward()
         return losses.detach()

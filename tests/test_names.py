@@ -1,0 +1,109 @@
+"""What the packages are called: in the repository, installed, and beside Hugging Face's library."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import REPOSITORY
+
+
+def run_python(code: str, *, folder: Path, path: Path | None = None) -> str:
+    """Run code in a fresh process; return what it prints."""
+    environment = os.environ | {"PYTHONPATH": "" if path is None else str(path)}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+@pytest.fixture
+def namesake(tmp_path: Path) -> Path:
+    """A library ``kernels`` as transformers expects it; every name is a decorator factory."""
+    transformers = pytest.importorskip("transformers")
+    version = transformers.utils.import_utils.KERNELS_MIN_VERSION
+    package, metadata = tmp_path / "kernels", tmp_path / f"kernels-{version}.dist-info"
+    package.mkdir()
+    metadata.mkdir()
+    (package / "__init__.py").write_text("from kernels.inner import __getattr__\n")
+    (package / "inner.py").write_text(
+        "def __getattr__(name):\n"
+        "    if name.startswith('__'):\n"
+        "        raise AttributeError(name)\n"
+        "    return lambda *_, **__: lambda decorated: decorated\n"
+    )
+    (metadata / "METADATA").write_text(f"Name: kernels\nVersion: {version}\n")
+    (metadata / "RECORD").write_text("kernels/__init__.py,,\n")
+    return tmp_path
+
+
+IMPORT_BOTH = (
+    "import transformers; from transformers import BertModel; import kernels;"
+    "from transformers.utils import is_kernels_available;"
+    "print(is_kernels_available(), kernels.__file__)"
+)
+
+
+def test_transformers_imports_from_the_root_without_its_kernels_library():
+    pytest.importorskip("transformers")
+    available, file = run_python(IMPORT_BOTH, folder=REPOSITORY).split()
+    assert Path(file) == REPOSITORY / "kernels" / "__init__.py"
+    assert available == "False"
+
+
+def test_transformers_imports_from_the_root_with_its_kernels_library(namesake):
+    available, file = run_python(IMPORT_BOTH, folder=REPOSITORY, path=namesake).split()
+    assert Path(file) == REPOSITORY / "kernels" / "__init__.py"
+    assert available == "True"
+
+
+def test_a_name_that_nobody_has_is_an_attribute_error():
+    code = "import kernels\ntry: kernels.nonsense\nexcept AttributeError as error: print(error)"
+    assert "no attribute 'nonsense'" in run_python(code, folder=REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages as ``pip install .`` lays them out, in a folder of their own."""
+    target = tmp_path_factory.mktemp("site")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+        + ["--disable-pip-version-check", "--target", str(target), str(REPOSITORY)],
+        check=True,
+    )
+    return target
+
+
+def test_installed_packages_are_superberts(installed, tmp_path):
+    assert not (installed / "kernels").exists()
+    assert not (installed / "engine").exists()
+    code = (
+        "import torch, superbert.kernels as kernels;"
+        "print(kernels.gram(torch.ones(2, 3)).tolist(), kernels.__name__);"
+        "from superbert.engine import train; train.main(['--list'])"
+    )
+    output = run_python(code, folder=tmp_path, path=installed)
+    assert output.startswith("[[3.0, 3.0], [3.0, 3.0]] superbert.kernels")
+    assert "cgs" in output
+
+
+def test_installed_beside_its_namesake_neither_hides_the_other(installed, namesake):
+    code = "import sys; sys.path.append(sys.argv[1]); import kernels, superbert.kernels as ours;"
+    process = subprocess.run(
+        [sys.executable, "-c", code + "print(kernels.__file__, ours.__file__)", str(installed)],
+        cwd=namesake,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    theirs, ours = map(Path, process.stdout.split())
+    assert theirs.parent == namesake / "kernels"
+    assert ours.parent == installed / "superbert" / "kernels"
