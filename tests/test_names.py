@@ -74,11 +74,9 @@ def test_a_name_that_nobody_has_is_an_attribute_error():
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages as ``pip install .`` lays them out, in a folder of their own."""
     target = tmp_path_factory.mktemp("site")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
-        + ["--disable-pip-version-check", "--target", str(target), str(REPOSITORY)],
-        check=True,
-    )
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    options = ["--no-build-isolation", "--no-deps", "--target", str(target)]
+    subprocess.run([*pip, "install", *options, str(REPOSITORY)], check=True)
     return target
 
 
