@@ -1,4 +1,5 @@
 // The CPU side of the attention ops; kernels/attention.py documents them.
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -38,14 +39,13 @@ void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total)
                   " rows, got ", cu[sequences]);
 }
 
-// Rows behind the last sequence belong to nobody; they are defined to be zero.
-void zero_rows_after(const Tensor& cu_seqlens, const Tensor& x) {
+// Rows behind the last sequence belong to nobody; they get a value of their own.
+void fill_rows_after(const Tensor& cu_seqlens, Tensor x, double value) {
   const int64_t sequences = cu_seqlens.numel() - 1;
   const int64_t end = static_cast<const int32_t*>(cu_seqlens.const_data_ptr())[sequences];
   if (end == x.size(0)) return;
-  Tensor x_view = x;
-  Tensor rest = torch::stable::narrow(x_view, 0, end, x.size(0) - end);
-  torch::stable::zero_(rest);
+  Tensor rest = torch::stable::narrow(x, 0, end, x.size(0) - end);
+  torch::stable::fill_(rest, value);
 }
 
 HeadRows head_rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
@@ -94,8 +94,8 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
   Tensor lse =
       torch::stable::new_empty(q, {q.size(1), q.size(0)}, torch::headeronly::ScalarType::Float);
   const AttentionCall call = make_call(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options);
-  zero_rows_after(cu_seqlens_q, out);
-  zero_rows_after(cu_seqlens_q, torch::stable::transpose(lse, 0, 1));
+  fill_rows_after(cu_seqlens_q, out, 0);
+  fill_rows_after(cu_seqlens_q, torch::stable::transpose(lse, 0, 1), -INFINITY);
   const auto& kernels = attention_kernels();
   run(call, [&](int64_t item, float* scratch) { kernels.forward(call, item, scratch); });
   return {out, lse};
@@ -106,9 +106,9 @@ void run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, cons
                   const Tensor& cu_seqlens_k, const Options& options, const Tensor& grad_q,
                   const Tensor& grad_k, const Tensor& grad_v) {
   const AttentionCall call = make_call(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options);
-  zero_rows_after(cu_seqlens_q, grad_q);
-  zero_rows_after(cu_seqlens_k, grad_k);
-  zero_rows_after(cu_seqlens_k, grad_v);
+  fill_rows_after(cu_seqlens_q, grad_q, 0);
+  fill_rows_after(cu_seqlens_k, grad_k, 0);
+  fill_rows_after(cu_seqlens_k, grad_v, 0);
   const Tensor d_out = torch::stable::contiguous(grad_out);
   const AttentionGradients gradients = {head_rows(d_out), head_rows(grad_q), head_rows(grad_k),
                                         head_rows(grad_v)};

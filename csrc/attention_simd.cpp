@@ -45,7 +45,8 @@ struct Tiles {
   int64_t row;     // floats of a row of width `width`
   int64_t columns; // floats of a row of scores
   float *queries, *keys, *keys_t, *values, *values_t, *scores, *grad_scores, *factors;
-  float *out, *grad_out, *grad_queries, *grad_keys, *grad_values, *row_max, *row_sum, *delta;
+  float *out, *grad_out, *grad_queries, *grad_keys, *grad_values, *row_max, *row_sum, *delta,
+      *probabilities;
   float* scratch; // null: only count
   int64_t floats = 0;
 
@@ -68,6 +69,7 @@ struct Tiles {
     row_max = take(rows);
     row_sum = take(rows);
     delta = take(num_queries);
+    probabilities = take(columns);
   }
 
   float* take(int64_t count) {
@@ -210,7 +212,7 @@ void forward(const AttentionCall& call, int64_t item, float* scratch) {
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// delta_i = sum_d dO_id O_id, which is also sum_j P_ij dP_ij.
+// delta_i = sum_d dO_id O_id, for rows of keys that need several tiles.
 void row_products(const float* grad_out, const float* out, int64_t rows, int64_t row,
                   float* delta) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -224,6 +226,9 @@ void row_products(const float* grad_out, const float* out, int64_t rows, int64_t
 
 // Turns the tiles S and dP = dO V^T, in place, into what multiplies dO and Q (f: dropout factor):
 //     P = exp(S - lse),   S <- P f,   dP <- P (dP f - delta)
+// A null `delta` says that the tile holds all keys of its rows.  Then P is divided by its sum,
+// which takes away the rounding of lse, and delta_i = sum_j P_ij f_ij dP_ij, whose roundings are
+// those of dP, so that their difference loses less than with the other form.
 void grad_scores_tile(const Span& span, int64_t query, int64_t queries, int64_t key, int64_t keys,
                       const float* lse, const float* delta, const TileFactors& factors,
                       const Tiles& tiles) {
@@ -233,11 +238,28 @@ void grad_scores_tile(const Span& span, int64_t query, int64_t queries, int64_t 
     const float shift = lse[i] == -kInfinity ? 0.0f : lse[i]; // -inf: the query sees no key
     float* scores = tiles.scores + i * tiles.columns;
     float* grads = tiles.grad_scores + i * tiles.columns;
+    Floats sum{}, weighted_sum{};
     for (int64_t j = 0; j < keys; j += kWidth) {
       const Floats p = exponential(load_seen(scores, j, seen) - shift);
-      const Floats f = factor == nullptr ? splat(1) : load(factor + j);
-      store(grads + j, p * (load(grads + j) * f - delta[i]));
-      store(scores + j, p * f);
+      const Floats dropped = factor == nullptr ? p : p * load(factor + j);
+      const Floats weighted = dropped * load(grads + j);
+      store(tiles.probabilities + j, p);
+      store(scores + j, dropped);
+      store(grads + j, weighted);
+      sum += p;
+      weighted_sum += j + kWidth <= keys ? weighted : first_lanes(weighted, keys - j, 0);
+    }
+    float norm = 1, row_delta;
+    if (delta != nullptr) {
+      row_delta = delta[i];
+    } else {
+      const float total = sum_of_lanes(sum);
+      norm = total == 0 ? 0 : 1 / total;
+      row_delta = sum_of_lanes(weighted_sum) * norm;
+    }
+    for (int64_t j = 0; j < keys; j += kWidth) {
+      store(scores + j, load(scores + j) * norm);
+      store(grads + j, (load(grads + j) - load(tiles.probabilities + j) * row_delta) * norm);
     }
   }
 }
@@ -248,7 +270,8 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
   const int64_t head = span.head, width = call.width, row = tiles.row, columns = tiles.columns;
   const float* lse = call.lse + head * call.total_queries + span.query;
   fill(tiles.grad_queries, span.queries * row, 0);
-  for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
+  const bool one_tile = span.keys <= kKeyBlock;
+  for (int64_t i0 = 0; i0 < span.queries && !one_tile; i0 += kQueryBlock) {
     const int64_t m = smaller(kQueryBlock, span.queries - i0);
     widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
     widen_rows<T>(call.out, head, span.query + i0, m, width, 1, tiles.out, row);
@@ -266,15 +289,14 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
       const int64_t m = smaller(kQueryBlock, span.queries - i0);
       if (span.visible(i0 + m - 1) <= j0) continue;
       widen_rows<T>(call.q, head, span.query + i0, m, width, call.scale, tiles.queries, row);
-      if (span.queries > kQueryBlock) { // else it still stands there from above
-        widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
-      }
+      widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
       multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
                false);
       multiply(m, n, width, {tiles.grad_out, row, 1}, tiles.values_t, columns, tiles.grad_scores,
                columns, false);
       const TileFactors factors(call, span, i0, m, j0, n, tiles.factors);
-      grad_scores_tile(span, i0, m, j0, n, lse + i0, tiles.delta + i0, factors, tiles);
+      grad_scores_tile(span, i0, m, j0, n, lse + i0, one_tile ? nullptr : tiles.delta + i0, factors,
+                       tiles);
       multiply(n, width, m, {tiles.scores, 1, columns}, tiles.grad_out, row, tiles.grad_values, row,
                true);
       multiply(n, width, m, {tiles.grad_scores, 1, columns}, tiles.queries, row, tiles.grad_keys,

@@ -188,18 +188,11 @@ struct Left {
   Left from_row(int64_t i) const { return {data + i * row, row, column}; }
 };
 
-// One register tile of C (+)= A B: `rows` rows by `vectors` vectors over the whole inner dimension.
+// One register tile of C (+)= A B: kRows rows by kVectors vectors over the whole inner dimension.
 template <int kRows, int kVectors>
 inline void multiply_tile(int64_t inner, Left a, const float* b, int64_t b_row, float* c,
                           int64_t c_row, bool accumulate) {
-  Floats sums[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      sums[i][v] = accumulate ? load(c + i * c_row + v * kWidth) : Floats{};
-    }
-  }
+  Floats sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < inner; ++k) {
     Floats right[kVectors];
 #pragma GCC unroll 2
@@ -214,7 +207,11 @@ inline void multiply_tile(int64_t inner, Left a, const float* b, int64_t b_row, 
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(c + i * c_row + v * kWidth, sums[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = c + i * c_row + v * kWidth;
+      // Added at the end, so that a long sum is one of sums and loses less to rounding.
+      store(to, accumulate ? load(to) + sums[i][v] : sums[i][v]);
+    }
   }
 }
 

@@ -73,8 +73,6 @@ def attention_reference(
     Returns:
         The output ``[Tq, H, D]`` and the log-sum-exp ``[H, Tq]``.
     """
-    if len(cu_seqlens_q) == 1:
-        return torch.zeros_like(q), q.new_full((q.shape[1], q.shape[0]), -torch.inf)
     seen = visible_keys(cu_seqlens_q, cu_seqlens_k, len(q), len(k), causal)
     scores = torch.einsum("ihd,jhd->hij", q, k) * softmax_scale
     scores = scores.masked_fill(~seen, -torch.inf)

@@ -1,0 +1,35 @@
+"""Fixtures of the kernels' tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=[16, 32, 64], ids=["plain", "avx2", "avx512"])
+def vector_unit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test on each build of the CPU kernels that this machine can run."""
+    limit = torch.ops.superbert.limit_vector_unit
+    if limit(request.param) != request.param:
+        limit(64)
+        pytest.skip(f"this processor has no vectors of {request.param} bytes")
+    yield
+    limit(64)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Starts every test with the same random numbers."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> None:
+    """Fills the memory that the allocator hands out next with NaN.
+
+    A kernel that forgets to write part of its output then fails, instead of passing because fresh
+    memory happens to be zero.
+    """
+    for size in (64, 512, 4096, 32_768, 262_144):
+        blocks = [torch.full((size,), torch.nan) for _ in range(16)]
+        del blocks

@@ -1,0 +1,328 @@
+"""Packed attention against float64, forward and backward, and its edges."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from kernels import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
+from kernels.attention import attention_reference
+from kernels.dropout import attention_dropout_factors
+
+from .rounding import assert_within_twice
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEED = torch.tensor(0x123456789ABCDEF)
+TAIL = 5  # rows behind the last sequence
+MIXES = {
+    "sentences": [18, 1, 0, 23, 17, 60, 3],
+    "around the tiles of 64 queries and 128 keys": [64, 65, 127, 0, 129, 260],
+    "one token and two": [1, 2, 1],
+    "empty sequences": [0, 0],
+    "no sequence": [],
+}
+# The BERTs' widths, and one that fills no vector.
+WIDTHS = [32, 64, 96, 128, 20]
+
+
+def boundaries(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def qkv_stream(
+    lengths: list[int], dtype: torch.dtype, heads: int = 2, width: int = 32, seed: int = 0
+) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (sum(lengths) + TAIL, 3, heads, width)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def run(function: Callable[[Tensor], Tensor], qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and gradient of qkv."""
+    qkv = qkv.clone().requires_grad_()
+    out = function(qkv)
+    generator = torch.Generator().manual_seed(len(qkv))
+    out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
+    assert qkv.grad is not None
+    return out.detach(), qkv.grad
+
+
+def check(lengths: list[int], dtype: torch.dtype, width: int, causal: bool, p: float) -> None:
+    """The 2x rule for output and gradient.
+
+    Its errors are the largest of many tokens: those of a few sentences are a matter of luck.
+    """
+    cu_seqlens, longest = boundaries(lengths), max(lengths, default=0)
+    total, heads = sum(lengths) + TAIL, 2
+    factors = attention_dropout_factors(heads, total, total, p, SEED, 7) if p else None
+
+    def reference(qkv: Tensor) -> Tensor:
+        scale = width**-0.5
+        return attention_reference(*qkv.unbind(1), cu_seqlens, cu_seqlens, scale, causal, factors)[
+            0
+        ]
+
+    def kernel(qkv: Tensor) -> Tensor:
+        return flash_attn_varlen_qkvpacked_func(
+            qkv, cu_seqlens, longest, p, causal=causal, seed=SEED, stream=7
+        )
+
+    num_streams = min(12, 2 + 1500 // total)
+    streams = [qkv_stream(lengths, dtype, heads, width, seed) for seed in range(num_streams)]
+    results = [run(kernel, qkv) for qkv in streams]
+    torchs = [run(reference, qkv) for qkv in streams]
+    exact = [run(reference, qkv.double()) for qkv in streams]
+    for tensors in zip(*map(zip, results, torchs, exact), strict=True):
+        assert_within_twice(*(torch.stack(parts) for parts in zip(*tensors, strict=True)))
+    for result in results:
+        for tensor in result:
+            assert tensor[sum(lengths) :].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", MIXES.values(), ids=MIXES.keys())
+def test_lengths(lengths: list[int], causal: bool, dtype: torch.dtype) -> None:
+    check(lengths, dtype, 32, causal, 0.0)
+    check(lengths, dtype, 32, causal, 0.2)
+
+
+@pytest.mark.usefixtures("vector_unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widths(width: int, dtype: torch.dtype) -> None:
+    check(MIXES["sentences"], dtype, width, False, 0.1)
+
+
+def test_a_sequence_of_8192() -> None:
+    lengths = [7, 8192, 0, 30]
+    cu_seqlens = boundaries(lengths)
+    qkv = qkv_stream(lengths, torch.float32, heads=1)
+    out, lse, _ = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 8192, return_attn_probs=True)
+    q, k, v = (part[7:8199, 0] for part in qkv.unbind(1))
+    some = torch.tensor([0, 1, 63, 64, 4095, 8191])
+    scores = q[some].double() @ k.double().T * 32**-0.5
+    torch.testing.assert_close(lse[0, 7 + some].double(), scores.logsumexp(-1), rtol=1e-6, atol=0)
+    expected = scores.softmax(-1) @ v.double()
+    torchs = (q[some] @ k.T * 32**-0.5).softmax(-1) @ v
+    assert_within_twice(out[7 + some, 0], torchs, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_queries_and_keys_of_different_lengths(causal: bool) -> None:
+    """Causal attention is aligned at the ends; a query before all keys gives zeros."""
+    lengths_q, lengths_k = [3, 5, 0, 70, 4], [7, 2, 4, 130, 0]
+    cu_q, cu_k = boundaries(lengths_q), boundaries(lengths_k)
+    inputs = [
+        [torch.randn(sum(lengths) + TAIL, 2, 32, requires_grad=True) for lengths in streams]
+        for streams in [(lengths_q, lengths_k, lengths_k)] * 16
+    ]
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return attention_reference(q, k, v, cu_q, cu_k, 32**-0.5, causal)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"causal": causal, "return_attn_probs": True}
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, 70, 130, **options)[:2]
+
+    def results(function: Callable, dtype: torch.dtype) -> list[Tensor]:
+        """Output, log-sum-exp and gradients, those of all inputs stacked."""
+        per_input = []
+        for qkv in inputs:
+            qkv_cast = [x.detach().to(dtype).requires_grad_() for x in qkv]
+            out, lse = function(*qkv_cast)
+            torch.manual_seed(len(per_input))
+            grads = torch.autograd.grad(out, qkv_cast, torch.randn(out.shape).to(dtype))
+            per_input.append((out, lse, *grads))
+        return [torch.stack(parts) for parts in zip(*per_input, strict=True)]
+
+    found, torchs = results(kernel, torch.float32), results(reference, torch.float32)
+    exact = results(reference, torch.float64)
+    sees_nothing = ~exact[1].isfinite()
+    assert sees_nothing[0, 0].sum() == 4 + TAIL + (3 if causal else 0)
+    assert torch.equal(found[1].isneginf(), sees_nothing)
+    assert found[0].transpose(1, 2)[sees_nothing].count_nonzero() == 0
+    for parts in (found, torchs, exact):
+        parts[1] = parts[1].masked_fill(sees_nothing, 0)
+    for tensors in zip(found, torchs, exact, strict=True):
+        assert_within_twice(*tensors)
+
+
+def test_separate_tensors_of_any_stride_agree_with_one_packed() -> None:
+    lengths = MIXES["sentences"]
+    cu_seqlens = boundaries(lengths)
+    qkv = qkv_stream(lengths, torch.float32)
+    q, k, v = (part.transpose(0, 1).contiguous().transpose(0, 1) for part in qkv.unbind(1))
+    assert not q.is_contiguous()
+    packed = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 60)
+    apart = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 60, 60)
+    assert torch.equal(packed, apart)
+
+
+def test_a_gradient_of_any_stride() -> None:
+    cu_seqlens = boundaries([18, 5])
+    qkv = qkv_stream([18, 5], torch.float32).requires_grad_()
+    out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 18)
+    (expanded,) = torch.autograd.grad(out.sum(), qkv, retain_graph=True)
+    (dense,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+    assert torch.equal(expanded, dense)
+
+
+def test_repeats_to_the_bit_whatever_the_threads() -> None:
+    lengths = MIXES["around the tiles of 64 queries and 128 keys"]
+    qkv = qkv_stream(lengths, torch.float32)
+
+    def kernel(qkv: Tensor) -> Tensor:
+        return flash_attn_varlen_qkvpacked_func(qkv, boundaries(lengths), 260, 0.1, seed=SEED)
+
+    first = run(kernel, qkv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    second = run(kernel, qkv)
+    torch.set_num_threads(threads)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nan_stays_within_its_sequence_and_head() -> None:
+    lengths = [18, 30, 5]
+    qkv = qkv_stream(lengths, torch.float32)
+    qkv[20, 0, 1, 3] = torch.nan
+    out = flash_attn_varlen_qkvpacked_func(qkv, boundaries(lengths), 30)
+    assert out[20, 1].isnan().all()
+    out[20, 1] = 0
+    assert out.isfinite().all()
+
+
+def test_large_scores_do_not_overflow() -> None:
+    lengths = [18, 30]
+    qkv = qkv_stream(lengths, torch.float16) * 40
+    out, grad = run(lambda qkv: flash_attn_varlen_qkvpacked_func(qkv, boundaries(lengths), 30), qkv)
+    assert out.isfinite().all()
+    assert grad.isfinite().all()
+
+
+def test_float64_is_computed_in_float64() -> None:
+    qkv = qkv_stream([4, 3], torch.float64, heads=1, width=4)[:7].requires_grad_()
+
+    def function(qkv: Tensor) -> Tensor:
+        return flash_attn_varlen_qkvpacked_func(qkv, boundaries([4, 3]), 4, 0.3, seed=SEED)
+
+    assert torch.autograd.gradcheck(function, qkv)
+
+
+def test_an_unseeded_call_follows_torchs_generator() -> None:
+    qkv = qkv_stream([18], torch.float32)
+
+    def drop() -> Tensor:
+        return flash_attn_varlen_qkvpacked_func(qkv, boundaries([18]), 18, 0.5)
+
+    torch.manual_seed(1)
+    first, second = drop(), drop()
+    torch.manual_seed(1)
+    assert torch.equal(drop(), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        ([1, 8], "start at 0"),
+        ([0, 5, 3, 8], "ascending"),
+        ([0, 9], "within the 8 rows"),
+    ],
+)
+def test_boundaries_that_cannot_be_are_refused(cu_seqlens: list[int], message: str) -> None:
+    qkv = torch.randn(8, 3, 2, 32)
+    with pytest.raises(RuntimeError, match=f"cu_seqlens.*{message}"):
+        flash_attn_varlen_qkvpacked_func(qkv, torch.tensor(cu_seqlens, dtype=torch.int32), 8)
+
+
+QKV = torch.randn(8, 3, 2, 32)
+Q, CU = QKV[:, 0], boundaries([8])
+
+
+@pytest.mark.parametrize(
+    ("qkv", "cu_seqlens", "options", "message"),
+    [
+        (QKV[:, :2], CU, {}, "qkv: expected"),
+        (QKV.int(), CU, {}, "qkv: expected a floating"),
+        (QKV.transpose(2, 3), CU, {}, "contiguous last dimension"),
+        (QKV, CU.long(), {}, "cu_seqlens: expected int32"),
+        (QKV, CU[None], {}, "cu_seqlens: expected int32"),
+        (QKV, CU[:0], {}, "cu_seqlens: expected int32"),
+        (QKV, CU.to("meta"), {}, "cu_seqlens: expected contiguous on cpu"),
+        (QKV, CU, {"dropout_p": 1.0}, "probability"),
+        (QKV, CU, {"dropout_p": 0.1, "seed": torch.tensor(0.5)}, "seed"),
+    ],
+)
+def test_packed_arguments_that_do_not_fit_are_named(
+    qkv: Tensor, cu_seqlens: Tensor, options: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 8, **options)
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "cu_seqlens_k", "message"),
+    [
+        (Q[:, :1], Q[:, :1], CU, "k: expected heads"),
+        (Q.half(), Q, CU, "k: expected a floating dtype"),
+        (Q, Q[:7], CU, "v: expected the shape of k"),
+        (Q, Q.to("meta"), CU, "v: expected on cpu"),
+        (Q, Q, boundaries([4, 4]), "cu_seqlens_k: expected as many sequences"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(
+    k: Tensor, v: Tensor, cu_seqlens_k: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        flash_attn_varlen_func(Q, k, v, CU, cu_seqlens_k, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"window_size": (8, 8)},
+        {"softcap": 30.0},
+        {"alibi_slopes": torch.ones(2)},
+        {"block_table": torch.zeros(1, 1)},
+    ],
+)
+def test_what_is_not_supported_says_so(option: dict) -> None:
+    with pytest.raises(NotImplementedError, match=next(iter(option))):
+        flash_attn_varlen_func(Q, Q, Q, CU, CU, 8, 8, **option)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_operator_checks(p: float) -> None:
+    cu_seqlens = boundaries([7, 0, 13])
+    qkv = torch.randn(24, 3, 2, 32, requires_grad=True)
+    q, k, v = (torch.randn(24, 2, 32, requires_grad=True) for _ in range(3))
+    options = (p, 0.2, False, SEED, 1)
+    ops = torch.ops.superbert
+    torch.library.opcheck(ops.attention_qkvpacked.default, (qkv, cu_seqlens, 13, *options))
+    torch.library.opcheck(
+        ops.attention.default, (q, k, v, cu_seqlens, cu_seqlens, 13, 13, *options)
+    )
+
+
+def test_one_compilation_serves_all_token_counts() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def function(qkv: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        return flash_attn_varlen_qkvpacked_func(qkv * 2, cu_seqlens, longest, 0.1, seed=SEED)
+
+    for count in range(10, 110, 10):
+        qkv = torch.randn(count + TAIL, 3, 2, 32, requires_grad=True)
+        cu_seqlens = boundaries([count // 2, count // 2])
+        function(qkv, cu_seqlens, count // 2).sum().backward()
+        expected = flash_attn_varlen_qkvpacked_func(qkv * 2, cu_seqlens, count // 2, 0.1, seed=SEED)
+        assert torch.equal(function(qkv, cu_seqlens, count // 2), expected)
+    assert counters["stats"]["unique_graphs"] == 1
