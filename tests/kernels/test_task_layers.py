@@ -1,0 +1,140 @@
+"""Linear and embedding layers that write task gradients, against autograd task by task.
+
+Shapes: one row, a prime, just off a power of two, BERT's 384; an empty task at either end and in
+the middle; padding rows after the last task.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import kernels
+from kernels.embedding import embedding_task_gradients_
+from kernels.linear import linear_task_gradients_
+
+from .rounding import assert_within_twice
+
+OFFSETS = [(0, 1), (0, 7, 7, 20), (0, 0, 13, 31), (0, 5, 129, 129), (0, 40, 97)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def split_buffer(tasks: int, *shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Rows for parameters of these shapes in one flat buffer, full of NaN."""
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    buffer = torch.full((tasks, sum(sizes) + 3), torch.nan, dtype=dtype)
+    parts = buffer[:, : sum(sizes)].split(sizes, dim=1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def task_gradients(x: Tensor, dy: Tensor, offsets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    pairs = [(x[a:b], dy[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    return torch.stack([d.T @ i for i, d in pairs]), torch.stack([d.sum(0) for _, d in pairs])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offsets", OFFSETS)
+@pytest.mark.parametrize("width", [1, 13, 384])
+def test_linear(offsets, width, dtype):
+    total, out = offsets[-1] + 2, 17
+    x = torch.randn(total, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(out, width, dtype=dtype, requires_grad=True)
+    bias = torch.randn(out, dtype=dtype, requires_grad=True)
+    dy = torch.randn(total, out, dtype=dtype)
+    tasks = len(offsets) - 1
+    rows = kernels.TaskRows(*split_buffer(tasks, (out, width), (out,), dtype=dtype))
+    y = kernels.linear(x, weight, bias, rows=rows, segments=kernels.TaskSegments(offsets))
+    y.backward(dy)
+
+    exact = task_gradients(x.detach().double(), dy.double(), offsets)
+    torchs = task_gradients(x.detach(), dy, offsets)
+    assert_within_twice(rows.weight, torchs[0], exact[0])
+    assert_within_twice(rows.bias, torchs[1], exact[1])
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+    assert torch.equal(x.grad, dy @ weight)
+    assert weight.grad is None
+    assert bias.grad is None
+
+
+def test_linear_accumulates():
+    x, dy, offsets = torch.randn(9, 4), torch.randn(9, 5), (0, 4, 9)
+    rows = kernels.TaskRows(torch.ones(2, 5, 4), torch.ones(2, 5))
+    weight, bias = torch.randn(5, 4, requires_grad=True), torch.zeros(5, requires_grad=True)
+    segments = kernels.TaskSegments(offsets, accumulate=True)
+    kernels.linear(x, weight, bias, rows=rows, segments=segments).backward(dy)
+    expected = task_gradients(x, dy, offsets)
+    torch.testing.assert_close(rows.weight, 1 + expected[0])
+    torch.testing.assert_close(rows.bias, 1 + expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offsets", OFFSETS)
+def test_embedding(offsets, dtype):
+    total, tasks = offsets[-1], len(offsets) - 1
+    index = torch.randint(0, 11, (total,))  # every entry several times
+    weight = torch.randn(11, 7, dtype=dtype, requires_grad=True)
+    dy = torch.randn(total, 7, dtype=dtype)
+    (rows,) = split_buffer(tasks, (11, 7), dtype=dtype)
+    rows.zero_()
+    segments = kernels.TaskSegments(offsets)
+    y = kernels.embedding(index, weight, rows=kernels.TaskRows(rows), segments=segments)
+    y.backward(dy)
+
+    one_hot = torch.nn.functional.one_hot(index, 11)
+    exact, _ = task_gradients(dy.double(), one_hot.double(), offsets)
+    torchs = torch.stack(
+        [
+            torch.zeros(11, 7, dtype=dtype).index_add_(0, index[a:b], dy[a:b])
+            for a, b in zip(offsets, offsets[1:], strict=False)
+        ]
+    )
+    assert_within_twice(rows, torchs, exact)
+    assert torch.equal(y, weight[index])
+    assert weight.grad is None
+    kernels.wipe_(rows, index, offsets)
+    assert not rows.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"segments": None}, "segments: needed with rows"),
+        ({"rows": kernels.TaskRows(torch.zeros(3, 5, 4), torch.zeros(3, 5))}, "rows.weight"),
+        ({"rows": kernels.TaskRows(torch.zeros(2, 5, 4))}, "rows.bias"),
+        ({"segments": kernels.TaskSegments((0, 4, 10))}, "segments.offsets"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, expected):
+    arguments = {
+        "rows": kernels.TaskRows(torch.zeros(2, 5, 4), torch.zeros(2, 5)),
+        "segments": kernels.TaskSegments((0, 4, 9)),
+    }
+    with pytest.raises(ValueError, match=expected):
+        kernels.linear(torch.randn(9, 4), torch.randn(5, 4), torch.zeros(5), **(arguments | change))
+
+
+def test_operators_are_registered_soundly():
+    x, dy = torch.randn(9, 4), torch.randn(9, 5)
+    rows, bias_rows = torch.zeros(2, 5, 4), torch.zeros(2, 5)
+    torch.library.opcheck(linear_task_gradients_, (dy, x, rows, bias_rows, [0, 4, 9], False))
+    torch.library.opcheck(linear_task_gradients_, (dy, x, rows, None, [0, 4, 9], True))
+    index = torch.randint(0, 3, (9,))
+    torch.library.opcheck(embedding_task_gradients_, (dy, index, torch.zeros(2, 3, 5), [0, 4, 9]))
+
+
+def test_a_layer_with_task_rows_compiles_once_for_all_token_counts():
+    weight, bias = torch.randn(5, 4, requires_grad=True), torch.zeros(5, requires_grad=True)
+    rows = kernels.TaskRows(torch.zeros(2, 5, 4), torch.zeros(2, 5))
+    compiles = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=compiles, fullgraph=True, dynamic=True)
+    def layer(x: Tensor, offsets: tuple[int, ...]) -> Tensor:
+        segments = kernels.TaskSegments(offsets)
+        return kernels.linear(x, weight, bias, rows=rows, segments=segments)
+
+    for tokens in range(20, 30):
+        x, offsets = torch.randn(tokens, 4), (0, tokens // 2, tokens)
+        layer(x, offsets).sum().backward()
+        expected, _ = task_gradients(x, torch.ones(tokens, 5), offsets)
+        torch.testing.assert_close(rows.weight, expected)
+    assert compiles.frame_count == 1

@@ -1,0 +1,146 @@
+"""The whole step against the plain way: K backward passes, literal Algorithm 1, torch's AdamW."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from engine.multitask.balance import METHODS
+from engine.multitask.flat_parameters import FlatParameters
+from engine.multitask.optimizer import AdamW
+from engine.multitask.schedule import Schedule
+from engine.multitask.step import MultitaskStep
+
+from ..kernels.algorithm1 import algorithm1
+from .conftest import TASKS
+from .test_one_pass_backward import pass_by_pass
+
+CPU = torch.device("cpu")
+LR, DECAY, SEED = 1e-3, 0.1, 3
+
+
+def build_step(model, *, balance: str = "pcgrad", clip: float | None = None, dtype=torch.float32):
+    flat = FlatParameters(model, TASKS, device=CPU, compute_dtype=dtype)
+    optimizer = AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
+    step = MultitaskStep(model, TASKS, flat, optimizer, METHODS[balance], clip_norm=clip, seed=SEED)
+    return step, flat, optimizer
+
+
+def flatten(rows: dict[str, Tensor], names: list[str]) -> Tensor:
+    return torch.cat([rows[name].flatten(1) for name in names], dim=1)
+
+
+def plain_steps(model, batches, *, clip: float | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Train the plain way; return all weights."""
+    model = copy.deepcopy(model).to(dtype)
+    trained = {n: p for n, p in model.named_parameters() if not n.startswith("heads.cfimdb")}
+    groups = [
+        {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR)
+    for number, batch in enumerate(batches):
+        seed = torch.tensor((SEED << 32) + number)
+        rows = pass_by_pass(model, batch, seed=seed)
+        order = kernels.draw_order(len(TASKS), seed)
+        combined = algorithm1(flatten(rows, list(trained)), order).to(dtype)
+        pieces = combined.split([p.numel() for p in trained.values()])
+        for parameter, piece in zip(trained.values(), pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained.values(), clip)
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_steps_equal_the_plain_way(make_model, make_batch, clip):
+    """Five steps with dropout: distances from float64 by the 2x rule, against the plain way's."""
+    model = make_model(dropout=0.2).train()
+    batches = [make_batch(seed=10 * n) for n in range(5)]
+    exact = plain_steps(model, batches, clip=clip, dtype=torch.float64)
+    torchs = plain_steps(model, batches, clip=clip, dtype=torch.float32)
+
+    step, flat, _ = build_step(model, clip=clip)
+    conflicts = 0
+    for number, batch in enumerate(batches):
+        report = step(batch, number, LR)
+        conflicts += int((report.gram < 0).sum())
+    assert conflicts > 0, "no conflict: this would test nothing of surgery"
+    names = list(flat.slots)
+    ours = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if n in names])
+    others = [
+        torch.cat([weights[n].flatten() for n, _ in model.named_parameters() if n in names])
+        for weights in (torchs, exact)
+    ]
+    error, allowed = (ours - others[1]).norm(), 2 * (others[0] - others[1]).norm()
+    assert error <= allowed
+
+
+def test_the_report_is_that_of_the_gradients(make_model, make_batch):
+    model, batch = make_model().train(), make_batch()
+    rows = pass_by_pass(model, batch, seed=torch.tensor(SEED << 32))
+    step, flat, _ = build_step(model)
+    report = step(batch, 0, LR)
+    jacobian = flatten(rows, list(flat.slots)).double()
+    gram = jacobian @ jacobian.T
+    torch.testing.assert_close(report.gram.double(), gram, rtol=1e-4, atol=1e-6)
+    combined = report.weights.double() @ jacobian
+    torch.testing.assert_close(report.grad_norm.double(), combined.norm(), rtol=1e-4, atol=0)
+    assert report.skipped == 0
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update(make_model, make_batch):
+    model, batch = make_model().train(), make_batch()
+    step, flat, optimizer = build_step(model)
+    step(batch, 0, LR)
+    before = [t.clone() for t in (flat.master, optimizer.exp_avg, optimizer.exp_avg_sq)]
+    batch.labels[2].fill_(torch.inf)  # only one task's loss
+    report = step(batch, 1, LR)
+    assert report.skipped == 1
+    assert optimizer.updates == 1
+    now = [flat.master, optimizer.exp_avg, optimizer.exp_avg_sq]
+    assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
+
+def test_gradient_rows_hold_nothing_of_the_step_before(make_model, make_batch):
+    """Other words occur in the next batch; rows of the first must not linger."""
+    model = make_model().train()
+    step, flat, _ = build_step(model)
+    step(make_batch(seed=0), 0, 0.0)
+    fresh_model = copy.deepcopy(model)
+    step(make_batch(seed=50), 1, 0.0)
+    fresh, fresh_flat, _ = build_step(fresh_model)
+    fresh(make_batch(seed=50), 1, 0.0)
+    assert torch.equal(flat.rows, fresh_flat.rows)
+
+
+def test_sum_is_the_gradient_of_the_summed_loss(make_model, make_batch):
+    model, batch = make_model().train(), make_batch()
+    rows = pass_by_pass(model, batch, seed=torch.tensor(SEED << 32))
+    step, flat, _ = build_step(model, balance="sum")
+    report = step(batch, 0, LR)
+    total = flatten(rows, list(flat.slots)).sum(0)
+    torch.testing.assert_close(report.grad_norm, total.norm(), rtol=1e-4, atol=0)
+    assert report.weights.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_bf16_weights_are_the_rounded_masters(make_model, make_batch):
+    model = make_model().train()
+    step, flat, _ = build_step(model, dtype=torch.bfloat16)
+    for number in range(3):
+        step(make_batch(seed=number), number, LR)
+    assert flat.rows.dtype == flat.compute.dtype == torch.bfloat16
+    assert torch.equal(flat.compute, flat.master.bfloat16())
+
+
+def test_schedules():
+    linear = Schedule(peak=1.0, kind="linear", warmup_steps=4, total_steps=14)
+    rates = [linear(step) for step in range(14)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:] == pytest.approx([1 - n / 10 for n in range(10)])
+    assert min(rates) > 0
+    constant = Schedule(peak=1.0, kind="constant", warmup_steps=0, total_steps=3)
+    assert [constant(step) for step in range(3)] == [1.0, 1.0, 1.0]
