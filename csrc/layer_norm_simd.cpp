@@ -16,6 +16,27 @@ Floats load_or(float missing, const float* x, int64_t i, Lanes lanes) {
   return x == nullptr ? splat(missing) : lanes.load(x + i);
 }
 
+// Two sums over a row.
+struct Sums {
+  Floats first{}, second{};
+};
+
+// Lets f(i, lanes, sums) add to the sums for each vector of a row.  They are summed by blocks of 32
+// vectors, so that rounding errors grow with the number of blocks and not with the width.
+template <typename F>
+Sums sum_row(int64_t width, const F& f) {
+  constexpr int64_t kBlock = 32 * kWidth;
+  Sums total;
+  for (int64_t start = 0; start < width; start += kBlock) {
+    Sums block;
+    for_row(smaller(kBlock, width - start),
+            [&](int64_t i, auto lanes) { f(start + i, lanes, block); });
+    total.first += block.first;
+    total.second += block.second;
+  }
+  return total;
+}
+
 // ---- forward ------------------------------------------------------------------------------------
 
 // h = residual + dropout(x + x_bias) of one row, into `hidden`; returns its sum.
@@ -46,15 +67,14 @@ void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* f
   const float width = call.width;
   const float rough_mean = combine_row<T>(call, row, factor_buffer, hidden) / width;
   // Two passes; the second also corrects the rounding of the first one's mean.
-  Floats deviation{}, square{};
-  for_row(call.width, [&](int64_t i, auto lanes) {
-    const Floats d = lanes.keep(lanes.load(hidden + i) - rough_mean);
-    deviation += d;
-    square += d * d;
+  const Sums sums = sum_row(call.width, [&](int64_t i, auto lanes, Sums& to) {
+    const Floats deviation = lanes.keep(lanes.load(hidden + i) - rough_mean);
+    to.first += deviation;
+    to.second += deviation * deviation;
   });
-  const float correction = sum_of_lanes(deviation) / width;
+  const float correction = sum_of_lanes(sums.first) / width;
   const float mean = rough_mean + correction;
-  const float variance = sum_of_lanes(square) / width - correction * correction;
+  const float variance = sum_of_lanes(sums.second) / width - correction * correction;
   const float rstd = 1 / __builtin_sqrtf((variance > 0 ? variance : 0 * variance) + call.eps);
   call.mean[row] = mean;
   call.rstd[row] = rstd;
@@ -87,20 +107,19 @@ void backward_row(const LayerNormGradients& call, int64_t row, float* grad_weigh
   const T* dy = static_cast<const T*>(call.grad_out) + start;
   const T* hidden = static_cast<const T*>(call.hidden) + start;
   const float mean = call.mean[row], rstd = call.rstd[row];
-  Floats sum_g{}, sum_gx{};
-  for_row(call.width, [&](int64_t i, auto lanes) {
+  const Sums sums = sum_row(call.width, [&](int64_t i, auto lanes, Sums& to) {
     const Floats grad = lanes.load(dy + i);
     const Floats xhat = (lanes.load(hidden + i) - mean) * rstd;
     const Floats g = grad * load_or(1, call.weight, i, lanes);
-    sum_g += lanes.keep(g);
-    sum_gx += lanes.keep(g * xhat);
+    to.first += lanes.keep(g);
+    to.second += lanes.keep(g * xhat);
     if (grad_weight != nullptr) {
       lanes.store(grad_weight + i, lanes.load(grad_weight + i) + grad * xhat);
       lanes.store(grad_bias + i, lanes.load(grad_bias + i) + grad);
     }
   });
-  const float mean_g = sum_of_lanes(sum_g) / call.width;
-  const float mean_gx = sum_of_lanes(sum_gx) / call.width;
+  const float mean_g = sum_of_lanes(sums.first) / call.width;
+  const float mean_gx = sum_of_lanes(sums.second) / call.width;
 
   T* grad_hidden = static_cast<T*>(call.grad_hidden) + start;
   T* grad_x = call.grad_x == nullptr ? nullptr : static_cast<T*>(call.grad_x) + start;

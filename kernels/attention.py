@@ -270,9 +270,7 @@ def flash_attn_varlen_func(
         if seed is not None and dropout_p > 0:
             sizes = (q.shape[1], len(q), len(k))
             factors = attention_dropout_factors(*sizes, dropout_p, seed, stream)
-        out, lse = attention_reference(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, factors
-        )
+        out, lse = attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, factors)
     else:
         out, lse = _ops.attention(
             *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),

@@ -345,4 +345,6 @@ class FusedLayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments, as torch's own layer norm shows them."""
-        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        )

@@ -1,0 +1,340 @@
+"""Layer norm, and BERT's dropout + residual + norm, against float64; gradients by task too."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+from kernels import (
+    FusedLayerNorm,
+    TaskRows,
+    TaskSegments,
+    dropout_add_layer_norm,
+    layer_norm,
+)
+from kernels.dropout import dropout_factors
+
+from .rounding import assert_within_twice
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SEED = torch.tensor(99)
+# A prime, just off a vector, the BERTs' widths, the largest.
+WIDTHS = [13, 33, 384, 768, 1024, 8192]
+# Several of the blocks of 64 rows that one thread takes, and a part of one.
+ROWS = 150
+
+
+def inputs(rows: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """x and residual in the dtype, parameters in float32, and the gradient of the output."""
+    return {
+        "x": torch.randn(rows, width).to(dtype),
+        "residual": (1 + 2 * torch.randn(rows, width)).to(dtype),
+        "weight": 1 + 0.5 * torch.randn(width),
+        "bias": torch.randn(width),
+        "x_bias": torch.randn(width),
+        "grad_out": torch.randn(rows, width).to(dtype),
+    }
+
+
+def gradients(
+    function: Callable[..., Tensor], tensors: dict[str, Tensor], names: list[str]
+) -> list[Tensor]:
+    """The output and the gradients of the named inputs."""
+    leaves = [tensors[name].clone().requires_grad_() for name in names]
+    out = function(*leaves)
+    grads = torch.autograd.grad(out, leaves, tensors["grad_out"].to(out.dtype))
+    return [out.detach(), *grads]
+
+
+def doubled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.double() for name, tensor in tensors.items()}
+
+
+@pytest.mark.usefixtures("vector_unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_plain(width: int, dtype: torch.dtype) -> None:
+    tensors = inputs(ROWS, width, dtype)
+    names = ["residual", "weight", "bias"]  # a mean that is not zero
+
+    def torchs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,), weight.to(x.dtype), bias.to(x.dtype), 1e-12)
+
+    found = gradients(layer_norm, tensors, names)
+    expected = gradients(torchs, doubled(tensors), names)
+    for result, torch_result, exact in zip(
+        found, gradients(torchs, tensors, names), expected, strict=True
+    ):
+        assert_within_twice(result, torch_result, exact)
+
+
+@pytest.mark.usefixtures("vector_unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("width", [13, 384, 8192])
+def test_dropout_add(width: int, p: float, dtype: torch.dtype) -> None:
+    tensors = inputs(ROWS, width, dtype)
+    names = ["x", "residual", "weight", "bias", "x_bias"]
+    factors = dropout_factors(ROWS * width, p, SEED, 4).view(ROWS, width)
+
+    def kernel(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
+        return dropout_add_layer_norm(
+            x, residual, weight, bias, x_bias=x_bias, dropout_p=p, seed=SEED, stream=4
+        )
+
+    def torchs(x: Tensor, residual: Tensor, *parameters: Tensor) -> Tensor:
+        weight, bias, x_bias = (parameter.to(x.dtype) for parameter in parameters)
+        hidden = residual + (x + x_bias) * factors.to(x.dtype)
+        return F.layer_norm(hidden, (width,), weight, bias, 1e-12)
+
+    expected = gradients(torchs, doubled(tensors), names)
+    for result, torch_result, exact in zip(
+        gradients(kernel, tensors, names), gradients(torchs, tensors, names), expected, strict=True
+    ):
+        assert_within_twice(result, torch_result, exact)
+
+
+def task_rows(num_tasks: int, width: int, dtype: torch.dtype = torch.float32) -> TaskRows:
+    """Views into a longer buffer, poisoned."""
+    buffer = torch.full((num_tasks, 2 * width + 3), torch.nan, dtype=dtype)
+    return TaskRows(buffer[:, 1 : width + 1], buffer[:, width + 2 : 2 * width + 2])
+
+
+# Tasks of unlike size, an empty one among them, and rows behind that belong to nobody.
+OFFSETS = (0, 70, 70, 71, 140)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_task_rows_hold_each_tasks_own_gradient(dtype: torch.dtype, p: float) -> None:
+    tensors = inputs(ROWS, 40, dtype)
+    if dtype == torch.float64:
+        tensors = doubled(tensors)
+    weight, bias = tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
+    x = tensors["x"].requires_grad_()
+
+    def function(rows: TaskRows | None = None, segments: TaskSegments | None = None) -> Tensor:
+        return dropout_add_layer_norm(
+            *(x, tensors["residual"], weight, bias),
+            dropout_p=p,
+            seed=SEED,
+            rows=rows,
+            segments=segments,
+        )
+
+    rows = task_rows(4, 40, weight.dtype)
+    out = function(rows, TaskSegments(OFFSETS))
+    grads = torch.autograd.grad(out, (x, weight, bias), tensors["grad_out"], allow_unused=True)
+    assert grads[1] is None
+    assert grads[2] is None
+    expected_x = torch.autograd.grad(function(), x, tensors["grad_out"])[0]
+    assert torch.equal(grads[0], expected_x)
+    for task, (begin, end) in enumerate(zip(OFFSETS[:-1], OFFSETS[1:], strict=True)):
+        own = torch.zeros_like(tensors["grad_out"])
+        own[begin:end] = tensors["grad_out"][begin:end]
+        expected = torch.autograd.grad(function(), (weight, bias), own)
+        # The same sums in another order.
+        tolerance = 150 * torch.finfo(weight.dtype).eps
+        torch.testing.assert_close(rows.weight[task], expected[0], rtol=tolerance, atol=tolerance)
+        assert rows.bias is not None
+        torch.testing.assert_close(rows.bias[task], expected[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_accumulate_adds_to_the_rows(dtype: torch.dtype) -> None:
+    x = torch.randn(10, 8, dtype=dtype, requires_grad=True)
+    weight, bias = torch.randn(8, dtype=dtype), torch.randn(8, dtype=dtype)
+    once, twice = task_rows(2, 8, dtype), task_rows(2, 8, dtype)
+    for rows, accumulate in ((once, False), (twice, False), (twice, True)):
+        segments = TaskSegments((0, 4, 10), accumulate)
+        layer_norm(x, weight, bias, rows=rows, segments=segments).sum().backward()
+    for one, two in zip(once, twice, strict=True):
+        assert torch.equal(2 * one, two)
+
+
+def test_rows_of_bfloat16_are_rounded_once() -> None:
+    x = torch.randn(300, 24, dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = torch.randn(2, 24).bfloat16().unbind(0)
+    wide, narrow = task_rows(1, 24), task_rows(1, 24, torch.bfloat16)
+    for rows, parameters in ((wide, (weight.float(), bias.float())), (narrow, (weight, bias))):
+        layer_norm(x, *parameters, rows=rows, segments=TaskSegments((0, 300))).sum().backward()
+    for one, other in zip(wide, narrow, strict=True):
+        assert torch.equal(one.bfloat16(), other)
+
+
+def test_statistics_survive_a_large_mean() -> None:
+    """Mean 10,000 and deviation 1, where E[x^2] - E[x]^2 has no correct digit in float32."""
+    x = 1e4 + torch.randn(20, 768)
+    exact = F.layer_norm(x.double(), (768,), eps=1e-12)
+    assert_within_twice(layer_norm(x), F.layer_norm(x, (768,), eps=1e-12), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_constant_row_gives_zeros_and_finite_gradients(dtype: torch.dtype) -> None:
+    """BERT's eps of 1e-12 is zero in float16, and 1 / sqrt(1e-12) is too large for it."""
+    x = torch.full((3, 64), 2.0, dtype=dtype, requires_grad=True)
+    weight, bias = nn.Parameter(torch.ones(64)), nn.Parameter(torch.zeros(64))
+    out = layer_norm(x, weight, bias, 1e-12)
+    assert out.count_nonzero() == 0
+    out.sum().backward()
+    for tensor in (x.grad, weight.grad, bias.grad):
+        assert tensor is not None
+        assert tensor.isfinite().all()
+
+
+def test_one_column_gives_the_bias() -> None:
+    assert torch.equal(
+        layer_norm(torch.randn(5, 1), torch.ones(1), torch.ones(1)), torch.ones(5, 1)
+    )
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    x = torch.randn(4, 20)
+    x[1, 3] = torch.nan
+    out = layer_norm(x)
+    assert out[1].isnan().all()
+    assert out[[0, 2, 3]].isfinite().all()
+
+
+def test_zero_rows() -> None:
+    x = torch.empty(0, 16, requires_grad=True)
+    weight, bias = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+    out = dropout_add_layer_norm(x, x, weight, bias, dropout_p=0.1)
+    assert out.shape == (0, 16)
+    out.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.count_nonzero() == 0
+
+
+def test_repeats_to_the_bit_whatever_the_threads() -> None:
+    tensors = inputs(500, 384, torch.float32)
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        options = {"dropout_p": 0.1, "seed": SEED}
+        return dropout_add_layer_norm(x, tensors["residual"], weight, tensors["bias"], **options)
+
+    first = gradients(function, tensors, ["x", "weight"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    second = gradients(function, tensors, ["x", "weight"])
+    torch.set_num_threads(threads)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_any_strides_and_dimensions() -> None:
+    x = torch.randn(5, 12, 7).transpose(1, 2)
+    weight, bias = torch.randn(2, 12)
+    out = layer_norm(x, weight, bias)
+    torch.testing.assert_close(out, layer_norm(x.contiguous(), weight, bias), rtol=0, atol=0)
+    assert layer_norm(x[0, 0]).shape == (12,)
+
+
+def test_a_residual_of_a_wider_dtype_decides_the_results() -> None:
+    x, residual = torch.randn(6, 16).bfloat16(), torch.randn(6, 16)
+    out = dropout_add_layer_norm(x, residual, None, None)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, dropout_add_layer_norm(x.float(), residual, None, None))
+
+
+def test_module_has_the_parameters_of_torchs() -> None:
+    ours, torchs = FusedLayerNorm(24), nn.LayerNorm(24)
+    assert ours.eps == torchs.eps
+    ours.load_state_dict(torchs.state_dict())
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(ours(x), torchs(x))
+    plain = FusedLayerNorm([24], eps=1e-12, elementwise_affine=False)
+    assert plain.weight is None
+    torch.testing.assert_close(plain(x), F.layer_norm(x, (24,), eps=1e-12))
+    with pytest.raises(ValueError, match="one dimension"):
+        FusedLayerNorm((4, 24))
+    with pytest.raises(ValueError, match=r"x: expected \[..., 24\]"):
+        ours(torch.randn(3, 25))
+
+
+X = torch.randn(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: layer_norm(X.int()), "x: expected floating"),
+        (lambda: layer_norm(X[:, :0]), "x: expected floating"),
+        (lambda: layer_norm(X, torch.ones(7)), "weight: expected"),
+        (lambda: layer_norm(X, torch.ones(8, dtype=torch.int32)), "weight: expected a floating"),
+        (lambda: layer_norm(X, torch.ones(8, device="meta")), "weight: expected on cpu"),
+        (lambda: layer_norm(X, torch.ones(8), torch.ones(7)), "bias: expected"),
+        (lambda: dropout_add_layer_norm(X, X[:3], None, None), "residual: expected"),
+        (lambda: dropout_add_layer_norm(X, X, None, None, x_bias=torch.ones(7)), "x_bias"),
+        (lambda: dropout_add_layer_norm(X, X, None, None, dropout_p=1.5), "probability"),
+        (
+            lambda: layer_norm(X, rows=task_rows(1, 8), segments=TaskSegments((0, 4))),
+            "need a weight",
+        ),
+        (
+            lambda: layer_norm(X, torch.ones(8), torch.ones(8), rows=task_rows(1, 8)),
+            "segments: needed",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(call: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_offsets_that_descend_are_refused() -> None:
+    x, parameter = torch.randn(4, 8, requires_grad=True), torch.ones(8)
+    rows, segments = task_rows(2, 8), TaskSegments((0, 3, 2))
+    with pytest.raises((RuntimeError, ValueError), match="offsets"):
+        layer_norm(x, parameter, parameter, rows=rows, segments=segments).sum().backward()
+
+
+@pytest.mark.parametrize("by_task", [False, True])
+def test_operator_checks(by_task: bool) -> None:
+    x, residual = (torch.randn(24, 40, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(40, requires_grad=True) for _ in range(2))
+    tasks = (torch.zeros(2, 40), torch.zeros(2, 40), [0, 5, 20], False)
+    tasks = tasks if by_task else (None, None, [], False)
+    ops = torch.ops.superbert
+    torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-12, *tasks))
+    torch.library.opcheck(
+        ops.dropout_add_layer_norm.default,
+        (x, residual, bias, weight, bias, 0.1, 1e-12, SEED, 0, *tasks),
+    )
+
+
+def test_one_compilation_serves_all_token_counts() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    parameter = torch.ones(32, requires_grad=True)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def function(x: Tensor, rows: TaskRows, offsets: tuple[int, ...]) -> Tensor:
+        return dropout_add_layer_norm(
+            *(x * 2, x, parameter, parameter),
+            dropout_p=0.1,
+            seed=SEED,
+            rows=rows,
+            segments=TaskSegments(offsets),
+        )
+
+    for count in range(10, 110, 10):
+        x = torch.randn(count, 32, requires_grad=True)
+        compiled, eager = task_rows(2, 32), task_rows(2, 32)
+        offsets = (0, count // 2, count - 1)
+        function(x, compiled, offsets).sum().backward()
+        out = dropout_add_layer_norm(
+            *(x * 2, x, parameter, parameter),
+            dropout_p=0.1,
+            seed=SEED,
+            rows=eager,
+            segments=TaskSegments(offsets),
+        )
+        out.sum().backward()
+        assert torch.equal(compiled.weight, eager.weight)
+    assert counters["stats"]["unique_graphs"] == 1
