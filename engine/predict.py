@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .data.formats import FORMATS
+from .data.read import OnBadRow
 from .door import Parser, run_door
 from .errors import InputError
 from .run import open_run
@@ -30,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, metavar="TSV", help="what to write")
     parser.add_argument(
         "--on-bad-row",
-        choices=["error", "blank"],
+        choices=["error", "skip"],
         default="error",
-        help="a malformed row ends it, or is predicted as if its sentences were empty",
+        help="a malformed row ends it, or keeps its line with an empty prediction",
     )
     parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
     options = parser.parse_args(arguments)
@@ -42,23 +43,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = ", ".join(run.recipe.tasks)
         raise InputError(f"--task {options.task}: {options.run} has {known}")
     form = FORMATS[options.task]
-    split = run.read(form, options.input, labelled=False, on_bad_row=options.on_bad_row)
+    # Every row is owed a line, so a skipped one keeps its place as a blank.
+    on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
+    split = run.read(form, options.input, labelled=False, on_bad_row=on_bad_row)
     model, _ = run.trained_model(pick_device(options.device))
     predictions = predict(model, split)
 
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(["id", "prediction"])
-    whole = form.kind != "score"
-    for name, value in zip(split.ids, predictions.tolist(), strict=True):
-        writer.writerow([name, int(value) if whole else f"{value:.4f}"])
+    pattern = "{:.4f}" if form.kind == "score" else "{:.0f}"
+    cells = [pattern.format(value) for value in predictions.tolist()]
+    for blank in split.blank:
+        cells[blank] = ""
+    writer.writerows(zip(split.ids, cells, strict=True))
     write_text(options.output, text.getvalue())
     console = Console()
     console.print(f"wrote {len(split)} predictions to {options.output}", soft_wrap=True)
     if split.truncated:
         console.print(f"{split.truncated} sentences cut to the length limit")
     for reason, count in split.bad_rows.items():
-        console.print(f"{count} rows taken as empty ({reason})")
+        console.print(f"{count} rows without a prediction ({reason})")
     return 0
 
 

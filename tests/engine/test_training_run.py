@@ -159,10 +159,7 @@ def test_predict_can_keep_the_place_of_a_bad_row(tiny_run, tmp_path):
     source, output = tmp_path / "in.tsv", tmp_path / "out.tsv"
     source.write_text("id\tsentence\na\tfine film\nb\t\nc\tdull\n")
     arguments = [str(folder), "--task", "sst", "--input", str(source), "--output", str(output)]
-    assert predict.main([*arguments, "--on-bad-row", "blank"]) == 0
-    assert [line.split("\t")[0] for line in output.read_text().splitlines()] == [
-        "id",
-        "a",
-        "b",
-        "c",
-    ]
+    assert predict.main([*arguments, "--on-bad-row", "skip"]) == 0
+    rows = [line.split("\t") for line in output.read_text().splitlines()]
+    assert [name for name, _ in rows] == ["id", "a", "b", "c"]
+    assert [prediction == "" for _, prediction in rows] == [False, False, True, False]
