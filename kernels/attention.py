@@ -19,6 +19,9 @@ q, k, v are ``[T, H, D]``, float32, bfloat16 or float16, computed in float32; th
 arXiv:2205.14135) and the dropout factors from the seed, and is deterministic.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +32,7 @@ from .implementation import declare
 _ops = torch.ops.superbert
 
 
-# ---- reference ------------------------------------------------------------------------------------
+# ---- reference ----------------------------------------------------------------------------------
 
 
 def visible_keys(
@@ -85,7 +88,7 @@ def attention_reference(
     return torch.einsum("hij,jhd->ihd", probabilities, v), lse
 
 
-# ---- registration ---------------------------------------------------------------------------------
+# ---- registration -------------------------------------------------------------------------------
 
 
 def _forward_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -93,19 +96,19 @@ def _forward_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
+    _grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options, seed, ctx.stream = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed)
     ctx.mark_non_differentiable(lse)
 
 
-def _backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
     grads = _ops.attention_backward(grad_out, *tensors, *ctx.options, seed, ctx.stream)
     return *grads, *[None] * 9
@@ -117,29 +120,30 @@ def _packed_forward_fake(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return out, qkv.new_empty((heads, total), dtype=torch.float32)
 
 
-def _packed_backward_fake(grad_out: Tensor, qkv: Tensor, *_: object) -> Tensor:
+def _packed_backward_fake(_grad_out: Tensor, qkv: Tensor, *_: object) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-def _packed_setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     qkv, cu_seqlens, *ctx.options, seed, ctx.stream = inputs
     out, lse = output
     ctx.save_for_backward(qkv, out, lse, cu_seqlens, seed)
     ctx.mark_non_differentiable(lse)
 
 
-def _packed_backward(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+def _packed_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
     grad = _ops.attention_qkvpacked_backward(grad_out, *tensors, *ctx.options, seed, ctx.stream)
     return grad, *[None] * 7
 
 
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Any]] = {
     "attention": _forward_fake,
     "attention_backward": _backward_fake,
     "attention_qkvpacked": _packed_forward_fake,
     "attention_qkvpacked_backward": _packed_backward_fake,
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"superbert::{_name}", _fake)
     declare(_name, cpu="cpp", cuda="triton")
 torch.library.register_autograd("superbert::attention", _backward, setup_context=_setup_context)
@@ -148,7 +152,7 @@ torch.library.register_autograd(
 )
 
 
-# ---- public ---------------------------------------------------------------------------------------
+# ---- public -------------------------------------------------------------------------------------
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -208,7 +212,7 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
+    deterministic: bool = False,  # noqa: ARG001  (the backward pass always is)
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
     *,
@@ -321,10 +325,23 @@ def flash_attn_varlen_qkvpacked_func(
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected [tokens, 3, heads, width], got {list(qkv.shape)}")
     if qkv.dtype == torch.float64:
+        q, k, v = qkv.unbind(1)
         return flash_attn_varlen_func(
-            *qkv.unbind(1),
-            *(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal),
-            *(window_size, softcap, alibi_slopes, deterministic, return_attn_probs),
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens,
+            max_seqlen,
+            max_seqlen,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
             seed=seed,
             stream=stream,
         )

@@ -17,6 +17,8 @@ The seed is a tensor on the device: a CUDA graph replays with a new one.  Uses t
 tell themselves apart by ``stream``, a number below 2**32.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,12 +28,12 @@ from .implementation import declare
 _WORD = 0xFFFFFFFF
 
 
-# ---- reference ------------------------------------------------------------------------------------
+# ---- reference ----------------------------------------------------------------------------------
 
 
 def philox_reference(quad: Tensor, seed: int, head: Tensor | int, stream: int) -> Tensor:
     """Philox4x32-10 in int64 arithmetic: the four words of each quad, ``[*quad.shape, 4]``."""
-    counter = [quad & _WORD, (quad >> 32) & _WORD, head & _WORD + 0 * quad, stream + 0 * quad]
+    counter = [quad & _WORD, (quad >> 32) & _WORD, head + 0 * quad, stream + 0 * quad]
     key = [seed & _WORD, (seed >> 32) & _WORD]
     for _ in range(10):
         # int64 products wrap, but their 64 bits are those of the unsigned product.
@@ -67,19 +69,19 @@ def attention_dropout_factors(
     return _factors(words, p).flatten(2)[..., :keys]
 
 
-# ---- registration ---------------------------------------------------------------------------------
+# ---- registration -------------------------------------------------------------------------------
 
 
-def _fake(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+def _fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     _, ctx.p, seed, ctx.stream = inputs
     ctx.save_for_backward(seed)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (seed,) = ctx.saved_tensors
     return torch.ops.superbert.dropout(grad, ctx.p, seed, ctx.stream), None, None, None
 
@@ -89,7 +91,7 @@ torch.library.register_autograd("superbert::dropout", _backward, setup_context=_
 declare("dropout", cpu="cpp", cuda="triton")
 
 
-# ---- public ---------------------------------------------------------------------------------------
+# ---- public -------------------------------------------------------------------------------------
 
 
 def check_dropout(p: float, seed: Tensor | None, stream: int, device: torch.device) -> None:
@@ -133,4 +135,5 @@ def dropout(
     seed = new_seed(x.device) if seed is None else seed
     if x.dtype == torch.float64:
         return x * dropout_factors(x.numel(), p, seed, stream).view(x.shape)
-    return torch.ops.superbert.dropout(x, p, seed, stream)  # type: ignore[no-any-return]
+    out: Tensor = torch.ops.superbert.dropout(x, p, seed, stream)
+    return out

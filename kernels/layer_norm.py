@@ -13,7 +13,10 @@ are kept in float32.  With task rows (:class:`TaskRows`) the backward pass write
 weight and bias there; without, their sum is the usual gradient.
 """
 
+from collections.abc import Callable
+from itertools import pairwise
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +29,7 @@ from .task_rows import TaskRows, TaskSegments
 _ops = torch.ops.superbert
 
 
-# ---- reference ------------------------------------------------------------------------------------
+# ---- reference ----------------------------------------------------------------------------------
 
 
 def normalize_reference(hidden: Tensor, eps: float) -> Tensor:
@@ -39,16 +42,18 @@ class _TaskAffine(torch.autograd.Function):
     """``xhat weight + bias`` whose backward writes task rows; plain torch."""
 
     @staticmethod
-    def forward(ctx, xhat, weight, bias, rows, segments):  # type: ignore[no-untyped-def]
+    def forward(
+        ctx: Any, xhat: Tensor, weight: Tensor, bias: Tensor, rows: TaskRows, segments: TaskSegments
+    ) -> Tensor:
         ctx.save_for_backward(xhat, weight)
         ctx.rows, ctx.segments = rows, segments
         return xhat * weight + bias
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xhat, weight = ctx.saved_tensors
         (offsets, accumulate), (weight_rows, bias_rows) = ctx.segments, ctx.rows
-        for task, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        for task, (begin, end) in enumerate(pairwise(offsets)):
             for row, term in ((weight_rows[task], grad * xhat), (bias_rows[task], grad)):
                 row.copy_(term[begin:end].sum(0) + (row if accumulate else 0))
         return grad * weight, None, None, None, None
@@ -65,12 +70,12 @@ def layer_norm_reference(
     """``y`` by plain torch operations, in the dtype of ``hidden``."""
     xhat = normalize_reference(hidden, eps)
     if rows is not None:
-        return _TaskAffine.apply(xhat, weight, bias, rows, segments)  # type: ignore[no-any-return]
+        return _TaskAffine.apply(xhat, weight, bias, rows, segments)  # type: ignore[no-untyped-call]
     scaled = xhat if weight is None else xhat * weight
     return scaled if bias is None else scaled + bias
 
 
-# ---- registration ---------------------------------------------------------------------------------
+# ---- registration -------------------------------------------------------------------------------
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -81,7 +86,7 @@ def _layer_norm_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), _statistic(x), _statistic(x)
 
 
-def _layer_norm_backward_fake(grad_out: Tensor, hidden: Tensor, *_: object) -> Tensor:
+def _layer_norm_backward_fake(_grad_out: Tensor, hidden: Tensor, *_: object) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
@@ -89,54 +94,62 @@ def _add_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape), _statistic(x), _statistic(x)
 
 
-def _add_backward_fake(grad_out: Tensor, hidden: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _add_backward_fake(_grad_out: Tensor, hidden: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
 
 
-def _save(ctx, hidden, weight, bias, mean, rstd, task_arguments) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(hidden, weight, bias, mean, rstd)
+def _save(ctx: Any, tensors: tuple[Tensor | None, ...], task_arguments: list[Any]) -> None:
+    ctx.save_for_backward(*tensors)
     # Not saved tensors: each backward overwrites them, which is their purpose.
     *ctx.rows, ctx.offsets, ctx.accumulate = task_arguments
 
 
-def _parameter_rows(ctx, weight, bias, num_rows):  # type: ignore[no-untyped-def]
+def _parameter_rows(
+    ctx: Any, weight: Tensor | None, bias: Tensor | None, num_rows: int
+) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
     """Where the parameters' gradients go: the task rows, or a row of their own for all rows."""
     if ctx.rows[0] is not None:
-        return *ctx.rows, ctx.offsets, ctx.accumulate
+        weight_rows, bias_rows = ctx.rows
+        return weight_rows, bias_rows, ctx.offsets, ctx.accumulate
     fresh = [None if p is None else p.new_empty((1, p.shape[0])) for p in (weight, bias)]
-    return *fresh, (0, num_rows), False
+    return fresh[0], fresh[1], (0, num_rows), False
 
 
-def _parameter_gradients(ctx, task_arguments):  # type: ignore[no-untyped-def]
+def _parameter_gradients(
+    ctx: Any, weight_rows: Tensor | None, bias_rows: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """What autograd gets for weight and bias: None when the gradients are in the task rows."""
     if ctx.rows[0] is not None:
         return None, None
-    return tuple(None if rows is None else rows[0] for rows in task_arguments[:2])
+    return (
+        None if weight_rows is None else weight_rows[0],
+        None if bias_rows is None else bias_rows[0],
+    )
 
 
-def _layer_norm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, _eps, *task_arguments = inputs
     _, mean, rstd = output
-    _save(ctx, x, weight, bias, mean, rstd, task_arguments)
+    _save(ctx, (x, weight, bias, mean, rstd), task_arguments)
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _layer_norm_backward(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
+def _layer_norm_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
     task_arguments = _parameter_rows(ctx, weight, bias, mean.numel())
     grad = _ops.layer_norm_backward(grad_out, hidden, weight, mean, rstd, *task_arguments)
-    return grad, *_parameter_gradients(ctx, task_arguments), *[None] * 5
+    return grad, *_parameter_gradients(ctx, *task_arguments[:2]), *[None] * 5
 
 
-def _add_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _x, _residual, x_bias, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.stream, *rest = inputs
     _, hidden, mean, rstd = output
     ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
-    _save(ctx, hidden, weight, bias, mean, rstd, rest)
+    _save(ctx, (hidden, weight, bias, mean, rstd), rest)
     ctx.mark_non_differentiable(hidden, mean, rstd)
 
 
-def _add_backward(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
+def _add_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
     task_arguments = _parameter_rows(ctx, weight, bias, mean.numel())
     arguments = (grad_out, hidden, weight, mean, rstd, *task_arguments)
@@ -149,16 +162,17 @@ def _add_backward(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
     grad_x_bias = None
     if ctx.x_bias_dtype is not None:
         grad_x_bias = grad_x.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.x_bias_dtype)
-    gradients = _parameter_gradients(ctx, task_arguments)
+    gradients = _parameter_gradients(ctx, *task_arguments[:2])
     return grad_x, grad_residual, grad_x_bias, *gradients, *[None] * 8
 
 
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Any]] = {
     "layer_norm": _layer_norm_fake,
     "layer_norm_backward": _layer_norm_backward_fake,
     "dropout_add_layer_norm": _add_fake,
     "dropout_add_layer_norm_backward": _add_backward_fake,
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"superbert::{_name}", _fake)
     declare(_name, cpu="cpp", cuda="triton")
 torch.library.register_autograd(
@@ -169,7 +183,7 @@ torch.library.register_autograd(
 )
 
 
-# ---- public ---------------------------------------------------------------------------------------
+# ---- public -------------------------------------------------------------------------------------
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -233,7 +247,8 @@ def layer_norm(
     tasks = _task_arguments(x, weight, bias, rows, segments)
     if x.dtype == torch.float64:
         return layer_norm_reference(x, weight, bias, eps, rows, segments)
-    return _ops.layer_norm(x, weight, bias, eps, *tasks)[0]  # type: ignore[no-any-return]
+    out: Tensor = _ops.layer_norm(x, weight, bias, eps, *tasks)[0]
+    return out
 
 
 def dropout_add_layer_norm(
@@ -291,10 +306,10 @@ def dropout_add_layer_norm(
         return layer_norm_reference(hidden, weight, bias, eps, rows, segments)
     if p > 0 and seed is None:
         seed = new_seed(x.device)
-    out, *_ = _ops.dropout_add_layer_norm(
+    out: Tensor = _ops.dropout_add_layer_norm(
         x, residual, x_bias, weight, bias, p, eps, seed, stream, *tasks
-    )
-    return out  # type: ignore[no-any-return]
+    )[0]
+    return out
 
 
 class FusedLayerNorm(nn.Module):

@@ -1,6 +1,7 @@
 """Layer norm, and BERT's dropout + residual + norm, against float64; gradients by task too."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_task_rows_hold_each_tasks_own_gradient(dtype: torch.dtype, p: float) ->
     assert grads[2] is None
     expected_x = torch.autograd.grad(function(), x, tensors["grad_out"])[0]
     assert torch.equal(grads[0], expected_x)
-    for task, (begin, end) in enumerate(zip(OFFSETS[:-1], OFFSETS[1:], strict=True)):
+    for task, (begin, end) in enumerate(pairwise(OFFSETS)):
         own = torch.zeros_like(tensors["grad_out"])
         own[begin:end] = tensors["grad_out"][begin:end]
         expected = torch.autograd.grad(function(), (weight, bias), own)
