@@ -37,7 +37,8 @@ def run_door(main: Callable[[], int]) -> NoReturn:
 
 def print_scores(console: Console, title: str, scores: Mapping[str, float]) -> None:
     """Print a table of scores by task, ``overall`` last."""
-    table = Table(title=title, title_justify="left")
+    console.print(title)
+    table = Table()
     table.add_column("task")
     table.add_column("metric")
     table.add_column("score", justify="right")

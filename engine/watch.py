@@ -18,7 +18,8 @@ def describe(console: Console, training: Training) -> None:
         f"{parameters.numel / 1e6:.1f} M parameters, {len(recipe.train)} task gradients, "
         f"balance {recipe.balance}, {training.total_steps} steps of "
         f"{recipe.batch_size} examples a task on {training.device} "
-        f"({str(parameters.compute.dtype).removeprefix('torch.')})"
+        f"({str(parameters.compute.dtype).removeprefix('torch.')})",
+        soft_wrap=True,
     )
     for split in [*training.train_sets, *training.dev_sets.values()]:
         if split.truncated:
@@ -28,15 +29,14 @@ def describe(console: Console, training: Training) -> None:
 
 
 class ProgressBar:
-    """Steps, losses, conflict rate, tokens a second and the time left, on one line."""
+    """Steps, losses, conflict rate, tokens a second and the time left, on one line of 80."""
 
     def __init__(self, console: Console, done: int, total: int) -> None:
         self._console = console
         self._bar = bars.Progress(
-            bars.BarColumn(bar_width=24),
+            bars.BarColumn(bar_width=8),
             bars.MofNCompleteColumn(),
             bars.TextColumn("{task.description}"),
-            bars.TimeElapsedColumn(),
             bars.TimeRemainingColumn(),
             console=console,
         )
@@ -44,12 +44,12 @@ class ProgressBar:
 
     def show(self, steps_done: int, line: Mapping[str, Any]) -> None:
         """Bring the bar up to date with a line of ``metrics.jsonl``."""
-        losses = "  ".join(f"{task} {_number(loss)}" for task, loss in line["losses"].items())
+        losses = " ".join(f"{task} {_number(loss)}" for task, loss in line["losses"].items())
         self._bar.update(
             self._task,
             completed=steps_done,
-            description=f"{losses}  conflicts {line['conflict_rate']:.0%}  "
-            f"{line['tokens_per_s']:,.0f} tokens/s",
+            description=f"{losses} conflict {line['conflict_rate']:.0%} "
+            f"{line['tokens_per_s'] / 1e3:.1f}k tok/s",
         )
 
     def print_epoch(
@@ -58,7 +58,9 @@ class ProgressBar:
         """Print the dev scores at the end of an epoch."""
         figures = "  ".join(f"{task} {value:.3f}" for task, value in scores.items())
         mark = "  (best so far)" if progress.best_step == progress.step else ""
-        self._console.print(f"epoch {progress.step / epoch_steps:.3g}  dev  {figures}{mark}")
+        self._console.print(
+            f"epoch {progress.step / epoch_steps:.3g}  dev  {figures}{mark}", soft_wrap=True
+        )
 
     def __enter__(self) -> Self:
         """Start drawing."""

@@ -4,6 +4,8 @@ Shapes: one row, a prime, just off a power of two, BERT's 384; an empty task at 
 the middle; padding rows after the last task.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ def split_buffer(tasks: int, *shapes: tuple[int, ...], dtype: torch.dtype) -> li
 
 
 def task_gradients(x: Tensor, dy: Tensor, offsets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    pairs = [(x[a:b], dy[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
+    pairs = [(x[a:b], dy[a:b]) for a, b in pairwise(offsets)]
     return torch.stack([d.T @ i for i, d in pairs]), torch.stack([d.sum(0) for _, d in pairs])
 
 
@@ -85,7 +87,7 @@ def test_embedding(offsets, dtype):
     torchs = torch.stack(
         [
             torch.zeros(11, 7, dtype=dtype).index_add_(0, index[a:b], dy[a:b])
-            for a, b in zip(offsets, offsets[1:], strict=False)
+            for a, b in pairwise(offsets)
         ]
     )
     assert_within_twice(rows, torchs, exact)
