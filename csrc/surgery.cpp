@@ -123,9 +123,7 @@ Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool i
 }
 
 Tensor draw_order(const Tensor& seed, const Tensor& step, int64_t num_tasks) {
-  check_counter(seed, "seed");
-  check_counter(step, "step");
-  check(num_tasks >= 1 && num_tasks <= kMaxTasks, "num_tasks must be 1 to ", kMaxTasks);
+  check_counters(seed, step, num_tasks);
   Tensor order = torch::stable::new_empty(seed, {num_tasks, num_tasks});
   const uint64_t key = *static_cast<const int64_t*>(seed.data_ptr());
   const uint64_t counter = *static_cast<const int64_t*>(step.data_ptr());
@@ -162,10 +160,7 @@ void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Te
   const Rows matrix = check_rows(rows);
   check_weights(weights, rows);
   const AdamWState state = check_adamw(rows, master, exp_avg, exp_avg_sq, low_precision);
-  check_scalar(lr, rows, "lr");
-  check_scalar(step, rows, "step");
-  if (scale) check_scalar(*scale, rows, "scale");
-  if (skip) check_scalar(*skip, rows, "skip");
+  check_scalars(rows, lr, step, scale, skip);
   if (skip && scalar_value(*skip) != 0.0) return;
 
   const double rate = scalar_value(lr), count = scalar_value(step);

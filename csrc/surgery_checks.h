@@ -125,9 +125,12 @@ inline void check_gram_and_order(const Tensor& gram, const Tensor& order) {
   check(same_device(gram, order), "order must be on the device of gram");
 }
 
-inline void check_counter(const Tensor& value, const char* name) {
-  check(value.numel() == 1 && value.scalar_type() == ScalarType::Long, name,
-        " must be one int64 number");
+inline void check_counters(const Tensor& seed, const Tensor& step, int64_t num_tasks) {
+  check(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long,
+        "seed must be one int64 number");
+  check(step.numel() == 1 && step.scalar_type() == ScalarType::Long && same_device(seed, step),
+        "step must be one int64 number on the device of seed");
+  check(num_tasks >= 1 && num_tasks <= kMaxTasks, "num_tasks must be 1 to ", kMaxTasks);
 }
 
 // Scalars that change from step to step (learning rate, step, loss scale, skip flag) are tensors,
@@ -139,6 +142,14 @@ inline void check_scalar(const Tensor& value, const Tensor& rows, const char* na
   check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Long ||
             type == ScalarType::Bool,
         name, " must be float32, float64, int64 or bool");
+}
+
+inline void check_scalars(const Tensor& rows, const Tensor& lr, const Tensor& step,
+                          const std::optional<Tensor>& scale, const std::optional<Tensor>& skip) {
+  check_scalar(lr, rows, "lr");
+  check_scalar(step, rows, "step");
+  if (scale) check_scalar(*scale, rows, "scale");
+  if (skip) check_scalar(*skip, rows, "skip");
 }
 
 } // namespace superbert

@@ -1,0 +1,211 @@
+// The CUDA side of the gradient surgery operators: kernels of the small problems and the border to
+// torch.  Schemas are in surgery.cpp; nothing here waits for the device.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+
+#include "combine.cuh"
+#include "gram.cuh"
+#include "surgery_checks.h"
+#include "surgery_solve.cuh"
+
+namespace superbert {
+namespace {
+
+// Makes the tensor's device the current one, and knows what a launch needs of it.
+class LaunchDevice {
+ public:
+  explicit LaunchDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    check_cuda(cudaDeviceGetAttribute(&num_processors_, cudaDevAttrMultiProcessorCount,
+                                      tensor.get_device_index()));
+  }
+  cudaStream_t stream() const { return stream_; }
+  int num_processors() const { return num_processors_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  int num_processors_ = 0;
+};
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <typename T>
+DeviceRows<T> device_rows(const Rows& rows) {
+  return {static_cast<const T*>(rows.data), rows.num_rows, rows.row_stride};
+}
+
+// Calls f with a null pointer of the element type.
+template <typename F>
+void with_type(FloatType type, const F& f) {
+  switch (type) {
+  case FloatType::kFloat32:
+    return f(static_cast<float*>(nullptr));
+  case FloatType::kFloat64:
+    return f(static_cast<double*>(nullptr));
+  case FloatType::kBFloat16:
+    return f(static_cast<__nv_bfloat16*>(nullptr));
+  case FloatType::kFloat16:
+    return f(static_cast<__half*>(nullptr));
+  }
+}
+
+Tensor gram(const Tensor& rows, std::vector<int64_t> offsets) {
+  const Rows matrix = check_rows(rows);
+  check_offsets(offsets, rows);
+  const LaunchDevice device(rows);
+  const int64_t num_segments = static_cast<int64_t>(offsets.size()) - 1;
+  const int64_t k = matrix.num_rows;
+  Tensor result = torch::stable::new_empty(rows, {num_segments, k, k}, compute_type(rows));
+  with_type(matrix.type, [&]<typename T>(T*) {
+    const DeviceRows<T> on_device = device_rows<T>(matrix);
+    for (int64_t s = 0; s < num_segments; ++s) {
+      const GramPlan plan =
+          plan_gram(on_device, offsets[s], offsets[s + 1], device.num_processors());
+      const Tensor scratch = torch::stable::new_empty(rows, {plan.scratch()}, ScalarType::Double);
+      launch_gram(on_device, plan, data<double>(scratch), data<Compute<T>>(result) + s * k * k,
+                  device.stream());
+    }
+  });
+  return result;
+}
+
+Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool include_self) {
+  check_gram_and_order(gram, order);
+  const LaunchDevice device(gram);
+  const int64_t k = gram.size(0);
+  Tensor weights = torch::stable::new_empty(gram, {k}, gram.scalar_type());
+  const auto run = [&]<typename T>(T* result) {
+    launch(pcgrad_kernel<T>, 1, kMaxTasks, device.stream(), data<T>(gram), k, data<int64_t>(order),
+           mean, include_self, result);
+  };
+  if (gram.scalar_type() == ScalarType::Double) {
+    run(data<double>(weights));
+  } else {
+    run(data<float>(weights));
+  }
+  return weights;
+}
+
+Tensor draw_order(const Tensor& seed, const Tensor& step, int64_t num_tasks) {
+  check_counters(seed, step, num_tasks);
+  const LaunchDevice device(seed);
+  Tensor order = torch::stable::new_empty(seed, {num_tasks, num_tasks});
+  launch(draw_order_kernel, 1, kMaxTasks, device.stream(), data<int64_t>(seed), data<int64_t>(step),
+         num_tasks, data<int64_t>(order));
+  return order;
+}
+
+// Whether the first aligned column of the rows is aligned in this tensor too.
+template <typename T, typename U>
+bool aligned_with(const DeviceRows<T>& rows, const U* other) {
+  const int64_t column = first_aligned_column(rows, 0);
+  const size_t bytes = sizeof(U) * kCombinePack<T> < 16 ? sizeof(U) * kCombinePack<T> : 16;
+  return column >= 0 && reinterpret_cast<uintptr_t>(other + column) % bytes == 0;
+}
+
+void combine_out(const Tensor& rows, const Tensor& weights, Tensor out) {
+  const Rows matrix = check_rows(rows);
+  check_weights(weights, rows);
+  check_out(out, rows);
+  const LaunchDevice device(rows);
+  with_type(matrix.type, [&]<typename T>(T*) {
+    with_type(float_type(out, "out"), [&]<typename Out>(Out*) {
+      if constexpr (std::is_same_v<Compute<T>, Compute<Out>>) {
+        const DeviceRows<T> on_device = device_rows<T>(matrix);
+        const StoreSum<Compute<T>, Out> use{data<Out>(out)};
+        launch_combine(on_device, data<Compute<T>>(weights), rows.size(1),
+                       aligned_with(on_device, use.out), device.num_processors(), use,
+                       device.stream());
+      }
+    });
+  });
+}
+
+Tensor combine(const Tensor& rows, const Tensor& weights) {
+  check_rows(rows);
+  Tensor out = torch::stable::new_empty(rows, {rows.size(1)});
+  combine_out(rows, weights, out);
+  return out;
+}
+
+DeviceScalar device_scalar(const Tensor& value) {
+  using Type = DeviceScalar::Type;
+  const ScalarType type = value.scalar_type();
+  return {type == ScalarType::Float    ? Type::kFloat32
+          : type == ScalarType::Double ? Type::kFloat64
+          : type == ScalarType::Long   ? Type::kInt64
+                                       : Type::kBool,
+          value.data_ptr(), 0.0};
+}
+
+DeviceScalar device_scalar_or(const std::optional<Tensor>& value, double fallback) {
+  if (value) return device_scalar(*value);
+  return {DeviceScalar::Type::kFloat64, nullptr, fallback};
+}
+
+void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Tensor exp_avg,
+                    Tensor exp_avg_sq, std::optional<Tensor> low_precision, const Tensor& lr,
+                    const Tensor& step, std::optional<Tensor> scale, std::optional<Tensor> skip,
+                    double beta1, double beta2, double eps, double weight_decay) {
+  const Rows matrix = check_rows(rows);
+  check_weights(weights, rows);
+  const AdamWState state = check_adamw(rows, master, exp_avg, exp_avg_sq, low_precision);
+  check_scalars(rows, lr, step, scale, skip);
+  const LaunchDevice device(rows);
+
+  with_type(matrix.type, [&]<typename T>(T*) {
+    using C = Compute<T>;
+    const DeviceRows<T> on_device = device_rows<T>(matrix);
+    const auto run = [&]<typename Copy>(Copy* copy) {
+      const UpdateAdamW<C, Copy> use{static_cast<C*>(state.master),
+                                     static_cast<C*>(state.exp_avg),
+                                     static_cast<C*>(state.exp_avg_sq),
+                                     copy,
+                                     device_scalar(lr),
+                                     device_scalar(step),
+                                     device_scalar_or(scale, 1.0),
+                                     device_scalar_or(skip, 0.0),
+                                     beta1,
+                                     beta2,
+                                     std::log(beta1),
+                                     std::log(beta2),
+                                     eps,
+                                     weight_decay};
+      const bool aligned = aligned_with(on_device, use.master) &&
+                           aligned_with(on_device, use.exp_avg) &&
+                           aligned_with(on_device, use.exp_avg_sq) &&
+                           (copy == nullptr || aligned_with(on_device, copy));
+      launch_combine(on_device, data<C>(weights), rows.size(1), aligned, device.num_processors(),
+                     use, device.stream());
+    };
+    if (state.low_precision == nullptr) return run(static_cast<NoCopy*>(nullptr));
+    if constexpr (std::is_same_v<C, float>) {
+      if (state.low_precision_type == FloatType::kBFloat16) {
+        return run(static_cast<__nv_bfloat16*>(state.low_precision));
+      }
+      return run(static_cast<__half*>(state.low_precision));
+    }
+  });
+}
+
+} // namespace
+} // namespace superbert
+
+STABLE_TORCH_LIBRARY_IMPL(superbert, CUDA, m) {
+  m.impl("gram", TORCH_BOX(&superbert::gram));
+  m.impl("pcgrad_weights", TORCH_BOX(&superbert::pcgrad_weights));
+  m.impl("draw_order", TORCH_BOX(&superbert::draw_order));
+  m.impl("combine", TORCH_BOX(&superbert::combine));
+  m.impl("combine_out", TORCH_BOX(&superbert::combine_out));
+  m.impl("combine_adamw_", TORCH_BOX(&superbert::combine_adamw_));
+}

@@ -1,0 +1,214 @@
+"""The CUDA surgery operators: on a GPU, and compiled for the CPU where there is none.
+
+The second way runs csrc/surgery.cu itself on a small emulation of CUDA (emulated_cuda/): threads,
+barriers, shuffles and the order of accesses are the kernels' own, so indexing, reductions, edges
+and dispatch are tested in every run.
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.surgery import (
+    combine_adamw_reference_,
+    combine_reference,
+    draw_order,
+    gram_reference,
+    pcgrad_weights_reference,
+)
+
+from .rounding import assert_within_twice
+
+REPOSITORY = Path(__file__).parents[2]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ["gram", "pcgrad_weights", "draw_order", "combine", "combine_out", "combine_adamw_"]
+
+
+class Device:
+    """Where the operators run: their namespace and the device of their tensors."""
+
+    def __init__(self, namespace: str, device: str) -> None:
+        self.ops = getattr(torch.ops, namespace)
+        self.name = device
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy there with the same strides and the same offset from an aligned address."""
+        storage = tensor.untyped_storage()
+        whole = torch.empty(0, dtype=tensor.dtype).set_(storage).to(self.name, copy=True)
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@pytest.fixture(scope="session")
+def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """surgery.cu compiled for the CPU, its operators registered as ``superbert_emulated::``."""
+    library = tmp_path_factory.mktemp("emulated") / "libsurgery_emulated.so"
+    folder = Path(__file__).parent / "emulated_cuda"
+    torch_folder = Path(torch.__file__).parent
+    include = torch_folder / "include"
+    command = [
+        *("g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wl,-Bsymbolic", "-DUSE_CUDA"),
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        *(f"-I{folder}", f"-I{REPOSITORY / 'csrc'}", f"-isystem{include}"),
+        *(f"-isystem{include / 'torch/csrc/api/include'}", str(folder / "surgery_emulated.cpp")),
+        *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(library)),
+    ]
+    subprocess.run(command, check=True)
+    for name in NAMES:
+        schema = str(getattr(torch.ops.superbert, name).default._schema)
+        torch.library.define(f"superbert_emulated::{name}", schema[schema.index("(") :])
+    torch.ops.load_library(str(library))
+    return library
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Device:
+    if request.param == "cuda":
+        return Device("superbert", "cuda")
+    request.getfixturevalue("emulated_library")
+    return Device("superbert_emulated", "cpu")
+
+
+def task_rows(num_tasks: int, columns: int, dtype: torch.dtype, offset: int, gap: int) -> Tensor:
+    """Rows of small whole numbers, whose sums no dtype rounds.
+
+    They are ``gap`` elements longer than needed and begin ``offset`` elements after 64 bytes.
+    """
+    stride = columns + gap
+    flat = torch.empty(num_tasks * stride + offset, dtype=dtype)
+    rows = flat.as_strided((num_tasks, columns), (stride, 1), offset)
+    generator = torch.Generator().manual_seed(num_tasks + columns)
+    return rows.copy_(torch.randint(-4, 5, rows.shape, generator=generator))
+
+
+# (columns, offset, gap): aligned rows with a ragged end; rows that are 16 bytes apart but begin off
+# alignment; rows apart by an odd number; fewer columns than a pack; none.
+LAYOUTS = [(8000, 0, 0), (8195, 0, 13), (4096, 3, 16), (4097, 1, 2), (7, 1, 13), (0, 0, 16)]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 5, 8, 9, 16, 33, 64])
+def test_gram(device: Device, num_tasks: int, dtype: torch.dtype) -> None:
+    for columns, offset, gap in LAYOUTS if num_tasks <= 16 else LAYOUTS[1:3]:
+        rows = task_rows(num_tasks, columns, dtype, offset, gap)
+        result = device.ops.gram(device.put(rows), [0, columns])[0].cpu()
+        assert torch.equal(result, gram_reference(rows, [0, columns])[0])
+
+
+def test_gram_of_many_blocks(device: Device) -> None:
+    # gram_kernel: 16384 columns a block; gram_tiles_kernel: more chains than blocks
+    for num_tasks, columns in ((2, 100_003), (64, 20_003)):
+        rows = torch.randn(num_tasks, columns, generator=torch.Generator().manual_seed(3))
+        result = device.ops.gram(device.put(rows), [0, columns])[0].cpu()
+        exact = rows.double() @ rows.double().T
+        assert_within_twice(result, gram_reference(rows, [0, columns])[0], exact)
+        assert torch.equal(result, result.T)
+
+
+@pytest.mark.parametrize("num_tasks", [3, 16])
+def test_gram_by_segment(device: Device, num_tasks: int) -> None:
+    rows, offsets = task_rows(num_tasks, 5000, torch.float32, 0, 0), [7, 7, 20, 4999, 5000]
+    result = device.ops.gram(device.put(rows), offsets).cpu()
+    assert torch.equal(result, gram_reference(rows, offsets))
+
+
+@pytest.mark.parametrize("include_self", [False, True])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 17, 64])
+def test_weights(device: Device, num_tasks: int, include_self: bool) -> None:
+    rows = torch.randn(num_tasks, num_tasks + 2, dtype=torch.float64)
+    matrix, order = rows @ rows.T, draw_order(num_tasks, 5, 6)
+    for mean in (False, True):
+        weights = device.ops.pcgrad_weights(
+            device.put(matrix), device.put(order), mean, include_self
+        )
+        expected = pcgrad_weights_reference(matrix, order, mean, include_self)
+        torch.testing.assert_close(weights.cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 17, 64])
+def test_order(device: Device, num_tasks: int) -> None:
+    seed, step = torch.tensor(-123456789012345), torch.tensor(2**40 + 3)
+    order = device.ops.draw_order(device.put(seed), device.put(step), num_tasks)
+    assert torch.equal(order.cpu(), draw_order(num_tasks, seed, step))
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combine(device: Device, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    for num_tasks in (1, 2, 3, 6, 64):
+        weights = torch.arange(num_tasks) * 0.5 - 1.0
+        for columns, offset, gap in LAYOUTS:
+            rows = task_rows(num_tasks, columns, dtype, offset, gap)
+            out = device.put(torch.full((columns + 1,), torch.nan, dtype=out_dtype)[1:])
+            device.ops.combine_out(device.put(rows), device.put(weights), out)
+            exact = weights @ rows.float()
+            assert torch.equal(out.cpu(), exact.to(out_dtype))
+            if out_dtype == dtype:
+                result = device.ops.combine(device.put(rows), device.put(weights))
+                assert torch.equal(result.cpu(), exact.to(dtype))
+
+
+def test_combine_rounding(device: Device) -> None:
+    rows = torch.randn(64, 5000, generator=torch.Generator().manual_seed(3))
+    weights = torch.linspace(-1.5, 2.0, 64)
+    result = device.ops.combine(device.put(rows), device.put(weights)).cpu()
+    plain, exact = combine_reference(rows, weights), weights.double() @ rows.double()
+    assert_within_twice(result, plain, exact)
+
+
+@pytest.mark.parametrize("copy", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adamw(device: Device, dtype: torch.dtype, copy: torch.dtype | None) -> None:
+    settings = (0.9, 0.999, 1e-8, 0.1)
+    weights, lr = torch.tensor([1.0, 0.5, -0.25]), torch.tensor(1e-3)
+    scale, skip = torch.tensor(0.5), torch.tensor(False)
+    for columns, offset, gap in LAYOUTS:
+        state = [torch.randn(columns), torch.zeros(columns), torch.zeros(columns)]
+        low = None if copy is None else torch.zeros(columns, dtype=copy)
+        ours = [device.put(s) for s in state] + [None if low is None else device.put(low)]
+        exact = [s.double() for s in state]
+        for step in (1, 2):
+            rows = task_rows(3, columns, dtype, offset, gap)
+            scalars = [lr, torch.tensor(step), scale, skip]
+            device.ops.combine_adamw_(
+                *(device.put(rows), device.put(weights), *ours),
+                *([device.put(s) for s in scalars] + list(settings)),
+            )
+            combine_adamw_reference_(rows, weights, *state, low, *scalars, *settings)
+            combine_adamw_reference_(
+                *(rows.double(), weights.double(), *exact, None, *scalars, *settings)
+            )
+        for mine, plain, true in zip(ours, state, exact, strict=False):
+            assert_within_twice(mine.cpu(), plain, true)
+        if low is not None:
+            assert torch.equal(ours[3].cpu(), ours[0].to(copy).cpu())
+
+
+def test_adamw_in_float64(device: Device) -> None:
+    settings = (0.9, 0.999, 1e-8, 0.1)
+    rows = task_rows(3, 515, torch.float64, 0, 1)
+    weights = torch.tensor([1.0, 0.5, -0.25], dtype=torch.float64)
+    state = [torch.randn(515, dtype=torch.float64)] + [torch.zeros(515).double()] * 2
+    ours = [device.put(s) for s in state]
+    scalars = [torch.tensor(1e-3), torch.tensor(3.0), None, None]
+    on_device = [None if s is None else device.put(s) for s in scalars]
+    device.ops.combine_adamw_(
+        device.put(rows), device.put(weights), *ours, None, *on_device, *settings
+    )
+    state = [s.clone() for s in state]
+    combine_adamw_reference_(rows, weights, *state, None, *scalars, *settings)
+    for mine, expected in zip(ours, state, strict=True):
+        torch.testing.assert_close(mine.cpu(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_adamw_skips(device: Device) -> None:
+    state = [torch.ones(100) for _ in range(3)] + [torch.ones(100, dtype=torch.bfloat16)]
+    ours = [device.put(s) for s in state]
+    scalars = [torch.tensor(1e-3), torch.tensor(1), torch.tensor(torch.nan), torch.tensor(True)]
+    device.ops.combine_adamw_(
+        *(device.put(torch.full((3, 100), torch.nan)), device.put(torch.ones(3)), *ours),
+        *(*[device.put(s) for s in scalars], 0.9, 0.999, 1e-8, 0.1),
+    )
+    assert all(torch.equal(mine.cpu(), s) for mine, s in zip(ours, state, strict=True))
