@@ -205,3 +205,29 @@ def test_a_cache_that_cannot_be_written(capsys, tmp_path, monkeypatch):
     assert default_cache() == blocked / "cache"
     message = refuse(capsys, train, "demo", "--out", str(tmp_path / "run"), "--set", *TINY)
     assert "cannot" in message
+
+
+def test_a_hub_name_that_cannot_be_had(capsys, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def offline(model: str, **_: object) -> str:
+        raise OSError(f"cannot reach the hub for {model}\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    message = refuse(capsys, train, "cgs", "--init", "bert-base-uncased", "--out", str(tmp_path))
+    assert "neither a folder nor a model that the hub gives" in message
+
+
+def test_sentences_over_the_limit_are_cut_and_counted(capsys, tiny_run):
+    tiny_run("run", "--max-steps", "1", settings=("max_length=5",))
+    assert "sentences cut to the length limit" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_damaged(capsys, tiny_run):
+    folder = tiny_run("run")
+    capsys.readouterr()
+    for file in (folder / "checkpoints").glob("*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert "not a readable safetensors file" in refuse(capsys, evaluate, str(folder))
+    arguments = ["demo", "--out", str(folder), "--resume", "--set", *TINY]
+    assert "not a readable safetensors file" in refuse(capsys, train, *arguments)
