@@ -98,9 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _overrides(options: argparse.Namespace) -> list[str]:
     """Turn the options that are recipe fields into overrides; ``--set`` comes last and wins."""
+    # Folders by their full names, so that the run can be resumed and scored from anywhere.
+    init = options.init
+    if init is not None and Path(init).is_dir():
+        init = str(Path(init).absolute())
     fields = {
         "data": options.data and str(options.data.absolute()),
-        "init": options.init,
+        "init": init,
         "max_steps": options.max_steps,
         "seed": options.seed,
         "on_bad_row": options.on_bad_row,
