@@ -146,6 +146,77 @@ _FAKES: dict[str, Callable[..., Any]] = {
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"superbert::{_name}", _fake)
     declare(_name, cpu="cpp", cuda="triton")
+
+
+@torch.library.impl("superbert::attention", "CUDA")
+def _cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    _max_seqlen_q: int,
+    _max_seqlen_k: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    from . import attention_triton
+
+    return attention_triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+
+
+@torch.library.impl("superbert::attention_backward", "CUDA")
+def _cuda_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    _max_seqlen_q: int,
+    _max_seqlen_k: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import attention_triton
+
+    grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    attention_triton.backward(
+        grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options, grads=grads
+    )
+    return grads
+
+
+@torch.library.impl("superbert::attention_qkvpacked", "CUDA")
+def _cuda_packed(
+    qkv: Tensor, cu_seqlens: Tensor, _max_seqlen: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    from . import attention_triton
+
+    q, k, v = qkv.unbind(1)
+    return attention_triton.forward(q, k, v, cu_seqlens, cu_seqlens, *options)
+
+
+@torch.library.impl("superbert::attention_qkvpacked_backward", "CUDA")
+def _cuda_packed_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    _max_seqlen: int,
+    *options: Any,
+) -> Tensor:
+    from . import attention_triton
+
+    grad = qkv.new_empty(qkv.shape)
+    q, k, v = qkv.unbind(1)
+    attention_triton.backward(
+        grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, *options, grads=grad.unbind(1)
+    )
+    return grad
+
+
 torch.library.register_autograd("superbert::attention", _backward, setup_context=_setup_context)
 torch.library.register_autograd(
     "superbert::attention_qkvpacked", _packed_backward, setup_context=_packed_setup_context
@@ -212,7 +283,7 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,  # noqa: ARG001  (the backward pass always is)
+    deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
     *,

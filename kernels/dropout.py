@@ -76,7 +76,7 @@ def _fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.p, seed, ctx.stream = inputs
     ctx.save_for_backward(seed)
 
@@ -84,6 +84,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (seed,) = ctx.saved_tensors
     return torch.ops.superbert.dropout(grad, ctx.p, seed, ctx.stream), None, None, None
+
+
+@torch.library.impl("superbert::dropout", "CUDA")
+def _cuda(*arguments: Any) -> Tensor:
+    from . import layer_norm_triton
+
+    return layer_norm_triton.dropout(*arguments)
 
 
 torch.library.register_fake("superbert::dropout", _fake)

@@ -175,6 +175,52 @@ _FAKES: dict[str, Callable[..., Any]] = {
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"superbert::{_name}", _fake)
     declare(_name, cpu="cpp", cuda="triton")
+
+
+@torch.library.impl("superbert::layer_norm", "CUDA")
+def _layer_norm_cuda(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import layer_norm_triton
+
+    out, _hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, eps)
+    return out, mean, rstd
+
+
+@torch.library.impl("superbert::layer_norm_backward", "CUDA")
+def _layer_norm_backward_cuda(*arguments: Any) -> Tensor:
+    from . import layer_norm_triton
+
+    return layer_norm_triton.backward(*arguments)[0]
+
+
+@torch.library.impl("superbert::dropout_add_layer_norm", "CUDA")
+def _add_cuda(
+    x: Tensor,
+    residual: Tensor,
+    x_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+    stream: int,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from . import layer_norm_triton
+
+    return layer_norm_triton.forward(
+        x, weight, bias, eps, residual, x_bias, dropout_p, seed, stream
+    )
+
+
+@torch.library.impl("superbert::dropout_add_layer_norm_backward", "CUDA")
+def _add_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from . import layer_norm_triton
+
+    return layer_norm_triton.backward(*arguments)
+
+
 torch.library.register_autograd(
     "superbert::layer_norm", _layer_norm_backward, setup_context=_layer_norm_setup
 )

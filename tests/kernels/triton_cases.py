@@ -1,0 +1,148 @@
+"""The Triton kernels themselves against float64.
+
+Run twice: under Triton's interpreter on the CPU by test_triton_interpreter.py, and compiled on a
+GPU by test_triton.py.  In float32, since the interpreter does not round to the 16-bit formats as a
+GPU does.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels import attention_triton, layer_norm_triton
+from kernels.attention import attention_reference
+from kernels.dropout import attention_dropout_factors, dropout_factors
+
+from .rounding import assert_within_twice
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+TAIL = 5  # rows behind the last sequence
+# Several sequences in a tile, sequences of several tiles, and nothing at all.
+LENGTHS = {
+    "sentences": ([18, 1, 0, 23, 17, 60, 3],) * 2,
+    "tiles": ([64, 90, 1],) * 2,
+    "cross": ([3, 5, 0, 70, 4], [7, 2, 4, 130, 0]),
+    "nothing": ([0, 0],) * 2,
+    "no sequence": ([],) * 2,
+}
+
+
+@pytest.fixture
+def device() -> str:
+    return "cpu"
+
+
+def boundaries(lengths: list[int], device: str) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize(("causal", "width", "p"), [(False, 32, 0.0), (True, 20, 0.2)])
+def test_attention(causal: bool, width: int, p: float, device: str) -> None:
+    found: list[list[Tensor]] = []
+    torchs: list[list[Tensor]] = []
+    exact: list[list[Tensor]] = []
+    for lengths_q, lengths_k in LENGTHS.values():
+        case = AttentionCase(lengths_q, lengths_k, causal, width, p, device)
+        found.append(case.run())
+        torchs.append(case.reference(torch.float32))
+        exact.append(case.reference(torch.float64))
+    # The largest errors of all cases together: those of a few tokens are a matter of luck.
+    for results in zip(
+        *(zip(*cases, strict=True) for cases in (found, torchs, exact)), strict=True
+    ):
+        assert_within_twice(*(torch.cat([x.flatten() for x in parts]) for parts in results))
+
+
+class AttentionCase:
+    """One batch: output, log-sum-exp and gradients by the kernels and by plain torch."""
+
+    def __init__(
+        self,
+        lengths_q: list[int],
+        lengths_k: list[int],
+        causal: bool,
+        width: int,
+        p: float,
+        device: str,
+    ) -> None:
+        self.tokens = sum(lengths_q), sum(lengths_k)
+        total_q, total_k = (count + TAIL for count in self.tokens)
+        self.cu_seqlens = boundaries(lengths_q, device), boundaries(lengths_k, device)
+        self.seed = torch.tensor(-99, device=device)
+        self.p, self.scale, self.causal = p, width**-0.5, causal
+        self.q = torch.randn(total_q, 2, width, device=device)
+        # Views of one tensor, and so are their gradients.
+        self.kv = torch.randn(total_k, 2, 2, width, device=device)
+        self.grad_out = torch.randn_like(self.q)
+        self.factors = None
+        if p:
+            self.factors = attention_dropout_factors(2, total_q, total_k, p, self.seed, 3)
+
+    def reference(self, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (self.q, *self.kv.unbind(1))]
+        out, lse = attention_reference(
+            *leaves, *self.cu_seqlens, self.scale, self.causal, self.factors
+        )
+        grads = torch.autograd.grad(out, leaves, self.grad_out.to(dtype))
+        return [out, lse.masked_fill(lse.isneginf(), 0), *grads]
+
+    def run(self) -> list[Tensor]:
+        inputs = (self.q, *self.kv.unbind(1))
+        options = (*self.cu_seqlens, self.p, self.scale, self.causal, self.seed, 3)
+        out, lse = attention_triton.forward(*inputs, *options)
+        grad_q, grad_kv = (torch.full_like(x, torch.nan) for x in (self.q, self.kv))
+        grads = (grad_q, *grad_kv.unbind(1))
+        attention_triton.backward(self.grad_out, *inputs, out, lse, *options, grads=grads)
+        for x, tokens in zip((out, grad_q, grad_kv), (*self.tokens[:1], *self.tokens), strict=True):
+            assert x[tokens:].count_nonzero() == 0
+        assert lse[:, self.tokens[0] :].isneginf().all()
+        return [out, lse.masked_fill(lse.isneginf(), 0), *grads]
+
+
+@pytest.mark.parametrize(("width", "p"), [(13, 0.0), (13, 0.3), (384, 0.3)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_layer_norm(width: int, p: float, fused: bool, device: str) -> None:
+    p = p if fused else 0.0
+    num_rows, offsets = 150, (0, 70, 70, 71, 140)
+    x, residual, grad_out = torch.randn(3, num_rows, width, device=device)
+    weight, bias, x_bias = torch.randn(3, width, device=device)
+    weight = 1 + 0.2 * weight
+    seed = torch.tensor(7, device=device)
+    factors = dropout_factors(x.numel(), p, seed, 4).view_as(x)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        x_leaf, w, b = (t.to(dtype).requires_grad_() for t in (x, weight, bias))
+        h = x_leaf
+        if fused:
+            h = residual.to(dtype) + (h + x_bias.to(dtype)) * factors.to(dtype)
+        out = F.layer_norm(h, (width,), w, b, 1e-12)
+        (grad_x,) = torch.autograd.grad(out, x_leaf, grad_out.to(dtype), retain_graph=True)
+        tasks = []
+        for begin, end in pairwise(offsets):
+            own = torch.zeros_like(out)
+            own[begin:end] = grad_out[begin:end]
+            tasks.append(torch.cat(torch.autograd.grad(out, (w, b), own, retain_graph=True)))
+        return [out.detach(), grad_x, torch.stack(tasks)]
+
+    options = (residual, x_bias, p, seed, 4) if fused else ()
+    out, hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, 1e-12, *options)
+    rows = torch.full((4, 2 * width), torch.nan, device=device)
+    arguments = (grad_out, hidden, weight, mean, rstd, rows[:, :width], rows[:, width:], offsets)
+    _, grad_x = layer_norm_triton.backward(*arguments, False, p, seed, 4)
+    exact, torchs = reference(torch.float64), reference(torch.float32)
+    for tensors in zip([out, grad_x, rows], torchs, exact, strict=True):
+        assert_within_twice(*tensors)
+    once = rows.clone()
+    layer_norm_triton.backward(*arguments, True, p, seed, 4)
+    torch.testing.assert_close(rows, 2 * once, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("count", [0, 3, 4096, 5001])
+def test_dropout(count: int, device: str) -> None:
+    x, seed = torch.randn(count, device=device), torch.tensor(-3, device=device)
+    expected = x * dropout_factors(count, 0.3, seed, 2**32 - 1)
+    assert torch.equal(layer_norm_triton.dropout(x, 0.3, seed, 2**32 - 1), expected)
