@@ -55,7 +55,7 @@ def wipe_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
 
 class _TaskEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx, index: Tensor, weight: Tensor, rows: Tensor, offsets: tuple[int, ...]
     ) -> Tensor:
         ctx.save_for_backward(index)
@@ -63,7 +63,7 @@ class _TaskEmbedding(torch.autograd.Function):
         return F.embedding(index, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         (index,) = ctx.saved_tensors
         embedding_task_gradients_(grad_output, index, ctx.rows, ctx.offsets)

@@ -60,7 +60,7 @@ def _(*_arguments: object) -> None:
 
 class _TaskLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: FunctionCtx,
         x: Tensor,
         weight: Tensor,
@@ -77,7 +77,7 @@ class _TaskLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         linear_task_gradients_(grad_output, x, *ctx.rows, *ctx.segments)

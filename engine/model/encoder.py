@@ -157,6 +157,9 @@ class EncoderLayer(nn.Module):
             seed=seed,
             stream=self.first_site,
         )
+        assert isinstance(
+            attended, Tensor
+        )  # not the tuple with statistics, which was not asked for
         hidden = self.attention_norm.add(
             self.attention_output(attended.flatten(1), segments),
             hidden,
