@@ -94,7 +94,7 @@ class HuggingFaceLoop:
         return [
             F.cross_entropy(logits.float(), sst_labels.long()),
             F.binary_cross_entropy_with_logits(duplicate.float(), quora_labels),
-            F.mse_loss((cosine.float() + 1) * 2.5, sts_labels),
+            F.mse_loss(5 * cosine.float(), sts_labels),
         ]
 
     def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:

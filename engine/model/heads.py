@@ -7,7 +7,7 @@ Each task has one head.  What its input looks like is ``features``:
     concat       [u; v]                     two sentences, linear output
     difference   [u; v; |u - v|]            two sentences, linear output (Sentence-BERT, Reimers
                                             and Gurevych 2019)
-    cosine       (cos(u, v) + 1) * 2.5      two sentences, no weights; from 0 to 5
+    cosine       5 cos(u, v)                two sentences, no weights; predictions cut at 0
 
 and what comes out and how it is scored follows from the task's labels (its
 :class:`~engine.data.formats.FileFormat`).
@@ -114,7 +114,7 @@ class TaskHead(nn.Module):
             first, second = pooled.chunk(2)
             if self.output is None:
                 first, second = _at_least_fp32(first), _at_least_fp32(second)
-                return (F.cosine_similarity(first, second) + 1) * 2.5
+                return 5 * F.cosine_similarity(first, second)
             joined = pair_features(first, second, self.features)
         assert self.output is not None
         scores = _at_least_fp32(self.output(joined, segments))
