@@ -1,0 +1,58 @@
+"""Padded batches to streams and back."""
+
+import pytest
+import torch
+
+from kernels.padding import pad_input, unpad_input
+
+MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_there_and_back(dtype: torch.dtype) -> None:
+    hidden = torch.randn(3, 4, 5, requires_grad=True)
+    stream, indices, cu_seqlens, longest, seqused = unpad_input(hidden, MASK.to(dtype))
+    assert indices.tolist() == [0, 1, 9, 10, 11]
+    assert cu_seqlens.tolist() == [0, 2, 2, 5]
+    assert cu_seqlens.dtype == torch.int32
+    assert longest == 3
+    assert seqused.tolist() == [2, 0, 3]
+    padded = pad_input(stream, indices, 3, 4)
+    assert torch.equal(padded, hidden * MASK[:, :, None])
+    padded.sum().backward()
+    assert torch.equal(hidden.grad, MASK[:, :, None].expand(3, 4, 5).float())
+
+
+def test_token_ids_and_empty_batches() -> None:
+    assert unpad_input(torch.arange(12).view(3, 4), MASK)[0].tolist() == [0, 1, 9, 10, 11]
+    empty = unpad_input(torch.empty(0, 4, 2), torch.empty(0, 4, dtype=torch.bool))
+    assert empty.cu_seqlens.tolist() == [0]
+    assert empty.max_seqlen == 0
+
+
+def test_with_bounds_given_nothing_is_counted() -> None:
+    """The stream is longer than its tokens, and goes back to the same places."""
+    hidden = torch.randn(3, 4, 2)
+    bound = unpad_input(hidden, MASK, total=8, max_seqlen=4)
+    exact = unpad_input(hidden, MASK)
+    assert bound.max_seqlen == 4
+    assert torch.equal(bound.indices[:5], exact.indices)
+    assert torch.equal(bound.cu_seqlens, exact.cu_seqlens)
+    bound.hidden_states[5:] = 0  # as attention leaves rows behind the last sequence
+    assert torch.equal(
+        pad_input(bound.hidden_states, bound.indices, 3, 4), hidden * MASK[..., None]
+    )
+
+
+def test_what_does_not_fit_is_named() -> None:
+    hidden = torch.randn(3, 4, 2)
+    with pytest.raises(ValueError, match="attention_mask: expected"):
+        unpad_input(hidden, MASK[:2])
+    with pytest.raises(ValueError, match="numbers to add"):
+        unpad_input(hidden, MASK * -10_000.0)
+    with pytest.raises(ValueError, match="total"):
+        unpad_input(hidden, MASK, total=13)
+    with pytest.raises(NotImplementedError, match="unused_mask"):
+        unpad_input(hidden, MASK, MASK)
+    with pytest.raises(ValueError, match="indices"):
+        pad_input(hidden[0], torch.arange(3), 1, 4)
