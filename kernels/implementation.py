@@ -13,10 +13,11 @@ Kind = Literal["cpp", "cuda", "triton", "torch"]
 _declared: dict[tuple[str, str], Kind] = {}
 
 
-def declare(op: str, *, cpu: Kind, cuda: Kind) -> None:
-    """Declare what runs ``superbert::op`` on CPU and on CUDA tensors."""
+def declare(op: str, *, cpu: Kind, cuda: Kind | None) -> None:
+    """Declare what runs ``superbert::op`` on CPU and on CUDA tensors (None: nothing does)."""
     _declared[op, "cpu"] = cpu
-    _declared[op, "cuda"] = cuda
+    if cuda is not None:
+        _declared[op, "cuda"] = cuda
 
 
 def implementation(op: str, device: torch.device | str) -> Kind:

@@ -170,17 +170,17 @@ def _(rows: Tensor, offsets: Sequence[int]) -> Tensor:
 
 
 @torch.library.register_fake("superbert::pcgrad_weights")
-def _(gram: Tensor, order: Tensor, mean: bool, include_self: bool) -> Tensor:  # noqa: ARG001
+def _(gram: Tensor, order: Tensor, mean: bool, include_self: bool) -> Tensor:
     return gram.new_empty(gram.shape[0])
 
 
 @torch.library.register_fake("superbert::draw_order")
-def _(seed: Tensor, step: Tensor, num_tasks: int) -> Tensor:  # noqa: ARG001
+def _(seed: Tensor, step: Tensor, num_tasks: int) -> Tensor:
     return seed.new_empty(num_tasks, num_tasks)
 
 
 @torch.library.register_fake("superbert::combine")
-def _(rows: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG001
+def _(rows: Tensor, weights: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[1])
 
 

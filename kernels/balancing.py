@@ -1,0 +1,335 @@
+"""Balancing methods: from the Gram matrix of the task gradients to the weights of their sum.
+
+Every method here computes weights ``c [K]`` from ``G = J Jᵀ [K, K]``; the update is
+``sum_k c_k g_k``.  They run where G lies, never wait for the device, and can be part of a CUDA
+graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same weights.
+A method that divides by a task's norm gives a task with zero gradient the weight 0.
+
+The problems are solved in float64; the small solvers (eigenvalues, quadratic programs, Newton's
+method) are C++ and CUDA from one source, csrc/balancing_solvers.h.
+
+PCGrad stands in :mod:`.surgery`; it needs a random order as well.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._extension import has_kernel
+from .implementation import declare
+from .surgery import pcgrad_weights
+
+_ops = torch.ops.superbert
+
+for _name in (
+    "symmetric_eigen",
+    "project_onto_dual_cone",
+    "minimize_norm",
+    "avoid_conflict",
+    "bargain",
+):
+    declare(_name, cpu="cpp", cuda="cuda" if has_kernel(_name, "CUDA") else None)
+
+
+@torch.library.register_fake("superbert::symmetric_eigen")
+def _(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    return matrix.new_empty(matrix.shape[0]), torch.empty_like(matrix)
+
+
+@torch.library.register_fake("superbert::project_onto_dual_cone")
+def _(gram: Tensor, lower: Tensor) -> Tensor:
+    return torch.empty_like(lower)
+
+
+@torch.library.register_fake("superbert::minimize_norm")
+def _(gram: Tensor) -> Tensor:
+    return gram.new_empty(gram.shape[0])
+
+
+@torch.library.register_fake("superbert::avoid_conflict")
+def _(gram: Tensor, c: float) -> Tensor:
+    return gram.new_empty(gram.shape[0])
+
+
+@torch.library.register_fake("superbert::bargain")
+def _(gram: Tensor, alpha: float) -> Tensor:
+    return gram.new_empty(gram.shape[0])
+
+
+# ---- what the methods share ----------------------------------------------------------------------
+
+
+def _rounding(gram: Tensor) -> float:
+    """Relative error that the entries of a Gram matrix may have together."""
+    return len(gram) * torch.finfo(gram.dtype).eps
+
+
+def _scaled(gram: Tensor) -> Tensor:
+    """G in float64 with a mean diagonal of 1, made definite beyond its own rounding errors."""
+    matrix = gram.double()
+    mean = matrix.diagonal().mean()
+    matrix = matrix / torch.where(mean > 0, mean, 1.0)
+    return matrix + torch.diag(_rounding(gram) * matrix.diagonal())
+
+
+class _Directions(NamedTuple):
+    """The Gram matrix of the unit gradients, and the gradients' inverse norms (0 for none)."""
+
+    cosines: Tensor
+    inverse_norms: Tensor
+
+
+def _directions(gram: Tensor) -> _Directions:
+    squares = gram.diagonal().double()
+    inverse = torch.where(squares > 0, squares.rsqrt(), 0.0)
+    return _Directions(inverse[:, None] * gram.double() * inverse, inverse)
+
+
+def _eigen(matrix: Tensor, relative: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, which of them count (more than ``relative`` to the largest), eigenvectors."""
+    values, vectors = _ops.symmetric_eigen(matrix)
+    return values, values > relative * values.max(), vectors
+
+
+def _solve_least_squares(matrix: Tensor, target: Tensor, relative: float) -> Tensor:
+    """``matrix⁺ target``; eigenvalues up to ``relative`` times the largest count as zero."""
+    values, counts, vectors = _eigen(matrix, relative)
+    inverse = torch.where(counts, 1.0 / values, 0.0)
+    return vectors @ (inverse * (target @ vectors))
+
+
+# ---- fixed weights -------------------------------------------------------------------------------
+
+
+def total(gram: Tensor) -> Tensor:
+    """Plain multitask training: the sum of the gradients."""
+    return torch.ones_like(gram[0])
+
+
+def mean(gram: Tensor) -> Tensor:
+    """The mean of the gradients."""
+    return torch.full_like(gram[0], 1 / len(gram))
+
+
+def proportional(gram: Tensor, sizes: Tensor) -> Tensor:
+    """Weights in proportion to ``sizes [K]`` (of the datasets, say) that add up to 1."""
+    sizes = sizes.to(gram)
+    return sizes / sizes.sum()
+
+
+# ---- projections ---------------------------------------------------------------------------------
+
+
+def auxiliary_pcgrad(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3) -> Tensor:
+    """PCGrad between one main task and the weighted sum of all others.
+
+    The others enter as one gradient ``g_aux = auxiliary_weight * sum of the auxiliaries``; main and
+    auxiliary gradient are then projected by each other where they conflict.
+    """
+    members = gram.new_full((2, len(gram)), auxiliary_weight)
+    is_main = torch.arange(len(gram), device=gram.device) == main
+    members = torch.where(torch.stack([is_main, ~is_main]), members, 0.0)
+    members[0] /= auxiliary_weight
+    order = torch.tensor([0, 1], device=gram.device).expand(2, 2).contiguous()
+    return pcgrad_weights(members @ gram @ members.T, order) @ members
+
+
+class GradVacStep(NamedTuple):
+    """Weights ``[K]``, and the target cosines ``[K, K]`` for the next step."""
+
+    weights: Tensor
+    targets: Tensor
+
+
+def gradvac(gram: Tensor, order: Tensor, targets: Tensor, beta: float = 0.5) -> GradVacStep:
+    """Gradient vaccine: turn gradients towards the cosines that they used to have.
+
+    Wang et al., "Gradient Vaccine", ICLR 2021, Algorithm 1.
+
+    Args:
+        gram: ``[K, K]``.
+        order: ``[K, K]`` as for :func:`pcgrad_weights`.
+        targets: ``[K, K]`` running means of the cosines, zeros at first.
+        beta: weight of the newest cosine in that mean.
+    """
+    cosines, inverse_norms = _directions(gram)
+    task = torch.arange(len(gram), device=gram.device)
+    targets = targets.double()
+    # Row i: the modified gradient i in terms of the unit gradients, times its inverse norm.
+    rows = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    for other in order.unbind(1):
+        norm = ((rows @ cosines) * rows).sum(1).clamp(min=0).sqrt()
+        cosine = (rows * cosines[other]).sum(1) / torch.where(norm > 0, norm, 1.0)
+        target = targets[task, other]
+        present = (other != task) & (cosines[task, task] > 0) & (cosines[other, other] > 0)
+        ours, theirs = (1 - cosine**2).clamp(min=0).sqrt(), (1 - target**2).clamp(min=1e-16).sqrt()
+        turn = norm * (target * ours - cosine * theirs) / theirs
+        turn = torch.where(present & (cosine < target), turn, 0.0)
+        rows = rows.scatter_add(1, other[:, None], turn[:, None])
+        newest = torch.where(present, torch.lerp(target, cosine, beta), target)
+        targets = targets.scatter(1, other[:, None], newest[:, None])
+    norms = gram.diagonal().double().sqrt()
+    weights = (norms[:, None] * rows * inverse_norms).sum(0)
+    return GradVacStep(weights.to(gram.dtype), targets.to(gram.dtype))
+
+
+def upgrad(gram: Tensor) -> Tensor:
+    """UPGrad: the mean of the gradients, each projected onto the dual cone of all of them.
+
+    Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, section 3.
+    """
+    each = torch.eye(len(gram), dtype=torch.float64, device=gram.device) / len(gram)
+    return _ops.project_onto_dual_cone(_scaled(gram), each).sum(0).to(gram.dtype)
+
+
+def dual_projection(gram: Tensor) -> Tensor:
+    """DualProj: the mean gradient projected onto the dual cone of all gradients.
+
+    Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017, equation 11.
+    """
+    average = torch.full_like(gram[:1], 1 / len(gram), dtype=torch.float64)
+    return _ops.project_onto_dual_cone(_scaled(gram), average)[0].to(gram.dtype)
+
+
+# ---- optima --------------------------------------------------------------------------------------
+
+
+def mgda(gram: Tensor) -> Tensor:
+    """MGDA: the shortest convex combination of the gradients.
+
+    Désidéri, "Multiple-gradient descent algorithm", Comptes Rendus Mathématique 2012.
+    """
+    return _ops.minimize_norm(_scaled(gram)).to(gram.dtype)
+
+
+def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
+    """CAGrad: the best worst-case direction within ``c |g0|`` of the mean gradient ``g0``.
+
+    Liu et al., "Conflict-Averse Gradient Descent", NeurIPS 2021, Algorithm 1; ``0 <= c < 1``.
+    """
+    if not 0 <= c < 1:
+        raise ValueError(f"c must be in [0, 1), not {c}")
+    return _ops.avoid_conflict(_scaled(gram), c).to(gram.dtype)
+
+
+def nash_mtl(gram: Tensor) -> Tensor:
+    """Nash-MTL: the Nash bargaining solution, ``G c = 1 / c``.
+
+    Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, for G divided by its
+    Frobenius norm, so that the weights do not depend on the gradients' scale.
+    """
+    return fairgrad(gram, alpha=1.0)
+
+
+def fairgrad(gram: Tensor, alpha: float = 1.0) -> Tensor:
+    """FairGrad: alpha-fair weights, ``G c = c^(-1 / alpha)``.
+
+    Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, equation 6, for G
+    divided by its Frobenius norm; ``alpha > 0``.
+    """
+    if alpha <= 0:
+        raise ValueError(f"alpha must be positive, not {alpha}")
+    matrix = _scaled(gram)
+    norm = matrix.norm()
+    return _ops.bargain(matrix / torch.where(norm > 0, norm, 1.0), alpha).to(gram.dtype)
+
+
+# ---- closed forms --------------------------------------------------------------------------------
+
+
+def imtl_g(gram: Tensor) -> Tensor:
+    """IMTL-G: the combination with equal projections onto all gradients; weights add up to 1.
+
+    Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, section 3.1.
+    """
+    cosines, inverse_norms = _directions(gram)
+    ones = (inverse_norms > 0).double()
+    weights = inverse_norms * _solve_least_squares(cosines, ones, _rounding(gram))
+    total_weight = weights.sum()
+    exists = total_weight.abs() > 1e-12 * weights.abs().sum()
+    weights = torch.where(exists, weights / torch.where(exists, total_weight, 1.0), 0.0)
+    return weights.to(gram.dtype)
+
+
+def aligned_mtl(gram: Tensor) -> Tensor:
+    """Aligned-MTL: the mean after the gradient matrix's singular values are all made equal.
+
+    Senushkin et al., "Independent Component Alignment for Multi-Task Learning", CVPR 2023,
+    Algorithm 1, with the smallest singular value for the scale.
+    """
+    values, counts, vectors = _eigen(gram.double(), _rounding(gram))
+    least = torch.where(counts, values, torch.inf).min()
+    balance = torch.where(counts, (least / values).sqrt(), 0.0)
+    return (vectors @ (balance * vectors.mean(0))).to(gram.dtype)
+
+
+def config(gram: Tensor) -> Tensor:
+    """ConFIG: the direction with equal cosines to all gradients, as long as they reach along it.
+
+    Liu, Chu and Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural
+    Networks", ICLR 2025, equation 2.
+    """
+    cosines, inverse_norms = _directions(gram)
+    ones = (inverse_norms > 0).double()
+    units = _solve_least_squares(cosines, ones, _rounding(gram))
+    norm_squared = units @ cosines @ units
+    reach = gram.diagonal().double().sqrt() @ cosines @ units
+    exists = norm_squared > 0
+    scale = torch.where(exists, reach / torch.where(exists, norm_squared, 1.0), 0.0)
+    return (scale * inverse_norms * units).to(gram.dtype)
+
+
+def krum(gram: Tensor, num_byzantine: int = 0, num_selected: int = 1) -> Tensor:
+    """Multi-Krum: the mean of the gradients that lie closest to their neighbours.
+
+    Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017.
+
+    Args:
+        gram: ``[K, K]`` with K at least ``num_byzantine + 3``.
+        num_byzantine: how many gradients may be arbitrary.
+        num_selected: how many are averaged.
+    """
+    neighbours = len(gram) - num_byzantine - 2
+    if neighbours < 1 or not 1 <= num_selected <= len(gram):
+        raise ValueError(
+            f"Krum of {len(gram)} gradients needs at least num_byzantine + 3 of them "
+            f"and num_selected from 1 to {len(gram)}"
+        )
+    squares = gram.diagonal().double()
+    distances = (squares[:, None] + squares - 2 * gram.double()).clamp(min=0).sqrt()
+    distances.fill_diagonal_(torch.inf)
+    scores = distances.topk(neighbours, largest=False).values.sum(1)
+    selected = scores.topk(num_selected, largest=False).indices
+    return torch.zeros_like(gram[0]).index_fill(0, selected, 1 / num_selected)
+
+
+# ---- learned weights -----------------------------------------------------------------------------
+
+
+def gradnorm(
+    gram: Tensor, weights: Tensor, loss_ratios: Tensor, alpha: float = 1.5, lr: float = 0.025
+) -> Tensor:
+    """GradNorm: one step of the weights towards gradients whose norms follow the training rates.
+
+    Chen et al., "GradNorm", ICML 2018, Algorithm 1.  The norms are taken relative to their mean,
+    so that the step does not depend on the gradients' scale.
+
+    Args:
+        gram: ``[K, K]`` of the unweighted gradients.
+        weights: ``[K]`` present weights, adding up to K; ones at first.
+        loss_ratios: ``[K]`` present over initial losses.
+        alpha: strength of the pull towards equal rates.
+        lr: step of the weights.
+
+    Returns:
+        ``[K]`` new weights, not negative, adding up to K.
+    """
+    norms = gram.diagonal().double().sqrt()
+    weighted = weights.double() * norms
+    average = weighted.mean()
+    rates = loss_ratios.double() / loss_ratios.double().mean()
+    excess = (weighted - average * rates**alpha).sign()
+    slope = norms * excess / torch.where(average > 0, average, 1.0)
+    new = (weights.double() - lr * slope).clamp(min=0)
+    return (new * (len(gram) / new.sum())).to(weights.dtype)
