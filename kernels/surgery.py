@@ -19,7 +19,7 @@ PCGrad: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, Alg
 AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -147,7 +147,7 @@ def combine_adamw_reference_(
 
 # ---- registration ------------------------------------------------------------------------------
 
-_REFERENCES = {
+_REFERENCES: Mapping[str, Callable[..., Tensor | None]] = {
     "gram": gram_reference,
     "pcgrad_weights": pcgrad_weights_reference,
     "draw_order": draw_order_reference,
