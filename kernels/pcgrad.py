@@ -24,7 +24,7 @@ class _Place(NamedTuple):
     """Where one parameter's gradients lie in the rows of a buffer."""
 
     parameter: Tensor
-    index: int  # of the parameter in the optimizer
+    position: int  # of the parameter in the optimizer
     columns: slice
 
 
@@ -203,7 +203,7 @@ class PCGrad(torch.optim.Optimizer):
             for (buffer, place), gradient in zip(self._places(), gradients, strict=True):
                 if gradient is None:
                     continue
-                self._reached[task].add(place.index)
+                self._reached[task].add(place.position)
                 if gradient.is_sparse:
                     gradient = gradient.to_dense()
                 buffer.rows[task, place.columns] += gradient.reshape(-1)
