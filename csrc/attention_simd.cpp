@@ -43,7 +43,7 @@ struct Span {
 // The float32 tiles of one item, laid out in the thread's scratch.
 struct Tiles {
   int64_t row;     // floats of a row of width `width`
-  int64_t columns; // floats of a row of scores
+  int64_t columns; // floats of a row of scores: a vector more than needed, against cache conflicts
   float *queries, *keys, *keys_t, *values, *values_t, *scores, *grad_scores, *factors;
   float *out, *grad_out, *grad_queries, *grad_keys, *grad_values, *row_max, *row_sum, *delta,
       *probabilities;
@@ -51,7 +51,8 @@ struct Tiles {
   int64_t floats = 0;
 
   Tiles(int64_t width, int64_t num_queries, int64_t num_keys, float* memory)
-      : row(round_up(width)), columns(round_up(smaller(kKeyBlock, num_keys))), scratch(memory) {
+      : row(round_up(width)), columns(round_up(smaller(kKeyBlock, num_keys)) + kWidth),
+        scratch(memory) {
     const int64_t rows = smaller(kQueryBlock, num_queries);
     queries = take(rows * row);
     keys = take(columns * row);

@@ -389,7 +389,7 @@ class Tiles(NamedTuple):
 # By kernel, bytes of an element and padded width.  Chosen so that no kernel spills registers and
 # none takes more shared memory than an sm_80 has; timed on no GPU so far.
 TILES: dict[tuple[str, int, int], Tiles] = {
-    ("forward", 2, 32): Tiles(64, 64, 4, 3),
+    ("forward", 2, 32): Tiles(64, 64, 4, 2),
     ("forward", 2, 64): Tiles(64, 64, 8, 2),
     ("forward", 2, 128): Tiles(64, 32, 8, 2),
     ("forward", 4, 32): Tiles(64, 32, 4, 2),
@@ -399,11 +399,11 @@ TILES: dict[tuple[str, int, int], Tiles] = {
     ("grad_q", 2, 64): Tiles(64, 32, 4, 2),
     ("grad_q", 2, 128): Tiles(64, 32, 8, 2),
     ("grad_q", 4, 32): Tiles(64, 32, 4, 2),
-    ("grad_q", 4, 64): Tiles(32, 32, 4, 2),
-    ("grad_q", 4, 128): Tiles(32, 32, 8, 1),
+    ("grad_q", 4, 64): Tiles(64, 32, 8, 2),
+    ("grad_q", 4, 128): Tiles(16, 32, 4, 1),
     ("grad_kv", 2, 32): Tiles(64, 64, 8, 2),
     ("grad_kv", 2, 64): Tiles(32, 32, 4, 2),
-    ("grad_kv", 2, 128): Tiles(64, 64, 8, 2),
+    ("grad_kv", 2, 128): Tiles(64, 32, 8, 2),
     ("grad_kv", 4, 32): Tiles(32, 64, 4, 2),
     ("grad_kv", 4, 64): Tiles(32, 32, 4, 2),
     ("grad_kv", 4, 128): Tiles(32, 32, 8, 1),

@@ -20,7 +20,7 @@ SEED = torch.tensor(0x123456789ABCDEF)
 TAIL = 5  # rows behind the last sequence
 MIXES = {
     "sentences": [18, 1, 0, 23, 17, 60, 3],
-    "around the tiles of 64 queries and 128 keys": [64, 65, 127, 0, 129, 260],
+    "around the tiles of 64 queries and 512 keys": [64, 65, 0, 513],
     "one token and two": [1, 2, 1],
     "empty sequences": [0, 0],
     "no sequence": [],
@@ -57,7 +57,8 @@ def check(lengths: list[int], dtype: torch.dtype, width: int, causal: bool, p: f
     Its errors are the largest of many tokens: those of a few sentences are a matter of luck.
     """
     cu_seqlens, longest = boundaries(lengths), max(lengths, default=0)
-    total, heads = sum(lengths) + TAIL, 2
+    total = sum(lengths) + TAIL
+    heads = 2 if total < 500 else 1
     factors = attention_dropout_factors(heads, total, total, p, SEED, 7) if p else None
 
     def reference(qkv: Tensor) -> Tensor:
@@ -117,9 +118,13 @@ def test_queries_and_keys_of_different_lengths(causal: bool) -> None:
     """Causal attention is aligned at the ends; a query before all keys gives zeros."""
     lengths_q, lengths_k = [3, 5, 0, 70, 4], [7, 2, 4, 130, 0]
     cu_q, cu_k = boundaries(lengths_q), boundaries(lengths_k)
+    # Scores of ordinary size: the rounding of one very large one would decide the largest error.
     inputs = [
-        [torch.randn(sum(lengths) + TAIL, 2, 32, requires_grad=True) for lengths in streams]
-        for streams in [(lengths_q, lengths_k, lengths_k)] * 16
+        [
+            0.7 * torch.randn(sum(lengths) + TAIL, 2, 32)
+            for lengths in (lengths_q, lengths_k, lengths_k)
+        ]
+        for _ in range(50)
     ]
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,11 +178,11 @@ def test_a_gradient_of_any_stride() -> None:
 
 
 def test_repeats_to_the_bit_whatever_the_threads() -> None:
-    lengths = MIXES["around the tiles of 64 queries and 128 keys"]
+    lengths = MIXES["around the tiles of 64 queries and 512 keys"]
     qkv = qkv_stream(lengths, torch.float32)
 
     def kernel(qkv: Tensor) -> Tensor:
-        return flash_attn_varlen_qkvpacked_func(qkv, boundaries(lengths), 260, 0.1, seed=SEED)
+        return flash_attn_varlen_qkvpacked_func(qkv, boundaries(lengths), 513, 0.1, seed=SEED)
 
     first = run(kernel, qkv)
     threads = torch.get_num_threads()
