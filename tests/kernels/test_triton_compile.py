@@ -1,0 +1,26 @@
+"""The Triton kernels compile for GPUs that are not there, without spills and within their limits."""
+
+import pytest
+
+from .compiled import SHARED_LIMIT, compile_kernel
+
+
+# Every architecture, dtype and width, and every kernel on two architectures; fp16 and bf16 code
+# differs in the type of the products alone.  The whole table takes minutes: `tests.kernels.compiled`.
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "width", "capability"),
+    [
+        ("forward", "bf16", 128, 100),
+        ("forward", "fp32", 96, 90),
+        ("grad_q", "bf16", 64, 80),
+        ("grad_q", "bf16", 32, 100),
+        ("grad_kv", "fp16", 128, 80),
+        ("grad_kv", "bf16", 64, 90),
+    ],
+)
+def test_no_spills_and_shared_memory_within_the_limit(
+    kernel: str, dtype: str, width: int, capability: int
+) -> None:
+    needs = compile_kernel(kernel, dtype, width, capability)
+    assert needs.spilled_bytes == 0
+    assert needs.shared_bytes <= SHARED_LIMIT[capability]
