@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not there, without spills and within their limits."""
+"""The Triton kernels compile for GPUs that are not there: no spills, shared memory that fits."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from .compiled import SHARED_LIMIT, compile_kernel
 
 
 # Every architecture, dtype and width, and every kernel on two architectures; fp16 and bf16 code
-# differs in the type of the products alone.  The whole table takes minutes: `tests.kernels.compiled`.
+# differs in the type of the products alone.  `tests.kernels.compiled` does all, in minutes.
 @pytest.mark.parametrize(
     ("kernel", "dtype", "width", "capability"),
     [
