@@ -1,0 +1,218 @@
+"""``python -m bench.attention``: packed attention, forward and backward, beside its peers.
+
+Length mixes of the four real datasets and three fixed lengths.  Peers, each where it imports: SDPA
+on the padded batch, torch's `varlen_attn`, FlexAttention with a document mask, flash-attn.  All
+contestants of a case compute from the same q, k and v; padded ones from their padded copy.
+"""
+
+import argparse
+import importlib.util
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels
+
+from . import harness
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Word pieces a sentence, the deciles from the shortest to the longest, [CLS] and [SEP] included.
+DECILES = {
+    "sst": [4, 11, 15, 18, 21, 24, 27, 30, 35, 41, 80],
+    "quora": [3, 9, 11, 12, 13, 14, 15, 17, 20, 25, 95],
+    "sts": [5, 8, 9, 10, 11, 12, 13, 16, 20, 26, 70],
+    "cfimdb": [21, 118, 154, 172, 193, 215, 244, 276, 318, 376, 512],
+}
+FIXED = {"128": (128, 64), "512": (512, 16), "2048": (2048, 4)}  # length, sequences
+HEADS = 12
+
+
+def mix(name: str, sequences: int) -> list[int]:
+    """Lengths at evenly spaced quantiles of a dataset, in an order that is always the same."""
+    deciles = torch.tensor(DECILES[name], dtype=torch.float64)
+    place = (torch.arange(sequences, dtype=torch.float64) + 0.5) / sequences * 10
+    low = place.long()
+    lengths = deciles[low] + (place - low) * (deciles[low + 1] - deciles[low])
+    order = torch.randperm(sequences, generator=torch.Generator().manual_seed(0))
+    return [int(length) for length in lengths[order]]
+
+
+def cases() -> dict[str, list[int]]:
+    """The lengths of every case."""
+    mixes = {f"{name} x {n}": mix(name, n) for name in DECILES for n in (32, 256)}
+    return mixes | {f"{n} x {length}": [length] * n for length, n in FIXED.values()}
+
+
+class Inputs:
+    """One case's q, k and v in one packed tensor, and the same padded."""
+
+    def __init__(self, lengths: list[int], width: int, dtype: torch.dtype, device: str) -> None:
+        self.lengths, self.longest = lengths, max(lengths)
+        generator = torch.Generator().manual_seed(0)
+        qkv = torch.randn(sum(lengths), 3, HEADS, width, generator=generator)
+        self.qkv = qkv.to(device, dtype).requires_grad_()
+        self.grad = torch.randn(sum(lengths), HEADS, width, generator=generator).to(device, dtype)
+        self.cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], device=device).int()
+        starts = torch.arange(self.longest)[None, :]
+        self.mask = (starts < torch.tensor(lengths)[:, None]).to(device)
+        padded = qkv.new_zeros(len(lengths), self.longest, 3, HEADS, width).to(device, dtype)
+        padded[self.mask] = self.qkv.detach()
+        self.padded = padded.requires_grad_()
+        self.padded_grad = torch.zeros_like(padded[:, :, 0])
+        self.padded_grad[self.mask] = self.grad
+
+    def flops(self) -> int:
+        """Forward and backward products of what the sequences need, without recomputation."""
+        width = self.qkv.shape[-1]
+        return 12 * HEADS * width * sum(length**2 for length in self.lengths)
+
+    def backward(self, out: Tensor, leaf: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Output and gradient of q, k and v."""
+        return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
+
+
+def _ours(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    out = kernels.flash_attn_varlen_qkvpacked_func(inputs.qkv, inputs.cu_seqlens, inputs.longest)
+    assert isinstance(out, Tensor)
+    return inputs.backward(out, inputs.qkv, inputs.grad)
+
+
+def _sdpa_padded(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in inputs.padded.unbind(2))
+    mask = None if inputs.mask.all() else inputs.mask[:, None, None, :]
+    out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+    result, grad = inputs.backward(out, inputs.padded, inputs.padded_grad)
+    return result[inputs.mask], grad[inputs.mask]
+
+
+def _varlen_attn(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = inputs.cu_seqlens, inputs.longest
+    out = varlen_attn(*inputs.qkv.unbind(1), cu, cu, longest, longest)
+    return inputs.backward(out, inputs.qkv, inputs.grad)
+
+
+def _flash_attn(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    out = flash_attn_varlen_qkvpacked_func(inputs.qkv, inputs.cu_seqlens, inputs.longest)
+    return inputs.backward(out, inputs.qkv, inputs.grad)
+
+
+def _flex_attention(inputs: Inputs) -> Callable[[Inputs], tuple[Tensor, Tensor]]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    total, device = len(inputs.qkv), inputs.qkv.device
+    document = torch.bucketize(
+        torch.arange(total, device=device), inputs.cu_seqlens[1:], right=True
+    )
+
+    def same(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return document[q] == document[k]
+
+    block_mask = create_block_mask(same, None, None, total, total, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        q, k, v = (x.transpose(0, 1)[None] for x in inputs.qkv.unbind(1))
+        out = compiled(q, k, v, block_mask=block_mask)[0].transpose(0, 1)
+        return inputs.backward(out, inputs.qkv, inputs.grad)
+
+    return run
+
+
+def contestants(inputs: Inputs, device: str) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+    """Ours and the peers that can run here."""
+    runs = {"this project": _ours, "SDPA, padded": _sdpa_padded}
+    if device == "cuda":
+        runs["FlexAttention"] = _flex_attention(inputs)
+        if inputs.qkv.dtype != torch.float32:
+            if importlib.util.find_spec("torch.nn.attention.varlen"):
+                runs["varlen_attn"] = _varlen_attn
+            if importlib.util.find_spec("flash_attn"):
+                runs["flash-attn"] = _flash_attn
+    return {name: (lambda run=run: run(inputs)) for name, run in runs.items()}
+
+
+def verify(runs: dict[str, Callable[[], tuple[Tensor, Tensor]]]) -> None:
+    """Demand that all contestants agree before they are timed."""
+    expected = runs["SDPA, padded"]()
+    for run in runs.values():
+        for result, reference in zip(run(), expected, strict=True):
+            tolerance = 32 * torch.finfo(result.dtype).eps * reference.abs().max().item()
+            torch.testing.assert_close(result, reference, rtol=0, atol=tolerance)
+
+
+def _peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that a run holds at most beyond what was there; None on a CPU, which keeps no count."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def main() -> None:
+    """Run the benchmark and print a table for each dtype."""
+    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--width", type=int, default=64, help="columns of a head")
+    parser.add_argument("--case", nargs="+", help="only these cases, such as 'sst x 32'")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write raw samples and environment here")
+    options = parser.parse_args()
+    device, console = torch.device(options.device), Console(width=110)
+
+    results: dict[str, object] = {"heads": HEADS, "width": options.width}
+    for dtype_name in options.dtype:
+        dtype = _DTYPES[dtype_name]
+        peak = harness.measure_gemm(device, dtype, 2048, 768, 768)
+        table = Table(
+            title=f"attention forward + backward, {HEADS} x {options.width}, {dtype_name}"
+        )
+        for heading in ("case", "contestant", "ms", "TFLOP/s", "of GEMM", "peak MiB", "ours is"):
+            table.add_column(heading, justify="left" if heading == "contestant" else "right")
+        for case, lengths in cases().items():
+            if options.case and case not in options.case:
+                continue
+            inputs = Inputs(lengths, options.width, dtype, options.device)
+            runs = contestants(inputs, options.device)
+            verify(runs)
+            memory = {name: _peak_memory(run, device) for name, run in runs.items()}
+            samples = harness.interleave(runs, device, rounds=options.rounds)
+            ours = harness.median(samples["this project"])
+            for name, seconds in samples.items():
+                rate = inputs.flops() / harness.median(seconds)
+                table.add_row(
+                    case if name == "this project" else "",
+                    name,
+                    f"{harness.median(seconds) * 1e3:.3f}",
+                    f"{rate / 1e12:.3f}",
+                    f"{rate / peak:.0%}",
+                    "" if memory[name] is None else f"{memory[name] / 2**20:.0f}",
+                    "" if name == "this project" else f"{harness.median(seconds) / ours:.2f}x",
+                )
+            results[f"{case}, {dtype_name}"] = {
+                "lengths": lengths,
+                "flops": inputs.flops(),
+                "peak_bytes": memory,
+                "seconds": samples,
+                "quantiles": {name: harness.summary(s) for name, s in samples.items()},
+            }
+        results[f"gemm_flops_per_s, {dtype_name}"] = peak
+        console.print(table)
+    if options.json:
+        harness.write_record(options.json, "attention", device, results)
+
+
+if __name__ == "__main__":
+    main()
