@@ -139,7 +139,7 @@ __device__ __forceinline__ void sum_rows(const DeviceRows<T>& rows, const Comput
 }
 
 template <typename T, int N, typename Use>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kCombineThreads, 2)
     combine_kernel(DeviceRows<T> rows, const Compute<T>* weights, Columns columns, Use use) {
   using C = Compute<T>;
   __shared__ C shared_weights[kMaxTasks];

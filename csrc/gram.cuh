@@ -17,7 +17,10 @@ namespace superbert {
 
 constexpr int kGramThreads = 256;
 constexpr int kGramSteps = 16; // packs that a thread reads of each row
-constexpr int kDirectRows = 8; // most rows of gram_kernel
+
+// Most rows of gram_kernel; float64 rows, which serve as a check, all take the tiles.
+template <typename T>
+constexpr int kDirectRows = sizeof(T) < 8 ? 8 : 0;
 
 // Partial sums are laid out [entry][block].  The upper triangle of row tiles is numbered row by
 // row, and entry = (tile pair * tile + i) * tile + j.
@@ -57,7 +60,7 @@ __device__ __forceinline__ void add_products(const DeviceRows<T>& rows, int64_t 
 
 // Partial sums are laid out [entry][block].
 template <typename T, int K, int N>
-__global__ void __launch_bounds__(kGramThreads)
+__global__ void __launch_bounds__(kGramThreads, 2)
     gram_kernel(DeviceRows<T> rows, Columns columns, double* partial) {
   constexpr int kUnroll = K <= 2 ? 4 : K <= 4 ? 2 : 1; // so that 8 loads or so are under way
   Compute<T> sums[K][K] = {};
@@ -97,12 +100,13 @@ __global__ void __launch_bounds__(kGramThreads)
 // ---- up to 64 rows -----------------------------------------------------------------------------
 // A chunk of columns of all rows lies in shared memory as [rows][columns], while the next one is on
 // its way into registers.  Thread (pair, slice) sums the products of one pair of row tiles over
-// every slices-th 16 bytes of the columns.  The eight threads of a quarter warp share a pair, so
-// that they read 128 neighbouring bytes of one row.
-constexpr int kTileThreads = 288; // most: 36 pairs of 8-row tiles, 8 slices
-constexpr int kFewestTileThreads = 160;
-constexpr int kTileChain = 256;           // columns that a thread adds up in float32
-constexpr int kThreadsPerProcessor = 384; // as many as their registers allow
+// every slices-th 16 bytes of the columns; up to 40 rows the eight threads of a quarter warp share
+// a pair and read 128 neighbouring bytes of one row.
+constexpr int kTileThreads = 160; // most of a block
+constexpr int kFewestTileThreads = 96;
+constexpr int kTileChain = 256;                        // columns that a thread adds up in float32
+constexpr int kTileRegisters = 200;                    // of a thread, so that
+constexpr int kThreadsPerProcessor = 2 * kTileThreads; // find room in 65536
 
 // Rows of a tile: a thread keeps the square of it in sums.
 template <typename C>
@@ -114,21 +118,19 @@ constexpr int kGroup = 16 / sizeof(C);
 template <typename C, int N>
 struct GramTiles {
   // Lone elements take a register each on their way, so fewer are.
-  static constexpr int kChunkElements = (N > 1 ? 1024 : 512) * kGroup<C>;
+  static constexpr int kChunkElements = (N > 1 ? 512 : 128) * kGroup<C>;
   int tiles, pairs, slices, chunk; // chunk: columns in shared memory
 
   __host__ __device__ explicit GramTiles(int64_t num_rows)
       : tiles(static_cast<int>((num_rows + kTileRows<C> - 1) / kTileRows<C>)),
-        pairs(tiles * (tiles + 1) / 2), slices(64), chunk(64 * kGroup<C>) {
+        pairs(tiles * (tiles + 1) / 2), slices(32), chunk(32 * kGroup<C>) {
     while (pairs * slices > kTileThreads) slices /= 2;
     while (chunk * tiles * kTileRows<C> > kChunkElements) chunk /= 2;
   }
   __host__ __device__ int threads() const { return (pairs * slices + 31) / 32 * 32; }
   __host__ __device__ int entries() const { return pairs * kTileRows<C> * kTileRows<C>; }
-  // A warp adds up its own slices; with 64 of them two warps share a pair.
-  __host__ __device__ int warps_per_pair() const { return (slices + 31) / 32; }
   // Columns between two foldings of the sums into float64.
-  __host__ __device__ int64_t chain() const { return static_cast<int64_t>(kTileChain) * slices; }
+  __host__ __device__ int chain() const { return kTileChain * slices; }
 };
 
 // What a thread brings of a chunk: packs of N columns, held as words.
@@ -137,24 +139,16 @@ class ChunkFetch {
  public:
   // Starts to load columns [column, column + shape.chunk); zero beyond `end` and K.
   __device__ __forceinline__ void load(const DeviceRows<T>& rows,
-                                       const GramTiles<Compute<T>, N>& shape, int64_t column,
-                                       int64_t end) {
+                                       const GramTiles<Compute<T>, N>& shape, int column, int end) {
     const int packs_of_row = shape.chunk / N;
 #pragma unroll
     for (int f = 0; f < kPacks; ++f) {
       const int pack = threadIdx.x + f * blockDim.x;
-      const int64_t row = pack / packs_of_row;
-      const int64_t from = column + pack % packs_of_row * N;
-      packs_[f] = {};
-      if (row >= rows.num_rows) continue;
+      const int row = pack / packs_of_row, from = column + pack % packs_of_row * N;
       const T* source = rows.data + row * rows.stride + from;
-      if (from + N <= end) {
+      packs_[f] = {};
+      if (row < rows.num_rows && from < end) {
         packs_[f].word = __ldcs(reinterpret_cast<const Word<T, N>*>(source));
-      } else {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-          if (from + n < end) packs_[f].elements[n] = source[n];
-        }
       }
     }
   }
@@ -199,9 +193,10 @@ __device__ __forceinline__ void add_tile(const C* a, const C* b, int row_length,
   }
 }
 
-// Each block adds to its own partial sums [part][entry], which the launcher has set to zero.
+// Each block adds to its own partial sums [part][entry], which the launcher has set to zero.  The
+// columns are whole packs.
 template <typename T, int N>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __maxnreg__(kTileRegisters)
     gram_tiles_kernel(DeviceRows<T> rows, int64_t begin, int64_t end, double* partial) {
   using C = Compute<T>;
   constexpr int R = kTileRows<C>;
@@ -213,36 +208,34 @@ __global__ void __launch_bounds__(kTileThreads)
   const C* a = chunk + at.row * R * shape.chunk;
   const C* b = chunk + at.column * R * shape.chunk;
 
-  const int64_t part = blockIdx.x * shape.warps_per_pair() + slice / 32;
-  double* mine = partial + part * shape.entries() + pair * R * R;
-
-  const int64_t chain = shape.chain();
-  for (int64_t from = begin + blockIdx.x * chain; from < end; from += gridDim.x * chain) {
+  const int chain = shape.chain();
+  for (int64_t from = begin + static_cast<int64_t>(blockIdx.x) * chain; from < end;
+       from += static_cast<int64_t>(gridDim.x) * chain) {
     C sums[R][R] = {};
-    const int64_t chain_end = from + chain < end ? from + chain : end;
+    const DeviceRows<T> here{rows.data + from, rows.num_rows, rows.stride};
+    const int columns = end - from < chain ? static_cast<int>(end - from) : chain;
     ChunkFetch<T, N> fetch;
-    fetch.load(rows, shape, from, chain_end);
-    for (int64_t column = from; column < chain_end; column += shape.chunk) {
+    fetch.load(here, shape, 0, columns);
+    for (int column = 0; column < columns; column += shape.chunk) {
       __syncthreads(); // the chunk before has been used
       fetch.store(shape, chunk);
       __syncthreads();
-      if (column + shape.chunk < chain_end) {
-        fetch.load(rows, shape, column + shape.chunk, chain_end);
-      }
+      if (column + shape.chunk < columns) fetch.load(here, shape, column + shape.chunk, columns);
       for (int at_column = slice * kGroup<C>; working && at_column < shape.chunk;
            at_column += shape.slices * kGroup<C>) {
         add_tile(a + at_column, b + at_column, shape.chunk, sums);
       }
     }
+    double* mine = partial + static_cast<int64_t>(blockIdx.x) * shape.entries() + pair * R * R;
 #pragma unroll
     for (int i = 0; i < R; ++i) {
 #pragma unroll
       for (int j = 0; j < R; ++j) {
         double sum = sums[i][j];
-        for (int lane = min(shape.slices, 32) / 2; lane > 0; lane /= 2) {
+        for (int lane = shape.slices / 2; lane > 0; lane /= 2) {
           sum += __shfl_xor_sync(0xffffffffu, sum, lane);
         }
-        if (working && slice % 32 == 0) mine[i * R + j] += sum;
+        if (working && slice == 0) mine[i * R + j] += sum;
       }
     }
   }
@@ -279,31 +272,26 @@ __global__ void __launch_bounds__(kGramThreads)
 struct GramPlan {
   Columns columns;
   bool packed;
-  int64_t blocks, parts, entries;
+  int64_t blocks, entries;
 
-  int64_t scratch() const { return parts * entries; }
+  int64_t scratch() const { return blocks * entries; }
 };
 
 template <typename T>
 GramPlan plan_gram(const DeviceRows<T>& rows, int64_t begin, int64_t end, int num_processors) {
   const int64_t aligned = first_aligned_column(rows, begin);
-  if (rows.num_rows <= kDirectRows) {
-    const bool packed = aligned >= 0;
-    const Columns columns =
-        cut_columns(begin, end, packed ? aligned : begin, packed ? 16 / sizeof(T) : 1);
-    const int64_t packs_of_block = kGramThreads * kGramSteps;
-    const int64_t blocks = columns.packs / packs_of_block + 1;
-    return {columns, packed, blocks, blocks, rows.num_rows * rows.num_rows};
+  const bool packed = aligned >= 0;
+  const int64_t pack = packed ? 16 / sizeof(T) : 1;
+  const Columns columns = cut_columns(begin, end, packed ? aligned : begin, pack);
+  if (rows.num_rows <= kDirectRows<T>) {
+    const int64_t blocks = columns.packs / (kGramThreads * kGramSteps) + 1;
+    return {columns, packed, blocks, rows.num_rows * rows.num_rows};
   }
   const GramTiles<Compute<T>, 1> shape(rows.num_rows); // what follows does not depend on the pack
-  const int64_t chains = (end - begin) / shape.chain() + 1;
+  const int64_t chains = columns.packs * pack / shape.chain() + 1;
   const int64_t resident = num_processors * (kThreadsPerProcessor / shape.threads());
   const int64_t blocks = chains < resident ? chains : resident;
-  return {{begin, 0, end - begin, 0},
-          aligned == begin,
-          blocks,
-          blocks * shape.warps_per_pair(),
-          shape.entries()};
+  return {columns, packed, blocks, shape.entries()};
 }
 
 template <typename T, int K>
@@ -318,11 +306,11 @@ void launch_gram_direct(const DeviceRows<T>& rows, const GramPlan& plan, double*
 }
 
 template <typename T, int N>
-void launch_gram_tiles(const DeviceRows<T>& rows, const GramPlan& plan, double* scratch,
-                       cudaStream_t stream) {
-  set_to_zero(scratch, plan.scratch() * sizeof(double), stream);
-  launch(gram_tiles_kernel<T, N>, plan.blocks, GramTiles<Compute<T>, N>(rows.num_rows).threads(),
-         stream, rows, plan.columns.begin, plan.columns.begin + plan.columns.packs, scratch);
+void launch_gram_tiles(const DeviceRows<T>& rows, int64_t begin, int64_t end, int64_t blocks,
+                       double* scratch, cudaStream_t stream) {
+  if (begin == end) return;
+  const GramTiles<Compute<T>, N> shape(rows.num_rows);
+  launch(gram_tiles_kernel<T, N>, blocks, shape.threads(), stream, rows, begin, end, scratch);
 }
 
 // Writes result [K, K] of the columns of the plan; `scratch` has plan.scratch() elements.
@@ -331,17 +319,25 @@ void launch_gram(const DeviceRows<T>& rows, const GramPlan& plan, double* scratc
                  Compute<T>* result, cudaStream_t stream) {
   using C = Compute<T>;
   const auto reduce = [&](int64_t part_stride, int64_t entry_stride, int64_t tile, int64_t tiles) {
-    launch(gram_reduce_kernel<C>, plan.entries, kGramThreads, stream, scratch, plan.parts,
+    launch(gram_reduce_kernel<C>, plan.entries, kGramThreads, stream, scratch, plan.blocks,
            part_stride, entry_stride, tile, tiles, rows.num_rows, result);
   };
-  if (rows.num_rows <= kDirectRows) {
-    launch_gram_direct<T, kDirectRows>(rows, plan, scratch, stream);
-    return reduce(1, plan.parts, rows.num_rows, 1);
+  if constexpr (kDirectRows<T> > 0) {
+    if (rows.num_rows <= kDirectRows<T>) {
+      launch_gram_direct<T, kDirectRows<T>>(rows, plan, scratch, stream);
+      return reduce(1, plan.blocks, rows.num_rows, 1);
+    }
   }
+  set_to_zero(scratch, plan.scratch() * sizeof(double), stream);
+  const int64_t begin = plan.columns.begin, first = begin + plan.columns.head;
   if (plan.packed) {
-    launch_gram_tiles<T, 16 / sizeof(T)>(rows, plan, scratch, stream);
+    constexpr int N = 16 / sizeof(T);
+    const int64_t last = first + plan.columns.packs * N;
+    launch_gram_tiles<T, 1>(rows, begin, first, 1, scratch, stream);
+    launch_gram_tiles<T, N>(rows, first, last, plan.blocks, scratch, stream);
+    launch_gram_tiles<T, 1>(rows, last, last + plan.columns.tail, 1, scratch, stream);
   } else {
-    launch_gram_tiles<T, 1>(rows, plan, scratch, stream);
+    launch_gram_tiles<T, 1>(rows, first, first + plan.columns.packs, plan.blocks, scratch, stream);
   }
   reduce(plan.entries, 1, kTileRows<C>, (rows.num_rows + kTileRows<C> - 1) / kTileRows<C>);
 }

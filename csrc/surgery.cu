@@ -1,6 +1,5 @@
 // The CUDA side of the gradient surgery operators: kernels of the small problems and the border to
 // torch.  Schemas are in surgery.cpp; nothing here waits for the device.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,30 +8,12 @@
 
 #include "combine.cuh"
 #include "gram.cuh"
+#include "launch_device.cuh"
 #include "surgery_checks.h"
 #include "surgery_solve.cuh"
 
 namespace superbert {
 namespace {
-
-// Makes the tensor's device the current one, and knows what a launch needs of it.
-class LaunchDevice {
- public:
-  explicit LaunchDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-    check_cuda(cudaDeviceGetAttribute(&num_processors_, cudaDevAttrMultiProcessorCount,
-                                      tensor.get_device_index()));
-  }
-  cudaStream_t stream() const { return stream_; }
-  int num_processors() const { return num_processors_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-  int num_processors_ = 0;
-};
 
 template <typename T>
 T* data(const Tensor& tensor) {

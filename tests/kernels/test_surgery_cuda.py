@@ -1,8 +1,8 @@
 """The CUDA surgery operators: on a GPU, and compiled for the CPU where there is none.
 
-The second way runs csrc/surgery.cu itself on a small emulation of CUDA (emulated_cuda/): threads,
-barriers, shuffles and the order of accesses are the kernels' own, so indexing, reductions, edges
-and dispatch are tested in every run.
+The second way runs csrc/surgery.cu and csrc/balancing.cu themselves on a small emulation of CUDA
+(emulated_cuda/): threads, barriers, shuffles and the order of accesses are the kernels' own, so
+indexing, reductions, edges and dispatch are tested in every run.
 """
 
 import subprocess
@@ -13,17 +13,28 @@ import torch
 from torch import Tensor
 
 from kernels.surgery import (
+    combine_adamw_,
     combine_adamw_reference_,
     combine_reference,
     draw_order,
+    gram,
     gram_reference,
+    pcgrad_weights,
     pcgrad_weights_reference,
+    update_guard,
 )
 
 from .rounding import assert_within_twice
 
 REPOSITORY = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SOLVERS = {
+    "symmetric_eigen": (),
+    "project_onto_dual_cone": (torch.eye(5).double(),),
+    "minimize_norm": (),
+    "avoid_conflict": (0.5,),
+    "bargain": (2.0,),
+}
 NAMES = ["gram", "pcgrad_weights", "draw_order", "combine", "combine_out", "combine_adamw_"]
 
 
@@ -43,8 +54,8 @@ class Device:
 
 @pytest.fixture(scope="session")
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """surgery.cu compiled for the CPU, its operators registered as ``superbert_emulated::``."""
-    library = tmp_path_factory.mktemp("emulated") / "libsurgery_emulated.so"
+    """csrc/*.cu compiled for the CPU, the operators registered as ``superbert_emulated::``."""
+    library = tmp_path_factory.mktemp("emulated") / "liboperators_emulated.so"
     folder = Path(__file__).parent / "emulated_cuda"
     torch_folder = Path(torch.__file__).parent
     include = torch_folder / "include"
@@ -52,11 +63,11 @@ def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wl,-Bsymbolic", "-DUSE_CUDA"),
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
         *(f"-I{folder}", f"-I{REPOSITORY / 'csrc'}", f"-isystem{include}"),
-        *(f"-isystem{include / 'torch/csrc/api/include'}", str(folder / "surgery_emulated.cpp")),
+        *(f"-isystem{include / 'torch/csrc/api/include'}", str(folder / "operators.cpp")),
         *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(library)),
     ]
     subprocess.run(command, check=True)
-    for name in NAMES:
+    for name in [*NAMES, *SOLVERS]:
         schema = str(getattr(torch.ops.superbert, name).default._schema)
         torch.library.define(f"superbert_emulated::{name}", schema[schema.index("(") :])
     torch.ops.load_library(str(library))
@@ -212,3 +223,56 @@ def test_adamw_skips(device: Device) -> None:
         *(*[device.put(s) for s in scalars], 0.9, 0.999, 1e-8, 0.1),
     )
     assert all(torch.equal(mine.cpu(), s) for mine, s in zip(ours, state, strict=True))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers(device: Device, name: str) -> None:
+    rows = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    matrix, arguments = rows @ rows.T, SOLVERS[name]
+    on_device = [device.put(a) if isinstance(a, Tensor) else a for a in arguments]
+    results = getattr(device.ops, name)(device.put(matrix), *on_device)
+    expected = getattr(torch.ops.superbert, name)(matrix, *arguments)
+    if isinstance(expected, Tensor):
+        results, expected = (results,), (expected,)
+    for result, on_cpu in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.cpu(), on_cpu, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_update_in_a_cuda_graph() -> None:
+    """Gram, weights, guard and AdamW are captured once and replayed with other gradients."""
+    rows = torch.randn(3, 10_007, device="cuda")
+    state = [torch.randn(10_007, device="cuda")]
+    state += [torch.zeros(10_007, device="cuda") for _ in range(2)]
+    seed, count = torch.tensor(7, device="cuda"), torch.zeros((), device="cuda")
+    lr = torch.tensor(1e-3, device="cuda")
+
+    def step() -> None:
+        matrix = gram(rows)
+        weights = pcgrad_weights(matrix, draw_order(3, seed, count.long()))
+        guard = update_guard(matrix, weights, max_norm=1.0)
+        count.add_((~guard.skip).to(count.dtype))
+        combine_adamw_(rows, weights, *state, lr=lr, step=count, scale=guard.scale, skip=guard.skip)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # warm-up, as capture asks for
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    start = [tensor.clone() for tensor in (*state, count)]
+    replayed, eager = [], []
+    for run, results in ((graph.replay, replayed), (step, eager)):
+        for tensor, value in zip((*state, count), start, strict=True):
+            tensor.copy_(value)
+        for fill in (1.0, -2.0, torch.nan, 0.5):
+            rows.copy_(torch.linspace(-1, 1, rows.numel(), device="cuda").view_as(rows) * fill)
+            run()
+        results.extend(tensor.clone() for tensor in (*state, count))
+    assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))
+    assert count == start[-1] + 3  # the step with NaN was skipped

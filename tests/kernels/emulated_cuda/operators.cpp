@@ -1,4 +1,4 @@
-// The CUDA surgery operators compiled for the CPU, as operators of the namespace
+// The CUDA operators compiled for the CPU, as operators of the namespace
 // superbert_emulated.
 #include <cuda_runtime.h>
 
@@ -26,4 +26,5 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_T
 
 #define superbert superbert_emulated // another namespace, of C++ and of operators
 #define CUDA CPU                     // registered for tensors on the CPU
+#include "balancing.cu"
 #include "surgery.cu"
