@@ -127,7 +127,10 @@ struct GramTiles {
     while (pairs * slices > kTileThreads) slices /= 2;
     while (chunk * tiles * kTileRows<C> > kChunkElements) chunk /= 2;
   }
-  __host__ __device__ int threads() const { return (pairs * slices + 31) / 32 * 32; }
+  __host__ __device__ int threads() const { // those without a pair only help to load
+    const int whole_warps = (pairs * slices + 31) / 32 * 32;
+    return whole_warps > kFewestTileThreads ? whole_warps : kFewestTileThreads;
+  }
   __host__ __device__ int entries() const { return pairs * kTileRows<C> * kTileRows<C>; }
   // Columns between two foldings of the sums into float64.
   __host__ __device__ int chain() const { return kTileChain * slices; }
