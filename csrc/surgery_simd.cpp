@@ -127,6 +127,11 @@ void gram(const Rows& rows, int64_t begin, int64_t end, double* result) {
 }
 
 // ---- combination -------------------------------------------------------------------------------
+// Rows are added up at most kStreams at a time, block by block of columns, with the sums so far in
+// the cache: a processor follows only so many streams of memory at once.
+constexpr int64_t kStreams = 8;
+constexpr int64_t kSumColumns = 1024;
+
 // Calls use(column, lanes, gradient) for each vector of sum_k weights[k] * rows[k]; fewer lanes
 // than a vector has only at the end.
 template <typename T, typename F>
@@ -135,29 +140,61 @@ void for_combined(const Rows& rows, const double* weights, int64_t begin, int64_
   using C = Compute<T>;
   const T* data = static_cast<const T*>(rows.data);
   const int64_t stride = rows.row_stride;
+  const int64_t num_rows = rows.num_rows;
   Vec<C> broadcast[kMaxTasks];
-  for (int64_t k = 0; k < rows.num_rows; ++k) broadcast[k] = Vec<C>{} + static_cast<C>(weights[k]);
+  for (int64_t k = 0; k < num_rows; ++k) broadcast[k] = Vec<C>{} + static_cast<C>(weights[k]);
 
   // Four rows at a time: a short chain of additions, for the error's sake and the pipeline's.
-  const auto combined = [&](const auto& load_row) {
+  const auto sum_rows = [&](int64_t k, int64_t last, const auto& load_row) {
     Vec<C> sum{};
-    const T* row = data;
-    int64_t k = 0;
-    for (; k + 4 <= rows.num_rows; k += 4, row += 4 * stride) {
+    const T* row = data + k * stride;
+    for (; k + 4 <= last; k += 4, row += 4 * stride) {
       sum += (broadcast[k] * load_row(row) + broadcast[k + 1] * load_row(row + stride)) +
              (broadcast[k + 2] * load_row(row + 2 * stride) +
               broadcast[k + 3] * load_row(row + 3 * stride));
     }
-    for (; k < rows.num_rows; ++k, row += stride) sum += broadcast[k] * load_row(row);
+    switch (last - k) {
+    case 3:
+      sum += broadcast[k + 2] * load_row(row + 2 * stride);
+      [[fallthrough]];
+    case 2:
+      sum += broadcast[k + 1] * load_row(row + stride);
+      [[fallthrough]];
+    case 1:
+      sum += broadcast[k] * load_row(row);
+    }
     return sum;
   };
-  int64_t column = begin;
-  for (; column + kLanes<C> <= end; column += kLanes<C>) {
-    use(column, kLanes<C>, combined([&](const T* row) { return load(row + column); }));
-  }
-  if (column < end) {
-    const int64_t lanes = end - column;
-    use(column, lanes, combined([&](const T* row) { return load_first(row + column, lanes); }));
+  // Calls use_sum(column, lanes, sum) with the sum of the rows k .. last.
+  const auto for_sums = [&](int64_t k, int64_t last, int64_t from, int64_t to,
+                            const auto& use_sum) {
+    int64_t column = from;
+    for (; column + kLanes<C> <= to; column += kLanes<C>) {
+      use_sum(column, kLanes<C>,
+              sum_rows(k, last, [&](const T* row) { return load(row + column); }));
+    }
+    if (column < to) {
+      const int64_t lanes = to - column;
+      use_sum(column, lanes,
+              sum_rows(k, last, [&](const T* row) { return load_first(row + column, lanes); }));
+    }
+  };
+
+  if (num_rows <= kStreams) return for_sums(0, num_rows, begin, end, use);
+  C sums[kSumColumns];
+  for (int64_t from = begin; from < end; from += kSumColumns) {
+    const int64_t to = smaller(from + kSumColumns, end);
+    for_sums(0, kStreams, from, to,
+             [&](int64_t column, int64_t, Vec<C> sum) { store(sums + (column - from), sum); });
+    int64_t k = kStreams;
+    for (; k + kStreams < num_rows; k += kStreams) {
+      for_sums(k, k + kStreams, from, to, [&](int64_t column, int64_t, Vec<C> sum) {
+        store(sums + (column - from), load(sums + (column - from)) + sum);
+      });
+    }
+    for_sums(k, num_rows, from, to, [&](int64_t column, int64_t lanes, Vec<C> sum) {
+      use(column, lanes, load(sums + (column - from)) + sum);
+    });
   }
 }
 

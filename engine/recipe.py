@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .data.formats import FORMATS
 from .errors import InputError
 from .model.heads import FEATURES, POOLINGS
-from .multitask.balance import METHODS
+from .multitask.balance import METHODS, TORCHJD, BalanceSettings
+from .multitask.parts import EXTENTS
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -36,6 +37,8 @@ class TaskRecipe(_Settings):
 
     features: Literal[FEATURES]  # type: ignore[valid-type]
     """What the head sees: single, mean, concat, difference or cosine (engine/model/heads.py)."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
 
 
 class EncoderRecipe(_Settings):
@@ -98,8 +101,13 @@ class Recipe(_Settings):
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row of a data file does: end the run, or be skipped and counted."""
 
-    balance: Literal[tuple(METHODS)] = "pcgrad"  # type: ignore[valid-type]
-    """How the task gradients are combined."""
+    balance: str = "pcgrad"
+    """How the task gradients are combined: a method's name (engine/multitask/balance.py), or
+    ``torchjd.`` and the name of a TorchJD weighting."""
+    balancing: BalanceSettings = BalanceSettings()
+    """Settings of those methods that have any."""
+    surgery: Literal[EXTENTS] = "model"  # type: ignore[valid-type]
+    """What gets weights of its own: the whole model, each layer, or each tensor."""
     optimizer: Literal["adamw"] = "adamw"
     """Adam with decoupled weight decay; Adam itself when weight_decay is 0."""
     lr: Annotated[float, Field(gt=0)] = 1e-5
@@ -127,7 +135,7 @@ class Recipe(_Settings):
     """Steps between checkpoints besides the one at each epoch's end; 0: none."""
 
     @model_validator(mode="after")
-    def _tasks_exist(self) -> "Recipe":
+    def _names_exist(self) -> "Recipe":
         for name in self.tasks:
             if name not in FORMATS:
                 raise ValueError(f"tasks.{name}: no such task{_nearest(name, FORMATS)}")
@@ -136,6 +144,10 @@ class Recipe(_Settings):
                 raise ValueError(f"train: {name!r} is not among tasks{_nearest(name, self.tasks)}")
         if len(set(self.train)) != len(self.train):
             raise ValueError("train: a task is named twice")
+        if self.balance not in METHODS and not self.balance.startswith(TORCHJD):
+            raise ValueError(
+                f"balance = {self.balance!r}: no such method{_nearest(self.balance, METHODS)}"
+            )
         return self
 
     def to_toml(self) -> str:
@@ -211,7 +223,8 @@ def _first_problem(error: ValidationError) -> str:
 def _fields_at(location: Sequence[str]) -> Mapping[str, Any]:
     if not location:
         return Recipe.model_fields
-    return EncoderRecipe.model_fields if location[0] == "encoder" else TaskRecipe.model_fields
+    tables: dict[str, type[BaseModel]] = {"encoder": EncoderRecipe, "balancing": BalanceSettings}
+    return tables.get(location[0], TaskRecipe).model_fields
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -9,9 +9,10 @@ from .data.loader import TrainingLoader
 from .data.sample import TaskSampler, stratified_subset
 from .data.split import TokenizedSplit
 from .model.multitask import MultitaskModel
-from .multitask.balance import METHODS
+from .multitask.balance import Balance, TrainedTasks, build_method
 from .multitask.flat_parameters import FlatParameters
 from .multitask.optimizer import AdamW
+from .multitask.parts import Parts
 from .multitask.schedule import Schedule
 from .multitask.step import MultitaskStep
 from .recipe import Recipe
@@ -62,6 +63,8 @@ class Training:
         recipe = run.recipe
         train_sets = [run.split(task, "train") for task in recipe.train]
         samplers = [_sampler(split, recipe) for split in train_sets]
+        tasks = TrainedTasks(recipe.train, tuple(len(sampler) for sampler in samplers))
+        method = build_method(recipe.balance, tasks, recipe.balancing)
         epoch_steps = -(-max(len(sampler) for sampler in samplers) // recipe.batch_size)
         total_steps = min(epoch_steps * recipe.epochs, recipe.max_steps or sys.maxsize)
         model = run.initial_model().train()
@@ -71,6 +74,7 @@ class Training:
         optimizer = AdamW(
             parameters, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
         )
+        parts = Parts(parameters, recipe.train, recipe.surgery)
         return cls(
             run=run,
             device=device,
@@ -85,7 +89,9 @@ class Training:
                 recipe.train,
                 parameters,
                 optimizer,
-                METHODS[recipe.balance],
+                parts,
+                Balance(method, parts.owners, device),
+                loss_weights=[recipe.tasks[task].weight for task in recipe.train],
                 clip_norm=recipe.clip_norm or None,
                 seed=recipe.seed,
             ),
@@ -115,11 +121,15 @@ class Training:
 
     def restore(self) -> Progress:
         """Load the run's newest checkpoint, if it has one; return how far it had come."""
-        return self.run.checkpoints.load(self.model, self.parameters, self.optimizer)
+        return self.run.checkpoints.load(
+            self.model, self.parameters, self.optimizer, self.step.balance.state
+        )
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint to go on from."""
-        self.run.checkpoints.save(progress, self.model, self.parameters, self.optimizer)
+        self.run.checkpoints.save(
+            progress, self.model, self.parameters, self.optimizer, self.step.balance.state
+        )
 
     def save_best(self, progress: Progress) -> None:
         """Write the weights as the best so far."""

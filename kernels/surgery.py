@@ -21,7 +21,7 @@ AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,6 +194,45 @@ def _(*arguments: object) -> None:
     pass
 
 
+# ---- gradients -----------------------------------------------------------------------------------
+# Of the two functions that somebody may want to differentiate (a penalty on conflicts, weights that
+# are learnt); they are no part of a training step, and stay in plain torch.
+
+
+def _save_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, offsets = inputs
+    ctx.save_for_backward(rows)
+    ctx.offsets = offsets
+
+
+def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (rows,) = ctx.saved_tensors
+    symmetric = grad + grad.mT
+    grad_rows = torch.zeros_like(rows)
+    for matrix, (begin, end) in zip(symmetric, pairwise(ctx.offsets), strict=True):
+        grad_rows[:, begin:end] = matrix @ rows[:, begin:end].to(matrix.dtype)
+    return grad_rows, None
+
+
+def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    rows, weights = ctx.saved_tensors
+    wants_rows, wants_weights = ctx.needs_input_grad
+    grad = grad.to(weights.dtype)
+    grad_rows = torch.outer(weights, grad).to(rows.dtype) if wants_rows else None
+    grad_weights = rows.to(weights.dtype) @ grad if wants_weights else None
+    return grad_rows, grad_weights
+
+
+torch.library.register_autograd("superbert::gram", _gram_backward, setup_context=_save_gram)
+torch.library.register_autograd(
+    "superbert::combine", _combine_backward, setup_context=_save_combine
+)
+
+
 # ---- public functions --------------------------------------------------------------------------
 
 
@@ -356,9 +395,13 @@ class UpdateGuard(NamedTuple):
 
 
 def combined_norm(gram: Tensor, weights: Tensor) -> Tensor:
-    """L2 norm of ``sum_k weights[k] * rows[k]`` from the Gram matrix of the rows, 0-dim."""
+    """L2 norm of ``sum_k weights[k] * rows[k]`` from the Gram matrix of the rows, 0-dim.
+
+    With a leading dimension on both, over segments of columns that have weights of their own.
+    """
     weights = weights.double()
-    return (weights @ gram.double() @ weights).clamp(min=0).sqrt().to(gram.dtype)
+    squares = weights[..., None, :] @ gram.double() @ weights[..., None]
+    return squares.sum().clamp(min=0).sqrt().to(gram.dtype)
 
 
 def update_guard(
@@ -371,8 +414,8 @@ def update_guard(
     """Norm, clipping factor and overflow check of an update, all from the Gram matrix.
 
     Args:
-        gram: ``[K, K]`` Gram matrix of the task gradients.
-        weights: ``[K]`` weights of the combination.
+        gram: ``[K, K]`` Gram matrix of the task gradients; ``[S, K, K]`` by segments of columns.
+        weights: ``[K]`` weights of the combination; ``[S, K]`` by segments.
         max_norm: clip the combined gradient to this norm, as ``clip_grad_norm_``; None: never.
         loss_scale: what the losses were multiplied by.
     """
@@ -380,5 +423,6 @@ def update_guard(
     scale = torch.ones_like(norm) / loss_scale
     if max_norm is not None:
         scale = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    skip = ~(torch.isfinite(gram.diagonal()).all() & torch.isfinite(norm))
+    finite = torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all()
+    skip = ~(finite & torch.isfinite(norm))
     return UpdateGuard(norm, scale, skip)

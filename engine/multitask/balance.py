@@ -1,35 +1,280 @@
-"""From the Gram matrix of the task gradients to the weights of their sum.
+"""From the Gram matrices of the task gradients to the weights of their sum.
 
-Every method here is a function of ``G = J J^T [K, K]`` and of the random order of this step; the
-update is always ``sum_k c_k g_k``.
+Every method is a function of ``G = J J^T [K, K]`` (kernels/balancing.py); the update is always
+``sum_k c_k g_k``.  Here the methods get what a training run knows beyond G: the names and sizes of
+the tasks, their losses, the random order of this step, and what they remember from the last one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from types import MappingProxyType
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ..errors import InputError
 from ..rooms import kernels
 
-Method = Callable[[Tensor, Tensor], Tensor]
-"""``(gram [K, K] fp32, order [K, K]) -> weights [K] fp32``, on the Gram matrix's device."""
+TORCHJD = "torchjd."
+"""``torchjd.X`` names a weighting in ``torchjd.aggregation``."""
 
 
-def _sum(gram: Tensor, _order: Tensor) -> Tensor:
-    """The gradient of the summed losses: plain multitask training."""
-    return torch.ones_like(gram[0])
+class BalanceSettings(BaseModel):
+    """Settings of the methods that have any; each method reads its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    fixed: dict[str, float] = {}
+    """fixed: the weight of each task; 1 for those left out."""
+    main: str = ""
+    """main_aux: the main task; empty: the first."""
+    aux_weight: Annotated[float, Field(gt=0)] = 0.3
+    """main_aux: lambda, by which the sum of the auxiliary gradients is multiplied."""
+    gradvac_beta: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """gradvac: weight of the newest cosine in the running mean."""
+    cagrad_c: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """cagrad: how far from the mean gradient the update may lie, relative to its length."""
+    fairgrad_alpha: Annotated[float, Field(gt=0)] = 1.0
+    """fairgrad: 1 is proportional fairness; larger ones care more for the worst-off task."""
+    gradnorm_alpha: Annotated[float, Field(ge=0)] = 1.5
+    """gradnorm: strength of the pull towards equal training rates."""
+    gradnorm_lr: Annotated[float, Field(gt=0)] = 0.025
+    """gradnorm: step of the weights."""
+    krum_byzantine: Annotated[int, Field(ge=0)] = 0
+    """krum: how many gradients may be arbitrary."""
+    krum_selected: Annotated[int, Field(ge=1)] = 1
+    """krum: how many gradients are averaged."""
 
 
-def _mean(gram: Tensor, _order: Tensor) -> Tensor:
-    """The gradient of the mean loss."""
-    return torch.full_like(gram[0], 1 / gram.shape[0])
+class TrainedTasks(NamedTuple):
+    """The K trained tasks: their names and how many examples each has."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
 
 
-def _pcgrad(gram: Tensor, order: Tensor) -> Tensor:
+class Signals(NamedTuple):
+    """What a method may look at.
+
+    Attributes:
+        gram: ``[K, K]`` fp32.
+        order: ``[K, K]`` int64, the order of projections of this step.
+        losses: ``[K]`` fp32.
+        state: what the method returned as its state on the last step.
+    """
+
+    gram: Tensor
+    order: Tensor
+    losses: Tensor
+    state: Mapping[str, Tensor]
+
+
+class Decision(NamedTuple):
+    """The weights ``[K]``, and the state for the next step."""
+
+    weights: Tensor
+    state: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Method(NamedTuple):
+    """A balancing method and the tensors ``[..., K]`` that it remembers, by name, as they begin."""
+
+    decide: Callable[[Signals], Decision]
+    first_state: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def _of_gram(weigh: Callable[[Tensor], Tensor]) -> Method:
+    return Method(lambda signals: Decision(weigh(signals.gram)))
+
+
+def _fixed(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    for name in settings.fixed:
+        _index(tasks, name, "fixed")
+    weights = [settings.fixed.get(name, 1.0) for name in tasks.names]
+    return _of_gram(lambda gram: _constant(gram, weights))
+
+
+def _proportional(tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
+    return _of_gram(lambda gram: kernels.balancing.proportional(gram, _constant(gram, tasks.sizes)))
+
+
+def _constant(gram: Tensor, weights: Sequence[float]) -> Tensor:
+    """Put constants on the device without a copy from the host, which a graph could not replay."""
+    return torch.stack([torch.full_like(gram[0, 0], weight) for weight in weights])
+
+
+def _pcgrad(_tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
     """PCGrad, summed as in Algorithm 1 of Yu et al. (2020)."""
-    return kernels.pcgrad_weights(gram, order, reduction="sum")
+    return Method(
+        lambda signals: Decision(
+            kernels.pcgrad_weights(signals.gram, signals.order, reduction="sum")
+        )
+    )
 
 
-METHODS: Mapping[str, Method] = MappingProxyType({"sum": _sum, "mean": _mean, "pcgrad": _pcgrad})
+def _main_aux(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    main = _index(tasks, settings.main, "main") if settings.main else 0
+    return _of_gram(
+        lambda gram: kernels.balancing.auxiliary_pcgrad(gram, main, settings.aux_weight)
+    )
+
+
+def _gradvac(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    def decide(signals: Signals) -> Decision:
+        step = kernels.balancing.gradvac(
+            signals.gram, signals.order, signals.state["targets"], settings.gradvac_beta
+        )
+        return Decision(step.weights, {"targets": step.targets})
+
+    count = len(tasks.names)
+    return Method(decide, {"targets": torch.zeros(count, count)})
+
+
+def _gradnorm(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    def decide(signals: Signals) -> Decision:
+        first = signals.state["first_losses"]
+        first = torch.where(first == 0, signals.losses, first)
+        weights = kernels.balancing.gradnorm(
+            signals.gram,
+            signals.state["weights"],
+            signals.losses / first.clamp(min=torch.finfo(first.dtype).tiny),
+            settings.gradnorm_alpha,
+            settings.gradnorm_lr,
+        )
+        return Decision(weights, {"weights": weights, "first_losses": first})
+
+    count = len(tasks.names)
+    return Method(decide, {"weights": torch.ones(count), "first_losses": torch.zeros(count)})
+
+
+def _krum(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    byzantine, selected = settings.krum_byzantine, settings.krum_selected
+    if len(tasks.names) < byzantine + 3 or selected > len(tasks.names):
+        raise InputError(
+            f"balance krum: {len(tasks.names)} tasks are too few for krum_byzantine = {byzantine} "
+            f"and krum_selected = {selected}; it needs krum_byzantine + 3 of them"
+        )
+    return _of_gram(lambda gram: kernels.balancing.krum(gram, byzantine, selected))
+
+
+def _index(tasks: TrainedTasks, name: str, setting: str) -> int:
+    if name not in tasks.names:
+        known = ", ".join(tasks.names)
+        raise InputError(f"balancing.{setting}: {name!r} is no trained task; those are {known}")
+    return tasks.names.index(name)
+
+
+Builder = Callable[[TrainedTasks, BalanceSettings], Method]
+
+METHODS: Mapping[str, Builder] = MappingProxyType(
+    {
+        "sum": lambda _tasks, _settings: _of_gram(kernels.balancing.total),
+        "mean": lambda _tasks, _settings: _of_gram(kernels.balancing.mean),
+        "fixed": _fixed,
+        "proportional": _proportional,
+        "pcgrad": _pcgrad,
+        "main_aux": _main_aux,
+        "gradvac": _gradvac,
+        "cagrad": lambda _tasks, settings: _of_gram(
+            lambda gram: kernels.balancing.cagrad(gram, settings.cagrad_c)
+        ),
+        "mgda": lambda _tasks, _settings: _of_gram(kernels.balancing.mgda),
+        "imtl_g": lambda _tasks, _settings: _of_gram(kernels.balancing.imtl_g),
+        "nash_mtl": lambda _tasks, _settings: _of_gram(kernels.balancing.nash_mtl),
+        "aligned_mtl": lambda _tasks, _settings: _of_gram(kernels.balancing.aligned_mtl),
+        "upgrad": lambda _tasks, _settings: _of_gram(kernels.balancing.upgrad),
+        "dual_projection": lambda _tasks, _settings: _of_gram(kernels.balancing.dual_projection),
+        "config": lambda _tasks, _settings: _of_gram(kernels.balancing.config),
+        "fairgrad": lambda _tasks, settings: _of_gram(
+            lambda gram: kernels.balancing.fairgrad(gram, settings.fairgrad_alpha)
+        ),
+        "gradnorm": _gradnorm,
+        "krum": _krum,
+    }
+)
 """By the name that a recipe's ``balance`` gives."""
+
+
+def build_method(name: str, tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    """Make the method that a recipe names.
+
+    Args:
+        name: a key of :data:`METHODS`, or ``torchjd.`` and the name of a TorchJD weighting that
+            can be made without arguments.
+        tasks: the trained tasks.
+        settings: of the methods.
+
+    Raises:
+        InputError: the method does not fit the tasks, or TorchJD has no such weighting.
+    """
+    if name.startswith(TORCHJD):
+        return _of_gram(_torchjd_weighting(name.removeprefix(TORCHJD)))
+    return METHODS[name](tasks, settings)
+
+
+def _torchjd_weighting(name: str) -> Callable[[Tensor], Tensor]:
+    try:
+        aggregation = import_module("torchjd.aggregation")
+    except ImportError:
+        raise InputError(
+            f"balance {TORCHJD}{name}: TorchJD is not installed (pip install torchjd)"
+        ) from None
+    known = {
+        other: value
+        for other, value in vars(aggregation).items()
+        if isinstance(value, type) and issubclass(value, aggregation.Weighting)
+    }
+    if name not in known:
+        raise InputError(
+            f"balance {TORCHJD}{name}: TorchJD has no such weighting; it has {', '.join(known)}"
+        )
+    try:
+        return known[name]()
+    except (TypeError, ImportError) as error:
+        raise InputError(f"balance {TORCHJD}{name}: {error}") from None
+
+
+class Balance:
+    """A method applied to each part of the parameters by itself.
+
+    Args:
+        method: what decides.
+        owners: for each of the G parts the one task that reaches it, or None where all do; a part
+            with one owner has nothing to balance, its task's gradient is taken as it is.  With one
+            part for the whole model there are no owners.
+        device: of the Gram matrices.
+
+    Attributes:
+        state: what the method remembers, ``[G, ...]`` each; saved with a checkpoint.
+    """
+
+    def __init__(self, method: Method, owners: Sequence[int | None], device: torch.device) -> None:
+        self._method, self._owners = method, tuple(owners)
+        self.state = {
+            name: first.to(device).expand(len(owners), *first.shape).clone()
+            for name, first in method.first_state.items()
+        }
+
+    def __call__(self, grams: Tensor, order: Tensor, losses: Tensor) -> Tensor:
+        """Return the weights ``[G, K]`` of Gram matrices ``[G, K, K]``.
+
+        Where a Gram matrix is not finite its weights are not either, and the state stays: such a
+        step is skipped.
+        """
+        return torch.stack(
+            [self._decide(part, gram, order, losses) for part, gram in enumerate(grams.unbind())]
+        )
+
+    def _decide(self, part: int, gram: Tensor, order: Tensor, losses: Tensor) -> Tensor:
+        owner = self._owners[part]
+        if owner is not None:
+            own = torch.arange(len(gram), device=gram.device) == owner
+            return own.to(gram.dtype)
+        state = {name: tensor[part] for name, tensor in self.state.items()}
+        decision = self._method.decide(Signals(gram, order, losses, state))
+        finite = torch.isfinite(gram.diagonal()).all()
+        for name, new in decision.state.items():
+            state[name].copy_(torch.where(finite, new, state[name]))
+        return decision.weights

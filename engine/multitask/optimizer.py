@@ -4,14 +4,14 @@ The combined gradient ``sum_k c_k g_k`` is never stored: combining it and updati
 moments is one pass over memory (``kernels.combine_adamw_``).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..rooms import kernels
 from .flat_parameters import FlatParameters
+from .parts import Region
 
 
 class AdamW:
@@ -38,45 +38,51 @@ class AdamW:
         self.updates = torch.zeros((), device=parameters.master.device)  # skipped steps excluded
         self._parameters = parameters
 
-    def step(self, weights: Tensor, *, lr: Tensor, scale: Tensor, skip: Tensor) -> None:
-        """Update weights and moments with ``scale * sum_k weights[k] * rows[k]``.
+    def step(
+        self,
+        weights: Tensor,
+        regions: Sequence[Region],
+        *,
+        lr: Tensor,
+        scale: Tensor,
+        skip: Tensor,
+    ) -> None:
+        """Update weights and moments with ``scale * sum_k weights[part, k] * rows[k]``.
 
         Args:
-            weights: ``[K]`` fp32.
+            weights: ``[G, K]`` fp32, for each part of the parameters.
+            regions: which columns belong to which part.
             lr: 0-dim fp32.
             scale: 0-dim fp32, the clip factor (and the inverse of a loss scale).
             skip: 0-dim bool; true leaves weights, moments and the count of updates untouched.
         """
         flat = self._parameters
         self.updates += (~skip).to(self.updates.dtype)
-        for part in self._parts():
-            kernels.combine_adamw_(
-                flat.rows[:, part.columns],
-                weights,
-                flat.master[part.columns],
-                self.exp_avg[part.columns],
-                self.exp_avg_sq[part.columns],
-                None if flat.compute is flat.master else flat.compute[part.columns],
-                lr=lr,
-                step=self.updates,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=part.weight_decay,
-                scale=scale,
-                skip=skip,
-            )
+        for region in regions:
+            for columns, weight_decay in self._by_decay(region.columns):
+                kernels.combine_adamw_(
+                    flat.rows[:, columns],
+                    weights[region.part],
+                    flat.master[columns],
+                    self.exp_avg[columns],
+                    self.exp_avg_sq[columns],
+                    None if flat.compute is flat.master else flat.compute[columns],
+                    lr=lr,
+                    step=self.updates,
+                    betas=self.betas,
+                    eps=self.eps,
+                    weight_decay=weight_decay,
+                    scale=scale,
+                    skip=skip,
+                )
 
-    def _parts(self) -> Iterator["_Part"]:
-        decayed, numel = self._parameters.decayed, self._parameters.numel
+    def _by_decay(self, columns: slice) -> Iterator[tuple[slice, float]]:
+        """Part columns into those that decay and those that do not."""
         if self.weight_decay == 0:
-            yield _Part(slice(0, numel), 0.0)
-        else:
-            yield _Part(slice(0, decayed), self.weight_decay)
-            yield _Part(slice(decayed, numel), 0.0)
-
-
-class _Part(NamedTuple):
-    """A range of the flat vector that decays alike."""
-
-    columns: slice
-    weight_decay: float
+            yield columns, 0.0
+            return
+        border = min(max(columns.start, self._parameters.decayed), columns.stop)
+        if columns.start < border:
+            yield slice(columns.start, border), self.weight_decay
+        if border < columns.stop:
+            yield slice(border, columns.stop), 0.0

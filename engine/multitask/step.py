@@ -13,18 +13,20 @@ from torch import Tensor
 from ..data.pack import PackedBatch
 from ..model.multitask import MultitaskModel
 from ..rooms import kernels
-from .balance import Method
+from .balance import Balance
 from .flat_parameters import FlatParameters
 from .optimizer import AdamW
+from .parts import Parts
 
 
 class StepReport(NamedTuple):
     """What one step did, as fp32 tensors on its device.
 
     Attributes:
-        losses: ``[K]``.
+        losses: ``[K]``, each as its task defines it, unweighted.
         gram: ``[K, K]``, the dot products of the task gradients.
-        weights: ``[K]``, by which they were combined.
+        weights: ``[K]``, by which they were combined; averaged over the parts of the parameters
+            where surgery goes by layer or by tensor.
         grad_norm: 0-dim, of the combined gradient before clipping.
         skipped: 0-dim, 1 where a gradient was not finite and nothing was updated.
     """
@@ -44,7 +46,9 @@ class MultitaskStep:
         tasks: the K trained tasks, in the order of their rows.
         parameters: flat storage and gradient rows of ``model``.
         optimizer: updates ``parameters``.
-        balance: from the Gram matrix to the weights of the sum.
+        parts: what gets weights of its own.
+        balance: from the Gram matrices of the parts to the weights of the sum.
+        loss_weights: K factors on the losses, and so on the task gradients.
         clip_norm: largest norm of the combined gradient; None for no clipping.
         seed: decides dropout and the order of surgery, together with the step's number.
     """
@@ -55,15 +59,19 @@ class MultitaskStep:
         tasks: Sequence[str],
         parameters: FlatParameters,
         optimizer: AdamW,
-        balance: Method,
+        parts: Parts,
+        balance: Balance,
         *,
+        loss_weights: Sequence[float],
         clip_norm: float | None,
         seed: int,
     ) -> None:
         self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
-        self.optimizer, self.balance, self.clip_norm = optimizer, balance, clip_norm
+        self.optimizer, self.clip_norm = optimizer, clip_norm
+        self.parts, self.balance = parts, balance
         self._first_seed = seed << 32
         device = parameters.master.device
+        self._loss_weights = torch.tensor(loss_weights, device=device)
         self._lr = torch.zeros((), device=device)
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -79,17 +87,22 @@ class MultitaskStep:
         self._seed.fill_(self._first_seed + step)
 
         losses = self._task_gradients(batch)
-        gram = kernels.gram(self.parameters.rows)
-        weights = self.balance(gram, kernels.draw_order(len(self.tasks), self._seed))
-        guard = kernels.update_guard(gram, weights, max_norm=self.clip_norm)
-        self.optimizer.step(weights, lr=self._lr, scale=guard.scale, skip=guard.skip)
+        grams = self.parts.grams(self.parameters.rows)
+        order = kernels.draw_order(len(self.tasks), self._seed)
+        weights = self.balance(grams, order, losses)
+        guard = kernels.update_guard(grams, weights, max_norm=self.clip_norm)
+        self.optimizer.step(
+            weights, self.parts.regions, lr=self._lr, scale=guard.scale, skip=guard.skip
+        )
         self.model.encoder.embeddings.wipe_rows(batch, batch.token_offsets)
-        return StepReport(losses, gram, weights, guard.norm, guard.skip.float())
+        return StepReport(
+            losses, grams.sum(0), self.parts.average(weights), guard.norm, guard.skip.float()
+        )
 
     def _task_gradients(self, batch: PackedBatch) -> Tensor:
         """Fill the K gradient rows by one forward and one backward pass; return the losses."""
         scores = self.model(batch, self.tasks, seed=self._seed, task_rows=True)
         losses = torch.stack(self.model.losses(scores, batch, self.tasks))
         # Each loss reaches its own part of the stream only, so their sum is all K at once.
-        losses.sum().backward()
+        (losses * self._loss_weights).sum().backward()
         return losses.detach()

@@ -1,15 +1,17 @@
-"""Checkpoints: weights, moments and the step's number, in folders that are whole or not there.
+"""Checkpoints: weights, moments, the step's number, in folders that are whole or not there.
 
     checkpoints/step-00000376/   everything that training needs to go on; the newest is kept
     checkpoints/best-00000188/   the weights that scored best on the dev sets
 
-Random numbers and the order of the examples follow from the recipe's seed and the step, so no
-generator needs saving.  Tensors are stored as safetensors: no pickle is written or read.
+What a balancing method remembers lies with the moments.  Random numbers and the order of the
+examples follow from the recipe's seed and the step, so no generator needs saving.  Tensors are
+stored as safetensors: no pickle is written or read.
 """
 
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +66,7 @@ class Checkpoints:
         model: MultitaskModel,
         parameters: FlatParameters,
         optimizer: AdamW,
+        balance_state: Mapping[str, Tensor],
     ) -> None:
         """Write a checkpoint to go on from, then drop the older ones."""
         with whole_folder(self.folder / f"step-{progress.step:08}") as partial:
@@ -74,6 +77,7 @@ class Checkpoints:
                 for name, tensor in parameters.named_views(getattr(optimizer, moment))
             }
             moments["updates"] = optimizer.updates
+            moments |= {f"balance.{name}": tensor for name, tensor in balance_state.items()}
             save_file(moments, partial / "optimizer.safetensors")
             _write_progress(partial, progress)
         self._drop_older("step", progress.step)
@@ -87,7 +91,13 @@ class Checkpoints:
             _write_progress(partial, progress)
         self._drop_older("best", progress.step)
 
-    def load(self, model: MultitaskModel, parameters: FlatParameters, optimizer: AdamW) -> Progress:
+    def load(
+        self,
+        model: MultitaskModel,
+        parameters: FlatParameters,
+        optimizer: AdamW,
+        balance_state: Mapping[str, Tensor],
+    ) -> Progress:
         """Restore the newest ``step`` checkpoint; without one, leave everything as it is.
 
         Returns:
@@ -105,7 +115,11 @@ class Checkpoints:
         for moment in ("exp_avg", "exp_avg_sq"):
             for name, view in parameters.named_views(getattr(optimizer, moment)):
                 _copy(view, moments, f"{moment}.{name}", path / "optimizer.safetensors")
-        _copy(optimizer.updates, moments, "updates", path / "optimizer.safetensors")
+        for name, tensor in [
+            ("updates", optimizer.updates),
+            *((f"balance.{name}", tensor) for name, tensor in balance_state.items()),
+        ]:
+            _copy(tensor, moments, name, path / "optimizer.safetensors")
         return progress
 
     def _drop_older(self, kind: str, step: int) -> None:

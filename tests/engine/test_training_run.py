@@ -57,10 +57,16 @@ def test_the_same_seed_gives_the_same_bits(tiny_run):
     assert metrics(other)[0]["losses"] != metrics(tiny_run("four"))[0]["losses"]
 
 
-@pytest.mark.parametrize("crash_after", [0, 3, 4])
-def test_a_resumed_run_equals_an_undisturbed_one(tiny_run, tmp_path, monkeypatch, crash_after):
-    """Step 0: before the first checkpoint; 3: at one; 4: past one, its line already written."""
-    settings = ("checkpoint_every=1",) if crash_after == 3 else ()
+@pytest.mark.parametrize(
+    ("crash_after", "settings"),
+    [
+        pytest.param(0, (), id="before the first checkpoint"),
+        pytest.param(3, ("checkpoint_every=1",), id="at a checkpoint"),
+        pytest.param(4, (), id="past a checkpoint, its line already written"),
+        pytest.param(4, ("balance=gradvac", "surgery=layer"), id="with a method that remembers"),
+    ],
+)
+def test_a_resumed_run_equals_an_undisturbed_one(tiny_run, monkeypatch, crash_after, settings):
     whole = tiny_run("whole", settings=settings)
     add = MetricsLog.add
 
@@ -115,6 +121,14 @@ def test_untrained_heads_stay_as_initialised(tiny_run):
 @pytest.mark.parametrize("recipe", ["sst-finetune", "qqp-finetune", "sts-finetune", "vgs", "cgs"])
 def test_every_recipe_runs_on_the_demo_corpus(tiny_run, recipe):
     assert len(metrics(tiny_run("run", "--max-steps", "2", recipe=recipe))) == 2
+
+
+@pytest.mark.parametrize("surgery", ["layer", "tensor"])
+def test_surgery_by_layer_and_by_tensor_runs(tiny_run, surgery):
+    lines = metrics(tiny_run("run", "--max-steps", "2", settings=(f"surgery={surgery}",)))
+    whole = metrics(tiny_run("whole", "--max-steps", "2"))
+    assert lines[0]["cosines"] == pytest.approx(whole[0]["cosines"], abs=1e-5)
+    assert lines[1]["losses"] != whole[1]["losses"]
 
 
 def test_bf16_computes_on_a_copy_of_fp32_masters(tiny_run):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.pcgrad import PCGrad
+from kernels import PCGrad
 from kernels.surgery import draw_order
 
 from .algorithm1 import algorithm1
@@ -123,7 +123,7 @@ def test_accumulation_projects_the_summed_task_gradients() -> None:
         optimizer.pc_backward(model.losses(seed), order)
     exact = algorithm1(task_gradients(model, 1) + task_gradients(model, 2), order)
     torch.testing.assert_close(written_gradients(model), exact, rtol=1e-10, atol=1e-12)
-    with pytest.raises(ValueError, match="objectives must be 3 losses until zero_grad, not 2"):
+    with pytest.raises(ValueError, match="losses must be 3 until zero_grad, not 2"):
         optimizer.pc_backward(model.losses()[:2])
     optimizer.zero_grad()
     optimizer.pc_backward(model.losses(3)[:2])  # another number of tasks
@@ -242,7 +242,7 @@ def test_bad_arguments() -> None:
         PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), "total")
     optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
     for bad in ([], [torch.ones(2, requires_grad=True)]):
-        with pytest.raises(ValueError, match="objectives must be one or more scalar losses"):
+        with pytest.raises(ValueError, match="losses must be one or more scalars"):
             optimizer.pc_backward(bad)
     frozen = PCGrad(torch.optim.SGD([model.frozen], lr=0.1))
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):

@@ -1,8 +1,10 @@
 """Gram matrix, combination and the fused AdamW step against float64."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from kernels.surgery import (
     combine,
@@ -87,6 +89,19 @@ def test_gram_error_does_not_grow_with_the_columns() -> None:
         rows = torch.rand(1, columns, generator=torch.Generator().manual_seed(1))
         exact = rows.double().square().sum()
         assert abs(gram(rows)[0, 0].double() - exact) < 52 * 6e-8 * exact
+
+
+def test_more_columns_than_32_bits_count() -> None:
+    # Pages of zeros that are only read take no memory: 4 GiB of bfloat16 cost a few pages.
+    columns = 2**31 + 70
+    flat = torch.from_numpy(np.zeros(columns, dtype=np.int16)).view(torch.bfloat16)
+    rows = flat[None]
+    ends = [0, 5, 2**31 - 1, 2**31, 2**31 + 69]
+    rows[0, ends] = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.bfloat16)
+    assert gram(rows).tolist() == [[341.0]]
+    assert gram(rows, [6, 2**31, columns]).flatten().tolist() == [16.0, 64.0 + 256.0]
+    tail = combine(rows[:, 2**31 - 4 :], torch.tensor([2.0]))
+    assert tail.nonzero().flatten().tolist() == [3, 4, 73]
 
 
 def test_same_bits_for_any_number_of_threads() -> None:
@@ -283,3 +298,25 @@ def test_bad_adamw_scalars(argument: str) -> None:
     settings = {"lr": 1e-3, "step": 1} | {argument: torch.ones(2)}
     with pytest.raises(ValueError, match=f"{argument} must be one number"):
         combine_adamw_(torch.zeros(3, 8), torch.ones(3), *state, **settings)
+
+
+def test_nothing_is_allocated_beyond_the_result() -> None:
+    columns = 100_000
+    rows, weights = task_rows(3, columns, torch.float32), torch.tensor([1.0, 0.5, -0.25])
+    state = fresh_state(columns, torch.float32, torch.bfloat16)
+    scalars = {"lr": torch.tensor(1e-3), "step": torch.tensor(1)}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        gram(rows)
+        combine(rows, weights)
+        combine_adamw_(rows, weights, *state, **scalars)
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profiled.events())
+    result = 4 * columns
+    assert result <= allocated < result + 4096
+
+
+@pytest.mark.parametrize("offsets", [None, [0, 2, 2, 7]])
+def test_gram_and_combine_can_be_differentiated(offsets: list[int] | None) -> None:
+    rows = task_rows(3, 7, torch.float64).requires_grad_()
+    weights = torch.tensor([1.0, 0.5, -0.25], dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda r: gram(r, offsets), rows)
+    torch.autograd.gradcheck(combine, (rows, weights))

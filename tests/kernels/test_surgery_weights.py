@@ -193,10 +193,10 @@ def operator_samples() -> dict[str, tuple]:
     scalars = [torch.tensor(1e-3), torch.tensor(1), torch.tensor(0.5), torch.tensor(False)]
     settings = (0.9, 0.999, 1e-8, 0.01)
     return {
-        "gram": (rows, [0, 10, 40]),
+        "gram": (rows.clone().requires_grad_(), [0, 10, 40]),
         "pcgrad_weights": (gram(rows), draw_order(3, 1), False, False),
         "draw_order": (torch.tensor(1), torch.tensor(0), 3),
-        "combine": (rows, weights),
+        "combine": (rows.clone().requires_grad_(), weights.clone().requires_grad_()),
         "combine_out": (rows, weights, torch.zeros(40)),
         "combine_adamw_": (rows, weights, *state, torch.zeros(40).half(), *scalars, *settings),
     }

@@ -11,8 +11,43 @@ from engine.data.pack import PackedBatch, pack
 from engine.data.split import TokenizedSplit
 from engine.model.config import EncoderConfig
 from engine.model.multitask import MultitaskModel
+from engine.multitask.balance import Balance, BalanceSettings, TrainedTasks, build_method
+from engine.multitask.flat_parameters import FlatParameters
+from engine.multitask.optimizer import AdamW
+from engine.multitask.parts import Parts
+from engine.multitask.step import MultitaskStep
 
 TASKS = ("sst", "quora", "sts")
+TRAINED = TrainedTasks(TASKS, (50, 30, 40))
+DECAY, SEED = 0.1, 3
+
+
+def build_step(
+    model: MultitaskModel,
+    *,
+    balance: str = "pcgrad",
+    settings: BalanceSettings | None = None,
+    surgery: str = "model",
+    loss_weights: tuple[float, ...] = (1.0, 1.0, 1.0),
+    clip: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> MultitaskStep:
+    """A training step around a model, as a recipe would make it."""
+    flat = FlatParameters(model, TASKS, device=torch.device(device), compute_dtype=dtype)
+    parts = Parts(flat, TASKS, surgery)
+    method = build_method(balance, TRAINED, settings or BalanceSettings())
+    return MultitaskStep(
+        model,
+        TASKS,
+        flat,
+        AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY),
+        parts,
+        Balance(method, parts.owners, torch.device(device)),
+        loss_weights=loss_weights,
+        clip_norm=clip,
+        seed=SEED,
+    )
 
 
 def random_split(task: str, examples: int, *, vocab: int, seed: int) -> TokenizedSplit:

@@ -7,25 +7,13 @@ import torch
 from torch import Tensor
 
 import kernels
-from engine.multitask.balance import METHODS
-from engine.multitask.flat_parameters import FlatParameters
-from engine.multitask.optimizer import AdamW
 from engine.multitask.schedule import Schedule
-from engine.multitask.step import MultitaskStep
 
 from ..kernels.algorithm1 import algorithm1
-from .conftest import TASKS
+from .conftest import DECAY, SEED, TASKS, build_step
 from .test_one_pass_backward import pass_by_pass
 
-CPU = torch.device("cpu")
-LR, DECAY, SEED = 1e-3, 0.1, 3
-
-
-def build_step(model, *, balance: str = "pcgrad", clip: float | None = None, dtype=torch.float32):
-    flat = FlatParameters(model, TASKS, device=CPU, compute_dtype=dtype)
-    optimizer = AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
-    step = MultitaskStep(model, TASKS, flat, optimizer, METHODS[balance], clip_norm=clip, seed=SEED)
-    return step, flat, optimizer
+LR = 1e-3
 
 
 def flatten(rows: dict[str, Tensor], names: list[str]) -> Tensor:
@@ -63,13 +51,13 @@ def test_steps_equal_the_plain_way(make_model, make_batch, clip):
     exact = plain_steps(model, batches, clip=clip, dtype=torch.float64)
     torchs = plain_steps(model, batches, clip=clip, dtype=torch.float32)
 
-    step, flat, _ = build_step(model, clip=clip)
+    step = build_step(model, clip=clip)
     conflicts = 0
     for number, batch in enumerate(batches):
         report = step(batch, number, LR)
         conflicts += int((report.gram < 0).sum())
     assert conflicts > 0, "no conflict: this would test nothing of surgery"
-    names = list(flat.slots)
+    names = list(step.parameters.slots)
     ours = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if n in names])
     others = [
         torch.cat([weights[n].flatten() for n, _ in model.named_parameters() if n in names])
@@ -82,9 +70,9 @@ def test_steps_equal_the_plain_way(make_model, make_batch, clip):
 def test_the_report_is_that_of_the_gradients(make_model, make_batch):
     model, batch = make_model().train(), make_batch()
     rows = pass_by_pass(model, batch, seed=torch.tensor(SEED << 32))
-    step, flat, _ = build_step(model)
+    step = build_step(model)
     report = step(batch, 0, LR)
-    jacobian = flatten(rows, list(flat.slots)).double()
+    jacobian = flatten(rows, list(step.parameters.slots)).double()
     gram = jacobian @ jacobian.T
     torch.testing.assert_close(report.gram.double(), gram, rtol=1e-4, atol=1e-6)
     combined = report.weights.double() @ jacobian
@@ -94,44 +82,57 @@ def test_the_report_is_that_of_the_gradients(make_model, make_batch):
 
 def test_a_gradient_that_is_not_finite_skips_the_update(make_model, make_batch):
     model, batch = make_model().train(), make_batch()
-    step, flat, optimizer = build_step(model)
+    step = build_step(model)
     step(batch, 0, LR)
-    before = [t.clone() for t in (flat.master, optimizer.exp_avg, optimizer.exp_avg_sq)]
+    optimizer = step.optimizer
+    state = [step.parameters.master, optimizer.exp_avg, optimizer.exp_avg_sq]
+    before = [tensor.clone() for tensor in state]
     batch.labels[2].fill_(torch.inf)  # only one task's loss
     report = step(batch, 1, LR)
     assert report.skipped == 1
     assert optimizer.updates == 1
-    now = [flat.master, optimizer.exp_avg, optimizer.exp_avg_sq]
-    assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
 
 
 def test_gradient_rows_hold_nothing_of_the_step_before(make_model, make_batch):
     """Other words occur in the next batch; rows of the first must not linger."""
     model = make_model().train()
-    step, flat, _ = build_step(model)
+    step = build_step(model)
     step(make_batch(seed=0), 0, 0.0)
     fresh_model = copy.deepcopy(model)
     step(make_batch(seed=50), 1, 0.0)
-    fresh, fresh_flat, _ = build_step(fresh_model)
+    fresh = build_step(fresh_model)
     fresh(make_batch(seed=50), 1, 0.0)
-    assert torch.equal(flat.rows, fresh_flat.rows)
+    assert torch.equal(step.parameters.rows, fresh.parameters.rows)
 
 
 def test_sum_is_the_gradient_of_the_summed_loss(make_model, make_batch):
     model, batch = make_model().train(), make_batch()
     rows = pass_by_pass(model, batch, seed=torch.tensor(SEED << 32))
-    step, flat, _ = build_step(model, balance="sum")
+    step = build_step(model, balance="sum")
     report = step(batch, 0, LR)
-    total = flatten(rows, list(flat.slots)).sum(0)
+    total = flatten(rows, list(step.parameters.slots)).sum(0)
     torch.testing.assert_close(report.grad_norm, total.norm(), rtol=1e-4, atol=0)
     assert report.weights.tolist() == [1.0, 1.0, 1.0]
 
 
+def test_a_weight_multiplies_the_tasks_gradient_not_its_reported_loss(make_model, make_batch):
+    plain = build_step(make_model().train())(make_batch(), 0, LR)
+    weights = torch.tensor([1.0, 0.25, 2.0])  # powers of two: exact
+    weighted = build_step(make_model().train(), loss_weights=tuple(weights.tolist()))
+    report = weighted(make_batch(), 0, LR)
+    assert torch.equal(report.losses, plain.losses)
+    torch.testing.assert_close(
+        report.gram, weights[:, None] * plain.gram * weights, rtol=1e-5, atol=1e-7
+    )
+
+
 def test_bf16_weights_are_the_rounded_masters(make_model, make_batch):
     model = make_model().train()
-    step, flat, _ = build_step(model, dtype=torch.bfloat16)
+    step = build_step(model, dtype=torch.bfloat16)
     for number in range(3):
         step(make_batch(seed=number), number, LR)
+    flat = step.parameters
     assert flat.rows.dtype == flat.compute.dtype == torch.bfloat16
     assert torch.equal(flat.compute, flat.master.bfloat16())
 

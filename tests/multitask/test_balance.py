@@ -1,0 +1,105 @@
+"""Balancing inside the step: every method, its settings, what it remembers."""
+
+import pytest
+import torch
+
+import kernels
+from engine.errors import InputError
+from engine.multitask.balance import METHODS, BalanceSettings, build_method
+from kernels import balancing
+
+from .conftest import SEED, TASKS, TRAINED, build_step
+
+LR = 1e-3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(make_model, make_batch, name):
+    step = build_step(make_model(dropout=0.1).train(), balance=name)
+    before = step.parameters.master.clone()
+    for number in range(3):
+        report = step(make_batch(seed=number), number, LR)
+        assert torch.isfinite(report.weights).all()
+        assert report.skipped == 0
+    assert torch.isfinite(step.parameters.master).all()
+    assert not torch.equal(before, step.parameters.master)
+
+
+def test_weights_are_those_of_the_reported_gram(make_model, make_batch):
+    settings = BalanceSettings(
+        fixed={"sts": 0.25}, main="quora", aux_weight=0.1, cagrad_c=0.2, fairgrad_alpha=2.0
+    )
+    order = kernels.draw_order(3, torch.tensor(SEED << 32))
+    expected = {
+        "sum": balancing.total,
+        "mean": balancing.mean,
+        "fixed": lambda _: torch.tensor([1.0, 1.0, 0.25]),
+        "proportional": lambda _: torch.tensor([50.0, 30.0, 40.0]) / 120,
+        "pcgrad": lambda gram: kernels.pcgrad_weights(gram, order),
+        "main_aux": lambda gram: balancing.auxiliary_pcgrad(gram, 1, 0.1),
+        "cagrad": lambda gram: balancing.cagrad(gram, 0.2),
+        "fairgrad": lambda gram: balancing.fairgrad(gram, 2.0),
+        "gradvac": lambda gram: balancing.gradvac(gram, order, torch.zeros(3, 3)).weights,
+        "torchjd.MeanWeighting": balancing.mean,
+    }
+    for name, weigh in expected.items():
+        if name.startswith("torchjd"):
+            pytest.importorskip("torchjd")
+        step = build_step(make_model().train(), balance=name, settings=settings)
+        report = step(make_batch(), 0, LR)
+        torch.testing.assert_close(report.weights, weigh(report.gram), msg=name)
+
+
+def test_gradvac_remembers_cosines(make_model, make_batch):
+    step = build_step(make_model().train(), balance="gradvac")
+    targets = torch.zeros(3, 3)
+    for number in range(3):
+        report = step(make_batch(seed=number), number, LR)
+        order = kernels.draw_order(3, torch.tensor((SEED << 32) + number))
+        weights, targets = balancing.gradvac(report.gram, order, targets)
+        torch.testing.assert_close(report.weights, weights)
+        torch.testing.assert_close(step.balance.state["targets"][0], targets)
+    assert (targets != 0).any()
+
+
+def test_gradnorm_starts_from_equal_weights_and_the_first_losses(make_model, make_batch):
+    step = build_step(make_model().train(), balance="gradnorm")
+    first = step(make_batch(seed=0), 0, LR)
+    assert torch.equal(step.balance.state["first_losses"][0], first.losses)
+    second = step(make_batch(seed=1), 1, LR)
+    expected = balancing.gradnorm(second.gram, first.weights, second.losses / first.losses)
+    torch.testing.assert_close(second.weights, expected)
+
+
+@pytest.mark.parametrize("name", ["gradvac", "gradnorm"])
+def test_a_skipped_step_leaves_no_trace_in_what_is_remembered(make_model, make_batch, name):
+    step = build_step(make_model().train(), balance=name)
+    step(make_batch(seed=0), 0, LR)
+    before = {key: tensor.clone() for key, tensor in step.balance.state.items()}
+    batch = make_batch(seed=1)
+    batch.labels[2].fill_(torch.nan)
+    assert step(batch, 1, LR).skipped == 1
+    for key, tensor in step.balance.state.items():
+        assert torch.equal(tensor, before[key])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("main_aux", {"main": "cfimdb"}, "balancing.main: 'cfimdb' is no trained task"),
+        ("fixed", {"fixed": {"qqp": 1.0}}, "balancing.fixed: 'qqp' is no trained task"),
+        ("krum", {"krum_byzantine": 1}, "3 tasks are too few"),
+        ("krum", {"krum_selected": 4}, "3 tasks are too few"),
+    ],
+)
+def test_settings_that_do_not_fit_the_tasks(name, settings, message):
+    assert len(TASKS) == 3
+    with pytest.raises(InputError, match=message):
+        build_method(name, TRAINED, BalanceSettings(**settings))
+
+
+def test_torchjd_names_that_are_none():
+    pytest.importorskip("torchjd")
+    for name in ("UPGrad", "NoSuchWeighting", "CAGradWeighting"):  # the last needs an argument
+        with pytest.raises(InputError, match=f"balance torchjd.{name}: "):
+            build_method(f"torchjd.{name}", TRAINED, BalanceSettings())
