@@ -15,12 +15,14 @@ from .layer_norm import FusedLayerNorm, dropout_add_layer_norm, layer_norm
 from .linear import linear
 from .pcgrad import PCGrad
 from .surgery import combine, combine_adamw_, draw_order, gram, pcgrad_weights, update_guard
+from .task_gradients import TaskGradients
 from .task_rows import TaskRows, TaskSegments
 
 __all__ = [
     "BalancedOptimizer",
     "FusedLayerNorm",
     "PCGrad",
+    "TaskGradients",
     "TaskRows",
     "TaskSegments",
     "balancing",

@@ -6,7 +6,8 @@
     optimizer.step()
 
 The gradients of the single tasks lie in the rows of a buffer ``[K, P]``; a method makes weights out
-of the rows' Gram matrix, and the weighted sum of the rows becomes the parameters' ``grad``.
+of the rows' Gram matrix, and the weighted sum of the rows becomes the parameters' ``grad``.  The
+rows take a backward pass for each task, or, with :class:`.TaskGradients`, one for all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .surgery import combine, gram
+from .task_gradients import TaskGradients
 
 Extent = Literal["model", "group", "tensor"]
 Method = Callable[[Tensor], Tensor]
@@ -40,27 +42,31 @@ class _Segment(NamedTuple):
 
 
 class _Buffer:
-    """Task gradients ``[K, P]`` of all parameters of one dtype and device."""
+    """Task gradients ``[K, P]`` of all parameters of one dtype and device, in ascending columns."""
 
-    def __init__(self, parameters: Sequence[tuple[int, int, Tensor]]) -> None:
-        self.places: list[_Place] = []
+    def __init__(self, places: Sequence[_Place], rows: Tensor) -> None:
+        self.places, self.rows = places, rows
+        self.segments: list[_Segment] = []
+        for balanced_with, own in groupby(places, key=lambda place: place.balanced_with):
+            columns = [place.columns for place in own]
+            self.segments.append(_Segment(balanced_with, slice(columns[0].start, columns[-1].stop)))
+
+    @classmethod
+    def of_parameters(cls, parameters: Sequence[tuple[int, int, Tensor]]) -> "_Buffer":
+        """Lay out position, set balanced with, and parameter side by side; no rows yet."""
+        places = []
         end = 0
         for position, balanced_with, parameter in parameters:
             begin, end = end, end + parameter.numel()
-            self.places.append(_Place(parameter, position, balanced_with, slice(begin, end)))
-        self.segments: list[_Segment] = []
-        for balanced_with, places in groupby(self.places, key=lambda place: place.balanced_with):
-            columns = [place.columns for place in places]
-            self.segments.append(_Segment(balanced_with, slice(columns[0].start, columns[-1].stop)))
-        self._columns = end
-        self.rows = parameters[0][-1].new_empty(0, end)
+            places.append(_Place(parameter, position, balanced_with, slice(begin, end)))
+        return cls(places, parameters[0][-1].new_empty(0, end))
 
     def resize(self, num_tasks: int) -> None:
         """Make room for the gradients of ``num_tasks`` tasks, all zero."""
         if len(self.rows) == num_tasks:
             self.rows.zero_()
         else:
-            self.rows = self.rows.new_zeros(num_tasks, self._columns)
+            self.rows = self.rows.new_zeros(num_tasks, self.rows.shape[1])
 
     def grams(self) -> Tensor:
         """``[S, K, K]``, of each segment."""
@@ -73,7 +79,7 @@ class _Buffer:
         weights = weights.to(self.rows.device, torch.float64 if exact else torch.float32)
         if len(self.segments) == 1:
             return combine(self.rows, weights[self.segments[0].balanced_with])
-        combined = self.rows.new_empty(self._columns)
+        combined = self.rows.new_empty(self.rows.shape[1])
         for balanced_with, columns in self.segments:
             combine(self.rows[:, columns], weights[balanced_with], combined[columns])
         return combined
@@ -91,6 +97,8 @@ class BalancedOptimizer(torch.optim.Optimizer):
             of Gramians.
         extent: what gets weights of its own: the whole ``"model"``, each parameter ``"group"`` of
             the optimizer (a layer, say), or each ``"tensor"``.
+        task_gradients: made of the model whose parameters the optimizer trains; the losses then
+            come from a forward pass within its ``batch``, and ``backward`` is one backward pass.
 
     Attributes:
         optimizer: the wrapped one.
@@ -99,7 +107,12 @@ class BalancedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, method: Method, *, extent: Extent = "model"
+        self,
+        optimizer: torch.optim.Optimizer,
+        method: Method,
+        *,
+        extent: Extent = "model",
+        task_gradients: TaskGradients | None = None,
     ) -> None:
         # The base class would set up parameter groups of its own; these are the optimizer's.
         if extent not in ("model", "group", "tensor"):
@@ -107,7 +120,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.gram: Tensor | None = None
         self.weights: Tensor | None = None
-        self._method, self._extent = method, extent
+        self._method, self._extent, self._task_gradients = method, extent, task_gradients
         self._buffers: list[_Buffer] = []
         self._num_tasks = 0
         self._reached: list[set[int]] = []
@@ -144,6 +157,8 @@ class BalancedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, those of the single tasks included."""
         self._num_tasks = 0
+        if self._task_gradients is not None:
+            self._task_gradients.clear()
         self.optimizer.zero_grad(set_to_none)
 
     @overload
@@ -167,8 +182,9 @@ class BalancedOptimizer(torch.optim.Optimizer):
             losses: one scalar loss for each task.
 
         Raises:
-            ValueError: if there is no loss, one is not a scalar, or their number changed since
-                ``zero_grad``.
+            ValueError: if there is no loss, one is not a scalar, their number changed since
+                ``zero_grad``, or they or the optimizer's parameters are not those of
+                ``task_gradients``.
         """
         if not losses or any(loss.numel() != 1 for loss in losses):
             raise ValueError("losses must be one or more scalars, one for each task")
@@ -191,16 +207,36 @@ class BalancedOptimizer(torch.optim.Optimizer):
         trained = list(self._trained())
         laid_out = [place.parameter for _, place in self._places()]
         if {id(parameter) for *_, parameter in trained} != {id(p) for p in laid_out}:
-            kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, int, Tensor]]] = {}
-            for entry in trained:
-                kinds.setdefault((entry[-1].dtype, entry[-1].device), []).append(entry)
-            self._buffers = [_Buffer(alike) for alike in kinds.values()]
+            self._buffers = list(self._lay_out(trained))
         if not self._buffers:
             raise ValueError("the optimizer has no parameter that requires a gradient")
-        for buffer in self._buffers:
-            buffer.resize(num_tasks)
+        if self._task_gradients is None:
+            for buffer in self._buffers:
+                buffer.resize(num_tasks)
+        elif num_tasks != self._task_gradients.num_tasks:
+            raise ValueError(f"losses must be {self._task_gradients.num_tasks}, not {num_tasks}")
         self._num_tasks = num_tasks
         self._reached = [set() for _ in range(num_tasks)]
+
+    def _lay_out(self, trained: Sequence[tuple[int, int, Tensor]]) -> Iterator[_Buffer]:
+        """Yield a buffer for each kind of parameter, or the one that collects task gradients."""
+        collector = self._task_gradients
+        if collector is not None:
+            if {id(entry[-1]) for entry in trained} != {id(p) for p in collector.parameters}:
+                raise ValueError(
+                    "the optimizer's parameters that require a gradient are not those of "
+                    "task_gradients"
+                )
+            places = [
+                _Place(parameter, position, balanced_with, collector.columns(parameter))
+                for position, balanced_with, parameter in trained
+            ]
+            yield _Buffer(sorted(places, key=lambda place: place.columns.start), collector.rows)
+            return
+        kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, int, Tensor]]] = {}
+        for entry in trained:
+            kinds.setdefault((entry[-1].dtype, entry[-1].device), []).append(entry)
+        yield from map(_Buffer.of_parameters, kinds.values())
 
     def _trained(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield position, number of the set balanced with, and parameter."""
@@ -219,6 +255,12 @@ class BalancedOptimizer(torch.optim.Optimizer):
 
     def _differentiate(self, losses: Sequence[Tensor]) -> None:
         """Add the gradient of each loss to its row."""
+        if self._task_gradients is not None:
+            torch.autograd.backward(list(losses))
+            for _, place in self._places():
+                for task in self._task_gradients.tasks_reaching(place.parameter):
+                    self._reached[task].add(place.position)
+            return
         parameters = [place.parameter for _, place in self._places()]
         for task, (loss, retain) in enumerate(zip(losses, _needed_later(losses), strict=True)):
             gradients = torch.autograd.grad(

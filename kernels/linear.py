@@ -35,14 +35,17 @@ def linear_task_gradients_(
     Args:
         grad_output: dy ``[T, O]``.
         x: ``[T, I]``.
-        weight_rows: ``[K, O, I]``, written; any row stride.
+        weight_rows: ``[K, O, I]``, written; any row stride, of another dtype under autocast.
         bias_rows: ``[K, O]``, written, or None.
         offsets: K + 1 ascending row numbers.
         accumulate: add to what the rows hold.
     """
     for task, (start, end) in enumerate(pairwise(offsets)):
         dy, inputs, row = grad_output[start:end], x[start:end], weight_rows[task]
-        if accumulate:
+        if row.dtype != dy.dtype:  # as autograd: a gradient of autocast's dtype, then widened
+            product = dy.t().mm(inputs)
+            row.add_(product) if accumulate else row.copy_(product)
+        elif accumulate:
             row.addmm_(dy.t(), inputs)
         else:
             torch.mm(dy.t(), inputs, out=row)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .balanced_optimizer import BalancedOptimizer, Extent
 from .surgery import Reduction, draw_order, pcgrad_weights
+from .task_gradients import TaskGradients
 
 _STATE_KEY = "pcgrad"
 
@@ -37,6 +38,8 @@ class PCGrad(BalancedOptimizer):
             that all ranks of a distributed run draw the same.
         include_self: also project each gradient by itself where its turn comes, as the widely
             copied class does; with its order, this replays its update.
+        task_gradients: as for :class:`.BalancedOptimizer`.  A layer that sees several tasks at once
+            counts as reached by all of them if any loss reaches it.
     """
 
     def __init__(
@@ -47,10 +50,11 @@ class PCGrad(BalancedOptimizer):
         extent: Extent = "model",
         seed: int = 0,
         include_self: bool = False,
+        task_gradients: TaskGradients | None = None,
     ) -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
-        super().__init__(optimizer, self._project, extent=extent)
+        super().__init__(optimizer, self._project, extent=extent, task_gradients=task_gradients)
         self._reduction: Reduction = reduction
         self._seed, self._include_self = seed, include_self
         self._draws = 0
