@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Contestant = Callable[[], object]
 
@@ -92,6 +93,24 @@ def measure_gemm(
     a, b = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (n, k)))
     samples = interleave({"gemm": lambda: a @ b.T}, device, rounds=rounds)
     return 2 * m * n * k / median(samples["gemm"])
+
+
+def peak_memory(run: Contestant, device: torch.device) -> int:
+    """Return the bytes that a run allocates at most at one time, beyond what was there."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    held, peak = 0, 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -38,10 +38,11 @@ class HuggingFaceLoop:
 
     Args:
         model_folder: a Hugging Face BERT, or None for random weights of ``config``.
-        balance: ``"sum"`` (one backward of the summed loss) or ``"pcgrad"`` (one per task, then
-            :func:`published_pcgrad`).
+        balance: ``"sum"`` (one backward of the summed loss), ``"pcgrad"`` (one per task, then
+            :func:`published_pcgrad`) or ``"torchjd"`` (its Jacobians and its PCGrad).
         autocast: compute in bf16 under torch's autocast.
         device: where to run.
+        compiled: run the BERT through ``torch.compile``.
         config: shape of the model when there is no folder.
     """
 
@@ -52,6 +53,7 @@ class HuggingFaceLoop:
         balance: str,
         autocast: bool,
         device: torch.device,
+        compiled: bool = False,
         config: dict[str, object] | None = None,
         lr: float = 1e-5,
     ) -> None:
@@ -62,6 +64,7 @@ class HuggingFaceLoop:
         else:
             bert = BertModel.from_pretrained(model_folder, add_pooling_layer=False)
         self.bert = bert.to(device).train()
+        self._encode = torch.compile(self.bert, dynamic=True) if compiled else self.bert
         width = bert.config.hidden_size
         self.heads = nn.ModuleDict(
             {"sst": nn.Linear(width, 5), "quora": nn.Linear(2 * width, 1)}
@@ -75,10 +78,11 @@ class HuggingFaceLoop:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             losses = self._losses(padded)
-        if self.balance == "sum":
-            sum(losses).backward()
-        else:
-            self._pcgrad_backward(losses)
+        {
+            "sum": lambda: sum(losses).backward(),
+            "pcgrad": lambda: self._pcgrad_backward(losses),
+            "torchjd": lambda: self._torchjd_backward(losses),
+        }[self.balance]()
         self.optimizer.step()
         return torch.stack([loss.detach().float() for loss in losses])
 
@@ -98,7 +102,7 @@ class HuggingFaceLoop:
         ]
 
     def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = self._encode(input_ids=ids, attention_mask=mask).last_hidden_state
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(1) / weights.sum(1)
 
@@ -120,6 +124,13 @@ class HuggingFaceLoop:
             self.parameters, combined.split([p.numel() for p in self.parameters]), strict=True
         ):
             parameter.grad = gradient.view_as(parameter).clone()
+
+    def _torchjd_backward(self, losses: Sequence[Tensor]) -> None:
+        from torchjd.aggregation import PCGrad
+        from torchjd.autojac import backward, jac_to_grad
+
+        backward(losses, parallel_chunk_size=1)
+        jac_to_grad([p for p in self.parameters if p.jac is not None], PCGrad())
 
 
 class PaddedBatch:

@@ -2,12 +2,14 @@
 
 The same real batches (32 examples each of SST, Quora and STS) go through this engine, packed, and
 through a plain ``transformers`` loop, padded.  The floor is the time the arithmetic of the step
-takes at the measured GEMM rate plus the bytes of surgery and update at the measured bandwidth.
+takes at the GEMM rate, plus the bytes of surgery and update at the copy bandwidth, both measured in
+the same run.  ``--growth`` measures how this engine's step grows with tasks, shapes and examples.
 """
 
 import argparse
+import importlib.util
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,10 +22,12 @@ from engine.run import begin
 from engine.runtime.precision import multiplies_bf16_fast
 from engine.training import Training
 
-from . import harness
+from . import harness, step_growth
 from .peers import HuggingFaceLoop, PaddedBatch
+from .step_parts import floor_seconds, joules_a_run, phase_seconds
 
 _TASKS = ("sst", "quora", "sts")
+_LR = 1e-5
 
 
 class Batches:
@@ -32,21 +36,17 @@ class Batches:
     def __init__(self, training: Training, device: torch.device, count: int) -> None:
         with training.loader(0) as loader:
             packed = list(itertools.islice(loader, count))
-        self._packed = [batch.to(device) for batch in packed]
-        self._padded = [PaddedBatch(batch, device) for batch in packed]
+        self.all_packed = [batch.to(device) for batch in packed]
+        self._all_padded = [PaddedBatch(batch, device) for batch in packed]
         self.select(0)
 
     def select(self, turn: int) -> None:
         """Make batch ``turn`` the current one."""
-        self.packed = self._packed[turn % len(self._packed)]
-        self.padded = self._padded[turn % len(self._padded)]
-
-    def __iter__(self) -> Iterator[PackedBatch]:
-        """Iterate over the packed batches."""
-        return iter(self._packed)
+        self.packed: PackedBatch = self.all_packed[turn % len(self.all_packed)]
+        self.padded = self._all_padded[turn % len(self.all_packed)]
 
 
-def engine_step(options: argparse.Namespace, balance: str, precision: str) -> Training:
+def engine_training(options: argparse.Namespace, balance: str, precision: str) -> Training:
     """Put this engine together as ``engine.train cgs`` does."""
     settings = [f"balance={balance}", f"precision={precision}", f"batch_size={options.batch_size}"]
     for key, value in (("data", options.data), ("init", options.init)):
@@ -56,109 +56,131 @@ def engine_step(options: argparse.Namespace, balance: str, precision: str) -> Tr
     return Training.build(run, torch.device(options.device))
 
 
-def floor_seconds(
-    training: Training, batch: PackedBatch, flops: float, bandwidth: float
-) -> dict[str, float]:
-    """Return the least a PCGrad step can take: its matrix products, then two passes of bytes."""
-    config, parameters = training.model.encoder.config, training.parameters
-    width, inner = config.hidden_size, config.intermediate_size
-    weights = config.num_hidden_layers * (4 * width * width + 2 * width * inner)
-    rows = parameters.rows.nbytes
-    state = 3 * parameters.master.nbytes
-    copy = 0 if parameters.compute is parameters.master else parameters.compute.nbytes
+def engines(
+    options: argparse.Namespace, batches: Batches, precisions: list[str]
+) -> dict[str, Callable[[], object]]:
+    """This engine's steps by name."""
+
+    def contestant(training: Training) -> Callable[[], object]:
+        numbers = itertools.count()
+        return lambda: training.step(batches.packed, next(numbers), _LR)
+
     return {
-        "matrix products": 6 * weights * batch.num_tokens / flops,
-        "surgery and update": (2 * rows + 2 * state + copy) / bandwidth,
+        f"this engine, {precision}, {balance}": contestant(
+            engine_training(options, balance, precision)
+        )
+        for precision in precisions
+        for balance in ("pcgrad", "sum")
     }
 
 
-def main() -> None:
-    """Run the benchmark and print its table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data", type=Path, help="data folder (default: the demo corpus)")
-    parser.add_argument("--init", type=Path, help="model folder (default: a small BERT, random)")
-    parser.add_argument("--batch-size", type=int, default=32, help="examples a task")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write raw samples and environment here")
-    options = parser.parse_args()
-    device, console = torch.device(options.device), Console(width=110)
-
-    precisions = ["fp32", "bf16"] if multiplies_bf16_fast(device) else ["fp32"]
+def peers(
+    options: argparse.Namespace, batches: Batches, config: dict[str, object]
+) -> dict[str, Callable[[], object]]:
+    """The steps of transformers loops by name."""
+    loops = [(precision, "sum", False) for precision in ("fp32", "bf16")]
+    loops += [(precision, "pcgrad", False) for precision in ("fp32", "bf16")]
+    if importlib.util.find_spec("torchjd"):
+        loops.append(("fp32", "torchjd", False))
+    if options.compile:
+        loops += [(precision, "sum", True) for precision in ("fp32", "bf16")]
+    names = {"sum": "sum", "pcgrad": "published PCGrad", "torchjd": "TorchJD PCGrad"}
     contestants: dict[str, Callable[[], object]] = {}
-    training = engine_step(options, "pcgrad", precisions[-1])
+    for precision, balance, compiled in loops:
+        loop = HuggingFaceLoop(
+            options.init,
+            balance=balance,
+            autocast=precision == "bf16",
+            device=torch.device(options.device),
+            compiled=compiled,
+            config=config,
+        )
+        how = ", compiled" if compiled else ""
+        contestants[f"transformers, {precision}{how}, {names[balance]}"] = lambda loop=loop: (
+            loop.step(batches.padded)
+        )
+    return contestants
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    options = _parser().parse_args()
+    device, console = torch.device(options.device), Console(width=120)
+    if options.growth:
+        step_growth.measure(options, device, console)
+        return
+
+    fast = multiplies_bf16_fast(device)
+    precisions = ["bf16", "fp32"] if fast else ["fp32"]
+    training = engine_training(options, "pcgrad", precisions[0])
     batches = Batches(training, device, options.rounds + 2)
     config = training.model.encoder.config.to_huggingface()
-    for precision in precisions:
-        for balance in ("pcgrad", "sum"):
-            ours = engine_step(options, balance, precision)
-            contestants[f"this engine, {precision}, {balance}"] = _bind(ours, batches)
-            theirs = HuggingFaceLoop(
-                options.init,
-                balance=balance,
-                autocast=precision == "bf16",
-                device=device,
-                config=config,
-            )
-            contestants[f"transformers, {precision}, {balance}"] = lambda loop=theirs: loop.step(
-                batches.padded
-            )
+    contestants = engines(options, batches, precisions) | peers(options, batches, config)
     samples = harness.interleave(contestants, device, rounds=options.rounds, setup=batches.select)
+    memory = {name: harness.peak_memory(run, device) for name, run in contestants.items()}
 
-    dtype = training.parameters.compute.dtype
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    tokens = round(sum(batch.num_tokens for batch in batches) / len(list(batches)))
-    flops = harness.measure_gemm(device, dtype, tokens, inner, width)
-    bandwidth = harness.measure_bandwidth(device)["copy"]
     batches.select(0)
-    floor = floor_seconds(training, batches.packed, flops, bandwidth)
-
-    _print(console, samples, tokens, floor, batches)
+    tokens = [batch.num_tokens for batch in batches.all_packed]
+    floor = floor_seconds(training, batches.packed, device)
+    phases = phase_seconds(training, batches.all_packed, device)
+    results = {
+        "tasks": _TASKS,
+        "batch_size": options.batch_size,
+        "encoder": config,
+        "tokens": tokens,
+        "padded_tokens": [batch.padded_tokens for batch in batches.all_packed],
+        "floor_seconds": floor,
+        "phase_seconds": phases,
+        "peak_bytes": memory,
+        "joules": joules_a_run(contestants, device),
+        "seconds": samples,
+    }
+    console.print(_table(results, sum(tokens) / len(tokens)))
+    whole = sum(phases.values())
+    shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in phases.items())
+    console.print(f"phases of this engine's {precisions[0]} step: {shares}")
     if options.json:
-        results = {
-            "tasks": _TASKS,
-            "batch_size": options.batch_size,
-            "tokens": [batch.num_tokens for batch in batches],
-            "padded_tokens": [batch.padded_tokens for batch in batches],
-            "gemm_flops": flops,
-            "copy_bandwidth": bandwidth,
-            "floor_seconds": floor,
-            "seconds": samples,
-        }
         harness.write_record(options.json, "step", device, results)
         console.print(f"wrote {options.json}")
 
 
-def _bind(training: Training, batches: Batches) -> Callable[[], object]:
-    numbers = itertools.count()
-    return lambda: training.step(batches.packed, next(numbers), 1e-5)
-
-
-def _print(
-    console: Console,
-    samples: dict[str, list[float]],
-    tokens: int,
-    floor: dict[str, float],
-    batches: Batches,
-) -> None:
+def _table(results: dict, tokens: float) -> Table:  # type: ignore[type-arg]
+    samples, floor = results["seconds"], results["floor_seconds"]
     ours = next(iter(samples))
     reference, least = harness.median(samples[ours]), sum(floor.values())
-    table = Table(title=f"one step, {tokens} tokens (padded: {batches.packed.padded_tokens})")
-    for column in ("", "median s", "p20 to p80", "tokens/s", f"times '{ours}'", "times floor"):
+    table = Table(title=f"one step, {tokens:.0f} tokens (padded: {results['padded_tokens'][0]})")
+    headings = ["", "median s", "p20 to p80", "tokens/s", "against ours", "against floor", "MiB"]
+    joules = results["joules"]
+    for column in [*headings, *(["joules"] if joules else [])]:
         table.add_column(column, justify="left" if not column else "right")
     for name, seconds in samples.items():
         quantiles = harness.summary(seconds)
-        table.add_row(
-            name,
+        cells = [
             f"{quantiles['p50']:.3f}",
             f"{quantiles['p20']:.3f} to {quantiles['p80']:.3f}",
             f"{tokens / quantiles['p50']:,.0f}",
             f"{quantiles['p50'] / reference:.2f}",
             f"{quantiles['p50'] / least:.2f}",
-        )
+            f"{results['peak_bytes'][name] / 2**20:,.0f}",
+        ]
+        table.add_row(name, *cells, *([f"{joules[name]:.2f}"] if joules else []))
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in floor.items())
-    table.add_row("floor (PCGrad)", f"{least:.3f}", parts, "", f"{least / reference:.2f}", "1.00")
-    console.print(table)
+    table.add_row(f"floor ({parts})", f"{least:.3f}", "", "", f"{least / reference:.2f}", "1.00")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--data", type=Path, help="data folder (default: the demo corpus)")
+    add("--init", type=Path, help="model folder (default: a small BERT, random)")
+    add("--batch-size", type=int, default=32, help="examples a task")
+    add("--rounds", type=int, default=5)
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    add("--growth", action="store_true", help="tasks, shapes and examples instead of peers")
+    add("--json", type=Path, help="write raw samples and environment here")
+    return parser
 
 
 if __name__ == "__main__":
