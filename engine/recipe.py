@@ -19,6 +19,7 @@ from .errors import InputError
 from .model.heads import FEATURES, POOLINGS
 from .multitask.balance import METHODS, TORCHJD, BalanceSettings
 from .multitask.parts import EXTENTS
+from .runtime.precision import PRECISIONS
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -92,6 +93,10 @@ class Recipe(_Settings):
 
     batch_size: Positive = 32
     """Examples of each task in a step."""
+    micro_batches: Annotated[int, Field(ge=1, le=256)] = 1
+    """Parts in which a batch goes through the model, one after the other; they save memory."""
+    checkpoint_layers: bool = False
+    """Compute the inside of each layer again in the backward pass, which saves memory too."""
     epochs: Positive = 10
     """Passes over the largest training set; smaller ones start again as they run out."""
     max_steps: Count = 0
@@ -125,8 +130,9 @@ class Recipe(_Settings):
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Largest norm of the combined gradient; 0: no clipping."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """What the model computes in; auto: bf16 where the hardware multiplies it fast."""
+    precision: Literal[PRECISIONS] = "auto"  # type: ignore[valid-type]
+    """What the model computes in, beside fp32 master weights; auto: bf16 where the hardware
+    multiplies it fast; tf32: fp32 whose products are rounded; fp16: with a dynamic loss scale."""
     seed: Count = 0
     """Decides initial weights, batches, dropout and the order of surgery."""
     log_every: Positive = 10
@@ -144,6 +150,10 @@ class Recipe(_Settings):
                 raise ValueError(f"train: {name!r} is not among tasks{_nearest(name, self.tasks)}")
         if len(set(self.train)) != len(self.train):
             raise ValueError("train: a task is named twice")
+        if self.micro_batches > self.batch_size:
+            raise ValueError(
+                f"micro_batches = {self.micro_batches}: a batch has only {self.batch_size} examples"
+            )
         if self.balance not in METHODS and not self.balance.startswith(TORCHJD):
             raise ValueError(
                 f"balance = {self.balance!r}: no such method{_nearest(self.balance, METHODS)}"

@@ -39,10 +39,12 @@ def train(training: Training, console: Console) -> bool:
         closing(training.loader(progress.step)) as loader,
         ProgressBar(console, progress.step, training.total_steps) as bar,
     ):
-        for step, batch in zip(itertools.count(progress.step), loader, strict=False):
+        on_device = (batch.to(training.device) for batch in loader)
+        steps = itertools.count(progress.step)
+        for step, *batch in zip(steps, *[on_device] * recipe.micro_batches, strict=False):
             lr = training.schedule(step)
-            report = training.step(batch.to(training.device), step, lr)
-            if log.add(step, lr, batch.num_tokens, report):
+            report = training.step(batch, step, lr)
+            if log.add(step, lr, sum(part.num_tokens for part in batch), report):
                 bar.show(step + 1, log.latest)
 
             progress = progress._replace(step=step + 1)

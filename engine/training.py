@@ -11,6 +11,7 @@ from .data.split import TokenizedSplit
 from .model.multitask import MultitaskModel
 from .multitask.balance import Balance, TrainedTasks, build_method
 from .multitask.flat_parameters import FlatParameters
+from .multitask.loss_scale import LossScale
 from .multitask.optimizer import AdamW
 from .multitask.parts import Parts
 from .multitask.schedule import Schedule
@@ -18,7 +19,7 @@ from .multitask.step import MultitaskStep
 from .recipe import Recipe
 from .run import Run
 from .runtime.checkpoint import Progress
-from .runtime.precision import pick_dtype
+from .runtime.precision import pick_dtype, set_matmul_precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +69,10 @@ class Training:
         epoch_steps = -(-max(len(sampler) for sampler in samplers) // recipe.batch_size)
         total_steps = min(epoch_steps * recipe.epochs, recipe.max_steps or sys.maxsize)
         model = run.initial_model().train()
-        parameters = FlatParameters(
-            model, recipe.train, device=device, compute_dtype=pick_dtype(recipe.precision, device)
-        )
+        model.encoder.checkpoint_layers = recipe.checkpoint_layers
+        set_matmul_precision(recipe.precision, device)
+        dtype = pick_dtype(recipe.precision, device)
+        parameters = FlatParameters(model, recipe.train, device=device, compute_dtype=dtype)
         optimizer = AdamW(
             parameters, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
         )
@@ -92,6 +94,7 @@ class Training:
                 parts,
                 Balance(method, parts.owners, device),
                 loss_weights=[recipe.tasks[task].weight for task in recipe.train],
+                loss_scale=LossScale(device) if dtype == torch.float16 else None,
                 clip_norm=recipe.clip_norm or None,
                 seed=recipe.seed,
             ),
@@ -112,6 +115,7 @@ class Training:
             self.samplers,
             start,
             self.total_steps,
+            micro_batches=self.run.recipe.micro_batches,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -122,13 +126,13 @@ class Training:
     def restore(self) -> Progress:
         """Load the run's newest checkpoint, if it has one; return how far it had come."""
         return self.run.checkpoints.load(
-            self.model, self.parameters, self.optimizer, self.step.balance.state
+            self.model, self.parameters, self.optimizer, self.step.state
         )
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint to go on from."""
         self.run.checkpoints.save(
-            progress, self.model, self.parameters, self.optimizer, self.step.balance.state
+            progress, self.model, self.parameters, self.optimizer, self.step.state
         )
 
     def save_best(self, progress: Progress) -> None:

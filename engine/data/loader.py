@@ -14,7 +14,9 @@ from .split import TokenizedSplit
 
 
 class TrainingLoader:
-    """Iterates over the training batches of steps ``start`` to ``stop``, one batch of each task.
+    """Iterates over the training batches of steps ``start`` to ``stop``, a batch of each task.
+
+    A step whose batch is parted into micro-batches yields these, one after the other.
 
     Use it in a ``with`` statement, which ends the thread however the loop is left.  An exception in
     the thread is raised where the batch was asked for.
@@ -27,6 +29,7 @@ class TrainingLoader:
         start: int,
         stop: int,
         *,
+        micro_batches: int = 1,
         shard: tuple[int, int] = (0, 1),
         pin_memory: bool = False,
         depth: int = 4,
@@ -38,30 +41,38 @@ class TrainingLoader:
             samplers: what draws its batches.
             start: the first step, 0 for a run that begins.
             stop: one past the last step.
+            micro_batches: parts of a step's batch, each with a share of every task.
             shard: (rank, ranks); a rank takes every ``ranks``-th example of each task's batch.
             pin_memory: put the batches in pinned memory, for copies that do not block.
             depth: the most batches that wait.
 
         Raises:
-            ValueError: a task's batch has fewer examples than there are ranks.
+            ValueError: a task's batch has fewer examples than there are ranks and micro-batches.
         """
         rank, ranks = shard
         for sampler in samplers:
-            if sampler.batch_size < ranks:
+            if sampler.batch_size < ranks * micro_batches:
                 raise ValueError(
                     f"shard: a batch of {sampler.batch_size} examples of task {sampler.task!r} "
-                    f"cannot be divided among {ranks} ranks"
+                    f"cannot be divided among {ranks} ranks and {micro_batches} micro-batches"
                 )
 
-        def make(step: int) -> PackedBatch:
-            picks = [sampler.batch(step)[rank::ranks] for sampler in samplers]
+        def make(number: int) -> PackedBatch:
+            step, part = divmod(number, micro_batches)
+            picks = [
+                np.array_split(sampler.batch(step)[rank::ranks], micro_batches)[part]
+                for sampler in samplers
+            ]
             batch = pack(splits, picks)
             return batch.pin_memory() if pin_memory else batch
 
         self._ready: queue.Queue[PackedBatch | BaseException | None] = queue.Queue(depth)
         self._closing = threading.Event()
         self._thread = threading.Thread(
-            target=self._produce, args=(make, range(start, stop)), name="packing", daemon=True
+            target=self._produce,
+            args=(make, range(start * micro_batches, stop * micro_batches)),
+            name="packing",
+            daemon=True,
         )
         self._thread.start()
 
@@ -96,11 +107,11 @@ class TrainingLoader:
         """Close the loader."""
         self.close()
 
-    def _produce(self, make: Callable[[int], PackedBatch], steps: range) -> None:
+    def _produce(self, make: Callable[[int], PackedBatch], numbers: range) -> None:
         last: BaseException | None = None
         try:
-            for step in steps:
-                if not self._put(make(step)):
+            for number in numbers:
+                if not self._put(make(number)):
                     return
         except BaseException as error:  # raised again where the batch is asked for
             last = error

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..rooms import kernels
 from .config import EncoderConfig
@@ -47,11 +48,16 @@ class Encoder(nn.Module):
 
     Args:
         config: shape and constants; the dropout rates act in training mode only.
+
+    Attributes:
+        checkpoint_layers: in training, keep the input of each layer alone and compute the rest of
+            what its backward pass needs again.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_layers = False
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(
             EncoderLayer(config, first_site=_EMBEDDING_SITE + 1 + _SITES_PER_LAYER * index)
@@ -81,7 +87,15 @@ class Encoder(nn.Module):
         """
         hidden = self.embeddings(batch, segments, seed)
         for layer in self.layers:
-            hidden = layer(hidden, batch, segments, seed)
+            if self.checkpoint_layers and self.training:
+                # Dropout follows from the seed: no generator's state to keep.
+                hidden = checkpoint(
+                    *(layer, hidden, batch, segments, seed),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                hidden = layer(hidden, batch, segments, seed)
         return hidden
 
 

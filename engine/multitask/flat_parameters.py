@@ -1,7 +1,7 @@
 """All trainable parameters as one vector, and beside it a row of gradients for each task.
 
     master  [P]     fp32, what the optimizer updates
-    compute [P]     what the model computes with: the master itself, or a bf16 copy of it
+    compute [P]     what the model computes with: the master itself, or a bf16 or fp16 copy of it
     rows    [K, P]  the K task gradients, in the dtype of ``compute``
 
 The model's parameters become views of ``compute``, and its layers get views of ``rows``.  Each
@@ -46,7 +46,7 @@ class FlatParameters:
         model: on any device, fp32.
         tasks: the K tasks that are trained; row k belongs to ``tasks[k]``.
         device: where everything goes.
-        compute_dtype: fp32 or bf16.
+        compute_dtype: fp32, bf16 or fp16.
     """
 
     def __init__(

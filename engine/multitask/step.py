@@ -15,8 +15,12 @@ from ..model.multitask import MultitaskModel
 from ..rooms import kernels
 from .balance import Balance
 from .flat_parameters import FlatParameters
+from .loss_scale import LossScale
 from .optimizer import AdamW
 from .parts import Parts
+
+_MICRO_BATCH_BIT = 24
+"""Seeds: bits 0-23 count steps, 24-31 micro-batches, from 32 on stands the recipe's seed."""
 
 
 class StepReport(NamedTuple):
@@ -49,6 +53,7 @@ class MultitaskStep:
         parts: what gets weights of its own.
         balance: from the Gram matrices of the parts to the weights of the sum.
         loss_weights: K factors on the losses, and so on the task gradients.
+        loss_scale: for gradients in fp16; None for other dtypes.
         clip_norm: largest norm of the combined gradient; None for no clipping.
         seed: decides dropout and the order of surgery, together with the step's number.
     """
@@ -63,46 +68,95 @@ class MultitaskStep:
         balance: Balance,
         *,
         loss_weights: Sequence[float],
+        loss_scale: LossScale | None = None,
         clip_norm: float | None,
         seed: int,
     ) -> None:
         self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
         self.optimizer, self.clip_norm = optimizer, clip_norm
-        self.parts, self.balance = parts, balance
+        self.parts, self.balance, self.loss_scale = parts, balance, loss_scale
         self._first_seed = seed << 32
         device = parameters.master.device
         self._loss_weights = torch.tensor(loss_weights, device=device)
         self._lr = torch.zeros((), device=device)
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
 
-    def __call__(self, batch: PackedBatch, step: int, lr: float) -> StepReport:
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside weights and moments, by name."""
+        state = {f"balance.{name}": tensor for name, tensor in self.balance.state.items()}
+        if self.loss_scale is not None:
+            state |= {f"loss_scale.{name}": t for name, t in self.loss_scale.state.items()}
+        return state
+
+    def __call__(
+        self, batch: PackedBatch | Sequence[PackedBatch], step: int, lr: float
+    ) -> StepReport:
         """Train on one batch.
 
         Args:
-            batch: a batch of each task, in the order of ``tasks``, on the model's device.
+            batch: a batch of each task, in the order of ``tasks``, on the model's device; or the
+                micro-batches that it was parted into, which take less memory one after the other.
             step: the step's number, from 0; with the seed it decides all randomness.
             lr: learning rate of this step.
         """
+        micro_batches = (batch,) if isinstance(batch, PackedBatch) else batch
+        examples = [
+            sum(counts) for counts in zip(*(b.examples for b in micro_batches), strict=True)
+        ]
         self._lr.fill_(lr)
-        self._seed.fill_(self._first_seed + step)
+        losses = torch.zeros_like(self._loss_weights)
+        for number, micro_batch in enumerate(micro_batches):
+            self._seed.fill_(self._first_seed + (number << _MICRO_BATCH_BIT) + step)
+            losses += self._task_gradients(micro_batch, examples, accumulate=number > 0)
 
-        losses = self._task_gradients(batch)
-        grams = self.parts.grams(self.parameters.rows)
+        self._seed.fill_(self._first_seed + step)
+        scaled_grams = self.parts.grams(self.parameters.rows)
+        scale: Tensor | float = 1.0
+        grams = scaled_grams
+        if self.loss_scale is not None:
+            scale = self.loss_scale.scale.clone()  # of this step
+            grams = scaled_grams / scale.square()
         order = kernels.draw_order(len(self.tasks), self._seed)
         weights = self.balance(grams, order, losses)
-        guard = kernels.update_guard(grams, weights, max_norm=self.clip_norm)
+        guard = kernels.update_guard(
+            scaled_grams, weights, max_norm=self.clip_norm, loss_scale=scale
+        )
+        if self.loss_scale is not None:
+            self.loss_scale.update(guard.skip)
         self.optimizer.step(
             weights, self.parts.regions, lr=self._lr, scale=guard.scale, skip=guard.skip
         )
-        self.model.encoder.embeddings.wipe_rows(batch, batch.token_offsets)
+        for micro_batch in micro_batches:
+            self.model.encoder.embeddings.wipe_rows(micro_batch, micro_batch.token_offsets)
         return StepReport(
             losses, grams.sum(0), self.parts.average(weights), guard.norm, guard.skip.float()
         )
 
-    def _task_gradients(self, batch: PackedBatch) -> Tensor:
-        """Fill the K gradient rows by one forward and one backward pass; return the losses."""
-        scores = self.model(batch, self.tasks, seed=self._seed, task_rows=True)
-        losses = torch.stack(self.model.losses(scores, batch, self.tasks))
+    def _task_gradients(
+        self, batch: PackedBatch, examples: Sequence[int], *, accumulate: bool
+    ) -> Tensor:
+        """Fill the K gradient rows, or add to them, by one forward and one backward pass.
+
+        Args:
+            batch: all or a part of the step's examples.
+            examples: how many of each task the step has.
+            accumulate: add to the rows.
+
+        Returns:
+            ``[K]``, the part of the step's mean losses that comes from these examples.
+        """
+        scores = self.model(
+            batch, self.tasks, seed=self._seed, task_rows=True, accumulate=accumulate
+        )
+        means = self.model.losses(scores, batch, self.tasks)
+        losses = torch.stack(
+            [
+                mean if here == total else mean * (here / total)
+                for mean, here, total in zip(means, batch.examples, examples, strict=True)
+            ]
+        )
         # Each loss reaches its own part of the stream only, so their sum is all K at once.
-        (losses * self._loss_weights).sum().backward()
+        total = (losses * self._loss_weights).sum()
+        (total if self.loss_scale is None else total * self.loss_scale.scale).backward()
         return losses.detach()

@@ -66,7 +66,7 @@ class Checkpoints:
         model: MultitaskModel,
         parameters: FlatParameters,
         optimizer: AdamW,
-        balance_state: Mapping[str, Tensor],
+        step_state: Mapping[str, Tensor],
     ) -> None:
         """Write a checkpoint to go on from, then drop the older ones."""
         with whole_folder(self.folder / f"step-{progress.step:08}") as partial:
@@ -77,7 +77,7 @@ class Checkpoints:
                 for name, tensor in parameters.named_views(getattr(optimizer, moment))
             }
             moments["updates"] = optimizer.updates
-            moments |= {f"balance.{name}": tensor for name, tensor in balance_state.items()}
+            moments |= step_state
             save_file(moments, partial / "optimizer.safetensors")
             _write_progress(partial, progress)
         self._drop_older("step", progress.step)
@@ -96,7 +96,7 @@ class Checkpoints:
         model: MultitaskModel,
         parameters: FlatParameters,
         optimizer: AdamW,
-        balance_state: Mapping[str, Tensor],
+        step_state: Mapping[str, Tensor],
     ) -> Progress:
         """Restore the newest ``step`` checkpoint; without one, leave everything as it is.
 
@@ -117,7 +117,7 @@ class Checkpoints:
                 _copy(view, moments, f"{moment}.{name}", path / "optimizer.safetensors")
         for name, tensor in [
             ("updates", optimizer.updates),
-            *((f"balance.{name}", tensor) for name, tensor in balance_state.items()),
+            *step_state.items(),
         ]:
             _copy(tensor, moments, name, path / "optimizer.safetensors")
         return progress

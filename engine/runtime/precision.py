@@ -32,8 +32,23 @@ def multiplies_bf16_fast(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+
+
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return what a recipe's ``precision`` means on ``device``."""
+    """Return the dtype of weights, activations and gradients for a recipe's ``precision``."""
     if precision == "auto":
         precision = "bf16" if multiplies_bf16_fast(device) else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def set_matmul_precision(precision: str, device: torch.device) -> None:
+    """Make torch round the factors of fp32 products for ``tf32``, and not for anything else.
+
+    Raises:
+        InputError: tf32 on a device that does not have it.
+    """
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "tf32" and not has_tf32:
+        raise InputError("precision = tf32: needs a GPU of compute capability 8.0; take fp32")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

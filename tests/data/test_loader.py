@@ -42,6 +42,19 @@ def test_shards_make_up_the_batch(splits: list[TokenizedSplit]) -> None:
         TrainingLoader(splits, samplers, 0, 1, shard=(0, 9))
 
 
+def test_micro_batches_make_up_the_batch(splits: list[TokenizedSplit]) -> None:
+    samplers = samplers_of(splits)
+    with TrainingLoader(splits, samplers, 4, 6, micro_batches=3) as loader:
+        parts = list(loader)
+    assert [part.examples for part in parts] == [(3, 3, 3), (3, 3, 3), (2, 2, 2)] * 2
+    for task, sampler in enumerate(samplers):
+        for step, own in ((4, parts[:3]), (5, parts[3:])):
+            together = torch.cat([part.labels[task] for part in own])
+            np.testing.assert_array_equal(together, splits[task].labels[sampler.batch(step)])
+    with pytest.raises(ValueError, match="3 ranks and 3 micro-batches"):
+        TrainingLoader(splits, samplers, 0, 1, shard=(0, 3), micro_batches=3)
+
+
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_closed_early(splits: list[TokenizedSplit], taken: int) -> None:
     with TrainingLoader(splits, samplers_of(splits), 0, 10**9, depth=2) as loader:

@@ -64,6 +64,7 @@ def test_the_same_seed_gives_the_same_bits(tiny_run):
         pytest.param(3, ("checkpoint_every=1",), id="at a checkpoint"),
         pytest.param(4, (), id="past a checkpoint, its line already written"),
         pytest.param(4, ("balance=gradvac", "surgery=layer"), id="with a method that remembers"),
+        pytest.param(4, ("precision=fp16", "tasks.sst.weight=1e4"), id="with a loss scale"),
     ],
 )
 def test_a_resumed_run_equals_an_undisturbed_one(tiny_run, monkeypatch, crash_after, settings):
@@ -138,6 +139,21 @@ def test_bf16_computes_on_a_copy_of_fp32_masters(tiny_run):
     for ours, theirs in zip(metrics(folder), metrics(exact), strict=True):
         # bf16 keeps 8 bits: a loss may be off by a few times 2^-8 of itself in so few steps.
         assert ours["losses"]["sst"] == pytest.approx(theirs["losses"]["sst"], rel=2**-5)
+
+
+def test_micro_batches_and_checkpointed_layers(tiny_run):
+    exactly = (
+        "dropout=0",
+        "encoder.hidden_dropout_prob=0",
+        "encoder.attention_probs_dropout_prob=0",
+    )
+    whole = tiny_run("whole", "--max-steps", "3", settings=exactly)
+    saving = (*exactly, "micro_batches=3", "checkpoint_layers=true")
+    parted = tiny_run("parted", "--max-steps", "3", settings=saving)
+    for ours, theirs in zip(metrics(parted), metrics(whole), strict=True):
+        for task, loss in ours["losses"].items():
+            # fp32 means over other groupings of 32 examples, after two updates at most
+            assert loss == pytest.approx(theirs["losses"][task], rel=1e-5)
 
 
 def test_evaluate_gives_the_scores_of_the_best_epoch_again(tiny_run):

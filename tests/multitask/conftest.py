@@ -13,6 +13,7 @@ from engine.model.config import EncoderConfig
 from engine.model.multitask import MultitaskModel
 from engine.multitask.balance import Balance, BalanceSettings, TrainedTasks, build_method
 from engine.multitask.flat_parameters import FlatParameters
+from engine.multitask.loss_scale import LossScale
 from engine.multitask.optimizer import AdamW
 from engine.multitask.parts import Parts
 from engine.multitask.step import MultitaskStep
@@ -45,6 +46,7 @@ def build_step(
         parts,
         Balance(method, parts.owners, torch.device(device)),
         loss_weights=loss_weights,
+        loss_scale=LossScale(flat.master.device) if dtype == torch.float16 else None,
         clip_norm=clip,
         seed=SEED,
     )
@@ -72,13 +74,19 @@ def random_split(task: str, examples: int, *, vocab: int, seed: int) -> Tokenize
 @pytest.fixture
 def make_batch() -> Callable[..., PackedBatch]:
     def make(seed: int = 0, sizes: tuple[int, ...] = (5, 3, 4)) -> PackedBatch:
-        splits = [
-            random_split(task, size, vocab=97, seed=seed + position)
-            for position, (task, size) in enumerate(zip(TASKS, sizes, strict=True))
-        ]
-        return pack(splits, [np.arange(size) for size in sizes])
+        return make_micro_batches(seed, sizes, 1)[0]
 
     return make
+
+
+def make_micro_batches(seed: int, sizes: tuple[int, ...], count: int) -> list[PackedBatch]:
+    """A batch of ``sizes`` examples of each task, parted into ``count``."""
+    splits = [
+        random_split(task, size, vocab=97, seed=seed + position)
+        for position, (task, size) in enumerate(zip(TASKS, sizes, strict=True))
+    ]
+    parts = [np.array_split(np.arange(size), count) for size in sizes]
+    return [pack(splits, picks) for picks in zip(*parts, strict=True)]
 
 
 @pytest.fixture

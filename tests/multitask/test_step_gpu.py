@@ -21,7 +21,7 @@ def test_first_losses_and_gram_equal_the_cpus(make_model, make_batch):
         torch.testing.assert_close(ours, theirs.cpu(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_step_never_waits_for_the_device(make_model, make_batch, dtype):
     step = build_step(make_model(dropout=0.1).train(), device="cuda", clip=1.0, dtype=dtype)
     batches = [make_batch(seed=n).to("cuda") for n in range(3)]
