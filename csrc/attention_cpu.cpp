@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "attention.h"
+#include "check.h"
 #include "tensor_border.h"
 
 namespace superbert {
@@ -31,12 +32,12 @@ struct Options {
 void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total) {
   const auto* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t sequences = cu_seqlens.numel() - 1;
-  STD_TORCH_CHECK(cu[0] == 0, name, ": expected to start at 0, got ", cu[0]);
+  check(cu[0] == 0, name, ": expected to start at 0, got ", cu[0]);
   for (int64_t s = 0; s < sequences; ++s)
-    STD_TORCH_CHECK(cu[s] <= cu[s + 1], name, ": expected ascending offsets, got ", cu[s],
-                    " before ", cu[s + 1], " at position ", s);
-  STD_TORCH_CHECK(cu[sequences] <= total, name, ": expected to end within the ", total,
-                  " rows, got ", cu[sequences]);
+    check(cu[s] <= cu[s + 1], name, ": expected ascending offsets, got ", cu[s], " before ",
+          cu[s + 1], " at position ", s);
+  check(cu[sequences] <= total, name, ": expected to end within the ", total, " rows, got ",
+        cu[sequences]);
 }
 
 // Rows behind the last sequence belong to nobody; they get a value of their own.

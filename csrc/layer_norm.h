@@ -1,5 +1,6 @@
-// What the border to torch (layer_norm_cpu.cpp) and the CPU kernels (layer_norm_simd.cpp) agree on:
-// plain structs, no torch.  Shapes are checked before they come here; all rows are contiguous.
+// What the border to torch (layer_norm_cpu.cpp, embedding_cpu.cpp) and the CPU kernels
+// (layer_norm_simd.cpp) agree on: plain structs, no torch.  Shapes are checked before they come
+// here; all rows are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +11,25 @@
 
 namespace superbert {
 
-// out = (h - mean) * rstd * weight + bias,  h = residual + dropout(x + x_bias)
+// Rows that are sums of one row of each table: of a word, a position and a token type.
+struct EmbeddingSum {
+  static constexpr int kTables = 3;
+  const void* tables[kTables];
+  const int64_t* indices[kTables]; // [rows]
+};
+
+// out = out_dropout((h - mean) * rstd * weight + bias),  h = residual + dropout(x + x_bias)
 struct LayerNormCall {
-  Storage storage; // of x, residual, out and hidden
+  Storage storage; // of x, residual, tables, out and hidden
   int64_t rows, width;
+  const EmbeddingSum* embedding; // or null; instead of all that makes up h
   const void* x;
   const void* residual; // or null: h = x
   const float* x_bias;  // or null
   const float* weight;  // or null: 1
   const float* bias;    // or null: 0
   float eps;
-  Dropout dropout;
+  Dropout dropout, out_dropout; // not both
   void* out;
   void* hidden; // h as the backward pass reads it; or null
   float* mean;
@@ -28,14 +37,15 @@ struct LayerNormCall {
 };
 
 struct LayerNormGradients {
-  Storage storage; // of grad_out, hidden, grad_hidden and grad_x
+  Storage storage; // of grad_out, hidden, tables, grad_hidden and grad_x
   int64_t rows, width;
   const void* grad_out;
+  const EmbeddingSum* embedding; // or null; h is computed again from it
   const void* hidden;
   const float* weight; // or null: 1
   const float* mean;
   const float* rstd;
-  Dropout dropout;
+  Dropout dropout, out_dropout; // not both
   void* grad_hidden;
   void* grad_x; // or null
 };

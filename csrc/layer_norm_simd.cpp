@@ -1,5 +1,5 @@
-// Layer norm over rows, with residual and dropout, on the CPU.  Compiled once for each vector unit.
-// All arithmetic is float32.
+// Layer norm over rows, of a residual and a dropout or of a sum of embeddings, on the CPU. Compiled
+// once for each vector unit.  All arithmetic is float32.
 #include "layer_norm.h"
 
 #include "dropout_simd.h"
@@ -8,7 +8,9 @@
 namespace superbert::SUPERBERT_ISA {
 namespace {
 
-int64_t scratch_floats(int64_t width) { return width + kWidth + element_factor_floats(width); }
+// The scratch of a thread: a row, and then dropout factors.
+int64_t row_floats(int64_t width) { return width + kWidth; }
+int64_t scratch_floats(int64_t width) { return row_floats(width) + element_factor_floats(width); }
 
 // x[i], x null standing for `missing`.
 template <typename Lanes>
@@ -37,6 +39,28 @@ Sums sum_row(int64_t width, const F& f) {
   return total;
 }
 
+// h = the row's table rows added up, into `hidden`; returns the sum over h.
+template <typename T>
+float embed_row(const EmbeddingSum& embedding, int64_t row, int64_t width, float* hidden) {
+  const T* parts[EmbeddingSum::kTables];
+  for (int table = 0; table < EmbeddingSum::kTables; ++table) {
+    parts[table] =
+        static_cast<const T*>(embedding.tables[table]) + embedding.indices[table][row] * width;
+  }
+  Floats total{};
+  for_row(width, [&](int64_t i, auto lanes) {
+    const Floats h = lanes.load(parts[0] + i) + lanes.load(parts[1] + i) + lanes.load(parts[2] + i);
+    lanes.store(hidden + i, h);
+    total += lanes.keep(h);
+  });
+  return sum_of_lanes(total);
+}
+
+// The dropout factors of a row, in `buffer`; null: no dropout.
+const float* row_factors(const Dropout& dropout, int64_t row, int64_t width, float* buffer) {
+  return dropout.active() ? element_factors(dropout, row * width, width, buffer) : nullptr;
+}
+
 // ---- forward ------------------------------------------------------------------------------------
 
 // h = residual + dropout(x + x_bias) of one row, into `hidden`; returns its sum.
@@ -46,10 +70,7 @@ float combine_row(const LayerNormCall& call, int64_t row, float* factor_buffer, 
   const T* x = static_cast<const T*>(call.x) + start;
   const T* residual =
       call.residual == nullptr ? nullptr : static_cast<const T*>(call.residual) + start;
-  const float* factors = nullptr;
-  if (call.dropout.active()) {
-    factors = element_factors(call.dropout, start, call.width, factor_buffer);
-  }
+  const float* factors = row_factors(call.dropout, row, call.width, factor_buffer);
   Floats total{};
   for_row(call.width, [&](int64_t i, auto lanes) {
     Floats h = lanes.load(x + i);
@@ -65,7 +86,10 @@ float combine_row(const LayerNormCall& call, int64_t row, float* factor_buffer, 
 template <typename T>
 void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* factor_buffer) {
   const float width = call.width;
-  const float rough_mean = combine_row<T>(call, row, factor_buffer, hidden) / width;
+  const float sum = call.embedding == nullptr
+                        ? combine_row<T>(call, row, factor_buffer, hidden)
+                        : embed_row<T>(*call.embedding, row, call.width, hidden);
+  const float rough_mean = sum / width;
   // Two passes; the second also corrects the rounding of the first one's mean.
   const Sums sums = sum_row(call.width, [&](int64_t i, auto lanes, Sums& to) {
     const Floats deviation = lanes.keep(lanes.load(hidden + i) - rough_mean);
@@ -80,10 +104,12 @@ void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* f
   call.rstd[row] = rstd;
   T* out = static_cast<T*>(call.out) + row * call.width;
   T* saved = call.hidden == nullptr ? nullptr : static_cast<T*>(call.hidden) + row * call.width;
+  const float* factors = row_factors(call.out_dropout, row, call.width, factor_buffer);
   for_row(call.width, [&](int64_t i, auto lanes) {
     const Floats h = lanes.load(hidden + i);
     const Floats weight = load_or(1, call.weight, i, lanes);
-    lanes.store(out + i, (h - mean) * rstd * weight + load_or(0, call.bias, i, lanes));
+    const Floats y = (h - mean) * rstd * weight + load_or(0, call.bias, i, lanes);
+    lanes.store(out + i, factors == nullptr ? y : y * lanes.load(factors + i));
     if (saved != nullptr) lanes.store(saved + i, h);
   });
 }
@@ -91,7 +117,7 @@ void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* f
 void forward(const LayerNormCall& call, int64_t begin, int64_t end, float* scratch) {
   with_storage(call.storage, [&]<typename T>(const T*) {
     for (int64_t row = begin; row < end; ++row) {
-      forward_row<T>(call, row, scratch, scratch + call.width + kWidth);
+      forward_row<T>(call, row, scratch, scratch + row_floats(call.width));
     }
   });
 }
@@ -100,15 +126,20 @@ void forward(const LayerNormCall& call, int64_t begin, int64_t end, float* scrat
 
 // With xhat = (h - mean) * rstd and g = dy * weight, means taken over the row:
 //     dh = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dx = dropout factor * dh
-template <typename T>
-void backward_row(const LayerNormGradients& call, int64_t row, float* grad_weight, float* grad_bias,
-                  float* factor_buffer) {
+// H is the type in which the row of h is given.
+template <typename T, typename H>
+void backward_row(const LayerNormGradients& call, int64_t row, const H* hidden, float* grad_weight,
+                  float* grad_bias, float* factor_buffer) {
   const int64_t start = row * call.width;
   const T* dy = static_cast<const T*>(call.grad_out) + start;
-  const T* hidden = static_cast<const T*>(call.hidden) + start;
   const float mean = call.mean[row], rstd = call.rstd[row];
-  const Sums sums = sum_row(call.width, [&](int64_t i, auto lanes, Sums& to) {
+  const float* out_factors = row_factors(call.out_dropout, row, call.width, factor_buffer);
+  const auto load_grad = [&](int64_t i, auto lanes) {
     const Floats grad = lanes.load(dy + i);
+    return out_factors == nullptr ? grad : grad * lanes.load(out_factors + i);
+  };
+  const Sums sums = sum_row(call.width, [&](int64_t i, auto lanes, Sums& to) {
+    const Floats grad = load_grad(i, lanes);
     const Floats xhat = (lanes.load(hidden + i) - mean) * rstd;
     const Floats g = grad * load_or(1, call.weight, i, lanes);
     to.first += lanes.keep(g);
@@ -123,16 +154,15 @@ void backward_row(const LayerNormGradients& call, int64_t row, float* grad_weigh
 
   T* grad_hidden = static_cast<T*>(call.grad_hidden) + start;
   T* grad_x = call.grad_x == nullptr ? nullptr : static_cast<T*>(call.grad_x) + start;
-  const float* factors = nullptr;
-  if (grad_x != nullptr) {
-    factors = element_factors(call.dropout, start, call.width, factor_buffer);
-  }
+  const float* factors = row_factors(call.dropout, row, call.width, factor_buffer);
   for_row(call.width, [&](int64_t i, auto lanes) {
     const Floats xhat = (lanes.load(hidden + i) - mean) * rstd;
-    const Floats g = lanes.load(dy + i) * load_or(1, call.weight, i, lanes);
+    const Floats g = load_grad(i, lanes) * load_or(1, call.weight, i, lanes);
     const Floats grad = (g - mean_g - xhat * mean_gx) * rstd;
     lanes.store(grad_hidden + i, grad);
-    if (grad_x != nullptr) lanes.store(grad_x + i, grad * lanes.load(factors + i));
+    if (grad_x != nullptr) {
+      lanes.store(grad_x + i, factors == nullptr ? grad : grad * lanes.load(factors + i));
+    }
   });
 }
 
@@ -140,9 +170,16 @@ void backward(const LayerNormGradients& call, int64_t begin, int64_t end, float*
               float* scratch) {
   if (partial != nullptr) fill(partial, 2 * call.width, 0);
   float* grad_bias = partial == nullptr ? nullptr : partial + call.width;
+  float* factor_buffer = scratch + row_floats(call.width);
   with_storage(call.storage, [&]<typename T>(const T*) {
     for (int64_t row = begin; row < end; ++row) {
-      backward_row<T>(call, row, partial, grad_bias, scratch);
+      if (call.embedding != nullptr) {
+        embed_row<T>(*call.embedding, row, call.width, scratch);
+        backward_row<T>(call, row, scratch, partial, grad_bias, factor_buffer);
+      } else {
+        const T* hidden = static_cast<const T*>(call.hidden) + row * call.width;
+        backward_row<T>(call, row, hidden, partial, grad_bias, factor_buffer);
+      }
     }
   });
 }

@@ -2,6 +2,10 @@
 
 Each works on a GPU (Triton, CUDA) and on a CPU (C++, torch) under the same name;
 :func:`implementation` tells which one runs.
+
+Under autocast, :func:`linear` computes in autocast's dtype, as torch's does.  All others take and
+return the dtype that they are given and compute in float32 inside: attention on what linear layers
+give is in bfloat16, and a norm whose residual is float32 stays in float32.
 """
 
 from . import balancing
@@ -10,35 +14,49 @@ from .attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from .balanced_optimizer import BalancedOptimizer
 from .dropout import dropout
 from .embedding import embedding, wipe_
+from .embedding_layer_norm import EmbeddingRows, embedding_layer_norm
+from .hf import accelerate, restore
 from .implementation import implementation
-from .layer_norm import FusedLayerNorm, dropout_add_layer_norm, layer_norm
+from .layer_norm import dropout_add_layer_norm, layer_norm
+from .layer_norm_doors import FusedLayerNorm, layer_norm_fn
 from .linear import linear
+from .padding import pad_input, unpad_input
 from .pcgrad import PCGrad
 from .surgery import combine, combine_adamw_, draw_order, gram, pcgrad_weights, update_guard
 from .task_gradients import TaskGradients
 from .task_rows import TaskRows, TaskSegments
+from .value_checks import check_cu_seqlens, checked_values
 
 __all__ = [
     "BalancedOptimizer",
+    "EmbeddingRows",
     "FusedLayerNorm",
     "PCGrad",
     "TaskGradients",
     "TaskRows",
     "TaskSegments",
+    "accelerate",
     "balancing",
+    "check_cu_seqlens",
+    "checked_values",
     "combine",
     "combine_adamw_",
     "draw_order",
     "dropout",
     "dropout_add_layer_norm",
     "embedding",
+    "embedding_layer_norm",
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
     "gram",
     "implementation",
     "layer_norm",
+    "layer_norm_fn",
     "linear",
+    "pad_input",
     "pcgrad_weights",
+    "restore",
+    "unpad_input",
     "update_guard",
     "wipe_",
 ]

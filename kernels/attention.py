@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import _extension  # noqa: F401  (registers the operators)
+from .attention_checks import check_boundaries, check_qkv, check_rows, check_supported
 from .dropout import attention_dropout_factors, check_dropout, new_seed
 from .implementation import declare
 
@@ -225,48 +226,24 @@ torch.library.register_autograd(
 
 # ---- public -------------------------------------------------------------------------------------
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
-def _check_rows(name: str, x: Tensor, like: Tensor) -> None:
-    if x.dtype not in _DTYPES or x.dtype != like.dtype:
-        raise ValueError(f"{name}: expected a floating dtype, the same for q, k, v; got {x.dtype}")
-    if x.device != like.device:
-        raise ValueError(f"{name}: expected on {like.device}, got {x.device}")
-    if x.shape[-2:] != like.shape[-2:]:
-        raise ValueError(
-            f"{name}: expected heads and width {list(like.shape[-2:])} as in q, "
-            f"got {list(x.shape[-2:])} (fewer key heads than query heads are not supported)"
-        )
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        raise ValueError(f"{name}: expected a contiguous last dimension, got strides {x.stride()}")
-
-
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, like: Tensor) -> None:
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(
-            f"{name}: expected int32 [sequences + 1], got {cu_seqlens.dtype} "
-            f"{list(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != like.device or not cu_seqlens.is_contiguous():
-        raise ValueError(f"{name}: expected contiguous on {like.device}, got {cu_seqlens.device}")
-
-
-def _check_unsupported(
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    block_table: Tensor | None = None,
-) -> None:
-    given = {
-        "window_size": tuple(window_size) != (-1, -1),
-        "softcap": softcap != 0.0,
-        "alibi_slopes": alibi_slopes is not None,
-        "block_table": block_table is not None,
-    }
-    for name, used in given.items():
-        if used:
-            raise NotImplementedError(f"{name}: not supported by this attention")
+def _in_float64(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    dropout_p: float,
+    scale: float,
+    causal: bool,
+    seed: Tensor | None,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    factors = None
+    if seed is not None and dropout_p > 0:
+        sizes = (q.shape[1], len(q), len(k))
+        factors = attention_dropout_factors(*sizes, dropout_p, seed, stream)
+    return attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, factors)
 
 
 def flash_attn_varlen_func(
@@ -317,20 +294,15 @@ def flash_attn_varlen_func(
         gradient) and None in the place of the probabilities, which are never stored.
 
     Raises:
-        ValueError: a shape, dtype, device or range that does not fit; the message names it.
+        ValueError: a shape, dtype, device or range that does not fit, or a cu_seqlens that does not
+            start at 0, ascend and stay inside the stream; the message names it.  On CUDA tensors,
+            where looking into cu_seqlens would wait for the device, see `kernels.checked_values`.
         NotImplementedError: an argument of flash-attn that this function does not support.
-        RuntimeError: a cu_seqlens that does not start at 0, ascend and stay inside the stream; on
-            CUDA tensors, where looking would wait for the device, see `check_cu_seqlens`.
     """
-    _check_unsupported(window_size, softcap, alibi_slopes, block_table)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3:
-            raise ValueError(f"{name}: expected [tokens, heads, width], got {list(x.shape)}")
-        _check_rows(name, x, q)
-    if k.shape != v.shape:
-        raise ValueError(f"v: expected the shape of k {list(k.shape)}, got {list(v.shape)}")
-    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
-    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+    check_supported(window_size, softcap, alibi_slopes, block_table)
+    check_qkv(q, k, v)
+    check_boundaries("cu_seqlens_q", cu_seqlens_q, q)
+    check_boundaries("cu_seqlens_k", cu_seqlens_k, k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, {len(cu_seqlens_q) - 1}, "
@@ -341,11 +313,9 @@ def flash_attn_varlen_func(
         seed = new_seed(q.device)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if q.dtype == torch.float64:
-        factors = None
-        if seed is not None and dropout_p > 0:
-            sizes = (q.shape[1], len(q), len(k))
-            factors = attention_dropout_factors(*sizes, dropout_p, seed, stream)
-        out, lse = attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, factors)
+        out, lse = _in_float64(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, scale, causal, seed, stream
+        )
     else:
         out, lse = _ops.attention(
             *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
@@ -395,35 +365,20 @@ def flash_attn_varlen_qkvpacked_func(
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected [tokens, 3, heads, width], got {list(qkv.shape)}")
-    if qkv.dtype == torch.float64:
-        q, k, v = qkv.unbind(1)
-        return flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens,
-            max_seqlen,
-            max_seqlen,
-            dropout_p,
-            softmax_scale,
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-            seed=seed,
-            stream=stream,
-        )
-    _check_unsupported(window_size, softcap, alibi_slopes)
-    _check_rows("qkv", qkv, qkv)
-    _check_cu_seqlens("cu_seqlens", cu_seqlens, qkv)
+    check_supported(window_size, softcap, alibi_slopes)
+    check_rows("qkv", qkv, qkv)
+    check_boundaries("cu_seqlens", cu_seqlens, qkv)
     check_dropout(dropout_p, seed, stream, qkv.device)
     if dropout_p > 0 and seed is None:
         seed = new_seed(qkv.device)
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    out, lse = _ops.attention_qkvpacked(
-        qkv, cu_seqlens, max_seqlen, dropout_p, scale, causal, seed, stream
-    )
+    if qkv.dtype == torch.float64:
+        q, k, v = qkv.unbind(1)
+        out, lse = _in_float64(
+            q, k, v, cu_seqlens, cu_seqlens, dropout_p, scale, causal, seed, stream
+        )
+    else:
+        out, lse = _ops.attention_qkvpacked(
+            qkv, cu_seqlens, max_seqlen, dropout_p, scale, causal, seed, stream
+        )
     return (out, lse, None) if return_attn_probs else out

@@ -10,35 +10,65 @@ filling K whole tables with zeros at every step.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+from . import _extension  # noqa: F401  (registers the operator)
+from .implementation import declare
 from .task_rows import TaskRows, TaskSegments
 
-
-def _scatter_add_(table: Tensor, index: Tensor, source: Tensor) -> None:
-    """``table[index[t]] += source[t]``, in an order that does not change between runs."""
-    if table.is_cuda:  # index_add_ uses float atomics there; index_put_ sorts
-        table.index_put_((index,), source, accumulate=True)
-    else:
-        table.index_add_(0, index, source)
+# ---- reference ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("superbert::embedding_task_gradients_", mutates_args=("rows",))
+def embedding_task_gradients_reference_(
+    grad_output: Tensor, index: Tensor, rows: Tensor, offsets: Sequence[int]
+) -> None:
+    """Add the rows of dy ``[T, H]`` of task k to ``rows[k]`` ``[N, H]`` at ``index [T]``."""
+    for task, (start, end) in enumerate(pairwise(offsets)):
+        rows[task].index_put_((index[start:end],), grad_output[start:end], accumulate=True)
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _fake(*_arguments: object) -> None:
+    pass
+
+
+@torch.library.impl("superbert::embedding_task_gradients_", "CUDA")
+def _cuda(*arguments: Any) -> None:
+    from . import embedding_triton
+
+    embedding_triton.add_task_gradients_(*arguments)
+
+
+torch.library.register_fake("superbert::embedding_task_gradients_", _fake)
+declare("embedding_task_gradients_", cpu="cpp", cuda="triton")
+
+
 def embedding_task_gradients_(
     grad_output: Tensor, index: Tensor, rows: Tensor, offsets: Sequence[int]
 ) -> None:
-    """Add the rows of dy ``[T, H]`` of task k to ``rows[k]`` ``[N, H]`` at ``index`` ``[T]``."""
-    for task, (start, end) in enumerate(pairwise(offsets)):
-        _scatter_add_(rows[task], index[start:end], grad_output[start:end])
+    """Add to the rows of K tables; the sums are computed in float32, in the order of the stream.
+
+    Args:
+        grad_output: dy ``[T, H]``.
+        index: ``[T]`` int64, which table rows were looked up.
+        rows: ``[K, N, H]``, added to; any stride between the tables.
+        offsets: ``K + 1`` ascending row numbers of the stream.
+    """
+    if rows.dtype == torch.float64:
+        embedding_task_gradients_reference_(grad_output, index, rows, offsets)
+    else:
+        index = index.contiguous()
+        torch.ops.superbert.embedding_task_gradients_(grad_output, index, rows, offsets)
 
 
-@embedding_task_gradients_.register_fake
-def _(*_arguments: object) -> None:
-    pass
+# ---- public -------------------------------------------------------------------------------------
 
 
 def wipe_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
@@ -64,7 +94,7 @@ class _TaskEmbedding(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, ...]:
         (index,) = ctx.saved_tensors
         embedding_task_gradients_(grad_output, index, ctx.rows, ctx.offsets)
         return None, None, None, None

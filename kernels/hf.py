@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import flash_attn_varlen_func
-from .layer_norm import FusedLayerNorm
+from .layer_norm_doors import FusedLayerNorm
 from .padding import pad_input
 
 IMPLEMENTATION = "superbert"

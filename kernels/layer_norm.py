@@ -15,15 +15,21 @@ weight and bias there; without, their sum is the usual gradient.
 
 from collections.abc import Callable
 from itertools import pairwise
-from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _extension  # noqa: F401  (registers the operators)
 from .dropout import check_dropout, dropout, new_seed
 from .implementation import declare
+from .layer_norm_parameters import (
+    check_parameter,
+    parameter_gradients,
+    parameter_rows,
+    save,
+    task_arguments,
+)
 from .task_rows import TaskRows, TaskSegments
 
 _ops = torch.ops.superbert
@@ -98,60 +104,31 @@ def _add_backward_fake(_grad_out: Tensor, hidden: Tensor, *_: object) -> tuple[T
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
 
 
-def _save(ctx: Any, tensors: tuple[Tensor | None, ...], task_arguments: list[Any]) -> None:
-    ctx.save_for_backward(*tensors)
-    # Not saved tensors: each backward overwrites them, which is their purpose.
-    *ctx.rows, ctx.offsets, ctx.accumulate = task_arguments
-
-
-def _parameter_rows(
-    ctx: Any, weight: Tensor | None, bias: Tensor | None, num_rows: int
-) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
-    """Where the parameters' gradients go: the task rows, or a row of their own for all rows."""
-    if ctx.rows[0] is not None:
-        weight_rows, bias_rows = ctx.rows
-        return weight_rows, bias_rows, ctx.offsets, ctx.accumulate
-    fresh = [None if p is None else p.new_empty((1, p.shape[0])) for p in (weight, bias)]
-    return fresh[0], fresh[1], (0, num_rows), False
-
-
-def _parameter_gradients(
-    ctx: Any, weight_rows: Tensor | None, bias_rows: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """What autograd gets for weight and bias: None when the gradients are in the task rows."""
-    if ctx.rows[0] is not None:
-        return None, None
-    return (
-        None if weight_rows is None else weight_rows[0],
-        None if bias_rows is None else bias_rows[0],
-    )
-
-
 def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, _eps, *task_arguments = inputs
     _, mean, rstd = output
-    _save(ctx, (x, weight, bias, mean, rstd), task_arguments)
+    save(ctx, (x, weight, bias, mean, rstd), task_arguments)
     ctx.mark_non_differentiable(mean, rstd)
 
 
 def _layer_norm_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
-    task_arguments = _parameter_rows(ctx, weight, bias, mean.numel())
+    task_arguments = parameter_rows(ctx, weight, bias, mean.numel())
     grad = _ops.layer_norm_backward(grad_out, hidden, weight, mean, rstd, *task_arguments)
-    return grad, *_parameter_gradients(ctx, *task_arguments[:2]), *[None] * 5
+    return grad, *parameter_gradients(ctx, *task_arguments[:2]), *[None] * 5
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _x, _residual, x_bias, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.stream, *rest = inputs
     _, hidden, mean, rstd = output
     ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
-    _save(ctx, (hidden, weight, bias, mean, rstd), rest)
+    save(ctx, (hidden, weight, bias, mean, rstd), rest)
     ctx.mark_non_differentiable(hidden, mean, rstd)
 
 
 def _add_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
-    task_arguments = _parameter_rows(ctx, weight, bias, mean.numel())
+    task_arguments = parameter_rows(ctx, weight, bias, mean.numel())
     arguments = (grad_out, hidden, weight, mean, rstd, *task_arguments)
     if ctx.dropout_p > 0:
         grad_residual, grad_x = _ops.dropout_add_layer_norm_backward(
@@ -162,7 +139,7 @@ def _add_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None
     grad_x_bias = None
     if ctx.x_bias_dtype is not None:
         grad_x_bias = grad_x.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.x_bias_dtype)
-    gradients = _parameter_gradients(ctx, *task_arguments[:2])
+    gradients = parameter_gradients(ctx, *task_arguments[:2])
     return grad_x, grad_residual, grad_x_bias, *gradients, *[None] * 8
 
 
@@ -231,39 +208,6 @@ torch.library.register_autograd(
 
 # ---- public -------------------------------------------------------------------------------------
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:
-    if parameter is None:
-        return
-    if parameter.shape != x.shape[-1:]:
-        raise ValueError(f"{name}: expected [{x.shape[-1]}], got {list(parameter.shape)}")
-    if parameter.device != x.device:
-        raise ValueError(f"{name}: expected on {x.device}, got {parameter.device}")
-    if parameter.dtype not in _DTYPES:
-        raise ValueError(f"{name}: expected a floating dtype, got {parameter.dtype}")
-
-
-def _task_arguments(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rows: TaskRows | None,
-    segments: TaskSegments | None,
-) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
-    """Check what all the functions share; return the operators' arguments that speak of tasks."""
-    if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in _DTYPES:
-        raise ValueError(f"x: expected floating [..., width], got {x.dtype} {list(x.shape)}")
-    _check_parameter("weight", weight, x)
-    _check_parameter("bias", bias, x)
-    if rows is None:
-        return None, None, (), False
-    if weight is None or x.dim() != 2:
-        raise ValueError("rows: task gradients need a weight and x of shape [tokens, width]")
-    segments = rows.checked(segments, weight, bias, x)
-    return rows.weight, rows.bias, segments.offsets, segments.accumulate
-
 
 def layer_norm(
     x: Tensor,
@@ -290,7 +234,7 @@ def layer_norm(
     Raises:
         ValueError: a shape, dtype or device that does not fit; the message names it.
     """
-    tasks = _task_arguments(x, weight, bias, rows, segments)
+    tasks = task_arguments(x, weight, bias, rows, segments)
     if x.dtype == torch.float64:
         return layer_norm_reference(x, weight, bias, eps, rows, segments)
     out: Tensor = _ops.layer_norm(x, weight, bias, eps, *tasks)[0]
@@ -342,8 +286,8 @@ def dropout_add_layer_norm(
     if x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    tasks = _task_arguments(x, weight, bias, rows, segments)
-    _check_parameter("x_bias", x_bias, x)
+    tasks = task_arguments(x, weight, bias, rows, segments)
+    check_parameter("x_bias", x_bias, x)
     check_dropout(dropout_p, seed, stream, x.device)
     p = dropout_p if training else 0.0
     if x.dtype == torch.float64:
@@ -356,56 +300,3 @@ def dropout_add_layer_norm(
         x, residual, x_bias, weight, bias, p, eps, seed, stream, *tasks
     )[0]
     return out
-
-
-class FusedLayerNorm(nn.Module):
-    """Layer norm as a module, with the arguments of apex's and torch's.
-
-    Args:
-        normalized_shape: width of the last dimension, as a number or a sequence of one.
-        eps: added to the variance.
-        elementwise_affine: whether there is a weight and a bias.
-        memory_efficient: accepted for apex's sake; nothing more is kept than the input, which the
-            caller keeps anyway.
-
-    Raises:
-        ValueError: more than one normalised dimension.
-    """
-
-    def __init__(
-        self,
-        normalized_shape: int | tuple[int, ...] | list[int] | torch.Size,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        memory_efficient: bool = False,
-    ) -> None:
-        super().__init__()
-        shape = (
-            (int(normalized_shape),)
-            if isinstance(normalized_shape, Integral)
-            else tuple(normalized_shape)  # type: ignore[arg-type]
-        )
-        if len(shape) != 1:
-            raise ValueError(f"normalized_shape: expected one dimension, got {shape}")
-        self.normalized_shape = shape
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
-        self.memory_efficient = memory_efficient
-        if elementwise_affine:
-            self.weight = nn.Parameter(torch.ones(shape))
-            self.bias = nn.Parameter(torch.zeros(shape))
-        else:
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x [..., N]``."""
-        if x.shape[-1:] != self.normalized_shape:
-            raise ValueError(f"x: expected [..., {self.normalized_shape[0]}], got {list(x.shape)}")
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-    def extra_repr(self) -> str:
-        """The arguments, as torch's own layer norm shows them."""
-        return (
-            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
-        )

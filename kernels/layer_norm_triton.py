@@ -9,6 +9,7 @@ their order, so the result has the same bits every time.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, ignore-missing-imports
 # ruff: noqa: N803
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Parameters(NamedTuple):
 
 
 @triton.jit
-def _tile(first_row, row_end, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def tile(first_row, row_end, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Rows, columns, element numbers and mask of a tile of whole rows."""
     rows = first_row + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_N)
@@ -42,7 +43,7 @@ def _tile(first_row, row_end, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.c
 
 
 @triton.jit
-def _tile_factors(rows, stream, dropout, N: tl.constexpr, BLOCK_N: tl.constexpr):
+def row_factors(rows, stream, dropout, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout factors of whole rows."""
     start = rows.to(tl.int64) * N
     if N % 4 == 0:  # a row starts with a quad
@@ -51,6 +52,30 @@ def _tile_factors(rows, stream, dropout, N: tl.constexpr, BLOCK_N: tl.constexpr)
         elements = start[:, None] + tl.arange(0, BLOCK_N)[None, :]
         factors = scattered_factors(elements, stream, dropout)
     return factors
+
+
+@triton.jit
+def normalize(
+    h,
+    mask,
+    columns,
+    parameters,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Output, mean and rstd of a tile of whole rows, the variance in two passes."""
+    h = tl.where(mask, h, 0.0)
+    mean = tl.sum(h, 1) / N
+    deviation = tl.where(mask, h - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / N + eps)
+    y = deviation * rstd[:, None]
+    if HAS_WEIGHT:
+        y *= tl.load(parameters.weight + columns, mask=columns < N, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(parameters.bias + columns, mask=columns < N, other=0.0).to(tl.float32)
+    return y, mean, rstd
 
 
 @triton.jit(do_not_specialize=["num_rows", "stream"])
@@ -75,30 +100,34 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    rows, columns, elements, mask = _tile(tl.program_id(0) * ROWS, num_rows, N, ROWS, BLOCK_N)
+    rows, columns, elements, mask = tile(tl.program_id(0) * ROWS, num_rows, N, ROWS, BLOCK_N)
     h = tl.load(x + elements, mask=mask, other=0.0).to(tl.float32)
     if HAS_X_BIAS:
         h += tl.load(parameters.x_bias + columns, mask=columns < N, other=0.0).to(tl.float32)
     if DROPOUT:
-        h *= _tile_factors(rows, stream, dropout, N, BLOCK_N)
+        h *= row_factors(rows, stream, dropout, N, BLOCK_N)
     if HAS_RESIDUAL:
         h += tl.load(residual + elements, mask=mask, other=0.0).to(tl.float32)
         tl.store(hidden + elements, h.to(hidden.dtype.element_ty), mask=mask)
-    h = tl.where(mask, h, 0.0)
-    row_mean = tl.sum(h, 1) / N
-    deviation = tl.where(mask, h - row_mean[:, None], 0.0)
-    row_rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / N + eps)
+    y, row_mean, row_rstd = normalize(h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, N)
     tl.store(mean + rows, row_mean, mask=rows < num_rows)
     tl.store(rstd + rows, row_rstd, mask=rows < num_rows)
-    y = deviation * row_rstd[:, None]
-    if HAS_WEIGHT:
-        y *= tl.load(parameters.weight + columns, mask=columns < N, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(parameters.bias + columns, mask=columns < N, other=0.0).to(tl.float32)
     tl.store(out + elements, y.to(out.dtype.element_ty), mask=mask)
 
 
 # ---- backward -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def grad_of_rows(dy, h, w, mean, rstd, rows, row_end, mask, N: tl.constexpr):
+    """Give dh and xhat of a tile of whole rows."""
+    row_mean = tl.load(mean + rows, mask=rows < row_end, other=0.0)
+    row_rstd = tl.load(rstd + rows, mask=rows < row_end, other=0.0)
+    xhat = tl.where(mask, (h - row_mean[:, None]) * row_rstd[:, None], 0.0)
+    g = dy * w[None, :]
+    mean_g = tl.sum(g, 1) / N
+    mean_gx = tl.sum(g * xhat, 1) / N
+    return row_rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None]), xhat
 
 
 @triton.jit(do_not_specialize=["row_begin", "row_end", "rows_per_program", "stream"])
@@ -133,19 +162,13 @@ def _backward_kernel(
     if HAS_WEIGHT:
         w = tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)
     for first_row in range(begin, end, ROWS):
-        rows, columns, elements, mask = _tile(first_row, end, N, ROWS, BLOCK_N)
+        rows, columns, elements, mask = tile(first_row, end, N, ROWS, BLOCK_N)
         dy = tl.load(grad_out + elements, mask=mask, other=0.0).to(tl.float32)
         h = tl.load(hidden + elements, mask=mask, other=0.0).to(tl.float32)
-        row_mean = tl.load(mean + rows, mask=rows < end, other=0.0)
-        row_rstd = tl.load(rstd + rows, mask=rows < end, other=0.0)
-        xhat = tl.where(mask, (h - row_mean[:, None]) * row_rstd[:, None], 0.0)
-        g = dy * w[None, :]
-        mean_g = tl.sum(g, 1) / N
-        mean_gx = tl.sum(g * xhat, 1) / N
-        dh = row_rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None])
+        dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, N)
         tl.store(grad_hidden + elements, dh.to(grad_hidden.dtype.element_ty), mask=mask)
         if DROPOUT:
-            dx = dh * _tile_factors(rows, stream, dropout, N, BLOCK_N)
+            dx = dh * row_factors(rows, stream, dropout, N, BLOCK_N)
             tl.store(grad_x + elements, dx.to(grad_x.dtype.element_ty), mask=mask)
         if PARTIALS:
             grad_weight += tl.sum(dy * xhat, 0)
@@ -201,7 +224,8 @@ _MAX_PROGRAMS = 512
 _DROPOUT_BLOCK = 4096
 
 
-def _constants(width: int, dropout_p: float) -> dict[str, Any]:
+def constants_of(width: int, dropout_p: float) -> dict[str, Any]:
+    """Constexpr arguments and launch settings for rows of ``width`` columns."""
     block = max(16, triton.next_power_of_2(width))
     rows = max(1, _TILE_ELEMENTS // block)
     return {
@@ -211,6 +235,53 @@ def _constants(width: int, dropout_p: float) -> dict[str, Any]:
         "BLOCK_N": block,
         "num_warps": 8 if block >= 2048 else 4,
     }
+
+
+def rows_by_task(
+    launch: Callable[[int, int, int, Tensor | None], None],
+    num_rows: int,
+    rows_at_once: int,
+    weight_rows: Tensor | None,
+    bias_rows: Tensor | None,
+    offsets: tuple[int, ...],
+    accumulate: bool,
+    *,
+    like: Tensor,
+) -> None:
+    """Run a backward kernel task by task, and sum what it gives for weight and bias.
+
+    Args:
+        launch: called with a number of programs, the rows ``begin`` to ``end`` that they share, and
+            where each leaves its sums (``[programs, 2, N]``; None: nowhere).
+        num_rows: rows of the stream; those of no task are run too.
+        rows_at_once: rows of a tile.
+        weight_rows: ``[K, N]``, written or added to, or None.
+        bias_rows: ``[K, N]``, likewise.
+        offsets: ``K + 1`` row numbers; not read when both rows are None.
+        accumulate: add to the rows.
+        like: ``[..., N]``, tells width and device.
+    """
+
+    def run(begin: int, end: int, partials: Tensor | None) -> int:
+        programs = min(triton.cdiv(end - begin, rows_at_once), _MAX_PROGRAMS)
+        if programs > 0:
+            launch(programs, begin, end, partials)
+        return programs
+
+    if weight_rows is None and bias_rows is None:
+        run(0, num_rows, None)
+        return
+    width = like.shape[-1]
+    partials = like.new_empty((_MAX_PROGRAMS, 2, width), dtype=torch.float32)
+    run(0, offsets[0], None)
+    for task, (begin, end) in enumerate(pairwise(offsets)):
+        programs = run(begin, end, partials)
+        for which, rows in enumerate((weight_rows, bias_rows)):
+            if rows is not None:
+                _sum_partials_kernel[(triton.cdiv(width, 64),)](
+                    partials, rows[task], programs, accumulate, which, width, 32, 64
+                )
+    run(offsets[-1], num_rows, None)
 
 
 def forward(
@@ -233,7 +304,7 @@ def forward(
     num_rows = mean.numel()
     if num_rows == 0:
         return out, hidden, mean, rstd
-    constants = _constants(width, dropout_p)
+    constants = constants_of(width, dropout_p)
     _forward_kernel[(triton.cdiv(num_rows, constants["ROWS"]),)](
         x,
         None if residual is None else residual.contiguous(),
@@ -271,18 +342,13 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the hidden rows and of x; without dropout they are one tensor."""
     hidden, grad_out = hidden.contiguous(), grad_out.contiguous()
-    width, num_rows = hidden.shape[-1], mean.numel()
+    num_rows = mean.numel()
     grad_hidden = torch.empty_like(hidden)
     grad_x = torch.empty_like(hidden) if dropout_p > 0 else grad_hidden
-    constants = _constants(width, dropout_p)
+    constants = constants_of(hidden.shape[-1], dropout_p)
     dropout = DropoutArguments.of(dropout_p, seed)
 
-    def run(begin: int, end: int, partials: Tensor | None) -> int:
-        """Rows ``begin:end``; returns how many partial rows they gave."""
-        rows = end - begin
-        programs = min(triton.cdiv(rows, constants["ROWS"]), _MAX_PROGRAMS)
-        if programs == 0:
-            return 0
+    def launch(programs: int, begin: int, end: int, partials: Tensor | None) -> None:
         _backward_kernel[(programs,)](
             grad_out,
             hidden,
@@ -294,28 +360,16 @@ def backward(
             partials,
             begin,
             end,
-            triton.cdiv(rows, programs),
+            triton.cdiv(end - begin, programs),
             dropout,
             stream,
             HAS_WEIGHT=weight is not None,
             PARTIALS=partials is not None,
             **constants,
         )
-        return programs
 
-    if weight_rows is None and bias_rows is None:
-        run(0, num_rows, None)
-        return grad_hidden, grad_x
-    partials = hidden.new_empty((_MAX_PROGRAMS, 2, width), dtype=torch.float32)
-    run(0, offsets[0], None)
-    for task, (begin, end) in enumerate(pairwise(offsets)):
-        programs = run(begin, end, partials)
-        for which, rows in enumerate((weight_rows, bias_rows)):
-            if rows is not None:
-                _sum_partials_kernel[(triton.cdiv(width, 64),)](
-                    partials, rows[task], programs, accumulate, which, width, 32, 64
-                )
-    run(offsets[-1], num_rows, None)
+    parameters = (weight_rows, bias_rows, offsets, accumulate)
+    rows_by_task(launch, num_rows, constants["ROWS"], *parameters, like=hidden)
     return grad_hidden, grad_x
 
 

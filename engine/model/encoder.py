@@ -118,18 +118,30 @@ class Embeddings(nn.Module):
         seed: Tensor | None,
     ) -> Tensor:
         """Embed the stream's tokens, ``[T, H]``."""
-        total = (
-            self.word(batch.input_ids, segments)
-            + self.position(batch.position_ids, segments)
-            + self.token_type(batch.token_type_ids, segments)
-        )
-        return kernels.dropout(
-            self.norm(total, segments),
-            self.dropout_p,
+        return kernels.embedding_layer_norm(
+            batch.input_ids,
+            batch.position_ids,
+            batch.token_type_ids,
+            self.word.weight,
+            self.position.weight,
+            self.token_type.weight,
+            self.norm.weight,
+            self.norm.bias,
+            dropout_p=self.dropout_p,
+            eps=self.norm.eps,
             training=self.training,
             seed=seed,
             stream=_EMBEDDING_SITE,
+            rows=None if segments is None else self._rows(),
+            segments=segments,
         )
+
+    def _rows(self) -> kernels.EmbeddingRows | None:
+        """Where the task gradients go; None in a model that has no gradient rows."""
+        word, position, token_type = self.word.rows, self.position.rows, self.token_type.rows
+        if word is None or position is None or token_type is None or self.norm.rows is None:
+            return None
+        return kernels.EmbeddingRows(word, position, token_type, self.norm.rows)
 
     def wipe_rows(self, batch: TokenStream, offsets: tuple[int, ...]) -> None:
         """Zero the gradient rows that this batch's backward pass has touched."""

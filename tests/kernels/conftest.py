@@ -1,6 +1,7 @@
 """Fixtures of the kernels' tests."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ def poisoned_memory() -> None:
     A kernel that forgets to write part of its output then fails, instead of passing because fresh
     memory happens to be zero.
     """
-    for size in (64, 512, 4096, 32_768, 262_144):
-        blocks = [torch.full((size,), torch.nan) for _ in range(16)]
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device, size in product(devices, (64, 512, 4096, 32_768, 262_144)):
+        blocks = [torch.full((size,), torch.nan, device=device) for _ in range(16)]
         del blocks

@@ -6,6 +6,8 @@ import torch
 from kernels import dropout
 from kernels.dropout import attention_dropout_factors, dropout_factors, philox_reference
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = torch.tensor(-0x123456789ABCDEF)
 

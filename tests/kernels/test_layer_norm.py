@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from kernels import (
@@ -15,8 +14,9 @@ from kernels import (
     TaskSegments,
     dropout_add_layer_norm,
     layer_norm,
+    layer_norm_fn,
 )
-from kernels.dropout import dropout_factors
+from kernels.dropout import dropout_factors, new_seed
 
 from .rounding import assert_within_twice
 
@@ -258,6 +258,45 @@ def test_module_has_the_parameters_of_torchs() -> None:
         ours(torch.randn(3, 25))
 
 
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_layer_norm_fn_is_flash_attns_post_norm(out_dtype: torch.dtype | None) -> None:
+    x, residual = torch.randn(6, 16).bfloat16(), torch.randn(6, 16)
+    weight, bias = torch.randn(2, 16)
+    out = layer_norm_fn(x, weight, bias, residual, eps=1e-12, out_dtype=out_dtype)
+    expected = dropout_add_layer_norm(x, residual, weight, bias)
+    assert torch.equal(out, expected.to(out_dtype or x.dtype))
+    alone = layer_norm_fn(x, weight, None)
+    assert torch.equal(alone, layer_norm(x, weight, None, 1e-6))
+    torch.manual_seed(1)
+    dropped = layer_norm_fn(x, weight, bias, dropout_p=0.5)
+    torch.manual_seed(1)
+    seed = new_seed(x.device)
+    zeros = torch.zeros_like(x)
+    options = {"dropout_p": 0.5, "eps": 1e-6, "seed": seed}
+    fused = dropout_add_layer_norm(x, zeros, weight, bias, **options)
+    torch.testing.assert_close(dropped, fused, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"x1": torch.ones(1)},
+        {"weight1": torch.ones(1)},
+        {"bias1": torch.ones(1)},
+        {"rowscale": torch.ones(1)},
+        {"prenorm": True},
+        {"zero_centered_weight": True},
+        {"is_rms_norm": True},
+        {"return_dropout_mask": True},
+        {"out": torch.ones(1)},
+        {"residual_out": torch.ones(1)},
+    ],
+)
+def test_what_layer_norm_fn_does_not_support_says_so(option: dict) -> None:
+    with pytest.raises(NotImplementedError, match=f"^{next(iter(option))}:"):
+        layer_norm_fn(X, torch.ones(8), None, **option)
+
+
 X = torch.randn(4, 8)
 
 
@@ -307,35 +346,3 @@ def test_operator_checks(by_task: bool) -> None:
         ops.dropout_add_layer_norm.default,
         (x, residual, bias, weight, bias, 0.1, 1e-12, SEED, 0, *tasks),
     )
-
-
-def test_one_compilation_serves_all_token_counts() -> None:
-    torch._dynamo.reset()
-    counters.clear()
-    parameter = torch.ones(32, requires_grad=True)
-
-    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
-    def function(x: Tensor, rows: TaskRows, offsets: tuple[int, ...]) -> Tensor:
-        return dropout_add_layer_norm(
-            *(x * 2, x, parameter, parameter),
-            dropout_p=0.1,
-            seed=SEED,
-            rows=rows,
-            segments=TaskSegments(offsets),
-        )
-
-    for count in range(10, 110, 10):
-        x = torch.randn(count, 32, requires_grad=True)
-        compiled, eager = task_rows(2, 32), task_rows(2, 32)
-        offsets = (0, count // 2, count - 1)
-        function(x, compiled, offsets).sum().backward()
-        out = dropout_add_layer_norm(
-            *(x * 2, x, parameter, parameter),
-            dropout_p=0.1,
-            seed=SEED,
-            rows=eager,
-            segments=TaskSegments(offsets),
-        )
-        out.sum().backward()
-        assert torch.equal(compiled.weight, eager.weight)
-    assert counters["stats"]["unique_graphs"] == 1

@@ -5,6 +5,8 @@ import torch
 
 from kernels.padding import pad_input, unpad_input
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 MASK = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
 
 

@@ -4,10 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dropout_add_layer_norm, flash_attn_varlen_qkvpacked_func
+from kernels import checked_values, dropout_add_layer_norm, flash_attn_varlen_qkvpacked_func
 
+from .doors import DOORS, Stream
 from .rounding import assert_within_twice
-from .triton_cases import test_attention, test_dropout, test_layer_norm  # noqa: F401
+from .triton_cases import (  # noqa: F401
+    test_attention,
+    test_attention_with_more_sequences_than_a_grid_has_rows,
+    test_attention_with_offsets_beyond_32_bits,
+    test_dropout,
+    test_embedding_layer_norm,
+    test_embedding_task_gradients,
+    test_layer_norm,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -60,14 +69,31 @@ def test_layer_norm_agrees_with_the_cpu(dtype: torch.dtype) -> None:
         assert_within_twice(*tensors)
 
 
-def test_no_call_waits_for_the_device() -> None:
-    cu_seqlens = torch.tensor([0, 18, 40], dtype=torch.int32, device="cuda")
-    qkv = torch.randn(48, 3, 2, 32, device="cuda", requires_grad=True)
-    weight = torch.ones(64, device="cuda", requires_grad=True)
+@pytest.mark.parametrize("door", DOORS)
+def test_layers_agree_with_the_cpu(door: str) -> None:
+    cpu = Stream.of(65)
+    gpu = cpu.to("cuda")
+    for found, expected in zip(gpu.run(DOORS[door]), cpu.run(DOORS[door]), strict=True):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_values_are_checked_on_demand() -> None:
+    qkv = torch.randn(8, 3, 2, 32, device="cuda")
+    boundaries = torch.tensor([0, 9], dtype=torch.int32, device="cuda")
+    with checked_values(), pytest.raises(ValueError, match="within the 8 rows"):
+        flash_attn_varlen_qkvpacked_func(qkv, boundaries, 8)
+    stream = Stream.of(9, "cuda")
+    stream.ids[3] = 50
+    with checked_values(), pytest.raises(ValueError, match="word_ids: expected 0 <= index < 50"):
+        DOORS["embedding_layer_norm"](stream)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_no_call_waits_for_the_device(door: str) -> None:
+    stream = Stream.of(65, "cuda")
 
     def step() -> None:
-        out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 22, 0.1).flatten(1)
-        dropout_add_layer_norm(out, out, weight, weight, dropout_p=0.1).sum().backward()
+        stream.run(DOORS[door])
 
     step()  # compiles
     torch.cuda.set_sync_debug_mode("error")

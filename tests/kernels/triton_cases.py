@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import attention_triton, layer_norm_triton
+from kernels import (
+    attention_triton,
+    embedding_layer_norm_triton,
+    embedding_triton,
+    layer_norm_triton,
+)
 from kernels.attention import attention_reference
 from kernels.dropout import attention_dropout_factors, dropout_factors
 
@@ -103,6 +108,36 @@ class AttentionCase:
         return [out, lse.masked_fill(lse.isneginf(), 0), *grads]
 
 
+def test_attention_with_more_sequences_than_a_grid_has_rows(device: str) -> None:
+    lengths = [0] * 70_000
+    lengths[123], lengths[-1] = 5, 9
+    qkv = torch.randn(14, 3, 1, 32, device=device)
+    few, many = (
+        attention_triton.forward(*qkv.unbind(1), cu, cu, 0.0, 0.2, False, None, 0)
+        for cu in (boundaries([5, 9], device), boundaries(lengths, device))
+    )
+    for one, other in zip(few, many, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_attention_with_offsets_beyond_32_bits(device: str) -> None:
+    """Rows 2^28 elements apart; the memory between them is never touched."""
+    row, cu_seqlens = 2**28, boundaries([5, 6], device)
+    near = torch.randn(11, 3, 1, 32, device=device).half()
+    far = torch.empty(11 * row, dtype=torch.float16, device=device)
+    far = far.as_strided((11, 3, 1, 32), (row, 32, 32, 1)).copy_(near)
+    options = (cu_seqlens, cu_seqlens, 0.0, 0.2, False, None, 0)
+    results = []
+    for qkv in (near, far):
+        out, lse = attention_triton.forward(*qkv.unbind(1), *options)
+        grads = [torch.empty_like(near[:, 0]) for _ in range(3)]
+        inputs = (*qkv.unbind(1), out, lse)
+        attention_triton.backward(torch.ones_like(out), *inputs, *options, grads=tuple(grads))
+        results.append([out, lse, *grads])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(("width", "p"), [(13, 0.0), (13, 0.3), (384, 0.3)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_layer_norm(width: int, p: float, fused: bool, device: str) -> None:
@@ -139,6 +174,62 @@ def test_layer_norm(width: int, p: float, fused: bool, device: str) -> None:
     once = rows.clone()
     layer_norm_triton.backward(*arguments, True, p, seed, 4)
     torch.testing.assert_close(rows, 2 * once, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("width", "p"), [(13, 0.0), (384, 0.3)])
+def test_embedding_layer_norm(width: int, p: float, device: str) -> None:
+    num_rows, offsets = 150, (0, 70, 70, 71, 140)
+    ids = [torch.randint(0, count, (num_rows,), device=device) for count in (50, 40, 2)]
+    leaves = [torch.randn(count, width, device=device) for count in (50, 40, 2)]
+    leaves += [1 + 0.2 * torch.randn(width, device=device), torch.randn(width, device=device)]
+    grad_out = torch.randn(num_rows, width, device=device)
+    seed = torch.tensor(7, device=device)
+    factors = dropout_factors(grad_out.numel(), p, seed, 4).view_as(grad_out)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        *tables, weight, bias = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+        h = sum(table[index] for index, table in zip(ids, tables, strict=True))
+        out = F.layer_norm(h, (width,), weight, bias, 1e-12) * factors.to(dtype)
+        (grad_sum,) = torch.autograd.grad(out, h, grad_out.to(dtype), retain_graph=True)
+        tasks = []
+        for begin, end in pairwise(offsets):
+            own = torch.zeros_like(out)
+            own[begin:end] = grad_out[begin:end]
+            tasks.append(
+                torch.cat(torch.autograd.grad(out, (weight, bias), own, retain_graph=True))
+            )
+        return [out.detach(), grad_sum, torch.stack(tasks)]
+
+    arguments = (*leaves[3:], p, 1e-12, seed, 4)
+    out, mean, rstd = embedding_layer_norm_triton.forward(ids, leaves[:3], *arguments)
+    rows = torch.full((4, 2 * width), torch.nan, device=device)
+    grad_sum = embedding_layer_norm_triton.backward(
+        *(grad_out, ids, leaves[:3], leaves[3], mean, rstd),
+        *(rows[:, :width], rows[:, width:], offsets, False, p, seed, 4),
+    )
+    exact, torchs = reference(torch.float64), reference(torch.float32)
+    for tensors in zip([out, grad_sum, rows], torchs, exact, strict=True):
+        assert_within_twice(*tensors)
+
+
+# A table of one row, whose run is longer than a piece of pieces; a few rows; words.
+@pytest.mark.parametrize(("tokens", "table_rows"), [(1200, 1), (300, 3), (100, 1000), (0, 5)])
+@pytest.mark.parametrize("width", [13, 200])
+def test_embedding_task_gradients(tokens: int, table_rows: int, width: int, device: str) -> None:
+    offsets = (2, tokens // 3, tokens // 3, tokens - 3) if tokens else (0, 0, 0, 0)
+    index = torch.randint(0, table_rows, (tokens,), device=device)
+    grad = torch.randn(tokens, width, device=device)
+    rows = torch.ones(3, table_rows * width + 5, device=device)[:, 5:].unflatten(
+        1, (table_rows, width)
+    )
+    expected = rows.double()
+    torchs = rows.clone()
+    for task, (begin, end) in enumerate(pairwise(offsets)):
+        for result in (expected, torchs):
+            source = grad[begin:end].to(result.dtype)
+            result[task].index_put_((index[begin:end],), source, accumulate=True)
+    embedding_triton.add_task_gradients_(grad, index, rows, offsets)
+    assert_within_twice(rows, torchs, expected)
 
 
 @pytest.mark.parametrize("count", [0, 3, 4096, 5001])

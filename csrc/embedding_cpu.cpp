@@ -1,0 +1,204 @@
+// The CPU side of the embedding ops; kernels/embedding.py and kernels/embedding_layer_norm.py
+// document them.
+#include "embedding.h"
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "check.h"
+#include "layer_norm_border.h"
+#include "tensor_border.h"
+
+namespace superbert {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const int64_t* index_data(const Tensor& index) {
+  return static_cast<const int64_t*>(index.const_data_ptr());
+}
+
+void check_index(const char* name, const Tensor& index, int64_t table_rows) {
+  check(index.dim() == 1 && index.scalar_type() == ScalarType::Long && index.is_contiguous(), name,
+        ": expected contiguous int64 [tokens]");
+  const int64_t* rows = index_data(index);
+  for (int64_t t = 0; t < index.numel(); ++t) {
+    check(0 <= rows[t] && rows[t] < table_rows, name, ": expected 0 <= index < ", table_rows,
+          ", got ", rows[t], " at position ", t);
+  }
+}
+
+// ---- gradients of a table -----------------------------------------------------------------------
+
+// Stream rows of one task that looked up the same table row: places[first .. first + count].
+struct Group {
+  int64_t task, table_row, first, count;
+};
+
+// Sorts the stream rows of each task by the table row that they looked up.
+std::vector<Group> make_groups(const int64_t* index, const Offsets& offsets,
+                               std::vector<int64_t>& stream_rows) {
+  std::vector<Group> groups;
+  std::vector<std::pair<int64_t, int64_t>> lookups;
+  for (size_t task = 0; task + 1 < offsets.size(); ++task) {
+    lookups.clear();
+    for (int64_t t = offsets[task]; t < offsets[task + 1]; ++t) lookups.emplace_back(index[t], t);
+    std::sort(lookups.begin(), lookups.end());
+    for (const auto& [table_row, stream_row] : lookups) {
+      const int64_t place = static_cast<int64_t>(stream_rows.size());
+      const bool same = !groups.empty() && groups.back().task == static_cast<int64_t>(task) &&
+                        groups.back().table_row == table_row;
+      if (!same) groups.push_back({static_cast<int64_t>(task), table_row, place, 0});
+      ++groups.back().count;
+      stream_rows.push_back(stream_row);
+    }
+  }
+  return groups;
+}
+
+void embedding_task_gradients(Tensor grad_output, Tensor index, Tensor rows, Offsets offsets) {
+  check(rows.dim() == 3 && rows.stride(2) == 1 && rows.stride(1) == rows.size(2),
+        "rows: expected [tasks, N, H] with contiguous tables");
+  check(offsets.empty() || static_cast<int64_t>(offsets.size()) == rows.size(0) + 1,
+        "offsets: expected tasks + 1 row numbers");
+  check(grad_output.dim() == 2 && grad_output.size(0) == index.numel() &&
+            grad_output.size(1) == rows.size(2) && grad_output.scalar_type() == rows.scalar_type(),
+        "grad_output: expected [tokens, H] in the dtype of rows");
+  check_index("index", index, rows.size(1));
+  check_offsets(offsets, index.numel());
+  const Tensor gradient = torch::stable::contiguous(grad_output);
+  const int64_t width = rows.size(2);
+  const int64_t table_bytes = rows.stride(0) * static_cast<int64_t>(rows.element_size());
+  const TableGradient call{storage_of("rows", rows), width, gradient.data_ptr(), rows.data_ptr()};
+
+  std::vector<int64_t> stream_rows;
+  stream_rows.reserve(index.numel());
+  const std::vector<Group> groups = make_groups(index_data(index), offsets, stream_rows);
+  constexpr int64_t kColumns = EmbeddingKernels::kColumns;
+  const int64_t blocks = (width + kColumns - 1) / kColumns;
+  const auto& kernels = embedding_kernels();
+  parallel_items(
+      static_cast<int64_t>(groups.size()) * blocks, [] { return 0; },
+      [&](int, int64_t item) {
+        const Group& group = groups[item / blocks];
+        const int64_t begin = item % blocks * kColumns;
+        TableGradient own = call;
+        own.table = static_cast<char*>(call.table) + group.task * table_bytes;
+        kernels.add_to_row(own, stream_rows.data() + group.first, group.count, group.table_row,
+                           begin, std::min(begin + kColumns, width));
+      });
+}
+
+// ---- sum of embeddings and layer norm -----------------------------------------------------------
+
+// The tensors of an EmbeddingSum, checked; they live as long as it is used.
+class Embedded {
+ public:
+  Embedded(const Tensor& word_ids, const Tensor& position_ids, const Tensor& token_type_ids,
+           const Tensor& word, const Tensor& position, const Tensor& token_type)
+      : indices_{word_ids, position_ids, token_type_ids},
+        tables_{torch::stable::contiguous(word), torch::stable::contiguous(position),
+                torch::stable::contiguous(token_type)} {
+    static constexpr const char* kNames[] = {"word_ids", "position_ids", "token_type_ids"};
+    for (int table = 0; table < EmbeddingSum::kTables; ++table) {
+      check_index(kNames[table], indices_[table], tables_[table].size(0));
+      check(indices_[table].numel() == rows(), kNames[table], ": expected as many as word_ids");
+      sum_.tables[table] = tables_[table].const_data_ptr();
+      sum_.indices[table] = index_data(indices_[table]);
+    }
+  }
+
+  const EmbeddingSum* sum() const { return &sum_; }
+  Storage storage() const { return storage_of("word", tables_[0]); }
+  int64_t rows() const { return indices_[0].numel(); }
+  int64_t width() const { return tables_[0].size(1); }
+
+ private:
+  Tensor indices_[EmbeddingSum::kTables], tables_[EmbeddingSum::kTables];
+  EmbeddingSum sum_;
+};
+
+std::tuple<Tensor, Tensor, Tensor>
+embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,
+                     Tensor position, Tensor token_type, std::optional<Tensor> weight,
+                     std::optional<Tensor> bias, double dropout_p, double eps,
+                     std::optional<Tensor> seed, int64_t stream, std::optional<Tensor>,
+                     std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+                     std::optional<Tensor>, Offsets, bool) {
+  const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
+  const Parameter gamma(weight), beta(bias);
+  Tensor out = torch::stable::new_empty(word, {embedded.rows(), embedded.width()});
+  Tensor mean = torch::stable::new_empty(word, {embedded.rows()}, ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(word, {embedded.rows()}, ScalarType::Float);
+  LayerNormCall call{};
+  call.storage = embedded.storage();
+  call.rows = embedded.rows();
+  call.width = embedded.width();
+  call.embedding = embedded.sum();
+  call.weight = gamma.data();
+  call.bias = beta.data();
+  call.eps = static_cast<float>(eps);
+  call.out_dropout = make_dropout(dropout_p, seed, stream);
+  call.out = out.data_ptr();
+  call.mean = static_cast<float*>(mean.data_ptr());
+  call.rstd = static_cast<float*>(rstd.data_ptr());
+  run_layer_norm(call);
+  return {out, mean, rstd};
+}
+
+Tensor embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor position_ids,
+                                     Tensor token_type_ids, Tensor word, Tensor position,
+                                     Tensor token_type, std::optional<Tensor> weight, Tensor mean,
+                                     Tensor rstd, std::optional<Tensor> weight_rows,
+                                     std::optional<Tensor> bias_rows, Offsets offsets,
+                                     bool accumulate, double dropout_p, std::optional<Tensor> seed,
+                                     int64_t stream) {
+  const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
+  const Tensor grad_rows = torch::stable::contiguous(grad_out);
+  const Parameter gamma(weight);
+  Tensor grad_sum = torch::stable::new_empty(word, {embedded.rows(), embedded.width()});
+  LayerNormGradients call{};
+  call.storage = embedded.storage();
+  call.rows = embedded.rows();
+  call.width = embedded.width();
+  call.grad_out = grad_rows.data_ptr();
+  call.embedding = embedded.sum();
+  call.weight = gamma.data();
+  call.mean = static_cast<const float*>(mean.const_data_ptr());
+  call.rstd = static_cast<const float*>(rstd.const_data_ptr());
+  call.out_dropout = make_dropout(dropout_p, seed, stream);
+  call.grad_hidden = grad_sum.data_ptr();
+  run_layer_norm_backward(call, {weight_rows, bias_rows, offsets, accumulate});
+  return grad_sum;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
+  m.def("embedding_task_gradients_(Tensor grad_output, Tensor index, Tensor(a!) rows, "
+        "SymInt[] offsets) -> ()");
+  m.def("embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, "
+        "Tensor word, Tensor position, Tensor token_type, Tensor? weight, Tensor? bias, "
+        "float dropout_p, float eps, Tensor? seed, int stream, Tensor? word_rows, "
+        "Tensor? position_rows, Tensor? token_type_rows, Tensor? weight_rows, Tensor? bias_rows, "
+        "SymInt[] offsets, bool accumulate) -> (Tensor out, Tensor mean, Tensor rstd)");
+  m.def("embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor position_ids, "
+        "Tensor token_type_ids, Tensor word, Tensor position, Tensor token_type, Tensor? weight, "
+        "Tensor mean, Tensor rstd, Tensor(a!)? weight_rows, Tensor(b!)? bias_rows, "
+        "SymInt[] offsets, bool accumulate, float dropout_p, Tensor? seed, int stream) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
+  m.impl("embedding_task_gradients_", TORCH_BOX(&embedding_task_gradients));
+  m.impl("embedding_layer_norm", TORCH_BOX(&embedding_layer_norm));
+  m.impl("embedding_layer_norm_backward", TORCH_BOX(&embedding_layer_norm_backward));
+}
+
+} // namespace
+} // namespace superbert

@@ -1,0 +1,110 @@
+// Shares the rows of a layer norm out over torch's threads, and brings the sums for weight and bias
+// together by task.
+#include <algorithm>
+#include <memory>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "check.h"
+#include "layer_norm_border.h"
+#include "tensor_border.h"
+
+namespace superbert {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kRowBlock = 64;
+
+std::unique_ptr<float[]> new_scratch(int64_t width) {
+  return std::make_unique_for_overwrite<float[]>(layer_norm_kernels().scratch_floats(width));
+}
+
+// Rows of one task, few enough to be one thread's item; task -1 owns the rows that are padding.
+struct Chunk {
+  int64_t begin, end, task;
+};
+
+void append_chunks(int64_t begin, int64_t end, int64_t task, std::vector<Chunk>& chunks) {
+  for (; begin < end; begin += kRowBlock) {
+    chunks.push_back({begin, begin + kRowBlock < end ? begin + kRowBlock : end, task});
+  }
+}
+
+// The chunks depend on the offsets alone, not on the number of threads: so do the sums' roundings.
+std::vector<Chunk> make_chunks(int64_t rows, const Offsets& offsets) {
+  std::vector<Chunk> chunks;
+  append_chunks(0, offsets.empty() ? rows : offsets.front(), -1, chunks);
+  for (size_t task = 0; task + 1 < offsets.size(); ++task) {
+    append_chunks(offsets[task], offsets[task + 1], static_cast<int64_t>(task), chunks);
+  }
+  if (!offsets.empty()) append_chunks(offsets.back(), rows, -1, chunks);
+  return chunks;
+}
+
+// Sums the partials of each task into its rows.
+void write_rows(const std::vector<Chunk>& chunks, const float* partials, int64_t width,
+                int64_t num_tasks, const std::optional<Tensor>& rows, bool accumulate) {
+  if (!rows) return;
+  STD_TORCH_CHECK(rows->dim() == 2 && rows->size(0) == num_tasks && rows->size(1) == width &&
+                      rows->stride(1) == 1,
+                  "rows: expected [", num_tasks, ", ", width, "] with contiguous columns");
+  const Storage storage = storage_of("rows", *rows);
+  const int64_t row_bytes = rows->stride(0) * static_cast<int64_t>(rows->element_size());
+  size_t first = 0;
+  while (first < chunks.size() && chunks[first].task < 0) ++first;
+  for (int64_t task = 0; task < num_tasks; ++task) {
+    size_t last = first;
+    while (last < chunks.size() && chunks[last].task == task) ++last;
+    const GradientRow row = {storage, static_cast<char*>(rows->data_ptr()) + task * row_bytes,
+                             accumulate};
+    layer_norm_kernels().sum_partials(partials + first * 2 * width, last - first, 2 * width, width,
+                                      row);
+    first = last;
+  }
+}
+
+} // namespace
+
+void check_offsets(const Offsets& offsets, int64_t rows) {
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    const int64_t least = i == 0 ? 0 : offsets[i - 1];
+    check(least <= offsets[i] && offsets[i] <= rows, "offsets: expected to ascend from 0 to ", rows,
+          " at most, got ", offsets[i], " at position ", i);
+  }
+}
+
+void run_layer_norm(const LayerNormCall& call) {
+  const auto& kernels = layer_norm_kernels();
+  parallel_items((call.rows + kRowBlock - 1) / kRowBlock, [&] { return new_scratch(call.width); },
+                 [&](auto& scratch, int64_t block) {
+                   const int64_t begin = block * kRowBlock;
+                   const int64_t end =
+                       begin + kRowBlock < call.rows ? begin + kRowBlock : call.rows;
+                   kernels.forward(call, begin, end, scratch.get());
+                 });
+}
+
+void run_layer_norm_backward(const LayerNormGradients& call, const ParameterRows& parameters) {
+  check_offsets(parameters.offsets, call.rows);
+  const bool wanted = parameters.weight.has_value() || parameters.bias.has_value();
+  const std::vector<Chunk> chunks = make_chunks(call.rows, parameters.offsets);
+  const int64_t stride = 2 * call.width;
+  const auto partials =
+      std::make_unique_for_overwrite<float[]>(wanted ? chunks.size() * stride : 0);
+  const auto& kernels = layer_norm_kernels();
+  parallel_items(
+      chunks.size(), [&] { return new_scratch(call.width); },
+      [&](auto& scratch, int64_t item) {
+        const Chunk& chunk = chunks[item];
+        float* partial = wanted && chunk.task >= 0 ? partials.get() + item * stride : nullptr;
+        kernels.backward(call, chunk.begin, chunk.end, partial, scratch.get());
+      });
+  const int64_t num_tasks = static_cast<int64_t>(parameters.offsets.size()) - 1;
+  write_rows(chunks, partials.get(), call.width, num_tasks, parameters.weight,
+             parameters.accumulate);
+  write_rows(chunks, partials.get() + call.width, call.width, num_tasks, parameters.bias,
+             parameters.accumulate);
+}
+
+} // namespace superbert

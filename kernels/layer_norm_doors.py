@@ -1,0 +1,135 @@
+"""Layer norm under the names that BERT trainers import: apex's module, flash-attn's function."""
+
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+
+from .dropout import dropout
+from .layer_norm import dropout_add_layer_norm, layer_norm
+
+
+class FusedLayerNorm(nn.Module):
+    """Layer norm as a module, with the arguments of apex's and torch's.
+
+    Args:
+        normalized_shape: width of the last dimension, as a number or a sequence of one.
+        eps: added to the variance.
+        elementwise_affine: whether there is a weight and a bias.
+        memory_efficient: accepted for apex's sake; nothing more is kept than the input, which the
+            caller keeps anyway.
+
+    Raises:
+        ValueError: more than one normalised dimension.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int, ...] | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        memory_efficient: bool = False,
+    ) -> None:
+        super().__init__()
+        shape = (
+            (int(normalized_shape),)
+            if isinstance(normalized_shape, Integral)
+            else tuple(normalized_shape)  # type: ignore[arg-type]
+        )
+        if len(shape) != 1:
+            raise ValueError(f"normalized_shape: expected one dimension, got {shape}")
+        self.normalized_shape = shape
+        self.eps = eps
+        self.elementwise_affine = elementwise_affine
+        self.memory_efficient = memory_efficient
+        if elementwise_affine:
+            self.weight = nn.Parameter(torch.ones(shape))
+            self.bias = nn.Parameter(torch.zeros(shape))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x [..., N]``."""
+        if x.shape[-1:] != self.normalized_shape:
+            raise ValueError(f"x: expected [..., {self.normalized_shape[0]}], got {list(x.shape)}")
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        """The arguments, as torch's own layer norm shows them."""
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        )
+
+
+def layer_norm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
+    eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    zero_centered_weight: bool = False,
+    is_rms_norm: bool = False,
+    return_dropout_mask: bool = False,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> Tensor:
+    """Post-norm, ``layer_norm(residual + dropout(x))``, with flash-attn's arguments and defaults.
+
+    Args:
+        x: ``[..., N]``.
+        weight: ``[N]``.
+        bias: ``[N]`` or None.
+        residual: shape of ``x``, or None.
+        x1: not supported, nor are weight1, bias1, rowscale, prenorm, zero_centered_weight,
+            is_rms_norm, return_dropout_mask, out and residual_out, which post-norm has no use for.
+        weight1: see x1.
+        bias1: see x1.
+        eps: added to the variance.  BERT's is 1e-12.
+        dropout_p: probability to drop an element of ``x``; 0 outside training.
+        rowscale: see x1.
+        prenorm: see x1.
+        residual_in_fp32: accepted: the sum is computed in float32 in any case, and is only kept
+            for the backward pass.
+        zero_centered_weight: see x1.
+        is_rms_norm: see x1.
+        return_dropout_mask: see x1.
+        out_dtype: dtype of the result; x's when None.
+        out: see x1.
+        residual_out: see x1.
+
+    Returns:
+        ``[..., N]``.
+
+    Raises:
+        NotImplementedError: an argument that is not supported; the message names it.
+        ValueError: a shape, dtype, device or range that does not fit; the message names it.
+    """
+    unsupported = {
+        "x1": x1,
+        "weight1": weight1,
+        "bias1": bias1,
+        "rowscale": rowscale,
+        "prenorm": prenorm or None,
+        "zero_centered_weight": zero_centered_weight or None,
+        "is_rms_norm": is_rms_norm or None,
+        "return_dropout_mask": return_dropout_mask or None,
+        "out": out,
+        "residual_out": residual_out,
+    }
+    for name, value in unsupported.items():
+        if value is not None:
+            raise NotImplementedError(f"{name}: not supported by this layer norm")
+    if residual is None:
+        y = layer_norm(dropout(x, dropout_p), weight, bias, eps)
+    else:
+        y = dropout_add_layer_norm(x, residual, weight, bias, dropout_p=dropout_p, eps=eps)
+    return y.to(x.dtype if out_dtype is None else out_dtype)

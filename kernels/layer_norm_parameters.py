@@ -1,0 +1,77 @@
+"""Weight and bias of a layer norm: what they must look like, and where their gradients go.
+
+Every operator that ends in a layer norm takes its task rows as arguments ``weight_rows, bias_rows,
+offsets, accumulate`` and writes them in its backward pass; without task rows autograd's gradients
+are a row of their own, for all rows of the stream.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .task_rows import TaskRows, TaskSegments
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless ``parameter`` is None or ``[N]`` beside rows ``x [..., N]``."""
+    if parameter is None:
+        return
+    if parameter.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: expected [{x.shape[-1]}], got {list(parameter.shape)}")
+    if parameter.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device}, got {parameter.device}")
+    if parameter.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected a floating dtype, got {parameter.dtype}")
+
+
+def task_arguments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: TaskRows | None,
+    segments: TaskSegments | None,
+) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
+    """Check what all the functions share; return the operators' arguments that speak of tasks."""
+    if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in DTYPES:
+        raise ValueError(f"x: expected floating [..., width], got {x.dtype} {list(x.shape)}")
+    check_parameter("weight", weight, x)
+    check_parameter("bias", bias, x)
+    if rows is None:
+        return None, None, (), False
+    if weight is None or x.dim() != 2:
+        raise ValueError("rows: task gradients need a weight and x of shape [tokens, width]")
+    segments = rows.checked(segments, weight, bias, x)
+    return rows.weight, rows.bias, segments.offsets, segments.accumulate
+
+
+def save(ctx: Any, tensors: tuple[Tensor | None, ...], arguments: list[Any]) -> None:
+    """Keep what the backward pass needs; ``arguments`` are those of :func:`task_arguments`."""
+    ctx.save_for_backward(*tensors)
+    # Not saved tensors: each backward overwrites them, which is their purpose.
+    *ctx.rows, ctx.offsets, ctx.accumulate = arguments
+
+
+def parameter_rows(
+    ctx: Any, weight: Tensor | None, bias: Tensor | None, num_rows: int
+) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
+    """Where the parameters' gradients go: the task rows, or a row of their own for all rows."""
+    if ctx.rows[0] is not None:
+        weight_rows, bias_rows = ctx.rows
+        return weight_rows, bias_rows, ctx.offsets, ctx.accumulate
+    fresh = [None if p is None else p.new_empty((1, p.shape[0])) for p in (weight, bias)]
+    return fresh[0], fresh[1], (0, num_rows), False
+
+
+def parameter_gradients(
+    ctx: Any, weight_rows: Tensor | None, bias_rows: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What autograd gets for weight and bias: None when the gradients are in the task rows."""
+    if ctx.rows[0] is not None:
+        return None, None
+    return (
+        None if weight_rows is None else weight_rows[0],
+        None if bias_rows is None else bias_rows[0],
+    )

@@ -1,0 +1,146 @@
+"""Every public layer as a function of one stream, for tests that hold all to the same rules."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import EmbeddingRows, TaskRows, TaskSegments
+
+WIDTH, HEADS, TABLE_ROWS = 64, 2, 50
+
+
+class Stream(NamedTuple):
+    """A batch, the parameters of all layers, and where two tasks' gradients go."""
+
+    x: Tensor  # [T, 3 * WIDTH]
+    ids: Tensor  # [T]
+    cu_seqlens: Tensor
+    longest: int
+    seed: Tensor
+    segments: TaskSegments
+    weight: Tensor  # [WIDTH]
+    bias: Tensor  # [WIDTH]
+    matrix: Tensor  # [WIDTH, WIDTH]
+    table: Tensor  # [TABLE_ROWS, WIDTH]
+    vector_rows: TaskRows
+    matrix_rows: TaskRows
+    table_rows: TaskRows
+
+    @classmethod
+    def of(cls, tokens: int, device: str = "cpu") -> "Stream":
+        """Two sequences, one of each task, and a row behind them that belongs to nobody."""
+        half = tokens // 2
+
+        def leaf(*shape: int) -> Tensor:
+            return torch.randn(shape).to(device).requires_grad_()
+
+        def rows(*shape: int) -> Tensor:
+            return torch.zeros(2, *shape, device=device)
+
+        return cls(
+            x=leaf(tokens, 3 * WIDTH),
+            ids=torch.randint(0, TABLE_ROWS, (tokens,)).to(device),
+            cu_seqlens=torch.tensor([0, half, tokens - 1], dtype=torch.int32, device=device),
+            longest=half,
+            seed=torch.tensor(5, device=device),
+            segments=TaskSegments((0, half, tokens - 1)),
+            weight=leaf(WIDTH),
+            bias=leaf(WIDTH),
+            matrix=leaf(WIDTH, WIDTH),
+            table=leaf(TABLE_ROWS, WIDTH),
+            vector_rows=TaskRows(rows(WIDTH), rows(WIDTH)),
+            matrix_rows=TaskRows(rows(WIDTH, WIDTH), rows(WIDTH)),
+            table_rows=TaskRows(rows(TABLE_ROWS, WIDTH)),
+        )
+
+    def to(self, device: str) -> "Stream":
+        """The same stream on another device."""
+
+        def moved(part: object) -> object:
+            if isinstance(part, TaskRows):
+                return TaskRows(*map(moved, part))
+            return part.detach().to(device) if isinstance(part, Tensor) else part
+
+        stream = Stream(*map(moved, self))
+        for leaf in (stream.x, stream.weight, stream.bias, stream.matrix, stream.table):
+            leaf.requires_grad_()
+        return stream
+
+    @property
+    def own(self) -> Tensor:
+        """A strided part of x, ``[T, WIDTH]``."""
+        return self.x[:, :WIDTH]
+
+    @property
+    def other(self) -> Tensor:
+        """Another one."""
+        return self.x[:, WIDTH : 2 * WIDTH]
+
+    def run(self, layer: Callable[["Stream"], Tensor]) -> list[Tensor]:
+        """Output, gradients of all leaves, and the rows."""
+        rows = [*self.vector_rows, *self.matrix_rows, self.table_rows.weight]
+        for row in rows:
+            row.zero_()
+        leaves = [self.x, self.weight, self.bias, self.matrix, self.table]
+        out = layer(self)
+        grads = torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True)
+        return [out.detach(), *(g for g in grads if g is not None), *(row.clone() for row in rows)]
+
+
+def _attention(s: Stream) -> Tensor:
+    q, k, v = s.x.view(-1, 3, HEADS, WIDTH // HEADS).unbind(1)
+    sizes = (s.cu_seqlens, s.cu_seqlens, s.longest, s.longest)
+    return kernels.flash_attn_varlen_func(q, k, v, *sizes, 0.1, seed=s.seed)
+
+
+def _attention_packed(s: Stream) -> Tensor:
+    qkv = s.x.view(-1, 3, HEADS, WIDTH // HEADS)
+    return kernels.flash_attn_varlen_qkvpacked_func(
+        qkv, s.cu_seqlens, s.longest, 0.1, seed=s.seed, stream=1
+    )
+
+
+def _add_norm(s: Stream, **options: object) -> Tensor:
+    options |= {"dropout_p": 0.1, "seed": s.seed, "x_bias": s.bias}
+    return kernels.dropout_add_layer_norm(s.own, s.other, s.weight, s.bias, **options)
+
+
+def _embedding_norm(s: Stream, **options: object) -> Tensor:
+    ids, tables = (s.ids, s.ids, s.ids), (s.table, s.table, s.table)
+    options |= {"dropout_p": 0.1, "seed": s.seed}
+    return kernels.embedding_layer_norm(*ids, *tables, s.weight, s.bias, **options)
+
+
+def _embedding_rows(s: Stream) -> EmbeddingRows:
+    return EmbeddingRows(s.table_rows, s.table_rows, s.table_rows, s.vector_rows)
+
+
+DOORS: dict[str, Callable[[Stream], Tensor]] = {
+    "flash_attn_varlen_func": _attention,
+    "flash_attn_varlen_qkvpacked_func": _attention_packed,
+    "dropout": lambda s: kernels.dropout(s.own, 0.1, seed=s.seed),
+    "layer_norm": lambda s: kernels.layer_norm(s.own, s.weight, s.bias),
+    "layer_norm by task": lambda s: kernels.layer_norm(
+        s.own, s.weight, s.bias, rows=s.vector_rows, segments=s.segments
+    ),
+    "layer_norm_fn": lambda s: kernels.layer_norm_fn(s.own, s.weight, s.bias, s.other),
+    "dropout_add_layer_norm": _add_norm,
+    "dropout_add_layer_norm by task": lambda s: _add_norm(
+        s, rows=s.vector_rows, segments=s.segments
+    ),
+    "embedding_layer_norm": _embedding_norm,
+    "embedding_layer_norm by task": lambda s: _embedding_norm(
+        s, rows=_embedding_rows(s), segments=s.segments
+    ),
+    "embedding": lambda s: kernels.embedding(s.ids, s.table),
+    "embedding by task": lambda s: kernels.embedding(
+        s.ids, s.table, rows=s.table_rows, segments=s.segments
+    ),
+    "linear": lambda s: kernels.linear(s.own, s.matrix, s.bias),
+    "linear by task": lambda s: kernels.linear(
+        s.own, s.matrix, s.bias, rows=s.matrix_rows, segments=s.segments
+    ),
+}
