@@ -1,6 +1,9 @@
 """A transformers BERT on these kernels: the same numbers, and all of it can be undone."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from transformers import (
     RobertaModel,
 )
 
-from kernels.hf import accelerate, restore
+from kernels import accelerate, restore
 
 SIZES = {
     "vocab_size": 50,
@@ -100,3 +103,40 @@ def test_masks_of_other_shapes_are_refused() -> None:
     accelerate(model)
     with pytest.raises(ValueError, match="other masks are not supported"):
         model(input_ids=IDS, attention_mask=torch.zeros(3, 1, 11, 11))
+
+
+def test_a_sentence_transformers_model(real_encoder: Path) -> None:
+    """A Transformer, a Pooling and a Normalize module, with pretrained weights."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(real_encoder), device="cpu").eval()
+    sentences = ["A man is playing a guitar.", "Someone makes music", "It rains."]
+
+    def loss_and_gradients() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        embeddings = model(model.preprocess(sentences))["sentence_embedding"]
+        loss = (embeddings @ embeddings.T).square().sum()
+        loss.backward()
+        named = model.named_parameters()
+        return loss.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    encoded = model.encode(sentences, convert_to_tensor=True)
+    loss, gradients = loss_and_gradients()
+    report = accelerate(model)
+    assert len(report.attention) == 1
+    assert len(report.layer_norms) == 1 + 2 * 6
+    torch.testing.assert_close(model.encode(sentences, convert_to_tensor=True), encoded)
+    found, found_gradients = loss_and_gradients()
+    torch.testing.assert_close(found, loss)
+    assert found_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        # That of a key's bias is zero but for rounding, of which the query's tells the size.
+        scale = gradients[name.replace("key.bias", "query.bias")].norm()
+        assert (found_gradients[name] - gradient).norm() <= 1e-4 * scale, name
+    restore(model)
+    assert torch.equal(model.encode(sentences, convert_to_tensor=True), encoded)
+
+
+def test_importing_the_kernels_does_not_import_transformers() -> None:
+    check = "import sys, kernels; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=Path(__file__).parents[2])

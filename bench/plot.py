@@ -1,0 +1,116 @@
+"""``python -m bench.plot JSON… --out DIR``: draws a record of any benchmark here.
+
+One panel a case, one bar a contestant: its median time as a multiple of the first one's, which is
+this project's, with the 20 % and 80 % quantiles as whiskers.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")  # draws into files, wherever it runs
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from . import harness
+
+_COLUMNS = 3
+_OURS, _THEIRS = "#1b6ca8", "#b8b8b8"
+
+Samples = Mapping[str, Sequence[float]]
+"""Seconds by contestant."""
+
+
+def cases(results: Any, name: str) -> Iterator[tuple[str, Samples]]:
+    """Find what was timed side by side, wherever a benchmark's results hold it.
+
+    Args:
+        results: a record's results or a part of them.
+        name: what to call a case that has no name of its own.
+    """
+    if not isinstance(results, dict):
+        return
+    seconds = results.get("seconds")
+    if isinstance(seconds, dict):
+        yield name, seconds
+        return
+    timed = {
+        part: record["seconds"]
+        for part, record in results.items()
+        if isinstance(record, dict) and isinstance(record.get("seconds"), list)
+    }
+    if timed:
+        yield name, timed
+        return
+    for part, record in results.items():
+        yield from cases(record, part)
+
+
+def _draw(axes: Axes, name: str, samples: Samples) -> None:
+    contestants = list(samples)
+    summaries = [harness.summary(samples[contestant]) for contestant in contestants]
+    first = summaries[0]["p50"]
+    medians = [summary["p50"] / first for summary in summaries]
+    whiskers = [
+        [(summary["p50"] - summary["p20"]) / first for summary in summaries],
+        [(summary["p80"] - summary["p50"]) / first for summary in summaries],
+    ]
+    colours = [_OURS] + [_THEIRS] * (len(contestants) - 1)
+    bars = axes.barh(contestants, medians, xerr=whiskers, color=colours, ecolor="#555555")
+    axes.bar_label(bars, [f" {ratio:.2f}" for ratio in medians], padding=3, fontsize=8)
+    axes.invert_yaxis()  # the first one on top
+    axes.margins(x=0.2)
+    axes.set_title(f"{name}: {1e3 * first:.3g} ms", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Draw a record into a picture whose format the path's ending tells."""
+    found = list(cases(record["results"], record["benchmark"]))
+    if not found:
+        raise SystemExit(f"no timings in a record of {record['benchmark']!r}")
+    rows = math.ceil(len(found) / _COLUMNS)
+    bars = max(len(samples) for _, samples in found)
+    figure, grid = pyplot.subplots(
+        rows,
+        _COLUMNS,
+        figsize=(4.5 * _COLUMNS, rows * (0.8 + 0.25 * bars)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat[len(found) :]:
+        axes.set_visible(False)
+    for axes, (name, samples) in zip(grid.flat, found, strict=False):
+        _draw(axes, name, samples)
+    environment = record["environment"]
+    figure.suptitle(
+        f"{record['benchmark']} on {environment['device']}: time as a multiple of the first "
+        f"(commit {environment['commit'][:7]}, {environment['date'][:10]})",
+        fontsize=10,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Draw every record that is named."""
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
+    parser.add_argument("records", nargs="+", type=Path, metavar="JSON")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    options = parser.parse_args()
+    for source in options.records:
+        path = options.out / f"{source.stem}.png"
+        draw(json.loads(source.read_text(encoding="utf-8")), path)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Fine-tune a transformers BERT with its own Trainer, its attention and norms on our kernels.
+
+    python -m examples.finetune_transformers [--model FOLDER] [--steps N]
+
+The task is to tell whether two questions of the project's demo corpus ask the same.  Without a
+folder the model is a small one with random weights.  (Installed, it is `superbert.kernels`.)
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import transformers as hf
+
+from engine.data.demo import write_demo
+from engine.data.formats import FORMATS
+from engine.data.read import read_table
+from engine.data.tokenizer import Tokenizer
+from kernels import accelerate, restore
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Train; return the Trainer's evaluation."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, help="a BERT in the Hugging Face layout")
+    parser.add_argument("--steps", type=int, default=300)
+    options = parser.parse_args(arguments)
+    hf.set_seed(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder, form = Path(name), FORMATS["quora"]
+        write_demo(folder)
+        tables = {split: read_table(form.file(folder, split), form) for split in ("train", "dev")}
+        if options.model is None:
+            Tokenizer.train(tables["train"].sentences[0], 1000).save(folder)
+            sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+            config = hf.BertConfig(vocab_size=1000, intermediate_size=256, **sizes)
+            model = hf.BertForSequenceClassification(config)
+        else:
+            model = hf.BertForSequenceClassification.from_pretrained(options.model)
+        tokenizer = hf.AutoTokenizer.from_pretrained(options.model or folder)
+
+        rows = {
+            split: [
+                {"labels": int(label), **tokenizer(first, second)}
+                for first, second, label in zip(*table.sentences, table.labels, strict=True)
+            ]
+            for split, table in tables.items()
+        }
+        print(accelerate(model))
+        settings = hf.TrainingArguments(folder, max_steps=options.steps, report_to="none")
+        sets = {"train_dataset": rows["train"], "eval_dataset": rows["dev"]}
+        trainer = hf.Trainer(model, settings, processing_class=tokenizer, **sets)
+        trainer.train()
+        restore(model)  # what transformers saves is its own again
+        return trainer.evaluate()
+
+
+if __name__ == "__main__":
+    print(main())

@@ -1,0 +1,42 @@
+"""Pictures of benchmark records, whatever benchmark wrote them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import plot
+
+SAMPLES = {"this project": [1.0, 1.1, 0.9], "another": [2.0, 2.2, 2.1]}
+ENVIRONMENT = {"device": "a machine", "commit": "0" * 40, "date": "2026-11-21T00:00:00Z"}
+# As bench.attention, bench.step and bench.surgery write them, with what else stands there.
+RESULTS = {
+    "attention": {"heads": 12, "sst x 32, fp32": {"flops": 1, "seconds": SAMPLES}},
+    "step": {"tasks": ["sst"], "seconds": SAMPLES, "floor_seconds": {"surgery": 0.1}},
+    "surgery": {
+        "read_bandwidth": 1e9,
+        "operators, fp32": {name: {"bytes": 8, "seconds": s} for name, s in SAMPLES.items()},
+    },
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_every_kind_of_record_is_found_and_drawn(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = RESULTS[name]
+    cases = {"attention": "sst x 32, fp32", "step": "step", "surgery": "operators, fp32"}
+    assert list(plot.cases(results, name)) == [(cases[name], SAMPLES)]
+    record = {"benchmark": name, "environment": ENVIRONMENT, "results": results}
+    source = tmp_path / "record.json"
+    source.write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "argv", ["plot", str(source), "--out", str(tmp_path / "pictures")])
+    plot.main()
+    assert (tmp_path / "pictures/record.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_record_without_timings_is_refused(tmp_path: Path) -> None:
+    record = {"benchmark": "attention", "environment": ENVIRONMENT, "results": {"heads": 12}}
+    with pytest.raises(SystemExit, match="no timings"):
+        plot.draw(record, tmp_path / "none.png")
