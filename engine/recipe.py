@@ -18,6 +18,7 @@ from .data.formats import FORMATS
 from .errors import InputError
 from .model.heads import FEATURES, POOLINGS
 from .multitask.balance import METHODS, TORCHJD, BalanceSettings
+from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
 from .runtime.precision import PRECISIONS
 
@@ -113,8 +114,9 @@ class Recipe(_Settings):
     """Settings of those methods that have any."""
     surgery: Literal[EXTENTS] = "model"  # type: ignore[valid-type]
     """What gets weights of its own: the whole model, each layer, or each tensor."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Adam with decoupled weight decay; Adam itself when weight_decay is 0."""
+    optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
+    """adamw: Adam with decoupled weight decay, Adam itself when weight_decay is 0; lamb, for large
+    batches; apex_adam and apex_lamb: NVIDIA apex's, where it is installed."""
     lr: Annotated[float, Field(gt=0)] = 1e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear"] = "constant"
@@ -122,9 +124,9 @@ class Recipe(_Settings):
     warmup: Fraction = 0.0
     """Share of all steps in which the rate climbs from 0 to its peak."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay rates of Adam's moments."""
+    """Decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's epsilon."""
+    """Epsilon of Adam and LAMB."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled decay of matrices; biases and norms are left alone."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0

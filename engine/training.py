@@ -12,7 +12,7 @@ from .model.multitask import MultitaskModel
 from .multitask.balance import Balance, TrainedTasks, build_method
 from .multitask.flat_parameters import FlatParameters
 from .multitask.loss_scale import LossScale
-from .multitask.optimizer import AdamW
+from .multitask.optimizers import Optimizer, build_optimizer
 from .multitask.parts import Parts
 from .multitask.schedule import Schedule
 from .multitask.step import MultitaskStep
@@ -48,7 +48,7 @@ class Training:
     samplers: list[TaskSampler]
     model: MultitaskModel
     parameters: FlatParameters
-    optimizer: AdamW
+    optimizer: Optimizer
     step: MultitaskStep
     schedule: Schedule
     epoch_steps: int
@@ -73,8 +73,12 @@ class Training:
         set_matmul_precision(recipe.precision, device)
         dtype = pick_dtype(recipe.precision, device)
         parameters = FlatParameters(model, recipe.train, device=device, compute_dtype=dtype)
-        optimizer = AdamW(
-            parameters, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
+        optimizer = build_optimizer(
+            recipe.optimizer,
+            parameters,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
         )
         parts = Parts(parameters, recipe.train, recipe.surgery)
         return cls(

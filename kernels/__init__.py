@@ -17,6 +17,7 @@ from .embedding import embedding, wipe_
 from .embedding_layer_norm import EmbeddingRows, embedding_layer_norm
 from .hf import accelerate, restore
 from .implementation import implementation
+from .lamb import lamb_update_
 from .layer_norm import dropout_add_layer_norm, layer_norm
 from .layer_norm_doors import FusedLayerNorm, layer_norm_fn
 from .linear import linear
@@ -50,6 +51,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "gram",
     "implementation",
+    "lamb_update_",
     "layer_norm",
     "layer_norm_fn",
     "linear",

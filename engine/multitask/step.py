@@ -16,7 +16,7 @@ from ..rooms import kernels
 from .balance import Balance
 from .flat_parameters import FlatParameters
 from .loss_scale import LossScale
-from .optimizer import AdamW
+from .optimizers import Optimizer
 from .parts import Parts
 
 _MICRO_BATCH_BIT = 24
@@ -63,7 +63,7 @@ class MultitaskStep:
         model: MultitaskModel,
         tasks: Sequence[str],
         parameters: FlatParameters,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         parts: Parts,
         balance: Balance,
         *,

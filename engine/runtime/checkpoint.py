@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..model.multitask import MultitaskModel
 from ..multitask.flat_parameters import FlatParameters
-from ..multitask.optimizer import AdamW
+from ..multitask.optimizers import Optimizer
 from .files import whole_folder
 
 _NAME = re.compile(r"(step|best)-(\d{8})")
@@ -65,7 +65,7 @@ class Checkpoints:
         progress: Progress,
         model: MultitaskModel,
         parameters: FlatParameters,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         step_state: Mapping[str, Tensor],
     ) -> None:
         """Write a checkpoint to go on from, then drop the older ones."""
@@ -95,7 +95,7 @@ class Checkpoints:
         self,
         model: MultitaskModel,
         parameters: FlatParameters,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         step_state: Mapping[str, Tensor],
     ) -> Progress:
         """Restore the newest ``step`` checkpoint; without one, leave everything as it is.

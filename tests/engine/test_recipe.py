@@ -35,6 +35,7 @@ def test_the_papers_settings():
         ("precision=fp16", "precision", "fp16"),
         ("balance=sum", "balance", "sum"),
         ("optimizer=adamw", "optimizer", "adamw"),
+        ("optimizer=lamb", "optimizer", "lamb"),
         ("micro_batches=4", "micro_batches", 4),
         ("checkpoint_layers=true", "checkpoint_layers", True),
         ("checkpoint_every=50", "checkpoint_every", 50),

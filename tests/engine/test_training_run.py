@@ -65,6 +65,7 @@ def test_the_same_seed_gives_the_same_bits(tiny_run):
         pytest.param(4, (), id="past a checkpoint, its line already written"),
         pytest.param(4, ("balance=gradvac", "surgery=layer"), id="with a method that remembers"),
         pytest.param(4, ("precision=fp16", "tasks.sst.weight=1e4"), id="with a loss scale"),
+        pytest.param(4, ("optimizer=lamb", "lr=0.01"), id="with LAMB"),
     ],
 )
 def test_a_resumed_run_equals_an_undisturbed_one(tiny_run, monkeypatch, crash_after, settings):

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
-from .conftest import build_step
+from engine.multitask.lamb import Lamb
+
+from .conftest import build_step, make_micro_batches
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +32,30 @@ def test_a_step_never_waits_for_the_device(make_model, make_batch, dtype):
     try:
         for number, batch in enumerate(batches):
             step(batch, number, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_of_lamb_never_waits_for_the_device(make_model, make_batch):
+    step = build_step(make_model(dropout=0.1).train(), device="cuda", clip=1.0)
+    step.optimizer = Lamb(step.parameters, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
+    batch = make_batch().to("cuda")
+    step(batch, 0, 1e-3)  # compiles, and brings the tensors' sizes to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch, 1, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_micro_batches_never_wait_for_the_device(make_model):
+    step = build_step(make_model(dropout=0.1).train(), device="cuda", clip=1.0)
+    step.model.encoder.checkpoint_layers = True
+    batch = [part.to("cuda") for part in make_micro_batches(0, (5, 3, 4), 2)]
+    step(batch, 0, 1e-3)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch, 1, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
