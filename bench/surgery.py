@@ -247,7 +247,8 @@ def _table(
     results: dict[str, object],
 ) -> Table:
     table = Table(title=title)
-    for column in ("", "median ms", "p20 to p80", "GB/s", "share of read", "times the first"):
+    headings = ["", "MB moved", "median ms", "p20 to p80", "GB/s", "share of read"]
+    for column in [*headings, "times the first"]:
         table.add_column(column, justify="left" if not column else "right")
     first = harness.median(next(iter(samples.values())))
     read = results.get("read_bandwidth", next(iter(cases.values())).nbytes / first)
@@ -256,6 +257,7 @@ def _table(
         rate = case.nbytes / quantiles["p50"]
         table.add_row(
             name,
+            f"{case.nbytes / 1e6:,.0f}",
             f"{1e3 * quantiles['p50']:.2f}",
             f"{1e3 * quantiles['p20']:.2f} to {1e3 * quantiles['p80']:.2f}",
             f"{rate / 1e9:.1f}",
