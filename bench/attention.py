@@ -1,8 +1,9 @@
 """``python -m bench.attention``: packed attention, forward and backward, beside its peers.
 
 Length mixes of the four real datasets and three fixed lengths.  Peers, each where it imports: SDPA
-on the padded batch, torch's `varlen_attn`, FlexAttention with a document mask, flash-attn.  All
-contestants of a case compute from the same q, k and v; padded ones from their padded copy.
+on the padded batch, torch's `varlen_attn`, FlexAttention with a document mask, flash-attn, and
+plain padded attention compiled by `torch.compile`.  All contestants of a case compute from the same
+q, k and v; padded ones from their padded copy.
 """
 
 import argparse
@@ -91,6 +92,23 @@ def _sdpa_padded(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return result[inputs.mask], grad[inputs.mask]
 
 
+def _plain_padded(qkv: Tensor, seen: Tensor) -> Tensor:
+    """Attention as a textbook writes it, ``[B, S, H, D]``."""
+    q, k, v = qkv.unbind(2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+
+
+_compiled_plain = torch.compile(_plain_padded, dynamic=False)
+
+
+def _compiled(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    out = _compiled_plain(inputs.padded, inputs.mask[:, None, None, :])
+    result, grad = inputs.backward(out, inputs.padded, inputs.padded_grad)
+    return result[inputs.mask], grad[inputs.mask]
+
+
 def _varlen_attn(inputs: Inputs) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -133,6 +151,7 @@ def contestants(inputs: Inputs, device: str) -> dict[str, Callable[[], tuple[Ten
     runs = {"this project": _ours, "SDPA, padded": _sdpa_padded}
     if device == "cuda":
         runs["FlexAttention"] = _flex_attention(inputs)
+        runs["torch.compile, padded"] = _compiled
         if inputs.qkv.dtype != torch.float32:
             if importlib.util.find_spec("torch.nn.attention.varlen"):
                 runs["varlen_attn"] = _varlen_attn
@@ -148,16 +167,6 @@ def verify(runs: dict[str, Callable[[], tuple[Tensor, Tensor]]]) -> None:
         for result, reference in zip(run(), expected, strict=True):
             tolerance = 32 * torch.finfo(result.dtype).eps * reference.abs().max().item()
             torch.testing.assert_close(result, reference, rtol=0, atol=tolerance)
-
-
-def _peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that a run holds at most beyond what was there; None on a CPU, which keeps no count."""
-    if device.type != "cuda":
-        return None
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def main() -> None:
@@ -187,7 +196,7 @@ def main() -> None:
             inputs = Inputs(lengths, options.width, dtype, options.device)
             runs = contestants(inputs, options.device)
             verify(runs)
-            memory = {name: _peak_memory(run, device) for name, run in runs.items()}
+            memory = {name: harness.peak_memory(run, device) for name, run in runs.items()}
             samples = harness.interleave(runs, device, rounds=options.rounds)
             ours = harness.median(samples["this project"])
             for name, seconds in samples.items():
@@ -198,7 +207,7 @@ def main() -> None:
                     f"{harness.median(seconds) * 1e3:.3f}",
                     f"{rate / 1e12:.3f}",
                     f"{rate / peak:.0%}",
-                    "" if memory[name] is None else f"{memory[name] / 2**20:.0f}",
+                    f"{memory[name] / 2**20:.0f}",
                     "" if name == "this project" else f"{harness.median(seconds) / ours:.2f}x",
                 )
             results[f"{case}, {dtype_name}"] = {

@@ -1,12 +1,14 @@
-"""``python -m bench.layer_norm``: layer norm, and dropout + residual + norm, beside their peers.
+"""``python -m bench.layer_norm``: layer norm, alone and fused with what BERT has around it.
 
-Forward and backward with gradients of weight and bias.  The floor is the bytes that must move at
-the copy bandwidth of the same rounds.  Peers, each where it imports: torch's layer norm, the plain
-code compiled by `torch.compile`, Liger, apex.
+Plain; dropout + residual + norm; embedding sum + norm + dropout.  Forward and backward with the
+gradients of all parameters.  The floor is the bytes that must move at the copy bandwidth of the
+same rounds.  Peers, each where it imports: torch's layer norm, the plain code compiled by
+`torch.compile`, Liger, apex, flash-attn's Triton norm.
 """
 
 import argparse
 import importlib.util
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from . import harness
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EPS = 1e-12
 _DROPOUT = 0.1
+_TABLE_ROWS = (30_522, 512, 2)  # bert-base's words, positions and token types
 Run = Callable[[], object]
 
 
@@ -38,6 +41,8 @@ class Inputs:
         self.grad = tensor(rows, width)
         self.weight, self.bias = tensor(width).requires_grad_(), tensor(width).requires_grad_()
         self.seed = torch.tensor(0, device=device)
+        self.ids = [torch.randint(0, count, (rows,), device=device) for count in _TABLE_ROWS]
+        self.tables = [tensor(count, width).requires_grad_() for count in _TABLE_ROWS]
 
     def plain(self, norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
         """``norm(x)``, forward and backward."""
@@ -49,6 +54,11 @@ class Inputs:
         leaves = (self.x, self.residual, self.weight, self.bias)
         return lambda: torch.autograd.grad(norm(*leaves), leaves, self.grad)
 
+    def embedded(self, norm: Callable[..., Tensor]) -> Run:
+        """``dropout(norm(word + position + token type))``, forward and backward."""
+        leaves = (*self.tables, self.weight, self.bias)
+        return lambda: torch.autograd.grad(norm(*self.ids, *leaves), leaves, self.grad)
+
 
 def _torch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, _EPS)
@@ -58,14 +68,29 @@ def _torch_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -
     return _torch_norm(residual + F.dropout(x, _DROPOUT), weight, bias)
 
 
+def _torch_embedding_norm(
+    word_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    total = F.embedding(word_ids, word) + F.embedding(position_ids, position)
+    total = total + F.embedding(token_type_ids, token_type)
+    return F.dropout(_torch_norm(total, weight, bias), _DROPOUT)
+
+
 def plain_runs(inputs: Inputs, device: str) -> dict[str, Run]:
     """Layer norm alone."""
     runs = {
         "this project": inputs.plain(lambda x, w, b: kernels.layer_norm(x, w, b, _EPS)),
         "torch": inputs.plain(_torch_norm),
     }
+    runs["torch.compile"] = inputs.plain(torch.compile(_torch_norm, dynamic=False))
     if device == "cuda":
-        runs["torch.compile"] = inputs.plain(torch.compile(_torch_norm))
         if importlib.util.find_spec("liger_kernel"):
             from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
@@ -90,9 +115,31 @@ def fused_runs(inputs: Inputs, device: str) -> dict[str, Run]:
         )
 
     runs = {"this project": inputs.fused(ours), "torch": inputs.fused(_torch_add_norm)}
-    if device == "cuda":
-        runs["torch.compile"] = inputs.fused(torch.compile(_torch_add_norm))
+    runs["torch.compile"] = inputs.fused(torch.compile(_torch_add_norm, dynamic=False))
+    if device == "cuda" and importlib.util.find_spec("flash_attn"):
+        from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
+        def flash_attn(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return layer_norm_fn(x, weight, bias, residual, eps=_EPS, dropout_p=_DROPOUT)
+
+        runs["flash-attn"] = inputs.fused(flash_attn)
     return runs
+
+
+def embedding_runs(inputs: Inputs, _device: str) -> dict[str, Run]:
+    """BERT's embedding layer."""
+
+    def ours(*tensors: Tensor) -> Tensor:
+        return kernels.embedding_layer_norm(
+            *tensors, dropout_p=_DROPOUT, eps=_EPS, seed=inputs.seed
+        )
+
+    compiled = torch.compile(_torch_embedding_norm, dynamic=False)
+    return {
+        "this project": inputs.embedded(ours),
+        "torch": inputs.embedded(_torch_embedding_norm),
+        "torch.compile": inputs.embedded(compiled),
+    }
 
 
 def verify(inputs: Inputs) -> None:
@@ -102,6 +149,36 @@ def verify(inputs: Inputs) -> None:
         # A weight's gradient is a sum over all rows, rounded in another order.
         tolerance = 64 * torch.finfo(ours.dtype).eps * torchs.abs().max().item()
         torch.testing.assert_close(ours, torchs, rtol=0, atol=tolerance)
+
+
+# What to run, how many [rows, width] tensors must move, and how often all tables must.
+_KINDS = {
+    "plain": (plain_runs, 5, 0),  # x, y; dy, x, dx
+    "fused": (fused_runs, 8, 0),  # x, residual, h, y; dy, h, dx, dresidual
+    "embedding": (embedding_runs, 8, 1),  # three rows, y; dy, three rows
+}
+
+
+def _add_rows(
+    table: Table,
+    case: str,
+    samples: dict[str, list[float]],
+    nbytes: int,
+    copy: float,
+    memory: dict[str, int],
+) -> None:
+    ours = harness.median(samples["this project"])
+    for name, seconds in samples.items():
+        rate = nbytes / harness.median(seconds)
+        table.add_row(
+            case if name == "this project" else "",
+            name,
+            f"{harness.median(seconds) * 1e3:.3f}",
+            f"{rate / 1e9:.1f}",
+            f"{rate / copy:.0%}",
+            f"{memory[name] / 2**20:.0f}",
+            "" if name == "this project" else f"{harness.median(seconds) / ours:.2f}x",
+        )
 
 
 def main() -> None:
@@ -121,36 +198,25 @@ def main() -> None:
     for dtype_name in options.dtype:
         copy = harness.measure_bandwidth(device)["copy"]
         table = Table(title=f"layer norm forward + backward, {dtype_name}")
-        for heading in ("shape", "contestant", "ms", "GB/s", "of copy", "ours is"):
+        for heading in ("shape", "contestant", "ms", "GB/s", "of copy", "peak MiB", "ours is"):
             table.add_column(heading, justify="left" if heading == "contestant" else "right")
-        for rows in row_counts:
-            for width in options.width:
-                inputs = Inputs(rows, width, _DTYPES[dtype_name], options.device)
-                verify(inputs)
-                # Plain: x, y; dy, x, dx.  Fused: x, residual, h, y; dy, h, dx, dresidual.
-                for kind, make, tensors in (("plain", plain_runs, 5), ("fused", fused_runs, 8)):
-                    nbytes = tensors * inputs.x.nbytes
-                    samples = harness.interleave(
-                        make(inputs, options.device), device, rounds=options.rounds
-                    )
-                    ours = harness.median(samples["this project"])
-                    for name, seconds in samples.items():
-                        rate = nbytes / harness.median(seconds)
-                        table.add_row(
-                            f"[{rows}, {width}] {kind}" if name == "this project" else "",
-                            name,
-                            f"{harness.median(seconds) * 1e3:.3f}",
-                            f"{rate / 1e9:.1f}",
-                            f"{rate / copy:.0%}",
-                            ""
-                            if name == "this project"
-                            else f"{harness.median(seconds) / ours:.2f}x",
-                        )
-                    results[f"[{rows}, {width}] {kind}, {dtype_name}"] = {
-                        "bytes": nbytes,
-                        "seconds": samples,
-                        "quantiles": {name: harness.summary(s) for name, s in samples.items()},
-                    }
+        for rows, width in itertools.product(row_counts, options.width):
+            inputs = Inputs(rows, width, _DTYPES[dtype_name], options.device)
+            verify(inputs)
+            for kind, (make, tensors, tables) in _KINDS.items():
+                runs = make(inputs, options.device)
+                # The tables' gradients are written whole, and the rows that were looked up read.
+                nbytes = tensors * inputs.x.nbytes + tables * sum(t.nbytes for t in inputs.tables)
+                memory = {name: harness.peak_memory(run, device) for name, run in runs.items()}
+                samples = harness.interleave(runs, device, rounds=options.rounds)
+                case = f"[{rows}, {width}] {kind}"
+                _add_rows(table, case, samples, nbytes, copy, memory)
+                results[f"{case}, {dtype_name}"] = {
+                    "bytes": nbytes,
+                    "peak_bytes": memory,
+                    "seconds": samples,
+                    "quantiles": {name: harness.summary(s) for name, s in samples.items()},
+                }
         results[f"copy_bytes_per_s, {dtype_name}"] = copy
         console.print(table)
     if options.json:

@@ -44,7 +44,7 @@ TILES: dict[tuple[str, int, int], Tiles] = {
     ("grad_q", 2, 128): Tiles(64, 32, 8, 2),
     ("grad_q", 4, 32): Tiles(64, 32, 4, 2),
     ("grad_q", 4, 64): Tiles(64, 32, 8, 2),
-    ("grad_q", 4, 128): Tiles(16, 32, 4, 1),
+    ("grad_q", 4, 128): Tiles(32, 16, 4, 2),
     ("grad_kv", 2, 32): Tiles(64, 64, 8, 2),
     ("grad_kv", 2, 64): Tiles(32, 32, 4, 2),
     ("grad_kv", 2, 128): Tiles(64, 32, 8, 2),

@@ -5,7 +5,8 @@ share a tile.  Every query row sees one interval of keys (its sequence's, cut of
 when causal), and every key row is seen by one interval of queries.  A first kernel finds these
 intervals by binary search in cu_seqlens; a tile then visits the blocks from the start of its first
 row's interval to the end of its last row's.  Blocks that all of its rows see in whole, which are
-nearly all in a long sequence, need no mask.
+nearly all in a long sequence, need no mask in the 16-bit formats; float32's products, which no
+tensor core computes, cost so much more than a mask that telling these blocks apart gains nothing.
 
 Backward recomputes P by tiles of queries for dQ and by tiles of keys for dK and dV: each gradient
 is written once, by one program, without atomics and with the same bits every time.  Rows that see
@@ -14,7 +15,7 @@ nothing are written as zeros, which is what rows behind the last sequence are de
 
 # Kernels are Triton's language, not typed Python, and write compile-time constants in capitals.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, ignore-missing-imports
-# ruff: noqa: N803
+# ruff: noqa: N803, N806
 
 from typing import Any, NamedTuple
 
@@ -96,10 +97,15 @@ def _load_intervals(intervals, rows, total):
 
 
 @triton.jit
-def _visits(first, last, BLOCK: tl.constexpr):
-    """The blocks that a tile visits: four bounds of three ranges, the middle one met in whole."""
+def _visits(first, last, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """The blocks that a tile visits: the bounds of three ranges, the middle one met in whole.
+
+    Of one range when PARTS is 1.
+    """
     stop = tl.max(last, 0)
     start = tl.min(tl.where(last > first, first, stop), 0) // BLOCK * BLOCK
+    if PARTS == 1:
+        return start, stop
     whole_start = tl.minimum(tl.cdiv(tl.max(first, 0), BLOCK) * BLOCK, stop)
     whole_stop = tl.maximum(whole_start, tl.min(last, 0) // BLOCK * BLOCK)
     return start, whole_start, whole_stop, stop
@@ -159,8 +165,9 @@ def forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    bounds = _visits(first, last, BLOCK_N)
-    for part in tl.static_range(3):
+    PARTS: tl.constexpr = 1 if PRECISION == "ieee" else 3
+    bounds = _visits(first, last, BLOCK_N, PARTS)
+    for part in tl.static_range(PARTS):
         for block in range(bounds[part], bounds[part + 1], BLOCK_N):
             keys = block + tl.arange(0, BLOCK_N)
             k_tile = _load_tile(k, head, keys, total_k, D, BLOCK_D)
@@ -277,14 +284,15 @@ def grad_q_kernel(
     q_tile = _load_tile(q, head, rows, total_q, D, BLOCK_D)
     do_tile = _load_tile(grad_out, head, rows, total_q, D, BLOCK_D)
     row_lse = _load_row_numbers(lse, head, rows, total_q) * _LOG2_E
-    bounds = _visits(first, last, BLOCK_N)
+    PARTS: tl.constexpr = 1 if PRECISION == "ieee" else 3
+    bounds = _visits(first, last, BLOCK_N, PARTS)
 
     if PRECISION == "ieee":
         # delta_i = sum_j P_ij f_ij dP_ij / sum_j P_ij: its roundings are those of P and dP, so the
         # difference dP - delta loses less than with the other form.  A pass more, for float32 only.
         weighted = tl.zeros([BLOCK_M], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        for part in tl.static_range(3):
+        for part in tl.static_range(PARTS):
             for block in range(bounds[part], bounds[part + 1], BLOCK_N):
                 keys = block + tl.arange(0, BLOCK_N)
                 k_tile = _load_tile(k, head, keys, total_k, D, BLOCK_D)
@@ -302,7 +310,7 @@ def grad_q_kernel(
         row_delta = _load_row_numbers(delta, head, rows, total_q)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for part in tl.static_range(3):
+    for part in tl.static_range(PARTS):
         for block in range(bounds[part], bounds[part + 1], BLOCK_N):
             keys = block + tl.arange(0, BLOCK_N)
             k_tile = _load_tile(k, head, keys, total_k, D, BLOCK_D)
@@ -350,8 +358,9 @@ def grad_kv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    bounds = _visits(first, last, BLOCK_M)
-    for part in tl.static_range(3):
+    PARTS: tl.constexpr = 1 if PRECISION == "ieee" else 3
+    bounds = _visits(first, last, BLOCK_M, PARTS)
+    for part in tl.static_range(PARTS):
         for block in range(bounds[part], bounds[part + 1], BLOCK_M):
             rows = block + tl.arange(0, BLOCK_M)
             q_tile = _load_tile(q, head, rows, total_q, D, BLOCK_D)

@@ -1,8 +1,8 @@
 """The Triton kernels themselves against float64.
 
 Run twice: under Triton's interpreter on the CPU by test_triton_interpreter.py, and compiled on a
-GPU by test_triton.py.  In float32, since the interpreter does not round to the 16-bit formats as a
-GPU does.
+GPU by test_triton.py.  In float32, and attention, whose code differs, in float16 too; not in
+bfloat16, to which the interpreter does not round as a GPU does.
 """
 
 from itertools import pairwise
@@ -45,15 +45,16 @@ def boundaries(lengths: list[int], device: str) -> Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("causal", "width", "p"), [(False, 32, 0.0), (True, 20, 0.2)])
-def test_attention(causal: bool, width: int, p: float, device: str) -> None:
+def test_attention(causal: bool, width: int, p: float, dtype: torch.dtype, device: str) -> None:
     found: list[list[Tensor]] = []
     torchs: list[list[Tensor]] = []
     exact: list[list[Tensor]] = []
     for lengths_q, lengths_k in LENGTHS.values():
-        case = AttentionCase(lengths_q, lengths_k, causal, width, p, device)
+        case = AttentionCase(lengths_q, lengths_k, causal, width, p, dtype, device)
         found.append(case.run())
-        torchs.append(case.reference(torch.float32))
+        torchs.append(case.reference(dtype))
         exact.append(case.reference(torch.float64))
     # The largest errors of all cases together: those of a few tokens are a matter of luck.
     for results in zip(
@@ -72,6 +73,7 @@ class AttentionCase:
         causal: bool,
         width: int,
         p: float,
+        dtype: torch.dtype,
         device: str,
     ) -> None:
         self.tokens = sum(lengths_q), sum(lengths_k)
@@ -79,9 +81,9 @@ class AttentionCase:
         self.cu_seqlens = boundaries(lengths_q, device), boundaries(lengths_k, device)
         self.seed = torch.tensor(-99, device=device)
         self.p, self.scale, self.causal = p, width**-0.5, causal
-        self.q = torch.randn(total_q, 2, width, device=device)
+        self.q = torch.randn(total_q, 2, width, device=device).to(dtype)
         # Views of one tensor, and so are their gradients.
-        self.kv = torch.randn(total_k, 2, 2, width, device=device)
+        self.kv = torch.randn(total_k, 2, 2, width, device=device).to(dtype)
         self.grad_out = torch.randn_like(self.q)
         self.factors = None
         if p:
