@@ -45,8 +45,14 @@ def boundaries(lengths: list[int], device: str) -> Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("causal", "width", "p"), [(False, 32, 0.0), (True, 20, 0.2)])
+@pytest.mark.parametrize(
+    ("causal", "width", "p", "dtype"),
+    [
+        (False, 32, 0.0, torch.float32),
+        (True, 20, 0.2, torch.float32),
+        (True, 32, 0.2, torch.float16),
+    ],
+)
 def test_attention(causal: bool, width: int, p: float, dtype: torch.dtype, device: str) -> None:
     found: list[list[Tensor]] = []
     torchs: list[list[Tensor]] = []
