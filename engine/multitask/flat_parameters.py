@@ -1,15 +1,14 @@
 """All trainable parameters as one vector, and beside it a row of gradients for each task.
 
-    master  [P]     fp32, what the optimizer updates
-    compute [P]     what the model computes with: the master itself, or a bf16 or fp16 copy of it
+    compute [P]     what the model computes with, fp32, bf16 or fp16
     rows    [K, P]  the K task gradients, in the dtype of ``compute``
+    own             what this process updates: the same columns, or a rank's part of them, with
+                    fp32 masters of the weights
 
-The model's parameters become views of ``compute``, and its layers get views of ``rows``.  Each
-parameter starts at a multiple of 64 elements; the gaps hold zeros everywhere and stay zero.
-Matrices, which weight decay acts on, come first, then biases and norms: ``[0, decayed)`` decays.
+The model's parameters become views of ``compute``, and its layers get views of ``rows``; where
+each stands says its :class:`~engine.multitask.layout.Layout`.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,21 +18,25 @@ from torch import Tensor, nn
 from ..model.layers import Embedding, LayerNorm, Linear
 from ..model.multitask import MultitaskModel
 from ..rooms import kernels
+from .layout import Layout, Piece, Slot
 
-_ALIGNMENT = 64  # elements; 256 bytes in fp32, 128 in bf16: whole cache lines and 16-byte accesses
 
+class OwnVectors(NamedTuple):
+    """What one process updates, S columns: all P of them, or the part of one rank.
 
-class Slot(NamedTuple):
-    """One parameter's place in the vector."""
+    Attributes:
+        master: ``[S]`` fp32.
+        compute: ``[S]``, the master itself for fp32, else its low-precision copy.
+        rows: ``[K, S]`` task gradients of the whole step.
+        decayed: columns before this one decay.
+        pieces: where the columns come from, ascending.
+    """
 
-    name: str
-    offset: int
-    shape: torch.Size
-
-    def view(self, flat: Tensor) -> Tensor:
-        """Return this parameter's part of ``flat [..., P]`` as ``[..., *shape]``."""
-        part = flat[..., self.offset : self.offset + math.prod(self.shape)]
-        return part.view(*flat.shape[:-1], *self.shape)
+    master: Tensor
+    compute: Tensor
+    rows: Tensor
+    decayed: int
+    pieces: Sequence[Piece]
 
 
 class FlatParameters:
@@ -47,6 +50,13 @@ class FlatParameters:
         tasks: the K tasks that are trained; row k belongs to ``tasks[k]``.
         device: where everything goes.
         compute_dtype: fp32, bf16 or fp16.
+        shard: (rank, ranks) among which the update is divided; (0, 1) keeps it whole.
+
+    Attributes:
+        layout: where each parameter stands.
+        compute: ``[P]``.
+        rows: ``[K, P]``, written by backward passes of this process.
+        own: what it updates.
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class FlatParameters:
         *,
         device: torch.device,
         compute_dtype: torch.dtype,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         self._tasks = tuple(tasks)
         model.to(device=device)
@@ -64,19 +75,19 @@ class FlatParameters:
         for name, parameter in model.named_parameters():
             rows = self._rows_of(name)
             (trained if rows is not None else frozen).append((name, parameter))
-        decayed = [(name, p) for name, p in trained if p.dim() > 1]
-        undecayed = [(name, p) for name, p in trained if p.dim() <= 1]
 
-        self.slots: dict[str, Slot] = {}
-        end = self._place(decayed, 0)
-        self.decayed = end
-        self.numel = self._place(undecayed, end)
-
-        self.master = torch.zeros(self.numel, device=device)
+        rank, ranks = shard
+        self.layout = Layout({name: p.shape for name, p in trained}, ranks)
+        master = torch.zeros(self.layout.numel, device=device)
         for name, parameter in trained:
-            self.slots[name].view(self.master).copy_(parameter.detach())
-        self.compute = self.master.to(compute_dtype)  # the same tensor for fp32
+            self.slots[name].view(master).copy_(parameter.detach())
+        self.compute = master.to(compute_dtype)  # the same tensor for fp32
         self.rows = torch.zeros(len(tasks), self.numel, dtype=compute_dtype, device=device)
+        self.own = (
+            OwnVectors(master, self.compute, self.rows, self.decayed, [Piece(0, 0, self.numel)])
+            if ranks == 1
+            else self._part_of_rank(rank, master)
+        )
 
         for name, parameter in trained:
             parameter.data = self.slots[name].view(self.compute)
@@ -87,6 +98,37 @@ class FlatParameters:
             if isinstance(module, Linear | Embedding | LayerNorm):
                 self._attach(name, module)
 
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """The place of each parameter, by name."""
+        return self.layout.slots
+
+    @property
+    def decayed(self) -> int:
+        """Columns before this one belong to matrices, which weight decay acts on."""
+        return self.layout.decayed
+
+    @property
+    def numel(self) -> int:
+        """P."""
+        return self.layout.numel
+
+    @property
+    def master(self) -> Tensor:
+        """The fp32 weights that this process updates, ``[S]``."""
+        return self.own.master
+
+    def _part_of_rank(self, rank: int, master: Tensor) -> OwnVectors:
+        pieces = self.layout.pieces(rank)
+        own = torch.cat([master[piece.start : piece.start + piece.size] for piece in pieces])
+        return OwnVectors(
+            own,
+            own.to(self.compute.dtype),
+            self.rows.new_zeros(len(self.rows), len(own)),
+            sum(piece.size for piece in pieces if piece.start < self.decayed),
+            pieces,
+        )
+
     def _rows_of(self, name: str) -> slice | None:
         """Return the rows that a parameter has: all, its own task's, or none."""
         if not name.startswith("heads."):
@@ -96,12 +138,6 @@ class FlatParameters:
             return None
         row = self._tasks.index(task)
         return slice(row, row + 1)
-
-    def _place(self, parameters: Sequence[tuple[str, nn.Parameter]], offset: int) -> int:
-        for name, parameter in parameters:
-            self.slots[name] = Slot(name, offset, parameter.shape)
-            offset += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-        return offset
 
     def _attach(self, name: str, module: Linear | Embedding | LayerNorm) -> None:
         rows = self._rows_of(f"{name}.")
@@ -114,11 +150,10 @@ class FlatParameters:
         )
 
     def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter's name and its part of ``flat`` (master, a moment, a row)."""
-        for name, slot in self.slots.items():
-            yield name, slot.view(flat)
+        """Yield every parameter's name and its part of a whole vector (a row, all masters)."""
+        return self.layout.named_views(flat)
 
     def refresh_compute(self) -> None:
-        """Bring ``compute`` up to date after ``master`` was written by other means (loading)."""
-        if self.compute is not self.master:
-            self.compute.copy_(self.master)
+        """Bring ``own.compute`` up to date after the masters were written by loading."""
+        if self.own.compute is not self.own.master:
+            self.own.compute.copy_(self.own.master)

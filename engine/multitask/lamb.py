@@ -45,7 +45,7 @@ class Lamb(AdamW):
     ) -> None:
         """As AdamW's: one pass over the rows for the moments, then one for the weights."""
         super().step(weights, regions, lr=self._no_rate, scale=scale, skip=skip)
-        flat = self._parameters
+        flat = self._own
         kernels.lamb_update_(
             flat.master,
             self.exp_avg,

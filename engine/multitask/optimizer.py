@@ -36,7 +36,7 @@ class AdamW:
         self.exp_avg = torch.zeros_like(parameters.master)
         self.exp_avg_sq = torch.zeros_like(parameters.master)
         self.updates = torch.zeros((), device=parameters.master.device)  # skipped steps excluded
-        self._parameters = parameters
+        self._own = parameters.own
 
     def step(
         self,
@@ -56,7 +56,7 @@ class AdamW:
             scale: 0-dim fp32, the clip factor (and the inverse of a loss scale).
             skip: 0-dim bool; true leaves weights, moments and the count of updates untouched.
         """
-        flat = self._parameters
+        flat = self._own
         self.updates += (~skip).to(self.updates.dtype)
         for region in regions:
             for columns, weight_decay in self._by_decay(region.columns):
@@ -81,7 +81,7 @@ class AdamW:
         if self.weight_decay == 0:
             yield columns, 0.0
             return
-        border = min(max(columns.start, self._parameters.decayed), columns.stop)
+        border = min(max(columns.start, self._own.decayed), columns.stop)
         if columns.start < border:
             yield slice(columns.start, border), self.weight_decay
         if border < columns.stop:

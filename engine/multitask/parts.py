@@ -1,7 +1,6 @@
 """How the parameters are parted for surgery: the model as a whole, layer by layer, or by tensor."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from ..rooms import kernels
 from .flat_parameters import FlatParameters
+from .layout import Piece
 
 EXTENTS = ("model", "layer", "tensor")
 
@@ -32,7 +32,7 @@ class Parts:
     Attributes:
         names: of the G parts.
         owners: for each part the number of the one task that reaches it, or None.
-        regions: the columns of all parts, ascending and without gaps.
+        regions: the parts' columns among those that this process updates, ascending, no gaps.
     """
 
     def __init__(self, parameters: FlatParameters, tasks: Sequence[str], extent: str) -> None:
@@ -43,23 +43,26 @@ class Parts:
             if not starts or starts[-1][0] != part:
                 starts.append((part, slot.offset))
         ends = [*(offset for _, offset in starts[1:]), parameters.numel]
+        whole = [
+            Region(part, slice(begin, end)) for (part, begin), end in zip(starts, ends, strict=True)
+        ]
         self.names = tuple(numbers)
         self.owners = tuple(_owner(name, tasks) for name in numbers)
-        self.regions = tuple(
-            Region(part, slice(begin, end)) for (part, begin), end in zip(starts, ends, strict=True)
-        )
-        self._offsets = [0, *ends]
-        assert all(begin <= end for begin, end in pairwise(self._offsets))
+        self.regions = tuple(_own_regions(whole, parameters.own.pieces))
+        self._offsets = [0, *(region.columns.stop for region in self.regions)]
         device = parameters.rows.device
-        self._members = torch.tensor([region.part for region in self.regions], device=device)
-        sizes = torch.zeros(len(numbers), device=device)
-        columns = torch.tensor(self._offsets, device=device).diff().float()
-        self._shares = sizes.index_add_(0, self._members, columns) / parameters.numel
+        members = [region.part for region in self.regions]
+        self._in_order = members == list(range(len(numbers)))
+        self._members = torch.tensor(members, device=device)
+        sizes = torch.zeros(len(numbers))
+        for region in whole:
+            sizes[region.part] += region.columns.stop - region.columns.start
+        self._shares = (sizes / parameters.numel).to(device)
 
     def grams(self, rows: Tensor) -> Tensor:
-        """Return the Gram matrix of each part, ``[G, K, K]``, in one pass over the rows."""
+        """Return the Gram matrix of each part, ``[G, K, K]``, in one pass over ``own.rows``."""
         of_regions = kernels.gram(rows, self._offsets)
-        if len(self.names) == len(self.regions):
+        if self._in_order:
             return of_regions
         of_parts = of_regions.new_zeros(len(self.names), *of_regions.shape[1:])
         return of_parts.index_add_(0, self._members, of_regions)
@@ -67,6 +70,22 @@ class Parts:
     def average(self, weights: Tensor) -> Tensor:
         """Return the mean ``[K]`` of weights ``[G, K]``, each part counted by its parameters."""
         return self._shares @ weights
+
+
+def _own_regions(whole: Sequence[Region], pieces: Sequence[Piece]) -> Iterator[Region]:
+    """Yield the regions as they lie in the vector that the pieces make up."""
+    part, begin, end = whole[0].part, 0, 0
+    for piece in pieces:
+        for region in whole:
+            first = max(region.columns.start, piece.start)
+            last = min(region.columns.stop, piece.start + piece.size)
+            if first >= last:
+                continue
+            if region.part != part and end > begin:
+                yield Region(part, slice(begin, end))
+                begin = end
+            part, end = region.part, end + last - first
+    yield Region(part, slice(begin, end))
 
 
 def _part_of(name: str, extent: str) -> str:

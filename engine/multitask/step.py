@@ -111,7 +111,7 @@ class MultitaskStep:
             losses += self._task_gradients(micro_batch, examples, accumulate=number > 0)
 
         self._seed.fill_(self._first_seed + step)
-        scaled_grams = self.parts.grams(self.parameters.rows)
+        scaled_grams = self.parts.grams(self.parameters.own.rows)
         scale: Tensor | float = 1.0
         grams = scaled_grams
         if self.loss_scale is not None:
