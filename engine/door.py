@@ -8,6 +8,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from .data.formats import FileFormat
 from .errors import InputError
 from .scoring import metric_name
 
@@ -35,7 +36,9 @@ def run_door(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def print_scores(console: Console, title: str, scores: Mapping[str, float]) -> None:
+def print_scores(
+    console: Console, title: str, scores: Mapping[str, float], tasks: Mapping[str, FileFormat]
+) -> None:
     """Print a table of scores by task, ``overall`` last."""
     console.print(title)
     table = Table()
@@ -44,7 +47,7 @@ def print_scores(console: Console, title: str, scores: Mapping[str, float]) -> N
     table.add_column("score", justify="right")
     for task, value in scores.items():
         if task != "overall":
-            table.add_row(task, metric_name(task), f"{value:.3f}")
+            table.add_row(task, metric_name(tasks[task]), f"{value:.3f}")
     table.add_section()
     table.add_row("overall", "mean", f"{scores['overall']:.3f}")
     console.print(table)

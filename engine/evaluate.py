@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     splits = {task: run.split(task, options.split) for task in run.recipe.tasks}
     scores = score_splits(model, splits)
     write_scores(run.folder, Scores(options.split, progress.step, scores))
-    print_scores(Console(), f"{options.split} scores of step {progress.step}", scores)
+    title = f"{options.split} scores of step {progress.step}"
+    print_scores(Console(), title, scores, run.recipe.formats)
     return 0
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .data.formats import FORMATS
 from .data.read import OnBadRow
+from .data.source import DataFile
 from .door import Parser, run_door
 from .errors import InputError
 from .run import open_run
@@ -42,18 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.task not in run.recipe.tasks:
         known = ", ".join(run.recipe.tasks)
         raise InputError(f"--task {options.task}: {options.run} has {known}")
-    form = FORMATS[options.task]
+    form = run.recipe.formats[options.task]
     # Every row is owed a line, so a skipped one keeps its place as a blank.
     on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
-    split = run.read(form, options.input, labelled=False, on_bad_row=on_bad_row)
+    split = run.read(form, DataFile(options.input), labelled=False, on_bad_row=on_bad_row)
     model, _ = run.trained_model(pick_device(options.device))
     predictions = predict(model, split)
 
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(["id", "prediction"])
-    pattern = "{:.4f}" if form.kind == "score" else "{:.0f}"
-    cells = [pattern.format(value) for value in predictions.tolist()]
+    cells = [form.spell_label(value) for value in predictions.tolist()]
     for blank in split.blank:
         cells[blank] = ""
     writer.writerows(zip(split.ids, cells, strict=True))

@@ -6,6 +6,7 @@ the default below, and ``--set key=value`` replaces any field, nested ones by a 
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .data.formats import FORMATS
+from .data.formats import FORMATS, FileFormat
+from .data.source import TaskSource
 from .errors import InputError
 from .model.heads import FEATURES, POOLINGS
 from .multitask.balance import METHODS, TORCHJD, BalanceSettings
 from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
 from .runtime.precision import PRECISIONS
+
+_TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -41,6 +45,8 @@ class TaskRecipe(_Settings):
     """What the head sees: single, mean, concat, difference or cosine (engine/model/heads.py)."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
+    source: TaskSource | None = None
+    """Where the examples come from and what they look like; a built-in task needs none."""
 
 
 class EncoderRecipe(_Settings):
@@ -144,9 +150,14 @@ class Recipe(_Settings):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Recipe":
-        for name in self.tasks:
-            if name not in FORMATS:
-                raise ValueError(f"tasks.{name}: no such task{_nearest(name, FORMATS)}")
+        for name, task in self.tasks.items():
+            if name not in FORMATS and task.source is None:
+                raise ValueError(
+                    f"tasks.{name}: no such task{_nearest(name, FORMATS)}; "
+                    f"a task of your own needs [tasks.{name}.source]"
+                )
+            if not _TASK_NAME.fullmatch(name) or name == "overall":
+                raise ValueError(f"tasks.{name}: a name is letters, digits, _ and -")
         for name in self.train:
             if name not in self.tasks:
                 raise ValueError(f"train: {name!r} is not among tasks{_nearest(name, self.tasks)}")
@@ -162,9 +173,17 @@ class Recipe(_Settings):
             )
         return self
 
+    @property
+    def formats(self) -> dict[str, FileFormat]:
+        """What the data of each task look like."""
+        return {
+            name: FORMATS[name] if task.source is None else task.source.format(name)
+            for name, task in self.tasks.items()
+        }
+
     def to_toml(self) -> str:
         """Return the recipe with every field, as TOML that :func:`load` reads back."""
-        return tomli_w.dumps(self.model_dump(mode="json"))
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
 def names() -> list[str]:
@@ -235,6 +254,8 @@ def _first_problem(error: ValidationError) -> str:
 def _fields_at(location: Sequence[str]) -> Mapping[str, Any]:
     if not location:
         return Recipe.model_fields
+    if location[-1] == "source":
+        return TaskSource.model_fields
     tables: dict[str, type[BaseModel]] = {"encoder": EncoderRecipe, "balancing": BalanceSettings}
     return tables.get(location[0], TaskRecipe).model_fields
 

@@ -20,8 +20,9 @@ import torch
 from . import recipe as recipes
 from .data import demo
 from .data.cache import default_cache, load_split
-from .data.formats import FORMATS, FileFormat
-from .data.read import OnBadRow, read_table
+from .data.formats import FileFormat
+from .data.read import OnBadRow
+from .data.source import DataFile, Origin, Split
 from .data.split import TokenizedSplit
 from .data.tokenizer import Tokenizer
 from .errors import InputError
@@ -64,22 +65,22 @@ class Run(NamedTuple):
         write_text(self.folder / "config.json", shape)
         write_text(self.folder / "recipe.toml", self.recipe.to_toml())
 
-    def split(self, task: str, split: str) -> TokenizedSplit:
+    def split(self, task: str, split: Split) -> TokenizedSplit:
         """Return a split of the run's data set, tokenized."""
-        form = FORMATS[task]
-        return self.read(form, form.file(data_folder(self.recipe), split), labelled=split != "test")
+        form = self.recipe.formats[task]
+        return self.read(form, origin(self.recipe, task, split), labelled=split != "test")
 
     def read(
         self,
         form: FileFormat,
-        path: Path,
+        origin: Origin,
         *,
         labelled: bool = True,
         on_bad_row: OnBadRow | None = None,
     ) -> TokenizedSplit:
-        """Return a file's examples, tokenized for this run's encoder."""
+        """Return the examples of a file or data set, tokenized for this run's encoder."""
         return load_split(
-            path,
+            origin,
             form,
             self.tokenizer,
             min(self.recipe.max_length, self.config.max_position_embeddings),
@@ -93,7 +94,7 @@ class Run(NamedTuple):
             torch.manual_seed(self.recipe.seed)
             return MultitaskModel(
                 self.config,
-                [FORMATS[task] for task in self.recipe.tasks],
+                list(self.recipe.formats.values()),
                 {task: settings.features for task, settings in self.recipe.tasks.items()},
                 pooling=self.recipe.pooling,
                 dropout_p=self.recipe.dropout,
@@ -123,6 +124,18 @@ class Run(NamedTuple):
     def with_data(self, folder: Path) -> "Run":
         """Return the same run with another data set."""
         return self._replace(recipe=self.recipe.model_copy(update={"data": str(folder)}))
+
+
+def origin(recipe: Recipe, task: str, split: Split) -> Origin:
+    """Return where a split of a task comes from.
+
+    Raises:
+        InputError: the recipe names no data for it.
+    """
+    source = recipe.tasks[task].source
+    if source is None:
+        return DataFile(recipe.formats[task].file(data_folder(recipe), split))
+    return source.origin(task, split, data_folder(recipe) if recipe.data else None)
 
 
 def data_folder(recipe: Recipe) -> Path:
@@ -181,9 +194,10 @@ def free_folder(parent: Path, recipe: str) -> Path:
 
 def _training_sentences(recipe: Recipe) -> Iterable[str]:
     for task in recipe.train:
-        form = FORMATS[task]
-        path = form.file(data_folder(recipe), "train")
-        for column in read_table(path, form, on_bad_row=recipe.on_bad_row).sentences:
+        table = origin(recipe, task, "train").table(
+            recipe.formats[task], labelled=True, on_bad_row=recipe.on_bad_row
+        )
+        for column in table.sentences:
             yield from column
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .data.formats import FORMATS
+from .data.formats import FileFormat
 from .data.loader import evaluation_batches
 from .data.split import TokenizedSplit
 from .errors import InputError
@@ -41,12 +41,12 @@ def predict(model: MultitaskModel, split: TokenizedSplit) -> npt.NDArray[np.floa
     return predictions
 
 
-def metric_name(task: str) -> str:
+def metric_name(task: FileFormat) -> str:
     """Return what a task is scored by: ``accuracy`` or ``pearson``."""
-    return "pearson" if FORMATS[task].kind == "score" else "accuracy"
+    return "pearson" if task.kind == "score" else "accuracy"
 
 
-def score(task: str, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+def score(task: FileFormat, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """Return accuracy, or for scores the Pearson correlation (0 where either is constant)."""
     predicted, wanted = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
     if metric_name(task) == "accuracy":
@@ -65,7 +65,7 @@ def score_splits(model: MultitaskModel, splits: Mapping[str, TokenizedSplit]) ->
     scores = {}
     for task, split in splits.items():
         assert split.labels is not None, f"split of {task} has no labels"
-        scores[task] = score(task, predict(model, split), split.labels)
+        scores[task] = score(model.head(task).task, predict(model, split), split.labels)
     return scores | {"overall": sum(scores.values()) / len(scores)}
 
 

@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"stopped; go on with --resume --out {run.folder}")
         return INTERRUPTED
     best = read_scores(run.folder)
-    print_scores(console, f"dev scores, best epoch (step {best.step})", best.scores)
+    title = f"dev scores, best epoch (step {best.step})"
+    print_scores(console, title, best.scores, recipe.formats)
     console.print(f"wrote {run.folder}", soft_wrap=True, highlight=False)
     return 0
 

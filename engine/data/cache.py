@@ -19,11 +19,12 @@ import numpy as np
 
 from ..errors import InputError
 from .formats import FileFormat
-from .read import OnBadRow, parse_table, read_bytes
+from .read import OnBadRow
+from .source import Origin
 from .split import TokenizedSplit, tokenize
 from .tokenizer import Tokenizer
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _INDEX, _META = "index.json", "meta.json"
@@ -41,7 +42,7 @@ def default_cache() -> Path:
 
 
 def load_split(
-    path: Path,
+    origin: Origin,
     format_: FileFormat,
     tokenizer: Tokenizer,
     max_length: int,
@@ -50,10 +51,10 @@ def load_split(
     on_bad_row: OnBadRow = "error",
     cache: Path | None = None,
 ) -> TokenizedSplit:
-    """Return a file's examples as tokens, from the cache or, the first time, into it.
+    """Return a file's or data set's examples as tokens, from the cache or, at first, into it.
 
     Args:
-        path: the file.
+        origin: the file or data set.
         format_: its columns and the range of its label.
         tokenizer: what to split the sentences with.
         max_length: the most tokens in a sentence, ``[CLS]`` and ``[SEP]`` included.
@@ -65,10 +66,9 @@ def load_split(
         InputError: the file cannot be used, or the cache not be written.
     """
     root = default_cache() if cache is None else cache
-    content = read_bytes(path)
     made_from = {
         "version": _VERSION,
-        "file": hashlib.sha256(content).hexdigest(),
+        "data": origin.digest(),
         "format": repr(format_),
         "tokenizer": tokenizer.to_json(),
         "max_length": max_length,
@@ -80,7 +80,7 @@ def load_split(
     try:
         return _open_entry(entry)
     except _DamagedEntryError:
-        table = parse_table(content, path, format_, labelled=labelled, on_bad_row=on_bad_row)
+        table = origin.table(format_, labelled=labelled, on_bad_row=on_bad_row)
         split = tokenize(format_.task, table, tokenizer, max_length)
     try:
         return _write_entry(entry, split)

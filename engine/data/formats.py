@@ -1,4 +1,4 @@
-"""What the files of each task look like: names, columns and the range of a label."""
+"""What the data of a task look like: names, columns and the range of a label."""
 
 import re
 from collections.abc import Mapping
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
+
+from ..errors import InputError
+from .rows import LAYOUTS, Layout
 
 LabelKind = Literal["classes", "binary", "score"]
 
@@ -19,13 +22,19 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileFormat:
-    """The files of one task: tab-separated, with a header, whatever their ending says."""
+    """The data of one task: rows with an id, one or two sentences and a label."""
 
     task: str
     """The task's name in recipes, metrics and on the command line."""
 
-    stem: str
+    stem: str = ""
     """How the file names begin: the train split is ``{stem}-train.csv``."""
+
+    layout: Layout | None = None
+    """How the files are laid out, whatever their ending says; None where it says."""
+
+    id: str = ""
+    """The column of the id; empty: rows are numbered from 0."""
 
     sentences: tuple[str, ...]
     """The columns of the one sentence or the two sentences of an example."""
@@ -36,12 +45,34 @@ class FileFormat:
     kind: LabelKind
     """``classes``: 0, 1, … ``high``; ``binary``: 0 or 1; ``score``: any number in the range."""
 
-    high: int
-    """The largest label; the smallest is 0."""
+    low: float = 0
+    """The smallest label."""
+
+    high: float
+    """The largest label."""
+
+    classes: tuple[str, ...] = ()
+    """The names of the classes, where labels are spelled by name."""
 
     def file(self, folder: Path, split: str) -> Path:
         """Return the path of a split's file in ``folder``; ``split`` is a key of SPLITS."""
         return folder / f"{self.stem}-{SPLITS[split]}.csv"
+
+    def layout_of(self, path: Path) -> Layout:
+        """Return how a file of this task is laid out.
+
+        Raises:
+            InputError: its ending says nothing that is known.
+        """
+        layout = self.layout or LAYOUTS.get(path.suffix.lower())
+        if layout is None:
+            raise InputError(f"{path}: unknown ending; give a file in {', '.join(LAYOUTS)}")
+        return layout
+
+    def columns(self, *, labelled: bool) -> tuple[str, ...]:
+        """Return the columns to read: the id if there is one, the sentences, the label."""
+        last = (self.label,) if labelled else ()
+        return (*((self.id,) if self.id else ()), *self.sentences, *last)
 
     def parse_label(self, text: str) -> float:
         """Return the label that ``text`` spells.
@@ -49,14 +80,24 @@ class FileFormat:
         Raises:
             ValueError: it spells none; the message says why, in words fit for counting.
         """
+        if self.classes:
+            if text.strip() not in self.classes:
+                raise ValueError("label is not among the classes")
+            return float(self.classes.index(text.strip()))
         if not _NUMBER.fullmatch(text.strip()):
             raise ValueError("label is not a number")
         value = float(text)
-        if not 0 <= value <= self.high:
-            raise ValueError(f"label is outside 0 to {self.high}")
+        if not self.low <= value <= self.high:
+            raise ValueError(f"label is outside {self.low:g} to {self.high:g}")
         if self.kind != "score" and not value.is_integer():
             raise ValueError("label is not a whole number")
         return value
+
+    def spell_label(self, value: float) -> str:
+        """Return the text of a label or prediction: a class's name or number, or a score."""
+        if self.kind == "score":
+            return f"{value:.4f}"
+        return self.classes[int(value)] if self.classes else f"{value:.0f}"
 
 
 def _table(*formats: FileFormat) -> Mapping[str, FileFormat]:
@@ -69,6 +110,8 @@ FORMATS = _table(
     FileFormat(
         task="sst",
         stem="ids-sst",
+        layout="tabs",
+        id="id",
         sentences=("sentence",),
         label="sentiment",
         kind="classes",
@@ -77,6 +120,8 @@ FORMATS = _table(
     FileFormat(
         task="quora",
         stem="quora",
+        layout="tabs",
+        id="id",
         sentences=_PAIR,
         label="is_duplicate",
         kind="binary",
@@ -85,6 +130,8 @@ FORMATS = _table(
     FileFormat(
         task="sts",
         stem="sts",
+        layout="tabs",
+        id="id",
         sentences=_PAIR,
         label="similarity",
         kind="score",
@@ -93,10 +140,12 @@ FORMATS = _table(
     FileFormat(
         task="cfimdb",
         stem="ids-cfimdb",
+        layout="tabs",
+        id="id",
         sentences=("sentence",),
         label="sentiment",
         kind="binary",
         high=1,
     ),
 )
-"""The CS224N file set by task."""
+"""The CS224N file set by task: tab-separated, with a header, whatever their ending says."""

@@ -1,13 +1,7 @@
-"""Read a tab-separated file of sentences and labels into a table, trusting nothing in it.
+"""Read sentences and labels into a table, trusting nothing in the file."""
 
-A row is one physical line.  Csv rules apply within it (a field may stand in double quotes, a quote
-inside is doubled), but a quoted field never runs on to the next line: one stray quote would
-silently swallow the rows up to the next one, and sentences have no use for line breaks.
-"""
-
-import csv
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +11,7 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from .formats import FileFormat
+from .rows import BadRowError, Row, rows_of, shorten
 
 OnBadRow = Literal["error", "skip", "blank"]
 """What to do with a row that cannot be used.
@@ -31,15 +26,13 @@ class Table:
     """The rows of one file, in its order.
 
     Attributes:
-        path: the file.
-        ids: the ``id`` column.
+        ids: the id column, or the rows' numbers where the format has none.
         sentences: one list of strings for each sentence column.
         labels: float32 ``[n]``, or None where they were not asked for.
         bad_rows: how many rows were skipped or blanked, by reason.
         blank: the indices of the blanked rows.
     """
 
-    path: Path
     ids: list[str]
     sentences: tuple[list[str], ...]
     labels: npt.NDArray[np.float32] | None
@@ -69,10 +62,9 @@ def parse_table(
     """Turn the content of one file into a table.
 
     Args:
-        content: UTF-8 (a byte order mark is allowed) with a header line.  The columns may stand in
-            any order and further ones are ignored.
+        content: of the file (:func:`~.rows.rows_of`).
         path: where it comes from, for error messages.
-        format_: the columns to read and the range of the label.
+        format_: the file's layout, the columns to read and the range of the label.
         labelled: read the label column; without it, the file need not have one.
         on_bad_row: what to do with a row that cannot be used.
 
@@ -80,28 +72,45 @@ def parse_table(
         InputError: the header lacks a column or names one twice, no row is usable, or, with
             ``on_bad_row="error"``, a row cannot be used.
     """
-    lines = content.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\n")
-    columns = ("id", *format_.sentences, *((format_.label,) if labelled else ()))
-    width, places = _read_header(path, lines[0], columns)
+    rows = rows_of(content, path, format_.layout_of(path), format_.columns(labelled=labelled))
+    return collect(rows, str(path), format_, labelled=labelled, on_bad_row=on_bad_row)
 
+
+def collect(
+    rows: Iterable[Row],
+    where: str,
+    format_: FileFormat,
+    *,
+    labelled: bool,
+    on_bad_row: OnBadRow,
+) -> Table:
+    """Check rows and make a table of them; see :func:`parse_table`.
+
+    Args:
+        rows: the texts of ``format_.columns(labelled=labelled)``.
+        where: what the rows come from, for error messages.
+        format_: the range of the label.
+        labelled: whether the label is among the columns.
+        on_bad_row: what to do with a row that cannot be used.
+    """
     ids: list[str] = []
     sentences: tuple[list[str], ...] = tuple([] for _ in format_.sentences)
     labels: list[float] = []
     bad_rows: Counter[str] = Counter()
     blank: list[int] = []
-    for number, line in enumerate(lines[1:], start=2):
-        identifier = ""
+    for number, (place, values) in enumerate(rows):
+        identifier = "" if format_.id else str(number)
         try:
-            fields = _split(line)
-            if len(fields) != width:
-                raise _BadRowError("number of fields", f"{len(fields)}, the header has {width}")
-            identifier, *texts = (fields[place] for place in places)
+            if isinstance(values, BadRowError):
+                raise values
+            texts = values
+            if format_.id:
+                identifier, *texts = values
             label = _check(identifier, texts, format_, labelled)
-        except _BadRowError as bad:
+        except BadRowError as bad:
             if on_bad_row == "error":
                 raise InputError(
-                    f"{bad.reason}: {bad.detail}, {path}:{number}; "
-                    "correct the row or see --on-bad-row"
+                    f"{bad.reason}: {bad.detail}, {place}; correct the row or see --on-bad-row"
                 ) from bad
             bad_rows[bad.reason] += 1
             if on_bad_row == "skip":
@@ -114,9 +123,8 @@ def parse_table(
         labels.append(label)
 
     if len(ids) == len(blank):
-        raise InputError(f"no usable row below the header, {path}:1; give a file that has some")
+        raise InputError(f"no usable row below the header, {where}; give a file that has some")
     return Table(
-        path=path,
         ids=ids,
         sentences=sentences,
         labels=np.array(labels, dtype=np.float32) if labelled else None,
@@ -138,73 +146,17 @@ def read_bytes(path: Path) -> bytes:
         raise InputError(f"cannot read a file: {reason}, {path}; check the path") from error
 
 
-class _BadRowError(Exception):
-    """A row that cannot be used: ``reason`` is fit for counting, ``detail`` for finding."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
-def _read_header(path: Path, line: bytes, wanted: Sequence[str]) -> tuple[int, list[int]]:
-    """Return the number of columns and the places of the wanted ones."""
-    try:
-        names = [name.strip() for name in _split(line)]
-    except _BadRowError as bad:
-        raise InputError(f"header: {bad}, {path}:1; correct the header") from bad
-    twice = [name for name, count in Counter(names).items() if name and count > 1]
-    if twice:
-        raise InputError(f"header names a column twice: {twice[0]!r}, {path}:1; rename one")
-    for name in wanted:
-        if name not in names:
-            found = ", ".join(repr(_shorten(other)) for other in names[:8])
-            raise InputError(
-                f"no column {name!r} in the header, {path}:1; it has {found}: "
-                "give a tab-separated file with that column"
-            )
-    return len(names), [names.index(name) for name in wanted]
-
-
-def _split(line: bytes) -> list[str]:
-    """Decode a line and split it into its fields."""
-    try:
-        text = line.removesuffix(b"\r").decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"byte 0x{line[error.start]:02x} at {error.start + 1}"
-        raise _BadRowError("not UTF-8", where) from error
-    if "\0" in text:
-        raise _BadRowError("NUL character", f"at {text.index(chr(0)) + 1}")
-    if "\r" in text:
-        raise _BadRowError("carriage return", "within a line; lines end in LF or CR LF")
-    if not text.strip():
-        raise _BadRowError("empty line", "nothing in it")
-    if len(text) > csv.field_size_limit():
-        raise _BadRowError("line too long", f"{len(text)} characters")
-    try:
-        return next(csv.reader([text], delimiter="\t", strict=True))
-    except csv.Error as error:
-        detail = str(error)
-        if detail == "unexpected end of data":
-            detail = "a quoted field does not end on its line"
-        raise _BadRowError("broken quoting", detail) from error
-
-
-def _check(identifier: str, texts: list[str], format_: FileFormat, labelled: bool) -> float:
+def _check(identifier: str, texts: Sequence[str], format_: FileFormat, labelled: bool) -> float:
     """Return the label (0 where none is asked for) of a row in which all is well."""
     if not identifier.strip():
-        raise _BadRowError("empty id", "column 'id'")
+        raise BadRowError("empty id", f"column {format_.id!r}")
     for name, text in zip(format_.sentences, texts, strict=False):
         if not text.strip():
-            raise _BadRowError("empty sentence", f"column {name!r}")
+            raise BadRowError("empty sentence", f"column {name!r}")
     if not labelled:
         return 0.0
     try:
         return format_.parse_label(texts[-1])
     except ValueError as error:
-        where = f"{_shorten(texts[-1])!r} in column {format_.label!r}"
-        raise _BadRowError(str(error), where) from error
-
-
-def _shorten(text: str, limit: int = 40) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+        where = f"{shorten(texts[-1])!r} in column {format_.label!r}"
+        raise BadRowError(str(error), where) from error

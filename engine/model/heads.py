@@ -7,7 +7,7 @@ Each task has one head.  What its input looks like is ``features``:
     concat       [u; v]                     two sentences, linear output
     difference   [u; v; |u - v|]            two sentences, linear output (Sentence-BERT, Reimers
                                             and Gurevych 2019)
-    cosine       5 cos(u, v)                two sentences, no weights; predictions cut at 0
+    cosine       low + (high - low) cos     two sentences, no weights; predictions cut at low
 
 and what comes out and how it is scored follows from the task's labels (its
 :class:`~engine.data.formats.FileFormat`).
@@ -86,7 +86,7 @@ class TaskHead(nn.Module):
         self.task, self.features = task, features
         self.dropout_p, self.site = dropout_p, site
         units = PAIR_FEATURES.get(features, 1)
-        outputs = task.high + 1 if task.kind == "classes" else 1
+        outputs = int(task.high) + 1 if task.kind == "classes" else 1
         self.output = Linear(units * width, outputs) if units else None
 
     def forward(
@@ -114,7 +114,8 @@ class TaskHead(nn.Module):
             first, second = pooled.chunk(2)
             if self.output is None:
                 first, second = _at_least_fp32(first), _at_least_fp32(second)
-                return 5 * F.cosine_similarity(first, second)
+                span = self.task.high - self.task.low
+                return self.task.low + span * F.cosine_similarity(first, second)
             joined = pair_features(first, second, self.features)
         assert self.output is not None
         scores = _at_least_fp32(self.output(joined, segments))
@@ -140,4 +141,4 @@ class TaskHead(nn.Module):
             return scores.argmax(1)
         if self.task.kind == "binary":
             return (scores > 0).long()
-        return scores.clamp(0, self.task.high)
+        return scores.clamp(self.task.low, self.task.high)

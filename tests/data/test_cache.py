@@ -11,6 +11,7 @@ import pytest
 from engine.data import cache as cache_module
 from engine.data.cache import default_cache, load_split
 from engine.data.formats import FORMATS
+from engine.data.source import DataFile
 from engine.data.split import TokenizedSplit
 from engine.data.tokenizer import Tokenizer
 from engine.errors import InputError
@@ -20,7 +21,7 @@ STS = FORMATS["sts"]
 
 def load(demo: Path, tokenizer: Tokenizer, cache: Path, **changes: object) -> TokenizedSplit:
     arguments = {"max_length": 32, "cache": cache} | changes
-    return load_split(STS.file(demo, "dev"), STS, tokenizer, **arguments)
+    return load_split(DataFile(STS.file(demo, "dev")), STS, tokenizer, **arguments)
 
 
 def assert_same(one: TokenizedSplit, other: TokenizedSplit) -> None:
@@ -74,7 +75,7 @@ def test_bad_rows_are_kept_count_of(tokenizer: Tokenizer, tmp_path: Path) -> Non
     file.write_text("id\tsentence1\tsentence2\na\tone\ttwo\nb\t\ttwo\nc\tone\t\n")
     for _ in range(2):
         split = load_split(
-            file, STS, tokenizer, 32, labelled=False, on_bad_row="blank", cache=tmp_path
+            DataFile(file), STS, tokenizer, 32, labelled=False, on_bad_row="blank", cache=tmp_path
         )
         assert (split.ids, split.blank, split.skipped) == (["a", "b", "c"], (1, 2), 2)
         np.testing.assert_array_equal(split.lengths[2:], 2)

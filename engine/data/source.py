@@ -1,0 +1,184 @@
+"""Where the examples of a task come from, as a recipe says it: files, or a data set by name."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..errors import InputError
+from .formats import FileFormat, LabelKind
+from .read import OnBadRow, Table, collect, parse_table, read_bytes
+from .rows import Row, find_columns, typed_row
+
+Split = Literal["train", "dev", "test"]
+Kind = Literal["classification", "regression", "pair_classification", "pair_regression"]
+
+
+class TaskSource(BaseModel):
+    """The data of a task that is not built in: ``[tasks.NAME.source]`` of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Kind
+    """What is predicted, from one sentence or from a pair."""
+    text: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+    """The column of the sentence, or those of the pair."""
+    label: str = "label"
+    """The column of the label."""
+    id: str = ""
+    """The column that names an example; empty: rows are numbered from 0."""
+    classes: tuple[str, ...] | Annotated[int, Field(ge=2)] = ()
+    """Classification: the names of the classes, or how many there are when labels are numbers."""
+    range: tuple[float, float] = (0.0, 5.0)
+    """Regression: the smallest and the largest label."""
+
+    files: dict[Split, str] = {}
+    """A file for each split (.tsv, .csv, .jsonl, .parquet), relative to the data folder."""
+    dataset: str = ""
+    """Instead of files: a name or folder that the library ``datasets`` loads."""
+    subset: str = ""
+    """The data set's configuration, where it has several."""
+    splits: dict[Split, str] = {"train": "train", "dev": "validation"}
+    """What the data set calls each split; slices such as ``train[:90%]`` are understood."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TaskSource":
+        if bool(self.files) == bool(self.dataset):
+            raise ValueError("give either files or dataset")
+        wanted = 2 if self.kind.startswith("pair") else 1
+        if len(self.text) != wanted:
+            raise ValueError(f"text: {self.kind} needs {wanted} column(s), got {len(self.text)}")
+        if not self._is_regression and self._num_classes < 2:
+            raise ValueError(f"classes: {self.kind} needs at least two, by name or as a number")
+        if isinstance(self.classes, tuple) and len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: a name stands twice")
+        if self.range[0] >= self.range[1]:
+            raise ValueError("range: expected the smaller bound first")
+        return self
+
+    @property
+    def _is_regression(self) -> bool:
+        return self.kind.endswith("regression")
+
+    @property
+    def _num_classes(self) -> int:
+        return self.classes if isinstance(self.classes, int) else len(self.classes)
+
+    def format(self, task: str) -> FileFormat:
+        """Return what the data look like."""
+        low, high = self.range if self._is_regression else (0, self._num_classes - 1)
+        kind: LabelKind = "classes" if high > 1 else "binary"
+        names = () if self._is_regression or isinstance(self.classes, int) else self.classes
+        return FileFormat(
+            task=task,
+            id=self.id,
+            sentences=self.text,
+            label=self.label,
+            kind="score" if self._is_regression else kind,
+            low=low,
+            high=high,
+            classes=names,
+        )
+
+    def origin(self, task: str, split: Split, folder: Path | None) -> "Origin":
+        """Return where a split comes from.
+
+        Args:
+            task: the task's name, for error messages.
+            split: which.
+            folder: that of the data files, if the run has one.
+
+        Raises:
+            InputError: the source does not have it.
+        """
+        known = self.splits if self.dataset else self.files
+        if split not in known:
+            table = "splits" if self.dataset else "files"
+            raise InputError(f"tasks.{task}.source.{table}: no {split} split; name it there")
+        if self.dataset:
+            return HubSplit(self.dataset, self.subset, known[split])
+        path = Path(known[split])
+        if not path.is_absolute() and folder is None:
+            raise InputError(
+                f"tasks.{task}.source.files: {path} is relative to the folder of the data files; "
+                "name that with --data"
+            )
+        return DataFile(path if folder is None else folder / path)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of examples; it is read once."""
+
+    path: Path
+
+    @cached_property
+    def _content(self) -> bytes:
+        return read_bytes(self.path)
+
+    def digest(self) -> str:
+        """Return a hash of all that decides what is read."""
+        return f"{self.path.suffix}:{hashlib.sha256(self._content).hexdigest()}"
+
+    def table(self, format_: FileFormat, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
+        """Return the examples: :func:`~.read.parse_table`."""
+        return parse_table(
+            self._content, self.path, format_, labelled=labelled, on_bad_row=on_bad_row
+        )
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """A split of a data set that the library ``datasets`` loads, from the hub or a folder."""
+
+    name: str
+    subset: str
+    split: str
+
+    def digest(self) -> str:
+        """Return the library's fingerprint of the data."""
+        return str(self._data._fingerprint)
+
+    def table(self, format_: FileFormat, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
+        """Return the examples: :func:`~.read.collect`."""
+        where = f"data set {self.name}, split {self.split}"
+        columns = format_.columns(labelled=labelled)
+        find_columns(self._data.column_names, columns, where)
+        rows = self._rows(format_, columns, where)
+        return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
+
+    def _rows(self, format_: FileFormat, columns: tuple[str, ...], where: str) -> Iterator[Row]:
+        data = self._data.select_columns(list(columns))
+        # Class labels are stored as numbers; where the recipe knows names, so does the data set.
+        feature = data.features.get(format_.label) if format_.classes else None
+        named = feature if hasattr(feature, "int2str") else None
+        for number, record in enumerate(data):
+            if named is not None and isinstance(record[format_.label], int):
+                # -1 stands for a label that is held back; it spells no class.
+                value = record[format_.label]
+                record[format_.label] = named.int2str(value) if value >= 0 else str(value)
+            yield typed_row(record, columns, f"{where}, row {number}")
+
+    @cached_property
+    def _data(self) -> Any:
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise InputError(
+                f"dataset {self.name}: needs the library datasets (pip install datasets)"
+            ) from None
+        try:
+            return load_dataset(self.name, self.subset or None, split=self.split)
+        except Exception as error:  # the library raises whatever its loaders do
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise InputError(
+                f"dataset {self.name}: cannot load split {self.split} ({reason}); "
+                "check dataset, subset and splits"
+            ) from error
+
+
+Origin = DataFile | HubSplit
