@@ -121,22 +121,25 @@ def _comma_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterator[
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"not UTF-8, {path}:{number}; convert the file to UTF-8") from error
+    lines = _csv_fields(text, path)
+    place, header = next(lines, (f"{path}:1", []))
+    names = [name.strip() for name in header]
+    places = find_columns(names, columns, place)
+    for place, fields in lines:
+        yield _picked(fields, len(names), places, place)
+
+
+def _csv_fields(text: str, path: Path) -> Iterator[tuple[str, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    first, names, places = True, [""], list[int]()
     while True:
         place = f"{path}:{reader.line_num + 1}"
         try:
-            fields = next(reader)
+            yield place, next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             # Where a quote is broken nobody knows where the next row begins.
             raise InputError(f"not CSV: {error}, {place}; correct the file") from error
-        if first:
-            first, names = False, [name.strip() for name in fields]
-            places = find_columns(names, columns, place)
-            continue
-        yield _picked(fields, len(names), places, place)
 
 
 def _json_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterator[Row]:
