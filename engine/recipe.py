@@ -16,9 +16,11 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .data.formats import FORMATS, FileFormat
+from .data.order import ORDERS
 from .data.source import TaskSource
 from .errors import InputError
-from .model.heads import FEATURES, POOLINGS
+from .model.heads import FEATURES, LOSSES
+from .model.states import POOLINGS
 from .multitask.balance import METHODS, TORCHJD, BalanceSettings
 from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
@@ -42,7 +44,11 @@ class TaskRecipe(_Settings):
     """How one task is read off the encoder."""
 
     features: Literal[FEATURES]  # type: ignore[valid-type]
-    """What the head sees: single, mean, concat, difference or cosine (engine/model/heads.py)."""
+    """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
+    difference, shared, cosine, cosine_shifted, pearson (engine/model/features.py)."""
+    loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
+    """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
+    that of a share of their range; mse."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
     source: TaskSource | None = None
@@ -93,6 +99,10 @@ class Recipe(_Settings):
     """Sentence vector: the first token's state (cls) or the mean over tokens."""
     dropout: Fraction = 0.1
     """Dropout before the heads."""
+    adapter_width: Count = 0
+    """Width of a projected attention layer for each task, beside every layer; 0: none."""
+    freeze_encoder: bool = False
+    """Train only what lies outside the encoder: heads, shared layers, adapters."""
     encoder: EncoderRecipe = EncoderRecipe()
     """Shape of an encoder trained from scratch; with ``--init`` the model's own counts."""
     max_length: Annotated[int, Field(ge=3)] = 512
@@ -104,8 +114,13 @@ class Recipe(_Settings):
     """Parts in which a batch goes through the model, one after the other; they save memory."""
     checkpoint_layers: bool = False
     """Compute the inside of each layer again in the backward pass, which saves memory too."""
+    order: Literal[ORDERS] = "together"  # type: ignore[valid-type]
+    """together: a step has a batch of every task, their gradients are balanced; or the tasks take
+    turns, one a step, which leaves nothing to balance: sequential, cycle, round_robin, annealed
+    (engine/data/order.py)."""
     epochs: Positive = 10
-    """Passes over the largest training set; smaller ones start again as they run out."""
+    """Passes over the training sets: over the largest, while smaller ones start again as they run
+    out (together, cycle), or over every one."""
     max_steps: Count = 0
     """Stop after so many steps (``--max-steps``); 0: after the epochs."""
     limit: Count = 0

@@ -98,6 +98,8 @@ class Run(NamedTuple):
                 {task: settings.features for task, settings in self.recipe.tasks.items()},
                 pooling=self.recipe.pooling,
                 dropout_p=self.recipe.dropout,
+                losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
+                adapter_width=self.recipe.adapter_width,
             )
 
     def initial_model(self) -> MultitaskModel:

@@ -33,7 +33,7 @@ def train(training: Training, console: Console) -> bool:
     """
     run, recipe = training.run, training.run.recipe
     progress = training.restore()
-    log = MetricsLog(run.folder / "metrics.jsonl", recipe.train, progress.step, recipe.log_every)
+    log = MetricsLog(run.folder / "metrics.jsonl", progress.step, recipe.log_every)
     with (
         StopRequest() as stop,
         closing(training.loader(progress.step)) as loader,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .data.loader import TrainingLoader
+from .data.order import Order
 from .data.sample import TaskSampler, stratified_subset
 from .data.split import TokenizedSplit
 from .model.multitask import MultitaskModel
@@ -37,7 +38,7 @@ class Training:
         optimizer: updates them.
         step: one training step.
         schedule: the learning rate.
-        epoch_steps: steps that go through the largest training set once.
+        order: which tasks are trained in which step.
         total_steps: steps of the whole run.
     """
 
@@ -51,7 +52,7 @@ class Training:
     optimizer: Optimizer
     step: MultitaskStep
     schedule: Schedule
-    epoch_steps: int
+    order: Order
     total_steps: int
 
     @classmethod
@@ -64,15 +65,24 @@ class Training:
         recipe = run.recipe
         train_sets = [run.split(task, "train") for task in recipe.train]
         samplers = [_sampler(split, recipe) for split in train_sets]
-        tasks = TrainedTasks(recipe.train, tuple(len(sampler) for sampler in samplers))
-        method = build_method(recipe.balance, tasks, recipe.balancing)
-        epoch_steps = -(-max(len(sampler) for sampler in samplers) // recipe.batch_size)
-        total_steps = min(epoch_steps * recipe.epochs, recipe.max_steps or sys.maxsize)
+        sizes = tuple(len(sampler) for sampler in samplers)
+        order = Order(recipe.order, sizes, recipe.batch_size, recipe.epochs, recipe.seed)
+        take_turns = order.tasks_a_step < len(recipe.train)
+        tasks = TrainedTasks(recipe.train, sizes)
+        method = build_method("sum" if take_turns else recipe.balance, tasks, recipe.balancing)
+        total_steps = min(order.total_steps, recipe.max_steps or sys.maxsize)
         model = run.initial_model().train()
         model.encoder.checkpoint_layers = recipe.checkpoint_layers
         set_matmul_precision(recipe.precision, device)
         dtype = pick_dtype(recipe.precision, device)
-        parameters = FlatParameters(model, recipe.train, device=device, compute_dtype=dtype)
+        parameters = FlatParameters(
+            model,
+            recipe.train,
+            device=device,
+            compute_dtype=dtype,
+            freeze_encoder=recipe.freeze_encoder,
+            take_turns=take_turns,
+        )
         optimizer = build_optimizer(
             recipe.optimizer,
             parameters,
@@ -80,7 +90,7 @@ class Training:
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
         )
-        parts = Parts(parameters, recipe.train, recipe.surgery)
+        parts = Parts(parameters, recipe.train, "model" if take_turns else recipe.surgery)
         return cls(
             run=run,
             device=device,
@@ -108,7 +118,7 @@ class Training:
                 warmup_steps=round(recipe.warmup * total_steps),
                 total_steps=total_steps,
             ),
-            epoch_steps=epoch_steps,
+            order=order,
             total_steps=total_steps,
         )
 
@@ -119,9 +129,15 @@ class Training:
             self.samplers,
             start,
             self.total_steps,
+            turns=self.order.turns,
             micro_batches=self.run.recipe.micro_batches,
             pin_memory=self.device.type == "cuda",
         )
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps of an epoch."""
+        return self.order.epoch_steps
 
     def ends_epoch(self, steps_done: int) -> bool:
         """Return whether the run is at an epoch's end, or at its own."""

@@ -41,6 +41,11 @@ class TaskRows(NamedTuple):
     weight: Tensor
     bias: Tensor | None = None
 
+    def of(self, task: int) -> "TaskRows":
+        """Return the rows of one task, for a layer that this task uses by itself."""
+        one = slice(task, task + 1)
+        return TaskRows(self.weight[one], None if self.bias is None else self.bias[one])
+
     def checked(
         self, segments: TaskSegments | None, weight: Tensor, bias: Tensor | None, x: Tensor
     ) -> TaskSegments:

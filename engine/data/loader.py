@@ -8,13 +8,15 @@ from typing import Self
 
 import numpy as np
 
+from .order import Turn
 from .pack import PackedBatch, pack
-from .sample import Indices, TaskSampler
+from .part import Examples, Indices
+from .sample import TaskSampler
 from .split import TokenizedSplit
 
 
 class TrainingLoader:
-    """Iterates over the training batches of steps ``start`` to ``stop``, a batch of each task.
+    """Iterates over the training batches of steps ``start`` to ``stop``.
 
     A step whose batch is parted into micro-batches yields these, one after the other.
 
@@ -24,11 +26,12 @@ class TrainingLoader:
 
     def __init__(
         self,
-        splits: Sequence[TokenizedSplit],
+        sources: Sequence[Examples],
         samplers: Sequence[TaskSampler],
         start: int,
         stop: int,
         *,
+        turns: Callable[[int], Sequence[Turn]] | None = None,
         micro_batches: int = 1,
         shard: tuple[int, int] = (0, 1),
         pin_memory: bool = False,
@@ -37,10 +40,11 @@ class TrainingLoader:
         """Start packing.
 
         Args:
-            splits: the training split of each task.
+            sources: what each task is trained on.
             samplers: what draws its batches.
             start: the first step, 0 for a run that begins.
             stop: one past the last step.
+            turns: which tasks have a batch in a step; None for a batch of each.
             micro_batches: parts of a step's batch, each with a share of every task.
             shard: (rank, ranks); a rank takes every ``ranks``-th example of each task's batch.
             pin_memory: put the batches in pinned memory, for copies that do not block.
@@ -57,13 +61,19 @@ class TrainingLoader:
                     f"cannot be divided among {ranks} ranks and {micro_batches} micro-batches"
                 )
 
+        def every_task(step: int) -> list[Turn]:
+            return [Turn(task, step) for task in range(len(samplers))]
+
         def make(number: int) -> PackedBatch:
             step, part = divmod(number, micro_batches)
+            of_step = every_task(step) if turns is None else turns(step)
             picks = [
-                np.array_split(sampler.batch(step)[rank::ranks], micro_batches)[part]
-                for sampler in samplers
+                np.array_split(samplers[turn.task].batch(turn.batch)[rank::ranks], micro_batches)[
+                    part
+                ]
+                for turn in of_step
             ]
-            batch = pack(splits, picks)
+            batch = pack([sources[turn.task] for turn in of_step], picks, step)
             return batch.pin_memory() if pin_memory else batch
 
         self._ready: queue.Queue[PackedBatch | BaseException | None] = queue.Queue(depth)

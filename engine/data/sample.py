@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-Indices = npt.NDArray[np.int64]
+from .part import Indices
 
 
 class TaskSampler:

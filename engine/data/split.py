@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from .part import Indices, Part, ranges
 from .read import Table
 from .tokenizer import Tokenizer
 
@@ -25,6 +27,7 @@ class TokenizedSplit:
         truncated: how many sentences were cut to the limit on the length.
         bad_rows: how many rows of the file were skipped or blanked, by reason.
         blank: the indices of the blanked rows.
+        states: fp32 ``[T, H]``, what a frozen encoder made of the tokens (engine/frozen.py).
     """
 
     task: str
@@ -36,6 +39,7 @@ class TokenizedSplit:
     truncated: int
     bad_rows: dict[str, int]
     blank: tuple[int, ...]
+    states: npt.NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """Return n, the number of examples."""
@@ -50,6 +54,22 @@ class TokenizedSplit:
     def skipped(self) -> int:
         """How many rows of the file were skipped or blanked."""
         return sum(self.bad_rows.values())
+
+    def part(self, chosen: Indices, _step: int, /) -> Part:
+        """Return chosen examples; nothing about them is random."""
+        columns = np.arange(self.columns)[:, None]
+        sequences = (chosen * self.columns + columns).reshape(-1)
+        starts = self.offsets[sequences]
+        sizes = self.offsets[sequences + 1] - starts
+        places = ranges(starts, sizes)
+        return Part(
+            task=self.task,
+            tokens=self.tokens[places].astype(np.int64),
+            sizes=sizes,
+            columns=self.columns,
+            labels=None if self.labels is None else torch.from_numpy(self.labels[chosen]),
+            states=None if self.states is None else self.states[places],
+        )
 
 
 def tokenize(task: str, table: Table, tokenizer: Tokenizer, max_length: int) -> TokenizedSplit:

@@ -4,6 +4,8 @@ A batch is a stream of T tokens in which sequences lie end to end; ``cu_seqlens 
 where each begins.  Everything but attention works token by token and never sees a boundary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -74,6 +76,7 @@ class Encoder(nn.Module):
         batch: TokenStream,
         segments: kernels.TaskSegments | None = None,
         seed: Tensor | None = None,
+        adapters: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Encode a packed batch.
 
@@ -81,21 +84,23 @@ class Encoder(nn.Module):
             batch: the token stream.
             segments: tokens by task; with them the backward pass writes task gradients.
             seed: 0-dim int64, the dropout seed of this step; needed in training mode.
+            adapters: from a layer's number and its input ``[T, H]`` to what is added beside it.
 
         Returns:
             Hidden states ``[T, H]`` in the dtype of the weights.
         """
         hidden = self.embeddings(batch, segments, seed)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            beside = None if adapters is None else partial(adapters, number)
             if self.checkpoint_layers and self.training:
                 # Dropout follows from the seed: no generator's state to keep.
                 hidden = checkpoint(
-                    *(layer, hidden, batch, segments, seed),
+                    *(layer, hidden, batch, segments, seed, beside),
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                hidden = layer(hidden, batch, segments, seed)
+                hidden = layer(hidden, batch, segments, seed, beside)
         return hidden
 
 
@@ -173,8 +178,10 @@ class EncoderLayer(nn.Module):
         batch: TokenStream,
         segments: kernels.TaskSegments | None,
         seed: Tensor | None,
+        beside: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Map hidden states ``[T, H]`` to ``[T, H]``."""
+        """Map hidden states ``[T, H]`` to ``[T, H]``; ``beside`` adds to the feed-forward part."""
+        added = None if beside is None else beside(hidden)
         attended = kernels.flash_attn_varlen_qkvpacked_func(
             self.qkv(hidden, segments).view(-1, 3, self.heads, self.head_dim),
             batch.cu_seqlens,
@@ -197,7 +204,7 @@ class EncoderLayer(nn.Module):
         widened = F.gelu(self.intermediate(hidden, segments))
         return self.output_norm.add(
             self.output(widened, segments),
-            hidden,
+            hidden if added is None else hidden + added,
             dropout_p=self.hidden_dropout_p,
             seed=seed,
             stream=self.first_site + 2,

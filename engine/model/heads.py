@@ -1,62 +1,43 @@
-"""From token states to predictions: pooling, the features of a sentence pair, heads, losses.
+"""The output layer of a task: from what the encoder made of its sentences to predictions.
 
-Each task has one head.  What its input looks like is ``features``:
+A task of one sentence is read off its vector (``single``) or off a BiLSTM over the token states
+joined with that vector (``bilstm``); a task of two by one of the features in
+:mod:`~engine.model.features`.  What comes out and how it is scored follows from the task's labels
+(its :class:`~engine.data.formats.FileFormat`) and from the recipe's ``loss``.
 
-    single       u                          one sentence
-    mean         (u + v) / 2                two sentences, linear output
-    concat       [u; v]                     two sentences, linear output
-    difference   [u; v; |u - v|]            two sentences, linear output (Sentence-BERT, Reimers
-                                            and Gurevych 2019)
-    cosine       low + (high - low) cos     two sentences, no weights; predictions cut at low
-
-and what comes out and how it is scored follows from the task's labels (its
-:class:`~engine.data.formats.FileFormat`).
+A head is one task's alone, so autograd adds its gradients into that task's row directly
+(engine/multitask/flat_parameters.py); only shared layers have to tell tasks apart.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.formats import FileFormat
+from ..data.part import Labels
 from ..errors import InputError
 from ..rooms import kernels
+from .bilstm import BiLstm
+from .features import JOINT_WIDTHS, PAIRS, SIMILARITIES, SINGLE, joint
 from .layers import Linear
+from .states import TaskStates, at_least_fp32
 
-POOLINGS = ("cls", "mean")
-PAIR_FEATURES = {"mean": 1, "concat": 2, "difference": 3, "cosine": 0}  # width in units of H
-FEATURES = ("single", *PAIR_FEATURES)
-
-
-def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
-    """Reduce token states to one vector for each sequence.
-
-    Args:
-        hidden: ``[T, H]``.
-        cu_seqlens: ``[S + 1]`` int32; no sequence is empty.
-        pooling: ``"cls"`` (first token) or ``"mean"`` (over all tokens, [CLS] and [SEP] included).
-
-    Returns:
-        ``[S, H]`` in the dtype of ``hidden``; the mean is taken in fp32.
-    """
-    if pooling == "cls":
-        return hidden[cu_seqlens[:-1].long()]
-    offsets = cu_seqlens.long()
-    mean = torch.segment_reduce(_at_least_fp32(hidden), "mean", offsets=offsets, axis=0)
-    return mean.to(hidden.dtype)
+FEATURES = (*SINGLE, *PAIRS)
+LOSSES = ("default", "mse", "cross_entropy")
+_SCALE_OF_SIMILARITY = 5.0
+"""Of the logit that is read off a similarity, as training begins; the threshold is at 1/2."""
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    """Widen bf16; leave fp32, and float64, in which the tests compute their references."""
-    return x.float() if x.element_size() < 4 else x
+class Head(Protocol):
+    """What the model asks of a head: of a task's, or of an objective's (engine/objectives)."""
 
+    def __call__(self, states: TaskStates) -> Tensor:
+        """Score the task's part of a batch."""
 
-def pair_features(first: Tensor, second: Tensor, features: str) -> Tensor:
-    """Join the two sentence vectors of each pair, ``[n, H]`` each, as ``features`` says."""
-    if features == "mean":
-        return (first + second) / 2
-    if features == "concat":
-        return torch.cat([first, second], dim=1)
-    return torch.cat([first, second, (first - second).abs()], dim=1)
+    def loss(self, scores: Tensor, labels: Labels | None) -> Tensor:
+        """Return the mean loss over the examples, 0-dim."""
 
 
 class TaskHead(nn.Module):
@@ -68,72 +49,102 @@ class TaskHead(nn.Module):
         width: H of the encoder.
         dropout_p: applied to the sentence vectors in training.
         site: the number of this head's dropout site.
+        loss: one of LOSSES.  ``default``: cross entropy for classes and for yes or no, squared
+            error for scores.  ``cross_entropy`` for scores: that of a share of their range.
     """
 
     def __init__(
-        self, task: FileFormat, features: str, width: int, *, dropout_p: float, site: int
+        self,
+        task: FileFormat,
+        features: str,
+        width: int,
+        *,
+        dropout_p: float,
+        site: int,
+        loss: str = "default",
     ) -> None:
         super().__init__()
-        allowed = ("single",) if len(task.sentences) == 1 else tuple(PAIR_FEATURES)
-        if features not in allowed:
-            raise InputError(
-                f"tasks.{task.task}.features = {features!r}: expected {' or '.join(allowed)}"
-            )
-        if features == "cosine" and task.kind != "score":
-            raise InputError(
-                f"tasks.{task.task}.features = 'cosine' gives a score, the labels are {task.kind}"
-            )
+        _check(task, features, loss)
         self.task, self.features = task, features
+        self.squared_error = task.kind == "score" and loss != "cross_entropy"
         self.dropout_p, self.site = dropout_p, site
-        units = PAIR_FEATURES.get(features, 1)
         outputs = int(task.high) + 1 if task.kind == "classes" else 1
-        self.output = Linear(units * width, outputs) if units else None
+        self.lstm = BiLstm(width) if features == "bilstm" else None
+        self.joint = Linear(2 * width, width) if features == "bilstm" else None
+        self.output: Linear | None
+        if features not in SIMILARITIES:
+            self.output = Linear(JOINT_WIDTHS.get(features, 1) * width, outputs)
+        elif task.kind == "binary":
+            self.output = Linear(1, 1)
+            nn.init.constant_(self.output.weight, _SCALE_OF_SIMILARITY)
+            nn.init.constant_(self.output.bias, -_SCALE_OF_SIMILARITY / 2)
+        else:
+            self.output = None
 
-    def forward(
-        self,
-        pooled: Tensor,
-        segments: kernels.TaskSegments | None = None,
-        seed: Tensor | None = None,
-    ) -> Tensor:
-        """Score the task's examples.
-
-        Args:
-            pooled: ``[n, H]``, or ``[2 n, H]`` for pairs: all first sentences, then all second.
-            segments: ``(0, n)`` when the head writes its gradients into its row.
-            seed: 0-dim int64; needed in training mode.
+    def forward(self, states: TaskStates) -> Tensor:
+        """Score the task's n examples.
 
         Returns:
-            In fp32 ``[n, classes]`` logits, ``[n]`` logits (binary) or ``[n]`` scores.
+            In fp32 ``[n, classes]`` logits, ``[n]`` logits (binary, or cross entropy of scores) or
+            ``[n]`` scores.
         """
-        pooled = kernels.dropout(
-            pooled, self.dropout_p, training=self.training, seed=seed, stream=self.site
-        )
-        if self.features == "single":
-            joined = pooled
-        else:
-            first, second = pooled.chunk(2)
-            if self.output is None:
-                first, second = _at_least_fp32(first), _at_least_fp32(second)
-                span = self.task.high - self.task.low
-                return self.task.low + span * F.cosine_similarity(first, second)
-            joined = pair_features(first, second, self.features)
-        assert self.output is not None
-        scores = _at_least_fp32(self.output(joined, segments))
+        read = self._similarity(states) if self.features in SIMILARITIES else self._vector(states)
+        if self.output is None:
+            return self._of_share(read.squeeze(1))
+        scores = at_least_fp32(self.output(read))
         return scores if self.task.kind == "classes" else scores.squeeze(1)
 
-    def loss(self, scores: Tensor, labels: Tensor) -> Tensor:
+    def _similarity(self, states: TaskStates) -> Tensor:
+        """Return one number for each pair, ``[n, 1]``."""
+        first, second = (at_least_fp32(x) for x in self._dropped(states).chunk(2))
+        similarity = SIMILARITIES[self.features](first, second)[:, None]
+        return similarity if self.output is None else similarity.to(self.output.weight.dtype)
+
+    def _vector(self, states: TaskStates) -> Tensor:
+        """Return one vector for each example."""
+        pooled = self._dropped(states)
+        if self.lstm is not None:
+            assert self.joint is not None
+            read = self.lstm(states.tokens, states.cu_seqlens, states.max_seqlen)
+            return self.joint(torch.cat([pooled, read], dim=1)).relu()
+        if self.features == "single":
+            return pooled
+        first, second = pooled.chunk(2)
+        joined = joint(first, second, self.features)
+        if self.features == "shared":
+            layer = states.shared.pair
+            assert layer is not None
+            return layer(joined, states.segments(len(joined)), states.row).relu()
+        return joined
+
+    def _dropped(self, states: TaskStates) -> Tensor:
+        return kernels.dropout(
+            states.pooled,
+            self.dropout_p,
+            training=self.training,
+            seed=states.seed,
+            stream=self.site,
+        )
+
+    def loss(self, scores: Tensor, labels: Labels | None) -> Tensor:
         """Mean loss over the examples: cross entropy, binary cross entropy or squared error.
 
         Args:
             scores: what :meth:`forward` returned.
             labels: fp32 ``[n]``: class numbers, 0/1, or values.
+
+        Raises:
+            ValueError: there are no labels.
         """
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"labels: none for task {self.task.task!r}, which is to be trained")
         labels = labels.to(scores.dtype)
         if self.task.kind == "classes":
             return F.cross_entropy(scores, labels.long())
-        if self.task.kind == "binary":
-            return F.binary_cross_entropy_with_logits(scores, labels)
-        return F.mse_loss(scores, labels)
+        if self.squared_error:
+            return F.mse_loss(scores, labels)
+        share = (labels - self.task.low) / (self.task.high - self.task.low)
+        return F.binary_cross_entropy_with_logits(scores, share)
 
     def predict(self, scores: Tensor) -> Tensor:
         """Turn scores into predictions in the labels' own terms: class numbers or values."""
@@ -141,4 +152,30 @@ class TaskHead(nn.Module):
             return scores.argmax(1)
         if self.task.kind == "binary":
             return (scores > 0).long()
-        return scores.clamp(self.task.low, self.task.high)
+        if self.squared_error:
+            return scores.clamp(self.task.low, self.task.high)
+        return self._of_share(scores.sigmoid())
+
+    def _of_share(self, share: Tensor) -> Tensor:
+        """Return the score that lies at a share of the labels' range."""
+        return self.task.low + (self.task.high - self.task.low) * share
+
+
+def _check(task: FileFormat, features: str, loss: str) -> None:
+    """Refuse features and losses that do not go with the task.
+
+    Raises:
+        InputError: the message names the recipe's key.
+    """
+    allowed = SINGLE if len(task.sentences) == 1 else PAIRS
+    if features not in allowed:
+        raise InputError(
+            f"tasks.{task.task}.features = {features!r}: expected {' or '.join(allowed)}"
+        )
+    if loss == "mse" and task.kind != "score":
+        raise InputError(f"tasks.{task.task}.loss = 'mse': the labels are {task.kind}")
+    if loss == "cross_entropy" and task.kind == "score" and features in SIMILARITIES:
+        raise InputError(
+            f"tasks.{task.task}.loss = 'cross_entropy': {features} has no output layer to train "
+            f"by it; take features with one ({', '.join(JOINT_WIDTHS)})"
+        )

@@ -21,9 +21,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features))
         self.rows: kernels.TaskRows | None = None
 
-    def forward(self, x: Tensor, segments: kernels.TaskSegments | None = None) -> Tensor:
-        """Map ``[T, I]`` to ``[T, O]``."""
+    def forward(
+        self, x: Tensor, segments: kernels.TaskSegments | None = None, row: int | None = None
+    ) -> Tensor:
+        """Map ``[T, I]`` to ``[T, O]``; with ``row``, ``segments`` are of that one task's row."""
         rows = self.rows if segments is not None else None
+        if rows is not None and row is not None:
+            rows = rows.of(row)
         return kernels.linear(x, self.weight, self.bias, rows=rows, segments=segments)
 
 

@@ -1,15 +1,23 @@
 """One encoder, a head for each task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import cast
 
 from torch import Tensor, nn
 
 from ..data.formats import FileFormat
 from ..data.pack import PackedBatch
 from ..rooms import kernels
+from .adapters import AdaptersOfBatch, ProjectedAttention
 from .config import EncoderConfig
 from .encoder import Encoder
-from .heads import TaskHead, pool
+from .features import SHARED_INPUT
+from .heads import Head, TaskHead
+from .layers import Linear
+from .states import SharedLayers, TaskStates, pool
+
+_ONE_TASKS = ("heads", "adapters")
 
 
 class MultitaskModel(nn.Module):
@@ -21,6 +29,8 @@ class MultitaskModel(nn.Module):
         features: by task, see :mod:`engine.model.heads`.
         pooling: ``"cls"`` or ``"mean"``.
         dropout_p: dropout before the heads.
+        losses: by task, see :class:`~engine.model.heads.TaskHead`; the default for those left out.
+        adapter_width: of each task's projected attention (engine/model/adapters.py); 0 for none.
     """
 
     def __init__(
@@ -31,25 +41,54 @@ class MultitaskModel(nn.Module):
         *,
         pooling: str,
         dropout_p: float,
+        losses: Mapping[str, str] | None = None,
+        adapter_width: int = 0,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(config)
         self.pooling = pooling
+        width, losses = config.hidden_size, losses or {}
+        self._sharing = {task for task, features_ in features.items() if features_ == "shared"}
+        self.pair = Linear(SHARED_INPUT * width, width) if self._sharing else None
         self.heads = nn.ModuleDict()
         for position, task in enumerate(tasks):
             self.heads[task.task] = TaskHead(
                 task,
                 features[task.task],
-                config.hidden_size,
+                width,
                 dropout_p=dropout_p,
                 site=self.encoder.num_sites + position,
+                loss=losses.get(task.task, "default"),
             )
+        self.adapters = nn.ModuleDict()
+        if adapter_width:
+            first_site = self.encoder.num_sites + len(self.heads)
+            for position, name in enumerate(self.heads):
+                self.adapters[name] = ProjectedAttention(
+                    config,
+                    adapter_width,
+                    first_site=first_site + position * config.num_hidden_layers,
+                )
 
     def head(self, task: str) -> TaskHead:
         """Return the head of ``task``."""
         head = self.heads[task]
         assert isinstance(head, TaskHead)
         return head
+
+    def owner(self, parameter: str) -> str | None:
+        """Return the one task that a parameter belongs to, or None for one that is shared."""
+        room, *path = parameter.split(".")
+        return path[0] if room in _ONE_TASKS else None
+
+    def reached_by(self, parameter: str, tasks: Iterable[str]) -> tuple[str, ...]:
+        """Return those among ``tasks`` whose losses reach a parameter, in their order."""
+        owner = self.owner(parameter)
+        if owner is not None:
+            return tuple(task for task in tasks if task == owner)
+        if parameter.startswith("pair."):
+            return tuple(task for task in tasks if task in self._sharing)
+        return tuple(tasks)
 
     def forward(
         self,
@@ -72,16 +111,50 @@ class MultitaskModel(nn.Module):
         Returns:
             For each task the scores of its head, fp32.
         """
-        segments = kernels.TaskSegments(batch.token_offsets, accumulate) if task_rows else None
-        hidden = self.encoder(batch, segments, seed)
+        hidden = self._encode(batch, tasks, seed, task_rows, accumulate)
         pooled = pool(hidden, batch.cu_seqlens, self.pooling)
+        shared = SharedLayers(self.encoder.embeddings.word, self.pair)
         scores = []
-        for task, start, end, count in zip(
-            tasks, batch.task_offsets[:-1], batch.task_offsets[1:], batch.examples, strict=True
+        for row, (task, tokens, sequences, cu_seqlens) in enumerate(
+            zip(
+                tasks,
+                pairwise(batch.token_offsets),
+                pairwise(batch.task_offsets),
+                batch.task_cu_seqlens(),
+                strict=True,
+            )
         ):
-            own = kernels.TaskSegments((0, count), accumulate) if task_rows else None
-            scores.append(self.head(task)(pooled[start:end], own, seed))
+            states = TaskStates(
+                hidden[slice(*tokens)],
+                pooled[slice(*sequences)],
+                cu_seqlens,
+                batch.max_seqlen,
+                batch.labels[row],
+                seed,
+                shared,
+                row if task_rows else None,
+                accumulate,
+            )
+            scores.append(self.heads[task](states))
         return scores
+
+    def _encode(
+        self,
+        batch: PackedBatch,
+        tasks: Sequence[str],
+        seed: Tensor | None,
+        task_rows: bool,
+        accumulate: bool,
+    ) -> Tensor:
+        """Return the hidden states ``[T, H]`` of a batch, or those that it brings along."""
+        if batch.states is not None:
+            return batch.states
+        segments = kernels.TaskSegments(batch.token_offsets, accumulate) if task_rows else None
+        adapters = None
+        if self.adapters:
+            of_tasks = [cast(ProjectedAttention, self.adapters[task]) for task in tasks]
+            adapters = AdaptersOfBatch(of_tasks, batch, seed)
+        return self.encoder(batch, segments, seed, adapters)
 
     def losses(
         self, scores: Sequence[Tensor], batch: PackedBatch, tasks: Sequence[str]
@@ -91,9 +164,8 @@ class MultitaskModel(nn.Module):
         Raises:
             ValueError: the batch has no labels of a task.
         """
-        losses = []
-        for task, task_scores, labels in zip(tasks, scores, batch.labels, strict=True):
-            if labels is None:
-                raise ValueError(f"batch.labels: None for task {task!r}, which is to be trained")
-            losses.append(self.head(task).loss(task_scores, labels))
-        return losses
+        heads = [cast(Head, self.heads[task]) for task in tasks]
+        return [
+            head.loss(own, labels)
+            for head, own, labels in zip(heads, scores, batch.labels, strict=True)
+        ]

@@ -5,15 +5,17 @@
     own             what this process updates: the same columns, or a rank's part of them, with
                     fp32 masters of the weights
 
-The model's parameters become views of ``compute``, and its layers get views of ``rows``; where
-each stands says its :class:`~engine.multitask.layout.Layout`.
+The model's parameters become views of ``compute``, and its shared layers get views of ``rows``.
+What belongs to one task alone (heads, adapters) has its part of that task's row as its ``grad``,
+into which autograd adds.  Where the tasks take turns, one a step, there is one row for all.  Where
+each parameter stands says its :class:`~engine.multitask.layout.Layout`.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.layers import Embedding, LayerNorm, Linear
 from ..model.multitask import MultitaskModel
@@ -50,6 +52,8 @@ class FlatParameters:
         tasks: the K tasks that are trained; row k belongs to ``tasks[k]``.
         device: where everything goes.
         compute_dtype: fp32, bf16 or fp16.
+        freeze_encoder: train all but the encoder.
+        take_turns: each step trains one of the tasks, whose gradient goes into the only row.
         shard: (rank, ranks) among which the update is divided; (0, 1) keeps it whole.
 
     Attributes:
@@ -66,37 +70,49 @@ class FlatParameters:
         *,
         device: torch.device,
         compute_dtype: torch.dtype,
+        freeze_encoder: bool = False,
+        take_turns: bool = False,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self._tasks = tuple(tasks)
         model.to(device=device)
-        trained: list[tuple[str, nn.Parameter]] = []
-        frozen: list[tuple[str, nn.Parameter]] = []
-        for name, parameter in model.named_parameters():
-            rows = self._rows_of(name)
-            (trained if rows is not None else frozen).append((name, parameter))
-
+        self._reached_by = {
+            name: ()
+            if freeze_encoder and name.startswith("encoder.")
+            else model.reached_by(name, tasks)
+            for name, _ in model.named_parameters()
+        }
+        trained = [(name, p) for name, p in model.named_parameters() if self._reached_by[name]]
         rank, ranks = shard
         self.layout = Layout({name: p.shape for name, p in trained}, ranks)
         master = torch.zeros(self.layout.numel, device=device)
         for name, parameter in trained:
             self.slots[name].view(master).copy_(parameter.detach())
         self.compute = master.to(compute_dtype)  # the same tensor for fp32
-        self.rows = torch.zeros(len(tasks), self.numel, dtype=compute_dtype, device=device)
+        num_rows = 1 if take_turns else len(tasks)
+        self.rows = torch.zeros(num_rows, self.numel, dtype=compute_dtype, device=device)
         self.own = (
             OwnVectors(master, self.compute, self.rows, self.decayed, [Piece(0, 0, self.numel)])
             if ranks == 1
             else self._part_of_rank(rank, master)
         )
 
-        for name, parameter in trained:
+        self._to_clear: list[Tensor] = []
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.slots)
+            if name not in self.slots:
+                parameter.data = parameter.data.to(compute_dtype)
+                continue
             parameter.data = self.slots[name].view(self.compute)
-        for _, parameter in frozen:
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(compute_dtype)
+            owner = model.owner(name)
+            if owner is not None:
+                row = self.rows[0 if take_turns else tasks.index(owner)]
+                parameter.grad = self.slots[name].view(row)
+            if owner is not None or len(self._reached_by[name]) < len(tasks):
+                self._to_clear.append(self.slots[name].view(self.rows))
         for name, module in model.named_modules():
             if isinstance(module, Linear | Embedding | LayerNorm):
-                self._attach(name, module)
+                shared = f"{name}.weight" in self.slots and model.owner(f"{name}.weight") is None
+                module.rows = self._rows_of(name) if shared else None
 
     @property
     def slots(self) -> dict[str, Slot]:
@@ -129,25 +145,33 @@ class FlatParameters:
             pieces,
         )
 
-    def _rows_of(self, name: str) -> slice | None:
-        """Return the rows that a parameter has: all, its own task's, or none."""
-        if not name.startswith("heads."):
-            return slice(None)
-        task = name.split(".")[1]
-        if task not in self._tasks:
-            return None
-        row = self._tasks.index(task)
-        return slice(row, row + 1)
-
-    def _attach(self, name: str, module: Linear | Embedding | LayerNorm) -> None:
-        rows = self._rows_of(f"{name}.")
-        if rows is None:
-            return
-        own = self.rows[rows]
-        bias = self.slots.get(f"{name}.bias")
-        module.rows = kernels.TaskRows(
-            self.slots[f"{name}.weight"].view(own), None if bias is None else bias.view(own)
+    def _rows_of(self, module: str) -> kernels.TaskRows:
+        bias = self.slots.get(f"{module}.bias")
+        return kernels.TaskRows(
+            self.slots[f"{module}.weight"].view(self.rows),
+            None if bias is None else bias.view(self.rows),
         )
+
+    def clear_partial_gradients(self) -> None:
+        """Zero the gradients that a step's backward pass adds to or may not reach at all.
+
+        Those are of heads, of adapters and of layers that some of the tasks share; all others it
+        overwrites, or its end wipes them (embeddings).
+        """
+        torch._foreach_zero_(self._to_clear)
+
+    def columns_reached_by(self, task: str) -> list[slice]:
+        """Return the columns that a task's gradient may have other values than zero in."""
+        columns: list[slice] = []
+        ends = [*(slot.offset for slot in self.slots.values()), self.numel][1:]
+        for (name, slot), end in zip(self.slots.items(), ends, strict=True):
+            if task not in self._reached_by[name]:
+                continue
+            if columns and columns[-1].stop == slot.offset:
+                columns[-1] = slice(columns[-1].start, end)
+            else:
+                columns.append(slice(slot.offset, end))
+        return columns
 
     def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter's name and its part of a whole vector (a row, all masters)."""

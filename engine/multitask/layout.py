@@ -120,6 +120,8 @@ class Layout:
 def _bucket_of(name: str) -> str:
     """Return the bucket of a matrix: the stage of the backward pass that completes its gradient."""
     path = name.split(".")
+    if path[0] == "adapters":
+        return "encoder.embeddings"  # they work beside every layer, the first one included
     if path[0] != "encoder":
         return "heads"
     return ".".join(path[: 3 if path[1] == "layers" else 2])

@@ -1,6 +1,6 @@
 """How the parameters are parted for surgery: the model as a whole, layer by layer, or by tensor."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,21 +43,33 @@ class Parts:
             if not starts or starts[-1][0] != part:
                 starts.append((part, slot.offset))
         ends = [*(offset for _, offset in starts[1:]), parameters.numel]
-        whole = [
+        self._pieces = parameters.own.pieces
+        self._whole = [
             Region(part, slice(begin, end)) for (part, begin), end in zip(starts, ends, strict=True)
         ]
         self.names = tuple(numbers)
         self.owners = tuple(_owner(name, tasks) for name in numbers)
-        self.regions = tuple(_own_regions(whole, parameters.own.pieces))
+        self.regions = _own_regions(self._whole, self._pieces)
         self._offsets = [0, *(region.columns.stop for region in self.regions)]
         device = parameters.rows.device
         members = [region.part for region in self.regions]
         self._in_order = members == list(range(len(numbers)))
         self._members = torch.tensor(members, device=device)
         sizes = torch.zeros(len(numbers))
-        for region in whole:
+        for region in self._whole:
             sizes[region.part] += region.columns.stop - region.columns.start
         self._shares = (sizes / parameters.numel).to(device)
+
+    def regions_of(self, columns: Sequence[slice]) -> tuple[Region, ...]:
+        """Return the regions of some columns of the whole vector, which are ascending."""
+        cut = [
+            Region(region.part, slice(start, stop))
+            for region in self._whole
+            for wanted in columns
+            if (start := max(wanted.start, region.columns.start))
+            < (stop := min(wanted.stop, region.columns.stop))
+        ]
+        return _own_regions(cut, self._pieces)
 
     def grams(self, rows: Tensor) -> Tensor:
         """Return the Gram matrix of each part, ``[G, K, K]``, in one pass over ``own.rows``."""
@@ -72,20 +84,20 @@ class Parts:
         return self._shares @ weights
 
 
-def _own_regions(whole: Sequence[Region], pieces: Sequence[Piece]) -> Iterator[Region]:
-    """Yield the regions as they lie in the vector that the pieces make up."""
-    part, begin, end = whole[0].part, 0, 0
+def _own_regions(whole: Sequence[Region], pieces: Sequence[Piece]) -> tuple[Region, ...]:
+    """Return the regions as they lie in the vector that the pieces make up, neighbours joined."""
+    own: list[Region] = []
     for piece in pieces:
-        for region in whole:
-            first = max(region.columns.start, piece.start)
-            last = min(region.columns.stop, piece.start + piece.size)
+        for part, columns in whole:
+            first = max(columns.start, piece.start) - piece.start
+            last = min(columns.stop, piece.start + piece.size) - piece.start
             if first >= last:
                 continue
-            if region.part != part and end > begin:
-                yield Region(part, slice(begin, end))
-                begin = end
-            part, end = region.part, end + last - first
-    yield Region(part, slice(begin, end))
+            begin, end = piece.own + first, piece.own + last
+            if own and own[-1].part == part and own[-1].columns.stop == begin:
+                begin = own.pop().columns.start
+            own.append(Region(part, slice(begin, end)))
+    return tuple(own)
 
 
 def _part_of(name: str, extent: str) -> str:

@@ -26,6 +26,8 @@ _MICRO_BATCH_BIT = 24
 class StepReport(NamedTuple):
     """What one step did, as fp32 tensors on its device.
 
+    K is the number of tasks in the step's batch: all, or one where they take turns.
+
     Attributes:
         losses: ``[K]``, each as its task defines it, unweighted.
         gram: ``[K, K]``, the dot products of the task gradients.
@@ -33,6 +35,7 @@ class StepReport(NamedTuple):
             where surgery goes by layer or by tensor.
         grad_norm: 0-dim, of the combined gradient before clipping.
         skipped: 0-dim, 1 where a gradient was not finite and nothing was updated.
+        tasks: the names of the K tasks.
     """
 
     losses: Tensor
@@ -40,6 +43,7 @@ class StepReport(NamedTuple):
     weights: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    tasks: tuple[str, ...]
 
 
 class MultitaskStep:
@@ -47,12 +51,13 @@ class MultitaskStep:
 
     Args:
         model: in training mode, its parameters held by ``parameters``.
-        tasks: the K trained tasks, in the order of their rows.
+        tasks: the trained tasks; a batch has all of them, in the order of their rows, or, if
+            there is only one row, one of them.
         parameters: flat storage and gradient rows of ``model``.
         optimizer: updates ``parameters``.
         parts: what gets weights of its own.
         balance: from the Gram matrices of the parts to the weights of the sum.
-        loss_weights: K factors on the losses, and so on the task gradients.
+        loss_weights: for each of ``tasks`` a factor on its loss, and so on its gradient.
         loss_scale: for gradients in fp16; None for other dtypes.
         clip_norm: largest norm of the combined gradient; None for no clipping.
         seed: decides dropout and the order of surgery, together with the step's number.
@@ -77,7 +82,14 @@ class MultitaskStep:
         self.parts, self.balance, self.loss_scale = parts, balance, loss_scale
         self._first_seed = seed << 32
         device = parameters.master.device
-        self._loss_weights = torch.tensor(loss_weights, device=device)
+        factors = torch.tensor(loss_weights, device=device)
+        self._loss_weights = {self.tasks: factors}
+        self._regions = {self.tasks: parts.regions}
+        if len(parameters.rows) < len(self.tasks):
+            for number, task in enumerate(self.tasks):
+                self._loss_weights[task,] = factors[number : number + 1]
+                # Moments and weights of the other tasks' heads rest meanwhile.
+                self._regions[task,] = parts.regions_of(parameters.columns_reached_by(task))
         self._lr = torch.zeros((), device=device)
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -95,17 +107,19 @@ class MultitaskStep:
         """Train on one batch.
 
         Args:
-            batch: a batch of each task, in the order of ``tasks``, on the model's device; or the
-                micro-batches that it was parted into, which take less memory one after the other.
+            batch: a batch of each task, or of the one whose turn it is, on the model's device; or
+                the micro-batches that it was parted into, which take less memory one after the
+                other.
             step: the step's number, from 0; with the seed it decides all randomness.
             lr: learning rate of this step.
         """
         micro_batches = (batch,) if isinstance(batch, PackedBatch) else batch
+        tasks = micro_batches[0].tasks
         examples = [
             sum(counts) for counts in zip(*(b.examples for b in micro_batches), strict=True)
         ]
         self._lr.fill_(lr)
-        losses = torch.zeros_like(self._loss_weights)
+        losses = torch.zeros(len(tasks), device=self._lr.device)
         for number, micro_batch in enumerate(micro_batches):
             self._seed.fill_(self._first_seed + (number << _MICRO_BATCH_BIT) + step)
             losses += self._task_gradients(micro_batch, examples, accumulate=number > 0)
@@ -117,7 +131,7 @@ class MultitaskStep:
         if self.loss_scale is not None:
             scale = self.loss_scale.scale.clone()  # of this step
             grams = scaled_grams / scale.square()
-        order = kernels.draw_order(len(self.tasks), self._seed)
+        order = kernels.draw_order(len(tasks), self._seed)
         weights = self.balance(grams, order, losses)
         guard = kernels.update_guard(
             scaled_grams, weights, max_norm=self.clip_norm, loss_scale=scale
@@ -125,12 +139,12 @@ class MultitaskStep:
         if self.loss_scale is not None:
             self.loss_scale.update(guard.skip)
         self.optimizer.step(
-            weights, self.parts.regions, lr=self._lr, scale=guard.scale, skip=guard.skip
+            weights, self._regions[tasks], lr=self._lr, scale=guard.scale, skip=guard.skip
         )
         for micro_batch in micro_batches:
             self.model.encoder.embeddings.wipe_rows(micro_batch, micro_batch.token_offsets)
         return StepReport(
-            losses, grams.sum(0), self.parts.average(weights), guard.norm, guard.skip.float()
+            losses, grams.sum(0), self.parts.average(weights), guard.norm, guard.skip.float(), tasks
         )
 
     def _task_gradients(
@@ -146,10 +160,12 @@ class MultitaskStep:
         Returns:
             ``[K]``, the part of the step's mean losses that comes from these examples.
         """
+        if not accumulate:
+            self.parameters.clear_partial_gradients()
         scores = self.model(
-            batch, self.tasks, seed=self._seed, task_rows=True, accumulate=accumulate
+            batch, batch.tasks, seed=self._seed, task_rows=True, accumulate=accumulate
         )
-        means = self.model.losses(scores, batch, self.tasks)
+        means = self.model.losses(scores, batch, batch.tasks)
         losses = torch.stack(
             [
                 mean if here == total else mean * (here / total)
@@ -157,6 +173,6 @@ class MultitaskStep:
             ]
         )
         # Each loss reaches its own part of the stream only, so their sum is all K at once.
-        total = (losses * self._loss_weights).sum()
+        total = (losses * self._loss_weights[batch.tasks]).sum()
         (total if self.loss_scale is None else total * self.loss_scale.scale).backward()
         return losses.detach()

@@ -21,14 +21,13 @@ class MetricsLog:
     Args:
         path: ``metrics.jsonl``; lines of steps from ``start`` on, left by a run that was cut off,
             are dropped.
-        tasks: the K trained tasks.
         start: the first step that will be added.
         every: steps between two reads of the device.
     """
 
-    def __init__(self, path: Path, tasks: Sequence[str], start: int, every: int) -> None:
-        self._path, self._tasks, self._every = path, tuple(tasks), every
-        self._waiting: list[tuple[dict[str, Any], Tensor]] = []
+    def __init__(self, path: Path, start: int, every: int) -> None:
+        self._path, self._every = path, every
+        self._waiting: list[tuple[dict[str, Any], tuple[str, ...], Tensor]] = []
         self._tokens, self._since = 0, time.perf_counter()
         self.latest: dict[str, Any] = {}
         """The line of the last step that was written."""
@@ -49,7 +48,8 @@ class MetricsLog:
                 report.gram.flatten(),
             ]
         )
-        self._waiting.append(({"step": step, "lr": lr, "tokens": num_tokens}, numbers))
+        known = {"step": step, "lr": lr, "tokens": num_tokens}
+        self._waiting.append((known, report.tasks, numbers))
         self._tokens += num_tokens
         if len(self._waiting) < self._every:
             return False
@@ -60,11 +60,11 @@ class MetricsLog:
         """Write what is waiting."""
         if not self._waiting:
             return
-        rows = torch.stack([numbers for _, numbers in self._waiting]).tolist()
+        rows = torch.stack([numbers for *_, numbers in self._waiting]).tolist()
         rate = self._tokens / (time.perf_counter() - self._since)
         lines = [
-            known | self._expand(row) | {"tokens_per_s": round(rate, 1)}
-            for (known, _), row in zip(self._waiting, rows, strict=True)
+            known | _expand(tasks, row) | {"tokens_per_s": round(rate, 1)}
+            for (known, tasks, _), row in zip(self._waiting, rows, strict=True)
         ]
         with explained("write", self._path), self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -76,31 +76,33 @@ class MetricsLog:
         """Leave what was done since the last step (an evaluation) out of the tokens a second."""
         self._tokens, self._since = 0, time.perf_counter()
 
-    def _expand(self, row: list[float]) -> dict[str, Any]:
-        """Name the numbers of one step; from the Gram matrix derive cosines and conflicts."""
-        count = len(self._tasks)
-        losses, weights = row[:count], row[count : 2 * count]
-        grad_norm, skipped = row[2 * count : 2 * count + 2]
-        gram = row[2 * count + 2 :]
-        norms = [gram[k * count + k] ** 0.5 for k in range(count)]
-        cosines = {}
-        for i, j in itertools.combinations(range(count), 2):
-            product = norms[i] * norms[j]
-            cosine = gram[i * count + j] / product if product > 0 else 0.0
-            cosines[f"{self._tasks[i]}/{self._tasks[j]}"] = cosine
-        conflicts = sum(cosine < 0 for cosine in cosines.values())
-        return {
-            "losses": self._by_task(losses),
-            "weights": self._by_task(weights),
-            "cosines": cosines,
-            "conflict_rate": conflicts / len(cosines) if cosines else 0.0,
-            "task_grad_norms": self._by_task(norms),
-            "grad_norm": _json_number(grad_norm),
-            "skipped": int(skipped),
-        }
 
-    def _by_task(self, numbers: Sequence[float]) -> dict[str, float | None]:
-        return dict(zip(self._tasks, map(_json_number, numbers), strict=True))
+def _expand(tasks: Sequence[str], row: list[float]) -> dict[str, Any]:
+    """Name the numbers of one step; from the Gram matrix derive cosines and conflicts."""
+    count = len(tasks)
+    losses, weights = row[:count], row[count : 2 * count]
+    grad_norm, skipped = row[2 * count : 2 * count + 2]
+    gram = row[2 * count + 2 :]
+    norms = [gram[k * count + k] ** 0.5 for k in range(count)]
+    cosines = {}
+    for i, j in itertools.combinations(range(count), 2):
+        product = norms[i] * norms[j]
+        cosine = gram[i * count + j] / product if product > 0 else 0.0
+        cosines[f"{tasks[i]}/{tasks[j]}"] = cosine
+    conflicts = sum(cosine < 0 for cosine in cosines.values())
+
+    def by_task(numbers: Sequence[float]) -> dict[str, float | None]:
+        return dict(zip(tasks, map(_json_number, numbers), strict=True))
+
+    return {
+        "losses": by_task(losses),
+        "weights": by_task(weights),
+        "cosines": cosines,
+        "conflict_rate": conflicts / len(cosines) if cosines else 0.0,
+        "task_grad_norms": by_task(norms),
+        "grad_norm": _json_number(grad_norm),
+        "skipped": int(skipped),
+    }
 
 
 def _json_number(value: float) -> float | None:

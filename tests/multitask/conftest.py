@@ -21,6 +21,7 @@ from engine.multitask.step import MultitaskStep
 TASKS = ("sst", "quora", "sts")
 TRAINED = TrainedTasks(TASKS, (50, 30, 40))
 DECAY, SEED = 0.1, 3
+DEFAULT_FEATURES = {"sst": "single", "quora": "concat", "sts": "cosine", "cfimdb": "single"}
 
 
 def build_step(
@@ -79,11 +80,13 @@ def make_batch() -> Callable[..., PackedBatch]:
     return make
 
 
-def make_micro_batches(seed: int, sizes: tuple[int, ...], count: int) -> list[PackedBatch]:
+def make_micro_batches(
+    seed: int, sizes: tuple[int, ...], count: int, tasks: tuple[str, ...] = TASKS
+) -> list[PackedBatch]:
     """A batch of ``sizes`` examples of each task, parted into ``count``."""
     splits = [
         random_split(task, size, vocab=97, seed=seed + position)
-        for position, (task, size) in enumerate(zip(TASKS, sizes, strict=True))
+        for position, (task, size) in enumerate(zip(tasks, sizes, strict=True))
     ]
     parts = [np.array_split(np.arange(size), count) for size in sizes]
     return [pack(splits, picks) for picks in zip(*parts, strict=True)]
@@ -92,7 +95,12 @@ def make_micro_batches(seed: int, sizes: tuple[int, ...], count: int) -> list[Pa
 @pytest.fixture
 def make_model() -> Callable[..., MultitaskModel]:
     def make(
-        features: dict[str, str] | None = None, *, dropout: float = 0.0, pooling: str = "mean"
+        features: dict[str, str] | None = None,
+        *,
+        dropout: float = 0.0,
+        pooling: str = "mean",
+        losses: dict[str, str] | None = None,
+        adapter_width: int = 0,
     ) -> MultitaskModel:
         torch.manual_seed(0)
         config = EncoderConfig(
@@ -106,12 +114,17 @@ def make_model() -> Callable[..., MultitaskModel]:
             attention_probs_dropout_prob=dropout,
             initializer_range=0.2,  # large enough that tasks conflict and norms matter
         )
-        return MultitaskModel(
+        model = MultitaskModel(
             config,
             [FORMATS[task] for task in (*TASKS, "cfimdb")],
-            features or {"sst": "single", "quora": "concat", "sts": "cosine", "cfimdb": "single"},
+            DEFAULT_FEATURES | (features or {}),
             pooling=pooling,
             dropout_p=dropout,
+            losses=losses,
+            adapter_width=adapter_width,
         )
+        for adapter in model.adapters.values():
+            adapter.up.weight.data.normal_(0, 0.2)  # past its beginning at zero
+        return model
 
     return make
