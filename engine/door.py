@@ -1,6 +1,8 @@
 """What all command-line doors share: how they report bad input, and how they show scores."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import NoReturn
@@ -9,11 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .data.formats import FileFormat
-from .errors import InputError
+from .errors import InputError, LostRankError
 from .scoring import metric_name
 
 BAD_INPUT = 2
-INTERRUPTED = 130
+STOPPED = 128
+"""Added to the number of the signal that stopped a run: 130 for SIGINT, 143 for SIGTERM."""
+LOST_RANK = 75
+"""``EX_TEMPFAIL``: started again, the run goes on."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +37,10 @@ def run_door(main: Callable[[], int]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         status = BAD_INPUT
     except KeyboardInterrupt:
-        status = INTERRUPTED
+        status = STOPPED + signal.SIGINT
+    except LostRankError as error:
+        print(f"error: {error}; start again with --resume", file=sys.stderr, flush=True)
+        os._exit(LOST_RANK)  # threads may wait for the lost rank, and exiting for them
     sys.exit(status)
 
 

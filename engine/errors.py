@@ -1,4 +1,4 @@
-"""The one exception by which the engine says that what it was given cannot be used."""
+"""The exceptions that are no defects of the engine."""
 
 
 class InputError(Exception):
@@ -7,4 +7,12 @@ class InputError(Exception):
     The message is one line that says what is wrong, where (file and line, key, option) and what
     to do.  The doors (``engine.train`` and the others) print it and exit with status 2; any other
     exception is a defect of the engine.
+    """
+
+
+class LostRankError(Exception):
+    """Another process of the run died or hangs; this one cannot go on alone.
+
+    The message is one line that names it.  The door prints it and exits with status 75
+    (``EX_TEMPFAIL``): starting again with ``--resume`` goes on from the last checkpoint.
     """

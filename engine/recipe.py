@@ -162,6 +162,8 @@ class Recipe(_Settings):
     """Steps between reads of the metrics; every step has its line all the same."""
     checkpoint_every: Count = 0
     """Steps between checkpoints besides the one at each epoch's end; 0: none."""
+    keep_checkpoints: Positive = 2
+    """How many of them stay; should the newest be damaged, a run goes on from the one before."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Recipe":

@@ -30,10 +30,18 @@ from .model import huggingface
 from .model.config import EncoderConfig
 from .model.multitask import MultitaskModel
 from .recipe import Recipe
-from .runtime.checkpoint import Checkpoints, Progress, load_weights, read_progress
+from .runtime.checkpoint import Checkpoints, load_weights
 from .runtime.files import explained, whole_folder, write_text
+from .runtime.manifest import Progress
 
-_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "max_steps", "data", "init"}
+_FREE_TO_CHANGE = {
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_steps",
+    "data",
+    "init",
+}
 
 
 class Run(NamedTuple):
@@ -120,8 +128,8 @@ class Run(NamedTuple):
         if checkpoint is None:
             raise InputError(f"{self.folder}: no checkpoint yet; train it first")
         model = self.new_model()
-        load_weights(checkpoint, model)
-        return model.to(device).eval(), read_progress(checkpoint)
+        progress = load_weights(checkpoint, model)
+        return model.to(device).eval(), progress
 
     def with_data(self, folder: Path) -> "Run":
         """Return the same run with another data set."""

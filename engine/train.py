@@ -9,12 +9,13 @@ import itertools
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from signal import Signals
 
 from rich.console import Console
 
 from . import recipe as recipes
 from . import run as runs
-from .door import INTERRUPTED, Parser, print_scores, run_door
+from .door import STOPPED, Parser, print_scores, run_door
 from .errors import InputError
 from .runtime.metrics_log import MetricsLog
 from .runtime.precision import pick_device
@@ -24,18 +25,19 @@ from .training import Training
 from .watch import ProgressBar, describe, list_recipes
 
 
-def train(training: Training, console: Console) -> bool:
+def train(training: Training, console: Console) -> Signals | None:
     """Train from where the run's last checkpoint left it.
 
     Returns:
-        Whether the run came to its end; False when it was asked to stop (SIGINT, SIGTERM), after
-        writing a checkpoint to resume from.
+        The signal (SIGINT, SIGTERM) that stopped it, a checkpoint to resume from being written;
+        None when the run came to its end.
     """
     run, recipe = training.run, training.run.recipe
     progress = training.restore()
     log = MetricsLog(run.folder / "metrics.jsonl", progress.step, recipe.log_every)
     with (
         StopRequest() as stop,
+        training.saver,
         closing(training.loader(progress.step)) as loader,
         ProgressBar(console, progress.step, training.total_steps) as bar,
     ):
@@ -66,7 +68,7 @@ def train(training: Training, console: Console) -> bool:
                 log.restart_clock()
             if stop:
                 break
-    return progress.step == training.total_steps
+    return None if progress.step == training.total_steps else stop.signal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,9 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training = Training.build(run, device)
     run.write()  # only now: what cannot be trained leaves no folder behind
     describe(console, training)
-    if not train(training, console):
-        console.print(f"stopped; go on with --resume --out {run.folder}")
-        return INTERRUPTED
+    signal = train(training, console)
+    if signal is not None:
+        console.print(f"stopped by {signal.name}; go on with --resume --out {run.folder}")
+        return STOPPED + signal
     best = read_scores(run.folder)
     title = f"dev scores, best epoch (step {best.step})"
     print_scores(console, title, best.scores, recipe.formats)

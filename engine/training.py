@@ -19,8 +19,11 @@ from .multitask.schedule import Schedule
 from .multitask.step import MultitaskStep
 from .recipe import Recipe
 from .run import Run
-from .runtime.checkpoint import Progress
+from .runtime.distributed import Ranks
+from .runtime.manifest import Manifest, Progress, read_manifest
 from .runtime.precision import pick_dtype, set_matmul_precision
+from .runtime.saver import Saver
+from .runtime.state import TrainingState, named_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,8 @@ class Training:
         parameters: master weights, compute weights, gradient rows.
         optimizer: updates them.
         step: one training step.
+        ranks: the processes that train together.
+        saver: writes checkpoints.
         schedule: the learning rate.
         order: which tasks are trained in which step.
         total_steps: steps of the whole run.
@@ -51,18 +56,20 @@ class Training:
     parameters: FlatParameters
     optimizer: Optimizer
     step: MultitaskStep
+    ranks: Ranks
+    saver: Saver
     schedule: Schedule
     order: Order
     total_steps: int
 
     @classmethod
-    def build(cls, run: Run, device: torch.device) -> "Training":
+    def build(cls, run: Run, device: torch.device, ranks: Ranks | None = None) -> "Training":
         """Read the data, build the model and everything around it.
 
         Raises:
             InputError: data or weights cannot be used.
         """
-        recipe = run.recipe
+        recipe, ranks = run.recipe, ranks or Ranks()
         train_sets = [run.split(task, "train") for task in recipe.train]
         samplers = [_sampler(split, recipe) for split in train_sets]
         sizes = tuple(len(sampler) for sampler in samplers)
@@ -112,6 +119,8 @@ class Training:
                 clip_norm=recipe.clip_norm or None,
                 seed=recipe.seed,
             ),
+            ranks=ranks,
+            saver=Saver(run.checkpoints, recipe.keep_checkpoints, ranks),
             schedule=Schedule(
                 peak=recipe.lr,
                 kind=recipe.schedule,
@@ -144,20 +153,39 @@ class Training:
         return steps_done % self.epoch_steps == 0 or steps_done == self.total_steps
 
     def restore(self) -> Progress:
-        """Load the run's newest checkpoint, if it has one; return how far it had come."""
-        return self.run.checkpoints.load(
-            self.model, self.parameters, self.optimizer, self.step.state
-        )
+        """Load the newest checkpoint that is whole, if any; return how far the run had come.
+
+        Raises:
+            InputError: it belongs to another model, or none of several is whole.
+        """
+        checkpoints = self.run.checkpoints
+        checkpoints.sweep()
+        path = checkpoints.find("step")
+        if path is None:
+            return Progress()
+        manifest, state = read_manifest(path), self.state
+        state.check_places(path, manifest.places)
+        tensors = state.tensors()
+        self.saver.load(path, tensors)
+        state.restore(tensors)
+        return manifest.progress
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint to go on from."""
-        self.run.checkpoints.save(
-            progress, self.model, self.parameters, self.optimizer, self.step.state
-        )
+        """Begin to write a checkpoint to go on from."""
+        state = self.state
+        self.saver.save(state.tensors(), Manifest(progress=progress, places=state.places))
 
     def save_best(self, progress: Progress) -> None:
         """Write the weights as the best so far."""
-        self.run.checkpoints.save_best(progress, self.model, self.parameters)
+        weights = named_weights(self.model, self.parameters, self.parameters.master)
+        self.run.checkpoints.save_best(progress, weights)
+
+    @property
+    def state(self) -> TrainingState:
+        """What a checkpoint holds."""
+        return TrainingState(
+            self.model, self.parameters, self.optimizer, self.step.state, self.ranks
+        )
 
 
 def _sampler(split: TokenizedSplit, recipe: Recipe) -> TaskSampler:

@@ -7,7 +7,7 @@ from typing import Any, Self
 from rich import progress as bars
 from rich.console import Console
 
-from .runtime.checkpoint import Progress
+from .runtime.manifest import Progress
 from .training import Training
 
 

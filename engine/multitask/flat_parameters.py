@@ -31,7 +31,7 @@ class OwnVectors(NamedTuple):
         compute: ``[S]``, the master itself for fp32, else its low-precision copy.
         rows: ``[K, S]`` task gradients of the whole step.
         decayed: columns before this one decay.
-        pieces: where the columns come from, ascending.
+        pieces: of each bucket, where its columns come from.
     """
 
     master: Tensor
@@ -91,7 +91,7 @@ class FlatParameters:
         num_rows = 1 if take_turns else len(tasks)
         self.rows = torch.zeros(num_rows, self.numel, dtype=compute_dtype, device=device)
         self.own = (
-            OwnVectors(master, self.compute, self.rows, self.decayed, [Piece(0, 0, self.numel)])
+            OwnVectors(master, self.compute, self.rows, self.decayed, self.layout.pieces(rank))
             if ranks == 1
             else self._part_of_rank(rank, master)
         )

@@ -1,46 +1,39 @@
-"""Checkpoints: weights, moments, the step's number, in folders that are whole or not there.
+"""Checkpoints, read: folders that are whole or not there, each file under a checksum.
 
-    checkpoints/step-00000376/   everything that training needs to go on; the newest is kept
+    checkpoints/step-00000376/   everything that training needs to go on; the newest few are kept
     checkpoints/best-00000188/   the weights that scored best on the dev sets
 
-What a balancing method remembers lies with the moments.  Random numbers and the order of the
-examples follow from the recipe's seed and the step, so no generator needs saving.  Tensors are
-stored as safetensors: no pickle is written or read.
+A ``step`` checkpoint holds the flat vectors by bucket, as torch.distributed.checkpoint wrote them
+(runtime/saver.py), whatever the number of ranks; a ``best`` one holds the weights by name.  Random
+numbers and the order of the examples follow from the recipe's seed and the step, so no generator
+needs saving.  Tensors are stored as safetensors: no pickle is read.
 """
 
-import json
+import logging
+import math
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..errors import InputError
 from ..model.multitask import MultitaskModel
-from ..multitask.flat_parameters import FlatParameters
-from ..multitask.optimizers import Optimizer
 from .files import whole_folder
+from .manifest import Manifest, Progress, read_manifest, seal, verify
 
 _NAME = re.compile(r"(step|best)-(\d{8})")
+_WEIGHTS = "model.safetensors"
 
-
-class Progress(NamedTuple):
-    """How far a run has come.
-
-    Attributes:
-        step: optimizer steps done.
-        best_score: best overall dev score so far; None before the first evaluation.
-        best_step: the step that reached it.
-    """
-
-    step: int = 0
-    best_score: float | None = None
-    best_step: int | None = None
+log = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -53,115 +46,96 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, kind: str) -> Path | None:
-        """Return the newest checkpoint of ``kind`` (``step`` or ``best``), or None."""
+    def path(self, kind: str, step: int) -> Path:
+        """Return the folder of a checkpoint."""
+        return self.folder / f"{kind}-{step:08}"
+
+    def all(self, kind: str) -> list[Path]:
+        """Return the checkpoints of ``kind`` (``step`` or ``best``), the newest first."""
         if not self.folder.is_dir():
-            return None
+            return []
         found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
-        return max((path for path in found if path.name.startswith(kind)), default=None)
+        return sorted((path for path in found if path.name.startswith(kind)), reverse=True)
 
-    def save(
-        self,
-        progress: Progress,
-        model: MultitaskModel,
-        parameters: FlatParameters,
-        optimizer: Optimizer,
-        step_state: Mapping[str, Tensor],
-    ) -> None:
-        """Write a checkpoint to go on from, then drop the older ones."""
-        with whole_folder(self.folder / f"step-{progress.step:08}") as partial:
-            save_file(weights(model, parameters), partial / "model.safetensors")
-            moments = {
-                f"{moment}.{name}": tensor.contiguous()
-                for moment in ("exp_avg", "exp_avg_sq")
-                for name, tensor in parameters.named_views(getattr(optimizer, moment))
-            }
-            moments["updates"] = optimizer.updates
-            moments |= step_state
-            save_file(moments, partial / "optimizer.safetensors")
-            _write_progress(partial, progress)
-        self._drop_older("step", progress.step)
-
-    def save_best(
-        self, progress: Progress, model: MultitaskModel, parameters: FlatParameters
-    ) -> None:
-        """Write the weights alone, as the best so far, then drop the ones before."""
-        with whole_folder(self.folder / f"best-{progress.step:08}") as partial:
-            save_file(weights(model, parameters), partial / "model.safetensors")
-            _write_progress(partial, progress)
-        self._drop_older("best", progress.step)
-
-    def load(
-        self,
-        model: MultitaskModel,
-        parameters: FlatParameters,
-        optimizer: Optimizer,
-        step_state: Mapping[str, Tensor],
-    ) -> Progress:
-        """Restore the newest ``step`` checkpoint; without one, leave everything as it is.
-
-        Returns:
-            How far the run had come.
+    def find(self, kind: str) -> Path | None:
+        """Return the newest checkpoint of ``kind`` that is as it was written, or None.
 
         Raises:
-            InputError: the checkpoint cannot be read or belongs to another model.
+            InputError: there are some, but all are damaged.
         """
-        path = self.find("step")
-        if path is None:
-            return Progress()
-        progress = read_progress(path)
-        load_weights(path, model, parameters)
-        moments = _read_tensors(path / "optimizer.safetensors")
-        for moment in ("exp_avg", "exp_avg_sq"):
-            for name, view in parameters.named_views(getattr(optimizer, moment)):
-                _copy(view, moments, f"{moment}.{name}", path / "optimizer.safetensors")
-        for name, tensor in [
-            ("updates", optimizer.updates),
-            *step_state.items(),
-        ]:
-            _copy(tensor, moments, name, path / "optimizer.safetensors")
-        return progress
+        damage: InputError | None = None
+        for path in self.all(kind):
+            try:
+                verify(path)
+            except InputError as error:
+                damage = damage or error
+                log.warning("%s; looking for an older checkpoint", error)
+                continue
+            return path
+        if damage is not None:
+            raise damage
+        return None
 
-    def _drop_older(self, kind: str, step: int) -> None:
-        for path in self.folder.iterdir():
-            match = _NAME.fullmatch(path.name)
-            if match and match[1] == kind and int(match[2]) < step:
+    def save_best(self, progress: Progress, weights: Mapping[str, Tensor]) -> None:
+        """Write the weights alone, as the best so far, then drop the ones before."""
+        with whole_folder(self.path("best", progress.step)) as partial:
+            save_file(dict(weights), partial / _WEIGHTS)
+            seal(partial, Manifest(progress=progress))
+        self.keep("best", 1)
+
+    def keep(self, kind: str, count: int) -> None:
+        """Remove all but the newest ``count`` checkpoints of a kind."""
+        for path in self.all(kind)[count:]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what a run that was cut off left half written."""
+        if self.folder.is_dir():
+            for path in self.folder.glob("*.partial"):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def weights(model: MultitaskModel, parameters: FlatParameters) -> dict[str, Tensor]:
-    """Return all weights by name, fp32: the master's, and those of heads that are not trained."""
-    state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
-    state.update(parameters.named_views(parameters.master))
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
+    """Read a checkpoint's weights into a model of whole fp32 parameters.
 
-
-def load_weights(
-    checkpoint: Path, model: MultitaskModel, parameters: FlatParameters | None = None
-) -> None:
-    """Read a checkpoint's weights into a model, through its flat parameters if it has them.
+    Returns:
+        How far the run had come.
 
     Raises:
         InputError: they cannot be read or belong to another model.
     """
-    file = checkpoint / "model.safetensors"
-    tensors = _read_tensors(file)
-    targets = dict(model.state_dict())
-    if parameters is not None:
-        targets.update(parameters.named_views(parameters.master))
-    for name, target in targets.items():
-        _copy(target, tensors, name, file)
-    if parameters is not None:
-        parameters.refresh_compute()
+    manifest = read_manifest(checkpoint)
+    if manifest.places:
+        tensors = dict(_weights_by_name(checkpoint, manifest))
+    else:
+        tensors = _read_tensors(checkpoint / _WEIGHTS)
+    for name, target in model.state_dict().items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != target.shape:
+            found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+            raise InputError(f"{checkpoint}: {name} is {found}, expected {list(target.shape)}")
+        with torch.no_grad():
+            target.copy_(tensor)
+    return manifest.progress
 
 
-def _copy(target: Tensor, tensors: dict[str, Tensor], name: str, file: Path) -> None:
-    tensor = tensors.get(name)
-    if tensor is None or tensor.shape != target.shape:
-        found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-        raise InputError(f"{file}: {name} is {found}, expected {list(target.shape)}")
-    with torch.no_grad():
-        target.copy_(tensor)
+def _weights_by_name(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights of a ``step`` checkpoint, by one process however many wrote it."""
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata
+    wanted = {
+        name: torch.empty(entry.size)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(("master.", "frozen."))
+    }
+    with warnings.catch_warnings(action="ignore"):  # of being one process
+        load(wanted, storage_reader=reader, no_dist=True)
+    for name, place in manifest.places.items():
+        flat = wanted[f"master.{place.bucket}"].flatten()
+        yield name, flat[place.offset : place.offset + math.prod(place.shape)].view(place.shape)
+    for name, tensor in wanted.items():
+        if name.startswith("frozen."):
+            yield name.removeprefix("frozen."), tensor
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -169,20 +143,3 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: not a readable safetensors file ({error})") from None
-
-
-def _write_progress(folder: Path, progress: Progress) -> None:
-    (folder / "progress.json").write_text(json.dumps(progress._asdict()) + "\n", encoding="utf-8")
-
-
-def read_progress(folder: Path) -> Progress:
-    """Read how far a run had come when it wrote this checkpoint.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    file = folder / "progress.json"
-    try:
-        return Progress(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{file}: not a checkpoint's progress ({error})") from None

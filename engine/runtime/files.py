@@ -32,6 +32,16 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make sure that the names in a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -49,7 +59,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
             for file in partial.iterdir():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+            sync_folder(partial)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
+            sync_folder(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -15,12 +15,13 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.signal: signal.Signals | None = None
+        """The signal that came."""
         self._usual: dict[int, signal.Handlers] = {}
 
     def __bool__(self) -> bool:
         """Return whether a signal has come."""
-        return self._asked
+        return self.signal is not None
 
     def __enter__(self) -> Self:
         """Take over the signals."""
@@ -37,8 +38,8 @@ class StopRequest:
         """Give the signals back."""
         self._restore()
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self._asked = True
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
         self._restore()
 
     def _restore(self) -> None:

@@ -1,0 +1,164 @@
+"""The processes of one run: who they are, and the small things they agree on.
+
+``torchrun`` starts them and says in the environment who is who; without it a run is one process
+and nothing here opens a connection.  Two process groups are made: the default one moves gradients
+(NCCL on GPUs, gloo on CPUs), a gloo group beside it carries what hosts agree on and checkpoints,
+so that these never wait behind gradients.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+
+from ..errors import InputError, LostRankError
+
+_GRACE = 3.0  # seconds for ranks that notice a loss a little later than this one
+
+
+class Ranks:
+    """The N processes of a run, seen from one of them.
+
+    Attributes:
+        rank: this process, from 0.
+        size: N.
+        local_rank: its number on its machine, which is that of its GPU.
+        group: gloo, for the hosts; None when there is one process only.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.group: dist.ProcessGroup | None = None
+        self._store: Store | None = None
+        self._told = 0
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Return what ``torchrun`` says; one process where it says nothing.
+
+        Raises:
+            InputError: its variables make no sense.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if not dist.is_available() or not all(name in os.environ for name in names[:2]):
+            return cls()
+        try:
+            rank, size, local_rank = (int(os.environ.get(name, "0")) for name in names)
+        except ValueError as error:
+            raise InputError(f"{', '.join(names)}: expected whole numbers ({error})") from None
+        return cls(rank, size, local_rank)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(rank, N)."""
+        return self.rank, self.size
+
+    @property
+    def restarted(self) -> bool:
+        """Whether ``torchrun`` started this process again after a failure."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+    @contextmanager
+    def joined(self, device: torch.device, timeout: float) -> Iterator[None]:
+        """Within the block the processes are connected.
+
+        Args:
+            device: where gradients are.
+            timeout: seconds after which a rank that does not answer is given up.
+
+        Raises:
+            LostRankError: a rank died or hangs; the message names it.
+        """
+        if self.size == 1:
+            yield
+            return
+        patience = timedelta(seconds=timeout)
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        try:
+            self._store, *_ = next(rendezvous("env://", timeout=patience))
+            dist.init_process_group(
+                backend,
+                store=self._store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=patience,
+                device_id=device if device.type == "cuda" else None,
+            )
+            self.group = dist.new_group(backend="gloo", timeout=patience)
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not _is_about_a_peer(error):
+                raise
+            # Nothing is destroyed here: that would wait for the lost rank.
+            raise self._lost(error) from error
+        dist.destroy_process_group()
+        self.group = self._store = None
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether ``flag`` is true on any rank; all must ask."""
+        if self.group is None:
+            return flag
+        voice = torch.tensor(int(flag))
+        dist.all_reduce(voice, dist.ReduceOp.MAX, group=self.group)
+        return bool(voice)
+
+    def sum_(self, values: torch.Tensor) -> None:
+        """Add up a CPU tensor over all ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+
+    def tell(self, value: Any) -> Any:
+        """Return on every rank the leader's ``value``, which JSON can hold; all must call."""
+        if self._store is None:
+            return value
+        key = f"superbert/told/{self._told}"
+        self._told += 1
+        if self.leads:
+            self._store.set(key, json.dumps(value))
+        return json.loads(self._store.get(key))
+
+    def _lost(self, error: Exception) -> LostRankError:
+        """Find out which ranks do not answer: those that do not notice the loss themselves."""
+        reason = " ".join(str(error).split())[:160]
+        return LostRankError(f"rank {self.rank} of {self.size}: {self._silent_ranks()} ({reason})")
+
+    def _silent_ranks(self) -> str:
+        if self._store is None:
+            return "not all ranks could be reached"
+        try:
+            self._store.set(f"superbert/noticed/{self.rank}", socket.gethostname())
+            time.sleep(_GRACE)
+            silent = [
+                str(rank)
+                for rank in range(self.size)
+                if not self._store.check([f"superbert/noticed/{rank}"])
+            ]
+        except RuntimeError:
+            return "lost the other ranks and their store"
+        names = ", ".join(silent) or "one that came back"
+        return f"no answer from rank {names}; it died or hangs"
+
+
+def _is_about_a_peer(error: RuntimeError) -> bool:
+    """Tell a broken or silent connection of gloo, which has no exception of its own, from bugs."""
+    text = str(error).lower()
+    return any(sign in text for sign in ("gloo", "timed out", "connection ", "peer"))

@@ -1,0 +1,119 @@
+"""``manifest.json``: what a checkpoint's folder holds, and the checksum of every file in it.
+
+It is the last file to be written, so a folder that has one was whole when it got its name.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InputError
+from .files import write_text
+
+_NAME = "manifest.json"
+
+
+class Progress(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps done.
+        best_score: best overall dev score so far; None before the first evaluation.
+        best_step: the step that reached it.
+    """
+
+    step: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+
+
+class Place(BaseModel):
+    """Where a parameter stands in the checkpoint's vectors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bucket: str
+    offset: int = Field(ge=0)
+    """Elements before it in the bucket."""
+    shape: tuple[int, ...]
+
+
+class Manifest(BaseModel):
+    """What a checkpoint is made of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = Field(default=1, ge=1, le=1)
+    progress: Progress
+    places: dict[str, Place] = {}
+    """Of each parameter, by name, where the weights are stored as flat vectors."""
+    files: dict[str, str] = {}
+    """The SHA-256 of every file, by its name."""
+    digest: str = ""
+    """Of the fields above."""
+
+    def expected_digest(self) -> str:
+        """Return the SHA-256 of all other fields."""
+        content = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder whose other files are complete.
+
+    Raises:
+        InputError: the disk is full, or the like.
+    """
+    files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    manifest = manifest.model_copy(update={"files": files})
+    manifest = manifest.model_copy(update={"digest": manifest.expected_digest()})
+    write_text(folder / _NAME, manifest.model_dump_json() + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    file = folder / _NAME
+    try:
+        manifest = Manifest.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file}: not readable ({error.strerror})") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise InputError(f"{file}: damaged at {where}: {problem['msg']}") from None
+    if manifest.digest != manifest.expected_digest():
+        raise InputError(f"{file}: damaged: its checksum is not the one written")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Hold every file of a checkpoint against its checksum; return the manifest.
+
+    Raises:
+        InputError: a file is missing, added, or not what was written.
+    """
+    manifest = read_manifest(folder)
+    found = {path.name for path in folder.iterdir()} - {_NAME}
+    for name in sorted(found ^ manifest.files.keys()):
+        what = "is no part of this checkpoint" if name in found else "is missing"
+        raise InputError(f"{folder}: damaged: {name!r} {what}")
+    for name, digest in manifest.files.items():
+        try:
+            damaged = _digest(folder / name) != digest
+        except OSError as error:
+            raise InputError(f"{folder / name}: not readable ({error.strerror})") from None
+        if damaged:
+            raise InputError(f"{folder / name}: damaged: its checksum is not the one written")
+    return manifest
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

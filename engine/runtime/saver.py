@@ -1,0 +1,151 @@
+"""Checkpoints, written while training goes on, by all ranks together.
+
+torch.distributed.checkpoint copies the state aside, and a thread writes it: each rank its own part
+into one safetensors file.  Once all have done so the leader adds the manifest, gives the folder its
+name, and drops the oldest.  A kill at any moment leaves either the new checkpoint or the ones
+before.  Many machines need a file system that all of them see.
+"""
+
+import os
+import shutil
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
+
+from ..errors import InputError
+from .checkpoint import Checkpoints
+from .distributed import Ranks
+from .files import sync_folder
+from .manifest import Manifest, seal
+
+
+class Saver:
+    """Writes one ``step`` checkpoint at a time in the background, and reads them.
+
+    Args:
+        checkpoints: where they lie.
+        keep: how many of them stay.
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, keep: int, ranks: Ranks) -> None:
+        self._checkpoints, self._keep, self._ranks = checkpoints, keep, ranks
+        self._writing: Future[Any] | None = None
+        self._path = checkpoints.folder
+        if ranks.size == 1:
+            quiet_when_alone()
+
+    def save(self, state: dict[str, Tensor], manifest: Manifest) -> None:
+        """Begin to write a checkpoint; the tensors may change as soon as this returns.
+
+        Raises:
+            InputError: the one before could not be written.
+        """
+        self.wait()
+        self._path = self._checkpoints.path("step", manifest.progress.step)
+        writing = async_save(
+            state,
+            storage_writer=_Writer(self._path, manifest, self._checkpoints, self._keep),
+            process_group=self._ranks.group,
+            no_dist=self._ranks.size == 1,
+        )
+        assert isinstance(writing, Future)
+        self._writing = writing
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is whole.
+
+        Raises:
+            InputError: it could not be written; those before it are whole.
+        """
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except CheckpointException as error:
+            shutil.rmtree(_partial(self._path), ignore_errors=True)
+            causes = [cause for cause, _ in error.failures.values()]
+            if not isinstance(causes[0], OSError):
+                raise
+            reason = (causes[0].strerror or str(causes[0])).lower()
+            raise InputError(
+                f"cannot write {self._path}: {reason}; make room and go on with --resume"
+            ) from error
+
+    def __enter__(self) -> Self:
+        """Return the saver."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Complete what is being written, unless that would wait for a rank that is lost."""
+        if kind is None or self._ranks.size == 1:
+            self.wait()
+
+    def load(self, path: Path, state: dict[str, Tensor]) -> None:
+        """Read a checkpoint into the tensors of ``state``.
+
+        Raises:
+            InputError: it lacks one of them, or has it in another size.
+        """
+        reader = HuggingFaceStorageReader(str(path))
+        stored = reader.read_metadata().state_dict_metadata
+        for name, tensor in state.items():
+            size = getattr(stored.get(name), "size", None)
+            if size != tensor.shape:
+                found = "missing" if size is None else f"of shape {list(size)}"
+                raise InputError(f"{path}: {name} is {found}, expected {list(tensor.shape)}")
+        load(
+            state,
+            storage_reader=reader,
+            process_group=self._ranks.group,
+            no_dist=self._ranks.size == 1,
+        )
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Writes under another name; the leader completes the folder when all ranks are done."""
+
+    def __init__(self, path: Path, manifest: Manifest, checkpoints: Checkpoints, keep: int) -> None:
+        super().__init__(str(_partial(path)), save_distributed=True)
+        self._final, self._manifest = path, manifest
+        self._checkpoints, self._keep = checkpoints, keep
+
+    def finish(  # of the leader alone, when all ranks have written
+        self,
+        metadata: Metadata,  # noqa: ARG002 (torch's signature)
+        results: list[list[WriteResult]],  # noqa: ARG002
+    ) -> None:
+        partial = _partial(self._final)
+        seal(partial, self._manifest)
+        shutil.rmtree(self._final, ignore_errors=True)  # there only if it was found damaged
+        os.replace(partial, self._final)
+        sync_folder(self._final.parent)
+        self._checkpoints.keep("step", self._keep)
+
+
+def quiet_when_alone() -> None:
+    """Spare a run of one process torch's warning, at each checkpoint, that it is one."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")

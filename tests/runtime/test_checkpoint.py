@@ -1,0 +1,176 @@
+"""Checkpoints through bad days: cut off, damaged, a full disk."""
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.door import run_door
+from engine.errors import InputError
+from engine.run import open_run
+from engine.runtime import saver
+from engine.runtime.manifest import Manifest, Progress, read_manifest, seal, verify
+from engine.train import main
+
+from ..engine.conftest import TINY, tiny_run  # noqa: F401 (a fixture)
+from ..engine.test_training_run import assert_same_run
+
+EVERY_STEP = ("checkpoint_every=1", "keep_checkpoints=3")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An undisturbed run; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert main(["demo", "--out", str(folder), "--set", *TINY, *EVERY_STEP]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    """A copy of it, as ``run`` in the test's own folder."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a run's folder."""
+    return [int(path.name[-8:]) for path in open_run(folder).checkpoints.all("step")]
+
+
+def test_the_newest_few_stay(whole):
+    assert steps(whole) == [6, 5, 4]
+    assert len(list((whole / "checkpoints").iterdir())) == 4  # and the best
+    for path in (whole / "checkpoints").iterdir():
+        verify(path)
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "gone", "added", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over(whole, copy, caplog, how):
+    newest = open_run(copy).checkpoints.all("step")[0]
+    (tensors,) = newest.glob("*.safetensors")
+    content = bytearray(tensors.read_bytes())
+    content[len(content) // 2] ^= 1
+    if how == "bit":
+        tensors.write_bytes(content)
+    elif how == "cut":
+        tensors.write_bytes(content[:-8])
+    elif how == "gone":
+        tensors.unlink()
+    elif how == "added":
+        shutil.copy(tensors, newest / "shard-00002-model-00001-of-00001.safetensors")
+    else:
+        (newest / "manifest.json").write_text("{")
+    found = open_run(copy).checkpoints.find("step")
+    assert found is not None
+    assert found.name == "step-00000005"
+    assert newest.name in caplog.text
+    if how == "bit":
+        assert main(["demo", "--out", str(copy), "--resume", "--set", *TINY, *EVERY_STEP]) == 0
+        assert steps(copy) == [6, 5, 4]
+        assert_same_run(copy, whole)
+
+
+def test_a_write_that_is_cut_off_leaves_the_one_before(
+    whole,
+    tiny_run,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    replace = os.replace
+
+    def cut_off(source, target):
+        if Path(target).name == "step-00000004":
+            raise KeyboardInterrupt  # at the last moment, when all but the name is there
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.os, "replace", cut_off)
+        patch.setattr(saver.shutil, "rmtree", lambda *_, **__: None)  # nobody cleans up
+        with pytest.raises(BaseException, match="KeyboardInterrupt"):
+            tiny_run("run", settings=EVERY_STEP)
+    folder = tmp_path / "run"
+    assert steps(folder)[0] == 3
+    assert list((folder / "checkpoints").glob("*.partial"))
+    tiny_run("run", "--resume", settings=EVERY_STEP)
+    assert not list((folder / "checkpoints").glob("*.partial"))
+    assert_same_run(folder, whole)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(copy, capsys):
+    """The limit on a file's size lets a write fail half way, as a full disk does."""
+    size = max(file.stat().st_size for file in copy.rglob("step-*/*.safetensors"))
+    for path in open_run(copy).checkpoints.all("step")[:2]:
+        shutil.rmtree(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    arguments = ["demo", "--out", str(copy), "--resume", "--set", *TINY]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_door(lambda: main(arguments))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "file too large" in line
+    assert steps(copy) == [4]
+    assert not list(copy.rglob("*.partial"))
+
+
+def test_what_changes_after_save_is_not_in_the_checkpoint(tmp_path):
+    from engine.runtime.checkpoint import Checkpoints
+    from engine.runtime.distributed import Ranks
+
+    tensor = torch.arange(10.0)
+    with saver.Saver(Checkpoints(tmp_path), 1, Ranks()) as writer:
+        writer.save({"x": tensor}, Manifest(progress=Progress(step=3)))
+        tensor.zero_()
+    read = {"x": torch.empty(10)}
+    writer.load(tmp_path / "step-00000003", read)
+    assert torch.equal(read["x"], torch.arange(10.0))
+    with pytest.raises(InputError, match="y is missing"):
+        writer.load(tmp_path / "step-00000003", {"y": torch.empty(10)})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content | {"version": 99},
+        lambda content: content | {"progress": ["x"]},
+        lambda content: content | {"progress": [1, 0.9, 1]},
+        lambda content: content | {"files": {"../../etc/passwd": "00"}},
+        lambda content: content | {"more": 1},
+        lambda content: [content],
+    ],
+)
+def test_a_manifest_of_another_kind(tmp_path, spoil):
+    save_file({"x": torch.ones(3)}, tmp_path / "x.safetensors")
+    seal(tmp_path, Manifest(progress=Progress(step=3, best_score=0.5, best_step=2)))
+    assert verify(tmp_path).progress == Progress(3, 0.5, 2)
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(spoil(json.loads(file.read_text()))))
+    with pytest.raises(InputError, match="damaged"):
+        verify(tmp_path)
+
+
+def test_a_checkpoint_of_another_model(copy, tiny_run):  # noqa: F811
+    settings = ("encoder.intermediate_size=64",)
+    other = tiny_run("other", "--max-steps", "1", settings=settings)
+    shutil.rmtree(other / "checkpoints")
+    shutil.move(copy / "checkpoints", other / "checkpoints")
+    with pytest.raises(InputError, match=r"layers.0.intermediate.*is of shape \[48"):
+        tiny_run("other", "--resume", settings=settings)
+    with pytest.raises(InputError, match=r"layers.0.intermediate"):
+        open_run(other).trained_model(torch.device("cpu"))
+
+
+def test_no_file_of_a_checkpoint_holds_a_pickle(whole):
+    checkpoint = open_run(whole).checkpoints.all("step")[0]
+    assert {path.suffix for path in checkpoint.iterdir()} == {".safetensors", ".json"}
+    for file in checkpoint.glob("*.safetensors"):
+        assert load_file(file)
+    assert read_manifest(checkpoint).places
