@@ -60,6 +60,11 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
 
     @property
+    def max_length(self) -> int:
+        """The most tokens in a sentence."""
+        return min(self.recipe.max_length, self.config.max_position_embeddings)
+
+    @property
     def checkpoints(self) -> Checkpoints:
         """The run's checkpoints."""
         return Checkpoints(self.folder / "checkpoints")
@@ -91,7 +96,7 @@ class Run(NamedTuple):
             origin,
             form,
             self.tokenizer,
-            min(self.recipe.max_length, self.config.max_position_embeddings),
+            self.max_length,
             labelled=labelled,
             on_bad_row=on_bad_row or self.recipe.on_bad_row,
         )

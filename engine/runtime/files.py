@@ -32,11 +32,11 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Make sure that the names in a folder are on the disk."""
+def sync(path: Path) -> None:
+    """Make sure that a file's content, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -56,12 +56,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         try:
             yield partial
-            for file in partial.iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            sync_folder(partial)
+            for entry in (*partial.rglob("*"), partial):
+                sync(entry)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
-            sync_folder(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

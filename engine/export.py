@@ -1,0 +1,39 @@
+"""``python -m engine.export RUN --to DIR``: a run as a folder that other libraries load."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from .door import Parser, run_door
+from .exporting.folder import write_model_folder
+from .run import open_run
+from .scoring import read_scores
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the door; return its exit status."""
+    parser = Parser(
+        prog="python -m engine.export",
+        description="Write a run's best checkpoint as a folder that transformers.AutoModel and "
+        "sentence_transformers.SentenceTransformer load, with its heads and a model card.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="a new folder")
+    options = parser.parse_args(arguments)
+
+    run = open_run(options.run)
+    model, progress = run.trained_model(torch.device("cpu"))
+    measured = read_scores(run.folder) if (run.folder / "metrics.json").exists() else None
+    of_these_weights = (
+        measured is not None and measured.split == "dev" and measured.step == progress.step
+    )
+    scores = measured.scores if measured is not None and of_these_weights else None
+    write_model_folder(run, model, progress, scores, options.to)
+    Console().print(f"wrote {options.to}", soft_wrap=True, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    run_door(main)

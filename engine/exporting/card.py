@@ -1,0 +1,149 @@
+"""The model card of an exported run."""
+
+import platform
+from importlib.metadata import version
+
+from .. import __version__
+from ..run import Run
+from ..runtime.checkpoint import Progress
+from ..scoring import metric_name
+
+_LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")
+
+_CARD = """\
+---
+library_name: sentence-transformers
+tags: [bert, multi-task, sentence-transformers, sentence-similarity]
+---
+
+# {title}
+
+One BERT encoder trained on {tasks} together ({balance} on {count} task gradients), with a head for
+each task.  Trained with superbert-engine {version}; the weights are those of step {step}.
+
+## Use
+
+The encoder, by transformers (`last_hidden_state`; the pooler above it is the identity, it was not
+trained) or by sentence-transformers (sentence vectors, {pooling} pooling):
+
+    model = transformers.AutoModel.from_pretrained(folder)
+    model = sentence_transformers.SentenceTransformer(folder)
+
+The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSON object:
+
+- `features`: what is read off the sentence vectors, u (and v of a pair): `single` u, `mean`
+  (u + v) / 2, `concat` [u; v], `distance` |u - v|, `difference` [u; v; |u - v|], `shared`
+  relu(W [u; v] + b) with `pair.weight` and `pair.bias`; the similarities `cosine` cos(u, v),
+  `cosine_shifted` (cos(u, v) + 1) / 2, `pearson` sigmoid(r(u, v)); or `bilstm` (see `TASK.lstm.*`,
+  the weights of a bidirectional torch.nn.LSTM over the token states, last states of both ways,
+  and `TASK.joint`, relu(W [u; states] + b)).
+- `answers`: what the output layer (`TASK.output.weight`, `TASK.output.bias`) makes of them:
+  `classes`, their logits; `binary`, one logit, yes above 0; `score`; or `share`, the logit of a
+  share of the range.  A similarity without an output layer is that share itself.
+- `low`, `high`: the range of the labels; `classes`: their names, if they have any.
+
+```python
+{example}```
+
+## Scores
+
+{scores}
+
+## Data
+
+{data}
+
+## Recipe
+
+```toml
+{recipe}```
+
+## Versions
+
+{versions}
+"""
+
+EXAMPLE = """\
+import json, sys
+import torch
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+
+folder, task, *sentences = sys.argv[1:]  # one sentence, or the two of a pair
+vectors = SentenceTransformer(folder, device="cpu").encode(sentences, convert_to_tensor=True)
+u, v = vectors[0], vectors[-1]
+seen = {"single": [u], "mean": [(u + v) / 2], "concat": [u, v], "distance": [(u - v).abs()],
+        "difference": [u, v, (u - v).abs()], "cosine": [torch.cosine_similarity(u, v, dim=0)[None]]}
+with safe_open(f"{folder}/heads.safetensors", "pt") as file:
+    head = json.loads(file.metadata()[task])
+    output = torch.cat(seen[head["features"]])
+    if f"{task}.output.weight" in file.keys():
+        weight, bias = (file.get_tensor(f"{task}.output.{kind}") for kind in ("weight", "bias"))
+        output = weight @ output + bias
+    elif head["features"] == "cosine":
+        output = head["low"] + (head["high"] - head["low"]) * output
+if head["answers"] == "score":
+    print(output.clamp(head["low"], head["high"]).item())
+else:
+    label = int(output.argmax() if head["answers"] == "classes" else output > 0)
+    print(head["classes"][label] if head["classes"] else label)
+"""
+"""How to use a head; arguments: the folder, a task, its sentences."""
+
+
+def model_card(run: Run, progress: Progress, scores: dict[str, float] | None) -> str:
+    """Return the card as Markdown.
+
+    Args:
+        run: what was trained.
+        progress: of the exported checkpoint.
+        scores: its dev scores by task, or None where they are not known.
+    """
+    recipe = run.recipe
+    return _CARD.format(
+        title=run.folder.resolve().name,
+        tasks=_listed(recipe.train),
+        balance=recipe.balance,
+        count=len(recipe.train),
+        version=__version__,
+        step=progress.step,
+        pooling=recipe.pooling,
+        example=EXAMPLE,
+        scores=_scores(run, scores),
+        data=_data(run),
+        recipe=recipe.to_toml(),
+        versions=_versions(),
+    )
+
+
+def _scores(run: Run, scores: dict[str, float] | None) -> str:
+    if scores is None:
+        return "None were measured."
+    rows = [
+        f"| {task} | {metric_name(form)} | {scores[task]:.4f} |"
+        for task, form in run.recipe.formats.items()
+    ]
+    head = ["On the dev data, at the exported step:", "", "| task | metric | score |"]
+    return "\n".join([*head, "| --- | --- | --- |", *rows])
+
+
+def _data(run: Run) -> str:
+    lines = [f"Folder: `{run.recipe.data}`." if run.recipe.data else "A generated demo corpus."]
+    lines.append("")
+    for name, form in run.recipe.formats.items():
+        source = run.recipe.tasks[name].source
+        origin = "" if source is None else f" from {source.dataset or source.files['train']}"
+        labels = ", ".join(form.classes) or f"{form.low:g} to {form.high:g}"
+        trained = "" if name in run.recipe.train else " (not trained)"
+        lines.append(f"- {name}{trained}{origin}: {' and '.join(form.sentences)} -> {labels}")
+    return "\n".join(lines)
+
+
+def _versions() -> str:
+    lines = [f"superbert-engine {__version__}", f"Python {platform.python_version()}"]
+    lines += [f"{library} {version(library)}" for library in _LIBRARIES]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

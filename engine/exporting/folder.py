@@ -1,0 +1,127 @@
+"""A trained model as a folder that transformers and sentence-transformers load.
+
+config.json, model.safetensors, tokenizer…   transformers.AutoModel, AutoTokenizer
+modules.json, 1_Pooling/, …                  sentence_transformers.SentenceTransformer
+heads.safetensors                            the task heads, laid out as the model card says
+README.md                                    the model card
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import InputError
+from ..model.huggingface import to_huggingface_state
+from ..model.multitask import MultitaskModel
+from ..run import Run
+from ..runtime.checkpoint import Progress
+from ..runtime.files import whole_folder
+from .card import model_card
+
+
+def write_model_folder(
+    run: Run, model: MultitaskModel, progress: Progress, scores: dict[str, float] | None, to: Path
+) -> None:
+    """Write everything; the folder appears when it is whole.
+
+    Args:
+        run: what was trained.
+        model: with the trained weights.
+        progress: of the checkpoint that they come from.
+        scores: dev scores of that checkpoint, by task, or None.
+        to: the folder, new or empty.
+
+    Raises:
+        InputError: ``to`` holds something already or cannot be written, or the model is no plain
+            BERT with heads.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise InputError(f"--to {to}: holds something already; give another folder")
+    if model.adapters:
+        raise InputError(
+            f"{run.folder}: trained with adapter_width = {run.recipe.adapter_width}; no BertModel "
+            "has the adapters beside its layers, so that nothing else could load it"
+        )
+    with whole_folder(to) as folder:
+        _write_transformers(folder, run, model)
+        _write_sentence_transformers(folder, run)
+        save_file(head_tensors(model), folder / "heads.safetensors", head_layout(model))
+        card = model_card(run, progress, scores)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:
+    """Return the weights of the heads, ``{task}.{parameter}``, and of ``pair``, their shared layer.
+
+    All are fp32; a head whose score is a similarity itself has none.
+    """
+    state = dict(model.heads.state_dict())
+    if model.pair is not None:
+        state |= {f"pair.{name}": tensor for name, tensor in model.pair.state_dict().items()}
+    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+
+
+def head_layout(model: MultitaskModel) -> dict[str, str]:
+    """Return the metadata of ``heads.safetensors``: a JSON object a task, as the card explains."""
+    layout = {}
+    for name in model.heads:
+        head = model.head(name)
+        task = head.task
+        answers = "share" if task.kind == "score" and not head.squared_error else task.kind
+        fields = {"features": head.features, "answers": answers}
+        span = {"low": task.low, "high": task.high}
+        layout[name] = json.dumps(fields | span | {"classes": task.classes})
+    return layout
+
+
+def _write_transformers(folder: Path, run: Run, model: MultitaskModel) -> None:
+    encoder = {name: tensor.float().cpu() for name, tensor in model.encoder.state_dict().items()}
+    state = to_huggingface_state(encoder, run.config)
+    # transformers' BertModel has a layer above the first token.  It is not trained here; as the
+    # identity it is at least the same on every load.
+    state["pooler.dense.weight"] = torch.eye(run.config.hidden_size)
+    state["pooler.dense.bias"] = torch.zeros(run.config.hidden_size)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    _write_json(folder / "config.json", run.config.to_huggingface() | {"dtype": "float32"})
+    run.tokenizer.save(folder)
+    settings = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": run.tokenizer.lowercase,
+        "model_max_length": run.max_length,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_sentence_transformers(folder: Path, run: Run) -> None:
+    """Write the layout that sentence-transformers has read since its version 2."""
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_Pooling",
+            "type": "sentence_transformers.models.Pooling",
+        },
+    ]
+    _write_json(folder / "modules.json", modules)
+    _write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": run.max_length, "do_lower_case": False},
+    )
+    pooling = {
+        "word_embedding_dimension": run.config.hidden_size,
+        "pooling_mode_cls_token": run.recipe.pooling == "cls",
+        "pooling_mode_mean_tokens": run.recipe.pooling == "mean",
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+    }
+    (folder / "1_Pooling").mkdir()
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,158 @@
+"""An exported run is the same model in transformers and in sentence-transformers."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
+
+from engine import __version__, export
+from engine.data.formats import FORMATS
+from engine.data.loader import evaluation_batches
+from engine.data.read import read_table
+from engine.errors import InputError
+from engine.model.states import pool
+from engine.run import data_folder, open_run
+from engine.scoring import predict
+
+CPU = torch.device("cpu")
+# From wide weights, sentences differ by far more than fp32 rounds, also in their first tokens.
+WIDE = "encoder.initializer_range=0.5"
+HEADS = ("tasks.sst.features=single", "tasks.quora.features=difference")
+
+# transformers and sentence-transformers warn of what they deprecate themselves.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def exported(tiny_run, tmp_path: Path) -> tuple[Path, Path]:
+    """A run's folder, and the folder it was exported to."""
+    run = tiny_run("run", settings=("encoder.num_hidden_layers=2", *HEADS))
+    assert export.main([str(run), "--to", str(tmp_path / "model")]) == 0
+    return run, tmp_path / "model"
+
+
+def test_hidden_states_agree_with_transformers(exported):
+    run, folder = open_run(exported[0]), exported[1]
+    ours, _ = run.trained_model(CPU)
+    theirs, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    form = FORMATS["sst"]
+    texts = read_table(form.file(data_folder(run.recipe), "dev"), form).sentences[0]
+    split = run.split("sst", "dev")
+    for indices, batch in list(evaluation_batches(split, 2000))[:3]:
+        given = tokenizer([texts[i] for i in indices], return_tensors="pt", padding=True)
+        mask = given["attention_mask"].bool()
+        torch.testing.assert_close(given["input_ids"][mask], batch.input_ids)
+        with torch.inference_mode():
+            expected = theirs.eval()(**given).last_hidden_state[mask]
+            hidden = ours.encoder(batch)
+        assert (hidden - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_sentence_vectors_and_the_sts_score_agree(tiny_run, tmp_path, pooling):
+    run = open_run(tiny_run("run", settings=(f"pooling={pooling}", WIDE)))
+    assert export.main([str(run.folder), "--to", str(tmp_path / "model")]) == 0
+    model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    form = FORMATS["sts"]
+    table = read_table(form.file(data_folder(run.recipe), "dev"), form)
+    first, second = (
+        model.encode(column, convert_to_tensor=True, show_progress_bar=False)
+        for column in table.sentences
+    )
+    ours, _ = run.trained_model(CPU)
+    split = run.split("sts", "dev")
+    for indices, batch in list(evaluation_batches(split, 2000))[:1]:
+        with torch.inference_mode():
+            vectors = pool(ours.encoder(batch), batch.cu_seqlens, pooling)
+        assert (vectors[: len(indices)] - first[indices]).abs().max() < 1e-5
+    similarity = 5 * model.similarity_pairwise(first, second).clamp(min=0).cpu().numpy()
+    np.testing.assert_allclose(predict(ours, split), similarity, atol=1e-5)
+    score = np.corrcoef(similarity, table.labels)[0, 1]
+    assert score == pytest.approx(
+        json.loads((run.folder / "metrics.json").read_text())["scores"]["sts"], abs=1e-5
+    )
+
+
+def test_the_cards_example_predicts_what_the_engine_does(exported, tmp_path, monkeypatch, capsys):
+    run, folder = open_run(exported[0]), exported[1]
+    card = (folder / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(example)
+    ours, _ = run.trained_model(CPU)
+    for task in ("sst", "quora", "sts"):
+        form = FORMATS[task]
+        table = read_table(form.file(data_folder(run.recipe), "dev"), form)
+        sentences = [column[3] for column in table.sentences]
+        monkeypatch.setattr(sys, "argv", ["example.py", str(folder), task, *sentences])
+        capsys.readouterr()
+        runpy.run_path(str(script))
+        expected = predict(ours, run.split(task, "dev"))[3]
+        assert float(capsys.readouterr().out) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_the_card_says_what_was_trained(exported):
+    run, folder = open_run(exported[0]), exported[1]
+    card = (folder / "README.md").read_text()
+    assert run.recipe.to_toml() in card
+    assert f"superbert-engine {__version__}" in card
+    scores = json.loads((run.folder / "metrics.json").read_text())["scores"]
+    for task in ("sst", "quora", "sts"):
+        assert f"| {task} | " in card
+        assert f"{scores[task]:.4f}" in card
+    with safe_open(folder / "heads.safetensors", "pt") as file:
+        assert set(file.metadata()) == {"sst", "quora", "sts"}
+        assert set(file.keys()) == {
+            f"{task}.output.{kind}" for task in ("sst", "quora") for kind in ("weight", "bias")
+        }
+
+
+def test_every_heads_weights_are_there(tiny_run, tmp_path):
+    heads = ("sst.features=bilstm", "quora.features=shared", "sts.loss=cross_entropy")
+    settings = tuple(f"tasks.{head}" for head in (*heads, "sts.features=concat"))
+    run = tiny_run("run", "--max-steps", "1", settings=settings)
+    assert export.main([str(run), "--to", str(tmp_path / "model")]) == 0
+    model, _ = open_run(run).trained_model(CPU)
+    with safe_open(tmp_path / "model" / "heads.safetensors", "pt") as file:
+        layout = {name: json.loads(text) for name, text in file.metadata().items()}
+        exported = {f"heads.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert [layout[task]["answers"] for task in ("sst", "quora", "sts")] == [
+        *("classes", "binary", "share")
+    ]
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("encoder."):
+            file_name = name if name.startswith("heads.") else f"heads.{name}"
+            torch.testing.assert_close(exported.pop(file_name), tensor, rtol=0, atol=0)
+    assert not exported
+
+
+def test_adapters_cannot_be_exported(tiny_run, tmp_path):
+    run = tiny_run("run", "--max-steps", "1", settings=("adapter_width=4",))
+    with pytest.raises(InputError, match="adapter_width = 4"):
+        export.main([str(run), "--to", str(tmp_path / "model")])
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_export_comes_in_again(exported, tiny_run):
+    tiny_run("again", "--init", str(exported[1]), "--max-steps", "1")
+
+
+def test_what_stands_in_the_way_is_kept(exported, tmp_path):
+    run, folder = exported
+    before = (folder / "README.md").read_bytes()
+    with pytest.raises(InputError, match="holds something already"):
+        export.main([str(run), "--to", str(folder)])
+    assert (folder / "README.md").read_bytes() == before
+    with pytest.raises(InputError, match="holds no run"):
+        export.main([str(tmp_path), "--to", str(tmp_path / "new")])
