@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 from .. import __version__
 from ..run import Run
-from ..runtime.checkpoint import Progress
+from ..runtime.manifest import Progress
 from ..scoring import metric_name
 
 _LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")

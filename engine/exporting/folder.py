@@ -18,8 +18,8 @@ from ..errors import InputError
 from ..model.huggingface import to_huggingface_state
 from ..model.multitask import MultitaskModel
 from ..run import Run
-from ..runtime.checkpoint import Progress
 from ..runtime.files import whole_folder
+from ..runtime.manifest import Progress
 from .card import model_card
 
 

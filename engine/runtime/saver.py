@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from ..errors import InputError
 from .checkpoint import Checkpoints
 from .distributed import Ranks
-from .files import sync_folder
+from .files import sync
 from .manifest import Manifest, seal
 
 
@@ -138,7 +138,7 @@ class _Writer(HuggingFaceStorageWriter):
         seal(partial, self._manifest)
         shutil.rmtree(self._final, ignore_errors=True)  # there only if it was found damaged
         os.replace(partial, self._final)
-        sync_folder(self._final.parent)
+        sync(self._final.parent)
         self._checkpoints.keep("step", self._keep)
 
 
