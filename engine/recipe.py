@@ -55,6 +55,14 @@ class TaskRecipe(_Settings):
     """Where the examples come from and what they look like; a built-in task needs none."""
 
 
+_OF_A_PHASE = (
+    *("train", "order", "epochs", "max_steps", "limit", "batch_size", "micro_batches"),
+    *("checkpoint_layers", "freeze_encoder", "balance", "balancing", "surgery", "optimizer", "lr"),
+    *("schedule", "warmup", "betas", "eps", "weight_decay", "clip_norm"),
+)
+"""The settings that a phase may have of its own."""
+
+
 class EncoderRecipe(_Settings):
     """The encoder that is trained from scratch when no ``--init`` gives weights."""
 
@@ -122,7 +130,7 @@ class Recipe(_Settings):
     """Passes over the training sets: over the largest, while smaller ones start again as they run
     out (together, cycle), or over every one."""
     max_steps: Count = 0
-    """Stop after so many steps (``--max-steps``); 0: after the epochs."""
+    """Stop after so many steps (``--max-steps``), or each phase does; 0: after the epochs."""
     limit: Count = 0
     """Cut every training set to so many examples, keeping the label distribution; 0: all."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -165,6 +173,10 @@ class Recipe(_Settings):
     keep_checkpoints: Positive = 2
     """How many of them stay; should the newest be damaged, a run goes on from the one before."""
 
+    phases: dict[str, dict[str, Any]] = {}
+    """Phases that follow one another, by name: the settings that each has otherwise than the
+    recipe.  A phase begins with the last one's weights and a fresh optimizer.  None: one phase."""
+
     @model_validator(mode="after")
     def _names_exist(self) -> "Recipe":
         for name, task in self.tasks.items():
@@ -197,6 +209,30 @@ class Recipe(_Settings):
             name: FORMATS[name] if task.source is None else task.source.format(name)
             for name, task in self.tasks.items()
         }
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "Recipe":
+        for name in self.phases:
+            try:
+                self._phase(name)
+            except ValidationError as error:
+                raise ValueError(f"phases.{name}.{_first_problem(error)}") from None
+        return self
+
+    @property
+    def in_phases(self) -> dict[str, "Recipe"]:
+        """The recipe of each phase, in order; of the only one if there are none."""
+        return {name: self._phase(name) for name in self.phases} or {"": self}
+
+    def _phase(self, name: str) -> "Recipe":
+        for key in self.phases[name]:
+            if key not in _OF_A_PHASE:
+                raise ValueError(
+                    f"phases.{name}: no setting of a phase: {key}{_nearest(key, _OF_A_PHASE)}"
+                )
+        return Recipe.model_validate(
+            self.model_dump(exclude={"phases"}, exclude_unset=True) | self.phases[name]
+        )
 
     def to_toml(self) -> str:
         """Return the recipe with every field, as TOML that :func:`load` reads back."""

@@ -115,10 +115,17 @@ class Run(NamedTuple):
                 adapter_width=self.recipe.adapter_width,
             )
 
-    def initial_model(self) -> MultitaskModel:
-        """Return the model that training starts from: with the pretrained weights, if any."""
+    def initial_model(self, phase: int = 0) -> MultitaskModel:
+        """Return the model that a phase starts from.
+
+        That of phase 0 has the pretrained weights, if any, that of a later one the weights of the
+        newest checkpoint.
+        """
         model = self.new_model()
-        if self.recipe.init:
+        checkpoint = self.checkpoints.find("step") if phase else None
+        if checkpoint is not None:
+            load_weights(checkpoint, model)
+        elif self.recipe.init:
             folder = huggingface.resolve(self.recipe.init)
             model.encoder.load_state_dict(huggingface.load_encoder_state(folder, self.config))
         return model

@@ -26,31 +26,31 @@ from .watch import ProgressBar, describe, list_recipes
 
 
 def train(training: Training, console: Console) -> Signals | None:
-    """Train from where the run's last checkpoint left it.
+    """Train one phase from where the run's last checkpoint left it.
 
     Returns:
         The signal (SIGINT, SIGTERM) that stopped it, a checkpoint to resume from being written;
-        None when the run came to its end.
+        None when the phase came to its end.
     """
-    run, recipe = training.run, training.run.recipe
+    run, recipe = training.run, training.recipe
     progress = training.restore()
     log = MetricsLog(run.folder / "metrics.jsonl", progress.step, recipe.log_every)
     with (
         StopRequest() as stop,
         training.saver,
-        closing(training.loader(progress.step)) as loader,
-        ProgressBar(console, progress.step, training.total_steps) as bar,
+        closing(training.loader(progress.phase_step)) as loader,
+        ProgressBar(console, progress.phase_step, training.total_steps) as bar,
     ):
         on_device = (batch.to(training.device) for batch in loader)
         steps = itertools.count(progress.step)
         for step, *batch in zip(steps, *[on_device] * recipe.micro_batches, strict=False):
-            lr = training.schedule(step)
+            lr = training.schedule(progress.phase_step)
             report = training.step(batch, step, lr)
             if log.add(step, lr, sum(part.num_tokens for part in batch), report):
-                bar.show(step + 1, log.latest)
+                bar.show(progress.phase_step + 1, log.latest)
 
             progress = progress._replace(step=step + 1)
-            epoch_ends = training.ends_epoch(progress.step)
+            epoch_ends = training.ends_epoch(progress.phase_step)
             if epoch_ends:
                 log.flush()
                 scores = score_splits(training.model, training.dev_sets)
@@ -68,7 +68,7 @@ def train(training: Training, console: Console) -> Signals | None:
                 log.restart_clock()
             if stop:
                 break
-    return None if progress.step == training.total_steps else stop.signal
+    return None if progress.phase_step == training.total_steps else stop.signal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,13 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = runs.resume(recipe, options.out)
     else:
         run = runs.begin(recipe, options.out or runs.free_folder(Path("runs"), options.recipe))
-    training = Training.build(run, device)
-    run.write()  # only now: what cannot be trained leaves no folder behind
-    describe(console, training)
-    signal = train(training, console)
-    if signal is not None:
-        console.print(f"stopped by {signal.name}; go on with --resume --out {run.folder}")
-        return STOPPED + signal
+    for phase in range(run.checkpoints.progress().phase, len(recipe.in_phases)):
+        training = Training.build(run, device, phase=phase)
+        run.write()  # only now: what cannot be trained leaves no folder behind
+        describe(console, training)
+        signal = train(training, console)
+        if signal is not None:
+            console.print(f"stopped by {signal.name}; go on with --resume --out {run.folder}")
+            return STOPPED + signal
     best = read_scores(run.folder)
     title = f"dev scores, best epoch (step {best.step})"
     print_scores(console, title, best.scores, recipe.formats)

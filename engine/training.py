@@ -28,10 +28,12 @@ from .runtime.state import TrainingState, named_weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """The parts of one training run.
+    """The parts of one training run, or of one phase of it.
 
     Attributes:
         run: its folder and recipe.
+        phase: the number of the phase, from 0.
+        recipe: that of the phase.
         device: where it computes.
         train_sets: the training split of each trained task, in the order of the gradient rows.
         dev_sets: the dev split of each evaluated task.
@@ -44,10 +46,12 @@ class Training:
         saver: writes checkpoints.
         schedule: the learning rate.
         order: which tasks are trained in which step.
-        total_steps: steps of the whole run.
+        total_steps: steps of all epochs.
     """
 
     run: Run
+    phase: int
+    recipe: Recipe
     device: torch.device
     train_sets: list[TokenizedSplit]
     dev_sets: dict[str, TokenizedSplit]
@@ -63,13 +67,15 @@ class Training:
     total_steps: int
 
     @classmethod
-    def build(cls, run: Run, device: torch.device, ranks: Ranks | None = None) -> "Training":
-        """Read the data, build the model and everything around it.
+    def build(
+        cls, run: Run, device: torch.device, ranks: Ranks | None = None, *, phase: int = 0
+    ) -> "Training":
+        """Read the data, build the model and everything around it, for one phase of the recipe.
 
         Raises:
             InputError: data or weights cannot be used.
         """
-        recipe, ranks = run.recipe, ranks or Ranks()
+        recipe, ranks = list(run.recipe.in_phases.values())[phase], ranks or Ranks()
         train_sets = [run.split(task, "train") for task in recipe.train]
         samplers = [_sampler(split, recipe) for split in train_sets]
         sizes = tuple(len(sampler) for sampler in samplers)
@@ -78,7 +84,7 @@ class Training:
         tasks = TrainedTasks(recipe.train, sizes)
         method = build_method("sum" if take_turns else recipe.balance, tasks, recipe.balancing)
         total_steps = min(order.total_steps, recipe.max_steps or sys.maxsize)
-        model = run.initial_model().train()
+        model = run.initial_model(phase).train()
         model.encoder.checkpoint_layers = recipe.checkpoint_layers
         set_matmul_precision(recipe.precision, device)
         dtype = pick_dtype(recipe.precision, device)
@@ -100,6 +106,8 @@ class Training:
         parts = Parts(parameters, recipe.train, "model" if take_turns else recipe.surgery)
         return cls(
             run=run,
+            phase=phase,
+            recipe=recipe,
             device=device,
             train_sets=train_sets,
             dev_sets={task: run.split(task, "dev") for task in recipe.tasks},
@@ -132,14 +140,14 @@ class Training:
         )
 
     def loader(self, start: int) -> TrainingLoader:
-        """Return the batches from step ``start`` to the end of the run."""
+        """Return the batches from step ``start`` of the phase to its end."""
         return TrainingLoader(
             self.train_sets,
             self.samplers,
             start,
             self.total_steps,
             turns=self.order.turns,
-            micro_batches=self.run.recipe.micro_batches,
+            micro_batches=self.recipe.micro_batches,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -149,11 +157,13 @@ class Training:
         return self.order.epoch_steps
 
     def ends_epoch(self, steps_done: int) -> bool:
-        """Return whether the run is at an epoch's end, or at its own."""
+        """Return whether the phase is at an epoch's end, or at its own."""
         return steps_done % self.epoch_steps == 0 or steps_done == self.total_steps
 
     def restore(self) -> Progress:
-        """Load the newest checkpoint that is whole, if any; return how far the run had come.
+        """Load the newest checkpoint that is whole, if any; return how far the run has come.
+
+        Where it is of the phase before, whose weights are there already, the phase begins.
 
         Raises:
             InputError: it belongs to another model, or none of several is whole.
@@ -164,11 +174,14 @@ class Training:
         if path is None:
             return Progress()
         manifest, state = read_manifest(path), self.state
+        done = manifest.progress
+        if done.phase < self.phase:
+            return done._replace(phase=self.phase, phase_start=done.step)
         state.check_places(path, manifest.places)
         tensors = state.tensors()
         self.saver.load(path, tensors)
         state.restore(tensors)
-        return manifest.progress
+        return done
 
     def save(self, progress: Progress) -> None:
         """Begin to write a checkpoint to go on from."""

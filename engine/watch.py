@@ -13,9 +13,11 @@ from .training import Training
 
 def describe(console: Console, training: Training) -> None:
     """Print what is about to be trained, and what the data files gave cause to report."""
-    recipe, parameters = training.run.recipe, training.parameters
+    recipe, parameters = training.recipe, training.parameters
+    name = list(training.run.recipe.in_phases)[training.phase]
     console.print(
-        f"{parameters.numel / 1e6:.1f} M parameters, {len(recipe.train)} task gradients, "
+        (f"{name}: " if name else "")
+        + f"{parameters.numel / 1e6:.1f} M parameters, {len(parameters.rows)} task gradients, "
         f"balance {recipe.balance}, {training.total_steps} steps of "
         f"{recipe.batch_size} examples a task on {training.device} "
         f"({str(parameters.compute.dtype).removeprefix('torch.')})",
@@ -59,7 +61,7 @@ class ProgressBar:
         figures = "  ".join(f"{task} {value:.3f}" for task, value in scores.items())
         mark = "  (best so far)" if progress.best_step == progress.step else ""
         self._console.print(
-            f"epoch {progress.step / epoch_steps:.3g}  dev  {figures}{mark}", soft_wrap=True
+            f"epoch {progress.phase_step / epoch_steps:.3g}  dev  {figures}{mark}", soft_wrap=True
         )
 
     def __enter__(self) -> Self:

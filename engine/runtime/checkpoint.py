@@ -76,6 +76,11 @@ class Checkpoints:
             raise damage
         return None
 
+    def progress(self) -> Progress:
+        """Return how far the newest checkpoint to go on from has come."""
+        path = self.find("step")
+        return Progress() if path is None else read_manifest(path).progress
+
     def save_best(self, progress: Progress, weights: Mapping[str, Tensor]) -> None:
         """Write the weights alone, as the best so far, then drop the ones before."""
         with whole_folder(self.path("best", progress.step)) as partial:

@@ -23,11 +23,20 @@ class Progress(NamedTuple):
         step: optimizer steps done.
         best_score: best overall dev score so far; None before the first evaluation.
         best_step: the step that reached it.
+        phase: the number of the recipe's phase that it is in, from 0.
+        phase_start: the steps of the phases before.
     """
 
     step: int = 0
     best_score: float | None = None
     best_step: int | None = None
+    phase: int = 0
+    phase_start: int = 0
+
+    @property
+    def phase_step(self) -> int:
+        """Steps done in this phase."""
+        return self.step - self.phase_start
 
 
 class Place(BaseModel):

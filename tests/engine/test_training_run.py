@@ -2,47 +2,17 @@
 
 import json
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from engine import evaluate, predict
 from engine.run import open_run
-from engine.runtime.checkpoint import load_weights
 from engine.runtime.metrics_log import MetricsLog
 from engine.train import main
 
 from .conftest import TINY
-
-
-def metrics(folder: Path) -> list[dict]:
-    """The lines of ``metrics.jsonl`` but for the clock's."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["tokens_per_s"]
-    return lines
-
-
-def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    path = open_run(folder).checkpoints.find("step")
-    (file,) = path.glob("*.safetensors")
-    return load_file(file)
-
-
-def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
-    run = open_run(folder)
-    model = run.new_model()
-    load_weights(run.checkpoints.find("step"), model)
-    return model.state_dict()
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert metrics(one) == metrics(other)
-    first, second = last_checkpoint(one), last_checkpoint(other)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+from .runs import assert_same_run, last_checkpoint, metrics, trained_weights
 
 
 def test_a_run_leaves_what_its_folder_promises(tiny_run):

@@ -1,0 +1,104 @@
+"""Recipes in several phases, and tasks that take turns: one command, resumed to the bit."""
+
+import pytest
+import torch
+
+from engine import recipe as recipes
+from engine.errors import InputError
+from engine.run import open_run
+from engine.runtime.metrics_log import MetricsLog
+from engine.train import main
+
+from .conftest import TINY
+from .runs import assert_same_run, metrics, trained_weights
+
+PHASES = ("phases.heads.freeze_encoder=true", "phases.heads.epochs=1", "phases.all.epochs=2")
+
+
+def cut_at(step: int, monkeypatch, train) -> None:
+    """Let a run end like in a power cut, after the line of ``step`` was written."""
+    add = MetricsLog.add
+
+    def crash(log, now, *rest):
+        written = add(log, now, *rest)
+        if now == step:
+            raise RuntimeError("power cut")
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "add", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train()
+
+
+@pytest.mark.parametrize("crash_after", [0, 2, 4], ids=["phase 1", "phase 2 begins", "phase 2"])
+def test_phases_chain_and_resume_to_the_bit(tiny_run, monkeypatch, crash_after):
+    whole = tiny_run("whole", settings=PHASES)
+    assert [line["step"] for line in metrics(whole)] == list(range(6))
+    cut_at(crash_after, monkeypatch, lambda: tiny_run("cut", settings=PHASES))
+    assert_same_run(tiny_run("cut", "--resume", settings=PHASES), whole)
+
+
+def test_a_phase_goes_on_from_the_last_ones_weights(tiny_run):
+    folder = tiny_run("run", settings=("phases.heads.freeze_encoder=true", "epochs=1"))
+    initial = open_run(folder).initial_model().state_dict()
+    trained = trained_weights(folder)
+    for name, before in initial.items():
+        assert torch.equal(trained[name], before) == name.startswith("encoder."), name
+
+    settings = ("phases.heads.freeze_encoder=true", "phases.rest.lr=1e-12", "epochs=1")
+    later = trained_weights(tiny_run("again", settings=settings))
+    for name, tensor in trained.items():
+        torch.testing.assert_close(later[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("order", ["annealed"])
+def test_turns_resume_to_the_bit(tiny_run, monkeypatch, order):
+    settings = (f"order={order}", "epochs=1")
+    whole = tiny_run("whole", settings=settings)
+    lines = metrics(whole)
+    assert len(lines) == 6  # two batches of each of three tasks
+    assert all(len(line["losses"]) == 1 for line in lines)
+    cut_at(4, monkeypatch, lambda: tiny_run("cut", settings=(*settings, "checkpoint_every=3")))
+    resumed = tiny_run("cut", "--resume", settings=(*settings, "checkpoint_every=3"))
+    assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("phases.one.lrr=1", "phases.one: no setting of a phase: lrr; did you mean lr?"),
+        ("phases.one.seed=1", "no setting of a phase: seed"),
+        ("phases.one.lr=-1", "phases.one.lr = -1"),
+        ("phases.one.train=['imdb']", "'imdb' is not among tasks"),
+        ("phases.one=3", "phases.one"),
+    ],
+)
+def test_a_phase_that_makes_no_sense(override, expected):
+    with pytest.raises(InputError, match=expected.replace("[", r"\[").replace("?", r"\?")):
+        recipes.load("demo", [override])
+
+
+def test_max_steps_ends_each_phase(tiny_run):
+    folder = tiny_run("run", "--max-steps", "1", settings=PHASES)
+    assert len(metrics(folder)) == 2
+
+
+def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):
+    whole = tiny_run("whole", settings=PHASES)
+    from engine import train as door
+
+    build = door.Training.build
+    arguments = ["demo", "--out", str(tmp_path / "cut"), "--set", *TINY, *PHASES]
+
+    def build_or_die(*arguments, phase=0):
+        if phase == 1:
+            raise RuntimeError("power cut")
+        return build(*arguments, phase=phase)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(door.Training, "build", build_or_die)
+        with pytest.raises(RuntimeError, match="power cut"):
+            main(arguments)
+    assert main([*arguments, "--resume"]) == 0
+    assert_same_run(tmp_path / "cut", whole)
