@@ -130,9 +130,8 @@ std::tuple<Tensor, Tensor, Tensor>
 embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,
                      Tensor position, Tensor token_type, std::optional<Tensor> weight,
                      std::optional<Tensor> bias, double dropout_p, double eps,
-                     std::optional<Tensor> seed, int64_t stream, std::optional<Tensor>,
-                     std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
-                     std::optional<Tensor>, Offsets, bool) {
+                     std::optional<Tensor> seed, int64_t stream, std::optional<Tensor>, Offsets,
+                     Offsets, bool) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
   const Parameter gamma(weight), beta(bias);
   Tensor out = torch::stable::new_empty(word, {embedded.rows(), embedded.width()});
@@ -185,9 +184,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
         "SymInt[] offsets) -> ()");
   m.def("embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, "
         "Tensor word, Tensor position, Tensor token_type, Tensor? weight, Tensor? bias, "
-        "float dropout_p, float eps, Tensor? seed, int stream, Tensor? word_rows, "
-        "Tensor? position_rows, Tensor? token_type_rows, Tensor? weight_rows, Tensor? bias_rows, "
-        "SymInt[] offsets, bool accumulate) -> (Tensor out, Tensor mean, Tensor rstd)");
+        "float dropout_p, float eps, Tensor? seed, int stream, Tensor? rows, "
+        "SymInt[] columns, SymInt[] offsets, bool accumulate) -> (Tensor out, Tensor mean, Tensor "
+        "rstd)");
   m.def("embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor position_ids, "
         "Tensor token_type_ids, Tensor word, Tensor position, Tensor token_type, Tensor? weight, "
         "Tensor mean, Tensor rstd, Tensor(a!)? weight_rows, Tensor(b!)? bias_rows, "

@@ -26,8 +26,7 @@ Tensor new_statistic(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> weight,
                                               std::optional<Tensor> bias, double eps,
-                                              std::optional<Tensor>, std::optional<Tensor>, Offsets,
-                                              bool) {
+                                              std::optional<Tensor>, Offsets, Offsets, bool) {
   const Tensor rows = torch::stable::contiguous(x);
   const Parameter gamma(weight), beta(bias);
   Tensor out = torch::stable::empty_like(rows);
@@ -51,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor>
 dropout_add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> x_bias,
                        std::optional<Tensor> weight, std::optional<Tensor> bias, double dropout_p,
                        double eps, std::optional<Tensor> seed, int64_t stream,
-                       std::optional<Tensor>, std::optional<Tensor>, Offsets, bool) {
+                       std::optional<Tensor>, Offsets, Offsets, bool) {
   const Tensor rows = torch::stable::contiguous(x);
   const Tensor residual_rows = torch::stable::contiguous(residual);
   const Parameter offset(x_bias), gamma(weight), beta(bias);
@@ -123,15 +122,15 @@ dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Te
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
-  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? weight_rows, "
-        "Tensor? bias_rows, SymInt[] offsets, bool accumulate) "
+  m.def("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? rows, "
+        "SymInt[] columns, SymInt[] offsets, bool accumulate) "
         "-> (Tensor out, Tensor mean, Tensor rstd)");
   m.def("layer_norm_backward(Tensor grad_out, Tensor hidden, Tensor? weight, Tensor mean, "
         "Tensor rstd, Tensor(a!)? weight_rows, Tensor(b!)? bias_rows, SymInt[] offsets, "
         "bool accumulate) -> Tensor");
   m.def("dropout_add_layer_norm(Tensor x, Tensor residual, Tensor? x_bias, Tensor? weight, "
-        "Tensor? bias, float dropout_p, float eps, Tensor? seed, int stream, Tensor? weight_rows, "
-        "Tensor? bias_rows, SymInt[] offsets, bool accumulate) "
+        "Tensor? bias, float dropout_p, float eps, Tensor? seed, int stream, Tensor? rows, "
+        "SymInt[] columns, SymInt[] offsets, bool accumulate) "
         "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)");
   m.def("dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, Tensor? weight, "
         "Tensor mean, Tensor rstd, Tensor(a!)? weight_rows, Tensor(b!)? bias_rows, "

@@ -25,11 +25,12 @@ from .padding import pad_input, unpad_input
 from .pcgrad import PCGrad
 from .surgery import combine, combine_adamw_, draw_order, gram, pcgrad_weights, update_guard
 from .task_gradients import TaskGradients
-from .task_rows import TaskRows, TaskSegments
+from .task_rows import Columns, TaskRows, TaskSegments, new_task_rows
 from .value_checks import check_cu_seqlens, checked_values
 
 __all__ = [
     "BalancedOptimizer",
+    "Columns",
     "EmbeddingRows",
     "FusedLayerNorm",
     "PCGrad",
@@ -55,6 +56,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_fn",
     "linear",
+    "new_task_rows",
     "pad_input",
     "pcgrad_weights",
     "restore",

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from . import _extension  # noqa: F401  (registers the operator)
 from .implementation import declare
-from .task_rows import TaskRows, TaskSegments
+from .task_rows import TaskRows, TaskSegments, rows_at
 
 # ---- reference ----------------------------------------------------------------------------------
 
@@ -86,18 +86,25 @@ def wipe_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
 class _TaskEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, index: Tensor, weight: Tensor, rows: Tensor, offsets: tuple[int, ...]
+        ctx: FunctionCtx,
+        index: Tensor,
+        weight: Tensor,
+        buffer: Tensor,
+        start: int,
+        offsets: tuple[int, ...],
     ) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows, ctx.offsets = rows, offsets  # type: ignore[attr-defined]
+        ctx.save_for_backward(index, weight)
+        ctx.rows, ctx.offsets = (buffer, start), offsets  # type: ignore[attr-defined]
         return F.embedding(index, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, ...]:
-        (index,) = ctx.saved_tensors
-        embedding_task_gradients_(grad_output, index, ctx.rows, ctx.offsets)
-        return None, None, None, None
+        index, weight = ctx.saved_tensors
+        buffer, start = ctx.rows
+        rows = rows_at(buffer, start, weight.shape)
+        embedding_task_gradients_(grad_output, index, rows, ctx.offsets)
+        return None, None, None, None, None
 
 
 def embedding(
@@ -112,7 +119,7 @@ def embedding(
     Args:
         index: ``[T]``, int64.
         weight: ``[N, H]``.
-        rows: ``rows.weight`` is ``[K, N, H]`` and zero before the first backward pass of a step;
+        rows: ``rows.weight`` ``[K, N, H]`` is zero before the first backward pass of a step;
             after use it is wiped with :func:`wipe_`.  ``weight.grad`` stays None.
         segments: which rows of the stream belong to which task; needed with ``rows``.
             ``accumulate`` makes no difference here, since rows are always added to.
@@ -126,4 +133,5 @@ def embedding(
     if rows is None:
         return F.embedding(index, weight)
     segments = rows.checked(segments, weight, None, index)
-    return _TaskEmbedding.apply(index, weight, rows.weight, segments.offsets)  # type: ignore[no-untyped-call]
+    start, _ = rows.starts
+    return _TaskEmbedding.apply(index, weight, rows.buffer, start, segments.offsets)  # type: ignore[no-untyped-call]

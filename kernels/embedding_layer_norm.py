@@ -28,14 +28,14 @@ from .layer_norm_parameters import (
     parameter_rows,
     save,
 )
-from .task_rows import TaskRows, TaskSegments
+from .task_rows import TaskRows, TaskSegments, rows_at
 from .value_checks import are_checked, check_index
 
 _ops = torch.ops.superbert
 
 
 class EmbeddingRows(NamedTuple):
-    """Where the task gradients of an embedding layer go.
+    """Where the task gradients of an embedding layer go; all in one buffer.
 
     Attributes:
         word: of the word table; zero before the first backward pass of a step, added to, and wiped
@@ -100,8 +100,7 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *ids_and_tables, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.stream = inputs[:12]
     _, mean, rstd = output
-    ctx.table_rows = inputs[12:15]
-    save(ctx, (*ids_and_tables, weight, bias, mean, rstd), list(inputs[15:]))
+    save(ctx, (*ids_and_tables, weight, bias, mean, rstd), list(inputs[12:]))
     ctx.mark_non_differentiable(mean, rstd)
 
 
@@ -114,15 +113,16 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     )
     ids, tables = ids_and_tables[:3], ids_and_tables[3:]
     grads: list[Tensor | None] = [None, None, None]
-    for i, (index, table, rows) in enumerate(zip(ids, tables, ctx.table_rows, strict=True)):
-        if rows is not None:
+    for i, (index, table) in enumerate(zip(ids, tables, strict=True)):
+        if ctx.rows is not None:
+            rows = rows_at(ctx.rows, ctx.columns[i], table.shape)
             embedding_task_gradients_(grad_sum, index, rows, ctx.offsets)
         elif ctx.needs_input_grad[3 + i]:
             grad = table.new_zeros((1, *table.shape))
             embedding_task_gradients_(grad_sum, index, grad, (0, index.shape[0]))
             grads[i] = grad[0]
     parameters = parameter_gradients(ctx, *norm_arguments[:2])
-    return None, None, None, *grads, *parameters, *[None] * 11
+    return None, None, None, *grads, *parameters, *[None] * 8
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -231,14 +231,17 @@ def embedding_layer_norm(
     check_parameter("weight", weight, word)
     check_parameter("bias", bias, word)
     check_dropout(dropout_p, seed, stream, word.device)
-    row_arguments: tuple[Any, ...] = (None, None, None, None, None, (), False)
+    row_arguments: tuple[Any, ...] = (None, (), (), False)
     if rows is not None:
         if word_ids.dim() != 1 or weight is None:
             raise ValueError("rows: task gradients need ids of shape [tokens] and a weight")
         for own, table in zip(rows[:3], tables.values(), strict=True):
+            if own.buffer is not rows.norm.buffer:
+                raise ValueError("rows: expected all tables and the norm in one buffer")
             own.checked(segments, table, None, word_ids)
         segments = rows.norm.checked(segments, weight, bias, word_ids)
-        row_arguments = (*(own.weight for own in rows[:3]), *rows.norm, *segments)
+        starts = (*(own.starts[0] for own in rows[:3]), *rows.norm.starts)
+        row_arguments = (rows.norm.buffer, starts, *segments)
     p = dropout_p if training else 0.0
     if word.dtype == torch.float64:
         out = embedding_layer_norm_reference(

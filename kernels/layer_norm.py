@@ -58,10 +58,12 @@ class _TaskAffine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xhat, weight = ctx.saved_tensors
-        (offsets, accumulate), (weight_rows, bias_rows) = ctx.segments, ctx.rows
+        (offsets, accumulate), rows = ctx.segments, (ctx.rows.weight, ctx.rows.bias)
         for task, (begin, end) in enumerate(pairwise(offsets)):
-            for row, term in ((weight_rows[task], grad * xhat), (bias_rows[task], grad)):
-                row.copy_(term[begin:end].sum(0) + (row if accumulate else 0))
+            for own, term in zip(rows, (grad * xhat, grad), strict=True):
+                if own is not None:
+                    row = own[task]
+                    row.copy_(term[begin:end].sum(0) + (row if accumulate else 0))
         return grad * weight, None, None, None, None
 
 

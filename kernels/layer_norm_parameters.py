@@ -1,8 +1,8 @@
 """Weight and bias of a layer norm: what they must look like, and where their gradients go.
 
-Every operator that ends in a layer norm takes its task rows as arguments ``weight_rows, bias_rows,
-offsets, accumulate`` and writes them in its backward pass; without task rows autograd's gradients
-are a row of their own, for all rows of the stream.
+Every operator that ends in a layer norm takes its task rows as arguments ``rows, columns, offsets,
+accumulate`` (the buffer, and where weight and bias begin in it) and writes them in its backward
+pass; without task rows autograd's gradients are a row of their own, for all rows of the stream.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .task_rows import TaskRows, TaskSegments
+from .task_rows import TaskRows, TaskSegments, rows_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -33,33 +33,33 @@ def task_arguments(
     bias: Tensor | None,
     rows: TaskRows | None,
     segments: TaskSegments | None,
-) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
+) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...], bool]:
     """Check what all the functions share; return the operators' arguments that speak of tasks."""
     if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in DTYPES:
         raise ValueError(f"x: expected floating [..., width], got {x.dtype} {list(x.shape)}")
     check_parameter("weight", weight, x)
     check_parameter("bias", bias, x)
     if rows is None:
-        return None, None, (), False
+        return None, (), (), False
     if weight is None or x.dim() != 2:
         raise ValueError("rows: task gradients need a weight and x of shape [tokens, width]")
     segments = rows.checked(segments, weight, bias, x)
-    return rows.weight, rows.bias, segments.offsets, segments.accumulate
+    return rows.buffer, rows.starts, segments.offsets, segments.accumulate
 
 
 def save(ctx: Any, tensors: tuple[Tensor | None, ...], arguments: list[Any]) -> None:
     """Keep what the backward pass needs; ``arguments`` are those of :func:`task_arguments`."""
     ctx.save_for_backward(*tensors)
-    # Not saved tensors: each backward overwrites them, which is their purpose.
-    *ctx.rows, ctx.offsets, ctx.accumulate = arguments
+    # Not a saved tensor: each backward overwrites it, which is its purpose.
+    ctx.rows, ctx.columns, ctx.offsets, ctx.accumulate = arguments
 
 
 def parameter_rows(
     ctx: Any, weight: Tensor | None, bias: Tensor | None, num_rows: int
 ) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
     """Where the parameters' gradients go: the task rows, or a row of their own for all rows."""
-    if ctx.rows[0] is not None:
-        weight_rows, bias_rows = ctx.rows
+    if ctx.rows is not None:
+        weight_rows, bias_rows = map(rows_of, (ctx.rows,) * 2, ctx.columns[-2:], (weight, bias))
         return weight_rows, bias_rows, ctx.offsets, ctx.accumulate
     fresh = [None if p is None else p.new_empty((1, p.shape[0])) for p in (weight, bias)]
     return fresh[0], fresh[1], (0, num_rows), False
@@ -69,7 +69,7 @@ def parameter_gradients(
     ctx: Any, weight_rows: Tensor | None, bias_rows: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """What autograd gets for weight and bias: None when the gradients are in the task rows."""
-    if ctx.rows[0] is not None:
+    if ctx.rows is not None:
         return None, None
     return (
         None if weight_rows is None else weight_rows[0],

@@ -10,13 +10,14 @@ of the flat gradient buffer, so nothing is copied, summed or zero-filled afterwa
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .task_rows import TaskRows, TaskSegments
+from .task_rows import TaskRows, TaskSegments, rows_of
 
 
 @torch.library.custom_op(
@@ -64,26 +65,28 @@ def _(*_arguments: object) -> None:
 class _TaskLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        weight_rows: Tensor,
-        bias_rows: Tensor | None,
+        buffer: Tensor,
+        starts: tuple[int, int],
         offsets: tuple[int, ...],
         accumulate: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        # Not saved tensors: each backward overwrites them, which is their purpose.
-        ctx.rows = (weight_rows, bias_rows)  # type: ignore[attr-defined]
-        ctx.segments = (offsets, accumulate)  # type: ignore[attr-defined]
+        ctx.save_for_backward(x, weight, bias)
+        # Not a saved tensor: each backward overwrites it, which is its purpose.
+        ctx.rows = (buffer, starts)
+        ctx.segments = (offsets, accumulate)
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
-        linear_task_gradients_(grad_output, x, *ctx.rows, *ctx.segments)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        buffer, starts = ctx.rows
+        rows = map(rows_of, (buffer, buffer), starts, (weight, bias))
+        linear_task_gradients_(grad_output, x, *rows, *ctx.segments)
         grad_input = grad_output.mm(weight) if ctx.needs_input_grad[0] else None
         return grad_input, None, None, None, None, None, None
 
@@ -114,4 +117,4 @@ def linear(
     if rows is None:
         return F.linear(x, weight, bias)
     segments = rows.checked(segments, weight, bias, x)
-    return _TaskLinear.apply(x, weight, bias, rows.weight, rows.bias, *segments)  # type: ignore[no-untyped-call]
+    return _TaskLinear.apply(x, weight, bias, rows.buffer, rows.starts, *segments)  # type: ignore[no-untyped-call]

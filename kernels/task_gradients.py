@@ -26,6 +26,7 @@ from itertools import accumulate
 from torch import Tensor, nn
 
 from .task_layers import Joined, Place, Single, TaskLayers
+from .task_rows import Columns
 
 _ALIGNMENT = 64  # elements between the starts of parameters: whole cache lines in every dtype
 
@@ -71,10 +72,10 @@ class TaskGradients:
         for (name, parameter), start in zip(
             named.items(), accumulate(sizes, initial=0), strict=False
         ):
-            columns = slice(start, start + parameter.numel())
-            # `data`: writes are counted for each view by itself, which compiled models rely on.
-            own = self.rows[:, columns].view(num_tasks, *parameter.shape).data
-            self._places[id(parameter)] = Place(name, columns, own, set())
+            columns = Columns(start, tuple(parameter.shape))
+            # `data`: writes are counted for each parameter by itself, which compiled models rely
+            # on.
+            self._places[id(parameter)] = Place(name, self.rows.data, columns, set())
             parameter.register_hook(_refusal(name, weakref.ref(self)))
         self._layers = TaskLayers(self._places)
         self._collecting = False
@@ -138,7 +139,8 @@ class TaskGradients:
 
     def columns(self, parameter: Tensor) -> slice:
         """Return which columns of the rows belong to a parameter."""
-        return self._places[id(parameter)].columns
+        columns = self._places[id(parameter)].columns
+        return slice(columns.start, columns.stop)
 
     def tasks_reaching(self, parameter: Tensor) -> frozenset[int]:
         """Return the tasks whose losses have reached a parameter since :meth:`clear`.

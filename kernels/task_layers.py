@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from .embedding import embedding
 from .layer_norm import layer_norm
 from .linear import linear
-from .task_rows import TaskRows, TaskSegments
+from .task_rows import Columns, TaskRows, TaskSegments, rows_at
 
 
 class Place(NamedTuple):
@@ -27,15 +27,20 @@ class Place(NamedTuple):
 
     Attributes:
         name: of the parameter in its model.
-        columns: of the flat buffer.
-        rows: ``[K, *shape]``, these columns.
+        buffer: ``[K, P]``.
+        columns: of the buffer.
         tasks: whose losses have reached the parameter since the rows were cleared.
     """
 
     name: str
-    columns: slice
-    rows: Tensor
+    buffer: Tensor
+    columns: Columns
     tasks: set[int]
+
+    @property
+    def rows(self) -> Tensor:
+        """``[K, *shape]``, the gradients."""
+        return rows_at(self.buffer, *self.columns)
 
 
 class Joined(NamedTuple):
@@ -152,7 +157,7 @@ class TaskLayers(TorchFunctionMode):
             if dtype is not None:
                 stream, weight = stream.to(dtype), weight.to(dtype)
                 bias = None if bias is None else bias.to(dtype)
-            rows = TaskRows(of_weight.rows, None if of_bias is None else of_bias.rows)
+            rows = _task_rows(of_weight, of_bias)
             own_bias = None if of_bias is None else bias
             out = linear(stream, weight, own_bias, rows=rows, segments=segments)
             if bias is not None and of_bias is None:
@@ -167,7 +172,8 @@ class TaskLayers(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        places = list(self._places_among((weight, bias)))
+        of_weight, of_bias = self._places.get(id(weight)), self._places.get(id(bias))
+        places = [place for place in (of_weight, of_bias) if place is not None]
         if not places:
             return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
         if len(normalized_shape) != 1:
@@ -175,21 +181,10 @@ class TaskLayers(TorchFunctionMode):
         segments = self._segments(places[0], input.shape[:-1])
         if input.is_cuda and _autocast_dtype(input) is not None:
             input = input.float()  # autocast's rule there
-        assert weight is not None
-        rows = TaskRows(
-            self._rows_or_scratch(weight, segments),
-            None if bias is None else self._rows_or_scratch(bias, segments),
-        )
+        rows = _task_rows(of_weight, of_bias)
         stream = input.reshape(-1, input.shape[-1])
         out = layer_norm(stream, weight, bias, eps, rows=rows, segments=segments)
         return _note(out, places, segments).view(input.shape)
-
-    def _rows_or_scratch(self, parameter: Tensor, segments: TaskSegments) -> Tensor:
-        """Return rows to write even for a frozen parameter: layer norm writes both or neither."""
-        place = self._places.get(id(parameter))
-        if place is not None:
-            return place.rows
-        return parameter.new_zeros(segments.num_tasks, *parameter.shape)
 
     def _fused_layer_norm(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *tasks: Any
@@ -219,7 +214,7 @@ class TaskLayers(TorchFunctionMode):
         index = self._index_of_each(place, input)
         segments = self._segments(place, index.shape)
         stream = index.reshape(-1).long()
-        out = embedding(stream, weight, rows=TaskRows(place.rows), segments=segments)
+        out = embedding(stream, weight, rows=_task_rows(place, None), segments=segments)
         if padding_idx is not None:
             padding = (stream == padding_idx % len(weight))[:, None]
             out.register_hook(lambda gradient: gradient.masked_fill(padding, 0))
@@ -250,10 +245,19 @@ _LAYERS: Mapping[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+def _task_rows(weight: Place | None, bias: Place | None) -> TaskRows:
+    """Join the places of a layer's parameters; None stands for a frozen one, or none."""
+    first = weight or bias
+    assert first is not None
+    columns = (None if place is None else place.columns for place in (weight, bias))
+    return TaskRows(first.buffer, *columns)
+
+
 def _spread(bias: Tensor, place: Place, count: int, segments: TaskSegments) -> Tensor:
     """Give every row a bias whose weight is frozen: a table with one row, looked up by each."""
     index = torch.zeros(count, dtype=torch.int64, device=bias.device)
-    return embedding(index, bias[None], rows=TaskRows(place.rows[:, None]), segments=segments)
+    rows = TaskRows(place.buffer, Columns(place.columns.start, (1, *bias.shape)))
+    return embedding(index, bias[None], rows=rows, segments=segments)
 
 
 class _Note(torch.autograd.Function):

@@ -4,11 +4,21 @@ A batch is one stream in which every task's rows lie side by side, so the weight
 task ``k`` is the part of the usual sum over rows ``offsets[k]:offsets[k + 1]``.  A layer that is
 given :class:`TaskRows` writes these K parts straight into row ``k`` of a flat ``[K, P]`` buffer
 during the one backward pass, instead of their sum into ``weight.grad``.
+
+Layers are handed the buffer and their columns, and take their views of it in the backward pass:
+torch.compile then sees one tensor written piece by piece, and leaves it where it is.  Views made
+beforehand would each look like a tensor of their own, to be copied before it is written.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+NO_COLUMN = -1
+"""In an operator's argument: there is no such parameter, or it is not trained."""
 
 
 class TaskSegments(NamedTuple):
@@ -29,22 +39,52 @@ class TaskSegments(NamedTuple):
         return len(self.offsets) - 1
 
 
-class TaskRows(NamedTuple):
-    """Views of the flat ``[K, P]`` gradient buffer that belong to one layer.
+class Columns(NamedTuple):
+    """The columns of a buffer that hold one parameter's gradients, flattened.
 
     Attributes:
-        weight: ``[K, *weight.shape]``; the inner dimensions are contiguous, ``stride(0)`` is the
-            buffer's row length.
-        bias: ``[K, *bias.shape]``, likewise, or None for a layer without bias.
+        start: the first of them.
+        shape: of the parameter.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
+    start: int
+    shape: tuple[int, ...]
 
-    def of(self, task: int) -> "TaskRows":
-        """Return the rows of one task, for a layer that this task uses by itself."""
-        one = slice(task, task + 1)
-        return TaskRows(self.weight[one], None if self.bias is None else self.bias[one])
+    @property
+    def stop(self) -> int:
+        """One past the last column."""
+        return self.start + math.prod(self.shape)
+
+
+class TaskRows(NamedTuple):
+    """The part of a flat gradient buffer that belongs to one layer.
+
+    Attributes:
+        buffer: ``[K, P]`` with contiguous rows.
+        weight_columns: of the weight; None for one that is not trained.
+        bias_columns: of the bias; None for a layer without one, or one that is not trained.
+    """
+
+    buffer: Tensor
+    weight_columns: Columns | None
+    bias_columns: Columns | None = None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weight's gradients, a view ``[K, *weight.shape]``."""
+        return rows_at(self.buffer, *self.weight_columns) if self.weight_columns else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias's gradients, a view ``[K, *bias.shape]``."""
+        return rows_at(self.buffer, *self.bias_columns) if self.bias_columns else None
+
+    @property
+    def starts(self) -> tuple[int, int]:
+        """The first columns of weight and bias, as operators take them."""
+        return tuple(  # type: ignore[return-value]
+            NO_COLUMN if columns is None else columns.start for columns in self[1:]
+        )
 
     def checked(
         self, segments: TaskSegments | None, weight: Tensor, bias: Tensor | None, x: Tensor
@@ -62,25 +102,63 @@ class TaskRows(NamedTuple):
         """
         if segments is None:
             raise ValueError("segments: needed with rows, to tell which task a row belongs to")
-        num_tasks = segments.num_tasks
-        if self.weight.shape != (num_tasks, *weight.shape):
+        buffer = self.buffer
+        if buffer.dim() != 2 or len(buffer) != segments.num_tasks or buffer.stride(1) != 1:
             raise ValueError(
-                f"rows.weight: expected shape {(num_tasks, *weight.shape)} (tasks, *weight.shape), "
-                f"got {tuple(self.weight.shape)}"
+                f"rows.buffer: expected [{segments.num_tasks} tasks, columns] with contiguous "
+                f"rows, got {list(buffer.shape)} with strides {buffer.stride()}"
             )
-        if (bias is None) != (self.bias is None):
-            raise ValueError("rows.bias: must be given exactly when the layer has a bias")
-        if (
-            bias is not None
-            and self.bias is not None
-            and self.bias.shape != (num_tasks, *bias.shape)
-        ):
-            raise ValueError(
-                f"rows.bias: expected shape {(num_tasks, *bias.shape)} (tasks, *bias.shape), "
-                f"got {tuple(self.bias.shape)}"
-            )
+        self._check("weight", self.weight_columns, weight)
+        self._check("bias", self.bias_columns, bias)
         if segments.offsets[-1] > x.shape[0]:
             raise ValueError(
                 f"segments.offsets: end at row {segments.offsets[-1]}, the stream has {x.shape[0]}"
             )
         return segments
+
+    def _check(self, name: str, columns: Columns | None, parameter: Tensor | None) -> None:
+        if columns is None:
+            if parameter is not None and parameter.requires_grad:
+                raise ValueError(f"rows.{name}_columns: None, but the layer's {name} is trained")
+            return
+        shape = None if parameter is None else tuple(parameter.shape)
+        if tuple(columns.shape) != shape:
+            raise ValueError(
+                f"rows.{name}_columns: expected the shape of the layer's {name}, {shape}, "
+                f"got {tuple(columns.shape)}"
+            )
+        if columns.start < 0 or columns.stop > self.buffer.shape[1]:
+            raise ValueError(
+                f"rows.{name}_columns: {columns.start} to {columns.stop} are not within the "
+                f"{self.buffer.shape[1]} columns of the buffer"
+            )
+
+
+def rows_at(buffer: Tensor, start: int, shape: Sequence[int]) -> Tensor:
+    """Return the view ``[K, *shape]`` of ``buffer [K, P]`` whose rows begin at column ``start``."""
+    return buffer[:, start : start + math.prod(shape)].view(len(buffer), *shape)
+
+
+def rows_of(buffer: Tensor, start: int, parameter: Tensor | None) -> Tensor | None:
+    """Return the view that holds a parameter's gradients; None for :data:`NO_COLUMN`."""
+    if parameter is None or start == NO_COLUMN:
+        return None
+    return rows_at(buffer, start, parameter.shape)
+
+
+def new_task_rows(
+    num_tasks: int, weight: Tensor, bias: Tensor | None = None, *, fill: float = 0.0
+) -> TaskRows:
+    """Make rows for one layer in a buffer of its own.
+
+    Args:
+        num_tasks: K.
+        weight: the layer's weight; the rows have its dtype and device.
+        bias: the layer's bias, or None.
+        fill: what the rows hold at first; embedding rows must begin at 0.
+    """
+    of_weight = Columns(0, tuple(weight.shape))
+    of_bias = None if bias is None else Columns(of_weight.stop, tuple(bias.shape))
+    columns = (of_bias or of_weight).stop
+    buffer = torch.full((num_tasks, columns), fill, dtype=weight.dtype, device=weight.device)
+    return TaskRows(buffer, of_weight, of_bias)

@@ -114,7 +114,7 @@ class TaskHead(nn.Module):
         if self.features == "shared":
             layer = states.shared.pair
             assert layer is not None
-            return layer(joined, states.segments(len(joined)), states.row).relu()
+            return layer(joined, states.segments(len(joined))).relu()
         return joined
 
     def _dropped(self, states: TaskStates) -> Tensor:

@@ -21,13 +21,9 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features))
         self.rows: kernels.TaskRows | None = None
 
-    def forward(
-        self, x: Tensor, segments: kernels.TaskSegments | None = None, row: int | None = None
-    ) -> Tensor:
-        """Map ``[T, I]`` to ``[T, O]``; with ``row``, ``segments`` are of that one task's row."""
+    def forward(self, x: Tensor, segments: kernels.TaskSegments | None = None) -> Tensor:
+        """Map ``[T, I]`` to ``[T, O]``."""
         rows = self.rows if segments is not None else None
-        if rows is not None and row is not None:
-            rows = rows.of(row)
         return kernels.linear(x, self.weight, self.bias, rows=rows, segments=segments)
 
 
@@ -46,8 +42,9 @@ class Embedding(nn.Module):
 
     def wipe_rows(self, index: Tensor, offsets: tuple[int, ...]) -> None:
         """Zero the gradient rows that a backward pass over ``index`` has touched."""
-        if self.rows is not None:
-            kernels.wipe_(self.rows.weight, index, offsets)
+        rows = None if self.rows is None else self.rows.weight
+        if rows is not None:
+            kernels.wipe_(rows, index, offsets)
 
 
 class LayerNorm(nn.Module):

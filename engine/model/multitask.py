@@ -133,7 +133,7 @@ class MultitaskModel(nn.Module):
                 seed,
                 shared,
                 row if task_rows else None,
-                accumulate,
+                len(tasks),
             )
             scores.append(self.heads[task](states))
         return scores

@@ -36,7 +36,7 @@ class TaskStates(NamedTuple):
         seed: 0-dim int64, the dropout seed; None outside training.
         shared: layers that are not the head's own.
         row: the gradient row of this task; None when no task gradients are collected.
-        accumulate: add to that row.
+        num_rows: how many gradient rows there are.
     """
 
     tokens: Tensor
@@ -47,11 +47,17 @@ class TaskStates(NamedTuple):
     seed: Tensor | None
     shared: SharedLayers
     row: int | None
-    accumulate: bool
+    num_rows: int
 
     def segments(self, count: int) -> kernels.TaskSegments | None:
-        """Return the segments of ``count`` rows that are all of this task."""
-        return None if self.row is None else kernels.TaskSegments((0, count), self.accumulate)
+        """Return the segments of ``count`` rows that are all of this task.
+
+        They are added to rows that were cleared, since several tasks may use a layer in turn.
+        """
+        if self.row is None:
+            return None
+        offsets = (0,) * (self.row + 1) + (count,) * (self.num_rows - self.row)
+        return kernels.TaskSegments(offsets, accumulate=True)
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:

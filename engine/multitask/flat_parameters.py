@@ -107,7 +107,7 @@ class FlatParameters:
             if owner is not None:
                 row = self.rows[0 if take_turns else tasks.index(owner)]
                 parameter.grad = self.slots[name].view(row)
-            if owner is not None or len(self._reached_by[name]) < len(tasks):
+            if not name.startswith("encoder."):
                 self._to_clear.append(self.slots[name].view(self.rows))
         for name, module in model.named_modules():
             if isinstance(module, Linear | Embedding | LayerNorm):
@@ -146,11 +146,8 @@ class FlatParameters:
         )
 
     def _rows_of(self, module: str) -> kernels.TaskRows:
-        bias = self.slots.get(f"{module}.bias")
-        return kernels.TaskRows(
-            self.slots[f"{module}.weight"].view(self.rows),
-            None if bias is None else bias.view(self.rows),
-        )
+        weight, bias = self.slots[f"{module}.weight"], self.slots.get(f"{module}.bias")
+        return kernels.TaskRows(self.rows, weight.columns, None if bias is None else bias.columns)
 
     def clear_partial_gradients(self) -> None:
         """Zero the gradients that a step's backward pass adds to or may not reach at all.

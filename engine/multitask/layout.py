@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..rooms import kernels
+
 ALIGNMENT = 64  # elements; 256 bytes in fp32, 128 in bf16: whole cache lines and 16-byte accesses
 
 VECTORS = "vectors"
@@ -27,6 +29,11 @@ class Slot(NamedTuple):
     name: str
     offset: int
     shape: torch.Size
+
+    @property
+    def columns(self) -> kernels.Columns:
+        """This parameter's columns of the gradient rows."""
+        return kernels.Columns(self.offset, tuple(self.shape))
 
     def view(self, flat: Tensor) -> Tensor:
         """Return this parameter's part of ``flat [..., P]`` as ``[..., *shape]``."""

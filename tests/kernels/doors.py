@@ -1,13 +1,14 @@
 """Every public layer as a function of one stream, for tests that hold all to the same rules."""
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import kernels
-from kernels import EmbeddingRows, TaskRows, TaskSegments
+from kernels import Columns, EmbeddingRows, TaskRows, TaskSegments
 
 WIDTH, HEADS, TABLE_ROWS = 64, 2, 50
 
@@ -25,9 +26,8 @@ class Stream(NamedTuple):
     bias: Tensor  # [WIDTH]
     matrix: Tensor  # [WIDTH, WIDTH]
     table: Tensor  # [TABLE_ROWS, WIDTH]
-    vector_rows: TaskRows
-    matrix_rows: TaskRows
-    table_rows: TaskRows
+    buffer: Tensor  # [2, P], the gradient rows of all layers
+    columns: tuple[Columns, ...]
 
     @classmethod
     def of(cls, tokens: int, device: str = "cpu") -> "Stream":
@@ -37,9 +37,11 @@ class Stream(NamedTuple):
         def leaf(*shape: int) -> Tensor:
             return torch.randn(shape).to(device).requires_grad_()
 
-        def rows(*shape: int) -> Tensor:
-            return torch.zeros(2, *shape, device=device)
-
+        weight, bias = leaf(WIDTH), leaf(WIDTH)
+        matrix, table = leaf(WIDTH, WIDTH), leaf(TABLE_ROWS, WIDTH)
+        shapes = [weight.shape, bias.shape, matrix.shape, bias.shape, table.shape]
+        starts = accumulate((shape.numel() for shape in shapes), initial=0)
+        *columns, of_table = map(Columns, starts, shapes)
         return cls(
             x=leaf(tokens, 3 * WIDTH),
             ids=torch.randint(0, TABLE_ROWS, (tokens,)).to(device),
@@ -47,24 +49,33 @@ class Stream(NamedTuple):
             longest=half,
             seed=torch.tensor(5, device=device),
             segments=TaskSegments((0, half, tokens - 1)),
-            weight=leaf(WIDTH),
-            bias=leaf(WIDTH),
-            matrix=leaf(WIDTH, WIDTH),
-            table=leaf(TABLE_ROWS, WIDTH),
-            vector_rows=TaskRows(rows(WIDTH), rows(WIDTH)),
-            matrix_rows=TaskRows(rows(WIDTH, WIDTH), rows(WIDTH)),
-            table_rows=TaskRows(rows(TABLE_ROWS, WIDTH)),
+            weight=weight,
+            bias=bias,
+            matrix=matrix,
+            table=table,
+            buffer=torch.zeros(2, of_table.stop, device=device),
+            columns=(*columns, of_table),
         )
+
+    @property
+    def vector_rows(self) -> TaskRows:
+        """Of a layer norm."""
+        return TaskRows(self.buffer, *self.columns[:2])
+
+    @property
+    def matrix_rows(self) -> TaskRows:
+        """Of a linear layer."""
+        return TaskRows(self.buffer, *self.columns[2:4])
+
+    @property
+    def table_rows(self) -> TaskRows:
+        """Of an embedding."""
+        return TaskRows(self.buffer, self.columns[4])
 
     def to(self, device: str) -> "Stream":
         """The same stream on another device."""
-
-        def moved(part: object) -> object:
-            if isinstance(part, TaskRows):
-                return TaskRows(*map(moved, part))
-            return part.detach().to(device) if isinstance(part, Tensor) else part
-
-        stream = Stream(*map(moved, self))
+        parts = (part.detach().to(device) if isinstance(part, Tensor) else part for part in self)
+        stream = Stream(*parts)
         for leaf in (stream.x, stream.weight, stream.bias, stream.matrix, stream.table):
             leaf.requires_grad_()
         return stream
@@ -81,13 +92,11 @@ class Stream(NamedTuple):
 
     def run(self, layer: Callable[["Stream"], Tensor]) -> list[Tensor]:
         """Output, gradients of all leaves, and the rows."""
-        rows = [*self.vector_rows, *self.matrix_rows, self.table_rows.weight]
-        for row in rows:
-            row.zero_()
+        self.buffer.zero_()
         leaves = [self.x, self.weight, self.bias, self.matrix, self.table]
         out = layer(self)
         grads = torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True)
-        return [out.detach(), *(g for g in grads if g is not None), *(row.clone() for row in rows)]
+        return [out.detach(), *(g for g in grads if g is not None), self.buffer.clone()]
 
 
 def _attention(s: Stream) -> Tensor:

@@ -1,14 +1,14 @@
 """BERT's embedding layer in one operator, against float64 and against one layer after the other."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import EmbeddingRows, TaskRows, TaskSegments, embedding_layer_norm, wipe_
+from kernels import Columns, EmbeddingRows, TaskRows, TaskSegments, embedding_layer_norm, wipe_
 from kernels.dropout import dropout_factors
 
 from .rounding import assert_within_twice
@@ -75,13 +75,12 @@ def test_output_and_gradients(width: int, p: float, dtype: torch.dtype) -> None:
 def embedding_rows(tasks: int, width: int, dtype: torch.dtype) -> EmbeddingRows:
     """Views of one buffer: zeros for the tables, NaN for the norm."""
     shapes = [*((rows, width) for rows in TABLE_ROWS), (width,), (width,)]
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    buffer = torch.zeros(tasks, sum(sizes) + 3, dtype=dtype)
-    parts = buffer[:, : sum(sizes)].split(sizes, dim=1)
-    views = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
-    for view in views[3:]:
-        view.fill_(torch.nan)
-    return EmbeddingRows(*map(TaskRows, views[:3]), TaskRows(*views[3:]))
+    starts = accumulate((torch.Size(shape).numel() for shape in shapes), initial=0)
+    columns = list(map(Columns, starts, shapes))
+    buffer = torch.zeros(tasks, columns[-1].stop + 3, dtype=dtype)
+    buffer[:, columns[3].start : columns[4].stop] = torch.nan
+    tables = (TaskRows(buffer, of_table) for of_table in columns[:3])
+    return EmbeddingRows(*tables, TaskRows(buffer, *columns[3:]))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -98,7 +97,7 @@ def test_task_rows_hold_each_tasks_own_gradient(dtype: torch.dtype, p: float) ->
 
     function(rows, TaskSegments(OFFSETS)).backward(grad_out)
     assert all(tensor.grad is None for tensor in tensors)
-    found = [*(table.weight for table in rows[:3]), *rows.norm]
+    found = [*(part.weight for part in rows), rows.norm.bias]
     for task, (begin, end) in enumerate(pairwise(OFFSETS)):
         own = torch.zeros_like(grad_out)
         own[begin:end] = grad_out[begin:end]
@@ -132,13 +131,13 @@ def test_a_row_of_bfloat16_is_rounded_once() -> None:
 def test_accumulate_adds_to_the_rows() -> None:
     index, tensors = ids(), [tensor.requires_grad_() for tensor in leaves(8, torch.float32)]
     once, twice = embedding_rows(4, 8, torch.float32), embedding_rows(4, 8, torch.float32)
-    for rows, accumulate in ((once, False), (twice, False), (twice, True)):
-        segments = TaskSegments(OFFSETS, accumulate)
+    for rows, add in ((once, False), (twice, False), (twice, True)):
+        segments = TaskSegments(OFFSETS, accumulate=add)
         embedding_layer_norm(*index, *tensors, rows=rows, segments=segments).sum().backward()
     for one, other in zip(once, twice, strict=True):
-        for single, double in zip(one, other, strict=True):
-            if single is not None:  # sums of a few parts, in another order
-                torch.testing.assert_close(2 * single, double, rtol=1e-6, atol=1e-5)
+        # Sums of a few parts, in another order.
+        torch.testing.assert_close(2 * one.weight, other.weight, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(2 * once.norm.bias, twice.norm.bias, rtol=1e-6, atol=1e-5)
 
 
 def test_batches_of_any_shape_and_none() -> None:
@@ -172,6 +171,7 @@ def test_repeats_to_the_bit_whatever_the_threads() -> None:
 
 
 INDEX, LEAVES = ids(6), leaves(8, torch.float32)
+OTHER_NORM = embedding_rows(1, 8, torch.float32).norm
 
 
 def replaced(position: int, value: Tensor) -> list[Tensor]:
@@ -194,6 +194,11 @@ def replaced(position: int, value: Tensor) -> list[Tensor]:
         (replaced(7, torch.ones(7)), {}, "bias: expected"),
         ([*INDEX, *LEAVES], {"dropout_p": 1.0}, "probability"),
         ([*INDEX, *LEAVES], {"rows": embedding_rows(1, 8, torch.float32)}, "segments: needed"),
+        (
+            [*INDEX, *LEAVES],
+            {"rows": EmbeddingRows(*embedding_rows(1, 8, torch.float32)[:3], OTHER_NORM)},
+            "in one buffer",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(
@@ -206,11 +211,12 @@ def test_arguments_that_do_not_fit_are_named(
 @pytest.mark.parametrize("by_task", [False, True])
 def test_operator_checks(by_task: bool) -> None:
     tensors = [tensor.requires_grad_() for tensor in leaves(24, torch.float32)]
-    tasks: tuple = (*[None] * 5, [], False)
+    tasks: tuple = (None, [], [], False)
     if by_task:
         rows = embedding_rows(2, 24, torch.float32)
-        rows.norm.weight.zero_()
-        tasks = (*(own.weight for own in rows[:3]), *rows.norm, [0, 100, 290], False)
+        rows.norm.buffer.zero_()
+        starts = [*(own.starts[0] for own in rows[:3]), *rows.norm.starts]
+        tasks = (rows.norm.buffer, starts, [0, 100, 290], False)
     torch.library.opcheck(
         torch.ops.superbert.embedding_layer_norm.default,
         (*ids(), *tensors, 0.1, 1e-12, SEED, 0, *tasks),

@@ -11,20 +11,13 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels import Columns, TaskRows
 from kernels.linear import linear_task_gradients_
 
 from .rounding import assert_within_twice
 
 OFFSETS = [(0, 1), (0, 7, 7, 20), (0, 0, 13, 31), (0, 5, 129, 129), (0, 40, 97)]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def split_buffer(tasks: int, *shapes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Rows for parameters of these shapes in one flat buffer, full of NaN."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    buffer = torch.full((tasks, sum(sizes) + 3), torch.nan, dtype=dtype)
-    parts = buffer[:, : sum(sizes)].split(sizes, dim=1)
-    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def task_gradients(x: Tensor, dy: Tensor, offsets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -42,7 +35,7 @@ def test_linear(offsets, width, dtype):
     bias = torch.randn(out, dtype=dtype, requires_grad=True)
     dy = torch.randn(total, out, dtype=dtype)
     tasks = len(offsets) - 1
-    rows = kernels.TaskRows(*split_buffer(tasks, (out, width), (out,), dtype=dtype))
+    rows = kernels.new_task_rows(tasks, weight, bias, fill=torch.nan)
     y = kernels.linear(x, weight, bias, rows=rows, segments=kernels.TaskSegments(offsets))
     y.backward(dy)
 
@@ -58,8 +51,8 @@ def test_linear(offsets, width, dtype):
 
 def test_linear_accumulates():
     x, dy, offsets = torch.randn(9, 4), torch.randn(9, 5), (0, 4, 9)
-    rows = kernels.TaskRows(torch.ones(2, 5, 4), torch.ones(2, 5))
     weight, bias = torch.randn(5, 4, requires_grad=True), torch.zeros(5, requires_grad=True)
+    rows = kernels.new_task_rows(2, weight, bias, fill=1)
     segments = kernels.TaskSegments(offsets, accumulate=True)
     kernels.linear(x, weight, bias, rows=rows, segments=segments).backward(dy)
     expected = task_gradients(x, dy, offsets)
@@ -74,10 +67,9 @@ def test_embedding(offsets, dtype):
     index = torch.randint(0, 11, (total,))  # every entry several times
     weight = torch.randn(11, 7, dtype=dtype, requires_grad=True)
     dy = torch.randn(total, 7, dtype=dtype)
-    (rows,) = split_buffer(tasks, (11, 7), dtype=dtype)
-    rows.zero_()
-    segments = kernels.TaskSegments(offsets)
-    y = kernels.embedding(index, weight, rows=kernels.TaskRows(rows), segments=segments)
+    task_rows = kernels.new_task_rows(tasks, weight)
+    rows, segments = task_rows.weight, kernels.TaskSegments(offsets)
+    y = kernels.embedding(index, weight, rows=task_rows, segments=segments)
     y.backward(dy)
 
     one_hot = torch.nn.functional.one_hot(index, 11)
@@ -95,22 +87,29 @@ def test_embedding(offsets, dtype):
     assert not rows.any()
 
 
+WEIGHT, BIAS = torch.zeros(5, 4, requires_grad=True), torch.zeros(5, requires_grad=True)
+ROWS = kernels.new_task_rows(2, WEIGHT, BIAS)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({"segments": None}, "segments: needed with rows"),
-        ({"rows": kernels.TaskRows(torch.zeros(3, 5, 4), torch.zeros(3, 5))}, "rows.weight"),
-        ({"rows": kernels.TaskRows(torch.zeros(2, 5, 4))}, "rows.bias"),
+        ({"rows": kernels.new_task_rows(3, WEIGHT, BIAS)}, "rows.buffer: expected"),
+        ({"rows": kernels.new_task_rows(2, WEIGHT.t(), BIAS)}, "rows.weight_columns: .*shape"),
+        ({"rows": kernels.new_task_rows(2, WEIGHT)}, "rows.bias_columns: None"),
+        ({"rows": TaskRows(torch.zeros(2, 24), Columns(0, (5, 4)), Columns(20, (5,)))}, "20 to 25"),
+        ({"rows": TaskRows(torch.zeros(25, 2).t(), *ROWS[1:])}, "with contiguous rows"),
         ({"segments": kernels.TaskSegments((0, 4, 10))}, "segments.offsets"),
     ],
 )
 def test_what_does_not_fit_is_named(change, expected):
     arguments = {
-        "rows": kernels.TaskRows(torch.zeros(2, 5, 4), torch.zeros(2, 5)),
+        "rows": ROWS,
         "segments": kernels.TaskSegments((0, 4, 9)),
     }
     with pytest.raises(ValueError, match=expected):
-        kernels.linear(torch.randn(9, 4), torch.randn(5, 4), torch.zeros(5), **(arguments | change))
+        kernels.linear(torch.randn(9, 4), WEIGHT, BIAS, **(arguments | change))
 
 
 def test_operators_are_registered_soundly():
