@@ -24,6 +24,7 @@ from .model.states import POOLINGS
 from .multitask.balance import METHODS, TORCHJD, BalanceSettings
 from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
+from .objectives.recipe import ObjectiveRecipe
 from .runtime.precision import PRECISIONS
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -101,8 +102,10 @@ class Recipe(_Settings):
 
     tasks: dict[str, TaskRecipe] = Field(min_length=1)
     """The tasks that are evaluated."""
+    objectives: dict[str, ObjectiveRecipe] = {}
+    """What can be trained without labels, by name (engine/objectives/recipe.py)."""
     train: tuple[str, ...] = Field(min_length=1)
-    """The tasks that are trained: one batch of each, a step."""
+    """The tasks, or objectives, that are trained."""
     pooling: Literal[POOLINGS] = "mean"  # type: ignore[valid-type]
     """Sentence vector: the first token's state (cls) or the mean over tokens."""
     dropout: Fraction = 0.1
@@ -187,9 +190,18 @@ class Recipe(_Settings):
                 )
             if not _TASK_NAME.fullmatch(name) or name == "overall":
                 raise ValueError(f"tasks.{name}: a name is letters, digits, _ and -")
+        known = [*self.tasks, *self.objectives]
         for name in self.train:
-            if name not in self.tasks:
-                raise ValueError(f"train: {name!r} is not among tasks{_nearest(name, self.tasks)}")
+            if name not in known:
+                raise ValueError(f"train: {name!r} is not among tasks{_nearest(name, known)}")
+        for name, objective in self.objectives.items():
+            if not _TASK_NAME.fullmatch(name) or name in self.tasks:
+                raise ValueError(f"objectives.{name}: give it letters, digits, _, -, and no task's")
+            for source in objective.sentences_of:
+                if source not in self.tasks and source not in FORMATS:
+                    raise ValueError(f"objectives.{name}.sentences_of: no such task: {source}")
+            if objective.kind != "simcse" and name in self.train and self._takes_turns:
+                raise ValueError(f"order: {name} cannot take turns with tasks; give it a phase")
         if len(set(self.train)) != len(self.train):
             raise ValueError("train: a task is named twice")
         if self.micro_batches > self.batch_size:
@@ -210,6 +222,19 @@ class Recipe(_Settings):
             for name, task in self.tasks.items()
         }
 
+    @property
+    def _takes_turns(self) -> bool:
+        return self.order != "together" and len(self.train) > 1
+
+    @property
+    def scored(self) -> bool:
+        """Whether what is trained is scored on dev sets: some task, not objectives alone."""
+        return any(name in self.tasks for name in self.train)
+
+    def loss_weight(self, name: str) -> float:
+        """Return the factor on the loss of a task or objective."""
+        return (self.tasks.get(name) or self.objectives[name]).weight
+
     @model_validator(mode="after")
     def _phases_fit(self) -> "Recipe":
         for name in self.phases:
@@ -217,6 +242,8 @@ class Recipe(_Settings):
                 self._phase(name)
             except ValidationError as error:
                 raise ValueError(f"phases.{name}.{_first_problem(error)}") from None
+        if self.phases and not list(self.in_phases.values())[-1].scored:
+            raise ValueError("phases: the last one trains no task, so there is nothing to score")
         return self
 
     @property
@@ -309,6 +336,8 @@ def _fields_at(location: Sequence[str]) -> Mapping[str, Any]:
         return Recipe.model_fields
     if location[-1] == "source":
         return TaskSource.model_fields
+    if location[0] == "objectives":
+        return ObjectiveRecipe.model_fields
     tables: dict[str, type[BaseModel]] = {"encoder": EncoderRecipe, "balancing": BalanceSettings}
     return tables.get(location[0], TaskRecipe).model_fields
 

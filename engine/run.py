@@ -20,8 +20,9 @@ import torch
 from . import recipe as recipes
 from .data import demo
 from .data.cache import default_cache, load_split
-from .data.formats import FileFormat
-from .data.read import OnBadRow
+from .data.formats import FORMATS, FileFormat
+from .data.part import Examples
+from .data.read import OnBadRow, Table
 from .data.source import DataFile, Origin, Split
 from .data.split import TokenizedSplit
 from .data.tokenizer import Tokenizer
@@ -29,6 +30,9 @@ from .errors import InputError
 from .model import huggingface
 from .model.config import EncoderConfig
 from .model.multitask import MultitaskModel
+from .objectives.build import build_examples, build_head
+from .objectives.masked_lm import MaskedLmHead
+from .objectives.text import lines_of, sentences_of
 from .recipe import Recipe
 from .runtime.checkpoint import Checkpoints, load_weights
 from .runtime.files import explained, whole_folder, write_text
@@ -101,6 +105,25 @@ class Run(NamedTuple):
             on_bad_row=on_bad_row or self.recipe.on_bad_row,
         )
 
+    def objective(self, name: str) -> Examples:
+        """Return what an objective of the recipe is trained on.
+
+        Raises:
+            InputError: its text cannot be read, or there is too little of it.
+        """
+        recipe, settings = self.recipe, self.recipe.objectives[name]
+        tasks = settings.sentences_of or (() if settings.files else tuple(recipe.tasks))
+        texts = [
+            text
+            for task in tasks
+            for text in sentences_of(
+                training_table(recipe, task), task, settings.limit, recipe.seed
+            )
+        ]
+        for file in settings.files:
+            texts += lines_of(data_folder(recipe) / file, settings.limit)
+        return build_examples(name, settings, texts, self.tokenizer, self.max_length, recipe.seed)
+
     def new_model(self) -> MultitaskModel:
         """Return the model as the run's seed initialises it, fp32, on the CPU."""
         with torch.random.fork_rng(devices=[]):
@@ -113,6 +136,10 @@ class Run(NamedTuple):
                 dropout_p=self.recipe.dropout,
                 losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
                 adapter_width=self.recipe.adapter_width,
+                objectives={
+                    name: build_head(settings, self.config)
+                    for name, settings in self.recipe.objectives.items()
+                },
             )
 
     def initial_model(self, phase: int = 0) -> MultitaskModel:
@@ -128,6 +155,10 @@ class Run(NamedTuple):
         elif self.recipe.init:
             folder = huggingface.resolve(self.recipe.init)
             model.encoder.load_state_dict(huggingface.load_encoder_state(folder, self.config))
+            for name in self.recipe.objectives:
+                head = model.heads[name]
+                if isinstance(head, MaskedLmHead):
+                    head.load_pretrained(huggingface.load_pretraining_heads(folder))
         return model
 
     def trained_model(self, device: torch.device) -> tuple[MultitaskModel, Progress]:
@@ -154,9 +185,9 @@ def origin(recipe: Recipe, task: str, split: Split) -> Origin:
     Raises:
         InputError: the recipe names no data for it.
     """
-    source = recipe.tasks[task].source
+    source = recipe.tasks[task].source if task in recipe.tasks else None
     if source is None:
-        return DataFile(recipe.formats[task].file(data_folder(recipe), split))
+        return DataFile(FORMATS[task].file(data_folder(recipe), split))
     return source.origin(task, split, data_folder(recipe) if recipe.data else None)
 
 
@@ -214,12 +245,15 @@ def free_folder(parent: Path, recipe: str) -> Path:
     )
 
 
+def training_table(recipe: Recipe, task: str) -> Table:
+    """Return the training examples of a task of the recipe, or of a built-in one, as text."""
+    form = recipe.formats.get(task) or FORMATS[task]
+    return origin(recipe, task, "train").table(form, labelled=True, on_bad_row=recipe.on_bad_row)
+
+
 def _training_sentences(recipe: Recipe) -> Iterable[str]:
     for task in recipe.train:
-        table = origin(recipe, task, "train").table(
-            recipe.formats[task], labelled=True, on_bad_row=recipe.on_bad_row
-        )
-        for column in table.sentences:
+        for column in training_table(recipe, task).sentences:
             yield from column
 
 

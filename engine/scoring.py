@@ -60,13 +60,13 @@ def score_splits(model: MultitaskModel, splits: Mapping[str, TokenizedSplit]) ->
     """Score a model on a labelled split of each task.
 
     Returns:
-        The score of each task, and ``overall``, their mean.
+        The score of each task, and ``overall``, their mean; nothing for no splits.
     """
     scores = {}
     for task, split in splits.items():
         assert split.labels is not None, f"split of {task} has no labels"
         scores[task] = score(model.head(task).task, predict(model, split), split.labels)
-    return scores | {"overall": sum(scores.values()) / len(scores)}
+    return scores and scores | {"overall": sum(scores.values()) / len(scores)}
 
 
 class Scores(NamedTuple):

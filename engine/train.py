@@ -54,7 +54,7 @@ def train(training: Training, console: Console) -> Signals | None:
             if epoch_ends:
                 log.flush()
                 scores = score_splits(training.model, training.dev_sets)
-                if progress.best_score is None or scores["overall"] > progress.best_score:
+                if scores and progress.is_beaten_by(scores["overall"]):
                     progress = progress._replace(
                         best_score=scores["overall"], best_step=progress.step
                     )

@@ -7,8 +7,10 @@ import torch
 
 from .data.loader import TrainingLoader
 from .data.order import Order
+from .data.part import Examples
 from .data.sample import TaskSampler, stratified_subset
 from .data.split import TokenizedSplit
+from .frozen import with_states
 from .model.multitask import MultitaskModel
 from .multitask.balance import Balance, TrainedTasks, build_method
 from .multitask.flat_parameters import FlatParameters
@@ -35,8 +37,8 @@ class Training:
         phase: the number of the phase, from 0.
         recipe: that of the phase.
         device: where it computes.
-        train_sets: the training split of each trained task, in the order of the gradient rows.
-        dev_sets: the dev split of each evaluated task.
+        train_sets: what each trained task or objective learns from, in the order of the rows.
+        dev_sets: the dev split of each evaluated task; none in a phase that trains no task.
         samplers: what makes up each task's batches.
         model: encoder and heads, in training mode, on flat parameters.
         parameters: master weights, compute weights, gradient rows.
@@ -53,7 +55,7 @@ class Training:
     phase: int
     recipe: Recipe
     device: torch.device
-    train_sets: list[TokenizedSplit]
+    train_sets: list[Examples]
     dev_sets: dict[str, TokenizedSplit]
     samplers: list[TaskSampler]
     model: MultitaskModel
@@ -76,8 +78,8 @@ class Training:
             InputError: data or weights cannot be used.
         """
         recipe, ranks = list(run.recipe.in_phases.values())[phase], ranks or Ranks()
-        train_sets = [run.split(task, "train") for task in recipe.train]
-        samplers = [_sampler(split, recipe) for split in train_sets]
+        train_sets = [_examples(run, name) for name in recipe.train]
+        samplers = [_sampler(examples, recipe) for examples in train_sets]
         sizes = tuple(len(sampler) for sampler in samplers)
         order = Order(recipe.order, sizes, recipe.batch_size, recipe.epochs, recipe.seed)
         take_turns = order.tasks_a_step < len(recipe.train)
@@ -96,6 +98,10 @@ class Training:
             freeze_encoder=recipe.freeze_encoder,
             take_turns=take_turns,
         )
+        dev_sets = {task: run.split(task, "dev") for task in recipe.tasks if recipe.scored}
+        if recipe.freeze_encoder and not recipe.adapter_width:
+            train_sets = [_frozen(model, examples) for examples in train_sets]
+            dev_sets = {task: with_states(model, split) for task, split in dev_sets.items()}
         optimizer = build_optimizer(
             recipe.optimizer,
             parameters,
@@ -110,7 +116,7 @@ class Training:
             recipe=recipe,
             device=device,
             train_sets=train_sets,
-            dev_sets={task: run.split(task, "dev") for task in recipe.tasks},
+            dev_sets=dev_sets,
             samplers=samplers,
             model=model,
             parameters=parameters,
@@ -122,7 +128,7 @@ class Training:
                 optimizer,
                 parts,
                 Balance(method, parts.owners, device),
-                loss_weights=[recipe.tasks[task].weight for task in recipe.train],
+                loss_weights=[recipe.loss_weight(name) for name in recipe.train],
                 loss_scale=LossScale(device) if dtype == torch.float16 else None,
                 clip_norm=recipe.clip_norm or None,
                 seed=recipe.seed,
@@ -201,9 +207,19 @@ class Training:
         )
 
 
-def _sampler(split: TokenizedSplit, recipe: Recipe) -> TaskSampler:
-    assert split.labels is not None, f"training split of {split.task} has no labels"
+def _examples(run: Run, name: str) -> Examples:
+    """Return what a task or an objective is trained on."""
+    return run.objective(name) if name in run.recipe.objectives else run.split(name, "train")
+
+
+def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
+    """Return examples that the encoder need not run for any more; masks and dropout need it."""
+    return with_states(model, examples) if isinstance(examples, TokenizedSplit) else examples
+
+
+def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
     subset = None
-    if recipe.limit:
-        subset = stratified_subset(split.labels, recipe.limit, split.task, recipe.seed)
-    return TaskSampler(split.task, len(split), recipe.batch_size, recipe.seed, subset)
+    if recipe.limit and isinstance(examples, TokenizedSplit):
+        assert examples.labels is not None, f"training split of {examples.task} has no labels"
+        subset = stratified_subset(examples.labels, recipe.limit, examples.task, recipe.seed)
+    return TaskSampler(examples.task, len(examples), recipe.batch_size, recipe.seed, subset)

@@ -7,6 +7,7 @@ from typing import Any, Self
 from rich import progress as bars
 from rich.console import Console
 
+from .data.split import TokenizedSplit
 from .runtime.manifest import Progress
 from .training import Training
 
@@ -23,7 +24,8 @@ def describe(console: Console, training: Training) -> None:
         f"({str(parameters.compute.dtype).removeprefix('torch.')})",
         soft_wrap=True,
     )
-    for split in [*training.train_sets, *training.dev_sets.values()]:
+    splits = [split for split in training.train_sets if isinstance(split, TokenizedSplit)]
+    for split in [*splits, *training.dev_sets.values()]:
         if split.truncated:
             console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
         for reason, count in split.bad_rows.items():
@@ -58,7 +60,7 @@ class ProgressBar:
         self, progress: Progress, epoch_steps: int, scores: Mapping[str, float]
     ) -> None:
         """Print the dev scores at the end of an epoch."""
-        figures = "  ".join(f"{task} {value:.3f}" for task, value in scores.items())
+        figures = "  ".join(f"{task} {value:.3f}" for task, value in scores.items()) or "not scored"
         mark = "  (best so far)" if progress.best_step == progress.step else ""
         self._console.print(
             f"epoch {progress.phase_step / epoch_steps:.3g}  dev  {figures}{mark}", soft_wrap=True

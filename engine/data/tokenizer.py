@@ -58,10 +58,14 @@ class Tokenizer:
         """
         backend.no_truncation()
         backend.no_padding()
-        ids = [backend.token_to_id(token) for token in SPECIAL_TOKENS]
-        if None in ids:
-            missing = SPECIAL_TOKENS[ids.index(None)]
-            raise InputError(f"no token {missing} in the vocabulary, {where}; give a BERT's folder")
+        ids: list[int] = []
+        for token in SPECIAL_TOKENS:
+            number = backend.token_to_id(token)
+            if number is None:
+                raise InputError(
+                    f"no token {token} in the vocabulary, {where}; give a BERT's folder"
+                )
+            ids.append(number)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         self._backend = backend
 

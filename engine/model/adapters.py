@@ -79,12 +79,12 @@ class AdaptersOfBatch(NamedTuple):
     """The adapters of a batch's tasks, as the encoder calls them.
 
     Attributes:
-        adapters: of the K tasks, in the order of the stream.
+        adapters: of the K tasks, in the order of the stream; None for one that has none.
         batch: the stream.
         seed: 0-dim int64, the dropout seed; needed in training mode.
     """
 
-    adapters: Sequence[ProjectedAttention]
+    adapters: Sequence[ProjectedAttention | None]
     batch: PackedBatch
     seed: Tensor | None
 
@@ -92,7 +92,9 @@ class AdaptersOfBatch(NamedTuple):
         """Return what the adapters add beside a layer, given its input: both ``[T, H]``."""
         batch = self.batch
         added = [
-            adapter(hidden[start:end], cu_seqlens, batch.max_seqlen, layer, self.seed)
+            torch.zeros_like(hidden[start:end])
+            if adapter is None
+            else adapter(hidden[start:end], cu_seqlens, batch.max_seqlen, layer, self.seed)
             for adapter, (start, end), cu_seqlens in zip(
                 self.adapters, pairwise(batch.token_offsets), batch.task_cu_seqlens(), strict=True
             )

@@ -81,6 +81,11 @@ class TaskHead(nn.Module):
         else:
             self.output = None
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it looks at the tokens' states, not at the sentence vectors alone."""
+        return self.lstm is not None
+
     def forward(self, states: TaskStates) -> Tensor:
         """Score the task's n examples.
 

@@ -155,6 +155,18 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
     return state
 
 
+def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
+    """Return what pretraining left beside the encoder, under its own names; often nothing."""
+    tensors = ((name.removeprefix("bert."), tensor) for name, tensor in _tensors(folder))
+    return {
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            "LayerNorm.beta", "LayerNorm.bias"
+        ): tensor
+        for name, tensor in tensors
+        if name.startswith(_NOT_ENCODER)
+    }
+
+
 def _expected(config: EncoderConfig) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:
     """Yield (our name, their names, the shape of each of theirs) for every weight."""
     width, inner = config.hidden_size, config.intermediate_size

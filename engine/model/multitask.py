@@ -31,6 +31,8 @@ class MultitaskModel(nn.Module):
         dropout_p: dropout before the heads.
         losses: by task, see :class:`~engine.model.heads.TaskHead`; the default for those left out.
         adapter_width: of each task's projected attention (engine/model/adapters.py); 0 for none.
+        objectives: heads of objectives by name, each with the interface of a
+            :class:`~engine.model.heads.Head`; they have no adapters.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class MultitaskModel(nn.Module):
         dropout_p: float,
         losses: Mapping[str, str] | None = None,
         adapter_width: int = 0,
+        objectives: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(config)
@@ -62,19 +65,23 @@ class MultitaskModel(nn.Module):
             )
         self.adapters = nn.ModuleDict()
         if adapter_width:
-            first_site = self.encoder.num_sites + len(self.heads)
+            first_site = self.encoder.num_sites + len(tasks)
             for position, name in enumerate(self.heads):
                 self.adapters[name] = ProjectedAttention(
                     config,
                     adapter_width,
                     first_site=first_site + position * config.num_hidden_layers,
                 )
+        self.heads.update(objectives or {})
 
     def head(self, task: str) -> TaskHead:
         """Return the head of ``task``."""
         head = self.heads[task]
         assert isinstance(head, TaskHead)
         return head
+
+    def _adapter(self, task: str) -> ProjectedAttention | None:
+        return cast(ProjectedAttention, self.adapters[task]) if task in self.adapters else None
 
     def owner(self, parameter: str) -> str | None:
         """Return the one task that a parameter belongs to, or None for one that is shared."""
@@ -148,11 +155,11 @@ class MultitaskModel(nn.Module):
     ) -> Tensor:
         """Return the hidden states ``[T, H]`` of a batch, or those that it brings along."""
         if batch.states is not None:
-            return batch.states
+            return batch.states.to(self.encoder.embeddings.word.weight.dtype)
         segments = kernels.TaskSegments(batch.token_offsets, accumulate) if task_rows else None
         adapters = None
-        if self.adapters:
-            of_tasks = [cast(ProjectedAttention, self.adapters[task]) for task in tasks]
+        of_tasks = [self._adapter(task) for task in tasks]
+        if any(adapter is not None for adapter in of_tasks):
             adapters = AdaptersOfBatch(of_tasks, batch, seed)
         return self.encoder(batch, segments, seed, adapters)
 

@@ -38,6 +38,10 @@ class Progress(NamedTuple):
         """Steps done in this phase."""
         return self.step - self.phase_start
 
+    def is_beaten_by(self, score: float) -> bool:
+        """Return whether a score is better than the best so far."""
+        return self.best_score is None or score > self.best_score
+
 
 class Place(BaseModel):
     """Where a parameter stands in the checkpoint's vectors."""

@@ -1,0 +1,52 @@
+"""From the settings of an objective to its examples and its head."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..data.part import Examples
+from ..data.tokenizer import Tokenizer
+from ..model.config import EncoderConfig
+from .masked_lm import MaskedLmHead
+from .masking import MaskedText, following_segments, single_segments
+from .recipe import ObjectiveRecipe
+from .simcse import ContrastiveHead, SentencesTwice
+from .text import framed
+
+
+def build_head(settings: ObjectiveRecipe, config: EncoderConfig) -> nn.Module:
+    """Return the head of an objective, as it begins."""
+    if settings.kind == "simcse":
+        return ContrastiveHead(settings.temperature)
+    return MaskedLmHead(config, next_sentence=settings.kind == "masked_lm_next")
+
+
+def build_examples(
+    name: str,
+    settings: ObjectiveRecipe,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    max_length: int,
+    seed: int,
+) -> Examples:
+    """Return what an objective draws its batches from.
+
+    Args:
+        name: of the objective.
+        settings: of the objective.
+        texts: sentences or documents.
+        tokenizer: what to split them with.
+        max_length: the most tokens in a sequence.
+        seed: decides what is masked and drawn.
+
+    Raises:
+        InputError: there is too little text.
+    """
+    if settings.kind == "simcse":
+        return SentencesTwice(name, framed(tokenizer, texts, max_length))
+    segments = (
+        following_segments(texts, tokenizer, max_length)
+        if settings.kind == "masked_lm_next"
+        else single_segments(texts, tokenizer, max_length, settings.join)
+    )
+    return MaskedText(name, segments, tokenizer, settings.mask_share, seed)

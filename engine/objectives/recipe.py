@@ -1,0 +1,29 @@
+"""The settings of an objective: ``[objectives.NAME]`` of a recipe."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ObjectiveRecipe(BaseModel):
+    """What is trained without labels, and from which text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["masked_lm", "masked_lm_next", "simcse"]
+    """masked_lm: tell the tokens behind masks; masked_lm_next: and whether the second segment
+    follows the first in the text; simcse: know a sentence again under another dropout mask."""
+    sentences_of: tuple[str, ...] = ()
+    """Tasks whose training sentences are the text; without these and files, all of the recipe."""
+    files: tuple[str, ...] = ()
+    """Text files, a sentence or a document a line; relative to the data folder."""
+    limit: Annotated[int, Field(ge=0)] = 0
+    """Examples of each task (the label distribution is kept) or lines of each file; 0: all."""
+    join: Annotated[int, Field(ge=1, le=64)] = 1
+    """masked_lm: so many short sentences that follow one another become one sequence."""
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are to be told."""
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    """simcse: what cosines are divided by."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Multiplies the loss."""

@@ -1,0 +1,79 @@
+"""Text for objectives: the training sentences of tasks, or files with a text a line."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.part import Indices
+from ..data.read import Table, read_bytes
+from ..data.sample import stratified_subset
+from ..data.tokenizer import Tokenizer
+from ..errors import InputError
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_WHOLE = 1 << 30  # tokens: no text is cut before its sequence is put together
+
+
+def lines_of(path: Path, limit: int) -> list[str]:
+    """Return the lines of a text file that are not empty, the first ``limit`` of them (0: all).
+
+    Raises:
+        InputError: it cannot be read, is not UTF-8 or holds no text.
+    """
+    try:
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 ({error}), {path}; give a text file") from None
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise InputError(f"no text in it, {path}; give a file with a sentence a line")
+    return texts[: limit or None]
+
+
+def sentences_of(table: Table, task: str, limit: int, seed: int) -> list[str]:
+    """Return the sentences of a task's examples; those of a pair follow one another.
+
+    Args:
+        table: the examples, labelled.
+        task: the task's name.
+        limit: examples that are taken, keeping the distribution of the labels; 0: all.
+        seed: decides which.
+    """
+    assert table.labels is not None, f"table of {task} has no labels"
+    chosen = stratified_subset(table.labels, limit or len(table), task, seed)
+    return [column[index] for index in chosen.tolist() for column in table.sentences]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split a document behind full stops, question and exclamation marks."""
+    return [sentence for sentence in _SENTENCE_END.split(text) if sentence]
+
+
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Indices]:
+    """Return the tokens of each text, int64, without [CLS] and [SEP]."""
+    return [tokens[1:-1] for tokens in framed(tokenizer, texts, _WHOLE)]
+
+
+def framed(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[Indices]:
+    """Return the tokens of each text, int64, as the tasks' sentences: ``[CLS] … [SEP]``."""
+    encoded = tokenizer.encode(texts, max_length)
+    bounds = zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True)
+    return [encoded.tokens[start:end].astype(np.int64) for start, end in bounds]
+
+
+def joined(pieces: Sequence[Indices], count: int, max_tokens: int) -> Iterator[Indices]:
+    """Join neighbouring pieces, up to ``count`` of them, while they fit into ``max_tokens``.
+
+    A piece that is too long by itself is cut.
+    """
+    waiting: list[Indices] = []
+    for piece in pieces:
+        full = len(waiting) == count or sum(map(len, waiting)) + len(piece) > max_tokens
+        if waiting and full:
+            yield np.concatenate(waiting)[:max_tokens]
+            waiting = []
+        waiting.append(piece)
+    if waiting:
+        yield np.concatenate(waiting)[:max_tokens]
