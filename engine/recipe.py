@@ -200,8 +200,6 @@ class Recipe(_Settings):
             for source in objective.sentences_of:
                 if source not in self.tasks and source not in FORMATS:
                     raise ValueError(f"objectives.{name}.sentences_of: no such task: {source}")
-            if objective.kind != "simcse" and name in self.train and self._takes_turns:
-                raise ValueError(f"order: {name} cannot take turns with tasks; give it a phase")
         if len(set(self.train)) != len(self.train):
             raise ValueError("train: a task is named twice")
         if self.micro_batches > self.batch_size:
@@ -221,10 +219,6 @@ class Recipe(_Settings):
             name: FORMATS[name] if task.source is None else task.source.format(name)
             for name, task in self.tasks.items()
         }
-
-    @property
-    def _takes_turns(self) -> bool:
-        return self.order != "together" and len(self.train) > 1
 
     @property
     def scored(self) -> bool:

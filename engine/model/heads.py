@@ -31,7 +31,13 @@ _SCALE_OF_SIMILARITY = 5.0
 
 
 class Head(Protocol):
-    """What the model asks of a head: of a task's, or of an objective's (engine/objectives)."""
+    """What the model asks of a head: of a task's, or of an objective's (engine/objectives).
+
+    Attributes:
+        decodes_words: whether it uses the word table, and so reaches every entry of it.
+    """
+
+    decodes_words: bool
 
     def __call__(self, states: TaskStates) -> Tensor:
         """Score the task's part of a batch."""
@@ -52,6 +58,8 @@ class TaskHead(nn.Module):
         loss: one of LOSSES.  ``default``: cross entropy for classes and for yes or no, squared
             error for scores.  ``cross_entropy`` for scores: that of a share of their range.
     """
+
+    decodes_words = False
 
     def __init__(
         self,

@@ -97,6 +97,16 @@ class MultitaskModel(nn.Module):
             return tuple(task for task in tasks if task in self._sharing)
         return tuple(tasks)
 
+    def writes_once(self, parameter: str, tasks: Iterable[str]) -> bool:
+        """Return whether a backward pass overwrites a parameter's rows, or its end wipes them.
+
+        To other rows (those of heads, of layers that some tasks share, of a word table that is
+        decoded with) it adds, so they have to be cleared before.
+        """
+        if parameter == "encoder.embeddings.word.weight":
+            return not any(cast(Head, self.heads[task]).decodes_words for task in tasks)
+        return parameter.startswith("encoder.")
+
     def forward(
         self,
         batch: PackedBatch,

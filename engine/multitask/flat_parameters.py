@@ -107,7 +107,7 @@ class FlatParameters:
             if owner is not None:
                 row = self.rows[0 if take_turns else tasks.index(owner)]
                 parameter.grad = self.slots[name].view(row)
-            if not name.startswith("encoder."):
+            if not model.writes_once(name, tasks):
                 self._to_clear.append(self.slots[name].view(self.rows))
         for name, module in model.named_modules():
             if isinstance(module, Linear | Embedding | LayerNorm):
@@ -150,11 +150,7 @@ class FlatParameters:
         return kernels.TaskRows(self.rows, weight.columns, None if bias is None else bias.columns)
 
     def clear_partial_gradients(self) -> None:
-        """Zero the gradients that a step's backward pass adds to or may not reach at all.
-
-        Those are of heads, of adapters and of layers that some of the tasks share; all others it
-        overwrites, or its end wipes them (embeddings).
-        """
+        """Zero the gradient rows that a step's backward pass adds to or may not reach at all."""
         torch._foreach_zero_(self._to_clear)
 
     def columns_reached_by(self, task: str) -> list[slice]:

@@ -33,6 +33,8 @@ class MaskedLmHead(nn.Module):
         next_sentence: tell from [CLS] whether the second segment follows the first.
     """
 
+    decodes_words = True
+
     def __init__(self, config: EncoderConfig, *, next_sentence: bool) -> None:
         super().__init__()
         width, std = config.hidden_size, config.initializer_range
@@ -62,11 +64,10 @@ class MaskedLmHead(nn.Module):
         """Return a logit for each word of the table: ``[m, H]`` to fp32 ``[m, V]``."""
         changed = self.norm(F.gelu(self.transform(hidden)))
         word: Embedding = states.shared.word
-        segments = states.segments(len(changed))
         rows = None
-        if segments is not None and word.rows is not None and states.row is not None:
-            # The decoder's gradient is written first; then the embedding's is added to it.
-            rows = kernels.TaskRows(word.rows.of(states.row).weight)
+        if word.rows is not None and states.row is not None:
+            rows = kernels.TaskRows(word.rows.buffer, word.rows.weight_columns)
+        segments = states.segments(len(changed))
         scores = kernels.linear(changed, word.weight, rows=rows, segments=segments)
         return at_least_fp32(scores + self.bias)
 

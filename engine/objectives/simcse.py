@@ -53,6 +53,8 @@ class ContrastiveHead(nn.Module):
         temperature: t, what cosines are divided by.
     """
 
+    decodes_words = False
+
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
