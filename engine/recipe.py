@@ -26,6 +26,7 @@ from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
 from .objectives.recipe import ObjectiveRecipe
 from .runtime.precision import PRECISIONS
+from .runtime.sinks import SINKS
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -171,6 +172,11 @@ class Recipe(_Settings):
     """Decides initial weights, batches, dropout and the order of surgery."""
     log_every: Positive = 10
     """Steps between reads of the metrics; every step has its line all the same."""
+    sinks: tuple[Literal[SINKS], ...] = ()  # type: ignore[valid-type]
+    """Where metrics go besides the run's folder: tensorboard, wandb, wandb_offline."""
+    watch_layers: Count = 0
+    """Steps between records of the cosines in each layer, for a picture of the conflicts; 0: none.
+    Their Gram matrices cost every step one more pass over the task gradients."""
     checkpoint_every: Count = 0
     """Steps between checkpoints besides the one at each epoch's end; 0: none."""
     keep_checkpoints: Positive = 2

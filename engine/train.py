@@ -17,7 +17,6 @@ from . import recipe as recipes
 from . import run as runs
 from .door import STOPPED, Parser, print_scores, run_door
 from .errors import InputError
-from .runtime.metrics_log import MetricsLog
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
@@ -34,10 +33,10 @@ def train(training: Training, console: Console) -> Signals | None:
     """
     run, recipe = training.run, training.recipe
     progress = training.restore()
-    log = MetricsLog(run.folder / "metrics.jsonl", progress.step, recipe.log_every)
     with (
         StopRequest() as stop,
         training.saver,
+        closing(training.log(progress.step)) as log,
         closing(training.loader(progress.phase_step)) as loader,
         ProgressBar(console, progress.phase_step, training.total_steps) as bar,
     ):
@@ -54,6 +53,8 @@ def train(training: Training, console: Console) -> Signals | None:
             if epoch_ends:
                 log.flush()
                 scores = score_splits(training.model, training.dev_sets)
+                if scores:
+                    log.add_scores(progress.step, scores)
                 if scores and progress.is_beaten_by(scores["overall"]):
                     progress = progress._replace(
                         best_score=scores["overall"], best_step=progress.step

@@ -22,9 +22,12 @@ from .multitask.step import MultitaskStep
 from .recipe import Recipe
 from .run import Run
 from .runtime.distributed import Ranks
+from .runtime.gpu import GpuMeter
 from .runtime.manifest import Manifest, Progress, read_manifest
+from .runtime.metrics_log import MetricsLog
 from .runtime.precision import pick_dtype, set_matmul_precision
 from .runtime.saver import Saver
+from .runtime.sinks import check_sinks, open_sinks
 from .runtime.state import TrainingState, named_weights
 
 
@@ -78,6 +81,7 @@ class Training:
             InputError: data or weights cannot be used.
         """
         recipe, ranks = list(run.recipe.in_phases.values())[phase], ranks or Ranks()
+        check_sinks(recipe.sinks)
         train_sets = [_examples(run, name) for name in recipe.train]
         samplers = [_sampler(examples, recipe) for examples in train_sets]
         sizes = tuple(len(sampler) for sampler in samplers)
@@ -110,6 +114,7 @@ class Training:
             weight_decay=recipe.weight_decay,
         )
         parts = Parts(parameters, recipe.train, "model" if take_turns else recipe.surgery)
+        watch = recipe.watch_layers > 0 and not take_turns
         return cls(
             run=run,
             phase=phase,
@@ -128,6 +133,7 @@ class Training:
                 optimizer,
                 parts,
                 Balance(method, parts.owners, device),
+                watched=Parts(parameters, recipe.train, "layer") if watch else None,
                 loss_weights=[recipe.loss_weight(name) for name in recipe.train],
                 loss_scale=LossScale(device) if dtype == torch.float16 else None,
                 clip_norm=recipe.clip_norm or None,
@@ -155,6 +161,19 @@ class Training:
             turns=self.order.turns,
             micro_batches=self.recipe.micro_batches,
             pin_memory=self.device.type == "cuda",
+        )
+
+    def log(self, start: int) -> MetricsLog:
+        """Return where the steps from ``start`` on are written down."""
+        recipe, folder, watched = self.recipe, self.run.folder, self.step.watched
+        return MetricsLog(
+            folder,
+            start,
+            recipe.log_every,
+            layers=() if watched is None else watched.names,
+            layers_every=recipe.watch_layers,
+            sinks=open_sinks(recipe.sinks, folder, recipe.model_dump(mode="json"), start),
+            gpu=GpuMeter.find(self.device),
         )
 
     @property

@@ -36,6 +36,8 @@ class StepReport(NamedTuple):
         grad_norm: 0-dim, of the combined gradient before clipping.
         skipped: 0-dim, 1 where a gradient was not finite and nothing was updated.
         tasks: the names of the K tasks.
+        layer_grams: ``[L, K, K]``, those of each watched part, times the loss scale
+            squared; None where none are watched.
     """
 
     losses: Tensor
@@ -44,6 +46,7 @@ class StepReport(NamedTuple):
     grad_norm: Tensor
     skipped: Tensor
     tasks: tuple[str, ...]
+    layer_grams: Tensor | None
 
 
 class MultitaskStep:
@@ -57,6 +60,8 @@ class MultitaskStep:
         optimizer: updates ``parameters``.
         parts: what gets weights of its own.
         balance: from the Gram matrices of the parts to the weights of the sum.
+        watched: parts whose Gram matrices are reported, which costs a further pass over the rows;
+            None for none.
         loss_weights: for each of ``tasks`` a factor on its loss, and so on its gradient.
         loss_scale: for gradients in fp16; None for other dtypes.
         clip_norm: largest norm of the combined gradient; None for no clipping.
@@ -72,6 +77,7 @@ class MultitaskStep:
         parts: Parts,
         balance: Balance,
         *,
+        watched: Parts | None = None,
         loss_weights: Sequence[float],
         loss_scale: LossScale | None = None,
         clip_norm: float | None,
@@ -80,6 +86,7 @@ class MultitaskStep:
         self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
         self.optimizer, self.clip_norm = optimizer, clip_norm
         self.parts, self.balance, self.loss_scale = parts, balance, loss_scale
+        self.watched = watched
         self._first_seed = seed << 32
         device = parameters.master.device
         factors = torch.tensor(loss_weights, device=device)
@@ -126,6 +133,7 @@ class MultitaskStep:
 
         self._seed.fill_(self._first_seed + step)
         scaled_grams = self.parts.grams(self.parameters.own.rows)
+        watched = None if self.watched is None else self.watched.grams(self.parameters.own.rows)
         scale: Tensor | float = 1.0
         grams = scaled_grams
         if self.loss_scale is not None:
@@ -144,7 +152,13 @@ class MultitaskStep:
         for micro_batch in micro_batches:
             self.model.encoder.embeddings.wipe_rows(micro_batch, micro_batch.token_offsets)
         return StepReport(
-            losses, grams.sum(0), self.parts.average(weights), guard.norm, guard.skip.float(), tasks
+            losses,
+            grams.sum(0),
+            self.parts.average(weights),
+            guard.norm,
+            guard.skip.float(),
+            tasks,
+            watched,
         )
 
     def _task_gradients(

@@ -1,10 +1,14 @@
-"""``metrics.jsonl``: a line a step, read off the device only every few steps."""
+"""What a run writes down as it goes, read off the device only every few steps.
+
+metrics.jsonl       a line a step: losses, cosines, conflict rate, …
+evaluations.jsonl   a line an evaluation: the number of steps done, dev scores
+"""
 
 import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +17,89 @@ from torch import Tensor
 
 from ..multitask.step import StepReport
 from .files import explained, write_text
+from .gpu import GpuMeter
+from .sinks import Sink
+
+STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 class MetricsLog:
     """Collects step reports as tensors and writes them in blocks.
 
     Args:
-        path: ``metrics.jsonl``; lines of steps from ``start`` on, left by a run that was cut off,
-            are dropped.
+        folder: the run's; lines of steps from ``start`` on, left by a run that was cut off, are
+            dropped from its files.
         start: the first step that will be added.
         every: steps between two reads of the device.
+        layers: the names of the parts whose Gram matrices the reports bring along.
+        layers_every: steps between two records of their cosines.
+        sinks: what else gets the lines.
+        gpu: sensors to read with each block, or None.
     """
 
-    def __init__(self, path: Path, start: int, every: int) -> None:
-        self._path, self._every = path, every
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        every: int,
+        *,
+        layers: Sequence[str] = (),
+        layers_every: int = 0,
+        sinks: Sequence[Sink] = (),
+        gpu: GpuMeter | None = None,
+    ) -> None:
+        self._steps, self._evaluations = folder / STEPS, folder / EVALUATIONS
+        self._every, self._layers, self._layers_every = every, tuple(layers), layers_every
+        self._sinks, self._gpu = sinks, gpu
         self._waiting: list[tuple[dict[str, Any], tuple[str, ...], Tensor]] = []
         self._tokens, self._since = 0, time.perf_counter()
         self.latest: dict[str, Any] = {}
         """The line of the last step that was written."""
-        kept = []
-        if path.exists():
-            with explained("read", path):
-                lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) < start]
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        _cut(self._steps, start)
+        _cut(self._evaluations, start + 1)  # an evaluation is of a number of steps done
 
     def add(self, step: int, lr: float, num_tokens: int, report: StepReport) -> bool:
         """Take one step's report; return whether a block of lines was written."""
-        numbers = torch.cat(
-            [
-                report.losses,
-                report.weights,
-                torch.stack([report.grad_norm, report.skipped]),
-                report.gram.flatten(),
-            ]
-        )
+        numbers = [
+            report.losses,
+            report.weights,
+            torch.stack([report.grad_norm, report.skipped]),
+            report.gram.flatten(),
+        ]
+        if report.layer_grams is not None and step % self._layers_every == 0:
+            numbers.append(report.layer_grams.flatten())
         known = {"step": step, "lr": lr, "tokens": num_tokens}
-        self._waiting.append((known, report.tasks, numbers))
+        self._waiting.append((known, report.tasks, torch.cat(numbers)))
         self._tokens += num_tokens
         if len(self._waiting) < self._every:
             return False
         self.flush()
         return True
 
+    def add_scores(self, steps_done: int, scores: Mapping[str, float]) -> None:
+        """Write the dev scores after so many steps."""
+        line = {"step": steps_done, "split": "dev", "scores": dict(scores)}
+        _append(self._evaluations, [line])
+        for sink in self._sinks:
+            sink.log({"dev": scores}, steps_done)
+
     def flush(self) -> None:
         """Write what is waiting."""
         if not self._waiting:
             return
-        rows = torch.stack([numbers for *_, numbers in self._waiting]).tolist()
+        # One copy from the device, whatever the lengths.
+        values = iter(torch.cat([numbers for *_, numbers in self._waiting]).tolist())
         rate = self._tokens / (time.perf_counter() - self._since)
-        lines = [
-            known | _expand(tasks, row) | {"tokens_per_s": round(rate, 1)}
-            for (known, tasks, _), row in zip(self._waiting, rows, strict=True)
-        ]
-        with explained("write", self._path), self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        lines = []
+        for known, tasks, numbers in self._waiting:
+            row = list(itertools.islice(values, len(numbers)))
+            line = known | _expand(tasks, self._layers, row)
+            lines.append(line | {"tokens_per_s": round(rate, 1)})
+        if self._gpu is not None:
+            lines[-1]["gpu"] = self._gpu.read()
+        _append(self._steps, lines)
+        for sink, line in itertools.product(self._sinks, lines):
+            sink.log(line, line["step"])
         self.latest = lines[-1]
         self._waiting.clear()
         self.restart_clock()
@@ -76,33 +108,67 @@ class MetricsLog:
         """Leave what was done since the last step (an evaluation) out of the tokens a second."""
         self._tokens, self._since = 0, time.perf_counter()
 
+    def close(self) -> None:
+        """Close the sinks; what is waiting for a block to fill is dropped."""
+        for sink in self._sinks:
+            sink.close()
 
-def _expand(tasks: Sequence[str], row: list[float]) -> dict[str, Any]:
-    """Name the numbers of one step; from the Gram matrix derive cosines and conflicts."""
+
+def _expand(tasks: Sequence[str], layers: Sequence[str], row: list[float]) -> dict[str, Any]:
+    """Name the numbers of one step; from the Gram matrices derive cosines and conflicts."""
     count = len(tasks)
     losses, weights = row[:count], row[count : 2 * count]
     grad_norm, skipped = row[2 * count : 2 * count + 2]
-    gram = row[2 * count + 2 :]
-    norms = [gram[k * count + k] ** 0.5 for k in range(count)]
-    cosines = {}
-    for i, j in itertools.combinations(range(count), 2):
-        product = norms[i] * norms[j]
-        cosine = gram[i * count + j] / product if product > 0 else 0.0
-        cosines[f"{tasks[i]}/{tasks[j]}"] = cosine
+    gram, *layer_grams = _batched(row[2 * count + 2 :], count * count)
+    cosines = _cosines(tasks, gram)
     conflicts = sum(cosine < 0 for cosine in cosines.values())
 
-    def by_task(numbers: Sequence[float]) -> dict[str, float | None]:
+    def by_task(numbers: Iterable[float]) -> dict[str, float | None]:
         return dict(zip(tasks, map(_json_number, numbers), strict=True))
 
-    return {
+    line = {
         "losses": by_task(losses),
         "weights": by_task(weights),
         "cosines": cosines,
         "conflict_rate": conflicts / len(cosines) if cosines else 0.0,
-        "task_grad_norms": by_task(norms),
+        "task_grad_norms": by_task(gram[k * count + k] ** 0.5 for k in range(count)),
         "grad_norm": _json_number(grad_norm),
         "skipped": int(skipped),
     }
+    if layer_grams:
+        of_layers = zip(layers, layer_grams, strict=True)
+        line["layer_cosines"] = {layer: _cosines(tasks, own) for layer, own in of_layers}
+    return line
+
+
+def _cosines(tasks: Sequence[str], gram: Sequence[float]) -> dict[str, float]:
+    """Return the cosine of each pair of tasks by its name; 0 where a gradient has no direction."""
+    count = len(tasks)
+    cosines = {}
+    for i, j in itertools.combinations(range(count), 2):
+        product = (gram[i * count + i] * gram[j * count + j]) ** 0.5
+        cosine = gram[i * count + j] / product if product > 0 else 0.0
+        cosines[f"{tasks[i]}/{tasks[j]}"] = cosine if math.isfinite(cosine) else 0.0
+    return cosines
+
+
+def _batched(row: Sequence[float], size: int) -> Iterator[Sequence[float]]:
+    return (row[start : start + size] for start in range(0, len(row), size))
+
+
+def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    with explained("write", path), path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _cut(path: Path, start: int) -> None:
+    """Drop the lines of steps from ``start`` on."""
+    kept = []
+    if path.exists():
+        with explained("read", path):
+            lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step_of(line) < start]
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _json_number(value: float) -> float | None:
