@@ -151,7 +151,8 @@ class FlatParameters:
 
     def clear_partial_gradients(self) -> None:
         """Zero the gradient rows that a step's backward pass adds to or may not reach at all."""
-        torch._foreach_zero_(self._to_clear)
+        if self._to_clear:
+            torch._foreach_zero_(self._to_clear)
 
     def columns_reached_by(self, task: str) -> list[slice]:
         """Return the columns that a task's gradient may have other values than zero in."""
