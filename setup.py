@@ -92,7 +92,10 @@ setup(
         for name in find_packages(include=["engine", "engine.*", "kernels", "kernels.*"])
     ],
     package_dir={"superbert.engine": "engine", "superbert.kernels": "kernels"},
-    package_data={"superbert.engine": ["recipes/*.toml"]},
+    package_data={
+        "superbert.engine": ["recipes/*.toml", "reporting/*.html", "py.typed"],
+        "superbert.kernels": ["py.typed"],
+    },
     ext_modules=[Extension("superbert.kernels.libsuperbert", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
 )

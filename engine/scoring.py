@@ -20,25 +20,37 @@ _MAX_TOKENS = 8192  # a batch; enough to fill the machine, little enough for any
 
 
 def predict(model: MultitaskModel, split: TokenizedSplit) -> npt.NDArray[np.float32]:
-    """Return a prediction for every example of a split, in its order.
+    """Return a prediction for every example of a split: the first result of :func:`answers`."""
+    return answers(model, split)[0]
+
+
+def answers(
+    model: MultitaskModel, split: TokenizedSplit
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Let a model answer every example of a split.
 
     Args:
         model: on any device; put into evaluation mode for the duration.
         split: of a task that the model has a head for.
 
     Returns:
-        float32 ``[n]``: class numbers, or scores within the label's range.
+        Predictions and certainties, float32 ``[n]`` each, in the split's order.  Predictions are
+        class numbers, or scores within the label's range; a certainty is the probability that the
+        model gives to the class (1 for scores).
     """
     predictions = np.empty(len(split), dtype=np.float32)
+    certainties = np.empty(len(split), dtype=np.float32)
     device = next(model.parameters()).device
+    head = model.head(split.task)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         for indices, batch in evaluation_batches(split, _MAX_TOKENS):
             (scores,) = model(batch.to(device), [split.task])
-            predictions[indices] = model.head(split.task).predict(scores).float().cpu().numpy()
+            predictions[indices] = head.predict(scores).float().cpu().numpy()
+            certainties[indices] = head.certainty(scores).float().cpu().numpy()
     model.train(was_training)
-    return predictions
+    return predictions, certainties
 
 
 def metric_name(task: FileFormat) -> str:

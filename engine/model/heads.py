@@ -169,6 +169,14 @@ class TaskHead(nn.Module):
             return scores.clamp(self.task.low, self.task.high)
         return self._of_share(scores.sigmoid())
 
+    def certainty(self, scores: Tensor) -> Tensor:
+        """Return the probability ``[n]`` that each prediction has by the scores; 1 for values."""
+        if self.task.kind == "classes":
+            return scores.softmax(1).amax(1)
+        if self.task.kind == "binary":
+            return scores.abs().sigmoid()
+        return torch.ones_like(scores)
+
     def _of_share(self, share: Tensor) -> Tensor:
         """Return the score that lies at a share of the labels' range."""
         return self.task.low + (self.task.high - self.task.low) * share

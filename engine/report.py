@@ -1,0 +1,42 @@
+"""``python -m engine.report RUN [RUN …] --out DIR``: what runs tell, as pages and pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .door import Parser, run_door
+from .reporting.page import write_page
+from .run import open_run
+from .runtime.files import explained
+from .runtime.precision import pick_device
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the door; return its exit status."""
+    parser = Parser(
+        prog="python -m engine.report",
+        description="Write a self-contained HTML page for each run: curves, task gradients, "
+        "conflict by layer, answers on the dev data, examples that went wrong.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where pages go")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="default: each run's own data")
+    parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
+    options = parser.parse_args(arguments)
+
+    console, device = Console(), pick_device(options.device)
+    for folder in options.runs:
+        run = open_run(folder)
+        if options.data is not None:
+            run = run.with_data(options.data)
+        with explained("write", options.out):
+            options.out.mkdir(parents=True, exist_ok=True)
+        page = options.out / f"{folder.resolve().name}.html"
+        write_page(run, page, device)
+        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    run_door(main)

@@ -1,0 +1,172 @@
+"""One self-contained HTML page a run: what was trained, how it went, where it errs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ..run import Run
+from ..runtime.files import write_text
+from ..scoring import metric_name
+from . import pictures
+from .record import (
+    Answers,
+    Json,
+    dev_answers,
+    layer_conflicts,
+    names,
+    read_evaluations,
+    read_steps,
+    series,
+)
+
+_MISTAKES = 12
+"""Examples that went wrong, of each task."""
+
+_GPU_READINGS = {
+    "power_w": "power, W",
+    "temperature_c": "temperature, °C",
+    "memory_mib": "memory, MiB",
+    "sm_clock_mhz": "clock, MHz",
+}
+
+
+class Picture(NamedTuple):
+    """A picture, and what it is called."""
+
+    title: str
+    source: str
+
+
+class Section(NamedTuple):
+    """A part of the page: pictures under a heading, and a sentence about them."""
+
+    title: str
+    note: str
+    pictures: list[Picture]
+
+
+def write_page(run: Run, path: Path, device: torch.device) -> None:
+    """Write a run's page.
+
+    Args:
+        run: a trained run whose data are there.
+        path: of the HTML file.
+        device: where its best checkpoint answers the dev data.
+
+    Raises:
+        InputError: the run has no steps or no checkpoint, or its data cannot be read.
+    """
+    steps, evaluations = read_steps(run), read_evaluations(run)
+    answers = dev_answers(run, device, _MISTAKES)
+    sections = [
+        _losses(steps, evaluations),
+        _gradients(steps),
+        _layers(steps),
+        _answers(answers),
+        _speed(steps),
+    ]
+    loader = PackageLoader(__package__, "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    html = environment.get_template("page.html").render(
+        name=run.folder.resolve().name,
+        description=run.recipe.description,
+        facts=dict(_facts(run, steps)),
+        answers=answers,
+        metric=metric_name,
+        sections=[section for section in sections if section.pictures],
+        recipe=run.recipe.to_toml(),
+    )
+    write_text(path, html)
+
+
+def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
+    recipe = run.recipe
+    _, rate = series(steps, "tokens_per_s")
+    _, tokens = series(steps, "tokens")
+    _, conflicts = series(steps, "conflict_rate")
+    yield "tasks", ", ".join(recipe.train)
+    yield "balance", f"{recipe.balance}, by {recipe.surgery}"
+    yield "encoder", f"{run.config.num_hidden_layers} layers of {run.config.hidden_size}"
+    yield "steps", f"{len(steps):,}"
+    yield "tokens", f"{int(tokens.sum()):,}"
+    yield "tokens a second", f"{np.median(rate):,.0f} (median)"
+    yield "conflict rate", f"{conflicts.mean():.0%}"
+    skipped = sum(line["skipped"] for line in steps)
+    if skipped:
+        yield "steps skipped", f"{skipped} (gradients not finite)"
+
+
+def _by_name(lines: list[Json], table: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {name: series(lines, table, name) for name in names(lines, table)}
+
+
+def _losses(steps: list[Json], evaluations: list[Json]) -> Section:
+    shown = [Picture("Training loss", pictures.curves(_by_name(steps, "losses"), "loss"))]
+    if evaluations:
+        scores = pictures.curves(_by_name(evaluations, "scores"), "dev score", smooth=False)
+        shown.append(Picture("Dev scores", scores))
+    rate = pictures.curves({"lr": series(steps, "lr")}, "learning rate", smooth=False)
+    norm = pictures.curves({"norm": series(steps, "grad_norm")}, "norm of the combined gradient")
+    shown += [Picture("Learning rate", rate), Picture("Gradient norm", norm)]
+    return Section("Curves", "Running means; the points behind them are single steps.", shown)
+
+
+def _gradients(steps: list[Json]) -> Section:
+    if not names(steps, "cosines"):
+        return Section("Task gradients", "", [])
+    cosines = pictures.curves(_by_name(steps, "cosines"), "cosine", zero=True)
+    conflict = pictures.curves({"rate": series(steps, "conflict_rate")}, "pairs in conflict")
+    norms = pictures.curves(_by_name(steps, "task_grad_norms"), "norm")
+    weights = pictures.curves(_by_name(steps, "weights"), "weight in the sum")
+    return Section(
+        "Task gradients",
+        "Two tasks are in conflict where the cosine between their gradients is negative.",
+        [
+            Picture("Cosines between task gradients", cosines),
+            Picture("Conflict rate", conflict),
+            Picture("Norms of the task gradients", norms),
+            Picture("Weights after balancing", weights),
+        ],
+    )
+
+
+def _layers(steps: list[Json]) -> Section:
+    layers, pairs, cosines, conflicts = layer_conflicts(steps)
+    if not layers or not pairs:
+        return Section("Conflict by layer", "", [])
+    shares = pictures.heatmap(layers, pairs, conflicts, signed=False)
+    means = pictures.heatmap(layers, pairs, cosines, signed=True)
+    return Section(
+        "Conflict by layer",
+        "How often two tasks pull a layer in opposite directions, and their mean cosine there.",
+        [Picture("Records in conflict", shares), Picture("Mean cosine", means)],
+    )
+
+
+def _answers(answers: dict[str, Answers]) -> Section:
+    drawn = [
+        Picture(
+            f"{task}: {metric_name(own.form)} {own.score:.3f}",
+            pictures.scatter(own) if own.form.kind == "score" else pictures.confusion_matrix(own),
+        )
+        for task, own in answers.items()
+    ]
+    return Section("Answers on the dev data", "The best checkpoint's.", drawn)
+
+
+def _speed(steps: list[Json]) -> Section:
+    shown = [
+        Picture(
+            "Throughput",
+            pictures.curves({"rate": series(steps, "tokens_per_s")}, "tokens a second"),
+        )
+    ]
+    for reading, label in _GPU_READINGS.items():
+        if reading in names(steps, "gpu"):
+            curve = pictures.curves({reading: series(steps, "gpu", reading)}, label, smooth=False)
+            shown.append(Picture(f"GPU {label}", curve))
+    return Section("Speed", "Evaluations and checkpoints are left out.", shown)
