@@ -25,6 +25,7 @@ from .multitask.balance import METHODS, TORCHJD, BalanceSettings
 from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
 from .objectives.recipe import ObjectiveRecipe
+from .runtime.execution import EXECUTIONS
 from .runtime.precision import PRECISIONS
 from .runtime.sinks import SINKS
 
@@ -168,6 +169,11 @@ class Recipe(_Settings):
     precision: Literal[PRECISIONS] = "auto"  # type: ignore[valid-type]
     """What the model computes in, beside fp32 master weights; auto: bf16 where the hardware
     multiplies it fast; tf32: fp32 whose products are rounded; fp16: with a dynamic loss scale."""
+    execution: Literal[EXECUTIONS] = "auto"  # type: ignore[valid-type]
+    """eager; compile: by torch.compile; graphs: that, and the whole step as a CUDA graph; auto:
+    graphs on a GPU, eager on a CPU."""
+    max_graphs: Positive = 8
+    """The most CUDA graphs, and so the shapes that batches are filled up to for them."""
     seed: Count = 0
     """Decides initial weights, batches, dropout and the order of surgery."""
     log_every: Positive = 10

@@ -44,8 +44,11 @@ def train(training: Training, console: Console) -> Signals | None:
         steps = itertools.count(progress.step)
         for step, *batch in zip(steps, *[on_device] * recipe.micro_batches, strict=False):
             lr = training.schedule(progress.phase_step)
+            warmed_up = training.step.execution.warmup_seconds
             report = training.step(batch, step, lr)
-            if log.add(step, lr, sum(part.num_tokens for part in batch), report):
+            warmup = training.step.execution.warmup_seconds - warmed_up
+            tokens = sum(part.num_tokens - part.padding for part in batch)
+            if log.add(step, lr, tokens, report, warmup):
                 bar.show(progress.phase_step + 1, log.latest)
 
             progress = progress._replace(step=step + 1)

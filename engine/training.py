@@ -22,6 +22,7 @@ from .multitask.step import MultitaskStep
 from .recipe import Recipe
 from .run import Run
 from .runtime.distributed import Ranks
+from .runtime.execution import Execution
 from .runtime.gpu import GpuMeter
 from .runtime.manifest import Manifest, Progress, read_manifest
 from .runtime.metrics_log import MetricsLog
@@ -138,6 +139,7 @@ class Training:
                 loss_scale=LossScale(device) if dtype == torch.float16 else None,
                 clip_norm=recipe.clip_norm or None,
                 seed=recipe.seed,
+                execution=Execution(recipe.execution, device, recipe.max_graphs),
             ),
             ranks=ranks,
             saver=Saver(run.checkpoints, recipe.keep_checkpoints, ranks),
@@ -160,6 +162,7 @@ class Training:
             self.total_steps,
             turns=self.order.turns,
             micro_batches=self.recipe.micro_batches,
+            shapes=self.recipe.max_graphs if self.step.execution.kind == "graphs" else 0,
             pin_memory=self.device.type == "cuda",
         )
 

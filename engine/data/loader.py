@@ -12,7 +12,11 @@ from .order import Turn
 from .pack import PackedBatch, pack
 from .part import Examples, Indices
 from .sample import TaskSampler
+from .shapes import ShapePlan
 from .split import TokenizedSplit
+
+_PLANNED = 512
+"""Batches that shapes are planned from, at most."""
 
 
 class TrainingLoader:
@@ -32,6 +36,7 @@ class TrainingLoader:
         stop: int,
         *,
         turns: Callable[[int], Sequence[Turn]] | None = None,
+        shapes: int = 0,
         micro_batches: int = 1,
         shard: tuple[int, int] = (0, 1),
         pin_memory: bool = False,
@@ -45,6 +50,7 @@ class TrainingLoader:
             start: the first step, 0 for a run that begins.
             stop: one past the last step.
             turns: which tasks have a batch in a step; None for a batch of each.
+            shapes: fill batches up, so that there are at most so many shapes; 0 for no padding.
             micro_batches: parts of a step's batch, each with a share of every task.
             shard: (rank, ranks); a rank takes every ``ranks``-th example of each task's batch.
             pin_memory: put the batches in pinned memory, for copies that do not block.
@@ -64,7 +70,7 @@ class TrainingLoader:
         def every_task(step: int) -> list[Turn]:
             return [Turn(task, step) for task in range(len(samplers))]
 
-        def make(number: int) -> PackedBatch:
+        def choose(number: int) -> tuple[list[Examples], list[Indices]]:
             step, part = divmod(number, micro_batches)
             of_step = every_task(step) if turns is None else turns(step)
             picks = [
@@ -73,9 +79,16 @@ class TrainingLoader:
                 ]
                 for turn in of_step
             ]
-            batch = pack([sources[turn.task] for turn in of_step], picks, step)
+            return [sources[turn.task] for turn in of_step], picks
+
+        def make(number: int) -> PackedBatch:
+            batch = pack(*choose(number), number // micro_batches, self.plan)
             return batch.pin_memory() if pin_memory else batch
 
+        self.plan: ShapePlan | None = None
+        """The shapes of all batches; None where there is no padding."""
+        if shapes:  # micro-batches come in sequence, so several shapes would make many sequences
+            self.plan = _plan(choose, stop * micro_batches, shapes if micro_batches == 1 else 1)
         self._ready: queue.Queue[PackedBatch | BaseException | None] = queue.Queue(depth)
         self._closing = threading.Event()
         self._thread = threading.Thread(
@@ -137,6 +150,24 @@ class TrainingLoader:
             return False
         self._ready.put(item)
         return True
+
+
+def _plan(
+    choose: Callable[[int], tuple[Sequence[Examples], Sequence[Indices]]], batches: int, limit: int
+) -> ShapePlan:
+    """Plan the shapes of a run's batches from the token counts of some that lie evenly apart.
+
+    The plan is the same whichever step a run is resumed at.
+    """
+    counts: dict[tuple[str, ...], list[list[int]]] = {}
+    longest = 1
+    for number in np.unique(np.linspace(0, batches - 1, min(batches, _PLANNED)).astype(int)):
+        sources, picks = choose(int(number))
+        parts = [source.part(chosen, 0) for source, chosen in zip(sources, picks, strict=True)]
+        of_tasks = counts.setdefault(tuple(part.task for part in parts), [])
+        of_tasks.append([len(part.tokens) for part in parts])
+        longest = max(longest, *(int(part.sizes.max()) for part in parts))
+    return ShapePlan({tasks: np.array(rows) for tasks, rows in counts.items()}, limit, longest)
 
 
 def evaluation_batches(

@@ -1,14 +1,17 @@
 """Lay the examples of a step side by side in one stream of tokens, without padding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .part import Examples, Indices, Labels, Part, map_labels, ranges
+from .shapes import BatchShape, ShapePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,9 @@ class PackedBatch:
     two-sentence examples has all its first sentences and then, in the same order, all its second
     ones, so that the rows of its pooled states are ``u = rows[:n]`` and ``v = rows[n:]``.
 
+    A batch that was given a shape has one sequence of padding tokens more behind each task's own;
+    no head reads it, so that it takes no part in any loss or gradient.
+
     Attributes:
         tasks: their names.
         input_ids: int64 ``[T]``.
@@ -26,12 +32,16 @@ class PackedBatch:
         token_type_ids: int64 ``[T]``; zeros for the tasks, whose sentences are encoded each by
             itself.
         cu_seqlens: int32 ``[S + 1]``; sequence s is tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``.
-        max_seqlen: the tokens of the longest sequence.
-        task_offsets: K + 1 sequence numbers; task k has ``task_offsets[k]:task_offsets[k + 1]``.
+        max_seqlen: the tokens of the longest sequence, or more.
+        max_own_seqlen: the same without the padding sequences.
+        task_offsets: K + 1 sequence numbers; task k has ``task_offsets[k]:task_offsets[k + 1]``,
+            its padding included.
+        sequences: how many of these are a task's own.
         token_offsets: K + 1 token numbers; task k has ``token_offsets[k]:token_offsets[k + 1]``.
         labels: of each task, or None for a task without labels.
         examples: how many examples n each task has.
         columns: how many sentences an example of each task has, 1 or 2.
+        padding: tokens of the padding sequences.
         padded_tokens: the tokens of the padded batches that this replaces, one for each column of
             each task.
         states: fp32 ``[T, H]``, hidden states from an encoder that is frozen, or None where it has
@@ -44,11 +54,14 @@ class PackedBatch:
     token_type_ids: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    max_own_seqlen: int
     task_offsets: tuple[int, ...]
+    sequences: tuple[int, ...]
     token_offsets: tuple[int, ...]
     labels: tuple[Labels | None, ...]
     examples: tuple[int, ...]
     columns: tuple[int, ...]
+    padding: int
     padded_tokens: int
     states: Tensor | None = None
 
@@ -65,26 +78,50 @@ class PackedBatch:
     @property
     def fill(self) -> float:
         """The share of tokens in the padded batches that this replaces; 1 is no padding."""
-        return self.num_tokens / self.padded_tokens
+        return (self.num_tokens - self.padding) / self.padded_tokens
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, in an order that is always the same."""
+        found: list[Tensor] = []
+
+        def collect(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(collect)
+        return tuple(found)
+
+    @property
+    def signature(self) -> Hashable:
+        """What two batches have in common that the same recorded work can be done on."""
+        host = (self.tasks, self.task_offsets, self.sequences, self.token_offsets, self.max_seqlen)
+        return host, self.examples, self.columns, tuple(t.shape for t in self.tensors)
+
+    def own_sequences(self) -> list[slice]:
+        """Return for each task its sequences among all, without the padding."""
+        return [
+            slice(start, start + count)
+            for start, count in zip(self.task_offsets[:-1], self.sequences, strict=True)
+        ]
 
     def task_cu_seqlens(self) -> list[Tensor]:
         """Return for each task where its sequences begin and end among its own tokens."""
         return [
-            self.cu_seqlens[start : end + 1] - first
-            for (start, end), first in zip(
-                pairwise(self.task_offsets), self.token_offsets[:-1], strict=True
-            )
+            self.cu_seqlens[own.start : own.stop + 1] - first
+            for own, first in zip(self.own_sequences(), self.token_offsets[:-1], strict=True)
         ]
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Return the batch on ``device``; from pinned memory the copy does not block."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self) -> "PackedBatch":
         """Return the batch in pinned host memory."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
+    def map(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        """Return the batch with ``move`` applied to every tensor."""
         return replace(
             self,
             input_ids=move(self.input_ids),
@@ -96,13 +133,19 @@ class PackedBatch:
         )
 
 
-def pack(sources: Sequence[Examples], picks: Sequence[Indices], step: int = 0) -> PackedBatch:
+def pack(
+    sources: Sequence[Examples],
+    picks: Sequence[Indices],
+    step: int = 0,
+    plan: ShapePlan | None = None,
+) -> PackedBatch:
     """Pack chosen examples of each task.
 
     Args:
         sources: of K tasks.
         picks: for each, the indices of its examples, in the order in which they shall stand.
         step: decides what is random about the examples themselves, such as masks.
+        plan: shapes, one of which the batch is filled up to; None for no padding.
 
     Raises:
         ValueError: there is no task, or not one list of examples for each, or an empty one.
@@ -112,34 +155,71 @@ def pack(sources: Sequence[Examples], picks: Sequence[Indices], step: int = 0) -
     for source, chosen in zip(sources, picks, strict=True):
         if len(chosen) == 0:
             raise ValueError(f"picks: no example of task {source.task!r}")
-    return join([source.part(chosen, step) for source, chosen in zip(sources, picks, strict=True)])
+    parts = [source.part(chosen, step) for source, chosen in zip(sources, picks, strict=True)]
+    if plan is None:
+        return join(parts)
+    tasks = tuple(part.task for part in parts)
+    return join(parts, plan.shape(tasks, [len(part.tokens) for part in parts]))
 
 
-def join(parts: Sequence[Part]) -> PackedBatch:
-    """Lay the parts of K tasks side by side; either all bring hidden states, or none."""
-    sizes = np.concatenate([part.sizes for part in parts])
+def join(parts: Sequence[Part], shape: BatchShape | None = None) -> PackedBatch:
+    """Lay the parts of K tasks side by side; either all bring hidden states, or none.
+
+    Args:
+        parts: of the tasks.
+        shape: what each is filled up to; None for no padding.
+    """
+    tokens = [len(part.tokens) for part in parts] if shape is None else shape.tokens
+    laid = [_lay(part, room) for part, room in zip(parts, tokens, strict=True)]
+    sizes = np.concatenate([one.sizes for one in laid])
     cu_seqlens = np.zeros(len(sizes) + 1, dtype=np.int32)
     np.cumsum(sizes, out=cu_seqlens[1:])
-    states = [part.states for part in parts if part.states is not None]
+    states = [one.states for one in laid if one.states is not None]
+    longest = max(int(part.sizes.max()) for part in parts)
+    if shape is not None:
+        longest = max(longest, shape.max_seqlen)
     return PackedBatch(
         tasks=tuple(part.task for part in parts),
-        input_ids=torch.from_numpy(np.concatenate([part.tokens for part in parts])),
-        position_ids=torch.from_numpy(ranges(np.zeros_like(sizes), sizes)),
-        token_type_ids=torch.from_numpy(np.concatenate([_token_types(part) for part in parts])),
+        input_ids=torch.from_numpy(np.concatenate([one.tokens for one in laid])),
+        position_ids=torch.from_numpy(np.concatenate([one.positions for one in laid])),
+        token_type_ids=torch.from_numpy(np.concatenate([one.token_types for one in laid])),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=int(sizes.max()),
-        task_offsets=_offsets([part.sizes for part in parts]),
-        token_offsets=_offsets([part.tokens for part in parts]),
+        max_seqlen=longest if shape is None else max(longest, *tokens),
+        max_own_seqlen=longest,
+        task_offsets=_offsets([len(one.sizes) for one in laid]),
+        sequences=tuple(len(part.sizes) for part in parts),
+        token_offsets=_offsets(tokens),
         labels=tuple(part.labels for part in parts),
         examples=tuple(part.examples for part in parts),
         columns=tuple(part.columns for part in parts),
+        padding=sum(tokens) - sum(len(part.tokens) for part in parts),
         padded_tokens=sum(_padded_tokens(part) for part in parts),
         states=torch.from_numpy(np.concatenate(states)) if states else None,
     )
 
 
-def _token_types(part: Part) -> Indices:
-    return np.zeros_like(part.tokens) if part.token_types is None else part.token_types
+class _Laid(NamedTuple):
+    """A task's tokens and sequences as they stand in the stream."""
+
+    tokens: Indices
+    positions: Indices
+    token_types: Indices
+    sizes: Indices
+    states: npt.NDArray[np.float32] | None
+
+
+def _lay(part: Part, tokens: int) -> _Laid:
+    """Number a part's positions; add a sequence of padding where there is room for more tokens."""
+    room = tokens - len(part.tokens)
+    positions = ranges(np.zeros_like(part.sizes), part.sizes)
+    types = np.zeros_like(part.tokens) if part.token_types is None else part.token_types
+    if room == 0:
+        return _Laid(part.tokens, positions, types, part.sizes, part.states)
+    states = None if part.states is None else np.pad(part.states, ((0, room), (0, 0)))
+    filled, positions, types = (
+        np.pad(numbers, (0, room)) for numbers in (part.tokens, positions, types)
+    )
+    return _Laid(filled, positions, types, np.append(part.sizes, room), states)
 
 
 def _padded_tokens(part: Part) -> int:
@@ -148,5 +228,5 @@ def _padded_tokens(part: Part) -> int:
     return int(longest.sum()) * part.examples
 
 
-def _offsets(parts: Sequence[Indices]) -> tuple[int, ...]:
-    return (0, *np.cumsum([len(part) for part in parts]).tolist())
+def _offsets(counts: Sequence[int]) -> tuple[int, ...]:
+    return tuple(accumulate(counts, initial=0))

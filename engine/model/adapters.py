@@ -94,7 +94,7 @@ class AdaptersOfBatch(NamedTuple):
         added = [
             torch.zeros_like(hidden[start:end])
             if adapter is None
-            else adapter(hidden[start:end], cu_seqlens, batch.max_seqlen, layer, self.seed)
+            else adapter(hidden[start:end], cu_seqlens, batch.max_own_seqlen, layer, self.seed)
             for adapter, (start, end), cu_seqlens in zip(
                 self.adapters, pairwise(batch.token_offsets), batch.task_cu_seqlens(), strict=True
             )

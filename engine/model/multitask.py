@@ -136,16 +136,16 @@ class MultitaskModel(nn.Module):
             zip(
                 tasks,
                 pairwise(batch.token_offsets),
-                pairwise(batch.task_offsets),
+                batch.own_sequences(),
                 batch.task_cu_seqlens(),
                 strict=True,
             )
         ):
             states = TaskStates(
                 hidden[slice(*tokens)],
-                pooled[slice(*sequences)],
+                pooled[sequences],
                 cu_seqlens,
-                batch.max_seqlen,
+                batch.max_own_seqlen,
                 batch.labels[row],
                 seed,
                 shared,

@@ -52,7 +52,7 @@ class TaskStates(NamedTuple):
     def segments(self, count: int) -> kernels.TaskSegments | None:
         """Return the segments of ``count`` rows that are all of this task.
 
-        They are added to rows that were cleared, since several tasks may use a layer in turn.
+        They are added to gradient rows that began at zero: several tasks may use a layer in turn.
         """
         if self.row is None:
             return None

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..data.pack import PackedBatch
 from ..model.multitask import MultitaskModel
 from ..rooms import kernels
+from ..runtime.execution import Execution
 from .balance import Balance
 from .flat_parameters import FlatParameters
 from .loss_scale import LossScale
@@ -66,6 +67,7 @@ class MultitaskStep:
         loss_scale: for gradients in fp16; None for other dtypes.
         clip_norm: largest norm of the combined gradient; None for no clipping.
         seed: decides dropout and the order of surgery, together with the step's number.
+        execution: eager by default.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class MultitaskStep:
         loss_scale: LossScale | None = None,
         clip_norm: float | None,
         seed: int,
+        execution: Execution | None = None,
     ) -> None:
         self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
         self.optimizer, self.clip_norm = optimizer, clip_norm
@@ -99,6 +102,10 @@ class MultitaskStep:
                 self._regions[task,] = parts.regions_of(parameters.columns_reached_by(task))
         self._lr = torch.zeros((), device=device)
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
+        self.execution = execution or Execution("eager", device)
+        self.execution.keep_static(parameters.rows)
+        self._losses_of = self.execution.compiled(self._losses)
+        self._run = self.execution.recorded(self._on_device)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -120,18 +127,53 @@ class MultitaskStep:
             step: the step's number, from 0; with the seed it decides all randomness.
             lr: learning rate of this step.
         """
-        micro_batches = (batch,) if isinstance(batch, PackedBatch) else batch
-        tasks = micro_batches[0].tasks
-        examples = [
-            sum(counts) for counts in zip(*(b.examples for b in micro_batches), strict=True)
-        ]
         self._lr.fill_(lr)
-        losses = torch.zeros(len(tasks), device=self._lr.device)
-        for number, micro_batch in enumerate(micro_batches):
-            self._seed.fill_(self._first_seed + (number << _MICRO_BATCH_BIT) + step)
-            losses += self._task_gradients(micro_batch, examples, accumulate=number > 0)
-
         self._seed.fill_(self._first_seed + step)
+        return self._run((batch,) if isinstance(batch, PackedBatch) else batch)
+
+    def _on_device(self, micro_batches: Sequence[PackedBatch]) -> StepReport:
+        """Do the step; all that changes beside the batches is in tensors that stay in place."""
+        losses = self._task_gradients(micro_batches)
+        report = self._update(losses, micro_batches[0].tasks)
+        for batch in micro_batches:
+            self.model.encoder.embeddings.wipe_rows(batch, batch.token_offsets)
+        return report
+
+    def _task_gradients(self, micro_batches: Sequence[PackedBatch]) -> Tensor:
+        """Fill the K gradient rows by a forward and a backward pass of each micro-batch.
+
+        Returns:
+            ``[K]``, the mean losses of all examples.
+        """
+        self.parameters.clear_partial_gradients()
+        factors = self._loss_weights[micro_batches[0].tasks]
+        if self.loss_scale is not None:
+            factors = factors * self.loss_scale.scale
+        totals = [sum(counts) for counts in zip(*(b.examples for b in micro_batches), strict=True)]
+        losses = torch.zeros_like(factors)
+        for number, batch in enumerate(micro_batches):
+            seed = self._seed + (number << _MICRO_BATCH_BIT)
+            own = self._losses_of(batch, totals, seed, number > 0)
+            # Each loss reaches its own part of the stream only, so their sum is all K at once.
+            (own * factors).sum().backward()
+            losses += own.detach()
+        return losses
+
+    def _losses(
+        self, batch: PackedBatch, totals: Sequence[int], seed: Tensor, accumulate: bool
+    ) -> Tensor:
+        """Return ``[K]``, what a batch adds to the mean losses over ``totals`` examples a task."""
+        scores = self.model(batch, batch.tasks, seed=seed, task_rows=True, accumulate=accumulate)
+        means = self.model.losses(scores, batch, batch.tasks)
+        return torch.stack(
+            [
+                mean if here == total else mean * (here / total)
+                for mean, here, total in zip(means, batch.examples, totals, strict=True)
+            ]
+        )
+
+    def _update(self, losses: Tensor, tasks: tuple[str, ...]) -> StepReport:
+        """Balance the task gradients and update the weights."""
         scaled_grams = self.parts.grams(self.parameters.own.rows)
         watched = None if self.watched is None else self.watched.grams(self.parameters.own.rows)
         scale: Tensor | float = 1.0
@@ -149,8 +191,6 @@ class MultitaskStep:
         self.optimizer.step(
             weights, self._regions[tasks], lr=self._lr, scale=guard.scale, skip=guard.skip
         )
-        for micro_batch in micro_batches:
-            self.model.encoder.embeddings.wipe_rows(micro_batch, micro_batch.token_offsets)
         return StepReport(
             losses,
             grams.sum(0),
@@ -160,33 +200,3 @@ class MultitaskStep:
             tasks,
             watched,
         )
-
-    def _task_gradients(
-        self, batch: PackedBatch, examples: Sequence[int], *, accumulate: bool
-    ) -> Tensor:
-        """Fill the K gradient rows, or add to them, by one forward and one backward pass.
-
-        Args:
-            batch: all or a part of the step's examples.
-            examples: how many of each task the step has.
-            accumulate: add to the rows.
-
-        Returns:
-            ``[K]``, the part of the step's mean losses that comes from these examples.
-        """
-        if not accumulate:
-            self.parameters.clear_partial_gradients()
-        scores = self.model(
-            batch, batch.tasks, seed=self._seed, task_rows=True, accumulate=accumulate
-        )
-        means = self.model.losses(scores, batch, batch.tasks)
-        losses = torch.stack(
-            [
-                mean if here == total else mean * (here / total)
-                for mean, here, total in zip(means, batch.examples, examples, strict=True)
-            ]
-        )
-        # Each loss reaches its own part of the stream only, so their sum is all K at once.
-        total = (losses * self._loss_weights[batch.tasks]).sum()
-        (total if self.loss_scale is None else total * self.loss_scale.scale).backward()
-        return losses.detach()

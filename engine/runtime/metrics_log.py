@@ -58,8 +58,22 @@ class MetricsLog:
         _cut(self._steps, start)
         _cut(self._evaluations, start + 1)  # an evaluation is of a number of steps done
 
-    def add(self, step: int, lr: float, num_tokens: int, report: StepReport) -> bool:
-        """Take one step's report; return whether a block of lines was written."""
+    def add(
+        self, step: int, lr: float, num_tokens: int, report: StepReport, warmup: float = 0.0
+    ) -> bool:
+        """Take one step's report.
+
+        Args:
+            step: its number.
+            lr: its learning rate.
+            num_tokens: of its batch, without padding.
+            report: what the step returned.
+            warmup: seconds in which it compiled or recorded; where there are any, it does not count
+                in the tokens a second.
+
+        Returns:
+            Whether a block of lines was written.
+        """
         numbers = [
             report.losses,
             report.weights,
@@ -70,7 +84,10 @@ class MetricsLog:
             numbers.append(report.layer_grams.flatten())
         known = {"step": step, "lr": lr, "tokens": num_tokens}
         self._waiting.append((known, report.tasks, torch.cat(numbers)))
-        self._tokens += num_tokens
+        if warmup > 0:
+            self._since += warmup
+        else:
+            self._tokens += num_tokens
         if len(self._waiting) < self._every:
             return False
         self.flush()

@@ -17,6 +17,7 @@ import kernels
 from engine import recipe as recipes
 from engine import run as runs
 from engine.data.formats import FORMATS
+from engine.data.loader import TrainingLoader
 from engine.data.pack import PackedBatch
 from engine.model.huggingface import to_huggingface_state
 from engine.training import Training
@@ -56,19 +57,21 @@ def data(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(data: Path, folder: Path, balance: str, layers: int) -> Training:
+def build(data: Path, folder: Path, balance: str, layers: int, execution: str) -> Training:
     settings = [
         *SETTINGS,
         f"encoder.num_hidden_layers={layers}",
         f"data={data}",
         f"balance={balance}",
+        f"execution={execution}",
         f"max_steps={STEPS}",
     ]
     return Training.build(runs.begin(recipes.load("cgs", settings), folder), torch.device("cpu"))
 
 
-def one_pass(training: Training) -> Tensor:
-    with training.loader(0) as loader:
+def one_pass(training: Training, shapes: int) -> Tensor:
+    sources = (training.train_sets, training.samplers)
+    with TrainingLoader(*sources, 0, training.total_steps, shapes=shapes) as loader:
         reports = [
             training.step(batch, step, training.schedule(step)).losses
             for step, batch in enumerate(loader)
@@ -151,13 +154,17 @@ def flat_gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
     )
 
 
-@pytest.mark.parametrize(("balance", "layers"), [("pcgrad", 2), ("sum", 1)])
-def test_losses_of_200_steps(data, tmp_path, balance, layers):
-    training = build(data, tmp_path / "run", balance, layers)
+# Compiled on batches of four shapes, as CUDA graphs need them; and the plainest case.
+@pytest.mark.parametrize(
+    ("balance", "layers", "execution", "shapes"),
+    [("pcgrad", 2, "compile", 4), ("sum", 1, "eager", 0)],
+)
+def test_losses_of_200_steps(data, tmp_path, balance, layers, execution, shapes):
+    training = build(data, tmp_path / "run", balance, layers, execution)
     torchs = plain(training, Plain(training, torch.float32))
     exact = plain(training, Plain(training, torch.float64))
-    ours = one_pass(training)
-    repeated = one_pass(build(data, tmp_path / "again", balance, layers))
+    ours = one_pass(training, shapes)
+    repeated = one_pass(build(data, tmp_path / "again", balance, layers, execution), shapes)
     assert ours.shape == (STEPS, 3)
     assert torch.equal(ours, repeated)
     assert (ours[-50:].mean(0) < ours[:50].mean(0)).all(), "nothing was learnt"

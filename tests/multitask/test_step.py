@@ -2,15 +2,18 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import kernels
+from engine.data.pack import pack
+from engine.data.shapes import ShapePlan
 from engine.multitask.schedule import Schedule
 
 from ..kernels.algorithm1 import algorithm1
-from .conftest import DECAY, SEED, TASKS, build_step
+from .conftest import DECAY, SEED, TASKS, build_step, random_split
 from .test_one_pass_backward import pass_by_pass
 
 LR = 1e-3
@@ -145,3 +148,20 @@ def test_schedules():
     assert min(rates) > 0
     constant = Schedule(peak=1.0, kind="constant", warmup_steps=0, total_steps=3)
     assert [constant(step) for step in range(3)] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_padding_takes_no_part_in_the_gradients(make_model, pooling):
+    features = {"sst": "bilstm", "quora": "shared", "sts": "difference"}
+    model = make_model(features, pooling=pooling, adapter_width=24).train()
+    splits = [random_split(task, 6, vocab=97, seed=n) for n, task in enumerate(TASKS)]
+    plan = ShapePlan({TASKS: np.array([[100, 170, 140]])}, 1, 20)
+    grams, losses = [], []
+    for use in (None, plan):
+        step = build_step(copy.deepcopy(model))
+        report = step(pack(splits, [np.arange(6)] * 3, 0, use), 0, 1e-3)
+        grams.append(report.gram)
+        losses.append(report.losses)
+    # The same sums, blocked otherwise.
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*grams, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,204 @@
+"""How the step is run: call by call, compiled, or recorded as a whole.
+
+    eager     every operator is called by itself
+    compile   torch.compile makes one function of the forward and one of the backward pass, and
+              fuses what lies between the kernels; it is done once, for all token counts
+    graphs    that, and a CUDA graph of the whole step, forward to optimizer, for each batch shape:
+              one launch instead of a thousand
+
+The first step of a shape runs as it is, which brings everything up that is made on first use; the
+second is recorded.  So no step is done for the sake of warming up, and training is the same.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+EXECUTIONS = ("auto", "eager", "compile", "graphs")
+
+
+class Batch(Protocol):
+    """What a step is given: tensors, and numbers on the host that its signature holds."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Whose examples these are; other tasks take other ways through the model."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, in an order that is always the same."""
+
+    @property
+    def signature(self) -> Hashable:
+        """Equal for batches that the same recording serves."""
+
+    def map(self: "BatchT", move: Callable[[Tensor], Tensor]) -> "BatchT":
+        """Return the batch with ``move`` applied to every tensor."""
+
+
+BatchT = TypeVar("BatchT", bound=Batch)
+Result = TypeVar("Result")
+Function = Callable[[Sequence[BatchT]], Result]
+
+
+class Recording(NamedTuple, Generic[BatchT, Result]):
+    """A function recorded on some batches.
+
+    Attributes:
+        batches: whose tensors it reads; new values are copied there.
+        result: whose tensors it writes.
+        replay: does its work again.
+    """
+
+    batches: Sequence[BatchT]
+    result: Result
+    replay: Callable[[], None]
+
+
+class CudaGraphs:
+    """Records functions as CUDA graphs that share one pool of memory.
+
+    Args:
+        device: where they run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, function: "Function[BatchT, Result]", batches: Sequence[BatchT]) -> Result:
+        """Call the function on the stream that recordings are made on."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = function(batches)
+        current.wait_stream(self._stream)
+        return result
+
+    def record(
+        self, function: "Function[BatchT, Result]", batches: Sequence[BatchT]
+    ) -> Recording[BatchT, Result]:
+        """Record the function, without running it, on copies of the batches."""
+        own = [batch.map(Tensor.clone) for batch in batches]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = function(own)
+        return Recording(own, result, graph.replay)
+
+
+class Recorder(Protocol):
+    """What :class:`CudaGraphs` does."""
+
+    def run(self, function: "Function[BatchT, Result]", batches: Sequence[BatchT]) -> Result:
+        """Call the function."""
+
+    def record(
+        self, function: "Function[BatchT, Result]", batches: Sequence[BatchT]
+    ) -> Recording[BatchT, Result]:
+        """Record the function on copies of the batches."""
+
+
+class Recorded(Generic[BatchT, Result]):
+    """A function that is recorded for a few signatures of its batches.
+
+    What it returns is overwritten by its next call.
+
+    Args:
+        function: reads nothing back from the device, and finds all that changes from call to call
+            in tensors that stay where they are.
+        recorder: runs and records it.
+        limit: the most recordings; batches of further signatures are run as they are.
+
+    Attributes:
+        recordings: by the signatures of the batches.
+    """
+
+    def __init__(
+        self, function: "Function[BatchT, Result]", recorder: Recorder, limit: int
+    ) -> None:
+        self._function, self._recorder, self._limit = function, recorder, limit
+        self._seen: set[Hashable] = set()
+        self.recordings: dict[Hashable, Recording[BatchT, Result]] = {}
+
+    def __call__(self, batches: Sequence[BatchT]) -> Result:
+        """Return what the function returns for ``batches``."""
+        key = tuple(batch.signature for batch in batches)
+        recording = self.recordings.get(key)
+        if recording is None:
+            if key not in self._seen or len(self.recordings) == self._limit:
+                if len(self.recordings) < self._limit:
+                    self._seen.add(key)
+                return self._recorder.run(self._function, batches)
+            recording = self._recorder.record(self._function, batches)
+            self.recordings[key] = recording
+        for own, batch in zip(recording.batches, batches, strict=True):
+            for target, source in zip(own.tensors, batch.tensors, strict=True):
+                target.copy_(source, non_blocking=True)
+        recording.replay()
+        return recording.result
+
+
+class Execution:
+    """One of EXECUTIONS, on a device.
+
+    Args:
+        kind: ``auto`` is ``graphs`` on a GPU and ``eager`` on a CPU.
+        device: where steps run.
+        max_graphs: the most CUDA graphs.
+
+    Attributes:
+        kind: never ``auto``.
+        warmup_seconds: spent in calls that compiled or recorded, so far.
+
+    Raises:
+        InputError: graphs without a GPU.
+    """
+
+    def __init__(self, kind: str, device: torch.device, max_graphs: int = 8) -> None:
+        if kind == "auto":
+            kind = "graphs" if device.type == "cuda" else "eager"
+        if kind == "graphs" and device.type != "cuda":
+            raise InputError("execution = graphs: needs a GPU; take compile or eager")
+        self.kind, self.warmup_seconds = kind, 0.0
+        self._max_graphs = max_graphs
+        self._recorder = CudaGraphs(device) if kind == "graphs" else None
+        self._recorded: list[Recorded] = []  # type: ignore[type-arg]
+        self._compiled_for: set[tuple[str, ...]] = set()
+
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs so far."""
+        return sum(len(recorded.recordings) for recorded in self._recorded)
+
+    def keep_static(self, tensor: Tensor) -> None:
+        """Tell the compiler that a tensor's sizes never change."""
+        if self.kind != "eager":
+            torch._dynamo.mark_static(tensor)
+
+    def compiled(self, function: Callable[..., Result]) -> Callable[..., Result]:
+        """Return the function, compiled once for all sizes unless steps are eager."""
+        return function if self.kind == "eager" else torch.compile(function, dynamic=True)
+
+    def recorded(self, function: "Function[BatchT, Result]") -> "Function[BatchT, Result]":
+        """Return the function of the whole step, recorded where steps are; its warm-up is timed."""
+        if self.kind == "eager":
+            return function
+        if self._recorder is not None:
+            recorded = Recorded(function, self._recorder, self._max_graphs)
+            self._recorded.append(recorded)
+            function = recorded
+
+        def timed(batches: Sequence[BatchT]) -> Result:
+            start, graphs, tasks = time.perf_counter(), self.num_graphs, batches[0].tasks
+            result = function(batches)
+            if self.num_graphs > graphs or tasks not in self._compiled_for:
+                self._compiled_for.add(tasks)
+                self.warmup_seconds += time.perf_counter() - start
+            return result
+
+        return timed
