@@ -35,7 +35,9 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -4,8 +4,8 @@ From here a step goes: the loop below -> multitask/step.py (forward, one backwar
 update) -> model/encoder.py -> kernels/ -> csrc/.
 """
 
-import argparse
 import itertools
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,8 +15,12 @@ from rich.console import Console
 
 from . import recipe as recipes
 from . import run as runs
-from .door import STOPPED, Parser, print_scores, run_door
+from .completion import bash_script
+from .door import STOPPED, print_scores, run_door
+from .dry_run import show_plan
 from .errors import InputError
+from .fields import print_fields
+from .options import overrides, parser
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
@@ -77,21 +81,23 @@ def train(training: Training, console: Console) -> Signals | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     console = Console()
-    if options.list:
-        list_recipes(console, [(name, recipes.load(name).description) for name in recipes.names()])
+    if _looks_around(options, console):
         return 0
     if options.recipe is None:
         raise InputError("RECIPE is missing; --list shows all")
     device = pick_device(options.device)
-    recipe = recipes.load(options.recipe, _overrides(options))
+    recipe = recipes.load(options.recipe, overrides(options))
     if options.resume:
         if options.out is None:
             raise InputError("--resume: name the run's folder with --out")
         run = runs.resume(recipe, options.out)
     else:
         run = runs.begin(recipe, options.out or runs.free_folder(Path("runs"), options.recipe))
+    if options.dry_run:
+        show_plan(console, Training.build(run, device))
+        return 0
     for phase in range(run.checkpoints.progress().phase, len(recipe.in_phases)):
         training = Training.build(run, device, phase=phase)
         run.write()  # only now: what cannot be trained leaves no folder behind
@@ -107,52 +113,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _overrides(options: argparse.Namespace) -> list[str]:
-    """Turn the options that are recipe fields into overrides; ``--set`` comes last and wins."""
-    # Folders by their full names, so that the run can be resumed and scored from anywhere.
-    init = options.init
-    if init is not None and Path(init).is_dir():
-        init = str(Path(init).absolute())
-    fields = {
-        "data": options.data and str(options.data.absolute()),
-        "init": init,
-        "max_steps": options.max_steps,
-        "seed": options.seed,
-        "on_bad_row": options.on_bad_row,
-    }
-    named = [recipes.override(key, value) for key, value in fields.items() if value is not None]
-    return [*named, *itertools.chain.from_iterable(options.set)]
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="python -m engine.train", description="Train one BERT on several tasks.")
-    add = parser.add_argument
-    add("recipe", nargs="?", metavar="RECIPE", help="a built-in recipe's name or a TOML file")
-    add("--list", action="store_true", help="show the built-in recipes, a line each, and end")
-    add(
-        "--data", type=Path, metavar="DIR", help="folder of the data files (default: a demo corpus)"
-    )
-    add(
-        "--init",
-        metavar="MODEL",
-        help="pretrained BERT: a folder in the Hugging Face layout or a hub name "
-        "(default: train from scratch)",
-    )
-    add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE-N)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if any")
-    add("--max-steps", type=int, metavar="N", help="stop after N steps")
-    add("--seed", type=int, metavar="N", help="decides weights, batches, dropout (default: 0)")
-    add("--device", metavar="D", help="cpu or cuda (default: the GPU if there is one)")
-    add("--on-bad-row", choices=["error", "skip"], help="what a malformed data row does")
-    add(
-        "--set",
-        nargs="+",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace any field of the recipe, such as lr=1e-4 tasks.sts.features=cosine",
-    )
-    return parser
+def _looks_around(options: Namespace, console: Console) -> bool:
+    """Show what an option asks to see that needs no recipe; return whether one did."""
+    if options.list:
+        list_recipes(console, [(name, recipes.load(name).description) for name in recipes.names()])
+    elif options.fields:
+        print_fields(console)
+    elif options.completion:
+        print(bash_script())
+    else:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ Kind = Literal["classification", "regression", "pair_classification", "pair_regr
 class TaskSource(BaseModel):
     """The data of a task that is not built in: ``[tasks.NAME.source]`` of a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     kind: Kind
     """What is predicted, from one sentence or from a pair."""

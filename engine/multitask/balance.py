@@ -24,7 +24,9 @@ TORCHJD = "torchjd."
 class BalanceSettings(BaseModel):
     """Settings of the methods that have any; each method reads its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     fixed: dict[str, float] = {}
     """fixed: the weight of each task; 1 for those left out."""

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 class ObjectiveRecipe(BaseModel):
     """What is trained without labels, and from which text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     kind: Literal["masked_lm", "masked_lm_next", "simcse"]
     """masked_lm: tell the tokens behind masks; masked_lm_next: and whether the second segment

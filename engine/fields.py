@@ -1,0 +1,85 @@
+"""The fields of a recipe by their dotted names, for help and for completion."""
+
+import json
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+
+from .multitask.balance import METHODS
+from .recipe import Recipe
+
+ANY_NAME = "NAME"
+"""Stands for a name that the recipe chooses: of a task, of an objective."""
+
+
+class RecipeField(NamedTuple):
+    """A field that ``--set`` takes.
+
+    Attributes:
+        key: such as ``lr`` or ``tasks.NAME.features``.
+        default: as TOML; empty where there is none.
+        choices: the values that it can have, where these are few.
+        text: what it means.
+    """
+
+    key: str
+    default: str
+    choices: tuple[str, ...]
+    text: str
+
+
+def recipe_fields() -> Iterator[RecipeField]:
+    """Yield every field, tables by their own fields."""
+    for field in _fields_of(Recipe, ""):
+        yield field._replace(choices=tuple(METHODS)) if field.key == "balance" else field
+
+
+def print_fields(console: Console) -> None:
+    """Print a table of all fields."""
+    table = Table("field", "default", "meaning", show_lines=False)
+    for field in recipe_fields():
+        table.add_row(field.key, field.default, field.text.replace("``", ""))
+    console.print(table, markup=False)
+
+
+def _fields_of(model: type[BaseModel], prefix: str) -> Iterator[RecipeField]:
+    for name, info in model.model_fields.items():
+        key = prefix + name
+        table = _table(info.annotation)
+        if table is not None:
+            named = get_origin(info.annotation) is dict
+            yield from _fields_of(table, f"{key}.{ANY_NAME}." if named else f"{key}.")
+            continue
+        text = " ".join((info.description or "").split())
+        yield RecipeField(key, _default(info), _choices(info.annotation), text)
+
+
+def _table(annotation: Any) -> type[BaseModel] | None:
+    """Return the model of a field that is a table, or a table of them."""
+    candidates = [annotation]
+    if get_origin(annotation) in (dict, Union, UnionType):
+        candidates = list(get_args(annotation))
+    for candidate in candidates:
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required() or info.default is None:
+        return ""
+    if isinstance(info.default, dict):
+        pairs = ", ".join(f"{name} = {json.dumps(value)}" for name, value in info.default.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    return json.dumps(info.default)  # of text, numbers and lists TOML is the same
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    if annotation is bool:
+        return ("true", "false")
+    return tuple(get_args(annotation)) if get_origin(annotation) is Literal else ()

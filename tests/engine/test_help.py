@@ -1,0 +1,92 @@
+"""What a user can look up: help, fields, completion, and what a run would need."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from engine import recipe as recipes
+from engine.completion import bash_script
+from engine.fields import ANY_NAME, recipe_fields
+from engine.options import parser
+from engine.train import main
+
+from .conftest import TINY
+
+
+def test_every_option_says_what_happens_without_it():
+    text = parser().format_help()
+    for action in parser()._actions:
+        if action.nargs != 0 and action.option_strings and action.dest != "completion":
+            assert "(default: " in " ".join(action.help.split()), action.option_strings
+    for group in ("what to train:", "where:", "to look around"):
+        assert group in text
+
+
+def test_every_field_has_a_meaning_and_its_default_can_be_set(capsys):
+    for field in recipe_fields():
+        assert field.text, field.key
+        if field.default and ANY_NAME not in field.key and field.key != "phases":
+            recipes.load("cgs", [f"{field.key}={field.default}"])
+    assert main(["--fields"]) == 0
+    assert "weight_decay" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("field", [f for f in recipe_fields() if f.choices], ids=lambda f: f.key)
+def test_choices_are_the_values_that_a_field_takes(field):
+    assert field.default == "" or field.default.strip('"') in field.choices
+    if ANY_NAME not in field.key:
+        for choice in field.choices:
+            recipes.load("cgs", [f"{field.key}={choice}"])
+
+
+def complete(*words: str) -> list[str]:
+    """Return what bash offers for the last word; ``=`` is a word of its own, as bash takes it."""
+    quoted = " ".join(f"'{word}'" for word in words)
+    code = (
+        "compopt() { :; }\n"  # exists only while bash completes
+        f"{bash_script()}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}\n"
+        "_superbert_train\nprintf '%s\\n' \"${COMPREPLY[@]}\"\n"
+    )
+    process = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert process.stderr == ""
+    return process.stdout.split()
+
+
+TRAIN = ("python", "-m", "engine.train")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((*TRAIN, "cg"), ["cgs"]),
+        ((*TRAIN, "cgs", "--max"), ["--max-steps"]),
+        ((*TRAIN, "cgs", "--set", "weight_"), ["weight_decay="]),
+        ((*TRAIN, "cgs", "--set", "lr", "=", "1", "encoder.vocab"), ["encoder.vocab_size="]),
+        ((*TRAIN, "cgs", "--set", "tasks.sts.fea"), ["tasks.sts.features="]),
+        ((*TRAIN, "cgs", "--set", "surgery", "="), ["model", "layer", "tensor"]),
+        ((*TRAIN, "cgs", "--set", "balance", "=", "pc"), ["pcgrad"]),
+        (("python", "-m", "http.server", "--b"), []),
+    ],
+)
+def test_bash_completes(words, expected):
+    assert complete(*words) == expected
+
+
+def test_the_script_can_be_had_from_the_door(capsys):
+    assert main(["--completion", "bash"]) == 0
+    assert capsys.readouterr().out == bash_script() + "\n"
+
+
+def test_a_dry_run_shows_what_it_needs_and_writes_nothing(capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--out", "run", "--dry-run", "--set", *TINY]) == 0
+    assert not list(tmp_path.iterdir())
+    text = capsys.readouterr().out
+    assert "hidden_size = 32" in text
+    assert re.search(r"steps +│ 6, 2 an epoch", text)
+    numel, rows = re.search(r"task gradients \[(\d), (\d+)\] +│ ([\d.]+) MiB", text).group(2, 3)
+    assert float(rows) == pytest.approx(3 * int(numel) * 4 / 2**20, abs=0.05)
+    assert float(re.search(r"seconds a step +│ ([\d.e-]+)", text)[1]) > 0
+    assert re.search(r"time, without evaluations +│ \d+:\d\d:\d\d", text)
