@@ -25,7 +25,7 @@ from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
 from .training import Training
-from .watch import ProgressBar, describe, list_recipes
+from .watch import ProgressBar, describe, list_recipes, print_warmup
 
 
 def train(training: Training, console: Console) -> Signals | None:
@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.write()  # only now: what cannot be trained leaves no folder behind
         describe(console, training)
         signal = train(training, console)
+        print_warmup(console, training.step.execution)
         if signal is not None:
             console.print(f"stopped by {signal.name}; go on with --resume --out {run.folder}")
             return STOPPED + signal

@@ -8,6 +8,7 @@ from rich import progress as bars
 from rich.console import Console
 
 from .data.split import TokenizedSplit
+from .runtime.execution import Execution
 from .runtime.manifest import Progress
 from .training import Training
 
@@ -30,6 +31,18 @@ def describe(console: Console, training: Training) -> None:
             console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
         for reason, count in split.bad_rows.items():
             console.print(f"{split.task}: {count} rows skipped ({reason})")
+
+
+def print_warmup(console: Console, execution: Execution) -> None:
+    """Print what compiling and recording came to, where there was any."""
+    if execution.kind == "eager":
+        return
+    graphs = f"{execution.num_graphs} CUDA graphs of at most {execution.max_graphs}, "
+    console.print(
+        f"execution {execution.kind}: {graphs if execution.kind == 'graphs' else ''}"
+        f"{execution.warmup_seconds:.1f} s of warm-up, not counted in tokens a second",
+        soft_wrap=True,
+    )
 
 
 class ProgressBar:

@@ -153,6 +153,7 @@ class Execution:
 
     Attributes:
         kind: never ``auto``.
+        max_graphs: the most CUDA graphs.
         warmup_seconds: spent in calls that compiled or recorded, so far.
 
     Raises:
@@ -165,7 +166,7 @@ class Execution:
         if kind == "graphs" and device.type != "cuda":
             raise InputError("execution = graphs: needs a GPU; take compile or eager")
         self.kind, self.warmup_seconds = kind, 0.0
-        self._max_graphs = max_graphs
+        self.max_graphs = max_graphs
         self._recorder = CudaGraphs(device) if kind == "graphs" else None
         self._recorded: list[Recorded] = []  # type: ignore[type-arg]
         self._compiled_for: set[tuple[str, ...]] = set()
@@ -189,7 +190,7 @@ class Execution:
         if self.kind == "eager":
             return function
         if self._recorder is not None:
-            recorded = Recorded(function, self._recorder, self._max_graphs)
+            recorded = Recorded(function, self._recorder, self.max_graphs)
             self._recorded.append(recorded)
             function = recorded
 

@@ -17,6 +17,7 @@ from engine.multitask.loss_scale import LossScale
 from engine.multitask.optimizer import AdamW
 from engine.multitask.parts import Parts
 from engine.multitask.step import MultitaskStep
+from engine.runtime.execution import Execution
 
 TASKS = ("sst", "quora", "sts")
 TRAINED = TrainedTasks(TASKS, (50, 30, 40))
@@ -34,6 +35,7 @@ def build_step(
     clip: float | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    execution: str = "eager",
 ) -> MultitaskStep:
     """A training step around a model, as a recipe would make it."""
     flat = FlatParameters(model, TASKS, device=torch.device(device), compute_dtype=dtype)
@@ -50,6 +52,7 @@ def build_step(
         loss_scale=LossScale(flat.master.device) if dtype == torch.float16 else None,
         clip_norm=clip,
         seed=SEED,
+        execution=Execution(execution, torch.device(device)),
     )
 
 

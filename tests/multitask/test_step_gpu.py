@@ -2,12 +2,15 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
+from engine.data.pack import pack
+from engine.data.shapes import ShapePlan
 from engine.multitask.lamb import Lamb
 
-from .conftest import build_step, make_micro_batches
+from .conftest import TASKS, build_step, make_micro_batches, random_split
 
 pytestmark = pytest.mark.gpu
 
@@ -70,3 +73,42 @@ def test_steps_repeat_to_the_bit(make_model, make_batch):
             step(batch, number, 1e-3)
         masters.append(step.parameters.master.clone())
     assert torch.equal(*masters)
+
+
+@pytest.mark.parametrize("execution", ["compile", "graphs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_and_recorded_steps_train_as_eager_ones(make_model, execution, dtype):
+    model = make_model(dropout=0.1).train()
+    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
+    picks = [np.arange(8)] * len(TASKS)
+    batches = []
+    for seed in range(6):
+        splits = [random_split(task, 8, vocab=97, seed=seed + n) for n, task in enumerate(TASKS)]
+        batches.append(pack(splits, picks, 0, plan).to("cuda"))
+    curves, steps = [], []
+    for kind in ("eager", execution):
+        step = build_step(
+            copy.deepcopy(model), device="cuda", clip=1.0, dtype=dtype, execution=kind
+        )
+        # Six steps; from the third on graphs are replayed.
+        curves.append(torch.stack([step(b, n, 1e-3).losses.clone() for n, b in enumerate(batches)]))
+        steps.append(step)
+    assert steps[1].execution.num_graphs == (1 if execution == "graphs" else 0)
+    # Fused operators round otherwise, and each step builds on the last: some roundings a step.
+    tolerance = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*curves, rtol=tolerance, atol=tolerance)
+
+
+def test_a_replayed_step_never_waits_for_the_device(make_model):
+    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
+    splits = [random_split(task, 8, vocab=97, seed=n) for n, task in enumerate(TASKS)]
+    batch = pack(splits, [np.arange(8)] * len(TASKS), 0, plan).to("cuda")
+    step = build_step(make_model(dropout=0.1).train(), device="cuda", clip=1.0, execution="graphs")
+    for number in range(2):
+        step(batch, number, 1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(2, 5):
+            step(batch, number, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
