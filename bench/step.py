@@ -9,7 +9,7 @@ the same run.  ``--growth`` measures how this engine's step grows with tasks, sh
 import argparse
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,27 +28,36 @@ from .step_parts import floor_seconds, joules_a_run, phase_seconds
 
 _TASKS = ("sst", "quora", "sts")
 _LR = 1e-5
+_EXECUTIONS = {"cpu": ("eager", ("compile",)), "cuda": ("graphs", ("compile", "eager"))}
+"""The usual one of a device, and others to set beside it."""
 
 
 class Batches:
     """The batch of the current round, packed and padded."""
 
     def __init__(self, training: Training, device: torch.device, count: int) -> None:
-        with training.loader(0) as loader:
-            packed = list(itertools.islice(loader, count))
-        self.all_packed = [batch.to(device) for batch in packed]
-        self._all_padded = [PaddedBatch(batch, device) for batch in packed]
+        self.packed = first_batches(training, device, count)
+        self._padded = [PaddedBatch(batch, device) for batch in self.packed]
         self.select(0)
 
     def select(self, turn: int) -> None:
         """Make batch ``turn`` the current one."""
-        self.packed: PackedBatch = self.all_packed[turn % len(self.all_packed)]
-        self.padded = self._all_padded[turn % len(self.all_packed)]
+        self.turn = turn % len(self.packed)
+        self.padded = self._padded[self.turn]
 
 
-def engine_training(options: argparse.Namespace, balance: str, precision: str) -> Training:
+def first_batches(training: Training, device: torch.device, count: int) -> list[PackedBatch]:
+    """The first batches of a run, filled up to a few shapes where its steps are recorded."""
+    with training.loader(0) as loader:
+        return [batch.to(device) for batch in itertools.islice(loader, count)]
+
+
+def engine_training(
+    options: argparse.Namespace, balance: str, precision: str, execution: str
+) -> Training:
     """Put this engine together as ``engine.train cgs`` does."""
-    settings = [f"balance={balance}", f"precision={precision}", f"batch_size={options.batch_size}"]
+    settings = [f"balance={balance}", f"precision={precision}", f"execution={execution}"]
+    settings.append(f"batch_size={options.batch_size}")
     for key, value in (("data", options.data), ("init", options.init)):
         if value is not None:
             settings.append(recipes.override(key, str(value.absolute())))
@@ -56,22 +65,59 @@ def engine_training(options: argparse.Namespace, balance: str, precision: str) -
     return Training.build(run, torch.device(options.device))
 
 
+class Engine:
+    """This engine's step on the current batch."""
+
+    def __init__(self, training: Training, batches: Batches, device: torch.device) -> None:
+        self.training = training
+        self._batches, self._numbers = batches, itertools.count()
+        self._own = first_batches(training, device, len(batches.packed))
+
+    def __call__(self) -> object:
+        """Train once."""
+        return self.training.step(self._own[self._batches.turn], next(self._numbers), _LR)
+
+
 def engines(
     options: argparse.Namespace, batches: Batches, precisions: list[str]
-) -> dict[str, Callable[[], object]]:
-    """This engine's steps by name."""
-
-    def contestant(training: Training) -> Callable[[], object]:
-        numbers = itertools.count()
-        return lambda: training.step(batches.packed, next(numbers), _LR)
-
+) -> dict[str, Engine]:
+    """This engine's steps by name: as a run here executes them, and in other ways."""
+    device = torch.device(options.device)
+    usual, others = _EXECUTIONS[device.type]
+    if not options.compile:
+        others = tuple(kind for kind in others if kind != "compile")
+    variants = [(p, balance, usual) for p in precisions for balance in ("pcgrad", "sum")]
+    variants += [(precisions[0], "pcgrad", kind) for kind in others]
     return {
-        f"this engine, {precision}, {balance}": contestant(
-            engine_training(options, balance, precision)
+        f"this engine, {precision}, {balance}" + ("" if kind == usual else f", {kind}"): Engine(
+            engine_training(options, balance, precision, kind), batches, device
         )
-        for precision in precisions
-        for balance in ("pcgrad", "sum")
+        for precision, balance, kind in variants
     }
+
+
+def warm_up(
+    contestants: Mapping[str, Callable[[], object]], batches: Batches, device: torch.device
+) -> dict[str, int]:
+    """Run every contestant on every batch until nothing is compiled or recorded any more.
+
+    Returns:
+        The most bytes each held at one time while it worked, recordings included.
+    """
+    peaks = {}
+    for name, run in contestants.items():
+
+        def all_batches(run: Callable[[], object] = run) -> None:
+            for turn in range(2 * len(batches.packed)):
+                batches.select(turn)
+                run()
+
+        if device.type == "cuda":
+            peaks[name] = harness.peak_memory(all_batches, device)
+        else:
+            run()
+            peaks[name] = harness.peak_memory(run, device)
+    return peaks
 
 
 def peers(
@@ -112,23 +158,26 @@ def main() -> None:
 
     fast = multiplies_bf16_fast(device)
     precisions = ["bf16", "fp32"] if fast else ["fp32"]
-    training = engine_training(options, "pcgrad", precisions[0])
+    training = engine_training(options, "pcgrad", precisions[0], "eager")
     batches = Batches(training, device, options.rounds + 2)
     config = training.model.encoder.config.to_huggingface()
-    contestants = engines(options, batches, precisions) | peers(options, batches, config)
+    ours = engines(options, batches, precisions)
+    contestants = ours | peers(options, batches, config)
+    memory = warm_up(contestants, batches, device)
     samples = harness.interleave(contestants, device, rounds=options.rounds, setup=batches.select)
-    memory = {name: harness.peak_memory(run, device) for name, run in contestants.items()}
 
-    batches.select(0)
-    tokens = [batch.num_tokens for batch in batches.all_packed]
-    floor = floor_seconds(training, batches.packed, device)
-    phases = phase_seconds(training, batches.all_packed, device)
+    tokens = [batch.num_tokens for batch in batches.packed]
+    floor = floor_seconds(training, batches.packed[0], device)
+    phases = phase_seconds(training, batches.packed, device)
     results = {
         "tasks": _TASKS,
         "batch_size": options.batch_size,
         "encoder": config,
         "tokens": tokens,
-        "padded_tokens": [batch.padded_tokens for batch in batches.all_packed],
+        "padded_tokens": [batch.padded_tokens for batch in batches.packed],
+        "warmup_seconds": {
+            name: engine.training.step.execution.warmup_seconds for name, engine in ours.items()
+        },
         "floor_seconds": floor,
         "phase_seconds": phases,
         "peak_bytes": memory,
@@ -138,6 +187,9 @@ def main() -> None:
     console.print(_table(results, sum(tokens) / len(tokens)))
     whole = sum(phases.values())
     shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in phases.items())
+    for name, seconds in results["warmup_seconds"].items():
+        if seconds:
+            console.print(f"{name}: {seconds:.1f} s of warm-up before")
     console.print(f"phases of this engine's {precisions[0]} step: {shares}")
     if options.json:
         harness.write_record(options.json, "step", device, results)

@@ -28,6 +28,7 @@ from engine.multitask.optimizer import AdamW
 from engine.multitask.parts import Parts
 from engine.multitask.step import MultitaskStep
 from engine.run import begin
+from engine.runtime.execution import Execution
 from engine.runtime.precision import pick_dtype
 
 from . import harness
@@ -125,7 +126,7 @@ def _samples(
         },
         device,
         rounds=rounds,
-        warmup=1,
+        warmup=2 * len(batches) if steps["sum"].execution.kind == "graphs" else 1,
         setup=lambda turn: current.__setitem__(0, batches[turn % len(batches)]),
     )
 
@@ -162,4 +163,5 @@ def _step(case: Case, balance: str, vocab_size: int, device: torch.device) -> Mu
         loss_weights=[1.0] * case.num_tasks,
         clip_norm=1.0,
         seed=0,
+        execution=Execution("auto", device),
     )
