@@ -1,4 +1,4 @@
-"""The command line of ``engine.train``."""
+"""The command line of ``engine.train``, and what other doors that train have of it."""
 
 import argparse
 import itertools
@@ -33,16 +33,16 @@ def overrides(options: argparse.Namespace) -> list[str]:
         "data": options.data and str(options.data.absolute()),
         "init": init,
         "max_steps": options.max_steps,
-        "seed": options.seed,
+        "seed": getattr(options, "seed", None),
         "on_bad_row": options.on_bad_row,
     }
     named = [recipes.override(key, value) for key, value in fields.items() if value is not None]
     return [*named, *itertools.chain.from_iterable(options.set)]
 
 
-def _add_training(group: argparse._ArgumentGroup) -> None:
+def add_settings(group: argparse._ActionsContainer) -> None:
+    """Add the options that are recipe fields, but for the seed, and ``--set``."""
     add = group.add_argument
-    add("recipe", nargs="?", metavar="RECIPE", help="a built-in recipe's name or a TOML file")
     add(
         "--data", type=Path, metavar="DIR", help="folder of the data files (default: a demo corpus)"
     )
@@ -52,8 +52,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         help="pretrained BERT: a folder in the Hugging Face layout or a hub name "
         "(default: train from scratch)",
     )
-    add("--max-steps", type=int, metavar="N", help="stop after N steps (default: after the epochs)")
-    add("--seed", type=int, metavar="N", help="decides weights, batches, dropout (default: 0)")
+    add(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="stop after N steps, of each phase (default: after the epochs)",
+    )
     add(
         "--on-bad-row",
         choices=["error", "skip"],
@@ -70,6 +74,26 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_device(group: argparse._ActionsContainer) -> None:
+    """Add ``--device``."""
+    group.add_argument(
+        "--device", metavar="D", help="cpu or cuda (default: the GPU if there is one)"
+    )
+
+
+def _add_training(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("recipe", nargs="?", metavar="RECIPE", help="a built-in recipe's name or a TOML file")
+    add("--seed", type=int, metavar="N", help="decides weights, batches, dropout (default: 0)")
+    add(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="train N runs, under the seed and those that follow (default: one run)",
+    )
+    add_settings(group)
+
+
 def _add_place(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE-N)")
@@ -78,7 +102,7 @@ def _add_place(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="go on from the last checkpoint in --out, if any (default: begin a run)",
     )
-    add("--device", metavar="D", help="cpu or cuda (default: the GPU if there is one)")
+    add_device(group)
 
 
 def _add_looking(group: argparse._ArgumentGroup) -> None:

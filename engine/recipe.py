@@ -279,6 +279,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
+def of_papers() -> list[str]:
+    """Return the names of the built-in recipes that stand for a system of a paper."""
+    return [name for name in names() if load(name).paper]
+
+
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply overrides.
 

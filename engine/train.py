@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from signal import Signals
 
+import torch
 from rich.console import Console
 
 from . import recipe as recipes
@@ -20,7 +21,10 @@ from .door import STOPPED, print_scores, run_door
 from .dry_run import show_plan
 from .errors import InputError
 from .fields import print_fields
+from .many import print_results, read_results, seeds_of, train_cells
 from .options import overrides, parser
+from .recipe import Recipe
+from .run import Run
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
@@ -79,6 +83,23 @@ def train(training: Training, console: Console) -> Signals | None:
     return None if progress.phase_step == training.total_steps else stop.signal
 
 
+def train_run(run: Run, device: torch.device, console: Console) -> Signals | None:
+    """Train the phases of a run that are not done yet.
+
+    Returns:
+        As :func:`train`.
+    """
+    for phase in range(run.checkpoints.progress().phase, len(run.recipe.in_phases)):
+        training = Training.build(run, device, phase=phase)
+        run.write()  # only now: what cannot be trained leaves no folder behind
+        describe(console, training)
+        signal = train(training, console)
+        print_warmup(console, training.step.execution)
+        if signal is not None:
+            return signal
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     options = parser().parse_args(arguments)
@@ -87,30 +108,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.recipe is None:
         raise InputError("RECIPE is missing; --list shows all")
+    if options.resume and options.out is None:
+        raise InputError("--resume: name the run's folder with --out")
     device = pick_device(options.device)
     recipe = recipes.load(options.recipe, overrides(options))
-    if options.resume:
-        if options.out is None:
-            raise InputError("--resume: name the run's folder with --out")
-        run = runs.resume(recipe, options.out)
-    else:
-        run = runs.begin(recipe, options.out or runs.free_folder(Path("runs"), options.recipe))
+    out = options.out or runs.free_folder(Path("runs"), options.recipe)
+    if options.seeds is not None:
+        return _train_seeds(recipe, out, options.seeds, device, console)
+    run = runs.resume(recipe, out) if options.resume else runs.begin(recipe, out)
     if options.dry_run:
         show_plan(console, Training.build(run, device))
         return 0
-    for phase in range(run.checkpoints.progress().phase, len(recipe.in_phases)):
-        training = Training.build(run, device, phase=phase)
-        run.write()  # only now: what cannot be trained leaves no folder behind
-        describe(console, training)
-        signal = train(training, console)
-        print_warmup(console, training.step.execution)
-        if signal is not None:
-            console.print(f"stopped by {signal.name}; go on with --resume --out {run.folder}")
-            return STOPPED + signal
+    signal = train_run(run, device, console)
+    if signal is not None:
+        console.print(f"stopped by {signal.name}; go on with --resume --out {run.folder}")
+        return STOPPED + signal
     best = read_scores(run.folder)
     title = f"dev scores, best epoch (step {best.step})"
     print_scores(console, title, best.scores, recipe.formats)
     console.print(f"wrote {run.folder}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _train_seeds(
+    recipe: Recipe, out: Path, count: int, device: torch.device, console: Console
+) -> int:
+    """Train a recipe under several seeds; return the door's exit status."""
+    cells = seeds_of("", recipe, count)
+    signal = train_cells(out, cells, lambda run: train_run(run, device, console), console)
+    print_results(console, read_results(out))
+    if signal is not None:
+        console.print(f"stopped by {signal.name}; the same command goes on with it")
+        return STOPPED + signal
     return 0
 
 

@@ -1,0 +1,152 @@
+"""Several runs below one folder, one after the other: seeds, points of a grid, recipes.
+
+``results.json`` there has the scores of the runs that came to their end, so that a series that
+was cut off goes on where it was: finished runs are left alone, a half-done one is resumed.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from signal import Signals
+from typing import NamedTuple
+
+from rich.console import Console
+
+from . import run as runs
+from .errors import InputError
+from .recipe import Recipe
+from .run import Run
+from .runtime.files import explained, write_text
+from .scoring import read_scores
+
+RESULTS = "results.json"
+
+
+class Cell(NamedTuple):
+    """One run of a series.
+
+    Attributes:
+        group: what it is a repetition of, which is a folder's name too.
+        recipe: its settings; the seed tells it from others of its group.
+    """
+
+    group: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """The run's folder, below that of the series."""
+        return f"{self.group}/seed-{self.recipe.seed}".lstrip("/")
+
+
+class Result(NamedTuple):
+    """How a run of the series ended.
+
+    Attributes:
+        group: of its cell.
+        scores: dev scores of the best epoch, by task and ``overall``.
+        seconds: that its training steps took.
+    """
+
+    group: str
+    scores: dict[str, float]
+    seconds: float
+
+
+def seeds_of(group: str, recipe: Recipe, count: int) -> list[Cell]:
+    """Return ``count`` repetitions of a recipe, under its seed and those that follow."""
+    return [
+        Cell(group, recipe.model_copy(update={"seed": recipe.seed + number}))
+        for number in range(count)
+    ]
+
+
+def train_cells(
+    folder: Path,
+    cells: Iterable[Cell],
+    train_run: Callable[[Run], Signals | None],
+    console: Console,
+) -> Signals | None:
+    """Train the runs of a series that are not done yet.
+
+    Args:
+        folder: of the series.
+        cells: in the order in which they are trained.
+        train_run: trains a run to its end, or until a signal, which it returns.
+        console: to say on what is begun.
+
+    Returns:
+        The signal that ended it, or None.
+    """
+    results = read_results(folder)
+    for cell in cells:
+        if cell.name in results:
+            continue
+        console.rule(cell.name)
+        run = runs.resume(cell.recipe, folder / cell.name)
+        signal = train_run(run)
+        if signal is not None:
+            return signal
+        scores = read_scores(run.folder).scores
+        results[cell.name] = Result(cell.group, scores, training_seconds(run.folder))
+        content = {name: result._asdict() for name, result in results.items()}
+        write_text(folder / RESULTS, json.dumps(content, indent=2) + "\n")
+    return None
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    """Return the results of a series so far, by the names of its cells.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = folder / RESULTS
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {name: Result(**fields) for name, fields in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: not the results of a series ({error}); remove it") from None
+
+
+def training_seconds(folder: Path) -> float:
+    """Return how long a run's training steps took, all sessions together."""
+    with explained("read", folder / "metrics.jsonl"):
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [line for line in map(json.loads, lines) if "tokens_per_s" in line]
+    return sum(line["tokens"] / line["tokens_per_s"] for line in steps if line["tokens_per_s"])
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Return a score, or the mean of several and their standard deviation (of a sample)."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def print_results(console: Console, results: Mapping[str, Result]) -> None:
+    """Print the groups of a series, the best overall score first, scores averaged over seeds."""
+    groups: dict[str, list[Result]] = {}
+    for result in results.values():
+        groups.setdefault(result.group, []).append(result)
+    tasks = list(dict.fromkeys(task for result in results.values() for task in result.scores))
+    tasks.sort(key="overall".__eq__)  # overall last
+    rows = [["run", "seeds", *tasks, "minutes"]]
+    for group, members in sorted(groups.items(), key=lambda item: -_overall(item[1])):
+        columns = (
+            [result.scores[task] for result in members if task in result.scores] for task in tasks
+        )
+        minutes = statistics.mean(result.seconds for result in members) / 60
+        scores = (mean_and_deviation(values) if values else "" for values in columns)
+        rows.append([group, str(len(members)), *scores, f"{minutes:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        line = "  ".join([first.ljust(widths[0]), *cells])
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _overall(members: Sequence[Result]) -> float:
+    return statistics.mean(result.scores["overall"] for result in members)

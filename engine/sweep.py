@@ -1,0 +1,131 @@
+"""``python -m engine.sweep RECIPE …``: recipes, points of a grid and seeds, one after the other."""
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from . import recipe as recipes
+from .door import STOPPED, Parser, run_door
+from .errors import InputError
+from .many import Cell, print_results, read_results, seeds_of, train_cells
+from .options import add_device, add_settings, overrides
+from .runtime.precision import pick_device
+from .train import train_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the door; return its exit status."""
+    options = _parser().parse_args(arguments)
+    console, device = Console(), pick_device(options.device)
+    names = [*options.recipes, *(recipes.of_papers() if options.papers else ())]
+    if not names:
+        raise InputError("RECIPE is missing; name some, or give --papers")
+    settings = overrides(options)
+    cells = [
+        cell
+        for name in dict.fromkeys(names)
+        for point in grid_points(options.grid)
+        for cell in _cells(name, point, settings, options.seeds)
+    ]
+    with _time_limit(options.minutes) as over:
+        in_time = itertools.takewhile(lambda _: not over.is_set(), cells)
+        stopped = train_cells(
+            options.out, in_time, lambda run: train_run(run, device, console), console
+        )
+    results = read_results(options.out)
+    print_results(console, results)
+    if all(cell.name in results for cell in cells):
+        return 0
+    console.print("not all runs are done; the same command goes on with them")
+    return STOPPED + (stopped or signal.SIGTERM)
+
+
+def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the points of a grid as overrides.
+
+    Args:
+        axes: ``key=value,value,…`` each.
+
+    Raises:
+        InputError: an axis names no values.
+    """
+    choices = []
+    for axis in axes:
+        key, separator, values = axis.partition("=")
+        if not separator or not all(value.strip() for value in values.split(",")):
+            raise InputError(f"--grid {axis}: expected key=value,value,…")
+        choices.append([f"{key.strip()}={value.strip()}" for value in values.split(",")])
+    return list(itertools.product(*choices))
+
+
+def _cells(name: str, point: tuple[str, ...], settings: Sequence[str], seeds: int) -> list[Cell]:
+    recipe = recipes.load(name, [*settings, *point])
+    group = "/".join([Path(name).stem, *([",".join(point)] if point else [])])
+    return seeds_of(group, recipe, seeds)
+
+
+@contextmanager
+def _time_limit(minutes: float | None) -> Iterator[threading.Event]:
+    """Within the block, ask this process to stop (SIGTERM) once the time is over.
+
+    It is asked again every second, since only a training loop heeds it; the event that the block
+    gets is set from then on.
+    """
+    over, left = threading.Event(), threading.Event()
+    if minutes is None:
+        yield over
+        return
+
+    def ask() -> None:
+        left.wait(60 * minutes)
+        over.set()
+        while not left.wait(1.0):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def ignore(_number: int, _frame: FrameType | None) -> None:
+        if not over.is_set():
+            raise KeyboardInterrupt
+
+    usual = signal.signal(signal.SIGTERM, ignore)
+    timer = threading.Thread(target=ask, name="time limit", daemon=True)
+    timer.start()
+    try:
+        yield over
+    finally:
+        left.set()
+        timer.join()
+        signal.signal(signal.SIGTERM, usual)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m engine.sweep",
+        description="Train several runs below one folder; called again, go on where it was.",
+    )
+    add = parser.add_argument
+    add("recipes", nargs="*", metavar="RECIPE", help="built-in recipes' names or TOML files")
+    add("--papers", action="store_true", help="all recipes that stand for a system of a paper")
+    add("--out", type=Path, required=True, metavar="DIR", help="the folder of the runs")
+    add(
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE,…",
+        help="train every combination, such as lr=1e-3,1e-4 batch_size=8,16 epochs=3,6",
+    )
+    add("--seeds", type=int, default=1, metavar="N", help="repetitions of each (default: 1)")
+    add("--minutes", type=float, metavar="M", help="stop with a checkpoint after so long")
+    add_settings(parser)
+    add_device(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run_door(main)

@@ -1,0 +1,67 @@
+"""Series of runs: seeds, grids, recipes; cut off and gone on with."""
+
+import json
+import statistics
+
+import pytest
+
+from engine import sweep, train
+from engine.errors import InputError
+
+from .conftest import TINY
+
+SETTINGS = ["--max-steps", "2", "--set", *TINY]
+
+
+def scores_of(folder) -> dict:
+    results = json.loads((folder / "results.json").read_text())
+    return {name: result["scores"]["overall"] for name, result in results.items()}
+
+
+def test_seeds_give_mean_and_deviation(tmp_path, capsys):
+    arguments = ["demo", "--seeds", "2", "--seed", "3", "--out", str(tmp_path / "runs"), *SETTINGS]
+    assert train.main(arguments) == 0
+    scores = scores_of(tmp_path / "runs")
+    assert list(scores) == ["seed-3", "seed-4"]
+    values = list(scores.values())
+    assert values[0] != values[1]
+    expected = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    assert expected in capsys.readouterr().out
+
+
+def test_a_grid_trains_every_point_once(tmp_path):
+    arguments = ["demo", "sst-finetune", "--grid", "lr=1e-3,1e-4", "--out", str(tmp_path)]
+    assert sweep.main([*arguments, *SETTINGS]) == 0
+    names = [f"{recipe}/lr={lr}/seed-0" for recipe in ("demo", "sst-finetune") for lr in LRS]
+    assert list(scores_of(tmp_path)) == names
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert sweep.main([*arguments, *SETTINGS]) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+LRS = ("1e-3", "1e-4")
+
+
+def test_out_of_time_it_stops_and_goes_on_later(tmp_path):
+    arguments = ["demo", "--seeds", "2", "--out", str(tmp_path), *SETTINGS]
+    assert sweep.main([*arguments[: -len(SETTINGS)], "--minutes", "0", *SETTINGS]) == 128 + 15
+    assert not (tmp_path / "results.json").exists()
+    assert sweep.main(arguments) == 0
+    assert list(scores_of(tmp_path)) == ["demo/seed-0", "demo/seed-1"]
+
+
+@pytest.mark.parametrize("axis", ["lr", "lr=", "lr=1,,2"])
+def test_an_axis_without_values(axis):
+    with pytest.raises(InputError, match="expected key=value,value"):
+        sweep.grid_points([axis])
+
+
+def test_no_grid_is_one_point():
+    assert sweep.grid_points([]) == [()]
+    assert sweep.grid_points(["a=1,2", "b=3"]) == [("a=1", "b=3"), ("a=2", "b=3")]
+
+
+def test_results_that_are_damaged(tmp_path):
+    (tmp_path / "results.json").write_text("[")
+    with pytest.raises(InputError, match="not the results of a series"):
+        sweep.main(["demo", "--out", str(tmp_path), *SETTINGS])
