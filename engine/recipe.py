@@ -22,6 +22,7 @@ from .errors import InputError
 from .model.heads import FEATURES, LOSSES
 from .model.states import POOLINGS
 from .multitask.balance import METHODS, TORCHJD, BalanceSettings
+from .multitask.exchange import MODES
 from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
 from .objectives.recipe import ObjectiveRecipe
@@ -193,6 +194,11 @@ class Recipe(_Settings):
     phases: dict[str, dict[str, Any]] = {}
     """Phases that follow one another, by name: the settings that each has otherwise than the
     recipe.  A phase begins with the last one's weights and a fresh optimizer.  None: one phase."""
+
+    distribute: Literal[MODES] = "sharded"  # type: ignore[valid-type]
+    """With several ranks: each updates a part of the weights, or (replicated) all of them."""
+    timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    """Seconds after which a rank that does not answer is given up."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Recipe":

@@ -41,8 +41,10 @@ from .runtime.manifest import Progress
 _FREE_TO_CHANGE = {
     "log_every",
     "checkpoint_every",
+    "distribute",
     "keep_checkpoints",
     "max_steps",
+    "timeout",
     "data",
     "init",
 }

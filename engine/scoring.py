@@ -1,5 +1,6 @@
 """Predictions and scores of a model on whole splits."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,42 +15,49 @@ from .data.loader import evaluation_batches
 from .data.split import TokenizedSplit
 from .errors import InputError
 from .model.multitask import MultitaskModel
+from .runtime.distributed import Ranks
 from .runtime.files import write_text
 
 _MAX_TOKENS = 8192  # a batch; enough to fill the machine, little enough for any of them
 
 
-def predict(model: MultitaskModel, split: TokenizedSplit) -> npt.NDArray[np.float32]:
+def predict(
+    model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = None
+) -> npt.NDArray[np.float32]:
     """Return a prediction for every example of a split: the first result of :func:`answers`."""
-    return answers(model, split)[0]
+    return answers(model, split, ranks)[0]
 
 
 def answers(
-    model: MultitaskModel, split: TokenizedSplit
+    model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Let a model answer every example of a split.
 
     Args:
         model: on any device; put into evaluation mode for the duration.
         split: of a task that the model has a head for.
+        ranks: processes that share the work; each gets all answers.
 
     Returns:
         Predictions and certainties, float32 ``[n]`` each, in the split's order.  Predictions are
         class numbers, or scores within the label's range; a certainty is the probability that the
         model gives to the class (1 for scores).
     """
-    predictions = np.empty(len(split), dtype=np.float32)
-    certainties = np.empty(len(split), dtype=np.float32)
+    ranks = ranks or Ranks()
+    found = torch.zeros(2, len(split))
     device = next(model.parameters()).device
     head = model.head(split.task)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for indices, batch in evaluation_batches(split, _MAX_TOKENS):
+        batches = evaluation_batches(split, _MAX_TOKENS)
+        for indices, batch in itertools.islice(batches, ranks.rank, None, ranks.size):
             (scores,) = model(batch.to(device), [split.task])
-            predictions[indices] = head.predict(scores).float().cpu().numpy()
-            certainties[indices] = head.certainty(scores).float().cpu().numpy()
+            both = torch.stack([head.predict(scores).float(), head.certainty(scores).float()])
+            found[:, torch.from_numpy(indices)] = both.cpu()
     model.train(was_training)
+    ranks.sum_(found)
+    predictions, certainties = found.numpy()
     return predictions, certainties
 
 
@@ -68,8 +76,10 @@ def score(task: FileFormat, predictions: npt.ArrayLike, labels: npt.ArrayLike) -
     return float(np.corrcoef(predicted, wanted)[0, 1])
 
 
-def score_splits(model: MultitaskModel, splits: Mapping[str, TokenizedSplit]) -> dict[str, float]:
-    """Score a model on a labelled split of each task.
+def score_splits(
+    model: MultitaskModel, splits: Mapping[str, TokenizedSplit], ranks: Ranks | None = None
+) -> dict[str, float]:
+    """Score a model on a labelled split of each task, a work that ``ranks`` share.
 
     Returns:
         The score of each task, and ``overall``, their mean; nothing for no splits.
@@ -77,7 +87,7 @@ def score_splits(model: MultitaskModel, splits: Mapping[str, TokenizedSplit]) ->
     scores = {}
     for task, split in splits.items():
         assert split.labels is not None, f"split of {task} has no labels"
-        scores[task] = score(model.head(task).task, predict(model, split), split.labels)
+        scores[task] = score(model.head(task).task, predict(model, split, ranks), split.labels)
     return scores and scores | {"overall": sum(scores.values()) / len(scores)}
 
 

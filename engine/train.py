@@ -25,6 +25,7 @@ from .many import print_results, read_results, seeds_of, train_cells
 from .options import overrides, parser
 from .recipe import Recipe
 from .run import Run
+from .runtime.distributed import Ranks
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
@@ -39,8 +40,8 @@ def train(training: Training, console: Console) -> Signals | None:
         The signal (SIGINT, SIGTERM) that stopped it, a checkpoint to resume from being written;
         None when the phase came to its end.
     """
-    run, recipe = training.run, training.recipe
-    progress = training.restore()
+    run, recipe, ranks = training.run, training.recipe, training.ranks
+    progress, stopping = training.restore(), False
     with (
         StopRequest() as stop,
         training.saver,
@@ -56,14 +57,17 @@ def train(training: Training, console: Console) -> Signals | None:
             report = training.step(batch, step, lr)
             warmup = training.step.execution.warmup_seconds - warmed_up
             tokens = sum(part.num_tokens - part.padding for part in batch)
-            if log.add(step, lr, tokens, report, warmup):
+            written = log.add(step, lr, tokens, report, warmup)
+            if written:
                 bar.show(progress.phase_step + 1, log.latest)
+            if written or ranks.size == 1:  # ranks wait for each other only now and then
+                stopping = ranks.any(bool(stop))
 
             progress = progress._replace(step=step + 1)
             epoch_ends = training.ends_epoch(progress.phase_step)
             if epoch_ends:
                 log.flush()
-                scores = score_splits(training.model, training.dev_sets)
+                scores = score_splits(training.model, training.dev_sets, ranks)
                 if scores:
                     log.add_scores(progress.step, scores)
                 if scores and progress.is_beaten_by(scores["overall"]):
@@ -71,27 +75,34 @@ def train(training: Training, console: Console) -> Signals | None:
                         best_score=scores["overall"], best_step=progress.step
                     )
                     training.save_best(progress)
-                    write_scores(run.folder, Scores("dev", progress.step, scores))
+                    if ranks.leads:
+                        write_scores(run.folder, Scores("dev", progress.step, scores))
                 bar.print_epoch(progress, training.epoch_steps, scores)
             due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
-            if epoch_ends or due or stop:
+            if epoch_ends or due or stopping:
                 log.flush()
                 training.save(progress)
                 log.restart_clock()
-            if stop:
+            if stopping:
                 break
-    return None if progress.phase_step == training.total_steps else stop.signal
+    ended = progress.phase_step == training.total_steps
+    return None if ended else stop.signal or Signals.SIGTERM
 
 
-def train_run(run: Run, device: torch.device, console: Console) -> Signals | None:
+def train_run(
+    run: Run, device: torch.device, console: Console, ranks: Ranks | None = None
+) -> Signals | None:
     """Train the phases of a run that are not done yet.
 
     Returns:
         As :func:`train`.
     """
+    ranks = ranks or Ranks()
     for phase in range(run.checkpoints.progress().phase, len(run.recipe.in_phases)):
-        training = Training.build(run, device, phase=phase)
-        run.write()  # only now: what cannot be trained leaves no folder behind
+        with ranks.in_turn():  # the first on each machine fills the cache of tokenized data
+            training = Training.build(run, device, ranks, phase=phase)
+        if ranks.leads:
+            run.write()  # only now: what cannot be trained leaves no folder behind
         describe(console, training)
         signal = train(training, console)
         print_warmup(console, training.step.execution)
@@ -103,26 +114,34 @@ def train_run(run: Run, device: torch.device, console: Console) -> Signals | Non
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     options = parser().parse_args(arguments)
-    console = Console()
-    if _looks_around(options, console):
+    if _looks_around(options, Console()):
         return 0
     if options.recipe is None:
         raise InputError("RECIPE is missing; --list shows all")
     if options.resume and options.out is None:
         raise InputError("--resume: name the run's folder with --out")
-    device = pick_device(options.device)
+    ranks = Ranks.from_environment()
+    if ranks.size > 1 and (options.out is None or options.seeds is not None):
+        raise InputError("several ranks make one run, in the folder that --out names; give it")
+    console = Console(quiet=not ranks.leads)
+    device = ranks.device(pick_device(options.device))
     recipe = recipes.load(options.recipe, overrides(options))
     out = options.out or runs.free_folder(Path("runs"), options.recipe)
     if options.seeds is not None:
         return _train_seeds(recipe, out, options.seeds, device, console)
-    run = runs.resume(recipe, out) if options.resume else runs.begin(recipe, out)
-    if options.dry_run:
-        show_plan(console, Training.build(run, device))
-        return 0
-    signal = train_run(run, device, console)
+    with ranks.joined(device, recipe.timeout):
+        with ranks.in_turn():
+            resumes = options.resume or ranks.restarted
+            run = runs.resume(recipe, out) if resumes else runs.begin(recipe, out)
+        if options.dry_run:
+            show_plan(console, Training.build(run, device, ranks))
+            return 0
+        signal = train_run(run, device, console, ranks)
     if signal is not None:
         console.print(f"stopped by {signal.name}; go on with --resume --out {run.folder}")
         return STOPPED + signal
+    if not ranks.leads:
+        return 0
     best = read_scores(run.folder)
     title = f"dev scores, best epoch (step {best.step})"
     print_scores(console, title, best.scores, recipe.formats)

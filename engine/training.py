@@ -10,9 +10,11 @@ from .data.order import Order
 from .data.part import Examples
 from .data.sample import TaskSampler, stratified_subset
 from .data.split import TokenizedSplit
+from .errors import InputError
 from .frozen import with_states
 from .model.multitask import MultitaskModel
 from .multitask.balance import Balance, TrainedTasks, build_method
+from .multitask.exchange import Alone, build_exchange
 from .multitask.flat_parameters import FlatParameters
 from .multitask.loss_scale import LossScale
 from .multitask.optimizers import Optimizer, build_optimizer
@@ -48,6 +50,7 @@ class Training:
         parameters: master weights, compute weights, gradient rows.
         optimizer: updates them.
         step: one training step.
+        exchange: what the ranks send each other in a step.
         ranks: the processes that train together.
         saver: writes checkpoints.
         schedule: the learning rate.
@@ -66,6 +69,7 @@ class Training:
     parameters: FlatParameters
     optimizer: Optimizer
     step: MultitaskStep
+    exchange: Alone
     ranks: Ranks
     saver: Saver
     schedule: Schedule
@@ -83,10 +87,16 @@ class Training:
         """
         recipe, ranks = list(run.recipe.in_phases.values())[phase], ranks or Ranks()
         check_sinks(recipe.sinks)
+        sharded = ranks.size > 1 and recipe.distribute == "sharded"
+        if sharded and recipe.optimizer != "adamw":
+            raise InputError(
+                f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
+            )
         train_sets = [_examples(run, name) for name in recipe.train]
         samplers = [_sampler(examples, recipe) for examples in train_sets]
         sizes = tuple(len(sampler) for sampler in samplers)
         order = Order(recipe.order, sizes, recipe.batch_size, recipe.epochs, recipe.seed)
+        _check_division(recipe, order, ranks.size)
         take_turns = order.tasks_a_step < len(recipe.train)
         tasks = TrainedTasks(recipe.train, sizes)
         method = build_method("sum" if take_turns else recipe.balance, tasks, recipe.balancing)
@@ -102,7 +112,9 @@ class Training:
             compute_dtype=dtype,
             freeze_encoder=recipe.freeze_encoder,
             take_turns=take_turns,
+            shard=ranks.shard if sharded else (0, 1),
         )
+        exchange = build_exchange(recipe.distribute, ranks.size, model, parameters)
         dev_sets = {task: run.split(task, "dev") for task in recipe.tasks if recipe.scored}
         if recipe.freeze_encoder and not recipe.adapter_width:
             train_sets = [_frozen(model, examples) for examples in train_sets]
@@ -139,8 +151,10 @@ class Training:
                 loss_scale=LossScale(device) if dtype == torch.float16 else None,
                 clip_norm=recipe.clip_norm or None,
                 seed=recipe.seed,
-                execution=Execution(recipe.execution, device, recipe.max_graphs),
+                execution=_execution(recipe, device, ranks),
+                exchange=exchange,
             ),
+            exchange=exchange,
             ranks=ranks,
             saver=Saver(run.checkpoints, recipe.keep_checkpoints, ranks),
             schedule=Schedule(
@@ -162,6 +176,7 @@ class Training:
             self.total_steps,
             turns=self.order.turns,
             micro_batches=self.recipe.micro_batches,
+            shard=self.ranks.shard,
             shapes=self.recipe.max_graphs if self.step.execution.kind == "graphs" else 0,
             pin_memory=self.device.type == "cuda",
         )
@@ -169,14 +184,16 @@ class Training:
     def log(self, start: int) -> MetricsLog:
         """Return where the steps from ``start`` on are written down."""
         recipe, folder, watched = self.recipe, self.run.folder, self.step.watched
+        sinks = recipe.sinks if self.ranks.leads else ()
         return MetricsLog(
             folder,
             start,
             recipe.log_every,
             layers=() if watched is None else watched.names,
             layers_every=recipe.watch_layers,
-            sinks=open_sinks(recipe.sinks, folder, recipe.model_dump(mode="json"), start),
+            sinks=open_sinks(sinks, folder, recipe.model_dump(mode="json"), start),
             gpu=GpuMeter.find(self.device),
+            ranks=self.ranks,
         )
 
     @property
@@ -197,10 +214,14 @@ class Training:
             InputError: it belongs to another model, or none of several is whole.
         """
         checkpoints = self.run.checkpoints
-        checkpoints.sweep()
-        path = checkpoints.find("step")
-        if path is None:
+        newest = None
+        if self.ranks.leads:
+            checkpoints.sweep()
+            newest = checkpoints.find("step")
+        name = self.ranks.tell(newest and newest.name)
+        if name is None:
             return Progress()
+        path = checkpoints.folder / name
         manifest, state = read_manifest(path), self.state
         done = manifest.progress
         if done.phase < self.phase:
@@ -209,6 +230,7 @@ class Training:
         tensors = state.tensors()
         self.saver.load(path, tensors)
         state.restore(tensors)
+        self.exchange.publish()
         return done
 
     def save(self, progress: Progress) -> None:
@@ -218,8 +240,10 @@ class Training:
 
     def save_best(self, progress: Progress) -> None:
         """Write the weights as the best so far."""
-        weights = named_weights(self.model, self.parameters, self.parameters.master)
-        self.run.checkpoints.save_best(progress, weights)
+        master = self.exchange.whole(self.parameters.master)
+        if self.ranks.leads:
+            weights = named_weights(self.model, self.parameters, master)
+            self.run.checkpoints.save_best(progress, weights)
 
     @property
     def state(self) -> TrainingState:
@@ -245,3 +269,29 @@ def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
         assert examples.labels is not None, f"training split of {examples.task} has no labels"
         subset = stratified_subset(examples.labels, recipe.limit, examples.task, recipe.seed)
     return TaskSampler(examples.task, len(examples), recipe.batch_size, recipe.seed, subset)
+
+
+def _check_division(recipe: Recipe, order: Order, ranks: int) -> None:
+    """Refuse batches too small for every rank to have a part of each.
+
+    Raises:
+        InputError: the message says what to raise.
+    """
+    examples = recipe.batch_size * order.tasks_a_step
+    parts = ranks * recipe.micro_batches
+    if examples < ranks or (recipe.micro_batches > 1 and recipe.batch_size < parts):
+        raise InputError(
+            f"batch_size = {recipe.batch_size}: too small for {ranks} ranks with "
+            f"{recipe.micro_batches} micro_batches; raise it"
+        )
+
+
+def _execution(recipe: Recipe, device: torch.device, ranks: Ranks) -> Execution:
+    """Return how steps run; the backward pass of several ranks has to be listened to."""
+    if ranks.size == 1:
+        return Execution(recipe.execution, device, recipe.max_graphs)
+    if recipe.execution not in ("auto", "eager"):
+        raise InputError(
+            f"execution = {recipe.execution}: several ranks train eagerly; set execution=eager"
+        )
+    return Execution("eager", device)

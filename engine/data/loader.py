@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -52,37 +53,43 @@ class TrainingLoader:
             turns: which tasks have a batch in a step; None for a batch of each.
             shapes: fill batches up, so that there are at most so many shapes; 0 for no padding.
             micro_batches: parts of a step's batch, each with a share of every task.
-            shard: (rank, ranks); a rank takes every ``ranks``-th example of each task's batch.
+            shard: (rank, ranks); the examples of a step, task after task, are dealt to the ranks
+                one by one.
             pin_memory: put the batches in pinned memory, for copies that do not block.
             depth: the most batches that wait.
 
         Raises:
-            ValueError: a task's batch has fewer examples than there are ranks and micro-batches.
+            ValueError: a step has fewer examples than there are ranks, or a task's batch fewer
+                than there are micro-batches on all ranks.
         """
         rank, ranks = shard
-        for sampler in samplers:
-            if sampler.batch_size < ranks * micro_batches:
-                raise ValueError(
-                    f"shard: a batch of {sampler.batch_size} examples of task {sampler.task!r} "
-                    f"cannot be divided among {ranks} ranks and {micro_batches} micro-batches"
-                )
 
         def every_task(step: int) -> list[Turn]:
             return [Turn(task, step) for task in range(len(samplers))]
 
+        turns_of = turns or every_task
+        sizes = [sampler.batch_size for sampler in samplers]
+        examples = min(sizes) * len(turns_of(min(start, stop - 1)))
+        if examples < ranks or (micro_batches > 1 and min(sizes) < ranks * micro_batches):
+            raise ValueError(
+                f"shard: {examples} examples of a step cannot be divided among {ranks} ranks and "
+                f"{micro_batches} micro-batches"
+            )
+
         def choose(number: int) -> tuple[list[Examples], list[Indices]]:
             step, part = divmod(number, micro_batches)
-            of_step = every_task(step) if turns is None else turns(step)
-            picks = [
-                np.array_split(samplers[turn.task].batch(turn.batch)[rank::ranks], micro_batches)[
-                    part
-                ]
-                for turn in of_step
-            ]
+            of_step = turns_of(step)
+            batches = [samplers[turn.task].batch(turn.batch) for turn in of_step]
+            shares = _deal(batches, rank, ranks)
+            picks = [np.array_split(share, micro_batches)[part] for share in shares]
             return [sources[turn.task] for turn in of_step], picks
 
         def make(number: int) -> PackedBatch:
-            batch = pack(*choose(number), number // micro_batches, self.plan)
+            step = number // micro_batches
+            batch = replace(
+                pack(*choose(number), step, self.plan),
+                step_examples=tuple(samplers[turn.task].batch_size for turn in turns_of(step)),
+            )
             return batch.pin_memory() if pin_memory else batch
 
         self.plan: ShapePlan | None = None
@@ -150,6 +157,15 @@ class TrainingLoader:
             return False
         self._ready.put(item)
         return True
+
+
+def _deal(batches: Sequence[Indices], rank: int, ranks: int) -> list[Indices]:
+    """Return a rank's share of each task's batch."""
+    shares, dealt = [], 0
+    for batch in batches:
+        shares.append(batch[(rank - dealt) % ranks :: ranks])
+        dealt += len(batch)
+    return shares
 
 
 def _plan(

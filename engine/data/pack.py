@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .part import Examples, Indices, Labels, Part, map_labels, ranges
+from .part import Examples, Indices, Labels, Part, empty_part, map_labels, ranges
 from .shapes import BatchShape, ShapePlan
 
 
@@ -44,6 +44,8 @@ class PackedBatch:
         padding: tokens of the padding sequences.
         padded_tokens: the tokens of the padded batches that this replaces, one for each column of
             each task.
+        step_examples: how many examples each task has in the whole step, in all micro-batches and
+            on all ranks; None where that is not known.
         states: fp32 ``[T, H]``, hidden states from an encoder that is frozen, or None where it has
             yet to run.
     """
@@ -63,6 +65,7 @@ class PackedBatch:
     columns: tuple[int, ...]
     padding: int
     padded_tokens: int
+    step_examples: tuple[int, ...] | None = None
     states: Tensor | None = None
 
     @property
@@ -143,19 +146,22 @@ def pack(
 
     Args:
         sources: of K tasks.
-        picks: for each, the indices of its examples, in the order in which they shall stand.
+        picks: for each, the indices of its examples, in the order in which they shall stand; not
+            all are empty.
         step: decides what is random about the examples themselves, such as masks.
         plan: shapes, one of which the batch is filled up to; None for no padding.
 
     Raises:
-        ValueError: there is no task, or not one list of examples for each, or an empty one.
+        ValueError: there is no task or no example, or not one list of examples for each task.
     """
     if not sources or len(sources) != len(picks):
         raise ValueError(f"picks: expected one for each split, got {len(picks)} for {len(sources)}")
-    for source, chosen in zip(sources, picks, strict=True):
-        if len(chosen) == 0:
-            raise ValueError(f"picks: no example of task {source.task!r}")
-    parts = [source.part(chosen, step) for source, chosen in zip(sources, picks, strict=True)]
+    if not any(len(chosen) for chosen in picks):
+        raise ValueError(f"picks: no example of {', '.join(source.task for source in sources)}")
+    parts = [
+        source.part(chosen, step) if len(chosen) else empty_part(source.task)
+        for source, chosen in zip(sources, picks, strict=True)
+    ]
     if plan is None:
         return join(parts)
     tasks = tuple(part.task for part in parts)
@@ -175,7 +181,7 @@ def join(parts: Sequence[Part], shape: BatchShape | None = None) -> PackedBatch:
     cu_seqlens = np.zeros(len(sizes) + 1, dtype=np.int32)
     np.cumsum(sizes, out=cu_seqlens[1:])
     states = [one.states for one in laid if one.states is not None]
-    longest = max(int(part.sizes.max()) for part in parts)
+    longest = max(int(part.sizes.max(initial=0)) for part in parts)
     if shape is not None:
         longest = max(longest, shape.max_seqlen)
     return PackedBatch(
@@ -224,7 +230,7 @@ def _lay(part: Part, tokens: int) -> _Laid:
 
 def _padded_tokens(part: Part) -> int:
     """Return the tokens of the padded batches, one for each column, that hold the same."""
-    longest = part.sizes.reshape(part.columns, -1).max(axis=1)
+    longest = part.sizes.reshape(part.columns, -1).max(axis=1, initial=0)
     return int(longest.sum()) * part.examples
 
 

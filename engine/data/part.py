@@ -58,6 +58,12 @@ class Part:
         return len(self.sizes) // self.columns
 
 
+def empty_part(task: str) -> Part:
+    """Return the part of a task that has no example in a batch, as on some ranks."""
+    nothing = np.empty(0, dtype=np.int64)
+    return Part(task=task, tokens=nothing, sizes=nothing, columns=1, labels=None)
+
+
 class Examples(Protocol):
     """What batches are drawn from: a split of a task, or the text of an objective."""
 
@@ -83,4 +89,4 @@ def map_labels(labels: Labels | None, move: Callable[[Tensor], Tensor]) -> Label
 def ranges(starts: Indices, sizes: Indices) -> Indices:
     """Return ``starts[i], starts[i] + 1, …`` (``sizes[i]`` numbers) for one i after the other."""
     ends = np.cumsum(sizes)
-    return np.arange(ends[-1]) + np.repeat(starts - ends + sizes, sizes)
+    return np.arange(sizes.sum()) + np.repeat(starts - ends + sizes, sizes)

@@ -105,7 +105,7 @@ class Tokenizer:
         texts = list(texts)
         backend = _word_piece({}, {})
         normalize = backend.normalizer.normalize_str
-        characters = sorted({c for text in texts for c in normalize(text) if not c.isspace()})
+        characters = sorted(c for c in set().union(*map(normalize, texts)) if not c.isspace())
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             # The library would number the ## forms in the order of a hash table, which differs

@@ -152,7 +152,8 @@ class MultitaskModel(nn.Module):
                 row if task_rows else None,
                 len(tasks),
             )
-            scores.append(self.heads[task](states))
+            here = tokens[0] < tokens[1]  # another rank may have all of its examples
+            scores.append(self.heads[task](states) if here else hidden.new_zeros(0).float())
         return scores
 
     def _encode(
@@ -178,11 +179,13 @@ class MultitaskModel(nn.Module):
     ) -> list[Tensor]:
         """Return each task's mean loss, 0-dim, from what :meth:`forward` returned.
 
+        That of a task without an example is 0.
+
         Raises:
             ValueError: the batch has no labels of a task.
         """
         heads = [cast(Head, self.heads[task]) for task in tasks]
         return [
-            head.loss(own, labels)
+            head.loss(own, labels) if len(own) else own.sum()
             for head, own, labels in zip(heads, scores, batch.labels, strict=True)
         ]

@@ -45,7 +45,7 @@ class Bucket(NamedTuple):
     """Neighbouring columns that are sent together.
 
     Attributes:
-        name: ``encoder.embeddings``, ``encoder.layers.0``, ..., ``heads``, ``vectors``.
+        name: ``encoder.embeddings``, ``encoder.layers.0``, ..., ``heads``, ..., ``vectors``.
         start: the first column.
         used: columns that hold parameters, a multiple of :data:`ALIGNMENT`.
         size: columns with the padding, a multiple of ALIGNMENT times the ranks.
@@ -130,7 +130,7 @@ def _bucket_of(name: str) -> str:
     if path[0] == "adapters":
         return "encoder.embeddings"  # they work beside every layer, the first one included
     if path[0] != "encoder":
-        return "heads"
+        return path[0]
     return ".".join(path[: 3 if path[1] == "layers" else 2])
 
 

@@ -15,13 +15,17 @@ from ..model.multitask import MultitaskModel
 from ..rooms import kernels
 from ..runtime.execution import Execution
 from .balance import Balance
+from .exchange import Alone
 from .flat_parameters import FlatParameters
 from .loss_scale import LossScale
 from .optimizers import Optimizer
 from .parts import Parts
 
 _MICRO_BATCH_BIT = 24
+_SEED_BIT = 32
 """Seeds: bits 0-23 count steps, 24-31 micro-batches, from 32 on stands the recipe's seed."""
+_RANK_FACTOR = 0x9E3779B1
+"""Odd, so that its multiples modulo 2^31 differ for all ranks; their bits differ everywhere."""
 
 
 class StepReport(NamedTuple):
@@ -66,8 +70,9 @@ class MultitaskStep:
         loss_weights: for each of ``tasks`` a factor on its loss, and so on its gradient.
         loss_scale: for gradients in fp16; None for other dtypes.
         clip_norm: largest norm of the combined gradient; None for no clipping.
-        seed: decides dropout and the order of surgery, together with the step's number.
+        seed: below 2^31; decides dropout and the order of surgery, together with the step's number.
         execution: eager by default.
+        exchange: with the other ranks; each has dropout masks of its own.
     """
 
     def __init__(
@@ -85,12 +90,15 @@ class MultitaskStep:
         clip_norm: float | None,
         seed: int,
         execution: Execution | None = None,
+        exchange: Alone | None = None,
     ) -> None:
         self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
         self.optimizer, self.clip_norm = optimizer, clip_norm
         self.parts, self.balance, self.loss_scale = parts, balance, loss_scale
         self.watched = watched
-        self._first_seed = seed << 32
+        self.exchange = exchange or Alone()
+        self._first_seed = seed << _SEED_BIT
+        self._of_rank = self.exchange.rank * _RANK_FACTOR % 2**31 << _SEED_BIT
         device = parameters.master.device
         factors = torch.tensor(loss_weights, device=device)
         self._loss_weights = {self.tasks: factors}
@@ -137,26 +145,32 @@ class MultitaskStep:
         report = self._update(losses, micro_batches[0].tasks)
         for batch in micro_batches:
             self.model.encoder.embeddings.wipe_rows(batch, batch.token_offsets)
+        self.exchange.publish()
         return report
 
     def _task_gradients(self, micro_batches: Sequence[PackedBatch]) -> Tensor:
         """Fill the K gradient rows by a forward and a backward pass of each micro-batch.
 
         Returns:
-            ``[K]``, the mean losses of all examples.
+            ``[K]``, what these examples add to the mean losses of the step.
         """
         self.parameters.clear_partial_gradients()
         factors = self._loss_weights[micro_batches[0].tasks]
         if self.loss_scale is not None:
             factors = factors * self.loss_scale.scale
-        totals = [sum(counts) for counts in zip(*(b.examples for b in micro_batches), strict=True)]
+        totals = micro_batches[0].step_examples or [
+            sum(counts) for counts in zip(*(b.examples for b in micro_batches), strict=True)
+        ]
         losses = torch.zeros_like(factors)
         for number, batch in enumerate(micro_batches):
-            seed = self._seed + (number << _MICRO_BATCH_BIT)
+            seed = (self._seed ^ self._of_rank) + (number << _MICRO_BATCH_BIT)
             own = self._losses_of(batch, totals, seed, number > 0)
+            if number == len(micro_batches) - 1:
+                self.exchange.begin()
             # Each loss reaches its own part of the stream only, so their sum is all K at once.
             (own * factors).sum().backward()
             losses += own.detach()
+        self.exchange.finish()
         return losses
 
     def _losses(
@@ -174,8 +188,9 @@ class MultitaskStep:
 
     def _update(self, losses: Tensor, tasks: tuple[str, ...]) -> StepReport:
         """Balance the task gradients and update the weights."""
-        scaled_grams = self.parts.grams(self.parameters.own.rows)
-        watched = None if self.watched is None else self.watched.grams(self.parameters.own.rows)
+        of_parts = [self.parts, *([] if self.watched is None else [self.watched])]
+        own_grams = [parts.grams(self.parameters.own.rows) for parts in of_parts]
+        losses, (scaled_grams, *watched) = self.exchange.total(losses, own_grams)
         scale: Tensor | float = 1.0
         grams = scaled_grams
         if self.loss_scale is not None:
@@ -198,5 +213,5 @@ class MultitaskStep:
             guard.norm,
             guard.skip.float(),
             tasks,
-            watched,
+            watched[0] if watched else None,
         )

@@ -1,9 +1,9 @@
 """The processes of one run: who they are, and the small things they agree on.
 
 ``torchrun`` starts them and says in the environment who is who; without it a run is one process
-and nothing here opens a connection.  Two process groups are made: the default one moves gradients
-(NCCL on GPUs, gloo on CPUs), a gloo group beside it carries what hosts agree on and checkpoints,
-so that these never wait behind gradients.
+and nothing here opens a connection.  Three process groups are made: the default one moves gradients
+(NCCL on GPUs, gloo on CPUs); of two of gloo beside it one carries what hosts agree on, the other
+belongs to the thread that writes checkpoints, whose calls come at any time.
 """
 
 import json
@@ -32,12 +32,14 @@ class Ranks:
         rank: this process, from 0.
         size: N.
         local_rank: its number on its machine, which is that of its GPU.
-        group: gloo, for the hosts; None when there is one process only.
+        group: of the hosts; None when there is one process only.
+        checkpoint_group: of the threads that write checkpoints, likewise.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.group: dist.ProcessGroup | None = None
+        self.checkpoint_group: dist.ProcessGroup | None = None
         self._store: Store | None = None
         self._told = 0
 
@@ -72,6 +74,32 @@ class Ranks:
         """Whether ``torchrun`` started this process again after a failure."""
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
+    def device(self, kind: torch.device) -> torch.device:
+        """Return this process's own device of a kind: a GPU for each process of a machine.
+
+        Raises:
+            InputError: the machine has fewer GPUs than processes.
+        """
+        if kind.type != "cuda" or self.size == 1:
+            return kind
+        if self.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs, "
+                f"process {self.local_rank} has none"
+            )
+        device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Let the first process of each machine do the block before the others."""
+        if self.local_rank > 0:
+            self.barrier()
+        yield
+        if self.local_rank == 0:
+            self.barrier()
+
     @contextmanager
     def joined(self, device: torch.device, timeout: float) -> Iterator[None]:
         """Within the block the processes are connected.
@@ -89,7 +117,7 @@ class Ranks:
         patience = timedelta(seconds=timeout)
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         try:
-            self._store, *_ = next(rendezvous("env://", timeout=patience))
+            self._store = _open_store(patience)
             dist.init_process_group(
                 backend,
                 store=self._store,
@@ -99,6 +127,7 @@ class Ranks:
                 device_id=device if device.type == "cuda" else None,
             )
             self.group = dist.new_group(backend="gloo", timeout=patience)
+            self.checkpoint_group = dist.new_group(backend="gloo", timeout=patience)
             yield
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and not _is_about_a_peer(error):
@@ -106,7 +135,7 @@ class Ranks:
             # Nothing is destroyed here: that would wait for the lost rank.
             raise self._lost(error) from error
         dist.destroy_process_group()
-        self.group = self._store = None
+        self.group = self.checkpoint_group = self._store = None
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -156,6 +185,14 @@ class Ranks:
             return "lost the other ranks and their store"
         names = ", ".join(silent) or "one that came back"
         return f"no answer from rank {names}; it died or hangs"
+
+
+def _open_store(patience: timedelta) -> Store:
+    try:
+        store, *_ = next(rendezvous("env://", timeout=patience))
+    except ValueError as error:  # a variable is missing or makes no sense
+        raise InputError(f"torchrun's environment: {error}") from error
+    return store
 
 
 def _is_about_a_peer(error: RuntimeError) -> bool:

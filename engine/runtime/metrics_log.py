@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..multitask.step import StepReport
+from .distributed import Ranks
 from .files import explained, write_text
 from .gpu import GpuMeter
 from .sinks import Sink
@@ -35,6 +36,7 @@ class MetricsLog:
         layers_every: steps between two records of their cosines.
         sinks: what else gets the lines.
         gpu: sensors to read with each block, or None.
+        ranks: the processes that train together; the leader writes.
     """
 
     def __init__(
@@ -47,16 +49,18 @@ class MetricsLog:
         layers_every: int = 0,
         sinks: Sequence[Sink] = (),
         gpu: GpuMeter | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._steps, self._evaluations = folder / STEPS, folder / EVALUATIONS
         self._every, self._layers, self._layers_every = every, tuple(layers), layers_every
-        self._sinks, self._gpu = sinks, gpu
+        self._sinks, self._gpu, self._ranks = sinks, gpu, ranks or Ranks()
         self._waiting: list[tuple[dict[str, Any], tuple[str, ...], Tensor]] = []
         self._tokens, self._since = 0, time.perf_counter()
         self.latest: dict[str, Any] = {}
         """The line of the last step that was written."""
-        _cut(self._steps, start)
-        _cut(self._evaluations, start + 1)  # an evaluation is of a number of steps done
+        if self._ranks.leads:
+            _cut(self._steps, start)
+            _cut(self._evaluations, start + 1)  # an evaluation is of a number of steps done
 
     def add(
         self, step: int, lr: float, num_tokens: int, report: StepReport, warmup: float = 0.0
@@ -66,7 +70,7 @@ class MetricsLog:
         Args:
             step: its number.
             lr: its learning rate.
-            num_tokens: of its batch, without padding.
+            num_tokens: of its batch on this rank, without padding.
             report: what the step returned.
             warmup: seconds in which it compiled or recorded; where there are any, it does not count
                 in the tokens a second.
@@ -95,8 +99,9 @@ class MetricsLog:
 
     def add_scores(self, steps_done: int, scores: Mapping[str, float]) -> None:
         """Write the dev scores after so many steps."""
-        line = {"step": steps_done, "split": "dev", "scores": dict(scores)}
-        _append(self._evaluations, [line])
+        if self._ranks.leads:
+            line = {"step": steps_done, "split": "dev", "scores": dict(scores)}
+            _append(self._evaluations, [line])
         for sink in self._sinks:
             sink.log({"dev": scores}, steps_done)
 
@@ -106,15 +111,19 @@ class MetricsLog:
             return
         # One copy from the device, whatever the lengths.
         values = iter(torch.cat([numbers for *_, numbers in self._waiting]).tolist())
-        rate = self._tokens / (time.perf_counter() - self._since)
+        tokens = torch.tensor([self._tokens, *(known["tokens"] for known, *_ in self._waiting)])
+        self._ranks.sum_(tokens)
+        of_block, *of_steps = tokens.tolist()
+        rate = of_block / (time.perf_counter() - self._since)
         lines = []
-        for known, tasks, numbers in self._waiting:
+        for (known, tasks, numbers), count in zip(self._waiting, of_steps, strict=True):
             row = list(itertools.islice(values, len(numbers)))
-            line = known | _expand(tasks, self._layers, row)
+            line = known | {"tokens": count} | _expand(tasks, self._layers, row)
             lines.append(line | {"tokens_per_s": round(rate, 1)})
         if self._gpu is not None:
             lines[-1]["gpu"] = self._gpu.read()
-        _append(self._steps, lines)
+        if self._ranks.leads:
+            _append(self._steps, lines)
         for sink, line in itertools.product(self._sinks, lines):
             sink.log(line, line["step"])
         self.latest = lines[-1]

@@ -1,7 +1,7 @@
 """Checkpoints, written while training goes on, by all ranks together.
 
-torch.distributed.checkpoint copies the state aside, and a thread writes it: each rank its own part
-into one safetensors file.  Once all have done so the leader adds the manifest, gives the folder its
+A thread of torch.distributed.checkpoint writes a copy of the state: each rank its own part into one
+safetensors file.  Once all have done so the leader adds the manifest, gives the folder its
 name, and drops the oldest.  A kill at any moment leaves either the new checkpoint or the ones
 before.  Many machines need a file system that all of them see.
 """
@@ -49,7 +49,7 @@ class Saver:
             quiet_when_alone()
 
     def save(self, state: dict[str, Tensor], manifest: Manifest) -> None:
-        """Begin to write a checkpoint; the tensors may change as soon as this returns.
+        """Begin to write a checkpoint; the tensors must not change any more.
 
         Raises:
             InputError: the one before could not be written.
@@ -59,7 +59,7 @@ class Saver:
         writing = async_save(
             state,
             storage_writer=_Writer(self._path, manifest, self._checkpoints, self._keep),
-            process_group=self._ranks.group,
+            process_group=self._ranks.checkpoint_group,
             no_dist=self._ranks.size == 1,
         )
         assert isinstance(writing, Future)
@@ -116,7 +116,7 @@ class Saver:
         load(
             state,
             storage_reader=reader,
-            process_group=self._ranks.group,
+            process_group=self._ranks.checkpoint_group,
             no_dist=self._ranks.size == 1,
         )
 
@@ -128,6 +128,10 @@ class _Writer(HuggingFaceStorageWriter):
         super().__init__(str(_partial(path)), save_distributed=True)
         self._final, self._manifest = path, manifest
         self._checkpoints, self._keep = checkpoints, keep
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Copy nothing: the state is a copy already."""
+        return state_dict
 
     def finish(  # of the leader alone, when all ranks have written
         self,

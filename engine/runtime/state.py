@@ -58,8 +58,8 @@ class TrainingState:
         }
         self._mesh: DeviceMesh | None = None
         if parameters.layout.ranks > 1:
-            assert ranks.group is not None, "the ranks that share the buckets are connected"
-            self._mesh = DeviceMesh.from_group(ranks.group, "cpu")
+            assert ranks.checkpoint_group is not None, "ranks that share buckets are connected"
+            self._mesh = DeviceMesh.from_group(ranks.checkpoint_group, "cpu")
         self._rank = ranks.rank
 
     @property
@@ -92,15 +92,15 @@ class TrainingState:
                 raise InputError(f"{checkpoint}: {name} is {found}, expected {expected}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the state on the CPU; what is there already is not copied."""
+        """Return a copy of the state, on the CPU."""
         state: dict[str, Tensor] = {}
         for name, part, rows in self._parts():
-            local = part.cpu()
+            local = _copy(part)
             state[name] = local if self._mesh is None else self._share(local, rows, self._mesh)
         for name, tensor in self._whole.items():
-            state[name] = tensor.detach().reshape(-1).cpu()
+            state[name] = _copy(tensor.reshape(-1))
         for name, tensor in self._frozen.items():
-            state[name] = tensor.detach().float().cpu()
+            state[name] = _copy(tensor.float())
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -133,6 +133,10 @@ class TrainingState:
             shape=torch.Size((rows, ALIGNMENT)),
             stride=(ALIGNMENT, 1),
         )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def named_weights(

@@ -33,13 +33,14 @@ def test_shards_make_up_the_batch(splits: list[TokenizedSplit]) -> None:
     for rank in range(3):
         with TrainingLoader(splits, samplers, 4, 5, shard=(rank, 3)) as loader:
             parts.extend(loader)
-    assert [part.examples for part in parts] == [(3, 3, 3), (3, 3, 3), (2, 2, 2)]
+    assert [part.examples for part in parts] == [(3, 3, 2), (3, 2, 3), (2, 3, 3)]
+    assert {part.step_examples for part in parts} == {(8, 8, 8)}
     for task, sampler in enumerate(samplers):
         together = torch.cat([part.labels[task] for part in parts])
         whole = splits[task].labels[sampler.batch(4)]
         np.testing.assert_array_equal(np.sort(together.numpy()), np.sort(whole))
     with pytest.raises(ValueError, match="shard"):
-        TrainingLoader(splits, samplers, 0, 1, shard=(0, 9))
+        TrainingLoader(splits, samplers, 0, 1, shard=(0, 25))
 
 
 def test_micro_batches_make_up_the_batch(splits: list[TokenizedSplit]) -> None:
