@@ -7,6 +7,7 @@ from rich.console import Console
 
 from .door import Parser, run_door
 from .reporting.page import write_page
+from .reporting.systems import find_runs, write_systems
 from .run import open_run
 from .runtime.files import explained
 from .runtime.precision import pick_device
@@ -20,12 +21,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "conflict by layer, answers on the dev data, examples that went wrong.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--papers",
+        action="store_true",
+        help="instead of pages: a table for each paper whose systems were run, its figures beside "
+        "ours, and the mistakes of each run (Markdown and PNG); RUN may hold many runs",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where pages go")
     parser.add_argument("--data", type=Path, metavar="DIR", help="default: each run's own data")
     parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
     options = parser.parse_args(arguments)
 
     console, device = Console(), pick_device(options.device)
+    if options.papers:
+        for path in write_systems(find_runs(options.runs), options.out, device):
+            console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+        return 0
     for folder in options.runs:
         run = open_run(folder)
         if options.data is not None:

@@ -73,7 +73,7 @@ def heatmap(
         low, colours = (-largest, "RdBu") if signed else (0.0, "Reds")
         axes.imshow(values, cmap=colours, vmin=low, vmax=largest, aspect="auto")
         texts = [[f"{v:.2f}" if signed else f"{v:.0%}" for v in row] for row in values]
-        _numbers(axes, values / largest, texts)
+        numbers_in_cells(axes, values / largest, texts)
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         return _svg(figure)
@@ -89,7 +89,7 @@ def confusion_matrix(answers: Answers) -> str:
         figure, axes = _axes((max(side, _SQUARE[0]), max(side - 0.2, _SQUARE[1])))
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         if len(names) <= 12:
-            _numbers(axes, shares, [[str(count) for count in row] for row in counts])
+            numbers_in_cells(axes, shares, [[str(count) for count in row] for row in counts])
         axes.set_xticks(range(len(names)), names, rotation=0 if len(names) <= 6 else 90)
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="predicted", ylabel="label")
@@ -114,7 +114,9 @@ def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _numbers(axes: Axes, shades: npt.NDArray[np.float64], texts: Sequence[Sequence[str]]) -> None:
+def numbers_in_cells(
+    axes: Axes, shades: npt.NDArray[np.float64], texts: Sequence[Sequence[str]]
+) -> None:
     """Write the numbers of a matrix into its cells, light on those whose shade is near 1 or -1."""
     for row, line in enumerate(texts):
         for column, text in enumerate(line):

@@ -1,0 +1,68 @@
+"""Where a model errs: labels against predictions as pictures, counts and worst examples."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from .pictures import numbers_in_cells
+from .record import Answers
+
+
+def counts(answers: Answers) -> npt.NDArray[np.int64]:
+    """Return how often each label (row) got each prediction (column), both as whole numbers.
+
+    Scores are rounded to the nearest label.
+    """
+    low, high = int(answers.form.low), int(answers.form.high)
+    places = [
+        np.floor(np.asarray(values) + 0.5).astype(np.int64).clip(low, high) - low
+        for values in (answers.labels, answers.predictions)
+    ]
+    found = np.zeros((high - low + 1, high - low + 1), dtype=np.int64)
+    np.add.at(found, tuple(places), 1)
+    return found
+
+
+def write_heatmaps(answers: Mapping[str, Answers], path: Path) -> None:
+    """Draw labels against predictions of every task side by side, into a PNG file.
+
+    A row's shades are its shares; its numbers count examples.
+    """
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(3.4 * len(answers), 3.3), layout="constrained", dpi=120)
+        for number, (task, found) in enumerate(answers.items(), start=1):
+            matrix = counts(found)
+            shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+            axes = figure.add_subplot(1, len(answers), number)
+            axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+            numbers_in_cells(axes, shares, [[str(count) for count in row] for row in matrix])
+            labels = [str(int(found.form.low) + step) for step in range(len(matrix))]
+            axes.set_xticks(range(len(labels)), labels)
+            axes.set_yticks(range(len(labels)), labels)
+            axes.set(title=f"{task}  {found.score:.3f}", xlabel="predicted", ylabel="label")
+        figure.savefig(path, metadata={"Software": None})
+
+
+def markdown(title: str, answers: Mapping[str, Answers]) -> str:
+    """Return counts of predictions over and under their labels, and the worst examples."""
+    lines = [f"## {title}", "", "| task | examples | over | under |", "| --- | --- | --- | --- |"]
+    for task, found in answers.items():
+        over = int((found.predictions > found.labels).sum())
+        under = int((found.predictions < found.labels).sum())
+        lines.append(f"| {task} | {len(found.labels):,} | {over:,} | {under:,} |")
+    for task, found in answers.items():
+        lines += ["", f"Worst of {task} (label, prediction, text):", ""]
+        lines += [
+            f"- {mistake.label}, {mistake.prediction}: {_escaped(' / '.join(mistake.sentences))}"
+            for mistake in found.mistakes
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Keep signs that mean something in Markdown as they are."""
+    return "".join(f"\\{sign}" if sign in "\\`*_[]<>#|" else sign for sign in text)
