@@ -1,0 +1,63 @@
+"""PCGrad inside Lightning: manual optimization, Lightning's own optimizer takes the step.
+
+python -m examples.pcgrad_lightning [--steps N]
+"""
+
+import argparse
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from examples.two_tasks import TwoTaskBert, batches
+from kernels import PCGrad
+
+
+class Batches(IterableDataset):
+    """The batches of both tasks."""
+
+    def __iter__(self):
+        """Return them."""
+        return batches()
+
+
+class TwoTasks(lightning.LightningModule):
+    """Trains on both tasks' losses at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = TwoTaskBert()
+        self.totals: list[float] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Keep the plain optimizer for Lightning, which counts its steps; wrap it beside that."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=5e-4)
+        self.surgery = PCGrad(optimizer)
+        return optimizer
+
+    def training_step(self, batch: dict[str, dict[str, Tensor]]) -> None:
+        """Train on one batch of each task."""
+        losses = self.model.losses(batch)
+        self.surgery.zero_grad()  # of the tasks, too, which Lightning's optimizer does not know
+        self.surgery.pc_backward(losses)  # instead of self.manual_backward(sum(losses))
+        self.optimizers().step()
+        self.totals.append(sum(loss.item() for loss in losses))
+
+
+def main(arguments: list[str] | None = None) -> list[float]:
+    """Train; return the sum of the losses at every step."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=200)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    module = TwoTasks()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(max_steps=options.steps, accelerator="cpu", **quiet)
+    trainer.fit(module, DataLoader(Batches(), batch_size=None))
+    return module.totals
+
+
+if __name__ == "__main__":
+    print(main()[-1])

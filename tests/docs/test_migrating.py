@@ -1,0 +1,92 @@
+"""The snippets of the migration page run, and give what the code they replace gives."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchjd.aggregation import UPGrad
+
+from kernels import balancing
+from tests.conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs" / "migrating.md").read_text(encoding="utf-8")
+
+
+def run_snippet(heading: str, **names: object) -> dict[str, object]:
+    """Run the Python of a section; return all names."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    scope = {"torch": torch, **names}
+    exec(compile(code, f"migrating.md, {heading}", "exec"), scope)
+    return scope
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def losses_of(model: nn.Module) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(32, 6, generator=generator), torch.randn(32, 3, generator=generator)
+    return list((model(x) - y).square().mean(0))
+
+
+def jacobian(model: nn.Module) -> Tensor:
+    """The task gradients ``[K, P]``, one backward pass each."""
+    rows = []
+    for loss in losses_of(model):
+        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("heading", ["The widely copied PCGrad class", "TorchJD"])
+def test_wrapped_optimizers(model: nn.Module, heading: str) -> None:
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    rows = jacobian(model)
+    loss_a, loss_b, loss_c = losses_of(model)
+    run_snippet(heading, model=model, loss_a=loss_a, loss_b=loss_b, loss_c=loss_c)
+    assert all(
+        not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)
+    )
+    combined = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    if heading == "TorchJD":
+        # Both solve the same quadratic program; theirs to 1e-4 of the trace at least.
+        torch.testing.assert_close(combined, UPGrad()(rows), rtol=1e-3, atol=1e-4)
+    else:
+        # The mean of projections; no method moves it out of the span of the task gradients.
+        coefficients = torch.linalg.lstsq(rows.T, combined[:, None]).solution
+        torch.testing.assert_close(rows.T @ coefficients, combined[:, None])
+        assert (coefficients > 1 / 3 - 1e-3).all()
+
+
+def test_attention() -> None:
+    torch.manual_seed(0)
+    hidden, attention_mask = (
+        torch.randn(3, 5, 8),
+        torch.tensor([[1] * n + [0] * (5 - n) for n in (5, 2, 3)]),
+    )
+    scope = run_snippet("flash-attn", hidden=hidden, attention_mask=attention_mask, heads=2)
+    query = hidden.view(3, 5, 2, 4).transpose(1, 2)
+    mask = attention_mask.bool()[:, None, None]
+    expected = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+    expected = expected.transpose(1, 2).flatten(2) * attention_mask[..., None]
+    torch.testing.assert_close(scope["padded"], expected)
+
+
+def test_layer_norm() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(7, 48)
+    scope = run_snippet("apex", hidden=hidden)
+    torch.testing.assert_close(scope["normalised"], F.layer_norm(hidden, (48,), eps=1e-12))
+
+
+def test_the_methods_that_the_page_names_exist() -> None:
+    named = set(re.findall(r"balancing\.(\w+)", PAGE))
+    methods: list[Callable[..., Tensor]] = [getattr(balancing, name) for name in named]
+    assert len(methods) >= 10

@@ -1,0 +1,26 @@
+"""The examples run, learn, and do what they say."""
+
+import pytest
+
+from examples import finetune_sentence_transformers, pcgrad_lightning, pcgrad_loop
+
+# The trainers warn of what their own libraries deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_pcgrad_in_a_loop_learns() -> None:
+    totals = pcgrad_loop.main(["--steps", "12"])
+    assert sum(totals[-3:]) < sum(totals[:3])
+
+
+def test_pcgrad_in_lightning_is_the_same_training() -> None:
+    totals = pcgrad_lightning.main(["--steps", "5"])
+    assert totals == pytest.approx(pcgrad_loop.main(["--steps", "5"]), rel=1e-5)
+
+
+def test_sentence_transformers_trains_on_our_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = finetune_sentence_transformers.main(["--steps", "40"])
+    assert scores["pearson_cosine"] > 0.3
+    printed = capsys.readouterr().out
+    assert "attention=(''" in printed
+    assert "encoder.layer.1.output.LayerNorm" in printed
