@@ -23,10 +23,11 @@ def test_one_compilation_serves_all_token_counts(door: str) -> None:
 
 # Inductor's own imports warn of what torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_default_compiler_takes_a_layer_in_one_graph() -> None:
+def test_the_default_compiler_takes_a_model_in_one_graph() -> None:
     def layer(s: Stream) -> Tensor:
         attended = DOORS["flash_attn_varlen_qkvpacked_func"](s).flatten(1)
-        return DOORS["dropout_add_layer_norm by task"](s) + 2 * attended
+        embedded = DOORS["embedding_layer_norm by task"](s)
+        return attended + 2 * DOORS["linear by task"](s._replace(x=s.x + embedded.repeat(1, 3)))
 
     torch._dynamo.reset()
     stream = Stream.of(21)
