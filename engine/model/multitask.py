@@ -186,6 +186,6 @@ class MultitaskModel(nn.Module):
         """
         heads = [cast(Head, self.heads[task]) for task in tasks]
         return [
-            head.loss(own, labels) if len(own) else own.sum()
+            head.loss(own, labels) if own.numel() else own.sum()
             for head, own, labels in zip(heads, scores, batch.labels, strict=True)
         ]

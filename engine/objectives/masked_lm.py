@@ -51,7 +51,8 @@ class MaskedLmHead(nn.Module):
         """
         labels = states.labels
         assert isinstance(labels, MaskedTokens), "the batch has no masks"
-        logits = self.logits(states.tokens[labels.positions], states)
+        masked = states.tokens[labels.positions]
+        logits = self.logits(masked, states.shared.word, states.segments(len(masked)))
         loss = F.cross_entropy(logits, labels.targets)
         if self.pooler is None or self.follows is None:
             return loss
@@ -60,14 +61,20 @@ class MaskedLmHead(nn.Module):
         follows = at_least_fp32(self.follows(self.pooler(first).tanh())).squeeze(1)
         return loss + F.binary_cross_entropy_with_logits(follows, labels.is_next)
 
-    def logits(self, hidden: Tensor, states: TaskStates) -> Tensor:
-        """Return a logit for each word of the table: ``[m, H]`` to fp32 ``[m, V]``."""
+    def logits(
+        self, hidden: Tensor, word: Embedding, segments: kernels.TaskSegments | None = None
+    ) -> Tensor:
+        """Return a logit for each word of the table: ``[m, H]`` to fp32 ``[m, V]``.
+
+        Args:
+            hidden: ``[m, H]``.
+            word: the table.
+            segments: of the m rows, when task gradients are collected.
+        """
         changed = self.norm(F.gelu(self.transform(hidden)))
-        word: Embedding = states.shared.word
         rows = None
-        if word.rows is not None and states.row is not None:
+        if word.rows is not None and segments is not None:
             rows = kernels.TaskRows(word.rows.buffer, word.rows.weight_columns)
-        segments = states.segments(len(changed))
         scores = kernels.linear(changed, word.weight, rows=rows, segments=segments)
         return at_least_fp32(scores + self.bias)
 

@@ -1,0 +1,107 @@
+"""``python -m engine.fill RUN``: what stands behind [MASK], before training and after."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from .data.pack import join
+from .data.part import Part
+from .data.tokenizer import Tokenizer
+from .door import Parser, run_door
+from .errors import InputError
+from .model.multitask import MultitaskModel
+from .objectives.masked_lm import MaskedLmHead
+from .run import Run, open_run
+from .runtime.precision import pick_device
+
+_MASK = "[MASK]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the door; return its exit status."""
+    parser = Parser(
+        prog="python -m engine.fill",
+        description="Show the likeliest words behind [MASK], by a run whose recipe has masked LM: "
+        "as the run began, and by its best checkpoint.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument(
+        "sentences",
+        nargs="*",
+        default=["This movie was [MASK]."],
+        metavar="SENTENCE",
+        help='with one [MASK] each (default: "This movie was [MASK].")',
+    )
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="words (default: 5)")
+    parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
+    options = parser.parse_args(arguments)
+
+    run, device = open_run(options.run), pick_device(options.device)
+    name = _objective(run)
+    after, _ = run.trained_model(device)
+    models = {"before": run.initial_model().to(device).eval(), "after": after}
+    console = Console()
+    for sentence in options.sentences:
+        console.print(sentence, markup=False, highlight=False)
+        for when, model in models.items():
+            words = likeliest(model, name, run.tokenizer, sentence, options.top)
+            found = "  ".join(f"{word} {share:.1%}" for word, share in words)
+            console.print(f"  {when:6}  {found}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def likeliest(
+    model: MultitaskModel, objective: str, tokenizer: Tokenizer, sentence: str, count: int
+) -> list[tuple[str, float]]:
+    """Return the likeliest words behind the mask of a sentence, and their probabilities.
+
+    Args:
+        model: in evaluation mode; ``objective`` is a masked LM of it.
+        objective: its name.
+        tokenizer: the model's.
+        sentence: with one ``[MASK]``.
+        count: how many words.
+
+    Raises:
+        InputError: the sentence has no mask, or several.
+    """
+    tokens = tokenizer.encode([sentence], model.encoder.config.max_position_embeddings).tokens
+    (masks,) = np.nonzero(tokens == tokenizer.mask_id)
+    if len(masks) != 1:
+        raise InputError(f"{sentence!r}: expected one {_MASK}, found {len(masks)}")
+    part = Part(
+        task=objective,
+        tokens=tokens.astype(np.int64),
+        sizes=np.array([len(tokens)]),
+        columns=1,
+        labels=None,
+    )
+    head, word = model.heads[objective], model.encoder.embeddings.word
+    assert isinstance(head, MaskedLmHead)
+    with torch.inference_mode():
+        hidden = model.encoder(join([part]).to(word.weight.device))
+        probabilities = head.logits(hidden[masks], word).softmax(1)
+    shares, ids = probabilities[0].topk(count)
+    return [
+        (tokenizer.id_to_token(number) or str(number), share)
+        for number, share in zip(ids.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def _objective(run: Run) -> str:
+    """Return the run's masked LM.
+
+    Raises:
+        InputError: it has none.
+    """
+    for name, settings in run.recipe.objectives.items():
+        if settings.kind != "simcse":
+            return name
+    raise InputError(f"{run.folder}: its recipe has no masked LM; take a run of superbert, say")
+
+
+if __name__ == "__main__":
+    run_door(main)
