@@ -1,6 +1,7 @@
 """``python -m bench.plot JSON… --out DIR``: draws a record of any benchmark here.
 
-One panel a case, one bar a contestant: its median time as a multiple of the first one's, which is
+The growth of the step has a picture of its own (bench/plot_growth.py).  For all others there is
+one panel a case, one bar a contestant: its median time as a multiple of the first one's, which is
 this project's, with the 20 % and 80 % quantiles as whiskers.
 """
 
@@ -17,8 +18,10 @@ matplotlib.use("agg")  # draws into files, wherever it runs
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from . import harness
+from .plot_growth import draw_growth
 
 _COLUMNS = 3
 _OURS, _THEIRS = "#1b6ca8", "#b8b8b8"
@@ -73,6 +76,21 @@ def _draw(axes: Axes, name: str, samples: Samples) -> None:
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
     """Draw a record into a picture whose format the path's ending tells."""
+    growth = record["benchmark"] == "step growth"
+    figure = draw_growth(record["results"]) if growth else _draw_cases(record)
+    environment = record["environment"]
+    of_first = "" if growth else ": time as a multiple of the first"
+    figure.suptitle(
+        f"{record['benchmark']} on {environment['device']}{of_first} "
+        f"(commit {environment['commit'][:7]}, {environment['date'][:10]})",
+        fontsize=10,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_cases(record: Mapping[str, Any]) -> Figure:
     found = list(cases(record["results"], record["benchmark"]))
     if not found:
         raise SystemExit(f"no timings in a record of {record['benchmark']!r}")
@@ -89,15 +107,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         axes.set_visible(False)
     for axes, (name, samples) in zip(grid.flat, found, strict=False):
         _draw(axes, name, samples)
-    environment = record["environment"]
-    figure.suptitle(
-        f"{record['benchmark']} on {environment['device']}: time as a multiple of the first "
-        f"(commit {environment['commit'][:7]}, {environment['date'][:10]})",
-        fontsize=10,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def main() -> None:

@@ -117,7 +117,7 @@ def _samples(
 ) -> dict[str, list[float]]:
     torch.manual_seed(0)
     numbers = itertools.count()
-    steps = {name: _step(case, name, vocab_size, device) for name in ("pcgrad", "sum")}
+    steps = _steps(case, vocab_size, device)
     current = [batches[0]]
     return harness.interleave(
         {
@@ -131,7 +131,8 @@ def _samples(
     )
 
 
-def _step(case: Case, balance: str, vocab_size: int, device: torch.device) -> MultitaskStep:
+def _steps(case: Case, vocab_size: int, device: torch.device) -> dict[str, MultitaskStep]:
+    """PCGrad and the sum on one model: two of the largest would not fit into small memories."""
     layers, width, heads = SHAPES[case.shape]
     config = EncoderConfig(
         vocab_size=vocab_size,
@@ -152,16 +153,19 @@ def _step(case: Case, balance: str, vocab_size: int, device: torch.device) -> Mu
     flat = FlatParameters(model, tasks, device=device, compute_dtype=pick_dtype("auto", device))
     parts = Parts(flat, tasks, "model")
     trained = TrainedTasks(tasks, (case.examples,) * case.num_tasks)
-    method = build_method(balance, trained, BalanceSettings())
-    return MultitaskStep(
-        model,
-        tasks,
-        flat,
-        AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01),
-        parts,
-        Balance(method, parts.owners, device),
-        loss_weights=[1.0] * case.num_tasks,
-        clip_norm=1.0,
-        seed=0,
-        execution=Execution("auto", device),
-    )
+    optimizer = AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    return {
+        name: MultitaskStep(
+            model,
+            tasks,
+            flat,
+            optimizer,
+            parts,
+            Balance(build_method(name, trained, BalanceSettings()), parts.owners, device),
+            loss_weights=[1.0] * case.num_tasks,
+            clip_norm=1.0,
+            seed=0,
+            execution=Execution("auto", device),
+        )
+        for name in ("pcgrad", "sum")
+    }

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from bench import step, step_growth
+from bench import plot, step, step_growth
 
 
 def run(monkeypatch, tmp_path, *arguments: str) -> dict:
@@ -34,3 +34,5 @@ def test_growth(monkeypatch, tmp_path):
     small, large = record["results"]["tasks"]
     assert (small["num_tasks"], large["num_tasks"]) == (2, 5)
     assert large["seconds"].keys() == {"pcgrad", "sum"}
+    plot.draw(record, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
