@@ -4,13 +4,14 @@
 #   make train    setup, then a multitask run on the embedded demo corpus
 #   make test     setup, then the whole test suite
 #   make check    formatting, lint and types, as CI runs them
+#   make docs     the pages under docs/ and of every public name, into build/docs
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTENSION_SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup setup-dev train test check clean
+.PHONY: setup setup-dev train test check docs clean
 
 setup: $(VENV)/.built
 
@@ -27,6 +28,9 @@ check: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
+
+docs: setup-dev
+	$(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf $(VENV) build kernels/*.so

@@ -14,7 +14,7 @@ from .scoring import Scores, score_splits, write_scores
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     parser = Parser(
-        prog="python -m engine.evaluate",
+        prog=f"python -m {__package__}.evaluate",
         description="Score a run's best checkpoint; print a table and write metrics.json.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")

@@ -15,7 +15,7 @@ from .scoring import read_scores
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     parser = Parser(
-        prog="python -m engine.export",
+        prog=f"python -m {__package__}.export",
         description="Write a run's best checkpoint as a folder that transformers.AutoModel and "
         "sentence_transformers.SentenceTransformer load, with its heads and a model card.",
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from . import recipe as recipes
 from .door import Parser
 
-PROGRAM = "python -m engine.train"
+PROGRAM = f"python -m {__package__}.train"
 
 
 def parser() -> Parser:

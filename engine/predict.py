@@ -20,7 +20,7 @@ from .scoring import predict
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     parser = Parser(
-        prog="python -m engine.predict",
+        prog=f"python -m {__package__}.predict",
         description="Predict every row of a file: a line each, in its order (id, prediction).",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")

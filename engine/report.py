@@ -16,7 +16,7 @@ from .runtime.precision import pick_device
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     parser = Parser(
-        prog="python -m engine.report",
+        prog=f"python -m {__package__}.report",
         description="Write a self-contained HTML page for each run: curves, task gradients, "
         "conflict by layer, answers on the dev data, examples that went wrong.",
     )

@@ -106,7 +106,7 @@ def _time_limit(minutes: float | None) -> Iterator[threading.Event]:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m engine.sweep",
+        prog=f"python -m {__package__}.sweep",
         description="Train several runs below one folder; called again, go on where it was.",
     )
     add = parser.add_argument

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import engine
+
 from .conftest import REPOSITORY
 
 
@@ -105,3 +107,55 @@ def test_installed_beside_its_namesake_neither_hides_the_other(installed, namesa
     theirs, ours = map(Path, process.stdout.split())
     assert theirs.parent == namesake / "kernels"
     assert ours.parent == installed / "superbert" / "kernels"
+
+
+@pytest.fixture(scope="module")
+def hugging_face_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real library ``kernels``, in a folder of its own."""
+    target = tmp_path_factory.mktemp("namesake")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    command = [*pip, "install", "--no-deps", "--target", str(target), "kernels==0.17.2"]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("pip cannot fetch Hugging Face's kernels here")
+    return target
+
+
+def test_installed_beside_hugging_faces_kernels_both_work(
+    installed, hugging_face_kernels, tmp_path
+):
+    code = (
+        "import sys; sys.path.append(sys.argv[1]);"
+        "import torch, kernels, superbert.kernels as ours; from transformers import BertModel;"
+        "print(kernels.get_kernel.__module__, ours.gram(torch.ones(1, 2)).item())"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(installed)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(hugging_face_kernels)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    module, dot = process.stdout.split()
+    assert module.startswith("kernels.")
+    assert float(dot) == 2.0
+
+
+def test_the_installed_commands_bring_all_their_files(installed, tmp_path):
+    code = (
+        "from superbert.engine import export, report, train\n"
+        "tiny = ['limit=32', 'epochs=1', 'encoder.hidden_size=32', 'encoder.num_hidden_layers=1']\n"
+        "assert train.main(['demo', '--out', 'run', '--set', *tiny]) == 0\n"
+        "assert report.main(['run', '--out', 'pages']) == 0\n"
+        "assert export.main(['run', '--to', 'model']) == 0\n"
+    )
+    run_python(code, folder=tmp_path, path=installed)
+    assert (tmp_path / "pages" / "run.html").is_file()
+    assert (tmp_path / "model" / "heads.safetensors").is_file()
+
+
+def test_the_wheel_is_typed_and_has_the_packages_version(installed):
+    for package in ("engine", "kernels"):
+        assert (installed / "superbert" / package / "py.typed").is_file()
+    (metadata,) = installed.glob("superbert_engine-*.dist-info/METADATA")
+    assert f"Version: {engine.__version__}\n" in metadata.read_text()
