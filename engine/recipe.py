@@ -177,10 +177,13 @@ class Recipe(_Settings):
     graphs on a GPU, eager on a CPU."""
     max_graphs: Positive = 8
     """The most CUDA graphs, and so the shapes that batches are filled up to for them."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides initial weights, batches, dropout and the order of surgery."""
     log_every: Positive = 10
     """Steps between reads of the metrics; every step has its line all the same."""
+    max_skipped: Count = 20
+    """Stop after so many steps in a row whose loss or gradient was not finite (each is skipped);
+    0: never."""
     sinks: tuple[Literal[SINKS], ...] = ()  # type: ignore[valid-type]
     """Where metrics go besides the run's folder: tensorboard, wandb, wandb_offline."""
     watch_layers: Count = 0

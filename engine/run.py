@@ -11,7 +11,7 @@ checkpoints/     see engine/runtime/checkpoint.py
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,11 +43,23 @@ _FREE_TO_CHANGE = {
     "checkpoint_every",
     "distribute",
     "keep_checkpoints",
+    "max_skipped",
     "max_steps",
     "timeout",
     "data",
     "init",
 }
+
+
+_BEFORE_RECIPE = {
+    "config.json",
+    "config.json.partial",
+    "recipe.toml.partial",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+}
+"""What a run has written when it is cut off before its recipe."""
 
 
 class Run(NamedTuple):
@@ -76,12 +88,16 @@ class Run(NamedTuple):
         return Checkpoints(self.folder / "checkpoints")
 
     def write(self) -> None:
-        """Write the folder's settings: recipe, encoder's shape, tokenizer."""
-        with explained("write", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.tokenizer.save(self.folder)
-        shape = json.dumps(self.config.to_huggingface(), indent=2) + "\n"
-        write_text(self.folder / "config.json", shape)
+        """Write the folder's settings: recipe, encoder's shape, tokenizer.
+
+        The recipe comes last: a folder that has one has the rest, which never changes.
+        """
+        if not (self.folder / "recipe.toml").exists():
+            with explained("write", self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.tokenizer.save(self.folder)
+            shape = json.dumps(self.config.to_huggingface(), indent=2) + "\n"
+            write_text(self.folder / "config.json", shape)
         write_text(self.folder / "recipe.toml", self.recipe.to_toml())
 
     def split(self, task: str, split: Split) -> TokenizedSplit:
@@ -213,14 +229,21 @@ def _demo_folder() -> Path:
     return folder
 
 
-def begin(recipe: Recipe, folder: Path) -> Run:
+def begin(recipe: Recipe, folder: Path, *, leftovers: Collection[str] = ()) -> Run:
     """Plan a run in ``folder``; nothing is written yet.
+
+    Args:
+        recipe: the settings.
+        folder: of the run.
+        leftovers: names that it may hold already.
 
     Raises:
         InputError: the folder holds something already, or the encoder or data cannot be used.
     """
     with explained("look into", folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or any(path.name not in leftovers for path in folder.iterdir())
+        ):
             holds = "a run" if (folder / "recipe.toml").exists() else "something"
             hint = " or pass --resume to go on with it" if holds == "a run" else ""
             raise InputError(f"--out {folder}: holds {holds} already; give another folder{hint}")
@@ -278,7 +301,7 @@ def resume(recipe: Recipe, folder: Path) -> Run:
         InputError: the run was made with other settings.
     """
     if not (folder / "recipe.toml").is_file():
-        return begin(recipe, folder)
+        return begin(recipe, folder, leftovers=_BEFORE_RECIPE)
     run = open_run(folder)
     made_with, now = run.recipe.model_dump(), recipe.model_dump()
     for key in now.keys() - _FREE_TO_CHANGE:

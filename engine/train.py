@@ -26,6 +26,7 @@ from .options import overrides, parser
 from .recipe import Recipe
 from .run import Run
 from .runtime.distributed import Ranks
+from .runtime.failure import memory_explained
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
@@ -60,6 +61,7 @@ def train(training: Training, console: Console) -> Signals | None:
             written = log.add(step, lr, tokens, report, warmup)
             if written:
                 bar.show(progress.phase_step + 1, log.latest)
+                training.check_skipped(log, progress)
             if written or ranks.size == 1:  # ranks wait for each other only now and then
                 stopping = ranks.any(bool(stop))
 
@@ -104,7 +106,8 @@ def train_run(
         if ranks.leads:
             run.write()  # only now: what cannot be trained leaves no folder behind
         describe(console, training)
-        signal = train(training, console)
+        with memory_explained(training.recipe.batch_size, training.recipe.micro_batches):
+            signal = train(training, console)
         print_warmup(console, training.step.execution)
         if signal is not None:
             return signal

@@ -1,7 +1,9 @@
 """What a training run works with, put together from its recipe."""
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -25,6 +27,7 @@ from .recipe import Recipe
 from .run import Run
 from .runtime.distributed import Ranks
 from .runtime.execution import Execution
+from .runtime.failure import write_batch
 from .runtime.gpu import GpuMeter
 from .runtime.manifest import Manifest, Progress, read_manifest
 from .runtime.metrics_log import MetricsLog
@@ -232,6 +235,25 @@ class Training:
         state.restore(tensors)
         self.exchange.publish()
         return done
+
+    def check_skipped(self, log: MetricsLog, progress: Progress) -> None:
+        """Stop the run when too many steps in a row were skipped; write down the first one's batch.
+
+        Raises:
+            InputError: so it is; the message names the file.
+        """
+        if not self.recipe.max_skipped or len(log.skipped) < self.recipe.max_skipped:
+            return
+        step = log.skipped[0]
+        name = f"skipped-{step:08}" + (f"-rank-{self.ranks.rank}" if self.ranks.size > 1 else "")
+        path = self.run.folder / f"{name}.json"
+        with closing(self.loader(step - progress.phase_start)) as loader:
+            batches = list(islice(loader, self.recipe.micro_batches))
+        write_batch(path, batches, self.run.tokenizer, {"step": step})
+        raise InputError(
+            f"loss or gradient not finite in {len(log.skipped)} steps in a row, from step {step} "
+            f"on, whose batch is in {path}; lower lr, or see that batch"
+        )
 
     def save(self, progress: Progress) -> None:
         """Begin to write a checkpoint to go on from."""

@@ -201,6 +201,7 @@ class MultitaskStep:
         guard = kernels.update_guard(
             scaled_grams, weights, max_norm=self.clip_norm, loss_scale=scale
         )
+        guard = guard._replace(skip=guard.skip | ~torch.isfinite(losses).all())
         if self.loss_scale is not None:
             self.loss_scale.update(guard.skip)
         self.optimizer.step(

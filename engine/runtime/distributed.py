@@ -195,7 +195,10 @@ def _open_store(patience: timedelta) -> Store:
     return store
 
 
+_SIGNS = ("gloo", "timed out", "timeout", "connection", "peer", "pair closure", "socket", "pipe")
+
+
 def _is_about_a_peer(error: RuntimeError) -> bool:
     """Tell a broken or silent connection of gloo, which has no exception of its own, from bugs."""
     text = str(error).lower()
-    return any(sign in text for sign in ("gloo", "timed out", "connection ", "peer"))
+    return any(sign in text for sign in _SIGNS)

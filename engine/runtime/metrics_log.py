@@ -58,6 +58,8 @@ class MetricsLog:
         self._tokens, self._since = 0, time.perf_counter()
         self.latest: dict[str, Any] = {}
         """The line of the last step that was written."""
+        self.skipped: list[int] = []
+        """The steps up to the last one that were skipped in a row."""
         if self._ranks.leads:
             _cut(self._steps, start)
             _cut(self._evaluations, start + 1)  # an evaluation is of a number of steps done
@@ -127,6 +129,8 @@ class MetricsLog:
         for sink, line in itertools.product(self._sinks, lines):
             sink.log(line, line["step"])
         self.latest = lines[-1]
+        for line in lines:
+            self.skipped = [*self.skipped, line["step"]] if line["skipped"] else []
         self._waiting.clear()
         self.restart_clock()
 

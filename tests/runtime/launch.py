@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.door import run_door
 from engine.train import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -57,10 +58,14 @@ def launch(ranks: int, runs: Sequence[Sequence[str]], log: Path) -> None:
     assert statuses == [0] * ranks, log.read_text()
 
 
-if __name__ == "__main__":
+def _be_a_rank() -> int:
+    status = 0
     for number, arguments in enumerate(json.loads(sys.argv[1])):
         if number:  # each run opens a store of its own
             os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-        status = main(arguments)
-        if status:
-            sys.exit(status)
+        status = status or main(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    run_door(_be_a_rank)

@@ -20,6 +20,7 @@ from ..engine.conftest import TINY
 from .launch import launch
 
 EXACTLY = (
+    "limit=640",  # one evaluation, at the end
     "schedule=constant",
     "warmup=0",
     "dropout=0",
@@ -27,7 +28,7 @@ EXACTLY = (
     "encoder.attention_probs_dropout_prob=0",
 )
 CASES = {
-    "sharded": (),
+    "sharded": ("max_steps=6",),
     "replicated": ("distribute=replicated", "surgery=tensor", "max_steps=3"),
     "uneven": ("batch_size=7", "max_steps=3", "clip_norm=0.5", "weight_decay=0.1"),
     "a task on one rank": ("batch_size=1", "max_steps=3", "surgery=layer", "balance=gradvac"),
@@ -82,10 +83,10 @@ def runs(model, tmp_path_factory) -> Path:
     assert main(arguments("from-one", (*EXACTLY, STOPPED))) == 0
     random = {"random": (STOPPED,), "random again": (STOPPED,)}
     on_two = [arguments(f"two-{name}", settings) for name, settings in (exact | random).items()]
-    on_two.append(arguments("from-one", EXACTLY, "--resume"))
+    on_two.append(arguments("from-one", (*EXACTLY, "max_steps=6"), "--resume"))
     on_two.append(arguments("from-two", (*EXACTLY, STOPPED)))
     launch(2, on_two, root / "log")
-    assert main(arguments("from-two", EXACTLY, "--resume")) == 0
+    assert main(arguments("from-two", (*EXACTLY, "max_steps=6"), "--resume")) == 0
     return root
 
 

@@ -1,0 +1,65 @@
+"""What a run does when numbers or memory fail it."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.pack import PackedBatch
+from ..data.tokenizer import Tokenizer
+from ..errors import InputError
+from .files import write_text
+
+
+@contextmanager
+def memory_explained(batch_size: int, micro_batches: int) -> Iterator[None]:
+    """Turn memory that does not suffice into one line with what to lower.
+
+    Raises:
+        InputError: in place of what torch and Python raise.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU's allocator has no exception of its own.
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        raise InputError(
+            f"out of memory: lower batch_size (now {batch_size}), raise micro_batches (now "
+            f"{micro_batches}), or set checkpoint_layers=true"
+        ) from error
+
+
+def write_batch(
+    path: Path, batches: Iterable[PackedBatch], tokenizer: Tokenizer, why: dict[str, Any]
+) -> None:
+    """Write a step's examples as JSON that people read: tokens, text and label of each.
+
+    Raises:
+        InputError: the disk is full, or the like.
+    """
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for batch in batches:
+        for number, task in enumerate(batch.tasks):
+            tasks.setdefault(task, []).extend(_examples(batch, number, tokenizer))
+    write_text(path, json.dumps(why | {"tasks": tasks}, indent=1) + "\n")
+
+
+def _examples(batch: PackedBatch, number: int, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    first, count = batch.task_offsets[number], batch.examples[number]
+    bounds = list(pairwise(batch.cu_seqlens.tolist()))
+    labels = batch.labels[number]
+    for example in range(count):
+        own = [first + example + column * count for column in range(batch.columns[number])]
+        tokens = [batch.input_ids[slice(*bounds[sequence])].tolist() for sequence in own]
+        yield {
+            "text": [tokenizer.decode(ids) for ids in tokens],
+            "tokens": tokens,
+            "label": float(labels[example]) if isinstance(labels, Tensor) else None,
+        }
