@@ -1,0 +1,105 @@
+"""``python3 -m bench.new_user --data DIR --init MODEL --json FILE``: a stranger tries the README.
+
+Clones the repository into a fresh folder and runs the commands of the README, those and no others,
+in their order, with DIR and MODEL filled in; each gets its seconds and what it printed last.  The
+suite (``make test``) and the benchmarks are left out.  It needs nothing but Python.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+_TRIED = ("make train", "make setup-dev", ". .venv", "python -m engine.", "python -m examples.")
+_TAIL = 12
+
+
+def commands(readme: str) -> Iterator[str]:
+    """Yield the commands of a README's indented blocks, continued lines joined, comments off."""
+    for line in re.sub(r" \\\n +", " ", readme).splitlines():
+        command = line.strip().split("  #")[0].strip()
+        if line.startswith("    ") and command.startswith(_TRIED):
+            yield command
+
+
+def fill_in(command: str, data: Path, init: str, steps: int | None) -> str:
+    """Put a folder, a model and, if asked for, a shorter run into a command."""
+    command = re.sub(r"\bDIR\b", str(data), re.sub(r"\bMODEL\b", init, command))
+    return command if steps is None else re.sub(r"--max-steps \d+", f"--max-steps {steps}", command)
+
+
+def main() -> int:
+    """Try everything; return 1 if a command failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the CS224N files")
+    parser.add_argument("--init", required=True, help="a BERT: folder or hub name")
+    parser.add_argument("--steps", type=int, help="of the real run (default: the README's)")
+    parser.add_argument("--json", type=Path, required=True, help="where the record goes")
+    options = parser.parse_args()
+
+    records = []
+    with tempfile.TemporaryDirectory() as name:
+        clone = Path(name) / "superbert-engine"
+        subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
+        home = {"SUPERBERT_CACHE": f"{name}/cache"}
+        activation = "true"
+        for command in commands((clone / "README.md").read_text(encoding="utf-8")):
+            filled = fill_in(command, options.data.resolve(), options.init, options.steps)
+            if command.startswith(". "):
+                activation = command
+                continue
+            records.append(_try(f"{activation} && {filled}", command, clone, home))
+            print(
+                f"{records[-1]['seconds']:8.1f} s  {records[-1]['status']}  {command}", flush=True
+            )
+    record = {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "machine": {"cores": os.cpu_count(), "processor": _processor()},
+        "python": platform.python_version(),
+        "steps_of_the_real_run": options.steps or "as the README says",
+        "commands": records,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return int(any(record["status"] for record in records))
+
+
+def _try(line: str, command: str, folder: Path, extra: dict[str, str]) -> dict[str, object]:
+    """Run a line of bash; return the command's record."""
+    environment = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"} | extra
+    start = time.perf_counter()
+    process = subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    seconds = round(time.perf_counter() - start, 1)
+    tail = process.stdout.replace(str(folder), ".").splitlines()[-_TAIL:]
+    return {"command": command, "seconds": seconds, "status": process.returncode, "tail": tail}
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
