@@ -1,7 +1,13 @@
 """What the trial takes out of the README is what a new user would type."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from bench import new_user
 from bench.new_user import commands, fill_in
 from tests.conftest import REPOSITORY
 
@@ -35,3 +41,28 @@ def test_placeholders_are_filled_in() -> None:
     filled = "python -m engine.train cgs --data /data --init bert --max-steps 7"
     assert fill_in(command, Path("/data"), "bert", 7) == filled
     assert fill_in(command, Path("/data"), "bert", None) == filled.replace(" 7", " 1330")
+
+
+def test_a_trial_is_recorded_whatever_comes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "README.md").write_text(
+        "    make train   # the demo\n    . .venv/activate\n    python -m engine.none DIR MODEL\n"
+    )
+    (repository / "Makefile").write_text(
+        "train:\n\t@mkdir .venv && echo export HELLO=1 > .venv/activate && echo trained\n"
+    )
+    git = ["git", "-C", str(repository), "-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    record = tmp_path / "results" / "record.json"
+    monkeypatch.setattr(new_user, "REPOSITORY", repository)
+    options = ["--data", str(tmp_path), "--init", "bert", "--json", str(record)]
+    monkeypatch.setattr(sys, "argv", ["new_user", *options])
+    assert new_user.main() == 1
+    first, second = json.loads(record.read_text())["commands"]
+    assert (first["command"], first["status"], first["tail"]) == ("make train", 0, ["trained"])
+    assert second["status"] != 0
+    assert "engine" in second["tail"][-1]
