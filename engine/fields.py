@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from .multitask.balance import METHODS
 from .recipe import Recipe
+from .wording import table_of
 
 ANY_NAME = "NAME"
 """Stands for a name that the recipe chooses: of a task, of an objective."""
@@ -50,24 +50,13 @@ def print_fields(console: Console) -> None:
 def _fields_of(model: type[BaseModel], prefix: str) -> Iterator[RecipeField]:
     for name, info in model.model_fields.items():
         key = prefix + name
-        table = _table(info.annotation)
+        table = table_of(info.annotation)
         if table is not None:
             named = get_origin(info.annotation) is dict
             yield from _fields_of(table, f"{key}.{ANY_NAME}." if named else f"{key}.")
             continue
         text = " ".join((info.description or "").split())
         yield RecipeField(key, _default(info), _choices(info.annotation), text)
-
-
-def _table(annotation: Any) -> type[BaseModel] | None:
-    """Return the model of a field that is a table, or a table of them."""
-    candidates = [annotation]
-    if get_origin(annotation) in (dict, Union, UnionType):
-        candidates = list(get_args(annotation))
-    for candidate in candidates:
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
 
 
 def _default(info: FieldInfo) -> str:

@@ -5,60 +5,33 @@ the default below, and ``--set key=value`` replaces any field, nested ones by a 
 (``tasks.sts.features=cosine``).  An unknown key is an error that names the nearest known one.
 """
 
-import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from .data.formats import FORMATS, FileFormat
 from .data.order import ORDERS
-from .data.source import TaskSource
 from .errors import InputError
-from .model.heads import FEATURES, LOSSES
 from .model.states import POOLINGS
 from .multitask.balance import METHODS, TORCHJD, BalanceSettings
 from .multitask.exchange import MODES
 from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
 from .objectives.recipe import ObjectiveRecipe
+from .recipe_tables import Count, EncoderRecipe, Fraction, Positive, Settings, TaskRecipe
 from .runtime.execution import EXECUTIONS
 from .runtime.precision import PRECISIONS
 from .runtime.sinks import SINKS
+from .wording import first_problem, nearest
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class TaskRecipe(_Settings):
-    """How one task is read off the encoder."""
-
-    features: Literal[FEATURES]  # type: ignore[valid-type]
-    """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
-    difference, shared, cosine, cosine_shifted, pearson (engine/model/features.py)."""
-    loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
-    """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
-    that of a share of their range; mse."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
-    source: TaskSource | None = None
-    """Where the examples come from and what they look like; a built-in task needs none."""
 
 
 _OF_A_PHASE = (
@@ -69,30 +42,7 @@ _OF_A_PHASE = (
 """The settings that a phase may have of its own."""
 
 
-class EncoderRecipe(_Settings):
-    """The encoder that is trained from scratch when no ``--init`` gives weights."""
-
-    vocab_size: Annotated[int, Field(ge=16)] = 4096
-    """Most entries of the WordPiece vocabulary, which is learnt from the training sentences."""
-    hidden_size: Positive = 128
-    """Width."""
-    num_hidden_layers: Positive = 2
-    """Layers."""
-    num_attention_heads: Positive = 4
-    """Attention heads of a layer; they share the width."""
-    intermediate_size: Positive = 512
-    """Width of the feed-forward layer."""
-    max_position_embeddings: Annotated[int, Field(ge=3)] = 128
-    """Longest sequence."""
-    initializer_range: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Standard deviation of initial weights."""
-    hidden_dropout_prob: Fraction = 0.1
-    """Dropout of embeddings and of layer outputs."""
-    attention_probs_dropout_prob: Fraction = 0.1
-    """Dropout of attention probabilities."""
-
-
-class Recipe(_Settings):
+class Recipe(Settings):
     """Every setting of a run."""
 
     description: str = ""
@@ -208,7 +158,7 @@ class Recipe(_Settings):
         for name, task in self.tasks.items():
             if name not in FORMATS and task.source is None:
                 raise ValueError(
-                    f"tasks.{name}: no such task{_nearest(name, FORMATS)}; "
+                    f"tasks.{name}: no such task{nearest(name, FORMATS)}; "
                     f"a task of your own needs [tasks.{name}.source]"
                 )
             if not _TASK_NAME.fullmatch(name) or name == "overall":
@@ -216,7 +166,7 @@ class Recipe(_Settings):
         known = [*self.tasks, *self.objectives]
         for name in self.train:
             if name not in known:
-                raise ValueError(f"train: {name!r} is not among tasks{_nearest(name, known)}")
+                raise ValueError(f"train: {name!r} is not among tasks{nearest(name, known)}")
         for name, objective in self.objectives.items():
             if not _TASK_NAME.fullmatch(name) or name in self.tasks:
                 raise ValueError(f"objectives.{name}: give it letters, digits, _, -, and no task's")
@@ -231,7 +181,7 @@ class Recipe(_Settings):
             )
         if self.balance not in METHODS and not self.balance.startswith(TORCHJD):
             raise ValueError(
-                f"balance = {self.balance!r}: no such method{_nearest(self.balance, METHODS)}"
+                f"balance = {self.balance!r}: no such method{nearest(self.balance, METHODS)}"
             )
         return self
 
@@ -258,7 +208,7 @@ class Recipe(_Settings):
             try:
                 self._phase(name)
             except ValidationError as error:
-                raise ValueError(f"phases.{name}.{_first_problem(error)}") from None
+                raise ValueError(f"phases.{name}.{first_problem(error, Recipe)}") from None
         if self.phases and not list(self.in_phases.values())[-1].scored:
             raise ValueError("phases: the last one trains no task, so there is nothing to score")
         return self
@@ -272,7 +222,7 @@ class Recipe(_Settings):
         for key in self.phases[name]:
             if key not in _OF_A_PHASE:
                 raise ValueError(
-                    f"phases.{name}: no setting of a phase: {key}{_nearest(key, _OF_A_PHASE)}"
+                    f"phases.{name}: no setting of a phase: {key}{nearest(key, _OF_A_PHASE)}"
                 )
         return Recipe.model_validate(
             self.model_dump(exclude={"phases"}, exclude_unset=True) | self.phases[name]
@@ -307,7 +257,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        known = "" if name.endswith(".toml") else _nearest(name, names())
+        known = "" if name.endswith(".toml") else nearest(name, names())
         raise InputError(f"recipe {name}: not found{known}; --list shows all") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path}: not TOML ({error})") from None
@@ -316,7 +266,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        raise InputError(f"recipe {name}: {_first_problem(error)}") from None
+        raise InputError(f"recipe {name}: {first_problem(error, Recipe)}") from None
 
 
 def override(key: str, value: object) -> str:
@@ -338,32 +288,3 @@ def _apply(fields: dict[str, Any], override: str) -> None:
         fields[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         fields[last] = text.strip()
-
-
-def _first_problem(error: ValidationError) -> str:
-    """Put pydantic's first finding into one line: key, what is wrong, what is known."""
-    problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"]]
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        return f"unknown key {'.'.join(location)}{_nearest(location[-1], known)}"
-    if not location:
-        return message
-    return f"{'.'.join(location)} = {problem['input']!r}: {message}"
-
-
-def _fields_at(location: Sequence[str]) -> Mapping[str, Any]:
-    if not location:
-        return Recipe.model_fields
-    if location[-1] == "source":
-        return TaskSource.model_fields
-    if location[0] == "objectives":
-        return ObjectiveRecipe.model_fields
-    tables: dict[str, type[BaseModel]] = {"encoder": EncoderRecipe, "balancing": BalanceSettings}
-    return tables.get(location[0], TaskRecipe).model_fields
-
-
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
