@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .part import Examples, Indices, Labels, Part, empty_part, map_labels, ranges
+from .part import Examples, Indices, Labels, Part, empty_part, fill_labels, map_labels, ranges
 from .shapes import BatchShape, ShapePlan
 
 
@@ -195,7 +195,7 @@ def join(parts: Sequence[Part], shape: BatchShape | None = None) -> PackedBatch:
         task_offsets=_offsets([len(one.sizes) for one in laid]),
         sequences=tuple(len(part.sizes) for part in parts),
         token_offsets=_offsets(tokens),
-        labels=tuple(part.labels for part in parts),
+        labels=tuple(part.labels if shape is None else fill_labels(part.labels) for part in parts),
         examples=tuple(part.examples for part in parts),
         columns=tuple(part.columns for part in parts),
         padding=sum(tokens) - sum(len(part.tokens) for part in parts),

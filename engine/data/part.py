@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+from torch.nn import functional as F
 
 Indices = npt.NDArray[np.int64]
 
@@ -16,7 +17,7 @@ class MaskedTokens(NamedTuple):
 
     Attributes:
         positions: int64 ``[m]``, the masked tokens among the tokens of the part.
-        targets: int64 ``[m]``, what stood there.
+        targets: int64 ``[m]``, what stood there; -100 for one that does not count.
         is_next: float32 ``[n]``, 1 where an example's second segment follows its first in the
             text; None without next sentence prediction.
     """
@@ -76,6 +77,20 @@ class Examples(Protocol):
 
     def part(self, chosen: Indices, step: int, /) -> Part:
         """Return the chosen examples; ``step`` decides what is random about them."""
+
+
+_MASKED_ROOM = 64
+"""Masked tokens are filled up to a multiple of this where batches have few shapes."""
+
+
+def fill_labels(labels: Labels | None) -> Labels | None:
+    """Fill masked tokens up with ones that do not count: position 0, target -100."""
+    if not isinstance(labels, MaskedTokens):
+        return labels
+    room = (0, -len(labels.positions) % _MASKED_ROOM)
+    return MaskedTokens(
+        F.pad(labels.positions, room), F.pad(labels.targets, room, value=-100), labels.is_next
+    )
 
 
 def map_labels(labels: Labels | None, move: Callable[[Tensor], Tensor]) -> Labels | None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from engine.data.formats import FORMATS
 from engine.data.pack import pack
+from engine.data.shapes import ShapePlan
 from engine.data.tokenizer import Tokenizer
 from engine.model.config import EncoderConfig
 from engine.model.multitask import MultitaskModel
@@ -57,14 +58,14 @@ def model(tokenizer) -> MultitaskModel:
     )
 
 
-def batch_of(tokenizer, names, step: int = 0):
+def batch_of(tokenizer, names, step: int = 0, plan: ShapePlan | None = None):
     sources = [
         random_split("sst", 5, vocab=97, seed=1)
         if name == "sst"
         else build_examples(name, ObjectiveRecipe(kind=name), TEXTS, tokenizer, 64, 0)
         for name in names
     ]
-    return pack(sources, [np.arange(5)] * len(names), step)
+    return pack(sources, [np.arange(5)] * len(names), step, plan)
 
 
 def expected_rows(model, batch, names):
@@ -100,6 +101,22 @@ def test_rows_equal_k_backward_passes_step_after_step(model, tokenizer, names):
         for name, row in flat.named_views(flat.rows):
             assert within_twice(row, plain[name], references[name], scale), (step, name)
         model.encoder.embeddings.wipe_rows(batch, batch.token_offsets)
+
+
+def test_filled_batches_have_the_same_losses(model, tokenizer):
+    """Padding tokens and masks that do not count, as batches of few shapes have them."""
+    names = ("sst", *KINDS)
+    model.eval()
+    plain = batch_of(tokenizer, names)
+    counts = np.diff(plain.token_offsets)[None] + np.array([[3, 40, 1, 9]])
+    filled = batch_of(tokenizer, names, plan=ShapePlan({names: counts}, 1, 64))
+    assert filled.num_tokens > plain.num_tokens
+    for masked in (1, 2):
+        assert len(filled.labels[masked].targets) % 64 == 0
+    with torch.no_grad():
+        losses = [model.losses(model(b, names), b, names) for b in (plain, filled)]
+    for ours, theirs in zip(*losses, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_masked_lm_is_that_of_transformers(model, tokenizer):
