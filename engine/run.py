@@ -3,12 +3,11 @@
 recipe.toml      every setting, resolved
 config.json      the encoder's shape, as in a Hugging Face model folder
 tokenizer.json   (and vocab.txt, tokenizer_config.json)
-metrics.jsonl    a line for every training step
+metrics.jsonl    a line for every training step; evaluations.jsonl, for every evaluation
 metrics.json     the scores of the last evaluation
 checkpoints/     see engine/runtime/checkpoint.py
 """
 
-import hashlib
 import itertools
 import json
 from collections.abc import Collection, Iterable
@@ -18,12 +17,11 @@ from typing import NamedTuple
 import torch
 
 from . import recipe as recipes
-from .data import demo
-from .data.cache import default_cache, load_split
+from .data.cache import load_split
 from .data.formats import FORMATS, FileFormat
 from .data.part import Examples
 from .data.read import OnBadRow, Table
-from .data.source import DataFile, Origin, Split
+from .data.source import Origin, Split
 from .data.split import TokenizedSplit
 from .data.tokenizer import Tokenizer
 from .errors import InputError
@@ -33,9 +31,10 @@ from .model.multitask import MultitaskModel
 from .objectives.build import build_examples, build_head
 from .objectives.masked_lm import MaskedLmHead
 from .objectives.text import lines_of, sentences_of
+from .origins import data_folder, origin
 from .recipe import Recipe
 from .runtime.checkpoint import Checkpoints, load_weights
-from .runtime.files import explained, whole_folder, write_text
+from .runtime.files import explained, write_text
 from .runtime.manifest import Progress
 
 _FREE_TO_CHANGE = {
@@ -48,6 +47,8 @@ _FREE_TO_CHANGE = {
     "timeout",
     "data",
     "init",
+    "sinks",
+    "watch_layers",
 }
 
 
@@ -195,38 +196,6 @@ class Run(NamedTuple):
     def with_data(self, folder: Path) -> "Run":
         """Return the same run with another data set."""
         return self._replace(recipe=self.recipe.model_copy(update={"data": str(folder)}))
-
-
-def origin(recipe: Recipe, task: str, split: Split) -> Origin:
-    """Return where a split of a task comes from.
-
-    Raises:
-        InputError: the recipe names no data for it.
-    """
-    source = recipe.tasks[task].source if task in recipe.tasks else None
-    if source is None:
-        return DataFile(FORMATS[task].file(data_folder(recipe), split))
-    return source.origin(task, split, data_folder(recipe) if recipe.data else None)
-
-
-def data_folder(recipe: Recipe) -> Path:
-    """Return the folder of the data set: the recipe's, or that of the demo corpus."""
-    if not recipe.data:
-        return _demo_folder()
-    folder = Path(recipe.data)
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder; give the folder of the data files")
-    return folder
-
-
-def _demo_folder() -> Path:
-    """Return the folder of the demo corpus, written once for each version of its grammar."""
-    version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:12]
-    folder = default_cache() / f"demo-{version}"
-    if not folder.exists():
-        with whole_folder(folder) as partial:
-            demo.write_demo(partial)
-    return folder
 
 
 def begin(recipe: Recipe, folder: Path, *, leftovers: Collection[str] = ()) -> Run:

@@ -11,7 +11,8 @@ import torch
 
 from ..data.formats import FileFormat
 from ..errors import InputError
-from ..run import Run, origin
+from ..origins import origin
+from ..run import Run
 from ..runtime.metrics_log import EVALUATIONS, STEPS
 from ..scoring import answers, score
 

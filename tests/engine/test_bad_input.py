@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from engine import evaluate, predict, train
 from engine.data.cache import default_cache
 from engine.door import run_door
+from engine.origins import data_folder
 from engine.recipe import load
-from engine.run import data_folder
 
 from .conftest import TINY
 

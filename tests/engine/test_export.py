@@ -19,7 +19,8 @@ from engine.data.loader import evaluation_batches
 from engine.data.read import read_table
 from engine.errors import InputError
 from engine.model.states import pool
-from engine.run import data_folder, open_run
+from engine.origins import data_folder
+from engine.run import open_run
 from engine.scoring import predict
 from examples import score_exported
 

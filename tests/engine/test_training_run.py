@@ -144,7 +144,7 @@ def test_predict_writes_a_line_for_every_row_in_order(tiny_run, tmp_path, task):
     folder = tiny_run("run")
     from engine.data.formats import FORMATS
     from engine.data.read import read_table
-    from engine.run import data_folder
+    from engine.origins import data_folder
 
     form = FORMATS[task]
     source = form.file(data_folder(open_run(folder).recipe), "test")

@@ -1,0 +1,48 @@
+"""Where the data of a recipe lie."""
+
+import hashlib
+from pathlib import Path
+
+from .data import demo
+from .data.cache import default_cache
+from .data.formats import FORMATS
+from .data.source import DataFile, Origin, Split
+from .errors import InputError
+from .recipe import Recipe
+from .runtime.files import whole_folder
+
+
+def origin(recipe: Recipe, task: str, split: Split) -> Origin:
+    """Return where a split of a task comes from.
+
+    Raises:
+        InputError: the recipe names no data for it.
+    """
+    source = recipe.tasks[task].source if task in recipe.tasks else None
+    if source is None:
+        return DataFile(FORMATS[task].file(data_folder(recipe), split))
+    return source.origin(task, split, data_folder(recipe) if recipe.data else None)
+
+
+def data_folder(recipe: Recipe) -> Path:
+    """Return the folder of the data set: the recipe's, or that of the demo corpus.
+
+    Raises:
+        InputError: the recipe names none that exists.
+    """
+    if not recipe.data:
+        return _demo_folder()
+    folder = Path(recipe.data)
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: no such folder; give the folder of the data files")
+    return folder
+
+
+def _demo_folder() -> Path:
+    """Return the folder of the demo corpus, written once for each version of its grammar."""
+    version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:12]
+    folder = default_cache() / f"demo-{version}"
+    if not folder.exists():
+        with whole_folder(folder) as partial:
+            demo.write_demo(partial)
+    return folder
