@@ -86,7 +86,9 @@ class CudaGraphs:
         """Record the function, without running it, on copies of the batches."""
         own = [batch.map(Tensor.clone) for batch in batches]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Other threads (the one that pins batches) may go on calling CUDA meanwhile.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
             result = function(own)
         return Recording(own, result, graph.replay)
 
