@@ -9,6 +9,10 @@ class InputError(Exception):
     exception is a defect of the engine.
     """
 
+    def __init__(self, message: str) -> None:
+        # What was given may be part of the message, line ends and all.
+        super().__init__(" ".join(message.splitlines()))
+
 
 class LostRankError(Exception):
     """Another process of the run died or hangs; this one cannot go on alone.

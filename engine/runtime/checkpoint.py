@@ -15,12 +15,14 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -124,20 +126,37 @@ def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
     return manifest.progress
 
 
+@contextmanager
+def readable(checkpoint: Path) -> Iterator[None]:
+    """Say in one line that a checkpoint cannot be read, whatever torch and safetensors raise.
+
+    Raises:
+        InputError: in place of it.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, CheckpointException) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"{checkpoint}: damaged: {reason[-1][:200]}") from error
+
+
 def _weights_by_name(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of a ``step`` checkpoint, by one process however many wrote it."""
     reader = HuggingFaceStorageReader(str(checkpoint))
-    stored = reader.read_metadata().state_dict_metadata
-    wanted = {
-        name: torch.empty(entry.size)
-        for name, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata) and name.startswith(("master.", "frozen."))
-    }
-    with warnings.catch_warnings(action="ignore"):  # of being one process
-        load(wanted, storage_reader=reader, no_dist=True)
-    for name, place in manifest.places.items():
-        flat = wanted[f"master.{place.bucket}"].flatten()
-        yield name, flat[place.offset : place.offset + math.prod(place.shape)].view(place.shape)
+    with readable(checkpoint):
+        stored = reader.read_metadata().state_dict_metadata
+        wanted = {
+            name: torch.empty(entry.size)
+            for name, entry in stored.items()
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(("master.", "frozen."))
+        }
+        with warnings.catch_warnings(action="ignore"):  # of being one process
+            load(wanted, storage_reader=reader, no_dist=True)
+        for name, place in manifest.places.items():
+            flat = wanted[f"master.{place.bucket}"].flatten()
+            yield name, flat[place.offset : place.offset + math.prod(place.shape)].view(place.shape)
     for name, tensor in wanted.items():
         if name.startswith("frozen."):
             yield name.removeprefix("frozen."), tensor

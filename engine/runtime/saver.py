@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ..errors import InputError
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, readable
 from .distributed import Ranks
 from .files import sync
 from .manifest import Manifest, seal
@@ -107,18 +107,19 @@ class Saver:
             InputError: it lacks one of them, or has it in another size.
         """
         reader = HuggingFaceStorageReader(str(path))
-        stored = reader.read_metadata().state_dict_metadata
-        for name, tensor in state.items():
-            size = getattr(stored.get(name), "size", None)
-            if size != tensor.shape:
-                found = "missing" if size is None else f"of shape {list(size)}"
-                raise InputError(f"{path}: {name} is {found}, expected {list(tensor.shape)}")
-        load(
-            state,
-            storage_reader=reader,
-            process_group=self._ranks.checkpoint_group,
-            no_dist=self._ranks.size == 1,
-        )
+        with readable(path):
+            stored = reader.read_metadata().state_dict_metadata
+            for name, tensor in state.items():
+                size = getattr(stored.get(name), "size", None)
+                if size != tensor.shape:
+                    found = "missing" if size is None else f"of shape {list(size)}"
+                    raise InputError(f"{path}: {name} is {found}, expected {list(tensor.shape)}")
+            load(
+                state,
+                storage_reader=reader,
+                process_group=self._ranks.checkpoint_group,
+                no_dist=self._ranks.size == 1,
+            )
 
 
 class _Writer(HuggingFaceStorageWriter):
