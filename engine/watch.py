@@ -10,6 +10,7 @@ from rich.console import Console
 from .data.split import TokenizedSplit
 from .runtime.execution import Execution
 from .runtime.manifest import Progress
+from .runtime.traffic import measure_traffic
 from .training import Training
 
 
@@ -25,6 +26,11 @@ def describe(console: Console, training: Training) -> None:
         f"({str(parameters.compute.dtype).removeprefix('torch.')})",
         soft_wrap=True,
     )
+    if training.ranks.size > 1:
+        traffic = measure_traffic(training.exchange, parameters, training.optimizer)
+        console.print(
+            f"{training.ranks.size} ranks, {recipe.distribute}: {traffic}", soft_wrap=True
+        )
     splits = [split for split in training.train_sets if isinstance(split, TokenizedSplit)]
     for split in [*splits, *training.dev_sets.values()]:
         if split.truncated:

@@ -18,7 +18,7 @@ from ..runtime.launch import start
 
 _SETTINGS = [
     *("encoder.hidden_size=32", "encoder.num_hidden_layers=2", "encoder.num_attention_heads=2"),
-    *("encoder.intermediate_size=48", "encoder.vocab_size=256", "limit=320", "max_steps=120"),
+    *("encoder.intermediate_size=48", "encoder.vocab_size=256", "limit=320", "epochs=4"),
     *("checkpoint_every=2", "log_every=1", "timeout=30"),
 ]
 
@@ -41,7 +41,7 @@ def kill_runs(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         run = folder / f"run-{number}"
         while done < kills:
             processes = _begin(run)
-            if _killed(processes, draw.uniform(0, duration), draw):
+            if _killed(processes, run, duration, draw):
                 done += 1
                 early += not list((run / "checkpoints").glob("step-*"))
             else:
@@ -78,13 +78,25 @@ def _begin(folder: Path) -> list[subprocess.Popen[bytes]]:
     return start(2, [arguments], folder.parent / "log")
 
 
-def _killed(processes: list[subprocess.Popen[bytes]], after: float, draw: random.Random) -> bool:
-    """Kill one process or both after some seconds; return False if the run was done by then."""
-    end = time.monotonic() + after
+def _killed(
+    processes: list[subprocess.Popen[bytes]], folder: Path, duration: float, draw: random.Random
+) -> bool:
+    """Kill one process or both; return False if the run was done by then.
+
+    Half of the moments are anywhere between start and end, half while steps are taken.
+    """
+    metrics = folder / "metrics.jsonl"
+    in_training = draw.random() < 0.5
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    end = time.monotonic() + draw.uniform(0, duration)
     while time.monotonic() < end:
         if all(process.poll() is not None for process in processes):
             assert [process.returncode for process in processes] == [0, 0]
             return False
+        if in_training and metrics.exists() and metrics.stat().st_mtime_ns > before:
+            in_training, end = False, time.monotonic() + draw.uniform(0, 1)
+        elif in_training:
+            end = time.monotonic() + 1
         time.sleep(0.01)
     victims = draw.choice([processes[:1], processes[1:], processes])
     for process in victims:

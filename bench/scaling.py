@@ -1,0 +1,190 @@
+"""``python -m bench.scaling``: what a step should take on N ranks, by arithmetic.
+
+    time(N) = max(compute, compute before the last buckets + exposed) + gather + update / N
+
+A rank computes on its share of the batch.  A bucket's K gradient rows are on their way as soon as
+the backward pass has left its layer; the links carry one bucket after the other, each in
+
+    K (N - 1) latency + (N - 1) / N * bytes / bandwidth        (ring reduce-scatter, row by row)
+
+What is not done when the backward pass ends is exposed: embeddings, and biases and norms, always
+are.  The new weights are all-gathered by the same formula.  The figures that go in are measured
+(compute and update on one rank, latency and bandwidth on two); nothing is fitted to what comes out.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What a step computes and sends.
+
+    Attributes:
+        buckets: parameters of each bucket, in the order in which the backward pass completes them
+            (heads, last layer, ..., first layer).
+        late: parameters of those that it completes at its end (embeddings, biases and norms).
+        tasks: K gradient rows.
+        row_bytes: of a gradient and of a weight that the model computes with, 4 or 2.
+    """
+
+    buckets: Sequence[int]
+    late: int
+    tasks: int
+    row_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """P."""
+        return sum(self.buckets) + self.late
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What was measured, or is assumed.
+
+    Attributes:
+        forward: seconds of the forward pass of the whole batch on one rank.
+        backward: of its backward pass.
+        update: of surgery and optimizer on one rank, which all ranks share.
+        latency: seconds of one hop of a collective.
+        bandwidth: bytes a second that a rank sends while all do.
+    """
+
+    forward: float
+    backward: float
+    update: float
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Seconds of a step on N ranks, and memory of one.
+
+    Attributes:
+        compute: forward and backward pass on a rank's share of the batch.
+        exposed: waiting for gradients after the backward pass.
+        update: surgery and optimizer on a rank's part.
+        gather: all-gather of the new weights.
+        sent: bytes that a rank sends in a step.
+        memory: bytes of weights, gradient rows and moments on a rank.
+    """
+
+    compute: float
+    exposed: float
+    update: float
+    gather: float
+    sent: float
+    memory: float
+
+    @property
+    def step(self) -> float:
+        """All of it."""
+        return self.compute + self.exposed + self.update + self.gather
+
+
+def predict(model: Model, machine: Machine, ranks: int, *, weak: bool = False) -> Prediction:
+    """Go through one step's backward pass bucket by bucket.
+
+    Args:
+        model: what is sent.
+        machine: how fast.
+        ranks: N.
+        weak: each rank has a batch as large as one rank's; otherwise they share one.
+    """
+    share = 1.0 if weak else 1 / ranks
+    forward, backward = machine.forward * share, machine.backward * share
+    computed = forward
+    link_free = 0.0
+    for parameters in model.buckets:
+        computed += backward * parameters / sum(model.buckets)
+        link_free = max(link_free, computed) + _ring(model, machine, ranks, parameters, model.tasks)
+    link_free = max(link_free, computed) + _ring(model, machine, ranks, model.late, model.tasks)
+    gather = sum(_ring(model, machine, ranks, size, 1) for size in (*model.buckets, model.late))
+    sent = (ranks - 1) / ranks * model.parameters * model.row_bytes * (model.tasks + 1)
+    own = model.parameters / ranks
+    low = 0 if model.row_bytes == 4 else model.row_bytes
+    whole = model.parameters * model.row_bytes * (model.tasks + 1)
+    part = own * (model.row_bytes * model.tasks + 3 * 4 + low)
+    return Prediction(
+        compute=computed,
+        exposed=link_free - computed,
+        update=machine.update / ranks,
+        gather=gather,
+        sent=sent,
+        memory=whole + (part if ranks > 1 else model.parameters * 8 + low * model.parameters),
+    )
+
+
+def _ring(model: Model, machine: Machine, ranks: int, parameters: int, rows: int) -> float:
+    """Return the seconds of a ring reduce-scatter or all-gather."""
+    if ranks == 1:
+        return 0.0
+    moved = (ranks - 1) / ranks * parameters * model.row_bytes * rows
+    return rows * (ranks - 1) * machine.latency + moved / machine.bandwidth
+
+
+def bert_base(tasks: int, row_bytes: int) -> Model:
+    """BERT-base: 12 layers of 7.08 M matrix elements, 23.8 M of embeddings, 0.12 M of vectors."""
+    layer = 4 * 768 * 768 + 2 * 768 * 3072
+    embeddings = (30522 + 512 + 2) * 768
+    vectors = 2 * 768 + 12 * (3 * 768 + 768 + 3072 + 768 + 4 * 768)
+    return Model(
+        buckets=[10_000, *[layer] * 12],
+        late=embeddings + vectors,
+        tasks=tasks,
+        row_bytes=row_bytes,
+    )
+
+
+def main() -> int:
+    """Print the table for a machine that the options describe."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    add = parser.add_argument
+    add("--forward", type=float, default=0.020, help="seconds of the batch on one rank")
+    add("--backward", type=float, default=0.040, help="seconds, likewise")
+    add("--update", type=float, default=0.002, help="seconds on one rank")
+    add("--latency", type=float, default=10e-6, help="seconds a hop")
+    add("--bandwidth", type=float, default=100e9, help="bytes a second a rank sends")
+    add("--tasks", type=int, default=3)
+    add("--row-bytes", type=int, choices=[2, 4], default=2)
+    add("--ranks", type=int, nargs="+", default=[1, 8, 64, 1024])
+    add("--weak", action="store_true", help="a batch for each rank instead of one for all")
+    add("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    model = bert_base(options.tasks, options.row_bytes)
+    machine = Machine(
+        forward=options.forward,
+        backward=options.backward,
+        update=options.update,
+        latency=options.latency,
+        bandwidth=options.bandwidth,
+    )
+    table = Table("ranks", "step ms", "compute", "exposed", "update", "gather", "sent MiB", "GiB")
+    records = []
+    for ranks in options.ranks:
+        one = predict(model, machine, ranks, weak=options.weak)
+        seconds = (one.step, one.compute, one.exposed, one.update, one.gather)
+        table.add_row(
+            str(ranks),
+            *(f"{1e3 * value:.2f}" for value in seconds),
+            f"{one.sent / 2**20:.0f}",
+            f"{one.memory / 2**30:.2f}",
+        )
+        names = ("step", "compute", "exposed", "update", "gather")
+        records.append({"ranks": ranks, **dict(zip(names, seconds, strict=True))})
+    Console().print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

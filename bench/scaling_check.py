@@ -1,0 +1,122 @@
+"""``torchrun --nproc-per-node N -m bench.scaling_check``: the arithmetic against a real step.
+
+All ranks first take steps that exchange nothing, at the same time, so that they share the machine
+as they do later; then exchanges with nothing to hide behind; and from both the prediction of
+:mod:`bench.scaling` for steps that exchange.  These are measured last.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from engine import recipe as recipes
+from engine.multitask.exchange import Alone
+from engine.run import begin
+from engine.runtime.distributed import Ranks
+from engine.training import Training
+
+from .scaling import Machine, Model, predict
+
+_SHARE_OF_BACKWARD = 2 / 3  # of the products of a step: two of three
+
+
+def measure(training: Training, steps: int) -> dict[str, float]:
+    """Return seconds: of a step ``alone``, of it ``predicted`` with exchange, and ``measured``."""
+    with closing(training.loader(0)) as loader:
+        batches = list(itertools.islice(loader, steps))
+
+    def take(number: int) -> None:
+        training.step([batches[number]], number, 1e-5)
+
+    exchange, training.step.exchange = training.step.exchange, Alone()
+    alone = _seconds(take, steps)
+    training.step.exchange = exchange
+    latency, bandwidth = _link(training.parameters.rows.dtype)
+    machine = Machine(
+        forward=(1 - _SHARE_OF_BACKWARD) * alone,
+        backward=_SHARE_OF_BACKWARD * alone,
+        update=0.0,  # in both
+        latency=latency,
+        bandwidth=bandwidth,
+    )
+    of_step = predict(_model(training), machine, training.ranks.size, weak=True)
+    return {
+        "ranks": training.ranks.size,
+        "alone": alone,
+        "latency": latency,
+        "bandwidth": bandwidth,
+        "predicted": of_step.step,
+        "measured": _seconds(take, steps),
+    }
+
+
+def _model(training: Training) -> Model:
+    sizes = {bucket.name: bucket.size for bucket in training.parameters.layout.buckets}
+    late = sum(sizes.pop(name, 0) for name in ("encoder.embeddings", "adapters", "vectors"))
+    rows = training.parameters.rows
+    return Model(
+        buckets=list(sizes.values())[::-1],
+        late=late,
+        tasks=len(rows),
+        row_bytes=rows.element_size(),
+    )
+
+
+def _link(dtype: torch.dtype) -> tuple[float, float]:
+    """Return the latency of a hop and the bytes a second of a reduce-scatter, by two sizes."""
+    ranks = dist.get_world_size()
+
+    def reduce(count: int) -> float:
+        whole, part = torch.zeros(count * ranks, dtype=dtype), torch.zeros(count, dtype=dtype)
+        scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        return _seconds(lambda _: scatter(part, whole), 9)
+
+    small, large = 64, 1 << 20
+    latency = reduce(small) / (ranks - 1)
+    moved = (ranks - 1) * large * dtype.itemsize
+    return latency, moved / (reduce(large) - (ranks - 1) * latency)
+
+
+def _seconds(work: Callable[[int], object], count: int) -> float:
+    """Return the median time of ``work(0)`` to ``work(count - 1)``, begun together by all ranks."""
+    taken = []
+    for number in range(count):
+        dist.barrier()
+        begun = time.perf_counter()
+        work(number)
+        taken.append(time.perf_counter() - begun)
+    return median(taken[1:])
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling_check", description=__doc__)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    ranks, device = Ranks.from_environment(), torch.device("cpu")
+    shape = ["hidden_size=256", "num_hidden_layers=4", "intermediate_size=1024", "vocab_size=8000"]
+    recipe = recipes.load("demo", ["precision=fp32", *(f"encoder.{field}" for field in shape)])
+    with ranks.joined(device, recipe.timeout), tempfile.TemporaryDirectory() as folder:
+        with ranks.in_turn():
+            training = Training.build(begin(recipe, Path(folder) / "run"), device, ranks)
+        result = measure(training, options.steps)
+    if ranks.leads:
+        text = json.dumps(result, indent=1)
+        print(text)
+        if options.json is not None:
+            options.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
