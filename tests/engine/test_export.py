@@ -13,7 +13,7 @@ from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
-from engine import __version__, export
+from engine import __version__, export, train
 from engine.data.formats import FORMATS
 from engine.data.loader import evaluation_batches
 from engine.data.read import read_table
@@ -24,6 +24,8 @@ from engine.run import open_run
 from engine.scoring import predict
 from examples import score_exported
 
+from .conftest import TINY
+
 CPU = torch.device("cpu")
 # From wide weights, sentences differ by far more than fp32 rounds, also in their first tokens.
 WIDE = "encoder.initializer_range=0.5"
@@ -33,12 +35,15 @@ HEADS = ("tasks.sst.features=single", "tasks.quora.features=difference")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture
-def exported(tiny_run, tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run's folder, and the folder it was exported to."""
-    run = tiny_run("run", settings=("encoder.num_hidden_layers=2", *HEADS))
-    assert export.main([str(run), "--to", str(tmp_path / "model")]) == 0
-    return run, tmp_path / "model"
+    folder = tmp_path_factory.mktemp("exported")
+    run, model = folder / "run", folder / "model"
+    settings = [*TINY, "encoder.num_hidden_layers=2", *HEADS]
+    assert train.main(["demo", "--out", str(run), "--set", *settings]) == 0
+    assert export.main([str(run), "--to", str(model)]) == 0
+    return run, model
 
 
 def test_hidden_states_agree_with_transformers(exported):
