@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from .runtime.failure import memory_explained
 from .training import Training
 
 _STEPS = 3
@@ -23,13 +24,17 @@ def show_plan(console: Console, training: Training) -> None:
     """Print the resolved recipe, and the memory and time that training needs.
 
     The first batches are really trained on, in memory alone: nothing is written.
+
+    Raises:
+        InputError: the memory does not suffice.
     """
     console.print(training.run.recipe.to_toml(), markup=False, highlight=False, soft_wrap=True)
     if len(training.run.recipe.in_phases) > 1:
         console.print("Of the first phase; the others begin with its weights.")
     table = Table("what", "needs")
-    for what, needs in _plan(training):
-        table.add_row(what, needs)
+    with memory_explained(training.recipe.batch_size, training.recipe.micro_batches):
+        for what, needs in _plan(training):
+            table.add_row(what, needs)
     console.print(table)
 
 
@@ -55,25 +60,26 @@ def _plan(training: Training) -> Iterator[tuple[str, str]]:
     yield "tokens a step", f"{tokens:,.0f}"
     yield "seconds a step", f"{seconds:.3g}"
     whole = timedelta(seconds=round(seconds * training.total_steps))
-    yield "time, without evaluations", str(whole)
+    yield "time, without evaluations and warming up", str(whole)
 
 
 def _try_steps(training: Training) -> tuple[float, float, int]:
     """Train a few steps; return their median seconds, mean tokens, and peak memory in bytes."""
     on_gpu = training.device.type == "cuda"
-    parts = training.recipe.micro_batches
+    parts, execution = training.recipe.micro_batches, training.step.execution
     seconds, tokens = [], []
     with closing(training.loader(0)) as loader:
         batches = (batch.to(training.device) for batch in loader)
-        # The first step compiles and touches memory for the first time.
+        # The first step touches memory for the first time.
         steps = zip(range(1 + _STEPS), *[batches] * parts, strict=False)
         for step, *batch in itertools.islice(steps, min(1 + _STEPS, training.total_steps)):
-            start = time.perf_counter()
+            start, warmed_up = time.perf_counter(), execution.warmup_seconds
             training.step(batch, step, training.schedule(step))
             if on_gpu:
                 torch.cuda.synchronize(training.device)
-            seconds.append(time.perf_counter() - start)
-            tokens.append(sum(part.num_tokens for part in batch))
+            warmup = execution.warmup_seconds - warmed_up
+            seconds.append(time.perf_counter() - start - warmup)
+            tokens.append(sum(part.num_tokens - part.padding for part in batch))
     peak = (
         torch.cuda.max_memory_allocated(training.device)
         if on_gpu

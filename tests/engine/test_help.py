@@ -89,4 +89,4 @@ def test_a_dry_run_shows_what_it_needs_and_writes_nothing(capsys, tmp_path: Path
     numel, rows = re.search(r"task gradients \[(\d), (\d+)\] +│ ([\d.]+) MiB", text).group(2, 3)
     assert float(rows) == pytest.approx(3 * int(numel) * 4 / 2**20, abs=0.05)
     assert float(re.search(r"seconds a step +│ ([\d.e-]+)", text)[1]) > 0
-    assert re.search(r"time, without evaluations +│ \d+:\d\d:\d\d", text)
+    assert re.search(r"time, without evaluations and warming up +│ \d+:\d\d:\d\d", text)
