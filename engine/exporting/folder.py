@@ -57,9 +57,14 @@ def write_model_folder(
 def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:
     """Return the weights of the heads, ``{task}.{parameter}``, and of ``pair``, their shared layer.
 
-    All are fp32; a head whose score is a similarity itself has none.
+    All are fp32; a head whose score is a similarity itself has none.  Heads of objectives, which
+    predict nothing, stay behind.
     """
-    state = dict(model.heads.state_dict())
+    state = {
+        f"{task}.{name}": tensor
+        for task, head in model.task_heads.items()
+        for name, tensor in head.state_dict().items()
+    }
     if model.pair is not None:
         state |= {f"pair.{name}": tensor for name, tensor in model.pair.state_dict().items()}
     return {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
@@ -68,8 +73,7 @@ def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:
 def head_layout(model: MultitaskModel) -> dict[str, str]:
     """Return the metadata of ``heads.safetensors``: a JSON object a task, as the card explains."""
     layout = {}
-    for name in model.heads:
-        head = model.head(name)
+    for name, head in model.task_heads.items():
         task = head.task
         answers = "share" if task.kind == "score" and not head.squared_error else task.kind
         fields = {"features": head.features, "answers": answers}

@@ -80,6 +80,11 @@ class MultitaskModel(nn.Module):
         assert isinstance(head, TaskHead)
         return head
 
+    @property
+    def task_heads(self) -> dict[str, TaskHead]:
+        """The heads of the tasks, without those of objectives."""
+        return {name: head for name, head in self.heads.items() if isinstance(head, TaskHead)}
+
     def _adapter(self, task: str) -> ProjectedAttention | None:
         return cast(ProjectedAttention, self.adapters[task]) if task in self.adapters else None
 

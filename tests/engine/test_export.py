@@ -143,6 +143,14 @@ def test_every_heads_weights_are_there(tiny_run, tmp_path):
     assert not exported
 
 
+def test_heads_of_objectives_stay_behind(tiny_run, tmp_path):
+    folder = tiny_run("run", "--max-steps", "1", recipe="superbert")
+    assert export.main([str(folder), "--to", str(tmp_path / "model")]) == 0
+    with safe_open(tmp_path / "model" / "heads.safetensors", "pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"sst", "quora"}  # noqa: SIM118
+        assert file.metadata().keys() == {"sst", "quora", "sts"}
+
+
 def test_adapters_cannot_be_exported(tiny_run, tmp_path):
     run = tiny_run("run", "--max-steps", "1", settings=("adapter_width=4",))
     with pytest.raises(InputError, match="adapter_width = 4"):
