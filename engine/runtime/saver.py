@@ -10,6 +10,7 @@ import os
 import shutil
 import warnings
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -107,7 +108,8 @@ class Saver:
             InputError: it lacks one of them, or has it in another size.
         """
         reader = HuggingFaceStorageReader(str(path))
-        with readable(path):
+        # Of several ranks one may be lost meanwhile, which is no damage.
+        with readable(path) if self._ranks.size == 1 else nullcontext():
             stored = reader.read_metadata().state_dict_metadata
             for name, tensor in state.items():
                 size = getattr(stored.get(name), "size", None)
