@@ -192,7 +192,8 @@ def _open_store(patience: timedelta) -> Store:
         store, *_ = next(rendezvous("env://", timeout=patience))
     except ValueError as error:  # a variable is missing or makes no sense
         raise InputError(f"torchrun's environment: {error}") from error
-    return store
+    # Addresses of the processes before a restart are no longer answered.
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 _SIGNS = ("gloo", "timed out", "timeout", "connection", "peer", "pair closure", "socket", "pipe")
