@@ -15,7 +15,8 @@ from .data.split import TokenizedSplit
 from .errors import InputError
 from .frozen import with_states
 from .model.multitask import MultitaskModel
-from .multitask.balance import Balance, TrainedTasks, build_method
+from .multitask.apex_optimizer import CLASSES as APEX
+from .multitask.balance import TORCHJD, Balance, TrainedTasks, build_method
 from .multitask.exchange import Alone, build_exchange
 from .multitask.flat_parameters import FlatParameters
 from .multitask.loss_scale import LossScale
@@ -309,11 +310,20 @@ def _check_division(recipe: Recipe, order: Order, ranks: int) -> None:
 
 
 def _execution(recipe: Recipe, device: torch.device, ranks: Ranks) -> Execution:
-    """Return how steps run; the backward pass of several ranks has to be listened to."""
-    if ranks.size == 1:
-        return Execution(recipe.execution, device, recipe.max_graphs)
-    if recipe.execution not in ("auto", "eager"):
-        raise InputError(
-            f"execution = {recipe.execution}: several ranks train eagerly; set execution=eager"
-        )
-    return Execution("eager", device)
+    """Return how steps run: as the recipe says, or eagerly where ``auto`` cannot take more.
+
+    The backward pass of several ranks has to be listened to, and a step in which other libraries
+    wait for the device cannot be recorded.
+
+    Raises:
+        InputError: the recipe asks for what cannot be.
+    """
+    refused: dict[str, str] = {}
+    if ranks.size > 1:
+        refused = dict.fromkeys(("compile", "graphs"), "several ranks train eagerly")
+    elif recipe.optimizer in APEX or recipe.balance.startswith(TORCHJD):
+        refused = {"graphs": "apex's optimizers and TorchJD's weightings wait for the device"}
+    kind = recipe.execution
+    if kind in refused:
+        raise InputError(f"execution = {kind}: {refused[kind]}; set execution=eager")
+    return Execution("eager" if refused and kind == "auto" else kind, device, recipe.max_graphs)

@@ -43,7 +43,10 @@ def print_warmup(console: Console, execution: Execution) -> None:
     """Print what compiling and recording came to, where there was any."""
     if execution.kind == "eager":
         return
-    graphs = f"{execution.num_graphs} CUDA graphs of at most {execution.max_graphs}, "
+    graphs = (
+        f"{execution.num_graphs} CUDA graphs of at most {execution.max_graphs}, "
+        f"{execution.steps_beyond_limit} steps beyond them run as they are, "
+    )
     console.print(
         f"execution {execution.kind}: {graphs if execution.kind == 'graphs' else ''}"
         f"{execution.warmup_seconds:.1f} s of warm-up, not counted in tokens a second",

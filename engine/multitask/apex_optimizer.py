@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..rooms import kernels
 from .flat_parameters import FlatParameters
+from .optimizer import AdamSettings
 from .parts import Region
 
 CLASSES = {"apex_adam": "FusedAdam", "apex_lamb": "FusedLAMB"}
@@ -24,22 +25,14 @@ class ApexOptimizer:
     Args:
         name: a key of :data:`CLASSES`.
         parameters: what is updated; matrices decay, biases and norms do not.
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay.
+        settings: see :class:`.AdamSettings`.
 
     Raises:
         InputError: apex does not import.
     """
 
     def __init__(
-        self,
-        name: str,
-        parameters: FlatParameters,
-        *,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        self, name: str, parameters: FlatParameters, **settings: Unpack[AdamSettings]
     ) -> None:
         try:
             optimizers = import_module("apex.optimizers")
@@ -57,7 +50,7 @@ class ApexOptimizer:
             (nn.Parameter(slot.view(parameters.master)), slot) for slot in parameters.slots.values()
         ]
         groups: list[dict[str, Any]] = [
-            {"params": [], "weight_decay": weight_decay},
+            {"params": [], "weight_decay": settings["weight_decay"]},
             {"params": [], "weight_decay": 0.0},
         ]
         for tensor, slot in self._tensors:
@@ -65,7 +58,7 @@ class ApexOptimizer:
         # apex's LAMB would clip by itself; the engine has done so.
         own = {"max_grad_norm": float("inf")} if name == "apex_lamb" else {}
         self._optimizer = getattr(optimizers, CLASSES[name])(
-            groups, lr=0.0, betas=betas, eps=eps, **own
+            groups, lr=0.0, betas=settings["betas"], eps=settings["eps"], **own
         )
         for tensor, slot in self._tensors:
             moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}

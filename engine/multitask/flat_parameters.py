@@ -154,6 +154,10 @@ class FlatParameters:
         if self._to_clear:
             torch._foreach_zero_(self._to_clear)
 
+    def reached_by(self, name: str) -> tuple[str, ...]:
+        """Return the tasks whose losses reach a parameter."""
+        return self._reached_by[name]
+
     def columns_reached_by(self, task: str) -> list[slice]:
         """Return the columns that a task's gradient may have other values than zero in."""
         columns: list[slice] = []

@@ -1,13 +1,14 @@
 """LAMB on flat parameters, for large batches."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from ..rooms import kernels
 from .flat_parameters import FlatParameters
-from .optimizer import AdamW
+from .optimizer import AdamSettings, AdamW
 from .parts import Region
 
 
@@ -16,20 +17,11 @@ class Lamb(AdamW):
 
     Args:
         parameters: what is updated; matrices decay, biases and norms do not.
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay.
+        settings: see :class:`.AdamSettings`.
     """
 
-    def __init__(
-        self,
-        parameters: FlatParameters,
-        *,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        super().__init__(parameters, betas=betas, eps=eps, weight_decay=weight_decay)
+    def __init__(self, parameters: FlatParameters, **settings: Unpack[AdamSettings]) -> None:
+        super().__init__(parameters, **settings)
         starts = [slot.offset for slot in parameters.slots.values()]
         self._offsets = [*starts, parameters.numel]
         self._no_rate = torch.zeros((), device=parameters.master.device)

@@ -5,6 +5,7 @@ moments is one pass over memory (``kernels.combine_adamw_``).
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -14,25 +15,31 @@ from .flat_parameters import FlatParameters
 from .parts import Region
 
 
-class AdamW:
-    """AdamW (Loshchilov and Hutter 2019), with fp32 master weights and moments.
+class AdamSettings(TypedDict):
+    """What Adam and its relatives are told by name.
 
-    Args:
-        parameters: what is updated; matrices decay, biases and norms do not.
+    Attributes:
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled decay.
     """
 
-    def __init__(
-        self,
-        parameters: FlatParameters,
-        *,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019), with fp32 master weights and moments.
+
+    Args:
+        parameters: what is updated; matrices decay, biases and norms do not.
+        settings: see :class:`AdamSettings`.
+    """
+
+    def __init__(self, parameters: FlatParameters, **settings: Unpack[AdamSettings]) -> None:
+        self.betas, self.eps = settings["betas"], settings["eps"]
+        self.weight_decay = settings["weight_decay"]
         self.exp_avg = torch.zeros_like(parameters.master)
         self.exp_avg_sq = torch.zeros_like(parameters.master)
         self.updates = torch.zeros((), device=parameters.master.device)  # skipped steps excluded

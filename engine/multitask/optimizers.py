@@ -1,14 +1,14 @@
 """The optimizers that a recipe can name."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Unpack
 
 from torch import Tensor
 
 from .apex_optimizer import CLASSES, ApexOptimizer
 from .flat_parameters import FlatParameters
 from .lamb import Lamb
-from .optimizer import AdamW
+from .optimizer import AdamSettings, AdamW
 from .parts import Region
 
 OPTIMIZERS = ("adamw", "lamb", *CLASSES)
@@ -40,26 +40,18 @@ class Optimizer(Protocol):
 
 
 def build_optimizer(
-    name: str,
-    parameters: FlatParameters,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    name: str, parameters: FlatParameters, **settings: Unpack[AdamSettings]
 ) -> Optimizer:
     """Make the optimizer that a recipe names.
 
     Args:
         name: one of :data:`OPTIMIZERS`.
         parameters: what is updated; matrices decay, biases and norms do not.
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay.
+        settings: see :class:`.AdamSettings`.
 
     Raises:
         InputError: it is apex's and apex is not installed.
     """
     if name in CLASSES:
-        return ApexOptimizer(name, parameters, betas=betas, eps=eps, weight_decay=weight_decay)
-    own = {"adamw": AdamW, "lamb": Lamb}[name]
-    return own(parameters, betas=betas, eps=eps, weight_decay=weight_decay)
+        return ApexOptimizer(name, parameters, **settings)
+    return {"adamw": AdamW, "lamb": Lamb}[name](parameters, **settings)

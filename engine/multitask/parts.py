@@ -37,9 +37,13 @@ class Parts:
 
     def __init__(self, parameters: FlatParameters, tasks: Sequence[str], extent: str) -> None:
         numbers: dict[str, int] = {}
+        reached: list[set[str]] = []  # by which tasks, of each part
         starts: list[tuple[int, int]] = []  # part and first column of each region
         for name, slot in parameters.slots.items():
             part = numbers.setdefault(_part_of(name, extent), len(numbers))
+            if part == len(reached):
+                reached.append(set())
+            reached[part].update(parameters.reached_by(name))
             if not starts or starts[-1][0] != part:
                 starts.append((part, slot.offset))
         ends = [*(offset for _, offset in starts[1:]), parameters.numel]
@@ -48,7 +52,10 @@ class Parts:
             Region(part, slice(begin, end)) for (part, begin), end in zip(starts, ends, strict=True)
         ]
         self.names = tuple(numbers)
-        self.owners = tuple(_owner(name, tasks) for name in numbers)
+        self.owners = tuple(
+            tasks.index(next(iter(names))) if len(names) == 1 < len(tasks) else None
+            for names in reached
+        )
         self.regions = _own_regions(self._whole, self._pieces)
         self._offsets = [0, *(region.columns.stop for region in self.regions)]
         device = parameters.rows.device
@@ -109,9 +116,6 @@ def _part_of(name: str, extent: str) -> str:
     path = name.split(".")
     if path[0] == "heads":
         return ".".join(path[:2])
+    if len(path) == 2:  # a layer that stands by itself
+        return path[0]
     return ".".join(path[: 3 if path[1] == "layers" else 2])
-
-
-def _owner(part: str, tasks: Sequence[str]) -> int | None:
-    path = part.split(".")
-    return tasks.index(path[1]) if path[0] == "heads" else None

@@ -118,6 +118,7 @@ class Recorded(Generic[BatchT, Result]):
 
     Attributes:
         recordings: by the signatures of the batches.
+        beyond_limit: calls that were run as they are because there was no recording left for them.
     """
 
     def __init__(
@@ -126,14 +127,18 @@ class Recorded(Generic[BatchT, Result]):
         self._function, self._recorder, self._limit = function, recorder, limit
         self._seen: set[Hashable] = set()
         self.recordings: dict[Hashable, Recording[BatchT, Result]] = {}
+        self.beyond_limit = 0
 
     def __call__(self, batches: Sequence[BatchT]) -> Result:
         """Return what the function returns for ``batches``."""
         key = tuple(batch.signature for batch in batches)
         recording = self.recordings.get(key)
         if recording is None:
-            if key not in self._seen or len(self.recordings) == self._limit:
-                if len(self.recordings) < self._limit:
+            full = len(self.recordings) == self._limit
+            if full or key not in self._seen:
+                if full:
+                    self.beyond_limit += 1
+                else:
                     self._seen.add(key)
                 return self._recorder.run(self._function, batches)
             recording = self._recorder.record(self._function, batches)
@@ -177,6 +182,11 @@ class Execution:
     def num_graphs(self) -> int:
         """CUDA graphs so far."""
         return sum(len(recorded.recordings) for recorded in self._recorded)
+
+    @property
+    def steps_beyond_limit(self) -> int:
+        """Steps that no graph was left for, so far."""
+        return sum(recorded.beyond_limit for recorded in self._recorded)
 
     def keep_static(self, tensor: Tensor) -> None:
         """Tell the compiler that a tensor's sizes never change."""

@@ -53,6 +53,19 @@ def test_layers_are_the_embeddings_each_layer_and_each_head(make_model):
     assert owners["encoder.layers.0"] is None
 
 
+def test_a_part_belongs_to_the_one_task_that_reaches_it(make_model):
+    model = make_model({"quora": "shared", "sts": "shared"}, adapter_width=24)
+    flat = FlatParameters(model, TASKS, device=torch.device("cpu"), compute_dtype=torch.float32)
+    for extent in ("layer", "tensor"):
+        parts = Parts(flat, TASKS, extent)
+        for name, owner in zip(parts.names, parts.owners, strict=True):
+            path = name.split(".")
+            expected = TASKS.index(path[1]) if path[0] in ("heads", "adapters") else None
+            assert owner == expected, name
+    assert "pair" in Parts(flat, TASKS, "layer").names
+    assert Parts(flat, TASKS, "model").owners == (None,)
+
+
 @pytest.mark.parametrize("extent", EXTENTS)
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_an_update_is_algorithm_1_on_each_part(make_model, make_batch, extent, clip):

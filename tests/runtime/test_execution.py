@@ -87,6 +87,7 @@ def test_there_are_no_more_recordings_than_the_limit() -> None:
     assert len(function.recordings) == 2
     assert tape.log.count("record") == 2
     assert tape.log.count("replay") == 4
+    assert function.beyond_limit == tape.log.count("run") - 4
 
 
 def test_eager_leaves_functions_as_they_are() -> None:
