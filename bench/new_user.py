@@ -20,6 +20,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 _TRIED = ("make train", "make setup-dev", ". .venv", "python -m engine.", "python -m examples.")
 _TAIL = 12
+_NOT_A_STRANGERS = ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+"""Variables of an environment or a make that this process was called from."""
 
 
 def commands(readme: str) -> Iterator[str]:
@@ -75,12 +77,12 @@ def main() -> int:
 
 def _try(line: str, command: str, folder: Path, extra: dict[str, str]) -> dict[str, object]:
     """Run a line of bash; return the command's record."""
-    environment = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"} | extra
+    inherited = {k: v for k, v in os.environ.items() if k not in _NOT_A_STRANGERS}
     start = time.perf_counter()
     process = subprocess.run(
         ["bash", "-c", line],
         cwd=folder,
-        env=environment,
+        env=inherited | extra,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
