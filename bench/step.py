@@ -19,6 +19,7 @@ from rich.table import Table
 from engine import recipe as recipes
 from engine.data.pack import PackedBatch
 from engine.run import begin
+from engine.runtime.allocator import keep_freed_memory
 from engine.runtime.precision import multiplies_bf16_fast
 from engine.training import Training
 
@@ -152,6 +153,8 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     options = _parser().parse_args()
     device, console = torch.device(options.device), Console(width=120)
+    if device.type == "cpu":
+        keep_freed_memory()  # as engine.train does; it serves the peers, too
     if options.growth:
         step_growth.measure(options, device, console)
         return

@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kItemsAhead = 2; // items that are prefetched while one is computed
 constexpr float kInfinity = __builtin_inff();
 
 int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
@@ -102,6 +104,31 @@ void widen_rows(const HeadRows& from, int64_t head, int64_t first, int64_t count
                 float factor, float* to, int64_t row) {
   for (int64_t i = 0; i < count; ++i) {
     widen(element<const T>(from, first + i, head), width, factor, to + i * row);
+  }
+}
+
+// Asks the caches for rows of one head.  They lie a whole token apart, which the processor does not
+// foresee; a long sequence's first rows show it the way.
+void prefetch_rows(const HeadRows& rows, int64_t head, int64_t first, int64_t count,
+                   int64_t row_bytes, int64_t element_bytes) {
+  const char* data = static_cast<const char*>(rows.data) + head * rows.head * element_bytes;
+  for (int64_t i = first; i < first + smaller(count, kQueryBlock); ++i) {
+    const char* row = data + i * rows.row * element_bytes;
+    for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine) __builtin_prefetch(row + byte);
+  }
+}
+
+// Asks for what a later item reads of q, k, v and, in the backward pass, of the output's gradient.
+void prefetch_item(const AttentionCall& call, int64_t item, const HeadRows* grad_out) {
+  if (item >= call.sequences * call.heads) return;
+  const Span span(call, item);
+  const int64_t element = call.storage == Storage::kFloat32 ? 4 : 2;
+  const int64_t bytes = call.width * element;
+  prefetch_rows(call.q, span.head, span.query, span.queries, bytes, element);
+  prefetch_rows(call.k, span.head, span.key, span.keys, bytes, element);
+  prefetch_rows(call.v, span.head, span.key, span.keys, bytes, element);
+  if (grad_out != nullptr) {
+    prefetch_rows(*grad_out, span.head, span.query, span.queries, bytes, element);
   }
 }
 
@@ -206,6 +233,7 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
 }
 
 void forward(const AttentionCall& call, int64_t item, float* scratch) {
+  prefetch_item(call, item + kItemsAhead, nullptr);
   const Span span(call, item);
   const Tiles tiles(call.width, span.queries, span.keys, scratch);
   with_storage(call.storage, [&]<typename T>(const T*) { forward_head<T>(call, span, tiles); });
@@ -314,6 +342,7 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
 
 void backward(const AttentionCall& call, const AttentionGradients& gradients, int64_t item,
               float* scratch) {
+  prefetch_item(call, item + kItemsAhead, &gradients.out);
   const Span span(call, item);
   const Tiles tiles(call.width, span.queries, span.keys, scratch);
   with_storage(call.storage,

@@ -23,7 +23,8 @@ namespace superbert::SUPERBERT_ISA {
 // product or an exclusive or left there.
 using Wide = VectorOf<uint64_t>::type;
 constexpr int kWideLanes = kVectorBytes / 8;
-constexpr int kVectors = 2; // side by side, since a round is a chain of dependent products
+// Side by side, since a round is a chain of dependent products; four numbers each, in registers.
+constexpr int kVectors = kVectorBytes == 64 ? 4 : 2;
 constexpr int kQuads = kVectors * kWideLanes;
 
 // The 64-bit products of the low halves with `factor`.
@@ -54,13 +55,18 @@ inline void store_factors(const Dropout& dropout, Wide words01, Wide words23, fl
   }
 }
 
+// Quads side by side, as 64-bit counter words.
+struct Quads {
+  Wide words[kVectors];
+};
+
 // Keep factors of kQuads quads: factors[4 * i + word].
-inline void keep_factors(const Dropout& dropout, const uint64_t* quads, uint32_t head,
+inline void keep_factors(const Dropout& dropout, const Quads& quads, uint32_t head,
                          float* factors) {
   Wide c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    c0[v] = load_bits<Wide>(quads + v * kWideLanes);
+    c0[v] = quads.words[v];
     c1[v] = c0[v] >> 32;
     c2[v] = Wide{} + head;
     c3[v] = Wide{} + dropout.stream;
@@ -68,7 +74,7 @@ inline void keep_factors(const Dropout& dropout, const uint64_t* quads, uint32_t
   uint32_t key0 = static_cast<uint32_t>(dropout.seed);
   uint32_t key1 = static_cast<uint32_t>(dropout.seed >> 32);
   for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const Wide product0 = multiply_low(c0[v], 0xD2511F53);
       const Wide product1 = multiply_low(c2[v], 0xCD9E8D57);
@@ -80,11 +86,17 @@ inline void keep_factors(const Dropout& dropout, const uint64_t* quads, uint32_t
     key0 += 0x9E3779B9;
     key1 += 0xBB67AE85;
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     store_factors(dropout, (c0[v] & 0xffffffff) | (c1[v] << 32),
                   (c2[v] & 0xffffffff) | (c3[v] << 32), factors + v * 4 * kWideLanes);
   }
+}
+
+inline Wide wide_lane_numbers() {
+  Wide lanes;
+  for (int lane = 0; lane < kWideLanes; ++lane) lanes[lane] = lane;
+  return lanes;
 }
 
 // Floats that element_factors() needs for `count` elements.
@@ -97,9 +109,11 @@ inline const float* element_factors(const Dropout& dropout, int64_t first, int64
   const uint64_t first_quad = static_cast<uint64_t>(first) / 4;
   const int64_t quads = (first + count + 3) / 4 - static_cast<int64_t>(first_quad);
   for (int64_t done = 0; done < quads; done += kQuads) {
-    uint64_t quad[kQuads];
-    for (int i = 0; i < kQuads; ++i) quad[i] = first_quad + done + i;
-    keep_factors(dropout, quad, 0, buffer + 4 * done);
+    Quads next;
+    for (int v = 0; v < kVectors; ++v) {
+      next.words[v] = wide_lane_numbers() + (first_quad + done + v * kWideLanes);
+    }
+    keep_factors(dropout, next, 0, buffer + 4 * done);
   }
   return buffer + first % 4;
 }
@@ -114,17 +128,27 @@ inline int64_t attention_quads(int64_t first_key, int64_t keys) {
 inline void attention_factors(const Dropout& dropout, int64_t head, int64_t first_query,
                               int64_t queries, int64_t first_key, int64_t keys, float* buffer) {
   const int64_t quads = attention_quads(first_key, keys), total = queries * quads;
-  uint64_t row = static_cast<uint64_t>(first_query) << 32, quad = first_key / 4;
-  const uint64_t end = quad + quads;
+  // Quad i of the tile stands in row i / quads, at i % quads; a vector on, both move by a constant.
+  const Wide lane = wide_lane_numbers();
+  const uint64_t in_row = static_cast<uint64_t>(quads);
+  const uint64_t rows_on = kWideLanes / in_row, quads_on = kWideLanes % in_row;
+  Wide row = Wide{} + static_cast<uint64_t>(first_query), quad = lane;
+  for (uint64_t end = in_row; end < kWideLanes; end += in_row) {
+    const Wide behind = (Wide)(lane >= end); // a comparison's true is -1
+    row -= behind;
+    quad -= behind & in_row;
+  }
   for (int64_t done = 0; done < total; done += kQuads) {
-    uint64_t counters[kQuads];
-    for (int i = 0; i < kQuads; ++i) {
-      counters[i] = row + quad;
-      const bool row_ends = ++quad == end;
-      quad -= row_ends ? quads : 0;
-      row += static_cast<uint64_t>(row_ends) << 32;
+    Quads next;
+    for (int v = 0; v < kVectors; ++v) {
+      next.words[v] = (row << 32) | (quad + static_cast<uint64_t>(first_key / 4));
+      row += rows_on;
+      quad += quads_on;
+      const Wide row_ends = (Wide)(quad >= in_row);
+      row -= row_ends;
+      quad -= row_ends & in_row;
     }
-    keep_factors(dropout, counters, static_cast<uint32_t>(head), buffer + 4 * done);
+    keep_factors(dropout, next, static_cast<uint32_t>(head), buffer + 4 * done);
   }
 }
 

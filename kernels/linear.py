@@ -6,6 +6,10 @@
 
 The K weight products together do the arithmetic of the single ``dy^T x``; each lands in its row
 of the flat gradient buffer, so nothing is copied, summed or zero-filled afterwards.
+
+Products are torch's own but for one: torch adds the bias of a bfloat16 product on a CPU by writing
+it into the result beforehand.  oneDNN adds it on the way out, at no cost: 70 instead of 79 ms for
+the forward products of MiniLM-L6 (2,701 tokens, two cores of AMD Zen 5).
 """
 
 from collections.abc import Sequence
@@ -18,6 +22,31 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .task_rows import TaskRows, TaskSegments, rows_of
+
+
+@torch.library.custom_op("superbert::onednn_linear", mutates_args=(), device_types="cpu")
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``x W^T + b``, the bias added by oneDNN; arguments as of :func:`linear`.
+
+    An operator, since torch.compile takes the one inside of it apart.
+    """
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+@onednn_linear.register_fake
+def _(x: Tensor, weight: Tensor, _bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x W^T + b``, dtype of all three the same, without a graph for autograd."""
+    if bias is not None and _HAS_ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.bfloat16:
+        return onednn_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 @torch.library.custom_op(
@@ -78,7 +107,7 @@ class _TaskLinear(torch.autograd.Function):
         # Not a saved tensor: each backward overwrites it, which is its purpose.
         ctx.rows = (buffer, starts)
         ctx.segments = (offsets, accumulate)
-        return F.linear(x, weight, bias)
+        return _apply(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -115,6 +144,6 @@ def linear(
         ValueError: ``rows`` without ``segments``, or shapes of the two that disagree.
     """
     if rows is None:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias) if torch.is_grad_enabled() else _apply(x, weight, bias)
     segments = rows.checked(segments, weight, bias, x)
     return _TaskLinear.apply(x, weight, bias, rows.buffer, rows.starts, *segments)  # type: ignore[no-untyped-call]

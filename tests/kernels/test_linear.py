@@ -1,0 +1,49 @@
+"""A linear layer's forward pass against float64; its task gradients are in test_task_layers.py.
+
+Shapes (rows, outputs, inputs): no row, one of each, primes, just off a power of two, and a layer
+of BERT's width.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels
+from kernels.linear import _HAS_ONEDNN
+
+from .rounding import assert_within_twice
+
+SHAPES = [(0, 5, 7), (1, 1, 1), (13, 31, 7), (127, 65, 129), (257, 384, 384)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def operands(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rows, outputs, inputs = shape
+    sizes = ((rows, inputs), (outputs, inputs), (outputs,))
+    x, weight, bias = (torch.randn(size).to(dtype) for size in sizes)
+    return x, weight, bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_forward(shape: tuple[int, int, int], dtype: torch.dtype, biased: bool) -> None:
+    arguments = operands(shape, dtype)[: 3 if biased else 2]
+    exact = F.linear(*(tensor.double() for tensor in arguments))
+    with torch.no_grad():
+        assert_within_twice(kernels.linear(*arguments), F.linear(*arguments), exact)
+
+
+def test_a_stream_of_several_dimensions() -> None:
+    _, weight, bias = operands((13, 31, 7), torch.bfloat16)
+    x = torch.randn(2, 3, 7).bfloat16()
+    with torch.no_grad():
+        inside = kernels.linear(x, weight, bias)
+    torch.testing.assert_close(inside, F.linear(x, weight, bias))
+
+
+@pytest.mark.skipif(not _HAS_ONEDNN, reason="this torch has no oneDNN for bfloat16")
+def test_the_operator_of_onednn_is_sound() -> None:
+    x, weight, bias = operands((13, 31, 7), torch.bfloat16)
+    torch.library.opcheck(torch.ops.superbert.onednn_linear, (x, weight, bias))
