@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     run = open_run(options.run)
-    model, progress = run.trained_model(torch.device("cpu"))
+    model, progress = run.trained_model(torch.device("cpu"), torch.float32)
     measured = read_scores(run.folder) if (run.folder / "metrics.json").exists() else None
     of_these_weights = (
         measured is not None and measured.split == "dev" and measured.step == progress.step

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     run, device = open_run(options.run), pick_device(options.device)
     name = _objective(run)
-    after, _ = run.trained_model(device)
+    after, _ = run.trained_model(device, torch.float32)
     models = {"before": run.initial_model().to(device).eval(), "after": after}
     console = Console()
     for sentence in options.sentences:

@@ -36,6 +36,7 @@ from .recipe import Recipe
 from .runtime.checkpoint import Checkpoints, load_weights
 from .runtime.files import explained, write_text
 from .runtime.manifest import Progress
+from .runtime.precision import pick_dtype
 
 _FREE_TO_CHANGE = {
     "log_every",
@@ -180,8 +181,15 @@ class Run(NamedTuple):
                     head.load_pretrained(huggingface.load_pretraining_heads(folder))
         return model
 
-    def trained_model(self, device: torch.device) -> tuple[MultitaskModel, Progress]:
+    def trained_model(
+        self, device: torch.device, dtype: torch.dtype | None = None
+    ) -> tuple[MultitaskModel, Progress]:
         """Return the model with the weights of the best checkpoint, and where that was.
+
+        Args:
+            device: where it goes.
+            dtype: of its weights; None for what the run computes in on that device, so that
+                scores are those of its evaluations.
 
         Raises:
             InputError: the run has no checkpoint, or it cannot be used.
@@ -191,7 +199,8 @@ class Run(NamedTuple):
             raise InputError(f"{self.folder}: no checkpoint yet; train it first")
         model = self.new_model()
         progress = load_weights(checkpoint, model)
-        return model.to(device).eval(), progress
+        dtype = dtype or pick_dtype(self.recipe.precision, device)
+        return model.to(device, dtype).eval(), progress
 
     def with_data(self, folder: Path) -> "Run":
         """Return the same run with another data set."""

@@ -265,15 +265,13 @@ class Training:
         """Write the weights as the best so far."""
         master = self.exchange.whole(self.parameters.master)
         if self.ranks.leads:
-            weights = named_weights(self.model, self.parameters, master)
+            weights = named_weights(self.parameters, master)
             self.run.checkpoints.save_best(progress, weights)
 
     @property
     def state(self) -> TrainingState:
         """What a checkpoint holds."""
-        return TrainingState(
-            self.model, self.parameters, self.optimizer, self.step.state, self.ranks
-        )
+        return TrainingState(self.parameters, self.optimizer, self.step.state, self.ranks)
 
 
 def _examples(run: Run, name: str) -> Examples:

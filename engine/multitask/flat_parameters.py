@@ -61,6 +61,7 @@ class FlatParameters:
         compute: ``[P]``.
         rows: ``[K, P]``, written by backward passes of this process.
         own: what it updates.
+        frozen: fp32 weights that are not trained, by name; the model computes with a copy.
     """
 
     def __init__(
@@ -97,10 +98,14 @@ class FlatParameters:
         )
 
         self._to_clear: list[Tensor] = []
+        self.frozen: dict[str, Tensor] = {}
+        self._frozen_compute: list[Tensor] = []
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.slots)
             if name not in self.slots:
-                parameter.data = parameter.data.to(compute_dtype)
+                self.frozen[name] = parameter.detach()
+                parameter.data = parameter.data.to(compute_dtype)  # the same tensor for fp32
+                self._frozen_compute.append(parameter.detach())
                 continue
             parameter.data = self.slots[name].view(self.compute)
             owner = model.owner(name)
@@ -176,6 +181,8 @@ class FlatParameters:
         return self.layout.named_views(flat)
 
     def refresh_compute(self) -> None:
-        """Bring ``own.compute`` up to date after the masters were written by loading."""
+        """Bring what the model computes with up to date after fp32 weights were loaded."""
         if self.own.compute is not self.own.master:
             self.own.compute.copy_(self.own.master)
+        for compute, weight in zip(self._frozen_compute, self.frozen.values(), strict=True):
+            compute.copy_(weight)

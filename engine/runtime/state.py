@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -28,8 +28,7 @@ class TrainingState:
     """The live tensors of a run that a checkpoint keeps.
 
     Args:
-        model: holds the frozen weights.
-        parameters: the trained ones.
+        parameters: all weights.
         optimizer: their moments.
         step_state: what else the step remembers, by name.
         ranks: the processes that share the buckets.
@@ -37,7 +36,6 @@ class TrainingState:
 
     def __init__(
         self,
-        model: nn.Module,
         parameters: FlatParameters,
         optimizer: Optimizer,
         step_state: Mapping[str, Tensor],
@@ -51,11 +49,7 @@ class TrainingState:
         }
         self._whole = {"step.updates": optimizer.updates}
         self._whole |= {f"step.{name}": tensor for name, tensor in step_state.items()}
-        self._frozen = {
-            f"frozen.{name}": tensor
-            for name, tensor in model.state_dict().items()
-            if name not in parameters.slots
-        }
+        self._frozen = {f"frozen.{name}": tensor for name, tensor in parameters.frozen.items()}
         self._mesh: DeviceMesh | None = None
         if parameters.layout.ranks > 1:
             assert ranks.checkpoint_group is not None, "ranks that share buckets are connected"
@@ -100,7 +94,7 @@ class TrainingState:
         for name, tensor in self._whole.items():
             state[name] = _copy(tensor.reshape(-1))
         for name, tensor in self._frozen.items():
-            state[name] = _copy(tensor.float())
+            state[name] = _copy(tensor)
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -139,10 +133,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def named_weights(
-    model: nn.Module, parameters: FlatParameters, master: Tensor
-) -> dict[str, Tensor]:
+def named_weights(parameters: FlatParameters, master: Tensor) -> dict[str, Tensor]:
     """Return all weights by name, fp32: trained ones from the masters ``[P]``, frozen ones too."""
-    state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
-    state.update(parameters.named_views(master))
+    state = parameters.frozen | dict(parameters.named_views(master))
     return {name: tensor.contiguous() for name, tensor in state.items()}

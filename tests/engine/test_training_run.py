@@ -89,9 +89,14 @@ def test_resuming_a_finished_run_changes_nothing(tiny_run):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_untrained_heads_stay_as_initialised(tiny_run):
-    """Weight decay would move a head that no trained task reaches, were it in the update."""
-    folder = tiny_run("run", recipe="sst-finetune", settings=("weight_decay=0.1", "lr=0.01"))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_untrained_heads_stay_as_initialised(tiny_run, precision):
+    """Weight decay would move a head that no trained task reaches, were it in the update.
+
+    And weights that the model computes with in bf16 are stored as they were before.
+    """
+    settings = ("weight_decay=0.1", "lr=0.01", f"precision={precision}")
+    folder = tiny_run("run", recipe="sst-finetune", settings=settings)
     initial = open_run(folder).new_model().state_dict()
     trained = trained_weights(folder)
     assert torch.equal(trained["heads.quora.output.weight"], initial["heads.quora.output.weight"])
@@ -131,8 +136,9 @@ def test_micro_batches_and_checkpointed_layers(tiny_run):
             assert loss == pytest.approx(theirs["losses"][task], rel=1e-5)
 
 
-def test_evaluate_gives_the_scores_of_the_best_epoch_again(tiny_run):
-    folder = tiny_run("run")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluate_gives_the_scores_of_the_best_epoch_again(tiny_run, precision):
+    folder = tiny_run("run", settings=(f"precision={precision}",))
     at_the_end = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics.json").unlink()
     assert evaluate.main([str(folder), "--split", "dev"]) == 0
