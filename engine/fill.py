@@ -23,7 +23,7 @@ _MASK = "[MASK]"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     parser = Parser(
-        prog="python -m engine.fill",
+        prog=f"python -m {__package__}.fill",
         description="Show the likeliest words behind [MASK], by a run whose recipe has masked LM: "
         "as the run began, and by its best checkpoint.",
     )
@@ -62,13 +62,14 @@ def likeliest(
         model: in evaluation mode; ``objective`` is a masked LM of it.
         objective: its name.
         tokenizer: the model's.
-        sentence: with one ``[MASK]``.
+        sentence: with one ``[MASK]``, whatever the tokenizer calls it.
         count: how many words.
 
     Raises:
         InputError: the sentence has no mask, or several.
     """
-    tokens = tokenizer.encode([sentence], model.encoder.config.max_position_embeddings).tokens
+    spelt = sentence.replace(_MASK, tokenizer.special_tokens[-1])
+    tokens = tokenizer.encode([spelt], model.encoder.config.max_position_embeddings).tokens
     (masks,) = np.nonzero(tokens == tokenizer.mask_id)
     if len(masks) != 1:
         raise InputError(f"{sentence!r}: expected one {_MASK}, found {len(masks)}")

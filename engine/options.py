@@ -49,8 +49,8 @@ def add_settings(group: argparse._ActionsContainer) -> None:
     add(
         "--init",
         metavar="MODEL",
-        help="pretrained BERT: a folder in the Hugging Face layout or a hub name "
-        "(default: train from scratch)",
+        help="pretrained encoder of BERT's family: a folder in the Hugging Face layout or a hub "
+        "name (default: train from scratch)",
     )
     add(
         "--max-steps",

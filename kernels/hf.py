@@ -16,7 +16,7 @@ from .layer_norm_doors import FusedLayerNorm
 from .padding import pad_input
 
 IMPLEMENTATION = "superbert"
-FAMILY = frozenset({"bert", "camembert", "electra", "roberta", "xlm-roberta"})
+FAMILY = frozenset({"bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"})
 
 
 class Replaced(NamedTuple):

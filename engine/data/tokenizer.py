@@ -1,7 +1,8 @@
-"""WordPiece tokens: of a Hugging Face model folder, or trained for the demo.
+"""Token ids: by the tokenizer of a Hugging Face model folder, or by WordPiece trained for the demo.
 
 The ``tokenizers`` library splits text into pieces; ``[CLS]``, ``[SEP]`` and the limit on the length
-are ours, so that they do not depend on settings that a model folder happens to carry.
+are ours, so that they do not depend on settings that a model folder happens to carry.  What BERT
+calls ``[CLS]`` others call ``<s>``; here the names are BERT's.
 """
 
 import json
@@ -19,6 +20,8 @@ from ..errors import InputError
 from .read import read_bytes
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_SPELLINGS = (SPECIAL_TOKENS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>"))
+"""The special tokens as vocabularies spell them: BERT's, RoBERTa's."""
 
 _CHUNK = 4096
 """Sentences encoded at a time: bounds the memory of the library's result objects."""
@@ -40,10 +43,11 @@ class EncodedTexts:
 
 
 class Tokenizer:
-    """Splits sentences into WordPiece token ids.
+    """Splits sentences into token ids.
 
     Attributes:
-        pad_id, unk_id, cls_id, sep_id, mask_id: the ids of the special tokens.
+        special_tokens: the five, as the vocabulary spells them.
+        pad_id, unk_id, cls_id, sep_id, mask_id: their ids.
     """
 
     def __init__(self, backend: Backend, where: str = "tokenizer") -> None:
@@ -54,12 +58,15 @@ class Tokenizer:
             where: what to call it in an error message.
 
         Raises:
-            InputError: its vocabulary lacks one of the special tokens of BERT.
+            InputError: its vocabulary lacks one of the special tokens.
         """
         backend.no_truncation()
         backend.no_padding()
+        self.special_tokens = max(
+            _SPELLINGS, key=lambda names: sum(backend.token_to_id(n) is not None for n in names)
+        )
         ids: list[int] = []
-        for token in SPECIAL_TOKENS:
+        for token in self.special_tokens:
             number = backend.token_to_id(token)
             if number is None:
                 raise InputError(
@@ -118,13 +125,24 @@ class Tokenizer:
         return cls(_word_piece(backend.get_vocab(), {}))
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json``, ``vocab.txt`` and ``tokenizer_config.json`` into ``folder``."""
+        """Write ``tokenizer.json``, ``tokenizer_config.json``, and ``vocab.txt`` of WordPiece."""
         (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
-        vocabulary = self._backend.get_vocab()
-        lines = "".join(token + "\n" for token in sorted(vocabulary, key=vocabulary.__getitem__))
-        (folder / "vocab.txt").write_text(lines, encoding="utf-8")
-        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
+        settings = json.dumps(self.settings) + "\n"
+        (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+        if self._is_word_piece:
+            vocabulary = self._backend.get_vocab()
+            tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+            lines = "".join(token + "\n" for token in tokens)
+            (folder / "vocab.txt").write_text(lines, encoding="utf-8")
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What ``tokenizer_config.json`` tells transformers of this tokenizer."""
+        kind: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if self._is_word_piece:
+            kind = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase}
+        roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+        return kind | dict(zip(roles, self.special_tokens, strict=True))
 
     def to_json(self) -> str:
         """Return everything that decides how a text is split."""
@@ -134,6 +152,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest token id: what an embedding table needs at least."""
         return max(self._backend.get_vocab().values()) + 1
+
+    @property
+    def _is_word_piece(self) -> bool:
+        return isinstance(self._backend.model, models.WordPiece)
 
     @property
     def lowercase(self) -> bool:

@@ -90,13 +90,10 @@ def _write_transformers(folder: Path, run: Run, model: MultitaskModel) -> None:
     state["pooler.dense.weight"] = torch.eye(run.config.hidden_size)
     state["pooler.dense.bias"] = torch.zeros(run.config.hidden_size)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    _write_json(folder / "config.json", run.config.to_huggingface() | {"dtype": "float32"})
+    known = {"dtype": "float32", "pad_token_id": run.tokenizer.pad_id}
+    _write_json(folder / "config.json", run.config.to_huggingface() | known)
     run.tokenizer.save(folder)
-    settings = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": run.tokenizer.lowercase,
-        "model_max_length": run.max_length,
-    }
+    settings = run.tokenizer.settings | {"model_max_length": run.max_length}
     _write_json(folder / "tokenizer_config.json", settings)
 
 

@@ -46,18 +46,22 @@ class EncoderConfig:
 
     @classmethod
     def from_huggingface(cls, config: dict[str, Any]) -> "EncoderConfig":
-        """Read the encoder's shape out of a ``config.json``.
+        """Read the encoder's shape out of a BERT's ``config.json``.
 
         Raises:
-            InputError: it describes no BERT encoder, or a field is missing or out of range.
+            InputError: it describes no encoder of this kind, or a field is missing or out of range.
         """
-        if config.get("model_type", "bert") != "bert":
-            raise InputError(f"model_type = {config['model_type']!r}: expected 'bert'")
         positions = config.get("position_embedding_type", "absolute")
         if positions != "absolute":
             raise InputError(f"position_embedding_type = {positions!r}: expected 'absolute'")
         if config.get("is_decoder") or config.get("add_cross_attention"):
             raise InputError("a decoder or cross attention: expected a plain encoder")
+        width = config.get("hidden_size")
+        if config.get("embedding_size", width) != width:
+            raise InputError(
+                f"embedding_size = {config['embedding_size']!r}: expected hidden_size, {width!r}; "
+                "a projection between the two is not supported"
+            )
         known = {field.name: field for field in dataclasses.fields(cls)}
         missing = [
             name

@@ -1,12 +1,14 @@
-"""Weights in and out of the Hugging Face BERT layout.  safetensors only: no pickle is loaded.
+"""Weights in and out of the Hugging Face layout.  safetensors only: no pickle is loaded.
 
-Their layout keeps query, key and value apart and calls things by longer names; ours has one
-``qkv`` matrix a layer, since attention reads the three together.
+In comes any of BERT's family (engine/model/families.py), out goes a BERT.  Their layout keeps
+query, key and value apart and calls things by longer names; ours has one ``qkv`` matrix a layer,
+since attention reads the three together.
 """
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .config import EncoderConfig
+from .families import FAMILIES, bert_config, bert_weights
 
 _WHOLE = {
     "embeddings.word_embeddings": "embeddings.word",
@@ -29,10 +32,6 @@ _IN_LAYER = {
     "output.LayerNorm": "output_norm",
 }
 _QKV = ("query", "key", "value")
-# Heads that pretraining leaves beside the encoder; the tasks here have their own.
-_NOT_ENCODER = ("pooler.", "cls.", "classifier.", "dropout.", "embeddings.position_ids")
-# Names of the norm's weights in checkpoints converted from TensorFlow.
-_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def resolve(model: str) -> Path:
@@ -69,15 +68,24 @@ def read_config(folder: Path) -> EncoderConfig:
     Raises:
         InputError: it is missing, no JSON, or describes no BERT encoder that is supported.
     """
+    config = _read_config(folder)
+    try:
+        return bert_config(config)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        return EncoderConfig.from_huggingface(json.loads(path.read_text(encoding="utf-8")))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: not found; a model folder holds config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error})") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: not found; give a model folder, which holds it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a JSON object ({error}); replace it") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a JSON object; replace it")
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -99,8 +107,10 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     for file in files:
         if not file.is_file():
-            hint = "; convert pytorch_model.bin" if (folder / "pytorch_model.bin").exists() else ""
-            raise InputError(f"{file}: not found; weights are read from safetensors only{hint}")
+            raise InputError(
+                f"{file}: not found; weights are read from safetensors alone, which transformers' "
+                "from_pretrained(MODEL).save_pretrained(FOLDER) makes of any other form"
+            )
     return files
 
 
@@ -115,11 +125,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]:
-    """Read a Hugging Face BERT's weights under the names of :class:`engine.model.encoder.Encoder`.
+    """Read a model's weights under the names of :class:`engine.model.encoder.Encoder`.
 
     Args:
-        folder: holds ``model.safetensors`` or its shards; a ``bert.`` prefix, the heads of
-            pretraining and the old names of norm weights are understood.
+        folder: holds ``model.safetensors`` or its shards, of any of BERT's family, with heads or
+            without.
         config: the shape that the weights must have.
 
     Returns:
@@ -128,18 +138,12 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
     Raises:
         InputError: a weight is missing, unknown, of another shape or not finite.
     """
-    found: dict[str, Tensor] = {}
-    for name, tensor in _tensors(folder):
-        short = name.removeprefix("bert.")
-        for old, new in _OLD_NAMES.items():
-            short = short.replace(old, new)
-        if not short.startswith(_NOT_ENCODER):
-            found[short] = tensor
+    found, _ = bert_weights(_read_config(folder), _tensors(folder))
     state: dict[str, Tensor] = {}
     for ours, parts, shape in _expected(config):
         absent = [part for part in parts if part not in found]
         if absent:
-            raise InputError(f"{folder}: weight {absent[0]} is missing")
+            raise InputError(f"{folder}: weight {absent[0]} is missing; give the whole model")
         tensors = [found.pop(part) for part in parts]
         for part, tensor in zip(parts, tensors, strict=True):
             if tuple(tensor.shape) != shape:
@@ -148,23 +152,22 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
                     f"config.json asks for {list(shape)}"
                 )
             if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise InputError(f"{folder}: weight {part} holds values that are no finite numbers")
+                raise InputError(
+                    f"{folder}: weight {part} holds values that are no finite numbers; "
+                    "give another copy of the model"
+                )
         state[ours] = torch.cat([tensor.float() for tensor in tensors])
     if found:
-        raise InputError(f"{folder}: weight {sorted(found)[0]} is not part of a BERT encoder")
+        raise InputError(
+            f"{folder}: weight {sorted(found)[0]} is not part of an encoder of BERT's family; "
+            f"give one of type {', '.join(FAMILIES)}"
+        )
     return state
 
 
 def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
-    """Return what pretraining left beside the encoder, under its own names; often nothing."""
-    tensors = ((name.removeprefix("bert."), tensor) for name, tensor in _tensors(folder))
-    return {
-        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-            "LayerNorm.beta", "LayerNorm.bias"
-        ): tensor
-        for name, tensor in tensors
-        if name.startswith(_NOT_ENCODER)
-    }
+    """Return what pretraining left beside the encoder, under BERT's names; often nothing."""
+    return bert_weights(_read_config(folder), _tensors(folder))[1]
 
 
 def _expected(config: EncoderConfig) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:

@@ -12,6 +12,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     RobertaConfig,
     RobertaModel,
 )
@@ -26,6 +28,7 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 40,
 }
+DISTILLED = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
 IDS = torch.randint(4, 50, (3, 11), generator=torch.Generator().manual_seed(0))
 # Padding on the right, none, and on the left.
 MASK = torch.tensor([[1] * 4 + [0] * 7, [1] * 11, [0] * 5 + [1] * 6])
@@ -42,7 +45,13 @@ def losses_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "model", [BertModel(BertConfig(**SIZES)), RobertaModel(RobertaConfig(**SIZES))]
+    "model",
+    [
+        BertModel(BertConfig(**SIZES)),
+        RobertaModel(RobertaConfig(**SIZES)),
+        DistilBertModel(DistilBertConfig(**{**SIZES, **DISTILLED})),
+    ],
+    ids=lambda model: type(model).__name__,
 )
 def test_same_hidden_states_and_gradients(model: nn.Module) -> None:
     model = copy.deepcopy(model).eval()
