@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .door import Parser, print_scores, run_door
+from .options import add_device
 from .run import open_run
 from .runtime.precision import pick_device
 from .scoring import Scores, score_splits, write_scores
@@ -17,10 +18,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=f"python -m {__package__}.evaluate",
         description="Score a run's best checkpoint; print a table and write metrics.json.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--split", choices=["dev", "train"], default="dev", help="default: dev")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="default: the run's own data")
-    parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
+    what, where = parser.add_argument_group("what to score"), parser.add_argument_group("where")
+    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    what.add_argument(
+        "--split",
+        choices=["dev", "train"],
+        default="dev",
+        help="on which examples (default: dev)",
+    )
+    where.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the data files (default: the run's own)"
+    )
+    add_device(where)
     options = parser.parse_args(arguments)
 
     run = open_run(options.run)

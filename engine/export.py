@@ -19,8 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Write a run's best checkpoint as a folder that transformers.AutoModel and "
         "sentence_transformers.SentenceTransformer load, with its heads and a model card.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="a new folder")
+    what, where = parser.add_argument_group("what to export"), parser.add_argument_group("where")
+    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    where.add_argument(
+        "--to", required=True, type=Path, metavar="DIR", help="a new or empty folder; needed"
+    )
     options = parser.parse_args(arguments)
 
     run = open_run(options.run)

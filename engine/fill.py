@@ -14,6 +14,7 @@ from .door import Parser, run_door
 from .errors import InputError
 from .model.multitask import MultitaskModel
 from .objectives.masked_lm import MaskedLmHead
+from .options import add_device
 from .run import Run, open_run
 from .runtime.precision import pick_device
 
@@ -27,16 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Show the likeliest words behind [MASK], by a run whose recipe has masked LM: "
         "as the run began, and by its best checkpoint.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument(
+    what, where = parser.add_argument_group("what to fill"), parser.add_argument_group("where")
+    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    what.add_argument(
         "sentences",
         nargs="*",
         default=["This movie was [MASK]."],
         metavar="SENTENCE",
         help='with one [MASK] each (default: "This movie was [MASK].")',
     )
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="words (default: 5)")
-    parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
+    what.add_argument("--top", type=int, default=5, metavar="N", help="words to show (default: 5)")
+    add_device(where)
     options = parser.parse_args(arguments)
 
     run, device = open_run(options.run), pick_device(options.device)

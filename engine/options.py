@@ -1,4 +1,4 @@
-"""The command line of ``engine.train``, and what other doors that train have of it."""
+"""The command line of ``engine.train``, and what other doors have of it."""
 
 import argparse
 import itertools

@@ -11,6 +11,7 @@ from .data.read import OnBadRow
 from .data.source import DataFile
 from .door import Parser, run_door
 from .errors import InputError
+from .options import add_device
 from .run import open_run
 from .runtime.files import write_text
 from .runtime.precision import pick_device
@@ -23,19 +24,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=f"python -m {__package__}.predict",
         description="Predict every row of a file: a line each, in its order (id, prediction).",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--task", required=True, metavar="NAME", help="the task to predict")
-    parser.add_argument(
-        "--input", required=True, type=Path, metavar="TSV", help="labels not needed"
+    what, where = parser.add_argument_group("what to predict"), parser.add_argument_group("where")
+    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    what.add_argument("--task", required=True, metavar="NAME", help="a task of the run; needed")
+    what.add_argument(
+        "--input",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="its examples, as in the data files, labels or not; needed",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="TSV", help="what to write")
-    parser.add_argument(
+    what.add_argument(
         "--on-bad-row",
         choices=["error", "skip"],
         default="error",
-        help="a malformed row ends it, or keeps its line with an empty prediction",
+        help="what a malformed row does: end it, or keep its line with an empty prediction "
+        "(default: error)",
     )
-    parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
+    where.add_argument(
+        "--output", required=True, type=Path, metavar="TSV", help="the file to write; needed"
+    )
+    add_device(where)
     options = parser.parse_args(arguments)
 
     run = open_run(options.run)

@@ -34,7 +34,7 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 RECIPES = Path(__file__).parent / "recipes"
 
 
-_OF_A_PHASE = (
+OF_A_PHASE = (
     *("train", "order", "epochs", "max_steps", "limit", "batch_size", "micro_batches"),
     *("checkpoint_layers", "freeze_encoder", "balance", "balancing", "surgery", "optimizer", "lr"),
     *("schedule", "warmup", "betas", "eps", "weight_decay", "clip_norm"),
@@ -220,9 +220,9 @@ class Recipe(Settings):
 
     def _phase(self, name: str) -> "Recipe":
         for key in self.phases[name]:
-            if key not in _OF_A_PHASE:
+            if key not in OF_A_PHASE:
                 raise ValueError(
-                    f"phases.{name}: no setting of a phase: {key}{nearest(key, _OF_A_PHASE)}"
+                    f"phases.{name}: no setting of a phase: {key}{nearest(key, OF_A_PHASE)}"
                 )
         return Recipe.model_validate(
             self.model_dump(exclude={"phases"}, exclude_unset=True) | self.phases[name]

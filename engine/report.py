@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .door import Parser, run_door
+from .options import add_device
 from .reporting.page import write_page
 from .reporting.systems import find_runs, write_systems
 from .run import open_run
@@ -20,16 +21,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Write a self-contained HTML page for each run: curves, task gradients, "
         "conflict by layer, answers on the dev data, examples that went wrong.",
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument(
+    what, where = parser.add_argument_group("what to report"), parser.add_argument_group("where")
+    what.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    what.add_argument(
         "--papers",
         action="store_true",
-        help="instead of pages: a table for each paper whose systems were run, its figures beside "
-        "ours, and the mistakes of each run (Markdown and PNG); RUN may hold many runs",
+        help="a table for each paper whose systems were run, its figures beside ours, and the "
+        "mistakes of each run (Markdown and PNG); RUN may hold many runs (default: a page a run)",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where pages go")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="default: each run's own data")
-    parser.add_argument("--device", metavar="D", help="cpu or cuda (default: the GPU if any)")
+    where.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="where pages go; needed"
+    )
+    where.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data files (default: each run's own)",
+    )
+    add_device(where)
     options = parser.parse_args(arguments)
 
     console, device = Console(), pick_device(options.device)

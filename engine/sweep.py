@@ -109,21 +109,30 @@ def _parser() -> Parser:
         prog=f"python -m {__package__}.sweep",
         description="Train several runs below one folder; called again, go on where it was.",
     )
-    add = parser.add_argument
+    what, where = parser.add_argument_group("what to train"), parser.add_argument_group("where")
+    add = what.add_argument
     add("recipes", nargs="*", metavar="RECIPE", help="built-in recipes' names or TOML files")
     add("--papers", action="store_true", help="all recipes that stand for a system of a paper")
-    add("--out", type=Path, required=True, metavar="DIR", help="the folder of the runs")
     add(
         "--grid",
         nargs="+",
         default=[],
         metavar="KEY=VALUE,…",
-        help="train every combination, such as lr=1e-3,1e-4 batch_size=8,16 epochs=3,6",
+        help="train every combination, such as lr=1e-3,1e-4 batch_size=8,16 epochs=3,6 "
+        "(default: the recipe alone)",
     )
     add("--seeds", type=int, default=1, metavar="N", help="repetitions of each (default: 1)")
-    add("--minutes", type=float, metavar="M", help="stop with a checkpoint after so long")
-    add_settings(parser)
-    add_device(parser)
+    add(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="stop with a checkpoint after so long (default: when all is trained)",
+    )
+    add_settings(what)
+    where.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder of the runs; needed"
+    )
+    add_device(where)
     return parser
 
 

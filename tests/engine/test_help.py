@@ -2,26 +2,40 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from engine import evaluate, export, fill, predict, report, sweep, train
 from engine import recipe as recipes
 from engine.completion import bash_script
+from engine.door import Parser
 from engine.fields import ANY_NAME, recipe_fields
-from engine.options import parser
 from engine.train import main
 
 from .conftest import TINY
 
+DOORS = (train, evaluate, predict, export, report, sweep, fill)
 
-def test_every_option_says_what_happens_without_it():
-    text = parser().format_help()
-    for action in parser()._actions:
-        if action.nargs != 0 and action.option_strings and action.dest != "completion":
-            assert "(default: " in " ".join(action.help.split()), action.option_strings
-    for group in ("what to train:", "where:", "to look around"):
-        assert group in text
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_every_option_stands_in_a_group_and_says_what_happens_without_it(door, monkeypatch):
+    shown: list[Parser] = []
+    monkeypatch.setattr(Parser, "parse_args", lambda self, _: shown.append(self) or sys.exit())
+    with pytest.raises(SystemExit):
+        door.main([])
+    (parser,) = shown
+    assert parser.prog == f"python -m {door.__name__}"
+    for group in parser._action_groups:
+        own = [action for action in group._group_actions if action.dest != "help"]
+        assert not own or group.title not in ("options", "positional arguments")
+        for action in own:
+            help_ = " ".join(action.help.split())
+            if action.required and action.option_strings:
+                assert help_.endswith("; needed"), action
+            elif action.nargs != 0 and action.option_strings and action.dest != "completion":
+                assert "(default: " in help_, action
 
 
 def test_every_field_has_a_meaning_and_its_default_can_be_set(capsys):
@@ -65,6 +79,10 @@ TRAIN = ("python", "-m", "engine.train")
         ((*TRAIN, "cgs", "--set", "weight_"), ["weight_decay="]),
         ((*TRAIN, "cgs", "--set", "lr", "=", "1", "encoder.vocab"), ["encoder.vocab_size="]),
         ((*TRAIN, "cgs", "--set", "tasks.sts.fea"), ["tasks.sts.features="]),
+        ((*TRAIN, "cgs", "--set", "tasks.cfimdb.fea"), []),
+        ((*TRAIN, "superbert", "--set", "phases.pretrain.lr"), ["phases.pretrain.lr="]),
+        ((*TRAIN, "superbert", "--set", "objectives.masked_lm.ki"), ["objectives.masked_lm.kind="]),
+        ((*TRAIN, "superbert", "--set", "tasks.sst.loss", "=", "m"), ["mse"]),
         ((*TRAIN, "cgs", "--set", "surgery", "="), ["model", "layer", "tensor"]),
         ((*TRAIN, "cgs", "--set", "balance", "=", "pc"), ["pcgrad"]),
         (("python", "-m", "http.server", "--b"), []),
@@ -72,6 +90,18 @@ TRAIN = ("python", "-m", "engine.train")
 )
 def test_bash_completes(words, expected):
     assert complete(*words) == expected
+
+
+def test_bash_completes_the_tasks_of_ones_own_recipe(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        '[tasks.moods]\nfeatures = "single"\n[tasks.moods.source]\n[tasks]\nduels.weight = 2\n'
+    )
+    words = (*TRAIN, str(recipe), "--set", "tasks.")
+    names = {word.split(".")[1] for word in complete(*words)}
+    assert names == {"moods", "duels"}
+    assert complete(*words[:-1], "tasks.moods.source.kin") == ["tasks.moods.source.kind="]
+    assert complete(*words[:-1], "tasks.moods.source.kind", "=", "pair_r") == ["pair_regression"]
 
 
 def test_the_script_can_be_had_from_the_door(capsys):
