@@ -70,6 +70,7 @@ def train(training: Training, console: Console) -> Signals | None:
             epoch_ends = training.ends_epoch(progress.phase_step)
             if epoch_ends:
                 log.flush()
+                bar.show(progress.phase_step, log.latest)
                 scores = score_splits(training.model, training.dev_sets, ranks)
                 if scores:
                     log.add_scores(progress.step, scores)

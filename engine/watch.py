@@ -5,7 +5,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich import progress as bars
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
 
 from .data.split import TokenizedSplit
 from .runtime.execution import Execution
@@ -54,29 +56,33 @@ def print_warmup(console: Console, execution: Execution) -> None:
     )
 
 
+_SPEED_OVER = 3600.0
+"""Seconds over which the time left is estimated; rich's 30 may see a single block of steps."""
+
+
 class ProgressBar:
-    """Steps, losses, conflict rate, tokens a second and the time left, on one line of 80."""
+    """Steps, conflict rate, tokens a second and the time left; below them the losses."""
 
     def __init__(self, console: Console, done: int, total: int) -> None:
         self._console = console
         self._bar = bars.Progress(
-            bars.BarColumn(bar_width=8),
+            bars.BarColumn(bar_width=16),
             bars.MofNCompleteColumn(),
             bars.TextColumn("{task.description}"),
             bars.TimeRemainingColumn(),
+            bars.TextColumn("left"),
             console=console,
+            speed_estimate_period=_SPEED_OVER,
         )
         self._task = self._bar.add_task("", total=total, completed=done)
+        self._live = Live(self._bar, console=console)
 
     def show(self, steps_done: int, line: Mapping[str, Any]) -> None:
-        """Bring the bar up to date with a line of ``metrics.jsonl``."""
-        losses = " ".join(f"{task} {_number(loss)}" for task, loss in line["losses"].items())
-        self._bar.update(
-            self._task,
-            completed=steps_done,
-            description=f"{losses} conflict {line['conflict_rate']:.0%} "
-            f"{line['tokens_per_s'] / 1e3:.1f}k tok/s",
-        )
+        """Bring the display up to date with a line of ``metrics.jsonl``."""
+        rates = f"conflict {line['conflict_rate']:.0%}  {line['tokens_per_s']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=steps_done, description=rates)
+        losses = [f"{task} {_number(loss)}" for task, loss in line["losses"].items()]
+        self._live.update(Group(self._bar, Columns(["losses", *losses], padding=(0, 2))))
 
     def print_epoch(
         self, progress: Progress, epoch_steps: int, scores: Mapping[str, float]
@@ -90,7 +96,7 @@ class ProgressBar:
 
     def __enter__(self) -> Self:
         """Start drawing."""
-        self._bar.start()
+        self._live.start()
         return self
 
     def __exit__(
@@ -100,7 +106,7 @@ class ProgressBar:
         traceback: TracebackType | None,
     ) -> None:
         """Stop drawing."""
-        self._bar.stop()
+        self._live.stop()
 
 
 def list_recipes(console: Console, recipes: Iterable[tuple[str, str]]) -> None:

@@ -1,18 +1,22 @@
 """What a run writes down as it goes, and where else that appears."""
 
+import io
 import json
+import re
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.errors import InputError
 from engine.runtime.gpu import GpuMeter
 from engine.runtime.metrics_log import MetricsLog
 from engine.train import main
+from engine.watch import ProgressBar
 
 from .conftest import TINY
 
@@ -21,6 +25,33 @@ PAIRS = ["/".join(pair) for pair in combinations(("sst", "quora", "sts"), 2)]
 
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_progress_shows_everything_on_a_narrow_terminal():
+    seconds = 0.0
+    terminal = Console(
+        file=io.StringIO(),
+        width=80,
+        force_terminal=True,
+        color_system=None,
+        get_time=lambda: seconds,
+    )
+    tasks = ("reviews", "stars", "duplicates", "similarity", "topics")
+    with ProgressBar(terminal, 100, 1330) as bar:
+        for steps in (400, 700):
+            seconds += 600
+            line = {
+                "losses": dict.fromkeys(tasks, 1.25) | {"topics": None},
+                "conflict_rate": 0.4,
+                "tokens_per_s": 12345.6,
+            }
+            bar.show(steps, line)
+    shown = terminal.file.getvalue()
+    *_, last = re.findall(r" 700/1330.*", shown)
+    assert "conflict 40%  12,346 tokens/s 0:21:00 left" in last  # 630 steps, 2 s each
+    for task in tasks[:-1]:
+        assert f"{task} 1.250" in shown
+    assert "topics not finite" in shown
 
 
 def test_every_evaluation_has_a_line(tiny_run):
@@ -117,9 +148,9 @@ class NotSupportedError(Exception):
 
 
 def fake_nvml() -> SimpleNamespace:
-    """Return the functions of pynvml for one GPU that has no sensor for energy."""
+    """Return the functions of pynvml for one GPU that has no sensor for its clocks."""
 
-    def no_sensor(handle):
+    def no_sensor(handle, clock):
         raise NotSupportedError
 
     return SimpleNamespace(
@@ -128,20 +159,19 @@ def fake_nvml() -> SimpleNamespace:
         NVML_CLOCK_SM=1,
         NVML_CLOCK_MEM=2,
         nvmlDeviceGetPowerUsage=lambda handle: 412_500,
-        nvmlDeviceGetTotalEnergyConsumption=no_sensor,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 7_200_500,
         nvmlDeviceGetTemperature=lambda handle, sensor: {0: 61}[sensor],
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=3 << 30, total=80 << 30),
-        nvmlDeviceGetClockInfo=lambda handle, clock: {1: 1755, 2: 2619}[clock],
+        nvmlDeviceGetClockInfo=no_sensor,
         nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=97, memory=40),
     )
 
 
 READINGS = {
     "power_w": 412.5,
+    "energy_j": 7200.5,
     "temperature_c": 61.0,
     "memory_mib": 3072.0,
-    "sm_clock_mhz": 1755.0,
-    "memory_clock_mhz": 2619.0,
     "utilization": 97.0,
 }
 
