@@ -107,6 +107,8 @@ class ProgressBar:
     ) -> None:
         """Stop drawing."""
         self._live.stop()
+        if not self._console.is_interactive:
+            self._console.print()  # into a file, rich leaves the last line open
 
 
 def list_recipes(console: Console, recipes: Iterable[tuple[str, str]]) -> None:

@@ -54,6 +54,15 @@ def test_progress_shows_everything_on_a_narrow_terminal():
     assert "topics not finite" in shown
 
 
+def test_what_follows_the_progress_in_a_file_begins_a_line():
+    console = Console(file=io.StringIO(), width=80)
+    with ProgressBar(console, 0, 10) as bar:
+        bar.show(10, {"losses": {"sst": 1.5}, "conflict_rate": 0.0, "tokens_per_s": 1.0})
+    console.print("dev scores")
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert lines[-2:] == ["losses  sst 1.500", "dev scores"]
+
+
 def test_every_evaluation_has_a_line(tiny_run):
     folder = tiny_run("run")
     evaluations = lines(folder / "evaluations.jsonl")
