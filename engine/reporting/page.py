@@ -31,6 +31,8 @@ _GPU_READINGS = {
     "temperature_c": "temperature, °C",
     "memory_mib": "memory, MiB",
     "sm_clock_mhz": "clock, MHz",
+    "memory_clock_mhz": "memory clock, MHz",
+    "utilization": "utilization, %",
 }
 
 
@@ -77,7 +79,7 @@ def write_page(run: Run, path: Path, device: torch.device) -> None:
         facts=dict(_facts(run, steps)),
         answers=answers,
         metric=metric_name,
-        sections=[section for section in sections if section.pictures],
+        sections=sections,
         recipe=run.recipe.to_toml(),
     )
     write_text(path, html)
@@ -95,6 +97,9 @@ def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{int(tokens.sum()):,}"
     yield "tokens a second", f"{np.median(rate):,.0f} (median)"
     yield "conflict rate", f"{conflicts.mean():.0%}"
+    _, energy = series(steps, "gpu", "energy_j")  # since the driver was loaded
+    if len(energy) > 1 and (np.diff(energy) >= 0).all():
+        yield "energy of the GPU, first to last reading", f"{np.ptp(energy) / 3600:,.1f} Wh"
     skipped = sum(line["skipped"] for line in steps)
     if skipped:
         yield "steps skipped", f"{skipped} (gradients not finite)"
@@ -117,7 +122,9 @@ def _losses(steps: list[Json], evaluations: list[Json]) -> Section:
 
 def _gradients(steps: list[Json]) -> Section:
     if not names(steps, "cosines"):
-        return Section("Task gradients", "", [])
+        return Section(
+            "Task gradients", "No step had two tasks, whose gradients could conflict.", []
+        )
     cosines = pictures.curves(_by_name(steps, "cosines"), "cosine", zero=True)
     conflict = pictures.curves({"rate": series(steps, "conflict_rate")}, "pairs in conflict")
     norms = pictures.curves(_by_name(steps, "task_grad_norms"), "norm")
@@ -136,8 +143,9 @@ def _gradients(steps: list[Json]) -> Section:
 
 def _layers(steps: list[Json]) -> Section:
     layers, pairs, cosines, conflicts = layer_conflicts(steps)
-    if not layers or not pairs:
-        return Section("Conflict by layer", "", [])
+    if not pairs:
+        hint = "Nothing was recorded: that takes two tasks in a step and --set watch_layers=10."
+        return Section("Conflict by layer", hint, [])
     shares = pictures.heatmap(layers, pairs, conflicts, signed=False)
     means = pictures.heatmap(layers, pairs, cosines, signed=True)
     return Section(

@@ -57,6 +57,7 @@ def curves(
             (line,) = axes.plot(steps[thin], mean[thin], label=name, linewidth=1.6)
             axes.plot(steps[thin], values[thin], ".", color=line.get_color(), alpha=0.2, zorder=0)
         axes.set(xlabel="step", ylabel=label)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         if len(named) > 1:
             axes.legend(ncols=min(len(named), 4), loc="best")
         return _svg(figure)
@@ -65,14 +66,18 @@ def curves(
 def heatmap(
     rows: Sequence[str], columns: Sequence[str], values: npt.NDArray[np.float64], *, signed: bool
 ) -> str:
-    """Draw a matrix with its numbers, shares of one or, if ``signed``, cosines."""
+    """Draw a matrix with its numbers, shares of one or, if ``signed``, cosines.
+
+    NaN is left empty.
+    """
     height = 1.2 + 0.3 * len(rows)
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure, axes = _axes((2.6 + 0.9 * len(columns), height))
-        largest = max(0.05, float(np.abs(values).max())) if signed else 1.0
+        largest = max(0.05, float(np.nanmax(np.abs(values)))) if signed else 1.0
         low, colours = (-largest, "RdBu") if signed else (0.0, "Reds")
         axes.imshow(values, cmap=colours, vmin=low, vmax=largest, aspect="auto")
-        texts = [[f"{v:.2f}" if signed else f"{v:.0%}" for v in row] for row in values]
+        spelling = "z.2f" if signed else ".0%"
+        texts = [["" if np.isnan(v) else format(v, spelling) for v in row] for row in values]
         numbers_in_cells(axes, values / largest, texts)
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)

@@ -1,7 +1,6 @@
 """What there is to report of a run: its files, and its answers on the dev data."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,18 +152,20 @@ def layer_conflicts(
 
     Returns:
         L layers and N pairs of tasks by name; of each layer (row) and pair (column) the mean
-        cosine and the share of records in which it was negative, ``[L, N]``; layers that one
-        task alone reaches are left out.
+        cosine and the share of records in which it was negative, ``[L, N]``, NaN where no record
+        has both (phases train other tasks and layers); layers that one task alone reaches are left
+        out.
     """
-    records: list[Mapping[str, Mapping[str, float]]] = [
-        line["layer_cosines"] for line in steps if "layer_cosines" in line
-    ]
-    if not records:
-        return [], [], np.empty((0, 0)), np.empty((0, 0))
-    layers = [name for name in records[0] if not name.startswith(("heads.", "adapters."))]
-    pairs = list(records[0][layers[0]])
-    cosines = np.array([[[r[name][pair] for pair in pairs] for name in layers] for r in records])
-    return layers, pairs, cosines.mean(0), (cosines < 0).mean(0)
+    records = [line for line in steps if "layer_cosines" in line]
+    found = names(records, "layer_cosines")
+    layers = [name for name in found if not name.startswith(("heads.", "adapters."))]
+    pairs = list(dict.fromkeys(p for name in layers for p in names(records, "layer_cosines", name)))
+    cosines, conflicts = np.full((2, len(layers), len(pairs)), np.nan)
+    for place in np.ndindex(cosines.shape):
+        _, values = series(records, "layer_cosines", layers[place[0]], pairs[place[1]])
+        if len(values):
+            cosines[place], conflicts[place] = values.mean(), (values < 0).mean()
+    return layers, pairs, cosines, conflicts
 
 
 def _at(line: Json, path: tuple[str, ...]) -> Any:

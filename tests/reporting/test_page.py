@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from engine import report
 from engine.errors import InputError
+from engine.reporting.pictures import heatmap
 from engine.reporting.record import (
     Answers,
     confusion,
@@ -134,6 +136,59 @@ def test_series_and_layers():
     layers, pairs, cosines, conflicts = layer_conflicts(lines)
     assert (layers, pairs) == (["l"], ["a/b"])
     assert (cosines.item(), conflicts.item()) == (pytest.approx(-0.2), 0.5)
+
+
+def test_layers_of_phases_that_train_other_tasks():
+    lines = [
+        {"step": 0, "layer_cosines": {"l": {}, "heads.a": {}}},  # one task alone
+        {"step": 1, "layer_cosines": {"l": {"a/b": -0.5}, "m": {"a/b": 0.5}, "heads.a": {}}},
+        {"step": 2, "layer_cosines": {"m": {"b/c": 0.25}}},  # the other layer is frozen
+    ]
+    layers, pairs, cosines, conflicts = layer_conflicts(lines)
+    assert (layers, pairs) == (["l", "m"], ["a/b", "b/c"])
+    np.testing.assert_array_equal(cosines, [[-0.5, np.nan], [0.5, 0.25]])
+    np.testing.assert_array_equal(conflicts, [[1, np.nan], [0, 0]])
+    assert heatmap(layers, pairs, cosines, signed=True).startswith("data:image/svg+xml")
+
+
+def changed(run_folder: Path, copy: Path, change: Callable[[int, dict], dict]) -> str:
+    """Return the page of a run whose ``metrics.jsonl`` has other lines."""
+    shutil.copytree(run_folder, copy)
+    lines = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    changed = (json.dumps(change(number, line)) + "\n" for number, line in enumerate(lines))
+    (copy / "metrics.jsonl").write_text("".join(changed))
+    assert report.main([str(copy), "--out", str(copy / "pages")]) == 0
+    return (copy / "pages" / f"{copy.name}.html").read_text()
+
+
+def test_what_a_gpu_said_is_shown(run_folder, tmp_path):
+    readings = {"power_w": 400.0, "temperature_c": 60.0, "memory_mib": 9e3, "sm_clock_mhz": 1755.0}
+    text = changed(
+        run_folder,
+        tmp_path / "gpu",
+        lambda step, line: line | {"gpu": readings | {"energy_j": 5e6 + 3600.0 * step}},
+    )
+    for title in ("GPU power, W", "GPU temperature, °C", "GPU memory, MiB", "GPU clock, MHz"):
+        assert f"<figcaption>{title}</figcaption>" in text
+    assert "<td>5.0 Wh</td>" in text  # six steps
+
+
+def test_a_section_without_records_says_how_to_get_them(run_folder, tmp_path):
+    def bare(_step: int, line: dict) -> dict:
+        return {key: value for key, value in line.items() if key != "layer_cosines"}
+
+    text = changed(run_folder, tmp_path / "bare", bare)
+    assert "--set watch_layers=10" in text
+    assert text.count("<figure>") == 4 + 4 + 3 + 1
+
+
+@pytest.mark.parametrize("recipe", ["sst-linear", "three-phase"])
+def test_runs_of_one_task_and_of_phases_have_pages(tmp_path, recipe):
+    folder = tmp_path / recipe
+    settings = ["--max-steps", "2", "--set", *TINY, "watch_layers=1"]
+    assert main([recipe, "--out", str(folder), *settings]) == 0
+    assert report.main([str(folder), "--out", str(tmp_path / "pages")]) == 0
+    assert Page(tmp_path / "pages" / f"{recipe}.html").headings == SECTIONS
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
