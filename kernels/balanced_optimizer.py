@@ -104,6 +104,9 @@ class BalancedOptimizer(torch.optim.Optimizer):
         optimizer: the wrapped one.
         gram: ``[K, K]`` Gram matrix of the task gradients, after ``backward``.
         weights: ``[G, K]`` weights that were applied, a row for each of the G groups or tensors.
+
+    Raises:
+        ValueError: an unknown ``extent``.
     """
 
     def __init__(
@@ -143,19 +146,31 @@ class BalancedOptimizer(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the optimizer."""
+        """Add a parameter group to the optimizer.
+
+        Args:
+            param_group: as torch's optimizers take it.
+        """
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state."""
+        """Return the optimizer's state."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore a state.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+        """
         self.optimizer.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, those of the single tasks included."""
+        """Clear the gradients, those of the single tasks included.
+
+        Args:
+            set_to_none: of the parameters' ``grad``, instead of zeros.
+        """
         self._num_tasks = 0
         if self._task_gradients is not None:
             self._task_gradients.clear()
@@ -166,7 +181,14 @@ class BalancedOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Do a step of the optimizer."""
+        """Do a step of the optimizer.
+
+        Args:
+            closure: computes the loss again, for optimizers that ask for it.
+
+        Returns:
+            What the closure returned, or None without one.
+        """
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     # ---- task gradients and their combination --------------------------------------------------

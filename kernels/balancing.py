@@ -60,6 +60,21 @@ def _(gram: Tensor, alpha: float) -> Tensor:
 # ---- what the methods share ----------------------------------------------------------------------
 
 
+def _check(gram: Tensor, **others: tuple[Tensor, int]) -> None:
+    """Refuse a Gram matrix that is none, and others whose dimensions are not all K.
+
+    Raises:
+        ValueError: the message names the argument.
+    """
+    if gram.dim() != 2 or not gram.numel() or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram: expected [K, K], got {list(gram.shape)}")
+    if not gram.is_floating_point():
+        raise ValueError(f"gram: expected floating point, got {gram.dtype}")
+    for name, (tensor, dims) in others.items():
+        if list(tensor.shape) != [len(gram)] * dims:
+            raise ValueError(f"{name}: expected {[len(gram)] * dims}, got {list(tensor.shape)}")
+
+
 def _rounding(gram: Tensor) -> float:
     """Relative error that the entries of a Gram matrix may have together."""
     return len(gram) * torch.finfo(gram.dtype).eps
@@ -67,6 +82,7 @@ def _rounding(gram: Tensor) -> float:
 
 def _scaled(gram: Tensor) -> Tensor:
     """G in float64 with a mean diagonal of 1, made definite beyond its own rounding errors."""
+    _check(gram)
     matrix = gram.double()
     mean = matrix.diagonal().mean()
     matrix = matrix / torch.where(mean > 0, mean, 1.0)
@@ -81,6 +97,7 @@ class _Directions(NamedTuple):
 
 
 def _directions(gram: Tensor) -> _Directions:
+    _check(gram)
     squares = gram.diagonal().double()
     inverse = torch.where(squares > 0, squares.rsqrt(), 0.0)
     return _Directions(inverse[:, None] * gram.double() * inverse, inverse)
@@ -103,17 +120,51 @@ def _solve_least_squares(matrix: Tensor, target: Tensor, relative: float) -> Ten
 
 
 def total(gram: Tensor) -> Tensor:
-    """Plain multitask training: the sum of the gradients."""
+    """Plain multitask training: the sum of the gradients.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
+    """
+    _check(gram)
     return torch.ones_like(gram[0])
 
 
 def mean(gram: Tensor) -> Tensor:
-    """The mean of the gradients."""
+    """The mean of the gradients.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
+    """
+    _check(gram)
     return torch.full_like(gram[0], 1 / len(gram))
 
 
 def proportional(gram: Tensor, sizes: Tensor) -> Tensor:
-    """Weights in proportion to ``sizes [K]`` (of the datasets, say) that add up to 1."""
+    """Weights in proportion to sizes, of the data sets, say; they add up to 1.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+        sizes: ``[K]``, any dtype.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    _check(gram, sizes=(sizes, 1))
     sizes = sizes.to(gram)
     return sizes / sizes.sum()
 
@@ -126,7 +177,21 @@ def auxiliary_pcgrad(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3)
 
     The others enter as one gradient ``g_aux = auxiliary_weight * sum of the auxiliaries``; main and
     auxiliary gradient are then projected by each other where they conflict.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+        main: the number of the main task, from 0.
+        auxiliary_weight: factor on the sum of the others.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
+    _check(gram)
+    if not 0 <= main < len(gram):
+        raise ValueError(f"main: expected 0 to {len(gram) - 1}, got {main}")
     members = gram.new_full((2, len(gram)), auxiliary_weight)
     is_main = torch.arange(len(gram), device=gram.device) == main
     members = torch.where(torch.stack([is_main, ~is_main]), members, 0.0)
@@ -136,7 +201,12 @@ def auxiliary_pcgrad(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3)
 
 
 class GradVacStep(NamedTuple):
-    """Weights ``[K]``, and the target cosines ``[K, K]`` for the next step."""
+    """What :func:`gradvac` returns.
+
+    Attributes:
+        weights: ``[K]`` in the dtype of the Gram matrix.
+        targets: ``[K, K]`` target cosines for the next step, likewise.
+    """
 
     weights: Tensor
     targets: Tensor
@@ -148,11 +218,18 @@ def gradvac(gram: Tensor, order: Tensor, targets: Tensor, beta: float = 0.5) -> 
     Wang et al., "Gradient Vaccine", ICLR 2021, Algorithm 1.
 
     Args:
-        gram: ``[K, K]``.
-        order: ``[K, K]`` as for :func:`pcgrad_weights`.
+        gram: ``[K, K]``, floating point.
+        order: ``[K, K]`` int64, as for :func:`pcgrad_weights`.
         targets: ``[K, K]`` running means of the cosines, zeros at first.
         beta: weight of the newest cosine in that mean.
+
+    Returns:
+        The weights, and the targets of the next step.
+
+    Raises:
+        ValueError: a shape or dtype is not as above.
     """
+    _check(gram, order=(order, 2), targets=(targets, 2))
     cosines, inverse_norms = _directions(gram)
     task = torch.arange(len(gram), device=gram.device)
     targets = targets.double()
@@ -178,7 +255,17 @@ def upgrad(gram: Tensor) -> Tensor:
     """UPGrad: the mean of the gradients, each projected onto the dual cone of all of them.
 
     Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, section 3.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
     """
+    _check(gram)
     each = torch.eye(len(gram), dtype=torch.float64, device=gram.device) / len(gram)
     return _ops.project_onto_dual_cone(_scaled(gram), each).sum(0).to(gram.dtype)
 
@@ -187,7 +274,17 @@ def dual_projection(gram: Tensor) -> Tensor:
     """DualProj: the mean gradient projected onto the dual cone of all gradients.
 
     Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017, equation 11.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
     """
+    _check(gram)
     average = torch.full_like(gram[:1], 1 / len(gram), dtype=torch.float64)
     return _ops.project_onto_dual_cone(_scaled(gram), average)[0].to(gram.dtype)
 
@@ -199,6 +296,15 @@ def mgda(gram: Tensor) -> Tensor:
     """MGDA: the shortest convex combination of the gradients.
 
     Désidéri, "Multiple-gradient descent algorithm", Comptes Rendus Mathématique 2012.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
     """
     return _ops.minimize_norm(_scaled(gram)).to(gram.dtype)
 
@@ -206,7 +312,17 @@ def mgda(gram: Tensor) -> Tensor:
 def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
     """CAGrad: the best worst-case direction within ``c |g0|`` of the mean gradient ``g0``.
 
-    Liu et al., "Conflict-Averse Gradient Descent", NeurIPS 2021, Algorithm 1; ``0 <= c < 1``.
+    Liu et al., "Conflict-Averse Gradient Descent", NeurIPS 2021, Algorithm 1.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+        c: radius in units of ``|g0|``, from 0 (the mean itself) to below 1.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
     if not 0 <= c < 1:
         raise ValueError(f"c must be in [0, 1), not {c}")
@@ -218,6 +334,15 @@ def nash_mtl(gram: Tensor) -> Tensor:
 
     Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, for G divided by its
     Frobenius norm, so that the weights do not depend on the gradients' scale.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
     """
     return fairgrad(gram, alpha=1.0)
 
@@ -226,7 +351,17 @@ def fairgrad(gram: Tensor, alpha: float = 1.0) -> Tensor:
     """FairGrad: alpha-fair weights, ``G c = c^(-1 / alpha)``.
 
     Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, equation 6, for G
-    divided by its Frobenius norm; ``alpha > 0``.
+    divided by its Frobenius norm.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+        alpha: more than 0; 1 is Nash-MTL, larger values favour the task that gains least.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
     if alpha <= 0:
         raise ValueError(f"alpha must be positive, not {alpha}")
@@ -242,6 +377,15 @@ def imtl_g(gram: Tensor) -> Tensor:
     """IMTL-G: the combination with equal projections onto all gradients; weights add up to 1.
 
     Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, section 3.1.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
     """
     cosines, inverse_norms = _directions(gram)
     ones = (inverse_norms > 0).double()
@@ -257,7 +401,17 @@ def aligned_mtl(gram: Tensor) -> Tensor:
 
     Senushkin et al., "Independent Component Alignment for Multi-Task Learning", CVPR 2023,
     Algorithm 1, with the smallest singular value for the scale.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
     """
+    _check(gram)
     values, counts, vectors = _eigen(gram.double(), _rounding(gram))
     least = torch.where(counts, values, torch.inf).min()
     balance = torch.where(counts, (least / values).sqrt(), 0.0)
@@ -269,6 +423,15 @@ def config(gram: Tensor) -> Tensor:
 
     Liu, Chu and Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural
     Networks", ICLR 2025, equation 2.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
     """
     cosines, inverse_norms = _directions(gram)
     ones = (inverse_norms > 0).double()
@@ -286,10 +449,17 @@ def krum(gram: Tensor, num_byzantine: int = 0, num_selected: int = 1) -> Tensor:
     Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017.
 
     Args:
-        gram: ``[K, K]`` with K at least ``num_byzantine + 3``.
+        gram: ``[K, K]``, floating point, with K at least ``num_byzantine + 3``.
         num_byzantine: how many gradients may be arbitrary.
         num_selected: how many are averaged.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``: ``1 / num_selected`` or 0.
+
+    Raises:
+        ValueError: an argument is not as above.
     """
+    _check(gram)
     neighbours = len(gram) - num_byzantine - 2
     if neighbours < 1 or not 1 <= num_selected <= len(gram):
         raise ValueError(
@@ -316,15 +486,19 @@ def gradnorm(
     so that the step does not depend on the gradients' scale.
 
     Args:
-        gram: ``[K, K]`` of the unweighted gradients.
+        gram: ``[K, K]`` of the unweighted gradients, floating point.
         weights: ``[K]`` present weights, adding up to K; ones at first.
         loss_ratios: ``[K]`` present over initial losses.
         alpha: strength of the pull towards equal rates.
         lr: step of the weights.
 
     Returns:
-        ``[K]`` new weights, not negative, adding up to K.
+        ``[K]`` new weights in the dtype of ``weights``, not negative, adding up to K.
+
+    Raises:
+        ValueError: a shape or dtype is not as above.
     """
+    _check(gram, weights=(weights, 1), loss_ratios=(loss_ratios, 1))
     norms = gram.diagonal().double().sqrt()
     weighted = weights.double() * norms
     average = weighted.mean()

@@ -50,13 +50,23 @@ class FusedLayerNorm(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension of ``x [..., N]``."""
+        """Normalise the last dimension.
+
+        Args:
+            x: ``[..., N]``, any floating dtype.
+
+        Returns:
+            ``[..., N]`` in the dtype of ``x``.
+
+        Raises:
+            ValueError: its last dimension is not N.
+        """
         if x.shape[-1:] != self.normalized_shape:
             raise ValueError(f"x: expected [..., {self.normalized_shape[0]}], got {list(x.shape)}")
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
-        """The arguments, as torch's own layer norm shows them."""
+        """Return the arguments, as torch's own layer norm shows them."""
         return (
             f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
         )
@@ -85,8 +95,8 @@ def layer_norm_fn(
     """Post-norm, ``layer_norm(residual + dropout(x))``, with flash-attn's arguments and defaults.
 
     Args:
-        x: ``[..., N]``.
-        weight: ``[N]``.
+        x: ``[..., N]``, any floating dtype.
+        weight: ``[N]``, any floating dtype.
         bias: ``[N]`` or None.
         residual: shape of ``x``, or None.
         x1: not supported, nor are weight1, bias1, rowscale, prenorm, zero_centered_weight,
@@ -107,7 +117,7 @@ def layer_norm_fn(
         residual_out: see x1.
 
     Returns:
-        ``[..., N]``.
+        ``[..., N]`` in ``out_dtype``.
 
     Raises:
         NotImplementedError: an argument that is not supported; the message names it.

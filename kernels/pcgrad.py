@@ -40,6 +40,9 @@ class PCGrad(BalancedOptimizer):
             copied class does; with its order, this replays its update.
         task_gradients: as for :class:`.BalancedOptimizer`.  A layer that sees several tasks at once
             counts as reached by all of them if any loss reaches it.
+
+    Raises:
+        ValueError: an unknown ``reduction`` or ``extent``.
     """
 
     def __init__(
@@ -61,11 +64,15 @@ class PCGrad(BalancedOptimizer):
         self._order: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state and how many orders were drawn."""
+        """Return the optimizer's state and how many orders were drawn."""
         return super().state_dict() | {_STATE_KEY: {"draws": self._draws}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; the optimizer's alone is taken as well."""
+        """Restore a state.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned, here or of the optimizer alone.
+        """
         own = state_dict.get(_STATE_KEY)
         self._draws = 0 if own is None else own["draws"]
         super().load_state_dict({k: v for k, v in state_dict.items() if k != _STATE_KEY})

@@ -418,6 +418,9 @@ def update_guard(
         weights: ``[K]`` weights of the combination; ``[S, K]`` by segments.
         max_norm: clip the combined gradient to this norm, as ``clip_grad_norm_``; None: never.
         loss_scale: what the losses were multiplied by.
+
+    Returns:
+        0-dim tensors on the device of ``gram``: norm, factor and overflow.
     """
     norm = combined_norm(gram, weights) / loss_scale
     scale = torch.ones_like(norm) / loss_scale

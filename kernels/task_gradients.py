@@ -138,16 +138,34 @@ class TaskGradients:
             yield place.name, place.rows
 
     def columns(self, parameter: Tensor) -> slice:
-        """Return which columns of the rows belong to a parameter."""
-        columns = self._places[id(parameter)].columns
+        """Return which columns of the rows belong to a parameter.
+
+        Args:
+            parameter: one of :attr:`parameters`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        columns = self._place(parameter).columns
         return slice(columns.start, columns.stop)
 
     def tasks_reaching(self, parameter: Tensor) -> frozenset[int]:
         """Return the tasks whose losses have reached a parameter since :meth:`clear`.
 
         A layer that sees several tasks at once and is reached by any loss counts for all of them.
+
+        Args:
+            parameter: one of :attr:`parameters`.
+
+        Raises:
+            ValueError: it is none.
         """
-        return frozenset(self._places[id(parameter)].tasks)
+        return frozenset(self._place(parameter).tasks)
+
+    def _place(self, parameter: Tensor) -> Place:
+        if id(parameter) not in self._places:
+            raise ValueError("parameter: none of the model's that required a gradient at first")
+        return self._places[id(parameter)]
 
     def _offsets(self, argument: str, sizes: Sequence[int]) -> tuple[int, ...]:
         if len(sizes) != self.num_tasks or any(size < 0 for size in sizes):

@@ -93,8 +93,8 @@ class TaskRows(NamedTuple):
 
         Args:
             segments: the caller's argument, None included.
-            weight: the layer's weight.
-            bias: the layer's bias, or None.
+            weight: the layer's weight, of the shape of its columns.
+            bias: the layer's bias, likewise, or None.
             x: the layer's input; its first dimension is the stream.
 
         Raises:
@@ -153,9 +153,12 @@ def new_task_rows(
 
     Args:
         num_tasks: K.
-        weight: the layer's weight; the rows have its dtype and device.
+        weight: the layer's weight, any shape; the rows have its dtype and device.
         bias: the layer's bias, or None.
         fill: what the rows hold at first; embedding rows must begin at 0.
+
+    Returns:
+        Rows over a buffer ``[K, weight.numel() + bias.numel()]``.
     """
     of_weight = Columns(0, tuple(weight.shape))
     of_bias = None if bias is None else Columns(of_weight.stop, tuple(bias.shape))

@@ -1,9 +1,13 @@
 """The pages leave no public name out, and every public name says what it does."""
 
 import importlib
+import inspect
 import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
+from torch import Tensor
 
 import kernels
 from tests.conftest import REPOSITORY
@@ -16,6 +20,45 @@ def test_every_public_kernel_is_documented(name: str) -> None:
     documented = re.findall(r"^::: kernels\.(\w+)$", (PAGES / "kernels.md").read_text(), re.M)
     assert name in documented
     assert len(getattr(kernels, name).__doc__ or "") > 20
+
+
+def public() -> Iterator[tuple[str, Callable[..., object]]]:
+    """Yield what a user calls: functions, classes and their methods, by name."""
+    for name in kernels.__all__:
+        value = getattr(kernels, name)
+        if not isinstance(value, ModuleType):
+            yield name, value
+        own = vars(value) if isinstance(value, type | ModuleType) else {}
+        for inner_name in own:
+            inner = getattr(value, inner_name)
+            home = value.__name__ if isinstance(value, ModuleType) else value.__module__
+            if inner_name[0] != "_" and getattr(inner, "__module__", None) == home:
+                yield f"{name}.{inner_name}", inner
+
+
+PUBLIC = dict(public())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_have_arguments_with_shapes_results_and_errors(name: str) -> None:
+    called = PUBLIC[name]
+    text = inspect.getdoc(called) or ""
+    described = dict(re.findall(r"^    (\w+)(?:, \w+)*: (.*(?:\n {8}.*)*)", text, re.MULTILINE))
+    signature = inspect.signature(called)
+    for parameter in signature.parameters.values():
+        if parameter.name == "self":
+            continue
+        assert parameter.name in described
+        if parameter.annotation is Tensor:
+            assert re.search(r"\[|dim|shape|\bas\b|like|one of", described[parameter.name]), (
+                parameter
+            )
+    function = called.__init__ if isinstance(called, type) else inspect.unwrap(called)
+    is_context = inspect.isgeneratorfunction(function)
+    if signature.return_annotation is not None and not isinstance(called, type) and not is_context:
+        assert "Returns:" in text or text.startswith("Return")
+    if inspect.isfunction(function) and "raise " in inspect.getsource(function):
+        assert "Raises:" in text
 
 
 def test_every_module_of_the_engines_page_exists() -> None:

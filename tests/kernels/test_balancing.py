@@ -1,5 +1,6 @@
 """Balancing methods: TorchJD as oracle, and what each method promises."""
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -318,3 +319,36 @@ def test_bad_arguments() -> None:
         balancing.krum(matrix, num_byzantine=1)
     with pytest.raises(ValueError, match="gram must be a contiguous float64"):
         torch.ops.superbert.minimize_norm(matrix)
+    with pytest.raises(ValueError, match="main: expected 0 to 2, got 3"):
+        balancing.auxiliary_pcgrad(matrix, main=3)
+    with pytest.raises(ValueError, match=r"sizes: expected \[3\], got \[2\]"):
+        balancing.proportional(matrix, torch.ones(2))
+    with pytest.raises(ValueError, match=r"order: expected \[3, 3\], got \[3\]"):
+        balancing.gradvac(matrix, torch.arange(3), torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"loss_ratios: expected \[3\], got \[1\]"):
+        balancing.gradnorm(matrix, torch.ones(3), torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("gram", "message"),
+    [
+        (torch.ones(3), r"gram: expected \[K, K\], got \[3\]"),
+        (torch.ones(2, 3), r"gram: expected \[K, K\], got \[2, 3\]"),
+        (torch.ones(0, 0), r"gram: expected \[K, K\], got \[0, 0\]"),
+        (torch.ones(4, 4, dtype=torch.int64), "gram: expected floating point, got torch.int64"),
+    ],
+)
+def test_what_is_no_gram_matrix_is_refused_by_name(gram: Tensor, message: str) -> None:
+    methods = {
+        name: method
+        for name, method in vars(balancing).items()
+        if inspect.isfunction(method) and "gram" in inspect.signature(method).parameters
+    }
+    assert len(methods) > 15
+    others = {"sizes": gram, "order": gram, "targets": gram, "weights": gram, "loss_ratios": gram}
+    for name in methods.keys() - {"pcgrad_weights"}:  # imported there, with a check of its own
+        if name.startswith("_"):
+            continue
+        taken = inspect.signature(methods[name]).parameters.keys() & others
+        with pytest.raises(ValueError, match=message):
+            methods[name](gram, **{argument: others[argument] for argument in taken})
