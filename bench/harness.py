@@ -123,7 +123,11 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = None
     described: dict[str, Any] = {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(
+            _git(
+                "status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)bench/results"
+            )
+        ),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),
         "versions": versions,
