@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .record import Answers, Series, confusion
 
@@ -27,6 +28,12 @@ _STYLE: Any = {
 _WIDE, _SQUARE = (5.4, 2.6), (3.6, 3.4)
 _POINTS = 400
 """The most points of a curve; more would be closer than a pixel."""
+_LEGEND_WIDTH, _LEGEND_MARK = 84, 8
+"""Characters in a line of a curve's legend, and those that a name's mark takes the place of."""
+_LEGEND_LINE = 0.18
+"""Height of a further line, in inches."""
+_LONG_NAME = 12
+"""Characters that still fit below a column of a heatmap."""
 _SMOOTHED_OVER = 25
 """Windows in a smoothed curve."""
 
@@ -57,9 +64,13 @@ def curves(
             (line,) = axes.plot(steps[thin], mean[thin], label=name, linewidth=1.6)
             axes.plot(steps[thin], values[thin], ".", color=line.get_color(), alpha=0.2, zorder=0)
         axes.set(xlabel="step", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         if len(named) > 1:
-            axes.legend(ncols=min(len(named), 4), loc="best")
+            columns = max(1, _LEGEND_WIDTH // (max(map(len, named)) + _LEGEND_MARK))
+            figure.legend(ncols=min(len(named), columns), loc="outside upper center")
+            lines = -(-len(named) // columns)
+            figure.set_figheight(_WIDE[1] + _LEGEND_LINE * (lines - 1))
         return _svg(figure)
 
 
@@ -70,7 +81,7 @@ def heatmap(
 
     NaN is left empty.
     """
-    height = 1.2 + 0.3 * len(rows)
+    height = 1.6 + 0.3 * len(rows)
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure, axes = _axes((2.6 + 0.9 * len(columns), height))
         largest = max(0.05, float(np.nanmax(np.abs(values)))) if signed else 1.0
@@ -80,6 +91,8 @@ def heatmap(
         texts = [["" if np.isnan(v) else format(v, spelling) for v in row] for row in values]
         numbers_in_cells(axes, values / largest, texts)
         axes.set_xticks(range(len(columns)), columns)
+        if max(map(len, columns)) > _LONG_NAME:
+            axes.tick_params("x", rotation=30, rotation_mode="xtick")
         axes.set_yticks(range(len(rows)), rows)
         return _svg(figure)
 
