@@ -38,9 +38,11 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
   the weights of a bidirectional torch.nn.LSTM over the token states, last states of both ways,
   and `TASK.joint`, relu(W [u; states] + b)).
 - `answers`: what the output layer (`TASK.output.weight`, `TASK.output.bias`) makes of them:
-  `classes`, their logits; `binary`, one logit, yes above 0; `score`; or `share`, the logit of a
-  share of the range.  A similarity without an output layer is that share itself.
+  `classes`, their logits; `binary`, one logit, yes above 0; `score`; `share_logit`, the logit of a
+  share of the range; or, of a similarity without an output layer, `share`, that share itself.
 - `low`, `high`: the range of the labels; `classes`: their names, if they have any.
+
+What a task answers, for all features but `bilstm`:
 
 ```python
 {example}```
@@ -65,28 +67,26 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
 
 EXAMPLE = """\
 import json, sys
-import torch
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
+from torch import cat, cosine_similarity as cosine
 
 folder, task, *sentences = sys.argv[1:]  # one sentence, or the two of a pair
 vectors = SentenceTransformer(folder, device="cpu").encode(sentences, convert_to_tensor=True)
-u, v = vectors[0], vectors[-1]
-seen = {"single": [u], "mean": [(u + v) / 2], "concat": [u, v], "distance": [(u - v).abs()],
-        "difference": [u, v, (u - v).abs()], "cosine": [torch.cosine_similarity(u, v, dim=0)[None]]}
+u, v = vectors[:1], vectors[-1:]  # [1, H]
 with safe_open(f"{folder}/heads.safetensors", "pt") as file:
-    head = json.loads(file.metadata()[task])
-    output = torch.cat(seen[head["features"]])
-    if f"{task}.output.weight" in file.keys():
-        weight, bias = (file.get_tensor(f"{task}.output.{kind}") for kind in ("weight", "bias"))
-        output = weight @ output + bias
-    elif head["features"] == "cosine":
-        output = head["low"] + (head["high"] - head["low"]) * output
-if head["answers"] == "score":
-    print(output.clamp(head["low"], head["high"]).item())
-else:
-    label = int(output.argmax() if head["answers"] == "classes" else output > 0)
-    print(head["classes"][label] if head["classes"] else label)
+    head, weights = json.loads(file.metadata()[task]), {n: file.get_tensor(n) for n in file.keys()}
+low, span, names = head["low"], head["high"] - head["low"], head["classes"]
+linear = lambda name, x: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+read = {"single": lambda: u, "mean": lambda: (u + v) / 2, "distance": lambda: abs(u - v),
+        "concat": lambda: cat([u, v], 1), "difference": lambda: cat([u, v, abs(u - v)], 1),
+        "shared": lambda: linear("pair", cat([u, v], 1)).relu(), "cosine": lambda: cosine(u, v),
+        "cosine_shifted": lambda: (cosine(u, v) + 1) / 2,
+        "pearson": lambda: cosine(u - u.mean(), v - v.mean()).sigmoid()}[head["features"]]()
+x = linear(f"{task}.output", read) if f"{task}.output.weight" in weights else read
+answer = {"classes": x.argmax(), "binary": (x > 0).long(), "score": x, "share": low + span * x,
+          "share_logit": low + span * x.sigmoid()}[head["answers"]].item()
+print(names[answer] if names else min(max(answer, low), low + span))
 """
 """How to use a head; arguments: the folder, a task, its sentences."""
 

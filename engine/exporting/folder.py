@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
+from ..model.heads import TaskHead
 from ..model.huggingface import to_huggingface_state
 from ..model.multitask import MultitaskModel
 from ..run import Run
@@ -75,11 +76,17 @@ def head_layout(model: MultitaskModel) -> dict[str, str]:
     layout = {}
     for name, head in model.task_heads.items():
         task = head.task
-        answers = "share" if task.kind == "score" and not head.squared_error else task.kind
-        fields = {"features": head.features, "answers": answers}
+        fields = {"features": head.features, "answers": _answers(head)}
         span = {"low": task.low, "high": task.high}
         layout[name] = json.dumps(fields | span | {"classes": task.classes})
     return layout
+
+
+def _answers(head: TaskHead) -> str:
+    """Return what the card calls a head's last numbers."""
+    if head.output is None:
+        return "share"
+    return "share_logit" if head.task.kind == "score" and not head.squared_error else head.task.kind
 
 
 def _write_transformers(folder: Path, run: Run, model: MultitaskModel) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from engine.data.formats import FORMATS
 from engine.data.loader import evaluation_batches
 from engine.data.read import read_table
 from engine.errors import InputError
+from engine.exporting.card import EXAMPLE
+from engine.model.heads import FEATURES
 from engine.model.states import pool
 from engine.origins import data_folder
 from engine.run import open_run
@@ -90,22 +93,70 @@ def test_sentence_vectors_and_the_sts_score_agree(tiny_run, tmp_path, pooling):
     assert score_exported.main([str(tmp_path / "model"), *data]) == pytest.approx(score, abs=1e-5)
 
 
-def test_the_cards_example_predicts_what_the_engine_does(exported, tmp_path, monkeypatch, capsys):
-    run, folder = open_run(exported[0]), exported[1]
-    card = (folder / "README.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    script = tmp_path / "example.py"
-    script.write_text(example)
-    ours, _ = run.trained_model(CPU)
-    for task in ("sst", "quora", "sts"):
-        form = FORMATS[task]
-        table = read_table(form.file(data_folder(run.recipe), "dev"), form)
-        sentences = [column[3] for column in table.sentences]
+@pytest.fixture
+def example_of(tmp_path, monkeypatch, capsys) -> Callable[..., str]:
+    """Run the example on the card of a folder; return what it prints."""
+
+    def run(folder: Path, task: str, *sentences: str) -> str:
+        card = (folder / "README.md").read_text()
+        (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        (tmp_path / "example.py").write_text(example)
         monkeypatch.setattr(sys, "argv", ["example.py", str(folder), task, *sentences])
         capsys.readouterr()
-        runpy.run_path(str(script))
+        runpy.run_path(str(tmp_path / "example.py"))
+        return capsys.readouterr().out.strip()
+
+    return run
+
+
+# What each of the three tasks is read off, and how STS is trained; all but bilstm somewhere.
+READ = {
+    "differences": ("difference", "cosine", "default"),
+    "concatenations": ("concat", "concat", "cross_entropy"),
+    "shared": ("shared", "shared", "default"),
+    "cosines": ("cosine", "cosine_shifted", "default"),
+    "correlations": ("pearson", "pearson", "default"),
+    "distances": ("distance", "mean", "default"),
+}
+
+
+@pytest.mark.parametrize("heads", READ)
+def test_the_cards_example_predicts_what_the_engine_does(tiny_run, tmp_path, example_of, heads):
+    quora, sts, loss = READ[heads]
+    settings = ("sst.features=single", f"quora.features={quora}", f"sts.features={sts}")
+    settings = tuple(f"tasks.{setting}" for setting in (*settings, f"sts.loss={loss}"))
+    run = open_run(tiny_run("run", "--max-steps", "1", settings=(*settings, WIDE)))
+    assert export.main([str(run.folder), "--to", str(tmp_path / "model")]) == 0
+    ours, _ = run.trained_model(CPU)
+    for task, form in run.recipe.formats.items():
+        table = read_table(form.file(data_folder(run.recipe), "dev"), form)
+        sentences = [column[3] for column in table.sentences]
         expected = predict(ours, run.split(task, "dev"))[3]
-        assert float(capsys.readouterr().out) == pytest.approx(float(expected), abs=1e-4)
+        answer = example_of(tmp_path / "model", task, *sentences)
+        assert float(answer) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_the_cards_example_names_named_classes(tmp_path, example_of):
+    rows = ["the film was good,fine", "the plot was bad,poor"] * 8
+    (tmp_path / "rows.csv").write_text("\n".join(["text,mood", *rows]) + "\n")
+    (tmp_path / "moods.toml").write_text(
+        'train = ["moods"]\n[tasks.moods]\nfeatures = "single"\n[tasks.moods.source]\n'
+        'kind = "classification"\ntext = ["text"]\nlabel = "mood"\nclasses = ["poor", "fine"]\n'
+        'files = { train = "rows.csv", dev = "rows.csv" }\n'
+    )
+    arguments = [str(tmp_path / "moods.toml"), "--data", str(tmp_path), "--max-steps", "30"]
+    settings = [*TINY, "limit=0", "epochs=30", "lr=1e-2"]
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--out", str(run), "--set", *settings]) == 0
+    assert export.main([str(run), "--to", str(tmp_path / "model")]) == 0
+    assert example_of(tmp_path / "model", "moods", "the film was good") == "fine"
+    assert example_of(tmp_path / "model", "moods", "the plot was bad") == "poor"
+
+
+def test_the_example_has_twenty_lines_and_all_features_but_one():
+    assert len([line for line in EXAMPLE.splitlines() if line]) == 20
+    named = set(re.findall(r'"(\w+)": ', EXAMPLE))
+    assert set(FEATURES) - named == {"bilstm"}
 
 
 def test_the_card_says_what_was_trained(exported):
@@ -134,7 +185,7 @@ def test_every_heads_weights_are_there(tiny_run, tmp_path):
         layout = {name: json.loads(text) for name, text in file.metadata().items()}
         exported = {f"heads.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert [layout[task]["answers"] for task in ("sst", "quora", "sts")] == [
-        *("classes", "binary", "share")
+        *("classes", "binary", "share_logit")
     ]
     for name, tensor in model.state_dict().items():
         if not name.startswith("encoder."):
