@@ -64,7 +64,8 @@ def _draw(axes: Axes, name: str, samples: Samples) -> None:
         [(summary["p50"] - summary["p20"]) / first for summary in summaries],
         [(summary["p80"] - summary["p50"]) / first for summary in summaries],
     ]
-    colours = [_OURS] + [_THEIRS] * (len(contestants) - 1)
+    ours = (contestants[0], *(name for name in contestants if name.startswith("this ")))
+    colours = [_OURS if name in ours else _THEIRS for name in contestants]
     bars = axes.barh(contestants, medians, xerr=whiskers, color=colours, ecolor="#555555")
     axes.bar_label(bars, [f" {ratio:.2f}" for ratio in medians], padding=3, fontsize=8)
     axes.invert_yaxis()  # the first one on top
@@ -94,12 +95,13 @@ def _draw_cases(record: Mapping[str, Any]) -> Figure:
     found = list(cases(record["results"], record["benchmark"]))
     if not found:
         raise SystemExit(f"no timings in a record of {record['benchmark']!r}")
-    rows = math.ceil(len(found) / _COLUMNS)
+    columns = min(len(found), _COLUMNS)
+    rows = math.ceil(len(found) / columns)
     bars = max(len(samples) for _, samples in found)
     figure, grid = pyplot.subplots(
         rows,
-        _COLUMNS,
-        figsize=(4.5 * _COLUMNS, rows * (0.8 + 0.25 * bars)),
+        columns,
+        figsize=(max(8, 4.5 * columns), rows * (0.8 + 0.25 * bars)),
         squeeze=False,
         layout="constrained",
     )
