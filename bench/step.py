@@ -19,7 +19,7 @@ from rich.table import Table
 from engine import recipe as recipes
 from engine.data.pack import PackedBatch
 from engine.run import begin
-from engine.runtime.allocator import keep_freed_memory
+from engine.runtime.cpu import keep_freed_memory
 from engine.runtime.precision import multiplies_bf16_fast
 from engine.training import Training
 

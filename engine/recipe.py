@@ -152,6 +152,8 @@ class Recipe(Settings):
     """With several ranks: each updates a part of the weights, or (replicated) all of them."""
     timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
     """Seconds after which a rank that does not answer is given up."""
+    threads: Count = 0
+    """CPU threads of each process; 0: the cores, shared among the ranks of a machine."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> "Recipe":

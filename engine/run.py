@@ -45,6 +45,7 @@ _FREE_TO_CHANGE = {
     "keep_checkpoints",
     "max_skipped",
     "max_steps",
+    "threads",
     "timeout",
     "data",
     "init",

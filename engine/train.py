@@ -25,7 +25,7 @@ from .many import print_results, read_results, seeds_of, train_cells
 from .options import overrides, parser
 from .recipe import Recipe
 from .run import Run
-from .runtime.allocator import keep_freed_memory
+from .runtime.cpu import keep_freed_memory, set_threads
 from .runtime.distributed import Ranks
 from .runtime.failure import memory_explained
 from .runtime.precision import pick_device
@@ -104,6 +104,7 @@ def train_run(
     ranks = ranks or Ranks()
     if device.type == "cpu":
         keep_freed_memory()
+        set_threads(run.recipe.threads, ranks.local_size)
     for phase in range(run.checkpoints.progress().phase, len(run.recipe.in_phases)):
         with ranks.in_turn():  # the first on each machine fills the cache of tokenized data
             training = Training.build(run, device, ranks, phase=phase)

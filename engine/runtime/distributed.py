@@ -32,12 +32,16 @@ class Ranks:
         rank: this process, from 0.
         size: N.
         local_rank: its number on its machine, which is that of its GPU.
+        local_size: processes on its machine.
         group: of the hosts; None when there is one process only.
         checkpoint_group: of the threads that write checkpoints, likewise.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
-        self.rank, self.size, self.local_rank = rank, size, local_rank
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.local_rank, self.local_size = local_rank, local_size
         self.group: dist.ProcessGroup | None = None
         self.checkpoint_group: dist.ProcessGroup | None = None
         self._store: Store | None = None
@@ -50,14 +54,17 @@ class Ranks:
         Raises:
             InputError: its variables make no sense.
         """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         if not dist.is_available() or not all(name in os.environ for name in names[:2]):
             return cls()
         try:
-            rank, size, local_rank = (int(os.environ.get(name, "0")) for name in names)
+            rank, size, local_rank, local_size = (
+                int(os.environ.get(name, default))
+                for name, default in zip(names, ("0", "1", "0", "1"), strict=True)
+            )
         except ValueError as error:
             raise InputError(f"{', '.join(names)}: expected whole numbers ({error})") from None
-        return cls(rank, size, local_rank)
+        return cls(rank, size, local_rank, max(1, local_size))
 
     @property
     def leads(self) -> bool:

@@ -1,0 +1,68 @@
+"""What training on a CPU needs of the process: threads, and memory that stays."""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, and in how many; or "max"
+
+# Numbers and types of mallopt(3) in glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_INT = 2**31 - 1
+_LARGEST_MMAP_THRESHOLD = 32 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep what a training step frees, for the next step.
+
+    A step frees what it allocated, and glibc gives that back to the kernel, which hands it out
+    again page by page: 13,000 to 25,000 faults in a step of MiniLM-L6, several percent of its time.
+    Blocks of up to 32 MiB now stay with the process.
+
+    Returns:
+        Whether there was a glibc to set.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    kept = mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    return bool(kept and mallopt(_TRIM_THRESHOLD, _LARGEST_INT))
+
+
+def available_cores() -> int:
+    """Return how many physical cores this process may keep busy.
+
+    Less than the machine has where it is bound to some, or where a container has a quota of time,
+    which torch does not look at.
+    """
+    machine = torch.cpu.get_capabilities()
+    physical, logical = machine["num_physical_cores"], machine["num_logical_cores"]
+    cores: int = len(os.sched_getaffinity(0)) * physical // logical
+    try:
+        quota, period = _QUOTA.read_text(encoding="ascii").split()
+        cores = min(cores, int(quota) // int(period))
+    except (OSError, ValueError):
+        pass  # no quota
+    return max(1, cores)
+
+
+def set_threads(count: int, processes: int) -> int:
+    """Set how many threads torch computes with.
+
+    Args:
+        count: of this process; 0 to share the cores among its machine's processes.  One process
+            then has no more than torch would take by itself, so that OMP_NUM_THREADS counts; of
+            several it does not, since ``torchrun`` sets it to 1.
+        processes: of this run, on this machine.
+
+    Returns:
+        The number of threads.
+    """
+    if count == 0:
+        count = max(1, available_cores() // processes)
+        if processes == 1:
+            count = min(count, torch.get_num_threads())
+    torch.set_num_threads(count)
+    return count
