@@ -1,11 +1,16 @@
 """What the packages are called: in the repository, installed, and beside Hugging Face's library."""
 
 import os
+import runpy
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
+import setuptools
+import torch
 
 import engine
 
@@ -72,13 +77,24 @@ def test_a_name_that_nobody_has_is_an_attribute_error():
     assert "no attribute 'nonsense'" in run_python(code, folder=REPOSITORY)
 
 
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``pip wheel .`` builds."""
+    folder = tmp_path_factory.mktemp("wheel")
+    options = ["--no-build-isolation", "--no-deps", "--wheel-dir", str(folder)]
+    subprocess.run([*PIP, "wheel", *options, str(REPOSITORY)], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages as ``pip install .`` lays them out, in a folder of their own."""
     target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    options = ["--no-build-isolation", "--no-deps", "--target", str(target)]
-    subprocess.run([*pip, "install", *options, str(REPOSITORY)], check=True)
+    subprocess.run([*PIP, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
     return target
 
 
@@ -110,35 +126,51 @@ def test_installed_beside_its_namesake_neither_hides_the_other(installed, namesa
 
 
 @pytest.fixture(scope="module")
-def hugging_face_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real library ``kernels``, in a folder of its own."""
-    target = tmp_path_factory.mktemp("namesake")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    command = [*pip, "install", "--no-deps", "--target", str(target), "kernels==0.17.2"]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a fresh environment with this project and Hugging Face's ``kernels``.
+
+    What both depend on comes from the environment of the tests.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
+    (Path(paths["purelib"]) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = folder / "bin" / "python"
+    install = [*PIP, "--python", str(python), "install", "--no-deps"]
+    subprocess.run([*install, str(wheel)], check=True)
+    if subprocess.run([*install, "kernels==0.17.2"], check=False, capture_output=True).returncode:
         pytest.skip("pip cannot fetch Hugging Face's kernels here")
-    return target
+    return python
 
 
-def test_installed_beside_hugging_faces_kernels_both_work(
-    installed, hugging_face_kernels, tmp_path
-):
+def test_both_work_in_a_fresh_environment_that_holds_both(environment, tmp_path):
     code = (
-        "import sys; sys.path.append(sys.argv[1]);"
-        "import torch, kernels, superbert.kernels as ours; from transformers import BertModel;"
-        "print(kernels.get_kernel.__module__, ours.gram(torch.ones(1, 2)).item())"
+        "import torch, kernels, superbert.kernels as ours\n"
+        "from transformers import BertConfig, BertModel\n"
+        "from superbert.engine import train\n"
+        "assert ours.gram(torch.ones(1, 2)).item() == 2.0\n"
+        "print(kernels.get_kernel.__module__, kernels.__file__, ours.__file__)\n"
+        "sizes = {'hidden_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 2}\n"
+        "bert = BertModel(BertConfig(vocab_size=9, intermediate_size=8, **sizes))\n"
+        "assert ours.accelerate(bert).attention == ('',)\n"
+        "assert bert(torch.ones(1, 3, dtype=torch.int64)).last_hidden_state.isfinite().all()\n"
+        "tiny = ['limit=32', 'epochs=1', 'encoder.hidden_size=32', 'encoder.num_hidden_layers=1']\n"
+        "assert train.main(['demo', '--out', 'run', '--set', *tiny]) == 0\n"
     )
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.run(
-        [sys.executable, "-c", code, str(installed)],
+        [str(environment), "-c", code],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(hugging_face_kernels)},
+        env=clean,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    module, dot = process.stdout.split()
+    assert process.returncode == 0, process.stderr
+    module, *files = process.stdout.splitlines()[0].split()
     assert module.startswith("kernels.")
-    assert float(dot) == 2.0
+    site = environment.parents[1] / "lib"
+    assert all(Path(file).is_relative_to(site) for file in files)
 
 
 def test_the_installed_commands_bring_all_their_files(installed, tmp_path):
@@ -154,8 +186,26 @@ def test_the_installed_commands_bring_all_their_files(installed, tmp_path):
     assert (tmp_path / "model" / "heads.safetensors").is_file()
 
 
-def test_the_wheel_is_typed_and_has_the_packages_version(installed):
+def test_the_wheel_is_typed_and_has_the_packages_version(wheel, installed):
+    # The library knows nothing of CPython.
+    assert wheel.name.startswith(f"superbert_engine-{engine.__version__}-py3-none-linux_")
     for package in ("engine", "kernels"):
         assert (installed / "superbert" / package / "py.typed").is_file()
     (metadata,) = installed.glob("superbert_engine-*.dist-info/METADATA")
     assert f"Version: {engine.__version__}\n" in metadata.read_text()
+
+
+@pytest.mark.parametrize(
+    ("choice", "torch_has_it", "wanted"),
+    [("", "13.0", True), ("", None, False), ("OFF", "13.0", False), ("ON", None, True)],
+)
+def test_wheels_with_and_without_cuda(monkeypatch, choice, torch_has_it, wanted):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    build = runpy.run_path(str(REPOSITORY / "setup.py"))
+    monkeypatch.setitem(build["cuda_wanted"].__globals__, "find_tool", lambda name: f"bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", torch_has_it)
+    monkeypatch.setenv("SUPERBERT_CUDA", choice)
+    assert build["cuda_wanted"]() is wanted
+    monkeypatch.setenv("SUPERBERT_CUDA", "maybe")
+    with pytest.raises(SystemExit, match="must be ON or OFF, not 'maybe'"):
+        build["cuda_wanted"]()
