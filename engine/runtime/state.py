@@ -2,7 +2,7 @@
 
     master.B, exp_avg.B, exp_avg_sq.B   weights and moments of bucket B, ``[rows, 64]`` fp32
     step.NAME                           count of updates, balancing method, loss scale; flattened
-    frozen.NAME                         weights of heads that are not trained, fp32
+    frozen.NAME                         weights that are not trained, fp32
 
 Where ranks hold parts of the buckets these are distributed tensors of the whole bucket, the same
 whatever the number of ranks, so that another number can read them.

@@ -24,7 +24,7 @@ def frozen_run(tiny_run):
 
 def test_predictions_are_the_same_by_states_and_by_tokens(frozen_run):
     run = open_run(frozen_run)
-    model, _ = run.trained_model(torch.device("cpu"))
+    model, _ = run.trained_model(torch.device("cpu"), torch.float32)
     for task in run.recipe.tasks:
         split = run.split(task, "dev")
         stored = with_states(model, split)
@@ -47,6 +47,20 @@ def test_a_batch_brings_the_states_of_its_examples(frozen_run):
         found = model(by_states, ("sst", "quora"))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_is_frozen_keeps_its_precision(tiny_run, precision):
+    """A phase that trains the heads alone, and then one that starts from its weights."""
+    settings = ("phases.heads.freeze_encoder=true", "phases.all.lr=1e-12", f"precision={precision}")
+    folder = tiny_run("run", "--max-steps", "1", settings=settings)
+    run = open_run(folder)
+    before = run.initial_model().state_dict()
+    best, _ = run.trained_model(torch.device("cpu"))
+    for weights in (trained_weights(folder), best.state_dict()):
+        for name, tensor in before.items():
+            if name.startswith("encoder."):  # but for the update of 1e-12
+                torch.testing.assert_close(weights[name], tensor, rtol=1e-6, atol=1e-8)
 
 
 def test_training_never_runs_the_frozen_encoder(frozen_run, tiny_run, monkeypatch):
