@@ -103,7 +103,8 @@ class Training:
         _check_division(recipe, order, ranks.size)
         take_turns = order.tasks_a_step < len(recipe.train)
         tasks = TrainedTasks(recipe.train, sizes)
-        method = build_method("sum" if take_turns else recipe.balance, tasks, recipe.balancing)
+        alone = take_turns or len(recipe.train) == 1  # one gradient a step: nothing to balance
+        method = build_method("sum" if alone else recipe.balance, tasks, recipe.balancing)
         total_steps = min(order.total_steps, recipe.max_steps or sys.maxsize)
         model = run.initial_model(phase).train()
         model.encoder.checkpoint_layers = recipe.checkpoint_layers
@@ -118,6 +119,11 @@ class Training:
             take_turns=take_turns,
             shard=ranks.shard if sharded else (0, 1),
         )
+        if not parameters.numel:
+            raise InputError(
+                f"freeze_encoder: nothing is left to train by {', '.join(recipe.train)}; "
+                "freeze it in other phases alone (phases.NAME.freeze_encoder=true)"
+            )
         exchange = build_exchange(recipe.distribute, ranks.size, model, parameters)
         dev_sets = {task: run.split(task, "dev") for task in recipe.tasks if recipe.scored}
         if recipe.freeze_encoder and not recipe.adapter_width:

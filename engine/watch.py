@@ -20,11 +20,11 @@ def describe(console: Console, training: Training) -> None:
     """Print what is about to be trained, and what the data files gave cause to report."""
     recipe, parameters = training.recipe, training.parameters
     name = list(training.run.recipe.in_phases)[training.phase]
+    rows = len(parameters.rows)
+    gradients = f"{rows} task gradients, balance {recipe.balance}" if rows > 1 else "one gradient"
     console.print(
-        (f"{name}: " if name else "")
-        + f"{parameters.numel / 1e6:.1f} M parameters, {len(parameters.rows)} task gradients, "
-        f"balance {recipe.balance}, {training.total_steps} steps of "
-        f"{recipe.batch_size} examples a task on {training.device} "
+        (f"{name}: " if name else "") + f"{parameters.numel / 1e6:.1f} M parameters, {gradients}, "
+        f"{training.total_steps} steps of {recipe.batch_size} examples a task on {training.device} "
         f"({str(parameters.compute.dtype).removeprefix('torch.')})",
         soft_wrap=True,
     )

@@ -46,6 +46,10 @@ def refuse(capsys, door, *arguments: str) -> str:
         (["cgs", "--set", "balancing.cagrad_c=1"], "balancing.cagrad_c = 1"),
         (["cgs", "--set", "balance=main_aux", "balancing.main=cfimdb"], "'cfimdb' is no trained"),
         (["cgs", "--set", "surgery=layers"], "surgery = 'layers'"),
+        (
+            ["mtb-cosine-simcse", "--set", "freeze_encoder=true"],
+            "nothing is left to train by simcse",
+        ),
         (["cgs", "--set", "lr.peak=1"], "lr has no fields"),
         (["cgs", "--set", "train=['imdb']"], "'imdb' is not among tasks"),
         (["cgs", "--set", "tasks.sst2.features=single"], "did you mean sst?"),
