@@ -90,7 +90,8 @@ class Recipe(Settings):
     max_steps: Count = 0
     """Stop after so many steps (``--max-steps``), or each phase does; 0: after the epochs."""
     limit: Count = 0
-    """Cut every training set to so many examples, keeping the label distribution; 0: all."""
+    """Cut every training set to so many examples, keeping the label distribution; 0: all.
+    ``tasks.NAME.first`` cuts one task's to those that come first."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row of a data file does: end the run, or be skipped and counted."""
 

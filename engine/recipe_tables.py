@@ -32,6 +32,8 @@ class TaskRecipe(Settings):
     that of a share of their range; mse."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
+    first: Count = 0
+    """Train on the first so many examples of the training set; 0: on all."""
     source: TaskSource | None = None
     """Where the examples come from and what they look like; a built-in task needs none."""
 

@@ -30,7 +30,7 @@ from .model.config import EncoderConfig
 from .model.multitask import MultitaskModel
 from .objectives.build import build_examples, build_head
 from .objectives.masked_lm import MaskedLmHead
-from .objectives.text import lines_of, sentences_of
+from .objectives.text import evenly, lines_of, sentences_of
 from .origins import data_folder, origin
 from .recipe import Recipe
 from .runtime.checkpoint import Checkpoints, load_weights
@@ -143,6 +143,7 @@ class Run(NamedTuple):
         ]
         for file in settings.files:
             texts += lines_of(data_folder(recipe) / file, settings.limit)
+        texts = evenly(texts, settings.max_texts)
         return build_examples(name, settings, texts, self.tokenizer, self.max_length, recipe.seed)
 
     def new_model(self) -> MultitaskModel:

@@ -291,10 +291,12 @@ def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
 
 
 def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
+    """Return what draws batches: from all examples, or from those that the recipe cuts them to."""
     subset = None
-    if recipe.limit and isinstance(examples, TokenizedSplit):
+    if isinstance(examples, TokenizedSplit):
         assert examples.labels is not None, f"training split of {examples.task} has no labels"
-        subset = stratified_subset(examples.labels, recipe.limit, examples.task, recipe.seed)
+        labels = examples.labels[: recipe.tasks[examples.task].first or None]
+        subset = stratified_subset(labels, recipe.limit or len(labels), examples.task, recipe.seed)
     return TaskSampler(examples.task, len(examples), recipe.batch_size, recipe.seed, subset)
 
 

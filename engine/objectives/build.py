@@ -47,6 +47,6 @@ def build_examples(
     segments = (
         following_segments(texts, tokenizer, max_length)
         if settings.kind == "masked_lm_next"
-        else single_segments(texts, tokenizer, max_length, settings.join)
+        else single_segments(texts, tokenizer, max_length, settings.join, settings.short)
     )
     return MaskedText(name, segments, tokenizer, settings.mask_share, seed)

@@ -122,13 +122,13 @@ class MaskedText:
 
 
 def single_segments(
-    texts: Sequence[str], tokenizer: Tokenizer, max_length: int, join: int
+    texts: Sequence[str], tokenizer: Tokenizer, max_length: int, join: int, short: int
 ) -> list[Segments]:
-    """Return a segment for each text, or for ``join`` short ones together."""
+    """Return a segment for each text, or for ``join`` together of up to ``short`` tokens each."""
     pieces = [piece for piece in token_ids(tokenizer, texts) if len(piece)]
     return [
         Segments(number, piece, None)
-        for number, piece in enumerate(joined(pieces, join, max_length - 2))
+        for number, piece in enumerate(joined(pieces, join, max_length - 2, short))
     ]
 
 
@@ -150,7 +150,7 @@ def following_segments(
     for number, text in enumerate(texts):
         pieces = [piece for piece in token_ids(tokenizer, split_sentences(text)) if len(piece)]
         halves = len(pieces) if sum(map(len, pieces)) > 2 * half else -(-len(pieces) // 2)
-        segments = list(joined(pieces, max(1, halves), half))
+        segments = list(joined(pieces, max(1, halves), half, half))
         found += [
             Segments(number, first, second)
             for first, second in zip(segments[::2], segments[1::2], strict=False)

@@ -21,8 +21,12 @@ class ObjectiveRecipe(BaseModel):
     """Text files, a sentence or a document a line; relative to the data folder."""
     limit: Annotated[int, Field(ge=0)] = 0
     """Examples of each task (the label distribution is kept) or lines of each file; 0: all."""
+    max_texts: Annotated[int, Field(ge=0)] = 0
+    """The most texts in all, taken at even distances from those found; 0: all."""
     join: Annotated[int, Field(ge=1, le=64)] = 1
-    """masked_lm: so many short sentences that follow one another become one sequence."""
+    """masked_lm: so many short texts that follow one another become one sequence."""
+    short: Annotated[int, Field(ge=1)] = 96
+    """join: a text of up to so many tokens is short; a longer one is a sequence by itself."""
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens that are to be told."""
     temperature: Annotated[float, Field(gt=0)] = 0.05

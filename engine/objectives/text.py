@@ -46,6 +46,13 @@ def sentences_of(table: Table, task: str, limit: int, seed: int) -> list[str]:
     return [column[index] for index in chosen.tolist() for column in table.sentences]
 
 
+def evenly(texts: Sequence[str], count: int) -> list[str]:
+    """Return ``count`` texts that lie evenly apart, or all where there are no more (0: all)."""
+    if not 0 < count < len(texts):
+        return list(texts)
+    return [texts[place] for place in np.linspace(0, len(texts) - 1, count).astype(int)]
+
+
 def split_sentences(text: str) -> list[str]:
     """Split a document behind full stops, question and exclamation marks."""
     return [sentence for sentence in _SENTENCE_END.split(text) if sentence]
@@ -63,15 +70,16 @@ def framed(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[
     return [encoded.tokens[start:end].astype(np.int64) for start, end in bounds]
 
 
-def joined(pieces: Sequence[Indices], count: int, max_tokens: int) -> Iterator[Indices]:
+def joined(pieces: Sequence[Indices], count: int, max_tokens: int, short: int) -> Iterator[Indices]:
     """Join neighbouring pieces, up to ``count`` of them, while they fit into ``max_tokens``.
 
-    A piece that is too long by itself is cut.
+    A piece of more than ``short`` tokens is joined with none; one that is too long by itself is
+    cut.
     """
     waiting: list[Indices] = []
     for piece in pieces:
         full = len(waiting) == count or sum(map(len, waiting)) + len(piece) > max_tokens
-        if waiting and full:
+        if waiting and (full or max(len(piece), len(waiting[-1])) > short):
             yield np.concatenate(waiting)[:max_tokens]
             waiting = []
         waiting.append(piece)

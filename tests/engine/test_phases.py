@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine import recipe as recipes
+from engine.data.order import ORDERS
 from engine.errors import InputError
 from engine.run import open_run
 from engine.runtime.metrics_log import MetricsLog
@@ -61,6 +62,14 @@ def test_turns_resume_to_the_bit(tiny_run, monkeypatch):
     cut_at(4, monkeypatch, lambda: tiny_run("cut", settings=(*settings, "checkpoint_every=3")))
     resumed = tiny_run("cut", "--resume", settings=(*settings, "checkpoint_every=3"))
     assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_trains_every_task(tiny_run, order):
+    lines = metrics(tiny_run("run", settings=(f"order={order}", "epochs=1")))
+    assert [len(line["losses"]) for line in lines] == ([3, 3] if order == "together" else [1] * 6)
+    assert {task for line in lines for task in line["losses"]} == {"sst", "quora", "sts"}
+    assert not any(line["skipped"] for line in lines)
 
 
 @pytest.mark.parametrize(

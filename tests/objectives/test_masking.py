@@ -7,7 +7,7 @@ from engine.data.pack import pack
 from engine.data.tokenizer import Tokenizer
 from engine.errors import InputError
 from engine.objectives.masking import MaskedText, following_segments, single_segments
-from engine.objectives.text import joined, lines_of, split_sentences
+from engine.objectives.text import evenly, joined, lines_of, split_sentences
 
 WORDS = [f"word{number}" for number in range(50)]
 TEXTS = [" ".join(WORDS[start : start + 20]) for start in range(25)]
@@ -26,7 +26,7 @@ def masked(examples, tokenizer: Tokenizer) -> MaskedText:
 
 
 def test_a_share_of_the_tokens_is_told_and_most_of_it_masked(tokenizer):
-    text = masked(single_segments(TEXTS, tokenizer, 128, 1), tokenizer)
+    text = masked(single_segments(TEXTS, tokenizer, 128, 1, 128), tokenizer)
     instead, told, candidates = [], [], 0
     for step in range(40):
         part = text.part(np.arange(len(text)), step)
@@ -49,7 +49,7 @@ def test_a_share_of_the_tokens_is_told_and_most_of_it_masked(tokenizer):
 
 
 def test_masks_follow_from_step_and_example_alone(tokenizer):
-    text = masked(single_segments(TEXTS, tokenizer, 128, 1), tokenizer)
+    text = masked(single_segments(TEXTS, tokenizer, 128, 1, 128), tokenizer)
     both, second = text.part(np.array([4, 9]), 7), text.part(np.array([9]), 7)
     first = both.sizes[0]
     np.testing.assert_array_equal(both.tokens[first:], second.tokens)
@@ -72,6 +72,7 @@ def test_the_second_segment_follows_in_half_of_the_examples(tokenizer):
     deviation = 4 * 0.5 / len(follows) ** 0.5
     assert np.mean(follows) == pytest.approx(0.5, abs=deviation)
     part = text.part(np.arange(len(text)), 0)
+    assert part.sizes.max() <= 40
     batch = pack([text], [np.arange(len(text))], 0)
     starts = batch.cu_seqlens[:-1].long()
     assert not batch.token_type_ids[starts].any()
@@ -92,10 +93,18 @@ def test_texts_of_one_sentence_have_no_next(tokenizer):
         following_segments(["one sentence.", "two. sentences."], tokenizer, 64)
 
 
-def test_short_pieces_are_joined_and_long_ones_cut():
+@pytest.mark.parametrize(
+    ("short", "expected"), [(8, [7, 8, 4, 2]), (3, [3, 4, 8, 4, 2])], ids=["all", "short ones"]
+)
+def test_short_pieces_are_joined_and_long_ones_cut(short, expected):
     pieces = [np.full(size, size) for size in (3, 4, 9, 2, 2, 2)]
-    sizes = [len(piece) for piece in joined(pieces, 2, 8)]
-    assert sizes == [7, 8, 4, 2]
+    assert [len(piece) for piece in joined(pieces, 2, 8, short)] == expected
+
+
+def test_texts_are_taken_from_everywhere():
+    texts = [str(number) for number in range(10)]
+    assert evenly(texts, 4) == ["0", "3", "6", "9"]
+    assert evenly(texts, 0) == evenly(texts, 10) == evenly(texts, 99) == texts
 
 
 def test_sentences_end_at_marks_that_a_space_follows():
