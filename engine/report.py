@@ -7,8 +7,9 @@ from rich.console import Console
 
 from .door import Parser, run_door
 from .options import add_device
+from .reporting.outcomes import collect
 from .reporting.page import write_page
-from .reporting.systems import find_runs, write_systems
+from .reporting.systems import without_answers, write_systems
 from .run import open_run
 from .runtime.files import explained
 from .runtime.precision import pick_device
@@ -26,8 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--papers",
         action="store_true",
-        help="a table for each paper whose systems were run, its figures beside ours, and the "
-        "mistakes of each run (Markdown and PNG); RUN may hold many runs (default: a page a run)",
+        help="instead of pages: a table for each paper whose systems were run, its figures beside "
+        "ours, and the mistakes of each system (Markdown and PNG); what these are made from is "
+        "kept in papers.json; RUN may hold many runs, or be such a file (default: a page "
+        "for each run)",
     )
     where.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="where pages go; needed"
@@ -43,8 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     console, device = Console(), pick_device(options.device)
     if options.papers:
-        for path in write_systems(find_runs(options.runs), options.out, device):
+        outcomes = collect(options.runs, device, options.data)
+        for path in write_systems(outcomes, options.out):
             console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+        if missing := without_answers(outcomes):
+            console.print(
+                f"no heatmap and no mistakes, for want of a checkpoint: {', '.join(missing)}",
+                soft_wrap=True,
+                highlight=False,
+            )
         return 0
     for folder in options.runs:
         run = open_run(folder)

@@ -7,9 +7,41 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict
 
 from .pictures import numbers_in_cells
-from .record import Answers
+from .record import Answers, Mistake
+
+
+class Findings(BaseModel):
+    """What is to be said of a task's answers, without the answers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    score: float
+    """Accuracy or correlation."""
+    low: int
+    """The smallest label, that of the first row and column."""
+    counts: list[list[int]]
+    """How often each label (row) got each prediction (column)."""
+    over: int
+    """Predictions above their label."""
+    under: int
+    """Predictions below their label."""
+    worst: list[Mistake]
+    """The worst first."""
+
+
+def findings(answers: Answers) -> Findings:
+    """Return what is to be said of a task's answers."""
+    return Findings(
+        score=answers.score,
+        low=int(answers.form.low),
+        counts=counts(answers).tolist(),
+        over=int((answers.predictions > answers.labels).sum()),
+        under=int((answers.predictions < answers.labels).sum()),
+        worst=answers.mistakes,
+    )
 
 
 def counts(answers: Answers) -> npt.NDArray[np.int64]:
@@ -27,7 +59,7 @@ def counts(answers: Answers) -> npt.NDArray[np.int64]:
     return found
 
 
-def write_heatmaps(answers: Mapping[str, Answers], path: Path) -> None:
+def write_heatmaps(answers: Mapping[str, Findings], path: Path) -> None:
     """Draw labels against predictions of every task side by side, into a PNG file.
 
     A row's shades are its shares; its numbers count examples.
@@ -35,31 +67,29 @@ def write_heatmaps(answers: Mapping[str, Answers], path: Path) -> None:
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(3.4 * len(answers), 3.3), layout="constrained", dpi=120)
         for number, (task, found) in enumerate(answers.items(), start=1):
-            matrix = counts(found)
+            matrix = np.array(found.counts)
             shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
             axes = figure.add_subplot(1, len(answers), number)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
             numbers_in_cells(axes, shares, [[str(count) for count in row] for row in matrix])
-            labels = [str(int(found.form.low) + step) for step in range(len(matrix))]
+            labels = [str(found.low + step) for step in range(len(matrix))]
             axes.set_xticks(range(len(labels)), labels)
             axes.set_yticks(range(len(labels)), labels)
             axes.set(title=f"{task}  {found.score:.3f}", xlabel="predicted", ylabel="label")
         figure.savefig(path, metadata={"Software": None})
 
 
-def markdown(title: str, answers: Mapping[str, Answers]) -> str:
+def markdown(title: str, answers: Mapping[str, Findings]) -> str:
     """Return counts of predictions over and under their labels, and the worst examples."""
     lines = [f"## {title}", "", "| task | examples | over | under |", "| --- | --- | --- | --- |"]
     for task, found in answers.items():
-        over = int((found.predictions > found.labels).sum())
-        under = int((found.predictions < found.labels).sum())
-        lines.append(f"| {task} | {len(found.labels):,} | {over:,} | {under:,} |")
+        examples = sum(map(sum, found.counts))
+        lines.append(f"| {task} | {examples:,} | {found.over:,} | {found.under:,} |")
     for task, found in answers.items():
         lines += ["", f"Worst of {task} (label, prediction, text):", ""]
-        lines += [
-            f"- {mistake.label}, {mistake.prediction}: {_escaped(' / '.join(mistake.sentences))}"
-            for mistake in found.mistakes
-        ]
+        for mistake in found.worst:
+            text = " / ".join(sentence.strip() for sentence in mistake.sentences)
+            lines.append(f"- {mistake.label}, {mistake.prediction}: {_escaped(text)}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,24 +1,26 @@
 """Tables of the five papers' systems: their figures beside those of runs.
 
 A run belongs to a system when it was made by the system's recipe, whatever settings were replaced;
-those that differ stand in its row.  Runs of one recipe under several seeds are averaged.
+those that differ stand in its row.  Runs that differ in nothing but the seed are averaged.
 """
 
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
+from statistics import mean
 from typing import Any, NamedTuple
 
 from .. import recipe as recipes
 from ..many import mean_and_deviation
-from ..recipe import Recipe
-from ..run import Run
-from ..scoring import read_scores
+from .outcomes import Outcome
 
+THREE = ("sst", "quora", "sts")
 TASKS = ("sst", "quora", "sts", "cfimdb", "overall")
 _NOT_SETTINGS = {
     *("description", "paper", "data", "init", "seed", "encoder", "log_every", "checkpoint_every"),
-    *("keep_checkpoints", "on_bad_row", "precision"),
+    *("keep_checkpoints", "on_bad_row", "precision", "execution", "max_graphs", "distribute"),
+    *("timeout", "sinks", "watch_layers", "max_skipped"),
 }
 _BERT_BASE = (12, 768)
 """Layers and width of the encoder that all five papers start from."""
@@ -51,15 +53,31 @@ class Paper(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A system, and the runs that were made by its recipe."""
+    """Runs of one recipe that differ in the seed alone.
 
-    system: System
-    runs: list[Run]
+    Attributes:
+        outcomes: of these runs.
+        differences: what they did otherwise than their recipe says and its paper did, a phrase
+            each.
+    """
 
-    def ours(self, task: str) -> list[float]:
+    outcomes: list[Outcome]
+    differences: tuple[str, ...]
+
+    @property
+    def recipe(self) -> str:
+        """The built-in recipe's name."""
+        return self.outcomes[0].system
+
+    @property
+    def settings(self) -> str:
+        """The differences, and how many seeds there are."""
+        seeds = len(self.outcomes)
+        return "; ".join([*self.differences, *([f"{seeds} seeds"] if seeds > 1 else [])])
+
+    def scores(self, task: str) -> list[float]:
         """Return the runs' dev scores of a task; nothing where it was not scored."""
-        found = (read_scores(run.folder).scores for run in self.runs)
-        return [scores[task] for scores in found if task in scores]
+        return [outcome.scores[task] for outcome in self.outcomes if task in outcome.scores]
 
 
 def read_papers() -> list[Paper]:
@@ -78,19 +96,25 @@ def _system(fields: Mapping[str, Any]) -> System:
     return System(fields["name"], fields["recipe"], fields.get("split", "dev"), scores)
 
 
-def rows_of(paper: Paper, runs: Sequence[Run]) -> list[Row]:
-    """Return a row for each of the paper's systems; one that nobody has run has no runs."""
-    made_by: dict[str, list[Run]] = {}
-    for run in runs:
-        made_by.setdefault(run.recipe.paper, []).append(run)
-    return [
-        Row(system, made_by.get(recipes.load(system.recipe).paper, [])) for system in paper.systems
-    ]
+def rows_of(outcomes: Sequence[Outcome]) -> list[Row]:
+    """Put runs that differ in the seed alone together, in the order in which they come."""
+    rows: dict[tuple[str, tuple[str, ...]], list[Outcome]] = {}
+    for outcome in outcomes:
+        differences = (*_from_paper(outcome), *_from_recipe(outcome))
+        rows.setdefault((outcome.system, differences), []).append(outcome)
+    return [Row(found, differences) for (_, differences), found in rows.items()]
+
+
+def paired(paper: Paper, rows: Sequence[Row]) -> Iterator[tuple[System, Row | None]]:
+    """Yield each of the paper's systems with each of its rows, or with None if it was not run."""
+    for system in paper.systems:
+        own: list[Row | None] = [row for row in rows if row.recipe == system.recipe]
+        yield from ((system, row) for row in own or [None])
 
 
 def markdown(paper: Paper, rows: Sequence[Row]) -> str:
-    """Return a paper's table as Markdown."""
-    tasks = [task for task in TASKS if any(task in row.system.scores for row in rows)]
+    """Return a paper's table as Markdown; a system has a line for each of its rows."""
+    tasks = [task for task in TASKS if any(task in system.scores for system in paper.systems)]
     lines = [
         f"## {paper.title}",
         "",
@@ -99,11 +123,32 @@ def markdown(paper: Paper, rows: Sequence[Row]) -> str:
         _line(["system", "recipe", "split", *tasks, "settings that differ"]),
         _line(["---"] * (len(tasks) + 4)),
     ]
-    for row in rows:
-        system = row.system
-        cells = [_cell(system.scores.get(task), row.ours(task)) for task in tasks]
-        settings = "; ".join(_differences(row.runs)) if row.runs else "not run"
+    for system, row in paired(paper, rows):
+        cells = [
+            _cell(system.scores.get(task), row.scores(task) if row is not None else [])
+            for task in tasks
+        ]
+        settings = "not run" if row is None else row.settings
         lines.append(_line([system.name, f"`{system.recipe}`", system.split, *cells, settings]))
+    return "\n".join(lines) + "\n"
+
+
+def ranking(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of all rows scored on the three tasks, the best overall first."""
+    scored = [row for row in rows if all(row.scores(task) for task in THREE)]
+    scored.sort(key=lambda row: -mean(row.scores("overall")))
+    tasks = (*THREE, "overall")
+    lines = [
+        "## All of ours, the best overall first",
+        "",
+        "Scores on dev.",
+        "",
+        _line(["recipe", *tasks, "settings that differ"]),
+        _line(["---"] * (len(tasks) + 2)),
+    ]
+    for row in scored:
+        cells = [mean_and_deviation(row.scores(task)) for task in tasks]
+        lines.append(_line([f"`{row.recipe}`", *cells, row.settings]))
     return "\n".join(lines) + "\n"
 
 
@@ -116,32 +161,30 @@ def _cell(theirs: float | None, ours: Sequence[float]) -> str:
         return ""
     if not ours:
         return f"{theirs:.3f}"
-    difference = sum(ours) / len(ours) - theirs
-    return f"{theirs:.3f}, {mean_and_deviation(ours)} ({difference:+.3f})"
+    return f"{theirs:.3f}, {mean_and_deviation(ours)} ({mean(ours) - theirs:+.3f})"
 
 
-def _differences(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield what the runs did otherwise than the paper, a phrase each."""
-    first = runs[0]
-    layers, width = first.config.num_hidden_layers, first.config.hidden_size
-    if (layers, width) != _BERT_BASE:
-        yield f"encoder {layers} layers of {width} ({_BERT_BASE[0]} of {_BERT_BASE[1]})"
-    if not first.recipe.init:
+def _from_paper(outcome: Outcome) -> Iterator[str]:
+    """Yield in what a run of a paper's recipe differed from the paper all the same."""
+    recipe = outcome.recipe
+    if not recipe.paper:
+        return
+    layers, width = _BERT_BASE
+    if (outcome.layers, outcome.width) != _BERT_BASE:
+        yield f"encoder {outcome.layers} layers of {outcome.width} ({layers} of {width})"
+    if not outcome.pretrained:
         yield "encoder from scratch"
-    most = first.recipe.limit or max(_TRAINING_EXAMPLES.values())
-    for task in first.recipe.tasks:
-        theirs, ours = _TRAINING_EXAMPLES[task], len(first.split(task, "train"))
-        if min(theirs, most) != min(ours, most):
+    for task in (task for task in _TRAINING_EXAMPLES if task in outcome.examples):
+        most = min(cut for cut in (recipe.limit, recipe.tasks[task].first, sys.maxsize) if cut)
+        ours, theirs = (min(of[task], most) for of in (outcome.examples, _TRAINING_EXAMPLES))
+        if ours != theirs:
             yield f"{task} {ours:,} training examples ({theirs:,})"
-    if len(runs) > 1:
-        yield f"{len(runs)} seeds"
-    known = {recipes.load(name).paper: recipes.load(name) for name in recipes.of_papers()}
-    built_in = known[first.recipe.paper]
-    yield from dict.fromkeys(change for run in runs for change in _changes(run.recipe, built_in))
 
 
-def _changes(recipe: Recipe, built_in: Recipe) -> Iterator[str]:
-    theirs, ours = _flat(built_in.model_dump()), _flat(recipe.model_dump())
+def _from_recipe(outcome: Outcome) -> Iterator[str]:
+    """Yield the settings of a run that were replaced."""
+    theirs = _flat(recipes.load(outcome.system).model_dump())
+    ours = _flat(outcome.recipe.model_dump())
     for key in dict.fromkeys([*ours, *theirs]):
         if key.split(".")[0] not in _NOT_SETTINGS and ours.get(key) != theirs.get(key):
             yield f"{key} {_value(ours, key)} ({_value(theirs, key)})"

@@ -1,0 +1,170 @@
+"""``papers.json``: what runs came to, in the little that the report on the papers is made from.
+
+It needs no checkpoint and no data, names no folder, and is small enough to be kept under version
+control; the report can be made from it anywhere, and goes on from it when there are more runs.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from .. import recipe as recipes
+from ..errors import InputError
+from ..many import RESULTS, read_results
+from ..recipe import Recipe
+from ..run import Run, open_run
+from ..runtime.files import explained
+from ..scoring import read_scores
+from .mistakes import Findings, findings
+from .record import dev_answers
+
+_WORST = 5
+"""Worst examples of each task."""
+_MACHINES = {"data", "init"}
+"""The fields of a recipe that name places on one machine."""
+
+
+class Outcome(BaseModel):
+    """What one run came to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    system: str
+    """The built-in recipe that it was made by."""
+    settings: dict[str, Any]
+    """Its own recipe, every field but those that name places on one machine."""
+    layers: int
+    """Of the encoder."""
+    width: int
+    """Of the encoder."""
+    pretrained: bool
+    """Whether the encoder was."""
+    examples: dict[str, int]
+    """Of the training set of each trained task, before the recipe cut any."""
+    scores: dict[str, float]
+    """On dev, of the best epoch, by task and ``overall``."""
+    answers: dict[str, Findings] = {}
+    """What is to be said of the dev answers to each task; of the first run of a system."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its settings."""
+        return Recipe.model_validate(self.settings)
+
+    @property
+    def key(self) -> str:
+        """What tells it from other runs: its settings, the seed among them."""
+        return json.dumps([self.system, self.settings], sort_keys=True)
+
+
+def collect(places: Sequence[Path], device: torch.device, data: Path | None) -> list[Outcome]:
+    """Return the outcomes of all runs of built-in recipes.
+
+    Args:
+        places: runs' folders, folders of such, ``papers.json`` files; what a later one says of the
+            same run counts.
+        device: where the first run of each system answers the dev data.
+        data: the folder of the data files; None for each run's own.
+
+    Raises:
+        InputError: there is no run in a folder, a file is damaged, or a run has no dev scores.
+    """
+    found: dict[str, Outcome] = {}
+    for place in places:
+        if place.is_file():
+            found |= {outcome.key: outcome for outcome in read_outcomes(place)}
+            continue
+        shown = {outcome.system for outcome in found.values() if outcome.answers}
+        for run in _runs(place):
+            system = _system(run.recipe)
+            if system is None:
+                continue
+            run = run if data is None else run.with_data(data)
+            outcome = _outcome(run, system, device if system not in shown else None)
+            found[outcome.key] = outcome
+            shown |= {system} if outcome.answers else set()
+    return list(found.values())
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Read a ``papers.json``.
+
+    Raises:
+        InputError: it is none.
+    """
+    with explained("read", path):
+        content = path.read_bytes()
+    try:
+        return TypeAdapter(list[Outcome]).validate_json(content)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise InputError(f"{path}: not the outcomes of runs ({problem})") from None
+
+
+def to_json(outcomes: Sequence[Outcome]) -> str:
+    """Return the content of a ``papers.json``, a line for each outcome."""
+    return "[\n" + ",\n".join(outcome.model_dump_json() for outcome in outcomes) + "\n]\n"
+
+
+def _runs(folder: Path) -> Iterator[Run]:
+    """Open the runs in a folder, which may be one, or a series, whose finished ones count.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = list(_run_folders(folder))
+    if not found:
+        raise InputError(f"{folder}: holds no finished run; give a run's folder, or one of several")
+    yield from map(open_run, found)
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    if (folder / "recipe.toml").is_file():
+        yield folder
+    elif (folder / RESULTS).is_file():
+        yield from (folder / name for name in read_results(folder))
+    else:
+        for below in sorted(path for path in folder.glob("*") if path.is_dir()):
+            yield from _run_folders(below)
+
+
+def _system(recipe: Recipe) -> str | None:
+    """Return the name of the built-in recipe that a run was made by, if it was."""
+    made_by = {signature(recipes.load(name)): name for name in recipes.names()}
+    return made_by.get(signature(recipe))
+
+
+def signature(recipe: Recipe) -> str:
+    """Return what a recipe is known by, whatever its settings: no two built-in ones share it."""
+    return recipe.paper or recipe.description
+
+
+def _outcome(run: Run, system: str, device: torch.device | None) -> Outcome:
+    """Return what a run came to; with a device, and a checkpoint, its answers too."""
+    scores = read_scores(run.folder)
+    if scores.split != "dev":
+        raise InputError(
+            f"{run.folder / 'metrics.json'}: scores on {scores.split}; run engine.evaluate"
+        )
+    trained = {name for phase in run.recipe.in_phases.values() for name in phase.train}
+    answers = {}
+    if device is not None and any(map(run.checkpoints.all, ("best", "step"))):
+        answers = {
+            task: findings(found) for task, found in dev_answers(run, device, _WORST).items()
+        }
+    return Outcome(
+        system=system,
+        settings=run.recipe.model_dump(mode="json", exclude=_MACHINES),
+        layers=run.config.num_hidden_layers,
+        width=run.config.hidden_size,
+        pretrained=bool(run.recipe.init),
+        examples={
+            task: len(run.split(task, "train")) for task in run.recipe.tasks if task in trained
+        },
+        scores=scores.scores,
+        answers=answers,
+    )
