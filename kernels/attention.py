@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _extension  # noqa: F401  (registers the operators)
 from .attention_checks import check_boundaries, check_qkv, check_rows, check_supported
@@ -109,6 +110,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(lse)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
     grads = _ops.attention_backward(grad_out, *tensors, *ctx.options, seed, ctx.stream)
@@ -132,6 +134,7 @@ def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Non
     ctx.mark_non_differentiable(lse)
 
 
+@once_differentiable
 def _packed_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
     grad = _ops.attention_qkvpacked_backward(grad_out, *tensors, *ctx.options, seed, ctx.stream)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _extension  # noqa: F401  (registers the operators)
 from .dropout import check_dropout, dropout, new_seed
@@ -104,6 +105,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(mean, rstd)
 
 
+@once_differentiable
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *ids_and_tables, weight, bias, mean, rstd = ctx.saved_tensors
     norm_arguments = parameter_rows(ctx, weight, bias, mean.numel())

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _extension  # noqa: F401  (registers the operators)
 from .dropout import check_dropout, dropout, new_seed
@@ -113,6 +114,7 @@ def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(mean, rstd)
 
 
+@once_differentiable
 def _layer_norm_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
     task_arguments = parameter_rows(ctx, weight, bias, mean.numel())
@@ -128,6 +130,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(hidden, mean, rstd)
 
 
+@once_differentiable
 def _add_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
     task_arguments = parameter_rows(ctx, weight, bias, mean.numel())

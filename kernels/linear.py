@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .implementation import declare
 from .task_rows import TaskRows, TaskSegments, rows_of
 
 
@@ -89,6 +90,9 @@ def linear_task_gradients_(
 @linear_task_gradients_.register_fake
 def _(*_arguments: object) -> None:
     pass
+
+
+declare("linear_task_gradients_", cpu="torch", cuda="torch")
 
 
 class _TaskLinear(torch.autograd.Function):

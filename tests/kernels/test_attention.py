@@ -44,18 +44,31 @@ def qkv_stream(
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def run(function: Callable[[Tensor], Tensor], qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and gradient of qkv."""
-    qkv = qkv.clone().requires_grad_()
+def run(
+    function: Callable[[Tensor], Tensor], qkv: Tensor, tail: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Output and gradient of qkv; rows behind the last sequence hold ``tail``."""
+    qkv = qkv.clone()
+    qkv[-TAIL:] = tail
+    qkv.requires_grad_()
     out = function(qkv)
     generator = torch.Generator().manual_seed(len(qkv))
-    out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
+    grad_out = torch.randn(out.shape, generator=generator).to(out.dtype)
+    grad_out[-TAIL:] = tail
+    out.backward(grad_out)
     assert qkv.grad is not None
     return out.detach(), qkv.grad
 
 
-def check(lengths: list[int], dtype: torch.dtype, width: int, causal: bool, p: float) -> None:
-    """The 2x rule for output and gradient.
+def check(
+    lengths: list[int],
+    dtype: torch.dtype,
+    width: int,
+    causal: bool,
+    p: float,
+    scale: float | None = None,
+) -> None:
+    """The 2x rule for output and gradient, and zeros behind the last sequence, whatever is there.
 
     Its errors are the largest of many tokens: those of a few sentences are a matter of luck.
     """
@@ -65,19 +78,17 @@ def check(lengths: list[int], dtype: torch.dtype, width: int, causal: bool, p: f
     factors = attention_dropout_factors(heads, total, total, p, SEED, 7) if p else None
 
     def reference(qkv: Tensor) -> Tensor:
-        scale = width**-0.5
-        return attention_reference(*qkv.unbind(1), cu_seqlens, cu_seqlens, scale, causal, factors)[
-            0
-        ]
+        options = (width**-0.5 if scale is None else scale, causal, factors)
+        return attention_reference(*qkv.unbind(1), cu_seqlens, cu_seqlens, *options)[0]
 
     def kernel(qkv: Tensor) -> Tensor:
         return flash_attn_varlen_qkvpacked_func(
-            qkv, cu_seqlens, longest, p, causal=causal, seed=SEED, stream=7
+            qkv, cu_seqlens, longest, p, scale, causal, seed=SEED, stream=7
         )
 
     num_streams = min(12, 2 + 1500 // total)
     streams = [qkv_stream(lengths, dtype, heads, width, seed) for seed in range(num_streams)]
-    results = [run(kernel, qkv) for qkv in streams]
+    results = [run(kernel, qkv, torch.nan) for qkv in streams]
     torchs = [run(reference, qkv) for qkv in streams]
     exact = [run(reference, qkv.double()) for qkv in streams]
     for tensors in zip(*map(zip, results, torchs, exact), strict=True):
@@ -97,9 +108,16 @@ def test_lengths(lengths: list[int], causal: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("vector_unit")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_widths(width: int, dtype: torch.dtype) -> None:
-    check(MIXES["sentences"], dtype, width, False, 0.1)
+def test_widths(width: int, causal: bool, dtype: torch.dtype) -> None:
+    check(MIXES["sentences"], dtype, width, causal, 0.1)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_scales_and_with_them_large_scores(scale: float) -> None:
+    check(MIXES["sentences"], torch.float32, 32, False, 0.0, scale)
+    check(MIXES["around the tiles of 64 queries and 512 keys"], torch.float32, 32, True, 0.0, scale)
 
 
 def test_a_sequence_of_8192_beside_short_ones() -> None:
@@ -366,16 +384,3 @@ def test_arguments_that_do_not_fit_are_named(
 def test_what_is_not_supported_says_so(option: dict) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(option))):
         flash_attn_varlen_func(Q, Q, Q, CU, CU, 8, 8, **option)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_operator_checks(p: float) -> None:
-    cu_seqlens = boundaries([7, 0, 13])
-    qkv = torch.randn(24, 3, 2, 32, requires_grad=True)
-    q, k, v = (torch.randn(24, 2, 32, requires_grad=True) for _ in range(3))
-    options = (p, 0.2, False, SEED, 1)
-    ops = torch.ops.superbert
-    torch.library.opcheck(ops.attention_qkvpacked.default, (qkv, cu_seqlens, 13, *options))
-    torch.library.opcheck(
-        ops.attention.default, (q, k, v, cu_seqlens, cu_seqlens, 13, 13, *options)
-    )

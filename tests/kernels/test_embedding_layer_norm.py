@@ -206,18 +206,3 @@ def test_arguments_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         embedding_layer_norm(*arguments, **options)
-
-
-@pytest.mark.parametrize("by_task", [False, True])
-def test_operator_checks(by_task: bool) -> None:
-    tensors = [tensor.requires_grad_() for tensor in leaves(24, torch.float32)]
-    tasks: tuple = (None, [], [], False)
-    if by_task:
-        rows = embedding_rows(2, 24, torch.float32)
-        rows.norm.buffer.zero_()
-        starts = [*(own.starts[0] for own in rows[:3]), *rows.norm.starts]
-        tasks = (rows.norm.buffer, starts, [0, 100, 290], False)
-    torch.library.opcheck(
-        torch.ops.superbert.embedding_layer_norm.default,
-        (*ids(), *tensors, 0.1, 1e-12, SEED, 0, *tasks),
-    )

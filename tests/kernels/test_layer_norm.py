@@ -333,17 +333,3 @@ def test_offsets_that_descend_are_refused() -> None:
     rows, segments = task_rows(2, 8), TaskSegments((0, 3, 2))
     with pytest.raises((RuntimeError, ValueError), match="offsets"):
         layer_norm(x, parameter, parameter, rows=rows, segments=segments).sum().backward()
-
-
-@pytest.mark.parametrize("by_task", [False, True])
-def test_operator_checks(by_task: bool) -> None:
-    x, residual = (torch.randn(24, 40, requires_grad=True) for _ in range(2))
-    weight, bias = (torch.randn(40, requires_grad=True) for _ in range(2))
-    tasks = (torch.zeros(2, 80), [0, 40], [0, 5, 20], False)
-    tasks = tasks if by_task else (None, [], [], False)
-    ops = torch.ops.superbert
-    torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-12, *tasks))
-    torch.library.opcheck(
-        ops.dropout_add_layer_norm.default,
-        (x, residual, bias, weight, bias, 0.1, 1e-12, SEED, 0, *tasks),
-    )

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import kernels
 from kernels import Columns, TaskRows
-from kernels.linear import linear_task_gradients_
 
 from .rounding import assert_within_twice
 
@@ -112,13 +111,3 @@ def test_what_does_not_fit_is_named(change, expected):
     }
     with pytest.raises(ValueError, match=expected):
         kernels.linear(torch.randn(9, 4), WEIGHT, BIAS, **(arguments | change))
-
-
-def test_operators_are_registered_soundly():
-    x, dy = torch.randn(9, 4), torch.randn(9, 5)
-    rows, bias_rows = torch.zeros(2, 5, 4), torch.zeros(2, 5)
-    torch.library.opcheck(linear_task_gradients_, (dy, x, rows, bias_rows, [0, 4, 9], False))
-    torch.library.opcheck(linear_task_gradients_, (dy, x, rows, None, [0, 4, 9], True))
-    index = torch.randint(0, 3, (9,))
-    op = torch.ops.superbert.embedding_task_gradients_.default
-    torch.library.opcheck(op, (dy, index, torch.zeros(2, 3, 5), [0, 4, 9]))

@@ -1,0 +1,115 @@
+"""Every operator, those of backward passes included, keeps torch's rules for operators."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import implementation
+
+from .doors import DOORS, Stream
+from .test_balancing import SOLVERS
+from .test_surgery_weights import operator_samples
+
+OPS = torch.ops.superbert
+TOKENS, WIDTH, TABLE_ROWS = 24, 32, 9
+CU_SEQLENS = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+OFFSETS = [0, 5, 20]
+SEED = torch.tensor(0x123456789ABCDEF)
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, requires_grad=True)
+
+
+def attention(p: float) -> dict[str, tuple]:
+    """Arguments of the attention operators."""
+    packed = (CU_SEQLENS, 13, p, 0.2, True, SEED if p else None, 1)
+    apart = (CU_SEQLENS, CU_SEQLENS, 13, *packed[1:])
+    streams, qkv = [leaf(TOKENS, 2, 16) for _ in range(3)], leaf(TOKENS, 3, 2, 16)
+    grad_out, inputs = torch.randn(TOKENS, 2, 16), qkv.detach()
+    return {
+        "attention": (*streams, *apart),
+        "attention_backward": (
+            *(grad_out, *inputs.unbind(1), *OPS.attention(*inputs.unbind(1), *apart), *apart),
+        ),
+        "attention_qkvpacked": (qkv, *packed),
+        "attention_qkvpacked_backward": (
+            *(grad_out, inputs, *OPS.attention_qkvpacked(inputs, *packed), *packed),
+        ),
+    }
+
+
+def norms(by_task: bool) -> dict[str, tuple]:
+    """Arguments of the operators that end in a layer norm."""
+    x, residual, weight, bias = leaf(TOKENS, WIDTH), leaf(TOKENS, WIDTH), leaf(WIDTH), leaf(WIDTH)
+    ids = torch.randint(0, TABLE_ROWS, (3, TOKENS)).unbind(0)
+    tables = [leaf(TABLE_ROWS, WIDTH) for _ in range(3)]
+    *starts, end = range(0, (3 * TABLE_ROWS + 2) * WIDTH + 1, WIDTH)
+    starts = [*starts[: 3 * TABLE_ROWS : TABLE_ROWS], *starts[-2:]]  # of tables, weight, bias
+    of_all: tuple = (torch.zeros(2, end), starts, OFFSETS, False)
+    of_norm: tuple = (of_all[0], starts[3:], OFFSETS, False)
+    if not by_task:
+        of_all = of_norm = (None, [], [], False)
+    grad, hidden, mean, rstd = (*torch.randn(2, TOKENS, WIDTH), *torch.ones(2, TOKENS))
+    saved = (weight.detach(), mean, rstd, *torch.zeros(2, 2, WIDTH), OFFSETS, False)
+    looked_up = (*ids, *(table.detach() for table in tables))
+    options = (0.1, 1e-12, SEED, 0)
+    return {
+        "layer_norm": (x, weight, bias, 1e-12, *of_norm),
+        "layer_norm_backward": (grad, hidden, *saved),
+        "dropout_add_layer_norm": (x, residual, bias, weight, bias, *options, *of_norm),
+        "dropout_add_layer_norm_backward": (grad, hidden, *saved, 0.1, SEED, 0),
+        "embedding_layer_norm": (*ids, *tables, weight, bias, *options, *of_all),
+        "embedding_layer_norm_backward": (grad, *looked_up, *saved, 0.1, SEED, 0),
+    }
+
+
+def others() -> dict[str, tuple]:
+    """Arguments of dropout and of the gradients by task."""
+    x, grad, index = torch.randn(TOKENS, 4), torch.randn(TOKENS, 5), torch.arange(TOKENS) % 3
+    rows, bias_rows = torch.zeros(2, 5, 4), torch.zeros(2, 5)
+    return {
+        "dropout": (leaf(7, 5), 0.2, SEED, 3),
+        "linear_task_gradients_": (grad, x, rows, bias_rows, OFFSETS, True),
+        "embedding_task_gradients_": (x, index, torch.zeros(2, 3, 4), OFFSETS),
+    }
+
+
+SAMPLES: dict[str, Callable[[], dict[str, tuple]]] = {
+    "attention": lambda: attention(0.0),
+    "attention with dropout": lambda: attention(0.2),
+    "norms": lambda: norms(by_task=False),
+    "norms by task": lambda: norms(by_task=True),
+    "others": others,
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_operator_checks(kind: str) -> None:
+    for name, arguments in SAMPLES[kind]().items():
+        torch.library.opcheck(getattr(OPS, name).default, arguments)
+
+
+def test_every_operator_is_checked_and_tells_what_runs_it() -> None:
+    checked = {name for make in SAMPLES.values() for name in make()}
+    checked |= operator_samples().keys() | SOLVERS.keys()
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {name.split("::")[1] for name in names if name.startswith("superbert::")}
+    assert checked == registered - {"limit_vector_unit"}  # which takes no tensor
+    for name in checked:
+        assert implementation(name, "cpu") in ("cpp", "torch")
+
+
+@pytest.mark.parametrize(
+    "door",
+    ["flash_attn_varlen_func", "layer_norm", "dropout_add_layer_norm", "embedding_layer_norm"],
+)
+def test_a_second_derivative_is_refused_and_not_taken_for_zero(door: str) -> None:
+    stream = Stream.of(21)
+    parameter = stream.table if door.startswith("embedding") else stream.x
+    out = DOORS[door](stream)
+    (grad,) = torch.autograd.grad(out.square().sum(), parameter, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
