@@ -38,7 +38,7 @@ TILES: dict[tuple[str, int, int], Tiles] = {
     ("forward", 2, 128): Tiles(64, 32, 8, 2),
     ("forward", 4, 32): Tiles(64, 32, 4, 2),
     ("forward", 4, 64): Tiles(64, 32, 8, 2),
-    ("forward", 4, 128): Tiles(32, 16, 8, 1),
+    ("forward", 4, 128): Tiles(32, 16, 8, 2),
     ("grad_q", 2, 32): Tiles(64, 64, 4, 2),
     ("grad_q", 2, 64): Tiles(64, 32, 4, 2),
     ("grad_q", 2, 128): Tiles(64, 32, 8, 2),
@@ -53,7 +53,14 @@ TILES: dict[tuple[str, int, int], Tiles] = {
     ("grad_kv", 4, 128): Tiles(32, 32, 8, 1),
 }
 MAX_WIDTH = 128
-_ROW_BLOCK = 128
+INTERVAL_ROWS = 128
+DELTA_ROWS = 64
+
+
+def padded_width(width: int) -> int:
+    """Columns of a tile for heads of ``width``, a power of two."""
+    padded: int = max(32, triton.next_power_of_2(width))
+    return padded
 
 
 def _constants(kernel: str, x: Tensor, dropout_p: float) -> dict[str, Any]:
@@ -61,7 +68,7 @@ def _constants(kernel: str, x: Tensor, dropout_p: float) -> dict[str, Any]:
     width = x.shape[2]
     if width > MAX_WIDTH:
         raise ValueError(f"q: heads of at most {MAX_WIDTH} columns on a GPU, got {width}")
-    block_d = max(32, triton.next_power_of_2(width))
+    block_d = padded_width(width)
     tiles = TILES[kernel, x.element_size(), block_d]
     return {
         "DROPOUT": dropout_p > 0,
@@ -77,20 +84,27 @@ def _constants(kernel: str, x: Tensor, dropout_p: float) -> dict[str, Any]:
 
 
 def _intervals(
-    cu_own: Tensor, cu_other: Tensor, total: int, *, rows_are_keys: bool, causal: bool
+    cu_own: Tensor,
+    cu_other: Tensor,
+    total: int,
+    total_other: int,
+    *,
+    rows_are_keys: bool,
+    causal: bool,
 ) -> Intervals:
     first, last = torch.empty(2, total, dtype=torch.int32, device=cu_own.device)
     num_sequences = len(cu_own) - 1
-    intervals_kernel[(triton.cdiv(total, _ROW_BLOCK),)](
+    intervals_kernel[(triton.cdiv(total, INTERVAL_ROWS),)](
         cu_own,
         cu_other,
         Intervals(first, last),
         total,
+        total_other,
         num_sequences,
         num_sequences.bit_length(),
         rows_are_keys,
         causal,
-        _ROW_BLOCK,
+        INTERVAL_ROWS,
     )
     return Intervals(first, last)
 
@@ -108,21 +122,21 @@ def forward(
     stream: int,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[Tq, H, D]`` and log-sum-exp ``[H, Tq]``; arguments as of the operator."""
-    total, heads, _ = q.shape
+    total_q, heads, _ = q.shape
     out = q.new_empty(q.shape)
-    lse = q.new_empty((heads, total), dtype=torch.float32)
-    if total == 0:
+    lse = q.new_empty((heads, total_q), dtype=torch.float32)
+    if total_q == 0:
         return out, lse
     constants = _constants("forward", q, dropout_p)
-    forward_kernel[(triton.cdiv(total, constants["BLOCK_M"]), heads)](
+    boundaries = (cu_seqlens_q, cu_seqlens_k, total_q, len(k))
+    forward_kernel[(triton.cdiv(total_q, constants["BLOCK_M"]), heads)](
         Heads.of(q),
         Heads.of(k),
         Heads.of(v),
         Heads.of(out),
         lse,
-        _intervals(cu_seqlens_q, cu_seqlens_k, total, rows_are_keys=False, causal=causal),
-        total,
-        len(k),
+        _intervals(*boundaries, rows_are_keys=False, causal=causal),
+        total_q,
         softmax_scale,
         DropoutArguments.of(dropout_p, seed),
         stream,
@@ -154,28 +168,29 @@ def backward(
     grad_q, grad_k, grad_v = grads
     grad_out = grad_out.contiguous()
     delta = torch.empty_like(lse)
-    dropout = DropoutArguments.of(dropout_p, seed)
-    shared = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(grad_out), lse, delta)
-    numbers = (total_q, total_k, softmax_scale, dropout, stream)
+    norm = torch.empty_like(lse) if q.dtype == torch.float32 else None
+    shared = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(grad_out), lse, delta, norm)
+    numbers = (softmax_scale, DropoutArguments.of(dropout_p, seed), stream)
     if total_q > 0:
         constants = _constants("grad_q", q, dropout_p)
         if q.dtype != torch.float32:
-            delta_kernel[(triton.cdiv(total_q, _ROW_BLOCK), heads)](
+            delta_kernel[(triton.cdiv(total_q, DELTA_ROWS), heads)](
                 Heads.of(out),
                 Heads.of(grad_out),
                 delta,
                 total_q,
                 width,
                 constants["BLOCK_D"],
-                _ROW_BLOCK,
+                DELTA_ROWS,
             )
-        keys = _intervals(cu_seqlens_q, cu_seqlens_k, total_q, rows_are_keys=False, causal=causal)
+        boundaries = (cu_seqlens_q, cu_seqlens_k, total_q, total_k)
+        keys = _intervals(*boundaries, rows_are_keys=False, causal=causal)
         grid = (triton.cdiv(total_q, constants["BLOCK_M"]), heads)
-        grad_q_kernel[grid](*shared, Heads.of(grad_q), keys, *numbers, **constants)
+        grad_q_kernel[grid](*shared, Heads.of(grad_q), keys, total_q, *numbers, **constants)
     if total_k > 0:
         constants = _constants("grad_kv", q, dropout_p)
-        queries = _intervals(cu_seqlens_k, cu_seqlens_q, total_k, rows_are_keys=True, causal=causal)
+        boundaries = (cu_seqlens_k, cu_seqlens_q, total_k, total_q)
+        queries = _intervals(*boundaries, rows_are_keys=True, causal=causal)
         grid = (triton.cdiv(total_k, constants["BLOCK_N"]), heads)
-        grad_kv_kernel[grid](
-            *shared, Heads.of(grad_k), Heads.of(grad_v), queries, *numbers, **constants
-        )
+        grad_kv = (Heads.of(grad_k), Heads.of(grad_v))
+        grad_kv_kernel[grid](*shared, *grad_kv, queries, total_q, total_k, *numbers, **constants)

@@ -10,7 +10,9 @@ tensor core computes, cost so much more than a mask that telling these blocks ap
 
 Backward recomputes P by tiles of queries for dQ and by tiles of keys for dK and dV: each gradient
 is written once, by one program, without atomics and with the same bits every time.  Rows that see
-nothing are written as zeros, which is what rows behind the last sequence are defined to be.
+nothing are written as zeros, which is what rows behind the last sequence are defined to be, and
+whatever the inputs hold behind it is not used.  A NaN inside a sequence, though, can reach the
+sequences that share a tile with it, since 0 times NaN is NaN.
 """
 
 # Kernels are Triton's language, not typed Python, and write compile-time constants in capitals.
@@ -52,12 +54,13 @@ class Intervals(NamedTuple):
 # ---- intervals ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["total", "num_sequences", "search_steps"])
+@triton.jit(do_not_specialize=["total", "total_other", "num_sequences", "search_steps"])
 def intervals_kernel(
     cu_own,  # [S + 1], boundaries in the stream of the rows that ask
     cu_other,  # [S + 1], boundaries in the stream that they meet
     intervals,
     total,
+    total_other,  # rows of the other stream: no interval leaves it, whatever the boundaries say
     num_sequences,
     search_steps,  # halvings that leave one of num_sequences + 1 places
     ROWS_ARE_KEYS: tl.constexpr,
@@ -85,6 +88,7 @@ def intervals_kernel(
             first = tl.minimum(tl.maximum(first, same_place), last)
         else:
             last = tl.maximum(first, tl.minimum(last, same_place + 1))
+    first, last = tl.maximum(first, 0), tl.minimum(last, total_other)
     tl.store(intervals.first + row, first, mask=row < total)
     tl.store(intervals.last + row, last, mask=row < total)
 
@@ -112,9 +116,9 @@ def _visits(first, last, BLOCK: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _tile_pointers(x, head, rows, total, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile_pointers(x, head, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
-    mask = (rows < total)[:, None]
+    mask = inside[:, None]
     if BLOCK_D > D:
         mask &= (d < D)[None, :]
     base = x.data + head.to(tl.int64) * x.head
@@ -122,21 +126,22 @@ def _tile_pointers(x, head, rows, total, D: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def _load_tile(x, head, rows, total, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    pointers, mask = _tile_pointers(x, head, rows, total, D, BLOCK_D)
+def _load_tile(x, head, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows that are ``inside``, zeros in place of the others."""
+    pointers, mask = _tile_pointers(x, head, rows, inside, D, BLOCK_D)
     return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
 def _store_tile(x, head, rows, total, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    pointers, mask = _tile_pointers(x, head, rows, total, D, BLOCK_D)
+    pointers, mask = _tile_pointers(x, head, rows, rows < total, D, BLOCK_D)
     tl.store(pointers, values.to(x.data.dtype.element_ty), mask=mask)
 
 
 # ---- forward ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["total_q", "total_k", "stream"])
+@triton.jit(do_not_specialize=["total_q", "stream"])
 def forward_kernel(
     q,
     k,
@@ -145,7 +150,6 @@ def forward_kernel(
     lse,  # [H, total_q]
     keys_of_queries,
     total_q,
-    total_k,
     scale,
     dropout,
     stream,
@@ -160,7 +164,7 @@ def forward_kernel(
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, last = _load_intervals(keys_of_queries, rows, total_q)
-    q_tile = _load_tile(q, head, rows, total_q, D, BLOCK_D)
+    q_tile = _load_tile(q, head, rows, rows < total_q, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -170,7 +174,7 @@ def forward_kernel(
     for part in tl.static_range(PARTS):
         for block in range(bounds[part], bounds[part + 1], BLOCK_N):
             keys = block + tl.arange(0, BLOCK_N)
-            k_tile = _load_tile(k, head, keys, total_k, D, BLOCK_D)
+            k_tile = _load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
             scores *= scale * _LOG2_E
             if part != 1:
@@ -184,14 +188,14 @@ def forward_kernel(
             row_sum = row_sum * rescale + tl.sum(p, 1)
             if DROPOUT:
                 p *= attention_factors(rows, block, head, stream, dropout, BLOCK_N)
-            v_tile = _load_tile(v, head, keys, total_k, D, BLOCK_D)
+            v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             acc *= rescale[:, None]
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no key seen: acc is 0, row_max is -inf
     _store_tile(out, head, rows, total_q, acc / row_sum[:, None], D, BLOCK_D)
     row_lse = row_max * _LN_2 + tl.log(row_sum)
-    tl.store(lse + head.to(tl.int64) * total_q + rows, row_lse, mask=rows < total_q)
+    _store_row_numbers(lse, head, rows, total_q, row_lse)
 
 
 # ---- backward -----------------------------------------------------------------------------------
@@ -210,16 +214,22 @@ def delta_kernel(
     """``delta_i``, the product of the rows of dO and O."""
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    out_tile = _load_tile(out, head, rows, total_q, D, BLOCK_D).to(tl.float32)
-    grad_tile = _load_tile(grad_out, head, rows, total_q, D, BLOCK_D).to(tl.float32)
-    products = tl.sum(out_tile * grad_tile, 1)
-    tl.store(delta + head.to(tl.int64) * total_q + rows, products, mask=rows < total_q)
+    out_tile = _load_tile(out, head, rows, rows < total_q, D, BLOCK_D).to(tl.float32)
+    grad_tile = _load_tile(grad_out, head, rows, rows < total_q, D, BLOCK_D).to(tl.float32)
+    _store_row_numbers(delta, head, rows, total_q, tl.sum(out_tile * grad_tile, 1))
 
 
 @triton.jit
-def _load_row_numbers(numbers, head, rows, total):
+def _load_row_numbers(numbers, head, rows, total, inside):
+    """Of the rows that are ``inside``, zeros in place of the others."""
     pointers = numbers + head.to(tl.int64) * total + rows
-    return tl.load(pointers, mask=rows < total, other=0.0)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_row_numbers(numbers, head, rows, total, values):
+    pointers = numbers + head.to(tl.int64) * total + rows
+    tl.store(pointers, values, mask=rows < total)
 
 
 @triton.jit
@@ -255,7 +265,7 @@ def _p_and_dp(
     return p, dp
 
 
-@triton.jit(do_not_specialize=["total_q", "total_k", "stream"])
+@triton.jit(do_not_specialize=["total_q", "stream"])
 def grad_q_kernel(
     q,
     k,
@@ -263,10 +273,10 @@ def grad_q_kernel(
     grad_out,
     lse,
     delta,  # read, or with float32 written
+    norm,  # written with float32, else None
     grad_q,
     keys_of_queries,
     total_q,
-    total_k,
     scale,
     dropout,
     stream,
@@ -277,44 +287,46 @@ def grad_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradient of a tile of queries; in float32 delta too."""
+    """Gradient of a tile of queries; in float32 delta and norm too."""
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, last = _load_intervals(keys_of_queries, rows, total_q)
-    q_tile = _load_tile(q, head, rows, total_q, D, BLOCK_D)
-    do_tile = _load_tile(grad_out, head, rows, total_q, D, BLOCK_D)
-    row_lse = _load_row_numbers(lse, head, rows, total_q) * _LOG2_E
+    q_tile = _load_tile(q, head, rows, first < last, D, BLOCK_D)
+    do_tile = _load_tile(grad_out, head, rows, first < last, D, BLOCK_D)
+    row_lse = _load_row_numbers(lse, head, rows, total_q, first < last) * _LOG2_E
     PARTS: tl.constexpr = 1 if PRECISION == "ieee" else 3
     bounds = _visits(first, last, BLOCK_N, PARTS)
 
     if PRECISION == "ieee":
-        # delta_i = sum_j P_ij f_ij dP_ij / sum_j P_ij: its roundings are those of P and dP, so the
-        # difference dP - delta loses less than with the other form.  A pass more, for float32 only.
+        # norm_i = 1 / sum_j P_ij is not quite 1, since lse is rounded; it takes that out of P.
+        # delta_i = norm_i sum_j P_ij f_ij dP_ij: its roundings are those of P and dP, so that their
+        # difference dP - delta loses less than with the other form.  A pass more, float32 only.
         weighted = tl.zeros([BLOCK_M], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for part in tl.static_range(PARTS):
             for block in range(bounds[part], bounds[part + 1], BLOCK_N):
                 keys = block + tl.arange(0, BLOCK_N)
-                k_tile = _load_tile(k, head, keys, total_k, D, BLOCK_D)
-                v_tile = _load_tile(v, head, keys, total_k, D, BLOCK_D)
+                k_tile = _load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
+                v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
                 p, dp = _p_and_dp(
                     *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
                     *(scale, dropout, stream, part != 1, DROPOUT, PRECISION, BLOCK_N),
                 )
                 weighted += tl.sum(p * dp, 1)
                 total += tl.sum(p, 1)
-        row_delta = weighted / tl.where(total == 0.0, 1.0, total)
-        pointers = delta + head.to(tl.int64) * total_q + rows
-        tl.store(pointers, row_delta, mask=rows < total_q)
+        row_norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+        row_delta = weighted * row_norm
+        _store_row_numbers(norm, head, rows, total_q, row_norm)
+        _store_row_numbers(delta, head, rows, total_q, row_delta)
     else:
-        row_delta = _load_row_numbers(delta, head, rows, total_q)
+        row_delta = _load_row_numbers(delta, head, rows, total_q, first < last)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in tl.static_range(PARTS):
         for block in range(bounds[part], bounds[part + 1], BLOCK_N):
             keys = block + tl.arange(0, BLOCK_N)
-            k_tile = _load_tile(k, head, keys, total_k, D, BLOCK_D)
-            v_tile = _load_tile(v, head, keys, total_k, D, BLOCK_D)
+            k_tile = _load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
+            v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             p, dp = _p_and_dp(
                 *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
                 *(scale, dropout, stream, part != 1, DROPOUT, PRECISION, BLOCK_N),
@@ -322,6 +334,8 @@ def grad_q_kernel(
             ds = p * (dp - row_delta[:, None])
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
+    if PRECISION == "ieee":
+        acc *= row_norm[:, None]
     _store_tile(grad_q, head, rows, total_q, acc * scale, D, BLOCK_D)
 
 
@@ -333,6 +347,7 @@ def grad_kv_kernel(
     grad_out,
     lse,
     delta,
+    norm,  # read with float32, else None
     grad_k,
     grad_v,
     queries_of_keys,
@@ -353,8 +368,8 @@ def grad_kv_kernel(
     first_key = tl.program_id(0) * BLOCK_N
     keys = first_key + tl.arange(0, BLOCK_N)
     first, last = _load_intervals(queries_of_keys, keys, total_k)
-    k_tile = _load_tile(k, head, keys, total_k, D, BLOCK_D)
-    v_tile = _load_tile(v, head, keys, total_k, D, BLOCK_D)
+    k_tile = _load_tile(k, head, keys, first < last, D, BLOCK_D)
+    v_tile = _load_tile(v, head, keys, first < last, D, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -363,16 +378,19 @@ def grad_kv_kernel(
     for part in tl.static_range(PARTS):
         for block in range(bounds[part], bounds[part + 1], BLOCK_M):
             rows = block + tl.arange(0, BLOCK_M)
-            q_tile = _load_tile(q, head, rows, total_q, D, BLOCK_D)
-            do_tile = _load_tile(grad_out, head, rows, total_q, D, BLOCK_D)
-            row_lse = _load_row_numbers(lse, head, rows, total_q) * _LOG2_E
-            row_delta = _load_row_numbers(delta, head, rows, total_q)
+            inside = rows < bounds[PARTS]
+            q_tile = _load_tile(q, head, rows, inside, D, BLOCK_D)
+            do_tile = _load_tile(grad_out, head, rows, inside, D, BLOCK_D)
+            row_lse = _load_row_numbers(lse, head, rows, total_q, inside) * _LOG2_E
+            row_delta = _load_row_numbers(delta, head, rows, total_q, inside)
             # Transposed, [keys, queries], which is how the last two products need P and dS.
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
             p = tl.exp2(scores * (scale * _LOG2_E) - row_lse[None, :])
             if part != 1:
                 seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
                 p = tl.where(seen, p, 0.0)
+            if PRECISION == "ieee":
+                p *= _load_row_numbers(norm, head, rows, total_q, inside)[None, :]
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             dropped = p
             if DROPOUT:

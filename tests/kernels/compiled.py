@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from kernels import attention_triton_kernels as attention
 from kernels import embedding_layer_norm_triton, embedding_triton, layer_norm_triton
-from kernels.attention_triton import TILES
+from kernels.attention_triton import DELTA_ROWS, INTERVAL_ROWS, TILES, padded_width
 from kernels.attention_triton_kernels import Heads, Intervals
 from kernels.embedding_layer_norm_triton import Tables
 from kernels.layer_norm_triton import Parameters, constants_of
@@ -39,10 +39,15 @@ NORMS = {
     "embedding_layer_norm": embedding_layer_norm_triton._forward_kernel,
     "embedding_layer_norm_backward": embedding_layer_norm_triton._backward_kernel,
 }
-TABLES = {
+OTHERS = {
+    "intervals": attention.intervals_kernel,
+    "delta": attention.delta_kernel,
+    "sum_partials": layer_norm_triton._sum_partials_kernel,
+    "dropout": layer_norm_triton._dropout_kernel,
     "embedding_pieces": embedding_triton._pieces_kernel,
     "embedding_long_runs": embedding_triton._long_runs_kernel,
 }
+KERNELS = ATTENTION | NORMS | OTHERS
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_WIDTHS = [32, 64, 96, 128]
 # BERT's widths and the largest that is allowed.
@@ -74,9 +79,10 @@ class Needs(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Every kernel, dtype and width that matters, for every GPU generation."""
-    for kernels, widths in ((ATTENTION, HEAD_WIDTHS), (NORMS, ROW_WIDTHS), (TABLES, [768])):
-        for case in product(kernels, ELEMENT_BYTES, widths, SHARED_LIMIT):
-            yield Case(*case)
+    widths = dict.fromkeys([*ATTENTION, "delta"], HEAD_WIDTHS) | dict.fromkeys(NORMS, ROW_WIDTHS)
+    for kernel in KERNELS:
+        for case in product(ELEMENT_BYTES, widths.get(kernel, [768]), SHARED_LIMIT):
+            yield Case(kernel, *case)
 
 
 def covering_cases() -> Iterator[Case]:
@@ -86,7 +92,7 @@ def covering_cases() -> Iterator[Case]:
     code for float16 and bfloat16 differs in the type of the products alone, so that the kernels in
     16 bits are compiled for two generations of three.
     """
-    orders = [list(ATTENTION | NORMS | TABLES), list(ELEMENT_BYTES), HEAD_WIDTHS + ROW_WIDTHS]
+    orders = [list(KERNELS), list(ELEMENT_BYTES), HEAD_WIDTHS + ROW_WIDTHS]
     capabilities = list(SHARED_LIMIT)
     for case in cases():
         places = (order.index(part) for order, part in zip(orders, case[:3], strict=True))
@@ -104,15 +110,14 @@ def compile_all(wanted: Iterable[Case]) -> dict[Case, Needs]:
 
 def compile_kernel(case: Case) -> Needs:
     """Compile one kernel."""
+    kernel = KERNELS[case.kernel]
     if case.kernel in ATTENTION:
-        kernel, constants, options = _attention(case)
+        constants, options = _attention(case)
     elif case.kernel in NORMS:
-        kernel, constants, options = _norm(case)
+        constants, options = _norm(case)
     else:
-        kernel, options = TABLES[case.kernel], {}
-        piece, columns = embedding_triton._PIECE, embedding_triton._COLUMNS
-        constants = {"N": 30_522, "WIDTH": case.width, "PIECE": piece, "COLUMNS": columns}
-    types = _types(case.dtype, in_heads=case.kernel in ATTENTION)
+        constants, options = _other(case)
+    types = _types(case.dtype, in_heads=case.kernel in [*ATTENTION, "delta"])
     signature = {
         argument: "constexpr" if argument in constants else types[argument]
         for argument in kernel.arg_names
@@ -126,8 +131,8 @@ def compile_kernel(case: Case) -> Needs:
     return Needs(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
 
 
-def _attention(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    block_d = max(32, triton.next_power_of_2(case.width))
+def _attention(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    block_d = padded_width(case.width)
     tiles = TILES[case.kernel, ELEMENT_BYTES[case.dtype], block_d]
     constants = {
         "DROPOUT": True,
@@ -138,31 +143,49 @@ def _attention(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
         "BLOCK_N": tiles.keys,
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    return ATTENTION[case.kernel], constants, options
+    return constants, options
 
 
-def _norm(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    kernel = NORMS[case.kernel]
+def _norm(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     constants = constants_of(case.width, 0.1)
     options = {"num_warps": constants.pop("num_warps")}
     flags = ["HAS_RESIDUAL", "HAS_X_BIAS", "HAS_WEIGHT", "HAS_BIAS", "PARTIALS"]
-    constants |= {flag: True for flag in flags if flag in kernel.arg_names}
-    return kernel, constants, options
+    constants |= {flag: True for flag in flags if flag in NORMS[case.kernel].arg_names}
+    return constants, options
+
+
+def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    width = case.width
+    piece, columns = embedding_triton._PIECE, embedding_triton._COLUMNS
+    of_table = {"N": 30_522, "WIDTH": width, "PIECE": piece, "COLUMNS": columns}
+    constants = {
+        "intervals": {"ROWS_ARE_KEYS": True, "CAUSAL": True, "BLOCK": INTERVAL_ROWS},
+        "delta": {"D": width, "BLOCK_D": padded_width(width), "BLOCK": DELTA_ROWS},
+        "sum_partials": {"ACCUMULATE": True, "WHICH": 0, "N": width, "BLOCK_P": 32, "BLOCK_N": 64},
+        "dropout": {"BLOCK": layer_norm_triton._DROPOUT_BLOCK},
+        "embedding_pieces": of_table,
+        "embedding_long_runs": of_table,
+    }
+    return constants[case.kernel], {}
 
 
 def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
     """Types of all arguments that any of the kernels has."""
     row = f"*{dtype}"
-    heads = Heads(row, "i32", "i32")
+    heads, intervals = Heads(row, "i32", "i32"), Intervals("*i32", "*i32")
     rows = ["x", "residual", "hidden", "grad_hidden", "grad_x", "grad_sum", "grad", "rows"]
     return {
         **dict.fromkeys(["q", "k", "v", "grad_q", "grad_k", "grad_v"], heads),
         **dict.fromkeys(["out", "grad_out"], heads if in_heads else row),
         **dict.fromkeys(rows, row),
-        **dict.fromkeys(["keys_of_queries", "queries_of_keys"], Intervals("*i32", "*i32")),
-        **dict.fromkeys(["lse", "delta", "mean", "rstd", "weight", "partials", "pieces"], "*fp32"),
+        **dict.fromkeys(["keys_of_queries", "queries_of_keys"], intervals),
+        "intervals": intervals,
+        **dict.fromkeys(["lse", "delta", "norm"], "*fp32"),
+        **dict.fromkeys(["mean", "rstd", "weight", "partials", "pieces"], "*fp32"),
         **dict.fromkeys(["keys", "tokens", "run_starts"], "*i64"),
-        **dict.fromkeys(["total_q", "total_k", "total", "num_rows", "stream"], "i32"),
+        **dict.fromkeys(["cu_own", "cu_other"], "*i32"),
+        **dict.fromkeys(["total_q", "total_k", "total", "total_other", "num_rows"], "i32"),
+        **dict.fromkeys(["num_sequences", "search_steps", "programs", "count", "stream"], "i32"),
         **dict.fromkeys(["row_begin", "row_end", "rows_per_program", "row_stride"], "i32"),
         **dict.fromkeys(["scale", "eps"], "fp32"),
         "parameters": Parameters("*fp32", "*fp32", "*fp32"),

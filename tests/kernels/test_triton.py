@@ -10,6 +10,7 @@ from .doors import DOORS, Stream
 from .rounding import assert_within_twice
 from .triton_cases import (  # noqa: F401
     test_attention,
+    test_attention_stays_inside_its_tensors,
     test_attention_with_more_sequences_than_a_grid_has_rows,
     test_attention_with_offsets_beyond_32_bits,
     test_dropout,

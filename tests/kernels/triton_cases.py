@@ -50,7 +50,11 @@ def boundaries(lengths: list[int], device: str) -> Tensor:
     [
         (False, 32, 0.0, torch.float32),
         (True, 20, 0.2, torch.float32),
+        (True, 64, 0.2, torch.float32),
+        (False, 96, 0.2, torch.float32),
         (True, 32, 0.2, torch.float16),
+        (False, 64, 0.0, torch.float16),
+        (True, 128, 0.2, torch.float16),
     ],
 )
 def test_attention(causal: bool, width: int, p: float, dtype: torch.dtype, device: str) -> None:
@@ -91,16 +95,21 @@ class AttentionCase:
         # Views of one tensor, and so are their gradients.
         self.kv = torch.randn(total_k, 2, 2, width, device=device).to(dtype)
         self.grad_out = torch.randn_like(self.q)
+        for x, tokens in zip(
+            (self.q, self.grad_out, self.kv), self.tokens[:1] * 2 + self.tokens[1:], strict=True
+        ):
+            x[tokens:] = torch.nan  # rows that are in no sequence are not read
         self.factors = None
         if p:
             self.factors = attention_dropout_factors(2, total_q, total_k, p, self.seed, 3)
 
     def reference(self, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in (self.q, *self.kv.unbind(1))]
+        inputs = (self.q, *self.kv.unbind(1))
+        leaves = [x.nan_to_num().to(dtype).requires_grad_() for x in inputs]
         out, lse = attention_reference(
             *leaves, *self.cu_seqlens, self.scale, self.causal, self.factors
         )
-        grads = torch.autograd.grad(out, leaves, self.grad_out.to(dtype))
+        grads = torch.autograd.grad(out, leaves, self.grad_out.nan_to_num().to(dtype))
         return [out, lse.masked_fill(lse.isneginf(), 0), *grads]
 
     def run(self) -> list[Tensor]:
@@ -125,6 +134,24 @@ def test_attention_with_more_sequences_than_a_grid_has_rows(device: str) -> None
         for cu in (boundaries([5, 9], device), boundaries(lengths, device))
     )
     for one, other in zip(few, many, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("wrong", [[0, 3, 12], [-4, 3, 8]])
+def test_attention_stays_inside_its_tensors(wrong: list[int], device: str) -> None:
+    """Wrong boundaries, which a GPU does not look at unless asked to, reach no other memory."""
+    qkv = torch.full((20, 3, 1, 32), torch.nan, device=device)[6:14]
+    qkv.normal_()
+    results = []
+    for numbers in ([0, 3, 8], wrong):
+        cu = torch.tensor(numbers, dtype=torch.int32, device=device)
+        options = (cu, cu, 0.0, 0.2, False, None, 0)
+        out, lse = attention_triton.forward(*qkv.unbind(1), *options)
+        grad = torch.empty_like(qkv)
+        inputs = (*qkv.unbind(1), out, lse)
+        attention_triton.backward(torch.ones_like(out), *inputs, *options, grads=grad.unbind(1))
+        results.append((out, lse, grad))
+    for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
