@@ -5,6 +5,7 @@ each forward pass, where the padded batch's tokens are found, and its attention 
 attends, and pads the result.  Layer norms are replaced by modules that hold the same parameters.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,10 +14,30 @@ from torch import Tensor, nn
 
 from .attention import flash_attn_varlen_func
 from .layer_norm_doors import FusedLayerNorm
-from .padding import pad_input
+from .padding import pad_input, unpad_input
 
 IMPLEMENTATION = "superbert"
-FAMILY = frozenset({"bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta"})
+# Encoders whose attention is BERT's and goes through the registry.
+FAMILY = frozenset(
+    {
+        "albert",
+        "bert",
+        "bert-generation",
+        "camembert",
+        "data2vec-text",
+        "distilbert",
+        "electra",
+        "ernie",
+        "nomic_bert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "splinter",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
 
 
 class Replaced(NamedTuple):
@@ -41,6 +62,7 @@ class _Packing(NamedTuple):
 
     indices: Tensor  # [T] of [B * S]
     cu_seqlens: Tensor  # [B + 1]
+    causal: bool
 
 
 _accelerated: WeakKeyDictionary[nn.Module, _Undo] = WeakKeyDictionary()
@@ -49,15 +71,19 @@ _accelerated: WeakKeyDictionary[nn.Module, _Undo] = WeakKeyDictionary()
 def _packing(
     batch_size: int,
     kv_length: int,
+    mask_function: Callable[..., Any],
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     **_: object,
 ) -> _Packing:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if mask_function not in (bidirectional_mask_function, causal_mask_function):
+        raise ValueError("attention: masks other than padding and causality are not supported")
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-    is_token = attention_mask != 0
-    cu_seqlens = is_token.sum(1).cumsum(0, dtype=torch.int32)
-    return _Packing(is_token.flatten().nonzero().squeeze(1), nn.functional.pad(cu_seqlens, (1, 0)))
+    stream = unpad_input(attention_mask, attention_mask, max_seqlen=kv_length)
+    return _Packing(stream.indices, stream.cu_seqlens, mask_function is causal_mask_function)
 
 
 def _attend(
@@ -69,20 +95,19 @@ def _attend(
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
-    is_causal: bool | None = None,
+    output_attentions: bool = False,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention on ``[B, H, S, D]``; returns ``[B, S, H, D]``, zeros where there is padding."""
+    if output_attentions:
+        raise ValueError("output_attentions: the probabilities are never stored here")
     batch, _heads, length, _width = query.shape
     if key.shape != query.shape:
         raise ValueError("attention: keys of other lengths than the queries are not supported")
-    if attention_mask is None:
-        attention_mask = _packing(batch, length, device=query.device)
     if not isinstance(attention_mask, _Packing):
         raise ValueError("attention_mask: expected [batch, length]; other masks are not supported")
-    indices, cu_seqlens = attention_mask
+    indices, cu_seqlens, causal = attention_mask
     q, k, v = (x.transpose(1, 2).flatten(0, 1)[indices] for x in (query, key, value))
-    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     out = flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, length, length, dropout, scaling, causal
     )
@@ -115,7 +140,7 @@ def accelerate(model: nn.Module) -> Replaced:
         The names of what was replaced, within ``model``.
 
     Raises:
-        ValueError: no such BERT inside, or it is accelerated already.
+        ValueError: no such BERT inside, one with cross attention, or it is accelerated already.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
@@ -131,6 +156,11 @@ def accelerate(model: nn.Module) -> Replaced:
             f"model: nothing to accelerate in a {type(model).__name__}; it holds no transformers "
             f"model of type {', '.join(sorted(FAMILY))}"
         )
+    for name, bert in berts.items():
+        if getattr(bert.config, "add_cross_attention", False):  # which not every config has
+            raise ValueError(
+                f"model: {name or type(bert).__name__} has cross attention, which is not supported"
+            )
     AttentionInterface.register(IMPLEMENTATION, _attend)
     AttentionMaskInterface.register(IMPLEMENTATION, _packing)
     undo = _Undo([], [])
@@ -160,5 +190,7 @@ def restore(model: nn.Module) -> None:
     for bert, implementation in reversed(undo.implementations):
         bert.set_attn_implementation(implementation)
     for parent, name, module in undo.layer_norms:
-        module.train(parent.training)
+        ours = getattr(parent, name)
+        module.weight, module.bias = ours.weight, ours.bias  # which may be others by now
+        module.train(ours.training)
         setattr(parent, name, module)

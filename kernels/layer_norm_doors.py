@@ -1,7 +1,5 @@
 """Layer norm under the names that BERT trainers import: apex's module, flash-attn's function."""
 
-from numbers import Integral
-
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +7,10 @@ from .dropout import dropout
 from .layer_norm import dropout_add_layer_norm, layer_norm
 
 
-class FusedLayerNorm(nn.Module):
-    """Layer norm as a module, with the arguments of apex's and torch's.
+class FusedLayerNorm(nn.LayerNorm):
+    """Layer norm as a module, with the arguments of apex's.
+
+    A `torch.nn.LayerNorm` to whoever asks, as those do who exempt norms from weight decay.
 
     Args:
         normalized_shape: width of the last dimension, as a number or a sequence of one.
@@ -30,46 +30,30 @@ class FusedLayerNorm(nn.Module):
         elementwise_affine: bool = True,
         memory_efficient: bool = False,
     ) -> None:
-        super().__init__()
-        shape = (
-            (int(normalized_shape),)
-            if isinstance(normalized_shape, Integral)
-            else tuple(normalized_shape)  # type: ignore[arg-type]
-        )
-        if len(shape) != 1:
-            raise ValueError(f"normalized_shape: expected one dimension, got {shape}")
-        self.normalized_shape = shape
-        self.eps = eps
-        self.elementwise_affine = elementwise_affine
+        super().__init__(normalized_shape, eps, elementwise_affine)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(
+                f"normalized_shape: expected one dimension, got {self.normalized_shape}"
+            )
         self.memory_efficient = memory_efficient
-        if elementwise_affine:
-            self.weight = nn.Parameter(torch.ones(shape))
-            self.bias = nn.Parameter(torch.zeros(shape))
-        else:
-            self.register_parameter("weight", None)
-            self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise the last dimension.
 
         Args:
-            x: ``[..., N]``, any floating dtype.
+            input: ``[..., N]``, any floating dtype.
 
         Returns:
-            ``[..., N]`` in the dtype of ``x``.
+            ``[..., N]`` in the dtype of ``input``.
 
         Raises:
             ValueError: its last dimension is not N.
         """
-        if x.shape[-1:] != self.normalized_shape:
-            raise ValueError(f"x: expected [..., {self.normalized_shape[0]}], got {list(x.shape)}")
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-    def extra_repr(self) -> str:
-        """Return the arguments, as torch's own layer norm shows them."""
-        return (
-            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
-        )
+        if input.shape[-1:] != self.normalized_shape:
+            raise ValueError(
+                f"input: expected [..., {self.normalized_shape[0]}], got {list(input.shape)}"
+            )
+        return layer_norm(input, self.weight, self.bias, self.eps)
 
 
 def layer_norm_fn(

@@ -1,6 +1,5 @@
 """A transformers BERT on these kernels: the same numbers, and all of it can be undone."""
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertForSequenceClassification,
+    BertLMHeadModel,
     BertModel,
-    DistilBertConfig,
-    DistilBertModel,
-    RobertaConfig,
-    RobertaModel,
+    PreTrainedModel,
 )
+from transformers.masking_utils import create_causal_mask
 
-from kernels import accelerate, restore
+from kernels import accelerate, hf, restore
+
+from .rounding import assert_within_twice
 
 SIZES = {
     "vocab_size": 50,
@@ -28,56 +30,113 @@ SIZES = {
     "intermediate_size": 64,
     "max_position_embeddings": 40,
 }
-DISTILLED = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+# What members of the family ask for besides.
+OPTIONS = {"distilbert": {"hidden_dim": 64}, "xmod": {"default_language": "en_XX"}}
 IDS = torch.randint(4, 50, (3, 11), generator=torch.Generator().manual_seed(0))
 # Padding on the right, none, and on the left.
 MASK = torch.tensor([[1] * 4 + [0] * 7, [1] * 11, [0] * 5 + [1] * 6])
 
 
-def losses_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+def encoder(kind: str) -> PreTrainedModel:
+    config = AutoConfig.for_model(kind, **SIZES, **OPTIONS.get(kind, {}))
+    return AutoModel.from_config(config).eval()
+
+
+def hidden_and_gradients(
+    model: nn.Module, mask: Tensor | None = MASK
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states of the tokens, and the gradients of a loss made from them."""
     model.zero_grad()
-    hidden = model(input_ids=IDS, attention_mask=MASK).last_hidden_state
-    hidden = hidden[MASK.bool()]
+    hidden = model(input_ids=IDS, attention_mask=mask).last_hidden_state
+    hidden = hidden[(torch.ones_like(IDS) if mask is None else mask).bool()]
     hidden.square().mul(torch.linspace(0, 1, hidden.shape[-1])).sum().backward()
-    return hidden.detach(), {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
-    }
+    return hidden.detach(), gradients_of(model)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        BertModel(BertConfig(**SIZES)),
-        RobertaModel(RobertaConfig(**SIZES)),
-        DistilBertModel(DistilBertConfig(**{**SIZES, **DISTILLED})),
-    ],
-    ids=lambda model: type(model).__name__,
-)
-def test_same_hidden_states_and_gradients(model: nn.Module) -> None:
-    model = copy.deepcopy(model).eval()
-    hidden, gradients = losses_and_gradients(model)
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * (1 + scale))
+
+
+@pytest.mark.parametrize("mask", [MASK, None], ids=["padded", "full"])
+@pytest.mark.parametrize("kind", sorted(hf.FAMILY))
+def test_same_hidden_states_and_gradients(
+    kind: str, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = encoder(kind)
+    norms = [name for name, module in model.named_modules() if type(module) is nn.LayerNorm]
+    hidden, gradients = hidden_and_gradients(model, mask)
     report = accelerate(model)
     assert report.attention == ("",)
-    assert len(report.layer_norms) == 5
-    found, found_gradients = losses_and_gradients(model)
+    assert sorted(report.layer_norms) == sorted(norms)
+    calls = []
+    attention = hf.flash_attn_varlen_func
+    monkeypatch.setattr(
+        hf, "flash_attn_varlen_func", lambda *arguments: calls.append(1) or attention(*arguments)
+    )
+    found, found_gradients = hidden_and_gradients(model, mask)
+    assert len(calls) == SIZES["num_hidden_layers"]
     torch.testing.assert_close(found, hidden, rtol=1e-5, atol=1e-5)
-    assert found_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(
-            found_gradients[name], gradient, rtol=1e-4, atol=1e-5 * (1 + scale)
-        )
+    assert_same_gradients(found_gradients, gradients)
     restore(model)
-    assert torch.equal(losses_and_gradients(model)[0], hidden)
+    assert torch.equal(hidden_and_gradients(model, mask)[0], hidden)
     assert not any("Fused" in type(module).__name__ for module in model.modules())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_same_loss_and_gradients_of_a_head(causal: bool) -> None:
+    mask = MASK
+    if causal:
+        model: nn.Module = BertLMHeadModel(BertConfig(**SIZES, is_decoder=True)).eval()
+        labels = IDS.where(MASK.bool(), -100)
+    else:
+        model = BertForSequenceClassification(BertConfig(**SIZES)).eval()
+        labels = torch.tensor([0, 1, 1])
+        mask = MASK.sort(descending=True).values  # the first place, which it looks at, is a token
+
+    def loss_and_gradients() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        loss = model(input_ids=IDS, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        return loss.detach(), gradients_of(model)
+
+    loss, gradients = loss_and_gradients()
+    accelerate(model)
+    found, found_gradients = loss_and_gradients()
+    torch.testing.assert_close(found, loss)
+    assert_same_gradients(found_gradients, gradients)
+
+
+def test_under_autocast_and_with_checkpointed_layers() -> None:
+    model = BertModel(BertConfig(**SIZES, hidden_dropout_prob=0, attention_probs_dropout_prob=0))
+    exact, exact_gradients = hidden_and_gradients(model.double())
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return hidden_and_gradients(model)
+
+    model.float()
+    hidden, gradients = run()
+    accelerate(model)
+    model.activation_checkpointing_enable()
+    found, found_gradients = run()
+    assert_within_twice(found, hidden, exact)
+    for name, gradient in exact_gradients.items():
+        assert_within_twice(found_gradients[name], gradients[name], gradient)
 
 
 def test_dropout_follows_the_mode_of_the_model() -> None:
     model = BertModel(BertConfig(**SIZES, hidden_dropout_prob=0.0))
     accelerate(model)
-    train = [losses_and_gradients(model.train())[0] for _ in range(2)]
+    train = [hidden_and_gradients(model.train())[0] for _ in range(2)]
     assert not torch.equal(*train)
-    evaluation = [losses_and_gradients(model.eval())[0] for _ in range(2)]
+    evaluation = [hidden_and_gradients(model.eval())[0] for _ in range(2)]
     assert torch.equal(*evaluation)
 
 
@@ -107,11 +166,31 @@ def test_nothing_to_replace_is_an_error() -> None:
         accelerate(model)
 
 
-def test_masks_of_other_shapes_are_refused() -> None:
-    model = BertModel(BertConfig(**SIZES))
+def test_parameters_that_were_exchanged_stay() -> None:
+    model, other = encoder("bert"), encoder("bert")
     accelerate(model)
+    model.load_state_dict(other.state_dict(), assign=True)
+    restore(model)
+    assert torch.equal(hidden_and_gradients(model)[0], hidden_and_gradients(other)[0])
+
+
+def test_what_is_not_supported_is_refused() -> None:
+    decoder = BertLMHeadModel(BertConfig(**SIZES, is_decoder=True)).eval()
+    accelerate(decoder)
     with pytest.raises(ValueError, match="other masks are not supported"):
-        model(input_ids=IDS, attention_mask=torch.zeros(3, 1, 11, 11))
+        decoder(input_ids=IDS, attention_mask=torch.zeros(3, 1, 11, 11))
+    with pytest.raises(ValueError, match="output_attentions"):
+        decoder(input_ids=IDS, output_attentions=True)
+    cache = decoder(input_ids=IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="keys of other lengths"):
+        decoder(input_ids=IDS[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="masks other than padding and causality"):
+        create_causal_mask(
+            *(decoder.config, torch.zeros(3, 11, 32), None, None),
+            or_mask_function=lambda batch, head, query, key: key == 0,
+        )
+    with pytest.raises(ValueError, match="cross attention"):
+        accelerate(BertModel(BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)))
 
 
 def test_a_sentence_transformers_model(real_encoder: Path) -> None:
