@@ -1,7 +1,8 @@
 """``papers.json``: what runs came to, in the little that the report on the papers is made from.
 
-It needs no checkpoint and no data, names no folder, and is small enough to be kept under version
-control; the report can be made from it anywhere, and goes on from it when there are more runs.
+It needs no checkpoint and no data, does not say where they lay, and is small enough to be kept
+under version control; the report can be made from it anywhere, and goes on from it when there are
+more runs.
 """
 
 import json
@@ -73,6 +74,7 @@ def collect(places: Sequence[Path], device: torch.device, data: Path | None) -> 
     Raises:
         InputError: there is no run in a folder, a file is damaged, or a run has no dev scores.
     """
+    made_by = {signature(recipes.load(name)): name for name in recipes.names()}
     found: dict[str, Outcome] = {}
     for place in places:
         if place.is_file():
@@ -80,7 +82,7 @@ def collect(places: Sequence[Path], device: torch.device, data: Path | None) -> 
             continue
         shown = {outcome.system for outcome in found.values() if outcome.answers}
         for run in _runs(place):
-            system = _system(run.recipe)
+            system = made_by.get(signature(run.recipe))
             if system is None:
                 continue
             run = run if data is None else run.with_data(data)
@@ -130,12 +132,6 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     else:
         for below in sorted(path for path in folder.glob("*") if path.is_dir()):
             yield from _run_folders(below)
-
-
-def _system(recipe: Recipe) -> str | None:
-    """Return the name of the built-in recipe that a run was made by, if it was."""
-    made_by = {signature(recipes.load(name)): name for name in recipes.names()}
-    return made_by.get(signature(recipe))
 
 
 def signature(recipe: Recipe) -> str:
