@@ -92,6 +92,7 @@ def _(*_arguments: object) -> None:
     pass
 
 
+declare("onednn_linear", cpu="torch", cuda=None)
 declare("linear_task_gradients_", cpu="torch", cuda="torch")
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from kernels.linear import _HAS_ONEDNN
 
 from .rounding import assert_within_twice
 
@@ -41,9 +40,3 @@ def test_a_stream_of_several_dimensions() -> None:
     with torch.no_grad():
         inside = kernels.linear(x, weight, bias)
     torch.testing.assert_close(inside, F.linear(x, weight, bias))
-
-
-@pytest.mark.skipif(not _HAS_ONEDNN, reason="this torch has no oneDNN for bfloat16")
-def test_the_operator_of_onednn_is_sound() -> None:
-    x, weight, bias = operands((13, 31, 7), torch.bfloat16)
-    torch.library.opcheck(torch.ops.superbert.onednn_linear, (x, weight, bias))

@@ -72,6 +72,7 @@ def others() -> dict[str, tuple]:
     rows, bias_rows = torch.zeros(2, 5, 4), torch.zeros(2, 5)
     return {
         "dropout": (leaf(7, 5), 0.2, SEED, 3),
+        "onednn_linear": (x, grad.t() @ x, grad.sum(0)),
         "linear_task_gradients_": (grad, x, rows, bias_rows, OFFSETS, True),
         "embedding_task_gradients_": (x, index, torch.zeros(2, 3, 4), OFFSETS),
     }
