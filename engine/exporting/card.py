@@ -34,9 +34,10 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
 - `features`: what is read off the sentence vectors, u (and v of a pair): `single` u, `mean`
   (u + v) / 2, `concat` [u; v], `distance` |u - v|, `difference` [u; v; |u - v|], `shared`
   relu(W [u; v] + b) with `pair.weight` and `pair.bias`; the similarities `cosine` cos(u, v),
-  `cosine_shifted` (cos(u, v) + 1) / 2, `pearson` sigmoid(r(u, v)); or `bilstm` (see `TASK.lstm.*`,
-  the weights of a bidirectional torch.nn.LSTM over the token states, last states of both ways,
-  and `TASK.joint`, relu(W [u; states] + b)).
+  `cosine_shifted` (cos(u, v) + 1) / 2, `pearson` sigmoid(r(u, v)); or `bilstm`,
+  relu(W [u; f; g] + b) with `TASK.joint.weight` and `TASK.joint.bias`, where f is the last output
+  of the torch.nn.LSTM `TASK.lstm.forwards` over the states of the tokens behind [CLS], and g that
+  of `TASK.lstm.backwards` over the same from the last to the first.
 - `answers`: what the output layer (`TASK.output.weight`, `TASK.output.bias`) makes of them:
   `classes`, their logits; `binary`, one logit, yes above 0; `score`; `share_logit`, the logit of a
   share of the range; or, of a similarity without an output layer, `share`, that share itself.

@@ -36,7 +36,8 @@ class ProjectedAttention(nn.Module):
         super().__init__()
         if width % config.num_attention_heads:
             raise InputError(
-                f"adapter_width = {width}: not divisible by the {config.num_attention_heads} heads"
+                f"adapter_width = {width}: not divisible by the {config.num_attention_heads} "
+                "attention heads; take a multiple"
             )
         std = config.initializer_range
         self.heads, self.first_site = config.num_attention_heads, first_site

@@ -37,7 +37,7 @@ class EncoderConfig:
                 f"num_attention_heads = {self.num_attention_heads}"
             )
         if self.hidden_act != "gelu":
-            raise InputError(f"hidden_act = {self.hidden_act!r}: only 'gelu' (erf) is supported")
+            raise InputError(f"hidden_act = {self.hidden_act!r}: expected 'gelu' (erf)")
 
     @property
     def head_dim(self) -> int:

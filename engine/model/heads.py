@@ -194,7 +194,9 @@ def _check(task: FileFormat, features: str, loss: str) -> None:
             f"tasks.{task.task}.features = {features!r}: expected {' or '.join(allowed)}"
         )
     if loss == "mse" and task.kind != "score":
-        raise InputError(f"tasks.{task.task}.loss = 'mse': the labels are {task.kind}")
+        raise InputError(
+            f"tasks.{task.task}.loss = 'mse': the labels are {task.kind}, no scores; take default"
+        )
     if loss == "cross_entropy" and task.kind == "score" and features in SIMILARITIES:
         raise InputError(
             f"tasks.{task.task}.loss = 'cross_entropy': {features} has no output layer to train "

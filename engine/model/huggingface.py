@@ -58,7 +58,8 @@ def resolve(model: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"--init {model}: neither a folder nor a model that the hub gives ({reason})"
+            f"--init {model}: neither a folder nor a model that the hub gives ({reason}); "
+            "give a model's folder or a hub name"
         ) from None
 
 
@@ -72,7 +73,9 @@ def read_config(folder: Path) -> EncoderConfig:
     try:
         return bert_config(config)
     except InputError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
+        raise InputError(
+            f"{folder / 'config.json'}: {error}; give a plain encoder of BERT's family"
+        ) from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

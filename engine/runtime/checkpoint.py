@@ -75,7 +75,7 @@ class Checkpoints:
                 continue
             return path
         if damage is not None:
-            raise damage
+            raise InputError(f"{damage}; no other checkpoint is whole, train the run again")
         return None
 
     def progress(self) -> Progress:

@@ -83,7 +83,10 @@ class TrainingState:
                     "not there" if place is None else f"of shape {list(place.shape)}"
                     for place in (stored.get(name), own.get(name))
                 )
-                raise InputError(f"{checkpoint}: {name} is {found}, expected {expected}")
+                raise InputError(
+                    f"{checkpoint}: {name} is {found}, expected {expected}; "
+                    "it belongs to another model: give another --out"
+                )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return a copy of the state, on the CPU."""

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 
 import kernels
+from engine.model.families import FAMILIES
 from tests.conftest import REPOSITORY
 
 PAGES = REPOSITORY / "docs" / "api"
@@ -59,6 +60,12 @@ def test_docstrings_have_arguments_with_shapes_results_and_errors(name: str) -> 
         assert "Returns:" in text or text.startswith("Return")
     if inspect.isfunction(function) and "raise " in inspect.getsource(function):
         assert "Raises:" in text
+
+
+def test_the_page_on_models_names_every_type_that_comes_in() -> None:
+    page = (REPOSITORY / "docs" / "models.md").read_text()
+    table = page.split("| `model_type` |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([\w-]+)`", table.split("| --- |")[1])) == set(FAMILIES)
 
 
 def test_every_module_of_the_engines_page_exists() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
@@ -151,6 +152,33 @@ def test_the_cards_example_names_named_classes(tmp_path, example_of):
     assert export.main([str(run), "--to", str(tmp_path / "model")]) == 0
     assert example_of(tmp_path / "model", "moods", "the film was good") == "fine"
     assert example_of(tmp_path / "model", "moods", "the plot was bad") == "poor"
+
+
+def test_a_bilstm_head_is_laid_out_as_the_card_says(tiny_run, tmp_path):
+    settings = ("tasks.sst.features=bilstm", WIDE)
+    run = open_run(tiny_run("run", "--max-steps", "1", settings=settings))
+    assert export.main([str(run.folder), "--to", str(tmp_path / "model")]) == 0
+    table = read_table(FORMATS["sst"].file(data_folder(run.recipe), "dev"), FORMATS["sst"])
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "model")(
+        table.sentences[0][3], return_tensors="pt"
+    )
+    head = load_file(tmp_path / "model" / "heads.safetensors")
+    ways = []
+    with torch.inference_mode():
+        states = AutoModel.from_pretrained(tmp_path / "model").eval()(**tokens).last_hidden_state[0]
+        for way, behind_cls in (("forwards", states[1:]), ("backwards", states[1:].flip(0))):
+            prefix = f"sst.lstm.{way}."
+            own = {k.removeprefix(prefix): v for k, v in head.items() if k.startswith(prefix)}
+            lstm = torch.nn.LSTM(states.shape[1], own["weight_hh_l0"].shape[1])
+            lstm.load_state_dict(own)
+            ways.append(lstm(behind_cls)[0][-1])
+        x = torch.cat([states.mean(0), *ways])
+        x = (head["sst.joint.weight"] @ x + head["sst.joint.bias"]).relu()
+        x = head["sst.output.weight"] @ x + head["sst.output.bias"]
+        ours, _ = run.trained_model(CPU)
+        ((indices, batch), *_) = evaluation_batches(run.split("sst", "dev"), 100_000)
+        (logits,) = ours(batch, ["sst"])
+    torch.testing.assert_close(x, logits[indices.tolist().index(3)], rtol=0, atol=1e-5)
 
 
 def test_the_example_has_twenty_lines_and_all_features_but_one():
