@@ -41,7 +41,7 @@ class Alone:
     bytes_a_step = 0
 
     def begin(self) -> None:
-        """Send each bucket as the coming backward pass, the step's last, completes it."""
+        """Send each bucket as the step's last backward pass completes it; before its forward."""
 
     def finish(self) -> None:
         """Wait until ``own.rows`` holds the gradients of all ranks."""

@@ -164,9 +164,9 @@ class MultitaskStep:
         losses = torch.zeros_like(factors)
         for number, batch in enumerate(micro_batches):
             seed = (self._seed ^ self._of_rank) + (number << _MICRO_BATCH_BIT)
-            own = self._losses_of(batch, totals, seed, number > 0)
             if number == len(micro_batches) - 1:
                 self.exchange.begin()
+            own = self._losses_of(batch, totals, seed, number > 0)
             # Each loss reaches its own part of the stream only, so their sum is all K at once.
             (own * factors).sum().backward()
             losses += own.detach()
