@@ -4,14 +4,14 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from .data.formats import FileFormat
-from .errors import InputError, LostRankError
+from .errors import UNPRINTABLE, InputError, LostRankError
 from .scoring import metric_name
 
 BAD_INPUT = 2
@@ -23,6 +23,15 @@ LOST_RANK = 75
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a mistake with one line."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse arguments that a terminal and a file system can take."""
+        for argument in sys.argv[1:] if args is None else args:
+            if UNPRINTABLE.search(argument):
+                self.error(f"{argument!a}: has control characters or is no text")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
@@ -44,6 +53,11 @@ def run_door(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
+def terminal(*, quiet: bool = False) -> Console:
+    """Return where a door prints; nothing in the names of files or tasks is markup there."""
+    return Console(quiet=quiet, markup=False, emoji=False)
+
+
 def print_scores(
     console: Console, title: str, scores: Mapping[str, float], tasks: Mapping[str, FileFormat]
 ) -> None:
@@ -53,9 +67,9 @@ def print_scores(
     table.add_column("task")
     table.add_column("metric")
     table.add_column("score", justify="right")
-    for task, value in scores.items():
-        if task != "overall":
-            table.add_row(task, metric_name(tasks[task]), f"{value:.3f}")
+    for task, form in tasks.items():
+        if task in scores:
+            table.add_row(task, metric_name(form), f"{scores[task]:.3f}")
     table.add_section()
     table.add_row("overall", "mean", f"{scores['overall']:.3f}")
     console.print(table)

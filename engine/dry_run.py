@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .runtime.failure import memory_explained
+from .runtime.failure import memory_explained, smaller_batches
 from .training import Training
 
 _STEPS = 3
@@ -28,11 +28,12 @@ def show_plan(console: Console, training: Training) -> None:
     Raises:
         InputError: the memory does not suffice.
     """
-    console.print(training.run.recipe.to_toml(), markup=False, highlight=False, soft_wrap=True)
+    console.print(training.run.recipe.to_toml(), highlight=False, soft_wrap=True)
     if len(training.run.recipe.in_phases) > 1:
         console.print("Of the first phase; the others begin with its weights.")
     table = Table("what", "needs")
-    with memory_explained(training.recipe.batch_size, training.recipe.micro_batches):
+    recipe = training.recipe
+    with memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)):
         for what, needs in _plan(training):
             table.add_row(what, needs)
     console.print(table)

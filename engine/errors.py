@@ -1,5 +1,10 @@
 """The exceptions that are no defects of the engine."""
 
+import re
+
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, which terminals obey, and halves of characters, which no file can hold."""
+
 
 class InputError(Exception):
     """Bad input: a file, a recipe, a folder or an option.
@@ -10,8 +15,9 @@ class InputError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        # What was given may be part of the message, line ends and all.
-        super().__init__(" ".join(message.splitlines()))
+        # What was given may be part of the message, with line ends and whatever a terminal obeys.
+        line = " ".join(message.splitlines())
+        super().__init__(UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line))
 
 
 class LostRankError(Exception):

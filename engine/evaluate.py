@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from .door import Parser, print_scores, run_door
+from .door import Parser, print_scores, run_door, terminal
 from .options import add_device
 from .run import open_run
 from .runtime.precision import pick_device
@@ -40,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = score_splits(model, splits)
     write_scores(run.folder, Scores(options.split, progress.step, scores))
     title = f"{options.split} scores of step {progress.step}"
-    print_scores(Console(), title, scores, run.recipe.formats)
+    print_scores(terminal(), title, scores, run.recipe.formats)
     return 0
 
 

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from .door import Parser, run_door
+from .door import Parser, run_door, terminal
 from .exporting.folder import write_model_folder
 from .run import open_run
 from .scoring import read_scores
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     scores = measured.scores if measured is not None and of_these_weights else None
     write_model_folder(run, model, progress, scores, options.to)
-    Console().print(f"wrote {options.to}", soft_wrap=True, highlight=False)
+    terminal().print(f"wrote {options.to}", soft_wrap=True, highlight=False)
     return 0
 
 

@@ -44,7 +44,7 @@ def print_fields(console: Console) -> None:
     table = Table("field", "default", "meaning", show_lines=False)
     for field in recipe_fields():
         table.add_row(field.key, field.default, field.text.replace("``", ""))
-    console.print(table, markup=False)
+    console.print(table)
 
 
 def _fields_of(model: type[BaseModel], prefix: str) -> Iterator[RecipeField]:

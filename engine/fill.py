@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from .data.pack import join
 from .data.part import Part
 from .data.tokenizer import Tokenizer
-from .door import Parser, run_door
+from .door import Parser, run_door, terminal
 from .errors import InputError
 from .model.multitask import MultitaskModel
 from .objectives.masked_lm import MaskedLmHead
@@ -45,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = _objective(run)
     after, _ = run.trained_model(device, torch.float32)
     models = {"before": run.initial_model().to(device).eval(), "after": after}
-    console = Console()
+    console = terminal()
     for sentence in options.sentences:
-        console.print(sentence, markup=False, highlight=False)
+        console.print(sentence, highlight=False)
         for when, model in models.items():
             words = likeliest(model, name, run.tokenizer, sentence, options.top)
             found = "  ".join(f"{word} {share:.1%}" for word, share in words)
-            console.print(f"  {when:6}  {found}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {when:6}  {found}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from os.path import isdir
 from pathlib import Path
 
 from . import recipe as recipes
@@ -27,7 +28,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
     """Turn the options that are recipe fields into overrides; ``--set`` comes last and wins."""
     # Folders by their full names, so that the run can be resumed and scored from anywhere.
     init = options.init
-    if init is not None and Path(init).is_dir():
+    if init is not None and isdir(init):
         init = str(Path(init).absolute())
     fields = {
         "data": options.data and str(options.data.absolute()),

@@ -1,6 +1,7 @@
 """Where the data of a recipe lie."""
 
 import hashlib
+from os.path import isdir
 from pathlib import Path
 
 from .data import demo
@@ -33,7 +34,7 @@ def data_folder(recipe: Recipe) -> Path:
     if not recipe.data:
         return _demo_folder()
     folder = Path(recipe.data)
-    if not folder.is_dir():
+    if not isdir(folder):
         raise InputError(f"--data {folder}: no such folder; give the folder of the data files")
     return folder
 

@@ -5,11 +5,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from .data.read import OnBadRow
 from .data.source import DataFile
-from .door import Parser, run_door
+from .door import Parser, run_door, terminal
 from .errors import InputError
 from .options import add_device
 from .run import open_run
@@ -66,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells[blank] = ""
     writer.writerows(zip(split.ids, cells, strict=True))
     write_text(options.output, text.getvalue())
-    console = Console()
+    console = terminal()
     console.print(f"wrote {len(split)} predictions to {options.output}", soft_wrap=True)
     if split.truncated:
         console.print(f"{split.truncated} sentences cut to the length limit")

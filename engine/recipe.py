@@ -6,8 +6,8 @@ the default below, and ``--set key=value`` replaces any field, nested ones by a 
 """
 
 import re
-import tomllib
 from collections.abc import Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,9 @@ from .multitask.balance import METHODS, TORCHJD, BalanceSettings
 from .multitask.exchange import MODES
 from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
+from .names import Name
 from .objectives.recipe import ObjectiveRecipe
+from .reading import parse_toml, read_bytes
 from .recipe_tables import Count, EncoderRecipe, Fraction, Positive, Settings, TaskRecipe
 from .runtime.execution import EXECUTIONS
 from .runtime.precision import PRECISIONS
@@ -50,9 +52,9 @@ class Recipe(Settings):
     paper: str = ""
     """The paper whose system this is, or empty."""
 
-    data: str = ""
+    data: Name = ""
     """Folder of the data files (``--data``); empty for the embedded demo corpus."""
-    init: str = ""
+    init: Name = ""
     """Folder or hub name of a pretrained encoder (``--init``); empty to train from scratch."""
 
     tasks: dict[str, TaskRecipe] = Field(min_length=1)
@@ -256,13 +258,14 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: no such recipe, no TOML, an unknown key, or a value out of range.
     """
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    is_file = name.endswith(".toml")
+    path = Path(name) if is_file else RECIPES / f"{name}.toml"
+    if not (isfile(path) if is_file else name in names()):
+        known = "" if is_file else nearest(name, names())
+        raise InputError(f"recipe {name}: not found{known}; --list shows all")
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        known = "" if name.endswith(".toml") else nearest(name, names())
-        raise InputError(f"recipe {name}: not found{known}; --list shows all") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fields = parse_toml(read_bytes(path).decode("utf-8"))
+    except ValueError as error:
         raise InputError(f"recipe {path}: not TOML ({error})") from None
     for override in overrides:
         _apply(fields, override)
@@ -288,6 +291,6 @@ def _apply(fields: dict[str, Any], override: str) -> None:
         if not isinstance(fields, dict):
             raise InputError(f"--set {override}: {table} has no fields of its own")
     try:
-        fields[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        fields[last] = parse_toml(f"value = {text}")["value"]
+    except ValueError:
         fields[last] = text.strip()

@@ -17,8 +17,8 @@ class Settings(BaseModel):
 
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+Positive = Annotated[int, Field(ge=1, lt=1 << 31)]
 
 
 class TaskRecipe(Settings):
@@ -41,7 +41,7 @@ class TaskRecipe(Settings):
 class EncoderRecipe(Settings):
     """The encoder that is trained from scratch when no ``--init`` gives weights."""
 
-    vocab_size: Annotated[int, Field(ge=16)] = 4096
+    vocab_size: Annotated[int, Field(ge=16, lt=1 << 31)] = 4096
     """Most entries of the WordPiece vocabulary, which is learnt from the training sentences."""
     hidden_size: Positive = 128
     """Width."""
@@ -51,7 +51,7 @@ class EncoderRecipe(Settings):
     """Attention heads of a layer; they share the width."""
     intermediate_size: Positive = 512
     """Width of the feed-forward layer."""
-    max_position_embeddings: Annotated[int, Field(ge=3)] = 128
+    max_position_embeddings: Annotated[int, Field(ge=3, lt=1 << 31)] = 128
     """Longest sequence."""
     initializer_range: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Standard deviation of initial weights."""

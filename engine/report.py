@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from .door import Parser, run_door
+from .door import Parser, run_door, terminal
 from .options import add_device
 from .reporting.outcomes import collect
 from .reporting.page import write_page
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_device(where)
     options = parser.parse_args(arguments)
 
-    console, device = Console(), pick_device(options.device)
+    console, device = terminal(), pick_device(options.device)
     if options.papers:
         outcomes = collect(options.runs, device, options.data)
         for path in write_systems(outcomes, options.out):

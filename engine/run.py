@@ -11,6 +11,7 @@ checkpoints/     see engine/runtime/checkpoint.py
 import itertools
 import json
 from collections.abc import Collection, Iterable
+from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from .objectives.text import evenly, lines_of, sentences_of
 from .origins import data_folder, origin
 from .recipe import Recipe
 from .runtime.checkpoint import Checkpoints, load_weights
+from .runtime.failure import SMALLER_MODEL, memory_explained
 from .runtime.files import explained, write_text
 from .runtime.manifest import Progress
 from .runtime.precision import pick_dtype
@@ -54,14 +56,12 @@ _FREE_TO_CHANGE = {
 }
 
 
-_BEFORE_RECIPE = {
-    "config.json",
-    "config.json.partial",
-    "recipe.toml.partial",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-}
+_WRITTEN_FIRST = (
+    *("tokenizer.json", "vocab.txt", "tokenizer_config.json"),
+    *("config.json", "recipe.toml"),
+)
+
+_BEFORE_RECIPE = {f"{name}{ending}" for name in _WRITTEN_FIRST for ending in ("", ".partial")}
 """What a run has written when it is cut off before its recipe."""
 
 
@@ -148,7 +148,7 @@ class Run(NamedTuple):
 
     def new_model(self) -> MultitaskModel:
         """Return the model as the run's seed initialises it, fp32, on the CPU."""
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), memory_explained(SMALLER_MODEL):
             torch.manual_seed(self.recipe.seed)
             return MultitaskModel(
                 self.config,
@@ -268,7 +268,7 @@ def open_run(folder: Path) -> Run:
     Raises:
         InputError: ``folder`` holds no run.
     """
-    if not (folder / "recipe.toml").is_file():
+    if not isfile(folder / "recipe.toml"):
         raise InputError(f"{folder}: holds no run (no recipe.toml); give a run's folder")
     recipe = recipes.load(str(folder / "recipe.toml"))
     return Run(folder, recipe, huggingface.read_config(folder), Tokenizer.load(folder))
@@ -280,7 +280,7 @@ def resume(recipe: Recipe, folder: Path) -> Run:
     Raises:
         InputError: the run was made with other settings.
     """
-    if not (folder / "recipe.toml").is_file():
+    if not isfile(folder / "recipe.toml"):
         return begin(recipe, folder, leftovers=_BEFORE_RECIPE)
     run = open_run(folder)
     made_with, now = run.recipe.model_dump(), recipe.model_dump()

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import TypeAdapter
 
 from .data.formats import FileFormat
 from .data.loader import evaluation_batches
 from .data.split import TokenizedSplit
 from .errors import InputError
 from .model.multitask import MultitaskModel
+from .reading import read_bytes
 from .runtime.distributed import Ranks
 from .runtime.files import write_text
 
@@ -118,6 +120,9 @@ def read_scores(folder: Path) -> Scores:
     """
     file = folder / "metrics.json"
     try:
-        return Scores(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        found = TypeAdapter(Scores).validate_json(read_bytes(file))
+    except (InputError, ValueError) as error:
         raise InputError(f"{file}: no scores to read ({error}); run engine.evaluate") from None
+    if "overall" not in found.scores:
+        raise InputError(f"{file}: no overall score; run engine.evaluate")
+    return found

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
-
 from . import recipe as recipes
-from .door import STOPPED, Parser, run_door
+from .door import STOPPED, Parser, run_door, terminal
 from .errors import InputError
 from .many import Cell, print_results, read_results, seeds_of, train_cells
 from .options import add_device, add_settings, overrides
@@ -23,7 +21,7 @@ from .train import train_run
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     options = _parser().parse_args(arguments)
-    console, device = Console(), pick_device(options.device)
+    console, device = terminal(), pick_device(options.device)
     names = [*options.recipes, *(recipes.of_papers() if options.papers else ())]
     if not names:
         raise InputError("RECIPE is missing; name some, or give --papers")

@@ -17,7 +17,7 @@ from rich.console import Console
 from . import recipe as recipes
 from . import run as runs
 from .completion import bash_script
-from .door import STOPPED, print_scores, run_door
+from .door import STOPPED, print_scores, run_door, terminal
 from .dry_run import show_plan
 from .errors import InputError
 from .fields import print_fields
@@ -27,7 +27,7 @@ from .recipe import Recipe
 from .run import Run
 from .runtime.cpu import keep_freed_memory, set_threads
 from .runtime.distributed import Ranks
-from .runtime.failure import memory_explained
+from .runtime.failure import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
@@ -89,7 +89,7 @@ def train(training: Training, console: Console) -> Signals | None:
                 log.restart_clock()
             if stopping:
                 break
-    ended = progress.phase_step == training.total_steps
+    ended = progress.phase_step >= training.total_steps
     return None if ended else stop.signal or Signals.SIGTERM
 
 
@@ -106,12 +106,14 @@ def train_run(
         keep_freed_memory()
         set_threads(run.recipe.threads, ranks.local_size)
     for phase in range(run.checkpoints.progress().phase, len(run.recipe.in_phases)):
-        with ranks.in_turn():  # the first on each machine fills the cache of tokenized data
+        # The first on each machine fills the cache of tokenized data.
+        with ranks.in_turn(), memory_explained(SMALLER_MODEL):
             training = Training.build(run, device, ranks, phase=phase)
         if ranks.leads:
             run.write()  # only now: what cannot be trained leaves no folder behind
         describe(console, training)
-        with memory_explained(training.recipe.batch_size, training.recipe.micro_batches):
+        recipe = training.recipe
+        with memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)):
             signal = train(training, console)
         print_warmup(console, training.step.execution)
         if signal is not None:
@@ -122,7 +124,7 @@ def train_run(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     options = parser().parse_args(arguments)
-    if _looks_around(options, Console()):
+    if _looks_around(options, terminal()):
         return 0
     if options.recipe is None:
         raise InputError("RECIPE is missing; --list shows all")
@@ -131,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = Ranks.from_environment()
     if ranks.size > 1 and (options.out is None or options.seeds is not None):
         raise InputError("several ranks make one run, in the folder that --out names; give it")
-    console = Console(quiet=not ranks.leads)
+    console = terminal(quiet=not ranks.leads)
     device = ranks.device(pick_device(options.device))
     recipe = recipes.load(options.recipe, overrides(options))
     out = options.out or runs.free_folder(Path("runs"), options.recipe)

@@ -6,6 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from .data.rows import shorten
+
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """Put pydantic's first finding into one line: key, what is wrong, what is known.
@@ -22,7 +24,7 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
         return f"unknown key {'.'.join(location)}{nearest(location[-1], known)}"
     if not location:
         return message
-    return f"{'.'.join(location)} = {problem['input']!r}: {message}"
+    return f"{'.'.join(location)} = {shorten(repr(problem['input']), 80)}: {message}"
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
+from ..reading import parse_json
 from .formats import FileFormat
 from .read import OnBadRow
 from .source import Origin
@@ -98,11 +99,11 @@ class _DamagedEntryError(Exception):
 def _open_entry(entry: Path) -> TokenizedSplit:
     """Open an entry, memory-mapped."""
     try:
-        index = json.loads((entry / _INDEX).read_bytes())
+        index = parse_json((entry / _INDEX).read_bytes())
         for name, digest in index.items():
             if _file_hash(entry / name) != digest:
                 raise _DamagedEntryError(name)
-        meta = json.loads((entry / _META).read_bytes())
+        meta = parse_json((entry / _META).read_bytes())
         arrays = {
             name: np.load(entry / name, mmap_mode="r") for name in index if name.endswith(".npy")
         }

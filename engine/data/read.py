@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
+from ..reading import read_bytes
 from .formats import FileFormat
 from .rows import BadRowError, Row, rows_of, shorten
 
@@ -131,19 +132,6 @@ def collect(
         bad_rows=dict(bad_rows),
         blank=tuple(blank),
     )
-
-
-def read_bytes(path: Path) -> bytes:
-    """Return the content of an input file.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise InputError(f"cannot read a file: {reason}, {path}; check the path") from error
 
 
 def _check(identifier: str, texts: Sequence[str], format_: FileFormat, labelled: bool) -> float:

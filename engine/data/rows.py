@@ -8,13 +8,14 @@ breaks.  Comma-separated files come from other programs and may have such fields
 
 import csv
 import io
-import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..errors import InputError
+from ..reading import parse_json
 
 Layout = Literal["tabs", "commas", "json", "parquet"]
 
@@ -26,6 +27,10 @@ LAYOUTS: Mapping[str, Layout] = {
     ".parquet": "parquet",
 }
 """How a file is laid out, by its ending."""
+
+
+_HALF = re.compile(r"[\ud800-\udfff]")
+"""Halves of characters, which JSON can spell and nothing can write down."""
 
 
 class BadRowError(Exception):
@@ -146,12 +151,12 @@ def _json_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterator[R
     for number, line in enumerate(content.split(b"\n"), start=1):
         place = f"{path}:{number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:  # a UnicodeDecodeError is one, too
             yield Row(place, BadRowError("not JSON", " ".join(str(error).split())))
             continue
         if not isinstance(record, dict):
-            yield Row(place, BadRowError("not a JSON object", shorten(str(record))))
+            yield Row(place, BadRowError("not a JSON object", type(record).__name__))
             continue
         yield typed_row(record, columns, place)
 
@@ -184,6 +189,8 @@ def _picked(fields: Sequence[str], width: int, places: Sequence[int], place: str
 
 def _as_text(column: str, value: object) -> str:
     if isinstance(value, str):
+        if _HALF.search(value):
+            raise BadRowError("not Unicode", f"half of a character in column {column!r}")
         return value
     if isinstance(value, bool):
         return str(int(value))

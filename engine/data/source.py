@@ -4,15 +4,21 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import InputError
+from ..names import FileName, Name
+from ..reading import read_bytes
 from .formats import FileFormat, LabelKind
-from .read import OnBadRow, Table, collect, parse_table, read_bytes
+from .read import OnBadRow, Table, collect, parse_table
 from .rows import Row, find_columns, typed_row
+
+_WITHOUT_PICKLES = (5, 2)
+"""The version of the library ``datasets`` since which no data set is read from pickles."""
 
 Split = Literal["train", "dev", "test"]
 Kind = Literal["classification", "regression", "pair_classification", "pair_regression"]
@@ -33,18 +39,18 @@ class TaskSource(BaseModel):
     """The column of the label."""
     id: str = ""
     """The column that names an example; empty: rows are numbered from 0."""
-    classes: tuple[str, ...] | Annotated[int, Field(ge=2)] = ()
+    classes: tuple[str, ...] | Annotated[int, Field(ge=2, lt=1 << 31)] = ()
     """Classification: the names of the classes, or how many there are when labels are numbers."""
     range: tuple[float, float] = (0.0, 5.0)
     """Regression: the smallest and the largest label."""
 
-    files: dict[Split, str] = {}
+    files: dict[Split, FileName] = {}
     """A file for each split (.tsv, .csv, .jsonl, .parquet), relative to the data folder."""
-    dataset: str = ""
+    dataset: Name = ""
     """Instead of files: a name or folder that the library ``datasets`` loads."""
-    subset: str = ""
+    subset: Name = ""
     """The data set's configuration, where it has several."""
-    splits: dict[Split, str] = {"train": "train", "dev": "validation"}
+    splits: dict[Split, Name] = {"train": "train", "dev": "validation"}
     """What the data set calls each split; slices such as ``train[:90%]`` are understood."""
 
     @model_validator(mode="after")
@@ -169,10 +175,17 @@ class HubSplit:
     def _data(self) -> Any:
         try:
             from datasets import load_dataset
+
+            version = metadata.version("datasets")
         except ImportError:
             raise InputError(
                 f"dataset {self.name}: needs the library datasets (pip install datasets)"
             ) from None
+        if tuple(map(int, version.split(".")[:2])) < _WITHOUT_PICKLES:
+            raise InputError(
+                f"dataset {self.name}: datasets {version} loads pickles, which run code; "
+                "pip install --upgrade datasets"
+            )
         try:
             return load_dataset(self.name, self.subset or None, split=self.split)
         except Exception as error:  # the library raises whatever its loaders do

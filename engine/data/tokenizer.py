@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ..errors import InputError
-from .read import read_bytes
+from ..reading import parse_json, read_bytes
+from ..runtime.files import write_text
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPELLINGS = (SPECIAL_TOKENS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>"))
@@ -126,14 +127,12 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json``, and ``vocab.txt`` of WordPiece."""
-        (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
-        settings = json.dumps(self.settings) + "\n"
-        (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+        write_text(folder / "tokenizer.json", self.to_json())
+        write_text(folder / "tokenizer_config.json", json.dumps(self.settings) + "\n")
         if self._is_word_piece:
             vocabulary = self._backend.get_vocab()
             tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-            lines = "".join(token + "\n" for token in tokens)
-            (folder / "vocab.txt").write_text(lines, encoding="utf-8")
+            write_text(folder / "vocab.txt", "".join(token + "\n" for token in tokens))
 
     @property
     def settings(self) -> dict[str, object]:
@@ -250,7 +249,7 @@ def _read_settings(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(read_bytes(path))
+        settings = parse_json(read_bytes(path))
     except ValueError as error:
         raise InputError(f"not JSON: {error}, {path}; replace it") from error
     if not isinstance(settings, dict):

@@ -19,7 +19,7 @@ from ..model.heads import TaskHead
 from ..model.huggingface import to_huggingface_state
 from ..model.multitask import MultitaskModel
 from ..run import Run
-from ..runtime.files import whole_folder
+from ..runtime.files import explained, whole_folder
 from ..runtime.manifest import Progress
 from .card import model_card
 
@@ -40,8 +40,9 @@ def write_model_folder(
         InputError: ``to`` holds something already or cannot be written, or the model is no plain
             BERT with heads.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise InputError(f"--to {to}: holds something already; give another folder")
+    with explained("look into", to):
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise InputError(f"--to {to}: holds something already; give another folder")
     if model.adapters:
         raise InputError(
             f"{run.folder}: trained with adapter_width = {run.recipe.adapter_width}; no BertModel "

@@ -27,9 +27,11 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{field.name} = {value!r}: expected a whole number of at least 1")
-            if field.type is float and not (isinstance(value, int | float) and 0 <= value < 1):
+            if field.type is int and not (type(value) is int and 1 <= value < 1 << 31):
+                raise InputError(
+                    f"{field.name} = {value!r}: expected a whole number from 1 to 2^31 - 1"
+                )
+            if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
                 raise InputError(f"{field.name} = {value!r}: expected a number in [0, 1)")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(

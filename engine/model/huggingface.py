@@ -5,8 +5,8 @@ query, key and value apart and calls things by longer names; ours has one ``qkv`
 since attention reads the three together.
 """
 
-import json
 from collections.abc import Iterator
+from os.path import expanduser, isdir, isfile  # unlike pathlib's they raise nothing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from ..reading import parse_json, read_bytes
 from .config import EncoderConfig
 from .families import FAMILIES, bert_config, bert_weights
 
@@ -40,10 +41,12 @@ def resolve(model: str) -> Path:
     Raises:
         InputError: there is no such folder, and the hub does not give it either.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(expanduser(model))
+    if isdir(folder):
         return folder
-    if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+    if isfile(folder):
+        raise InputError(f"--init {model}: a file; unpack archives and give the model's folder")
+    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise InputError(f"--init {model}: no such folder; give a model's folder or a hub name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -80,15 +83,9 @@ def read_config(folder: Path) -> EncoderConfig:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: not found; give a model folder, which holds it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error}); replace it") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a JSON object; replace it")
-    return config
+    if not isfile(path):
+        raise InputError(f"{path}: not found; give a model folder, which holds it")
+    return _json_object(path)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -98,23 +95,41 @@ def weight_files(folder: Path) -> list[Path]:
         InputError: there are none.
     """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index}: not an index of weight files ({error!r})") from None
-        files = [folder / Path(name).name for name in names]
-    else:
-        files = [folder / "model.safetensors"]
+    names = _indexed_files(index) if isfile(index) else ["model.safetensors"]
+    files = [folder / name for name in names]
     for file in files:
-        if not file.is_file():
+        if not isfile(file):
             raise InputError(
                 f"{file}: not found; weights are read from safetensors alone, which transformers' "
                 "from_pretrained(MODEL).save_pretrained(FOLDER) makes of any other form"
             )
     return files
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """Return the names of the weight files that an index spreads the weights over."""
+    weight_map = _json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: not an index of weight files: no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index}: {name!r} is not the name of a file in that folder")
+    return sorted(set(weight_map.values()))
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file holds none.
+    """
+    try:
+        content = parse_json(read_bytes(path))
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON object ({error}); replace it") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object but a {type(content).__name__}; replace it")
+    return content
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..names import FileName
+
 
 class ObjectiveRecipe(BaseModel):
     """What is trained without labels, and from which text."""
@@ -17,9 +19,9 @@ class ObjectiveRecipe(BaseModel):
     follows the first in the text; simcse: know a sentence again under another dropout mask."""
     sentences_of: tuple[str, ...] = ()
     """Tasks whose training sentences are the text; without these and files, all of the recipe."""
-    files: tuple[str, ...] = ()
+    files: tuple[FileName, ...] = ()
     """Text files, a sentence or a document a line; relative to the data folder."""
-    limit: Annotated[int, Field(ge=0)] = 0
+    limit: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     """Examples of each task (the label distribution is kept) or lines of each file; 0: all."""
     max_texts: Annotated[int, Field(ge=0)] = 0
     """The most texts in all, taken at even distances from those found; 0: all."""

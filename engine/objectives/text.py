@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from ..data.part import Indices
-from ..data.read import Table, read_bytes
+from ..data.read import Table
 from ..data.sample import stratified_subset
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
+from ..reading import read_bytes
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WHOLE = 1 << 30  # tokens: no text is cut before its sequence is put together

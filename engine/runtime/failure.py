@@ -15,10 +15,24 @@ from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from .files import write_text
 
+SMALLER_MODEL = "take a smaller encoder, or train fewer tasks"
+"""What to do where there is no room for weights, gradient rows and moments."""
+
+_ALLOCATORS = ("can't allocate memory", "Storage size calculation overflowed")
+"""How the CPU's allocator says so, which has no exception of its own."""
+
+
+def smaller_batches(batch_size: int, micro_batches: int) -> str:
+    """Return what to do where there is no room for a step's activations."""
+    return (
+        f"lower batch_size (now {batch_size}), raise micro_batches (now {micro_batches}), or set "
+        "checkpoint_layers=true"
+    )
+
 
 @contextmanager
-def memory_explained(batch_size: int, micro_batches: int) -> Iterator[None]:
-    """Turn memory that does not suffice into one line with what to lower.
+def memory_explained(what_to_do: str) -> Iterator[None]:
+    """Turn memory that does not suffice into one line with what to do.
 
     Raises:
         InputError: in place of what torch and Python raise.
@@ -26,14 +40,10 @@ def memory_explained(batch_size: int, micro_batches: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # The CPU's allocator has no exception of its own.
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "can't allocate memory" not in str(error):
+        if not known and not any(words in str(error) for words in _ALLOCATORS):
             raise
-        raise InputError(
-            f"out of memory: lower batch_size (now {batch_size}), raise micro_batches (now "
-            f"{micro_batches}), or set checkpoint_layers=true"
-        ) from error
+        raise InputError(f"out of memory: {what_to_do}") from error
 
 
 def write_batch(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import InputError
 
 
@@ -14,24 +16,32 @@ def explained(doing: str, path: Path) -> Iterator[None]:
     """Turn what the system refuses (disk full, no permission) into one clear line.
 
     Raises:
-        InputError: in place of an OSError from the body.
+        InputError: in place of an OSError from the body, or of what safetensors makes of one.
     """
     try:
         yield
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
+    except (OSError, SafetensorError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise InputError(f"cannot {doing} {path}: {reason}") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under another name and put it in its place when whole."""
+    """Write a file under another name and put it in its place when whole.
+
+    Raises:
+        InputError: the system refuses it; ``path`` is what it was, and nothing else is left.
+    """
     partial = path.with_name(path.name + ".partial")
     with explained("write", path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
         sync(path.parent)
 
 

@@ -5,15 +5,19 @@ It is the last file to be written, so a folder that has one was whole when it go
 
 import hashlib
 import json
+from os.path import isfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InputError
-from .files import write_text
+from ..reading import read_bytes
+from .files import explained, write_text
 
 _NAME = "manifest.json"
+
+Count = Annotated[int, Field(ge=0)]
 
 
 class Progress(NamedTuple):
@@ -27,11 +31,11 @@ class Progress(NamedTuple):
         phase_start: the steps of the phases before.
     """
 
-    step: int = 0
+    step: Count = 0
     best_score: float | None = None
-    best_step: int | None = None
-    phase: int = 0
-    phase_start: int = 0
+    best_step: Count | None = None
+    phase: Count = 0
+    phase_start: Count = 0
 
     @property
     def phase_step(self) -> int:
@@ -49,9 +53,9 @@ class Place(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bucket: str
-    offset: int = Field(ge=0)
+    offset: Count
     """Elements before it in the bucket."""
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
 
 
 class Manifest(BaseModel):
@@ -93,10 +97,9 @@ def read_manifest(folder: Path) -> Manifest:
         InputError: it is missing or damaged.
     """
     file = folder / _NAME
+    content = read_bytes(file)
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"{file}: not readable ({error.strerror})") from None
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
@@ -118,10 +121,10 @@ def verify(folder: Path) -> Manifest:
         what = "is no part of this checkpoint" if name in found else "is missing"
         raise InputError(f"{folder}: damaged: {name!r} {what}")
     for name, digest in manifest.files.items():
-        try:
+        if not isfile(folder / name):  # a pipe, say, which reading would wait for
+            raise InputError(f"{folder / name}: damaged: no regular file")
+        with explained("read", folder / name):
             damaged = _digest(folder / name) != digest
-        except OSError as error:
-            raise InputError(f"{folder / name}: not readable ({error.strerror})") from None
         if damaged:
             raise InputError(f"{folder / name}: damaged: its checksum is not the one written")
     return manifest

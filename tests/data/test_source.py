@@ -8,7 +8,10 @@ import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
+from pydantic import ValidationError
 
+from engine.data import source
+from engine.data.read import parse_table
 from engine.data.source import DataFile, HubSplit, TaskSource
 from engine.errors import InputError
 
@@ -154,3 +157,22 @@ def test_sources_that_make_no_sense(fields, message) -> None:
     good = {"kind": "classification", "text": ("a",), "classes": 2, "files": {"train": "f.csv"}}
     with pytest.raises(ValueError, match=message):
         TaskSource(**(good | fields))
+
+
+def test_a_library_that_reads_pickles_is_refused(monkeypatch):
+    monkeypatch.setattr(source.metadata, "version", lambda _: "5.1.0")
+    with pytest.raises(InputError, match=r"datasets 5\.1\.0 loads pickles"):
+        HubSplit("pandas", "", "train").digest()
+
+
+def test_half_a_character_is_a_bad_row():
+    content = b'{"utterance": "\\ud800", "intent": "music"}'
+    form = SOURCE.format("intent")
+    with pytest.raises(InputError, match="not Unicode: half of a character in column 'utterance'"):
+        parse_table(content, Path("rows.jsonl"), form)
+
+
+@pytest.mark.parametrize("name", ["../rows.csv", "a/../../rows.csv", "a\0b.csv", "a\nb.csv"])
+def test_names_of_files_that_trick(name):
+    with pytest.raises(ValidationError, match="a name"):
+        TaskSource.model_validate(SOURCE.model_dump() | {"files": {"train": name}})

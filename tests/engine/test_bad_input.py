@@ -1,7 +1,9 @@
 """Bad input: one line on stderr that says what and where, status 2, nothing lost."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,20 @@ def refuse(capsys, door, *arguments: str) -> str:
         (["cgs", "--device", "tpu"], "--device tpu"),
         (["cgs", "--data", "no/such/folder"], "no such folder"),
         (["cgs", "--init", "./no-such-model"], "no such folder"),
+        (["cgs", "--init", "~nobody/model"], "no such folder"),
+        (["cgs", "--init", __file__], "unpack archives"),
+        (["cgs", "--init", "a" * 300], "neither a folder"),
+        (["cgs", "--out", "a\0b"], r"'a\x00b': has control characters"),
+        (["cgs", "--out", "a\nb"], r"'a\nb': has control characters"),
+        (["cgs", "--out", "a\x1b[2J"], r"'a\x1b[2J': has control characters"),
+        (["cgs", "--data", "\udcff"], r"'\udcff': has control characters or is no text"),
+        (["cgs", "--out", "a" * 300, "--data", "."], "file name too long"),
+        (["../recipes/cgs"], "recipe ../recipes/cgs: not found"),
+        (["cgs", "--set", "lr=" + "[" * 5000], "lr = '[[["),
+        (["cgs", "--set", "lr=" + "9" * 5000], "lr = '999"),
+        (["cgs", "--set", "batch_size=" + "9" * 20], "batch_size = 999"),
+        (["cgs", "--set", "encoder.vocab_size=99999999999"], "encoder.vocab_size = 999"),
+        (["superbert", "--set", "objectives.masked_lm.files=['../x']"], "leaves the data folder"),
         (["cgs", "--resume"], "--out"),
         (["none.toml"], "not found"),
         (["cgs", "--set", "encoder.hidden_size=30", "encoder.num_attention_heads=4"], "divisible"),
@@ -67,6 +83,21 @@ def test_options_and_recipes(capsys, tmp_path, monkeypatch, arguments, expected)
     monkeypatch.chdir(tmp_path)
     assert expected in refuse(capsys, train, *arguments)
     assert not list(tmp_path.rglob("recipe.toml"))
+
+
+def test_what_is_named_may_look_like_markup(tiny_run, capsys):
+    folder = tiny_run("run [/red] :bomb: zażółć", "--max-steps", "1")
+    assert f"wrote {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "config.json", "metrics.jsonl", "manifest.json"])
+def test_a_pipe_in_a_runs_folder_is_not_waited_for(tiny_run, capsys, name):
+    folder = tiny_run("run")
+    for path in folder.rglob(name):
+        path.unlink()
+        os.mkfifo(path)
+    capsys.readouterr()
+    refuse(capsys, train, "demo", "--out", str(folder), "--resume", "--set", *TINY)
 
 
 def test_a_recipe_that_is_no_toml(capsys, tmp_path):
@@ -167,6 +198,14 @@ def spoil_nan(folder: Path) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def spoil_index(*names: object) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        index = {"weight_map": dict(zip("abc", names, strict=False))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return spoil
+
+
 def spoil_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
@@ -180,7 +219,13 @@ def spoil_config(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "config.json: not found"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a JSON object"),
         (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[" * 5000), "brackets within"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "not a JSON object"),
         (spoil_config, "model_type = 'gpt2'"),
+        (spoil_index("../../x.safetensors"), "'../../x.safetensors' is not the name of a file in"),
+        (spoil_index("/etc/passwd"), "'/etc/passwd' is not the name of a file in"),
+        (spoil_index(3), "3 is not the name of a file in"),
+        (spoil_index(), "no weight_map"),
         (spoil_shape, "encoder.layer.0.output.dense.weight has shape [3, 3]"),
         (spoil_missing, "encoder.layer.0.attention.self.key.bias is missing"),
         (spoil_nan, "no finite numbers"),

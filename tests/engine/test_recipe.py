@@ -174,7 +174,7 @@ def test_nested_fields_can_be_set():
 
 def test_what_an_override_quotes_it_reads_back():
     for value in ("plain", 'with "quotes"', "back\\slash", "", "line\nbreak"):
-        assert recipes.load("cgs", [recipes.override("data", value)]).data == value
+        assert recipes.load("cgs", [recipes.override("description", value)]).description == value
 
 
 def test_list_shows_every_recipe(capsys):

@@ -1,0 +1,55 @@
+"""Reading what strangers wrote: things that are no files, text that breaks the parser.
+
+JSON and TOML parsers raise more than their own errors (RecursionError for brackets within brackets,
+a plain ValueError for a number of five thousand digits).  Here all of it is a ValueError.
+"""
+
+import json
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of an input file.
+
+    Raises:
+        InputError: it cannot be read, or is a pipe or device, which may never end.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.read_bytes()
+        reason = "is a directory" if stat.S_ISDIR(mode) else "is a pipe or a device"
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    except ValueError as error:  # a name with NUL in it
+        reason = str(error)
+    raise InputError(f"cannot read a file: {reason}, {path}; check the path")
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ValueError: it is none, or one that Python cannot hold.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("too many brackets within brackets") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return what TOML says.
+
+    Raises:
+        ValueError: it is none, or one that Python cannot hold.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("too many brackets within brackets") from None
