@@ -11,13 +11,17 @@ from pathlib import Path
 from signal import Signals
 from typing import NamedTuple
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
 from . import run as runs
 from .errors import InputError
+from .reading import parse_json, read_bytes
 from .recipe import Recipe
 from .run import Run
-from .runtime.files import explained, write_text
+from .runtime.files import write_text
+from .runtime.metrics_log import STEPS
+from .runtime.step_lines import StepLines
 from .scoring import read_scores
 
 RESULTS = "results.json"
@@ -105,17 +109,15 @@ def read_results(folder: Path) -> dict[str, Result]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return {name: Result(**fields) for name, fields in content.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return TypeAdapter(dict[str, Result]).validate_json(read_bytes(file))
+    except ValueError as error:
         raise InputError(f"{file}: not the results of a series ({error}); remove it") from None
 
 
 def training_seconds(folder: Path) -> float:
     """Return how long a run's training steps took, all sessions together."""
-    with explained("read", folder / "metrics.jsonl"):
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [line for line in map(json.loads, lines) if "tokens_per_s" in line]
+    pieces = StepLines(folder / STEPS).pieces
+    steps = [parse_json(line) for piece in pieces for line in read_bytes(piece).splitlines()]
     return sum(line["tokens"] / line["tokens_per_s"] for line in steps if line["tokens_per_s"])
 
 

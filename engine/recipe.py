@@ -134,6 +134,11 @@ class Recipe(Settings):
     """Decides initial weights, batches, dropout and the order of surgery."""
     log_every: Positive = 10
     """Steps between reads of the metrics; every step has its line all the same."""
+    log_mib: Positive = 64
+    """MiB from which on metrics.jsonl becomes metrics-STEP.jsonl, STEP its first, and a new one
+    begins."""
+    keep_logs: Count = 0
+    """How many of those put aside stay; 0: all."""
     max_skipped: Count = 20
     """Stop after so many steps in a row whose loss or gradient was not finite (each is skipped);
     0: never."""

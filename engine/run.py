@@ -45,6 +45,8 @@ _FREE_TO_CHANGE = {
     "checkpoint_every",
     "distribute",
     "keep_checkpoints",
+    "keep_logs",
+    "log_mib",
     "max_skipped",
     "max_steps",
     "threads",

@@ -204,6 +204,8 @@ class Training:
             sinks=open_sinks(sinks, folder, recipe.model_dump(mode="json"), start),
             gpu=GpuMeter.find(self.device),
             ranks=self.ranks,
+            limit=recipe.log_mib << 20,
+            keep=recipe.keep_logs,
         )
 
     @property

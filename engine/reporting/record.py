@@ -1,6 +1,5 @@
 """What there is to report of a run: its files, and its answers on the dev data."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,10 @@ import torch
 from ..data.formats import FileFormat
 from ..errors import InputError
 from ..origins import origin
+from ..reading import parse_json, read_bytes
 from ..run import Run
 from ..runtime.metrics_log import EVALUATIONS, STEPS
+from ..runtime.step_lines import StepLines
 from ..scoring import answers, score
 
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -56,16 +57,11 @@ def read_lines(path: Path) -> list[Json]:
     Raises:
         InputError: the file cannot be read, or another line is damaged.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); give a run's folder"
-        ) from None
+    lines = read_bytes(path).splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line))
         except ValueError:
             if number < len(lines):
                 raise InputError(f"{path}:{number}: not a line of metrics; remove it") from None
@@ -73,12 +69,12 @@ def read_lines(path: Path) -> list[Json]:
 
 
 def read_steps(run: Run) -> list[Json]:
-    """Return the lines of a run's ``metrics.jsonl``.
+    """Return the lines of a run's ``metrics.jsonl`` and of its pieces that were put aside.
 
     Raises:
         InputError: there are none.
     """
-    steps = read_lines(run.folder / STEPS)
+    steps = [line for piece in StepLines(run.folder / STEPS).pieces for line in read_lines(piece)]
     if not steps:
         raise InputError(f"{run.folder / STEPS}: no step yet; train the run first")
     return steps

@@ -1,11 +1,10 @@
 """What a run writes down as it goes, read off the device only every few steps.
 
-metrics.jsonl       a line a step: losses, cosines, conflict rate, …
+metrics.jsonl       a line a step: losses, cosines, conflict rate, …; in pieces when it is long
 evaluations.jsonl   a line an evaluation: the number of steps done, dev scores
 """
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from ..multitask.step import StepReport
 from .distributed import Ranks
-from .files import explained, write_text
 from .gpu import GpuMeter
 from .sinks import Sink
+from .step_lines import StepLines
 
 STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
@@ -37,6 +36,8 @@ class MetricsLog:
         sinks: what else gets the lines.
         gpu: sensors to read with each block, or None.
         ranks: the processes that train together; the leader writes.
+        limit: bytes from which on ``metrics.jsonl`` is put aside; 0: never.
+        keep: how many of its pieces stay; 0: all.
     """
 
     def __init__(
@@ -50,8 +51,11 @@ class MetricsLog:
         sinks: Sequence[Sink] = (),
         gpu: GpuMeter | None = None,
         ranks: Ranks | None = None,
+        limit: int = 0,
+        keep: int = 0,
     ) -> None:
-        self._steps, self._evaluations = folder / STEPS, folder / EVALUATIONS
+        self._steps = StepLines(folder / STEPS, limit=limit, keep=keep)
+        self._evaluations = StepLines(folder / EVALUATIONS)
         self._every, self._layers, self._layers_every = every, tuple(layers), layers_every
         self._sinks, self._gpu, self._ranks = sinks, gpu, ranks or Ranks()
         self._waiting: list[tuple[dict[str, Any], tuple[str, ...], Tensor]] = []
@@ -61,8 +65,8 @@ class MetricsLog:
         self.skipped: list[int] = []
         """The steps up to the last one that were skipped in a row."""
         if self._ranks.leads:
-            _cut(self._steps, start)
-            _cut(self._evaluations, start + 1)  # an evaluation is of a number of steps done
+            self._steps.cut(start)
+            self._evaluations.cut(start + 1)  # an evaluation is of a number of steps done
 
     def add(
         self, step: int, lr: float, num_tokens: int, report: StepReport, warmup: float = 0.0
@@ -103,7 +107,7 @@ class MetricsLog:
         """Write the dev scores after so many steps."""
         if self._ranks.leads:
             line = {"step": steps_done, "split": "dev", "scores": dict(scores)}
-            _append(self._evaluations, [line])
+            self._evaluations.append([line])
         for sink in self._sinks:
             sink.log({"dev": scores}, steps_done)
 
@@ -111,11 +115,13 @@ class MetricsLog:
         """Write what is waiting."""
         if not self._waiting:
             return
-        # One copy from the device, whatever the lengths.
-        values = iter(torch.cat([numbers for *_, numbers in self._waiting]).tolist())
         tokens = torch.tensor([self._tokens, *(known["tokens"] for known, *_ in self._waiting)])
+        # The hosts agree first: of a rank that is lost, gloo tells at once, and the device may
+        # never come to the end of an exchange with it.
         self._ranks.sum_(tokens)
         of_block, *of_steps = tokens.tolist()
+        # One copy from the device, whatever the lengths.
+        values = iter(torch.cat([numbers for *_, numbers in self._waiting]).tolist())
         rate = of_block / (time.perf_counter() - self._since)
         lines = []
         for (known, tasks, numbers), count in zip(self._waiting, of_steps, strict=True):
@@ -125,7 +131,7 @@ class MetricsLog:
         if self._gpu is not None:
             lines[-1]["gpu"] = self._gpu.read()
         if self._ranks.leads:
-            _append(self._steps, lines)
+            self._steps.append(lines)
         for sink, line in itertools.product(self._sinks, lines):
             sink.log(line, line["step"])
         self.latest = lines[-1]
@@ -186,29 +192,6 @@ def _batched(row: Sequence[float], size: int) -> Iterator[Sequence[float]]:
     return (row[start : start + size] for start in range(0, len(row), size))
 
 
-def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    with explained("write", path), path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def _cut(path: Path, start: int) -> None:
-    """Drop the lines of steps from ``start`` on."""
-    kept = []
-    if path.exists():
-        with explained("read", path):
-            lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step_of(line) < start]
-    write_text(path, "".join(f"{line}\n" for line in kept))
-
-
 def _json_number(value: float) -> float | None:
     """Return the value; JSON has no NaN and no infinity, they become null."""
     return value if math.isfinite(value) else None
-
-
-def _step_of(line: str) -> int:
-    """Return a line's step; of a line that was cut off, a number larger than any."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 62
