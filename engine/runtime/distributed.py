@@ -122,7 +122,9 @@ class Ranks:
             yield
             return
         patience = timedelta(seconds=timeout)
-        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        # NCCL's watchdog aborts the process without a word of which rank it waits for, so gloo's
+        # groups, whose errors can be caught, give up first.
+        backend, longer = ("gloo", 1) if device.type == "cpu" else ("cpu:gloo,cuda:nccl", 2)
         try:
             self._store = _open_store(patience)
             dist.init_process_group(
@@ -130,7 +132,7 @@ class Ranks:
                 store=self._store,
                 rank=self.rank,
                 world_size=self.size,
-                timeout=patience,
+                timeout=longer * patience,
                 device_id=device if device.type == "cuda" else None,
             )
             self.group = dist.new_group(backend="gloo", timeout=patience)
