@@ -5,12 +5,10 @@ from torch import Tensor
 
 from . import value_checks
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def check_rows(name: str, x: Tensor, like: Tensor) -> None:
     """Check dtype, device, heads and width of ``x [..., H, D]`` against those of ``like``."""
-    if x.dtype not in _DTYPES or x.dtype != like.dtype:
+    if x.dtype not in value_checks.DTYPES or x.dtype != like.dtype:
         raise ValueError(f"{name}: expected a floating dtype, the same for q, k, v; got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{name}: expected on {like.device}, got {x.device}")
@@ -19,6 +17,8 @@ def check_rows(name: str, x: Tensor, like: Tensor) -> None:
             f"{name}: expected heads and width {list(like.shape[-2:])} as in q, "
             f"got {list(x.shape[-2:])} (fewer key heads than query heads are not supported)"
         )
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected heads of at least one column, got {list(x.shape)}")
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {x.stride()}")
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import _extension  # noqa: F401  (registers the operator)
 from .implementation import declare
+from .value_checks import DTYPES
 
 _WORD = 0xFFFFFFFF
 
@@ -134,8 +135,10 @@ def dropout(
         A tensor like ``x``, contiguous.
 
     Raises:
-        ValueError: an argument out of range, or a seed of the wrong dtype or device.
+        ValueError: an argument out of range, or x or a seed of the wrong dtype or device.
     """
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
     check_dropout(p, seed, stream, x.device)
     if p == 0 or not training:
         return x

@@ -22,15 +22,9 @@ from .dropout import check_dropout, dropout, new_seed
 from .embedding import embedding, embedding_task_gradients_
 from .implementation import declare
 from .layer_norm import layer_norm
-from .layer_norm_parameters import (
-    DTYPES,
-    check_parameter,
-    parameter_gradients,
-    parameter_rows,
-    save,
-)
+from .layer_norm_parameters import check_parameter, parameter_gradients, parameter_rows, save
 from .task_rows import TaskRows, TaskSegments, rows_at
-from .value_checks import are_checked, check_index
+from .value_checks import DTYPES, are_checked, check_index
 
 _ops = torch.ops.superbert
 

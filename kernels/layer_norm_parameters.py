@@ -7,12 +7,10 @@ pass; without task rows autograd's gradients are a row of their own, for all row
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .task_rows import TaskRows, TaskSegments, rows_of
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .value_checks import DTYPES
 
 
 def check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:

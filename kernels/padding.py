@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import value_checks
+
 
 class Unpadded(NamedTuple):
     """What :func:`unpad_input` returns; unpacks to flash-attn's five values.
@@ -26,6 +28,14 @@ class Unpadded(NamedTuple):
     cu_seqlens: Tensor
     max_seqlen: int
     seqused: Tensor
+
+
+def _check_bounds(seqused: Tensor, total: int | None, max_seqlen: int | None) -> None:
+    if total is not None and total < (tokens := int(seqused.sum())):
+        raise ValueError(f"total: expected at least the batch's {tokens} tokens, got {total}")
+    if max_seqlen is not None and (seqused > max_seqlen).any():
+        longest = int(seqused.max())
+        raise ValueError(f"max_seqlen: expected at least the longest, {longest}, got {max_seqlen}")
 
 
 def unpad_input(
@@ -51,8 +61,9 @@ def unpad_input(
         The stream and where its rows come from.
 
     Raises:
-        ValueError: shapes that disagree, a mask of numbers to be added to scores, or a total that
-            the batch does not hold.
+        ValueError: shapes that disagree, a mask of numbers to be added to scores, or bounds that
+            the batch does not hold.  On CUDA tensors, where counting its tokens would wait for the
+            device, see `kernels.checked_values`.
         NotImplementedError: ``unused_mask`` was given.
     """
     if unused_mask is not None:
@@ -74,6 +85,8 @@ def unpad_input(
         indices = flat.logical_not().int().argsort(stable=True)[:total]
     else:
         raise ValueError(f"total: expected at most {flat.numel()} rows, got {total}")
+    if value_checks.may_look(attention_mask):
+        _check_bounds(seqused, total, max_seqlen)
     if max_seqlen is None:
         max_seqlen = int(seqused.max()) if len(seqused) else 0
     stream = hidden_states.flatten(0, 1)[indices]

@@ -12,6 +12,7 @@ beforehand would each look like a tensor of their own, to be copied before it is
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -110,9 +111,10 @@ class TaskRows(NamedTuple):
             )
         self._check("weight", self.weight_columns, weight)
         self._check("bias", self.bias_columns, bias)
-        if segments.offsets[-1] > x.shape[0]:
+        if any(end < start for start, end in pairwise((0, *segments.offsets, x.shape[0]))):
             raise ValueError(
-                f"segments.offsets: end at row {segments.offsets[-1]}, the stream has {x.shape[0]}"
+                f"segments.offsets: expected to ascend from 0 to {x.shape[0]} at most, "
+                f"got {segments.offsets}"
             )
         return segments
 

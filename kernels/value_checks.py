@@ -1,8 +1,8 @@
-"""Checks of values that lie on the device: sequence boundaries and indices.
+"""What all kernels check: dtypes, and values that lie on the device, as boundaries and indices do.
 
-On the CPU every call makes them.  On a GPU looking at a value means waiting for it, so there they
-are for debugging: call :func:`check_cu_seqlens` where a batch is made, or run a step that
-misbehaves within :func:`checked_values`.
+On the CPU every call checks values.  On a GPU looking at one means waiting for it, so there it is
+for debugging: call :func:`check_cu_seqlens` where a batch is made, or run a step that misbehaves
+within :func:`checked_values`.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What every kernel takes; float64 is computed by its reference."""
 
 _enabled = False
 
@@ -30,14 +33,19 @@ def checked_values() -> Iterator[None]:
         _enabled = before
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether a call on ``x`` may look at values in Python."""
+    if torch.compiler.is_compiling():
+        return False
+    return _enabled if x.is_cuda else x.device.type == "cpu"
+
+
 def are_checked(x: Tensor) -> bool:
-    """Whether a call on ``x`` is to look at values in Python.
+    """Whether a call of a kernel on ``x`` is to look at values in Python.
 
     The C++ kernels look themselves; the float64 references on a CPU do not.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return _enabled if x.is_cuda else x.dtype == torch.float64
+    return may_look(x) and (x.is_cuda or x.dtype == torch.float64)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:

@@ -24,7 +24,7 @@ def frozen_run(tiny_run):
 
 def test_predictions_are_the_same_by_states_and_by_tokens(frozen_run):
     run = open_run(frozen_run)
-    model, _ = run.trained_model(torch.device("cpu"), torch.float32)
+    model, _ = run.trained_model(torch.device("cpu"))
     for task in run.recipe.tasks:
         split = run.split(task, "dev")
         stored = with_states(model, split)
@@ -56,7 +56,7 @@ def test_what_is_frozen_keeps_its_precision(tiny_run, precision):
     folder = tiny_run("run", "--max-steps", "1", settings=settings)
     run = open_run(folder)
     before = run.initial_model().state_dict()
-    best, _ = run.trained_model(torch.device("cpu"))
+    best, _ = run.trained_model(torch.device("cpu"), torch.float32)
     for weights in (trained_weights(folder), best.state_dict()):
         for name, tensor in before.items():
             if name.startswith("encoder."):  # but for the update of 1e-12

@@ -340,6 +340,7 @@ Q, CU = QKV[:, 0], boundaries([8])
         (QKV[:, :2], CU, {}, "qkv: expected"),
         (QKV.int(), CU, {}, "qkv: expected a floating"),
         (QKV.transpose(2, 3), CU, {}, "contiguous last dimension"),
+        (QKV[..., :0], CU, {}, "at least one column"),
         (QKV, CU.long(), {}, "cu_seqlens: expected int32"),
         (QKV, CU[None], {}, "cu_seqlens: expected int32"),
         (QKV, CU[:0], {}, "cu_seqlens: expected int32"),
@@ -359,6 +360,8 @@ def test_packed_arguments_that_do_not_fit_are_named(
     ("k", "v", "cu_seqlens_k", "message"),
     [
         (Q[:, :1], Q[:, :1], CU, "k: expected heads"),
+        (Q[..., :16], Q[..., :16], CU, "k: expected heads and width"),
+        (Q.mT.contiguous().mT, Q, CU, "k: expected a contiguous last dimension"),
         (Q.half(), Q, CU, "k: expected a floating dtype"),
         (Q, Q[:7], CU, "v: expected the shape of k"),
         (Q, Q.to("meta"), CU, "v: expected on cpu"),
@@ -384,3 +387,6 @@ def test_arguments_that_do_not_fit_are_named(
 def test_what_is_not_supported_says_so(option: dict) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(option))):
         flash_attn_varlen_func(Q, Q, Q, CU, CU, 8, 8, **option)
+    if "block_table" not in option:  # which flash-attn's packed function does not take
+        with pytest.raises(NotImplementedError, match=next(iter(option))):
+            flash_attn_varlen_qkvpacked_func(QKV, CU, 8, **option)

@@ -111,3 +111,5 @@ def test_float64_takes_the_same_mask() -> None:
 def test_unusable_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dropout(torch.ones(4), **arguments)
+    with pytest.raises(ValueError, match="x: expected a floating dtype"):
+        dropout(torch.ones(4, dtype=torch.int64), 0.1)

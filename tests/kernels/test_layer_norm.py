@@ -329,8 +329,8 @@ def test_arguments_that_do_not_fit_are_named(call: Callable[[], Tensor], message
         call()
 
 
-def test_offsets_that_descend_are_refused() -> None:
-    x, parameter = torch.randn(4, 8, requires_grad=True), torch.ones(8)
-    rows, segments = task_rows(2, 8), TaskSegments((0, 3, 2))
-    with pytest.raises((RuntimeError, ValueError), match="offsets"):
-        layer_norm(x, parameter, parameter, rows=rows, segments=segments).sum().backward()
+@pytest.mark.parametrize("offsets", [(0, 3, 2), (-1, 2, 3), (0, 2, 5)])
+def test_offsets_that_cannot_be_are_refused(offsets: tuple[int, ...]) -> None:
+    segments = TaskSegments(offsets)
+    with pytest.raises(ValueError, match=r"segments\.offsets: expected to ascend from 0 to 4"):
+        layer_norm(X, torch.ones(8), torch.ones(8), rows=task_rows(2, 8), segments=segments)

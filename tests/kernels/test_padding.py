@@ -46,14 +46,26 @@ def test_with_bounds_given_nothing_is_counted() -> None:
     )
 
 
+def test_with_bounds_given_no_value_is_looked_at() -> None:
+    """On the device `meta` there are none."""
+    hidden, mask = torch.empty(3, 4, 2, device="meta"), MASK.to("meta")
+    stream = unpad_input(hidden, mask, total=8, max_seqlen=4)
+    assert stream.hidden_states.shape == (8, 2)
+    assert pad_input(stream.hidden_states, stream.indices, 3, 4).shape == hidden.shape
+
+
 def test_what_does_not_fit_is_named() -> None:
     hidden = torch.randn(3, 4, 2)
     with pytest.raises(ValueError, match="attention_mask: expected"):
         unpad_input(hidden, MASK[:2])
     with pytest.raises(ValueError, match="numbers to add"):
         unpad_input(hidden, MASK * -10_000.0)
-    with pytest.raises(ValueError, match="total"):
+    with pytest.raises(ValueError, match="total: expected at most 12 rows"):
         unpad_input(hidden, MASK, total=13)
+    with pytest.raises(ValueError, match="total: expected at least the batch's 5 tokens"):
+        unpad_input(hidden, MASK, total=4)
+    with pytest.raises(ValueError, match="max_seqlen: expected at least the longest, 3"):
+        unpad_input(hidden, MASK, max_seqlen=2)
     with pytest.raises(NotImplementedError, match="unused_mask"):
         unpad_input(hidden, MASK, MASK)
     with pytest.raises(ValueError, match="indices"):

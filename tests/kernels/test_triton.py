@@ -17,6 +17,7 @@ from .triton_cases import (  # noqa: F401
     test_embedding_layer_norm,
     test_embedding_task_gradients,
     test_layer_norm,
+    test_layer_norm_without_parameters,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
@@ -76,6 +77,14 @@ def test_layers_agree_with_the_cpu(door: str) -> None:
     gpu = cpu.to("cuda")
     for found, expected in zip(gpu.run(DOORS[door]), cpu.run(DOORS[door]), strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+# The others are torch's own functions.
+@pytest.mark.parametrize("door", DOORS.keys() - {"embedding", "linear"})
+def test_repeats_to_the_bit(door: str) -> None:
+    stream = Stream.of(65, "cuda")
+    for one, other in zip(stream.run(DOORS[door]), stream.run(DOORS[door]), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_values_are_checked_on_demand() -> None:

@@ -1,6 +1,22 @@
-"""The Triton kernels compile for GPUs that are not there: no spills, shared memory that fits."""
+"""The Triton kernels compile for GPUs that are not there: no spills, memory that fits, and once."""
 
-from .compiled import SHARED_LIMIT, cases, compile_all, covering_cases
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from kernels import (
+    attention_triton,
+    embedding_layer_norm_triton,
+    embedding_triton,
+    layer_norm_triton,
+)
+
+from .compiled import KERNELS, SHARED_LIMIT, cases, compile_all, covering_cases
 
 
 def test_no_spills_and_shared_memory_within_the_limit() -> None:
@@ -17,3 +33,63 @@ def test_the_cases_compiled_here_cover_the_table() -> None:
     assert len(here) == len(every) // len(SHARED_LIMIT)
     assert {case[:3] for case in here} == {case[:3] for case in every}
     assert pairs(here) == pairs(every)
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """What Triton would compile, by kernel: it finds a GPU that is not there, and stops short."""
+    found = defaultdict(set)
+
+    def note(*, key: str, fn: Any, **_: object) -> bool:
+        found[fn.name].add(key)
+        return True  # neither compiled nor launched
+
+    gpu = SimpleNamespace(
+        get_current_device=lambda: "a GPU that is not there",
+        get_current_stream=lambda _: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_compilation_serves_all_token_counts(
+    dtype: torch.dtype, variants: dict[str, set[str]]
+) -> None:
+    for tokens in range(1, 200, 20):
+        launch_all(tokens, dtype)
+    launched = {kernel.__name__ for kernel in KERNELS.values()}
+    assert variants.keys() == (launched if dtype == torch.bfloat16 else launched - {"delta_kernel"})
+    # Intervals of queries and of keys; sums for a weight and for a bias.
+    several = {"intervals_kernel": 2, "_sum_partials_kernel": 2}
+    # The norms' kernels share their names with those behind embeddings.
+    several |= {"_forward_kernel": 2, "_backward_kernel": 2}
+    for kernel, keys in variants.items():
+        assert len(keys) == several.get(kernel, 1), kernel
+
+
+def launch_all(tokens: int, dtype: torch.dtype) -> None:
+    """Call every launcher on a stream of two tasks."""
+    width, seed, offsets = 64, torch.tensor(1), (0, tokens // 2, tokens)
+    cu_seqlens = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32)
+    q, k, v = torch.zeros(tokens, 3, 2, 32, dtype=dtype).unbind(1)
+    options = (cu_seqlens, cu_seqlens, 0.1, 0.2, True, seed, 1)
+    out, lse = attention_triton.forward(q, k, v, *options)
+    grads = torch.empty(tokens, 3, 2, 32, dtype=dtype).unbind(1)
+    attention_triton.backward(out, q, k, v, out, lse, *options, grads=grads)
+
+    x, weight, bias = torch.zeros(tokens, width, dtype=dtype), *torch.zeros(2, width)
+    rows = (*torch.zeros(2, 2, width), offsets, False)
+    add = (x, bias, 0.1, seed, 1)
+    _, hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, 1e-12, *add)
+    layer_norm_triton.backward(x, hidden, weight, mean, rstd, *rows, *add[2:])
+    layer_norm_triton.dropout(x, 0.1, seed, 1)
+
+    index, table = torch.arange(tokens) % 7, torch.zeros(7, width, dtype=dtype)
+    embedded = ((index,) * 3, (table,) * 3)
+    norm = embedding_layer_norm_triton
+    norm.forward(*embedded, weight, bias, 0.1, 1e-12, seed, 1)
+    norm.backward(x, *embedded, weight, mean, rstd, *rows, 0.1, seed, 1)
+    embedding_triton.add_task_gradients_(x, index, torch.zeros(2, 7, width, dtype=dtype), offsets)

@@ -173,12 +173,21 @@ def test_attention_with_offsets_beyond_32_bits(device: str) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("width", "p"), [(13, 0.0), (13, 0.3), (384, 0.3)])
+@pytest.mark.parametrize(
+    ("width", "p", "dtype"),
+    [
+        (13, 0.0, torch.float32),
+        (13, 0.3, torch.float32),
+        (384, 0.3, torch.float32),
+        (768, 0.3, torch.float16),
+        (8192, 0.3, torch.float32),
+    ],
+)
 @pytest.mark.parametrize("fused", [False, True])
-def test_layer_norm(width: int, p: float, fused: bool, device: str) -> None:
+def test_layer_norm(width: int, p: float, dtype: torch.dtype, fused: bool, device: str) -> None:
     p = p if fused else 0.0
     num_rows, offsets = 150, (0, 70, 70, 71, 140)
-    x, residual, grad_out = torch.randn(3, num_rows, width, device=device)
+    x, residual, grad_out = torch.randn(3, num_rows, width, device=device).to(dtype)
     weight, bias, x_bias = torch.randn(3, width, device=device)
     weight = 1 + 0.2 * weight
     seed = torch.tensor(7, device=device)
@@ -203,9 +212,10 @@ def test_layer_norm(width: int, p: float, fused: bool, device: str) -> None:
     rows = torch.full((4, 2 * width), torch.nan, device=device)
     arguments = (grad_out, hidden, weight, mean, rstd, rows[:, :width], rows[:, width:], offsets)
     _, grad_x = layer_norm_triton.backward(*arguments, False, p, seed, 4)
-    exact, torchs = reference(torch.float64), reference(torch.float32)
+    exact, torchs = reference(torch.float64), reference(dtype)
     for tensors in zip([out, grad_x, rows], torchs, exact, strict=True):
         assert_within_twice(*tensors)
+    assert mean.dtype == rstd.dtype == torch.float32
     once = rows.clone()
     layer_norm_triton.backward(*arguments, True, p, seed, 4)
     torch.testing.assert_close(rows, 2 * once, rtol=1e-6, atol=0)
