@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 from pathlib import Path
 
@@ -16,11 +15,13 @@ from engine.run import open_run
 from engine.runtime import saver
 from engine.runtime.checkpoint import Checkpoints
 from engine.runtime.distributed import Ranks
+from engine.runtime.files import write_text
 from engine.runtime.manifest import Manifest, Progress, read_manifest, seal, verify
 from engine.train import main
 
 from ..engine.conftest import TINY, tiny_run  # noqa: F401 (a fixture)
 from ..engine.test_training_run import assert_same_run
+from .disk import file_size_limit
 
 EVERY_STEP = ("checkpoint_every=1", "keep_checkpoints=3")
 
@@ -104,23 +105,37 @@ def test_a_write_that_is_cut_off_leaves_the_one_before(
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(copy, capsys):
-    """The limit on a file's size lets a write fail half way, as a full disk does."""
     size = max(file.stat().st_size for file in copy.rglob("step-*/*.safetensors"))
     for path in open_run(copy).checkpoints.all("step")[:2]:
         shutil.rmtree(path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     arguments = ["demo", "--out", str(copy), "--resume", "--set", *TINY]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            run_door(lambda: main(arguments))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_size_limit(size // 2), pytest.raises(SystemExit) as stop:
+        run_door(lambda: main(arguments))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "file too large" in line
     assert steps(copy) == [4]
     assert not list(copy.rglob("*.partial"))
+
+
+def test_a_full_disk_when_the_best_weights_are_written(whole, tiny_run, tmp_path):  # noqa: F811
+    (best,) = whole.glob("checkpoints/best-*/*.safetensors")
+    settings = ("keep_checkpoints=3",)  # none before the epoch's end, which comes after the best
+    with (
+        file_size_limit(best.stat().st_size // 2),
+        pytest.raises(InputError, match=r"cannot write .*best-00000002: .*file too large"),
+    ):
+        tiny_run("run", settings=settings)
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    assert_same_run(tiny_run("run", "--resume", settings=settings), whole)
+
+
+def test_a_file_that_cannot_be_written_leaves_no_other(tmp_path):
+    (tmp_path / "notes").write_text("before")
+    with file_size_limit(100), pytest.raises(InputError, match=r"cannot write .*too large"):
+        write_text(tmp_path / "notes", "x" * 101)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert (tmp_path / "notes").read_text() == "before"
 
 
 def test_tensors_come_back_and_others_are_missed(tmp_path):
