@@ -5,6 +5,7 @@ else slows the machine slows them alike; figures to compare are ratios of their 
 """
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -132,6 +133,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
     }
     if device.type == "cuda":
         described["device"] = torch.cuda.get_device_name(device)

@@ -1,6 +1,6 @@
 """``python -m bench.scaling``: what a step should take on N ranks, by arithmetic.
 
-    time(N) = max(compute, compute before the last buckets + exposed) + gather + update / N
+    time(N) = compute + exposed + gram + update / N + gather
 
 A rank computes on its share of the batch.  A bucket's K gradient rows are on their way as soon as
 the backward pass has left its layer; the links carry one bucket after the other, each in
@@ -8,14 +8,22 @@ the backward pass has left its layer; the links carry one bucket after the other
     K (N - 1) latency + (N - 1) / N * bytes / bandwidth        (ring reduce-scatter, row by row)
 
 What is not done when the backward pass ends is exposed: embeddings, and biases and norms, always
-are.  The new weights are all-gathered by the same formula.  The figures that go in are measured
-(compute and update on one rank, latency and bandwidth on two); nothing is fitted to what comes out.
+are.  Gram matrices and losses go up a tree and down again, 2 log2 N hops.  The new weights are
+all-gathered by the formula above, as one row.  With ``--replicated`` the rows go along the tree,
+
+    K 2 log2 N latency + 2 (N - 1) / N * bytes / bandwidth
+
+and every rank updates everything, so that nothing is gathered.  The figures that go in are
+measured (compute and update on one rank, latency and bandwidth on some); nothing is fitted to what
+comes out.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -71,6 +79,7 @@ class Prediction:
     Attributes:
         compute: forward and backward pass on a rank's share of the batch.
         exposed: waiting for gradients after the backward pass.
+        gram: all-reduce of Gram matrices and losses.
         update: surgery and optimizer on a rank's part.
         gather: all-gather of the new weights.
         sent: bytes that a rank sends in a step.
@@ -79,6 +88,7 @@ class Prediction:
 
     compute: float
     exposed: float
+    gram: float
     update: float
     gather: float
     sent: float
@@ -87,48 +97,71 @@ class Prediction:
     @property
     def step(self) -> float:
         """All of it."""
-        return self.compute + self.exposed + self.update + self.gather
+        return self.compute + self.exposed + self.gram + self.update + self.gather
 
 
-def predict(model: Model, machine: Machine, ranks: int, *, weak: bool = False) -> Prediction:
+def predict(
+    model: Model, machine: Machine, ranks: int, *, replicated: bool = False, weak: bool = False
+) -> Prediction:
     """Go through one step's backward pass bucket by bucket.
 
     Args:
         model: what is sent.
         machine: how fast.
         ranks: N.
+        replicated: all-reduce, every rank updates everything; otherwise each updates its part.
         weak: each rank has a batch as large as one rank's; otherwise they share one.
     """
     share = 1.0 if weak else 1 / ranks
-    forward, backward = machine.forward * share, machine.backward * share
-    computed = forward
+    exchange = _all_reduce if replicated else _ring
+    reduce = partial(exchange, model, machine, ranks, rows=model.tasks)
+    computed = machine.forward * share
     link_free = 0.0
     for parameters in model.buckets:
-        computed += backward * parameters / sum(model.buckets)
-        link_free = max(link_free, computed) + _ring(model, machine, ranks, parameters, model.tasks)
-    link_free = max(link_free, computed) + _ring(model, machine, ranks, model.late, model.tasks)
-    gather = sum(_ring(model, machine, ranks, size, 1) for size in (*model.buckets, model.late))
-    sent = (ranks - 1) / ranks * model.parameters * model.row_bytes * (model.tasks + 1)
-    own = model.parameters / ranks
-    low = 0 if model.row_bytes == 4 else model.row_bytes
-    whole = model.parameters * model.row_bytes * (model.tasks + 1)
-    part = own * (model.row_bytes * model.tasks + 3 * 4 + low)
+        computed += machine.backward * share * parameters / sum(model.buckets)
+        link_free = max(link_free, computed) + reduce(parameters)
+    link_free = max(link_free, computed) + reduce(model.late)
+    owners = 1 if replicated else ranks
+    times = 2 * model.tasks if replicated else model.tasks + 1
+    buckets = (*model.buckets, model.late)
     return Prediction(
         compute=computed,
         exposed=link_free - computed,
-        update=machine.update / ranks,
-        gather=gather,
-        sent=sent,
-        memory=whole + (part if ranks > 1 else model.parameters * 8 + low * model.parameters),
+        gram=_hops_of_tree(ranks) * machine.latency,
+        update=machine.update / owners,
+        gather=sum(_ring(model, machine, owners, size, 1) for size in buckets),
+        sent=(ranks - 1) / ranks * _row_bytes(model) * times,
+        memory=_memory(model, owners),
     )
 
 
 def _ring(model: Model, machine: Machine, ranks: int, parameters: int, rows: int) -> float:
     """Return the seconds of a ring reduce-scatter or all-gather."""
-    if ranks == 1:
-        return 0.0
     moved = (ranks - 1) / ranks * parameters * model.row_bytes * rows
     return rows * (ranks - 1) * machine.latency + moved / machine.bandwidth
+
+
+def _all_reduce(model: Model, machine: Machine, ranks: int, parameters: int, rows: int) -> float:
+    """Return the seconds of an all-reduce along a tree, which moves all twice."""
+    moved = 2 * (ranks - 1) / ranks * parameters * model.row_bytes * rows
+    return rows * _hops_of_tree(ranks) * machine.latency + moved / machine.bandwidth
+
+
+def _hops_of_tree(ranks: int) -> int:
+    return 2 * math.ceil(math.log2(ranks))
+
+
+def _row_bytes(model: Model) -> int:
+    return model.parameters * model.row_bytes
+
+
+def _memory(model: Model, owners: int) -> float:
+    """Return the bytes of gradient rows, weights and moments on one of ``owners`` ranks."""
+    whole = _row_bytes(model) * (model.tasks + 1)
+    if owners == 1:  # in fp32 the weights that are computed with are the masters
+        return whole + model.parameters * (8 if model.row_bytes == 4 else 12)
+    low = 0 if model.row_bytes == 4 else model.row_bytes
+    return whole + model.parameters / owners * (model.row_bytes * model.tasks + 12 + low)
 
 
 def bert_base(tasks: int, row_bytes: int) -> Model:
@@ -157,6 +190,7 @@ def main() -> int:
     add("--row-bytes", type=int, choices=[2, 4], default=2)
     add("--ranks", type=int, nargs="+", default=[1, 8, 64, 1024])
     add("--weak", action="store_true", help="a batch for each rank instead of one for all")
+    add("--replicated", action="store_true", help="as distribute=replicated does")
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     model = bert_base(options.tasks, options.row_bytes)
@@ -167,20 +201,19 @@ def main() -> int:
         latency=options.latency,
         bandwidth=options.bandwidth,
     )
-    table = Table("ranks", "step ms", "compute", "exposed", "update", "gather", "sent MiB", "GiB")
+    parts = ("step", "compute", "exposed", "gram", "update", "gather")
+    table = Table("ranks", "step ms", *parts[1:], "sent MiB", "held GiB")
     records = []
     for ranks in options.ranks:
-        one = predict(model, machine, ranks, weak=options.weak)
-        seconds = (one.step, one.compute, one.exposed, one.update, one.gather)
+        one = predict(model, machine, ranks, replicated=options.replicated, weak=options.weak)
         table.add_row(
             str(ranks),
-            *(f"{1e3 * value:.2f}" for value in seconds),
+            *(f"{1e3 * getattr(one, part):.2f}" for part in parts),
             f"{one.sent / 2**20:.0f}",
             f"{one.memory / 2**30:.2f}",
         )
-        names = ("step", "compute", "exposed", "update", "gather")
-        records.append({"ranks": ranks, **dict(zip(names, seconds, strict=True))})
-    Console().print(table)
+        records.append({"ranks": ranks, "step": one.step, **asdict(one)})
+    Console(width=100).print(table)
     if options.json is not None:
         options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     return 0

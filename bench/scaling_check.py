@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from engine import recipe as recipes
-from engine.multitask.exchange import Alone
+from engine.multitask.exchange import MODES, Alone
 from engine.run import begin
 from engine.runtime.distributed import Ranks
 from engine.training import Training
@@ -44,13 +44,15 @@ def measure(training: Training, steps: int) -> dict[str, float]:
     machine = Machine(
         forward=(1 - _SHARE_OF_BACKWARD) * alone,
         backward=_SHARE_OF_BACKWARD * alone,
-        update=0.0,  # in both
+        update=0.0,  # is part of the steps alone
         latency=latency,
         bandwidth=bandwidth,
     )
-    of_step = predict(_model(training), machine, training.ranks.size, weak=True)
+    replicated = training.recipe.distribute == "replicated"
+    ranks = training.ranks.size
+    of_step = predict(_model(training), machine, ranks, replicated=replicated, weak=True)
     return {
-        "ranks": training.ranks.size,
+        "ranks": ranks,
         "alone": alone,
         "latency": latency,
         "bandwidth": bandwidth,
@@ -101,11 +103,13 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling_check", description=__doc__)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--distribute", choices=MODES, default="sharded")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     ranks, device = Ranks.from_environment(), torch.device("cpu")
     shape = ["hidden_size=256", "num_hidden_layers=4", "intermediate_size=1024", "vocab_size=8000"]
-    recipe = recipes.load("demo", ["precision=fp32", *(f"encoder.{field}" for field in shape)])
+    settings = ["precision=fp32", f"distribute={options.distribute}"]
+    recipe = recipes.load("demo", [*settings, *(f"encoder.{field}" for field in shape)])
     with ranks.joined(device, recipe.timeout), tempfile.TemporaryDirectory() as folder:
         with ranks.in_turn():
             training = Training.build(begin(recipe, Path(folder) / "run"), device, ranks)

@@ -59,18 +59,19 @@ def train(training: Training, console: Console) -> Signals | None:
             report = training.step(batch, step, lr)
             warmup = training.step.execution.warmup_seconds - warmed_up
             tokens = sum(part.num_tokens - part.padding for part in batch)
-            written = log.add(step, lr, tokens, report, warmup)
-            if written:
-                bar.show(progress.phase_step + 1, log.latest)
-                training.check_skipped(log, progress)
-            if written or ranks.size == 1:  # ranks wait for each other only now and then
-                stopping = ranks.any(bool(stop))
-
+            log.add(step, lr, tokens, report, warmup)
             progress = progress._replace(step=step + 1)
             epoch_ends = training.ends_epoch(progress.phase_step)
-            if epoch_ends:
+            due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
+            if epoch_ends or due:
                 log.flush()
+            if log.is_written:
                 bar.show(progress.phase_step, log.latest)
+                training.check_skipped(log, progress)
+            if log.is_written or ranks.size == 1:  # ranks wait for each other only now and then
+                stopping = ranks.any(bool(stop))
+
+            if epoch_ends:
                 scores = score_splits(training.model, training.dev_sets, ranks)
                 if scores:
                     log.add_scores(progress.step, scores)
@@ -82,7 +83,6 @@ def train(training: Training, console: Console) -> Signals | None:
                     if ranks.leads:
                         write_scores(run.folder, Scores("dev", progress.step, scores))
                 bar.print_epoch(progress, training.epoch_steps, scores)
-            due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
             if epoch_ends or due or stopping:
                 log.flush()
                 training.save(progress)

@@ -104,7 +104,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         InputError: it is none of BERT's.
     """
     name = config.get("model_type", "bert")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"model_type = {name!r}: expected one of {', '.join(FAMILIES)}")
     return FAMILIES[name]
 

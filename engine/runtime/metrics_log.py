@@ -70,8 +70,8 @@ class MetricsLog:
 
     def add(
         self, step: int, lr: float, num_tokens: int, report: StepReport, warmup: float = 0.0
-    ) -> bool:
-        """Take one step's report.
+    ) -> None:
+        """Take one step's report, and write a block of lines where that fills it.
 
         Args:
             step: its number.
@@ -80,9 +80,6 @@ class MetricsLog:
             report: what the step returned.
             warmup: seconds in which it compiled or recorded; where there are any, it does not count
                 in the tokens a second.
-
-        Returns:
-            Whether a block of lines was written.
         """
         numbers = [
             report.losses,
@@ -98,10 +95,13 @@ class MetricsLog:
             self._since += warmup
         else:
             self._tokens += num_tokens
-        if len(self._waiting) < self._every:
-            return False
-        self.flush()
-        return True
+        if len(self._waiting) >= self._every:
+            self.flush()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all that was added is written."""
+        return not self._waiting
 
     def add_scores(self, steps_done: int, scores: Mapping[str, float]) -> None:
         """Write the dev scores after so many steps."""

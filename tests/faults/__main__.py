@@ -2,79 +2,119 @@
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bench.harness import write_record
+
 from .compare import compare_ranks
+from .disk import fill_disk
 from .endurance import endure
 from .fuzz import fuzz
 from .kills import kill_runs
+from .progress import say
+from .scaling import check_scaling
+
+Part = Callable[[Path, argparse.Namespace], dict[str, Any]]
+
+_RAW = ("allowed", "differences", "samples")
+
+PARTS: dict[str, Part] = {
+    "fuzz": lambda folder, options: fuzz(folder, options.inputs, options.seed),
+    "disk": lambda folder, options: fill_disk(folder, options.full_disks, options.seed),
+    "ranks": lambda folder, options: compare_ranks(folder, options.steps),
+    "scaling": lambda folder, options: check_scaling(folder, options.scaling_steps),
+    "kills": lambda folder, options: kill_runs(folder, options.kills, options.seed),
+    "endurance": lambda folder, options: endure(folder, options.endurance_steps),
+}
 
 
 def report(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Make every part of the report, each in a folder of its own."""
-    parts: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "fuzz": lambda path: fuzz(path, options.inputs, options.seed),
-        "ranks": lambda path: compare_ranks(path, options.steps),
-        "kills": lambda path: kill_runs(path, options.kills, options.seed),
-        "endurance": lambda path: endure(path, options.endurance_steps),
-    }
+    """Make the parts of the report, each in a folder of its own."""
     results: dict[str, Any] = {"seed": options.seed}
-    for name in options.only or parts:
+    for name in options.only or PARTS:
         (folder / name).mkdir()
-        begun = time.monotonic()
-        results[name] = parts[name](folder / name)
+        begun, worked = time.monotonic(), _cpu_seconds()
+        results[name] = PARTS[name](folder / name, options)
         results[name]["seconds"] = round(time.monotonic() - begun, 1)
-        print(name, json.dumps(results[name], indent=1), file=sys.stderr, flush=True)
+        results[name]["cpu_seconds"] = round(_cpu_seconds() - worked, 1)
+        say(f"{name}: done in {results[name]['seconds']} s")
     results["problems"] = list(problems(results))
     return results
 
 
-def problems(results: dict[str, Any]) -> list[str]:
-    """Return what is not as it must be, a line each."""
-    found = list(results.get("fuzz", {}).get("unhandled", []))
-    found += [
-        f"kills: {name} ended otherwise" for name in results.get("kills", {}).get("different", [])
-    ]
+def problems(results: dict[str, Any]) -> Iterator[str]:
+    """Yield what is not as it must be, a line each."""
+    yield from results.get("fuzz", {}).get("unhandled", [])
+    yield from (f"disk: {problem}" for problem in results.get("disk", {}).get("problems", []))
+    for name in results.get("kills", {}).get("different", []):
+        yield f"kills: {name} ended otherwise"
     ranks = results.get("ranks", {})
-    found += [f"ranks: {name} gave other bits again" for name in ranks.get("not_repeated", [])]
-    found += [
-        f"ranks: {name} differs by {value:.2g}, allowed {ranks['allowed']:.2g}"
-        for name, value in ranks.get("differences", {}).items()
-        if value > ranks["allowed"]
-    ]
-    for what in ("resident_mib", "open_files"):
-        measured = results.get("endurance", {}).get(what)
-        # Allocators settle for a while: a twentieth; handles must not grow at all.
-        room = 1.05 if what == "resident_mib" else 1.0
-        if measured and measured["at the end"] > room * measured["after a tenth"]:
-            found.append(f"endurance: {what} grew: {measured}")
-    return found
+    for name in ranks.get("not_repeated", []):
+        yield f"ranks: {name} gave other bits again"
+    for name, share in ranks.get("of_allowed", {}).items():
+        if share > 1:
+            yield f"ranks: {name} differs by {share:.2f} times what is allowed"
+    for name, run in results.get("scaling", {}).get("runs", {}).items():
+        if not 2 / 3 < run["predicted_over_measured"] < 3 / 2:
+            yield f"scaling: {name} takes {run['measured']} s, not {run['predicted']} s"
+    if "endurance" in results:
+        yield from _growth(results["endurance"])
+
+
+def _growth(measured: dict[str, Any]) -> Iterator[str]:
+    # Allocators settle for a while: a twentieth; handles and threads must not grow at all.
+    for what, room in {"resident_mib": 1.05, "open_files": 1.0, "threads": 1.0}.items():
+        course = measured[what]
+        if course["at_the_end"] > room * course["after_a_tenth"]:
+            yield f"endurance: {what} grew: {course}"
+    pieces = measured["log_pieces_mib"]
+    # A piece is put aside after the block of lines that makes it too long.
+    if len(pieces) > measured["keep_logs"] + 1 or max(pieces.values()) > 1.1 * measured["log_mib"]:
+        yield f"endurance: the log's pieces: {pieces}"
+
+
+def _cpu_seconds() -> float:
+    """Return the processor time of this process and all that have ended before it."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def main() -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     add = parser.add_argument
-    add("--kills", type=int, default=50)
-    add("--inputs", type=int, default=10_000)
+    add("--inputs", type=int, default=10_000, help="spoilt inputs")
+    add("--full-disks", type=int, default=50, help="runs that a full disk stops")
     add("--steps", type=int, default=100, help="of the runs on 1, 2 and 4 ranks")
+    add("--scaling-steps", type=int, default=15, help="of each measurement against the arithmetic")
+    add("--kills", type=int, default=50)
     add("--endurance-steps", type=int, default=10_000)
     add("--seed", type=int, default=0)
-    add("--only", nargs="+", choices=["fuzz", "ranks", "kills", "endurance"])
-    add("--json", type=Path, metavar="FILE")
+    add("--only", nargs="+", choices=list(PARTS), help="default: all parts")
+    add("--json", type=Path, metavar="FILE", help="keep the raw figures, with the environment")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as the processes that this one starts
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         results = report(options, Path(folder))
-    text = json.dumps(results, indent=1)
     if options.json is not None:
-        options.json.write_text(text + "\n", encoding="utf-8")
-    print(text)
+        write_record(options.json, "faults", torch.device("cpu"), results)
+    print(json.dumps({name: _brief(part) for name, part in results.items()}, indent=1))
     return 1 if results["problems"] else 0
+
+
+def _brief(part: Any) -> Any:
+    """Leave out the raw figures, which are for the record."""
+    if not isinstance(part, dict):
+        return part
+    return {name: value for name, value in part.items() if name not in _RAW}
 
 
 if __name__ == "__main__":

@@ -52,6 +52,18 @@ def start(
     return processes
 
 
+def torchrun(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start torchrun's agent, each of its workers with one thread; what they print goes to log."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *arguments],
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+        )
+
+
 def launch(ranks: int, runs: Sequence[Sequence[str]], log: Path) -> None:
     """Make the runs on ``ranks`` processes; fail with what they printed if one fails."""
     statuses = [process.wait(timeout=300) for process in start(ranks, runs, log)]

@@ -36,6 +36,12 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny_run, tmp_pat
     assert tokenizer.decode(example["tokens"][1]) == example["text"][1] != ""
 
 
+def test_skipped_steps_count_where_epochs_are_shorter_than_a_block(tiny_run):  # noqa: F811
+    settings = ("lr=1e38", "schedule=constant", "warmup=0", "max_skipped=3", "epochs=20")
+    with pytest.raises(InputError, match=r"not finite in [34] steps in a row, from step 1 on"):
+        tiny_run("run", settings=(*settings, "log_every=10"))
+
+
 def test_a_few_skipped_steps_do_not_end_a_run(tiny_run, monkeypatch):  # noqa: F811
     run = MultitaskStep.__call__
 
