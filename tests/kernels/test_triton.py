@@ -17,7 +17,6 @@ from .triton_cases import (  # noqa: F401
     test_embedding_layer_norm,
     test_embedding_task_gradients,
     test_layer_norm,
-    test_layer_norm_without_parameters,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
