@@ -10,6 +10,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from . import __version__
 from .data.formats import FileFormat
 from .errors import UNPRINTABLE, InputError, LostRankError
 from .scoring import metric_name
@@ -22,7 +23,12 @@ LOST_RANK = 75
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake with one line."""
+    """An argument parser that answers a mistake with one line, and ``--version``."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog)
+        version = f"superbert-engine {__version__}"
+        self.add_argument("--version", action="version", version=version, help="show it and exit")
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

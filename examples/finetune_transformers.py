@@ -22,8 +22,8 @@ from kernels import accelerate, restore
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train; return the Trainer's evaluation."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, help="a BERT in the Hugging Face layout")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--model", type=Path, help="a BERT (default: a small one)")
+    parser.add_argument("--steps", type=int, default=300, help="default: 300")
     options = parser.parse_args(arguments)
     hf.set_seed(0)
     with tempfile.TemporaryDirectory() as name:

@@ -35,7 +35,7 @@ _TOPICS = {
 def main(arguments: list[str] | None = None) -> None:
     """Write everything."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="a new folder")
     folder = parser.parse_args(arguments).folder
     corpus = folder / "corpus"
     corpus.mkdir(parents=True)

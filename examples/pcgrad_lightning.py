@@ -49,7 +49,7 @@ class TwoTasks(lightning.LightningModule):
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train; return the sum of the losses at every step."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="default: 200")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     module = TwoTasks()

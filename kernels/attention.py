@@ -273,9 +273,10 @@ def flash_attn_varlen_func(
     """Attention over packed sequences, with the arguments of flash-attn's function of that name.
 
     Args:
-        q: ``[Tq, H, D]``; any strides but a contiguous last dimension, as for k and v.
-        k: ``[Tk, H, D]``.
-        v: ``[Tk, H, D]``.
+        q: ``[Tq, H, D]``, float32, bfloat16, float16 or float64; any strides but a contiguous last
+            dimension, as for k and v.
+        k: ``[Tk, H, D]``, dtype of ``q``.
+        v: ``[Tk, H, D]``, dtype of ``q``.
         cu_seqlens_q: int32 ``[S + 1]``, from 0 ascending to Tq at most; later rows give zeros.
         cu_seqlens_k: int32 ``[S + 1]``, from 0 ascending to Tk at most.
         max_seqlen_q: length of the longest query sequence.
@@ -293,8 +294,8 @@ def flash_attn_varlen_func(
         stream: tells apart uses that share a seed.
 
     Returns:
-        ``[Tq, H, D]``; with ``return_attn_probs`` also the log-sum-exp ``[H, Tq]`` (float32, no
-        gradient) and None in the place of the probabilities, which are never stored.
+        ``[Tq, H, D]`` in q's dtype; with ``return_attn_probs`` also the log-sum-exp ``[H, Tq]``
+        (float32, no gradient) and None in the place of the probabilities, which are never stored.
 
     Raises:
         ValueError: a shape, dtype, device or range that does not fit, or a cu_seqlens that does not
@@ -346,7 +347,8 @@ def flash_attn_varlen_qkvpacked_func(
     """Attention on one tensor of queries, keys and values; their gradient goes into one, too.
 
     Args:
-        qkv: ``[T, 3, H, D]``; any strides but a contiguous last dimension.
+        qkv: ``[T, 3, H, D]``, float32, bfloat16, float16 or float64; any strides but a contiguous
+            last dimension.
         cu_seqlens: int32 ``[S + 1]``, from 0 ascending to T at most; later rows give zeros.
         max_seqlen: length of the longest sequence.
         dropout_p: as in `flash_attn_varlen_func`, and so are the arguments after it.
@@ -361,7 +363,8 @@ def flash_attn_varlen_qkvpacked_func(
         stream: tells apart uses that share a seed.
 
     Returns:
-        ``[T, H, D]``, or with ``return_attn_probs`` what `flash_attn_varlen_func` returns.
+        ``[T, H, D]`` in qkv's dtype, or with ``return_attn_probs`` what `flash_attn_varlen_func`
+        returns.
 
     Raises:
         ValueError: as `flash_attn_varlen_func`, and so are the other exceptions.

@@ -75,8 +75,8 @@ def wipe_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
     """Set the table rows that a backward pass touched back to zero.
 
     Args:
-        rows: ``[K, N, H]``, as given to :func:`embedding`.
-        index: ``[T]`` table rows of that batch.
+        rows: ``[K, N, H]``, any dtype, as given to :func:`embedding`.
+        index: ``[T]`` int64, table rows of that batch.
         offsets: ``K + 1`` ascending row numbers of that batch.
     """
     for task, (start, end) in enumerate(pairwise(offsets)):
@@ -118,14 +118,14 @@ def embedding(
 
     Args:
         index: ``[T]``, int64.
-        weight: ``[N, H]``.
+        weight: ``[N, H]``, any floating dtype.
         rows: ``rows.weight`` ``[K, N, H]`` is zero before the first backward pass of a step;
             after use it is wiped with :func:`wipe_`.  ``weight.grad`` stays None.
         segments: which rows of the stream belong to which task; needed with ``rows``.
             ``accumulate`` makes no difference here, since rows are always added to.
 
     Returns:
-        ``[T, H]``.
+        ``[T, H]`` in the dtype of ``weight``.
 
     Raises:
         ValueError: ``rows`` without ``segments``, or shapes of the two that disagree.

@@ -226,9 +226,9 @@ def layer_norm(
     """Normalise the last dimension: ``(x - mean) / sqrt(var + eps) * weight + bias``.
 
     Args:
-        x: ``[..., N]``; ``[T, N]`` with rows.
+        x: ``[..., N]``, any floating dtype; ``[T, N]`` with rows.
         weight: ``[N]``, any floating dtype; None stands for ones.
-        bias: ``[N]``; None stands for zeros.
+        bias: ``[N]``, likewise; None stands for zeros.
         eps: added to the variance; BERT's default.
         rows: where task gradients of weight and bias go; their ``grad`` then stays None.
         segments: which rows of ``x`` belong to which task; needed with ``rows``.
@@ -264,11 +264,11 @@ def dropout_add_layer_norm(
     """BERT's post-norm in one pass: ``layer_norm(residual + dropout(x + x_bias))``.
 
     Args:
-        x: ``[..., N]``; ``[T, N]`` with rows.
+        x: ``[..., N]``, any floating dtype; ``[T, N]`` with rows.
         residual: shape of ``x``; where the dtypes differ, both are taken to the wider one.
         weight: ``[N]``, any floating dtype; None stands for ones.
-        bias: ``[N]``; None stands for zeros.
-        x_bias: ``[N]``, added to ``x`` before the dropout.
+        bias: ``[N]``, likewise; None stands for zeros.
+        x_bias: ``[N]``, any floating dtype, added to ``x`` before the dropout.
         dropout_p: probability to drop an element of ``x``.
         eps: added to the variance.
         training: without it there is no dropout.

@@ -136,14 +136,14 @@ def linear(
     """Apply ``x W^T + b``; with ``rows``, the backward pass writes the K weight gradients there.
 
     Args:
-        x: ``[T, I]`` with rows, ``[..., I]`` without.
+        x: ``[T, I]`` with rows, ``[..., I]`` without, any floating dtype.
         weight: ``[O, I]``, dtype of ``x``.
-        bias: ``[O]`` or None.
+        bias: ``[O]``, likewise, or None.
         rows: where task gradients go, of the weight's dtype; ``weight.grad`` then stays None.
         segments: which rows of ``x`` belong to which task; needed with ``rows``.
 
     Returns:
-        ``[..., O]``.
+        ``[..., O]`` in the dtype of ``x``, or autocast's.
 
     Raises:
         ValueError: ``rows`` without ``segments``, or shapes of the two that disagree.

@@ -49,7 +49,7 @@ def unpad_input(
     """Pack the tokens of a padded batch.
 
     Args:
-        hidden_states: ``[B, S, ...]``; token ids ``[B, S]`` too.
+        hidden_states: ``[B, S, ...]``, any dtype; token ids ``[B, S]`` too.
         attention_mask: ``[B, S]``, bool or integer, not zero where there is a token.
         unused_mask: not supported.
         total: rows of the stream, at least the number of tokens.  Rows behind the last token repeat
@@ -97,13 +97,13 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     """Put the rows of a stream back to their places in a padded batch; zeros elsewhere.
 
     Args:
-        hidden_states: ``[T, ...]``.
-        indices: ``[T]``, of :func:`unpad_input`.
+        hidden_states: ``[T, ...]``, any dtype.
+        indices: ``[T]`` int64, of :func:`unpad_input`.
         batch: B.
         seqlen: S.
 
     Returns:
-        ``[B, S, ...]``.
+        ``[B, S, ...]`` in the dtype of ``hidden_states``.
 
     Raises:
         ValueError: not as many indices as rows.

@@ -414,8 +414,9 @@ def update_guard(
     """Norm, clipping factor and overflow check of an update, all from the Gram matrix.
 
     Args:
-        gram: ``[K, K]`` Gram matrix of the task gradients; ``[S, K, K]`` by segments of columns.
-        weights: ``[K]`` weights of the combination; ``[S, K]`` by segments.
+        gram: ``[K, K]`` Gram matrix of the task gradients, float32 or float64; ``[S, K, K]`` by
+            segments of columns.
+        weights: ``[K]`` weights of the combination, likewise; ``[S, K]`` by segments.
         max_norm: clip the combined gradient to this norm, as ``clip_grad_norm_``; None: never.
         loss_scale: what the losses were multiplied by.
 

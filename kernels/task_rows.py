@@ -61,7 +61,7 @@ class TaskRows(NamedTuple):
     """The part of a flat gradient buffer that belongs to one layer.
 
     Attributes:
-        buffer: ``[K, P]`` with contiguous rows.
+        buffer: ``[K, P]`` with contiguous rows, in the parameters' dtype.
         weight_columns: of the weight; None for one that is not trained.
         bias_columns: of the bias; None for a layer without one, or one that is not trained.
     """
@@ -94,7 +94,7 @@ class TaskRows(NamedTuple):
 
         Args:
             segments: the caller's argument, None included.
-            weight: the layer's weight, of the shape of its columns.
+            weight: the layer's weight, any dtype, of the shape of its columns.
             bias: the layer's bias, likewise, or None.
             x: the layer's input; its first dimension is the stream.
 

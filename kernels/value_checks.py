@@ -53,7 +53,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
 
     Args:
         name: what to call them in the message.
-        cu_seqlens: ``[S + 1]``, integers on any device, which is waited for.
+        cu_seqlens: ``[S + 1]``, any integer dtype, on any device, which is waited for.
         total: rows of the stream.
 
     Raises:

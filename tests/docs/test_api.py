@@ -54,6 +54,10 @@ def test_docstrings_have_arguments_with_shapes_results_and_errors(name: str) -> 
             assert re.search(r"\[|dim|shape|\bas\b|like|one of", described[parameter.name]), (
                 parameter
             )
+    tensors = [p.name for p in signature.parameters.values() if p.annotation is Tensor]
+    if tensors:
+        dtypes = r"float|int\d|dtype|parameters"
+        assert re.search(dtypes, " ".join(described[name] for name in tensors))
     function = called.__init__ if isinstance(called, type) else inspect.unwrap(called)
     is_context = inspect.isgeneratorfunction(function)
     if signature.return_annotation is not None and not isinstance(called, type) and not is_context:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import engine
 from engine import evaluate, export, fill, predict, report, sweep, train
 from engine import recipe as recipes
 from engine.completion import bash_script
@@ -28,7 +29,7 @@ def test_every_option_stands_in_a_group_and_says_what_happens_without_it(door, m
     (parser,) = shown
     assert parser.prog == f"python -m {door.__name__}"
     for group in parser._action_groups:
-        own = [action for action in group._group_actions if action.dest != "help"]
+        own = [a for a in group._group_actions if a.dest not in ("help", "version")]
         assert not own or group.title not in ("options", "positional arguments")
         for action in own:
             help_ = " ".join(action.help.split())
@@ -36,6 +37,13 @@ def test_every_option_stands_in_a_group_and_says_what_happens_without_it(door, m
                 assert help_.endswith("; needed"), action
             elif action.nargs != 0 and action.option_strings and action.dest != "completion":
                 assert "(default: " in help_, action
+
+
+def test_every_door_tells_its_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        export.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"superbert-engine {engine.__version__}\n"
 
 
 def test_every_field_has_a_meaning_and_its_default_can_be_set(capsys):

@@ -144,6 +144,20 @@ def test_wandb_works_offline(tiny_run):
         assert name in content
 
 
+def test_wandb_gets_the_recipe_and_is_online_unless_told(tiny_run, monkeypatch):
+    calls: list[dict] = []
+    logged: list[dict] = []
+    run = SimpleNamespace(
+        log=lambda values, step: logged.append({**values, "step": step}), finish=lambda: None
+    )
+    monkeypatch.setattr("wandb.init", lambda **options: calls.append(options) or run)
+    folder = tiny_run("run", "--max-steps", "1", settings=('sinks=["wandb"]',))
+    (options,) = calls
+    assert (options["mode"], options["name"], options["dir"]) == ("online", "run", folder)
+    assert options["config"]["max_steps"] == 1
+    assert logged[0]["losses/sst"] == lines(folder / "metrics.jsonl")[0]["losses"]["sst"]
+
+
 def test_a_sink_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.runtime.sinks.find_spec", lambda name: None)
     arguments = ["demo", "--out", str(tmp_path / "run"), "--set", *TINY, 'sinks=["wandb"]']

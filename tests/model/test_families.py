@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,27 @@ def assert_same_states(path: Path, texts: list[str]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_those_of_transformers(folder, texts, family, head) -> None:
     assert_same_states(folder(family, head), [*texts[:20], "the plot " * 30])
+
+
+def test_a_name_on_the_hub_brings_what_is_needed(folder, tmp_path, monkeypatch) -> None:
+    there = folder("roberta")
+    (there / "pytorch_model.bin").write_bytes(b"pickle")
+    here = tmp_path / "downloaded"
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        assert name == "org/roberta"
+        here.mkdir()
+        for path in there.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, here)
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert huggingface.resolve("org/roberta") == here
+    assert not (here / "pytorch_model.bin").exists()
+    config = huggingface.read_config(here)
+    assert huggingface.load_encoder_state(here, config)
+    assert Tokenizer.load(here).special_tokens[0] == "<pad>"
 
 
 def test_token_ids_are_those_of_transformers(folder, texts) -> None:
