@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +202,25 @@ READINGS = {
 
 def test_gpu_readings_leave_out_what_has_no_sensor():
     assert GpuMeter(fake_nvml(), None).read() == READINGS
+
+
+def test_a_gpu_is_found_by_its_own_number_whatever_is_hidden(monkeypatch):
+    asked: list[str] = []
+    library = fake_nvml()
+    library.nvmlInit = lambda: None
+    library.nvmlDeviceGetHandleByUUID = asked.append
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    properties = SimpleNamespace(uuid="12-34")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    meter = GpuMeter.find(torch.device("cuda"))
+    assert asked == ["GPU-12-34"]
+    assert meter.read() == READINGS
+
+    def no_driver():
+        raise NotSupportedError
+
+    library.nvmlInit = no_driver
+    assert GpuMeter.find(torch.device("cuda")) is None
 
 
 def test_gpu_readings_reach_the_file(tiny_run, monkeypatch):
