@@ -163,7 +163,7 @@ def _json_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterator[R
 
 def _parquet_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise InputError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from None
     try:
@@ -175,7 +175,7 @@ def _parquet_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterato
         records = (record for batch in batches for record in batch)
         for number, record in enumerate(records):
             yield typed_row(record, columns, f"{path}, row {number}")
-    except (ArrowInvalid, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: not a readable Parquet file ({reason})") from error
 

@@ -59,7 +59,8 @@ class Tokenizer:
             where: what to call it in an error message.
 
         Raises:
-            InputError: its vocabulary lacks one of the special tokens.
+            InputError: its vocabulary lacks one of the special tokens, or numbers a token
+                that 32 bits cannot hold.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -76,6 +77,8 @@ class Tokenizer:
             ids.append(number)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         self._backend = backend
+        if self.vocab_size >= 1 << 31:
+            raise InputError(f"token number {self.vocab_size - 1} is too large, {where}; replace it")
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":

@@ -67,6 +67,21 @@ def test_buckets_leave_during_the_backward_pass(
         assert below.isnan().any(), "the layer below was complete before this one was sent"
 
 
+def test_losses_and_gram_matrices_are_one_small_all_reduce(monkeypatch):
+    sizes = []
+
+    def all_reduce(numbers: Tensor) -> None:
+        sizes.append(numbers.numel())
+        numbers *= 2
+
+    monkeypatch.setattr(exchange.dist, "all_reduce", all_reduce)
+    losses, grams = torch.arange(3.0), [torch.rand(1, 3, 3), torch.rand(5, 3, 3)]
+    total, summed = exchange.Sharded.total(None, losses, grams)
+    assert sizes == [3 + 9 + 45]
+    assert torch.equal(total, 2 * losses)
+    assert all(torch.equal(both, 2 * own) for both, own in zip(summed, grams, strict=True))
+
+
 def test_nothing_is_sent_for_a_frozen_encoder_before_the_end(make_model, monkeypatch):
     """Its hidden states come from a cache, so that there is no layer to listen to."""
     monkeypatch.setattr(exchange.dist, "get_rank", lambda: 0)

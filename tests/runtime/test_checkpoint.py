@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from engine.train import main
 from ..engine.conftest import TINY, tiny_run  # noqa: F401 (a fixture)
 from ..engine.test_training_run import assert_same_run
 from .disk import file_size_limit
+from .launch import REPOSITORY
 
 EVERY_STEP = ("checkpoint_every=1", "keep_checkpoints=3")
 
@@ -179,6 +183,49 @@ def test_a_checkpoint_of_another_model(copy, tiny_run):  # noqa: F811
         tiny_run("other", "--resume", settings=settings)
     with pytest.raises(InputError, match=r"layers.0.intermediate"):
         open_run(other).trained_model(torch.device("cpu"))
+
+
+WITHOUT_PICKLES = """
+import sys
+
+from engine import evaluate, export, train
+
+
+def refuse(event, arguments):
+    if event == "pickle.find_class":
+        raise AssertionError(f"a pickle is read: {arguments}")
+
+
+sys.addaudithook(refuse)
+run, arguments = sys.argv[1], ["demo", "--out", sys.argv[1], "--device", "cpu", *sys.argv[2:]]
+assert train.main([*arguments, "max_steps=2"]) == 0
+assert train.main([*arguments, "max_steps=3", "--resume"]) == 0
+assert evaluate.main([run]) == 0
+assert export.main([run, "--to", run + "-exported"]) == 0
+assert train.main([*arguments[:2], run + "-2", *arguments[3:], "--init", run + "-exported"]) == 0
+"""
+
+
+def test_no_pickle_is_read(tmp_path):
+    """Python tells an audit hook whenever one names a class or a function."""
+    command = [sys.executable, "-c", WITHOUT_PICKLES, str(tmp_path / "run"), "--set", *TINY]
+    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True).stderr == b""
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
+    finish, go_on = saver._Writer.finish, threading.Event()
+
+    def wait(writer, *parts, **named):
+        assert go_on.wait(timeout=60)
+        finish(writer, *parts, **named)
+
+    monkeypatch.setattr(saver._Writer, "finish", wait)
+    checkpoints = Checkpoints(tmp_path)
+    with saver.Saver(checkpoints, 1, Ranks()) as writer:
+        writer.save({"x": torch.ones(3)}, Manifest(progress=Progress(step=3)))
+        assert checkpoints.find("step") is None
+        go_on.set()
+    assert checkpoints.find("step") == tmp_path / "step-00000003"
 
 
 def test_no_file_of_a_checkpoint_holds_a_pickle(whole):

@@ -85,8 +85,13 @@ def runs(model, tmp_path_factory) -> Path:
     on_two = [arguments(f"two-{name}", settings) for name, settings in (exact | random).items()]
     on_two.append(arguments("from-one", (*EXACTLY, "max_steps=6"), "--resume"))
     on_two.append(arguments("from-two", (*EXACTLY, STOPPED)))
+    on_two.append(arguments("from-replicated", (*EXACTLY, STOPPED, "distribute=replicated")))
+    on_two.append(arguments("to-replicated", (*EXACTLY, STOPPED)))
+    replicated = (*EXACTLY, "max_steps=6", "distribute=replicated")
+    on_two.append(arguments("to-replicated", replicated, "--resume"))
     launch(2, on_two, root / "log")
-    assert main(arguments("from-two", (*EXACTLY, "max_steps=6"), "--resume")) == 0
+    for name in ("from-two", "from-replicated"):
+        assert main(arguments(name, (*EXACTLY, "max_steps=6"), "--resume")) == 0
     return root
 
 
@@ -115,7 +120,7 @@ def test_each_rank_stores_its_own_part(runs):
     assert max(sizes) < 1.1 * min(sizes)
 
 
-@pytest.mark.parametrize("name", ["from-one", "from-two"])
+@pytest.mark.parametrize("name", ["from-one", "from-two", "from-replicated", "to-replicated"])
 def test_checkpoints_are_for_any_number_of_ranks(runs, name):
     assert_close(runs / name, runs / "one-sharded")
     assert open_run(runs / name).checkpoints.find("step").name == "step-00000006"
