@@ -25,10 +25,11 @@ from .multitask.parts import EXTENTS
 from .names import Name
 from .objectives.recipe import ObjectiveRecipe
 from .reading import parse_toml, read_bytes
-from .recipe_tables import Count, EncoderRecipe, Fraction, Positive, Settings, TaskRecipe
+from .recipe_tables import EncoderRecipe, TaskRecipe
 from .runtime.execution import EXECUTIONS
 from .runtime.precision import PRECISIONS
 from .runtime.sinks import SINKS
+from .settings import Count, Fraction, NonNegativeReal, Positive, PositiveReal, Settings
 from .wording import first_problem, nearest
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -107,7 +108,7 @@ class Recipe(Settings):
     optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
     """adamw: Adam with decoupled weight decay, Adam itself when weight_decay is 0; lamb, for large
     batches; apex_adam and apex_lamb: NVIDIA apex's, where it is installed."""
-    lr: Annotated[float, Field(gt=0)] = 1e-5
+    lr: PositiveReal = 1e-5
     """Peak learning rate."""
     schedule: Literal["constant", "linear"] = "constant"
     """After warm-up: stay at the peak, or fall to 0 in a straight line."""
@@ -115,11 +116,11 @@ class Recipe(Settings):
     """Share of all steps in which the rate climbs from 0 to its peak."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay rates of the two moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: PositiveReal = 1e-8
     """Epsilon of Adam and LAMB."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeReal = 0.0
     """Decoupled decay of matrices; biases and norms are left alone."""
-    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: NonNegativeReal = 0.0
     """Largest norm of the combined gradient; 0: no clipping."""
 
     precision: Literal[PRECISIONS] = "auto"  # type: ignore[valid-type]

@@ -2,23 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from .data.source import TaskSource
 from .model.heads import FEATURES, LOSSES
-
-
-class Settings(BaseModel):
-    """A table whose fields are all checked, and none unknown."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=0, lt=1 << 31)]
-Positive = Annotated[int, Field(ge=1, lt=1 << 31)]
+from .settings import Count, Fraction, Positive, PositiveReal, Settings
 
 
 class TaskRecipe(Settings):
@@ -30,7 +18,7 @@ class TaskRecipe(Settings):
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
     that of a share of their range; mse."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: PositiveReal = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
     first: Count = 0
     """Train on the first so many examples of the training set; 0: on all."""

@@ -8,11 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ..errors import InputError
 from ..names import FileName, Name
 from ..reading import read_bytes
+from ..settings import Real, Settings
 from .formats import FileFormat, LabelKind
 from .read import OnBadRow, Table, collect, parse_table
 from .rows import Row, find_columns, typed_row
@@ -24,12 +25,8 @@ Split = Literal["train", "dev", "test"]
 Kind = Literal["classification", "regression", "pair_classification", "pair_regression"]
 
 
-class TaskSource(BaseModel):
+class TaskSource(Settings):
     """The data of a task that is not built in: ``[tasks.NAME.source]`` of a recipe."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
     kind: Kind
     """What is predicted, from one sentence or from a pair."""
@@ -41,7 +38,7 @@ class TaskSource(BaseModel):
     """The column that names an example; empty: rows are numbered from 0."""
     classes: tuple[str, ...] | Annotated[int, Field(ge=2, lt=1 << 31)] = ()
     """Classification: the names of the classes, or how many there are when labels are numbers."""
-    range: tuple[float, float] = (0.0, 5.0)
+    range: tuple[Real, Real] = (0.0, 5.0)
     """Regression: the smallest and the largest label."""
 
     files: dict[Split, FileName] = {}

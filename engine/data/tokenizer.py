@@ -78,7 +78,9 @@ class Tokenizer:
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
         self._backend = backend
         if self.vocab_size >= 1 << 31:
-            raise InputError(f"token number {self.vocab_size - 1} is too large, {where}; replace it")
+            raise InputError(
+                f"token number {self.vocab_size - 1} is too large, {where}; replace it"
+            )
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":

@@ -59,7 +59,7 @@ class EncoderConfig:
         if config.get("is_decoder") or config.get("add_cross_attention"):
             raise InputError("a decoder or cross attention: expected a plain encoder")
         width = config.get("hidden_size")
-        if config.get("embedding_size", width) != width:
+        if "embedding_size" in config and config["embedding_size"] != width:
             raise InputError(
                 f"embedding_size = {config['embedding_size']!r}: expected hidden_size, {width!r}; "
                 "a projection between the two is not supported"

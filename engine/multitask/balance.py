@@ -11,42 +11,39 @@ from types import MappingProxyType
 from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from ..errors import InputError
 from ..rooms import kernels
+from ..settings import Count, Fraction, NonNegativeReal, Positive, PositiveReal, Real, Settings
 
 TORCHJD = "torchjd."
 """``torchjd.X`` names a weighting in ``torchjd.aggregation``."""
 
 
-class BalanceSettings(BaseModel):
+class BalanceSettings(Settings):
     """Settings of the methods that have any; each method reads its own."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    fixed: dict[str, float] = {}
+    fixed: dict[str, Real] = {}
     """fixed: the weight of each task; 1 for those left out."""
     main: str = ""
     """main_aux: the main task; empty: the first."""
-    aux_weight: Annotated[float, Field(gt=0)] = 0.3
+    aux_weight: PositiveReal = 0.3
     """main_aux: lambda, by which the sum of the auxiliary gradients is multiplied."""
     gradvac_beta: Annotated[float, Field(gt=0, le=1)] = 0.5
     """gradvac: weight of the newest cosine in the running mean."""
-    cagrad_c: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    cagrad_c: Fraction = 0.5
     """cagrad: how far from the mean gradient the update may lie, relative to its length."""
-    fairgrad_alpha: Annotated[float, Field(gt=0)] = 1.0
+    fairgrad_alpha: PositiveReal = 1.0
     """fairgrad: 1 is proportional fairness; larger ones care more for the worst-off task."""
-    gradnorm_alpha: Annotated[float, Field(ge=0)] = 1.5
+    gradnorm_alpha: NonNegativeReal = 1.5
     """gradnorm: strength of the pull towards equal training rates."""
-    gradnorm_lr: Annotated[float, Field(gt=0)] = 0.025
+    gradnorm_lr: PositiveReal = 0.025
     """gradnorm: step of the weights."""
-    krum_byzantine: Annotated[int, Field(ge=0)] = 0
+    krum_byzantine: Count = 0
     """krum: how many gradients may be arbitrary."""
-    krum_selected: Annotated[int, Field(ge=1)] = 1
+    krum_selected: Positive = 1
     """krum: how many gradients are averaged."""
 
 

@@ -2,17 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..names import FileName
+from ..settings import Count, Positive, PositiveReal, Settings
 
 
-class ObjectiveRecipe(BaseModel):
+class ObjectiveRecipe(Settings):
     """What is trained without labels, and from which text."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
     kind: Literal["masked_lm", "masked_lm_next", "simcse"]
     """masked_lm: tell the tokens behind masks; masked_lm_next: and whether the second segment
@@ -21,17 +18,17 @@ class ObjectiveRecipe(BaseModel):
     """Tasks whose training sentences are the text; without these and files, all of the recipe."""
     files: tuple[FileName, ...] = ()
     """Text files, a sentence or a document a line; relative to the data folder."""
-    limit: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    limit: Count = 0
     """Examples of each task (the label distribution is kept) or lines of each file; 0: all."""
-    max_texts: Annotated[int, Field(ge=0)] = 0
+    max_texts: Count = 0
     """The most texts in all, taken at even distances from those found; 0: all."""
     join: Annotated[int, Field(ge=1, le=64)] = 1
     """masked_lm: so many short texts that follow one another become one sequence."""
-    short: Annotated[int, Field(ge=1)] = 96
+    short: Positive = 96
     """join: a text of up to so many tokens is short; a longer one is a sequence by itself."""
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens that are to be told."""
-    temperature: Annotated[float, Field(gt=0)] = 0.05
+    temperature: PositiveReal = 0.05
     """simcse: what cosines are divided by."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: PositiveReal = 1.0
     """Multiplies the loss."""

@@ -42,6 +42,7 @@ def refuse(capsys, door, *arguments: str) -> str:
         (["cgs", "--set", "lr=fast"], "lr = 'fast'"),
         (["cgs", "--set", "lr=-1"], "lr = -1"),
         (["cgs", "--set", "lr=nan"], "lr = nan"),
+        (["cgs", "--set", "lr=1e39"], "lr = 1e+39"),  # finite, but not in fp32
         (["cgs", "--set", "batch_size=0"], "batch_size = 0"),
         (["cgs", "--set", "balance=pcgard"], "did you mean pcgrad?"),
         (["cgs", "--set", "balancing.cagrad_d=0.1"], "did you mean cagrad_c?"),

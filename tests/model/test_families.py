@@ -1,6 +1,7 @@
 """Every model type of BERT's family comes in as the BERT that it equals, and goes out as one."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from engine.data.tokenizer import Tokenizer
 from engine.errors import InputError
 from engine.fill import likeliest
 from engine.model import huggingface
+from engine.model.config import EncoderConfig
 from engine.model.encoder import Encoder
 from engine.model.families import FAMILIES
 from engine.run import open_run
@@ -213,6 +215,13 @@ def test_models_that_are_no_bert(tmp_path, family, fields, message) -> None:
     with pytest.raises(InputError, match=re.escape(message)) as error:
         huggingface.read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_a_size_that_is_no_number() -> None:
+    shape = {**SHAPE, "hidden_size": math.nan}
+    del shape["embedding_size"]
+    with pytest.raises(InputError, match="hidden_size = nan: expected a whole number"):
+        EncoderConfig.from_huggingface(shape)
 
 
 def test_weights_that_belong_to_nothing_are_named(folder) -> None:
