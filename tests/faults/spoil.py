@@ -1,5 +1,6 @@
 """Ways to spoil a good input at random: its bytes, or values in the structure that it has."""
 
+import copy
 import json
 import random
 import re
@@ -57,7 +58,7 @@ def spoil_json(content: bytes, draw: random.Random) -> bytes:
             case 2 if isinstance(holder[key], int | float):
                 holder[key] = draw.choice([-1, 2, 10, 0.5, 1000]) * holder[key]
             case _:
-                holder[key] = draw.choice(_VALUES)
+                holder[key] = copy.deepcopy(draw.choice(_VALUES))
     return json.dumps(document).encode()
 
 
