@@ -26,6 +26,7 @@ from .multitask.schedule import Schedule
 from .multitask.step import MultitaskStep
 from .recipe import Recipe
 from .run import Run
+from .runtime.cpu import token_multiple
 from .runtime.distributed import Ranks
 from .runtime.execution import Execution
 from .runtime.failure import write_batch
@@ -179,6 +180,7 @@ class Training:
 
     def loader(self, start: int) -> TrainingLoader:
         """Return the batches from step ``start`` of the phase to its end."""
+        on_cpu = self.device.type == "cpu"
         return TrainingLoader(
             self.train_sets,
             self.samplers,
@@ -188,6 +190,7 @@ class Training:
             micro_batches=self.recipe.micro_batches,
             shard=self.ranks.shard,
             shapes=self.recipe.max_graphs if self.step.execution.kind == "graphs" else 0,
+            token_multiple=token_multiple(self.parameters.compute.dtype) if on_cpu else 1,
             pin_memory=self.device.type == "cuda",
         )
 

@@ -13,7 +13,7 @@ from .order import Turn
 from .pack import PackedBatch, pack
 from .part import Examples, Indices
 from .sample import TaskSampler
-from .shapes import ShapePlan
+from .shapes import RoundedShapes, ShapePlan, Shapes
 from .split import TokenizedSplit
 
 _PLANNED = 512
@@ -38,6 +38,7 @@ class TrainingLoader:
         *,
         turns: Callable[[int], Sequence[Turn]] | None = None,
         shapes: int = 0,
+        token_multiple: int = 1,
         micro_batches: int = 1,
         shard: tuple[int, int] = (0, 1),
         pin_memory: bool = False,
@@ -51,7 +52,8 @@ class TrainingLoader:
             start: the first step, 0 for a run that begins.
             stop: one past the last step.
             turns: which tasks have a batch in a step; None for a batch of each.
-            shapes: fill batches up, so that there are at most so many shapes; 0 for no padding.
+            shapes: fill batches up, so that there are at most so many shapes; 0 for any.
+            token_multiple: fill every task's tokens up to a multiple, where ``shapes`` is 0.
             micro_batches: parts of a step's batch, each with a share of every task.
             shard: (rank, ranks); the examples of a step, task after task, are dealt to the ranks
                 one by one.
@@ -87,15 +89,15 @@ class TrainingLoader:
         def make(number: int) -> PackedBatch:
             step = number // micro_batches
             batch = replace(
-                pack(*choose(number), step, self.plan),
+                pack(*choose(number), step, self.shapes),
                 step_examples=tuple(samplers[turn.task].batch_size for turn in turns_of(step)),
             )
             return batch.pin_memory() if pin_memory else batch
 
-        self.plan: ShapePlan | None = None
+        self.shapes: Shapes | None = RoundedShapes(token_multiple) if token_multiple > 1 else None
         """The shapes of all batches; None where there is no padding."""
         if shapes:  # micro-batches come in sequence, so several shapes would make many sequences
-            self.plan = _plan(choose, stop * micro_batches, shapes if micro_batches == 1 else 1)
+            self.shapes = _plan(choose, stop * micro_batches, shapes if micro_batches == 1 else 1)
         self._ready: queue.Queue[PackedBatch | BaseException | None] = queue.Queue(depth)
         self._closing = threading.Event()
         self._thread = threading.Thread(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .part import Examples, Indices, Labels, Part, empty_part, fill_labels, map_labels, ranges
-from .shapes import BatchShape, ShapePlan
+from .shapes import BatchShape, Shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +22,8 @@ class PackedBatch:
     two-sentence examples has all its first sentences and then, in the same order, all its second
     ones, so that the rows of its pooled states are ``u = rows[:n]`` and ``v = rows[n:]``.
 
-    A batch that was given a shape has one sequence of padding tokens more behind each task's own;
-    no head reads it, so that it takes no part in any loss or gradient.
+    A batch that was given a shape may have one sequence of padding tokens more behind each task's
+    own; no head reads it, so that it takes no part in any loss or gradient.
 
     Attributes:
         tasks: their names.
@@ -140,7 +140,7 @@ def pack(
     sources: Sequence[Examples],
     picks: Sequence[Indices],
     step: int = 0,
-    plan: ShapePlan | None = None,
+    shapes: Shapes | None = None,
 ) -> PackedBatch:
     """Pack chosen examples of each task.
 
@@ -149,7 +149,7 @@ def pack(
         picks: for each, the indices of its examples, in the order in which they shall stand; not
             all are empty.
         step: decides what is random about the examples themselves, such as masks.
-        plan: shapes, one of which the batch is filled up to; None for no padding.
+        shapes: one of which the batch is filled up to; None for no padding.
 
     Raises:
         ValueError: there is no task or no example, or not one list of examples for each task.
@@ -162,10 +162,10 @@ def pack(
         source.part(chosen, step) if len(chosen) else empty_part(source.task)
         for source, chosen in zip(sources, picks, strict=True)
     ]
-    if plan is None:
+    if shapes is None:
         return join(parts)
     tasks = tuple(part.task for part in parts)
-    return join(parts, plan.shape(tasks, [len(part.tokens) for part in parts]))
+    return join(parts, shapes.shape(tasks, [len(part.tokens) for part in parts]))
 
 
 def join(parts: Sequence[Part], shape: BatchShape | None = None) -> PackedBatch:
@@ -182,15 +182,16 @@ def join(parts: Sequence[Part], shape: BatchShape | None = None) -> PackedBatch:
     np.cumsum(sizes, out=cu_seqlens[1:])
     states = [one.states for one in laid if one.states is not None]
     longest = max(int(part.sizes.max(initial=0)) for part in parts)
+    filling = 0
     if shape is not None:
-        longest = max(longest, shape.max_seqlen)
+        longest, filling = max(longest, shape.max_seqlen), shape.max_filling
     return PackedBatch(
         tasks=tuple(part.task for part in parts),
         input_ids=torch.from_numpy(np.concatenate([one.tokens for one in laid])),
         position_ids=torch.from_numpy(np.concatenate([one.positions for one in laid])),
         token_type_ids=torch.from_numpy(np.concatenate([one.token_types for one in laid])),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=longest if shape is None else max(longest, *tokens),
+        max_seqlen=max(longest, filling),
         max_own_seqlen=longest,
         task_offsets=_offsets([len(one.sizes) for one in laid]),
         sequences=tuple(len(part.sizes) for part in parts),

@@ -3,10 +3,11 @@
 What is compiled or recorded for a batch serves every batch of its shape.  Batches of short
 sentences differ in every token count, so each task's tokens are filled up to one of a few counts.
 Which counts cost the least filling is known beforehand: a run's batches follow from its seed.
+Where single products are compiled, not whole steps, multiples of a number are few enough.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +24,37 @@ class BatchShape(NamedTuple):
     """What batches of one shape have in common.
 
     Attributes:
-        tokens: of each task, the filling included; more than any batch of this shape has.
-        max_seqlen: tokens of the tasks' longest sequence, or more.
+        tokens: of each task, the filling included.
+        max_seqlen: tokens of the tasks' longest sequence, or more; 0 where batches differ in it.
+        max_filling: tokens of the longest filling, or more.
     """
 
     tokens: tuple[int, ...]
     max_seqlen: int
+    max_filling: int
+
+
+class Shapes(Protocol):
+    """What tells a batch its shape."""
+
+    def shape(self, tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
+        """Return what a batch with so many tokens of each task is filled up to."""
+
+
+class RoundedShapes:
+    """Shapes in which every task has a multiple of so many tokens.
+
+    Args:
+        multiple: of what.
+    """
+
+    def __init__(self, multiple: int) -> None:
+        self._multiple = multiple
+
+    def shape(self, _tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
+        """Return the next larger multiples; those of a task without tokens are 0."""
+        tokens = tuple(-(-count // self._multiple) * self._multiple for count in counts)
+        return BatchShape(tokens, max_seqlen=0, max_filling=self._multiple - 1)
 
 
 class ShapePlan:
@@ -55,7 +81,7 @@ class ShapePlan:
         """Return how many shapes there are."""
         return sum(map(len, self._shapes.values()))
 
-    def shape(self, tasks: tuple[str, ...], counts: Sequence[int]) -> BatchShape:
+    def shape(self, tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
         """Return the smallest planned shape that a batch fits into.
 
         Where it fits into none, which a plan made from a part of the steps lets happen, it gets a
@@ -108,4 +134,4 @@ def _rounded(counts: Counts, multiple: int = _MULTIPLE) -> Counts:
 
 
 def _shape(tokens: Counts, max_seqlen: int) -> BatchShape:
-    return BatchShape(tuple(tokens.tolist()), max_seqlen)
+    return BatchShape(tuple(tokens.tolist()), max_seqlen, max_filling=int(tokens.max()))

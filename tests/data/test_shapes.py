@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.pack import pack
-from engine.data.shapes import ShapePlan, merge
+from engine.data.shapes import RoundedShapes, ShapePlan, merge
 
 from ..multitask.conftest import random_split
 
@@ -69,6 +69,19 @@ def test_batches_of_one_shape_have_one_signature(plan: ShapePlan) -> None:
         batches.append(pack(splits, [np.arange(8)] * 3, 0, plan))
     assert len({batch.signature for batch in batches}) == 1
     assert len({batch.num_tokens - batch.padding for batch in batches}) == 3
+
+
+def test_tokens_are_filled_up_to_multiples() -> None:
+    splits = [random_split(task, 8, vocab=97, seed=n) for n, task in enumerate(TASKS)]
+    picks = [np.arange(8), np.arange(0), np.arange(8)]  # a rank may have none of a task
+    plain, filled = (pack(splits, picks, 0, use) for use in (None, RoundedShapes(32)))
+    before, after = (np.diff(batch.token_offsets) for batch in (plain, filled))
+    assert after.tolist() == [-(-count // 32) * 32 for count in before.tolist()]
+    assert filled.padding == sum(after - before) > 0
+    assert filled.max_own_seqlen == plain.max_seqlen
+    assert filled.max_seqlen == max(plain.max_seqlen, 31) >= filled.cu_seqlens.diff().max()
+    exact = pack(splits, picks, 0, RoundedShapes(1))
+    assert exact.signature == plain.signature
 
 
 def test_padding_is_a_sequence_behind_each_task(plan: ShapePlan) -> None:
