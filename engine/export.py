@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     run = open_run(options.run)
     model, progress = run.trained_model(torch.device("cpu"), torch.float32)
-    measured = read_scores(run.folder) if (run.folder / "metrics.json").exists() else None
+    has_scores = (run.folder / "metrics.json").exists()
+    measured = read_scores(run.folder, run.recipe.tasks) if has_scores else None
     of_these_weights = (
         measured is not None and measured.split == "dev" and measured.step == progress.step
     )

@@ -42,4 +42,4 @@ def with_states(model: MultitaskModel, split: TokenizedSplit) -> TokenizedSplit:
             states[places] = hidden.float().cpu().numpy()
     model.train(was_training)
     tokens = split.tokens if all_tokens else np.zeros(len(states), dtype=split.tokens.dtype)
-    return replace(split, tokens=tokens, offsets=offsets, states=states)
+    return replace(split, tokens=tokens, offsets=offsets, token_types=None, states=states)

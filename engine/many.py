@@ -92,7 +92,7 @@ def train_cells(
         signal = train_run(run)
         if signal is not None:
             return signal
-        scores = read_scores(run.folder).scores
+        scores = read_scores(run.folder, run.recipe.tasks).scores
         results[cell.name] = Result(cell.group, scores, training_seconds(run.folder))
         content = {name: result._asdict() for name, result in results.items()}
         write_text(folder / RESULTS, json.dumps(content, indent=2) + "\n")

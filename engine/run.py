@@ -23,11 +23,12 @@ from .data.formats import FORMATS, FileFormat
 from .data.part import Examples
 from .data.read import OnBadRow, Table
 from .data.source import Origin, Split
-from .data.split import TokenizedSplit
+from .data.split import TokenizedSplit, join_pairs
 from .data.tokenizer import Tokenizer
 from .errors import InputError
 from .model import huggingface
 from .model.config import EncoderConfig
+from .model.features import CROSS
 from .model.multitask import MultitaskModel
 from .objectives.build import build_examples, build_head
 from .objectives.masked_lm import MaskedLmHead
@@ -119,7 +120,7 @@ class Run(NamedTuple):
         on_bad_row: OnBadRow | None = None,
     ) -> TokenizedSplit:
         """Return the examples of a file or data set, tokenized for this run's encoder."""
-        return load_split(
+        split = load_split(
             origin,
             form,
             self.tokenizer,
@@ -127,6 +128,9 @@ class Run(NamedTuple):
             labelled=labelled,
             on_bad_row=on_bad_row or self.recipe.on_bad_row,
         )
+        if split.columns == 2 and self.recipe.tasks[form.task].features == CROSS:
+            return join_pairs(split, self.tokenizer, self.max_length)
+        return split
 
     def objective(self, name: str) -> Examples:
         """Return what an objective of the recipe is trained on.

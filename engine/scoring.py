@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,17 +112,18 @@ def write_scores(folder: Path, scores: Scores) -> None:
     write_text(folder / "metrics.json", json.dumps(scores._asdict(), indent=2) + "\n")
 
 
-def read_scores(folder: Path) -> Scores:
-    """Read ``metrics.json`` of a run.
+def read_scores(folder: Path, tasks: Iterable[str]) -> Scores:
+    """Read ``metrics.json`` of a run on these tasks.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: it is missing or damaged, or lacks one of their scores.
     """
     file = folder / "metrics.json"
     try:
         found = TypeAdapter(Scores).validate_json(read_bytes(file))
     except (InputError, ValueError) as error:
         raise InputError(f"{file}: no scores to read ({error}); run engine.evaluate") from None
-    if "overall" not in found.scores:
-        raise InputError(f"{file}: no overall score; run engine.evaluate")
+    for name in (*tasks, "overall"):
+        if name not in found.scores:
+            raise InputError(f"{file}: no score {name}; run engine.evaluate")
     return found

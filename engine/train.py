@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED + signal
     if not ranks.leads:
         return 0
-    best = read_scores(run.folder)
+    best = read_scores(run.folder, recipe.tasks)
     title = f"dev scores, best epoch (step {best.step})"
     print_scores(console, title, best.scores, recipe.formats)
     console.print(f"wrote {run.folder}", soft_wrap=True, highlight=False)

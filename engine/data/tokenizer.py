@@ -167,6 +167,14 @@ class Tokenizer:
         normalizer = self._backend.normalizer
         return isinstance(normalizer, normalizers.BertNormalizer) and bool(normalizer.lowercase)
 
+    @property
+    def pair_separators(self) -> int:
+        """Separators between two sentences in one sequence: BERT's one, or RoBERTa's two.
+
+        RoBERTa does not number segments either.
+        """
+        return 1 if self.special_tokens == SPECIAL_TOKENS else 2
+
     def encode(self, texts: Sequence[str], max_length: int) -> EncodedTexts:
         """Turn sentences into token ids, cutting those that exceed ``max_length`` tokens.
 

@@ -34,7 +34,8 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
 - `features`: what is read off the sentence vectors, u (and v of a pair): `single` u, `mean`
   (u + v) / 2, `concat` [u; v], `distance` |u - v|, `difference` [u; v; |u - v|], `shared`
   relu(W [u; v] + b) with `pair.weight` and `pair.bias`; the similarities `cosine` cos(u, v),
-  `cosine_shifted` (cos(u, v) + 1) / 2, `pearson` sigmoid(r(u, v)); or `bilstm`,
+  `cosine_shifted` (cos(u, v) + 1) / 2, `pearson` sigmoid(r(u, v)); `cross`, the vector of both
+  sentences in one sequence, [CLS] A [SEP] B [SEP], as the tokenizer frames a pair; or `bilstm`,
   relu(W [u; f; g] + b) with `TASK.joint.weight` and `TASK.joint.bias`, where f is the last output
   of the torch.nn.LSTM `TASK.lstm.forwards` over the states of the tokens behind [CLS], and g that
   of `TASK.lstm.backwards` over the same from the last to the first.
@@ -72,17 +73,17 @@ from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from torch import cat, cosine_similarity as cosine
 
-folder, task, *sentences = sys.argv[1:]  # one sentence, or the two of a pair
-vectors = SentenceTransformer(folder, device="cpu").encode(sentences, convert_to_tensor=True)
-u, v = vectors[:1], vectors[-1:]  # [1, H]
+folder, task, *text = sys.argv[1:]  # one sentence, or the two of a pair
 with safe_open(f"{folder}/heads.safetensors", "pt") as file:
     head, weights = json.loads(file.metadata()[task]), {n: file.get_tensor(n) for n in file.keys()}
+text = [tuple(text)] if head["features"] == "cross" else text
+u, v = SentenceTransformer(folder, device="cpu").encode(text, convert_to_tensor=True)[[0, -1], None]
 low, span, names = head["low"], head["high"] - head["low"], head["classes"]
 linear = lambda name, x: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 read = {"single": lambda: u, "mean": lambda: (u + v) / 2, "distance": lambda: abs(u - v),
         "concat": lambda: cat([u, v], 1), "difference": lambda: cat([u, v, abs(u - v)], 1),
         "shared": lambda: linear("pair", cat([u, v], 1)).relu(), "cosine": lambda: cosine(u, v),
-        "cosine_shifted": lambda: (cosine(u, v) + 1) / 2,
+        "cosine_shifted": lambda: (cosine(u, v) + 1) / 2, "cross": lambda: u,
         "pearson": lambda: cosine(u - u.mean(), v - v.mean()).sigmoid()}[head["features"]]()
 x = linear(f"{task}.output", read) if f"{task}.output.weight" in weights else read
 answer = {"classes": x.argmax(), "binary": (x > 0).long(), "score": x, "share": low + span * x,

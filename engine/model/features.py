@@ -14,6 +14,9 @@ weights; for a yes or no it has a learnt scale and threshold:
     cosine           cos(u, v)              of labels from 0 to 5 it is 5 cos, predictions cut at 0
     cosine_shifted   (cos(u, v) + 1) / 2    of those it is 2.5 (cos + 1)
     pearson          sigmoid(r(u, v))       r: correlation over the H components
+
+With ``cross`` there are no two vectors: both sentences stand in one sequence, which is read like a
+single one, by a linear output layer (:func:`~engine.data.split.join_pairs`; Devlin et al. 2019).
 """
 
 from collections.abc import Callable, Mapping
@@ -58,4 +61,5 @@ SIMILARITIES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyTyp
 """By name, functions of ``[n, H]`` and ``[n, H]``, both fp32, to ``[n]``."""
 
 SINGLE = ("single", "bilstm")
-PAIRS = (*JOINT_WIDTHS, *SIMILARITIES)
+CROSS = "cross"
+PAIRS = (*JOINT_WIDTHS, *SIMILARITIES, CROSS)

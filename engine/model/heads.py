@@ -20,7 +20,7 @@ from ..data.part import Labels
 from ..errors import InputError
 from ..rooms import kernels
 from .bilstm import BiLstm
-from .features import JOINT_WIDTHS, PAIRS, SIMILARITIES, SINGLE, joint
+from .features import CROSS, JOINT_WIDTHS, PAIRS, SIMILARITIES, SINGLE, joint
 from .layers import Linear
 from .states import TaskStates, at_least_fp32
 
@@ -120,7 +120,7 @@ class TaskHead(nn.Module):
             assert self.joint is not None
             read = self.lstm(states.tokens, states.cu_seqlens, states.max_seqlen)
             return self.joint(torch.cat([pooled, read], dim=1)).relu()
-        if self.features == "single":
+        if self.features in ("single", CROSS):
             return pooled
         first, second = pooled.chunk(2)
         joined = joint(first, second, self.features)

@@ -141,7 +141,7 @@ def signature(recipe: Recipe) -> str:
 
 def _outcome(run: Run, system: str, device: torch.device | None) -> Outcome:
     """Return what a run came to; with a device, and a checkpoint, its answers too."""
-    scores = read_scores(run.folder)
+    scores = read_scores(run.folder, run.recipe.tasks)
     if scores.split != "dev":
         raise InputError(
             f"{run.folder / 'metrics.json'}: scores on {scores.split}; run engine.evaluate"

@@ -1,15 +1,18 @@
 """Token ids: equal to transformers', framed and cut as BERT wants them."""
 
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
+from transformers import AutoTokenizer
 
 from engine.data.formats import FORMATS
-from engine.data.read import read_table
+from engine.data.read import Table, read_table
+from engine.data.split import join_pairs, tokenize
 from engine.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from engine.errors import InputError
 
@@ -38,6 +41,31 @@ def test_no_sentence_and_no_room(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode([], max_length=8).tokens.shape == (0,)
     with pytest.raises(ValueError, match="max_length"):
         tokenizer.encode(["x"], max_length=2)
+
+
+@pytest.mark.parametrize("max_length", [64, 9, 8, 5])
+def test_pairs_in_one_sequence_are_those_of_transformers(
+    tokenizer: Tokenizer, tmp_path: Path, max_length: int
+) -> None:
+    """Equal and different lengths around the limit, of which none, one or both are cut."""
+    words = "the plot was good and the film was bad"
+    texts = ["", *(" ".join(words.split()[:count]) for count in (1, 2, 3, 4, 9))]
+    first, second = (list(column) for column in zip(*product(texts, texts), strict=True))
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs(first, second, truncation="longest_first", max_length=max_length)
+    split = tokenize("quora", Table(["-"] * 36, (first, second), None), tokenizer, 64)
+    found = join_pairs(split, tokenizer, max_length)
+    assert found.columns == 1
+    rows = [np.split(row, found.offsets[1:-1]) for row in (found.tokens, found.token_types)]
+    assert [row.tolist() for row in rows[0]] == expected["input_ids"]
+    assert [row.tolist() for row in rows[1]] == expected["token_type_ids"]
+    assert (found.truncated > 0) == (max_length < 64)
+    part = found.part(np.array([7, 3]), 0)
+    assert part.tokens.tolist() == [*rows[0][7], *rows[0][3]]
+    assert part.token_types.tolist() == [*rows[1][7], *rows[1][3]]
+    with pytest.raises(InputError, match="max_length = 4: expected 5 or more"):
+        join_pairs(split, tokenizer, 4)
 
 
 def test_training_is_repeatable(demo: Path) -> None:

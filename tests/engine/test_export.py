@@ -118,6 +118,7 @@ READ = {
     "cosines": ("cosine", "cosine_shifted", "default"),
     "correlations": ("pearson", "pearson", "default"),
     "distances": ("distance", "mean", "default"),
+    "pairs": ("cross", "cross", "default"),
 }
 
 

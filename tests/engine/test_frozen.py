@@ -14,7 +14,10 @@ from engine.scoring import predict
 
 from .runs import metrics, trained_weights
 
-HEADS = ("freeze_encoder=true", "tasks.sst.features=bilstm", "tasks.quora.features=shared")
+HEADS = (
+    "freeze_encoder=true",
+    *("tasks.sst.features=bilstm", "tasks.quora.features=shared", "tasks.sts.features=cross"),
+)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from engine.data.demo import write_demo
 from engine.data.formats import FORMATS
 from engine.data.pack import PackedBatch, pack
 from engine.data.read import Table, read_table
-from engine.data.split import tokenize
+from engine.data.split import join_pairs, tokenize
 from engine.data.tokenizer import Tokenizer
 from engine.errors import InputError
 from engine.fill import likeliest
@@ -146,6 +146,21 @@ def test_token_ids_are_those_of_transformers(folder, texts) -> None:
     path = folder("roberta")
     expected = hf.AutoTokenizer.from_pretrained(path)(texts[:20])["input_ids"]
     assert batch_of(path, texts[:20]).input_ids.tolist() == [i for row in expected for i in row]
+
+
+@pytest.mark.parametrize("max_length", [64, 17, 16])
+def test_pairs_in_one_sequence_are_those_of_transformers(folder, texts, max_length) -> None:
+    """Short and long pairs, of which the first, the second or both are cut."""
+    path, long = folder("roberta"), " ".join(texts[:5])
+    first = [*texts[:20], long, texts[0], long, f"{texts[0]} {texts[1]}"]
+    second = [*texts[20:40], texts[0], long, long, f"{texts[2]} {texts[3]}"]
+    theirs = hf.AutoTokenizer.from_pretrained(path)
+    expected = theirs(first, second, truncation="longest_first", max_length=max_length)
+    tokenizer, table = Tokenizer.load(path), Table(["-"] * 24, (first, second), None)
+    found = join_pairs(tokenize("quora", table, tokenizer, 512), tokenizer, max_length)
+    rows = np.split(found.tokens, found.offsets[1:-1])
+    assert [row.tolist() for row in rows] == expected["input_ids"]
+    assert found.token_types is None
 
 
 def test_one_token_type_becomes_two_alike(folder, texts) -> None:

@@ -66,11 +66,21 @@ SHARES = {
 
 
 def test_all_features_of_pairs_are_tried_here():
-    assert {*JOINED, *SHARES, "shared"} == set(PAIRS)
+    assert {*JOINED, *SHARES, "shared", "cross"} == set(PAIRS)
 
 
 @pytest.mark.parametrize("task", ["quora", "sts"])
-@pytest.mark.parametrize("features", PAIRS)
+def test_a_pair_in_one_sequence_is_read_like_a_sentence(task):
+    pooled = torch.randn(EXAMPLES, WIDTH)
+    head = head_of(task, "cross")
+    with torch.no_grad():
+        found = head(states_of(pooled))
+    expected = [of_output(head, u) for u in pooled.double().numpy()]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["quora", "sts"])
+@pytest.mark.parametrize("features", [*JOINED, *SHARES, "shared"])
 def test_a_pair_is_scored_by_its_formula(task, features):
     pooled, pair = torch.randn(2 * EXAMPLES, WIDTH), Linear(2 * WIDTH, WIDTH, init_std=0.3)
     head = head_of(task, features)
