@@ -76,7 +76,7 @@ class Tokenizer:
                 )
             ids.append(number)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = ids
-        self._backend = backend
+        self._backend, self._where = backend, where
         if self.vocab_size >= 1 << 31:
             raise InputError(
                 f"token number {self.vocab_size - 1} is too large, {where}; replace it"
@@ -185,6 +185,7 @@ class Tokenizer:
 
         Raises:
             ValueError: ``max_length`` leaves no room for a token.
+            InputError: the vocabulary lacks what an unknown word becomes.
         """
         if max_length < 3:
             raise ValueError(f"max_length: expected at least 3, got {max_length}")
@@ -192,7 +193,10 @@ class Tokenizer:
         lengths = np.empty(len(texts), dtype=np.int64)
         for start in range(0, len(texts), _CHUNK):
             chunk = texts[start : start + _CHUNK]
-            encodings = self._backend.encode_batch_fast(chunk, add_special_tokens=False)
+            try:
+                encodings = self._backend.encode_batch_fast(chunk, add_special_tokens=False)
+            except Exception as error:  # the library raises nothing narrower
+                raise InputError(f"{error}, {self._where}; replace it") from error
             ids = [encoding.ids for encoding in encodings]
             lengths[start : start + len(ids)] = [len(row) for row in ids]
             framed = ([self.cls_id, *row[: max_length - 2], self.sep_id] for row in ids)

@@ -1,5 +1,6 @@
 """Token ids: equal to transformers', framed and cut as BERT wants them."""
 
+import json
 import shutil
 from itertools import product
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_settings_of_the_folder_do_not_cut_or_pad(tokenizer: Tokenizer, tmp_path
         loaded.encode(texts, 32).tokens, tokenizer.encode(texts, 32).tokens
     )
     assert loaded.to_json() == tokenizer.to_json()
+
+
+def test_a_word_that_nothing_stands_for(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    settings = json.loads(tokenizer.to_json())
+    del settings["model"]["vocab"]["[UNK]"]  # which is still among the added tokens
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"Missing \[UNK\].*tokenizer\.json"):
+        Tokenizer.load(tmp_path).encode(["the plot", "\U0001f4a3"], 16)
 
 
 def test_cased_vocabulary_stays_cased(tokenizer: Tokenizer, tmp_path: Path) -> None:
