@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..errors import InputError, LostRankError
 
+_PAUSE = 0.1  # seconds between attempts to reach the first process
 _GRACE = 3.0  # seconds for ranks that notice a loss a little later than this one
 
 
@@ -197,12 +198,35 @@ class Ranks:
 
 
 def _open_store(patience: timedelta) -> Store:
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if host and port.isdecimal() and os.environ.get("RANK") != "0":
+        _await_store(host, int(port), patience)
     try:
         store, *_ = next(rendezvous("env://", timeout=patience))
     except ValueError as error:  # a variable is missing or makes no sense
         raise InputError(f"torchrun's environment: {error}") from error
     # Addresses of the processes before a restart are no longer answered.
     return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _await_store(host: str, port: int, patience: timedelta) -> None:
+    """Wait until the first process has opened the store.
+
+    torch would wait up to three times as long as it is told to, since it doubles its pauses.
+    """
+    end = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=patience.total_seconds()).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                reason = error.strerror or error
+                raise LostRankError(
+                    f"rank {os.environ['RANK']}: no answer from rank 0 at {host}:{port} ({reason})"
+                ) from error
+            time.sleep(_PAUSE)
+        else:
+            return
 
 
 _SIGNS = ("gloo", "timed out", "timeout", "connection", "peer", "pair closure", "socket", "pipe")

@@ -1,6 +1,8 @@
 """Runs on several ranks against the same run on one."""
 
 import json
+import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.errors import InputError
+from engine.errors import InputError, LostRankError
 from engine.model.huggingface import to_huggingface_state
 from engine.recipe import load
 from engine.run import begin, open_run
@@ -155,3 +157,19 @@ def test_ranks_from_the_environment(monkeypatch):
         main(["demo"])
     with pytest.raises(InputError, match="MASTER_ADDR expected"):
         main(["demo", "--out", "no-such-folder", "--device", "cpu"])
+
+
+def test_a_first_rank_that_never_comes_is_given_up_in_time(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)
+    begun = time.monotonic()
+    with (
+        pytest.raises(LostRankError, match=rf"rank 1: no answer from rank 0 at 127.0.0.1:{port}"),
+        Ranks.from_environment().joined(torch.device("cpu"), timeout=2),
+    ):
+        pass
+    assert 2 <= time.monotonic() - begun < 5
