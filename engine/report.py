@@ -30,6 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "kept in papers.json; RUN may hold many runs, or be such a file (default: a page "
         "for each run)",
     )
+    what.add_argument(
+        "--no-texts",
+        action="store_true",
+        help="with --papers: name the worst examples by their ids alone, where the data are not to "
+        "be passed on (default: quote them)",
+    )
     where.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="where pages go; needed"
     )
@@ -45,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, device = terminal(), pick_device(options.device)
     if options.papers:
         outcomes = collect(options.runs, device, options.data)
+        if options.no_texts:
+            outcomes = [outcome.without_texts() for outcome in outcomes]
         for path in write_systems(outcomes, options.out):
             console.print(f"wrote {path}", soft_wrap=True, highlight=False)
         if missing := without_answers(outcomes):

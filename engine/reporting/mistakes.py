@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 import matplotlib as mpl
 import numpy as np
@@ -30,6 +31,11 @@ class Findings(BaseModel):
     """Predictions below their label."""
     worst: list[Mistake]
     """The worst first."""
+
+    def without_texts(self) -> Self:
+        """Return the same without the examples' sentences."""
+        worst = [mistake._replace(sentences=()) for mistake in self.worst]
+        return self.model_copy(update={"worst": worst})
 
 
 def findings(answers: Answers) -> Findings:
@@ -86,10 +92,11 @@ def markdown(title: str, answers: Mapping[str, Findings]) -> str:
         examples = sum(map(sum, found.counts))
         lines.append(f"| {task} | {examples:,} | {found.over:,} | {found.under:,} |")
     for task, found in answers.items():
-        lines += ["", f"Worst of {task} (label, prediction, text):", ""]
+        lines += ["", f"Worst of {task} (label, prediction, id, text):", ""]
         for mistake in found.worst:
             text = " / ".join(sentence.strip() for sentence in mistake.sentences)
-            lines.append(f"- {mistake.label}, {mistake.prediction}: {_escaped(text)}")
+            known = (mistake.label, mistake.prediction, mistake.id, text)
+            lines.append(f"- {', '.join(_escaped(part) for part in known if part)}")
     return "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,7 @@ more runs.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -55,6 +55,11 @@ class Outcome(BaseModel):
     def recipe(self) -> Recipe:
         """Its settings."""
         return Recipe.model_validate(self.settings)
+
+    def without_texts(self) -> Self:
+        """Return the same without sentences of the data, which are not everybody's to pass on."""
+        answers = {task: found.without_texts() for task, found in self.answers.items()}
+        return self.model_copy(update={"answers": answers})
 
     @property
     def key(self) -> str:

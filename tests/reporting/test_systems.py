@@ -88,6 +88,21 @@ def test_papers_json_alone_gives_the_same_report(series, tmp_path):
     assert len(text) < 100_000
 
 
+def test_sentences_are_left_out_where_asked(series, tmp_path):
+    assert report.main(["--papers", str(series), "--no-texts", "--out", str(tmp_path)]) == 0
+    worst = [
+        mistake
+        for outcome in read_outcomes(tmp_path / "papers.json")
+        for found in outcome.answers.values()
+        for mistake in found.worst
+    ]
+    assert worst
+    assert not any(mistake.sentences for mistake in worst)
+    lines = (tmp_path / "mistakes.md").read_text().splitlines()
+    quoted = [line for line in lines if line.startswith("- ")]
+    assert sorted(quoted) == sorted(f"- {one.label}, {one.prediction}, {one.id}" for one in worst)
+
+
 def test_more_runs_join_those_of_a_papers_json(series, tmp_path):
     kept = tmp_path / "kept"
     assert report.main(["--papers", str(series / "cgs/seed-0"), "--out", str(kept)]) == 0
@@ -193,7 +208,7 @@ def test_mistakes_are_counted_on_both_sides():
     found = answers("sts", [0, 2.5, 5], [0.5, 1, 5])
     text = mistakes.markdown("x", {"sts": mistakes.findings(found)})
     assert "| sts | 3 | 1 | 1 |" in text
-    assert r"- 0, 4: a \| b" in text
+    assert r"- 0, 4, 1, a \| b" in text
 
 
 def test_heatmaps_count_examples_by_the_nearest_label():
