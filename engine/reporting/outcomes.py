@@ -92,6 +92,9 @@ def collect(places: Sequence[Path], device: torch.device, data: Path | None) -> 
                 continue
             run = run if data is None else run.with_data(data)
             outcome = _outcome(run, system, device if system not in shown else None)
+            before = found.get(outcome.key)
+            if before is not None and not outcome.answers:  # it was asked already
+                outcome = outcome.model_copy(update={"answers": before.answers})
             found[outcome.key] = outcome
             shown |= {system} if outcome.answers else set()
     return list(found.values())

@@ -110,7 +110,12 @@ def test_more_runs_join_those_of_a_papers_json(series, tmp_path):
     places = [str(kept / "papers.json"), str(series), str(kept / "papers.json")]
     assert report.main(["--papers", *places, "--out", str(kept)]) == 0
     assert "2 seeds" in row_of(kept, "| CGS |")[7]
-    assert len(read_outcomes(kept / "papers.json")) == 6
+    outcomes = read_outcomes(kept / "papers.json")
+    assert len(outcomes) == 6
+    assert sum(bool(outcome.answers) for outcome in outcomes) == 3  # of each system's first run
+    again = ["--papers", str(kept / "papers.json"), str(series), "--out", str(tmp_path / "again")]
+    assert report.main(again) == 0
+    assert read_outcomes(tmp_path / "again/papers.json") == outcomes
 
 
 def test_runs_without_checkpoints_have_tables_but_no_mistakes(series, tmp_path, capsys):
