@@ -20,8 +20,9 @@ setup-dev: setup $(VENV)/.dev
 train: setup
 	$(BIN)/python -m engine.train demo
 
+# A process for each core.  Their idle threads wait instead of spinning on each other's cores.
 test: setup-dev
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 check: setup-dev
 	$(BIN)/ruff format --check .

@@ -10,8 +10,15 @@ import torch
 REPOSITORY = Path(__file__).parents[1]
 
 
+def pytest_configure() -> None:
+    """Give each of several worker processes a core: one thread, where a test asks for no more."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Start the long tests first; skip what needs a GPU where there is none."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

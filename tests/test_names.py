@@ -16,6 +16,8 @@ import engine
 
 from .conftest import REPOSITORY
 
+pytestmark = pytest.mark.xdist_group("wheel")  # they share what they look at
+
 
 def run_python(code: str, *, folder: Path, path: Path | None = None) -> str:
     """Run code in a fresh process; return what it prints."""

@@ -24,6 +24,15 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def several_threads() -> Iterator[None]:
+    """Lets the kernels part their work, whatever the number of test processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poisoned_memory() -> None:
     """Fills the memory that the allocator hands out next with NaN.

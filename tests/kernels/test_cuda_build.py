@@ -19,7 +19,11 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([sys.prefix + "/bin", os.environ["PATH"]]))
 
 
-pytestmark = pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is not on this machine")
+pytestmark = [
+    pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is not on this machine"),
+    pytest.mark.long,
+    pytest.mark.xdist_group("cuda build"),  # compiled once, by the first test
+]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from kernels import (
 from .compiled import KERNELS, SHARED_LIMIT, cases, compile_all, covering_cases
 
 
+@pytest.mark.long
 def test_no_spills_and_shared_memory_within_the_limit() -> None:
     table = compile_all(covering_cases())
     too_much = {case: needs for case, needs in table.items() if not needs.fit(case)}

@@ -154,6 +154,7 @@ def flat_gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
     )
 
 
+@pytest.mark.long
 # Compiled on batches of four shapes, as CUDA graphs need them; and the plainest case.
 @pytest.mark.parametrize(
     ("balance", "layers", "execution", "shapes"),

@@ -21,6 +21,11 @@ from engine.training import Training
 from ..engine.conftest import TINY
 from .launch import launch
 
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.xdist_group("ranks"),  # they share what they look at
+]
+
 EXACTLY = (
     "limit=640",  # one evaluation, at the end
     "schedule=constant",

@@ -17,6 +17,11 @@ from .disk import file_size_limit
 from .launch import launch, start, torchrun
 from .test_failure import wait_for
 
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.xdist_group("torchrun"),  # they share what they look at
+]
+
 
 def arguments(folder: Path, *settings: str) -> list[str]:
     return ["demo", "--out", str(folder), "--device", "cpu", "--set", *TINY, *settings]
