@@ -53,7 +53,9 @@ def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:
         ) from None
     except (OSError, EOFError, ValueError, MemoryError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).strip() or type(error).__name__
-        advice = dialect.advice('compression = "none"', "give the whole file, as it was written")
+        advice = "give the file whole"
+        if dialect.table and not isinstance(error, EOFError):
+            advice += f', or set {dialect.table}.compression = "none" if it is not compressed'
         raise InputError(f"cannot decompress by {kind}: {reason}, {path}; {advice}") from error
 
 

@@ -176,10 +176,11 @@ def _advice(line: str, columns: Sequence[str], dialect: Dialect, delimiter: str)
     otherwise = "give a file with that column"
     for other in _CANDIDATES:
         if other != delimiter and _has(line, columns, dialect, other):
-            return dialect.advice(f"delimiter = {json.dumps(other)}", otherwise)
+            setting = f"set {dialect.table}.delimiter = {json.dumps(other)}"
+            return setting if dialect.table else otherwise
     if not dialect.header:
         return otherwise
-    return dialect.advice("header = false if that is a row (columns have numbers)", otherwise)
+    return dialect.advice("header = false if that is a row already", otherwise)
 
 
 def _picked(record: _Record, width: int, places: Sequence[int], holder: str) -> Row:

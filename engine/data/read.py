@@ -144,7 +144,7 @@ def collect(
         labels.append(label)
 
     if len(ids) == len(blank):
-        raise InputError(f"no usable row below the header, {where}; give a file that has some")
+        raise InputError(f"no usable row, {where}; give a file that has some")
     return Table(
         ids=ids,
         sentences=sentences,

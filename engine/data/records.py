@@ -49,24 +49,27 @@ def _array_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect)
 
 
 def _line_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) -> Iterator[Row]:
+    if_array = "end the file's name in .json if it is one array, or correct the row"
     for number, line in enumerate(text.split("\n"), start=1):
         place = f"{path}:{number}"
+        advice = if_array if _ARRAY.match(line) else "correct the row"
         if found := undecoded(line):
-            advice = not_utf8(dialect, "correct the row")
-            yield Row(place, BadRowError("not UTF-8", found, advice))
+            yield Row(place, BadRowError("not UTF-8", found, not_utf8(dialect, advice)))
             continue
         try:
             record = parse_json(line)
         except ValueError as error:
-            yield Row(place, BadRowError("not JSON", " ".join(str(error).split())))
+            yield Row(place, BadRowError("not JSON", " ".join(str(error).split()), advice))
             continue
-        yield _object_row(record, columns, place)
+        yield _object_row(record, columns, place, advice)
 
 
-def _object_row(record: object, columns: Sequence[str], place: str) -> Row:
+def _object_row(
+    record: object, columns: Sequence[str], place: str, advice: str = "correct the row"
+) -> Row:
     if isinstance(record, dict):
         return typed_row(record, columns, place)
-    return Row(place, BadRowError("not a JSON object", type(record).__name__))
+    return Row(place, BadRowError("not a JSON object", type(record).__name__, advice))
 
 
 def parquet_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterator[Row]:
