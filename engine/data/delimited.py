@@ -65,7 +65,8 @@ def delimited_rows(
     holder = "the header" if dialect.header else "the first row"
     advice = _advice(first_line, columns, dialect, delimiter)
     places = find_columns(names, columns, place, holder=holder, advice=advice)
-    return Rows((_picked(record, len(names), places, holder) for record in records), notes)
+    picked = (_picked(record, len(names), places, holder, delimiter, dialect) for record in records)
+    return Rows(picked, notes)
 
 
 def _named(records: Iterator[_Record], path: Path) -> tuple[str, Sequence[str], Iterator[_Record]]:
@@ -183,11 +184,22 @@ def _advice(line: str, columns: Sequence[str], dialect: Dialect, delimiter: str)
     return dialect.advice("header = false if that is a row already", otherwise)
 
 
-def _picked(record: _Record, width: int, places: Sequence[int], holder: str) -> Row:
+def _picked(
+    record: _Record,
+    width: int,
+    places: Sequence[int],
+    holder: str,
+    delimiter: str,
+    dialect: Dialect,
+) -> Row:
     """Return the wanted columns of a record."""
     place, fields = record
     if isinstance(fields, BadRowError):
         return Row(place, fields)
     if len(fields) != width:
-        return Row(place, BadRowError("number of fields", f"{len(fields)}, {holder} has {width}"))
+        advice = "correct the row"
+        if any(delimiter in field for field in fields):  # quotes held together what is no field
+            advice = dialect.advice('quoting = "none"', advice)
+        detail = f"{len(fields)}, {holder} has {width}"
+        return Row(place, BadRowError("number of fields", detail, advice))
     return Row(place, [fields[at] for at in places])
