@@ -8,6 +8,7 @@ from .options import add_device
 from .run import open_run
 from .runtime.precision import pick_device
 from .scoring import Scores, score_splits, write_scores
+from .watch import report_data
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = run.with_data(options.data)
     model, progress = run.trained_model(pick_device(options.device))
     splits = {task: run.split(task, options.split) for task in run.recipe.tasks}
+    report_data(terminal(), splits.values())
     scores = score_splits(model, splits)
     write_scores(run.folder, Scores(options.split, progress.step, scores))
     title = f"{options.split} scores of step {progress.step}"

@@ -66,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_text(options.output, text.getvalue())
     console = terminal()
     console.print(f"wrote {len(split)} predictions to {options.output}", soft_wrap=True)
+    for note in split.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     if split.truncated:
         console.print(f"{split.truncated} sentences cut to the length limit")
     for reason, count in split.bad_rows.items():

@@ -32,7 +32,7 @@ from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
 from .training import Training
-from .watch import ProgressBar, describe, list_recipes, print_warmup
+from .watch import ProgressBar, describe, list_recipes, print_warmup, report_data
 
 
 def train(training: Training, console: Console) -> Signals | None:
@@ -105,6 +105,7 @@ def train_run(
     if device.type == "cpu":
         keep_freed_memory()
         set_threads(run.recipe.threads, ranks.local_size)
+    known: list[str] = []
     for phase in range(run.checkpoints.progress().phase, len(run.recipe.in_phases)):
         # The first on each machine fills the cache of tokenized data.
         with ranks.in_turn(), memory_explained(SMALLER_MODEL):
@@ -112,6 +113,7 @@ def train_run(
         if ranks.leads:
             run.write()  # only now: what cannot be trained leaves no folder behind
         describe(console, training)
+        known = report_data(console, [*training.train_sets, *training.dev_sets.values()], known)
         recipe = training.recipe
         with memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)):
             signal = train(training, console)
@@ -144,7 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resumes = options.resume or ranks.restarted
             run = runs.resume(recipe, out) if resumes else runs.begin(recipe, out)
         if options.dry_run:
-            show_plan(console, Training.build(run, device, ranks))
+            training = Training.build(run, device, ranks)
+            report_data(console, [*training.train_sets, *training.dev_sets.values()])
+            show_plan(console, training)
             return 0
         signal = train_run(run, device, console, ranks)
     if signal is not None:

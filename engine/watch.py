@@ -1,6 +1,6 @@
 """What a training run shows on the terminal."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,6 +9,7 @@ from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
 
+from .data.part import Examples
 from .data.split import TokenizedSplit
 from .runtime.execution import Execution
 from .runtime.manifest import Progress
@@ -17,7 +18,7 @@ from .training import Training
 
 
 def describe(console: Console, training: Training) -> None:
-    """Print what is about to be trained, and what the data files gave cause to report."""
+    """Print what is about to be trained."""
     recipe, parameters = training.recipe, training.parameters
     name = list(training.run.recipe.in_phases)[training.phase]
     rows = len(parameters.rows)
@@ -33,12 +34,35 @@ def describe(console: Console, training: Training) -> None:
         console.print(
             f"{training.ranks.size} ranks, {recipe.distribute}: {traffic}", soft_wrap=True
         )
-    splits = [split for split in training.train_sets if isinstance(split, TokenizedSplit)]
-    for split in [*splits, *training.dev_sets.values()]:
+
+
+def report_data(
+    console: Console, splits: Iterable[Examples], known: Collection[str] = ()
+) -> list[str]:
+    """Print what the data files gave cause to report.
+
+    Args:
+        console: where to.
+        splits: what was read; of what objectives train on there is nothing to report.
+        known: notes on files that were printed before.
+
+    Returns:
+        The notes that are known now.
+    """
+    notes = list(known)
+    for split in splits:
+        if not isinstance(split, TokenizedSplit):
+            continue
+        for note in split.notes:
+            line = f"{split.task}: {note}"
+            if line not in notes:
+                notes.append(line)
+                console.print(line, highlight=False, soft_wrap=True)
         if split.truncated:
             console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
         for reason, count in split.bad_rows.items():
             console.print(f"{split.task}: {count} rows skipped ({reason})")
+    return notes
 
 
 def print_warmup(console: Console, execution: Execution) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -25,12 +26,12 @@ from .source import Origin
 from .split import TokenizedSplit, tokenize
 from .tokenizer import Tokenizer
 
-_VERSION = 2
+_VERSION = 3
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _INDEX, _META = "index.json", "meta.json"
 
-_META_FIELDS = ("task", "ids", "columns", "truncated", "bad_rows", "blank")
+_META_FIELDS = ("task", "ids", "columns", "truncated", "bad_rows", "blank", "notes")
 
 _OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """How rename says that something stands where a folder is to go."""
@@ -79,17 +80,22 @@ def load_split(
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     entry = root / key
     try:
-        return _open_entry(entry)
+        return _with_name(_open_entry(entry), origin.name)
     except _DamagedEntryError:
         table = origin.table(format_, labelled=labelled, on_bad_row=on_bad_row)
         split = tokenize(format_.task, table, tokenizer, max_length)
     try:
-        return _write_entry(entry, split)
+        return _with_name(_write_entry(entry, split), origin.name)
     except OSError as error:
         raise InputError(
             f"cannot write the cache of tokenized data: {error.strerror or error}, {root}; "
             "set SUPERBERT_CACHE to a folder that can be written"
         ) from error
+
+
+def _with_name(split: TokenizedSplit, name: str) -> TokenizedSplit:
+    """Name the file in the notes: the same content has the same entry under any name."""
+    return replace(split, notes=tuple(f"read {name} as {note}" for note in split.notes))
 
 
 class _DamagedEntryError(Exception):
@@ -108,7 +114,7 @@ def _open_entry(entry: Path) -> TokenizedSplit:
             name: np.load(entry / name, mmap_mode="r") for name in index if name.endswith(".npy")
         }
         return TokenizedSplit(
-            **(meta | {"blank": tuple(meta["blank"])}),
+            **(meta | {name: tuple(meta[name]) for name in ("blank", "notes")}),
             tokens=arrays["tokens.npy"],
             offsets=arrays["offsets.npy"],
             labels=arrays.get("labels.npy"),

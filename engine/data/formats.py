@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from ..errors import InputError
-from .rows import LAYOUTS, Layout
+from .dialect import AUTO, BUILT_IN, COMPRESSIONS, LAYOUTS, Dialect, Layout, endings
 
 LabelKind = Literal["classes", "binary", "score"]
 
@@ -32,6 +32,9 @@ class FileFormat:
 
     layout: Layout | None = None
     """How the files are laid out, whatever their ending says; None where it says."""
+
+    dialect: Dialect = BUILT_IN
+    """How they are written otherwise."""
 
     id: str = ""
     """The column of the id; empty: rows are numbered from 0."""
@@ -62,11 +65,15 @@ class FileFormat:
         """Return how a file of this task is laid out.
 
         Raises:
-            InputError: its ending says nothing that is known.
+            InputError: its ending says nothing that is known, nor does the recipe give a delimiter.
         """
-        layout = self.layout or LAYOUTS.get(path.suffix.lower())
+        layout = self.layout or LAYOUTS.get(endings(path)[0])
+        if layout is None and self.dialect.delimiter != AUTO:
+            return "commas"
         if layout is None:
-            raise InputError(f"{path}: unknown ending; give a file in {', '.join(LAYOUTS)}")
+            known = f"{', '.join(LAYOUTS)}, compressed ({', '.join(COMPRESSIONS)}) or not"
+            advice = self.dialect.advice("delimiter", f"give a file in {known}")
+            raise InputError(f"{path}: unknown ending; {advice}")
         return layout
 
     def columns(self, *, labelled: bool) -> tuple[str, ...]:

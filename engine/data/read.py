@@ -1,7 +1,7 @@
 """Read sentences and labels into a table, trusting nothing in the file."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,8 +11,13 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..reading import read_bytes
+from .decode import decode
+from .decompress import decompress
+from .delimited import delimited_rows
+from .dialect import DELIMITERS
 from .formats import FileFormat
-from .rows import BadRowError, Row, rows_of, shorten
+from .records import json_rows, parquet_rows
+from .rows import BadRowError, Rows, shorten
 
 OnBadRow = Literal["error", "skip", "blank"]
 """What to do with a row that cannot be used.
@@ -32,6 +37,7 @@ class Table:
         labels: float32 ``[n]``, or None where they were not asked for.
         bad_rows: how many rows were skipped or blanked, by reason.
         blank: the indices of the blanked rows.
+        notes: what was found out about the file, a phrase each.
     """
 
     ids: list[str]
@@ -39,6 +45,7 @@ class Table:
     labels: npt.NDArray[np.float32] | None
     bad_rows: Mapping[str, int] = field(default_factory=dict)
     blank: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -63,22 +70,35 @@ def parse_table(
     """Turn the content of one file into a table.
 
     Args:
-        content: of the file (:func:`~.rows.rows_of`).
+        content: of the file.
         path: where it comes from, for error messages.
-        format_: the file's layout, the columns to read and the range of the label.
+        format_: how the file is written, the columns to read and the range of the label.
         labelled: read the label column; without it, the file need not have one.
         on_bad_row: what to do with a row that cannot be used.
 
     Raises:
-        InputError: the header lacks a column or names one twice, no row is usable, or, with
-            ``on_bad_row="error"``, a row cannot be used.
+        InputError: the file as a whole cannot be read, a column to read is missing or there twice,
+            no row is usable, or, with ``on_bad_row="error"``, a row cannot be used.
     """
-    rows = rows_of(content, path, format_.layout_of(path), format_.columns(labelled=labelled))
+    rows = _rows_of(content, path, format_, format_.columns(labelled=labelled))
     return collect(rows, str(path), format_, labelled=labelled, on_bad_row=on_bad_row)
 
 
+def _rows_of(content: bytes, path: Path, format_: FileFormat, columns: Sequence[str]) -> Rows:
+    layout, dialect = format_.layout_of(path), format_.dialect
+    content = decompress(content, path, dialect)
+    if layout == "parquet":
+        return Rows(parquet_rows(content, path, columns))
+    text, notes = decode(content, path, dialect)
+    if layout in DELIMITERS:
+        rows = delimited_rows(text, path, columns, dialect, DELIMITERS[layout])
+    else:
+        rows = json_rows(text, path, columns, dialect, may_be_array=layout == "json")
+    return rows._replace(notes=notes + rows.notes)
+
+
 def collect(
-    rows: Iterable[Row],
+    rows: Rows,
     where: str,
     format_: FileFormat,
     *,
@@ -99,7 +119,7 @@ def collect(
     labels: list[float] = []
     bad_rows: Counter[str] = Counter()
     blank: list[int] = []
-    for number, (place, values) in enumerate(rows):
+    for number, (place, values) in enumerate(rows.rows):
         identifier = "" if format_.id else str(number)
         try:
             if isinstance(values, BadRowError):
@@ -111,7 +131,7 @@ def collect(
         except BadRowError as bad:
             if on_bad_row == "error":
                 raise InputError(
-                    f"{bad.reason}: {bad.detail}, {place}; correct the row or see --on-bad-row"
+                    f"{bad.reason}: {bad.detail}, {place}; {bad.advice} or see --on-bad-row"
                 ) from bad
             bad_rows[bad.reason] += 1
             if on_bad_row == "skip":
@@ -124,13 +144,14 @@ def collect(
         labels.append(label)
 
     if len(ids) == len(blank):
-        raise InputError(f"no usable row below the header, {where}; give a file that has some")
+        raise InputError(f"no usable row, {where}; give a file that has some")
     return Table(
         ids=ids,
         sentences=sentences,
         labels=np.array(labels, dtype=np.float32) if labelled else None,
         bad_rows=dict(bad_rows),
         blank=tuple(blank),
+        notes=rows.notes,
     )
 
 

@@ -1,6 +1,7 @@
 """Where the examples of a task come from, as a recipe says it: files, or a data set by name."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,21 +9,36 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..errors import InputError
 from ..names import FileName, Name
 from ..reading import read_bytes
 from ..settings import Real, Settings
+from .decode import check_encoding
+from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Quoting, endings
 from .formats import FileFormat, LabelKind
 from .read import OnBadRow, Table, collect, parse_table
-from .rows import Row, find_columns, typed_row
+from .rows import Row, Rows, find_columns, typed_row
 
 _WITHOUT_PICKLES = (5, 2)
 """The version of the library ``datasets`` since which no data set is read from pickles."""
 
+_COLUMN_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+
 Split = Literal["train", "dev", "test"]
 Kind = Literal["classification", "regression", "pair_classification", "pair_regression"]
+
+Column = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
+"""The name of a column, or its number as text or as it is."""
+
+
+def _one_character(delimiter: str) -> str:
+    if delimiter in (AUTO, "tab"):
+        return delimiter.replace("tab", "\t")
+    if len(delimiter) != 1 or delimiter in '"\r\n\0':
+        raise ValueError('expected one character (no quote, no line end) or "tab"')
+    return delimiter
 
 
 class TaskSource(Settings):
@@ -30,11 +46,11 @@ class TaskSource(Settings):
 
     kind: Kind
     """What is predicted, from one sentence or from a pair."""
-    text: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+    text: Annotated[tuple[Column, ...], Field(min_length=1, max_length=2)]
     """The column of the sentence, or those of the pair."""
-    label: str = "label"
+    label: Column = "label"
     """The column of the label."""
-    id: str = ""
+    id: Column = ""
     """The column that names an example; empty: rows are numbered from 0."""
     classes: tuple[str, ...] | Annotated[int, Field(ge=2, lt=1 << 31)] = ()
     """Classification: the names of the classes, or how many there are when labels are numbers."""
@@ -42,7 +58,19 @@ class TaskSource(Settings):
     """Regression: the smallest and the largest label."""
 
     files: dict[Split, FileName] = {}
-    """A file for each split (.tsv, .csv, .jsonl, .parquet), relative to the data folder."""
+    """A file for each split, relative to the data folder: .tsv, .csv, .jsonl, .json or .parquet,
+    and behind that .gz, .bz2, .xz or .zst where it is compressed."""
+    delimiter: Annotated[str, AfterValidator(_one_character)] = AUTO
+    """Files: the character between two fields, or tab; auto: as the ending says, but tabs where a
+    header has the columns only so."""
+    quoting: Quoting = "csv"
+    """Files: csv: a field may stand in double quotes; none: a quote is a character like others."""
+    header: bool = True
+    """Files: whether the first row names the columns; if not, they are called 1, 2, …"""
+    encoding: Annotated[str, AfterValidator(check_encoding)] = AUTO
+    """Files: utf-8, latin-1, cp1252, utf-16-le, …; auto: as a byte order mark says, or UTF-8."""
+    compression: Compression = "auto"
+    """Files: none, gzip, bz2, xz, zstd; auto: as what stands behind the ending says."""
     dataset: Name = ""
     """Instead of files: a name or folder that the library ``datasets`` loads."""
     subset: Name = ""
@@ -63,6 +91,26 @@ class TaskSource(Settings):
             raise ValueError("classes: a name stands twice")
         if self.range[0] >= self.range[1]:
             raise ValueError("range: expected the smaller bound first")
+        return self
+
+    @model_validator(mode="after")
+    def _files_are_written_so(self) -> "TaskSource":
+        found = {LAYOUTS.get(endings(Path(name))[0]) for name in self.files.values()}
+        delimited = found & {None, *DELIMITERS}
+        has_effect = {
+            "delimiter": delimited,
+            "quoting": delimited,
+            "header": delimited,
+            "encoding": found - {"parquet"},
+            "compression": found,
+        }
+        for name, files in has_effect.items():
+            if getattr(self, name) != type(self).model_fields[name].default and not files:
+                what = "a data set by name" if self.dataset else "files of this kind"
+                raise ValueError(f"{name}: has no effect on {what}; leave it out")
+        for name in () if self.header else (*self.text, self.label, self.id or "1"):
+            if not _COLUMN_NUMBER.fullmatch(name):
+                raise ValueError(f"header = false: columns are called 1, 2, …; {name!r} is none")
         return self
 
     @property
@@ -87,6 +135,14 @@ class TaskSource(Settings):
             low=low,
             high=high,
             classes=names,
+            dialect=Dialect(
+                delimiter=self.delimiter,
+                quoting=self.quoting,
+                header=self.header,
+                encoding=self.encoding,
+                compression=self.compression,
+                table=f"tasks.{task}.source",
+            ),
         )
 
     def origin(self, task: str, split: Split, folder: Path | None) -> "Origin":
@@ -121,13 +177,18 @@ class DataFile:
 
     path: Path
 
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
     @cached_property
     def _content(self) -> bytes:
         return read_bytes(self.path)
 
     def digest(self) -> str:
         """Return a hash of all that decides what is read."""
-        return f"{self.path.suffix}:{hashlib.sha256(self._content).hexdigest()}"
+        return f"{''.join(endings(self.path))}:{hashlib.sha256(self._content).hexdigest()}"
 
     def table(self, format_: FileFormat, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.read.parse_table`."""
@@ -153,7 +214,7 @@ class HubSplit:
         where = f"data set {self.name}, split {self.split}"
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, where)
-        rows = self._rows(format_, columns, where)
+        rows = Rows(self._rows(format_, columns, where))
         return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
     def _rows(self, format_: FileFormat, columns: tuple[str, ...], where: str) -> Iterator[Row]:

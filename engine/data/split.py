@@ -28,6 +28,7 @@ class TokenizedSplit:
         truncated: how many sentences were cut to the limit on the length.
         bad_rows: how many rows of the file were skipped or blanked, by reason.
         blank: the indices of the blanked rows.
+        notes: what was found out about the file, a line each.
         token_types: uint8 ``[T]``, the segment of each token; None where all are 0.
         states: fp32 ``[T, H]``, what a frozen encoder made of the tokens (engine/frozen.py).
     """
@@ -41,6 +42,7 @@ class TokenizedSplit:
     truncated: int
     bad_rows: dict[str, int]
     blank: tuple[int, ...]
+    notes: tuple[str, ...] = ()
     token_types: npt.NDArray[np.uint8] | None = None
     states: npt.NDArray[np.float32] | None = None
 
@@ -98,6 +100,7 @@ def tokenize(task: str, table: Table, tokenizer: Tokenizer, max_length: int) -> 
         truncated=encoded.truncated,
         bad_rows=dict(table.bad_rows),
         blank=table.blank,
+        notes=table.notes,
     )
 
 

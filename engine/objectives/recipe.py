@@ -17,7 +17,8 @@ class ObjectiveRecipe(Settings):
     sentences_of: tuple[str, ...] = ()
     """Tasks whose training sentences are the text; without these and files, all of the recipe."""
     files: tuple[FileName, ...] = ()
-    """Text files, a sentence or a document a line; relative to the data folder."""
+    """Text files, a sentence or a document a line, plain or compressed (.gz, .bz2, .xz, .zst);
+    relative to the data folder."""
     limit: Count = 0
     """Examples of each task (the label distribution is kept) or lines of each file; 0: all."""
     max_texts: Count = 0

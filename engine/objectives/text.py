@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.decode import decode, undecoded
+from ..data.decompress import decompress
+from ..data.dialect import BUILT_IN
 from ..data.part import Indices
 from ..data.read import Table
 from ..data.sample import stratified_subset
@@ -20,14 +23,17 @@ _WHOLE = 1 << 30  # tokens: no text is cut before its sequence is put together
 def lines_of(path: Path, limit: int) -> list[str]:
     """Return the lines of a text file that are not empty, the first ``limit`` of them (0: all).
 
+    Args:
+        path: of the file: UTF-8, or as its byte order mark says; compressed as its ending says.
+        limit: the most lines.
+
     Raises:
         InputError: it cannot be read, is not UTF-8 or holds no text.
     """
-    try:
-        lines = read_bytes(path).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 ({error}), {path}; give a text file") from None
-    texts = [line.strip() for line in lines if line.strip()]
+    text = decode(decompress(read_bytes(path), path, BUILT_IN), path, BUILT_IN).text
+    if found := undecoded(text):
+        raise InputError(f"not UTF-8: {found}, {path}; convert the file to UTF-8")
+    texts = [line.strip() for line in text.splitlines() if line.strip()]
     if not texts:
         raise InputError(f"no text in it, {path}; give a file with a sentence a line")
     return texts[: limit or None]

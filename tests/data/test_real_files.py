@@ -7,6 +7,7 @@ import pytest
 
 from engine.data.formats import FORMATS
 from engine.data.read import read_table
+from engine.data.source import TaskSource
 from engine.data.split import tokenize
 from engine.data.tokenizer import Tokenizer
 
@@ -40,3 +41,24 @@ def test_tokens_of_real_sentences(real_data: Path, real_encoder: Path) -> None:
     assert split.lengths.max() == 128
     assert split.truncated == (split.lengths == 128).sum() > 0
     np.testing.assert_array_equal(split.tokens[split.offsets[1:] - 1], tokenizer.sep_id)
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_the_files_as_sources_of_ones_own(real_data: Path, task: str) -> None:
+    built_in, kind = FORMATS[task], {"score": "regression"}.get(FORMATS[task].kind)
+    source = TaskSource(
+        kind=("pair_" if len(built_in.sentences) == 2 else "") + (kind or "classification"),
+        text=built_in.sentences,
+        label=built_in.label,
+        id=built_in.id,
+        classes=() if kind else int(built_in.high) + 1,
+        files={split: built_in.file(real_data, split).name for split in ROWS[task]},
+    )
+    for split in ROWS[task]:
+        labelled = split != "test"
+        origin = source.origin(task, split, real_data)
+        found = origin.table(source.format(task), labelled=labelled, on_bad_row="error")
+        wanted = read_table(origin.path, built_in, labelled=labelled)
+        assert (found.ids, found.sentences) == (wanted.ids, wanted.sentences)
+        np.testing.assert_array_equal(found.labels, wanted.labels)
+        assert found.notes == ("separated by tabs, as its header is, not by commas",)

@@ -5,11 +5,14 @@ given to what reads them; some go through a whole command (tests/faults/fuzz_com
 read all the same is held against what its kind promises.
 """
 
+import bz2
 import contextlib
 import faulthandler
+import gzip
 import io
 import json
 import logging
+import lzma
 import random
 import resource
 import shutil
@@ -23,10 +26,11 @@ from typing import NamedTuple
 import pyarrow as pa
 from huggingface_hub import constants
 from pyarrow import parquet
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from engine import recipe as recipes
-from engine.data.formats import FORMATS
+from engine.data.formats import FORMATS, FileFormat
 from engine.data.read import Table, parse_table
 from engine.data.source import TaskSource
 from engine.data.tokenizer import Tokenizer
@@ -38,6 +42,7 @@ from engine.run import Run, begin, open_run
 from engine.runtime.checkpoint import Checkpoints, load_weights
 from engine.runtime.manifest import read_manifest, seal, verify
 from engine.train import main
+from engine.wording import first_problem
 
 from .progress import say
 from .spoil import spoil_bytes, spoil_json, spoil_safetensors, spoil_toml
@@ -50,14 +55,17 @@ TINY = [
     *("encoder.hidden_size=32", "encoder.num_hidden_layers=1", "encoder.num_attention_heads=2"),
     *("encoder.intermediate_size=48", "encoder.vocab_size=256", "limit=32", "precision=fp32"),
 ]
-_INTENTS = TaskSource(
+_SOURCE = TaskSource(
     kind="pair_classification",
     text=("first", "second"),
     label="intent",
     id="name",
     classes=("weather", "music"),
     files={"train": "rows"},
-).format("intent")
+)
+_INTENTS = _SOURCE.format("intent")
+_PLAIN_ROWS = b'a\t"fine film\tdull\tmusic\nb\train, soon\tso "on"\tweather\n'
+_NUMBERED = {"text": ("2", "3"), "label": "4", "id": "1", "header": False}
 
 Spoil = Callable[[bytes, random.Random], bytes]
 
@@ -172,6 +180,7 @@ def _text_kinds(run: Run, folder: Path) -> list[Kind]:
         Kind("tab-separated", 20, _lines_of("quora"), _table("quora", "csv")),
         Kind("tab-separated scores", 10, _lines_of("sts"), _table("sts", "tsv")),
         Kind("comma-separated", 5, commas, _table("intent", "csv")),
+        *_dialect_kinds(commas, json_lines),
         Kind("JSON lines", 5, json_lines, _table("intent", "jsonl")),
         Kind("JSON line", 5, json_lines.splitlines()[0], _table("intent", "jsonl"), structured),
         Kind("Parquet", 4, table.read_bytes(), _table("intent", "parquet")),
@@ -185,14 +194,63 @@ def _text_kinds(run: Run, folder: Path) -> list[Kind]:
     ]
 
 
+def _dialect_kinds(commas: bytes, json_lines: bytes) -> list[Kind]:
+    """Return files that a source describes by its fields, or that say how they are written."""
+    found_out, text = _source(), commas.decode()
+    array = b"[" + b",".join(json_lines.splitlines()) + b"]"
+    tabs = b"".join(line.replace(b",", b"\t") + b"\n" for line in commas.splitlines()[:1])
+    plain = _source(quoting="none", **_NUMBERED)
+    wide, latin = text.encode("utf-16"), text.replace("so", "só").encode("latin-1")
+    unmarked = _source(encoding="utf-16-be")
+    return [
+        Kind("no quoting, no header", 3, _PLAIN_ROWS, _as(plain, "tsv")),
+        Kind("tabs in .csv", 3, tabs + _PLAIN_ROWS.replace(b'"', b""), _as(found_out, "csv")),
+        Kind("semicolons", 3, commas.replace(b",", b";"), _as(_source(delimiter=";"), "txt")),
+        Kind("semicolons, unsaid", 1, commas.replace(b",", b";"), _as(found_out, "csv")),
+        Kind("JSON array", 3, array, _as(found_out, "json"), (spoil_bytes, spoil_json)),
+        Kind("UTF-16 with a mark", 3, wide, _as(found_out, "csv")),
+        Kind("UTF-16 without", 2, text.encode("utf-16-be"), _as(unmarked, "csv")),
+        Kind("Latin-1", 2, latin, _as(_source(encoding="latin-1"), "csv")),
+        Kind("Shift JIS", 2, commas, _as(_source(encoding="shift_jis"), "csv")),
+        Kind("gzip", 3, gzip.compress(commas), _as(found_out, "csv.gz")),
+        Kind("bz2", 2, bz2.compress(commas), _as(found_out, "csv.bz2")),
+        Kind("xz", 2, lzma.compress(commas), _as(found_out, "csv.xz")),
+        Kind("zstd", 2, pa.Codec("zstd").compress(commas, asbytes=True), _as(found_out, "csv.zst")),
+        Kind(
+            "source",
+            4,
+            json.dumps(_SOURCE.model_dump()).encode(),
+            _described(commas),
+            (spoil_json,),
+        ),
+    ]
+
+
+def _source(**fields: object) -> FileFormat:
+    return TaskSource(**(_SOURCE.model_dump() | fields)).format("intent")
+
+
+def _described(rows: bytes) -> Callable[[bytes], object]:
+    def read(content: bytes) -> object:
+        try:
+            source = TaskSource.model_validate(json.loads(content))
+        except ValidationError as error:
+            raise InputError(first_problem(error, TaskSource)) from None
+        return _as(source.format("intent"), "csv")(rows)
+
+    return read
+
+
 def _lines_of(task: str) -> bytes:
     demo = data_folder(recipes.load("demo")) / f"{task}-train.csv"
     return b"\n".join(demo.read_bytes().split(b"\n")[:12])
 
 
 def _table(task: str, suffix: str) -> Callable[[bytes], object]:
-    form = _INTENTS if task == "intent" else FORMATS[task]
+    return _as(_INTENTS if task == "intent" else FORMATS[task], suffix)
 
+
+def _as(form: FileFormat, suffix: str) -> Callable[[bytes], object]:
     def read(content: bytes) -> object:
         bad_row = "skip" if len(content) % 2 else "error"
         table = parse_table(content, Path(f"data.{suffix}"), form, on_bad_row=bad_row)

@@ -1,0 +1,72 @@
+"""How a file of examples is written: what a recipe says of it, and what its name says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+AUTO = "auto"
+"""Leaves it to the file: to its ending, its byte order mark, its header."""
+
+Layout = Literal["tabs", "commas", "json", "json_lines", "parquet"]
+Quoting = Literal["csv", "none"]
+Compression = Literal["auto", "none", "gzip", "bz2", "xz", "zstd"]
+
+LAYOUTS: Mapping[str, Layout] = {
+    ".tsv": "tabs",
+    ".csv": "commas",
+    ".jsonl": "json_lines",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+"""How a file is laid out, by its ending."""
+
+DELIMITERS: Mapping[Layout, str] = {"tabs": "\t", "commas": ","}
+"""What stands between two fields of a row, in the layouts that have such a thing."""
+
+COMPRESSIONS: Mapping[str, Compression] = {
+    ".gz": "gzip",
+    ".bz2": "bz2",
+    ".xz": "xz",
+    ".zst": "zstd",
+}
+"""How a file is compressed, by what stands behind its ending: ``train.csv.gz``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """How the files of a task are written, as far as their names do not say."""
+
+    delimiter: str = AUTO
+    """The character between two fields of a row."""
+
+    quoting: Quoting = "csv"
+    """``csv``: a field may stand in double quotes; ``none``: a quote is a character like others."""
+
+    header: bool = True
+    """Whether the first row names the columns; without it they are called 1, 2, …"""
+
+    encoding: str = AUTO
+    """A text encoding that Python knows."""
+
+    compression: Compression = "auto"
+    """``none`` and the others count whatever the file's ending says."""
+
+    table: str = ""
+    """The recipe's table that sets these fields, for messages; empty for a built-in task."""
+
+    def advice(self, setting: str, otherwise: str) -> str:
+        """Return what to do about a file: set a field, where a recipe can, or something else."""
+        return f"set {self.table}.{setting}, or {otherwise}" if self.table else otherwise
+
+
+BUILT_IN = Dialect()
+"""That of files of which no recipe says anything."""
+
+
+def endings(path: Path) -> tuple[str, str]:
+    """Return the ending that says a file's layout, and the one that says its compression or ''."""
+    last = path.suffix.lower()
+    if last not in COMPRESSIONS:
+        return last, ""
+    return path.with_suffix("").suffix.lower(), last
