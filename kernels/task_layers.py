@@ -153,7 +153,7 @@ class TaskLayers(TorchFunctionMode):
             out = F.linear(stream, weight)
             out = out + _spread(bias, of_bias, len(stream), segments).to(out.dtype)
         else:
-            dtype = _autocast_dtype(stream)
+            dtype = autocast_dtype(stream)
             if dtype is not None:
                 stream, weight = stream.to(dtype), weight.to(dtype)
                 bias = None if bias is None else bias.to(dtype)
@@ -179,7 +179,7 @@ class TaskLayers(TorchFunctionMode):
         if len(normalized_shape) != 1:
             raise NotImplementedError(f"{places[0].name}: layer norm over several dimensions")
         segments = self._segments(places[0], input.shape[:-1])
-        if input.is_cuda and _autocast_dtype(input) is not None:
+        if input.is_cuda and autocast_dtype(input) is not None:
             input = input.float()  # autocast's rule there
         rows = _task_rows(of_weight, of_bias)
         stream = input.reshape(-1, input.shape[-1])
@@ -286,7 +286,7 @@ def _note(out: Tensor, places: Sequence[Place], segments: TaskSegments) -> Tenso
     return _Note.apply(out, places, tasks)  # type: ignore[no-untyped-call]
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of a linear layer's input, where it is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
