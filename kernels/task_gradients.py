@@ -41,8 +41,9 @@ class TaskGradients:
     ``checkpoint(…, use_reentrant=False, context_fn=task_gradients.checkpoint_contexts)``.
 
     Args:
-        model: any module whose trained parameters are used by linear, layer norm and embedding
-            layers, torch's or this package's, with the batch along the first dimension.
+        model: any module.  Within :meth:`batch` its trained parameters are used by linear, layer
+            norm and embedding layers, torch's or this package's, with the batch along the first
+            dimension; within :meth:`task` by any operation.
         num_tasks: K.
 
     Attributes:
@@ -91,8 +92,8 @@ class TaskGradients:
         Raises:
             ValueError: not K numbers; within the block, a layer that does not have the batch along
                 the first dimension of its input.
-            NotImplementedError: within the block, a parameter used by any other kind of layer; the
-                message names it.
+            NotImplementedError: within the block, a parameter used by any other kind of layer,
+                which :meth:`task` takes; the message names it.
         """
         offsets = self._offsets("examples", examples)
         with self._seen_as(
@@ -102,14 +103,17 @@ class TaskGradients:
 
     @contextmanager
     def task(self, number: int) -> Iterator[None]:
-        """Run layers that see one task only, such as its head; their inputs have any shape.
+        """Run layers that see one task only, such as its head.
+
+        They are of any kind, and their inputs have any shape: what autograd finds for a parameter
+        that any operation uses here is the gradient of this task.  An autograd function of one's
+        own is given ``parameter.view_as(parameter)``, since torch does not tell of its arguments.
 
         Args:
             number: the task, from 0.
 
         Raises:
             ValueError: there is no such task.
-            NotImplementedError: as in :meth:`batch`.
         """
         if not 0 <= number < self.num_tasks:
             raise ValueError(f"number: expected 0 to {self.num_tasks - 1}, got {number}")
@@ -201,7 +205,8 @@ def _refusal(name: str, owner: "weakref.ref[TaskGradients]") -> Callable[[Tensor
         if gradient is not None and task_gradients is not None and task_gradients._collecting:
             raise RuntimeError(
                 f"{name}: got a gradient that belongs to no task; it was used outside `batch` and "
-                "`task`, or by an autograd function of its own"
+                "`task`, or by an autograd function of its own, which takes "
+                "`parameter.view_as(parameter)` within `task`"
             )
 
     return refuse

@@ -2,12 +2,14 @@
 
 :class:`TaskLayers` is a torch function mode: within its ``with`` block every torch call passes
 through it.  Calls of linear, layer norm and embedding that take a followed parameter run as the
-functions of this package that write task rows; any other use of one is refused by name, since the
-gradients of the tasks could not be told apart there.
+functions of this package that write task rows.  Any other call is given stand-ins for the followed
+parameters if it sees one task, whose row then gets what autograd makes of them; if it sees all
+tasks, it is refused by name, since their gradients could not be told apart.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -115,14 +117,31 @@ class TaskLayers(TorchFunctionMode):
         layer = _LAYERS.get(func)
         if layer is not None:
             return layer(self, *args, **kwargs)
-        result = func(*args, **kwargs)
         place = next(self._places_among([*args, *kwargs.values()]), None)
-        if place is not None and _is_differentiable(result):
-            raise NotImplementedError(
-                f"{place.name}: used by {resolve_name(func) or func}; task gradients are known for "
-                "linear, layer norm and embedding layers"
-            )
+        if place is None or not _uses_values(func):
+            return func(*args, **kwargs)
+        if isinstance(self.tasks, Single):
+            return self._with_stand_ins(func, *args, **kwargs)
+        result = func(*args, **kwargs)
+        if _is_differentiable(result):
+            raise _refusal(place, func)
         return result
+
+    def _with_stand_ins(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a call that sees one task; what autograd finds for a parameter goes into its row."""
+        stand_in = partial(self._stand_in, writable=func in _WRITE_WEIGHTS)
+        return func(*map(stand_in, args), **{name: stand_in(kwargs[name]) for name in kwargs})
+
+    def _stand_in(self, value: Any, writable: bool) -> Any:
+        """Put stand-ins into an argument, or into the lists and tuples that it is made of."""
+        if not any(self._places_among([value])):
+            return value
+        if isinstance(value, Tensor):
+            assert isinstance(self.tasks, Single)
+            place = self._places[id(value)]
+            return _StandIn.apply(value, place, self.tasks.task, writable)  # type: ignore[no-untyped-call]
+        replaced = (self._stand_in(item, writable) for item in value)
+        return list(replaced) if isinstance(value, list) else tuple(replaced)
 
     def _places_among(self, values: Iterable[Any]) -> Iterator[Place]:
         """Yield the places of the parameters among a call's arguments."""
@@ -153,7 +172,7 @@ class TaskLayers(TorchFunctionMode):
             out = F.linear(stream, weight)
             out = out + _spread(bias, of_bias, len(stream), segments).to(out.dtype)
         else:
-            dtype = _autocast_dtype(stream)
+            dtype = autocast_dtype(stream)
             if dtype is not None:
                 stream, weight = stream.to(dtype), weight.to(dtype)
                 bias = None if bias is None else bias.to(dtype)
@@ -162,7 +181,7 @@ class TaskLayers(TorchFunctionMode):
             out = linear(stream, weight, own_bias, rows=rows, segments=segments)
             if bias is not None and of_bias is None:
                 out = out + bias
-        return _note(out, places, segments).unflatten(0, input.shape[:-1])
+        return _note(out, places, segments).view(*input.shape[:-1], out.shape[-1])
 
     def _layer_norm(
         self,
@@ -177,9 +196,12 @@ class TaskLayers(TorchFunctionMode):
         if not places:
             return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
         if len(normalized_shape) != 1:
-            raise NotImplementedError(f"{places[0].name}: layer norm over several dimensions")
+            if isinstance(self.tasks, Joined):
+                raise _refusal(places[0], F.layer_norm)
+            shape = list(normalized_shape)
+            return self._with_stand_ins(F.layer_norm, input, shape, weight, bias, eps)
         segments = self._segments(places[0], input.shape[:-1])
-        if input.is_cuda and _autocast_dtype(input) is not None:
+        if input.is_cuda and autocast_dtype(input) is not None:
             input = input.float()  # autocast's rule there
         rows = _task_rows(of_weight, of_bias)
         stream = input.reshape(-1, input.shape[-1])
@@ -205,12 +227,12 @@ class TaskLayers(TorchFunctionMode):
         sparse: bool = False,
     ) -> Tensor:
         place = self._places.get(id(weight))
-        if place is None:
-            return F.embedding(
-                input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-            )
-        if max_norm is not None or scale_grad_by_freq:
-            raise NotImplementedError(f"{place.name}: embedding by max_norm or scale_grad_by_freq")
+        unusual = max_norm is not None or scale_grad_by_freq
+        if place is not None and unusual and isinstance(self.tasks, Joined):
+            raise _refusal(place, F.embedding)
+        if place is None or unusual:
+            options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+            return self._with_stand_ins(F.embedding, input, weight, *options)
         index = self._index_of_each(place, input)
         segments = self._segments(place, index.shape)
         stream = index.reshape(-1).long()
@@ -218,7 +240,7 @@ class TaskLayers(TorchFunctionMode):
         if padding_idx is not None:
             padding = (stream == padding_idx % len(weight))[:, None]
             out.register_hook(lambda gradient: gradient.masked_fill(padding, 0))
-        return _note(out, [place], segments).unflatten(0, index.shape)
+        return _note(out, [place], segments).view(*index.shape, out.shape[-1])
 
     def _index_of_each(self, place: Place, index: Tensor) -> Tensor:
         """Give each example its own index where all share one, as positions ``[1, S]`` do.
@@ -260,6 +282,24 @@ def _spread(bias: Tensor, place: Place, count: int, segments: TaskSegments) -> T
     return embedding(index, bias[None], rows=rows, segments=segments)
 
 
+class _StandIn(torch.autograd.Function):
+    """Shares a parameter's memory; its gradient goes into a task's row and no further."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, place: Place, task: int, writable: bool) -> Tensor:
+        ctx.save_for_backward(torch.empty(0))  # as _Note does
+        ctx.place, ctx.task = place, task
+        # As on a parameter, writing in place is an error on a view that a function returns.
+        return parameter.detach() if writable else parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
+        assert ctx.saved_tensors
+        ctx.place.rows[ctx.task].add_(gradient.detach())
+        ctx.place.tasks.add(ctx.task)
+        return None, None, None, None
+
+
 class _Note(torch.autograd.Function):
     """Passes a layer's output through; when its gradient comes, a loss has reached the layer."""
 
@@ -286,12 +326,45 @@ def _note(out: Tensor, places: Sequence[Place], segments: TaskSegments) -> Tenso
     return _Note.apply(out, places, tasks)  # type: ignore[no-untyped-call]
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of a linear layer's input, where it is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
+
+
+_WRITE_WEIGHTS = (F.embedding, F.embedding_bag)  # with max_norm, where autograd does not look
+# Views among the attributes, and methods that concern the tensor as an object: gradient, hooks, …
+_VIEWS = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
+_OBJECT_METHODS = frozenset(
+    {
+        Tensor.__deepcopy__,
+        Tensor.__reduce_ex__,
+        Tensor.backward,
+        Tensor.register_hook,
+        Tensor.register_post_accumulate_grad_hook,
+        Tensor.requires_grad_,
+        Tensor.retain_grad,
+        torch.autograd.backward,
+        torch.autograd.grad,
+    }
+)
+
+
+def _uses_values(func: Callable[..., Any]) -> bool:
+    """Whether a call may compute with the values of tensors."""
+    if getattr(func, "__name__", None) in ("__get__", "__set__", "__delete__"):
+        return func in _VIEWS
+    return func not in _OBJECT_METHODS
+
+
+def _refusal(place: Place, func: Callable[..., Any]) -> NotImplementedError:
+    return NotImplementedError(
+        f"{place.name}: used by {resolve_name(func) or func} on a batch of all tasks, where task "
+        "gradients are known for linear, layer norm (over the last dimension) and embedding layers "
+        "(without max_norm and scale_grad_by_freq) only; within `task(k)` any layer is taken"
+    )
 
 
 def _is_differentiable(result: Any) -> bool:

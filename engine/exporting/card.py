@@ -29,6 +29,10 @@ trained) or by sentence-transformers (sentence vectors, {pooling} pooling):
     model = transformers.AutoModel.from_pretrained(folder)
     model = sentence_transformers.SentenceTransformer(folder)
 
+There is no head for `pipeline("text-classification")` and `CrossEncoder`, which therefore raise an
+error; `pipeline("fill-mask")` answers, but from a head of random weights.  To train a new head on
+this encoder, give `num_labels=`, and to `CrossEncoder` also `activation_fn=`.
+
 The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSON object:
 
 - `features`: what is read off the sentence vectors, u (and v of a pair): `single` u, `mean`

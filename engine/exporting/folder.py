@@ -23,6 +23,18 @@ from ..runtime.files import explained, whole_folder
 from ..runtime.manifest import Progress
 from .card import model_card
 
+# Libraries would put a head of random weights on the encoder, and answer from it.  There is no way
+# to refuse, but the errors that these entries lead to name them; encoders do not read them.
+_NO_HEAD = (  # without a full stop, which would end the name of a module
+    "this export has no classification head (its model card shows how to use its tasks' heads)"
+)
+_NO_ANSWERS = {
+    "id2label": {},  # transformers: a classifier has no labels, unless it is given them
+    "label2id": {},
+    "function_to_apply": _NO_HEAD,  # pipeline("text-classification"), for a model without labels
+    "sentence_transformers": {"activation_fn": f"torch.nn.{_NO_HEAD}"},  # CrossEncoder
+}
+
 
 def write_model_folder(
     run: Run, model: MultitaskModel, progress: Progress, scores: dict[str, float] | None, to: Path
@@ -99,7 +111,7 @@ def _write_transformers(folder: Path, run: Run, model: MultitaskModel) -> None:
     state["pooler.dense.bias"] = torch.zeros(run.config.hidden_size)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     known = {"dtype": "float32", "pad_token_id": run.tokenizer.pad_id}
-    _write_json(folder / "config.json", run.config.to_huggingface() | known)
+    _write_json(folder / "config.json", run.config.to_huggingface() | known | _NO_ANSWERS)
     run.tokenizer.save(folder)
     settings = run.tokenizer.settings | {"model_max_length": run.max_length}
     _write_json(folder / "tokenizer_config.json", settings)

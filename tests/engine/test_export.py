@@ -1,9 +1,11 @@
 """An exported run is the same model in transformers and in sentence-transformers."""
 
 import json
+import logging
 import re
 import runpy
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoTokenizer
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from engine import __version__, export, train
 from engine.data.formats import FORMATS
@@ -33,6 +35,7 @@ from .conftest import TINY
 CPU = torch.device("cpu")
 # From wide weights, sentences differ by far more than fp32 rounds, also in their first tokens.
 WIDE = "encoder.initializer_range=0.5"
+LABELS = {"candidate_labels": ["a", "b"]}
 HEADS = ("tasks.sst.features=single", "tasks.quora.features=difference")
 
 # transformers and sentence-transformers warn of what they deprecate themselves.
@@ -68,6 +71,50 @@ def test_hidden_states_agree_with_transformers(exported):
             expected = theirs.eval()(**given).last_hidden_state[mask]
             hidden = ours.encoder(batch)
         assert (hidden - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("load", [AutoModel.from_pretrained, SentenceTransformer])
+def test_an_encoder_loads_without_a_warning(exported, load, caplog):
+    for library in ("transformers", "sentence_transformers"):
+        caplog.set_level(logging.WARNING, library)
+    logging.getLogger("transformers").propagate = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(str(exported[1]))
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_no_head_answers_from_random_weights(exported):
+    folder = str(exported[1])
+    with pytest.raises(ValueError, match="this export has no classification head"):
+        pipeline("text-classification", model=folder)("a good film")
+    for task, options in (("token-classification", {}), ("zero-shot-classification", LABELS)):
+        with pytest.raises((ValueError, IndexError)):
+            pipeline(task, model=folder)("a good film", **options)
+    with pytest.raises(ImportError, match="this export has no classification head"):
+        CrossEncoder(folder, device="cpu")
+    logits = AutoModelForSequenceClassification.from_pretrained(folder)(torch.ones(1, 3).long())
+    assert logits.logits.shape == (1, 0)
+
+
+def test_a_new_head_is_trained_on_an_export(exported, tmp_path):
+    folder = str(exported[1])
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert model(torch.ones(1, 3).long()).logits.shape == (1, 3)
+    pairs = [("a film", "a movie"), ("a film", "rain")]
+    cross_encoder = CrossEncoder(folder, num_labels=1, activation_fn=torch.nn.Sigmoid())
+    assert cross_encoder.predict(pairs).shape == (2,)
+    cross_encoder.save_pretrained(str(tmp_path / "cross"))
+    again = CrossEncoder(str(tmp_path / "cross"), device="cpu")
+    np.testing.assert_allclose(again.predict(pairs), cross_encoder.predict(pairs), rtol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (answer,) = pipeline("text-classification", model=model, tokenizer=tokenizer)("a good film")
+    assert answer["label"] in {"LABEL_0", "LABEL_1", "LABEL_2"}
+    del model.config.sentence_transformers  # as the docs say
+    model.save_pretrained(tmp_path / "classifier")
+    tokenizer.save_pretrained(tmp_path / "classifier")
+    classifier = CrossEncoder(str(tmp_path / "classifier"), device="cpu")
+    assert classifier.predict(pairs).shape == (2, 3)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

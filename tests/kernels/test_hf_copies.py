@@ -1,0 +1,247 @@
+"""Copies, pickles, children and siblings of an accelerated model."""
+
+import copy
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+from kernels import FusedLayerNorm, accelerate, hf, restore
+
+from .test_hf import IDS, MASK, SIZES
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(script: str, folder: Path) -> None:
+    """Run a script in a process of its own, which finds this package."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder, env=environment)
+
+
+def classifier() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**SIZES)).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=MASK).logits
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether all of it is; an error if a part only is."""
+    found = {
+        isinstance(module, FusedLayerNorm)
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm)
+    }
+    found |= {
+        module.config._attn_implementation == hf.IMPLEMENTATION
+        for module in model.modules()
+        if hasattr(module, "config")
+    }
+    assert len(found) == 1
+    return found.pop()
+
+
+def test_a_saved_model_and_config_in_another_process(tmp_path: Path) -> None:
+    model = classifier()
+    expected = logits(model)
+    accelerate(model)
+    torch.save((model, model.config, IDS, MASK), tmp_path / "saved")
+    script = (
+        "import torch, transformers; torch.set_num_threads(1)\n"
+        "model, config, ids, mask = torch.load('saved', weights_only=False)\n"
+        "assert transformers.AutoModel.from_config(config)(ids).pooler_output.isfinite().all()\n"
+        "torch.save(model(input_ids=ids, attention_mask=mask).logits, 'out')"
+    )
+    python(script, tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize("part", ["model", "config"])
+def test_unpickling_registers(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was imported first: here both libraries are, but nothing is registered."""
+    model = classifier()
+    accelerate(model)
+    saved = pickle.dumps(model if part == "model" else model.config)
+    for registry in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.delitem(registry._global_mapping, hf.IMPLEMENTATION)
+    with pytest.raises(KeyError, match=hf.IMPLEMENTATION):
+        logits(model)
+    pickle.loads(saved)
+    logits(model)
+
+
+def test_importing_registers_where_transformers_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    registries = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
+    for registry in registries:
+        monkeypatch.setitem(registry, hf.IMPLEMENTATION, None)
+        monkeypatch.delitem(registry, hf.IMPLEMENTATION)
+    spec = importlib.util.spec_from_file_location("kernels.hf_once_more", hf.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert [registry[hf.IMPLEMENTATION] for registry in registries] == [
+        *(module._attend, module._packing)
+    ]
+    model = BertModel(BertConfig(**SIZES, attn_implementation=hf.IMPLEMENTATION)).eval()
+    model(input_ids=IDS)
+    restore(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_saved_folder_is_a_plain_model(tmp_path: Path) -> None:
+    model = classifier()
+    expected = logits(model)
+    accelerate(model)
+    model.save_pretrained(tmp_path)
+    assert hf.IMPLEMENTATION not in (tmp_path / "config.json").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"]
+    loaded, report = BertForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys"))
+    assert not is_accelerated(loaded)
+    torch.testing.assert_close(logits(loaded.eval()), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "pickle"],
+)
+def test_a_copy_is_restored_by_itself(again: Callable[[nn.Module], nn.Module]) -> None:
+    model = classifier()
+    expected = logits(model)
+    accelerate(model)
+    other = again(model)
+    assert is_accelerated(other)
+    with pytest.raises(ValueError, match="accelerated already"):
+        accelerate(other)
+    restore(other)
+    assert not is_accelerated(other)
+    assert is_accelerated(model)
+    assert torch.equal(logits(other), expected)
+    restore(model)
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(ValueError, match="not accelerated"):
+        restore(other)
+
+
+def test_a_child_and_then_its_parent() -> None:
+    model = nn.Module()
+    model.inner = classifier()
+    model.norm = nn.LayerNorm(4)
+    expected = logits(model.inner)
+    child = accelerate(model.inner.bert)
+    assert child.attention == ("",)
+    assert model.inner.config._attn_implementation == "sdpa"
+    report = accelerate(model)
+    assert report == (("inner",), ("norm",))
+    assert is_accelerated(model)
+    torch.testing.assert_close(logits(model.inner), expected)
+    restore(model.inner.bert)
+    assert not is_accelerated(model.inner.bert)
+    assert model.inner.config._attn_implementation == hf.IMPLEMENTATION
+    torch.testing.assert_close(logits(model.inner), expected)
+    restore(model)
+    assert not is_accelerated(model)
+    assert torch.equal(logits(model.inner), expected)
+
+
+def test_a_parent_and_then_its_child() -> None:
+    model = classifier()
+    accelerate(model)
+    with pytest.raises(ValueError, match="accelerated already"):
+        accelerate(model.bert)
+    restore(model.bert.encoder)
+    assert not is_accelerated(model.bert.encoder)
+    restore(model)
+    assert not is_accelerated(model)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_models_that_share_a_config(implementation: str) -> None:
+    config = BertConfig(**SIZES, attn_implementation=implementation)
+    first, second = BertModel(config).eval(), BertModel(config).eval()
+    assert first.config is second.config
+    accelerate(first)
+    assert is_accelerated(first)
+    assert not is_accelerated(second)
+    assert second.config is config
+    assert config._attn_implementation == implementation
+    accelerate(second)
+    restore(first)
+    assert not is_accelerated(first)
+    assert is_accelerated(second)
+    restore(second)
+    for model in (first, second):
+        assert model.config._attn_implementation == implementation
+
+
+def test_modules_of_a_model_share_its_config_still() -> None:
+    model = classifier()
+    shared = model.config
+    accelerate(model)
+    configs = {id(module.config) for module in model.modules() if hasattr(module, "config")}
+    assert configs == {id(model.config)}
+    assert model.config is not shared
+    assert model.config.to_dict() == shared.to_dict()
+
+
+def test_norms_stay_the_modules_that_they_are() -> None:
+    model = classifier()
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    calls: list[int] = []
+    norms[0].register_forward_hook(lambda *_: calls.append(1))
+    accelerate(model)
+    assert [module for module in model.modules() if isinstance(module, FusedLayerNorm)] == norms
+    logits(model)
+    assert calls == [1]
+    restore(model)
+    assert {type(norm) for norm in norms} == {nn.LayerNorm}
+
+
+def test_a_config_that_names_this_attention() -> None:
+    """As that of a model that was made from an accelerated model's config."""
+    model = classifier()
+    accelerate(model)
+    other = AutoModel.from_config(model.config).eval()
+    report = accelerate(other)
+    assert report.attention == ()
+    assert len(report.layer_norms) == 5
+    restore(other)
+    assert other.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_of_its_own_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classifier()
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda _: False))
+    with pytest.raises(ValueError, match="BertForSequenceClassification has an attention of its"):
+        accelerate(model)
+    assert not is_accelerated(model)
+
+
+def test_config_json_may_name_this_attention(tmp_path: Path) -> None:
+    config = BertConfig(**SIZES).to_dict() | {"attn_implementation": hf.IMPLEMENTATION}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert model.config._attn_implementation == hf.IMPLEMENTATION
