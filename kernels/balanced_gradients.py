@@ -81,12 +81,20 @@ class _Buffer:
         return combined
 
 
-class _Written(NamedTuple):
-    """A gradient as it was written; later writes into it have another version."""
+class SeenGradient(NamedTuple):
+    """A parameter's gradient as it was at a moment; writes into it make another version."""
 
     parameter: Tensor
     gradient: TensorWeakRef
     version: int
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> "SeenGradient | None":
+        """Note a parameter's gradient, without keeping it alive; None without one."""
+        gradient = parameter.grad
+        if gradient is None:
+            return None
+        return cls(parameter, TensorWeakRef(gradient), gradient._version)
 
     def is_there(self) -> bool:
         """Whether the parameter still has this gradient, changed or not."""
@@ -94,7 +102,7 @@ class _Written(NamedTuple):
         return gradient is not None and gradient is self.parameter.grad
 
     def is_untouched(self) -> bool:
-        """Whether the parameter has this gradient as it was written."""
+        """Whether the parameter has this gradient as it was."""
         gradient = self.gradient()
         return self.is_there() and gradient is not None and gradient._version == self.version
 
@@ -140,7 +148,7 @@ class BalancedGradients:
         self._present: set[int] = set()  # tasks that had a loss
         self._reached: list[set[int]] = []  # for each task, positions of parameters
         self._before: dict[int, Tensor | None] = {}  # by position, gradients of other origin
-        self._written: list[_Written] = []
+        self._written: list[SeenGradient] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._collector is not None:
@@ -337,7 +345,7 @@ class BalancedGradients:
         if before is not None:
             gradient += before
         parameter.grad = gradient
-        self._written.append(_Written(parameter, TensorWeakRef(gradient), gradient._version))
+        self._written.append(SeenGradient(parameter, TensorWeakRef(gradient), gradient._version))
         hooks = parameter._post_accumulate_grad_hooks
         for hook in list((hooks or {}).values()):
             hook(parameter)

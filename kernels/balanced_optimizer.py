@@ -17,7 +17,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .balanced_gradients import BalancedGradients, Extent
+from .balanced_gradients import BalancedGradients, Extent, SeenGradient
 from .task_gradients import TaskGradients
 from .task_losses import Losses
 
@@ -202,7 +202,12 @@ class BalancedOptimizer(torch.optim.Optimizer):
             RuntimeError: the closure made gradients without ``backward``.
         """
         if closure is None:
-            self._warn_of_foreign_gradients()
+            if self._trains_unbalanced():
+                warnings.warn(
+                    f"step: no gradient is of {self._backward_name}(losses), so nothing balances "
+                    "them; to train without, step the wrapped optimizer, `.optimizer`",
+                    stacklevel=3,
+                )
             loss = self.optimizer.step()
         else:
             loss = self.optimizer.step(functools.partial(self._run, closure))
@@ -210,8 +215,13 @@ class BalancedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _run(self, closure: Callable[[], float]) -> float:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [SeenGradient.of(parameter) for parameter in parameters]
         loss = closure()
-        if self._gradients.are_foreign(self.param_groups):
+        if self._gradients.are_foreign(self.param_groups) and not all(
+            p.grad is None if seen is None else seen.is_untouched()
+            for p, seen in zip(parameters, before, strict=True)
+        ):
             raise RuntimeError(
                 f"step: the closure made gradients without {self._backward_name}(losses), so "
                 "nothing balances them; call that instead of loss.backward() (in Lightning, with "
@@ -220,15 +230,10 @@ class BalancedOptimizer(torch.optim.Optimizer):
         return loss
 
     @torch.compiler.disable
-    def _warn_of_foreign_gradients(self) -> None:
-        # Where all rates are 0, torch.distributed.checkpoint steps to make the optimizer's state.
+    def _trains_unbalanced(self) -> bool:
+        # With all rates 0, torch.distributed.checkpoint steps to make the optimizer's state.
         trains = not all(_is_zero(group.get("lr")) for group in self.param_groups)
-        if trains and self._gradients.are_foreign(self.param_groups):
-            warnings.warn(
-                f"step: no gradient is of {self._backward_name}(losses), so nothing balances them; "
-                "to train without, step the wrapped optimizer, `.optimizer`",
-                stacklevel=4,
-            )
+        return trains and self._gradients.are_foreign(self.param_groups)
 
     # ---- task gradients ------------------------------------------------------------------------
 
