@@ -231,8 +231,21 @@ def test_a_task_that_comes_later_in_the_accumulation(model: Tasks, optimizer: PC
 
 @pytest.mark.parametrize(
     "method",
-    "mgda cagrad upgrad dual_projection imtl_g aligned_mtl nash_mtl fairgrad config krum mean "
-    "total auxiliary_pcgrad".split(),
+    [
+        "mgda",
+        "cagrad",
+        "upgrad",
+        "dual_projection",
+        "imtl_g",
+        "aligned_mtl",
+        "nash_mtl",
+        "fairgrad",
+        "config",
+        "krum",
+        "mean",
+        "total",
+        "auxiliary_pcgrad",
+    ],
 )
 def test_every_method_takes_a_task_without_a_loss(model: Tasks, method: str) -> None:
     optimizer = BalancedOptimizer(
