@@ -103,7 +103,7 @@ class SeenGradient(NamedTuple):
 
     def is_untouched(self) -> bool:
         """Whether the parameter has this gradient as it was."""
-        gradient = self.gradient()
+        gradient = self.parameter.grad
         return self.is_there() and gradient is not None and gradient._version == self.version
 
 
@@ -145,6 +145,7 @@ class BalancedGradients:
         self._buffers: list[_Buffer] = []
         self._layout: list[tuple[object, ...]] = []
         self._num_tasks = 0  # of the gradients that are in the rows
+        self._has_filled_rows = False
         self._present: set[int] = set()  # tasks that had a loss
         self._reached: list[set[int]] = []  # for each task, positions of parameters
         self._before: dict[int, Tensor | None] = {}  # by position, gradients of other origin
@@ -161,6 +162,7 @@ class BalancedGradients:
     def clear(self) -> None:
         """Forget the task gradients; the parameters' ``grad`` stays."""
         self._num_tasks = 0
+        self._has_filled_rows = False
         self._written, self._before = [], {}
         if self._collector is not None:
             self._collector.clear()
@@ -245,11 +247,11 @@ class BalancedGradients:
         if layout != self._layout:
             self._buffers = list(self._lay_out(trained))
             self._layout = layout
-        if collector is not None:
-            collector.clear()
-        else:
+        if collector is None:
             for buffer in self._buffers:
                 buffer.resize(num_tasks)
+        elif self._has_filled_rows:  # and not only backward passes of the caller's own
+            collector.clear()
         self._present = set()
         self._reached = [set() for _ in range(num_tasks)]
         self._written = []
@@ -290,7 +292,10 @@ class BalancedGradients:
         """Add the gradient of each loss to its row."""
         present = {task: loss for task, loss in enumerate(losses) if loss is not None}
         self._present |= present.keys()
+        self._has_filled_rows = True
         if self._collector is not None:
+            with self._collector.task(0):
+                pass  # so that a gradient which belongs to no task is refused, cleared or not
             torch.autograd.backward(list(present.values()))
             for _, place in self._places():
                 for task in self._present & self._collector.tasks_reaching(place.parameter):

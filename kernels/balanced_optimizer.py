@@ -36,7 +36,8 @@ def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     def hooked(*args: Any, **kwargs: Any) -> Any:
         optimizer = args[0]
         for before in optimizer._optimizer_step_pre_hooks.values():
-            args, kwargs = before(optimizer, args, kwargs) or (args, kwargs)
+            changed = before(optimizer, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
         result = step(*args, **kwargs)
         for after in optimizer._optimizer_step_post_hooks.values():
             after(optimizer, args, kwargs)

@@ -398,6 +398,55 @@ def test_task_gradients_start_afresh(absent: int | None, set_to_none: bool) -> N
         assert_close(optimizers[0].gram, optimizers[1].gram)
 
 
+@pytest.mark.parametrize("call", [0, 1])
+def test_losses_from_outside_a_batch_are_refused(call: int) -> None:
+    model = Joined()
+    collector = TaskGradients(model, 2)
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), task_gradients=collector)
+    if call:
+        optimizer.pc_backward(model.losses(collector))
+        optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="got a gradient that belongs to no task"):
+        optimizer.pc_backward(model.losses(None))
+    model.zero_grad()
+    optimizer.pc_backward(model.losses(collector), draw_order(2, 0))
+    single = Joined()
+    PCGrad(torch.optim.SGD(single.parameters(), lr=0.1)).pc_backward(
+        single.losses(None), draw_order(2, 0)
+    )
+    assert_close(written_gradients(model), written_gradients(single))
+
+
+def test_backward_passes_of_ones_own_are_in_the_rows() -> None:
+    model, single = Joined(), Joined()
+    collector = TaskGradients(model, 2)
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), task_gradients=collector)
+    order = draw_order(2, 0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(model.losses(collector)).backward()
+        optimizer.pc_backward(model.losses(collector), order)
+    other = PCGrad(torch.optim.SGD(single.parameters(), lr=0.1))
+    other.pc_backward([2 * loss for loss in single.losses(None)], order)
+    assert_close(written_gradients(model), written_gradients(single))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("extent", ["model", "group", "tensor"])
+def test_nothing_waits_for_the_device(extent: str) -> None:
+    model = Tasks(torch.float32).cuda()
+    optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=0.1), extent=extent)
+    for call in range(5):
+        model.zero_grad(set_to_none=call % 2 == 0)
+        first, *others = (loss.cuda() for loss in model.losses(call))
+        torch.cuda.set_sync_debug_mode("error" if call else "default")  # first: set-up
+        try:
+            optimizer.pc_backward([first if call != 2 else None, *others])
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_copies_with_task_gradients_are_refused() -> None:
     model = Joined()
     optimizer = PCGrad(
