@@ -1,4 +1,4 @@
-"""PCGrad inside Lightning: manual optimization, Lightning's own optimizer takes the step.
+"""PCGrad inside Lightning: manual optimization, and PCGrad is the optimizer.
 
 python -m examples.pcgrad_lightning [--steps N]
 """
@@ -32,17 +32,16 @@ class TwoTasks(lightning.LightningModule):
         self.totals: list[float] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Keep the plain optimizer for Lightning, which counts its steps; wrap it beside that."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=5e-4)
-        self.surgery = PCGrad(optimizer)
-        return optimizer
+        """Wrap the optimizer; Lightning's checkpoints hold the state of both."""
+        return PCGrad(torch.optim.AdamW(self.parameters(), lr=5e-4))
 
     def training_step(self, batch: dict[str, dict[str, Tensor]]) -> None:
         """Train on one batch of each task."""
         losses = self.model.losses(batch)
-        self.surgery.zero_grad()  # of the tasks, too, which Lightning's optimizer does not know
-        self.surgery.pc_backward(losses)  # instead of self.manual_backward(sum(losses))
-        self.optimizers().step()
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        optimizer.pc_backward(losses)  # instead of self.manual_backward(sum(losses))
+        optimizer.step()
         self.totals.append(sum(loss.item() for loss in losses))
 
 

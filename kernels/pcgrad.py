@@ -10,40 +10,50 @@ parameters that any task reaches.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .balanced_optimizer import BalancedOptimizer, Extent
+from .balanced_gradients import BalancedGradients, Extent
+from .balanced_optimizer import BalancedOptimizer
 from .surgery import Reduction, draw_order, pcgrad_weights
 from .task_gradients import TaskGradients
+from .task_losses import Losses
 
-_STATE_KEY = "pcgrad"
+_DRAWN = "drawn_orders"  # in the first parameter group: all that stores optimizers keeps it there
+_OLD_KEY = "pcgrad"  # of state dicts before
 
 
 class PCGrad(BalancedOptimizer):
     """Wraps an optimizer; ``pc_backward`` takes the place of ``backward``.
 
-    What the tasks do not share is left as it is: a parameter that no task reaches keeps ``grad``
-    None, so that weight decay leaves it alone, and the mean is taken over the tasks that reach a
-    parameter.
+    What the tasks do not share is left as it is: a parameter that no task reaches keeps its
+    ``grad``, None for one, so that weight decay leaves it alone, and the mean is taken over the
+    tasks that reach a parameter.
 
     Args:
-        optimizer: any torch optimizer.
+        optimizer: any torch optimizer.  The number of orders drawn so far is an entry
+            ``drawn_orders`` of its first parameter group.
         reduction: ``"mean"`` or ``"sum"`` of the projected gradients; the paper sums.
         extent: project over the whole ``"model"`` as the paper does, within each parameter
             ``"group"`` of the optimizer, or within each ``"tensor"``.
-        seed: of the random order of projections, which is a function of seed and step alone, so
-            that all ranks of a distributed run draw the same.
+        seed: of the random order of projections, which is a function of seed and number of the
+            draw alone, so that all ranks of a distributed run draw the same.
         include_self: also project each gradient by itself where its turn comes, as the widely
             copied class does; with its order, this replays its update.
         task_gradients: as for :class:`.BalancedOptimizer`.  A layer that sees several tasks at once
-            counts as reached by all of them if any loss reaches it.
+            counts as reached by all of them that have a loss if any loss reaches it.
+        tasks: the tasks' names, for losses by name; those of the first losses when None.
 
     Raises:
-        ValueError: an unknown ``reduction`` or ``extent``.
+        TypeError: ``optimizer`` is none.
+        ValueError: an unknown ``reduction`` or ``extent``, or a name twice.
     """
+
+    _backward_name = "pc_backward"
+    _settings = ("optimizer", "_gradients", "_seed", "_include_self")
 
     def __init__(
         self,
@@ -54,57 +64,48 @@ class PCGrad(BalancedOptimizer):
         seed: int = 0,
         include_self: bool = False,
         task_gradients: TaskGradients | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
-        super().__init__(optimizer, self._project, extent=extent, task_gradients=task_gradients)
-        self._reduction: Reduction = reduction
+        gradients = BalancedGradients(extent, reduction == "mean", task_gradients, tasks)
+        self._set_up(optimizer, gradients)
         self._seed, self._include_self = seed, include_self
-        self._draws = 0
-        self._order: Tensor | None = None
+        self._first_group.setdefault(_DRAWN, 0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state and how many orders were drawn."""
-        return super().state_dict() | {_STATE_KEY: {"draws": self._draws}}
+    @property
+    def _first_group(self) -> dict[str, Any]:
+        return self.param_groups[0]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state.
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        old = state_dict.get(_OLD_KEY, {"draws": 0})
+        super()._load({key: value for key, value in state_dict.items() if key != _OLD_KEY})
+        self._first_group.setdefault(_DRAWN, old["draws"])
 
-        Args:
-            state_dict: what :meth:`state_dict` returned, here or of the optimizer alone.
-        """
-        own = state_dict.get(_STATE_KEY)
-        self._draws = 0 if own is None else own["draws"]
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != _STATE_KEY})
-
-    def pc_backward(self, objectives: Sequence[Tensor], order: Tensor | None = None) -> None:
-        """Set every parameter's ``grad`` to the combination of the projected task gradients.
+    def pc_backward(self, objectives: Losses, order: Tensor | None = None) -> None:
+        """Add the combination of the projected task gradients to every parameter's ``grad``.
 
         Args:
-            objectives: one scalar loss for each task; more as for ``backward``.
+            objectives: one scalar loss for each task; more as for ``backward``, which it is but for
+                the order.
             order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by.  Drawn
                 at random when None.
 
         Raises:
             ValueError: as ``backward``.
         """
-        self._order = order
-        try:
-            self.backward(objectives)
-        finally:
-            self._order = None
-        self._draws += order is None
+        weigh = self._weigh if order is None else partial(self._project, order)
+        self._gradients.backward(objectives, self.param_groups, weigh)
 
-    def _project(self, gram: Tensor) -> Tensor:
-        if self._order is None:
-            seed = torch.full((), self._seed, dtype=torch.int64, device=gram.device)
-            self._order = draw_order(len(gram), seed, self._draws)
-        return pcgrad_weights(
-            gram,
-            self._order.to(gram.device),
-            reduction="sum",
-            include_self=self._include_self,
+    def _weigh(self, grams: Tensor) -> Tensor:
+        seed = torch.full((), self._seed, dtype=torch.int64, device=grams.device)
+        drawn = self._first_group.get(_DRAWN, 0)
+        self._first_group[_DRAWN] = drawn + 1
+        return self._project(draw_order(grams.shape[-1], seed, drawn), grams)
+
+    def _project(self, order: Tensor, grams: Tensor) -> Tensor:
+        """Make weights ``[G, K]`` out of ``[G, K, K]``."""
+        order = order.to(grams.device, non_blocking=True)
+        return torch.stack(
+            [pcgrad_weights(gram, order, include_self=self._include_self) for gram in grams]
         )
-
-    def _share(self, num_tasks_reaching: int) -> float:
-        return 1 / num_tasks_reaching if self._reduction == "mean" else 1.0

@@ -1,5 +1,6 @@
 """The snippets of the migration page run, and give what the code they replace gives."""
 
+import copy
 import re
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchjd.aggregation import UPGrad
 
-from kernels import balancing
+from kernels import PCGrad, balancing
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "migrating.md").read_text(encoding="utf-8")
@@ -63,6 +64,15 @@ def test_wrapped_optimizers(model: nn.Module, heading: str) -> None:
         coefficients = torch.linalg.lstsq(rows.T, combined[:, None]).solution
         torch.testing.assert_close(rows.T @ coefficients, combined[:, None])
         assert (coefficients > 1 / 3 - 1e-3).all()
+
+
+def test_pcgrad_inside_a_trainer(model: nn.Module) -> None:
+    plain = copy.deepcopy(model)
+    optimizer = PCGrad(torch.optim.AdamW(plain.parameters(), lr=1e-3))
+    optimizer.pc_backward(losses_of(plain))
+    optimizer.step()
+    run_snippet("PCGrad inside a trainer", model=model, losses=losses_of)
+    torch.testing.assert_close(dict(model.named_parameters()), dict(plain.named_parameters()))
 
 
 def test_attention() -> None:

@@ -110,6 +110,7 @@ def test_published_update_is_replayed() -> None:
     for seed in range(20):
         order = draw_order(3, seed)
         optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), "sum", include_self=True)
+        optimizer.zero_grad()
         optimizer.pc_backward(model.losses(seed), order)
         expected = published_update(task_gradients(model, seed), order)
         torch.testing.assert_close(written_gradients(model), expected, rtol=1e-10, atol=1e-12)
