@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kGramThreads, 2)
   }
 }
 
-// ---- up to 64 rows -----------------------------------------------------------------------------
+// ---- more rows ---------------------------------------------------------------------------------
 // A chunk of columns of all rows lies in shared memory as [rows][columns], while the next one is on
 // its way into registers.  Thread (pair, slice) sums the products of one pair of row tiles over
 // every slices-th 16 bytes of the columns; up to 40 rows the eight threads of a quarter warp share

@@ -2,11 +2,15 @@
 
 Every method here computes weights ``c [K]`` from ``G = J Jᵀ [K, K]``; the update is
 ``sum_k c_k g_k``.  They run where G lies, never wait for the device, and can be part of a CUDA
-graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same weights.
+graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same weights (with
+:func:`nash_mtl`'s ``max_norm``: the same update).
 A method that divides by a task's norm gives a task with zero gradient the weight 0.
 
 The problems are solved in float64; the small solvers (eigenvalues, quadratic programs, Newton's
-method) are C++ and CUDA from one source, csrc/balancing_solvers.h.
+method) are C++ and CUDA from one source, csrc/balancing_solvers.h.  K has no limit but memory, for
+a few ``[K, K]`` matrices, or one for each row that :func:`upgrad` solves at a time.  Time grows
+with K³, :func:`upgrad`'s with K⁴; on CUDA a problem is solved by one thread, so that beyond a
+hundred or so tasks G is better taken to the CPU first.
 
 PCGrad stands in :mod:`.surgery`; it needs a random order as well.
 """
