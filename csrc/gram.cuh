@@ -286,6 +286,7 @@ __global__ void __maxnreg__(kBetween ? kBetweenRegisters : kTileRegisters)
 #pragma unroll
       for (int j = 0; j < R; ++j) {
         double sum = sums[i][j];
+#pragma unroll 1 // between half panels the count is known; all sums at once would be spilled
         for (int lane = shape.slices / 2; lane > 0; lane /= 2) {
           sum += __shfl_xor_sync(0xffffffffu, sum, lane);
         }

@@ -109,10 +109,19 @@ def test_gram(device: Device, num_tasks: int, dtype: torch.dtype) -> None:
 
 
 # One row beyond a panel of 64, half panels that are full, begun, and beyond the last row.
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("num_tasks", [65, 96, 97, 128, 161])
+@pytest.mark.parametrize(
+    ("num_tasks", "dtype"),
+    [
+        (65, torch.float32),
+        (96, torch.float16),
+        (97, torch.float64),
+        (128, torch.bfloat16),
+        (161, torch.float32),
+    ],
+)
 def test_gram_of_many_tasks(device: Device, num_tasks: int, dtype: torch.dtype) -> None:
-    for columns, offset, gap in [(515, 0, 13), (517, 1, 2), (7, 1, 13), (0, 0, 16)]:
+    layouts = [(515, 0, 13), (517, 1, 2), (7, 1, 13), (0, 0, 16)]
+    for columns, offset, gap in layouts if num_tasks == 65 else layouts[:2]:
         rows = task_rows(num_tasks, columns, dtype, offset, gap)
         result = device.ops.gram(device.put(rows), [0, columns])[0].cpu()
         assert torch.equal(result, gram_reference(rows, [0, columns])[0])
