@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -12,6 +13,9 @@
 
 namespace superbert {
 namespace {
+
+// Operations that are worth a thread of their own.
+constexpr int64_t kGrainOperations = 1 << 18;
 
 std::vector<double> scratch_for(int64_t k) {
   return std::vector<double>(solvers::solver_scratch(k));
@@ -31,11 +35,14 @@ Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
   const int64_t k = check_square(gram, "gram");
   check_lower(lower, gram);
   Tensor result = torch::stable::empty_like(lower);
-  std::vector<double> scratch = scratch_for(k);
-  for (int64_t row = 0; row < lower.size(0); ++row) {
-    solvers::project_onto_dual_cone(data<double>(gram), data<double>(lower) + row * k, k,
-                                    data<double>(result) + row * k, scratch.data());
-  }
+  const int64_t grain = std::max<int64_t>(1, kGrainOperations / (k * k * k));
+  torch::stable::parallel_for(0, lower.size(0), grain, [&](int64_t first, int64_t last) {
+    std::vector<double> scratch = scratch_for(k);
+    for (int64_t row = first; row < last; ++row) {
+      solvers::project_onto_dual_cone(data<double>(gram), data<double>(lower) + row * k, k,
+                                      data<double>(result) + row * k, scratch.data());
+    }
+  });
   return result;
 }
 

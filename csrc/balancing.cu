@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "balancing_checks.h"
@@ -18,12 +19,18 @@ __global__ void eigen_kernel(double* matrix, int64_t k, double* values, double* 
   solvers::symmetric_eigen(matrix, k, values, vectors);
 }
 
-// One thread for each row of `lower`.
-__global__ void project_kernel(const double* gram, const double* lower, int64_t k, double* result,
-                               double* scratch) {
-  const int64_t row = threadIdx.x;
-  solvers::project_onto_dual_cone(gram, lower + row * k, k, result + row * k,
-                                  scratch + row * solvers::solver_scratch(k));
+constexpr int64_t kProblemsOfBlock = 64;
+constexpr int64_t kMostScratch = int64_t{1} << 25; // numbers, where there is a choice
+
+// One thread for each row of `lower`, `at_once` of them at a time.
+__global__ void project_kernel(const double* gram, const double* lower, int64_t rows, int64_t k,
+                               int64_t at_once, double* result, double* scratch) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (thread >= at_once) return;
+  for (int64_t row = thread; row < rows; row += at_once) {
+    solvers::project_onto_dual_cone(gram, lower + row * k, k, result + row * k,
+                                    scratch + thread * solvers::solver_scratch(k));
+  }
 }
 
 __global__ void minimize_norm_kernel(const double* gram, int64_t k, double* weights,
@@ -61,10 +68,15 @@ Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
   check_lower(lower, gram);
   const LaunchDevice device(gram);
   Tensor result = torch::stable::empty_like(lower);
-  if (lower.size(0) == 0) return result;
-  const Tensor scratch = scratch_for(gram, lower.size(0));
-  launch(project_kernel, 1, static_cast<int>(lower.size(0)), device.stream(), data<double>(gram),
-         data<double>(lower), k, data<double>(result), data<double>(scratch));
+  const int64_t rows = lower.size(0);
+  if (rows == 0) return result;
+  const int64_t fitting = std::max(kProblemsOfBlock, kMostScratch / solvers::solver_scratch(k));
+  const int64_t at_once = std::min(rows, fitting);
+  const int64_t threads = std::min(at_once, kProblemsOfBlock);
+  const Tensor scratch = scratch_for(gram, at_once);
+  launch(project_kernel, (at_once + threads - 1) / threads, static_cast<int>(threads),
+         device.stream(), data<double>(gram), data<double>(lower), rows, k, at_once,
+         data<double>(result), data<double>(scratch));
   return result;
 }
 

@@ -5,7 +5,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "check.h"
-#include "pcgrad_solver.h"
 
 namespace superbert {
 
@@ -19,19 +18,17 @@ T* data(const Tensor& tensor) {
 // Checks a [K, K] matrix and returns K.
 inline int64_t check_square(const Tensor& matrix, const char* name) {
   check(matrix.dim() == 2 && matrix.size(0) == matrix.size(1) && matrix.size(0) >= 1 &&
-            matrix.size(0) <= kMaxTasks && matrix.is_contiguous() &&
-            matrix.scalar_type() == torch::headeronly::ScalarType::Double,
-        name, " must be a contiguous float64 [K, K] matrix with K from 1 to ", kMaxTasks);
+            matrix.is_contiguous() && matrix.scalar_type() == torch::headeronly::ScalarType::Double,
+        name, " must be a contiguous float64 [K, K] matrix with K at least 1");
   return matrix.size(0);
 }
 
 inline void check_lower(const Tensor& lower, const Tensor& gram) {
-  check(lower.dim() == 2 && lower.size(0) <= kMaxTasks && lower.size(1) == gram.size(0) &&
-            lower.is_contiguous() && lower.scalar_type() == torch::headeronly::ScalarType::Double &&
+  check(lower.dim() == 2 && lower.size(1) == gram.size(0) && lower.is_contiguous() &&
+            lower.scalar_type() == torch::headeronly::ScalarType::Double &&
             lower.is_cuda() == gram.is_cuda() &&
             lower.get_device_index() == gram.get_device_index(),
-        "lower must be a contiguous float64 [M, K] matrix with M up to ", kMaxTasks,
-        " on the device of gram");
+        "lower must be a contiguous float64 [M, K] matrix on the device of gram");
 }
 
 } // namespace superbert

@@ -3,12 +3,13 @@
 
 #include "cuda_launch.cuh"
 #include "cuda_pack.cuh"
-#include "pcgrad_solver.h"
 
 namespace superbert {
 
 constexpr int kCombineThreads = 256;
 constexpr int kCombineBlocksPerProcessor = 8;
+// Most weights that lie in shared memory; more are read through the cache.
+constexpr int kSharedWeights = 64;
 
 // ---- what is done with the sum -----------------------------------------------------------------
 // Each has prepare(), run by one thread of a block, and apply(), run for N neighbouring columns.
@@ -138,13 +139,14 @@ __device__ __forceinline__ void sum_rows(const DeviceRows<T>& rows, const Comput
   }
 }
 
-template <typename T, int N, typename Use>
+template <typename T, int N, bool kShared, typename Use>
 __global__ void __launch_bounds__(kCombineThreads, 2)
     combine_kernel(DeviceRows<T> rows, const Compute<T>* weights, Columns columns, Use use) {
   using C = Compute<T>;
-  __shared__ C shared_weights[kMaxTasks];
+  __shared__ C shared_weights[kShared ? kSharedWeights : 1];
   __shared__ typename Use::Prepared prepared;
-  if (threadIdx.x < rows.num_rows) shared_weights[threadIdx.x] = weights[threadIdx.x];
+  if (kShared && threadIdx.x < rows.num_rows) shared_weights[threadIdx.x] = weights[threadIdx.x];
+  const C* factors = kShared ? shared_weights : weights;
   if (threadIdx.x == 0) prepared = use.prepare();
   __syncthreads();
   if (prepared.skip) return;
@@ -154,13 +156,13 @@ __global__ void __launch_bounds__(kCombineThreads, 2)
   for (int64_t pack = thread; pack < columns.packs; pack += threads) {
     const int64_t column = columns.of_pack<N>(pack);
     C sum[N];
-    sum_rows<N>(rows, shared_weights, column, sum);
+    sum_rows<N>(rows, factors, column, sum);
     use.template apply<N>(prepared, column, sum);
   }
   for (int64_t edge = thread; edge < columns.head + columns.tail; edge += threads) {
     const int64_t column = columns.of_edge<N>(edge);
     C sum[1];
-    sum_rows<1>(rows, shared_weights, column, sum);
+    sum_rows<1>(rows, factors, column, sum);
     use.template apply<1>(prepared, column, sum);
   }
 }
@@ -180,8 +182,13 @@ void launch_combine(const DeviceRows<T>& rows, const Compute<T>* weights, int64_
   int64_t blocks = (columns.packs + kCombineThreads - 1) / kCombineThreads;
   const int64_t most = static_cast<int64_t>(kCombineBlocksPerProcessor) * num_processors;
   blocks = blocks < 1 ? 1 : blocks > most ? most : blocks;
-  const auto kernel = packed ? combine_kernel<T, kCombinePack<T>, Use> : combine_kernel<T, 1, Use>;
-  launch(kernel, blocks, kCombineThreads, stream, rows, weights, columns, use);
+  const auto run = [&](auto shared) {
+    const auto kernel = packed ? combine_kernel<T, kCombinePack<T>, shared, Use>
+                               : combine_kernel<T, 1, shared, Use>;
+    launch(kernel, blocks, kCombineThreads, stream, rows, weights, columns, use);
+  };
+  if (rows.num_rows <= kSharedWeights) return run(std::true_type{});
+  run(std::false_type{});
 }
 
 } // namespace superbert

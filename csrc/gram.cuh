@@ -7,11 +7,12 @@
 //   K <= 8   every thread keeps all K (K + 1) / 2 sums in registers (gram_kernel)
 //   K <= 64  square tiles of sums are dealt out to threads, rows pass through shared memory
 //            (gram_tiles_kernel)
+//   more     every 64 rows for themselves as above, the products between them in pairs of 32 rows
+//            (gram_tiles_kernel too, all pairs in one launch)
 #pragma once
 
 #include "cuda_launch.cuh"
 #include "cuda_pack.cuh"
-#include "pcgrad_solver.h"
 
 namespace superbert {
 
@@ -32,6 +33,23 @@ __device__ __forceinline__ TilePair tile_pair(int index, int tiles) {
   int row = 0;
   while (index >= tiles - row) index -= tiles - row++;
   return {row, row + index};
+}
+
+// More rows than kPanelRows are multiplied within panels of so many, and between half panels.
+constexpr int kPanelRows = 64;
+constexpr int kHalfPanel = kPanelRows / 2;
+
+// Half panels that belong to different panels.
+inline int64_t count_half_pairs(int64_t num_rows) {
+  const int64_t panels = (num_rows + kPanelRows - 1) / kPanelRows;
+  return panels * (panels - 1) / 2 * 4;
+}
+
+// First rows of a pair of half panels; the second may lie beyond the last row.
+__device__ __forceinline__ TilePair half_pair(int index, int64_t num_rows) {
+  const TilePair panels = tile_pair(index / 4, (num_rows + kPanelRows - 1) / kPanelRows - 1);
+  return {panels.row * kPanelRows + index / 2 % 2 * kHalfPanel,
+          (panels.column + 1) * kPanelRows + index % 2 * kHalfPanel};
 }
 
 template <typename T>
@@ -97,7 +115,7 @@ __global__ void __launch_bounds__(kGramThreads, 2)
   }
 }
 
-// ---- up to 64 rows -----------------------------------------------------------------------------
+// ---- more rows ---------------------------------------------------------------------------------
 // A chunk of columns of all rows lies in shared memory as [rows][columns], while the next one is on
 // its way into registers.  Thread (pair, slice) sums the products of one pair of row tiles over
 // every slices-th 16 bytes of the columns; up to 40 rows the eight threads of a quarter warp share
@@ -107,6 +125,7 @@ constexpr int kFewestTileThreads = 96;
 constexpr int kTileChain = 256;                        // columns that a thread adds up in float32
 constexpr int kTileRegisters = 200;                    // of a thread, so that
 constexpr int kThreadsPerProcessor = 2 * kTileThreads; // find room in 65536
+constexpr int kBetweenRegisters = 240;                 // likewise, for blocks of 128 threads
 
 // Rows of a tile: a thread keeps the square of it in sums.
 template <typename C>
@@ -114,16 +133,19 @@ constexpr int kTileRows = 32 / sizeof(C);
 template <typename C>
 constexpr int kGroup = 16 / sizeof(C);
 
-// Launch shape for K rows whose sums have type C, read in packs of N columns.
-template <typename C, int N>
+// Launch shape for K rows whose sums have type C, read in packs of N columns; or, if kBetween, for
+// the products between two half panels.
+template <typename C, int N, bool kBetween>
 struct GramTiles {
   // Lone elements take a register each on their way, so fewer are.
   static constexpr int kChunkElements = (N > 1 ? 512 : 128) * kGroup<C>;
   int tiles, pairs, slices, chunk; // chunk: columns in shared memory
 
   __host__ __device__ explicit GramTiles(int64_t num_rows)
-      : tiles(static_cast<int>((num_rows + kTileRows<C> - 1) / kTileRows<C>)),
-        pairs(tiles * (tiles + 1) / 2), slices(32), chunk(32 * kGroup<C>) {
+      : tiles(static_cast<int>(((kBetween ? kPanelRows : num_rows) + kTileRows<C> - 1) /
+                               kTileRows<C>)),
+        pairs(kBetween ? tiles / 2 * (tiles / 2) : tiles * (tiles + 1) / 2), slices(32),
+        chunk(32 * kGroup<C>) {
     while (pairs * slices > kTileThreads) slices /= 2;
     while (chunk * tiles * kTileRows<C> > kChunkElements) chunk /= 2;
   }
@@ -132,22 +154,42 @@ struct GramTiles {
     return whole_warps > kFewestTileThreads ? whole_warps : kFewestTileThreads;
   }
   __host__ __device__ int entries() const { return pairs * kTileRows<C> * kTileRows<C>; }
+  __device__ TilePair tiles_of(int pair) const {
+    if constexpr (kBetween) return {pair / (tiles / 2), tiles / 2 + pair % (tiles / 2)};
+    return tile_pair(pair, tiles);
+  }
   // Columns between two foldings of the sums into float64.
   __host__ __device__ int chain() const { return kTileChain * slices; }
 };
 
+// The rows that a block multiplies: neighbours, or two half panels that lie `apart` rows further
+// apart than neighbours.
+template <typename T, bool kBetween>
+struct BlockRows {
+  DeviceRows<T> rows;
+  int64_t apart;
+
+  __device__ __forceinline__ int64_t row(int index) const {
+    return kBetween && index >= kHalfPanel ? index + apart : index;
+  }
+};
+
 // What a thread brings of a chunk: packs of N columns, held as words.
-template <typename T, int N>
+template <typename T, int N, bool kBetween>
 class ChunkFetch {
  public:
+  using Shape = GramTiles<Compute<T>, N, kBetween>;
+
   // Starts to load columns [column, column + shape.chunk); zero beyond `end` and K.
-  __device__ __forceinline__ void load(const DeviceRows<T>& rows,
-                                       const GramTiles<Compute<T>, N>& shape, int column, int end) {
+  __device__ __forceinline__ void load(const BlockRows<T, kBetween>& block, const Shape& shape,
+                                       int column, int end) {
+    const DeviceRows<T>& rows = block.rows;
     const int packs_of_row = shape.chunk / N;
 #pragma unroll
     for (int f = 0; f < kPacks; ++f) {
       const int pack = threadIdx.x + f * blockDim.x;
-      const int row = pack / packs_of_row, from = column + pack % packs_of_row * N;
+      const int64_t row = block.row(pack / packs_of_row);
+      const int from = column + pack % packs_of_row * N;
       const T* source = rows.data + row * rows.stride + from;
       packs_[f] = {};
       if (row < rows.num_rows && from < end) {
@@ -156,8 +198,7 @@ class ChunkFetch {
     }
   }
 
-  __device__ __forceinline__ void store(const GramTiles<Compute<T>, N>& shape,
-                                        Compute<T>* chunk) const {
+  __device__ __forceinline__ void store(const Shape& shape, Compute<T>* chunk) const {
 #pragma unroll
     for (int f = 0; f < kPacks; ++f) {
       const int pack = threadIdx.x + f * blockDim.x;
@@ -169,7 +210,7 @@ class ChunkFetch {
 
  private:
   static constexpr int kPacks =
-      (GramTiles<Compute<T>, N>::kChunkElements / N + kFewestTileThreads - 1) / kFewestTileThreads;
+      (Shape::kChunkElements / N + kFewestTileThreads - 1) / kFewestTileThreads;
   union {
     Word<T, N> word;
     T elements[N];
@@ -196,45 +237,56 @@ __device__ __forceinline__ void add_tile(const C* a, const C* b, int row_length,
   }
 }
 
-// Each block adds to its own partial sums [part][entry], which the launcher has set to zero.  The
+// Each block adds to its own partial sums [part][entry], which the launcher has set to zero; if
+// kBetween, `here` blocks a pair of half panels, whose partial sums are [pair][parts][entry].  The
 // columns are whole packs.
-template <typename T, int N>
-__global__ void __maxnreg__(kTileRegisters)
-    gram_tiles_kernel(DeviceRows<T> rows, int64_t begin, int64_t end, double* partial) {
+template <typename T, int N, bool kBetween>
+__global__ void __maxnreg__(kBetween ? kBetweenRegisters : kTileRegisters)
+    gram_tiles_kernel(DeviceRows<T> rows, int64_t begin, int64_t end, int64_t here, int64_t parts,
+                      double* partial) {
   using C = Compute<T>;
   constexpr int R = kTileRows<C>;
-  alignas(16) __shared__ C chunk[GramTiles<C, N>::kChunkElements];
-  const GramTiles<C, N> shape(rows.num_rows);
+  alignas(16) __shared__ C chunk[GramTiles<C, N, kBetween>::kChunkElements];
+  const GramTiles<C, N, kBetween> shape(rows.num_rows);
   const int pair = threadIdx.x / shape.slices, slice = threadIdx.x % shape.slices;
   const bool working = pair < shape.pairs;
-  const TilePair at = tile_pair(working ? pair : 0, shape.tiles);
+  const TilePair at = shape.tiles_of(working ? pair : 0);
+  int64_t part = blockIdx.x, part_of_all = blockIdx.x, apart = 0;
+  if constexpr (kBetween) {
+    const TilePair halves = half_pair(static_cast<int>(blockIdx.x / here), rows.num_rows);
+    if (halves.column >= rows.num_rows) return;
+    part = blockIdx.x % here;
+    part_of_all = blockIdx.x / here * parts + part;
+    apart = halves.column - halves.row - kHalfPanel;
+    rows = {rows.data + halves.row * rows.stride, rows.num_rows - halves.row, rows.stride};
+  }
   const C* a = chunk + at.row * R * shape.chunk;
   const C* b = chunk + at.column * R * shape.chunk;
 
   const int chain = shape.chain();
-  for (int64_t from = begin + static_cast<int64_t>(blockIdx.x) * chain; from < end;
-       from += static_cast<int64_t>(gridDim.x) * chain) {
+  for (int64_t from = begin + part * chain; from < end; from += here * chain) {
     C sums[R][R] = {};
-    const DeviceRows<T> here{rows.data + from, rows.num_rows, rows.stride};
+    const BlockRows<T, kBetween> block{{rows.data + from, rows.num_rows, rows.stride}, apart};
     const int columns = end - from < chain ? static_cast<int>(end - from) : chain;
-    ChunkFetch<T, N> fetch;
-    fetch.load(here, shape, 0, columns);
+    ChunkFetch<T, N, kBetween> fetch;
+    fetch.load(block, shape, 0, columns);
     for (int column = 0; column < columns; column += shape.chunk) {
       __syncthreads(); // the chunk before has been used
       fetch.store(shape, chunk);
       __syncthreads();
-      if (column + shape.chunk < columns) fetch.load(here, shape, column + shape.chunk, columns);
+      if (column + shape.chunk < columns) fetch.load(block, shape, column + shape.chunk, columns);
       for (int at_column = slice * kGroup<C>; working && at_column < shape.chunk;
            at_column += shape.slices * kGroup<C>) {
         add_tile(a + at_column, b + at_column, shape.chunk, sums);
       }
     }
-    double* mine = partial + static_cast<int64_t>(blockIdx.x) * shape.entries() + pair * R * R;
+    double* mine = partial + part_of_all * shape.entries() + pair * R * R;
 #pragma unroll
     for (int i = 0; i < R; ++i) {
 #pragma unroll
       for (int j = 0; j < R; ++j) {
         double sum = sums[i][j];
+#pragma unroll 1 // between half panels the count is known; all sums at once would be spilled
         for (int lane = shape.slices / 2; lane > 0; lane /= 2) {
           sum += __shfl_xor_sync(0xffffffffu, sum, lane);
         }
@@ -249,7 +301,8 @@ __global__ void __maxnreg__(kTileRegisters)
 template <typename C>
 __global__ void __launch_bounds__(kGramThreads)
     gram_reduce_kernel(const double* partial, int64_t parts, int64_t part_stride,
-                       int64_t entry_stride, int tile, int tiles, int64_t num_rows, C* result) {
+                       int64_t entry_stride, int tile, int tiles, int64_t num_rows, C* result,
+                       int64_t result_stride) {
   const int entry = blockIdx.x;
   const TilePair pair = tile_pair(entry / (tile * tile), tiles);
   const int64_t row = pair.row * tile + entry / tile % tile;
@@ -267,6 +320,25 @@ __global__ void __launch_bounds__(kGramThreads)
   if (threadIdx.x != 0) return;
   sum = 0.0;
   for (int warp = 0; warp < kGramThreads / 32; ++warp) sum += of_warp[warp];
+  result[row * result_stride + column] = result[column * result_stride + row] = static_cast<C>(sum);
+}
+
+// One thread for each entry of a pair of half panels.
+template <typename C>
+__global__ void __launch_bounds__(kGramThreads)
+    gram_reduce_between_kernel(const double* partial, int64_t parts, int64_t num_rows, C* result) {
+  constexpr int R = kTileRows<C>, kTiles = kHalfPanel / R, kEntries = kHalfPanel * kHalfPanel;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kGramThreads + threadIdx.x;
+  const int64_t pair = index / kEntries;
+  const int entry = index % kEntries, tiles = entry / (R * R);
+  const TilePair halves = half_pair(static_cast<int>(pair), num_rows);
+  const int64_t row = halves.row + tiles / kTiles * R + entry / R % R;
+  const int64_t column = halves.column + tiles % kTiles * R + entry % R;
+  if (column >= num_rows) return;
+  double sum = 0.0;
+  for (int64_t part = 0; part < parts; ++part) {
+    sum += partial[(pair * parts + part) * kEntries + entry];
+  }
   result[row * num_rows + column] = result[column * num_rows + row] = static_cast<C>(sum);
 }
 
@@ -290,7 +362,7 @@ GramPlan plan_gram(const DeviceRows<T>& rows, int64_t begin, int64_t end, int nu
     const int64_t blocks = columns.packs / (kGramThreads * kGramSteps) + 1;
     return {columns, packed, blocks, rows.num_rows * rows.num_rows};
   }
-  const GramTiles<Compute<T>, 1> shape(rows.num_rows); // what follows does not depend on the pack
+  const GramTiles<Compute<T>, 1, false> shape(rows.num_rows); // the same for any pack
   const int64_t chains = columns.packs * pack / shape.chain() + 1;
   const int64_t resident = num_processors * (kThreadsPerProcessor / shape.threads());
   const int64_t blocks = chains < resident ? chains : resident;
@@ -308,22 +380,39 @@ void launch_gram_direct(const DeviceRows<T>& rows, const GramPlan& plan, double*
   launch(kernel, plan.blocks, kGramThreads, stream, rows, plan.columns, scratch);
 }
 
-template <typename T, int N>
-void launch_gram_tiles(const DeviceRows<T>& rows, int64_t begin, int64_t end, int64_t blocks,
+// Adds the products of the columns of the plan to the partial sums of `pairs` pairs of half panels,
+// or, without kBetween, of all rows.
+template <bool kBetween, typename T>
+void launch_gram_tiles(const DeviceRows<T>& rows, const GramPlan& plan, int64_t pairs,
                        double* scratch, cudaStream_t stream) {
-  if (begin == end) return;
-  const GramTiles<Compute<T>, N> shape(rows.num_rows);
-  launch(gram_tiles_kernel<T, N>, blocks, shape.threads(), stream, rows, begin, end, scratch);
+  set_to_zero(scratch, pairs * plan.scratch() * sizeof(double), stream);
+  const auto run = [&](auto pack, int64_t begin, int64_t end, int64_t blocks) {
+    if (begin == end) return;
+    constexpr int N = pack;
+    const GramTiles<Compute<T>, N, kBetween> shape(rows.num_rows);
+    launch(gram_tiles_kernel<T, N, kBetween>, pairs * blocks, shape.threads(), stream, rows, begin,
+           end, blocks, plan.blocks, scratch);
+  };
+  constexpr std::integral_constant<int, 1> single;
+  constexpr std::integral_constant<int, 16 / sizeof(T)> wide;
+  const Columns& columns = plan.columns;
+  const int64_t first = columns.begin + columns.head;
+  if (!plan.packed) return run(single, first, first + columns.packs, plan.blocks);
+  const int64_t last = first + columns.packs * wide;
+  run(single, columns.begin, first, 1);
+  run(wide, first, last, plan.blocks);
+  run(single, last, last + columns.tail, 1);
 }
 
-// Writes result [K, K] of the columns of the plan; `scratch` has plan.scratch() elements.
+// Writes result [K, K] of up to kPanelRows rows, whose rows lie `result_stride` apart; `scratch`
+// has plan.scratch() elements.
 template <typename T>
 void launch_gram(const DeviceRows<T>& rows, const GramPlan& plan, double* scratch,
-                 Compute<T>* result, cudaStream_t stream) {
+                 Compute<T>* result, int64_t result_stride, cudaStream_t stream) {
   using C = Compute<T>;
   const auto reduce = [&](int64_t part_stride, int64_t entry_stride, int64_t tile, int64_t tiles) {
     launch(gram_reduce_kernel<C>, plan.entries, kGramThreads, stream, scratch, plan.blocks,
-           part_stride, entry_stride, tile, tiles, rows.num_rows, result);
+           part_stride, entry_stride, tile, tiles, rows.num_rows, result, result_stride);
   };
   if constexpr (kDirectRows<T> > 0) {
     if (rows.num_rows <= kDirectRows<T>) {
@@ -331,18 +420,44 @@ void launch_gram(const DeviceRows<T>& rows, const GramPlan& plan, double* scratc
       return reduce(1, plan.blocks, rows.num_rows, 1);
     }
   }
-  set_to_zero(scratch, plan.scratch() * sizeof(double), stream);
-  const int64_t begin = plan.columns.begin, first = begin + plan.columns.head;
-  if (plan.packed) {
-    constexpr int N = 16 / sizeof(T);
-    const int64_t last = first + plan.columns.packs * N;
-    launch_gram_tiles<T, 1>(rows, begin, first, 1, scratch, stream);
-    launch_gram_tiles<T, N>(rows, first, last, plan.blocks, scratch, stream);
-    launch_gram_tiles<T, 1>(rows, last, last + plan.columns.tail, 1, scratch, stream);
-  } else {
-    launch_gram_tiles<T, 1>(rows, first, first + plan.columns.packs, plan.blocks, scratch, stream);
-  }
+  launch_gram_tiles<false>(rows, plan, 1, scratch, stream);
   reduce(plan.entries, 1, kTileRows<C>, (rows.num_rows + kTileRows<C> - 1) / kTileRows<C>);
+}
+
+// The products between half panels: the blocks of a processor are shared out to all pairs.
+template <typename T>
+GramPlan plan_gram_between(const DeviceRows<T>& rows, int64_t begin, int64_t end,
+                           int num_processors) {
+  const int64_t aligned = first_aligned_column(rows, begin);
+  const int64_t pack = aligned >= 0 ? 16 / sizeof(T) : 1;
+  const Columns columns = cut_columns(begin, end, aligned >= 0 ? aligned : begin, pack);
+  const GramTiles<Compute<T>, 1, true> shape(rows.num_rows);
+  const int64_t chains = columns.packs * pack / shape.chain() + 1;
+  const int64_t resident = num_processors * (kThreadsPerProcessor / shape.threads());
+  const int64_t of_pair = resident / count_half_pairs(rows.num_rows) + 1;
+  return {columns, aligned >= 0, chains < of_pair ? chains : of_pair, shape.entries()};
+}
+
+// Writes result [K, K] of the columns [begin, end) for any K.  `allocate(n)` gives n float64
+// numbers of scratch, which the launches up to the next call use.
+template <typename T, typename Allocate>
+void compute_gram(const DeviceRows<T>& rows, int64_t begin, int64_t end, int num_processors,
+                  const Allocate& allocate, Compute<T>* result, cudaStream_t stream) {
+  using C = Compute<T>;
+  const int64_t k = rows.num_rows;
+  for (int64_t first = 0; first < k; first += kPanelRows) {
+    const int64_t count = k - first < kPanelRows ? k - first : kPanelRows;
+    const DeviceRows<T> panel{rows.data + first * rows.stride, count, rows.stride};
+    const GramPlan plan = plan_gram(panel, begin, end, num_processors);
+    launch_gram(panel, plan, allocate(plan.scratch()), result + first * (k + 1), k, stream);
+  }
+  if (k <= kPanelRows) return;
+  const GramPlan plan = plan_gram_between(rows, begin, end, num_processors);
+  const int64_t pairs = count_half_pairs(k);
+  double* scratch = allocate(pairs * plan.scratch());
+  launch_gram_tiles<true>(rows, plan, pairs, scratch, stream);
+  launch(gram_reduce_between_kernel<C>, pairs * plan.entries / kGramThreads, kGramThreads, stream,
+         scratch, plan.blocks, k, result);
 }
 
 } // namespace superbert

@@ -16,9 +16,6 @@
 
 namespace superbert {
 
-// Most tasks that a gradient matrix may have; bounds the scratch of the solver and of the kernels.
-constexpr int kMaxTasks = 64;
-
 // Coefficients c[K] of task `task`'s projected gradient; `order` holds the K task ids to project
 // by. A zero gradient conflicts with nothing; a NaN never compares as a conflict.
 template <typename T>

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "pcgrad_solver.h"
 #include "surgery.h"
 #include "surgery_checks.h"
 
@@ -20,6 +21,9 @@ constexpr int64_t kGrainColumns = 32768;
 // spans, the bits are the same.
 constexpr int64_t kMaxSpans = 256;
 constexpr int64_t kSpanMultiple = 2048;
+// Rows are multiplied in pairs of panels, so that the sums of all spans take little memory however
+// many rows there are.  A multiple of the kernels' tiles.
+constexpr int64_t kPanelRows = 64;
 
 double scalar_value(const Tensor& value) {
   switch (value.scalar_type()) {
@@ -46,6 +50,43 @@ std::vector<double> weight_values(const Tensor& weights) {
 }
 
 // ---- gram --------------------------------------------------------------------------------------
+struct PanelPair {
+  int64_t row, column; // first rows of the two
+};
+
+std::vector<PanelPair> panel_pairs(int64_t num_rows) {
+  std::vector<PanelPair> pairs;
+  for (int64_t row = 0; row < num_rows; row += kPanelRows) {
+    for (int64_t column = row; column < num_rows; column += kPanelRows) {
+      pairs.push_back({row, column});
+    }
+  }
+  return pairs;
+}
+
+Rows panel(const Rows& rows, int64_t first) {
+  const int64_t bytes = rows.type == FloatType::kFloat64   ? 8
+                        : rows.type == FloatType::kFloat32 ? 4
+                                                           : 2;
+  return {rows.type, static_cast<const char*>(rows.data) + first * rows.row_stride * bytes,
+          std::min(kPanelRows, rows.num_rows - first), rows.row_stride};
+}
+
+// Writes the products of a pair of panels, whose sums of each span lie `stride` apart.
+template <typename T>
+void add_spans(const Rows& rows, const PanelPair& pair, const double* sums, int64_t num_spans,
+               int64_t stride, T* result) {
+  const int64_t k = rows.num_rows, width = panel(rows, pair.column).num_rows;
+  for (int64_t i = 0; i < panel(rows, pair.row).num_rows; ++i) {
+    for (int64_t j = pair.row == pair.column ? i : 0; j < width; ++j) {
+      double sum = 0.0;
+      for (int64_t s = 0; s < num_spans; ++s) sum += sums[s * stride + i * width + j];
+      const int64_t row = pair.row + i, column = pair.column + j;
+      result[row * k + column] = result[column * k + row] = static_cast<T>(sum);
+    }
+  }
+}
+
 // Writes the [K, K] products of the columns [begin, end).
 template <typename T>
 void gram_of_segment(const Rows& rows, int64_t begin, int64_t end, T* result) {
@@ -54,19 +95,26 @@ void gram_of_segment(const Rows& rows, int64_t begin, int64_t end, T* result) {
   const int64_t span = (wanted + kSpanMultiple - 1) / kSpanMultiple * kSpanMultiple;
   const int64_t num_spans = (columns + span - 1) / span;
 
-  std::vector<double> sums(num_spans * k * k, 0.0);
-  torch::stable::parallel_for(
-      0, num_spans, std::max<int64_t>(1, kGrainColumns / span), [&](int64_t first, int64_t last) {
-        for (int64_t s = first; s < last; ++s) {
-          const int64_t from = begin + s * span;
-          surgery_kernels().gram(rows, from, std::min(from + span, end), sums.data() + s * k * k);
-        }
-      });
-  for (int64_t i = 0; i < k; ++i) {
-    for (int64_t j = i; j < k; ++j) {
-      double sum = 0.0;
-      for (int64_t s = 0; s < num_spans; ++s) sum += sums[(s * k + i) * k + j];
-      result[i * k + j] = result[j * k + i] = static_cast<T>(sum);
+  const std::vector<PanelPair> pairs = panel_pairs(k);
+  const int64_t num_pairs = static_cast<int64_t>(pairs.size());
+  const int64_t at_once = std::min(num_pairs, kMaxSpans / std::max<int64_t>(1, num_spans));
+  const int64_t most = std::min(k, kPanelRows) * std::min(k, kPanelRows); // sums of a pair
+  std::vector<double> sums;
+  for (int64_t done = 0; done < num_pairs; done += at_once) {
+    const int64_t count = std::min(at_once, num_pairs - done);
+    sums.assign(count * num_spans * most, 0.0);
+    torch::stable::parallel_for(0, count * num_spans, std::max<int64_t>(1, kGrainColumns / span),
+                                [&](int64_t first, int64_t last) {
+                                  for (int64_t item = first; item < last; ++item) {
+                                    const PanelPair& pair = pairs[done + item / num_spans];
+                                    const int64_t from = begin + item % num_spans * span;
+                                    surgery_kernels().gram(
+                                        panel(rows, pair.row), panel(rows, pair.column), from,
+                                        std::min(from + span, end), sums.data() + item * most);
+                                  }
+                                });
+    for (int64_t p = 0; p < count; ++p) {
+      add_spans(rows, pairs[done + p], sums.data() + p * num_spans * most, num_spans, most, result);
     }
   }
 }

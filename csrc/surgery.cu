@@ -50,11 +50,13 @@ Tensor gram(const Tensor& rows, std::vector<int64_t> offsets) {
   with_type(matrix.type, [&]<typename T>(T*) {
     const DeviceRows<T> on_device = device_rows<T>(matrix);
     for (int64_t s = 0; s < num_segments; ++s) {
-      const GramPlan plan =
-          plan_gram(on_device, offsets[s], offsets[s + 1], device.num_processors());
-      const Tensor scratch = torch::stable::new_empty(rows, {plan.scratch()}, ScalarType::Double);
-      launch_gram(on_device, plan, data<double>(scratch), data<Compute<T>>(result) + s * k * k,
-                  device.stream());
+      std::optional<Tensor> scratch;
+      const auto allocate = [&](int64_t count) {
+        scratch = torch::stable::new_empty(rows, {count}, ScalarType::Double);
+        return data<double>(*scratch);
+      };
+      compute_gram(on_device, offsets[s], offsets[s + 1], device.num_processors(), allocate,
+                   data<Compute<T>>(result) + s * k * k, device.stream());
     }
   });
   return result;
@@ -66,8 +68,16 @@ Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool i
   const int64_t k = gram.size(0);
   Tensor weights = torch::stable::new_empty(gram, {k}, gram.scalar_type());
   const auto run = [&]<typename T>(T* result) {
-    launch(pcgrad_kernel<T>, 1, kMaxTasks, device.stream(), data<T>(gram), k, data<int64_t>(order),
-           mean, include_self, result);
+    if (k <= kSolveThreads) {
+      launch(pcgrad_kernel<T>, 1, kSolveThreads, device.stream(), data<T>(gram), k,
+             data<int64_t>(order), mean, include_self, result);
+      return;
+    }
+    const Tensor coefficients = torch::stable::new_empty(gram, {k, k}, ScalarType::Double);
+    launch(pcgrad_project_kernel<T>, solve_blocks(k), kSolveThreads, device.stream(), data<T>(gram),
+           k, data<int64_t>(order), include_self, data<double>(coefficients));
+    launch(pcgrad_sum_kernel<T>, solve_blocks(k), kSolveThreads, device.stream(),
+           data<double>(coefficients), k, mean, result);
   };
   if (gram.scalar_type() == ScalarType::Double) {
     run(data<double>(weights));
@@ -81,8 +91,8 @@ Tensor draw_order(const Tensor& seed, const Tensor& step, int64_t num_tasks) {
   check_counters(seed, step, num_tasks);
   const LaunchDevice device(seed);
   Tensor order = torch::stable::new_empty(seed, {num_tasks, num_tasks});
-  launch(draw_order_kernel, 1, kMaxTasks, device.stream(), data<int64_t>(seed), data<int64_t>(step),
-         num_tasks, data<int64_t>(order));
+  launch(draw_order_kernel, solve_blocks(num_tasks), kSolveThreads, device.stream(),
+         data<int64_t>(seed), data<int64_t>(step), num_tasks, data<int64_t>(order));
   return order;
 }
 

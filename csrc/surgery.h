@@ -38,8 +38,9 @@ struct AdamWState {
 
 // Each works on the columns [begin, end), so that threads can share them out.
 struct SurgeryKernels {
-  // Adds the products of rows to gram [num_rows, num_rows]; only j >= i is written.
-  void (*gram)(const Rows& rows, int64_t begin, int64_t end, double* gram);
+  // Adds the products of two panels of rows to gram [rows.num_rows, others.num_rows].  Where the
+  // panels are the same only j >= i is written; otherwise rows.num_rows is a multiple of 4.
+  void (*gram)(const Rows& rows, const Rows& others, int64_t begin, int64_t end, double* gram);
   // out = sum_k weights[k] * rows[k]
   void (*combine)(const Rows& rows, const double* weights, int64_t begin, int64_t end,
                   FloatType out_type, void* out);

@@ -1,7 +1,6 @@
 // CPU kernels of gradient surgery: one pass over memory each.  Compiled once for each vector unit.
 #include "surgery.h"
 
-#include "pcgrad_solver.h"
 #include "simd.h"
 
 namespace superbert::SUPERBERT_ISA {
@@ -76,52 +75,57 @@ void add_tile(const T* a, const T* b, int64_t row_stride, int64_t count, double*
   }
 }
 
+// The tile on the diagonal of `rows` rows from a on.
 template <typename T>
-void add_block(const T* block, const Rows& rows, int64_t count, double* gram) {
-  const int64_t k = rows.num_rows, stride = rows.row_stride;
-  for (int64_t i = 0; i < k; i += kTile) {
-    const T* a = block + i * stride;
-    double* diagonal = gram + i * k + i;
-    switch (k - i) {
+void add_diagonal(const T* a, int64_t rows, int64_t row_stride, int64_t count, double* gram,
+                  int64_t gram_stride) {
+  switch (rows) {
+  case 1:
+    return add_tile<1, 1, true>(a, a, row_stride, count, gram, gram_stride);
+  case 2:
+    return add_tile<2, 2, true>(a, a, row_stride, count, gram, gram_stride);
+  case 3:
+    return add_tile<3, 3, true>(a, a, row_stride, count, gram, gram_stride);
+  default:
+    return add_tile<4, 4, true>(a, a, row_stride, count, gram, gram_stride);
+  }
+}
+
+// The tiles of four rows a and each of `rows` rows from b on.
+template <typename T>
+void add_beside(const T* a, const T* b, int64_t rows, int64_t row_stride, int64_t count,
+                double* gram, int64_t gram_stride) {
+  for (int64_t j = 0; j < rows; j += kTile, b += kTile * row_stride) {
+    switch (rows - j) {
     case 1:
-      add_tile<1, 1, true>(a, a, stride, count, diagonal, k);
+      add_tile<4, 1, false>(a, b, row_stride, count, gram + j, gram_stride);
       break;
     case 2:
-      add_tile<2, 2, true>(a, a, stride, count, diagonal, k);
+      add_tile<4, 2, false>(a, b, row_stride, count, gram + j, gram_stride);
       break;
     case 3:
-      add_tile<3, 3, true>(a, a, stride, count, diagonal, k);
+      add_tile<4, 3, false>(a, b, row_stride, count, gram + j, gram_stride);
       break;
     default:
-      add_tile<4, 4, true>(a, a, stride, count, diagonal, k);
+      add_tile<4, 4, false>(a, b, row_stride, count, gram + j, gram_stride);
       break;
-    }
-    for (int64_t j = i + kTile; j < k; j += kTile) {
-      const T* b = block + j * stride;
-      double* tile = gram + i * k + j;
-      switch (k - j) {
-      case 1:
-        add_tile<4, 1, false>(a, b, stride, count, tile, k);
-        break;
-      case 2:
-        add_tile<4, 2, false>(a, b, stride, count, tile, k);
-        break;
-      case 3:
-        add_tile<4, 3, false>(a, b, stride, count, tile, k);
-        break;
-      default:
-        add_tile<4, 4, false>(a, b, stride, count, tile, k);
-        break;
-      }
     }
   }
 }
 
-void gram(const Rows& rows, int64_t begin, int64_t end, double* result) {
+void gram(const Rows& rows, const Rows& others, int64_t begin, int64_t end, double* result) {
+  const int64_t k = others.num_rows, stride = rows.row_stride;
+  const bool same = rows.data == others.data;
   with_type(rows.type, [&](auto type) {
-    const auto* data = static_cast<decltype(type)>(rows.data);
     for (int64_t column = begin; column < end; column += kBlockColumns) {
-      add_block(data + column, rows, smaller(kBlockColumns, end - column), result);
+      const int64_t count = smaller(kBlockColumns, end - column);
+      const auto* a = static_cast<decltype(type)>(rows.data) + column;
+      const auto* b = static_cast<decltype(type)>(others.data) + column;
+      for (int64_t i = 0; i < rows.num_rows; i += kTile, a += kTile * stride) {
+        if (same) add_diagonal(a, k - i, stride, count, result + i * k + i, k);
+        const int64_t j = same ? i + kTile : 0; // the first row beside
+        add_beside(a, b + j * stride, k - j, stride, count, result + i * k + j, k);
+      }
     }
   });
 }
@@ -141,19 +145,19 @@ void for_combined(const Rows& rows, const double* weights, int64_t begin, int64_
   const T* data = static_cast<const T*>(rows.data);
   const int64_t stride = rows.row_stride;
   const int64_t num_rows = rows.num_rows;
-  Vec<C> broadcast[kMaxTasks];
-  for (int64_t k = 0; k < num_rows; ++k) broadcast[k] = Vec<C>{} + static_cast<C>(weights[k]);
+  Vec<C> broadcast[kStreams];
 
-  // Four rows at a time: a short chain of additions, for the error's sake and the pipeline's.
-  const auto sum_rows = [&](int64_t k, int64_t last, const auto& load_row) {
+  // Adds up `count` rows from `row` on, four at a time: a short chain of additions, for the error's
+  // sake and the pipeline's.
+  const auto sum_rows = [&](const T* row, int64_t count, const auto& load_row) {
     Vec<C> sum{};
-    const T* row = data + k * stride;
-    for (; k + 4 <= last; k += 4, row += 4 * stride) {
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4, row += 4 * stride) {
       sum += (broadcast[k] * load_row(row) + broadcast[k + 1] * load_row(row + stride)) +
              (broadcast[k + 2] * load_row(row + 2 * stride) +
               broadcast[k + 3] * load_row(row + 3 * stride));
     }
-    switch (last - k) {
+    switch (count - k) {
     case 3:
       sum += broadcast[k + 2] * load_row(row + 2 * stride);
       [[fallthrough]];
@@ -165,18 +169,24 @@ void for_combined(const Rows& rows, const double* weights, int64_t begin, int64_
     }
     return sum;
   };
-  // Calls use_sum(column, lanes, sum) with the sum of the rows k .. last.
-  const auto for_sums = [&](int64_t k, int64_t last, int64_t from, int64_t to,
+  // Calls use_sum(column, lanes, sum) with the sum of the rows first .. last, kStreams at most.
+  const auto for_sums = [&](int64_t first, int64_t last, int64_t from, int64_t to,
                             const auto& use_sum) {
+    const int64_t count = last - first;
+    for (int64_t k = 0; k < count; ++k) {
+      broadcast[k] = Vec<C>{} + static_cast<C>(weights[first + k]);
+    }
+    const T* rows_here = data + first * stride;
     int64_t column = from;
     for (; column + kLanes<C> <= to; column += kLanes<C>) {
       use_sum(column, kLanes<C>,
-              sum_rows(k, last, [&](const T* row) { return load(row + column); }));
+              sum_rows(rows_here, count, [&](const T* row) { return load(row + column); }));
     }
     if (column < to) {
       const int64_t lanes = to - column;
-      use_sum(column, lanes,
-              sum_rows(k, last, [&](const T* row) { return load_first(row + column, lanes); }));
+      use_sum(column, lanes, sum_rows(rows_here, count, [&](const T* row) {
+                return load_first(row + column, lanes);
+              }));
     }
   };
 

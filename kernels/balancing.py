@@ -2,25 +2,42 @@
 
 Every method here computes weights ``c [K]`` from ``G = J Jᵀ [K, K]``; the update is
 ``sum_k c_k g_k``.  They run where G lies, never wait for the device, and can be part of a CUDA
-graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same weights.
+graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same weights (with
+:func:`nash_mtl`'s ``max_norm``: the same update).
 A method that divides by a task's norm gives a task with zero gradient the weight 0.
 
 The problems are solved in float64; the small solvers (eigenvalues, quadratic programs, Newton's
-method) are C++ and CUDA from one source, csrc/balancing_solvers.h.
+method) are C++ and CUDA from one source, csrc/balancing_solvers.h.  K has no limit but memory, for
+a few ``[K, K]`` matrices, or one for each row that :func:`upgrad` solves at a time.  Time grows
+with K³, :func:`upgrad`'s with K⁴; on CUDA a problem is solved by one thread, so that beyond a
+hundred or so tasks G is better taken to the CPU first.
 
 PCGrad stands in :mod:`.surgery`; it needs a random order as well.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ._extension import has_kernel
+from .gram_matrix import (
+    check_gram,
+    directions,
+    eigen,
+    preferences,
+    rounding,
+    scaled,
+    solve_least_squares,
+)
 from .implementation import declare
-from .surgery import pcgrad_weights
+from .surgery import combined_norm, pcgrad_weights
 
 _ops = torch.ops.superbert
+
+ScaleMode = Literal["min", "median", "rmse"]
 
 for _name in (
     "symmetric_eigen",
@@ -57,65 +74,6 @@ def _(gram: Tensor, alpha: float) -> Tensor:
     return gram.new_empty(gram.shape[0])
 
 
-# ---- what the methods share ----------------------------------------------------------------------
-
-
-def _check(gram: Tensor, **others: tuple[Tensor, int]) -> None:
-    """Refuse a Gram matrix that is none, and others whose dimensions are not all K.
-
-    Raises:
-        ValueError: the message names the argument.
-    """
-    if gram.dim() != 2 or not gram.numel() or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"gram: expected [K, K], got {list(gram.shape)}")
-    if not gram.is_floating_point():
-        raise ValueError(f"gram: expected floating point, got {gram.dtype}")
-    for name, (tensor, dims) in others.items():
-        if list(tensor.shape) != [len(gram)] * dims:
-            raise ValueError(f"{name}: expected {[len(gram)] * dims}, got {list(tensor.shape)}")
-
-
-def _rounding(gram: Tensor) -> float:
-    """Relative error that the entries of a Gram matrix may have together."""
-    return len(gram) * torch.finfo(gram.dtype).eps
-
-
-def _scaled(gram: Tensor) -> Tensor:
-    """G in float64 with a mean diagonal of 1, made definite beyond its own rounding errors."""
-    _check(gram)
-    matrix = gram.double()
-    mean = matrix.diagonal().mean()
-    matrix = matrix / torch.where(mean > 0, mean, 1.0)
-    return matrix + torch.diag(_rounding(gram) * matrix.diagonal())
-
-
-class _Directions(NamedTuple):
-    """The Gram matrix of the unit gradients, and the gradients' inverse norms (0 for none)."""
-
-    cosines: Tensor
-    inverse_norms: Tensor
-
-
-def _directions(gram: Tensor) -> _Directions:
-    _check(gram)
-    squares = gram.diagonal().double()
-    inverse = torch.where(squares > 0, squares.rsqrt(), 0.0)
-    return _Directions(inverse[:, None] * gram.double() * inverse, inverse)
-
-
-def _eigen(matrix: Tensor, relative: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues, which of them count (more than ``relative`` to the largest), eigenvectors."""
-    values, vectors = _ops.symmetric_eigen(matrix)
-    return values, values > relative * values.max(), vectors
-
-
-def _solve_least_squares(matrix: Tensor, target: Tensor, relative: float) -> Tensor:
-    """``matrix⁺ target``; eigenvalues up to ``relative`` times the largest count as zero."""
-    values, counts, vectors = _eigen(matrix, relative)
-    inverse = torch.where(counts, 1.0 / values, 0.0)
-    return vectors @ (inverse * (target @ vectors))
-
-
 # ---- fixed weights -------------------------------------------------------------------------------
 
 
@@ -131,7 +89,7 @@ def total(gram: Tensor) -> Tensor:
     Raises:
         ValueError: ``gram`` is not as above.
     """
-    _check(gram)
+    check_gram(gram)
     return torch.ones_like(gram[0])
 
 
@@ -147,7 +105,7 @@ def mean(gram: Tensor) -> Tensor:
     Raises:
         ValueError: ``gram`` is not as above.
     """
-    _check(gram)
+    check_gram(gram)
     return torch.full_like(gram[0], 1 / len(gram))
 
 
@@ -164,7 +122,7 @@ def proportional(gram: Tensor, sizes: Tensor) -> Tensor:
     Raises:
         ValueError: an argument is not as above.
     """
-    _check(gram, sizes=(sizes, 1))
+    check_gram(gram, sizes=(sizes, 1))
     sizes = sizes.to(gram)
     return sizes / sizes.sum()
 
@@ -189,13 +147,13 @@ def auxiliary_pcgrad(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3)
     Raises:
         ValueError: an argument is not as above.
     """
-    _check(gram)
+    check_gram(gram)
     if not 0 <= main < len(gram):
         raise ValueError(f"main: expected 0 to {len(gram) - 1}, got {main}")
     members = gram.new_full((2, len(gram)), auxiliary_weight)
+    members[0] = 1.0
     is_main = torch.arange(len(gram), device=gram.device) == main
     members = torch.where(torch.stack([is_main, ~is_main]), members, 0.0)
-    members[0] /= auxiliary_weight
     order = torch.tensor([0, 1], device=gram.device).expand(2, 2).contiguous()
     return pcgrad_weights(members @ gram @ members.T, order) @ members
 
@@ -221,16 +179,18 @@ def gradvac(gram: Tensor, order: Tensor, targets: Tensor, beta: float = 0.5) -> 
         gram: ``[K, K]``, floating point.
         order: ``[K, K]`` int64, as for :func:`pcgrad_weights`.
         targets: ``[K, K]`` running means of the cosines, zeros at first.
-        beta: weight of the newest cosine in that mean.
+        beta: weight of the newest cosine in that mean, from 0 to 1.
 
     Returns:
         The weights, and the targets of the next step.
 
     Raises:
-        ValueError: a shape or dtype is not as above.
+        ValueError: an argument is not as above.
     """
-    _check(gram, order=(order, 2), targets=(targets, 2))
-    cosines, inverse_norms = _directions(gram)
+    check_gram(gram, order=(order, 2), targets=(targets, 2))
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected 0 to 1, got {beta}")
+    cosines, inverse_norms = directions(gram)
     task = torch.arange(len(gram), device=gram.device)
     targets = targets.double()
     # Row i: the modified gradient i in terms of the unit gradients, times its inverse norm.
@@ -251,42 +211,42 @@ def gradvac(gram: Tensor, order: Tensor, targets: Tensor, beta: float = 0.5) -> 
     return GradVacStep(weights.to(gram.dtype), targets.to(gram.dtype))
 
 
-def upgrad(gram: Tensor) -> Tensor:
-    """UPGrad: the mean of the gradients, each projected onto the dual cone of all of them.
+def upgrad(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
+    """UPGrad: the weighted sum of the gradients, each projected onto the dual cone of all of them.
 
     Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", 2024, section 3.
 
     Args:
         gram: ``[K, K]``, floating point.
+        pref_vector: ``[K]`` weights of that sum, any dtype; None: the mean, ``1 / K`` each.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
 
     Raises:
-        ValueError: ``gram`` is not as above.
+        ValueError: an argument is not as above.
     """
-    _check(gram)
-    each = torch.eye(len(gram), dtype=torch.float64, device=gram.device) / len(gram)
-    return _ops.project_onto_dual_cone(_scaled(gram), each).sum(0).to(gram.dtype)
+    each = torch.diag(preferences(gram, pref_vector))
+    return _ops.project_onto_dual_cone(scaled(gram), each).sum(0).to(gram.dtype)
 
 
-def dual_projection(gram: Tensor) -> Tensor:
-    """DualProj: the mean gradient projected onto the dual cone of all gradients.
+def dual_projection(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
+    """DualProj: the weighted sum of the gradients projected onto the dual cone of all of them.
 
     Lopez-Paz and Ranzato, "Gradient Episodic Memory", NeurIPS 2017, equation 11.
 
     Args:
         gram: ``[K, K]``, floating point.
+        pref_vector: ``[K]`` weights of that sum, any dtype; None: the mean, ``1 / K`` each.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
 
     Raises:
-        ValueError: ``gram`` is not as above.
+        ValueError: an argument is not as above.
     """
-    _check(gram)
-    average = torch.full_like(gram[:1], 1 / len(gram), dtype=torch.float64)
-    return _ops.project_onto_dual_cone(_scaled(gram), average)[0].to(gram.dtype)
+    wanted = preferences(gram, pref_vector)
+    return _ops.project_onto_dual_cone(scaled(gram), wanted[None])[0].to(gram.dtype)
 
 
 # ---- optima --------------------------------------------------------------------------------------
@@ -306,7 +266,7 @@ def mgda(gram: Tensor) -> Tensor:
     Raises:
         ValueError: ``gram`` is not as above.
     """
-    return _ops.minimize_norm(_scaled(gram)).to(gram.dtype)
+    return _ops.minimize_norm(scaled(gram)).to(gram.dtype)
 
 
 def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
@@ -316,7 +276,7 @@ def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
 
     Args:
         gram: ``[K, K]``, floating point.
-        c: radius in units of ``|g0|``, from 0 (the mean itself) to below 1.
+        c: radius in units of ``|g0|``: 0 is the mean itself; from 1 on no task is worsened.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
@@ -324,27 +284,52 @@ def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
     Raises:
         ValueError: an argument is not as above.
     """
-    if not 0 <= c < 1:
-        raise ValueError(f"c must be in [0, 1), not {c}")
-    return _ops.avoid_conflict(_scaled(gram), c).to(gram.dtype)
+    if not 0 <= c < math.inf:
+        raise ValueError(f"c: expected a finite number of at least 0, got {c}")
+    matrix = scaled(gram)
+    weights = _ops.avoid_conflict(matrix, c)
+    if c >= 1:
+        # Where the gradients' hull holds zero, the best that no task is worsened by is the
+        # projection of g0; going on until c |g0| is reached would follow rounding errors.
+        mean_projected = _ops.project_onto_dual_cone(matrix, preferences(gram, None)[None])[0]
+        weights = torch.where(_hull_holds_zero(matrix, rounding(gram)), mean_projected, weights)
+    return weights.to(gram.dtype)
 
 
-def nash_mtl(gram: Tensor) -> Tensor:
+def _hull_holds_zero(matrix: Tensor, relative: float) -> Tensor:
+    """Whether the shortest convex combination of the gradients is zero but for rounding."""
+    shortest = _ops.minimize_norm(matrix)
+    longest = shortest @ matrix.diagonal().sqrt()  # had the gradients one direction
+    return shortest @ matrix @ shortest <= 4 * relative * longest**2
+
+
+def nash_mtl(gram: Tensor, max_norm: float | None = None) -> Tensor:
     """Nash-MTL: the Nash bargaining solution, ``G c = 1 / c``.
 
-    Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, for G divided by its
-    Frobenius norm, so that the weights do not depend on the gradients' scale.
+    Navon et al., "Multi-Task Learning as a Bargaining Game", ICML 2022, equation 2 and Algorithm 1.
 
     Args:
         gram: ``[K, K]``, floating point.
+        max_norm: the combined gradient is limited to this norm; 0: no limit.  Before that its norm
+            is ``sqrt(K)`` whatever the gradients' scale.  None: G is divided by its Frobenius norm
+            instead, so that the weights do not depend on the gradients' scale.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
 
     Raises:
-        ValueError: ``gram`` is not as above.
+        ValueError: an argument is not as above.
     """
-    return fairgrad(gram, alpha=1.0)
+    weights, scale = _bargain(gram, alpha=1.0)
+    if max_norm is None:
+        return weights.to(gram.dtype)
+    if not 0 <= max_norm < math.inf:
+        raise ValueError(f"max_norm: expected a finite number of at least 0, got {max_norm}")
+    weights = weights / torch.where(scale > 0, scale, 1.0).sqrt()
+    if max_norm > 0:
+        norm = combined_norm(gram.double(), weights)
+        weights = weights * (max_norm / torch.where(norm > 0, norm, 1.0)).clamp(max=1.0)
+    return weights.to(gram.dtype)
 
 
 def fairgrad(gram: Tensor, alpha: float = 1.0) -> Tensor:
@@ -355,7 +340,7 @@ def fairgrad(gram: Tensor, alpha: float = 1.0) -> Tensor:
 
     Args:
         gram: ``[K, K]``, floating point.
-        alpha: more than 0; 1 is Nash-MTL, larger values favour the task that gains least.
+        alpha: 0 is the mean, 1 is Nash-MTL, larger values favour the task that gains least.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
@@ -363,11 +348,17 @@ def fairgrad(gram: Tensor, alpha: float = 1.0) -> Tensor:
     Raises:
         ValueError: an argument is not as above.
     """
-    if alpha <= 0:
-        raise ValueError(f"alpha must be positive, not {alpha}")
-    matrix = _scaled(gram)
+    if not alpha >= 0:
+        raise ValueError(f"alpha: expected a number of at least 0, got {alpha}")
+    return _bargain(gram, alpha)[0].to(gram.dtype) if alpha > 0 else mean(gram)
+
+
+def _bargain(gram: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """FairGrad's weights in float64, and what G was divided by."""
+    matrix = scaled(gram)
     norm = matrix.norm()
-    return _ops.bargain(matrix / torch.where(norm > 0, norm, 1.0), alpha).to(gram.dtype)
+    weights = _ops.bargain(matrix / torch.where(norm > 0, norm, 1.0), alpha)
+    return weights, norm * gram.diagonal().double().mean()
 
 
 # ---- closed forms --------------------------------------------------------------------------------
@@ -387,55 +378,80 @@ def imtl_g(gram: Tensor) -> Tensor:
     Raises:
         ValueError: ``gram`` is not as above.
     """
-    cosines, inverse_norms = _directions(gram)
+    cosines, inverse_norms = directions(gram)
     ones = (inverse_norms > 0).double()
-    weights = inverse_norms * _solve_least_squares(cosines, ones, _rounding(gram))
+    weights = inverse_norms * solve_least_squares(cosines, ones, rounding(gram))
     total_weight = weights.sum()
     exists = total_weight.abs() > 1e-12 * weights.abs().sum()
     weights = torch.where(exists, weights / torch.where(exists, total_weight, 1.0), 0.0)
     return weights.to(gram.dtype)
 
 
-def aligned_mtl(gram: Tensor) -> Tensor:
-    """Aligned-MTL: the mean after the gradient matrix's singular values are all made equal.
+def aligned_mtl(
+    gram: Tensor, pref_vector: Tensor | None = None, scale_mode: ScaleMode = "min"
+) -> Tensor:
+    """Aligned-MTL: the weighted sum after the matrix's singular values are all made equal.
 
     Senushkin et al., "Independent Component Alignment for Multi-Task Learning", CVPR 2023,
-    Algorithm 1, with the smallest singular value for the scale.
+    Algorithm 1.
 
     Args:
         gram: ``[K, K]``, floating point.
+        pref_vector: ``[K]`` weights of that sum, any dtype; None: the mean, ``1 / K`` each.
+        scale_mode: which singular value all are made equal to: the ``"min"``, the ``"median"``
+            (the lower one of two), or the root mean square, ``"rmse"``.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
 
     Raises:
-        ValueError: ``gram`` is not as above.
+        ValueError: an argument is not as above.
     """
-    _check(gram)
-    values, counts, vectors = _eigen(gram.double(), _rounding(gram))
-    least = torch.where(counts, values, torch.inf).min()
-    balance = torch.where(counts, (least / values).sqrt(), 0.0)
-    return (vectors @ (balance * vectors.mean(0))).to(gram.dtype)
+    if scale_mode not in get_args(ScaleMode):
+        raise ValueError(f"scale_mode: expected min, median or rmse, got {scale_mode!r}")
+    wanted = preferences(gram, pref_vector)
+    values, counts, vectors = eigen(gram.double(), rounding(gram))
+    scale = _SCALES[scale_mode](torch.where(counts, values, torch.inf), counts.sum())
+    balance = torch.where(counts, (scale / values).sqrt(), 0.0)
+    coordinates = vectors.mean(0) if pref_vector is None else wanted @ vectors
+    return (vectors @ (balance * coordinates)).to(gram.dtype)
 
 
-def config(gram: Tensor) -> Tensor:
-    """ConFIG: the direction with equal cosines to all gradients, as long as they reach along it.
+def _median(values: Tensor, rank: Tensor) -> Tensor:
+    return values.sort().values.gather(0, ((rank - 1).clamp(min=0) // 2)[None])[0]
+
+
+def _mean_of_finite(values: Tensor, rank: Tensor) -> Tensor:
+    return torch.where(values.isfinite(), values, 0.0).sum() / rank.clamp(min=1)
+
+
+_SCALES: Mapping[ScaleMode, Callable[[Tensor, Tensor], Tensor]] = {
+    "min": lambda values, _rank: values.min(),
+    "median": _median,
+    "rmse": _mean_of_finite,
+}
+"""From the eigenvalues that count, infinite elsewhere, and their number to Aligned-MTL's scale."""
+
+
+def config(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
+    """ConFIG: the direction with chosen cosines to all gradients, as long as they reach along it.
 
     Liu, Chu and Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural
     Networks", ICLR 2025, equation 2.
 
     Args:
         gram: ``[K, K]``, floating point.
+        pref_vector: ``[K]``, any dtype: the cosines are in proportion to it; None: equal.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
 
     Raises:
-        ValueError: ``gram`` is not as above.
+        ValueError: an argument is not as above.
     """
-    cosines, inverse_norms = _directions(gram)
-    ones = (inverse_norms > 0).double()
-    units = _solve_least_squares(cosines, ones, _rounding(gram))
+    cosines, inverse_norms = directions(gram)
+    wanted = torch.where(inverse_norms > 0, preferences(gram, pref_vector, mean=False), 0.0)
+    units = solve_least_squares(cosines, wanted, rounding(gram))
     norm_squared = units @ cosines @ units
     reach = gram.diagonal().double().sqrt() @ cosines @ units
     exists = norm_squared > 0
@@ -459,12 +475,12 @@ def krum(gram: Tensor, num_byzantine: int = 0, num_selected: int = 1) -> Tensor:
     Raises:
         ValueError: an argument is not as above.
     """
-    _check(gram)
+    check_gram(gram)
     neighbours = len(gram) - num_byzantine - 2
-    if neighbours < 1 or not 1 <= num_selected <= len(gram):
+    if num_byzantine < 0 or neighbours < 1 or not 1 <= num_selected <= len(gram):
         raise ValueError(
-            f"Krum of {len(gram)} gradients needs at least num_byzantine + 3 of them "
-            f"and num_selected from 1 to {len(gram)}"
+            f"Krum of {len(gram)} gradients needs at least num_byzantine + 3 of them, "
+            f"num_byzantine from 0 and num_selected from 1 to {len(gram)}"
         )
     squares = gram.diagonal().double()
     distances = (squares[:, None] + squares - 2 * gram.double()).clamp(min=0).sqrt()
@@ -498,7 +514,7 @@ def gradnorm(
     Raises:
         ValueError: a shape or dtype is not as above.
     """
-    _check(gram, weights=(weights, 1), loss_ratios=(loss_ratios, 1))
+    check_gram(gram, weights=(weights, 1), loss_ratios=(loss_ratios, 1))
     norms = gram.diagonal().double().sqrt()
     weighted = weights.double() * norms
     average = weighted.mean()

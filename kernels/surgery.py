@@ -240,8 +240,8 @@ def gram(rows: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
     """Dot products between the task gradients, in one pass over memory.
 
     Args:
-        rows: ``[K, P]`` task gradients, K from 1 to 64, float32, float64, bfloat16 or float16; rows
-            may lie apart (``stride(0) >= P``), columns must be contiguous.
+        rows: ``[K, P]`` task gradients, any K from 1 on, float32, float64, bfloat16 or float16;
+            they may lie apart (``stride(0) >= P``), columns must be contiguous.
         offsets: S + 1 ascending column numbers; segment s is the columns
             ``offsets[s]:offsets[s + 1]`` (for surgery by layer).  None: all columns.
 
@@ -263,7 +263,7 @@ def draw_order(num_tasks: int, seed: Tensor | int, step: Tensor | int = 0) -> Te
     replays with whatever the two tensors contain then.
 
     Args:
-        num_tasks: K, from 1 to 64.
+        num_tasks: K, from 1 on.
         seed: an int or a 0-dim int64 tensor, whose device the result is on.
         step: likewise; a different order for each.
 

@@ -8,7 +8,7 @@ the tasks, their losses, the random order of this step, and what they remember f
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..rooms import kernels
-from ..settings import Count, Fraction, NonNegativeReal, Positive, PositiveReal, Real, Settings
+from ..settings import Count, NonNegativeReal, Positive, PositiveReal, Real, Settings
 
 TORCHJD = "torchjd."
 """``torchjd.X`` names a weighting in ``torchjd.aggregation``."""
@@ -31,12 +31,23 @@ class BalanceSettings(Settings):
     """main_aux: the main task; empty: the first."""
     aux_weight: PositiveReal = 0.3
     """main_aux: lambda, by which the sum of the auxiliary gradients is multiplied."""
-    gradvac_beta: Annotated[float, Field(gt=0, le=1)] = 0.5
+    gradvac_beta: Annotated[float, Field(ge=0, le=1)] = 0.5
     """gradvac: weight of the newest cosine in the running mean."""
-    cagrad_c: Fraction = 0.5
-    """cagrad: how far from the mean gradient the update may lie, relative to its length."""
-    fairgrad_alpha: PositiveReal = 1.0
-    """fairgrad: 1 is proportional fairness; larger ones care more for the worst-off task."""
+    cagrad_c: NonNegativeReal = 0.5
+    """cagrad: how far from the mean gradient the update may lie, relative to its length; from 1 on
+    no task is worsened."""
+    preferences: dict[str, Real] = {}
+    """upgrad, dual_projection, config, aligned_mtl: how much each task counts; 1 for those left
+    out."""
+    aligned_mtl_scale_mode: Literal["min", "median", "rmse"] = "min"
+    """aligned_mtl: which singular value of the gradients all are made equal to."""
+    nash_mtl_max_norm: NonNegativeReal | None = None
+    """nash_mtl: the combined gradient is limited to this norm, 0: no limit; it then has the length
+    ``sqrt(K)`` before, as in the paper.  Left out: weights that do not depend on the gradients'
+    scale."""
+    fairgrad_alpha: NonNegativeReal = 1.0
+    """fairgrad: 0 is the mean, 1 proportional fairness; larger ones care more for the worst-off
+    task."""
     gradnorm_alpha: NonNegativeReal = 1.5
     """gradnorm: strength of the pull towards equal training rates."""
     gradnorm_lr: PositiveReal = 0.025
@@ -102,6 +113,31 @@ def _proportional(tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
 def _constant(gram: Tensor, weights: Sequence[float]) -> Tensor:
     """Put constants on the device without a copy from the host, which a graph could not replay."""
     return torch.stack([torch.full_like(gram[0, 0], weight) for weight in weights])
+
+
+def _with_preferences(
+    method: Callable[[Tensor, Tensor | None], Tensor], *, mean: bool = True
+) -> "Builder":
+    """Build a method that takes preferences; equal ones are ``1 / K`` each if ``mean``, or 1."""
+
+    def build(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+        if not settings.preferences:
+            return _of_gram(lambda gram: method(gram, None))
+        for name in settings.preferences:
+            _index(tasks, name, "preferences")
+        share = 1 / len(tasks.names) if mean else 1.0
+        given = [share * settings.preferences.get(name, 1.0) for name in tasks.names]
+        return _of_gram(lambda gram: method(gram, _constant(gram.double(), given)))
+
+    return build
+
+
+def _aligned_mtl(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    scale_mode = settings.aligned_mtl_scale_mode
+    build = _with_preferences(
+        lambda gram, given: kernels.balancing.aligned_mtl(gram, given, scale_mode)
+    )
+    return build(tasks, settings)
 
 
 def _pcgrad(_tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
@@ -181,11 +217,13 @@ METHODS: Mapping[str, Builder] = MappingProxyType(
         ),
         "mgda": lambda _tasks, _settings: _of_gram(kernels.balancing.mgda),
         "imtl_g": lambda _tasks, _settings: _of_gram(kernels.balancing.imtl_g),
-        "nash_mtl": lambda _tasks, _settings: _of_gram(kernels.balancing.nash_mtl),
-        "aligned_mtl": lambda _tasks, _settings: _of_gram(kernels.balancing.aligned_mtl),
-        "upgrad": lambda _tasks, _settings: _of_gram(kernels.balancing.upgrad),
-        "dual_projection": lambda _tasks, _settings: _of_gram(kernels.balancing.dual_projection),
-        "config": lambda _tasks, _settings: _of_gram(kernels.balancing.config),
+        "nash_mtl": lambda _tasks, settings: _of_gram(
+            lambda gram: kernels.balancing.nash_mtl(gram, settings.nash_mtl_max_norm)
+        ),
+        "aligned_mtl": _aligned_mtl,
+        "upgrad": _with_preferences(kernels.balancing.upgrad),
+        "dual_projection": _with_preferences(kernels.balancing.dual_projection),
+        "config": _with_preferences(kernels.balancing.config, mean=False),
         "fairgrad": lambda _tasks, settings: _of_gram(
             lambda gram: kernels.balancing.fairgrad(gram, settings.fairgrad_alpha)
         ),

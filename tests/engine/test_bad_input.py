@@ -46,7 +46,16 @@ def refuse(capsys, door, *arguments: str) -> str:
         (["cgs", "--set", "batch_size=0"], "batch_size = 0"),
         (["cgs", "--set", "balance=pcgard"], "did you mean pcgrad?"),
         (["cgs", "--set", "balancing.cagrad_d=0.1"], "did you mean cagrad_c?"),
-        (["cgs", "--set", "balancing.cagrad_c=1"], "balancing.cagrad_c = 1"),
+        (["cgs", "--set", "balancing.cagrad_c=-1"], "balancing.cagrad_c = -1"),
+        (["cgs", "--set", "balancing.nash_mtl_max_norm=-1"], "balancing.nash_mtl_max_norm = -1"),
+        (
+            ["cgs", "--set", "balancing.aligned_mtl_scale_mode=max"],
+            "balancing.aligned_mtl_scale_mode = 'max'",
+        ),
+        (
+            ["cgs", "--set", "balance=upgrad", "balancing.preferences.imdb=2"],
+            "balancing.preferences: 'imdb' is no trained task",
+        ),
         (["cgs", "--set", "balance=main_aux", "balancing.main=cfimdb"], "'cfimdb' is no trained"),
         (["cgs", "--set", "surgery=layers"], "surgery = 'layers'"),
         (

@@ -44,3 +44,18 @@ def poisoned_memory() -> None:
     for device, size in product(devices, (64, 512, 4096, 32_768, 262_144)):
         blocks = [torch.full((size,), torch.nan, device=device) for _ in range(16)]
         del blocks
+
+
+@pytest.fixture(scope="module")
+def torchjd():
+    """TorchJD's aggregation package with the solvers that it leaves to the user to install."""
+    for name in ("cvxpy", "clarabel", "ecos", "qpsolvers", "quadprog", "scipy"):
+        pytest.importorskip(name)
+    return pytest.importorskip("torchjd.aggregation")
+
+
+def exact_projector():
+    """TorchJD's, with so little regularisation that only rounding is left of it."""
+    from torchjd.linalg import QuadprogProjector
+
+    return QuadprogProjector(norm_eps=0.0, reg_eps=1e-10)

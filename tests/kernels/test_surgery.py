@@ -18,7 +18,7 @@ from kernels.surgery import (
 from .rounding import assert_within_twice
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# One task, the demo's three, one over a 4-row tile, two full tiles, the most there may be.
+# One task, the demo's three, one over a 4-row tile, two full tiles, a full panel of tiles.
 TASKS = [1, 2, 3, 5, 8, 64]
 # Nothing, one, around a vector (4, 8 or 16 lanes), around a block of 2048, several threads.
 COLUMNS = [0, 1, 15, 16, 17, 2047, 2049, 70_001]
@@ -32,17 +32,6 @@ def task_rows(num_tasks: int, columns: int, dtype: torch.dtype, seed: int = 0) -
     buffer = torch.empty(num_tasks, columns + 3, dtype=dtype)
     rows = buffer[:, 2 : columns + 2]  # no row starts at a multiple of 16 bytes
     return rows.copy_(0.02 * (own + 0.5 * shared))
-
-
-@pytest.fixture(params=[16, 32, 64], ids=["plain", "avx2", "avx512"])
-def vector_unit(request: pytest.FixtureRequest):
-    """Runs a test on each build of the CPU kernels that this machine can run."""
-    limit = torch.ops.superbert.limit_vector_unit
-    if limit(request.param) != request.param:
-        limit(64)
-        pytest.skip(f"this processor has no vectors of {request.param} bytes")
-    yield
-    limit(64)
 
 
 def shapes(num_tasks: int) -> list[tuple[int, range]]:
@@ -251,8 +240,7 @@ def test_adamw_reference_is_the_operator(skip: Tensor | None) -> None:
 
 BAD_ROWS = {
     "one dimension": (torch.zeros(3), r"rows must have the shape \[K, P\]"),
-    "no tasks": (torch.zeros(0, 3), "1 to 64 task gradients"),
-    "too many tasks": (torch.zeros(65, 3), "1 to 64 task gradients"),
+    "no tasks": (torch.zeros(0, 3), "rows must hold at least one task gradient"),
     "integers": (torch.zeros(3, 3, dtype=torch.int64), "rows must be float32"),
     "columns apart": (torch.zeros(3, 8)[:, ::2], "contiguous columns"),
     "overlapping": (torch.zeros(1, 8).expand(3, 8), "must not overlap"),

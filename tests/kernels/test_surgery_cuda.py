@@ -108,9 +108,29 @@ def test_gram(device: Device, num_tasks: int, dtype: torch.dtype) -> None:
         assert torch.equal(result, gram_reference(rows, [0, columns])[0])
 
 
+# One row beyond a panel of 64, half panels that are full, begun, and beyond the last row.
+@pytest.mark.parametrize(
+    ("num_tasks", "dtype"),
+    [
+        (65, torch.float32),
+        (96, torch.float16),
+        (97, torch.float64),
+        (128, torch.bfloat16),
+        (161, torch.float32),
+    ],
+)
+def test_gram_of_many_tasks(device: Device, num_tasks: int, dtype: torch.dtype) -> None:
+    layouts = [(517, 1, 2), (515, 0, 13), (7, 1, 13), (0, 0, 16)]
+    count = {65: 4, 161: 1}.get(num_tasks, 2)
+    for columns, offset, gap in layouts[:count]:
+        rows = task_rows(num_tasks, columns, dtype, offset, gap)
+        result = device.ops.gram(device.put(rows), [0, columns])[0].cpu()
+        assert torch.equal(result, gram_reference(rows, [0, columns])[0])
+
+
 def test_gram_of_many_blocks(device: Device) -> None:
     # gram_kernel: 16384 columns a block; gram_tiles_kernel: more chains than blocks
-    for num_tasks, columns in ((2, 100_003), (64, 20_003)):
+    for num_tasks, columns in ((2, 100_003), (64, 20_003), (100, 5_003)):
         rows = torch.randn(num_tasks, columns, generator=torch.Generator().manual_seed(3))
         result = device.ops.gram(device.put(rows), [0, columns])[0].cpu()
         exact = rows.double() @ rows.double().T
@@ -126,7 +146,7 @@ def test_gram_by_segment(device: Device, num_tasks: int) -> None:
 
 
 @pytest.mark.parametrize("include_self", [False, True])
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 17, 64, 65, 130])
 def test_weights(device: Device, num_tasks: int, include_self: bool) -> None:
     rows = torch.randn(num_tasks, num_tasks + 2, dtype=torch.float64)
     matrix, order = rows @ rows.T, draw_order(num_tasks, 5, 6)
@@ -138,7 +158,7 @@ def test_weights(device: Device, num_tasks: int, include_self: bool) -> None:
         torch.testing.assert_close(weights.cpu(), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 17, 64, 65, 130])
 def test_order(device: Device, num_tasks: int) -> None:
     seed, step = torch.tensor(-123456789012345), torch.tensor(2**40 + 3)
     order = device.ops.draw_order(device.put(seed), device.put(step), num_tasks)
@@ -148,7 +168,7 @@ def test_order(device: Device, num_tasks: int) -> None:
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_combine(device: Device, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
-    for num_tasks in (1, 2, 3, 6, 64):
+    for num_tasks in (1, 2, 3, 6, 64, 65):
         weights = torch.arange(num_tasks) * 0.5 - 1.0
         for columns, offset, gap in LAYOUTS:
             rows = task_rows(num_tasks, columns, dtype, offset, gap)
@@ -223,6 +243,18 @@ def test_adamw_skips(device: Device) -> None:
         *(*[device.put(s) for s in scalars], 0.9, 0.999, 1e-8, 0.1),
     )
     assert all(torch.equal(mine.cpu(), s) for mine, s in zip(ours, state, strict=True))
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_solvers_of_many_tasks(device: Device, columns: int) -> None:
+    rows = torch.randn(70, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    matrix = rows @ rows.T + 1e-9 * torch.eye(70).double()
+    lower = torch.eye(70).double()[:66] / 70  # more problems than a block has threads
+    for name, arguments in (("minimize_norm", ()), ("project_onto_dual_cone", (lower,))):
+        on_device = [device.put(argument) for argument in arguments]
+        result = getattr(device.ops, name)(device.put(matrix), *on_device).cpu()
+        expected = getattr(torch.ops.superbert, name)(matrix, *arguments)
+        torch.testing.assert_close(result @ rows, expected @ rows, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SOLVERS)

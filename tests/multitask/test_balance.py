@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from engine.errors import InputError
-from engine.multitask.balance import METHODS, BalanceSettings, build_method
+from engine.multitask.balance import METHODS, BalanceSettings, Signals, build_method
 from kernels import balancing
 
 from .conftest import SEED, TASKS, TRAINED, build_step
@@ -50,6 +50,45 @@ def test_weights_are_those_of_the_reported_gram(make_model, make_batch):
         torch.testing.assert_close(report.weights, weigh(report.gram), msg=name)
 
 
+def test_settings_of_methods_are_their_arguments(make_model, make_batch):
+    settings = BalanceSettings(
+        preferences={"quora": 2.0, "sts": 0.0},
+        aligned_mtl_scale_mode="rmse",
+        nash_mtl_max_norm=0.5,
+        cagrad_c=2.0,
+    )
+    given = torch.tensor([1.0, 2.0, 0.0])
+    expected = {
+        "upgrad": lambda gram: balancing.upgrad(gram, given / 3),
+        "dual_projection": lambda gram: balancing.dual_projection(gram, given / 3),
+        "config": lambda gram: balancing.config(gram, given),
+        "aligned_mtl": lambda gram: balancing.aligned_mtl(gram, given / 3, "rmse"),
+        "nash_mtl": lambda gram: balancing.nash_mtl(gram, 0.5),
+        "cagrad": lambda gram: balancing.cagrad(gram, 2.0),
+    }
+    for name, weigh in expected.items():
+        report = build_step(make_model().train(), balance=name, settings=settings)(
+            make_batch(), 0, LR
+        )
+        torch.testing.assert_close(report.weights, weigh(report.gram), msg=name)
+        plain = build_method(name, TRAINED, BalanceSettings()).decide(
+            Signals(report.gram, torch.zeros(3, 3), report.losses, {})
+        )
+        assert not torch.allclose(plain.weights, report.weights), name
+
+
+def test_equal_preferences_are_the_default():
+    gram = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    signals = Signals(gram @ gram.T, torch.zeros(3, 3), torch.ones(3), {})
+    equal = BalanceSettings(preferences=dict.fromkeys(TASKS, 1.0))
+    for name in ("upgrad", "dual_projection", "config", "aligned_mtl"):
+        plain, same = (
+            build_method(name, TRAINED, settings).decide(signals).weights
+            for settings in (BalanceSettings(), equal)
+        )
+        torch.testing.assert_close(plain, same, msg=name)
+
+
 def test_gradvac_remembers_cosines(make_model, make_batch):
     step = build_step(make_model().train(), balance="gradvac")
     targets = torch.zeros(3, 3)
@@ -88,6 +127,7 @@ def test_a_skipped_step_leaves_no_trace_in_what_is_remembered(make_model, make_b
     [
         ("main_aux", {"main": "cfimdb"}, "balancing.main: 'cfimdb' is no trained task"),
         ("fixed", {"fixed": {"qqp": 1.0}}, "balancing.fixed: 'qqp' is no trained task"),
+        ("upgrad", {"preferences": {"qqp": 1.0}}, "balancing.preferences: 'qqp' is no trained"),
         ("krum", {"krum_byzantine": 1}, "3 tasks are too few"),
         ("krum", {"krum_selected": 4}, "3 tasks are too few"),
     ],

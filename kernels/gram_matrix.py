@@ -1,0 +1,79 @@
+"""What balancing methods ask of a Gram matrix: checks, scaling, eigenvalues, least squares.
+
+All is float64 on the matrix's device; nothing waits for it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def check_gram(gram: Tensor, **others: tuple[Tensor, int]) -> None:
+    """Refuse a Gram matrix that is none, and others whose dimensions are not all K.
+
+    Raises:
+        ValueError: the message names the argument.
+    """
+    if gram.dim() != 2 or not gram.numel() or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"gram: expected [K, K], got {list(gram.shape)}")
+    if not gram.is_floating_point():
+        raise ValueError(f"gram: expected floating point, got {gram.dtype}")
+    for name, (tensor, dims) in others.items():
+        if list(tensor.shape) != [len(gram)] * dims:
+            raise ValueError(f"{name}: expected {[len(gram)] * dims}, got {list(tensor.shape)}")
+
+
+def preferences(gram: Tensor, pref_vector: Tensor | None, *, mean: bool = True) -> Tensor:
+    """``[K]`` in float64: the preferences given, or equal ones: ``1 / K`` each, or 1.
+
+    Raises:
+        ValueError: ``gram`` is no Gram matrix, or ``pref_vector`` not ``[K]``.
+    """
+    if pref_vector is None:
+        check_gram(gram)
+        return torch.full_like(gram[0], 1 / len(gram) if mean else 1.0, dtype=torch.float64)
+    check_gram(gram, pref_vector=(pref_vector, 1))
+    return pref_vector.to(gram.device, torch.float64)
+
+
+def rounding(gram: Tensor) -> float:
+    """Relative error that the entries of a Gram matrix may have together."""
+    return len(gram) * torch.finfo(gram.dtype).eps
+
+
+def scaled(gram: Tensor) -> Tensor:
+    """G in float64 with a mean diagonal of 1, made definite beyond its own rounding errors."""
+    check_gram(gram)
+    matrix = gram.double()
+    mean = matrix.diagonal().mean()
+    matrix = matrix / torch.where(mean > 0, mean, 1.0)
+    return matrix + torch.diag(rounding(gram) * matrix.diagonal())
+
+
+class Directions(NamedTuple):
+    """The Gram matrix of the unit gradients, and the gradients' inverse norms (0 for none)."""
+
+    cosines: Tensor
+    inverse_norms: Tensor
+
+
+def directions(gram: Tensor) -> Directions:
+    """Divide all gradients by their norms."""
+    check_gram(gram)
+    squares = gram.diagonal().double()
+    inverse = torch.where(squares > 0, squares.rsqrt(), 0.0)
+    return Directions(inverse[:, None] * gram.double() * inverse, inverse)
+
+
+def eigen(matrix: Tensor, relative: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues, which of them count (more than ``relative`` to the largest), eigenvectors."""
+    values, vectors = torch.ops.superbert.symmetric_eigen(matrix)
+    return values, values > relative * values.max(), vectors
+
+
+def solve_least_squares(matrix: Tensor, target: Tensor, relative: float) -> Tensor:
+    """``matrix⁺ target``; eigenvalues up to ``relative`` times the largest count as zero."""
+    values, counts, vectors = eigen(matrix, relative)
+    inverse = torch.where(counts, 1.0 / values, 0.0)
+    return vectors @ (inverse * (target @ vectors))
