@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import recipe as recipes
-from .door import STOPPED, Parser, run_door, terminal
+from .door import STOPPED, Parser, positive, run_door, terminal
 from .errors import InputError
 from .many import Cell, print_results, read_results, seeds_of, train_cells
 from .options import add_device, add_settings, overrides
@@ -119,7 +119,7 @@ def _parser() -> Parser:
         help="train every combination, such as lr=1e-3,1e-4 batch_size=8,16 epochs=3,6 "
         "(default: the recipe alone)",
     )
-    add("--seeds", type=int, default=1, metavar="N", help="repetitions of each (default: 1)")
+    add("--seeds", type=positive, default=1, metavar="N", help="repetitions of each (default: 1)")
     add(
         "--minutes",
         type=float,
