@@ -30,6 +30,9 @@ def refuse(capsys, door, *arguments: str) -> str:
     return lines[0]
 
 
+SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -76,6 +79,21 @@ def refuse(capsys, door, *arguments: str) -> str:
         (["cgs", "--set", "encoder.vocab_size=99999999999"], "encoder.vocab_size = 999"),
         (["superbert", "--set", "objectives.masked_lm.files=['../x']"], "leaves the data folder"),
         (["cgs", "--resume"], "--out"),
+        (["cgs", "--init", ""], "argument --init: '' is no value; give one"),
+        (["cgs", "--data", ""], "argument --data: '' is no value; give one"),
+        (["cgs", "--out", "  "], "argument --out: '  ' is no value; give one"),
+        ([""], "argument RECIPE: '' is no value; give one"),
+        (["cgs", "--seeds", "0"], "'0': expected a whole number from 1 on"),
+        (["cgs", "--set", "init="], "--set init=: no value"),
+        (["cgs", "--set", "data= "], "--set data= : no value"),
+        (["cgs", "--set", "lr="], "--set lr=: no value"),
+        (["cgs", "--set", "description="], "--set description=: no value"),
+        (["cgs", "--set", "init=' '"], "init = ' ': nothing but spaces"),
+        (["cgs", "--set", "data='  '"], "data = '  ': nothing but spaces"),
+        (["superbert", "--set", "objectives.masked_lm.files=['']"], "empty; give a name"),
+        (["cgs", "--set", SOURCE % "files={train=''}"], "files.train = '': empty; give a name"),
+        (["cgs", "--set", SOURCE % "dataset='x',splits={train=''}"], "splits.train = '': empty"),
+        (["cgs", "--set", SOURCE % "dataset=' '"], "dataset = ' ': nothing but spaces"),
         (["none.toml"], "not found"),
         (["cgs", "--set", "encoder.hidden_size=30", "encoder.num_attention_heads=4"], "divisible"),
     ],
