@@ -32,7 +32,7 @@ from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
 from .training import Training
-from .watch import ProgressBar, describe, list_recipes, print_warmup
+from .watch import ProgressBar, describe, list_recipes, print_idle_settings, print_warmup
 
 
 def train(training: Training, console: Console) -> Signals | None:
@@ -105,12 +105,15 @@ def train_run(
     if device.type == "cpu":
         keep_freed_memory()
         set_threads(run.recipe.threads, ranks.local_size)
-    for phase in range(run.checkpoints.progress().phase, len(run.recipe.in_phases)):
+    first = run.checkpoints.progress().phase
+    for phase in range(first, len(run.recipe.in_phases)):
         # The first on each machine fills the cache of tokenized data.
         with ranks.in_turn(), memory_explained(SMALLER_MODEL):
             training = Training.build(run, device, ranks, phase=phase)
         if ranks.leads:
             run.write()  # only now: what cannot be trained leaves no folder behind
+        if phase == first:
+            print_idle_settings(console, training)
         describe(console, training)
         recipe = training.recipe
         with memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)):
@@ -144,7 +147,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resumes = options.resume or ranks.restarted
             run = runs.resume(recipe, out) if resumes else runs.begin(recipe, out)
         if options.dry_run:
-            show_plan(console, Training.build(run, device, ranks))
+            training = Training.build(run, device, ranks)
+            show_plan(console, training)
+            print_idle_settings(console, training)
             return 0
         signal = train_run(run, device, console, ranks)
     if signal is not None:

@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from .data.split import TokenizedSplit
+from .effects import lines_on_idle_settings
 from .runtime.execution import Execution
 from .runtime.manifest import Progress
 from .runtime.traffic import measure_traffic
@@ -39,6 +40,12 @@ def describe(console: Console, training: Training) -> None:
             console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
         for reason, count in split.bad_rows.items():
             console.print(f"{split.task}: {count} rows skipped ({reason})")
+
+
+def print_idle_settings(console: Console, training: Training) -> None:
+    """Print a line for each setting that the recipe gives and that changes nothing."""
+    for line in lines_on_idle_settings(training.run, training.device, training.ranks):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def print_warmup(console: Console, execution: Execution) -> None:
