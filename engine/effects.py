@@ -7,7 +7,6 @@ recipe in any phase that has no other value for it.
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +17,7 @@ from .data.source import TaskSource
 from .model.config import EncoderConfig
 from .multitask.balance import BalanceSettings, Signals, TrainedTasks, build_method
 from .objectives.recipe import ObjectiveRecipe
+from .origins import reads_data_folder
 from .recipe import Recipe
 from .run import Run
 from .runtime.distributed import Ranks
@@ -93,20 +93,6 @@ def _reads_loss(case: Case) -> bool:
     return _is_trained(case) or case.recipe.formats[case.owner].kind == "score"
 
 
-def _reads_data_folder(case: Case) -> bool:
-    """Return whether some file is looked for there: of a built-in task, or by a relative name."""
-    recipe, files = case.recipe, list[str]()
-    for task in recipe.tasks.values():
-        if task.source is None:
-            return True
-        files += task.source.files.values()
-    for objective in recipe.objectives.values():
-        if not recipe.tasks.keys() >= set(objective.sentences_of):
-            return True
-        files += objective.files
-    return not all(Path(file).is_absolute() for file in files)
-
-
 def _differentiates_encoder(case: Case) -> bool:
     recipe = case.recipe
     return not recipe.freeze_encoder or (recipe.adapter_width > 0 and recipe.scored)
@@ -144,7 +130,9 @@ _OF_DATASET = Effect(lambda case: bool(case.source.dataset), "files are read, no
 EFFECTS: Mapping[str, Effect] = MappingProxyType(
     {
         **dict.fromkeys(("description", "paper", "init", "train", "pooling"), ALWAYS),
-        "data": Effect(_reads_data_folder, "no file of a task is looked for there"),
+        "data": Effect(
+            lambda case: reads_data_folder(case.recipe), "no file of a task is looked for there"
+        ),
         "tasks.NAME.features": ALWAYS,
         "tasks.NAME.loss": Effect(_reads_loss, "{case.owner} is not trained", off="default"),
         "tasks.NAME.weight": Effect(_is_trained, "{case.owner} is not trained", off=1),

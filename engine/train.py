@@ -133,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("RECIPE is missing; --list shows all")
     if options.resume and options.out is None:
         raise InputError("--resume: name the run's folder with --out")
+    if options.dry_run and options.seeds is not None:
+        raise InputError("--dry-run: shows what one run needs; leave --seeds out")
     ranks = Ranks.from_environment()
     if ranks.size > 1 and (options.out is None or options.seeds is not None):
         raise InputError("several ranks make one run, in the folder that --out names; give it")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import evaluate, predict, train
+from engine import evaluate, predict, report, sweep, train
 from engine.data.cache import default_cache
 from engine.door import run_door
 from engine.origins import data_folder
@@ -83,6 +83,7 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
         (["cgs", "--data", ""], "argument --data: '' is no value; give one"),
         (["cgs", "--out", "  "], "argument --out: '  ' is no value; give one"),
         ([""], "argument RECIPE: '' is no value; give one"),
+        (["cgs", "--seeds", "2", "--dry-run"], "leave --seeds out"),
         (["cgs", "--seeds", "0"], "'0': expected a whole number from 1 on"),
         (["cgs", "--set", "init="], "--set init=: no value"),
         (["cgs", "--set", "data= "], "--set data= : no value"),
@@ -102,6 +103,17 @@ def test_options_and_recipes(capsys, tmp_path, monkeypatch, arguments, expected)
     monkeypatch.chdir(tmp_path)
     assert expected in refuse(capsys, train, *arguments)
     assert not list(tmp_path.rglob("recipe.toml"))
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_a_time_limit_that_is_none(capsys, tmp_path, minutes):
+    options = ["demo", "--out", str(tmp_path / "runs"), "--minutes", minutes]
+    assert "expected a number of minutes above 0" in refuse(capsys, sweep, *options)
+
+
+def test_an_option_of_another_kind_of_report(capsys, tmp_path):
+    options = [str(tmp_path), "--out", str(tmp_path / "pages"), "--no-texts"]
+    assert "give it with --papers" in refuse(capsys, report, *options)
 
 
 def test_what_is_named_may_look_like_markup(tiny_run, capsys):

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from engine import evaluate
 from engine import recipe as recipes
 from engine.effects import EFFECTS, effect_of, lines_on_idle_settings, settings_read
+from engine.errors import InputError
 from engine.multitask.balance import METHODS, BalanceSettings
 from engine.origins import data_folder
 from engine.recipe import Recipe
@@ -294,6 +296,11 @@ def test_sources(source, idle):
     assert found == [f"tasks.mood.source.{name}" for name in idle]
 
 
+def write(run: Run, folder: Path) -> Path:
+    run._replace(folder=folder).write()
+    return folder
+
+
 def test_a_data_folder_that_nothing_is_read_from(tmp_path):
     file = tmp_path / "mine.toml"
     head = 'data = "somewhere"\ntrain = ["mood"]\n[tasks.mood]\nfeatures = "single"\n'
@@ -305,6 +312,11 @@ def test_a_data_folder_that_nothing_is_read_from(tmp_path):
         assert (
             lines == ['data = "somewhere": no effect, no file of a task is looked for there'] * idle
         )
+
+        if idle:  # nor when it is scored
+            options = [str(write(run, tmp_path / "run")), "--data", str(tmp_path)]
+            with pytest.raises(InputError, match=r"--data .*: no file .* leave it out"):
+                evaluate.main(options)
 
 
 def test_the_lines_come_once_as_training_begins_and_not_from_a_runs_own_recipe(tmp_path, capsys):
