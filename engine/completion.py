@@ -7,8 +7,9 @@ objectives and phases it reads in the recipe that the command line names.
 from collections.abc import Iterator
 
 from . import recipe as recipes
-from .fields import ANY_NAME, RecipeField, recipe_fields
+from .fields import RecipeField, recipe_fields
 from .options import parser
+from .wording import ANY_NAME
 
 _SCRIPT = """\
 # The names that recipe $1 gives in table $2: [tasks.NAME], or NAME.features = … within [tasks].

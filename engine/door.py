@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -27,6 +28,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
         super().__init__(prog=prog, description=description, epilog=epilog)
+        # Of all options that take text or a path: an unset shell variable leaves an empty one.
+        self.register("type", None, _given)
+        self.register("type", Path, _given_path)
         version = f"superbert-engine {__version__}"
         self.add_argument("--version", action="version", version=version, help="show it and exit")
 
@@ -42,6 +46,34 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         self.exit(BAD_INPUT, f"error: {message}; see {self.prog} --help\n")
+
+
+def positive(text: str) -> int:
+    """Return the whole number from 1 on that an option was given.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not (text.strip().isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return int(text)
+
+
+def _given(text: str) -> str:
+    """Return what an option was given.
+
+    Raises:
+        argparse.ArgumentTypeError: nothing, or spaces alone.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no value; give one (is a shell variable unset?) or leave the option out"
+        )
+    return text
+
+
+def _given_path(text: str) -> Path:
+    return Path(_given(text))
 
 
 def run_door(main: Callable[[], int]) -> NoReturn:

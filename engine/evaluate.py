@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .door import Parser, print_scores, run_door, terminal
+from .errors import InputError
 from .options import add_device
+from .origins import reads_data_folder
 from .run import open_run
 from .runtime.precision import pick_device
 from .scoring import Scores, score_splits, write_scores
@@ -33,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     run = open_run(options.run)
     if options.data is not None:
+        if not reads_data_folder(run.recipe):
+            raise InputError(
+                f"--data {options.data}: no file of the tasks of {options.run} is looked for "
+                "there; leave it out"
+            )
         run = run.with_data(options.data)
     model, progress = run.trained_model(pick_device(options.device))
     splits = {task: run.split(task, options.split) for task in run.recipe.tasks}

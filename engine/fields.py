@@ -11,10 +11,7 @@ from rich.table import Table
 
 from .multitask.balance import METHODS
 from .recipe import Recipe
-from .wording import table_of
-
-ANY_NAME = "NAME"
-"""Stands for a name that the recipe chooses: of a task, of an objective."""
+from .wording import ANY_NAME, table_of
 
 
 class RecipeField(NamedTuple):
@@ -36,7 +33,10 @@ class RecipeField(NamedTuple):
 def recipe_fields() -> Iterator[RecipeField]:
     """Yield every field, tables by their own fields."""
     for field in _fields_of(Recipe, ""):
-        yield field._replace(choices=tuple(METHODS)) if field.key == "balance" else field
+        if field.key == "balance":
+            text = f"{field.text}  Methods: {', '.join(METHODS)}."
+            field = field._replace(choices=tuple(METHODS), text=text)
+        yield field
 
 
 def print_fields(console: Console) -> None:

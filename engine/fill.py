@@ -9,7 +9,7 @@ import torch
 from .data.pack import join
 from .data.part import Part
 from .data.tokenizer import Tokenizer
-from .door import Parser, run_door, terminal
+from .door import Parser, positive, run_door, terminal
 from .errors import InputError
 from .model.multitask import MultitaskModel
 from .objectives.masked_lm import MaskedLmHead
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="SENTENCE",
         help='with one [MASK] each (default: "This movie was [MASK].")',
     )
-    what.add_argument("--top", type=int, default=5, metavar="N", help="words to show (default: 5)")
+    what.add_argument(
+        "--top", type=positive, default=5, metavar="N", help="words to show (default: 5)"
+    )
     add_device(where)
     options = parser.parse_args(arguments)
 

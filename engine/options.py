@@ -6,7 +6,7 @@ from os.path import isdir
 from pathlib import Path
 
 from . import recipe as recipes
-from .door import Parser
+from .door import Parser, positive
 
 PROGRAM = f"python -m {__package__}.train"
 
@@ -88,7 +88,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, metavar="N", help="decides weights, batches, dropout (default: 0)")
     add(
         "--seeds",
-        type=int,
+        type=positive,
         metavar="N",
         help="train N runs, under the seed and those that follow (default: one run)",
     )

@@ -39,6 +39,20 @@ def data_folder(recipe: Recipe) -> Path:
     return folder
 
 
+def reads_data_folder(recipe: Recipe) -> bool:
+    """Return whether some file is looked for there: of a built-in task, or by a relative name."""
+    files: list[str] = []
+    for task in recipe.tasks.values():
+        if task.source is None:
+            return True
+        files += task.source.files.values()
+    for objective in recipe.objectives.values():
+        if not recipe.tasks.keys() >= set(objective.sentences_of):
+            return True
+        files += objective.files
+    return not all(Path(file).is_absolute() for file in files)
+
+
 def _demo_folder() -> Path:
     """Return the folder of the demo corpus, written once for each version of its grammar."""
     version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:12]

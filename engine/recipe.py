@@ -30,7 +30,7 @@ from .runtime.execution import EXECUTIONS
 from .runtime.precision import PRECISIONS
 from .runtime.sinks import SINKS
 from .settings import Count, Fraction, NonNegativeReal, Positive, PositiveReal, Settings
-from .wording import first_problem, nearest
+from .wording import FIELDS, first_problem, nearest
 
 _TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -73,7 +73,8 @@ class Recipe(Settings):
     freeze_encoder: bool = False
     """Train only what lies outside the encoder: heads, shared layers, adapters."""
     encoder: EncoderRecipe = EncoderRecipe()
-    """Shape of an encoder trained from scratch; with ``--init`` the model's own counts."""
+    """Shape of an encoder trained from scratch, and dropout; with ``--init`` what is left out is
+    the model's own, and so is the shape (:class:`.EncoderRecipe`)."""
     max_length: Annotated[int, Field(ge=3)] = 512
     """Longest sequence in tokens; the model's own limit counts if it is lower."""
 
@@ -186,13 +187,18 @@ class Recipe(Settings):
                     raise ValueError(f"objectives.{name}.sentences_of: no such task: {source}")
         if len(set(self.train)) != len(self.train):
             raise ValueError("train: a task is named twice")
+        if not self.init and not self.encoder.initializer_range:
+            raise ValueError(
+                "encoder.initializer_range = 0: weights that begin at zero stay there; raise it"
+            )
         if self.micro_batches > self.batch_size:
             raise ValueError(
                 f"micro_batches = {self.micro_batches}: a batch has only {self.batch_size} examples"
             )
         if self.balance not in METHODS and not self.balance.startswith(TORCHJD):
             raise ValueError(
-                f"balance = {self.balance!r}: no such method{nearest(self.balance, METHODS)}"
+                f"balance = {self.balance!r}: no such method"
+                f"{nearest(self.balance, METHODS, FIELDS)}"
             )
         return self
 
@@ -233,10 +239,12 @@ class Recipe(Settings):
         for key in self.phases[name]:
             if key not in OF_A_PHASE:
                 raise ValueError(
-                    f"phases.{name}: no setting of a phase: {key}{nearest(key, OF_A_PHASE)}"
+                    f"phases.{name}: no setting of a phase: {key}{nearest(key, OF_A_PHASE, FIELDS)}"
                 )
         return Recipe.model_validate(
-            self.model_dump(exclude={"phases"}, exclude_unset=True) | self.phases[name]
+            self.model_dump(exclude={"phases", "encoder"}, exclude_unset=True)
+            | {"encoder": self.encoder}
+            | self.phases[name]
         )
 
     def to_toml(self) -> str:
@@ -267,18 +275,27 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     is_file = name.endswith(".toml")
     path = Path(name) if is_file else RECIPES / f"{name}.toml"
     if not (isfile(path) if is_file else name in names()):
-        known = "" if is_file else nearest(name, names())
-        raise InputError(f"recipe {name}: not found{known}; --list shows all")
+        hint = "; give a file or a name that --list shows"
+        raise InputError(
+            f"recipe {name}: not found{hint if is_file else nearest(name, names(), '--list')}"
+        )
     try:
         fields = parse_toml(read_bytes(path).decode("utf-8"))
     except ValueError as error:
         raise InputError(f"recipe {path}: not TOML ({error})") from None
+    init, given = fields.get("init", ""), dict[str, Any]()
     for override in overrides:
         _apply(fields, override)
+        _apply(given, override)
     try:
-        return Recipe.model_validate(fields)
+        recipe = Recipe.model_validate(fields)
     except ValidationError as error:
         raise InputError(f"recipe {name}: {first_problem(error, Recipe)}") from None
+    if recipe.init in ("", init):
+        return recipe
+    # The [encoder] of a file describes an encoder from scratch, or that of the file's own init.
+    of_file = recipe.encoder.model_fields_set - given.get("encoder", {}).keys()
+    return recipe.model_copy(update={"encoder": recipe.encoder.without_shape(of_file)})
 
 
 def override(key: str, value: object) -> str:
@@ -291,6 +308,11 @@ def _apply(fields: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise InputError(f"--set {override}: expected key=value")
+    if not text.strip():
+        raise InputError(
+            f"--set {override}: no value (is a shell variable unset?); give one, or {key}='\"\"' "
+            "for an empty text"
+        )
     *tables, last = key.strip().split(".")
     for table in tables:
         fields = fields.setdefault(table, {})

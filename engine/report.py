@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .door import Parser, run_door, terminal
+from .errors import InputError
 from .options import add_device
 from .reporting.outcomes import collect
 from .reporting.page import write_page
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_device(where)
     options = parser.parse_args(arguments)
 
+    if options.no_texts and not options.papers:
+        raise InputError("--no-texts: a page quotes its examples; give it with --papers")
     console, device = terminal(), pick_device(options.device)
     if options.papers:
         outcomes = collect(options.runs, device, options.data)

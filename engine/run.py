@@ -10,10 +10,10 @@ checkpoints/     see engine/runtime/checkpoint.py
 
 import itertools
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from os.path import isfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,7 @@ from .objectives.masked_lm import MaskedLmHead
 from .objectives.text import evenly, lines_of, sentences_of
 from .origins import data_folder, origin
 from .recipe import Recipe
+from .recipe_tables import EncoderRecipe
 from .runtime.checkpoint import Checkpoints, load_weights
 from .runtime.failure import SMALLER_MODEL, memory_explained
 from .runtime.files import explained, write_text
@@ -235,7 +236,9 @@ def begin(recipe: Recipe, folder: Path, *, leftovers: Collection[str] = ()) -> R
             raise InputError(f"--out {folder}: holds {holds} already; give another folder{hint}")
     if recipe.init:
         source = huggingface.resolve(recipe.init)
-        config, tokenizer = huggingface.read_config(source), Tokenizer.load(source)
+        own, tokenizer = huggingface.read_config(source), Tokenizer.load(source)
+        encoder, config = recipe.encoder.of_model(own, f"--init {recipe.init}")
+        recipe = recipe.model_copy(update={"encoder": encoder})
     else:
         tokenizer = Tokenizer.train(_training_sentences(recipe), recipe.encoder.vocab_size)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
@@ -263,7 +266,8 @@ def training_table(recipe: Recipe, task: str) -> Table:
 
 
 def _training_sentences(recipe: Recipe) -> Iterable[str]:
-    for task in recipe.train:
+    # Objectives have no sentences of their own.
+    for task in [name for name in recipe.train if name in recipe.tasks] or recipe.tasks:
         for column in training_table(recipe, task).sentences:
             yield from column
 
@@ -277,7 +281,11 @@ def open_run(folder: Path) -> Run:
     if not isfile(folder / "recipe.toml"):
         raise InputError(f"{folder}: holds no run (no recipe.toml); give a run's folder")
     recipe = recipes.load(str(folder / "recipe.toml"))
-    return Run(folder, recipe, huggingface.read_config(folder), Tokenizer.load(folder))
+    config = huggingface.read_config(folder)
+    if recipe.init:
+        encoder, _ = EncoderRecipe().of_model(config, str(folder / "config.json"))
+        recipe = recipe.model_copy(update={"encoder": encoder})
+    return Run(folder, recipe, config, Tokenizer.load(folder))
 
 
 def resume(recipe: Recipe, folder: Path) -> Run:
@@ -289,11 +297,44 @@ def resume(recipe: Recipe, folder: Path) -> Run:
     if not isfile(folder / "recipe.toml"):
         return begin(recipe, folder, leftovers=_BEFORE_RECIPE)
     run = open_run(folder)
+    recipe = _with_model(recipe, run)
     made_with, now = run.recipe.model_dump(), recipe.model_dump()
     for key in now.keys() - _FREE_TO_CHANGE:
-        if now[key] != made_with[key]:
+        for field, before, after in _differences(key, made_with[key], now[key]):
             raise InputError(
-                f"--resume: {folder} was made with {key} = {made_with[key]!r}, now it is "
-                f"{now[key]!r}; resume with the same settings or give another --out"
+                f"--resume: {folder} was made with {field} = {before!r}, now it is "
+                f"{after!r}; resume with the same settings or give another --out"
             )
     return run._replace(recipe=recipe)
+
+
+def _with_model(recipe: Recipe, run: Run) -> Recipe:
+    """Return the settings to resume with, with those of the pretrained encoder in force.
+
+    The model may have moved since, or not be named any more: the run has its shape and weights.
+
+    Raises:
+        InputError: the run was begun from scratch and a model is given, or another shape.
+    """
+    if not run.recipe.init:
+        if recipe.init:
+            raise InputError(
+                f"--init {recipe.init}: {run.folder} was begun from scratch; resume without it or "
+                "give another --out"
+            )
+        return recipe
+    encoder = recipe.encoder
+    if not recipe.init:
+        encoder = encoder.without_shape(encoder.model_fields_set)
+    encoder, _ = encoder.of_model(run.config, f"the model of {run.folder}")
+    init = recipe.init or run.recipe.init
+    return recipe.model_copy(update={"encoder": encoder, "init": init})
+
+
+def _differences(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted names of the settings that differ, with their two values."""
+    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+        for name in after:
+            yield from _differences(f"{key}.{name}", before[name], after[name])
+    elif before != after:
+        yield key, before, after

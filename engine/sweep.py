@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import recipe as recipes
-from .door import STOPPED, Parser, run_door, terminal
+from .door import STOPPED, Parser, positive, run_door, terminal
 from .errors import InputError
 from .many import Cell, print_results, read_results, seeds_of, train_cells
 from .options import add_device, add_settings, overrides
@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [*options.recipes, *(recipes.of_papers() if options.papers else ())]
     if not names:
         raise InputError("RECIPE is missing; name some, or give --papers")
+    if options.minutes is not None and not 0 < options.minutes <= threading.TIMEOUT_MAX / 60:
+        raise InputError(f"--minutes {options.minutes}: expected a number of minutes above 0")
     settings = overrides(options)
     cells = [
         cell
@@ -119,7 +121,7 @@ def _parser() -> Parser:
         help="train every combination, such as lr=1e-3,1e-4 batch_size=8,16 epochs=3,6 "
         "(default: the recipe alone)",
     )
-    add("--seeds", type=int, default=1, metavar="N", help="repetitions of each (default: 1)")
+    add("--seeds", type=positive, default=1, metavar="N", help="repetitions of each (default: 1)")
     add(
         "--minutes",
         type=float,

@@ -32,7 +32,14 @@ from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
 from .training import Training
-from .watch import ProgressBar, describe, list_recipes, print_warmup, report_data
+from .watch import (
+    ProgressBar,
+    describe,
+    list_recipes,
+    print_idle_settings,
+    print_warmup,
+    report_data,
+)
 
 
 def train(training: Training, console: Console) -> Signals | None:
@@ -105,13 +112,15 @@ def train_run(
     if device.type == "cpu":
         keep_freed_memory()
         set_threads(run.recipe.threads, ranks.local_size)
-    known: list[str] = []
-    for phase in range(run.checkpoints.progress().phase, len(run.recipe.in_phases)):
+    first, known = run.checkpoints.progress().phase, list[str]()
+    for phase in range(first, len(run.recipe.in_phases)):
         # The first on each machine fills the cache of tokenized data.
         with ranks.in_turn(), memory_explained(SMALLER_MODEL):
             training = Training.build(run, device, ranks, phase=phase)
         if ranks.leads:
             run.write()  # only now: what cannot be trained leaves no folder behind
+        if phase == first:
+            print_idle_settings(console, training)
         describe(console, training)
         known = report_data(console, [*training.train_sets, *training.dev_sets.values()], known)
         recipe = training.recipe
@@ -132,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("RECIPE is missing; --list shows all")
     if options.resume and options.out is None:
         raise InputError("--resume: name the run's folder with --out")
+    if options.dry_run and options.seeds is not None:
+        raise InputError("--dry-run: shows what one run needs; leave --seeds out")
     ranks = Ranks.from_environment()
     if ranks.size > 1 and (options.out is None or options.seeds is not None):
         raise InputError("several ranks make one run, in the folder that --out names; give it")
@@ -149,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             training = Training.build(run, device, ranks)
             report_data(console, [*training.train_sets, *training.dev_sets.values()])
             show_plan(console, training)
+            print_idle_settings(console, training)
             return 0
         signal = train_run(run, device, console, ranks)
     if signal is not None:

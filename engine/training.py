@@ -104,8 +104,8 @@ class Training:
         _check_division(recipe, order, ranks.size)
         take_turns = order.tasks_a_step < len(recipe.train)
         tasks = TrainedTasks(recipe.train, sizes)
-        alone = take_turns or len(recipe.train) == 1  # one gradient a step: nothing to balance
-        method = build_method("sum" if alone else recipe.balance, tasks, recipe.balancing)
+        balance = "sum" if has_one_gradient(recipe) else recipe.balance
+        method = build_method(balance, tasks, recipe.balancing)
         total_steps = min(order.total_steps, recipe.max_steps or sys.maxsize)
         model = run.initial_model(phase).train()
         model.encoder.checkpoint_layers = recipe.checkpoint_layers
@@ -127,7 +127,7 @@ class Training:
             )
         exchange = build_exchange(recipe.distribute, ranks.size, model, parameters)
         dev_sets = {task: run.split(task, "dev") for task in recipe.tasks if recipe.scored}
-        if recipe.freeze_encoder and not recipe.adapter_width:
+        if not runs_encoder(recipe):
             train_sets = [_frozen(model, examples) for examples in train_sets]
             dev_sets = {task: with_states(model, split) for task, split in dev_sets.items()}
         optimizer = build_optimizer(
@@ -162,7 +162,9 @@ class Training:
                 loss_scale=LossScale(device) if dtype == torch.float16 else None,
                 clip_norm=recipe.clip_norm or None,
                 seed=recipe.seed,
-                execution=_execution(recipe, device, ranks),
+                execution=Execution(
+                    execution_kind(recipe, device, ranks), device, recipe.max_graphs
+                ),
                 exchange=exchange,
             ),
             exchange=exchange,
@@ -290,9 +292,19 @@ def _examples(run: Run, name: str) -> Examples:
     return run.objective(name) if name in run.recipe.objectives else run.split(name, "train")
 
 
+def runs_encoder(recipe: Recipe) -> bool:
+    """Return whether training runs the encoder: one that learns, or has adapters, masks or copies.
+
+    Else its states are computed once, without dropout.
+    """
+    objectives = any(name in recipe.objectives for name in recipe.train)
+    return objectives or not recipe.freeze_encoder or recipe.adapter_width > 0
+
+
 def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
-    """Return examples that the encoder need not run for any more; masks and dropout need it."""
-    return with_states(model, examples) if isinstance(examples, TokenizedSplit) else examples
+    """Return examples that the encoder need not run for any more."""
+    assert isinstance(examples, TokenizedSplit)
+    return with_states(model, examples)
 
 
 def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
@@ -320,11 +332,19 @@ def _check_division(recipe: Recipe, order: Order, ranks: int) -> None:
         )
 
 
-def _execution(recipe: Recipe, device: torch.device, ranks: Ranks) -> Execution:
+def has_one_gradient(recipe: Recipe) -> bool:
+    """Return whether a step has the gradient of one task alone, so that nothing is balanced."""
+    return recipe.order != "together" or len(recipe.train) == 1
+
+
+def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
     """Return how steps run: as the recipe says, or eagerly where ``auto`` cannot take more.
 
     The backward pass of several ranks has to be listened to, and a step in which other libraries
     wait for the device cannot be recorded.
+
+    Returns:
+        ``eager``, ``compile`` or ``graphs``.
 
     Raises:
         InputError: the recipe asks for what cannot be.
@@ -337,4 +357,6 @@ def _execution(recipe: Recipe, device: torch.device, ranks: Ranks) -> Execution:
     kind = recipe.execution
     if kind in refused:
         raise InputError(f"execution = {kind}: {refused[kind]}; set execution=eager")
-    return Execution("eager" if refused and kind == "auto" else kind, device, recipe.max_graphs)
+    if kind == "auto":
+        return "graphs" if device.type == "cuda" and not refused else "eager"
+    return kind

@@ -11,6 +11,7 @@ from rich.live import Live
 
 from .data.part import Examples
 from .data.split import TokenizedSplit
+from .effects import lines_on_idle_settings
 from .runtime.execution import Execution
 from .runtime.manifest import Progress
 from .runtime.traffic import measure_traffic
@@ -63,6 +64,12 @@ def report_data(
         for reason, count in split.bad_rows.items():
             console.print(f"{split.task}: {count} rows skipped ({reason})")
     return notes
+
+
+def print_idle_settings(console: Console, training: Training) -> None:
+    """Print a line for each setting that the recipe gives and that changes nothing."""
+    for line in lines_on_idle_settings(training.run, training.device, training.ranks):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def print_warmup(console: Console, execution: Execution) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ..errors import InputError
-from ..names import FileName, Name
+from ..names import FileName, GivenName, Name
 from ..reading import read_bytes
 from ..settings import Real, Settings
 from .decode import check_encoding
@@ -75,7 +75,7 @@ class TaskSource(Settings):
     """Instead of files: a name or folder that the library ``datasets`` loads."""
     subset: Name = ""
     """The data set's configuration, where it has several."""
-    splits: dict[Split, Name] = {"train": "train", "dev": "validation"}
+    splits: dict[Split, GivenName] = {"train": "train", "dev": "validation"}
     """What the data set calls each split; slices such as ``train[:90%]`` are understood."""
 
     @model_validator(mode="after")

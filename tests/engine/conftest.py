@@ -7,16 +7,21 @@ import pytest
 
 from engine.train import main
 
+SHORT = [
+    "limit=64",  # two steps an epoch
+    "epochs=3",
+    "log_every=1",
+    "precision=fp32",  # what the tests compare must not depend on the machine's instructions
+]
+"""Of a run with ``--init``, whose encoder has a shape of its own."""
+
 TINY = [
     "encoder.hidden_size=32",
     "encoder.num_hidden_layers=1",
     "encoder.num_attention_heads=2",
     "encoder.intermediate_size=48",
     "encoder.vocab_size=256",
-    "limit=64",  # two steps an epoch
-    "epochs=3",
-    "log_every=1",
-    "precision=fp32",  # what the tests compare must not depend on the machine's instructions
+    *SHORT,
 ]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import evaluate, predict, train
+from engine import evaluate, predict, report, sweep, train
 from engine.data.cache import default_cache
 from engine.door import run_door
 from engine.origins import data_folder
@@ -28,6 +28,9 @@ def refuse(capsys, door, *arguments: str) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,22 @@ def refuse(capsys, door, *arguments: str) -> str:
         (["cgs", "--set", "encoder.vocab_size=99999999999"], "encoder.vocab_size = 999"),
         (["superbert", "--set", "objectives.masked_lm.files=['../x']"], "leaves the data folder"),
         (["cgs", "--resume"], "--out"),
+        (["cgs", "--init", ""], "argument --init: '' is no value; give one"),
+        (["cgs", "--data", ""], "argument --data: '' is no value; give one"),
+        (["cgs", "--out", "  "], "argument --out: '  ' is no value; give one"),
+        ([""], "argument RECIPE: '' is no value; give one"),
+        (["cgs", "--seeds", "2", "--dry-run"], "leave --seeds out"),
+        (["cgs", "--seeds", "0"], "'0': expected a whole number from 1 on"),
+        (["cgs", "--set", "init="], "--set init=: no value"),
+        (["cgs", "--set", "data= "], "--set data= : no value"),
+        (["cgs", "--set", "lr="], "--set lr=: no value"),
+        (["cgs", "--set", "description="], "--set description=: no value"),
+        (["cgs", "--set", "init=' '"], "init = ' ': nothing but spaces"),
+        (["cgs", "--set", "data='  '"], "data = '  ': nothing but spaces"),
+        (["superbert", "--set", "objectives.masked_lm.files=['']"], "empty; give a name"),
+        (["cgs", "--set", SOURCE % "files={train=''}"], "files.train = '': empty; give a name"),
+        (["cgs", "--set", SOURCE % "dataset='x',splits={train=''}"], "splits.train = '': empty"),
+        (["cgs", "--set", SOURCE % "dataset=' '"], "dataset = ' ': nothing but spaces"),
         (["none.toml"], "not found"),
         (["cgs", "--set", "encoder.hidden_size=30", "encoder.num_attention_heads=4"], "divisible"),
     ],
@@ -93,6 +112,17 @@ def test_options_and_recipes(capsys, tmp_path, monkeypatch, arguments, expected)
     monkeypatch.chdir(tmp_path)
     assert expected in refuse(capsys, train, *arguments)
     assert not list(tmp_path.rglob("recipe.toml"))
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_a_time_limit_that_is_none(capsys, tmp_path, minutes):
+    options = ["demo", "--out", str(tmp_path / "runs"), "--minutes", minutes]
+    assert "expected a number of minutes above 0" in refuse(capsys, sweep, *options)
+
+
+def test_an_option_of_another_kind_of_report(capsys, tmp_path):
+    options = [str(tmp_path), "--out", str(tmp_path / "pages"), "--no-texts"]
+    assert "give it with --papers" in refuse(capsys, report, *options)
 
 
 def test_what_is_named_may_look_like_markup(tiny_run, capsys):

@@ -286,7 +286,8 @@ def test_adapters_cannot_be_exported(tiny_run, tmp_path):
 
 
 def test_an_export_comes_in_again(exported, tiny_run):
-    tiny_run("again", "--init", str(exported[1]), "--max-steps", "1")
+    arguments = ("--init", str(exported[1]), "--max-steps", "1")
+    tiny_run("again", *arguments, settings=("encoder.num_hidden_layers=2",))
 
 
 def test_what_stands_in_the_way_is_kept(exported, tmp_path):

@@ -12,21 +12,29 @@ from engine import evaluate, export, fill, predict, report, sweep, train
 from engine import recipe as recipes
 from engine.completion import bash_script
 from engine.door import Parser
-from engine.fields import ANY_NAME, recipe_fields
+from engine.fields import recipe_fields
 from engine.train import main
+from engine.wording import ANY_NAME
 
 from .conftest import TINY
 
 DOORS = (train, evaluate, predict, export, report, sweep, fill)
 
 
+def parser_of(door, monkeypatch) -> Parser:
+    """The parser of a command, which is not run."""
+    shown: list[Parser] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_args", lambda self, _: shown.append(self) or sys.exit())
+        with pytest.raises(SystemExit):
+            door.main([])
+    (parser,) = shown
+    return parser
+
+
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
 def test_every_option_stands_in_a_group_and_says_what_happens_without_it(door, monkeypatch):
-    shown: list[Parser] = []
-    monkeypatch.setattr(Parser, "parse_args", lambda self, _: shown.append(self) or sys.exit())
-    with pytest.raises(SystemExit):
-        door.main([])
-    (parser,) = shown
+    parser = parser_of(door, monkeypatch)
     assert parser.prog == f"python -m {door.__name__}"
     for group in parser._action_groups:
         own = [a for a in group._group_actions if a.dest not in ("help", "version")]
@@ -37,6 +45,25 @@ def test_every_option_stands_in_a_group_and_says_what_happens_without_it(door, m
                 assert help_.endswith("; needed"), action
             elif action.nargs != 0 and action.option_strings and action.dest != "completion":
                 assert "(default: " in help_, action
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_no_option_takes_an_empty_value(door, monkeypatch, capsys):
+    """As an unset variable of the shell gives it: --init "$MODEL"."""
+    parser = parser_of(door, monkeypatch)
+    actions = [a for a in parser._actions if a.nargs != 0]
+    places = [action for action in actions if not action.option_strings]
+    for action in actions:
+        (*_, name) = action.option_strings or [action.metavar]
+        before = action.option_strings[-1:] or ["x"] * places.index(action)
+        given = [[*before, text] for text in ("", " ", "\u2003")]
+        for arguments in [*given, *([f"{option}="] for option in action.option_strings)]:
+            with pytest.raises(SystemExit) as stop:
+                parser.parse_args(arguments)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert stop.value.code == 2
+            assert line.startswith(f"error: argument {name}: "), line
+            assert "invalid" in line or "no value" in line or "expected a whole" in line
 
 
 def test_every_door_tells_its_version(capsys):

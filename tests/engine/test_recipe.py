@@ -177,6 +177,10 @@ def test_what_an_override_quotes_it_reads_back():
         assert recipes.load("cgs", [recipes.override("description", value)]).description == value
 
 
+def test_an_empty_text_is_set_by_its_quotes():
+    assert recipes.load("cgs", ["init=some", 'init=""']).init == ""
+
+
 def test_list_shows_every_recipe(capsys):
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -31,7 +31,7 @@ from engine.model.config import EncoderConfig
 from engine.model.encoder import Encoder
 from engine.model.families import FAMILIES
 from engine.run import open_run
-from tests.engine.conftest import TINY
+from tests.engine.conftest import SHORT
 
 # transformers and sentence-transformers warn of what they deprecate themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -175,7 +175,7 @@ def test_one_token_type_becomes_two_alike(folder, texts) -> None:
 @pytest.mark.parametrize("family", ["roberta", "distilbert"])
 def test_a_run_is_exported_as_a_bert(folder, texts, tmp_path, family) -> None:
     arguments = ["demo", "--init", str(folder(family)), "--out", str(tmp_path / "run")]
-    assert train.main([*arguments, "--max-steps", "2", "--set", *TINY]) == 0
+    assert train.main([*arguments, "--max-steps", "2", "--set", *SHORT]) == 0
     assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "model")]) == 0
     theirs, report = hf.AutoModel.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert isinstance(theirs, hf.BertModel)
@@ -201,7 +201,7 @@ def test_a_run_is_exported_as_a_bert(folder, texts, tmp_path, family) -> None:
 def test_the_head_of_masked_lm_comes_along(folder, tmp_path, family) -> None:
     path = folder(family, "AutoModelForMaskedLM")
     arguments = ["superbert", "--init", str(path), "--out", str(tmp_path / "run")]
-    assert train.main([*arguments, "--max-steps", "1", "--set", *TINY]) == 0
+    assert train.main([*arguments, "--max-steps", "1", "--set", *SHORT]) == 0
     run = open_run(tmp_path / "run")
     words = likeliest(
         run.initial_model().eval(), "masked_lm", run.tokenizer, "the plot was [MASK] .", 3

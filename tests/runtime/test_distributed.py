@@ -18,7 +18,7 @@ from engine.runtime.distributed import Ranks
 from engine.train import main
 from engine.training import Training
 
-from ..engine.conftest import TINY
+from ..engine.conftest import SHORT, TINY
 from .launch import launch
 
 pytestmark = [
@@ -82,7 +82,7 @@ def runs(model, tmp_path_factory) -> Path:
 
     def arguments(name: str, settings: Sequence[str], *more: str) -> list[str]:
         options = ["--out", str(root / name), "--init", str(model), "--device", "cpu", *more]
-        return ["demo", *options, "--set", *TINY, "precision=fp32", *settings]
+        return ["demo", *options, "--set", *SHORT, *settings]
 
     exact = {name: (*EXACTLY, *settings) for name, settings in CASES.items()}
     for name, settings in exact.items():
