@@ -117,7 +117,7 @@ def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 @once_differentiable
 def _layer_norm_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
-    task_arguments = parameter_rows(ctx, weight, bias, mean.numel())
+    task_arguments = parameter_rows(ctx, weight, bias, mean)
     grad = _ops.layer_norm_backward(grad_out, hidden, weight, mean, rstd, *task_arguments)
     return grad, *parameter_gradients(ctx, *task_arguments[:2]), *[None] * 5
 
@@ -133,7 +133,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 @once_differentiable
 def _add_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
-    task_arguments = parameter_rows(ctx, weight, bias, mean.numel())
+    task_arguments = parameter_rows(ctx, weight, bias, mean)
     arguments = (grad_out, hidden, weight, mean, rstd, *task_arguments)
     if ctx.dropout_p > 0:
         grad_residual, grad_x = _ops.dropout_add_layer_norm_backward(
