@@ -31,16 +31,17 @@ def task_arguments(
     bias: Tensor | None,
     rows: TaskRows | None,
     segments: TaskSegments | None,
+    name: str = "x",
 ) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...], bool]:
     """Check what all the functions share; return the operators' arguments that speak of tasks."""
     if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in DTYPES:
-        raise ValueError(f"x: expected floating [..., width], got {x.dtype} {list(x.shape)}")
+        raise ValueError(f"{name}: expected floating [..., width], got {x.dtype} {list(x.shape)}")
     check_parameter("weight", weight, x)
     check_parameter("bias", bias, x)
     if rows is None:
         return None, (), (), False
     if weight is None or x.dim() != 2:
-        raise ValueError("rows: task gradients need a weight and x of shape [tokens, width]")
+        raise ValueError(f"rows: task gradients need a weight and {name} of [tokens, width]")
     segments = rows.checked(segments, weight, bias, x)
     return rows.buffer, rows.starts, segments.offsets, segments.accumulate
 
