@@ -1,6 +1,7 @@
 """Fixtures of the kernels' tests."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def untouched_memory() -> Iterator[None]:
+    """Within `poisoned_memory`: leave memory that is allocated as it is, for far more than fits."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
