@@ -1,6 +1,5 @@
 // The CPU side of the attention ops; kernels/attention.py documents them.
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -83,9 +82,8 @@ AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const
 template <typename Kernel>
 void run(const AttentionCall& call, const Kernel& kernel) {
   const int64_t floats = attention_kernels().scratch_floats(call);
-  parallel_items(
-      call.sequences * call.heads, [&] { return std::make_unique_for_overwrite<float[]>(floats); },
-      [&](auto& scratch, int64_t item) { kernel(item, scratch.get()); });
+  parallel_items(call.sequences * call.heads, floats,
+                 [&](float* scratch, int64_t item) { kernel(item, scratch); });
 }
 
 std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -202,6 +202,7 @@ void softmax_tile(const Span& span, int64_t query, int64_t queries, int64_t key,
 template <typename T>
 void forward_head(const AttentionCall& call, const Span& span, const Tiles& tiles) {
   const int64_t width = call.width, row = tiles.row, columns = tiles.columns;
+  int64_t loaded = -1; // first key of the block that the tiles hold
   for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
     const int64_t m = smaller(kQueryBlock, span.queries - i0);
     widen_rows<T>(call.q, span.head, span.query + i0, m, width, call.scale, tiles.queries, row);
@@ -211,7 +212,8 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
     const int64_t visible = span.visible(i0 + m - 1);
     for (int64_t j0 = 0; j0 < visible; j0 += kKeyBlock) {
       const int64_t n = smaller(kKeyBlock, span.keys - j0);
-      if (i0 == 0 || span.keys > kKeyBlock) { // a single block of keys serves all queries
+      if (loaded != j0) { // one block of keys serves all queries after it
+        loaded = j0;
         widen_rows<T>(call.k, span.head, span.key + j0, n, width, 1, tiles.keys, row);
         widen_rows<T>(call.v, span.head, span.key + j0, n, width, 1, tiles.values, row);
         transpose(tiles.keys, row, n, width, tiles.keys_t, columns);

@@ -21,12 +21,11 @@ Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
   Tensor to = torch::stable::empty_like(from);
   const int64_t count = from.numel();
   const auto& kernels = dropout_kernels();
-  parallel_items((count + kBlock - 1) / kBlock, [] { return 0; },
-                 [&](int, int64_t block) {
-                   const int64_t begin = block * kBlock;
-                   kernels.dropout(storage, dropout, from.data_ptr(), begin,
-                                   begin + kBlock < count ? begin + kBlock : count, to.data_ptr());
-                 });
+  parallel_items((count + kBlock - 1) / kBlock, 0, [&](float*, int64_t block) {
+    const int64_t begin = block * kBlock;
+    kernels.dropout(storage, dropout, from.data_ptr(), begin,
+                    begin + kBlock < count ? begin + kBlock : count, to.data_ptr());
+  });
   return to;
 }
 

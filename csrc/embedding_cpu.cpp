@@ -85,16 +85,14 @@ void embedding_task_gradients(Tensor grad_output, Tensor index, Tensor rows, Off
   constexpr int64_t kColumns = EmbeddingKernels::kColumns;
   const int64_t blocks = (width + kColumns - 1) / kColumns;
   const auto& kernels = embedding_kernels();
-  parallel_items(
-      static_cast<int64_t>(groups.size()) * blocks, [] { return 0; },
-      [&](int, int64_t item) {
-        const Group& group = groups[item / blocks];
-        const int64_t begin = item % blocks * kColumns;
-        TableGradient own = call;
-        own.table = static_cast<char*>(call.table) + group.task * table_bytes;
-        kernels.add_to_row(own, stream_rows.data() + group.first, group.count, group.table_row,
-                           begin, std::min(begin + kColumns, width));
-      });
+  parallel_items(static_cast<int64_t>(groups.size()) * blocks, 0, [&](float*, int64_t item) {
+    const Group& group = groups[item / blocks];
+    const int64_t begin = item % blocks * kColumns;
+    TableGradient own = call;
+    own.table = static_cast<char*>(call.table) + group.task * table_bytes;
+    kernels.add_to_row(own, stream_rows.data() + group.first, group.count, group.table_row, begin,
+                       std::min(begin + kColumns, width));
+  });
 }
 
 // ---- sum of embeddings and layer norm -----------------------------------------------------------
@@ -156,10 +154,9 @@ embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids
 Tensor embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor position_ids,
                                      Tensor token_type_ids, Tensor word, Tensor position,
                                      Tensor token_type, std::optional<Tensor> weight, Tensor mean,
-                                     Tensor rstd, std::optional<Tensor> weight_rows,
-                                     std::optional<Tensor> bias_rows, Offsets offsets,
-                                     bool accumulate, double dropout_p, std::optional<Tensor> seed,
-                                     int64_t stream) {
+                                     Tensor rstd, Tensor weight_rows, Tensor bias_rows,
+                                     Offsets offsets, bool accumulate, double dropout_p,
+                                     std::optional<Tensor> seed, int64_t stream) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
   const Tensor grad_rows = torch::stable::contiguous(grad_out);
   const Parameter gamma(weight);
@@ -189,7 +186,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
         "rstd)");
   m.def("embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor position_ids, "
         "Tensor token_type_ids, Tensor word, Tensor position, Tensor token_type, Tensor? weight, "
-        "Tensor mean, Tensor rstd, Tensor(a!)? weight_rows, Tensor(b!)? bias_rows, "
+        "Tensor mean, Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, "
         "SymInt[] offsets, bool accumulate, float dropout_p, Tensor? seed, int stream) -> Tensor");
 }
 

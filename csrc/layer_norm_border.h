@@ -32,10 +32,11 @@ class Parameter {
 };
 
 // Where the gradients of weight and bias go: row k of [K, width] gets those of the rows
-// offsets[k] .. offsets[k + 1].
+// offsets[k] .. offsets[k + 1].  A tensor without elements stands for one that is not wanted, since
+// Inductor cannot compile an operator whose outputs are all None.
 struct ParameterRows {
-  const std::optional<torch::stable::Tensor>& weight;
-  const std::optional<torch::stable::Tensor>& bias;
+  const torch::stable::Tensor& weight;
+  const torch::stable::Tensor& bias;
   const Offsets& offsets;
   bool accumulate;
 };

@@ -97,8 +97,8 @@ void run_backward(LayerNormGradients& call, const Tensor& grad_out, const Tensor
 }
 
 Tensor layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Tensor> weight,
-                           Tensor mean, Tensor rstd, std::optional<Tensor> weight_rows,
-                           std::optional<Tensor> bias_rows, Offsets offsets, bool accumulate) {
+                           Tensor mean, Tensor rstd, Tensor weight_rows, Tensor bias_rows,
+                           Offsets offsets, bool accumulate) {
   Tensor grad_hidden = torch::stable::new_empty(hidden, hidden.sizes());
   LayerNormGradients call{};
   run_backward(call, grad_out, hidden, weight, mean, rstd, grad_hidden,
@@ -108,9 +108,9 @@ Tensor layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Tensor>
 
 std::tuple<Tensor, Tensor>
 dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Tensor> weight,
-                                Tensor mean, Tensor rstd, std::optional<Tensor> weight_rows,
-                                std::optional<Tensor> bias_rows, Offsets offsets, bool accumulate,
-                                double dropout_p, Tensor seed, int64_t stream) {
+                                Tensor mean, Tensor rstd, Tensor weight_rows, Tensor bias_rows,
+                                Offsets offsets, bool accumulate, double dropout_p, Tensor seed,
+                                int64_t stream) {
   Tensor grad_residual = torch::stable::new_empty(hidden, hidden.sizes());
   Tensor grad_x = torch::stable::new_empty(hidden, hidden.sizes());
   LayerNormGradients call{};
@@ -126,14 +126,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
         "SymInt[] columns, SymInt[] offsets, bool accumulate) "
         "-> (Tensor out, Tensor mean, Tensor rstd)");
   m.def("layer_norm_backward(Tensor grad_out, Tensor hidden, Tensor? weight, Tensor mean, "
-        "Tensor rstd, Tensor(a!)? weight_rows, Tensor(b!)? bias_rows, SymInt[] offsets, "
+        "Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, SymInt[] offsets, "
         "bool accumulate) -> Tensor");
   m.def("dropout_add_layer_norm(Tensor x, Tensor residual, Tensor? x_bias, Tensor? weight, "
         "Tensor? bias, float dropout_p, float eps, Tensor? seed, int stream, Tensor? rows, "
         "SymInt[] columns, SymInt[] offsets, bool accumulate) "
         "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)");
   m.def("dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, Tensor? weight, "
-        "Tensor mean, Tensor rstd, Tensor(a!)? weight_rows, Tensor(b!)? bias_rows, "
+        "Tensor mean, Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, "
         "SymInt[] offsets, bool accumulate, float dropout_p, Tensor seed, int stream) "
         "-> (Tensor grad_residual, Tensor grad_x)");
 }

@@ -1,7 +1,6 @@
 // Shares the rows of a layer norm out over torch's threads, and brings the sums for weight and bias
 // together by task.
 #include <algorithm>
-#include <memory>
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -15,10 +14,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kRowBlock = 64;
-
-std::unique_ptr<float[]> new_scratch(int64_t width) {
-  return std::make_unique_for_overwrite<float[]>(layer_norm_kernels().scratch_floats(width));
-}
 
 // Rows of one task, few enough to be one thread's item; task -1 owns the rows that are padding.
 struct Chunk {
@@ -44,19 +39,19 @@ std::vector<Chunk> make_chunks(int64_t rows, const Offsets& offsets) {
 
 // Sums the partials of each task into its rows.
 void write_rows(const std::vector<Chunk>& chunks, const float* partials, int64_t width,
-                int64_t num_tasks, const std::optional<Tensor>& rows, bool accumulate) {
-  if (!rows) return;
-  STD_TORCH_CHECK(rows->dim() == 2 && rows->size(0) == num_tasks && rows->size(1) == width &&
-                      rows->stride(1) == 1,
+                int64_t num_tasks, const Tensor& rows, bool accumulate) {
+  if (rows.numel() == 0) return;
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == num_tasks && rows.size(1) == width &&
+                      rows.stride(1) == 1,
                   "rows: expected [", num_tasks, ", ", width, "] with contiguous columns");
-  const Storage storage = storage_of("rows", *rows);
-  const int64_t row_bytes = rows->stride(0) * static_cast<int64_t>(rows->element_size());
+  const Storage storage = storage_of("rows", rows);
+  const int64_t row_bytes = rows.stride(0) * static_cast<int64_t>(rows.element_size());
   size_t first = 0;
   while (first < chunks.size() && chunks[first].task < 0) ++first;
   for (int64_t task = 0; task < num_tasks; ++task) {
     size_t last = first;
     while (last < chunks.size() && chunks[last].task == task) ++last;
-    const GradientRow row = {storage, static_cast<char*>(rows->data_ptr()) + task * row_bytes,
+    const GradientRow row = {storage, static_cast<char*>(rows.data_ptr()) + task * row_bytes,
                              accumulate};
     layer_norm_kernels().sum_partials(partials + first * 2 * width, last - first, 2 * width, width,
                                       row);
@@ -76,34 +71,32 @@ void check_offsets(const Offsets& offsets, int64_t rows) {
 
 void run_layer_norm(const LayerNormCall& call) {
   const auto& kernels = layer_norm_kernels();
-  parallel_items((call.rows + kRowBlock - 1) / kRowBlock, [&] { return new_scratch(call.width); },
-                 [&](auto& scratch, int64_t block) {
+  parallel_items((call.rows + kRowBlock - 1) / kRowBlock, kernels.scratch_floats(call.width),
+                 [&](float* scratch, int64_t block) {
                    const int64_t begin = block * kRowBlock;
                    const int64_t end =
                        begin + kRowBlock < call.rows ? begin + kRowBlock : call.rows;
-                   kernels.forward(call, begin, end, scratch.get());
+                   kernels.forward(call, begin, end, scratch);
                  });
 }
 
 void run_layer_norm_backward(const LayerNormGradients& call, const ParameterRows& parameters) {
   check_offsets(parameters.offsets, call.rows);
-  const bool wanted = parameters.weight.has_value() || parameters.bias.has_value();
+  const bool wanted = parameters.weight.numel() > 0 || parameters.bias.numel() > 0;
   const std::vector<Chunk> chunks = make_chunks(call.rows, parameters.offsets);
   const int64_t stride = 2 * call.width;
-  const auto partials =
-      std::make_unique_for_overwrite<float[]>(wanted ? chunks.size() * stride : 0);
+  const Tensor sums = new_floats(wanted ? static_cast<int64_t>(chunks.size()) * stride : 0);
+  float* const partials = static_cast<float*>(sums.data_ptr());
   const auto& kernels = layer_norm_kernels();
-  parallel_items(
-      chunks.size(), [&] { return new_scratch(call.width); },
-      [&](auto& scratch, int64_t item) {
-        const Chunk& chunk = chunks[item];
-        float* partial = wanted && chunk.task >= 0 ? partials.get() + item * stride : nullptr;
-        kernels.backward(call, chunk.begin, chunk.end, partial, scratch.get());
-      });
+  parallel_items(static_cast<int64_t>(chunks.size()), kernels.scratch_floats(call.width),
+                 [&](float* scratch, int64_t item) {
+                   const Chunk& chunk = chunks[item];
+                   float* partial = wanted && chunk.task >= 0 ? partials + item * stride : nullptr;
+                   kernels.backward(call, chunk.begin, chunk.end, partial, scratch);
+                 });
   const int64_t num_tasks = static_cast<int64_t>(parameters.offsets.size()) - 1;
-  write_rows(chunks, partials.get(), call.width, num_tasks, parameters.weight,
-             parameters.accumulate);
-  write_rows(chunks, partials.get() + call.width, call.width, num_tasks, parameters.bias,
+  write_rows(chunks, partials, call.width, num_tasks, parameters.weight, parameters.accumulate);
+  write_rows(chunks, partials + call.width, call.width, num_tasks, parameters.bias,
              parameters.accumulate);
 }
 

@@ -2,6 +2,7 @@
 // arguments and work shared out over torch's thread pool.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <optional>
@@ -42,16 +43,26 @@ inline Dropout make_dropout(double p, const std::optional<torch::stable::Tensor>
           static_cast<float>(1 / (1 - p))};
 }
 
-// Calls work(scratch, item) for each item in 0 .. count, every thread with a scratch of its own
-// from make_scratch().  Threads take the next item when they are free, so that items may differ in
-// size; which thread computes an item makes no difference to its result.
-template <typename MakeScratch, typename Work>
-void parallel_items(int64_t count, const MakeScratch& make_scratch, const Work& work) {
+// Uninitialised float32 on the CPU.  From torch's allocator, so that the tests fill it with NaN by
+// torch.utils.deterministic.fill_uninitialized_memory, as they do outputs.
+inline torch::stable::Tensor new_floats(int64_t count) {
+  return torch::stable::empty({count}, torch::headeronly::ScalarType::Float);
+}
+
+// Calls work(scratch, item) for each item in 0 .. count, every thread with `floats` of scratch of
+// its own, aligned to cache lines.  Threads take the next item when they are free, so that items
+// may differ in size; which thread computes an item makes no difference to its result.
+template <typename Work>
+void parallel_items(int64_t count, int64_t floats, const Work& work) {
+  constexpr int64_t kLineFloats = 16;
+  const int64_t own_floats = (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  const torch::stable::Tensor scratch = new_floats(threads * own_floats);
+  float* const memory = static_cast<float*>(scratch.data_ptr());
   std::atomic<int64_t> next{0};
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, threads < count ? threads : count, 1, [&](int64_t, int64_t) {
-    auto scratch = make_scratch();
-    for (int64_t item = next++; item < count; item = next++) work(scratch, item);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
+    float* own = memory + thread * own_floats;
+    for (int64_t item = next++; item < count; item = next++) work(own, item);
   });
 }
 

@@ -246,7 +246,8 @@ def _in_float64(
     if seed is not None and dropout_p > 0:
         sizes = (q.shape[1], len(q), len(k))
         factors = attention_dropout_factors(*sizes, dropout_p, seed, stream)
-    return attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, factors)
+    out, lse = attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, factors)
+    return out, lse.detach()  # as the kernels': no gradient
 
 
 def flash_attn_varlen_func(

@@ -23,7 +23,7 @@ from .embedding import embedding, embedding_task_gradients_
 from .implementation import declare
 from .layer_norm import layer_norm
 from .layer_norm_parameters import check_parameter, parameter_gradients, parameter_rows, save
-from .task_rows import TaskRows, TaskSegments, rows_at
+from .task_rows import NO_COLUMN, TaskRows, TaskSegments, rows_at
 from .value_checks import DTYPES, are_checked, check_index
 
 _ops = torch.ops.superbert
@@ -102,7 +102,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 @once_differentiable
 def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *ids_and_tables, weight, bias, mean, rstd = ctx.saved_tensors
-    norm_arguments = parameter_rows(ctx, weight, bias, mean.numel())
+    norm_arguments = parameter_rows(ctx, weight, bias, mean)
     grad_sum = _ops.embedding_layer_norm_backward(
         *(grad_out, *ids_and_tables, weight, mean, rstd, *norm_arguments),
         *(ctx.dropout_p, ctx.seed, ctx.stream),
@@ -111,8 +111,9 @@ def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
     grads: list[Tensor | None] = [None, None, None]
     for i, (index, table) in enumerate(zip(ids, tables, strict=True)):
         if ctx.rows is not None:
-            rows = rows_at(ctx.rows, ctx.columns[i], table.shape)
-            embedding_task_gradients_(grad_sum, index, rows, ctx.offsets)
+            if ctx.columns[i] != NO_COLUMN:
+                rows = rows_at(ctx.rows, ctx.columns[i], table.shape)
+                embedding_task_gradients_(grad_sum, index, rows, ctx.offsets)
         elif ctx.needs_input_grad[3 + i]:
             grad = table.new_zeros((1, *table.shape))
             embedding_task_gradients_(grad_sum, index, grad, (0, index.shape[0]))

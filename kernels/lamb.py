@@ -17,10 +17,12 @@ from torch import Tensor
 from .surgery import gram
 
 
-@lru_cache(maxsize=8)
 def _sizes(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    """Bring the sizes of the tensors to the device, once."""
+    """Bring the sizes of the tensors to the device."""
     return torch.tensor(offsets, device=device).diff()
+
+
+_cached_sizes = lru_cache(maxsize=8)(_sizes)
 
 
 def lamb_update_(
@@ -72,7 +74,9 @@ def lamb_update_(
     rate = ratio * lr
     if skip is not None:
         rate = rate.masked_fill(skip, 0)
-    sizes = _sizes(tuple(offsets), master.device)
+    # A graph holds them as a constant; torch.compile warns of what caches.
+    sizes_of = _sizes if torch.compiler.is_compiling() else _cached_sizes
+    sizes = sizes_of(tuple(offsets), master.device)
     master.addcmul_(torch.repeat_interleave(rate, sizes, output_size=len(master)), update, value=-1)
     if low_precision is not None:
         low_precision.copy_(master)

@@ -117,7 +117,7 @@ def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 @once_differentiable
 def _layer_norm_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
-    task_arguments = parameter_rows(ctx, weight, bias, mean.numel())
+    task_arguments = parameter_rows(ctx, weight, bias, mean)
     grad = _ops.layer_norm_backward(grad_out, hidden, weight, mean, rstd, *task_arguments)
     return grad, *parameter_gradients(ctx, *task_arguments[:2]), *[None] * 5
 
@@ -133,7 +133,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 @once_differentiable
 def _add_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = ctx.saved_tensors
-    task_arguments = parameter_rows(ctx, weight, bias, mean.numel())
+    task_arguments = parameter_rows(ctx, weight, bias, mean)
     arguments = (grad_out, hidden, weight, mean, rstd, *task_arguments)
     if ctx.dropout_p > 0:
         grad_residual, grad_x = _ops.dropout_add_layer_norm_backward(
@@ -246,62 +246,92 @@ def layer_norm(
     return out
 
 
+def refuse_given(**unsupported: object) -> None:
+    """Raise NotImplementedError where an argument of flash-attn is given that has no use here."""
+    for name, value in unsupported.items():
+        if value is not None and value is not False:
+            raise NotImplementedError(f"{name}: not supported by this layer norm")
+
+
 def dropout_add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
+    x0: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    dropout_p: float = 0.0,
+    epsilon: float = 1e-12,
+    rowscale: Tensor | None = None,
+    layerscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
     *,
     x_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    eps: float = 1e-12,
     training: bool = True,
     seed: Tensor | None = None,
     stream: int = 0,
     rows: TaskRows | None = None,
     segments: TaskSegments | None = None,
-) -> Tensor:
-    """BERT's post-norm in one pass: ``layer_norm(residual + dropout(x + x_bias))``.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """BERT's post-norm in one pass: ``layer_norm(residual + dropout(x0 + x_bias))``.
+
+    The arguments that have a place are those of flash-attn's function of that name.
 
     Args:
-        x: ``[..., N]``, any floating dtype; ``[T, N]`` with rows.
-        residual: shape of ``x``; where the dtypes differ, both are taken to the wider one.
+        x0: ``[..., N]``, any floating dtype; ``[T, N]`` with rows.
+        residual: shape of ``x0``; where the dtypes differ, both are taken to the wider one.  None:
+            nothing is added.
         weight: ``[N]``, any floating dtype; None stands for ones.
         bias: ``[N]``, likewise; None stands for zeros.
-        x_bias: ``[N]``, any floating dtype, added to ``x`` before the dropout.
-        dropout_p: probability to drop an element of ``x``.
-        eps: added to the variance.
+        dropout_p: probability to drop an element of ``x0``.
+        epsilon: added to the variance; BERT's default.
+        rowscale: not supported, nor are layerscale and return_dropout_mask.
+        layerscale: see rowscale.
+        prenorm: return the sum before the norm too, with a gradient of its own.  With it, or
+            without a residual, the sum is computed apart and not in the pass of the norm.
+        residual_in_fp32: keep the sum in float32 where there is no residual, whose dtype it has
+            otherwise.
+        return_dropout_mask: see rowscale.
+        x_bias: ``[N]``, any floating dtype, added to ``x0`` before the dropout.
         training: without it there is no dropout.
-        seed: of dropout; int64, one element, on x's device.  None draws one.
+        seed: of dropout; int64, one element, on x0's device.  None draws one.
         stream: tells apart uses that share a seed.
         rows: where task gradients of weight and bias go; their ``grad`` then stays None.
-        segments: which rows of ``x`` belong to which task; needed with ``rows``.
+        segments: which rows of ``x0`` belong to which task; needed with ``rows``.
 
     Returns:
-        ``[..., N]`` in the wider dtype of x and residual.
+        ``[..., N]`` in the wider dtype of x0 and residual; with ``prenorm`` also
+        ``residual + dropout(x0 + x_bias)``, likewise.
 
     Raises:
         ValueError: a shape, dtype, device or range that does not fit; the message names it.
+        NotImplementedError: an argument of flash-attn that this function does not support.
     """
-    if residual.shape != x.shape or residual.device != x.device:
-        raise ValueError(
-            f"residual: expected {list(x.shape)} on {x.device}, "
-            f"got {list(residual.shape)} on {residual.device}"
-        )
-    if x.dtype != residual.dtype:
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
-    tasks = task_arguments(x, weight, bias, rows, segments)
-    check_parameter("x_bias", x_bias, x)
-    check_dropout(dropout_p, seed, stream, x.device)
+    refuse_given(rowscale=rowscale, layerscale=layerscale, return_dropout_mask=return_dropout_mask)
+    tasks = task_arguments(x0, weight, bias, rows, segments, name="x0")
+    check_parameter("x_bias", x_bias, x0)
+    check_dropout(dropout_p, seed, stream, x0.device)
     p = dropout_p if training else 0.0
-    if x.dtype == torch.float64:
-        biased = x if x_bias is None else x + x_bias
-        hidden = residual + dropout(biased, p, seed=seed, stream=stream)
-        return layer_norm_reference(hidden, weight, bias, eps, rows, segments)
+    if residual is not None:
+        if residual.shape != x0.shape or residual.device != x0.device:
+            raise ValueError(
+                f"residual: expected {list(x0.shape)} on {x0.device}, "
+                f"got {list(residual.shape)} on {residual.device}"
+            )
+        dtype = torch.promote_types(x0.dtype, residual.dtype)
+        x0, residual = x0.to(dtype), residual.to(dtype)
+    if prenorm or residual is None or x0.dtype == torch.float64:
+        hidden = dropout(x0 if x_bias is None else x0 + x_bias, p, seed=seed, stream=stream)
+        if residual is not None:
+            hidden = residual + hidden
+        in_float32 = residual_in_fp32 and residual is None and x0.dtype != torch.float64
+        hidden = hidden.to(torch.float32 if in_float32 else x0.dtype)
+        normalised = layer_norm(hidden, weight, bias, epsilon, rows=rows, segments=segments)
+        normalised = normalised.to(x0.dtype)
+        return (normalised, hidden) if prenorm else normalised
     if p > 0 and seed is None:
-        seed = new_seed(x.device)
+        seed = new_seed(x0.device)
     out: Tensor = _ops.dropout_add_layer_norm(
-        x, residual, x_bias, weight, bias, p, eps, seed, stream, *tasks
+        x0, residual, x_bias, weight, bias, p, epsilon, seed, stream, *tasks
     )[0]
     return out

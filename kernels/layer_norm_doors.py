@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .dropout import dropout
-from .layer_norm import dropout_add_layer_norm, layer_norm
+from .layer_norm import dropout_add_layer_norm, layer_norm, refuse_given
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -75,7 +74,7 @@ def layer_norm_fn(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Post-norm, ``layer_norm(residual + dropout(x))``, with flash-attn's arguments and defaults.
 
     Args:
@@ -83,16 +82,15 @@ def layer_norm_fn(
         weight: ``[N]``, any floating dtype.
         bias: ``[N]`` or None.
         residual: shape of ``x``, or None.
-        x1: not supported, nor are weight1, bias1, rowscale, prenorm, zero_centered_weight,
-            is_rms_norm, return_dropout_mask, out and residual_out, which post-norm has no use for.
+        x1: not supported, nor are weight1, bias1, rowscale, zero_centered_weight, is_rms_norm,
+            return_dropout_mask, out and residual_out, which a BERT has no use for.
         weight1: see x1.
         bias1: see x1.
         eps: added to the variance.  BERT's is 1e-12.
         dropout_p: probability to drop an element of ``x``; 0 outside training.
         rowscale: see x1.
-        prenorm: see x1.
-        residual_in_fp32: accepted: the sum is computed in float32 in any case, and is only kept
-            for the backward pass.
+        prenorm: return ``residual + dropout(x)`` too, as `dropout_add_layer_norm` does.
+        residual_in_fp32: keep that sum in float32 where there is no residual.
         zero_centered_weight: see x1.
         is_rms_norm: see x1.
         return_dropout_mask: see x1.
@@ -101,29 +99,31 @@ def layer_norm_fn(
         residual_out: see x1.
 
     Returns:
-        ``[..., N]`` in ``out_dtype``.
+        ``[..., N]`` in ``out_dtype``; with ``prenorm`` also the sum, ``[..., N]`` in the wider
+        dtype of x and residual.
 
     Raises:
         NotImplementedError: an argument that is not supported; the message names it.
         ValueError: a shape, dtype, device or range that does not fit; the message names it.
     """
-    unsupported = {
-        "x1": x1,
-        "weight1": weight1,
-        "bias1": bias1,
-        "rowscale": rowscale,
-        "prenorm": prenorm or None,
-        "zero_centered_weight": zero_centered_weight or None,
-        "is_rms_norm": is_rms_norm or None,
-        "return_dropout_mask": return_dropout_mask or None,
-        "out": out,
-        "residual_out": residual_out,
-    }
-    for name, value in unsupported.items():
-        if value is not None:
-            raise NotImplementedError(f"{name}: not supported by this layer norm")
-    if residual is None:
-        y = layer_norm(dropout(x, dropout_p), weight, bias, eps)
-    else:
-        y = dropout_add_layer_norm(x, residual, weight, bias, dropout_p=dropout_p, eps=eps)
-    return y.to(x.dtype if out_dtype is None else out_dtype)
+    refuse_given(
+        x1=x1,
+        weight1=weight1,
+        bias1=bias1,
+        rowscale=rowscale,
+        zero_centered_weight=zero_centered_weight,
+        is_rms_norm=is_rms_norm,
+        return_dropout_mask=return_dropout_mask,
+        out=out,
+        residual_out=residual_out,
+    )
+    result = dropout_add_layer_norm(
+        *(x, residual, weight, bias, dropout_p, eps),
+        prenorm=prenorm,
+        residual_in_fp32=residual_in_fp32,
+    )
+    dtype = x.dtype if out_dtype is None else out_dtype
+    if isinstance(result, Tensor):
+        return result.to(dtype)
+    normalised, hidden = result
+    return normalised.to(dtype), hidden

@@ -31,16 +31,17 @@ def task_arguments(
     bias: Tensor | None,
     rows: TaskRows | None,
     segments: TaskSegments | None,
+    name: str = "x",
 ) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...], bool]:
     """Check what all the functions share; return the operators' arguments that speak of tasks."""
     if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in DTYPES:
-        raise ValueError(f"x: expected floating [..., width], got {x.dtype} {list(x.shape)}")
+        raise ValueError(f"{name}: expected floating [..., width], got {x.dtype} {list(x.shape)}")
     check_parameter("weight", weight, x)
     check_parameter("bias", bias, x)
     if rows is None:
         return None, (), (), False
     if weight is None or x.dim() != 2:
-        raise ValueError("rows: task gradients need a weight and x of shape [tokens, width]")
+        raise ValueError(f"rows: task gradients need a weight and {name} of [tokens, width]")
     segments = rows.checked(segments, weight, bias, x)
     return rows.buffer, rows.starts, segments.offsets, segments.accumulate
 
@@ -53,23 +54,24 @@ def save(ctx: Any, tensors: tuple[Tensor | None, ...], arguments: list[Any]) -> 
 
 
 def parameter_rows(
-    ctx: Any, weight: Tensor | None, bias: Tensor | None, num_rows: int
-) -> tuple[Tensor | None, Tensor | None, tuple[int, ...], bool]:
-    """Where the parameters' gradients go: the task rows, or a row of their own for all rows."""
+    ctx: Any, weight: Tensor | None, bias: Tensor | None, mean: Tensor
+) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
+    """Where the parameters' gradients go: the task rows, or a row of their own for all rows.
+
+    A tensor without elements where there are none (`kernels.task_rows.rows_of`).
+    """
     if ctx.rows is not None:
         weight_rows, bias_rows = map(rows_of, (ctx.rows,) * 2, ctx.columns[-2:], (weight, bias))
         return weight_rows, bias_rows, ctx.offsets, ctx.accumulate
-    fresh = [None if p is None else p.new_empty((1, p.shape[0])) for p in (weight, bias)]
-    return fresh[0], fresh[1], (0, num_rows), False
+    fresh = [mean.new_empty(0) if p is None else p.new_empty((1, len(p))) for p in (weight, bias)]
+    return fresh[0], fresh[1], (0, mean.numel()), False
 
 
 def parameter_gradients(
-    ctx: Any, weight_rows: Tensor | None, bias_rows: Tensor | None
+    ctx: Any, weight_rows: Tensor, bias_rows: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """What autograd gets for weight and bias: None when the gradients are in the task rows."""
     if ctx.rows is not None:
         return None, None
-    return (
-        None if weight_rows is None else weight_rows[0],
-        None if bias_rows is None else bias_rows[0],
-    )
+    weight, bias = (rows[0] if rows.numel() > 0 else None for rows in (weight_rows, bias_rows))
+    return weight, bias

@@ -241,8 +241,8 @@ def rows_by_task(
     launch: Callable[[int, int, int, Tensor | None], None],
     num_rows: int,
     rows_at_once: int,
-    weight_rows: Tensor | None,
-    bias_rows: Tensor | None,
+    weight_rows: Tensor,
+    bias_rows: Tensor,
     offsets: tuple[int, ...],
     accumulate: bool,
     *,
@@ -255,9 +255,9 @@ def rows_by_task(
             where each leaves its sums (``[programs, 2, N]``; None: nowhere).
         num_rows: rows of the stream; those of no task are run too.
         rows_at_once: rows of a tile.
-        weight_rows: ``[K, N]``, written or added to, or None.
+        weight_rows: ``[K, N]``, written or added to; without elements where not wanted.
         bias_rows: ``[K, N]``, likewise.
-        offsets: ``K + 1`` row numbers; not read when both rows are None.
+        offsets: ``K + 1`` row numbers; not read when neither is wanted.
         accumulate: add to the rows.
         like: ``[..., N]``, tells width and device.
     """
@@ -268,7 +268,7 @@ def rows_by_task(
             launch(programs, begin, end, partials)
         return programs
 
-    if weight_rows is None and bias_rows is None:
+    if weight_rows.numel() == bias_rows.numel() == 0:
         run(0, num_rows, None)
         return
     width = like.shape[-1]
@@ -277,7 +277,7 @@ def rows_by_task(
     for task, (begin, end) in enumerate(pairwise(offsets)):
         programs = run(begin, end, partials)
         for which, rows in enumerate((weight_rows, bias_rows)):
-            if rows is not None:
+            if rows.numel() > 0:
                 _sum_partials_kernel[(triton.cdiv(width, 64),)](
                     partials, rows[task], programs, accumulate, which, width, 32, 64
                 )
@@ -332,8 +332,8 @@ def backward(
     weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    weight_rows: Tensor | None,
-    bias_rows: Tensor | None,
+    weight_rows: Tensor,
+    bias_rows: Tensor,
     offsets: tuple[int, ...],
     accumulate: bool,
     dropout_p: float = 0.0,

@@ -57,7 +57,7 @@ def linear_task_gradients_(
     grad_output: Tensor,
     x: Tensor,
     weight_rows: Tensor,
-    bias_rows: Tensor | None,
+    bias_rows: Tensor,
     offsets: Sequence[int],
     accumulate: bool,
 ) -> None:
@@ -67,20 +67,23 @@ def linear_task_gradients_(
         grad_output: dy ``[T, O]``.
         x: ``[T, I]``.
         weight_rows: ``[K, O, I]``, written; any row stride, of another dtype under autocast.
-        bias_rows: ``[K, O]``, written, or None.
+            Without elements where not wanted.
+        bias_rows: ``[K, O]``, likewise.
         offsets: K + 1 ascending row numbers.
         accumulate: add to what the rows hold.
     """
     for task, (start, end) in enumerate(pairwise(offsets)):
-        dy, inputs, row = grad_output[start:end], x[start:end], weight_rows[task]
-        if row.dtype != dy.dtype:  # as autograd: a gradient of autocast's dtype, then widened
-            product = dy.t().mm(inputs)
-            row.add_(product) if accumulate else row.copy_(product)
-        elif accumulate:
-            row.addmm_(dy.t(), inputs)
-        else:
-            torch.mm(dy.t(), inputs, out=row)
-        if bias_rows is not None:
+        dy, inputs = grad_output[start:end], x[start:end]
+        if weight_rows.numel() > 0:
+            row = weight_rows[task]
+            if row.dtype != dy.dtype:  # as autograd: a gradient of autocast's dtype, then widened
+                product = dy.t().mm(inputs)
+                row.add_(product) if accumulate else row.copy_(product)
+            elif accumulate:
+                row.addmm_(dy.t(), inputs)
+            else:
+                torch.mm(dy.t(), inputs, out=row)
+        if bias_rows.numel() > 0:
             if accumulate:
                 bias_rows[task].add_(dy.sum(0))
             else:

@@ -141,10 +141,14 @@ def rows_at(buffer: Tensor, start: int, shape: Sequence[int]) -> Tensor:
     return buffer[:, start : start + math.prod(shape)].view(len(buffer), *shape)
 
 
-def rows_of(buffer: Tensor, start: int, parameter: Tensor | None) -> Tensor | None:
-    """Return the view that holds a parameter's gradients; None for :data:`NO_COLUMN`."""
+def rows_of(buffer: Tensor, start: int, parameter: Tensor | None) -> Tensor:
+    """Return the view that holds a parameter's gradients; no elements for :data:`NO_COLUMN`.
+
+    An operator that writes gradient rows takes a tensor without elements, not None, where there are
+    none to write: Inductor cannot compile an operator all of whose outputs are None.
+    """
     if parameter is None or start == NO_COLUMN:
-        return None
+        return buffer.new_empty(0)
     return rows_at(buffer, start, parameter.shape)
 
 

@@ -74,16 +74,18 @@ class LayerNorm(nn.Module):
     ) -> Tensor:
         """Normalise ``residual + dropout(x)``, both ``[T, H]``; ``stream`` is the dropout site."""
         rows = self.rows if segments is not None else None
-        return kernels.dropout_add_layer_norm(
+        out = kernels.dropout_add_layer_norm(
             x,
             residual,
             self.weight,
             self.bias,
-            dropout_p=dropout_p,
-            eps=self.eps,
+            dropout_p,
+            self.eps,
             training=self.training,
             seed=seed,
             stream=stream,
             rows=rows,
             segments=segments,
         )
+        assert isinstance(out, Tensor)
+        return out

@@ -89,6 +89,19 @@ def test_attention() -> None:
     torch.testing.assert_close(scope["padded"], expected)
 
 
+def test_dropout_add_layer_norm() -> None:
+    torch.manual_seed(0)
+    hidden, residual = torch.randn(2, 7, 48)
+    weight, bias = torch.randn(2, 48)
+    names = {"hidden": hidden, "residual": residual, "weight": weight, "bias": bias}
+    scope = run_snippet("flash-attn's layer norm", **names)
+    total = scope["total"]
+    kept = (total - residual).abs() > 0
+    assert 0.8 < kept.float().mean() < 1
+    torch.testing.assert_close(total, residual + kept * hidden / 0.9)
+    torch.testing.assert_close(scope["normalised"], F.layer_norm(total, (48,), weight, bias, 1e-12))
+
+
 def test_layer_norm() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(7, 48)

@@ -14,6 +14,7 @@ from kernels import (
 from kernels.attention import attention_reference
 from kernels.dropout import attention_dropout_factors
 
+from .conftest import untouched_memory
 from .rounding import assert_within_twice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -175,7 +176,8 @@ def test_offsets_beyond_32_bits() -> None:
     The memory between them is never touched, and so is never there.
     """
     lengths, row = [5, 6], 2**28
-    far = torch.empty(11 * row, dtype=torch.float16)
+    with untouched_memory():
+        far = torch.empty(11 * row, dtype=torch.float16)
     qkv = far.as_strided((11, 3, 2, 32), (row, 64, 32, 1))
     qkv.copy_(qkv_stream(lengths, torch.float16)[:11])
     near = qkv.contiguous()

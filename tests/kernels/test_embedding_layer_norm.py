@@ -83,6 +83,26 @@ def embedding_rows(tasks: int, width: int, dtype: torch.dtype) -> EmbeddingRows:
     return EmbeddingRows(*tables, TaskRows(buffer, *columns[3:]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_rows_without_columns_for_a_frozen_table(frozen: int, dtype: torch.dtype) -> None:
+    index = ids()
+    tensors = [tensor.to(dtype).requires_grad_() for tensor in leaves(40, dtype)]
+    whole, part = (embedding_rows(2, 40, dtype) for _ in range(2))
+    name = EmbeddingRows._fields[frozen]
+    frozen_rows = part._replace(**{name: part[frozen]._replace(weight_columns=None)})
+    for rows in (whole, frozen_rows):
+        options = {"rows": rows, "segments": TaskSegments((0, 140, 300))}
+        embedding_layer_norm(*index, *tensors, **options).square().sum().backward()
+        tensors[frozen].requires_grad_(False)
+    for own, expected, is_frozen in zip(part, whole, (i == frozen for i in range(4)), strict=True):
+        if is_frozen:
+            assert own.weight.count_nonzero() == 0
+        else:
+            assert torch.equal(own.weight, expected.weight)
+    assert torch.equal(part.norm.bias, whole.norm.bias)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_task_rows_hold_each_tasks_own_gradient(dtype: torch.dtype, p: float) -> None:

@@ -274,9 +274,95 @@ def test_layer_norm_fn_is_flash_attns_post_norm(out_dtype: torch.dtype | None) -
     torch.manual_seed(1)
     seed = new_seed(x.device)
     zeros = torch.zeros_like(x)
-    options = {"dropout_p": 0.5, "eps": 1e-6, "seed": seed}
-    fused = dropout_add_layer_norm(x, zeros, weight, bias, **options)
+    fused = dropout_add_layer_norm(x, zeros, weight, bias, 0.5, 1e-6, seed=seed)
     torch.testing.assert_close(dropped, fused, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("function", [dropout_add_layer_norm, layer_norm_fn])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prenorm_returns_the_sum_with_a_gradient_of_its_own(
+    dtype: torch.dtype, with_residual: bool, p: float, function: Callable
+) -> None:
+    tensors = {name: x.to(dtype) for name, x in inputs(ROWS, 40, torch.float32).items()}
+    names = ["x", "residual", "weight", "bias"] if with_residual else ["x", "weight", "bias"]
+    torch.manual_seed(7)
+    factors = dropout_factors(ROWS * 40, p, new_seed(torch.device("cpu")), 0).view(ROWS, 40)
+
+    def run(norm: Callable, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensors[name].to(dtype).requires_grad_() for name in names]
+        residual = leaves[1] if with_residual else None
+        torch.manual_seed(7)
+        out, total = norm(leaves[0], residual, *leaves[-2:])
+        loss = (out * tensors["grad_out"]).sum() + (total * tensors["x_bias"]).sum()
+        return [out, total, *torch.autograd.grad(loss, leaves)]
+
+    def ours(
+        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if function is layer_norm_fn:
+            return layer_norm_fn(x, weight, bias, residual, eps=1e-5, dropout_p=p, prenorm=True)
+        return dropout_add_layer_norm(x, residual, weight, bias, p, 1e-5, None, None, True)
+
+    def torchs(
+        x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total = x * factors.to(x.dtype) if residual is None else residual + x * factors.to(x.dtype)
+        return F.layer_norm(total, (40,), weight, bias, 1e-5), total
+
+    for found in zip(run(ours, dtype), run(torchs, dtype), run(torchs, torch.float64), strict=True):
+        assert_within_twice(*found)
+
+
+@pytest.mark.parametrize("function", [dropout_add_layer_norm, layer_norm_fn])
+def test_the_sum_that_prenorm_returns_has_flash_attns_dtype(function: Callable) -> None:
+    x = torch.randn(6, 16).bfloat16()
+    weight, bias = torch.randn(2, 16)
+
+    def dtypes(residual: Tensor | None, **options: bool) -> list[torch.dtype]:
+        if function is layer_norm_fn:
+            results = layer_norm_fn(x, weight, bias, residual, prenorm=True, **options)
+        else:
+            results = dropout_add_layer_norm(x, residual, weight, bias, prenorm=True, **options)
+        return [result.dtype for result in results]
+
+    assert dtypes(None) == [torch.bfloat16] * 2
+    assert dtypes(None, residual_in_fp32=True) == [torch.bfloat16, torch.float32]
+    assert dtypes(x, residual_in_fp32=True) == [torch.bfloat16] * 2
+    assert dtypes(x.float())[1] == torch.float32
+    x = x.double()
+    assert dtypes(None, residual_in_fp32=True) == [torch.float64] * 2
+
+
+def test_dropout_add_without_a_residual_or_with_task_rows_and_prenorm() -> None:
+    x, residual, weight, bias = torch.randn(2, 9, 8).unbind(0) + torch.randn(2, 8).unbind(0)
+    alone = dropout_add_layer_norm(x, None, weight, bias, 0.0, 1e-5, x_bias=bias)
+    torch.testing.assert_close(alone, layer_norm(x + bias, weight, bias, 1e-5))
+    leaf = x.requires_grad_()
+    by_task = []
+    for prenorm in (False, True):
+        rows = task_rows(2, 8)
+        options = {"rows": rows, "segments": TaskSegments((0, 4, 9))}
+        result = dropout_add_layer_norm(
+            leaf, residual, weight, bias, 0.3, seed=SEED, prenorm=prenorm, **options
+        )
+        (result[0] if prenorm else result).square().sum().backward()
+        by_task.append(torch.stack([rows.weight, rows.bias]))
+    torch.testing.assert_close(*by_task)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"rowscale": torch.ones(4)},
+        {"layerscale": torch.ones(8)},
+        {"return_dropout_mask": True},
+    ],
+)
+def test_what_dropout_add_layer_norm_does_not_support_says_so(option: dict) -> None:
+    with pytest.raises(NotImplementedError, match=f"^{next(iter(option))}: not supported"):
+        dropout_add_layer_norm(X, X, None, None, 0.1, 1e-12, **option)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +372,6 @@ def test_layer_norm_fn_is_flash_attns_post_norm(out_dtype: torch.dtype | None) -
         {"weight1": torch.ones(1)},
         {"bias1": torch.ones(1)},
         {"rowscale": torch.ones(1)},
-        {"prenorm": True},
         {"zero_centered_weight": True},
         {"is_rms_norm": True},
         {"return_dropout_mask": True},
@@ -311,6 +396,7 @@ X = torch.randn(4, 8)
         (lambda: layer_norm(X, torch.ones(8, dtype=torch.int32)), "weight: expected a floating"),
         (lambda: layer_norm(X, torch.ones(8, device="meta")), "weight: expected on cpu"),
         (lambda: layer_norm(X, torch.ones(8), torch.ones(7)), "bias: expected"),
+        (lambda: dropout_add_layer_norm(X.int(), X, None, None), "x0: expected floating"),
         (lambda: dropout_add_layer_norm(X, X[:3], None, None), "residual: expected"),
         (lambda: dropout_add_layer_norm(X, X, None, None, x_bias=torch.ones(7)), "x_bias"),
         (lambda: dropout_add_layer_norm(X, X, None, None, dropout_p=1.5), "probability"),

@@ -40,3 +40,21 @@ def test_a_stream_of_several_dimensions() -> None:
     with torch.no_grad():
         inside = kernels.linear(x, weight, bias)
     torch.testing.assert_close(inside, F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_rows_without_columns_for_a_frozen_parameter(frozen: str) -> None:
+    x, weight, bias = operands((13, 31, 7), torch.float32)
+    whole = kernels.new_task_rows(2, weight, bias)
+    part = kernels.new_task_rows(2, weight, bias)._replace(**{f"{frozen}_columns": None})
+    for rows in (whole, part):
+        own = {"weight": weight.clone(), "bias": bias.clone()}
+        for name, parameter in own.items():
+            parameter.requires_grad_(rows is whole or name != frozen)
+        leaf = x.clone().requires_grad_()
+        segments = kernels.TaskSegments((0, 5, 13))
+        out = kernels.linear(leaf, own["weight"], own["bias"], rows=rows, segments=segments)
+        out.square().sum().backward()
+    trained = "bias" if frozen == "weight" else "weight"
+    assert torch.equal(getattr(part, trained), getattr(whole, trained))
+    assert part.buffer.count_nonzero() == getattr(whole, trained).numel()

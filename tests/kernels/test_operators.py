@@ -53,7 +53,8 @@ def norms(by_task: bool) -> dict[str, tuple]:
     if not by_task:
         of_all = of_norm = (None, [], [], False)
     grad, hidden, mean, rstd = (*torch.randn(2, TOKENS, WIDTH), *torch.ones(2, TOKENS))
-    saved = (weight.detach(), mean, rstd, *torch.zeros(2, 2, WIDTH), OFFSETS, False)
+    gradient_rows = torch.zeros(2, 2, WIDTH) if by_task else (torch.zeros(0), torch.zeros(0))
+    saved = (weight.detach(), mean, rstd, *gradient_rows, OFFSETS, False)
     looked_up = (*ids, *(table.detach() for table in tables))
     options = (0.1, 1e-12, SEED, 0)
     return {

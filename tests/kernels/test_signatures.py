@@ -10,6 +10,7 @@ import pytest
 
 from kernels import (
     FusedLayerNorm,
+    dropout_add_layer_norm,
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
     layer_norm_fn,
@@ -34,6 +35,11 @@ SIGNATURES = {
         "dropout_p=0.0, rowscale=None, prenorm=False, residual_in_fp32=False, "
         "zero_centered_weight=False, is_rms_norm=False, return_dropout_mask=False, "
         "out_dtype=None, out=None, residual_out=None"
+    ),
+    # flash-attn demands dropout_p and epsilon.
+    dropout_add_layer_norm: (
+        "x0, residual, weight, bias, dropout_p=0.0, epsilon=1e-12, rowscale=None, layerscale=None, "
+        "prenorm=False, residual_in_fp32=False, return_dropout_mask=False"
     ),
     FusedLayerNorm: (
         "normalized_shape, eps=1e-05, elementwise_affine=True, memory_efficient=False"

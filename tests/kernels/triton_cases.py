@@ -21,6 +21,14 @@ from kernels import (
 from kernels.attention import attention_reference
 from kernels.dropout import attention_dropout_factors, dropout_factors
 
+from .attention_lengths import (
+    EMPTY,
+    FEW_KEYS,
+    assert_structure,
+    drawn_pairs,
+    reference_by_sequence,
+)
+from .conftest import untouched_memory
 from .rounding import assert_within_twice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -73,6 +81,32 @@ def test_attention(causal: bool, width: int, p: float, dtype: torch.dtype, devic
         assert_within_twice(*(torch.cat([x.flatten() for x in parts]) for parts in results))
 
 
+@pytest.mark.parametrize(
+    ("causal", "p", "dtype"),
+    [
+        (True, 0.0, torch.float32),
+        (True, 0.2, torch.float16),
+        (False, 0.2, torch.float32),
+        (False, 0.0, torch.float16),
+    ],
+)
+def test_attention_over_lengths_on_both_sides_of_every_block(
+    causal: bool, p: float, dtype: torch.dtype, device: str
+) -> None:
+    seed = 2 * causal + (p > 0)  # draws other pairs for each case
+    pairs = [*FEW_KEYS[3:6], *EMPTY, *drawn_pairs(4, seed)]
+    case = AttentionCase(*map(list, zip(*pairs, strict=True)), causal, 32, p, dtype, device)
+    found = case.run()
+    streams = tuple(x.cpu() for x in (case.q, *case.kv.unbind(1), case.grad_out))
+    torchs, exact = (
+        reference_by_sequence(pairs, streams, own, causal, p, case.seed.cpu(), 3)
+        for own in (dtype, torch.float64)
+    )
+    assert_structure(pairs, causal, [x.cpu() for x in case.results])
+    for tensors in zip([x.cpu() for x in found], torchs, exact, strict=True):
+        assert_within_twice(*(x.masked_fill(x.isneginf(), 0) for x in tensors))
+
+
 class AttentionCase:
     """One batch: output, log-sum-exp and gradients by the kernels and by plain torch."""
 
@@ -122,6 +156,7 @@ class AttentionCase:
         for x, tokens in zip((out, grad_q, grad_kv), (*self.tokens[:1], *self.tokens), strict=True):
             assert x[tokens:].count_nonzero() == 0
         assert lse[:, self.tokens[0] :].isneginf().all()
+        self.results = [out, lse, *grads]
         return [out, lse.masked_fill(lse.isneginf(), 0), *grads]
 
 
@@ -159,7 +194,8 @@ def test_attention_with_offsets_beyond_32_bits(device: str) -> None:
     """Rows 2^28 elements apart; the memory between them is never touched."""
     row, cu_seqlens = 2**28, boundaries([5, 6], device)
     near = torch.randn(11, 3, 1, 32, device=device).half()
-    far = torch.empty(11 * row, dtype=torch.float16, device=device)
+    with untouched_memory():
+        far = torch.empty(11 * row, dtype=torch.float16, device=device)
     far = far.as_strided((11, 3, 1, 32), (row, 32, 32, 1)).copy_(near)
     options = (cu_seqlens, cu_seqlens, 0.0, 0.2, False, None, 0)
     results = []

@@ -1,0 +1,106 @@
+"""Lengths of queries and keys for the tests of attention, and what they must give."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.attention import attention_reference
+from kernels.dropout import _factors, philox_reference
+
+# Both sides of every block of queries, keys or rows, in C++ and in Triton.
+EDGES = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257, 300]
+# More queries than keys: flash-attn's own cases, and those on both sides of the first block.
+FEW_KEYS = [(76, 1), (34, 1), (146, 1), (65, 1), (76, 2), (300, 20), (64, 1), (40, 20)]
+EMPTY = [(0, 0), (1, 3), (0, 0), (1, 5), (70, 0), (0, 130)]
+# Keys behind a sequence that nobody sees, as in a padded batch of torch's: with one key, too, its
+# products are then those of matrices, which sum as the kernels do.
+PADDING = 8
+
+Pair = tuple[int, int]
+
+
+def drawn_pairs(count: int, seed: int) -> list[Pair]:
+    """Pairs of lengths of queries and keys, half of them at the edges, half anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(largest: int) -> list[int]:
+        return torch.randint(largest, (2 * count,), generator=generator).tolist()
+
+    lengths = [
+        EDGES[edge] if i % 4 < 2 else anywhere
+        for i, (edge, anywhere) in enumerate(zip(draw(len(EDGES)), draw(301), strict=True))
+    ]
+    return list(zip(lengths[::2], lengths[1::2], strict=True))
+
+
+def boundaries(lengths: list[int], device: str = "cpu") -> Tensor:
+    """The int32 offsets of sequences of these lengths."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+
+
+def factors_between(
+    heads: int, queries: range, keys: range, p: float, seed: Tensor, stream: int
+) -> Tensor | None:
+    """The dropout factors of some rows of the streams: ``[heads, queries, keys + PADDING]``."""
+    if p == 0:
+        return None
+    query = torch.arange(queries.start, queries.stop)[:, None]
+    quad = torch.arange(keys.start // 4, (keys.stop + 3) // 4)
+    head = torch.arange(heads)[:, None, None]
+    words = philox_reference(((query << 32) + quad).expand(heads, -1, -1), int(seed), head, stream)
+    of_keys = _factors(words, p).flatten(2)[..., keys.start % 4 :][..., : len(keys)]
+    return F.pad(of_keys, (0, PADDING))
+
+
+def reference_by_sequence(
+    pairs: list[Pair],
+    streams: tuple[Tensor, Tensor, Tensor, Tensor],
+    dtype: torch.dtype,
+    causal: bool,
+    p: float,
+    seed: Tensor,
+    stream: int,
+) -> list[Tensor]:
+    """Output, log-sum-exp and gradients of q, k and v by plain torch, a sequence at a time.
+
+    ``streams`` are q, k, v and the gradient of the output; the rows behind the last sequence are
+    zero in the results, and -inf in the log-sum-exp.
+    """
+    q, k, v, grad_out = streams
+    results = [torch.zeros_like(x, dtype=dtype) for x in (q, q, k, v)]
+    out, *grads = results
+    lse = torch.full((q.shape[1], len(q)), -torch.inf, dtype=dtype)
+    query = key = 0
+    for num_queries, num_keys in pairs:
+        queries, keys = range(query, query + num_queries), range(key, key + num_keys)
+        query, key = queries.stop, keys.stop
+        rows = [slice(own.start, own.stop) for own in (queries, keys, keys)]
+        leaves = [x[own].to(dtype).requires_grad_() for x, own in zip((q, k, v), rows, strict=True)]
+        factors = factors_between(q.shape[1], queries, keys, p, seed, stream)
+        cu_seqlens = boundaries([num_queries]), boundaries([num_keys])
+        padded = (leaves[0], *(F.pad(x, (0, 0, 0, 0, 0, PADDING)) for x in leaves[1:]))
+        own_out, own_lse = attention_reference(
+            *padded, *cu_seqlens, q.shape[2] ** -0.5, causal, factors
+        )
+        out[rows[0]], lse[:, rows[0]] = own_out.detach(), own_lse.detach()
+        own_grads = torch.autograd.grad(own_out, leaves, grad_out[rows[0]].to(dtype))
+        for grad, own, own_grad in zip(grads, rows, own_grads, strict=True):
+            grad[own] = own_grad
+    return [out, lse, *grads]
+
+
+def assert_structure(pairs: list[Pair], causal: bool, results: list[Tensor]) -> None:
+    """Zeros exactly where a query sees no key or a key no query, and nothing else but numbers."""
+    out, lse, grad_q, grad_k, grad_v = results
+    blind, unseen = torch.ones(len(out), dtype=bool), torch.ones(len(grad_k), dtype=bool)
+    query = key = 0
+    for num_queries, num_keys in pairs:
+        sees_none = max(0, num_queries - num_keys) if causal else num_queries * (num_keys == 0)
+        blind[query + sees_none : query + num_queries] = False
+        unseen[key : key + num_keys] = num_queries == 0
+        query, key = query + num_queries, key + num_keys
+    assert torch.equal(lse.isneginf(), blind.expand_as(lse))
+    assert lse[:, ~blind].isfinite().all()
+    for x, zero in ((out, blind), (grad_q, blind), (grad_k, unseen), (grad_v, unseen)):
+        assert x.isfinite().all()
+        assert x[zero].count_nonzero() == 0
