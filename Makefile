@@ -20,9 +20,10 @@ setup-dev: setup $(VENV)/.dev
 train: setup
 	$(BIN)/python -m engine.train demo
 
-# A process for each core.  Their idle threads wait instead of spinning on each other's cores.
+# A process for each core, whole files at a time, the long ones first.  Idle threads wait instead of
+# spinning on the other processes' cores.
 test: setup-dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: setup-dev
 	$(BIN)/ruff format --check .

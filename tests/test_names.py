@@ -16,7 +16,7 @@ import engine
 
 from .conftest import REPOSITORY
 
-pytestmark = pytest.mark.xdist_group("wheel")  # they share what they look at
+pytestmark = pytest.mark.long
 
 
 def run_python(code: str, *, folder: Path, path: Path | None = None) -> str:

@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pytest
+
 from bench import plot, step, step_growth
 
 
@@ -14,6 +16,7 @@ def run(monkeypatch, tmp_path, *arguments: str) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.long
 def test_every_contestant_and_its_floor(monkeypatch, tmp_path):
     record = run(monkeypatch, tmp_path, "--batch-size", "2", "--no-compile")
     assert record["environment"]["commit"]

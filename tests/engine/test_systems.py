@@ -16,6 +16,8 @@ NAMES = recipes.names()
 # Every task of every recipe has its turn.  Twenty would have to take less than a minute.
 STEPS, SECONDS = 6, 60 * 6 / 20
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def one_thread():

@@ -22,7 +22,6 @@ def find_tool(name: str) -> str | None:
 pytestmark = [
     pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is not on this machine"),
     pytest.mark.long,
-    pytest.mark.xdist_group("cuda build"),  # compiled once, by the first test
 ]
 
 

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.long
 def test_triton_kernels_under_the_interpreter() -> None:
     cases = Path(__file__).with_name("triton_cases.py")
     run = subprocess.run(

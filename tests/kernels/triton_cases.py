@@ -222,7 +222,8 @@ def test_attention_with_offsets_beyond_32_bits(device: str) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_layer_norm(width: int, p: float, dtype: torch.dtype, fused: bool, device: str) -> None:
     p = p if fused else 0.0
-    num_rows, offsets = 150, (0, 70, 70, 71, 140)
+    # More rows than a program has; the widest take the interpreter long.
+    num_rows, offsets = (150, (0, 70, 70, 71, 140)) if width < 8192 else (30, (0, 14, 14, 15, 28))
     x, residual, grad_out = torch.randn(3, num_rows, width, device=device).to(dtype)
     weight, bias, x_bias = torch.randn(3, width, device=device)
     weight = 1 + 0.2 * weight

@@ -28,8 +28,6 @@ from engine.runtime.precision import pick_device
 from engine.train import main
 from tests.engine.conftest import TINY
 
-pytestmark = pytest.mark.xdist_group("report page")  # they share what they look at
-
 SECTIONS = [
     "Curves",
     "Task gradients",

@@ -17,8 +17,6 @@ from engine.reporting.record import Answers, Mistake
 
 from ..engine.conftest import TINY
 
-pytestmark = pytest.mark.xdist_group("reports of papers")  # they share what they look at
-
 
 def test_every_system_has_a_recipe_and_every_recipe_of_a_paper_a_system():
     listed = [(paper, system) for paper in papers.read_papers() for system in paper.systems]

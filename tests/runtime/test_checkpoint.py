@@ -27,8 +27,6 @@ from ..engine.test_training_run import assert_same_run
 from .disk import file_size_limit
 from .launch import REPOSITORY
 
-pytestmark = pytest.mark.xdist_group("checkpoints")  # they share what they look at
-
 EVERY_STEP = ("checkpoint_every=1", "keep_checkpoints=3")
 
 

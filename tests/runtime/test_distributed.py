@@ -21,10 +21,7 @@ from engine.training import Training
 from ..engine.conftest import SHORT, TINY
 from .launch import launch
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.xdist_group("ranks"),  # they share what they look at
-]
+pytestmark = pytest.mark.long
 
 EXACTLY = (
     "limit=640",  # one evaluation, at the end

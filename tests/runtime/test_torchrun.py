@@ -17,10 +17,7 @@ from .disk import file_size_limit
 from .launch import launch, start, torchrun
 from .test_failure import wait_for
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.xdist_group("torchrun"),  # they share what they look at
-]
+pytestmark = pytest.mark.long
 
 
 def arguments(folder: Path, *settings: str) -> list[str]:
