@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [*options.recipes, *(recipes.of_papers() if options.papers else ())]
     if not names:
         raise InputError("RECIPE is missing; name some, or give --papers")
-    if options.minutes is not None and not 0 < options.minutes <= threading.TIMEOUT_MAX / 60:
-        raise InputError(f"--minutes {options.minutes}: expected a number of minutes above 0")
+    if options.minutes is not None and not 0 <= options.minutes <= threading.TIMEOUT_MAX / 60:
+        raise InputError(f"--minutes {options.minutes}: expected a number of minutes, at least 0")
     settings = overrides(options)
     cells = [
         cell

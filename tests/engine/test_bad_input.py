@@ -114,10 +114,10 @@ def test_options_and_recipes(capsys, tmp_path, monkeypatch, arguments, expected)
     assert not list(tmp_path.rglob("recipe.toml"))
 
 
-@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("minutes", ["-1", "nan", "inf"])
 def test_a_time_limit_that_is_none(capsys, tmp_path, minutes):
     options = ["demo", "--out", str(tmp_path / "runs"), "--minutes", minutes]
-    assert "expected a number of minutes above 0" in refuse(capsys, sweep, *options)
+    assert "expected a number of minutes, at least 0" in refuse(capsys, sweep, *options)
 
 
 def test_an_option_of_another_kind_of_report(capsys, tmp_path):

@@ -79,7 +79,7 @@ def test_layers_agree_with_the_cpu(door: str) -> None:
 
 
 # The others are torch's own functions.
-@pytest.mark.parametrize("door", DOORS.keys() - {"embedding", "linear"})
+@pytest.mark.parametrize("door", [door for door in DOORS if door not in ("embedding", "linear")])
 def test_repeats_to_the_bit(door: str) -> None:
     stream = Stream.of(65, "cuda")
     for one, other in zip(stream.run(DOORS[door]), stream.run(DOORS[door]), strict=True):

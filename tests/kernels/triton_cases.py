@@ -69,12 +69,13 @@ def test_attention(causal: bool, width: int, p: float, dtype: torch.dtype, devic
     found: list[list[Tensor]] = []
     torchs: list[list[Tensor]] = []
     exact: list[list[Tensor]] = []
-    for lengths_q, lengths_k in 3 * list(LENGTHS.values()):
+    # The largest errors of several draws of all cases: those of a few tokens are a matter of luck.
+    # Two are enough of the width whose tiles are small, so that the interpreter takes long.
+    for lengths_q, lengths_k in (2 if width == 96 else 3) * list(LENGTHS.values()):
         case = AttentionCase(lengths_q, lengths_k, causal, width, p, dtype, device)
         found.append(case.run())
         torchs.append(case.reference(dtype))
         exact.append(case.reference(torch.float64))
-    # The largest errors of three draws of all cases: those of a few tokens are a matter of luck.
     for results in zip(
         *(zip(*cases, strict=True) for cases in (found, torchs, exact)), strict=True
     ):
