@@ -305,7 +305,7 @@ class BalancedGradients:
         retained = _needed_later(list(present.values()))
         for (task, loss), retain in zip(present.items(), retained, strict=True):
             gradients = torch.autograd.grad(
-                loss.reshape(()), parameters, retain_graph=retain, allow_unused=True
+                loss, parameters, retain_graph=retain, allow_unused=True
             )
             for (buffer, place), gradient in zip(self._places(), gradients, strict=True):
                 if gradient is None:
@@ -323,7 +323,7 @@ class BalancedGradients:
         parts = [buffer.grams() for buffer in self._buffers]
         first = max(parts, key=lambda matrix: torch.finfo(matrix.dtype).bits)
         grams = torch.cat([matrix.to(first) for matrix in parts])
-        if len(grams) == 1:
+        if members == [0]:
             return grams
         sets = first.new_zeros(max(members) + 1, *grams.shape[1:])
         index = torch.tensor(members).to(first.device, non_blocking=True)
@@ -337,7 +337,7 @@ class BalancedGradients:
             for place in buffer.places:
                 num_tasks = sum(place.position in reached for reached in self._reached)
                 if num_tasks > 0:
-                    gradient = combined[place.columns].view_as(place.parameter)
+                    gradient = _laid_out_like(place.parameter, combined[place.columns])
                     # `data`: later writes are counted for each gradient by itself.
                     self._write(place, gradient.data, num_tasks if self._average else 1)
 
@@ -356,17 +356,32 @@ class BalancedGradients:
             hook(parameter)
 
 
+def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """Give a gradient the parameter's strides, as autograd does; fused optimizers rely on them."""
+    gradient = values.view_as(parameter)
+    return gradient if parameter.is_contiguous() else torch.empty_like(parameter).copy_(gradient)
+
+
 def _layout_of(trained: Sequence[tuple[int, int, Tensor]]) -> list[tuple[object, ...]]:
     """What the rows depend on; buffers keep parameters, and so their `id`, alive."""
     return [(*numbers, id(p), p.shape, p.dtype, p.device) for *numbers, p in trained]
 
 
 def _needed_later(losses: Sequence[Tensor]) -> list[bool]:
-    """Whether a later loss shares a node of the graph with each loss."""
+    """Whether a later loss shares a node of the graph with each loss.
+
+    Raises:
+        ValueError: a part of the graph is made in the backward pass only.
+    """
     later: set[Any] = set()
     needed = []
     for loss in reversed(losses):
         nodes = _graph_nodes(loss)
+        if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+            raise ValueError(
+                "losses: they went through torch.utils.checkpoint with use_reentrant=True, which "
+                "hides the parameters inside from a gradient of each task; give use_reentrant=False"
+            )
         needed.append(not later.isdisjoint(nodes))
         later |= nodes
     return needed[::-1]

@@ -256,8 +256,9 @@ class BalancedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: if there is no loss with a gradient, one is not a scalar, the tasks are
-                others than before, a single loss without a name is added to another, or the losses
-                or the optimizer's parameters are not those of ``task_gradients``.
+                others than before, a single loss without a name is added to another, a loss went
+                through a reentrant activation checkpoint, or the losses or the optimizer's
+                parameters are not those of ``task_gradients``.
         """
         self._gradients.backward(losses, self.param_groups, self._weigh)
 

@@ -1,10 +1,13 @@
 """Any method around any optimizer: the combination, and what gets weights of its own."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from kernels import BalancedOptimizer, PCGrad, balancing
+from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
 from kernels.surgery import draw_order
 
 from .algorithm1 import algorithm1
@@ -62,6 +65,50 @@ def test_surgery_by_group_and_by_tensor(extent: str) -> None:
     assert model.frozen.grad is None
 
 
+@pytest.mark.parametrize("frozen", ["trunk", "heads", "bias"])
+def test_groups_with_nothing_to_train(frozen: str) -> None:
+    """Weights belong to their group, wherever those lie that are frozen as a whole or in part."""
+    model = nn.ModuleDict({"trunk": nn.Linear(6, 5), "heads": nn.Linear(5, 3)}).double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    groups = [{"params": list(module.parameters())} for module in model.values()]
+    optimizer = PCGrad(torch.optim.SGD(groups, lr=0.1), "sum", extent="group")
+    order = draw_order(3, 5)
+    outputs = model["heads"](model["trunk"](torch.randn(7, 6).double()))
+    losses = list((outputs.square().mean(0) * torch.tensor([1, -1, 1])).unbind())
+    for group in groups:
+        parameters = [p for p in group["params"] if p.requires_grad]
+        if not parameters:
+            continue
+        rows = torch.stack(
+            [
+                torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, None, True)])
+                for loss in losses
+            ]
+        )
+        group["exact"] = algorithm1(rows, order)
+    optimizer.pc_backward(losses, order)
+    for group in groups:
+        if "exact" in group:
+            written = torch.cat([p.grad.flatten() for p in group["params"] if p.requires_grad])
+            torch.testing.assert_close(written, group["exact"])
+
+
+def test_grad_mode_and_shape_of_the_losses_are_as_in_backward() -> None:
+    model = Tasks()
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+    order = draw_order(3, 5)
+    optimizer.pc_backward(model.losses(), order)
+    exact = written_gradients(model)
+    optimizer.zero_grad()
+    losses = [
+        loss.reshape(shape) for loss, shape in zip(model.losses(), [(), 1, (1, 1)], strict=True)
+    ]
+    with torch.no_grad():
+        optimizer.pc_backward(losses, order)
+    torch.testing.assert_close(written_gradients(model), exact)
+
+
 def test_groups_of_two_dtypes_are_balanced_together() -> None:
     torch.manual_seed(0)
     single, double = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(4).double())
@@ -83,3 +130,47 @@ def test_bad_extent() -> None:
         BalancedOptimizer(
             torch.optim.SGD(Tasks().parameters(), lr=0.1), balancing.mgda, extent="layer"
         )
+
+
+FUSED = {
+    "AdamW": torch.optim.AdamW,
+    "Adagrad": torch.optim.Adagrad,
+    "SGD": torch.optim.SGD,
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("collects", [False, True])
+def test_gradients_have_the_strides_of_their_parameters(name: str, collects: bool) -> None:
+    def trained(transposed: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 2)
+        if transposed:
+            model.weight = nn.Parameter(model.weight.detach().t().contiguous().t())
+        collector = TaskGradients(model, 2) if collects else None
+        fused = FUSED[name](model.parameters(), lr=0.1, fused=True)
+        optimizer = PCGrad(fused, task_gradients=collector)
+        with collector.batch([2, 2]) if collector is not None else nullcontext():
+            first, second = model(torch.randn(4, 6)).split(2)
+        optimizer.pc_backward([first.square().sum(), -second.sum()], torch.tensor([[0, 1]] * 2))
+        optimizer.step()
+        assert model.weight.grad.stride() == model.weight.stride()
+        return model.weight.detach()
+
+    torch.testing.assert_close(trained(transposed=True), trained(transposed=False))
+
+
+def test_reentrant_checkpoints_are_refused() -> None:
+    """They hide the parameters inside, which would silently not be trained."""
+    model = Tasks()
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1))
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    for reentrant in (True, False):
+        hidden = checkpoint(model.trunk, x, use_reentrant=reentrant)
+        losses = [hidden.sum(), hidden.square().sum()]
+        if reentrant:
+            with pytest.raises(ValueError, match="use_reentrant=False"):
+                optimizer.pc_backward(losses)
+        else:
+            optimizer.pc_backward(losses)
+    assert model.trunk.weight.grad is not None
