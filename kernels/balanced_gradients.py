@@ -199,6 +199,11 @@ class BalancedGradients:
         self._note_before(trained)
         self._num_tasks = 0  # should anything fail, the next call begins afresh
         self._differentiate(by_task)
+        if not any(self._reached):
+            raise ValueError(
+                "losses: none depends on a parameter of the optimizer; make the optimizer after the "
+                "model's parameters are in place"
+            )
         grams = self._sum_of_grams()
         self.gram, self.weights = grams.sum(0), weigh(grams)
         self._num_tasks, self.awaits_step = len(by_task), True

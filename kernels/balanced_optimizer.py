@@ -255,8 +255,8 @@ class BalancedOptimizer(torch.optim.Optimizer):
             losses: one scalar loss for each task, in their order or by name.
 
         Raises:
-            ValueError: if there is no loss with a gradient, one is not a scalar, the tasks are
-                others than before, a single loss without a name is added to another, a loss went
+            ValueError: if no loss depends on a trained parameter, one is not a scalar, the tasks
+                are others than before, a single loss without a name is added to another, a loss went
                 through a reentrant activation checkpoint, or the losses or the optimizer's
                 parameters are not those of ``task_gradients``.
         """

@@ -90,8 +90,8 @@ class TaskGradients:
             tokens: how many tokens each task has, where layers work on a packed stream of them.
 
         Raises:
-            ValueError: not K numbers; within the block, a layer that does not have the batch along
-                the first dimension of its input.
+            ValueError: not K numbers, or a model that was moved or cast; within the block, a layer
+                that does not have the batch along the first dimension of its input.
             NotImplementedError: within the block, a parameter used by any other kind of layer,
                 which :meth:`task` takes; the message names it.
         """
@@ -113,7 +113,7 @@ class TaskGradients:
             number: the task, from 0.
 
         Raises:
-            ValueError: there is no such task.
+            ValueError: there is no such task, or the model was moved or cast.
         """
         if not 0 <= number < self.num_tasks:
             raise ValueError(f"number: expected 0 to {self.num_tasks - 1}, got {number}")
@@ -179,8 +179,20 @@ class TaskGradients:
             )
         return tuple(accumulate(sizes, initial=0))
 
+    def _check_kinds(self) -> None:
+        """Refuse a model that was moved or cast after the rows were made for it."""
+        made_for = f"{self.rows.dtype} on {self.rows.device}"
+        for place, parameter in zip(self._places.values(), self.parameters, strict=True):
+            if (parameter.dtype, parameter.device) != (self.rows.dtype, self.rows.device):
+                raise ValueError(
+                    f"{place.name}: now {parameter.dtype} on {parameter.device}, but {made_for} "
+                    "when TaskGradients was made; make it after the model is moved and cast"
+                )
+
     @contextmanager
     def _seen_as(self, tasks: Joined | Single) -> Iterator[None]:
+        if self._layers.tasks is None:
+            self._check_kinds()
         outer, self._layers.tasks = self._layers.tasks, tasks
         self._collecting = True
         try:

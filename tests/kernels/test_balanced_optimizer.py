@@ -174,3 +174,26 @@ def test_reentrant_checkpoints_are_refused() -> None:
         else:
             optimizer.pc_backward(losses)
     assert model.trunk.weight.grad is not None
+
+
+@pytest.mark.parametrize("collects", [False, True])
+def test_parameters_that_were_replaced_are_an_error(collects: bool) -> None:
+    model = nn.Linear(6, 2)
+    collector = TaskGradients(model, 2) if collects else None
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), task_gradients=collector)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    with collector.batch([2, 2]) if collector is not None else nullcontext():
+        first, second = model(torch.randn(4, 6)).split(2)
+    with pytest.raises(ValueError, match="none depends on a parameter of the optimizer"):
+        optimizer.pc_backward([first.sum(), second.sum()])
+
+
+def test_a_model_that_was_cast_needs_other_task_gradients() -> None:
+    model = nn.Linear(6, 2)
+    collector = TaskGradients(model, 2)
+    model.double()
+    for block in (collector.batch([2, 2]), collector.task(0)):
+        with pytest.raises(ValueError, match=r"^weight: now torch.float64 on cpu, but"), block:
+            pass
+    assert not TaskGradients(model, 2).rows.any()
