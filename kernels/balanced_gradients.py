@@ -5,11 +5,13 @@ of the rows' Gram matrix, and the weighted sum of the rows is added to the param
 The rows take a backward pass for each task, or, with :class:`.TaskGradients`, one for all of them.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
@@ -201,8 +203,8 @@ class BalancedGradients:
         self._differentiate(by_task)
         if not any(self._reached):
             raise ValueError(
-                "losses: none depends on a parameter of the optimizer; make the optimizer after the "
-                "model's parameters are in place"
+                "losses: none depends on a parameter of the optimizer; make the optimizer when the "
+                "model has the parameters that are to be trained"
             )
         grams = self._sum_of_grams()
         self.gram, self.weights = grams.sum(0), weigh(grams)
@@ -252,6 +254,7 @@ class BalancedGradients:
         if layout != self._layout:
             self._buffers = list(self._lay_out(trained))
             self._layout = layout
+            _warn_of_other_processes()
         if collector is None:
             for buffer in self._buffers:
                 buffer.resize(num_tasks)
@@ -359,6 +362,17 @@ class BalancedGradients:
         hooks = parameter._post_accumulate_grad_hooks
         for hook in list((hooks or {}).values()):
             hook(parameter)
+
+
+def _warn_of_other_processes() -> None:
+    """Say that nothing goes between processes: hooks of wrappers for that are not called."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"losses: the gradients are this process's own, of {dist.get_world_size()}, as "
+            "DistributedDataParallel is passed over; average each `grad` over the processes before "
+            "`step`, dist.all_reduce(p.grad, dist.ReduceOp.AVG), or their weights drift apart",
+            stacklevel=5,
+        )
 
 
 def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:

@@ -251,13 +251,16 @@ class BalancedOptimizer(torch.optim.Optimizer):
         parameter's gradient see that of each task; those registered by
         ``register_post_accumulate_grad_hook`` are called once, when ``grad`` is written.
 
+        With several processes the gradients are of each one's own losses, which is warned about:
+        `DistributedDataParallel` does not see them.
+
         Args:
             losses: one scalar loss for each task, in their order or by name.
 
         Raises:
             ValueError: if no loss depends on a trained parameter, one is not a scalar, the tasks
-                are others than before, a single loss without a name is added to another, a loss went
-                through a reentrant activation checkpoint, or the losses or the optimizer's
+                are others than before, a single loss without a name is added to another, a loss
+                went through a reentrant activation checkpoint, or the losses or the optimizer's
                 parameters are not those of ``task_gradients``.
         """
         self._gradients.backward(losses, self.param_groups, self._weigh)
