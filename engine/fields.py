@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .multitask.balance import METHODS
 from .recipe import Recipe
@@ -40,8 +41,13 @@ def recipe_fields() -> Iterator[RecipeField]:
 
 
 def print_fields(console: Console) -> None:
-    """Print a table of all fields."""
-    table = Table("field", "default", "meaning", show_lines=False)
+    """Print a table of all fields, with their names whole however narrow the terminal is."""
+    table = Table(
+        Column("field", no_wrap=True),
+        Column("default", max_width=12, overflow="fold"),
+        Column("meaning", overflow="fold"),
+        box=box.SIMPLE_HEAD,
+    )
     for field in recipe_fields():
         table.add_row(field.key, field.default, field.text.replace("``", ""))
     console.print(table)

@@ -7,6 +7,7 @@ a plain ValueError for a number of five thousand digits).  Here all of it is a V
 import json
 import stat
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,20 @@ def read_bytes(path: Path) -> bytes:
     raise InputError(f"cannot read a file: {reason}, {path}; check the path")
 
 
-def parse_json(content: str | bytes) -> Any:
+def parse_json(
+    content: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
     """Return what JSON says.
+
+    Args:
+        content: the JSON.
+        make_object: what makes an object of its keys and values; None for a dict.
 
     Raises:
         ValueError: it is none, or one that Python cannot hold.
     """
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=make_object)
     except RecursionError:
         raise ValueError("too many brackets within brackets") from None
 

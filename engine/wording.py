@@ -1,5 +1,6 @@
 """What is wrong with a recipe, in one line, and which known name was probably meant."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin
 
@@ -13,6 +14,9 @@ ANY_NAME = "NAME"
 FIELDS = f"python -m {__package__}.train --fields"
 """The page of all fields of a recipe."""
 
+_UNKNOWN = "extra_forbidden"
+"""Pydantic's name for an unknown key."""
+
 _FEW = 8
 """Known names that a message lists; of more it names the page."""
 _MOST = 3
@@ -24,20 +28,28 @@ _UNITS = frozenset(
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """Put pydantic's first finding into one line: key, what is wrong, what is known.
+    """Put one of pydantic's findings into one line: key, what is wrong, what is known.
+
+    An unknown key comes first: what is missing is often only spelled otherwise.
 
     Args:
         error: what validating a ``model`` raised.
         model: whose fields are suggested for an unknown key.
     """
-    problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"]]
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {'.'.join(location)}{_nearest_key(location, model)}"
+    problems = error.errors()
+    problem = next((one for one in problems if one["type"] == _UNKNOWN), problems[0])
+    location, value = [str(part) for part in problem["loc"]], problem["input"]
+    key, message = ".".join(location), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == _UNKNOWN:
+        return f"unknown key {key}{_nearest_key(location, model)}"
+    if problem["type"] == "missing":
+        return f"{key}: missing; give it a value"
     if not location:
         return message
-    return f"{'.'.join(location)} = {shorten(repr(problem['input']), 80)}: {message}"
+    if problem["type"] == "tuple_type":
+        example = f", such as {json.dumps([value])}" if isinstance(value, str) else ""
+        message = f"expected a list{example}"
+    return f"{key} = {shorten(repr(value), 80)}: {message}"
 
 
 def nearest(name: str, known: Iterable[str], page: str = "") -> str:
@@ -62,8 +74,8 @@ def close(name: str, known: Iterable[str]) -> list[str]:
 
     Close is, in this order: the same letters (``batchsize``); one edit away, two from six letters
     on (``epoch``); the same words but for one before or a unit behind (``num_epochs``,
-    ``warmup_ratio``); a part of the other, from its beginning or to its end (``freeze``); its
-    initials (``bs``, ``learning_rate`` for lr).
+    ``warmup_ratio``); a part of the other, from its beginning or a whole word (``freeze``,
+    ``dropout``); its initials (``bs``, ``learning_rate`` for lr).
     """
     known = list(dict.fromkeys(known))
     asked = _letters(name)
@@ -105,7 +117,7 @@ def _same_words(name: str, other: str) -> int | None:
 def _part(name: str, other: str) -> int | None:
     if len(name) >= 3 and other.startswith(name):
         return 0
-    if len(name) >= 4 and other.endswith(f"_{name}"):
+    if len(name) >= 4 and name in other.split("_"):
         return 1
     rest = name.removeprefix(other)
     return 2 if rest != name and "_" not in rest else None

@@ -16,6 +16,14 @@ _MARKS = {  # that of UTF-32 begins with that of UTF-16, so it comes first
     codecs.BOM_UTF8: "utf-8",
 }
 
+_ZEROS = {
+    (1, 3): "utf-16-le",
+    (0, 2): "utf-16-be",
+    (1, 2, 3): "utf-32-le",
+    (0, 1, 2): "utf-32-be",
+}
+"""Which of the first four bytes are zero where a text begins with ASCII."""
+
 _LEFT_OPEN = ("utf-16", "utf-32")
 """Encodings in two orders of bytes, of which a byte order mark says which."""
 
@@ -114,13 +122,13 @@ def _plain(encoding: str) -> str:
 
 
 def _unmarked(content: bytes, path: Path, dialect: Dialect) -> str:
-    """Return UTF-8, unless the first two characters are clearly of UTF-16."""
-    zeros = [place for place, byte in enumerate(content[:4]) if byte == 0]
-    if zeros not in ([0, 2], [1, 3]):
+    """Return UTF-8, unless the first four bytes are clearly of UTF-16 or UTF-32."""
+    zeros = tuple(place for place, byte in enumerate(content[:4]) if byte == 0)
+    looks = _ZEROS.get(zeros)
+    if looks is None:
         return "utf-8"
-    looks = "utf-16-be" if zeros[0] == 0 else "utf-16-le"
     advice = dialect.advice(f'encoding = "{looks}"', "convert the file to UTF-8")
-    raise InputError(f"every other byte is zero, as in {looks.upper()}, {path}; {advice}")
+    raise InputError(f"bytes are zero as in {looks.upper()}, {path}; {advice}")
 
 
 def _check_mark(encoding: str, marked: str, path: Path, dialect: Dialect) -> None:

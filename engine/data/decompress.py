@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zlib
 from pathlib import Path
 from typing import IO, Any
@@ -16,12 +17,13 @@ _CHUNK = 1 << 20
 MOST_TIMES, ALWAYS_ALLOWED = 200, 256 << 20
 """A file may grow to so many times its size, or to so many bytes; text grows five times or so."""
 
-_BEGINNINGS: dict[Compression, bytes] = {
-    "gzip": b"\x1f\x8b\x08",
-    "xz": b"\xfd7zXZ\0",
-    "zstd": b"\x28\xb5\x2f\xfd",
+_BEGINNINGS: dict[Compression, re.Pattern[bytes]] = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "bz2": re.compile(rb"BZh[1-9]1AY&SY"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
 }
-"""How compressed files begin, where no text in UTF-8 begins so."""
+"""How compressed files begin, where no text begins so."""
 
 
 def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:
@@ -39,7 +41,7 @@ def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:
     if kind == AUTO:
         kind = COMPRESSIONS.get(endings(path)[1], "none")
         for other, beginning in _BEGINNINGS.items():
-            if kind == "none" and content.startswith(beginning):
+            if kind == "none" and beginning.match(content):
                 advice = dialect.advice(f'compression = "{other}"', "name it accordingly")
                 raise InputError(f"compressed by {other}, which its ending hides, {path}; {advice}")
     if kind == "none":

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -130,6 +131,8 @@ def _checked(fields: Sequence[str], dialect: Dialect) -> Sequence[str]:
         if found := undecoded(field):
             advice = not_utf8(dialect, "correct the row")
             raise BadRowError("not UTF-8", f"{found} of field {number}", advice)
+        if "\0" in field:
+            raise BadRowError("NUL character", f"at {field.index(chr(0)) + 1} of field {number}")
     return fields
 
 
@@ -175,13 +178,21 @@ def _has(line: str, columns: Sequence[str], dialect: Dialect, delimiter: str) ->
 def _advice(line: str, columns: Sequence[str], dialect: Dialect, delimiter: str) -> str:
     """Return what to do about a first line that lacks a column."""
     otherwise = "give a file with that column"
-    for other in _CANDIDATES:
+    signs = dict.fromkeys(char for char in line if not (char.isalnum() or char in '"_\0'))
+    for other in (*_CANDIDATES, *(signs if dialect.header else ())):
         if other != delimiter and _has(line, columns, dialect, other):
-            setting = f"set {dialect.table}.delimiter = {json.dumps(other)}"
-            return setting if dialect.table else otherwise
+            if not dialect.table:
+                return f"separate its columns by {_spelt(delimiter)}"
+            return f"set {dialect.table}.delimiter = {_spelt(other)}"
     if not dialect.header:
         return otherwise
+    if _has(line, columns, replace(dialect, quoting="csv"), delimiter):
+        return dialect.advice('quoting = "csv"', otherwise)
     return dialect.advice("header = false if that is a row already", otherwise)
+
+
+def _spelt(delimiter: str) -> str:
+    return json.dumps(delimiter, ensure_ascii=False)
 
 
 def _picked(

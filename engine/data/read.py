@@ -90,6 +90,8 @@ def _rows_of(content: bytes, path: Path, format_: FileFormat, columns: Sequence[
     if layout == "parquet":
         return Rows(parquet_rows(content, path, columns))
     text, notes = decode(content, path, dialect)
+    if not text.strip():
+        raise InputError(f"empty file, {path}; give one with rows")
     if layout in DELIMITERS:
         rows = delimited_rows(text, path, columns, dialect, DELIMITERS[layout])
     else:
@@ -119,6 +121,7 @@ def collect(
     labels: list[float] = []
     bad_rows: Counter[str] = Counter()
     blank: list[int] = []
+    first_bad = ""
     for number, (place, values) in enumerate(rows.rows):
         identifier = "" if format_.id else str(number)
         try:
@@ -134,6 +137,7 @@ def collect(
                     f"{bad.reason}: {bad.detail}, {place}; {bad.advice} or see --on-bad-row"
                 ) from bad
             bad_rows[bad.reason] += 1
+            first_bad = first_bad or f"{bad}, {place}; {bad.advice}"
             if on_bad_row == "skip":
                 continue
             blank.append(len(ids))
@@ -144,7 +148,7 @@ def collect(
         labels.append(label)
 
     if len(ids) == len(blank):
-        raise InputError(f"no usable row, {where}; give a file that has some")
+        raise InputError(_no_usable_row(where, bad_rows, first_bad))
     return Table(
         ids=ids,
         sentences=sentences,
@@ -153,6 +157,13 @@ def collect(
         blank=tuple(blank),
         notes=rows.notes,
     )
+
+
+def _no_usable_row(where: str, bad_rows: Counter[str], first_bad: str) -> str:
+    if not first_bad:
+        return f"no usable row, {where}; give a file that has some"
+    counts = ", ".join(f"{reason}: {count}" for reason, count in bad_rows.items())
+    return f"no usable row ({counts}), {where}; the first: {first_bad}"
 
 
 def _check(identifier: str, texts: Sequence[str], format_: FileFormat, labelled: bool) -> float:

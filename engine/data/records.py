@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from ..errors import InputError
 from ..reading import parse_json
 from .decode import not_utf8, undecoded
 from .dialect import Dialect
-from .rows import BadRowError, Row, Rows, find_columns, typed_row
+from .rows import TWICE, BadRowError, Row, Rows, find_columns, typed_row
 
 _ARRAY = re.compile(r"\s*\[")
+_OPEN_OBJECT = re.compile(r"\s*\{\s*")
 
 
 def json_rows(
@@ -40,7 +42,7 @@ def _array_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect)
         advice = not_utf8(dialect, "convert the file to UTF-8")
         raise InputError(f"not UTF-8: {found}, {path}; {advice}")
     try:
-        records = parse_json(text)
+        records = parse_json(text, _unambiguous)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"not JSON: {reason}, {path}; correct the file") from error
@@ -49,15 +51,18 @@ def _array_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect)
 
 
 def _line_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) -> Iterator[Row]:
-    if_array = "end the file's name in .json if it is one array, or correct the row"
     for number, line in enumerate(text.split("\n"), start=1):
         place = f"{path}:{number}"
-        advice = if_array if _ARRAY.match(line) else "correct the row"
+        advice = "correct the row"
+        if _ARRAY.match(line):
+            advice = f"end the file's name in .json if it is one array, or {advice}"
+        elif _OPEN_OBJECT.fullmatch(line):
+            advice = f"write an object a line, or one array of objects as .json, or {advice}"
         if found := undecoded(line):
             yield Row(place, BadRowError("not UTF-8", found, not_utf8(dialect, advice)))
             continue
         try:
-            record = parse_json(line)
+            record = parse_json(line, _unambiguous)
         except ValueError as error:
             yield Row(place, BadRowError("not JSON", " ".join(str(error).split()), advice))
             continue
@@ -70,6 +75,15 @@ def _object_row(
     if isinstance(record, dict):
         return typed_row(record, columns, place)
     return Row(place, BadRowError("not a JSON object", type(record).__name__, advice))
+
+
+def _unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object; a key that stands twice has no value that a row could use."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        record |= {key: TWICE for key, count in counts.items() if count > 1}
+    return record
 
 
 def parquet_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterator[Row]:

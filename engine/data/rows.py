@@ -10,6 +10,10 @@ _HALF = re.compile(r"[\ud800-\udfff]")
 """Halves of characters, which JSON can spell and nothing can write down."""
 
 
+TWICE = object()
+"""Stands for the value of a key that a record has twice."""
+
+
 class BadRowError(Exception):
     """A row that cannot be used: ``reason`` is fit for counting, ``detail`` for finding."""
 
@@ -47,7 +51,7 @@ class Rows(NamedTuple):
 def typed_row(record: Mapping[str, object], columns: Sequence[str], place: str) -> Row:
     """Return the row of a record whose values have types: each as the text that spells it."""
     try:
-        return Row(place, [_as_text(name, record.get(name)) for name in columns])
+        return Row(place, [_as_text(name, record) for name in columns])
     except BadRowError as bad:
         return Row(place, bad)
 
@@ -88,7 +92,13 @@ def shorten(text: str, limit: int = 40) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _as_text(column: str, value: object) -> str:
+def _as_text(column: str, record: Mapping[str, object]) -> str:
+    if column not in record:
+        found = ", ".join(repr(shorten(name)) for name in list(record)[:8])
+        raise BadRowError("missing column", f"{column!r}; there is {found or 'none'}")
+    value = record[column]
+    if value is TWICE:
+        raise BadRowError("column given twice", repr(column))
     if isinstance(value, str):
         if _HALF.search(value):
             raise BadRowError("not Unicode", f"half of a character in column {column!r}")

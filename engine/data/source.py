@@ -108,9 +108,14 @@ class TaskSource(Settings):
             if getattr(self, name) != type(self).model_fields[name].default and not files:
                 what = "a data set by name" if self.dataset else "files of this kind"
                 raise ValueError(f"{name}: has no effect on {what}; leave it out")
-        for name in () if self.header else (*self.text, self.label, self.id or "1"):
-            if not _COLUMN_NUMBER.fullmatch(name):
-                raise ValueError(f"header = false: columns are called 1, 2, …; {name!r} is none")
+        if not self.header:
+            named = [("text", text) for text in self.text]
+            named += [("label", self.label), ("id", self.id or "1")]
+            for field, name in named:
+                if not _COLUMN_NUMBER.fullmatch(name):
+                    raise ValueError(
+                        f"{field}: without a header columns are called 1, 2, …, not {name!r}"
+                    )
         return self
 
     @property

@@ -271,15 +271,79 @@ ASK = "correct the row or see --on-bad-row"
             GOOD.encode("utf-16-le"),
             "f.csv",
             {},
-            "every other byte is zero, as in UTF-16-LE, f.csv; "
+            "bytes are zero as in UTF-16-LE, f.csv; "
             'set tasks.t.source.encoding = "utf-16-le", or convert the file to UTF-8',
         ),
         (
             GOOD.encode("utf-16-be"),
             "f.csv",
             {},
-            "every other byte is zero, as in UTF-16-BE, f.csv; "
+            "bytes are zero as in UTF-16-BE, f.csv; "
             'set tasks.t.source.encoding = "utf-16-be", or convert the file to UTF-8',
+        ),
+        (
+            GOOD.encode("utf-32-le"),
+            "f.csv",
+            {},
+            "bytes are zero as in UTF-32-LE, f.csv; "
+            'set tasks.t.source.encoding = "utf-32-le", or convert the file to UTF-8',
+        ),
+        (
+            GOOD.encode("utf-32-be"),
+            "f.csv",
+            {},
+            "bytes are zero as in UTF-32-BE, f.csv; "
+            'set tasks.t.source.encoding = "utf-32-be", or convert the file to UTF-8',
+        ),
+        (b"", "f.csv", {}, "empty file, f.csv; give one with rows"),
+        (b" \r\n\n", "f.tsv", {}, "empty file, f.tsv; give one with rows"),
+        (b"", "f.json", {}, "empty file, f.json; give one with rows"),
+        (gzip.compress(b""), "f.jsonl.gz", {}, "empty file, f.jsonl.gz; give one with rows"),
+        (
+            b"text:label\nfine:1\n",
+            "f.csv",
+            {},
+            "no column 'text' in the header, f.csv:1; it has 'text:label': "
+            'set tasks.t.source.delimiter = ":"',
+        ),
+        (
+            b'"text","label"\n"fine",1\n',
+            "f.csv",
+            {"quoting": "none"},
+            "no column 'text' in the header, f.csv:1; it has '\"text\"', '\"label\"': "
+            'set tasks.t.source.quoting = "csv", or give a file with that column',
+        ),
+        (
+            b"text,label\nf\0ine,1\n",
+            "f.csv",
+            {},
+            f"NUL character: at 2 of field 1, f.csv:2; {ASK}",
+        ),
+        (
+            b'{"text": "fine", "text": "bad", "label": 1}',
+            "f.jsonl",
+            {},
+            f"column given twice: 'text', f.jsonl:1; {ASK}",
+        ),
+        (
+            b'{"data": [], "x": 1}',
+            "f.json",
+            {},
+            f"missing column: 'text'; there is 'data', 'x', f.json:1; {ASK}",
+        ),
+        (
+            b'{\n"text": "fine", "label": 1}',
+            "f.json",
+            {},
+            "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
+            f"(char 1), f.json:1; write an object a line, or one array of objects as .json, or {ASK}",
+        ),
+        (
+            bz2.compress(GOOD.encode()),
+            "f.csv",
+            {},
+            "compressed by bz2, which its ending hides, f.csv; "
+            'set tasks.t.source.compression = "bz2", or name it accordingly',
         ),
         (
             GOOD.encode("utf-16-be"),
@@ -326,7 +390,7 @@ ASK = "correct the row or see --on-bad-row"
             b'[{"text": "fine", "label": 1},\n {"text": "x"}]',
             "f.json",
             {},
-            f"neither text nor number: no value in column 'label', f.json, row 1; {ASK}",
+            f"missing column: 'label'; there is 'text', f.json, row 1; {ASK}",
         ),
         (
             b'[{"text": "fine", "label": 1},\n',
@@ -416,10 +480,19 @@ def test_a_bad_first_row_without_a_header_is_skipped() -> None:
         ({"encoding": "unicode_escape"}, "not a text encoding"),
         ({"encoding": "a\0b"}, "null character"),
         ({"compression": "zip"}, "'auto', 'none', 'gzip'"),
-        ({"header": False}, "columns are called 1, 2, …; 'text' is none"),
-        ({"header": False, "text": ("1",)}, "'label' is none"),
-        ({"header": False, "text": ("0",), "label": "2"}, "'0' is none"),
-        ({"header": False, "text": ("1",), "label": "2", "id": "id"}, "'id' is none"),
+        ({"header": False}, "text: without a header columns are called 1, 2, …, not 'text'"),
+        (
+            {"header": False, "text": ("1",)},
+            "label: without a header columns are called 1, 2, …, not 'label'",
+        ),
+        (
+            {"header": False, "text": ("0",), "label": "2"},
+            "text: without a header columns are called 1, 2, …, not '0'",
+        ),
+        (
+            {"header": False, "text": ("1",), "label": "2", "id": "id"},
+            "id: without a header columns are called 1, 2, …, not 'id'",
+        ),
     ],
 )
 def test_fields_out_of_range(fields, message) -> None:

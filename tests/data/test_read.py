@@ -74,13 +74,13 @@ def test_a_stray_quote_swallows_no_row() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "header: empty line"),
-        (b"\n\n", "empty line"),
+        (b"", "empty file, f"),
+        (b"\n\n", "empty file, f"),
         (HEADER, "no usable row"),
         (b"id\tsentence\n0\tx\n", "no column 'sentiment'.*f:1"),
         (b"id\tsentence\tsentence\tsentiment\n", "twice: 'sentence'"),
         (b'id\t"sentence\tsentiment\n', "broken quoting"),
-        (b"id,sentence,sentiment\n", "no column 'id'"),
+        (b"id,sentence,sentiment\n", r"no column 'id'.*separate its columns by \"\\t\""),
         (b"id\tsentence\tsentiment\ra\tfine\t3\r", "header: carriage return"),
         (b"\xfei\td\n", "header: not UTF-8: byte 0xfe at 1"),
         (b"\xff\xfei\0d\0", "no column 'sentence'.*it has 'id'"),
@@ -95,8 +95,13 @@ def test_bad_file(content: bytes, message: str) -> None:
 
 
 def test_every_row_skipped_is_an_error() -> None:
-    with pytest.raises(InputError, match="no usable row"):
-        parse_table(HEADER + b"0\ta\tx\t9\n", Path("f"), SST, on_bad_row="skip")
+    rows = b"0\ta\tx\t9\n1\tb\t\t1\n2\tc\tx\t9\n"
+    with pytest.raises(InputError) as error:
+        parse_table(HEADER + rows, Path("f"), SST, on_bad_row="skip")
+    assert str(error.value) == (
+        "no usable row (label is outside 0 to 4: 2, empty sentence: 1), f; the first: "
+        "label is outside 0 to 4: '9' in column 'sentiment', f:2; correct the row"
+    )
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

@@ -76,7 +76,12 @@ def test_a_data_set_gives_the_same_table(tmp_path: Path, stored_as: str) -> None
 @pytest.mark.parametrize(
     ("ending", "rows", "reason", "place"),
     [
-        (".jsonl", [ROWS[0], {"intent": "music"}], "no value in column 'utterance'", ":2"),
+        (
+            ".jsonl",
+            [ROWS[0], {"intent": "music"}],
+            "missing column: 'utterance'; there is 'intent'",
+            ":2",
+        ),
         (".jsonl", [ROWS[0], {"utterance": ["a"], "intent": "music"}], "list in column", ":2"),
         (".csv", [ROWS[2], {"utterance": "hm", "intent": "cook"}], "not among the classes", ":4"),
         (".parquet", [ROWS[0], {"utterance": " ", "intent": "music"}], "empty sentence", ", row 1"),
@@ -101,7 +106,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, ending, rows, reason, place) ->
         ("rows.csv", b"utterance,intent\nhm,caf\xe9\n", "not UTF-8.*rows.csv:2"),
         ("rows.csv", b'utterance,intent\n"hm,music\n', "not CSV.*rows.csv:2"),
         ("rows.csv", b"text,intent\nhm,music\n", "no column 'utterance'.*'text', 'intent'"),
-        ("rows.csv", b"", "no column 'utterance'"),
+        ("rows.csv", b"", "empty file"),
         ("rows.csv", b"utterance,intent,intent\n", "names a column twice: 'intent'"),
         ("rows.jsonl", b"[1]\n", "not a JSON object"),
         ("rows.jsonl", b'{"utterance": "x"\n', "not JSON"),

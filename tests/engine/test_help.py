@@ -73,13 +73,19 @@ def test_every_door_tells_its_version(capsys):
     assert capsys.readouterr().out == f"superbert-engine {engine.__version__}\n"
 
 
-def test_every_field_has_a_meaning_and_its_default_can_be_set(capsys):
+def test_every_field_has_a_meaning_and_its_default_can_be_set():
     for field in recipe_fields():
         assert field.text, field.key
         if field.default and ANY_NAME not in field.key and field.key != "phases":
             recipes.load("cgs", [f"{field.key}={field.default}"])
+
+
+def test_the_names_of_fields_stand_whole_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["--fields"]) == 0
-    assert "weight_decay" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert {field.key for field in recipe_fields()} <= set(shown.split())
+    assert "…\n" not in shown.replace(" ", "")
 
 
 @pytest.mark.parametrize("field", [f for f in recipe_fields() if f.choices], ids=lambda f: f.key)
