@@ -23,7 +23,8 @@ train: setup
 # A process for each core, whole files at a time, the long ones first.  Idle threads wait instead of
 # spinning on the other processes' cores.
 test: setup-dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile \
+		--no-loadscope-reorder --durations=10
 
 check: setup-dev
 	$(BIN)/ruff format --check .
