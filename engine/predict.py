@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.task not in run.recipe.tasks:
         known = ", ".join(run.recipe.tasks)
         raise InputError(f"--task {options.task}: {options.run} has {known}")
-    form = run.recipe.formats[options.task]
+    form = run.recipe.formats[options.task].unchangeable
     # Every row is owed a line, so a skipped one keeps its place as a blank.
     on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
     split = run.read(form, DataFile(options.input), labelled=False, on_bad_row=on_bad_row)

@@ -75,7 +75,7 @@ class EncoderRecipe(Settings):
     def set_aside(self, config: EncoderConfig) -> dict[str, int]:
         """Return the fields that were set aside and that ``config`` has otherwise."""
         aside = self._set_aside.items()
-        return {name: value for name, value in aside if not _fits(name, value, config)}
+        return {name: value for name, value in aside if getattr(config, name) != value}
 
     def of_model(self, config: EncoderConfig, model: str) -> tuple["EncoderRecipe", EncoderConfig]:
         """Return the settings in force for a pretrained encoder, and its config under them.
@@ -103,7 +103,9 @@ class EncoderRecipe(Settings):
             raise InputError(f"{model}: encoder.{first_problem(error, EncoderRecipe)}") from None
         # What was set by hand is still told from what is the model's own.
         settings = EncoderRecipe.model_construct(_fields_set=set(self.model_fields_set), **values)
-        settings._set_aside = self._set_aside
+        # A larger limit than the model's vocabulary contradicts nothing, and changes nothing.
+        given = {name: getattr(self, name) for name in self.model_fields_set - CHANGEABLE}
+        settings._set_aside = self._set_aside | given
         return settings, config
 
 

@@ -134,12 +134,12 @@ def _unmarked(content: bytes, path: Path, dialect: Dialect) -> str:
 def _check_mark(encoding: str, marked: str, path: Path, dialect: Dialect) -> None:
     plain = _plain(encoding)
     if not marked and plain in _LEFT_OPEN:
-        raise InputError(
-            f"no byte order mark, which {encoding} needs, {path}; "
-            f'set {dialect.table}.encoding = "{plain}-le" or "{plain}-be"'
+        advice = dialect.advice(
+            f'encoding = "{plain}-le" or "{plain}-be"', "begin the file with one"
         )
+        raise InputError(f"no byte order mark, which {encoding} needs, {path}; {advice}")
     if marked and plain not in (marked, marked[: -len("-le")]):
-        raise InputError(
-            f"its byte order mark says {marked}, not {encoding}, {path}; "
-            f"leave {dialect.table}.encoding out"
-        )
+        advice = f"convert the file to {encoding}"
+        if dialect.table:
+            advice = f"leave {dialect.table}.encoding out"
+        raise InputError(f"its byte order mark says {marked}, not {encoding}, {path}; {advice}")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -56,6 +56,11 @@ class FileFormat:
 
     classes: tuple[str, ...] = ()
     """The names of the classes, where labels are spelled by name."""
+
+    @property
+    def unchangeable(self) -> "FileFormat":
+        """The same where no recipe can be changed any more, so that no message advises it."""
+        return replace(self, dialect=replace(self.dialect, table=""))
 
     def file(self, folder: Path, split: str) -> Path:
         """Return the path of a split's file in ``folder``; ``split`` is a key of SPLITS."""

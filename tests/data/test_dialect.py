@@ -336,7 +336,8 @@ ASK = "correct the row or see --on-bad-row"
             "f.json",
             {},
             "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
-            f"(char 1), f.json:1; write an object a line, or one array of objects as .json, or {ASK}",
+            "(char 1), f.json:1; write an object a line, or one array of objects as .json, "
+            f"or {ASK}",
         ),
         (
             bz2.compress(GOOD.encode()),
@@ -350,7 +351,7 @@ ASK = "correct the row or see --on-bad-row"
             "f.csv",
             {"encoding": "UTF16"},
             "no byte order mark, which UTF16 needs, f.csv; "
-            'set tasks.t.source.encoding = "utf-16-le" or "utf-16-be"',
+            'set tasks.t.source.encoding = "utf-16-le" or "utf-16-be", or begin the file with one',
         ),
         (
             GOOD.encode("utf-16"),
@@ -606,3 +607,25 @@ def test_files_of_glue(task: str) -> None:
     if task not in ("SST-2", "MNLI"):  # their quotes begin no field
         with pytest.raises(InputError, match='quoting = "none"'):
             read(content.replace(b"1\t3\t4\tHow do I\n", b""), "train.tsv", **fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "told"),
+    [
+        (b"text,label\nfine,1\n", {"delimiter": ";"}, 'separate its columns by ";"'),
+        (b"fine;1\n", {}, "give a file with that column"),
+        (b'text,label\n"fine,1\n', {}, "correct the file"),
+        (GZIP, {}, "name it accordingly"),
+        (GOOD.encode("utf-16"), {"encoding": "latin-1"}, "convert the file to latin-1"),
+        (GOOD.encode("utf-16-le"), {"encoding": "utf-16"}, "begin the file with one"),
+    ],
+)
+def test_where_no_recipe_can_be_changed_the_line_says_what_to_do_with_the_file(
+    content, fields, told
+) -> None:
+    form = source(**fields).format("t").unchangeable
+    with pytest.raises(InputError) as error:
+        parse_table(content, Path("f.csv"), form)
+    assert str(error.value).endswith(told)
+    assert "tasks.t" not in str(error.value)
+    assert "source" not in str(error.value)

@@ -85,7 +85,6 @@ def test_the_names_of_fields_stand_whole_in_a_narrow_terminal(monkeypatch, capsy
     assert main(["--fields"]) == 0
     shown = capsys.readouterr().out
     assert {field.key for field in recipe_fields()} <= set(shown.split())
-    assert "…\n" not in shown.replace(" ", "")
 
 
 @pytest.mark.parametrize("field", [f for f in recipe_fields() if f.choices], ids=lambda f: f.key)

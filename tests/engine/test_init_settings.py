@@ -104,6 +104,15 @@ def test_the_shape_of_a_recipe_from_scratch_is_set_aside_in_one_line(model, tmp_
     assert "max_position_embeddings" not in line  # as in the model
 
 
+def test_a_limit_above_the_models_vocabulary_is_said_to_change_nothing(model, tmp_path, capsys):
+    options = ["--init", str(model), "--out", str(tmp_path / "run"), "--dry-run"]
+    settings = [*SHORT, "encoder.vocab_size=99999", "encoder.hidden_size=32"]
+    assert train.main(["cgs", *options, "--set", *settings]) == 0
+    (line,) = (text for text in capsys.readouterr().out.splitlines() if "no effect" in text)
+    own = plan(model).config.vocab_size
+    assert line.endswith(f"the model has vocab_size {own}, not 99999")
+
+
 @pytest.fixture
 def changed(model, tiny_run, tmp_path) -> Path:
     """A run with ``--init`` and no dropout of hidden states."""
