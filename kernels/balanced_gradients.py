@@ -6,7 +6,7 @@ The rows take a backward pass for each task, or, with :class:`.TaskGradients`, o
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -311,6 +311,9 @@ class BalancedGradients:
             return
         parameters = [place.parameter for _, place in self._places()]
         retained = _needed_later(list(present.values()))
+        others = _other_leaves(present.values(), parameters)
+        if others:  # of another optimizer, say: theirs is the gradient of the sum, as in backward
+            torch.autograd.backward(list(present.values()), retain_graph=True, inputs=others)
         for (task, loss), retain in zip(present.items(), retained, strict=True):
             gradients = torch.autograd.grad(
                 loss, parameters, retain_graph=retain, allow_unused=True
@@ -406,6 +409,20 @@ def _needed_later(losses: Sequence[Tensor]) -> list[bool]:
     return needed[::-1]
 
 
+def _other_leaves(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that the losses depend on besides ``parameters``, each once."""
+    known = {id(parameter) for parameter in parameters}
+    parents = {
+        parent for loss in losses for node in _graph_nodes(loss) for parent in _parents(node)
+    }
+    leaves = [n.variable for n in parents if n.name() == "torch::autograd::AccumulateGrad"]
+    return [leaf for leaf in leaves if id(leaf) not in known]
+
+
+def _parents(node: Any) -> list[Any]:
+    return [parent for parent, _ in node.next_functions if parent is not None]
+
+
 def _graph_nodes(loss: Tensor) -> set[Any]:
     """All nodes between a loss and its leaves; a leaf's own node keeps nothing that is freed."""
     nodes: set[Any] = set()
@@ -415,5 +432,5 @@ def _graph_nodes(loss: Tensor) -> set[Any]:
         if node is None or node in nodes or not node.next_functions:
             continue
         nodes.add(node)
-        open_nodes.extend(parent for parent, _ in node.next_functions)
+        open_nodes.extend(_parents(node))
     return nodes

@@ -251,6 +251,9 @@ class BalancedOptimizer(torch.optim.Optimizer):
         parameter's gradient see that of each task; those registered by
         ``register_post_accumulate_grad_hook`` are called once, when ``grad`` is written.
 
+        What else the losses depend on, such as heads with an optimizer of their own, gets the
+        gradient of their sum, as in ``backward``.
+
         With several processes the gradients are of each one's own losses, which is warned about:
         `DistributedDataParallel` does not see them.
 

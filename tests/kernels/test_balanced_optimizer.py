@@ -197,3 +197,28 @@ def test_a_model_that_was_cast_needs_other_task_gradients() -> None:
         with pytest.raises(ValueError, match=r"^weight: now torch.float64 on cpu, but"), block:
             pass
     assert not TaskGradients(model, 2).rows.any()
+
+
+def test_parameters_of_another_optimizer_get_the_gradient_of_the_sum() -> None:
+    model, hooked = Tasks(), []
+    shared = [*model.trunk.parameters(), *model.pair.parameters()]
+    others = [model.temperature, *model.heads.parameters()]
+    optimizer = PCGrad(torch.optim.SGD(shared, lr=0.1), "sum")
+    order = draw_order(3, 5)
+    sums = torch.autograd.grad(sum(model.losses()), others)
+    parts = [torch.autograd.grad(loss, shared, allow_unused=True) for loss in model.losses()]
+    rows = torch.stack(
+        [
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in pairs])
+            for pairs in (zip(shared, part, strict=True) for part in parts)
+        ]
+    )
+    model.temperature.register_post_accumulate_grad_hook(hooked.append)
+    for call in (1, 2):
+        optimizer.pc_backward(model.losses(), order)
+        for parameter, exact in zip(others, sums, strict=True):
+            torch.testing.assert_close(parameter.grad, call * exact)
+        written = torch.cat([p.grad.flatten() for p in shared])
+        torch.testing.assert_close(written, algorithm1(call * rows, order))
+    assert len(hooked) == 2
+    assert model.unreached.grad is None
