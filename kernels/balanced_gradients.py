@@ -415,7 +415,7 @@ def _other_leaves(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> lis
     parents = {
         parent for loss in losses for node in _graph_nodes(loss) for parent in _parents(node)
     }
-    leaves = [node.variable for node in parents if hasattr(node, "variable")]
+    leaves = [n.variable for n in parents if n.name() == "torch::autograd::AccumulateGrad"]
     return [leaf for leaf in leaves if id(leaf) not in known]
 
 
