@@ -50,18 +50,15 @@ inline torch::stable::Tensor new_floats(int64_t count) {
 }
 
 // Calls work(scratch, item) for each item in 0 .. count, every thread with `floats` of scratch of
-// its own, aligned to cache lines.  Threads take the next item when they are free, so that items
-// may differ in size; which thread computes an item makes no difference to its result.
+// its own.  Threads take the next item when they are free, so that items may differ in size; which
+// thread computes an item makes no difference to its result.
 template <typename Work>
 void parallel_items(int64_t count, int64_t floats, const Work& work) {
-  constexpr int64_t kLineFloats = 16;
-  const int64_t own_floats = (floats + kLineFloats - 1) / kLineFloats * kLineFloats;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  const torch::stable::Tensor scratch = new_floats(threads * own_floats);
-  float* const memory = static_cast<float*>(scratch.data_ptr());
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) {
-    float* own = memory + thread * own_floats;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const torch::stable::Tensor scratch = new_floats(floats);
+    float* const own = static_cast<float*>(scratch.data_ptr());
     for (int64_t item = next++; item < count; item = next++) work(own, item);
   });
 }
