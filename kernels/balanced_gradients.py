@@ -60,7 +60,7 @@ class _Buffer:
         return cls(places, parameters[0][-1].new_empty(0, end))
 
     def resize(self, num_tasks: int) -> None:
-        """Make room for the gradients of ``num_tasks`` tasks, all zero."""
+        """Hold the gradients of ``num_tasks`` tasks, all zero."""
         if len(self.rows) == num_tasks:
             self.rows.zero_()
         else:
@@ -310,8 +310,9 @@ class BalancedGradients:
                     self._reached[task].add(place.position)
             return
         parameters = [place.parameter for _, place in self._places()]
-        retained = _needed_later(list(present.values()))
-        others = _other_leaves(present.values(), parameters)
+        graphs = [_graph_nodes(loss) for loss in present.values()]
+        retained = _needed_later(graphs)
+        others = _other_leaves(graphs, parameters)
         if others:  # of another optimizer, say: theirs is the gradient of the sum, as in backward
             torch.autograd.backward(list(present.values()), retain_graph=True, inputs=others)
         for (task, loss), retain in zip(present.items(), retained, strict=True):
@@ -389,16 +390,15 @@ def _layout_of(trained: Sequence[tuple[int, int, Tensor]]) -> list[tuple[object,
     return [(*numbers, id(p), p.shape, p.dtype, p.device) for *numbers, p in trained]
 
 
-def _needed_later(losses: Sequence[Tensor]) -> list[bool]:
-    """Whether a later loss shares a node of the graph with each loss.
+def _needed_later(graphs: Sequence[set[Any]]) -> list[bool]:
+    """Whether a later loss shares a node with each loss, by the nodes of their graphs.
 
     Raises:
         ValueError: a part of the graph is made in the backward pass only.
     """
     later: set[Any] = set()
     needed = []
-    for loss in reversed(losses):
-        nodes = _graph_nodes(loss)
+    for nodes in reversed(graphs):
         if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
             raise ValueError(
                 "losses: they went through torch.utils.checkpoint with use_reentrant=True, which "
@@ -409,12 +409,10 @@ def _needed_later(losses: Sequence[Tensor]) -> list[bool]:
     return needed[::-1]
 
 
-def _other_leaves(losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+def _other_leaves(graphs: Iterable[set[Any]], parameters: Sequence[Tensor]) -> list[Tensor]:
     """The leaves that the losses depend on besides ``parameters``, each once."""
     known = {id(parameter) for parameter in parameters}
-    parents = {
-        parent for loss in losses for node in _graph_nodes(loss) for parent in _parents(node)
-    }
+    parents = {parent for nodes in graphs for node in nodes for parent in _parents(node)}
     leaves = [n.variable for n in parents if n.name() == "torch::autograd::AccumulateGrad"]
     return [leaf for leaf in leaves if id(leaf) not in known]
 

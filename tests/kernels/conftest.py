@@ -26,7 +26,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def several_threads() -> Iterator[None]:
-    """Lets the kernels part their work, whatever the number of test processes."""
+    """Lets the kernels share their work out, whatever the number of test processes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

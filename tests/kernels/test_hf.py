@@ -112,20 +112,21 @@ def test_same_loss_and_gradients_of_a_head(causal: bool) -> None:
     assert_same_gradients(found_gradients, gradients)
 
 
+def hidden_and_gradients_in_bf16(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    with torch.autocast("cpu", torch.bfloat16):
+        return hidden_and_gradients(model)
+
+
 @pytest.mark.parametrize("kind", sorted(hf.FAMILY - {"xmod"}))  # whose adapters fail without us
 def test_under_autocast(kind: str) -> None:
     """Nomic's queries and keys are float32 there, from its rotation, and its values bfloat16."""
     model = encoder(kind)
     exact, exact_gradients = hidden_and_gradients(model.double())
 
-    def run() -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast("cpu", torch.bfloat16):
-            return hidden_and_gradients(model)
-
     model.float()
-    hidden, gradients = run()
+    hidden, gradients = hidden_and_gradients_in_bf16(model)
     accelerate(model)
-    found, found_gradients = run()
+    found, found_gradients = hidden_and_gradients_in_bf16(model)
     assert found.dtype == hidden.dtype
     assert_within_twice(found, hidden, exact)
     largest = max(gradient.norm() for gradient in exact_gradients.values())
@@ -139,15 +140,11 @@ def test_under_autocast_and_with_checkpointed_layers() -> None:
     model = BertModel(BertConfig(**SIZES, hidden_dropout_prob=0, attention_probs_dropout_prob=0))
     exact, exact_gradients = hidden_and_gradients(model.double())
 
-    def run() -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast("cpu", torch.bfloat16):
-            return hidden_and_gradients(model)
-
     model.float()
-    hidden, gradients = run()
+    hidden, gradients = hidden_and_gradients_in_bf16(model)
     accelerate(model)
     model.activation_checkpointing_enable()
-    found, found_gradients = run()
+    found, found_gradients = hidden_and_gradients_in_bf16(model)
     assert_within_twice(found, hidden, exact)
     for name, gradient in exact_gradients.items():
         assert_within_twice(found_gradients[name], gradients[name], gradient)
