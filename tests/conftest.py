@@ -16,6 +16,11 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: their content may not be equal in every worker process."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the long tests first; skip what needs a GPU where there is none."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

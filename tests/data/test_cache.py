@@ -16,6 +16,8 @@ from engine.data.split import TokenizedSplit
 from engine.data.tokenizer import Tokenizer
 from engine.errors import InputError
 
+from .written import GOOD, source
+
 STS = FORMATS["sts"]
 
 
@@ -181,3 +183,25 @@ def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SUPERBERT_CACHE", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache() == tmp_path / ".cache" / "superbert"
+
+
+def test_the_cache_tells_dialects_apart(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_bytes("text;label\nfine caf\u00e9, a;1\n".encode("latin-1"))
+    tokenizer = Tokenizer.train(["fine café caf, ã"] * 9, 60)
+    seen = []
+    for encoding in ("latin-1", "cp1251", "latin-1"):
+        form = source(delimiter=";", encoding=encoding).format("t")
+        seen.append(load_split(DataFile(path), form, tokenizer, 32, cache=tmp_path / "cache"))
+    assert seen[0].tokens.tolist() == seen[2].tokens.tolist() != seen[1].tokens.tolist()
+    assert len([entry for entry in (tmp_path / "cache").iterdir() if len(entry.name) == 64]) == 2
+
+
+def test_a_note_names_the_file_that_was_read(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["fine film"] * 9, 60)
+    for name in ("one.csv", "two.csv", "one.csv"):  # with one content, and so one entry
+        (tmp_path / name).write_text(GOOD.replace(",", "\t"))
+        file = DataFile(tmp_path / name)
+        split = load_split(file, source().format("t"), tokenizer, 32, cache=tmp_path / "cache")
+        note = "separated by tabs, as its header is, not by commas"
+        assert split.notes == (f"read {name} as {note}",)

@@ -1,0 +1,288 @@
+"""One line says what to set, or what to do with a file that no recipe describes any more."""
+
+import bz2
+from pathlib import Path
+
+import pytest
+
+from engine.data.read import parse_table
+from engine.errors import InputError
+
+from .written import COMPRESS, GOOD, GZIP, LATIN, refuse, source
+
+SEMICOLONS = GOOD.replace(",", ";").encode()
+ASK = "correct the row or see --on-bad-row"
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "fields", "message"),
+    [
+        (
+            SEMICOLONS,
+            "f.csv",
+            {},
+            "no column 'text' in the header, f.csv:1; it has 'text;label': "
+            'set tasks.t.source.delimiter = ";"',
+        ),
+        (
+            GOOD.encode(),
+            "f.tsv",
+            {},
+            "no column 'text' in the header, f.tsv:1; it has 'text,label': "
+            'set tasks.t.source.delimiter = ","',
+        ),
+        (
+            GOOD.replace(",", "\t").encode(),
+            "f.csv",
+            {"delimiter": ";"},
+            "no column 'text' in the header, f.csv:1; it has 'text\\tlabel': "
+            'set tasks.t.source.delimiter = "\\t"',
+        ),
+        (
+            b"a\tb c\t1\n",
+            "f.csv",
+            {"header": False, "text": ("2",), "label": "3"},
+            "no column '2' in the first row, f.csv:1; it has '1': "
+            'set tasks.t.source.delimiter = "\\t"',
+        ),
+        (
+            b"a,1\n",
+            "f.csv",
+            {"header": False, "text": ("3",), "label": "2"},
+            "no column '3' in the first row, f.csv:1; it has '1', '2': "
+            "give a file with that column",
+        ),
+        (
+            b"x\t1\n",
+            "f.tsv",
+            {},
+            "no column 'text' in the header, f.tsv:1; it has 'x', '1': "
+            "set tasks.t.source.header = false if that is a row already, "
+            "or give a file with that column",
+        ),
+        (
+            b'text\tlabel\n"fine\t1\n',
+            "f.tsv",
+            {},
+            "broken quoting: a quoted field does not end on its line, f.tsv:2; "
+            f'set tasks.t.source.quoting = "none", or {ASK}',
+        ),
+        (
+            b'text,label\n"fine,1\n',
+            "f.csv",
+            {},
+            "not CSV: unexpected end of data, f.csv:2; "
+            'set tasks.t.source.quoting = "none", or correct the file',
+        ),
+        (
+            b"text,label,text\nfine,1,x\n",
+            "f.csv",
+            {},
+            "the header names a column twice: 'text', f.csv:1; rename one",
+        ),
+        (
+            b"fine,1\nx,y,1\n",
+            "f.csv",
+            {"header": False, "text": ("1",), "label": "2"},
+            f"number of fields: 3, the first row has 2, f.csv:2; {ASK}",
+        ),
+        (
+            b'"fine\t1\n',
+            "f.tsv",
+            {"header": False, "text": ("1",), "label": "2"},
+            "no usable row: broken quoting: a quoted field does not end on its line, f.tsv:1; "
+            'set tasks.t.source.quoting = "none", or correct the row',
+        ),
+        (
+            LATIN,
+            "f.csv",
+            {},
+            "not UTF-8: byte 0xe9 at 4 of field 1, f.csv:3; set tasks.t.source.encoding "
+            f'("cp1252" or "latin-1", say), or {ASK}',
+        ),
+        (
+            LATIN.replace(b",", b"\t"),
+            "f.tsv",
+            {"encoding": "utf-8"},
+            f"not UTF-8: byte 0xe9 at 4, f.tsv:3; {ASK}",
+        ),
+        (
+            LATIN,
+            "f.csv",
+            {"encoding": "ascii"},
+            "not ascii at byte 22, f.csv; set tasks.t.source.encoding to its own, or "
+            "convert the file to UTF-8",
+        ),
+        (
+            GOOD.encode("utf-16-le"),
+            "f.csv",
+            {},
+            "bytes are zero as in UTF-16-LE, f.csv; "
+            'set tasks.t.source.encoding = "utf-16-le", or convert the file to UTF-8',
+        ),
+        (
+            GOOD.encode("utf-16-be"),
+            "f.csv",
+            {},
+            "bytes are zero as in UTF-16-BE, f.csv; "
+            'set tasks.t.source.encoding = "utf-16-be", or convert the file to UTF-8',
+        ),
+        (
+            GOOD.encode("utf-32-le"),
+            "f.csv",
+            {},
+            "bytes are zero as in UTF-32-LE, f.csv; "
+            'set tasks.t.source.encoding = "utf-32-le", or convert the file to UTF-8',
+        ),
+        (
+            GOOD.encode("utf-32-be"),
+            "f.csv",
+            {},
+            "bytes are zero as in UTF-32-BE, f.csv; "
+            'set tasks.t.source.encoding = "utf-32-be", or convert the file to UTF-8',
+        ),
+        (b"", "f.csv", {}, "empty file, f.csv; give one with rows"),
+        (b" \r\n\n", "f.tsv", {}, "empty file, f.tsv; give one with rows"),
+        (b"", "f.json", {}, "empty file, f.json; give one with rows"),
+        (COMPRESS["gzip"](b""), "f.jsonl.gz", {}, "empty file, f.jsonl.gz; give one with rows"),
+        (
+            b"text:label\nfine:1\n",
+            "f.csv",
+            {},
+            "no column 'text' in the header, f.csv:1; it has 'text:label': "
+            'set tasks.t.source.delimiter = ":"',
+        ),
+        (
+            b'"text","label"\n"fine",1\n',
+            "f.csv",
+            {"quoting": "none"},
+            "no column 'text' in the header, f.csv:1; it has '\"text\"', '\"label\"': "
+            'set tasks.t.source.quoting = "csv", or give a file with that column',
+        ),
+        (
+            b"text,label\nf\0ine,1\n",
+            "f.csv",
+            {},
+            f"NUL character: at 2 of field 1, f.csv:2; {ASK}",
+        ),
+        (
+            b'{"text": "fine", "text": "bad", "label": 1}',
+            "f.jsonl",
+            {},
+            f"column given twice: 'text', f.jsonl:1; {ASK}",
+        ),
+        (
+            b'{"data": [], "x": 1}',
+            "f.json",
+            {},
+            f"missing column: 'text'; there is 'data', 'x', f.json:1; {ASK}",
+        ),
+        (
+            b'{\n"text": "fine", "label": 1}',
+            "f.json",
+            {},
+            "not JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
+            "(char 1), f.json:1; write an object a line, or one array of objects as .json, "
+            f"or {ASK}",
+        ),
+        (
+            bz2.compress(GOOD.encode()),
+            "f.csv",
+            {},
+            "compressed by bz2, which its ending hides, f.csv; "
+            'set tasks.t.source.compression = "bz2", or name it accordingly',
+        ),
+        (
+            GOOD.encode("utf-16-be"),
+            "f.csv",
+            {"encoding": "UTF16"},
+            "no byte order mark, which UTF16 needs, f.csv; "
+            'set tasks.t.source.encoding = "utf-16-le" or "utf-16-be", or begin the file with one',
+        ),
+        (
+            GOOD.encode("utf-16"),
+            "f.csv",
+            {"encoding": "utf-8"},
+            "its byte order mark says utf-16-le, not utf-8, f.csv; "
+            "leave tasks.t.source.encoding out",
+        ),
+        (
+            GOOD.encode("utf-8-sig"),
+            "f.csv",
+            {"encoding": "latin-1"},
+            "its byte order mark says utf-8, not latin-1, f.csv; leave tasks.t.source.encoding out",
+        ),
+        (
+            GZIP,
+            "f.csv",
+            {},
+            "compressed by gzip, which its ending hides, f.csv; "
+            'set tasks.t.source.compression = "gzip", or name it accordingly',
+        ),
+        (
+            GOOD.encode(),
+            "f.csv.gz",
+            {},
+            "cannot decompress by gzip: Not a gzipped file (b'te'), f.csv.gz; give the file whole, "
+            'or set tasks.t.source.compression = "none" if it is not compressed',
+        ),
+        (
+            b'{"text": "fine", "label": 1}\n[{"text": "x"}]',
+            "f.jsonl",
+            {},
+            "not a JSON object: list, f.jsonl:2; end the file's name in .json if it is one array, "
+            f"or {ASK}",
+        ),
+        (
+            b'[{"text": "fine", "label": 1},\n {"text": "x"}]',
+            "f.json",
+            {},
+            f"missing column: 'label'; there is 'text', f.json, row 1; {ASK}",
+        ),
+        (
+            b'[{"text": "fine", "label": 1},\n',
+            "f.json",
+            {},
+            "not JSON: Expecting value: line 2 column 1 (char 31), f.json; correct the file",
+        ),
+        (
+            b'[{"text": "caf\xe9", "label": 1}]',
+            "f.json",
+            {},
+            "not UTF-8: byte 0xe9 at 15, f.json; set tasks.t.source.encoding "
+            '("cp1252" or "latin-1", say), or convert the file to UTF-8',
+        ),
+        (b"[]", "f.json", {}, "no usable row, f.json; give a file that has some"),
+        (
+            GOOD.encode(),
+            "f.txt.gz",
+            {},
+            "f.txt.gz: unknown ending; set tasks.t.source.delimiter, or give a file in .tsv, .csv, "
+            ".jsonl, .json, .parquet, compressed (.gz, .bz2, .xz, .zst) or not",
+        ),
+    ],
+)
+def test_the_line_says_what_to_set(content, name, fields, message) -> None:
+    assert refuse(content, name, **fields) == message
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "told"),
+    [
+        (b"text,label\nfine,1\n", {"delimiter": ";"}, 'separate its columns by ";"'),
+        (b"fine;1\n", {}, "give a file with that column"),
+        (b'text,label\n"fine,1\n', {}, "correct the file"),
+        (GZIP, {}, "name it accordingly"),
+        (GOOD.encode("utf-16"), {"encoding": "latin-1"}, "convert the file to latin-1"),
+        (GOOD.encode("utf-16-le"), {"encoding": "utf-16"}, "begin the file with one"),
+    ],
+)
+def test_where_no_recipe_can_be_changed_the_line_says_what_to_do_with_the_file(
+    content, fields, told
+) -> None:
+    form = source(**fields).format("t").unchangeable
+    with pytest.raises(InputError) as error:
+        parse_table(content, Path("f.csv"), form)
+    assert str(error.value).endswith(told)
+    assert "tasks.t" not in str(error.value)
+    assert "source" not in str(error.value)
