@@ -302,8 +302,7 @@ class BalancedGradients:
         self._present |= present.keys()
         self._has_filled_rows = True
         if self._collector is not None:
-            with self._collector.task(0):
-                pass  # so that a gradient which belongs to no task is refused, cleared or not
+            self._collector.refuse_other_gradients()  # cleared since the forward pass or not
             torch.autograd.backward(list(present.values()))
             for _, place in self._places():
                 for task in self._present & self._collector.tasks_reaching(place.parameter):

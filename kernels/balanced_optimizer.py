@@ -10,6 +10,7 @@ makes it an optimizer.
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, overload
@@ -70,7 +71,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
         optimizer: the wrapped one.
 
     Raises:
-        TypeError: ``optimizer`` is none.
+        TypeError: ``optimizer`` is none, or ``method`` takes more than a Gram matrix.
         ValueError: an unknown ``extent``, or a name twice.
     """
 
@@ -87,7 +88,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
         tasks: Sequence[str] | None = None,
     ) -> None:
         self._set_up(optimizer, BalancedGradients(extent, False, task_gradients, tasks))
-        self._method = method
+        self._method = _checked(method)
 
     def _set_up(self, optimizer: torch.optim.Optimizer, gradients: BalancedGradients) -> None:
         if not hasattr(optimizer, "param_groups"):
@@ -265,14 +266,47 @@ class BalancedOptimizer(torch.optim.Optimizer):
                 are others than before, a single loss without a name is added to another, a loss
                 went through a reentrant activation checkpoint, or the losses or the optimizer's
                 parameters are not those of ``task_gradients``.
+            TypeError: the method's weights are not a tensor ``[K]``.
         """
         self._gradients.backward(losses, self.param_groups, self._weigh)
 
     def _weigh(self, grams: Tensor) -> Tensor:
         """Make weights ``[G, K]`` out of ``[G, K, K]``."""
-        return torch.stack([self._method(gram) for gram in grams])
+        weights = [self._method(gram) for gram in grams]
+        for own in weights:
+            if not isinstance(own, Tensor) or own.shape != grams.shape[1:2]:
+                what = list(own.shape) if isinstance(own, Tensor) else type(own).__name__
+                raise TypeError(
+                    f"method: expected a tensor [{grams.shape[1]}] of weights from "
+                    f"{_name(self._method)}, got {what}"
+                )
+        return torch.stack(weights)
 
 
 def _is_zero(lr: Any) -> bool:
     on_host = not isinstance(lr, Tensor) or lr.device.type == "cpu"
     return on_host and lr is not None and bool(lr == 0)
+
+
+def _checked(method: Method) -> Method:
+    """Return a method that can be called with a Gram matrix alone.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if not callable(method):
+        raise TypeError(f"method: expected a function of the Gram matrix, got {method!r}")
+    try:
+        inspect.signature(method).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"method: {_name(method)} cannot be called with a Gram matrix alone ({error}); give it "
+            "the rest, functools.partial(method, …), or a function that keeps it between steps"
+        ) from None
+    except ValueError:  # a function in C that tells of no arguments
+        pass
+    return method
+
+
+def _name(method: Method) -> str:
+    return getattr(method, "__name__", repr(method))

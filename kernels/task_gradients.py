@@ -129,6 +129,14 @@ class TaskGradients:
         tasks = self._layers.tasks
         return nullcontext(), nullcontext() if tasks is None else self._again(tasks)
 
+    def refuse_other_gradients(self) -> None:
+        """Make a gradient that belongs to no task an error, until :meth:`clear`.
+
+        :meth:`batch` and :meth:`task` do so; a backward pass that follows :meth:`clear`, without
+        one of them, is the caller's own otherwise.
+        """
+        self._collecting = True
+
     def clear(self) -> None:
         """Set all task gradients to zero, for the next step."""
         self.rows.zero_()
@@ -194,7 +202,7 @@ class TaskGradients:
         if self._layers.tasks is None:
             self._check_kinds()
         outer, self._layers.tasks = self._layers.tasks, tasks
-        self._collecting = True
+        self.refuse_other_gradients()
         try:
             with self._layers if outer is None else nullcontext():
                 yield

@@ -36,6 +36,42 @@ def test_a_torchjd_weighting_is_a_method() -> None:
     torch.testing.assert_close(written_gradients(model), torchjd.AlignedMTL()(rows))
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            balancing.gradvac,
+            r"gradvac cannot be called .* \(missing a required argument: 'order'\)",
+        ),
+        (lambda: None, "<lambda> cannot be called .* .too many positional arguments"),
+        ("cagrad", "expected a function of the Gram matrix, got 'cagrad'"),
+        (None, "expected a function of the Gram matrix, got None"),
+    ],
+)
+def test_what_is_no_method_is_refused_at_once(method, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^method: {message}"):
+        BalancedOptimizer(torch.optim.SGD(Tasks().parameters(), lr=0.1), method)
+
+
+@pytest.mark.parametrize(
+    ("method", "got"),
+    [
+        (lambda gram: gram, r"\[3, 3\]"),
+        (lambda gram: gram.diagonal()[:2], r"\[2\]"),
+        (lambda gram: gram.sum(), r"\[\]"),
+        (lambda gram: gram.diagonal().tolist(), "list"),
+        (lambda gram: None, "NoneType"),
+        (torch.nn.Identity, "Identity"),  # a class where an object of it was meant
+    ],
+)
+def test_what_a_method_returns_is_checked(method, got: str) -> None:
+    model = Tasks()
+    optimizer = BalancedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method)
+    with pytest.raises(TypeError, match=rf"^method: expected a tensor \[3\] .*, got {got}$"):
+        optimizer.backward(model.losses())
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("extent", ["group", "tensor"])
 def test_surgery_by_group_and_by_tensor(extent: str) -> None:
     model = Tasks()
