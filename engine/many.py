@@ -7,6 +7,7 @@ was cut off goes on where it was: finished runs are left alone, a half-done one 
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os.path import isfile
 from pathlib import Path
 from signal import Signals
 from typing import NamedTuple
@@ -64,6 +65,17 @@ def seeds_of(group: str, recipe: Recipe, count: int) -> list[Cell]:
         Cell(group, recipe.model_copy(update={"seed": recipe.seed + number}))
         for number in range(count)
     ]
+
+
+def check_models(folder: Path, cells: Iterable[Cell]) -> None:
+    """Hold the runs that are still to be begun against their pretrained encoders.
+
+    Raises:
+        InputError: one of them cannot be begun.
+    """
+    for cell in cells:
+        if cell.recipe.init and not isfile(folder / cell.name / "recipe.toml"):
+            runs.pretrained_encoder(cell.recipe)
 
 
 def train_cells(

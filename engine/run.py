@@ -235,9 +235,8 @@ def begin(recipe: Recipe, folder: Path, *, leftovers: Collection[str] = ()) -> R
             hint = " or pass --resume to go on with it" if holds == "a run" else ""
             raise InputError(f"--out {folder}: holds {holds} already; give another folder{hint}")
     if recipe.init:
-        source = huggingface.resolve(recipe.init)
-        own, tokenizer = huggingface.read_config(source), Tokenizer.load(source)
-        encoder, config = recipe.encoder.of_model(own, f"--init {recipe.init}")
+        encoder, config = pretrained_encoder(recipe)
+        tokenizer = Tokenizer.load(huggingface.resolve(recipe.init))
         recipe = recipe.model_copy(update={"encoder": encoder})
     else:
         tokenizer = Tokenizer.train(_training_sentences(recipe), recipe.encoder.vocab_size)
@@ -249,6 +248,16 @@ def begin(recipe: Recipe, folder: Path, *, leftovers: Collection[str] = ()) -> R
             f"the embedding table {config.vocab_size}; the two belong to different models"
         )
     return Run(folder, recipe, config, tokenizer)
+
+
+def pretrained_encoder(recipe: Recipe) -> tuple[EncoderRecipe, EncoderConfig]:
+    """Return the settings of a recipe's pretrained encoder in force, and its config under them.
+
+    Raises:
+        InputError: the model cannot be used, or the settings contradict it.
+    """
+    config = huggingface.read_config(huggingface.resolve(recipe.init))
+    return recipe.encoder.of_model(config, f"--init {recipe.init}")
 
 
 def free_folder(parent: Path, recipe: str) -> Path:

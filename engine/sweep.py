@@ -12,7 +12,7 @@ from types import FrameType
 from . import recipe as recipes
 from .door import STOPPED, Parser, positive, run_door, terminal
 from .errors import InputError
-from .many import Cell, print_results, read_results, seeds_of, train_cells
+from .many import Cell, check_models, print_results, read_results, seeds_of, train_cells
 from .options import add_device, add_settings, overrides
 from .runtime.precision import pick_device
 from .train import train_run
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for point in grid_points(options.grid)
         for cell in _cells(name, point, settings, options.seeds)
     ]
+    check_models(options.out, cells)
     with _time_limit(options.minutes) as over:
         in_time = itertools.takewhile(lambda _: not over.is_set(), cells)
         stopped = train_cells(

@@ -85,6 +85,14 @@ def test_a_shape_that_contradicts_the_model_is_refused(model, tmp_path, capsys, 
     assert plan(model, same).config == plan(model).config
 
 
+def test_a_sweep_is_refused_before_its_first_run(model, tmp_path, capsys):
+    """A shape that contradicts the model in one point of a grid is not found hours later."""
+    options = ["cgs", "--init", str(model), "--out", str(tmp_path), "--set", *SHORT]
+    line = refuse(capsys, sweep, *options, "--grid", "encoder.hidden_size=32,64")
+    assert f"encoder.hidden_size = 64: --init {model} has 32" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_with_an_init_of_its_own_has_to_agree_with_it(model, tmp_path):
     file = tmp_path / "mine.toml"
     text = (recipes.RECIPES / "cgs.toml").read_text()
