@@ -26,7 +26,7 @@ from .source import Origin
 from .split import TokenizedSplit, tokenize
 from .tokenizer import Tokenizer
 
-_VERSION = 4
+_VERSION = 5
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _INDEX, _META = "index.json", "meta.json"

@@ -16,13 +16,11 @@ _MARKS = {  # that of UTF-32 begins with that of UTF-16, so it comes first
     codecs.BOM_UTF8: "utf-8",
 }
 
-_ZEROS = {
-    (1, 3): "utf-16-le",
-    (0, 2): "utf-16-be",
-    (1, 2, 3): "utf-32-le",
-    (0, 1, 2): "utf-32-be",
-}
-"""Which of the first four bytes are zero where a text begins with ASCII."""
+_WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
+"""Encodings that a file without a byte order mark is held against where it has zero bytes."""
+
+_LOOKED_AT = 1 << 16
+"""Bytes from which that is told."""
 
 _LEFT_OPEN = ("utf-16", "utf-32")
 """Encodings in two orders of bytes, of which a byte order mark says which."""
@@ -70,6 +68,8 @@ def decode(content: bytes, path: Path, dialect: Dialect) -> Text:
             notes.append(f"{encoding.upper()}, by its byte order mark")
     else:
         _check_mark(encoding, marked, path, dialect)
+        if not marked and _is_utf8_too(content, encoding):
+            notes.append(f"{encoding}, though all of it is UTF-8")
     if _plain(encoding) == "utf-8":
         return Text(content.decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
     try:
@@ -93,7 +93,7 @@ def not_utf8(dialect: Dialect, otherwise: str) -> str:
     """Return what to do about a byte that is not UTF-8."""
     if dialect.encoding != AUTO:
         return otherwise
-    return dialect.advice('encoding ("cp1252" or "latin-1", say)', otherwise)
+    return dialect.advice('encoding to its own ("cp1252", "cp932", …)', otherwise)
 
 
 def check_encoding(name: str) -> str:
@@ -122,13 +122,38 @@ def _plain(encoding: str) -> str:
 
 
 def _unmarked(content: bytes, path: Path, dialect: Dialect) -> str:
-    """Return UTF-8, unless the first four bytes are clearly of UTF-16 or UTF-32."""
-    zeros = tuple(place for place, byte in enumerate(content[:4]) if byte == 0)
-    looks = _ZEROS.get(zeros)
-    if looks is None:
+    """Return UTF-8, unless a file is clearly of UTF-16 or UTF-32."""
+    looks = next((name for name in _WIDE if _is_text(content[:_LOOKED_AT], name)), "")
+    if not looks:
         return "utf-8"
     advice = dialect.advice(f'encoding = "{looks}"', "convert the file to UTF-8")
     raise InputError(f"bytes are zero as in {looks.upper()}, {path}; {advice}")
+
+
+def _is_text(beginning: bytes, encoding: str) -> bool:
+    """Return whether a file with zero bytes is text in an encoding of two or four bytes.
+
+    All of it has to decode, to text with some ASCII in it, such as delimiters and line ends, and
+    without zeros.  Bytes of other encodings, taken by twos, are letters of any script but Latin.
+    """
+    if b"\0" not in beginning:
+        return False
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(beginning)
+    except UnicodeError:
+        return False
+    return "\0" not in text and any(character in text for character in "\n\t,;|:")
+
+
+def _is_utf8_too(content: bytes, encoding: str) -> bool:
+    """Return whether bytes that are read by another encoding are letters beyond ASCII in UTF-8."""
+    if _plain(encoding) == "utf-8" or content.isascii() or b"\0" in content:
+        return False
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _check_mark(encoding: str, marked: str, path: Path, dialect: Dialect) -> None:

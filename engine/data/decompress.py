@@ -6,8 +6,9 @@ import io
 import lzma
 import re
 import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
 
 from ..errors import InputError
 from .dialect import AUTO, COMPRESSIONS, Compression, Dialect, endings
@@ -35,7 +36,8 @@ def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:
         dialect: how it is compressed.
 
     Raises:
-        InputError: it is not compressed like that, is cut off, or grows out of all proportion.
+        InputError: it is not compressed like that, is damaged or cut off, grows out of all
+            proportion, or is an archive.
     """
     kind = dialect.compression
     if kind == AUTO:
@@ -45,9 +47,11 @@ def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:
                 advice = dialect.advice(f'compression = "{other}"', "name it accordingly")
                 raise InputError(f"compressed by {other}, which its ending hides, {path}; {advice}")
     if kind == "none":
+        if content.startswith(b"PK\3\4"):
+            raise InputError(f"a zip archive, {path}; unpack it, or save its table as .csv")
         return content
     try:
-        return _read(_opened(content, kind, path), max(MOST_TIMES * len(content), ALWAYS_ALLOWED))
+        return _join(_pieces(content, kind, path), max(MOST_TIMES * len(content), ALWAYS_ALLOWED))
     except _TooLargeError as error:
         raise InputError(
             f"grows from {len(content):,} bytes to more than {error.limit >> 20:,} MiB, {path}; "
@@ -69,28 +73,52 @@ class _TooLargeError(Exception):
         self.limit = limit
 
 
-def _read(stream: IO[bytes], limit: int) -> bytes:
-    pieces, total = [], 0
-    while piece := stream.read(_CHUNK):
-        pieces.append(piece)
+def _join(pieces: Iterable[bytes], limit: int) -> bytes:
+    kept, total = [], 0
+    for piece in pieces:
+        kept.append(piece)
         total += len(piece)
         if total > limit:
             raise _TooLargeError(limit)
-    return b"".join(pieces)
+    return b"".join(kept)
 
 
-def _opened(content: bytes, kind: Compression, path: Path) -> IO[bytes]:
-    compressed = io.BytesIO(content)
-    open_: Any = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}.get(kind)
-    stream: IO[bytes] = open_(compressed) if open_ else _opened_zstd(compressed, path)
-    return stream
+def _pieces(content: bytes, kind: Compression, path: Path) -> Iterable[bytes]:
+    if kind == "gzip":
+        return iter(partial(gzip.GzipFile(fileobj=io.BytesIO(content)).read, _CHUNK), b"")
+    if kind == "zstd":
+        return _zstd_pieces(content, path)
+    return _pieces_of_streams(content, bz2.BZ2Decompressor if kind == "bz2" else _new_xz)
 
 
-def _opened_zstd(compressed: io.BytesIO, path: Path) -> Any:
+def _new_xz() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor()
+
+
+def _pieces_of_streams(
+    content: bytes, new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]
+) -> Iterator[bytes]:
+    """Yield what the streams hold that a file is made of.
+
+    Python's own `open` takes whatever follows the first stream, damaged or not, for the end.
+    """
+    while True:
+        stream, given = new(), content
+        while not stream.eof:
+            if not (given or not stream.needs_input):
+                raise EOFError("it ends before the end of its last stream")
+            yield stream.decompress(given, _CHUNK)
+            given = b""
+        content = stream.unused_data.lstrip(b"\0")  # streams may be padded
+        if not content:
+            return
+
+
+def _zstd_pieces(content: bytes, path: Path) -> Iterable[bytes]:
     try:
         from pyarrow import CompressedInputStream
     except ImportError:
         raise InputError(
             f"{path}: reading Zstandard needs pyarrow (pip install pyarrow); or decompress it"
         ) from None
-    return CompressedInputStream(compressed, "zstd")
+    return iter(partial(CompressedInputStream(io.BytesIO(content), "zstd").read, _CHUNK), b"")

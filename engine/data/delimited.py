@@ -11,7 +11,6 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +18,12 @@ from typing import NamedTuple
 from ..errors import InputError
 from .decode import not_utf8, undecoded
 from .dialect import AUTO, Dialect, Quoting
-from .rows import BadRowError, Row, Rows, find_columns
+from .rows import BadRowError, Row, Rows, find_columns, shorten
 
 _CANDIDATES = ("\t", ",", ";", "|")
 """Delimiters that are tried on a header which lacks a column."""
+
+_NO_QUOTES = 'quoting = "none" if no quote means anything'
 
 
 class _Record(NamedTuple):
@@ -33,7 +34,12 @@ class _Record(NamedTuple):
 
 
 def delimited_rows(
-    text: str, path: Path, columns: Sequence[str], dialect: Dialect, delimiter: str
+    text: str,
+    path: Path,
+    columns: Sequence[str],
+    dialect: Dialect,
+    delimiter: str,
+    optional: str = "",
 ) -> Rows:
     """Return the rows of a delimited file.
 
@@ -44,28 +50,37 @@ def delimited_rows(
         dialect: how the file is written.
         delimiter: what the layout has between fields, where the dialect says nothing.  A header
             that has the wanted columns between tabs, and not between commas, outweighs it.
+        optional: a column that may be there and is not read.  A file without a header whose rows
+            are too short for it is said to be so, since its delimiter may be another.
 
     Raises:
         InputError: a column is missing, or wanted and there twice.
     """
     text = text.rstrip("\r\n")
     first_line = text.partition("\n")[0].removesuffix("\r")
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if dialect.delimiter != AUTO:
         delimiter = dialect.delimiter
     elif (
         delimiter == ","
         and dialect.header
-        and not _has(first_line, columns, dialect, ",")
-        and _has(first_line, columns, dialect, "\t")
+        and not _has(first_line, columns, ",", dialect.quoting, header=True)
+        and _has(first_line, columns, "\t", dialect.quoting, header=True)
     ):
-        delimiter, notes = "\t", ("separated by tabs, as its header is, not by commas",)
+        delimiter = "\t"
+        notes.append("separated by tabs, as its header is, not by commas")
 
-    records = _records(text, path, delimiter, dialect)
-    place, names, records = (_named if dialect.header else _numbered)(records, path)
     holder = "the header" if dialect.header else "the first row"
     advice = _advice(first_line, columns, dialect, delimiter)
+    if _is_broken(first_line, delimiter, dialect.quoting) and _what_to_set(
+        first_line, columns, dialect, delimiter
+    ):
+        find_columns([first_line], columns, f"{path}:1", holder=holder, advice=advice)
+    records = _records(text, path, delimiter, dialect, notes)
+    place, names, records = (_named if dialect.header else _numbered)(records, path)
     places = find_columns(names, columns, place, holder=holder, advice=advice)
+    if optional and not dialect.header and optional not in names:
+        notes.append(f"rows of {_counted(len(names), 'field')}, without column {optional}")
     picked = (_picked(record, len(names), places, holder, delimiter, dialect) for record in records)
     return Rows(picked, notes)
 
@@ -94,9 +109,12 @@ def _numbered(
     raise InputError(f"no usable row: {fields}, {place}; {fields.advice}")
 
 
-def _records(text: str, path: Path, delimiter: str, dialect: Dialect) -> Iterator[_Record]:
-    by_line = delimiter == "\t" or dialect.quoting == "none"
-    return (_lines if by_line else _stream)(text, path, delimiter, dialect)
+def _records(
+    text: str, path: Path, delimiter: str, dialect: Dialect, notes: list[str]
+) -> Iterator[_Record]:
+    if delimiter == "\t" or dialect.quoting == "none":
+        return _lines(text, path, delimiter, dialect)
+    return _stream(text, path, delimiter, dialect, notes)
 
 
 def _lines(text: str, path: Path, delimiter: str, dialect: Dialect) -> Iterator[_Record]:
@@ -108,20 +126,38 @@ def _lines(text: str, path: Path, delimiter: str, dialect: Dialect) -> Iterator[
             yield _Record(place, bad)
 
 
-def _stream(text: str, path: Path, delimiter: str, dialect: Dialect) -> Iterator[_Record]:
+def _stream(
+    text: str, path: Path, delimiter: str, dialect: Dialect, notes: list[str]
+) -> Iterator[_Record]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    several, longest = 0, (0, 0)  # rows of several lines, which two stray quotes make, too
     while True:
-        place = f"{path}:{reader.line_num + 1}"
+        first = reader.line_num + 1
+        place = f"{path}:{first}"
         try:
-            yield _Record(place, _checked(next(reader), dialect))
+            fields = next(reader)
+            if reader.line_num > first:
+                several += 1
+                longest = max(
+                    longest, (first, reader.line_num), key=lambda lines: lines[1] - lines[0]
+                )
+            yield _Record(place, _checked(fields, dialect))
         except StopIteration:
-            return
+            break
         except BadRowError as bad:
             yield _Record(place, bad)
         except csv.Error as error:
             # Where a quote is broken nobody knows where the next row begins.
-            advice = dialect.advice('quoting = "none"', "correct the file")
-            raise InputError(f"not CSV: {error}, {place}; {advice}") from error
+            detail, otherwise = str(error), "correct the file"
+            if detail.startswith("field larger"):
+                detail = f"more than {csv.field_size_limit():,} characters in a field, or no quote"
+                detail, otherwise = f"{detail} that ends it", "shorten the field"
+            advice = dialect.advice(_NO_QUOTES, otherwise)
+            raise InputError(f"not CSV: {detail}, {place}; {advice}") from error
+    if several:
+        begin, end = longest
+        counted = _counted(several, "row")
+        notes.append(f"CSV with {counted} of several lines, the longest on lines {begin} to {end}")
 
 
 def _checked(fields: Sequence[str], dialect: Dialect) -> Sequence[str]:
@@ -147,15 +183,18 @@ def _fields(line: str, delimiter: str, dialect: Dialect) -> list[str]:
     if not line.strip():
         raise BadRowError("empty line", "nothing in it")
     if len(line) > csv.field_size_limit():
-        raise BadRowError("line too long", f"{len(line)} characters")
+        limit = f"{len(line):,} characters, more than {csv.field_size_limit():,}"
+        raise BadRowError("line too long", limit, "shorten it")
     try:
         return _split(line, delimiter, dialect.quoting)
     except csv.Error as error:
-        detail = str(error)
+        detail, otherwise = str(error), "correct the row"
         if detail == "unexpected end of data":
             detail = "a quoted field does not end on its line"
-        advice = dialect.advice('quoting = "none"', "correct the row")
-        raise BadRowError("broken quoting", detail, advice) from error
+            otherwise = "bring the row onto one line"
+        raise BadRowError(
+            "broken quoting", detail, dialect.advice(_NO_QUOTES, otherwise)
+        ) from error
 
 
 def _split(line: str, delimiter: str, quoting: Quoting) -> list[str]:
@@ -164,31 +203,61 @@ def _split(line: str, delimiter: str, quoting: Quoting) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter, strict=True), [])
 
 
-def _has(line: str, columns: Sequence[str], dialect: Dialect, delimiter: str) -> bool:
-    """Return whether a first line has the wanted columns, if a delimiter is its own."""
+def _is_broken(line: str, delimiter: str, quoting: Quoting) -> bool:
     try:
-        fields = _split(line, delimiter, dialect.quoting)
+        _split(line, delimiter, quoting)
     except csv.Error:
+        return True
+    return False
+
+
+def _has(
+    line: str, columns: Sequence[str], delimiter: str, quoting: Quoting, *, header: bool
+) -> bool:
+    """Return whether a first line that is written so has the wanted columns."""
+    if _is_broken(line, delimiter, quoting):
         return False
-    if not dialect.header:
+    fields = _split(line, delimiter, quoting)
+    if not header:
         return len(fields) >= max(map(int, columns))
     return set(columns) <= {name.strip() for name in fields}
+
+
+def _what_to_set(
+    line: str, columns: Sequence[str], dialect: Dialect, delimiter: str
+) -> dict[str, str]:
+    """Return the fields of a source, and their values, by which a first line has its columns."""
+    signs = dict.fromkeys(char for char in line if not (char.isalnum() or char in '"_\0'))
+    others = [
+        sign for sign in (*_CANDIDATES, *(signs if dialect.header else ())) if sign != delimiter
+    ]
+    quotings: tuple[Quoting, ...] = ("none", "csv") if dialect.quoting == "none" else ("csv",)
+    for quoting in quotings:
+        for other in (delimiter, *others):
+            if _has(line, columns, other, quoting, header=dialect.header):
+                given = {"delimiter": (delimiter, other), "quoting": (dialect.quoting, quoting)}
+                return {name: new for name, (old, new) in given.items() if new != old}
+    return {}
 
 
 def _advice(line: str, columns: Sequence[str], dialect: Dialect, delimiter: str) -> str:
     """Return what to do about a first line that lacks a column."""
     otherwise = "give a file with that column"
-    signs = dict.fromkeys(char for char in line if not (char.isalnum() or char in '"_\0'))
-    for other in (*_CANDIDATES, *(signs if dialect.header else ())):
-        if other != delimiter and _has(line, columns, dialect, other):
-            if not dialect.table:
-                return f"separate its columns by {_spelt(delimiter)}"
-            return f"set {dialect.table}.delimiter = {_spelt(other)}"
+    to_set = _what_to_set(line, columns, dialect, delimiter)
+    if "delimiter" in to_set and not dialect.table:
+        return f"separate its columns by {_spelt(delimiter)}"
+    if to_set:
+        settings = [f"{dialect.table}.{name} = {_spelt(value)}" for name, value in to_set.items()]
+        return "set " + " and ".join(settings) if dialect.table else otherwise
+    if line.lower().startswith("sep="):
+        return f"delete its first line, {shorten(line)}, which spreadsheets alone read"
     if not dialect.header:
         return otherwise
-    if _has(line, columns, replace(dialect, quoting="csv"), delimiter):
-        return dialect.advice('quoting = "csv"', otherwise)
     return dialect.advice("header = false if that is a row already", otherwise)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _spelt(delimiter: str) -> str:
@@ -210,7 +279,7 @@ def _picked(
     if len(fields) != width:
         advice = "correct the row"
         if any(delimiter in field for field in fields):  # quotes held together what is no field
-            advice = dialect.advice('quoting = "none"', advice)
+            advice = dialect.advice(_NO_QUOTES, advice)
         detail = f"{len(fields)}, {holder} has {width}"
         return Row(place, BadRowError("number of fields", detail, advice))
     return Row(place, [fields[at] for at in places])

@@ -33,6 +33,10 @@ COMPRESSIONS: Mapping[str, Compression] = {
 """How a file is compressed, by what stands behind its ending: ``train.csv.gz``."""
 
 
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".xlsx")
+"""Endings of what holds files rather than being a table."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
     """How the files of a task are written, as far as their names do not say."""

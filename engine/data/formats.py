@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from ..errors import InputError
-from .dialect import AUTO, BUILT_IN, COMPRESSIONS, LAYOUTS, Dialect, Layout, endings
+from .dialect import ARCHIVES, AUTO, BUILT_IN, COMPRESSIONS, LAYOUTS, Dialect, Layout, endings
 
 LabelKind = Literal["classes", "binary", "score"]
 
@@ -16,6 +16,9 @@ SPLITS: Mapping[str, str] = MappingProxyType(
     {"train": "train", "dev": "dev", "test": "test-student"}
 )
 """The name of each split, and how it is called in the file names."""
+
+_TRUTH = MappingProxyType({"false": "0", "true": "1"})
+"""Labels as JSON spells them, where classes have no names."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
@@ -70,9 +73,13 @@ class FileFormat:
         """Return how a file of this task is laid out.
 
         Raises:
-            InputError: its ending says nothing that is known, nor does the recipe give a delimiter.
+            InputError: its ending is that of an archive, or is not known and the recipe gives no
+                delimiter.
         """
-        layout = self.layout or LAYOUTS.get(endings(path)[0])
+        ending = endings(path)[0]
+        if ending in ARCHIVES:
+            raise InputError(f"{path}: an archive; unpack it, or save its table as .csv")
+        layout = self.layout or LAYOUTS.get(ending)
         if layout is None and self.dialect.delimiter != AUTO:
             return "commas"
         if layout is None:
@@ -96,6 +103,7 @@ class FileFormat:
             if text.strip() not in self.classes:
                 raise ValueError("label is not among the classes")
             return float(self.classes.index(text.strip()))
+        text = _TRUTH.get(text.strip(), text)
         if not _NUMBER.fullmatch(text.strip()):
             raise ValueError("label is not a number")
         value = float(text)

@@ -80,23 +80,26 @@ def parse_table(
         InputError: the file as a whole cannot be read, a column to read is missing or there twice,
             no row is usable, or, with ``on_bad_row="error"``, a row cannot be used.
     """
-    rows = _rows_of(content, path, format_, format_.columns(labelled=labelled))
+    rows = _rows_of(content, path, format_, labelled=labelled)
     return collect(rows, str(path), format_, labelled=labelled, on_bad_row=on_bad_row)
 
 
-def _rows_of(content: bytes, path: Path, format_: FileFormat, columns: Sequence[str]) -> Rows:
+def _rows_of(content: bytes, path: Path, format_: FileFormat, *, labelled: bool) -> Rows:
     layout, dialect = format_.layout_of(path), format_.dialect
+    columns = format_.columns(labelled=labelled)
     content = decompress(content, path, dialect)
     if layout == "parquet":
-        return Rows(parquet_rows(content, path, columns))
+        return Rows(parquet_rows(content, path, columns), [])
     text, notes = decode(content, path, dialect)
     if not text.strip():
         raise InputError(f"empty file, {path}; give one with rows")
     if layout in DELIMITERS:
-        rows = delimited_rows(text, path, columns, dialect, DELIMITERS[layout])
+        optional = "" if labelled else format_.label
+        rows = delimited_rows(text, path, columns, dialect, DELIMITERS[layout], optional)
     else:
         rows = json_rows(text, path, columns, dialect, may_be_array=layout == "json")
-    return rows._replace(notes=notes + rows.notes)
+    rows.notes[:0] = notes
+    return rows
 
 
 def collect(
@@ -155,7 +158,7 @@ def collect(
         labels=np.array(labels, dtype=np.float32) if labelled else None,
         bad_rows=dict(bad_rows),
         blank=tuple(blank),
-        notes=rows.notes,
+        notes=tuple(rows.notes),
     )
 
 

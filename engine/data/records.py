@@ -32,9 +32,9 @@ def json_rows(
         InputError: an array is no JSON.
     """
     if may_be_array and _ARRAY.match(text):
-        notes = ("one JSON array, not an object a line",)
+        notes = ["one JSON array, not an object a line"]
         return Rows(_array_rows(text, path, columns, dialect), notes)
-    return Rows(_line_rows(text.rstrip("\r\n"), path, columns, dialect))
+    return Rows(_line_rows(text.rstrip("\r\n"), path, columns, dialect), [])
 
 
 def _array_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) -> Iterator[Row]:

@@ -41,11 +41,11 @@ class Rows(NamedTuple):
 
     Attributes:
         rows: they, in order; reading on may raise InputError.
-        notes: what was found out about the file, a phrase each.
+        notes: what was found out about the file, a phrase each; complete once the rows are read.
     """
 
     rows: Iterable[Row]
-    notes: tuple[str, ...] = ()
+    notes: list[str]
 
 
 def typed_row(record: Mapping[str, object], columns: Sequence[str], place: str) -> Row:
@@ -104,7 +104,7 @@ def _as_text(column: str, record: Mapping[str, object]) -> str:
             raise BadRowError("not Unicode", f"half of a character in column {column!r}")
         return value
     if isinstance(value, bool):
-        return str(int(value))
+        return str(value).lower()  # as JSON spells it
     if isinstance(value, int | float):
         return repr(value)
     what = "no value" if value is None else type(value).__name__

@@ -219,7 +219,7 @@ class HubSplit:
         where = f"data set {self.name}, split {self.split}"
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, where)
-        rows = Rows(self._rows(format_, columns, where))
+        rows = Rows(self._rows(format_, columns, where), [])
         return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
     def _rows(self, format_: FileFormat, columns: tuple[str, ...], where: str) -> Iterator[Row]:

@@ -37,6 +37,26 @@ def test_a_compressed_file_that_is_damaged(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_what_follows_the_first_part_is_not_passed_over(kind: str) -> None:
+    """Python's own readers take a damaged second stream of bz2 and xz for the end of the file."""
+    first = COMPRESS[kind](b"text,label\n" + b"fine,1\n" * 15)
+    second = COMPRESS[kind](b"dull,0\n" * 25)
+    name = f"f.csv{ENDINGS[kind]}"
+    assert len(read(first + second, name)) == 40
+    for damaged in (
+        second[:1] + b"\xff" + second[2:],  # how a stream begins
+        second[: len(second) // 2],
+        b"junk",
+        b"PK\3\4",
+        b"text,label\n",
+    ):
+        assert refuse(first + damaged, name).startswith(f"cannot decompress by {kind}: ")
+    if kind != "zstd":  # which knows no padding
+        assert len(read(first + bytes(8), name)) == 15
+        assert len(read(first + bytes(8) + second, name)) == 40
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
 def test_a_small_file_that_grows_out_of_proportion(kind: str, monkeypatch) -> None:
     monkeypatch.setattr(decompress, "ALWAYS_ALLOWED", 3 << 20)
     content = COMPRESS[kind](b"a" * (2 << 20))

@@ -3,10 +3,14 @@
 import csv
 import io
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
+
+from engine.data.read import parse_table
 
 from .written import COMPRESS, ENDINGS, FOUND_OUT, GOOD, LATIN, read, source
 
@@ -64,6 +68,10 @@ def test_what_the_csv_module_writes_is_read_back(delimiter: str, quoting: str) -
         assert table.ids == [str(number) for number in range(len(wanted))]
         marks = {"utf-16": "UTF-16-LE", "utf-32": "UTF-32-LE"}
         notes = [f"{marks[encoding]}, by its byte order mark"] if encoding in marks else []
+        if quoting == "csv" and delimiter != "\t":
+            first = 8 + header + 2 * encoding.startswith("utf")  # they come last, but for one
+            lines = f"{first} to {first + 1}"
+            notes.append(f"CSV with 2 rows of several lines, the longest on lines {lines}")
         assert list(table.notes) == notes
 
 
@@ -77,6 +85,11 @@ def test_what_the_csv_module_writes_is_read_back(delimiter: str, quoting: str) -
             "separated by tabs, as its header is, not by ",
         ),
         ('\n [{"text": "fine", "label": 1}]', "f.json", "one JSON array, not an object a line"),
+        (
+            'text,"of two\nlines",label\nfine,x,1',
+            "f.csv",
+            "CSV with 1 row of several lines, the longest on lines 1 to 2",
+        ),
     ],
 )
 def test_what_is_found_out_is_said(content: str, name: str, note: str) -> None:
@@ -94,7 +107,6 @@ def test_what_is_found_out_is_said(content: str, name: str, note: str) -> None:
         ('{"text": "fine", "label": 1}', "f.json"),
         ('{"text": "fine", "label": 1}', "f.jsonl"),
         ('text,"a\tb",label\nfine,x,1', "f.csv"),
-        ('text,"of two\nlines",label\nfine,x,1', "f.csv"),
     ],
 )
 def test_what_the_ending_says_is_not_said_again(content: str, name: str) -> None:
@@ -108,6 +120,46 @@ def test_the_delimiter_of_an_ending_can_be_replaced() -> None:
     tabs = GOOD.replace(",", "\t").encode()
     assert read(tabs, "f", delimiter="tab").sentences == (["fine"],)
     assert read(tabs, "f.csv", delimiter="\t").notes == ()
+
+
+def test_two_quotes_that_swallow_rows_are_seen() -> None:
+    rows = [f"row {number},{number % 2}" for number in range(20)]
+    rows[3], rows[12] = '"row 3,1', 'row 12",1'
+    table = read("\n".join(["text,label", *rows]).encode())
+    assert len(table) == 11
+    assert table.notes == ("CSV with 1 row of several lines, the longest on lines 5 to 14",)
+
+
+def test_rows_without_a_header_that_lack_the_label_are_said_to() -> None:
+    """A file to predict, separated otherwise, is one field a row, label and all."""
+    fields = {"header": False, "text": ("1",), "label": "2"}
+    form = source(**fields).format("t")
+    for content, notes in {
+        b"plot\tbad\nfilm\tgood\n": ("rows of 1 field, without column 2",),
+        b"plot;bad\n": ("rows of 1 field, without column 2",),
+        b"plot\n": ("rows of 1 field, without column 2",),
+        b"plot,1\n": (),
+    }.items():
+        table = parse_table(content, Path("f.csv"), form, labelled=False)
+        assert table.notes == notes
+    assert read(b"plot,1\n", **fields).notes == ()
+
+
+def test_another_encoding_for_what_is_utf8_is_said() -> None:
+    content = "text,label\ncafé,1\n".encode()
+    assert read(content, encoding="cp1252").notes == ("cp1252, though all of it is UTF-8",)
+    for plain, encoding in ((GOOD.encode(), "cp1252"), (LATIN, "latin-1"), (content, "utf-8")):
+        assert read(plain, encoding=encoding).notes == ()
+    wide = "text,label\n映画,1\n".encode("utf-16-le")
+    assert read(wide, encoding="utf-16-le").notes == ()
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("classes", [2, ("false", "true")])
+def test_truth_as_json_spells_it(value: bool, classes) -> None:
+    content = json.dumps({"text": "fine", "label": value}).encode()
+    table = read(content, "f.jsonl", classes=classes)
+    assert table.labels.tolist() == [float(value)]
 
 
 def test_a_byte_that_is_not_utf8_spoils_its_row_alone() -> None:

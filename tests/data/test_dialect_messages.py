@@ -1,6 +1,8 @@
 """One line says what to set, or what to do with a file that no recipe describes any more."""
 
 import bz2
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ import pytest
 from engine.data.read import parse_table
 from engine.errors import InputError
 
-from .written import COMPRESS, GOOD, GZIP, LATIN, refuse, source
+from .written import COMPRESS, GOOD, GZIP, LATIN, read, refuse, source
 
+NO_QUOTES = 'quoting = "none" if no quote means anything'
 SEMICOLONS = GOOD.replace(",", ";").encode()
 ASK = "correct the row or see --on-bad-row"
 
@@ -65,14 +68,14 @@ ASK = "correct the row or see --on-bad-row"
             "f.tsv",
             {},
             "broken quoting: a quoted field does not end on its line, f.tsv:2; "
-            f'set tasks.t.source.quoting = "none", or {ASK}',
+            f"set tasks.t.source.{NO_QUOTES}, or bring the row onto one line or see --on-bad-row",
         ),
         (
             b'text,label\n"fine,1\n',
             "f.csv",
             {},
             "not CSV: unexpected end of data, f.csv:2; "
-            'set tasks.t.source.quoting = "none", or correct the file',
+            f"set tasks.t.source.{NO_QUOTES}, or correct the file",
         ),
         (
             b"text,label,text\nfine,1,x\n",
@@ -91,14 +94,14 @@ ASK = "correct the row or see --on-bad-row"
             "f.tsv",
             {"header": False, "text": ("1",), "label": "2"},
             "no usable row: broken quoting: a quoted field does not end on its line, f.tsv:1; "
-            'set tasks.t.source.quoting = "none", or correct the row',
+            f"set tasks.t.source.{NO_QUOTES}, or bring the row onto one line",
         ),
         (
             LATIN,
             "f.csv",
             {},
             "not UTF-8: byte 0xe9 at 4 of field 1, f.csv:3; set tasks.t.source.encoding "
-            f'("cp1252" or "latin-1", say), or {ASK}',
+            f'to its own ("cp1252", "cp932", …), or {ASK}',
         ),
         (
             LATIN.replace(b",", b"\t"),
@@ -157,7 +160,7 @@ ASK = "correct the row or see --on-bad-row"
             "f.csv",
             {"quoting": "none"},
             "no column 'text' in the header, f.csv:1; it has '\"text\"', '\"label\"': "
-            'set tasks.t.source.quoting = "csv", or give a file with that column',
+            'set tasks.t.source.quoting = "csv"',
         ),
         (
             b"text,label\nf\0ine,1\n",
@@ -250,7 +253,7 @@ ASK = "correct the row or see --on-bad-row"
             "f.json",
             {},
             "not UTF-8: byte 0xe9 at 15, f.json; set tasks.t.source.encoding "
-            '("cp1252" or "latin-1", say), or convert the file to UTF-8',
+            'to its own ("cp1252", "cp932", …), or convert the file to UTF-8',
         ),
         (b"[]", "f.json", {}, "no usable row, f.json; give a file that has some"),
         (
@@ -266,11 +269,76 @@ def test_the_line_says_what_to_set(content, name, fields, message) -> None:
     assert refuse(content, name, **fields) == message
 
 
+JAPANESE = "text,label\n映画,1\n良い,0\n"
+SET = re.compile(r'tasks\.t\.source\.(\w+) = ("[^"]*")')
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "fields"),
+    [
+        (GOOD.replace(",", ";"), "f.csv", {}),
+        ('"text";"label"\n"fine";"1"\n', "f.csv", {}),  # as R and spreadsheets write it
+        ('"text";label\n"fine; or not";1\n', "f.csv", {}),
+        ('"text";"label"\n"fine";"1"\n', "f.csv", {"quoting": "none"}),
+        ('"text"|"label"\n"fine"|"1"\n', "f.csv", {}),
+        ('"text";"label"\n"fine";"1"\n', "f.tsv", {}),
+        ('"text","label"\n"fine",1\n', "f.tsv", {}),
+        ('"text","label"\n"fine",1\n', "f.csv", {"delimiter": ";"}),
+        ('"text","label"\n"fine",1\n', "f.csv", {"quoting": "none"}),
+        ('"fine; or not";1\n', "f.csv", {"header": False, "text": ("1",), "label": "2"}),
+        ('text\tlabel\n"fine\t1\n', "f.tsv", {}),
+        ('text,label\n"fine,1\n', "f.csv", {}),
+        (JAPANESE.encode("utf-16-le"), "f.csv", {}),
+        (JAPANESE.replace("text", "映画").encode("utf-16-be"), "f.csv", {"text": ("映画",)}),
+        (
+            JAPANESE[len("text,label\n") :].encode("utf-16-le"),
+            "f.csv",
+            {"header": False, "text": ("1",), "label": "2"},
+        ),
+        (JAPANESE.encode("utf-32-be"), "f.csv", {}),
+        (JAPANESE.replace(",", "\t").encode("utf-32-le"), "f.tsv", {}),
+    ],
+)
+def test_what_the_line_says_to_set_helps(content, name, fields) -> None:
+    """The advice is followed to the letter, once, and the file is read."""
+    lines = [content]
+    if isinstance(content, str):
+        lines = [content.encode(), content.replace("\n", "\r\n").encode()]
+    for content in lines:
+        said = dict(SET.findall(refuse(content, name, **fields)))
+        assert said
+        table = read(content, name, **(fields | {f: json.loads(v) for f, v in said.items()}))
+        assert len(table) in (1, 2)
+
+
+@pytest.mark.parametrize("quoting", ["csv", "none"])
+def test_a_field_that_is_too_long(quoting: str) -> None:
+    content = f'text,label\n"{"a" * 140_000}",1\n'.encode()
+    line = refuse(content, quoting=quoting)
+    assert "131,072" in line
+    assert "shorten" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"sep=;\ntext;label\nfine;1\n", "delete its first line, sep=;, which spreadsheets"),
+        (b"text,label\nf\0ine,1\n", "NUL character"),  # one zero byte is not UTF-16
+        (b"text,label\n" + b"f\0\0ine,1\n" * 9, "NUL character"),
+        ("text,label\n映画,1\n".encode("cp932"), "not UTF-8: byte 0x89"),
+    ],
+)
+def test_odd_beginnings_and_bytes(content, message) -> None:
+    assert message in refuse(content)
+
+
 @pytest.mark.parametrize(
     ("content", "fields", "told"),
     [
         (b"text,label\nfine,1\n", {"delimiter": ";"}, 'separate its columns by ";"'),
         (b"fine;1\n", {}, "give a file with that column"),
+        (b'"text";"label"\n"fine";1\n', {}, 'separate its columns by ","'),
+        (b'"text","label"\n"fine",1\n', {"quoting": "none"}, "give a file with that column"),
         (b'text,label\n"fine,1\n', {}, "correct the file"),
         (GZIP, {}, "name it accordingly"),
         (GOOD.encode("utf-16"), {"encoding": "latin-1"}, "convert the file to latin-1"),

@@ -110,7 +110,10 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, ending, rows, reason, place) ->
         ("rows.csv", b"utterance,intent,intent\n", "names a column twice: 'intent'"),
         ("rows.jsonl", b"[1]\n", "not a JSON object"),
         ("rows.jsonl", b'{"utterance": "x"\n', "not JSON"),
-        ("rows.xlsx", b"", "unknown ending"),
+        ("rows.ods", b"", "unknown ending"),
+        ("rows.xlsx", b"", "an archive"),
+        ("rows.csv.zip", b"", "an archive"),
+        ("rows.csv", b"PK\3\4", "a zip archive"),
     ],
 )
 def test_a_file_that_cannot_be_used(tmp_path, name, content, message) -> None:
