@@ -9,7 +9,6 @@ fields.
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -17,11 +16,9 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from .decode import not_utf8, undecoded
-from .dialect import AUTO, Dialect, Quoting
-from .rows import BadRowError, Row, Rows, find_columns, shorten
-
-_CANDIDATES = ("\t", ",", ";", "|")
-"""Delimiters that are tried on a header which lacks a column."""
+from .dialect import AUTO, Dialect
+from .first_line import advice_on, has_columns, is_of_another_dialect, split_line
+from .rows import BadRowError, Row, Rows, find_columns
 
 _NO_QUOTES = 'quoting = "none" if no quote means anything'
 
@@ -64,17 +61,15 @@ def delimited_rows(
     elif (
         delimiter == ","
         and dialect.header
-        and not _has(first_line, columns, ",", dialect.quoting, header=True)
-        and _has(first_line, columns, "\t", dialect.quoting, header=True)
+        and not has_columns(first_line, columns, ",", dialect.quoting, header=True)
+        and has_columns(first_line, columns, "\t", dialect.quoting, header=True)
     ):
         delimiter = "\t"
         notes.append("separated by tabs, as its header is, not by commas")
 
     holder = "the header" if dialect.header else "the first row"
-    advice = _advice(first_line, columns, dialect, delimiter)
-    if _is_broken(first_line, delimiter, dialect.quoting) and _what_to_set(
-        first_line, columns, dialect, delimiter
-    ):
+    advice = advice_on(first_line, columns, dialect, delimiter)
+    if is_of_another_dialect(first_line, columns, dialect, delimiter):
         find_columns([first_line], columns, f"{path}:1", holder=holder, advice=advice)
     records = _records(text, path, delimiter, dialect, notes)
     place, names, records = (_named if dialect.header else _numbered)(records, path)
@@ -186,7 +181,7 @@ def _fields(line: str, delimiter: str, dialect: Dialect) -> list[str]:
         limit = f"{len(line):,} characters, more than {csv.field_size_limit():,}"
         raise BadRowError("line too long", limit, "shorten it")
     try:
-        return _split(line, delimiter, dialect.quoting)
+        return split_line(line, delimiter, dialect.quoting)
     except csv.Error as error:
         detail, otherwise = str(error), "correct the row"
         if detail == "unexpected end of data":
@@ -197,71 +192,8 @@ def _fields(line: str, delimiter: str, dialect: Dialect) -> list[str]:
         ) from error
 
 
-def _split(line: str, delimiter: str, quoting: Quoting) -> list[str]:
-    if quoting == "none":
-        return line.split(delimiter)
-    return next(csv.reader([line], delimiter=delimiter, strict=True), [])
-
-
-def _is_broken(line: str, delimiter: str, quoting: Quoting) -> bool:
-    try:
-        _split(line, delimiter, quoting)
-    except csv.Error:
-        return True
-    return False
-
-
-def _has(
-    line: str, columns: Sequence[str], delimiter: str, quoting: Quoting, *, header: bool
-) -> bool:
-    """Return whether a first line that is written so has the wanted columns."""
-    if _is_broken(line, delimiter, quoting):
-        return False
-    fields = _split(line, delimiter, quoting)
-    if not header:
-        return len(fields) >= max(map(int, columns))
-    return set(columns) <= {name.strip() for name in fields}
-
-
-def _what_to_set(
-    line: str, columns: Sequence[str], dialect: Dialect, delimiter: str
-) -> dict[str, str]:
-    """Return the fields of a source, and their values, by which a first line has its columns."""
-    signs = dict.fromkeys(char for char in line if not (char.isalnum() or char in '"_\0'))
-    others = [
-        sign for sign in (*_CANDIDATES, *(signs if dialect.header else ())) if sign != delimiter
-    ]
-    quotings: tuple[Quoting, ...] = ("none", "csv") if dialect.quoting == "none" else ("csv",)
-    for quoting in quotings:
-        for other in (delimiter, *others):
-            if _has(line, columns, other, quoting, header=dialect.header):
-                given = {"delimiter": (delimiter, other), "quoting": (dialect.quoting, quoting)}
-                return {name: new for name, (old, new) in given.items() if new != old}
-    return {}
-
-
-def _advice(line: str, columns: Sequence[str], dialect: Dialect, delimiter: str) -> str:
-    """Return what to do about a first line that lacks a column."""
-    otherwise = "give a file with that column"
-    to_set = _what_to_set(line, columns, dialect, delimiter)
-    if "delimiter" in to_set and not dialect.table:
-        return f"separate its columns by {_spelt(delimiter)}"
-    if to_set:
-        settings = [f"{dialect.table}.{name} = {_spelt(value)}" for name, value in to_set.items()]
-        return "set " + " and ".join(settings) if dialect.table else otherwise
-    if line.lower().startswith("sep="):
-        return f"delete its first line, {shorten(line)}, which spreadsheets alone read"
-    if not dialect.header:
-        return otherwise
-    return dialect.advice("header = false if that is a row already", otherwise)
-
-
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def _spelt(delimiter: str) -> str:
-    return json.dumps(delimiter, ensure_ascii=False)
 
 
 def _picked(
