@@ -107,7 +107,8 @@ class TaskGradients:
 
         They are of any kind, and their inputs have any shape: what autograd finds for a parameter
         that any operation uses here is the gradient of this task.  An autograd function of one's
-        own is given ``parameter.view_as(parameter)``, since torch does not tell of its arguments.
+        own, and what runs inside torch.func.vmap, is given ``parameter.view_as(parameter)``, since
+        torch does not tell of its arguments.
 
         Args:
             number: the task, from 0.
@@ -225,7 +226,7 @@ def _refusal(name: str, owner: "weakref.ref[TaskGradients]") -> Callable[[Tensor
         if gradient is not None and task_gradients is not None and task_gradients._collecting:
             raise RuntimeError(
                 f"{name}: got a gradient that belongs to no task; it was used outside `batch` and "
-                "`task`, or by an autograd function of its own, which takes "
+                "`task`, or by an autograd function of its own or torch.func, which take "
                 "`parameter.view_as(parameter)` within `task`"
             )
 
