@@ -193,7 +193,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
             arguments = (functools.partial(self._run, closure),)
         with stepping(self.optimizer):
             loss: float | None = self.optimizer.step(*arguments)
-        self._gradients.awaits_step = False
+        self._gradients.end_step()
         return loss
 
     def _run(self, closure: Callable[[], float]) -> float:
@@ -221,7 +221,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
     # ---- task gradients ------------------------------------------------------------------------
 
     def backward(self, losses: Losses) -> None:
-        """Add the weighted sum of the task gradients to every parameter's ``grad``.
+        """Add the weighted sum of the task gradients to every parameter's ``grad``, in place.
 
         Called again (gradient accumulation), it adds to the gradients of the single tasks and
         combines them anew, for as long as what it wrote is there untouched.  Once a gradient was
@@ -240,7 +240,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
         `DistributedDataParallel` does not see them.
 
         Args:
-            losses: one scalar loss for each task, in their order or by name.
+            losses: one scalar loss for each task, any iterable in their order, or by name.
 
         Raises:
             ValueError: if no loss depends on a trained parameter, one is not a scalar, the tasks
