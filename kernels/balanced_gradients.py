@@ -123,7 +123,7 @@ class BalancedGradients:
     Attributes:
         gram: ``[K, K]`` Gram matrix of the task gradients, after ``backward``.
         weights: ``[G, K]`` weights that were applied.
-        awaits_step: whether gradients were combined since this was last set to False.
+        awaits_step: whether gradients were combined since the last step.
 
     Raises:
         ValueError: an unknown ``extent``, or names that are not different.
@@ -150,7 +150,7 @@ class BalancedGradients:
         self._has_filled_rows = False
         self._present: set[int] = set()  # tasks that had a loss
         self._reached: list[set[int]] = []  # for each task, positions of parameters
-        self._before: dict[int, Tensor | None] = {}  # by position, gradients of other origin
+        self._before: dict[int, Tensor | None] = {}  # by position, what is added to
         self._written: list[SeenGradient] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -168,6 +168,12 @@ class BalancedGradients:
         self._written, self._before = [], {}
         if self._collector is not None:
             self._collector.clear()
+
+    def end_step(self) -> None:
+        """Note that the optimizer has done a step; gradients that follow are of another."""
+        self.awaits_step = False
+        if self._collector is not None:
+            self._collector.allow_other_gradients(self._forget_what_is_gone)
 
     def are_foreign(self, groups: ParameterGroups) -> bool:
         """Whether there are gradients, and none of them was combined here since the last step.
@@ -198,7 +204,6 @@ class BalancedGradients:
             self._check_number(len(by_task))
         else:
             self._begin(trained, len(by_task))
-        self._note_before(trained)
         self._num_tasks = 0  # should anything fail, the next call begins afresh
         self._differentiate(by_task)
         if not any(self._reached):
@@ -229,9 +234,15 @@ class BalancedGradients:
         Without reading a value back this tells `zero_grad` of the optimizer, of the model and of
         the optimizer inside, in place or not, and whatever else changes gradients.
         """
-        if not self._num_tasks or _layout_of(trained) != self._layout:
-            return False
-        return all(written.is_untouched() for written in self._written)
+        return self._is_written() and _layout_of(trained) == self._layout
+
+    def _is_written(self) -> bool:
+        return self._num_tasks > 0 and all(seen.is_untouched() for seen in self._written)
+
+    def _forget_what_is_gone(self) -> None:
+        """Clear the collected rows, before more of them come, if what came of them is gone."""
+        if self._has_filled_rows and not self._is_written():
+            self.clear()
 
     def _check_number(self, num_tasks: int) -> None:
         if num_tasks != self._num_tasks:
@@ -262,14 +273,7 @@ class BalancedGradients:
             collector.clear()
         self._present = set()
         self._reached = [set() for _ in range(num_tasks)]
-        self._written = []
-
-    def _note_before(self, trained: Sequence[tuple[int, int, Tensor]]) -> None:
-        """Keep the gradients that are not of the rows; what the rows give is added to them."""
-        ours = {id(written.parameter) for written in self._written}
-        for position, _, parameter in trained:
-            if id(parameter) not in ours:
-                self._before[position] = parameter.grad
+        self._written, self._before = [], {}
 
     def _lay_out(self, trained: Sequence[tuple[int, int, Tensor]]) -> Iterator[_Buffer]:
         """Yield a buffer for each kind of parameter, or the one that collects task gradients."""
@@ -302,11 +306,7 @@ class BalancedGradients:
         self._present |= present.keys()
         self._has_filled_rows = True
         if self._collector is not None:
-            self._collector.refuse_other_gradients()  # cleared since the forward pass or not
-            torch.autograd.backward(list(present.values()))
-            for _, place in self._places():
-                for task in self._present & self._collector.tasks_reaching(place.parameter):
-                    self._reached[task].add(place.position)
+            self._collect(self._collector, list(present.values()))
             return
         parameters = [place.parameter for _, place in self._places()]
         graphs = [_graph_nodes(loss) for loss in present.values()]
@@ -326,6 +326,16 @@ class BalancedGradients:
                     gradient = gradient.to_dense()
                 buffer.rows[task, place.columns] += gradient.reshape(-1)
 
+    def _collect(self, collector: TaskGradients, losses: list[Tensor]) -> None:
+        collector.refuse_other_gradients()  # cleared since the forward pass or not
+        try:
+            torch.autograd.backward(losses)
+        finally:
+            collector.allow_other_gradients(self._forget_what_is_gone)
+        for _, place in self._places():
+            for task in self._present & collector.tasks_reaching(place.parameter):
+                self._reached[task].add(place.position)
+
     # ---- their combination ---------------------------------------------------------------------
 
     def _sum_of_grams(self) -> Tensor:
@@ -342,7 +352,7 @@ class BalancedGradients:
 
     @torch.no_grad()
     def _write_gradients(self, weights: Tensor) -> None:
-        self._written = []
+        parameters = []
         for buffer in self._buffers:
             combined = buffer.combine(weights)
             for place in buffer.places:
@@ -351,20 +361,27 @@ class BalancedGradients:
                     gradient = _laid_out_like(place.parameter, combined[place.columns])
                     # `data`: later writes are counted for each gradient by itself.
                     self._write(place, gradient.data, num_tasks if self._average else 1)
+                    parameters.append(place.parameter)
+        # After all writes: views of one buffer, as gradients may be, count them together.
+        self._written = [seen for p in parameters if (seen := SeenGradient.of(p)) is not None]
+        for parameter in parameters:
+            for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
+                hook(parameter)
 
     def _write(self, place: _Place, gradient: Tensor, divisor: int) -> None:
-        """Add a gradient to what was there before the first call, and tell the hooks."""
-        parameter = place.parameter
+        """Add a gradient to what was there before the first call; like autograd, in place."""
         if divisor != 1:
             gradient /= divisor
+        old = place.parameter.grad
+        if place.position not in self._before:
+            self._before[place.position] = None if old is None else old.detach().clone()
         before = self._before[place.position]
         if before is not None:
-            gradient += before
-        parameter.grad = gradient
-        self._written.append(SeenGradient(parameter, TensorWeakRef(gradient), gradient._version))
-        hooks = parameter._post_accumulate_grad_hooks
-        for hook in list((hooks or {}).values()):
-            hook(parameter)
+            gradient = gradient + before
+        if old is None or old.layout != torch.strided:
+            place.parameter.grad = gradient
+        else:
+            old.copy_(gradient)
 
 
 def _warn_of_other_processes() -> None:

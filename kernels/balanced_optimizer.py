@@ -19,33 +19,12 @@ import torch
 from torch import Tensor
 
 from .balanced_gradients import BalancedGradients, Extent, SeenGradient
+from .global_step_hooks import spare_inner, stepping
 from .task_gradients import TaskGradients
 from .task_losses import Losses
 
 Method = Callable[[Tensor], Tensor]
 """``gram [K, K] -> weights [K]``, as in :mod:`.balancing` or TorchJD's weightings."""
-
-
-def _with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Call an optimizer's step hooks around its step.
-
-    Torch would wrap ``step`` so that it also calls the hooks which all optimizers share; these are
-    called by the step of the wrapped optimizer, once.
-    """
-
-    @functools.wraps(step)
-    def hooked(*args: Any, **kwargs: Any) -> Any:
-        optimizer = args[0]
-        for before in optimizer._optimizer_step_pre_hooks.values():
-            changed = before(optimizer, args, kwargs)
-            args, kwargs = (args, kwargs) if changed is None else changed
-        result = step(*args, **kwargs)
-        for after in optimizer._optimizer_step_post_hooks.values():
-            after(optimizer, args, kwargs)
-        return result
-
-    hooked.hooked = True  # type: ignore[attr-defined]  # torch looks for it
-    return hooked
 
 
 class BalancedOptimizer(torch.optim.Optimizer):
@@ -187,7 +166,6 @@ class BalancedOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @_with_own_hooks
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Do a step of the optimizer.
 
@@ -210,16 +188,19 @@ class BalancedOptimizer(torch.optim.Optimizer):
                     "them; to train without, step the wrapped optimizer, `.optimizer`",
                     stacklevel=3,
                 )
-            loss = self.optimizer.step()
+            arguments: tuple[Any, ...] = ()
         else:
-            loss = self.optimizer.step(functools.partial(self._run, closure))
-        self._gradients.awaits_step = False
+            arguments = (functools.partial(self._run, closure),)
+        with stepping(self.optimizer):
+            loss: float | None = self.optimizer.step(*arguments)
+        self._gradients.end_step()
         return loss
 
     def _run(self, closure: Callable[[], float]) -> float:
         parameters = [p for group in self.param_groups for p in group["params"]]
         before = [SeenGradient.of(parameter) for parameter in parameters]
         loss = closure()
+        spare_inner()  # hooks that it registered
         if self._gradients.are_foreign(self.param_groups) and not all(
             p.grad is None if seen is None else seen.is_untouched()
             for p, seen in zip(parameters, before, strict=True)
@@ -240,7 +221,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
     # ---- task gradients ------------------------------------------------------------------------
 
     def backward(self, losses: Losses) -> None:
-        """Add the weighted sum of the task gradients to every parameter's ``grad``.
+        """Add the weighted sum of the task gradients to every parameter's ``grad``, in place.
 
         Called again (gradient accumulation), it adds to the gradients of the single tasks and
         combines them anew, for as long as what it wrote is there untouched.  Once a gradient was
@@ -259,7 +240,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
         `DistributedDataParallel` does not see them.
 
         Args:
-            losses: one scalar loss for each task, in their order or by name.
+            losses: one scalar loss for each task, any iterable in their order, or by name.
 
         Raises:
             ValueError: if no loss depends on a trained parameter, one is not a scalar, the tasks

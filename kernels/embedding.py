@@ -132,6 +132,8 @@ def embedding(
     """
     if rows is None:
         return F.embedding(index, weight)
+    if index.dim() != 1:
+        raise ValueError(f"rows: task gradients need an index [T], got {list(index.shape)}")
     segments = rows.checked(segments, weight, None, index)
     start, _ = rows.starts
     return _TaskEmbedding.apply(index, weight, rows.buffer, start, segments.offsets)  # type: ignore[no-untyped-call]

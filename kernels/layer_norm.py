@@ -50,13 +50,20 @@ class _TaskAffine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, xhat: Tensor, weight: Tensor, bias: Tensor, rows: TaskRows, segments: TaskSegments
+        ctx: Any,
+        xhat: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: TaskRows,
+        segments: TaskSegments,
     ) -> Tensor:
         ctx.save_for_backward(xhat, weight)
         ctx.rows, ctx.segments = rows, segments
-        return xhat * weight + bias
+        scaled = xhat * weight
+        return scaled if bias is None else scaled + bias
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         xhat, weight = ctx.saved_tensors
         (offsets, accumulate), rows = ctx.segments, (ctx.rows.weight, ctx.rows.bias)

@@ -153,5 +153,10 @@ def linear(
     """
     if rows is None:
         return F.linear(x, weight, bias) if torch.is_grad_enabled() else _apply(x, weight, bias)
+    if x.dim() != 2 or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            "rows: task gradients need x [T, I], weight [O, I] and bias [O], got "
+            + ", ".join(str(list(t.shape)) for t in (x, weight, bias) if t is not None)
+        )
     segments = rows.checked(segments, weight, bias, x)
     return _TaskLinear.apply(x, weight, bias, rows.buffer, rows.starts, *segments)  # type: ignore[no-untyped-call]

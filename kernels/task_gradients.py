@@ -19,7 +19,7 @@ owns it: tied weights, modules called twice and functional calls are seen as wel
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 
@@ -80,9 +80,10 @@ class TaskGradients:
             parameter.register_hook(_refusal(name, weakref.ref(self)))
         self._layers = TaskLayers(self._places)
         self._collecting = False
+        self._before_next: weakref.WeakMethod[Callable[[], None]] | None = None
 
     @contextmanager
-    def batch(self, examples: Sequence[int], tokens: Sequence[int] | None = None) -> Iterator[None]:
+    def batch(self, examples: Iterable[int], tokens: Iterable[int] | None = None) -> Iterator[None]:
         """Run the forward pass of a batch that joins the tasks along the first dimension.
 
         Args:
@@ -107,7 +108,8 @@ class TaskGradients:
 
         They are of any kind, and their inputs have any shape: what autograd finds for a parameter
         that any operation uses here is the gradient of this task.  An autograd function of one's
-        own is given ``parameter.view_as(parameter)``, since torch does not tell of its arguments.
+        own, and what runs inside torch.func.vmap, is given ``parameter.view_as(parameter)``, since
+        torch does not tell of its arguments.
 
         Args:
             number: the task, from 0.
@@ -130,17 +132,26 @@ class TaskGradients:
         return nullcontext(), nullcontext() if tasks is None else self._again(tasks)
 
     def refuse_other_gradients(self) -> None:
-        """Make a gradient that belongs to no task an error, until :meth:`clear`.
+        """Make a gradient that belongs to no task an error.
 
-        :meth:`batch` and :meth:`task` do so; a backward pass that follows :meth:`clear`, without
-        one of them, is the caller's own otherwise.
+        :meth:`batch` and :meth:`task` do so; until then, and after :meth:`clear` or
+        :meth:`allow_other_gradients`, a backward pass is the caller's own.
         """
         self._collecting = True
+
+    def allow_other_gradients(self, before_next: Callable[[], None]) -> None:
+        """Leave backward passes to the caller until the next :meth:`batch` or :meth:`task`.
+
+        Args:
+            before_next: a method that is called there, for as long as its object exists.
+        """
+        self._collecting = False
+        self._before_next = weakref.WeakMethod(before_next)
 
     def clear(self) -> None:
         """Set all task gradients to zero, for the next step."""
         self.rows.zero_()
-        self._collecting = False
+        self._collecting, self._before_next = False, None
         for place in self._places.values():
             place.tasks.clear()
 
@@ -179,11 +190,11 @@ class TaskGradients:
             raise ValueError("parameter: none of the model's that required a gradient at first")
         return self._places[id(parameter)]
 
-    def _offsets(self, argument: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    def _offsets(self, argument: str, sizes: Iterable[int]) -> tuple[int, ...]:
+        sizes = list(sizes)
         if len(sizes) != self.num_tasks or any(size < 0 for size in sizes):
             raise ValueError(
-                f"{argument}: expected {self.num_tasks} counts, one for each task, "
-                f"got {list(sizes)}"
+                f"{argument}: expected {self.num_tasks} counts, one for each task, got {sizes}"
             )
         return tuple(accumulate(sizes, initial=0))
 
@@ -202,12 +213,18 @@ class TaskGradients:
         if self._layers.tasks is None:
             self._check_kinds()
         outer, self._layers.tasks = self._layers.tasks, tasks
-        self.refuse_other_gradients()
+        self._begin_collecting()
         try:
             with self._layers if outer is None else nullcontext():
                 yield
         finally:
             self._layers.tasks = outer
+
+    def _begin_collecting(self) -> None:
+        before = None if self._collecting or self._before_next is None else self._before_next()
+        if before is not None:
+            before()
+        self.refuse_other_gradients()
 
     @contextmanager
     def _again(self, tasks: Joined | Single) -> Iterator[None]:
@@ -225,7 +242,7 @@ def _refusal(name: str, owner: "weakref.ref[TaskGradients]") -> Callable[[Tensor
         if gradient is not None and task_gradients is not None and task_gradients._collecting:
             raise RuntimeError(
                 f"{name}: got a gradient that belongs to no task; it was used outside `batch` and "
-                "`task`, or by an autograd function of its own, which takes "
+                "`task`, or by an autograd function of its own or torch.func, which take "
                 "`parameter.view_as(parameter)` within `task`"
             )
 

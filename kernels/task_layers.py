@@ -112,14 +112,21 @@ class TaskLayers(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
+        place = next(self._places_among([*args, *kwargs.values()]), None)
+        if place is None or not torch.is_grad_enabled() or not _uses_values(func):
             return func(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{place.name}: used inside torch.func.vmap, grad or the like; make "
+                "`parameter.view_as(parameter)` before it, within `task`, and use that"
+            )
         layer = _LAYERS.get(func)
         if layer is not None:
             return layer(self, *args, **kwargs)
-        place = next(self._places_among([*args, *kwargs.values()]), None)
-        if place is None or not _uses_values(func):
-            return func(*args, **kwargs)
+        return self._other(place, func, *args, **kwargs)
+
+    def _other(self, place: Place, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a call that no layer of this package stands for."""
         if isinstance(self.tasks, Single):
             return self._with_stand_ins(func, *args, **kwargs)
         result = func(*args, **kwargs)
@@ -162,10 +169,11 @@ class TaskLayers(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         of_weight, of_bias = self._places.get(id(weight)), self._places.get(id(bias))
         places = [place for place in (of_weight, of_bias) if place is not None]
-        if not places:
-            return F.linear(input, weight, bias)
+        is_usual = input.dim() > 0 and weight.dim() == 2
+        if not is_usual or (bias is not None and bias.shape != weight.shape[:1]):
+            return self._other(places[0], F.linear, input, weight, bias)
         segments = self._segments(places[0], input.shape[:-1])
-        stream = input.reshape(-1, input.shape[-1])
+        stream = _flat(input)
         if of_weight is None:
             assert bias is not None
             assert of_bias is not None
@@ -193,27 +201,24 @@ class TaskLayers(TorchFunctionMode):
     ) -> Tensor:
         of_weight, of_bias = self._places.get(id(weight)), self._places.get(id(bias))
         places = [place for place in (of_weight, of_bias) if place is not None]
-        if not places:
-            return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
-        if len(normalized_shape) != 1:
-            if isinstance(self.tasks, Joined):
-                raise _refusal(places[0], F.layer_norm)
-            shape = list(normalized_shape)
-            return self._with_stand_ins(F.layer_norm, input, shape, weight, bias, eps)
+        shape = tuple(normalized_shape)
+        parameters = [parameter for parameter in (weight, bias) if parameter is not None]
+        is_usual = shape == input.shape[-1:] and shape != (0,)
+        if not is_usual or any(parameter.shape != shape for parameter in parameters):
+            return self._other(places[0], F.layer_norm, input, list(shape), weight, bias, eps)
         segments = self._segments(places[0], input.shape[:-1])
         if input.is_cuda and autocast_dtype(input) is not None:
             input = input.float()  # autocast's rule there
+        if weight is None:
+            weight = torch.ones_like(parameters[0], requires_grad=False)
         rows = _task_rows(of_weight, of_bias)
-        stream = input.reshape(-1, input.shape[-1])
-        out = layer_norm(stream, weight, bias, eps, rows=rows, segments=segments)
+        out = layer_norm(_flat(input), weight, bias, eps, rows=rows, segments=segments)
         return _note(out, places, segments).view(input.shape)
 
     def _fused_layer_norm(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *tasks: Any
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_tasks: Any
     ) -> tuple[Tensor | None, ...]:
         """Run this package's operator, which also returns statistics that nobody reads here."""
-        if not any(self._places_among((weight, bias))):
-            return torch.ops.superbert.layer_norm(x, weight, bias, eps, *tasks)
         return self._layer_norm(x, x.shape[-1:], weight, bias, eps), None, None
 
     def _embedding(
@@ -226,18 +231,20 @@ class TaskLayers(TorchFunctionMode):
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> Tensor:
-        place = self._places.get(id(weight))
-        unusual = max_norm is not None or scale_grad_by_freq
-        if place is not None and unusual and isinstance(self.tasks, Joined):
-            raise _refusal(place, F.embedding)
-        if place is None or unusual:
-            options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-            return self._with_stand_ins(F.embedding, input, weight, *options)
+        place = self._places[id(weight)]
+        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        if max_norm is not None and isinstance(self.tasks, Joined):
+            raise _refusal(place, F.embedding)  # before the weights are scaled
+        is_usual = weight.dim() == 2 and input.dtype in (torch.int32, torch.int64)
+        if not is_usual or max_norm is not None or scale_grad_by_freq:
+            return self._other(place, F.embedding, input, weight, *options)
+        if padding_idx is not None and not -len(weight) <= padding_idx < len(weight):
+            return F.embedding(input, weight, *options)  # torch's error
         index = self._index_of_each(place, input)
         segments = self._segments(place, index.shape)
         stream = index.reshape(-1).long()
         out = embedding(stream, weight, rows=_task_rows(place, None), segments=segments)
-        if padding_idx is not None:
+        if padding_idx is not None and out.requires_grad:
             padding = (stream == padding_idx % len(weight))[:, None]
             out.register_hook(lambda gradient: gradient.masked_fill(padding, 0))
         return _note(out, [place], segments).view(*index.shape, out.shape[-1])
@@ -265,6 +272,11 @@ _LAYERS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: TaskLayers._embedding,
     torch.ops.superbert.layer_norm: TaskLayers._fused_layer_norm,
 }
+
+
+def _flat(input: Tensor) -> Tensor:
+    """``[..., N]`` as ``[T, N]``, N = 0 included."""
+    return input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
 
 
 def _task_rows(weight: Place | None, bias: Place | None) -> TaskRows:
@@ -362,8 +374,9 @@ def _uses_values(func: Callable[..., Any]) -> bool:
 def _refusal(place: Place, func: Callable[..., Any]) -> NotImplementedError:
     return NotImplementedError(
         f"{place.name}: used by {resolve_name(func) or func} on a batch of all tasks, where task "
-        "gradients are known for linear, layer norm (over the last dimension) and embedding layers "
-        "(without max_norm and scale_grad_by_freq) only; within `task(k)` any layer is taken"
+        "gradients are known for linear (weight [O, I], bias [O]), layer norm (over the last "
+        "dimension) and embedding layers (without max_norm and scale_grad_by_freq) only; within "
+        "`task(k)` any layer is taken"
     )
 
 

@@ -1,13 +1,13 @@
 """The losses of a step, one for each task, by position or by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from torch import Tensor
 
 Loss = Tensor | float | None
 """A scalar; None or a constant where the task has no loss in this step."""
 
-Losses = Sequence[Loss] | Mapping[str, Loss]
+Losses = Iterable[Loss] | Mapping[str, Loss]
 """A loss for each task, in the tasks' order or by name."""
 
 
@@ -45,7 +45,8 @@ class TaskNames:
                     " name all tasks with tasks=[…] where the optimizer is wrapped"
                 )
             losses = [losses.get(name) for name in names]
-        elif names is not None and len(losses) != len(names):
+        losses = _in_order(losses)
+        if names is not None and len(losses) != len(names):
             raise ValueError(f"losses: expected {len(names)}, for {list(names)}, got {len(losses)}")
         by_task = [_with_gradient(number, loss) for number, loss in enumerate(losses)]
         if not by_task:
@@ -57,6 +58,16 @@ class TaskNames:
             )
         self.names = names
         return by_task
+
+
+def _in_order(losses: Iterable[Loss]) -> list[Loss]:
+    is_scalar = isinstance(losses, Tensor) and losses.dim() == 0
+    if is_scalar or isinstance(losses, Set) or not isinstance(losses, Iterable):
+        raise ValueError(
+            "losses: expected one for each task, [loss_a, loss_b] or by name, got "
+            + ("a single tensor" if is_scalar else f"a {type(losses).__name__}")
+        )
+    return list(losses)
 
 
 def _with_gradient(number: int, loss: Loss) -> Tensor | None:

@@ -313,6 +313,46 @@ def test_no_loss_with_a_gradient(model: Tasks, optimizer: PCGrad, losses: object
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        tuple,
+        iter,
+        lambda losses: (loss for loss in losses),
+        lambda losses: map(torch.Tensor.squeeze, losses),
+        lambda losses: dict(enumerate(losses)).values(),
+        torch.stack,
+        torch.amp.GradScaler("cpu", enabled=False).scale,
+    ],
+    ids=["tuple", "iterator", "generator", "map", "values", "tensor", "scaler"],
+)
+@pytest.mark.parametrize("tasks", [None, ["a", "b", "c"]])
+def test_losses_in_anything_that_has_an_order(
+    model: Tasks, given: Callable[..., object], tasks: list[str] | None
+) -> None:
+    optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), "sum", tasks=tasks)
+    optimizer.pc_backward(given(model.losses()), ORDER)
+    assert_close(written_gradients(model), algorithm1(task_gradients(model), ORDER))
+    with pytest.raises(ValueError, match=r"losses must be 3|expected 3, for .*, got 2"):
+        optimizer.pc_backward(given(model.losses()[:2]))
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match=r"one or more scalars|expected 3, for .*, got 0"):
+        optimizer.pc_backward(loss for loss in ())
+
+
+def test_losses_without_an_order(model: Tasks, optimizer: PCGrad) -> None:
+    losses = model.losses()
+    for bad, got in (
+        (losses[0], "a single tensor"),
+        (set(losses), "a set"),
+        (1.0, "a float"),
+        (None, "a NoneType"),
+    ):
+        with pytest.raises(ValueError, match=f"^losses: expected one for each task, .* got {got}"):
+            optimizer.pc_backward(bad)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_what_is_no_loss(model: Tasks, optimizer: PCGrad) -> None:
     good = model.losses()[0]
     for bad, got in ((torch.ones(2), r"\[2\]"), ("loss", "str")):

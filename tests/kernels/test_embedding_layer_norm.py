@@ -84,6 +84,21 @@ def embedding_rows(tasks: int, width: int, dtype: torch.dtype) -> EmbeddingRows:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_task_rows_without_a_bias(dtype: torch.dtype) -> None:
+    index = ids()
+    *tensors, zeros = (tensor.to(dtype).requires_grad_() for tensor in leaves(40, dtype))
+    found = []
+    for bias in (None, zeros.detach().zero_()):
+        rows = embedding_rows(2, 40, dtype)
+        rows = rows._replace(norm=rows.norm._replace(bias_columns=None))
+        options = {"rows": rows, "segments": TaskSegments((0, 140, 300))}
+        embedding_layer_norm(*index, *tensors, bias, **options).square().sum().backward()
+        found.append([part.weight for part in rows])
+    assert all(map(torch.equal, *found))
+    assert all(part.count_nonzero() > 0 for part in found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_rows_without_columns_for_a_frozen_table(frozen: int, dtype: torch.dtype) -> None:
     index = ids()

@@ -159,6 +159,35 @@ def test_accumulate_adds_to_the_rows(dtype: torch.dtype) -> None:
     assert torch.equal(2 * once.bias, twice.bias)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_task_rows_without_a_bias(dtype: torch.dtype, residual: bool, prenorm: bool) -> None:
+    x, other, grad = (torch.randn(10, 8).to(dtype) for _ in range(3))
+    weight, zeros = torch.randn(8).to(dtype).requires_grad_(), torch.zeros(8, dtype=dtype)
+    found = []
+    for bias in (None, zeros):
+        for accumulate in (False, True):
+            rows = task_rows(2, 8, dtype)._replace(bias_columns=None)
+            rows.weight.fill_(1)
+            options = {"rows": rows, "segments": TaskSegments((0, 4, 10), accumulate)}
+            leaf = x.clone().requires_grad_()
+            out = dropout_add_layer_norm(
+                leaf, other if residual else None, weight, bias, prenorm=prenorm, **options
+            )
+            (out[0] if prenorm else out).backward(grad)
+            found.append([leaf.grad, rows.weight])
+            if not (residual or prenorm):
+                leaf = x.clone().requires_grad_()
+                layer_norm(leaf, weight, bias, **options).backward(grad)
+                assert torch.equal(leaf.grad, found[-1][0])
+            assert rows.buffer[:, 9:].isnan().all()
+    for left, right in zip(found[:2], found[2:], strict=True):
+        assert all(map(torch.equal, left, right))
+    assert found[0][1].isfinite().all()
+    assert not torch.equal(found[0][1], found[1][1])
+
+
 def test_rows_of_bfloat16_are_rounded_once() -> None:
     x = torch.randn(300, 24, dtype=torch.bfloat16, requires_grad=True)
     weight, bias = torch.randn(2, 24).bfloat16().unbind(0)

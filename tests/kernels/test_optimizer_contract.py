@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import optimizer as torch_optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     LambdaLR,
@@ -116,43 +115,7 @@ def test_a_copy_between_backward_and_step_has_no_gradients(
     assert train(twin, copied) == train(model, optimizer)
 
 
-# ---- hooks ---------------------------------------------------------------------------------------
-
-
-def test_step_hooks_are_called_once(model: nn.Module, optimizer: BalancedOptimizer) -> None:
-    calls: list[tuple[str, Optimizer]] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda of, args, kwargs: calls.append((name, of))
-
-    inner = optimizer.optimizer
-    handles = [
-        torch_optimizer.register_optimizer_step_pre_hook(hook("global pre")),
-        torch_optimizer.register_optimizer_step_post_hook(hook("global post")),
-        optimizer.register_step_pre_hook(hook("pre")),
-        optimizer.register_step_post_hook(hook("post")),
-        inner.register_step_pre_hook(hook("inner pre")),
-        inner.register_step_post_hook(hook("inner post")),
-    ]
-    try:
-        train(model, optimizer)
-    finally:
-        for handle in handles:
-            handle.remove()
-    names = [name for name, _ in calls]
-    assert names == ["pre", "global pre", "inner pre", "inner post", "global post", "post"]
-    assert all(of is (optimizer if name in ("pre", "post") else inner) for name, of in calls)
-    train(model, optimizer)
-    assert len(calls) == 6
-
-
-def test_a_step_hook_changes_the_arguments(model: nn.Module, optimizer: BalancedOptimizer) -> None:
-    def closure() -> float:
-        return 3.0
-
-    optimizer.register_step_pre_hook(lambda of, args, kwargs: ((of, closure), kwargs))
-    optimizer.backward(losses_of(model))
-    assert optimizer.step() == 3.0
+# ---- hooks of state dicts; those of steps are in test_optimizer_step_hooks.py --------------------
 
 
 def test_state_dict_hooks(model: nn.Module, optimizer: BalancedOptimizer) -> None:

@@ -221,6 +221,15 @@ def test_packed_stream_and_padding_index() -> None:
     assert_equals_k_passes(Packed(), packed_losses)
 
 
+def test_counts_in_any_iterable() -> None:
+    layer = nn.Linear(2, 3)
+    collector = TaskGradients(layer, 3)
+    with collector.batch(size for size in SIZES):
+        out = layer(torch.ones(sum(SIZES), 2))
+    out.sum().backward()
+    assert dict(collector.named_views())["bias"][:, 0].tolist() == list(SIZES)
+
+
 def test_gradients_add_up_until_cleared() -> None:
     model = Multitask()
     collector = TaskGradients(model, 3)
