@@ -168,9 +168,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED + signal
     if not ranks.leads:
         return 0
-    best = read_scores(run.folder, recipe.tasks)
-    title = f"dev scores, best epoch (step {best.step})"
-    print_scores(console, title, best.scores, recipe.formats)
+    if recipe.is_scored:
+        best = read_scores(run.folder, recipe.tasks)
+        title = f"{best.split} scores, best epoch (step {best.step})"
+        print_scores(console, title, best.scores, recipe.formats)
+    else:
+        console.print("not scored: no task was trained; the weights are those of the last step")
     console.print(f"wrote {run.folder}", soft_wrap=True, highlight=False)
     return 0
 

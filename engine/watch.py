@@ -1,6 +1,6 @@
 """What a training run shows on the terminal."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +12,8 @@ from rich.live import Live
 from .data.part import Examples
 from .data.split import TokenizedSplit
 from .effects import lines_on_idle_settings
+from .objectives.masking import MaskedText
+from .objectives.simcse import SentencesTwice
 from .runtime.execution import Execution
 from .runtime.manifest import Progress
 from .runtime.traffic import measure_traffic
@@ -44,7 +46,7 @@ def report_data(
 
     Args:
         console: where to.
-        splits: what was read; of what objectives train on there is nothing to report.
+        splits: what was read.
         known: notes on files that were printed before.
 
     Returns:
@@ -52,18 +54,25 @@ def report_data(
     """
     notes = list(known)
     for split in splits:
-        if not isinstance(split, TokenizedSplit):
-            continue
-        for note in split.notes:
-            line = f"{split.task}: {note}"
+        for line in _notes_on(split):
             if line not in notes:
                 notes.append(line)
                 console.print(line, highlight=False, soft_wrap=True)
+        if not isinstance(split, TokenizedSplit):
+            continue
         if split.truncated:
             console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
         for reason, count in split.bad_rows.items():
             console.print(f"{split.task}: {count} rows skipped ({reason})")
     return notes
+
+
+def _notes_on(examples: Examples) -> Iterator[str]:
+    """Yield a line for each thing that was found out about the files of a task or objective."""
+    if isinstance(examples, TokenizedSplit):
+        yield from (f"{examples.task}: {note}" for note in examples.notes)
+    elif isinstance(examples, MaskedText | SentencesTwice):
+        yield from examples.found.notes
 
 
 def print_idle_settings(console: Console, training: Training) -> None:
