@@ -14,6 +14,7 @@ from .data.split import TokenizedSplit
 from .effects import lines_on_idle_settings
 from .objectives.masking import MaskedText
 from .objectives.simcse import SentencesTwice
+from .phase_facts import PhaseFacts
 from .runtime.execution import Execution
 from .runtime.manifest import Progress
 from .runtime.traffic import measure_traffic
@@ -23,7 +24,7 @@ from .training import Training
 def describe(console: Console, training: Training) -> None:
     """Print what is about to be trained."""
     recipe, parameters = training.recipe, training.parameters
-    name = list(training.run.recipe.in_phases)[training.phase]
+    name = training.name
     rows = len(parameters.rows)
     gradients = f"{rows} task gradients, balance {recipe.balance}" if rows > 1 else "one gradient"
     console.print(
@@ -75,10 +76,25 @@ def _notes_on(examples: Examples) -> Iterator[str]:
         yield from examples.found.notes
 
 
-def print_idle_settings(console: Console, training: Training) -> None:
-    """Print a line for each setting that the recipe gives and that changes nothing."""
-    for line in lines_on_idle_settings(training.run, training.device, training.ranks):
-        console.print(line, soft_wrap=True, highlight=False)
+def print_idle_settings(
+    console: Console, training: Training, facts: Mapping[str, PhaseFacts], known: Collection[str]
+) -> list[str]:
+    """Print a line for each setting that the recipe gives and that changes nothing.
+
+    Args:
+        console: where to.
+        training: of the phase that begins.
+        facts: by phase, what its data decide, as far as they are read.
+        known: lines that were printed before.
+
+    Returns:
+        The lines that are known now.
+    """
+    lines = lines_on_idle_settings(training.run, training.device, training.ranks, facts)
+    for line in lines:
+        if line not in known:
+            console.print(line, soft_wrap=True, highlight=False)
+    return [*known, *lines]
 
 
 def print_warmup(console: Console, execution: Execution) -> None:

@@ -1,4 +1,4 @@
-"""Runs of objectives alone: they train no task, so they have no scores, and are whole all the same."""
+"""Runs of objectives alone: they train no task, have no scores, and are whole all the same."""
 
 import gzip
 import json
@@ -104,7 +104,7 @@ def test_a_sweep_lists_what_is_not_scored_last(data, tmp_path, capsys):
 def test_the_report_on_papers_takes_scored_runs(train, tmp_path):
     """A paper's recipe, trained on its objective alone, is no result of that system."""
     train("phases={}", "train=['masked_lm']", recipe="superbert")
-    with pytest.raises(InputError, match="none of these runs .* and scored"):
+    with pytest.raises(InputError, match=r"none of these runs .* and scored"):
         report.main(["--papers", str(tmp_path / "run"), "--out", str(tmp_path)])
 
 
