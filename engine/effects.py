@@ -2,65 +2,29 @@
 
 A field that a recipe or ``--set`` gives is held against the table below, which says of every field
 of a recipe when it has an effect.  A field of a phase needs it in that phase, one of the whole
-recipe in any phase that has no other value for it.
+recipe in any phase that has no other value for it.  Where an effect depends on the data of a phase
+whose turn has not come yet, it is assumed.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 
 from .data.rows import shorten
-from .data.source import TaskSource
-from .model.config import EncoderConfig
-from .multitask.balance import BalanceSettings, Signals, TrainedTasks, build_method
-from .objectives.recipe import ObjectiveRecipe
+from .effect_cases import Case
+from .given import given_fields
+from .method_trials import settings_read, sums_what_is_separate
 from .origins import reads_data_folder
+from .phase_facts import PhaseFacts
 from .recipe import Recipe
 from .run import Run
 from .runtime.distributed import Ranks
 from .settings import Settings
-from .training import execution_kind, has_one_gradient, runs_encoder
-from .wording import ANY_NAME
-
-
-class Case(NamedTuple):
-    """A field within a phase of a run, and where that is trained.
-
-    Attributes:
-        recipe: of the phase.
-        config: of the encoder.
-        device: where it is trained.
-        ranks: the processes that train together.
-        field: the field, without its tables.
-        owner: the task or objective that it belongs to, if any.
-    """
-
-    recipe: Recipe
-    config: EncoderConfig
-    device: torch.device
-    ranks: Ranks
-    field: str
-    owner: str
-
-    @property
-    def execution(self) -> str:
-        """How steps are run."""
-        return execution_kind(self.recipe, self.device, self.ranks)
-
-    @property
-    def objective(self) -> ObjectiveRecipe:
-        """The objective that the field belongs to."""
-        return self.recipe.objectives[self.owner]
-
-    @property
-    def source(self) -> TaskSource:
-        """The source that the field belongs to."""
-        source = self.recipe.tasks[self.owner].source
-        assert source is not None
-        return source
+from .training import has_one_gradient, runs_encoder
 
 
 class Effect(NamedTuple):
@@ -70,11 +34,33 @@ class Effect(NamedTuple):
         holds: whether it has in a case.
         reason: why it has none elsewhere; ``{case}`` is that case.
         off: the value that asks for no effect, so that it gets what it asks for.
+        also: what it needs besides.
     """
 
     holds: Callable[[Case], bool]
     reason: str
     off: object = None
+    also: "Effect | None" = None
+
+    def reason_against(self, case: Case) -> str:
+        """Return why there is no effect in a case; empty where there is one."""
+        if not self.holds(case):
+            return self.reason.format(case=case)
+        return self.also.reason_against(case) if self.also is not None else ""
+
+
+def _of_data(holds: Callable[[Case], bool], reason: str, off: object = None) -> Effect:
+    """Return an effect that depends on the data, and is assumed before they are read."""
+    return Effect(lambda case: case.known is None or holds(case), reason, off)
+
+
+def _of_run_steps(off: int) -> Effect:
+    """Return the effect of a number of steps, in which the run has to come that far."""
+    return Effect(
+        lambda case: case.run_steps is None or getattr(case.recipe, case.field) <= case.run_steps,
+        "the run has {case.run_steps} steps",
+        off,
+    )
 
 
 def _balances(case: Case) -> bool:
@@ -109,6 +95,31 @@ def _joins_texts(case: Case) -> bool:
     return case.objective.kind == "masked_lm" and case.objective.join > 1
 
 
+def _falls(case: Case) -> bool:
+    """Return whether the rate of the last step is lower than a constant one."""
+    schedule, last = case.facts.schedule, case.facts.steps - 1
+    return schedule(last) != replace(schedule, kind="constant")(last)
+
+
+def _decides_epochs(case: Case) -> bool:
+    """Return whether the epochs decide when training ends, or what is drawn."""
+    recipe = case.recipe
+    return not 0 < recipe.max_steps < case.facts.epoch_steps or recipe.order == "annealed"
+
+
+def _sums(case: Case) -> bool:
+    """Return whether the task gradients share no parameter, and the method then sums them."""
+    recipe = case.recipe
+    return case.facts.separate and sums_what_is_separate(
+        recipe.balance, recipe.train, recipe.balancing
+    )
+
+
+def _has_shared(case: Case) -> bool:
+    """Return whether balancing differs from the sum: of a part of one task it does not."""
+    return not (case.facts.separate if case.recipe.surgery != "model" else _sums(case))
+
+
 def _method_reads(case: Case) -> bool:
     recipe = case.recipe
     return _balances(case) and case.field in settings_read(
@@ -123,6 +134,8 @@ _DROPS_OUT = Effect(
     "the frozen encoder's states are computed once, without dropout",
     off=0,
 )
+_NOT_SHARED = "no two tasks train the same parameter, so it gives the sum"
+_SHARED = _of_data(_has_shared, _NOT_SHARED)
 _SEVERAL_RANKS = Effect(lambda case: case.ranks.size > 1, "one process trains")
 _OF_FILES = Effect(lambda case: bool(case.source.files), "a data set by name has no files")
 _OF_DATASET = Effect(lambda case: bool(case.source.dataset), "files are read, no data set by name")
@@ -136,7 +149,15 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.features": ALWAYS,
         "tasks.NAME.loss": Effect(_reads_loss, "{case.owner} is not trained", off="default"),
         "tasks.NAME.weight": Effect(_is_trained, "{case.owner} is not trained", off=1),
-        "tasks.NAME.first": Effect(_is_trained, "{case.owner} is not trained", off=0),
+        "tasks.NAME.first": Effect(
+            _is_trained,
+            "{case.owner} is not trained",
+            off=0,
+            also=_of_data(
+                lambda case: case.recipe.tasks[case.owner].first < case.examples,
+                "the training set has {case.examples} examples",
+            ),
+        ),
         **dict.fromkeys(
             (f"tasks.NAME.source.{name}" for name in ("kind", "text", "label", "id", "dataset")),
             ALWAYS,
@@ -152,11 +173,26 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.source.*": _OF_FILES,
         "objectives.NAME": Effect(_is_trained, "train does not name it"),
         **dict.fromkeys(
-            (
-                f"objectives.NAME.{name}"
-                for name in ("kind", "sentences_of", "files", "limit", "max_texts", "weight")
-            ),
+            (f"objectives.NAME.{name}" for name in ("kind", "sentences_of", "files", "weight")),
             ALWAYS,
+        ),
+        "objectives.NAME.limit": Effect(
+            _is_trained,
+            "train does not name it",
+            off=0,
+            also=_of_data(
+                lambda case: case.objective.limit < case.texts.largest,
+                "no task or file has more than {case.texts.largest}",
+            ),
+        ),
+        "objectives.NAME.max_texts": Effect(
+            _is_trained,
+            "train does not name it",
+            off=0,
+            also=_of_data(
+                lambda case: case.objective.max_texts < case.texts.texts,
+                "{case.texts.texts} texts were found",
+            ),
         ),
         "objectives.NAME.join": Effect(
             lambda case: case.objective.kind == "masked_lm",
@@ -202,27 +238,57 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             "{case.recipe.train[0]} is trained alone",
             off="together",
         ),
-        **dict.fromkeys(("epochs", "max_steps", "on_bad_row"), ALWAYS),
-        "limit": Effect(_trains_tasks, "no task is trained; objectives have their own", off=0),
-        "balance": Effect(_balances, "a step has one gradient, nothing to balance", off="sum"),
+        "on_bad_row": ALWAYS,
+        "epochs": _of_data(
+            _decides_epochs,
+            "max_steps = {case.recipe.max_steps} ends training before",
+            off=Recipe.model_fields["epochs"].default,
+        ),
+        "max_steps": _of_data(
+            lambda case: case.recipe.max_steps < case.facts.epoch_steps,
+            "the epochs are over after {case.facts.epoch_steps} steps",
+            off=0,
+        ),
+        "limit": Effect(
+            _trains_tasks,
+            "no task is trained; objectives have their own",
+            off=0,
+            also=_of_data(
+                lambda case: case.recipe.limit < case.most_examples,
+                "no training set has more than {case.most_examples} examples",
+            ),
+        ),
+        "balance": Effect(
+            _balances, "a step has one gradient, nothing to balance", off="sum", also=_SHARED
+        ),
         "balancing.*": Effect(
-            _method_reads, "balance = {case.recipe.balance} does not read it here"
+            _method_reads, "balance = {case.recipe.balance} does not read it here", also=_SHARED
         ),
         "surgery": Effect(
             lambda case: _balances(case) and case.recipe.balance != "sum",
             "all weights of the sum are 1",
             off="model",
+            also=_of_data(lambda case: not _sums(case), _NOT_SHARED),
         ),
-        **dict.fromkeys(("optimizer", "lr", "schedule", "warmup", "betas", "eps"), ALWAYS),
-        **dict.fromkeys(("weight_decay", "clip_norm", "precision", "execution"), ALWAYS),
+        **dict.fromkeys(("optimizer", "lr", "betas", "eps", "weight_decay"), ALWAYS),
+        "schedule": _of_data(
+            _falls, "the rate would fall after the last step only", off="constant"
+        ),
+        "warmup": _of_data(
+            lambda case: case.facts.schedule.warmup_steps > 0,
+            "of {case.facts.steps} steps that rounds to none",
+            off=0,
+        ),
+        **dict.fromkeys(("clip_norm", "precision", "execution"), ALWAYS),
         "max_graphs": Effect(
             lambda case: case.execution == "graphs",
             "execution {case.execution} records no CUDA graphs",
         ),
-        **dict.fromkeys(("seed", "log_every", "log_mib", "keep_logs"), ALWAYS),
-        **dict.fromkeys(("max_skipped", "sinks"), ALWAYS),
+        "log_every": _of_run_steps(off=Recipe.model_fields["log_every"].default),
+        "checkpoint_every": _of_run_steps(off=0),
+        **dict.fromkeys(("seed", "log_mib", "keep_logs", "max_skipped", "sinks"), ALWAYS),
         "watch_layers": Effect(_balances, "a step has one gradient, so no cosines", off=0),
-        **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "phases"), ALWAYS),
+        **dict.fromkeys(("keep_checkpoints", "phases"), ALWAYS),
         "distribute": _SEVERAL_RANKS,
         "timeout": _SEVERAL_RANKS,
         "threads": Effect(
@@ -239,124 +305,45 @@ def effect_of(known_as: str) -> Effect:
     return EFFECTS.get(known_as) or EFFECTS[f"{table}.*"]
 
 
-def lines_on_idle_settings(run: Run, device: torch.device, ranks: Ranks | None = None) -> list[str]:
+def lines_on_idle_settings(
+    run: Run,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    facts: Mapping[str, PhaseFacts] | None = None,
+) -> list[str]:
     """Return a line for each setting that the recipe gives and that changes nothing.
 
     Args:
         run: with the settings in force.
         device: where it is trained.
         ranks: the processes that train it together.
+        facts: by phase, what its data decide, where they are read already.
     """
-    lines, idle = _line_on_shape(run), list[str]()
-    for given, phases in _places(run.recipe):
+    lines, idle, recipes, facts = (
+        _line_on_shape(run),
+        list[str](),
+        run.recipe.in_phases,
+        facts or {},
+    )
+    all_known = facts.keys() >= recipes.keys()
+    run_steps = sum(known.steps for known in facts.values()) if all_known else None
+    for given, phases in given_fields(run.recipe):
+        if isinstance(given.value, Settings) and given.known_as not in EFFECTS:
+            continue
         if any(given.key.startswith(f"{table}.") for table in idle):
             continue
         effect, field = effect_of(given.known_as), given.key.rpartition(".")[2]
         if effect.off is not None and given.value == effect.off:
             continue
-        cases = [
-            Case(phase, run.config, device, ranks or Ranks(), field, given.owner)
-            for phase in phases
-        ]
-        if not any(map(effect.holds, cases)):
+        place = (run.config, device, ranks or Ranks(), field, given.owner)
+        cases = [Case(recipes[name], *place, facts.get(name), run_steps) for name in phases]
+        if all(map(effect.reason_against, cases)):
             idle.append(given.key)
-            reason = effect.reason.format(case=cases[-1]) if cases else "every phase has its own"
+            # Of a phase that lacks the data alone, if there is one.
+            case = max(cases, key=effect.holds, default=None)
+            reason = effect.reason_against(case) if case else "every phase has its own"
             lines.append(f"{given.key}{_spelt(given.value)}: no effect, {reason}")
     return lines
-
-
-def settings_read(balance: str, tasks: Sequence[str], settings: BalanceSettings) -> set[str]:
-    """Return the fields of ``settings`` that a method reads, by trying it out.
-
-    Args:
-        balance: the method's name.
-        tasks: the trained tasks.
-        settings: of the methods.
-
-    Raises:
-        InputError: the method does not fit the tasks.
-    """
-    count, reads = len(tasks), _Reads(settings)
-    known = TrainedTasks(tuple(tasks), (1,) * count)
-    method = build_method(balance, known, cast(BalanceSettings, reads))
-    order = torch.arange(count).expand(count, count).contiguous()
-    method.decide(Signals(torch.eye(count), order, torch.ones(count), method.first_state))
-    return reads.names
-
-
-class _Reads:
-    """Settings that note which of them are read."""
-
-    def __init__(self, settings: BalanceSettings) -> None:
-        self._settings = settings
-        self.names: set[str] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        self.names.add(name)
-        return getattr(self._settings, name)
-
-
-class _Given(NamedTuple):
-    """A field, or a table, that a recipe gives.
-
-    Attributes:
-        key: its name.
-        known_as: its name among ``--fields``.
-        owner: the task or objective that it belongs to, if any.
-        value: what it is set to.
-    """
-
-    key: str
-    known_as: str
-    owner: str
-    value: Any
-
-
-def _places(recipe: Recipe) -> Iterator[tuple[_Given, list[Recipe]]]:
-    """Yield what a recipe gives, and the phases that it counts in."""
-    phases = recipe.in_phases
-    fields, required = Recipe.model_fields, {"train"}
-    # A run's own recipe.toml says everything; what it leaves as it is was not asked for.
-    changed = recipe.model_fields_set >= fields.keys()
-    for given in _given_in(recipe, recipe.model_fields_set - required, changed=changed):
-        field = given.known_as.partition(".")[0]
-        yield given, [p for name, p in phases.items() if field not in recipe.phases.get(name, ())]
-    for name, own in recipe.phases.items():
-        for given in _given_in(phases[name], own.keys()):
-            yield given._replace(key=f"phases.{name}.{given.key}"), [phases[name]]
-
-
-def _given_in(
-    table: Settings,
-    names: Collection[str],
-    key: str = "",
-    known_as: str = "",
-    owner: str = "",
-    *,
-    changed: bool = False,
-) -> Iterator[_Given]:
-    """Yield fields of a table, those of tables in it by their own, all or what was changed."""
-    for name, info in type(table).model_fields.items():
-        value = getattr(table, name)
-        if name not in names or (changed and value == info.get_default()):
-            continue
-        tables = {"": value} if isinstance(value, Settings) else value
-        if not (isinstance(tables, dict) and all(isinstance(t, Settings) for t in tables.values())):
-            yield _Given(key + name, known_as + name, owner, value)
-            continue
-        for own, inner in tables.items():
-            its_key = f"{key}{name}.{own}".rstrip(".")
-            its_name = f"{known_as}{name}.{ANY_NAME}" if own else f"{known_as}{name}"
-            if its_name in EFFECTS:
-                yield _Given(its_key, its_name, own or owner, inner)
-            yield from _given_in(
-                inner,
-                inner.model_fields_set,
-                f"{its_key}.",
-                f"{its_name}.",
-                own or owner,
-                changed=changed,
-            )
 
 
 def _line_on_shape(run: Run) -> list[str]:

@@ -5,6 +5,7 @@ was cut off goes on where it was: finished runs are left alone, a half-done one 
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os.path import isfile
@@ -50,7 +51,8 @@ class Result(NamedTuple):
 
     Attributes:
         group: of its cell.
-        scores: dev scores of the best epoch, by task and ``overall``.
+        scores: dev scores of the best epoch, by task and ``overall``; none where no task is
+            trained.
         seconds: that its training steps took.
     """
 
@@ -104,7 +106,8 @@ def train_cells(
         signal = train_run(run)
         if signal is not None:
             return signal
-        scores = read_scores(run.folder, run.recipe.tasks).scores
+        recipe = run.recipe
+        scores = read_scores(run.folder, recipe.tasks).scores if recipe.is_scored else {}
         results[cell.name] = Result(cell.group, scores, training_seconds(run.folder))
         content = {name: result._asdict() for name, result in results.items()}
         write_text(folder / RESULTS, json.dumps(content, indent=2) + "\n")
@@ -141,7 +144,10 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def print_results(console: Console, results: Mapping[str, Result]) -> None:
-    """Print the groups of a series, the best overall score first, scores averaged over seeds."""
+    """Print the groups of a series, scores averaged over seeds.
+
+    The best overall score comes first, what is not scored last.
+    """
     groups: dict[str, list[Result]] = {}
     for result in results.values():
         groups.setdefault(result.group, []).append(result)
@@ -163,4 +169,4 @@ def print_results(console: Console, results: Mapping[str, Result]) -> None:
 
 
 def _overall(members: Sequence[Result]) -> float:
-    return statistics.mean(result.scores["overall"] for result in members)
+    return statistics.mean(result.scores.get("overall", -math.inf) for result in members)

@@ -226,9 +226,17 @@ class Recipe(Settings):
                 self._phase(name)
             except ValidationError as error:
                 raise ValueError(f"phases.{name}.{first_problem(error, Recipe)}") from None
-        if self.phases and not list(self.in_phases.values())[-1].scored:
-            raise ValueError("phases: the last one trains no task, so there is nothing to score")
+        if self.is_scored and not list(self.in_phases.values())[-1].scored:
+            raise ValueError(
+                "phases: the last one trains no task, so its weights are never scored and the best "
+                "are an earlier phase's; train a task in it, or put it before"
+            )
         return self
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether a run gets dev scores: some phase of it trains a task."""
+        return any(phase.scored for phase in self.in_phases.values())
 
     @property
     def in_phases(self) -> dict[str, "Recipe"]:

@@ -32,7 +32,7 @@ from .model.features import CROSS
 from .model.multitask import MultitaskModel
 from .objectives.build import build_examples, build_head
 from .objectives.masked_lm import MaskedLmHead
-from .objectives.text import evenly, lines_of, sentences_of
+from .objectives.text import Found, evenly, lines_of, sentences_of
 from .origins import data_folder, origin
 from .recipe import Recipe
 from .recipe_tables import EncoderRecipe
@@ -141,17 +141,31 @@ class Run(NamedTuple):
         """
         recipe, settings = self.recipe, self.recipe.objectives[name]
         tasks = settings.sentences_of or (() if settings.files else tuple(recipe.tasks))
-        texts = [
-            text
-            for task in tasks
-            for text in sentences_of(
-                training_table(recipe, task), task, settings.limit, recipe.seed
-            )
-        ]
+        texts, sizes, notes = list[str](), list[int](), list[str]()
+        for task in tasks:
+            table = training_table(recipe, task)
+            texts += sentences_of(table, task, settings.limit, recipe.seed)
+            sizes.append(len(table))
+            file_name = origin(recipe, task, "train").name
+            notes += [f"{task}: read {file_name} as {note}" for note in table.notes]
+            skipped = table.bad_rows.items()
+            notes += [f"{name}: {count} rows of {task} skipped ({why})" for why, count in skipped]
         for file in settings.files:
-            texts += lines_of(data_folder(recipe) / file, settings.limit)
-        texts = evenly(texts, settings.max_texts)
-        return build_examples(name, settings, texts, self.tokenizer, self.max_length, recipe.seed)
+            path = data_folder(recipe) / file
+            lines = lines_of(path)
+            texts += lines.texts[: settings.limit or None]
+            sizes.append(len(lines.texts))
+            notes += [f"{name}: read {path.name} as {note}" for note in lines.notes]
+        found = Found(max(sizes), len(texts), tuple(notes))
+        return build_examples(
+            name,
+            settings,
+            evenly(texts, settings.max_texts),
+            self.tokenizer,
+            self.max_length,
+            recipe.seed,
+            found,
+        )
 
     def new_model(self) -> MultitaskModel:
         """Return the model as the run's seed initialises it, fp32, on the CPU."""

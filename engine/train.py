@@ -23,6 +23,7 @@ from .errors import InputError
 from .fields import print_fields
 from .many import print_results, read_results, seeds_of, train_cells
 from .options import overrides, parser
+from .phase_facts import PhaseFacts
 from .recipe import Recipe
 from .run import Run
 from .runtime.cpu import keep_freed_memory, set_threads
@@ -112,15 +113,16 @@ def train_run(
     if device.type == "cpu":
         keep_freed_memory()
         set_threads(run.recipe.threads, ranks.local_size)
-    first, known = run.checkpoints.progress().phase, list[str]()
+    first, facts = run.checkpoints.progress().phase, dict[str, PhaseFacts]()
+    known, idle = list[str](), list[str]()
     for phase in range(first, len(run.recipe.in_phases)):
         # The first on each machine fills the cache of tokenized data.
         with ranks.in_turn(), memory_explained(SMALLER_MODEL):
             training = Training.build(run, device, ranks, phase=phase)
         if ranks.leads:
             run.write()  # only now: what cannot be trained leaves no folder behind
-        if phase == first:
-            print_idle_settings(console, training)
+        facts[training.name] = PhaseFacts.of(training)
+        idle = print_idle_settings(console, training, facts, idle)
         describe(console, training)
         known = report_data(console, [*training.train_sets, *training.dev_sets.values()], known)
         recipe = training.recipe
@@ -160,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             training = Training.build(run, device, ranks)
             report_data(console, [*training.train_sets, *training.dev_sets.values()])
             show_plan(console, training)
-            print_idle_settings(console, training)
+            print_idle_settings(console, training, {training.name: PhaseFacts.of(training)}, ())
             return 0
         signal = train_run(run, device, console, ranks)
     if signal is not None:
@@ -168,9 +170,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED + signal
     if not ranks.leads:
         return 0
-    best = read_scores(run.folder, recipe.tasks)
-    title = f"dev scores, best epoch (step {best.step})"
-    print_scores(console, title, best.scores, recipe.formats)
+    if recipe.is_scored:
+        best = read_scores(run.folder, recipe.tasks)
+        title = f"{best.split} scores, best epoch (step {best.step})"
+        print_scores(console, title, best.scores, recipe.formats)
+    else:
+        console.print("not scored: no task was trained; the weights are those of the last step")
     console.print(f"wrote {run.folder}", soft_wrap=True, highlight=False)
     return 0
 

@@ -214,6 +214,11 @@ class Training:
         )
 
     @property
+    def name(self) -> str:
+        """The name of the phase; empty where the recipe has none."""
+        return list(self.run.recipe.in_phases)[self.phase]
+
+    @property
     def epoch_steps(self) -> int:
         """Steps of an epoch."""
         return self.order.epoch_steps

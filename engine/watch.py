@@ -1,6 +1,6 @@
 """What a training run shows on the terminal."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +12,9 @@ from rich.live import Live
 from .data.part import Examples
 from .data.split import TokenizedSplit
 from .effects import lines_on_idle_settings
+from .objectives.masking import MaskedText
+from .objectives.simcse import SentencesTwice
+from .phase_facts import PhaseFacts
 from .runtime.execution import Execution
 from .runtime.manifest import Progress
 from .runtime.traffic import measure_traffic
@@ -21,7 +24,7 @@ from .training import Training
 def describe(console: Console, training: Training) -> None:
     """Print what is about to be trained."""
     recipe, parameters = training.recipe, training.parameters
-    name = list(training.run.recipe.in_phases)[training.phase]
+    name = training.name
     rows = len(parameters.rows)
     gradients = f"{rows} task gradients, balance {recipe.balance}" if rows > 1 else "one gradient"
     console.print(
@@ -44,7 +47,7 @@ def report_data(
 
     Args:
         console: where to.
-        splits: what was read; of what objectives train on there is nothing to report.
+        splits: what was read.
         known: notes on files that were printed before.
 
     Returns:
@@ -52,13 +55,12 @@ def report_data(
     """
     notes = list(known)
     for split in splits:
-        if not isinstance(split, TokenizedSplit):
-            continue
-        for note in split.notes:
-            line = f"{split.task}: {note}"
+        for line in _notes_on(split):
             if line not in notes:
                 notes.append(line)
                 console.print(line, highlight=False, soft_wrap=True)
+        if not isinstance(split, TokenizedSplit):
+            continue
         if split.truncated:
             console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
         for reason, count in split.bad_rows.items():
@@ -66,10 +68,33 @@ def report_data(
     return notes
 
 
-def print_idle_settings(console: Console, training: Training) -> None:
-    """Print a line for each setting that the recipe gives and that changes nothing."""
-    for line in lines_on_idle_settings(training.run, training.device, training.ranks):
-        console.print(line, soft_wrap=True, highlight=False)
+def _notes_on(examples: Examples) -> Iterator[str]:
+    """Yield a line for each thing that was found out about the files of a task or objective."""
+    if isinstance(examples, TokenizedSplit):
+        yield from (f"{examples.task}: {note}" for note in examples.notes)
+    elif isinstance(examples, MaskedText | SentencesTwice):
+        yield from examples.found.notes
+
+
+def print_idle_settings(
+    console: Console, training: Training, facts: Mapping[str, PhaseFacts], known: Collection[str]
+) -> list[str]:
+    """Print a line for each setting that the recipe gives and that changes nothing.
+
+    Args:
+        console: where to.
+        training: of the phase that begins.
+        facts: by phase, what its data decide, as far as they are read.
+        known: lines that were printed before.
+
+    Returns:
+        The lines that are known now.
+    """
+    lines = lines_on_idle_settings(training.run, training.device, training.ranks, facts)
+    for line in lines:
+        if line not in known:
+            console.print(line, soft_wrap=True, highlight=False)
+    return [*known, *lines]
 
 
 def print_warmup(console: Console, execution: Execution) -> None:

@@ -1,12 +1,14 @@
 """What is wrong with a recipe, in one line, and which known name was probably meant."""
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from .data.rows import shorten
+from .other_names import OPTIONS, OTHER_NAMES
 
 ANY_NAME = "NAME"
 """Stands for a name that the recipe chooses: of a task, of an objective."""
@@ -21,10 +23,19 @@ _FEW = 8
 """Known names that a message lists; of more it names the page."""
 _MOST = 3
 """Names that are suggested at once; more are no help."""
-_UNITS = frozenset(
-    ("dir", "folder", "method", "mode", "path", "prob", "rate", "ratio", "size", "steps", "type")
+_KINDS = frozenset(
+    (
+        *("dir", "folder", "fraction", "method", "mode", "name", "p", "path", "percent", "prob"),
+        *("proportion", "rate", "ratio", "size"),
+    )
 )
-"""Last words that name a kind of value, and that the field's own name may lack."""
+"""Last words that say what kind of value it is; names are alike without them."""
+_COUNTING = frozenset(
+    ("device", "gpu", "max", "n", "num", "number", "of", "per", "the", "total", "train", "training")
+)
+"""First words that names are alike without."""
+_VERBS = frozenset(("checkpoint", "clip", "freeze", "keep", "log", "watch"))
+"""First words of fields that do something to what their last word names."""
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
@@ -70,29 +81,60 @@ def nearest(name: str, known: Iterable[str], page: str = "") -> str:
 
 
 def close(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known names that ``name`` is close to, the likeliest first, or none of them.
+    """Return the known names that were probably meant by ``name``, or none of them.
 
-    Close is, in this order: the same letters (``batchsize``); one edit away, two from six letters
-    on (``epoch``); the same words but for one before or a unit behind (``num_epochs``,
-    ``warmup_ratio``); a part of the other, from its beginning or a whole word (``freeze``,
-    ``dropout``); its initials (``bs``, ``learning_rate`` for lr).
+    Close is, in this order: the same letters (``batchsize``); what other trainers call it
+    (``learning_rate``); an edit away, two from six letters on (``epoch``); the same words but for
+    such as count or say the kind of value (``num_epochs``, ``dropout_rate``); its first words
+    (``freeze``); its last words (``decay``), unless something is done to them (``clip_norm``).
+
+    Args:
+        name: what is not known; dotted where it stands in a table.
+        known: what could have been meant; names in its own table come before others.  Options
+            are meant by what others call them alone.
     """
     known = list(dict.fromkeys(known))
-    asked = _letters(name)
-    for alike in (_equal, _few_edits, _same_words, _part, _initials):
-        ranks = ((alike(asked, _letters(other)), other) for other in known)
-        found = sorted((rank, other) for rank, other in ranks if rank is not None)
-        best = [other for rank, other in found if rank == found[0][0]]
-        if 0 < len(best) <= _MOST:
-            return best
-    return []
+    table, _, asked = name.rpartition(".")
+    fields = [other for other in known if other not in OPTIONS]
+    beside = [other for other in fields if other.rpartition(".")[0] == table]
+
+    def alike(among: Iterable[str], *measures: Measure) -> Iterator[list[str]]:
+        return (_closest(asked, among, measure) for measure in measures)
+
+    def called(elsewhere: str) -> Iterator[list[str]]:
+        meant = OTHER_NAMES.get(_letters(elsewhere))
+        yield [meant] if meant in known else []
+
+    by_words = (_same_words, _first_words, _last_words)
+    inside = (alike(beside, _few_edits, *by_words), called(asked), alike(fields, _equal))
+    on_top = (
+        called(asked),
+        alike(beside, _few_edits),
+        alike(fields, _equal),
+        alike(beside, *by_words),
+    )
+    found = itertools.chain(
+        alike(beside, _equal),
+        called(name),
+        *(inside if table else on_top),
+        alike(fields, _same_words, _one_edit_of_many, _last_words),
+    )
+    return next((names for names in found if 0 < len(names) <= _MOST), [])
+
+
+Measure = Callable[[str, str], int | None]
+"""Of a name and a known one: a rank, the smaller the closer, or None if they are not alike."""
+
+
+def _closest(asked: str, names: Iterable[str], measure: Measure) -> list[str]:
+    asked = _letters(asked)
+    ranks = ((measure(asked, _letters(other.rpartition(".")[2])), other) for other in names)
+    found = sorted((rank, other) for rank, other in ranks if rank is not None)
+    return [other for rank, other in found if rank == found[0][0]]
 
 
 def _letters(name: str) -> str:
     return name.lower().replace("-", "_")
-
-
-# Each measure returns a rank, the smaller the closer, or None for names that are not alike.
 
 
 def _equal(name: str, other: str) -> int | None:
@@ -100,36 +142,44 @@ def _equal(name: str, other: str) -> int | None:
 
 
 def _few_edits(name: str, other: str) -> int | None:
-    longest = max(len(name), len(other))
-    if longest < 3:
+    shortest, longest = sorted((len(name), len(other)))
+    if longest < 3 or (shortest < 6 and name[:1] != other[:1]):
         return None
     edits = _edits(name, other)
-    return edits if edits <= (1 if longest < 6 else 2) else None
+    return edits if edits <= (1 if shortest < 6 else 2) else None
+
+
+def _one_edit_of_many(name: str, other: str) -> int | None:
+    return 0 if min(len(name), len(other)) >= 6 and _edits(name, other) <= 1 else None
 
 
 def _same_words(name: str, other: str) -> int | None:
-    words, own = name.split("_"), other.split("_")
-    if len(words) > 1 and words[-1] in _UNITS and words[:-1] == own:
-        return 0
-    return 1 if len(other) >= 4 and words[1:] == own else None
+    return 0 if _without_kind(_words(name)) == _without_kind(_words(other)) else None
 
 
-def _part(name: str, other: str) -> int | None:
-    if len(name) >= 3 and other.startswith(name):
-        return 0
-    if len(name) >= 4 and name in other.split("_"):
-        return 1
-    rest = name.removeprefix(other)
-    return 2 if rest != name and "_" not in rest else None
-
-
-def _initials(name: str, other: str) -> int | None:
-    return 0 if name == _initials_of(other) or other == _initials_of(name) else None
-
-
-def _initials_of(name: str) -> str:
+def _first_words(name: str, other: str) -> int | None:
     words = name.split("_")
-    return "".join(word[0] for word in words) if min(map(len, words)) > 1 < len(words) else ""
+    if other.split("_")[: len(words)] == words:
+        return 0
+    return 1 if len(name) >= 4 and other.startswith(name) else None
+
+
+def _last_words(name: str, other: str) -> int | None:
+    words, own = _words(name), _without_kind(_words(other))
+    is_kind_of = own[0] not in _VERBS and words[-1] == own[-1] and set(words) <= set(own)
+    return 0 if is_kind_of else None
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name, in the singular, without those that count."""
+    words = name.split("_")
+    while len(words) > 1 and words[0] in _COUNTING:
+        words.pop(0)
+    return [word.removesuffix("s") for word in words]
+
+
+def _without_kind(words: list[str]) -> list[str]:
+    return words[:-1] if len(words) > 1 and words[-1] in _KINDS else words
 
 
 def _edits(one: str, other: str) -> int:
@@ -166,18 +216,30 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from keys_of(table, f"{prefix}{name}.{named}")
 
 
+def names_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all fields, and of the tables that hold them."""
+    for key in keys_of(model, prefix):
+        yield key
+        while (key := key.rpartition(".")[0]) and not key.endswith(ANY_NAME):
+            yield key
+
+
 def _nearest_key(location: Sequence[str], model: type[BaseModel]) -> str:
-    """Return the hint for an unknown key: a field of that table, or of that name elsewhere."""
-    known, key = _fields_at(model, location[:-1]), location[-1]
-    elsewhere = [other for other in keys_of(model) if other.split(".")[-1] == key]
-    if not close(key, known) and 0 < len(elsewhere) <= _MOST:
-        return f"; did you mean {' or '.join(elsewhere)}?; {FIELDS} shows all"
-    return nearest(key, known, FIELDS)
+    """Return the hint for an unknown key: fields of its table, or of another, or options."""
+    prefix, fields = _table_at(model, location[:-1])
+    known = [*names_of(model), *OPTIONS]
+    meant = [name.removeprefix(prefix) for name in close(prefix + location[-1], known)]
+    if meant:
+        return f"; did you mean {' or '.join(meant)}?; {FIELDS} shows all"
+    return nearest(location[-1], fields, FIELDS)
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[str]) -> Mapping[str, Any]:
-    """Return the fields of the table at a place; names that a recipe chose are passed over."""
+def _table_at(model: type[BaseModel], location: Sequence[str]) -> tuple[str, Iterable[str]]:
+    """Return how the names of the table at a place begin, and its fields."""
+    prefix, named = "", False
     for part in location:
-        if part in model.model_fields:
-            model = table_of(model.model_fields[part].annotation) or model
-    return model.model_fields
+        info = None if named else model.model_fields.get(part)
+        prefix += f"{ANY_NAME if info is None else part}."
+        named = info is not None and get_origin(info.annotation) is dict
+        model = (info and table_of(info.annotation)) or model
+    return prefix, model.model_fields

@@ -18,7 +18,7 @@ tags: [bert, multi-task, sentence-transformers, sentence-similarity]
 
 # {title}
 
-One BERT encoder trained on {tasks} together ({balance} on {count} task gradients), with a head for
+One BERT encoder trained on {tasks}{together}, with a head for
 each task.  Trained with superbert-engine {version}; the weights are those of step {step}.
 
 ## Use
@@ -105,12 +105,11 @@ def model_card(run: Run, progress: Progress, scores: dict[str, float] | None) ->
         progress: of the exported checkpoint.
         scores: its dev scores by task, or None where they are not known.
     """
-    recipe = run.recipe
+    recipe, count = run.recipe, len(run.recipe.train)
     return _CARD.format(
         title=run.folder.resolve().name,
         tasks=_listed(recipe.train),
-        balance=recipe.balance,
-        count=len(recipe.train),
+        together=f" together ({recipe.balance} on {count} task gradients)" if count > 1 else "",
         version=__version__,
         step=progress.step,
         pooling=recipe.pooling,

@@ -239,12 +239,13 @@ def build_method(name: str, tasks: TrainedTasks, settings: BalanceSettings) -> M
 
     Args:
         name: a key of :data:`METHODS`, or ``torchjd.`` and the name of a TorchJD weighting that
-            can be made without arguments.
+            can be made without arguments and keeps no state between steps.
         tasks: the trained tasks.
         settings: of the methods.
 
     Raises:
-        InputError: the method does not fit the tasks, or TorchJD has no such weighting.
+        InputError: the method does not fit the tasks, or TorchJD has no such weighting, or it
+            cannot be used.
     """
     if name.startswith(TORCHJD):
         return _of_gram(_torchjd_weighting(name.removeprefix(TORCHJD)))
@@ -258,19 +259,30 @@ def _torchjd_weighting(name: str) -> Callable[[Tensor], Tensor]:
         raise InputError(
             f"balance {TORCHJD}{name}: TorchJD is not installed (pip install torchjd)"
         ) from None
-    known = {
-        other: value
+    made = {
+        other: _made(value)
         for other, value in vars(aggregation).items()
         if isinstance(value, type) and issubclass(value, aggregation.Weighting)
     }
-    if name not in known:
-        raise InputError(
-            f"balance {TORCHJD}{name}: TorchJD has no such weighting; it has {', '.join(known)}"
-        )
+    weighting = made.get(name, "TorchJD has no such weighting")
+    if isinstance(weighting, str):
+        usable = ", ".join(other for other, one in made.items() if not isinstance(one, str))
+        raise InputError(f"balance {TORCHJD}{name}: {weighting}; take one of {usable}")
+    return weighting
+
+
+def _made(weighting: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor] | str:
+    """Return a TorchJD weighting, or why it cannot be used.
+
+    Those that learn from step to step have a state that no checkpoint would hold, and that the
+    groups of ``surgery`` would share; some of them need the gradients themselves, too.
+    """
     try:
-        return known[name]()
+        made = weighting()
     except (TypeError, ImportError) as error:
-        raise InputError(f"balance {TORCHJD}{name}: {error}") from None
+        return str(error)
+    stateful = isinstance(made, import_module("torchjd").Stateful)
+    return "it keeps a state between steps" if stateful else made
 
 
 class Balance:

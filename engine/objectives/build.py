@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..data.part import Examples
 from ..data.tokenizer import Tokenizer
 from ..model.config import EncoderConfig
 from .masked_lm import MaskedLmHead
 from .masking import MaskedText, following_segments, single_segments
 from .recipe import ObjectiveRecipe
 from .simcse import ContrastiveHead, SentencesTwice
-from .text import framed
+from .text import NOT_KNOWN, Found, framed
 
 
 def build_head(settings: ObjectiveRecipe, config: EncoderConfig) -> nn.Module:
@@ -28,7 +27,8 @@ def build_examples(
     tokenizer: Tokenizer,
     max_length: int,
     seed: int,
-) -> Examples:
+    found: Found = NOT_KNOWN,
+) -> MaskedText | SentencesTwice:
     """Return what an objective draws its batches from.
 
     Args:
@@ -38,15 +38,16 @@ def build_examples(
         tokenizer: what to split them with.
         max_length: the most tokens in a sequence.
         seed: decides what is masked and drawn.
+        found: where the texts come from.
 
     Raises:
         InputError: there is too little text.
     """
     if settings.kind == "simcse":
-        return SentencesTwice(name, framed(tokenizer, texts, max_length))
+        return SentencesTwice(name, framed(tokenizer, texts, max_length), found)
     segments = (
         following_segments(texts, tokenizer, max_length)
         if settings.kind == "masked_lm_next"
         else single_segments(texts, tokenizer, max_length, settings.join, settings.short)
     )
-    return MaskedText(name, segments, tokenizer, settings.mask_share, seed)
+    return MaskedText(name, segments, tokenizer, settings.mask_share, seed, found)

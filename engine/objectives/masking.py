@@ -18,7 +18,7 @@ from ..data.part import Indices, MaskedTokens, Part
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
 from .draw import uniforms
-from .text import joined, split_sentences, token_ids
+from .text import NOT_KNOWN, Found, joined, split_sentences, token_ids
 
 _TO_MASK, _TO_RANDOM = 0.8, 0.9
 
@@ -41,6 +41,7 @@ class MaskedText:
         tokenizer: for the special tokens.
         mask_share: of the tokens of a sequence that are to be told.
         seed: decides, with step and example, what is masked.
+        found: where the text comes from.
     """
 
     task: str
@@ -48,6 +49,7 @@ class MaskedText:
     tokenizer: Tokenizer
     mask_share: float
     seed: int
+    found: Found = NOT_KNOWN
 
     def __len__(self) -> int:
         """Return how many examples there are."""

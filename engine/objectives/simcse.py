@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..data.part import Indices, Labels, Part
 from ..model.states import TaskStates, at_least_fp32
+from .text import NOT_KNOWN, Found
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,12 @@ class SentencesTwice:
     Attributes:
         task: the objective's name.
         sentences: their tokens, [CLS] and [SEP] included.
+        found: where they come from.
     """
 
     task: str
     sentences: Sequence[Indices]
+    found: Found = NOT_KNOWN
 
     def __len__(self) -> int:
         """Return how many sentences there are."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,23 +21,47 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _WHOLE = 1 << 30  # tokens: no text is cut before its sequence is put together
 
 
-def lines_of(path: Path, limit: int) -> list[str]:
-    """Return the lines of a text file that are not empty, the first ``limit`` of them (0: all).
+class Found(NamedTuple):
+    """What was found where an objective's text comes from.
+
+    Attributes:
+        largest: examples of the largest task, or lines of the largest file.
+        texts: of all tasks and files, each cut to the objective's ``limit``.
+        notes: what the files gave cause to report, a line each.
+    """
+
+    largest: int
+    texts: int
+    notes: tuple[str, ...] = ()
+
+
+NOT_KNOWN = Found(0, 0)
+"""Of texts that come from no task or file."""
+
+
+class Lines(NamedTuple):
+    """The lines of a text file that are not empty, and what was found out about it, as phrases."""
+
+    texts: list[str]
+    notes: tuple[str, ...]
+
+
+def lines_of(path: Path) -> Lines:
+    """Read a text file.
 
     Args:
         path: of the file: UTF-8, or as its byte order mark says; compressed as its ending says.
-        limit: the most lines.
 
     Raises:
         InputError: it cannot be read, is not UTF-8 or holds no text.
     """
-    text = decode(decompress(read_bytes(path), path, BUILT_IN), path, BUILT_IN).text
+    text, notes = decode(decompress(read_bytes(path), path, BUILT_IN), path, BUILT_IN)
     if found := undecoded(text):
         raise InputError(f"not UTF-8: {found}, {path}; convert the file to UTF-8")
     texts = [line.strip() for line in text.splitlines() if line.strip()]
     if not texts:
         raise InputError(f"no text in it, {path}; give a file with a sentence a line")
-    return texts[: limit or None]
+    return Lines(texts, notes)
 
 
 def sentences_of(table: Table, task: str, limit: int, seed: int) -> list[str]:

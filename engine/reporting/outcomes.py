@@ -68,7 +68,7 @@ class Outcome(BaseModel):
 
 
 def collect(places: Sequence[Path], device: torch.device, data: Path | None) -> list[Outcome]:
-    """Return the outcomes of all runs of built-in recipes.
+    """Return the outcomes of all runs of built-in recipes that are scored.
 
     Args:
         places: runs' folders, folders of such, ``papers.json`` files; what a later one says of the
@@ -88,7 +88,7 @@ def collect(places: Sequence[Path], device: torch.device, data: Path | None) -> 
         shown = {outcome.system for outcome in found.values() if outcome.answers}
         for run in _runs(place):
             system = made_by.get(signature(run.recipe))
-            if system is None:
+            if system is None or not run.recipe.is_scored:
                 continue
             run = run if data is None else run.with_data(data)
             outcome = _outcome(run, system, device if system not in shown else None)

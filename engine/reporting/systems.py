@@ -36,7 +36,9 @@ def write_systems(outcomes: Sequence[Outcome], out: Path) -> Iterator[Path]:
             _write_bars(run, out / f"paper-{paper.key}.png")
             yield out / f"paper-{paper.key}.png"
     if not tables:
-        raise InputError("--papers: none of these runs was made by the recipe of a paper's system")
+        raise InputError(
+            "--papers: none of these runs was made by the recipe of a paper's system and scored"
+        )
     write_text(out / OUTCOMES, to_json(outcomes))
     yield out / OUTCOMES
     write_text(out / "papers.md", "\n".join([*tables, papers.ranking(rows)]))

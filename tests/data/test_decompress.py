@@ -81,9 +81,9 @@ def test_text_of_objectives(tmp_path: Path) -> None:
     for encoding, kind in itertools.product(FOUND_OUT, COMPRESS):
         path = tmp_path / f"f.txt{ENDINGS[kind]}"
         path.write_bytes(COMPRESS[kind](lines.encode(encoding)))
-        assert lines_of(path, 0) == ["fine café", "dull"]
+        assert lines_of(path).texts == ["fine café", "dull"]
     path = tmp_path / "f.txt"
     path.write_bytes(lines.encode("latin-1"))
     with pytest.raises(InputError) as error:
-        lines_of(path, 0)
+        lines_of(path)
     assert str(error.value) == f"not UTF-8: byte 0xe9 at 9, {path}; convert the file to UTF-8"

@@ -14,10 +14,12 @@ import torch
 
 from engine import evaluate
 from engine import recipe as recipes
-from engine.effects import EFFECTS, effect_of, lines_on_idle_settings, settings_read
+from engine.effects import EFFECTS, effect_of, lines_on_idle_settings
 from engine.errors import InputError
+from engine.method_trials import settings_read, sums_what_is_separate
 from engine.multitask.balance import METHODS, BalanceSettings
 from engine.origins import data_folder
+from engine.phase_facts import PhaseFacts
 from engine.recipe import Recipe
 from engine.run import Run, begin
 from engine.runtime.distributed import Ranks
@@ -28,6 +30,8 @@ from engine.wording import keys_of
 from .conftest import TINY
 
 CPU = torch.device("cpu")
+ROWS = 39
+"""Examples of each training set."""
 SMALL = [*TINY, "limit=16", "batch_size=8", "max_steps=2", "clip_norm=0", "schedule=constant"]
 
 
@@ -37,7 +41,7 @@ def few_examples(tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("data")
     for path in data_folder(recipes.load("demo")).iterdir():
         lines = path.read_text().splitlines(keepends=True)
-        (folder / path.name).write_text("".join(lines[:40]))
+        (folder / path.name).write_text("".join(lines[: 1 + ROWS]))
     SMALL.append(f"data={folder}")
 
 
@@ -97,7 +101,8 @@ def attempt(*settings: str) -> Trial:
     numbers = torch.tensor([len(reports), training.total_steps])
     losses = [report.losses for report in reports]
     weights = training.model.state_dict().values()
-    return Trial(lines_on_idle_settings(run, CPU), [numbers, *losses, *grams, *weights])
+    lines = lines_on_idle_settings(run, CPU, facts={"": PhaseFacts.of(training)})
+    return Trial(lines, [numbers, *losses, *grams, *weights])
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -112,6 +117,11 @@ BESIDE = (*FROZEN, "adapter_width=8", "lr=0.1")
 MASKED = ("objectives.text.kind=masked_lm", "objectives.text.limit=16", "train=['text','sst']")
 TWICE = ("objectives.text.kind=simcse", "objectives.text.limit=16", "train=['text','sst']")
 TEXT_ALONE = (*MASKED, "train=['text']")
+ALL_TEXT = (*TEXT_ALONE, "objectives.text.limit=0", "objectives.text.sentences_of=['sts']")
+ALL = ("limit=0", "max_steps=5")  # a pass
+STEPS = ("max_steps=0", "epochs=2")  # 4 of them
+DRAWN = ("order=annealed", "limit=0", "tasks.sst.first=2", "max_steps=21", "epochs=2")
+SHARED = (*FROZEN, "tasks.quora.features=shared", "tasks.sts.features=shared")
 
 EFFECTIVE = [
     ((), "tasks.sts.features=distance"),
@@ -170,6 +180,28 @@ EFFECTIVE = [
     (MASKED, "objectives.text.weight=3"),
     (TWICE, "objectives.text.temperature=0.5"),
     ((*MASKED, *FROZEN), "encoder.hidden_dropout_prob=0.5"),
+    (ALL, f"tasks.sst.first={ROWS - 1}"),
+    (ALL, f"limit={ROWS - 1}"),
+    ((*ALL, "tasks.sst.first=8"), "limit=30"),  # the others have more
+    (ALL_TEXT, f"objectives.text.limit={ROWS - 1}"),
+    (ALL_TEXT, f"objectives.text.max_texts={2 * ROWS - 1}"),
+    ((*ALL_TEXT, "objectives.text.limit=9"), "objectives.text.max_texts=17"),
+    (STEPS, "max_steps=3"),
+    (STEPS, "epochs=1"),
+    ((*TURNS, "max_steps=2", "epochs=1"), "order=annealed"),
+    (DRAWN, "epochs=3"),
+    ((*STEPS, "max_steps=1"), "warmup=0.51"),
+    ((*STEPS, "max_steps=3"), "warmup=0.17"),
+    ((*STEPS, "warmup=0"), "schedule=linear"),
+    ((*STEPS, "warmup=0.5"), "schedule=linear"),
+    (("max_steps=2", "warmup=0.1"), "schedule=linear"),
+    (FROZEN, "balance=mgda"),
+    (FROZEN, "balance=mean"),
+    ((*FROZEN, "balance=mgda"), "surgery=layer"),  # it becomes the sum
+    ((*FROZEN, "train=['sst','quora']", "balance=cagrad"), "balancing.cagrad_c=0.9"),
+    (SHARED, "balance=mgda"),
+    ((*SHARED, "surgery=layer"), "balance=mgda"),
+    (BESIDE, "balance=mgda"),
     (("balance=fixed",), "balancing.fixed={sst=3.0}"),
     (("balance=main_aux",), "balancing.main=sts"),
     (("balance=main_aux",), "balancing.aux_weight=0.9"),
@@ -211,6 +243,32 @@ WITHOUT = [
     (TWICE, "objectives.text.mask_share=0.5"),
     (TWICE, "objectives.text.join=3"),
     (("phases.one.lr=1e-2",), "lr=1e-5"),
+    (ALL, f"tasks.sst.first={ROWS}"),
+    (ALL, "tasks.sts.first=1000"),
+    (ALL, f"limit={ROWS}"),
+    ((*ALL, *(f"tasks.{task}.first=8" for task in ("sst", "quora", "sts"))), "limit=8"),
+    (ALL_TEXT, f"objectives.text.limit={ROWS}"),
+    (ALL_TEXT, f"objectives.text.max_texts={2 * ROWS}"),
+    ((*ALL_TEXT, "objectives.text.limit=9"), "objectives.text.max_texts=18"),
+    (STEPS, "max_steps=4"),
+    (STEPS, "max_steps=1000"),
+    ((), "epochs=2"),
+    ((*TURNS, "max_steps=3"), "epochs=2"),
+    ((*STEPS, "max_steps=1"), "warmup=0.5"),
+    ((*STEPS, "warmup=0"), "warmup=0.12"),
+    (("max_steps=1", "warmup=0"), "schedule=linear"),
+    (("warmup=0.5",), "schedule=linear"),
+    ((), "log_every=3"),
+    ((), "checkpoint_every=3"),
+    (FROZEN, "balance=gradvac"),
+    (FROZEN, "surgery=layer"),
+    (FROZEN, "surgery=tensor"),
+    ((*FROZEN, "surgery=layer"), "balance=mgda"),
+    ((*FROZEN, "surgery=tensor", "balance=cagrad"), "balancing.cagrad_c=0.9"),
+    ((*FROZEN, "balance=gradvac"), "balancing.gradvac_beta=0.9"),
+    ((*BESIDE, "surgery=layer"), "balance=mgda"),
+    (BESIDE, "surgery=tensor"),
+    ((*MASKED, "train=['sst','quora']", *FROZEN, "surgery=layer"), "balance=mean"),
 ]
 
 ELSEWHERE = {
@@ -240,9 +298,11 @@ def test_what_has_an_effect_changes_training(settings, override):
 @pytest.mark.parametrize(("settings", "override"), WITHOUT)
 def test_what_has_no_effect_is_said_and_changes_nothing(settings, override):
     after = attempt(*settings, override)
-    (line,) = (line for line in after.lines if line not in before(*settings).lines)
     key = override.partition("=")[0]
-    assert line.startswith((f"{key} = ", f"{key.rpartition('.')[0]}: ")), line
+    new = [line for line in after.lines if line not in before(*settings).lines]
+    (line,) = (
+        line for line in new if line.startswith((f"{key} = ", f"{key.rpartition('.')[0]}: "))
+    )
     assert ": no effect, " in line
     assert same(before(*settings).outcome, after.outcome)
 
@@ -252,6 +312,119 @@ def test_every_field_is_tried():
     fields = {key for key in keys_of(Recipe) if ".source." not in key}
     fields -= {key for key in fields if key.startswith("balancing.")}  # tried by settings_read
     assert fields - tried - ELSEWHERE == set()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_that_sum_what_is_separate(method):
+    """By a Gram matrix of three orthogonal gradients, in their own kernels."""
+    tasks = ("sst", "quora", "sts")
+    found = sums_what_is_separate(method, tasks, BalanceSettings())
+    assert found == (method in {"sum", "fixed", "pcgrad", "gradvac"})
+    if method == "fixed":
+        assert not sums_what_is_separate(method, tasks, BalanceSettings(fixed={"sst": 2.0}))
+
+
+# What the data of a phase decide
+
+
+@pytest.fixture
+def told(tmp_path, capsys):
+    """Train with settings; return the lines on those without effect, and all lines."""
+
+    def run(*settings: str, options: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+        arguments = ["--out", str(tmp_path / "run"), *options, "--set", *SMALL, *settings]
+        assert main(["demo", *arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if "no effect" in line], lines
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (("warmup=0.2",), "warmup = 0.2: no effect, of 2 steps that rounds to none"),
+        (
+            ("max_steps=1", "schedule=linear"),
+            'schedule = "linear": no effect, the rate would fall after the last step only',
+        ),
+        (("limit=39",), "limit = 39: no effect, no training set has more than 39 examples"),
+        (("log_every=2", "checkpoint_every=2"), ""),
+        (("log_every=3",), "log_every = 3: no effect, the run has 2 steps"),
+        (("checkpoint_every=9",), "checkpoint_every = 9: no effect, the run has 2 steps"),
+        (
+            ("epochs=1", "max_steps=2"),
+            "max_steps = 2: no effect, the epochs are over after 2 steps",
+        ),
+        (
+            ("tasks.sst.first=50",),
+            "tasks.sst.first = 50: no effect, the training set has 39 examples",
+        ),
+        (
+            (MASKED[0], MASKED[2], "objectives.text.max_texts=500"),
+            "objectives.text.max_texts = 500: no effect, 195 texts were found",
+        ),
+        (
+            FROZEN,
+            'balance = "pcgrad": no effect, no two tasks train the same parameter, so it gives the '
+            "sum",
+        ),
+    ],
+)
+def test_the_line_says_why(told, settings, line):
+    found, _ = told("warmup=0", "epochs=10", *settings)  # a default is not said
+    assert found == ([line] if line else [])
+
+
+def test_a_text_file_has_lines(told, tmp_path):
+    (tmp_path / "text").write_text("one two\n\nthree four\nfive\n")
+    files = f"objectives.text.files=['{tmp_path / 'text'}']"
+    for limit, idle in ((2, False), (3, True)):
+        settings = (*TEXT_ALONE, files, f"objectives.text.limit={limit}", "batch_size=2")
+        found, _ = told(*settings, options=("--dry-run",))
+        said = f"objectives.text.limit = {limit}: no effect, no task or file has more than 3"
+        assert (said in found) == idle
+
+
+PHASES = ("warmup=0", "max_steps=0", "epochs=1")
+STEPS_EACH = ("epochs=10", "phases.a.max_steps=2", "phases.b.max_steps=2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line", "phase"),
+    [
+        (("limit=39", "phases.a.eps=1e-7", "phases.b.eps=1e-7"), "limit = 39", "b"),
+        (("limit=9", "tasks.sst.first=5", "phases.a.train=['sst']", "phases.b.eps=1e-7"), "", ""),
+        (("limit=9", "tasks.sst.first=5", "phases.a.eps=1e-7", "phases.b.train=['sst']"), "", ""),
+        (("phases.a.limit=39", "phases.b.eps=1e-7"), "phases.a.limit = 39", "a"),
+        (("phases.a.eps=1e-7", "phases.b.limit=39"), "phases.b.limit = 39", "b"),
+        (
+            ("limit=39", *MASKED[:2], "phases.a.train=['text']", "phases.b.train=['sst']"),
+            "limit = 39: no effect, no training set has more than 39",
+            "b",
+        ),
+        (
+            ("checkpoint_every=5", *STEPS_EACH),
+            "checkpoint_every = 5: no effect, the run has 4 steps",
+            "b",
+        ),
+        (("checkpoint_every=4", *STEPS_EACH), "", ""),
+        (
+            (*STEPS_EACH, "phases.b.epochs=4"),
+            "phases.b.epochs = 4: no effect, max_steps = 2",
+            "b",
+        ),
+    ],
+)
+def test_a_phase_speaks_of_its_own_data_and_the_last_of_all(told, settings, line, phase):
+    lines, shown = told(*PHASES, *settings)
+    lines = [other for other in lines if not other.startswith("balance")]
+    assert len(lines) == bool(line), lines
+    if line:
+        (place,) = (number for number, text in enumerate(shown) if text.startswith(line))
+        begins = [number for number, text in enumerate(shown) if " parameters, " in text]
+        before = [number for number in begins if number < place]
+        assert "ab"[len(before)] == phase  # said just before the phase itself is described
 
 
 # Where it is trained, and on which data
@@ -323,6 +496,7 @@ def test_the_lines_come_once_as_training_begins_and_not_from_a_runs_own_recipe(t
     folder = tmp_path / "run"
     settings = [
         *SMALL,
+        "warmup=0",
         "phases.one.max_steps=1",
         "phases.two.max_steps=1",
         "balancing.cagrad_c=0.3",
@@ -330,7 +504,8 @@ def test_the_lines_come_once_as_training_begins_and_not_from_a_runs_own_recipe(t
     assert main(["demo", "--out", str(folder), "--set", *settings]) == 0
     lines = [x for x in capsys.readouterr().out.splitlines() if "no effect" in x]
     said = "balancing.cagrad_c = 0.3: no effect, balance = pcgrad does not read it here"
-    assert lines == ["max_steps = 2: no effect, every phase has its own", said]
+    of_data = "epochs = 3: no effect, max_steps = 1 ends training before"
+    assert lines == ["max_steps = 2: no effect, every phase has its own", said, of_data]
     again = ["--out", str(tmp_path / "again"), "--dry-run"]
     assert main([str(folder / "recipe.toml"), *again]) == 0
     lines = [x for x in capsys.readouterr().out.splitlines() if "no effect" in x]

@@ -5,9 +5,10 @@ import pytest
 from engine import recipe as recipes
 from engine.errors import InputError
 from engine.multitask.balance import METHODS, BalanceSettings
+from engine.other_names import OPTIONS, OTHER_NAMES
 from engine.recipe import Recipe
 from engine.recipe_tables import EncoderRecipe, TaskRecipe
-from engine.wording import FIELDS, close, nearest
+from engine.wording import FIELDS, close, names_of, nearest
 
 TYPOS = {
     **{"batchsize": "batch_size", "batch-size": "batch_size", "batch_sise": "batch_size"},
@@ -23,8 +24,8 @@ TYPOS = {
 }
 UNRELATED = [
     *("patience", "head_lr", "ema", "momentum", "early_stopping", "label_smoothing", "alpha"),
-    *("gpu", "model", "workers", "nesterov", "temperature", "margin", "amp", "lora_r", "x", "k"),
-    *("bf16", "verbose", "max", "test", "name", "", "_", "__", "ä", "0"),
+    *("gpu", "model", "workers", "nesterov", "temperature", "margin", "lora_r", "x", "k"),
+    *("verbose", "max", "test", "name", "", "_", "__", "ä", "0"),
 ]
 
 
@@ -37,6 +38,146 @@ def test_a_typical_slip_is_understood(typo, meant):
 def test_nothing_is_suggested_for_other_words(word):
     assert close(word, Recipe.model_fields) == []
     assert nearest(word, Recipe.model_fields, FIELDS) == f"; {FIELDS} shows all"
+
+
+OF_OTHERS = {
+    # transformers' TrainingArguments
+    "output_dir": "--out",
+    "overwrite_output_dir": "",
+    "do_train": "",
+    "eval_strategy": "",
+    "eval_steps": "",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "",
+    "per_gpu_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "micro_batches",
+    "gradient_checkpointing": "checkpoint_layers",
+    "learning_rate": "lr",
+    "adam_beta1": "betas",
+    "adam_epsilon": "eps",
+    "max_grad_norm": "clip_norm",
+    "num_train_epochs": "epochs",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler_kwargs": "",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "logging_steps": "log_every",
+    "logging_dir": "",
+    "save_steps": "checkpoint_every",
+    "save_strategy": "",
+    "save_total_limit": "keep_checkpoints",
+    "use_cpu": "--device",
+    "data_seed": "",
+    "bf16": "precision",
+    "fp16": "precision",
+    "dataloader_num_workers": "",
+    "run_name": "",
+    "load_best_model_at_end": "",
+    "label_smoothing_factor": "",
+    "optim": "optimizer",
+    "report_to": "sinks",
+    "torch_compile": "execution",
+    "resume_from_checkpoint": "--resume",
+    "max_train_samples": "limit",
+    "model_name_or_path": "init",
+    "mlm_probability": "objectives.NAME.mask_share",
+    # sentence-transformers
+    "train_batch_size": "batch_size",
+    "eval_batch_size": "",
+    "steps_per_epoch": "",
+    "scheduler": "schedule",
+    "evaluator": "",
+    "evaluation_steps": "",
+    "optimizer_class": "",
+    "use_amp": "",
+    "max_seq_length": "max_length",
+    "pooling_mode": "pooling",
+    "num_labels": "tasks.NAME.source.classes",
+    "similarity_fct": "",
+    # MT-DNN, and the projects of CS224N
+    "init_checkpoint": "init",
+    "data_dir": "data",
+    "grad_clipping": "clip_norm",
+    "global_grad_clipping": "clip_norm",
+    "grad_accumulation_step": "micro_batches",
+    "log_per_updates": "log_every",
+    "max_seq_len": "max_length",
+    "batch_size_eval": "",
+    "dropout_p": "dropout",
+    "lr_gamma": "",
+    "cuda": "",
+    "option": "",
+    "hidden_dropout": "encoder.hidden_dropout_prob",
+    # BERT's configuration and its relatives'
+    "hidden_size": "encoder.hidden_size",
+    "num_hidden_layers": "encoder.num_hidden_layers",
+    "num_attention_heads": "encoder.num_attention_heads",
+    "intermediate_size": "encoder.intermediate_size",
+    "attention_dropout": "encoder.attention_probs_dropout_prob",
+    "classifier_dropout": "dropout",
+    "hidden_act": "",
+    "type_vocab_size": "",
+    "layer_norm_eps": "",
+    "pad_token_id": "",
+    "position_embedding_type": "",
+    "n_layer": "encoder.num_hidden_layers",
+    "n_head": "encoder.num_attention_heads",
+    "n_embd": "encoder.hidden_size",
+    "d_model": "encoder.hidden_size",
+    # Lightning, torch and words of every day
+    "heads": "encoder.num_attention_heads",
+    "layers": "encoder.num_hidden_layers",
+    "num_layers": "encoder.num_hidden_layers",
+    "max_epochs": "epochs",
+    "gradient_clip_val": "clip_norm",
+    "accumulate_grad_batches": "micro_batches",
+    "log_every_n_steps": "",
+    "devices": "",
+    "seeds": "--seeds",
+    "train_steps": "max_steps",
+    "weight": "objectives.NAME.weight or tasks.NAME.weight",
+    "alpha": "balancing.fairgrad_alpha or balancing.gradnorm_alpha",
+    "head_size": "",
+    "lora_dropout": "",
+    "layerwise_lr_decay": "",
+    "encoder_lr": "",
+    "early_stopping_patience": "",
+    # within a table
+    "balancing.lr": "gradnorm_lr",
+    "balancing.alpha": "fairgrad_alpha or gradnorm_alpha",
+    "balancing.max_norm": "nash_mtl_max_norm",
+    "encoder.heads": "num_attention_heads",
+    "encoder.layers": "num_hidden_layers",
+    "encoder.d_model": "hidden_size",
+    "encoder.batch_size": "batch_size",
+    "tasks.sst.limit": "first",
+    "tasks.sst.source.limit": "tasks.NAME.first",
+    "tasks.sst.lr": "lr",
+    "tasks.sst.loss_weight": "weight",
+    "objectives.text.first": "limit",
+    "objectives.text.mlm_probability": "mask_share",
+    "phases.one.learning_rate": "lr",
+    "phases.one.num_epochs": "epochs",
+    "phases.one.heads": "",
+}
+
+
+@pytest.mark.parametrize(("name", "offered"), OF_OTHERS.items())
+def test_names_of_other_trainers(name, offered):
+    """What is offered is what a person would accept who uses the name there; or nothing is."""
+    with pytest.raises(InputError) as error:
+        recipes.load("cgs", ["objectives.text.kind=simcse", f"{name}=1"])
+    found = str(error.value).partition("did you mean ")[2].partition("?")[0]
+    assert found == offered, str(error.value)
+
+
+def test_every_other_name_is_needed_and_stands_for_something(monkeypatch):
+    """The table of other names has what the words alone do not find."""
+    known = [*names_of(Recipe), *OPTIONS]
+    for name, meant in OTHER_NAMES.items():
+        assert close(name, known) == [meant]
+    monkeypatch.setattr("engine.wording.OTHER_NAMES", {})
+    assert [name for name, meant in OTHER_NAMES.items() if close(name, known) == [meant]] == []
 
 
 def test_several_that_are_as_close_are_all_named():

@@ -138,8 +138,33 @@ def test_settings_that_do_not_fit_the_tasks(name, settings, message):
         build_method(name, TRAINED, BalanceSettings(**settings))
 
 
-def test_torchjd_names_that_are_none():
-    pytest.importorskip("torchjd")
-    for name in ("UPGrad", "NoSuchWeighting", "CAGradWeighting"):  # the last needs an argument
-        with pytest.raises(InputError, match=f"balance torchjd.{name}: "):
-            build_method(f"torchjd.{name}", TRAINED, BalanceSettings())
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("UPGrad", "TorchJD has no such weighting"),  # an aggregator, of the gradients themselves
+        ("NoSuchWeighting", "TorchJD has no such weighting"),
+        ("CAGradWeighting", ".*missing 1 required positional argument: 'c'"),
+        ("Weighting", ".*abstract class"),
+        ("ExcessMTLWeighting", "it keeps a state between steps"),
+        ("GradVacWeighting", "it keeps a state between steps"),
+    ],
+)
+def test_torchjd_names_that_cannot_be_used(name, reason):
+    """The line lists those that can, and every one of them can."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    with pytest.raises(InputError, match=f"^balance torchjd.{name}: {reason}") as error:
+        build_method(f"torchjd.{name}", TRAINED, BalanceSettings())
+    listed = str(error.value).rpartition("; take one of ")[2].split(", ")
+    assert set(listed) >= {"UPGradWeighting", "MeanWeighting", "MGDAWeighting"}
+    order, losses = torch.arange(3).expand(3, 3), torch.ones(3)
+    for other in vars(aggregation):
+        if not other.endswith("Weighting"):
+            continue
+        try:
+            method = build_method(f"torchjd.{other}", TRAINED, BalanceSettings())
+        except InputError:
+            assert other not in listed
+            continue
+        weights = method.decide(Signals(torch.eye(3), order, losses, {})).weights
+        assert other in listed
+        assert weights.shape == (3,)

@@ -115,6 +115,6 @@ def test_sentences_end_at_marks_that_a_space_follows():
 def test_a_file_without_text(tmp_path, content, reason):
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(InputError, match=reason):
-        lines_of(tmp_path / "text", 0)
+        lines_of(tmp_path / "text")
     with pytest.raises(InputError, match="cannot read"):
-        lines_of(tmp_path / "none", 0)
+        lines_of(tmp_path / "none")
