@@ -20,26 +20,27 @@ constexpr float kInfinity = __builtin_inff();
 
 int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
-// Where one head of one sequence stands in the packed streams.
+// Where one head of one sequence stands in the packed streams.  Its first `blind` queries, from
+// `first_query` on, see no key; they get zeros and take part in nothing, so that no NaN that they
+// or their gradients hold is multiplied by a zero.
 struct Span {
-  int64_t head, query, queries, key, keys;
+  int64_t head, first_query, blind, query, queries, key, keys;
   bool causal;
 
   Span(const AttentionCall& call, int64_t item) : head(item % call.heads), causal(call.causal) {
     const int64_t sequence = item / call.heads;
-    query = call.cu_seqlens_q[sequence];
-    queries = call.cu_seqlens_q[sequence + 1] - query;
+    first_query = call.cu_seqlens_q[sequence];
+    queries = call.cu_seqlens_q[sequence + 1] - first_query;
     key = call.cu_seqlens_k[sequence];
     keys = call.cu_seqlens_k[sequence + 1] - key;
+    blind = keys == 0 || (causal && queries > keys) ? queries - smaller(queries, keys) : 0;
+    query = first_query + blind;
+    queries -= blind;
   }
 
-  // How many keys query i sees.  Causal attention is aligned at the end, as in flash-attn: the last
-  // query sees every key.
-  int64_t visible(int64_t i) const {
-    if (!causal) return keys;
-    const int64_t seen = smaller(keys, i + 1 + keys - queries);
-    return seen > 0 ? seen : 0;
-  }
+  // How many keys query i sees, one at least.  Causal attention is aligned at the end, as in
+  // flash-attn: the last query sees every key.
+  int64_t visible(int64_t i) const { return causal ? i + 1 + keys - queries : keys; }
 };
 
 // The float32 tiles of one item, laid out in the thread's scratch.
@@ -140,6 +141,14 @@ void narrow_rows(const float* from, int64_t row, const HeadRows& to, int64_t hea
   }
 }
 
+template <typename T>
+void zero_blind_queries(const HeadRows& to, const Span& span, int64_t width) {
+  for (int64_t i = 0; i < span.blind; ++i) {
+    T* row = element<T>(to, span.first_query + i, span.head);
+    for (int64_t d = 0; d < width; ++d) row[d] = T{};
+  }
+}
+
 // The scores of vector j of a row of which `seen` keys are seen: -inf in the other lanes.
 Floats load_seen(const float* scores, int64_t j, int64_t seen) {
   const Floats s = load(scores + j);
@@ -232,6 +241,8 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
       call.lse[span.head * call.total_queries + query] = tiles.row_max[i] + __builtin_logf(total);
     }
   }
+  zero_blind_queries<T>(call.out, span, width);
+  fill(call.lse + span.head * call.total_queries + span.first_query, span.blind, -kInfinity);
 }
 
 void forward(const AttentionCall& call, int64_t item, float* scratch) {
@@ -340,6 +351,7 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
   }
   narrow_rows<T>(tiles.grad_queries, row, grads.q, head, span.query, span.queries, width,
                  call.scale);
+  zero_blind_queries<T>(grads.q, span, width);
 }
 
 void backward(const AttentionCall& call, const AttentionGradients& gradients, int64_t item,

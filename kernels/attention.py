@@ -12,7 +12,8 @@ The tokens of all sequences lie side by side in one stream; sequence ``s`` owns 
 
 A query sees the keys of its own sequence; with ``causal`` only those up to its own place, the two
 sequences aligned at their ends.  A query that sees no key gives zeros and ``lse = -inf``, and so do
-rows behind the last sequence, so a stream may be longer than its tokens.
+rows behind the last sequence, so a stream may be longer than its tokens.  The gradients of such a
+query are zero and it takes no part in others', whatever it holds and gets as gradient, NaN too.
 
 q, k, v are ``[T, H, D]``, float32, bfloat16 or float16, computed in float32; the log-sum-exp is
 ``[H, T]`` float32.  The backward pass recomputes P from it (Dao et al., "FlashAttention", 2022,
@@ -79,15 +80,17 @@ def attention_reference(
         The output ``[Tq, H, D]`` and the log-sum-exp ``[H, Tq]``.
     """
     seen = visible_keys(cu_seqlens_q, cu_seqlens_k, len(q), len(k), causal)
+    blind, unseen = (~seen.any(dim)[:, None, None] for dim in (1, 0))
+    # What these rows hold and get as gradients must not count, and 0 times NaN would.
+    q, k, v = q.masked_fill(blind, 0), k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     scores = torch.einsum("ihd,jhd->hij", q, k) * softmax_scale
     scores = scores.masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)
     # A row of -inf has no softmax; it is kept out before the exponential, for the gradient's sake.
-    empty = ~seen.any(-1)
-    probabilities = scores.masked_fill(empty[:, None], 0).softmax(-1) * seen
+    probabilities = scores.masked_fill(blind[:, 0], 0).softmax(-1) * seen
     if factors is not None:
         probabilities = probabilities * factors.to(probabilities.dtype)
-    return torch.einsum("hij,jhd->ihd", probabilities, v), lse
+    return torch.einsum("hij,jhd->ihd", probabilities, v).masked_fill(blind, 0), lse
 
 
 # ---- registration -------------------------------------------------------------------------------

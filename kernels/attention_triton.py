@@ -167,6 +167,11 @@ def backward(
     total_k = len(k)
     grad_q, grad_k, grad_v = grads
     grad_out = grad_out.contiguous()
+    # Of equal boundaries, those of self-attention, every query sees a key.  Of others one may
+    # see none; its values and gradients must not count, but a NaN among them would, times 0.
+    if cu_seqlens_q.data_ptr() != cu_seqlens_k.data_ptr():
+        blind = lse.isneginf().T[..., None]
+        q, grad_out = q.masked_fill(blind, 0), grad_out.masked_fill(blind, 0)
     delta = torch.empty_like(lse)
     norm = torch.empty_like(lse) if q.dtype == torch.float32 else None
     shared = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(grad_out), lse, delta, norm)

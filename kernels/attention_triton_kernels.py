@@ -12,7 +12,8 @@ Backward recomputes P by tiles of queries for dQ and by tiles of keys for dK and
 is written once, by one program, without atomics and with the same bits every time.  Rows that see
 nothing are written as zeros, which is what rows behind the last sequence are defined to be, and
 whatever the inputs hold behind it is not used.  A NaN inside a sequence, though, can reach the
-sequences that share a tile with it, since 0 times NaN is NaN.
+sequences that share a tile with it, since 0 times NaN is NaN; in a query that sees no key the
+launcher puts zeros in its place.
 """
 
 # Kernels are Triton's language, not typed Python, and write compile-time constants in capitals.

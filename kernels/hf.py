@@ -10,7 +10,7 @@ All that :func:`restore` has to know lies in the model itself, so copies and pic
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention import flash_attn_varlen_func
 from .layer_norm_doors import FusedLayerNorm
-from .padding import pad_input, unpad_input
+from .padding import Unpadded, pad_input, unpad_input
 from .task_layers import autocast_dtype
 
 IMPLEMENTATION = "superbert"
@@ -96,9 +96,16 @@ class _Queries(NamedTuple):
 class _Packing(NamedTuple):
     """Where the tokens of a padded batch are; passes through the model as its attention mask."""
 
+    length: int  # S
     indices: Tensor | None  # [T] of [B * S]; None for all
     cu_seqlens: Tensor  # [B + 1]
     queries: tuple[_Queries, ...]
+
+
+_PADDING_BETWEEN = (
+    "attention_mask: padding between tokens is not supported in a decoder, expected it before the "
+    "first or behind the last"
+)
 
 
 def _packing(
@@ -114,15 +121,26 @@ def _packing(
 
     if mask_function not in (bidirectional_mask_function, causal_mask_function):
         raise ValueError("attention: masks other than padding and causality are not supported")
-    if q_length != kv_length:
-        raise ValueError("attention: keys of other lengths than the queries are not supported")
     causal = mask_function is causal_mask_function
-    full = kv_length * torch.arange(batch_size + 1, dtype=torch.int32, device=device)
+    # Whether keys are as many as queries, `_attend` checks on their tensors: of two equal numbers
+    # Inductor may pass one to a graph and compute with the other's name.
+    full = q_length * torch.arange(batch_size + 1, dtype=torch.int32, device=device)
     if attention_mask is None:
-        return _Packing(None, full, (_Queries(None, full, causal),))
-    tokens = unpad_input(attention_mask, attention_mask, max_seqlen=kv_length)
-    queries = _causal_queries(attention_mask != 0) if causal else (_Queries(None, full, False),)
-    return _Packing(tokens.indices, tokens.cu_seqlens, queries)
+        return _Packing(kv_length, None, full, (_Queries(None, full, causal),))
+    is_token = attention_mask != 0
+    tokens = _places(is_token)
+    queries = _causal_queries(is_token) if causal else (_Queries(None, full, False),)
+    return _Packing(kv_length, tokens.indices, tokens.cu_seqlens, queries)
+
+
+def _places(is_token: Tensor) -> Unpadded:
+    """Where the tokens of ``[B, S]`` are.
+
+    In a compiled graph, whose shapes cannot depend on values, as many rows as there are places,
+    tokens first; attention ignores the others.
+    """
+    total = is_token.numel() if torch.compiler.is_compiling() else None
+    return unpad_input(is_token, is_token, total=total, max_seqlen=is_token.shape[1])
 
 
 def _causal_queries(is_token: Tensor) -> tuple[_Queries, ...]:
@@ -132,13 +150,13 @@ def _causal_queries(is_token: Tensor) -> tuple[_Queries, ...]:
     causal, also those of padding before the first, which see nothing; those behind see all tokens.
     """
     first = is_token & ~nn.functional.pad(is_token, (1, 0))[:, :-1]
-    if (first.sum(1) > 1).any():
-        raise ValueError(
-            "attention_mask: padding between tokens is not supported in a decoder, expected it "
-            "before the first or behind the last"
-        )
+    in_one_piece = (first.sum(1) <= 1).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(in_one_piece, _PADDING_BETWEEN)
+    elif not in_one_piece:
+        raise ValueError(_PADDING_BETWEEN)
     behind = is_token.flip(1).cumsum(1).flip(1) == 0
-    parts = ((unpad_input(part, part), part is not behind) for part in (~behind, behind))
+    parts = ((_places(part), part is not behind) for part in (~behind, behind))
     return tuple(_Queries(part.indices, part.cu_seqlens, causal) for part, causal in parts)
 
 
@@ -161,11 +179,11 @@ def _attend(
     if output_attentions:
         raise ValueError("output_attentions: the probabilities are never stored here")
     batch, _heads, length, _width = query.shape
-    if key.shape != query.shape:
-        raise ValueError("attention: keys of other lengths than the queries are not supported")
     if not isinstance(attention_mask, _Packing):
         raise ValueError("attention_mask: expected [batch, length]; other masks are not supported")
-    indices, cu_seqlens, queries = attention_mask
+    mask_length, indices, cu_seqlens, queries = attention_mask
+    if key.shape != query.shape or mask_length != length:
+        raise ValueError("attention: keys of other lengths than the queries are not supported")
     q, k, v = (
         x.to(autocast_dtype(x) or x.dtype).transpose(1, 2).flatten(0, 1)
         for x in (query, key, value)
@@ -217,8 +235,9 @@ def accelerate(model: nn.Module) -> Replaced:
     """Run a transformers BERT's attention and layer norms on these kernels, in place.
 
     All outputs stay what transformers gives (its "sdpa" attention), at padding as well, for every
-    head.  Each BERT gets a config of its own, since others that share it are left alone.  What runs
-    on these kernels already, such as a child that was accelerated before its parent, stays so.
+    head.  Each BERT gets a config of its own, since others that share it, within ``model`` or
+    outside, are left alone; one inside another, as in a model with a head, shares that one's.  What
+    runs on these kernels already, such as a child that was accelerated before its parent, stays so.
 
     A copy, a pickle and what `torch.save` makes of the model stay accelerated, in other processes
     too.  ``save_pretrained`` writes a plain model.
@@ -234,13 +253,7 @@ def accelerate(model: nn.Module) -> Replaced:
         ValueError: no such BERT inside, one with cross attention or with an attention of its own
             code, or all is accelerated already.
     """
-    from transformers import PreTrainedModel
-
-    berts = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and module.config.model_type in FAMILY
-    }
+    berts = _berts(model)
     if not berts:
         raise ValueError(
             f"model: nothing to accelerate in a {type(model).__name__}; it holds no transformers "
@@ -264,13 +277,13 @@ def accelerate(model: nn.Module) -> Replaced:
     }
     if not attention and not norms:
         raise ValueError("model: accelerated already; `restore` it first")
+    before = _give_own_configs(model, attention.values())
     for name, bert in attention.items():
-        if bert.config._attn_implementation == IMPLEMENTATION:
-            continue  # it shares its config with one before
-        _give_own_config(model, bert)
-        bert.set_attn_implementation(_Implementation(bert.config._attn_implementation))
         if bert.config._attn_implementation != IMPLEMENTATION:
-            _undo(model)
+            bert.set_attn_implementation(_Implementation(bert.config._attn_implementation))
+        if bert.config._attn_implementation != IMPLEMENTATION:
+            for module, config in before:
+                module.config = config
             raise ValueError(
                 f"model: {name or type(bert).__name__} has an attention of its own code, which "
                 "cannot be replaced"
@@ -289,29 +302,66 @@ def restore(model: nn.Module) -> None:
     Raises:
         ValueError: nothing in it is accelerated.
     """
-    if not _undo(model):
+    norms = [module for module in model.modules() if type(module) is _LayerNorm]
+    holders = [(module, config) for module, config in _configs(model) if _is_accelerated(config)]
+    if not norms and not holders:
         raise ValueError("model: not accelerated")
-
-
-def _undo(model: nn.Module) -> bool:
-    """Put back what was there; return whether anything had been replaced."""
-    found = False
-    for module in model.modules():
-        if type(module) is _LayerNorm:
-            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
-            found = True
-        config: Any = vars(module).get("config")
-        name = getattr(config, "_attn_implementation", None)
-        if name == IMPLEMENTATION:
+    for norm in norms:
+        norm.__class__ = nn.LayerNorm  # type: ignore[assignment]
+    # Models outside may share a config, so that theirs stays.  But where only layers are restored,
+    # it is that of the model around them, which makes their masks.
+    of_models = {id(bert.config) for bert in _berts(model).values()}
+    plain: dict[int, Any] = {}
+    for module, config in holders:
+        key = id(config)
+        if key not in plain:
             # A config that was given this name by hand does not say what it replaced.
-            config._attn_implementation = getattr(name, "replaced", "sdpa")
-            found = True
-    return found
+            name = getattr(config._attn_implementation, "replaced", "sdpa")
+            plain[key] = copy.deepcopy(config) if key in of_models else config
+            plain[key]._attn_implementation = name
+        module.config = plain[key]
 
 
-def _give_own_config(model: nn.Module, bert: nn.Module) -> None:
-    """Give a BERT inside ``model``, and what shares its config there, a copy of it."""
-    shared, own = bert.config, copy.deepcopy(bert.config)
-    for module in model.modules():
-        if vars(module).get("config") is shared:
-            module.config = own
+def _berts(model: nn.Module) -> dict[str, Any]:
+    """The models of the family in ``model``, those inside others behind them."""
+    from transformers import PreTrainedModel
+
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and module.config.model_type in FAMILY
+    }
+
+
+def _configs(model: nn.Module) -> list[tuple[Any, Any]]:
+    """The modules of ``model`` that have a config, and these."""
+    pairs = ((module, vars(module).get("config")) for module in model.modules())
+    return [(module, config) for module, config in pairs if config is not None]
+
+
+def _is_accelerated(config: object) -> bool:
+    return getattr(config, "_attn_implementation", None) == IMPLEMENTATION
+
+
+def _give_own_configs(model: nn.Module, berts: Collection[Any]) -> list[tuple[Any, Any]]:
+    """Give each of the models a copy of its config, and return the modules' configs before.
+
+    A model inside another with the same config shares the copy.  So do modules of ``model`` around
+    several such models, with the first.
+    """
+    before = _configs(model)
+    copies: dict[int, Any] = {}
+    of_models = {id(bert.config) for bert in berts}
+    for bert in berts:
+        shared = bert.config
+        if id(shared) not in of_models:
+            continue  # a copy already
+        own = copy.deepcopy(shared)
+        copies.setdefault(id(shared), own)
+        for module, config in _configs(bert):
+            if config is shared:
+                module.config = own
+    for module, config in before:
+        if module.config is config:
+            module.config = copies.get(id(config), config)
+    return before

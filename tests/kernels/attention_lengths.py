@@ -89,16 +89,35 @@ def reference_by_sequence(
     return [out, lse, *grads]
 
 
+def rows_that_meet_none(
+    pairs: list[Pair], causal: bool, num_queries: int, num_keys: int
+) -> tuple[Tensor, Tensor]:
+    """Queries that see no key and keys that no query sees, those of no sequence too: two masks."""
+    blind, unseen = torch.ones(num_queries, dtype=bool), torch.ones(num_keys, dtype=bool)
+    query = key = 0
+    for queries, keys in pairs:
+        sees_none = max(0, queries - keys) if causal else queries * (keys == 0)
+        blind[query + sees_none : query + queries] = False
+        unseen[key : key + keys] = queries == 0
+        query, key = query + queries, key + keys
+    return blind, unseen
+
+
+def fill_rows_that_meet_none(
+    pairs: list[Pair], causal: bool, streams: tuple[Tensor, Tensor, Tensor, Tensor], value: float
+) -> None:
+    """Write a value to them, in q, k, v and the gradient of the output."""
+    q, k, v, grad_out = streams
+    masks = rows_that_meet_none(pairs, causal, len(q), len(k))
+    blind, unseen = (mask.to(q.device) for mask in masks)
+    for x, rows in ((q, blind), (k, unseen), (v, unseen), (grad_out, blind)):
+        x[rows] = value
+
+
 def assert_structure(pairs: list[Pair], causal: bool, results: list[Tensor]) -> None:
     """Zeros exactly where a query sees no key or a key no query, and nothing else but numbers."""
     out, lse, grad_q, grad_k, grad_v = results
-    blind, unseen = torch.ones(len(out), dtype=bool), torch.ones(len(grad_k), dtype=bool)
-    query = key = 0
-    for num_queries, num_keys in pairs:
-        sees_none = max(0, num_queries - num_keys) if causal else num_queries * (num_keys == 0)
-        blind[query + sees_none : query + num_queries] = False
-        unseen[key : key + num_keys] = num_queries == 0
-        query, key = query + num_queries, key + num_keys
+    blind, unseen = rows_that_meet_none(pairs, causal, len(out), len(grad_k))
     assert torch.equal(lse.isneginf(), blind.expand_as(lse))
     assert lse[:, ~blind].isfinite().all()
     for x, zero in ((out, blind), (grad_q, blind), (grad_k, unseen), (grad_v, unseen)):

@@ -15,6 +15,7 @@ from .attention_lengths import (
     assert_structure,
     boundaries,
     drawn_pairs,
+    fill_rows_that_meet_none,
     reference_by_sequence,
 )
 from .rounding import assert_within_twice
@@ -39,8 +40,7 @@ class Batch:
         self.streams = tuple(
             torch.randn(total, HEADS, WIDTH, generator=generator).to(dtype) for total in totals
         )
-        for x in self.streams:
-            x[len(x) - TAIL :] = torch.nan  # rows of no sequence are not read
+        fill_rows_that_meet_none(pairs, causal, self.streams, torch.nan)  # they are not read
         self.dtype = dtype
 
     def reference(self, dtype: torch.dtype) -> list[Tensor]:
@@ -95,6 +95,22 @@ def test_one_sequence_alone_in_fresh_scratch(causal: bool, p: float) -> None:
     for of_all in zip(*(zip(*result, strict=True) for result in results), strict=True):
         tensors = (torch.cat([x.flatten() for x in parts]) for parts in zip(*of_all, strict=True))
         assert_within_twice(*(x.masked_fill(x.isneginf(), 0) for x in tensors))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("causal", [True, False])
+def test_no_value_of_rows_that_meet_none_counts(
+    causal: bool, dtype: torch.dtype, value: float
+) -> None:
+    batch = Batch([*FEW_KEYS, *EMPTY, (0, 7), (9, 9)], dtype, causal, 0.3)
+    results = []
+    for own in (0.0, value):
+        fill_rows_that_meet_none(batch.pairs, causal, batch.streams, own)
+        results.append(batch.run())
+    assert_structure(batch.pairs, causal, results[1])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_poison_reaches_outputs_and_scratch() -> None:

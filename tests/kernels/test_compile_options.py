@@ -220,17 +220,22 @@ LINEAR: dict[str, Call] = {
 
 
 def _padded(s: Stream) -> Tensor:
-    mask = torch.arange(7) < torch.tensor([7, 2, 5])[:, None]
-    hidden = s.x.view(3, 7, -1)
-    stream = kernels.unpad_input(hidden, mask, total=16, max_seqlen=7)
-    return kernels.pad_input(stream.hidden_states, stream.indices, 3, 7)
+    longest = len(s.x) // 3
+    mask = torch.arange(longest) < torch.tensor([longest, 2, 5])[:, None]
+    hidden = s.x.view(3, longest, -1)
+    stream = kernels.unpad_input(hidden, mask, total=longest + 9, max_seqlen=longest)
+    return kernels.pad_input(stream.hidden_states, stream.indices, 3, longest)
+
+
+def _all_tokens(s: Stream) -> Tensor:
+    hidden = s.x.view(3, len(s.x) // 3, -1)
+    mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64)
+    return kernels.unpad_input(hidden, mask, total=len(s.x), max_seqlen=hidden.shape[1])[0]
 
 
 PADDING: dict[str, Call] = {
     "there and back": _padded,
-    "stream alone": lambda s: kernels.unpad_input(
-        s.x.view(3, 7, -1), torch.ones(3, 7, dtype=torch.int64), total=21, max_seqlen=7
-    )[0],
+    "stream alone": _all_tokens,
 }
 
 
@@ -238,7 +243,8 @@ PADDING: dict[str, Call] = {
 
 
 def _rows(s: Stream) -> Tensor:
-    return s.x.view(3, -1)
+    """Task gradients, whose columns are the model's parameters, whatever the tokens."""
+    return s.x[:12].view(3, -1)
 
 
 def _updated(update: Callable[..., None], copied: bool = False, **options: object) -> list[Tensor]:
@@ -262,7 +268,7 @@ def _lamb(s: Stream, **options: object) -> list[Tensor]:
 
 
 def _combined_into(s: Stream) -> Tensor:
-    out = torch.zeros(s.x.numel() // 3)
+    out = torch.zeros(4 * s.x.shape[1])
     return kernels.combine(_rows(s).detach(), torch.ones(3), out)
 
 
@@ -283,7 +289,7 @@ def _weights(s: Stream, method: Callable[[Tensor], Tensor]) -> Tensor:
 
 SURGERY: dict[str, Call] = {
     "gram": lambda s: kernels.gram(_rows(s)),
-    "gram of segments": lambda s: kernels.gram(_rows(s), [0, 5, 1344]),
+    "gram of segments": lambda s: kernels.gram(_rows(s), [0, 5, 4 * s.x.shape[1]]),
     "combine": lambda s: kernels.combine(_rows(s), torch.ones(3)),
     "combine, gradient of the weights": lambda s: kernels.combine(_rows(s).detach(), s.weight[:3]),
     "combine into a tensor": _combined_into,
@@ -344,10 +350,13 @@ def run(layers: Callable, streams: list[Stream]) -> list[Tensor]:
     ]
 
 
-def compare(calls: list[Call], backend: str) -> None:
+def compare(
+    calls: list[Call],
+    backend: str,
+    tokens: Sequence[int] = (TOKENS,),
+    dynamic: bool | None = None,
+) -> None:
     """Compiled in one graph, the calls give what they give eagerly."""
-    stream = Stream.of(TOKENS)
-    streams = [stream._replace(buffer=torch.zeros_like(stream.buffer)) for _ in calls]
 
     def layers(streams: list[Stream]) -> list[Tensor]:
         results = [call(s) for call, s in zip(calls, streams, strict=True)]
@@ -356,10 +365,14 @@ def compare(calls: list[Call], backend: str) -> None:
         return [x + i for i, x in enumerate(outputs)]
 
     torch._dynamo.reset()
-    with torch._inductor.config.patch(fallback_random=True):
-        found = run(torch.compile(layers, fullgraph=True, backend=backend), streams)
-    for one, other in zip(found, run(layers, streams), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(layers, fullgraph=True, backend=backend, dynamic=dynamic)
+    for count in tokens:
+        stream = Stream.of(count)
+        streams = [stream._replace(buffer=torch.zeros_like(stream.buffer)) for _ in calls]
+        with torch._inductor.config.patch(fallback_random=True):
+            found = run(compiled, streams)
+        for one, other in zip(found, run(layers, streams), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -367,7 +380,17 @@ def test_in_a_graph(group: str) -> None:
     compare(list(GROUPS[group].values()), "aot_eager")
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_in_a_graph_for_any_number_of_tokens(group: str) -> None:
+    compare(list(GROUPS[group].values()), "aot_eager", [TOKENS, 33], dynamic=True)
+
+
 def test_under_inductor() -> None:
-    compare(
-        [GROUPS[group][name] for group, names in FOR_INDUCTOR.items() for name in names], "inductor"
-    )
+    calls = [GROUPS[group][name] for group, names in FOR_INDUCTOR.items() for name in names]
+    compare(calls, "inductor")
+
+
+def test_under_inductor_for_any_number_of_tokens() -> None:
+    """A call of each group: what Inductor can do with None does not depend on sizes."""
+    calls = [GROUPS[group][names[0]] for group, names in FOR_INDUCTOR.items()]
+    compare(calls, "inductor", [TOKENS, 33], dynamic=True)

@@ -21,6 +21,9 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    BertPreTrainedModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
 )
 
 from kernels import FusedLayerNorm, accelerate, hf, restore
@@ -195,6 +198,115 @@ def test_models_that_share_a_config(implementation: str) -> None:
     restore(second)
     for model in (first, second):
         assert model.config._attn_implementation == implementation
+
+
+class Pair(nn.Module):
+    """Two models and, like them, a config."""
+
+    def __init__(self, config: BertConfig, models: tuple[nn.Module, nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.first, self.second = models
+
+
+class PairOfItsFamily(BertPreTrainedModel):
+    """The same, a BERT itself."""
+
+    def __init__(self, config: BertConfig, models: tuple[nn.Module, nn.Module]) -> None:
+        super().__init__(config)
+        self.first, self.second = models
+
+
+def pooled(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=MASK)[-1]
+
+
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy], ids=["itself", "copy"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])
+@pytest.mark.parametrize("parent", [Pair, PairOfItsFamily])
+def test_models_that_share_a_config_under_one_parent(
+    parent: type[nn.Module],
+    kind: type[nn.Module],
+    implementation: str,
+    again: Callable[[nn.Module], nn.Module],
+) -> None:
+    config = BertConfig(**SIZES, attn_implementation=implementation)
+    outside = kind(config).eval()
+    pair = parent(config, (kind(config), kind(config))).eval()
+    expected = [pooled(pair.first), pooled(pair.second)]
+    accelerate(pair)
+    assert not is_accelerated(outside)
+    pair = again(pair)
+    assert is_accelerated(pair)
+    restore(pair.first)
+    assert not is_accelerated(pair.first)
+    assert is_accelerated(pair.second)
+    assert torch.equal(pooled(pair.first), expected[0])
+    torch.testing.assert_close(pooled(pair.second), expected[1])
+    assert accelerate(pair.first).attention[0] == ""
+    restore(pair.second)
+    assert is_accelerated(pair.first)
+    assert not is_accelerated(pair.second)
+    restore(pair)
+    assert not is_accelerated(pair)
+    assert {
+        module.config._attn_implementation for module in pair.modules() if hasattr(module, "config")
+    } == {implementation}
+    assert torch.equal(pooled(pair.second), expected[1])
+
+
+def test_each_of_several_models_gets_a_config_of_its_own() -> None:
+    config = BertConfig(**SIZES)
+    models = nn.ModuleList([BertModel(config), classifier(), BertModel(config)])
+    accelerate(models)
+    configs = [model.config for model in models] + [config]
+    assert len({id(own) for own in configs}) == len(configs)
+    for model in models:
+        assert {id(own.config) for own in model.modules() if hasattr(own, "config")} == {
+            id(model.config)
+        }
+
+
+def test_a_model_made_from_an_accelerated_config() -> None:
+    model = BertModel(BertConfig(**SIZES)).eval()
+    accelerate(model)
+    other = BertModel(model.config).eval()
+    accelerate(other)
+    restore(other)
+    assert not is_accelerated(other)
+    assert is_accelerated(model)
+
+
+def test_the_encoder_of_an_encoder_decoder_pair() -> None:
+    configs = BertConfig(**SIZES), BertConfig(**SIZES)
+    pair = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*configs)).eval()
+    with pytest.raises(ValueError, match="decoder has cross attention"):
+        accelerate(pair)
+    assert not is_accelerated(pair)
+    arguments = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS}
+    with torch.no_grad():
+        expected = pair(**arguments).logits
+        accelerate(pair.encoder)
+        assert is_accelerated(pair.encoder)
+        assert not is_accelerated(pair.decoder)
+        torch.testing.assert_close(pair(**arguments).logits, expected)
+        restore(pair)
+        assert torch.equal(pair(**arguments).logits, expected)
+
+
+def test_a_refusal_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was accelerated before, too."""
+    config = BertConfig(**SIZES)
+    models = nn.ModuleList([BertModel(config), BertModel(config), classifier()]).eval()
+    accelerate(models[0])
+    before = [model.config for model in models]
+    monkeypatch.setattr(type(models[2]), "_can_set_attn_implementation", classmethod(lambda _: 0))
+    with pytest.raises(ValueError, match="2 has an attention of its own code"):
+        accelerate(models)
+    assert all(model.config is own for model, own in zip(models, before, strict=True))
+    assert [is_accelerated(model) for model in models] == [True, False, False]
 
 
 def test_modules_of_a_model_share_its_config_still() -> None:

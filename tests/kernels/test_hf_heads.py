@@ -142,4 +142,4 @@ def test_padding_between_the_tokens_of_a_decoder_is_refused() -> None:
     with pytest.raises(ValueError, match="attention_mask: padding between tokens"):
         _outputs(model, BETWEEN)
     with pytest.raises(ValueError, match="keys of other lengths"):
-        _outputs(model, BETWEEN[:, :9])
+        _outputs(model, torch.ones_like(BETWEEN)[:, :9])

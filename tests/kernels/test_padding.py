@@ -25,6 +25,16 @@ def test_there_and_back(dtype: torch.dtype) -> None:
     assert torch.equal(hidden.grad, MASK[:, :, None].expand(3, 4, 5).float())
 
 
+def test_no_gradient_at_padding_reaches_a_token() -> None:
+    hidden = torch.randn(3, 4, 5, requires_grad=True)
+    weight = torch.randn(5, requires_grad=True)
+    stream, indices, *_ = unpad_input(hidden, MASK)
+    grad = torch.ones(3, 4, 5).masked_fill(MASK[..., None] == 0, torch.nan)
+    pad_input(stream * weight, indices, 3, 4).backward(grad)
+    assert torch.equal(hidden.grad, (weight * MASK[..., None]).detach())
+    torch.testing.assert_close(weight.grad, (hidden * MASK[..., None]).sum((0, 1)).detach())
+
+
 def test_token_ids_and_empty_batches() -> None:
     assert unpad_input(torch.arange(12).view(3, 4), MASK)[0].tolist() == [0, 1, 9, 10, 11]
     empty = unpad_input(torch.empty(0, 4, 2), torch.empty(0, 4, dtype=torch.bool))

@@ -27,6 +27,7 @@ from .attention_lengths import (
     assert_structure,
     drawn_pairs,
     reference_by_sequence,
+    rows_that_meet_none,
 )
 from .conftest import untouched_memory
 from .rounding import assert_within_twice
@@ -130,10 +131,15 @@ class AttentionCase:
         # Views of one tensor, and so are their gradients.
         self.kv = torch.randn(total_k, 2, 2, width, device=device).to(dtype)
         self.grad_out = torch.randn_like(self.q)
-        for x, tokens in zip(
-            (self.q, self.grad_out, self.kv), self.tokens[:1] * 2 + self.tokens[1:], strict=True
+        pairs = list(zip(lengths_q, lengths_k, strict=True))
+        blind, _ = rows_that_meet_none(pairs, causal, total_q, total_k)
+        # Neither queries that see no key nor rows that are in no sequence count.
+        for x, rows in (
+            (self.q, blind),
+            (self.grad_out, blind),
+            (self.kv, slice(sum(lengths_k), None)),
         ):
-            x[tokens:] = torch.nan  # rows that are in no sequence are not read
+            x[rows] = torch.nan
         self.factors = None
         if p:
             self.factors = attention_dropout_factors(2, total_q, total_k, p, self.seed, 3)
