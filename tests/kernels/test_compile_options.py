@@ -380,11 +380,6 @@ def test_in_a_graph(group: str) -> None:
     compare(list(GROUPS[group].values()), "aot_eager")
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_in_a_graph_for_any_number_of_tokens(group: str) -> None:
-    compare(list(GROUPS[group].values()), "aot_eager", [TOKENS, 33], dynamic=True)
-
-
 def test_under_inductor() -> None:
     calls = [GROUPS[group][name] for group, names in FOR_INDUCTOR.items() for name in names]
     compare(calls, "inductor")

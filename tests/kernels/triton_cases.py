@@ -5,6 +5,7 @@ GPU by test_triton.py.  In float32, and attention, whose code differs, in float1
 bfloat16, to which the interpreter does not round as a GPU does.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -30,6 +31,7 @@ from .attention_lengths import (
     rows_that_meet_none,
 )
 from .conftest import untouched_memory
+from .interpreter import builtins_replaced_once
 from .rounding import assert_within_twice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -46,8 +48,10 @@ LENGTHS = {
 
 
 @pytest.fixture
-def device() -> str:
-    return "cpu"
+def device() -> Iterator[str]:
+    """The CPU, under the interpreter; test_triton.py has a GPU."""
+    with builtins_replaced_once():
+        yield "cpu"
 
 
 def boundaries(lengths: list[int], device: str) -> Tensor:
