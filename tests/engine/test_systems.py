@@ -19,7 +19,9 @@ pytestmark = pytest.mark.long
 @pytest.mark.parametrize("recipe", NAMES)
 def test_every_recipe_runs_on_the_demo_corpus(recipe, tmp_path):
     folder = tmp_path / "run"
-    assert main([recipe, "--max-steps", str(STEPS), "--out", str(folder)]) == 0
+    # In fp32, as on most processors: bf16 products are compiled anew for each number of tokens.
+    options = ["--out", str(folder), "--max-steps", str(STEPS), "--set", "precision=fp32"]
+    assert main([recipe, *options]) == 0
     settings = recipes.load(str(folder / "recipe.toml"))
     trained = [set(phase.train) for phase in settings.in_phases.values()]
     seen = {name for line in metrics(folder) for name in line["losses"]}
