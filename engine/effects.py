@@ -54,6 +54,11 @@ def _of_data(holds: Callable[[Case], bool], reason: str, off: object = None) -> 
     return Effect(lambda case: case.known is None or holds(case), reason, off)
 
 
+def _cuts_objective(holds: Callable[[Case], bool], reason: str) -> Effect:
+    """Return the effect of a cut of an objective's texts, in which there have to be more."""
+    return Effect(_is_trained, "train does not name it", off=0, also=_of_data(holds, reason))
+
+
 def _of_run_steps(off: int) -> Effect:
     """Return the effect of a number of steps, in which the run has to come that far."""
     return Effect(
@@ -176,23 +181,13 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             (f"objectives.NAME.{name}" for name in ("kind", "sentences_of", "files", "weight")),
             ALWAYS,
         ),
-        "objectives.NAME.limit": Effect(
-            _is_trained,
-            "train does not name it",
-            off=0,
-            also=_of_data(
-                lambda case: case.objective.limit < case.texts.largest,
-                "no task or file has more than {case.texts.largest}",
-            ),
+        "objectives.NAME.limit": _cuts_objective(
+            lambda case: case.objective.limit < case.texts.largest,
+            "no task or file has more than {case.texts.largest}",
         ),
-        "objectives.NAME.max_texts": Effect(
-            _is_trained,
-            "train does not name it",
-            off=0,
-            also=_of_data(
-                lambda case: case.objective.max_texts < case.texts.texts,
-                "{case.texts.texts} texts were found",
-            ),
+        "objectives.NAME.max_texts": _cuts_objective(
+            lambda case: case.objective.max_texts < case.texts.texts,
+            "{case.texts.texts} texts were found",
         ),
         "objectives.NAME.join": Effect(
             lambda case: case.objective.kind == "masked_lm",

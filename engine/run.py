@@ -22,6 +22,7 @@ from .data.cache import load_split
 from .data.formats import FORMATS, FileFormat
 from .data.part import Examples
 from .data.read import OnBadRow, Table
+from .data.rows import lines_on
 from .data.source import Origin, Split
 from .data.split import TokenizedSplit, join_pairs
 from .data.tokenizer import Tokenizer
@@ -146,8 +147,8 @@ class Run(NamedTuple):
             table = training_table(recipe, task)
             texts += sentences_of(table, task, settings.limit, recipe.seed)
             sizes.append(len(table))
-            file_name = origin(recipe, task, "train").name
-            notes += [f"{task}: read {file_name} as {note}" for note in table.notes]
+            said = lines_on(origin(recipe, task, "train").name, table.notes)
+            notes += [f"{task}: {line}" for line in said]
             skipped = table.bad_rows.items()
             notes += [f"{name}: {count} rows of {task} skipped ({why})" for why, count in skipped]
         for file in settings.files:
@@ -155,7 +156,7 @@ class Run(NamedTuple):
             lines = lines_of(path)
             texts += lines.texts[: settings.limit or None]
             sizes.append(len(lines.texts))
-            notes += [f"{name}: read {path.name} as {note}" for note in lines.notes]
+            notes += [f"{name}: {line}" for line in lines_on(path.name, lines.notes)]
         found = Found(max(sizes), len(texts), tuple(notes))
         return build_examples(
             name,

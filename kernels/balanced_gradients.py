@@ -377,7 +377,7 @@ class BalancedGradients:
             self._before[place.position] = None if old is None else old.detach().clone()
         before = self._before[place.position]
         if before is not None:
-            gradient = gradient + before
+            gradient = gradient + before  # in the wider of their dtypes
         if old is None or old.layout != torch.strided:
             place.parameter.grad = gradient
         else:

@@ -22,6 +22,7 @@ from ..errors import InputError
 from ..reading import parse_json
 from .formats import FileFormat
 from .read import OnBadRow
+from .rows import lines_on
 from .source import Origin
 from .split import TokenizedSplit, tokenize
 from .tokenizer import Tokenizer
@@ -95,7 +96,7 @@ def load_split(
 
 def _with_name(split: TokenizedSplit, name: str) -> TokenizedSplit:
     """Name the file in the notes: the same content has the same entry under any name."""
-    return replace(split, notes=tuple(f"read {name} as {note}" for note in split.notes))
+    return replace(split, notes=lines_on(name, split.notes))
 
 
 class _DamagedEntryError(Exception):

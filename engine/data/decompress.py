@@ -88,11 +88,9 @@ def _pieces(content: bytes, kind: Compression, path: Path) -> Iterable[bytes]:
         return iter(partial(gzip.GzipFile(fileobj=io.BytesIO(content)).read, _CHUNK), b"")
     if kind == "zstd":
         return _zstd_pieces(content, path)
-    return _pieces_of_streams(content, bz2.BZ2Decompressor if kind == "bz2" else _new_xz)
-
-
-def _new_xz() -> lzma.LZMADecompressor:
-    return lzma.LZMADecompressor()
+    return _pieces_of_streams(
+        content, bz2.BZ2Decompressor if kind == "bz2" else lzma.LZMADecompressor
+    )
 
 
 def _pieces_of_streams(
@@ -105,7 +103,7 @@ def _pieces_of_streams(
     while True:
         stream, given = new(), content
         while not stream.eof:
-            if not (given or not stream.needs_input):
+            if stream.needs_input and not given:
                 raise EOFError("it ends before the end of its last stream")
             yield stream.decompress(given, _CHUNK)
             given = b""

@@ -87,6 +87,11 @@ def find_columns(
     return [names.index(name) for name in wanted]
 
 
+def lines_on(name: str, notes: Iterable[str]) -> tuple[str, ...]:
+    """Return a line for each thing that was found out about a file: how it was read."""
+    return tuple(f"read {name} as {note}" for note in notes)
+
+
 def shorten(text: str, limit: int = 40) -> str:
     """Return a text that fits into an error message."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
