@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from .door import Parser, run_door, terminal
-from .exporting.folder import write_model_folder
+from .exporting.folder import check_free, write_model_folder
 from .run import open_run
 from .scoring import read_scores
 
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
+    check_free(options.to)
     run = open_run(options.run)
     model, progress = run.trained_model(torch.device("cpu"), torch.float32)
     has_scores = (run.folder / "metrics.json").exists()

@@ -6,6 +6,7 @@ was cut off goes on where it was: finished runs are left alone, a half-done one 
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os.path import isfile
@@ -21,7 +22,8 @@ from .errors import InputError
 from .reading import parse_json, read_bytes
 from .recipe import Recipe
 from .run import Run
-from .runtime.files import write_text
+from .run_folder import claimed
+from .runtime.files import remove_partial_files, write_text
 from .runtime.metrics_log import STEPS
 from .runtime.step_lines import StepLines
 from .scoring import read_scores
@@ -69,6 +71,23 @@ def seeds_of(group: str, recipe: Recipe, count: int) -> list[Cell]:
     ]
 
 
+def check_results(folder: Path, cells: Iterable[Cell]) -> None:
+    """Hold the runs of a series that are finished against what is asked for now.
+
+    Raises:
+        InputError: one that would be shown with those of a cell was made with other settings.
+    """
+    recipes = {cell.group: cell.recipe for cell in cells}
+    for name, result in read_results(folder).items():
+        if result.group in recipes:
+            if not isfile(folder / name / "recipe.toml"):
+                raise InputError(
+                    f"{folder / name}: is gone, and with it what settings its scores in "
+                    f"{RESULTS} are of; give another --out"
+                )
+            runs.check_scores_of(recipes[result.group], folder / name)
+
+
 def check_models(folder: Path, cells: Iterable[Cell]) -> None:
     """Hold the runs that are still to be begun against their pretrained encoders.
 
@@ -89,7 +108,7 @@ def train_cells(
     """Train the runs of a series that are not done yet.
 
     Args:
-        folder: of the series.
+        folder: of the series, held by this process.
         cells: in the order in which they are trained.
         train_run: trains a run to its end, or until a signal, which it returns.
         console: to say on what is begun.
@@ -97,18 +116,21 @@ def train_cells(
     Returns:
         The signal that ended it, or None.
     """
+    remove_partial_files(folder, re.compile(re.escape(RESULTS)))
     results = read_results(folder)
     for cell in cells:
         if cell.name in results:
             continue
         console.rule(cell.name)
-        run = runs.resume(cell.recipe, folder / cell.name)
-        signal = train_run(run)
-        if signal is not None:
-            return signal
-        recipe = run.recipe
-        scores = read_scores(run.folder, recipe.tasks).scores if recipe.is_scored else {}
-        results[cell.name] = Result(cell.group, scores, training_seconds(run.folder))
+        with claimed(folder / cell.name, resumes=True):
+            run = runs.resume(cell.recipe, folder / cell.name)
+            signal = train_run(run)
+            if signal is not None:
+                return signal
+            recipe = run.recipe
+            scores = read_scores(run.folder, recipe.tasks).scores if recipe.is_scored else {}
+            seconds = training_seconds(run.folder)
+        results[cell.name] = Result(cell.group, scores, seconds)
         content = {name: result._asdict() for name, result in results.items()}
         write_text(folder / RESULTS, json.dumps(content, indent=2) + "\n")
     return None

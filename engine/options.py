@@ -75,6 +75,15 @@ def add_settings(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_force(group: argparse._ActionsContainer) -> None:
+    """Add ``--force``."""
+    group.add_argument(
+        "--force",
+        action="store_true",
+        help="replace files that are there already (default: refuse to, or ask on a terminal)",
+    )
+
+
 def add_device(group: argparse._ActionsContainer) -> None:
     """Add ``--device``."""
     group.add_argument(

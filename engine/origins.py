@@ -58,6 +58,10 @@ def _demo_folder() -> Path:
     version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:12]
     folder = default_cache() / f"demo-{version}"
     if not folder.exists():
-        with whole_folder(folder) as partial:
-            demo.write_demo(partial)
+        try:
+            with whole_folder(folder) as partial:
+                demo.write_demo(partial)
+        except InputError:
+            if not folder.is_dir():  # where another process was faster, that is as good
+                raise
     return folder

@@ -9,9 +9,9 @@ from .data.read import OnBadRow
 from .data.source import DataFile
 from .door import Parser, run_door, terminal
 from .errors import InputError
-from .options import add_device
+from .options import add_device, add_force
+from .outputs import check_outputs, write_output
 from .run import open_run
-from .runtime.files import write_text
 from .runtime.precision import pick_device
 from .scoring import predict
 
@@ -42,10 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where.add_argument(
         "--output", required=True, type=Path, metavar="TSV", help="the file to write; needed"
     )
+    add_force(where)
     add_device(where)
     options = parser.parse_args(arguments)
 
     run = open_run(options.run)
+    replace = check_outputs([options.output], force=options.force, inputs=[options.input])
     if options.task not in run.recipe.tasks:
         known = ", ".join(run.recipe.tasks)
         raise InputError(f"--task {options.task}: {options.run} has {known}")
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for blank in split.blank:
         cells[blank] = ""
     writer.writerows(zip(split.ids, cells, strict=True))
-    write_text(options.output, text.getvalue())
+    write_output(options.output, text.getvalue(), replace=replace)
     console = terminal()
     console.print(f"wrote {len(split)} predictions to {options.output}", soft_wrap=True)
     for note in split.notes:

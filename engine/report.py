@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from .distinct import distinct_names
 from .door import Parser, run_door, terminal
 from .errors import InputError
-from .options import add_device
+from .options import add_device, add_force
+from .outputs import check_outputs
 from .reporting.outcomes import collect
 from .reporting.page import write_page
-from .reporting.systems import without_answers, write_systems
+from .reporting.systems import possible_files, without_answers, write_systems
 from .run import open_run
-from .runtime.files import explained
+from .runtime.files import explained, resolved
 from .runtime.precision import pick_device
 
 
@@ -46,17 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder of the data files (default: each run's own)",
     )
+    add_force(where)
     add_device(where)
     options = parser.parse_args(arguments)
 
     if options.no_texts and not options.papers:
         raise InputError("--no-texts: a page quotes its examples; give it with --papers")
     console, device = terminal(), pick_device(options.device)
+    out = resolved(options.out)
     if options.papers:
+        replace = check_outputs(possible_files(out), force=options.force)
         outcomes = collect(options.runs, device, options.data)
         if options.no_texts:
             outcomes = [outcome.without_texts() for outcome in outcomes]
-        for path in write_systems(outcomes, options.out):
+        for path in write_systems(outcomes, out, replace=replace):
             console.print(f"wrote {path}", soft_wrap=True, highlight=False)
         if missing := without_answers(outcomes):
             console.print(
@@ -65,16 +70,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 highlight=False,
             )
         return 0
-    for folder in options.runs:
+    pages = _pages(options.runs, out)
+    replace = check_outputs(pages, force=options.force)
+    for page, folder in pages.items():
         run = open_run(folder)
         if options.data is not None:
             run = run.with_data(options.data)
-        with explained("write", options.out):
-            options.out.mkdir(parents=True, exist_ok=True)
-        page = options.out / f"{folder.resolve().name}.html"
-        write_page(run, page, device)
+        with explained("write", out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_page(run, page, device, replace=replace)
         console.print(f"wrote {page}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _pages(folders: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Return the folders of runs, each once, by their pages, whose names tell them apart."""
+    runs = {folder.resolve(): folder for folder in reversed(folders)}
+    names = distinct_names(list(runs))
+    pages = {out / f"{name}.html": run for name, run in zip(names, runs.values(), strict=True)}
+    return dict(reversed(pages.items()))
 
 
 if __name__ == "__main__":

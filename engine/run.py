@@ -6,10 +6,11 @@ tokenizer.json   (and vocab.txt, tokenizer_config.json)
 metrics.jsonl    a line for every training step; evaluations.jsonl, for every evaluation
 metrics.json     the scores of the last evaluation
 checkpoints/     see engine/runtime/checkpoint.py
+.superbert.lock  held by the process that trains it, see engine/runtime/lock.py
 """
 
-import itertools
 import json
+import os
 from collections.abc import Collection, Iterable, Iterator
 from os.path import isfile
 from pathlib import Path
@@ -37,13 +38,14 @@ from .objectives.text import Found, evenly, lines_of, sentences_of
 from .origins import data_folder, origin
 from .recipe import Recipe
 from .recipe_tables import EncoderRecipe
+from .run_folder import check_folder
 from .runtime.checkpoint import Checkpoints, load_weights
 from .runtime.failure import SMALLER_MODEL, memory_explained
 from .runtime.files import explained, write_text
 from .runtime.manifest import Progress
 from .runtime.precision import pick_dtype
 
-_FREE_TO_CHANGE = {
+_WITHOUT_EFFECT_ON_SCORES = {
     "log_every",
     "checkpoint_every",
     "distribute",
@@ -51,23 +53,18 @@ _FREE_TO_CHANGE = {
     "keep_logs",
     "log_mib",
     "max_skipped",
-    "max_steps",
     "threads",
     "timeout",
-    "data",
-    "init",
     "sinks",
     "watch_layers",
 }
 
+_FREE_TO_CHANGE = _WITHOUT_EFFECT_ON_SCORES | {"max_steps", "data", "init"}
+"""What a run may be resumed with another value of."""
 
-_WRITTEN_FIRST = (
-    *("tokenizer.json", "vocab.txt", "tokenizer_config.json"),
-    *("config.json", "recipe.toml"),
-)
+_FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
-_BEFORE_RECIPE = {f"{name}{ending}" for name in _WRITTEN_FIRST for ending in ("", ".partial")}
-"""What a run has written when it is cut off before its recipe."""
+_PLACES = ("data", "init")
 
 
 class Run(NamedTuple):
@@ -231,24 +228,18 @@ class Run(NamedTuple):
         return self._replace(recipe=self.recipe.model_copy(update={"data": str(folder)}))
 
 
-def begin(recipe: Recipe, folder: Path, *, leftovers: Collection[str] = ()) -> Run:
+def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
     """Plan a run in ``folder``; nothing is written yet.
 
     Args:
         recipe: the settings.
         folder: of the run.
-        leftovers: names that it may hold already.
+        resumes: whether it may hold what a run wrote before it was cut off.
 
     Raises:
         InputError: the folder holds something already, or the encoder or data cannot be used.
     """
-    with explained("look into", folder):
-        if folder.exists() and (
-            not folder.is_dir() or any(path.name not in leftovers for path in folder.iterdir())
-        ):
-            holds = "a run" if (folder / "recipe.toml").exists() else "something"
-            hint = " or pass --resume to go on with it" if holds == "a run" else ""
-            raise InputError(f"--out {folder}: holds {holds} already; give another folder{hint}")
+    check_folder(folder, resumes=resumes)
     if recipe.init:
         encoder, config = pretrained_encoder(recipe)
         tokenizer = Tokenizer.load(huggingface.resolve(recipe.init))
@@ -273,14 +264,6 @@ def pretrained_encoder(recipe: Recipe) -> tuple[EncoderRecipe, EncoderConfig]:
     """
     config = huggingface.read_config(huggingface.resolve(recipe.init))
     return recipe.encoder.of_model(config, f"--init {recipe.init}")
-
-
-def free_folder(parent: Path, recipe: str) -> Path:
-    """Return the first of ``parent/NAME-1``, ``parent/NAME-2``, … that does not exist."""
-    name = Path(recipe).stem
-    return next(
-        folder for n in itertools.count(1) if not (folder := parent / f"{name}-{n}").exists()
-    )
 
 
 def training_table(recipe: Recipe, task: str) -> Table:
@@ -316,20 +299,39 @@ def resume(recipe: Recipe, folder: Path) -> Run:
     """Open a run to go on with it, or begin it if there is none in ``folder``.
 
     Raises:
-        InputError: the run was made with other settings.
+        InputError: the run was made with other settings, or writes through a link.
     """
     if not isfile(folder / "recipe.toml"):
-        return begin(recipe, folder, leftovers=_BEFORE_RECIPE)
+        return begin(recipe, folder, resumes=True)
     run = open_run(folder)
     recipe = _with_model(recipe, run)
-    made_with, now = run.recipe.model_dump(), recipe.model_dump()
-    for key in now.keys() - _FREE_TO_CHANGE:
-        for field, before, after in _differences(key, made_with[key], now[key]):
+    for field, before, after in _differences(run.recipe, recipe, but=_FREE_TO_CHANGE):
+        raise InputError(
+            f"--resume: {folder} was made with {field} = {before!r}, now it is "
+            f"{after!r}; resume with the same settings or give another --out"
+        )
+    for name in _FOLDERS:
+        if (folder / name).is_symlink():
             raise InputError(
-                f"--resume: {folder} was made with {field} = {before!r}, now it is "
-                f"{after!r}; resume with the same settings or give another --out"
+                f"{folder / name}: is a link, and a run writes into its own folder alone; put "
+                "there what it names, or give --out a link to the whole run"
             )
     return run._replace(recipe=recipe)
+
+
+def check_scores_of(recipe: Recipe, folder: Path) -> None:
+    """Check that a run that is finished has the scores of a recipe, whatever the seed.
+
+    Raises:
+        InputError: it was made with other settings.
+    """
+    run = open_run(folder)
+    but = _WITHOUT_EFFECT_ON_SCORES | {"seed"}
+    for field, before, after in _differences(run.recipe, _with_model(recipe, run), but=but):
+        raise InputError(
+            f"{folder} was made with {field} = {before!r}, now it is {after!r}; its scores are of "
+            "other settings: give another --out"
+        )
 
 
 def _with_model(recipe: Recipe, run: Run) -> Recipe:
@@ -355,10 +357,20 @@ def _with_model(recipe: Recipe, run: Run) -> Recipe:
     return recipe.model_copy(update={"encoder": encoder, "init": init})
 
 
-def _differences(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+def _differences(
+    before: Recipe, after: Recipe, *, but: Collection[str]
+) -> Iterator[tuple[str, Any, Any]]:
     """Yield the dotted names of the settings that differ, with their two values."""
+    one, other = before.model_dump(), after.model_dump()
+    for key in sorted(other.keys() - but):
+        named = key in _PLACES and one[key] and other[key]
+        if not (named and os.path.realpath(one[key]) == os.path.realpath(other[key])):
+            yield from _differing(key, one[key], other[key])
+
+
+def _differing(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
         for name in after:
-            yield from _differences(f"{key}.{name}", before[name], after[name])
+            yield from _differing(f"{key}.{name}", before[name], after[name])
     elif before != after:
         yield key, before, after

@@ -6,14 +6,25 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import FrameType
 
 from . import recipe as recipes
+from .distinct import as_file_name, distinct_names
 from .door import STOPPED, Parser, positive, run_door, terminal
 from .errors import InputError
-from .many import Cell, check_models, print_results, read_results, seeds_of, train_cells
+from .many import (
+    Cell,
+    check_models,
+    check_results,
+    print_results,
+    read_results,
+    seeds_of,
+    train_cells,
+)
 from .options import add_device, add_settings, overrides
+from .runtime.files import resolved
+from .runtime.lock import held
 from .runtime.precision import pick_device
 from .train import train_run
 
@@ -30,17 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = overrides(options)
     cells = [
         cell
-        for name in dict.fromkeys(names)
+        for group, name in groups(names).items()
         for point in grid_points(options.grid)
-        for cell in _cells(name, point, settings, options.seeds)
+        for cell in _cells(group, name, point, settings, options.seeds)
     ]
-    check_models(options.out, cells)
-    with _time_limit(options.minutes) as over:
-        in_time = itertools.takewhile(lambda _: not over.is_set(), cells)
-        stopped = train_cells(
-            options.out, in_time, lambda run: train_run(run, device, console), console
-        )
-    results = read_results(options.out)
+    out = resolved(options.out)
+    check_models(out, cells)
+    with held(out):
+        check_results(out, cells)
+        with _time_limit(options.minutes) as over:
+            in_time = itertools.takewhile(lambda _: not over.is_set(), cells)
+            stopped = train_cells(
+                out, in_time, lambda run: train_run(run, device, console), console
+            )
+        results = read_results(out)
     print_results(console, results)
     if all(cell.name in results for cell in cells):
         return 0
@@ -66,9 +80,31 @@ def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
     return list(itertools.product(*choices))
 
 
-def _cells(name: str, point: tuple[str, ...], settings: Sequence[str], seeds: int) -> list[Cell]:
+def groups(names: Sequence[str]) -> dict[str, str]:
+    """Return recipes by the folders that their runs go into, each recipe once.
+
+    A file's is its name without the ending, with folders before it where that tells two apart.
+    """
+    once = {os.path.realpath(name) if _is_file(name) else name: name for name in reversed(names)}
+    asked = list(reversed(once.values()))
+    paths = [
+        Path(os.path.abspath(name)).with_suffix("") if _is_file(name) else PurePath(name)
+        for name in asked
+    ]
+    found = map(as_file_name, distinct_names(paths))
+    return dict(zip(found, asked, strict=True))
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".toml")
+
+
+def _cells(
+    group: str, name: str, point: tuple[str, ...], settings: Sequence[str], seeds: int
+) -> list[Cell]:
     recipe = recipes.load(name, [*settings, *point])
-    group = "/".join([Path(name).stem, *([",".join(point)] if point else [])])
+    if point:
+        group += "/" + as_file_name(",".join(point))
     return seeds_of(group, recipe, seeds)
 
 

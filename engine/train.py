@@ -6,8 +6,9 @@ update) -> model/encoder.py -> kernels/ -> csrc/.
 
 import itertools
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from signal import Signals
 
@@ -21,14 +22,17 @@ from .door import STOPPED, print_scores, run_door, terminal
 from .dry_run import show_plan
 from .errors import InputError
 from .fields import print_fields
-from .many import print_results, read_results, seeds_of, train_cells
+from .many import check_results, print_results, read_results, seeds_of, train_cells
 from .options import overrides, parser
 from .phase_facts import PhaseFacts
 from .recipe import Recipe
 from .run import Run
+from .run_folder import claimed, free_folders
 from .runtime.cpu import keep_freed_memory, set_threads
 from .runtime.distributed import Ranks
 from .runtime.failure import SMALLER_MODEL, memory_explained, smaller_batches
+from .runtime.files import resolved
+from .runtime.lock import held, held_first
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
@@ -151,12 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = terminal(quiet=not ranks.leads)
     device = ranks.device(pick_device(options.device))
     recipe = recipes.load(options.recipe, overrides(options))
-    out = options.out or runs.free_folder(Path("runs"), options.recipe)
+    resumes = options.resume or ranks.restarted
     if options.seeds is not None:
-        return _train_seeds(recipe, out, options.seeds, device, console)
-    with ranks.joined(device, recipe.timeout):
+        with _place(options, held) as out:
+            return _train_seeds(recipe, out, options.seeds, device, console)
+    claim = partial(claimed, ranks=ranks, resumes=resumes)
+    with ranks.joined(device, recipe.timeout), _place(options, claim) as out:
         with ranks.in_turn():
-            resumes = options.resume or ranks.restarted
             run = runs.resume(recipe, out) if resumes else runs.begin(recipe, out)
         if options.dry_run:
             training = Training.build(run, device, ranks)
@@ -180,11 +185,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _place(
+    options: Namespace, hold: Callable[[Path], AbstractContextManager[None]]
+) -> Iterator[Path]:
+    """Hold the folder that is trained into: the one named, or the next that is free."""
+    if options.out is not None:
+        out = resolved(options.out)
+        with nullcontext() if options.dry_run else hold(out):
+            yield out
+        return
+    free = free_folders(Path("runs"), options.recipe)
+    with nullcontext(next(free)) if options.dry_run else held_first(free) as out:
+        yield out
+
+
 def _train_seeds(
     recipe: Recipe, out: Path, count: int, device: torch.device, console: Console
 ) -> int:
     """Train a recipe under several seeds; return the door's exit status."""
     cells = seeds_of("", recipe, count)
+    check_results(out, cells)
     signal = train_cells(out, cells, lambda run: train_run(run, device, console), console)
     print_results(console, read_results(out))
     if signal is not None:

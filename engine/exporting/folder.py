@@ -7,6 +7,7 @@ README.md                                    the model card
 """
 
 import json
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +53,30 @@ def write_model_folder(
         InputError: ``to`` holds something already or cannot be written, or the model is no plain
             BERT with heads.
     """
-    with explained("look into", to):
-        if to.exists() and (not to.is_dir() or any(to.iterdir())):
-            raise InputError(f"--to {to}: holds something already; give another folder")
+    check_free(to)
     if model.adapters:
         raise InputError(
             f"{run.folder}: trained with adapter_width = {run.recipe.adapter_width}; no BertModel "
             "has the adapters beside its layers, so that nothing else could load it"
         )
-    with whole_folder(to) as folder:
+    with whole_folder(Path(realpath(to))) as folder:
         _write_transformers(folder, run, model)
         _write_sentence_transformers(folder, run)
         save_file(head_tensors(model), folder / "heads.safetensors", head_layout(model))
         card = model_card(run, progress, scores)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_free(to: Path) -> None:
+    """Check that a folder is new or empty.
+
+    Raises:
+        InputError: it is not, or cannot be looked into.
+    """
+    real = Path(realpath(to))
+    with explained("look into", to):
+        if real.exists() and (not real.is_dir() or any(real.iterdir())):
+            raise InputError(f"--to {to}: holds something already; give another folder")
 
 
 def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """Where a model errs: labels against predictions as pictures, counts and worst examples."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Self
 
 import matplotlib as mpl
@@ -10,7 +9,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 
-from .pictures import numbers_in_cells
+from .pictures import numbers_in_cells, png
 from .record import Answers, Mistake
 
 
@@ -65,8 +64,8 @@ def counts(answers: Answers) -> npt.NDArray[np.int64]:
     return found
 
 
-def write_heatmaps(answers: Mapping[str, Findings], path: Path) -> None:
-    """Draw labels against predictions of every task side by side, into a PNG file.
+def heatmaps(answers: Mapping[str, Findings]) -> bytes:
+    """Draw labels against predictions of every task side by side (PNG).
 
     A row's shades are its shares; its numbers count examples.
     """
@@ -82,7 +81,7 @@ def write_heatmaps(answers: Mapping[str, Findings], path: Path) -> None:
             axes.set_xticks(range(len(labels)), labels)
             axes.set_yticks(range(len(labels)), labels)
             axes.set(title=f"{task}  {found.score:.3f}", xlabel="predicted", ylabel="label")
-        figure.savefig(path, metadata={"Software": None})
+        return png(figure)
 
 
 def markdown(title: str, answers: Mapping[str, Findings]) -> str:

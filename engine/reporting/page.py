@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..outputs import write_output
 from ..run import Run
-from ..runtime.files import write_text
 from ..scoring import metric_name
 from . import pictures
 from .record import (
@@ -51,16 +51,18 @@ class Section(NamedTuple):
     pictures: list[Picture]
 
 
-def write_page(run: Run, path: Path, device: torch.device) -> None:
+def write_page(run: Run, path: Path, device: torch.device, *, replace: bool = False) -> None:
     """Write a run's page.
 
     Args:
         run: a trained run whose data are there.
-        path: of the HTML file.
+        path: of the HTML file, whose name the page has.
         device: where its best checkpoint answers the dev data.
+        replace: whether a file that is there is replaced.
 
     Raises:
-        InputError: the run has no steps or no checkpoint, or its data cannot be read.
+        InputError: the run has no steps or no checkpoint, its data cannot be read, or the file is
+            there.
     """
     steps, evaluations = read_steps(run), read_evaluations(run)
     answers = dev_answers(run, device, _MISTAKES)
@@ -74,7 +76,7 @@ def write_page(run: Run, path: Path, device: torch.device) -> None:
     loader = PackageLoader(__package__, "")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     html = environment.get_template("page.html").render(
-        name=run.folder.resolve().name,
+        name=path.stem,
         description=run.recipe.description,
         facts=dict(_facts(run, steps)),
         answers=answers,
@@ -82,7 +84,7 @@ def write_page(run: Run, path: Path, device: torch.device) -> None:
         sections=sections,
         recipe=run.recipe.to_toml(),
     )
-    write_text(path, html)
+    write_output(path, html, replace=replace)
 
 
 def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:

@@ -142,6 +142,13 @@ def numbers_in_cells(
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
 
 
+def png(figure: Figure) -> bytes:
+    """Return a picture as a PNG file's content."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
 def _running_mean(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
     """Return the mean of each value and up to ``width - 1`` before it."""
     sums = np.cumsum(np.concatenate([[0.0], values]))

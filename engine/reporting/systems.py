@@ -1,49 +1,64 @@
 """The report on the papers' systems: a table and a picture a paper, mistakes a system."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from .. import recipe as recipes
 from ..errors import InputError
-from ..runtime.files import explained, write_text
+from ..outputs import write_output
+from ..runtime.files import explained
 from . import mistakes, papers
 from .outcomes import Outcome, to_json
 from .papers import Row, System
+from .pictures import png
 
 OUTCOMES = "papers.json"
 
 
-def write_systems(outcomes: Sequence[Outcome], out: Path) -> Iterator[Path]:
+def possible_files(out: Path) -> list[Path]:
+    """Return the files that :func:`write_systems` writes, and those that it might."""
+    tables = [f"paper-{paper.key}.png" for paper in papers.read_papers()]
+    systems = [f"{name}.png" for name in recipes.names()]
+    return [out / name for name in (OUTCOMES, "papers.md", "mistakes.md", *tables, *systems)]
+
+
+def write_systems(
+    outcomes: Sequence[Outcome], out: Path, *, replace: bool = False
+) -> Iterator[Path]:
     """Write the report on the papers; yield each file when it is there.
 
     Args:
         outcomes: of runs of built-in recipes, in any order.
         out: the folder, made if missing.
+        replace: whether files that are there are replaced.
 
     Raises:
-        InputError: no system of a paper is among them.
+        InputError: no system of a paper is among them, or a file is there.
     """
     with explained("write", out):
         out.mkdir(parents=True, exist_ok=True)
+    write = partial(write_output, replace=replace)
     rows, tables = papers.rows_of(outcomes), []
     for paper in papers.read_papers():
         run = [(system, row) for system, row in papers.paired(paper, rows) if row is not None]
         if run:
             tables.append(papers.markdown(paper, rows))
-            _write_bars(run, out / f"paper-{paper.key}.png")
+            write(out / f"paper-{paper.key}.png", _bars(run))
             yield out / f"paper-{paper.key}.png"
     if not tables:
         raise InputError(
             "--papers: none of these runs was made by the recipe of a paper's system and scored"
         )
-    write_text(out / OUTCOMES, to_json(outcomes))
+    write(out / OUTCOMES, to_json(outcomes))
     yield out / OUTCOMES
-    write_text(out / "papers.md", "\n".join([*tables, papers.ranking(rows)]))
+    write(out / "papers.md", "\n".join([*tables, papers.ranking(rows)]))
     yield out / "papers.md"
-    yield from _write_mistakes(outcomes, out)
+    yield from _write_mistakes(outcomes, out, write)
 
 
 def without_answers(outcomes: Sequence[Outcome]) -> list[str]:
@@ -52,21 +67,23 @@ def without_answers(outcomes: Sequence[Outcome]) -> list[str]:
     return sorted(systems - {outcome.system for outcome in outcomes if outcome.answers})
 
 
-def _write_mistakes(outcomes: Sequence[Outcome], out: Path) -> Iterator[Path]:
+def _write_mistakes(
+    outcomes: Sequence[Outcome], out: Path, write: Callable[[Path, str | bytes], None]
+) -> Iterator[Path]:
     """Write heatmaps and mistakes of the first run of every system that has any."""
     first = {outcome.system: outcome.answers for outcome in reversed(outcomes) if outcome.answers}
     if not first:
         return
     for system, answers in sorted(first.items()):
-        mistakes.write_heatmaps(answers, out / f"{system}.png")
+        write(out / f"{system}.png", mistakes.heatmaps(answers))
         yield out / f"{system}.png"
     sections = [mistakes.markdown(system, answers) for system, answers in sorted(first.items())]
-    write_text(out / "mistakes.md", "\n".join(sections))
+    write(out / "mistakes.md", "\n".join(sections))
     yield out / "mistakes.md"
 
 
-def _write_bars(shown: Sequence[tuple[System, Row]], path: Path) -> None:
-    """Draw the papers' overall scores (or the only one) beside ours, a pair of bars a row."""
+def _bars(shown: Sequence[tuple[System, Row]]) -> bytes:
+    """Draw the papers' overall scores (or the only one) beside ours, a pair of bars a row (PNG)."""
     theirs, ours, deviations = [], [], []
     for system, row in shown:
         scored = "overall" if "overall" in system.scores else next(iter(system.scores))
@@ -85,4 +102,4 @@ def _write_bars(shown: Sequence[tuple[System, Row]], path: Path) -> None:
         axes.invert_yaxis()
         axes.set_xlabel("overall score, or that of the only task")
         figure.legend(frameon=False, ncols=2, loc="outside upper right")
-        figure.savefig(path, metadata={"Software": None})
+        return png(figure)

@@ -12,10 +12,9 @@ needs saving.  Tensors are stored as safetensors: no pickle is read.
 import logging
 import math
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -29,11 +28,17 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..errors import InputError
 from ..model.multitask import MultitaskModel
-from .files import whole_folder
+from .files import is_partial, remove_folder, whole_folder
 from .manifest import Manifest, Progress, read_manifest, seal, verify
 
 _NAME = re.compile(r"(step|best)-(\d{8})")
 _WEIGHTS = "model.safetensors"
+
+FILES = re.compile(
+    r"manifest\.json|\.manifest\.json-[0-9a-f]{8}\.partial|[\w.-]+\.safetensors|\.tmp\w{6}",
+    re.ASCII,
+)
+"""The names of files in a checkpoint, whole or being written (``.tmp…`` by safetensors)."""
 
 log = logging.getLogger(__name__)
 
@@ -85,21 +90,26 @@ class Checkpoints:
 
     def save_best(self, progress: Progress, weights: Mapping[str, Tensor]) -> None:
         """Write the weights alone, as the best so far, then drop the ones before."""
-        with whole_folder(self.path("best", progress.step)) as partial:
+        with whole_folder(self.path("best", progress.step), FILES) as partial:
             save_file(dict(weights), partial / _WEIGHTS)
             seal(partial, Manifest(progress=progress))
         self.keep("best", 1)
 
     def keep(self, kind: str, count: int) -> None:
-        """Remove all but the newest ``count`` checkpoints of a kind."""
+        """Remove all but the newest ``count`` checkpoints of a kind, and those that hold more."""
         for path in self.all(kind)[count:]:
-            shutil.rmtree(path, ignore_errors=True)
+            try:
+                remove_folder(path, FILES)
+            except InputError as error:
+                log.warning("%s; it stays", error)
 
     def sweep(self) -> None:
         """Remove what a run that was cut off left half written."""
         if self.folder.is_dir():
-            for path in self.folder.glob("*.partial"):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in list(self.folder.iterdir()):
+                if is_partial(path.name, _NAME):
+                    with suppress(InputError):  # there is more in it
+                        remove_folder(path, FILES)
 
 
 def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:

@@ -6,11 +6,9 @@ name, and drops the oldest.  A kill at any moment leaves either the new checkpoi
 before.  Many machines need a file system that all of them see.
 """
 
-import os
-import shutil
 import warnings
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,9 +25,9 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ..errors import InputError
-from .checkpoint import Checkpoints, readable
+from .checkpoint import FILES, Checkpoints, readable
 from .distributed import Ranks
-from .files import sync
+from .files import explained, new_partial_folder, put_folder, remove_folder
 from .manifest import Manifest, seal
 
 
@@ -45,7 +43,7 @@ class Saver:
     def __init__(self, checkpoints: Checkpoints, keep: int, ranks: Ranks) -> None:
         self._checkpoints, self._keep, self._ranks = checkpoints, keep, ranks
         self._writing: Future[Any] | None = None
-        self._path = checkpoints.folder
+        self._path = self._partial = checkpoints.folder
         if ranks.size == 1:
             quiet_when_alone()
 
@@ -57,9 +55,12 @@ class Saver:
         """
         self.wait()
         self._path = self._checkpoints.path("step", manifest.progress.step)
+        self._partial = self._new_partial()
         writing = async_save(
             state,
-            storage_writer=_Writer(self._path, manifest, self._checkpoints, self._keep),
+            storage_writer=_Writer(
+                self._partial, self._path, manifest, self._checkpoints, self._keep
+            ),
             process_group=self._ranks.checkpoint_group,
             no_dist=self._ranks.size == 1,
         )
@@ -78,14 +79,36 @@ class Saver:
         try:
             writing.result()
         except CheckpointException as error:
-            shutil.rmtree(_partial(self._path), ignore_errors=True)
-            causes = [cause for cause, _ in error.failures.values()]
-            if not isinstance(causes[0], OSError):
+            with suppress(InputError):
+                remove_folder(self._partial, FILES)
+            cause, *_ = [cause for cause, _ in error.failures.values()]
+            if isinstance(cause, InputError):
+                raise cause from error
+            if not isinstance(cause, OSError):
                 raise
-            reason = (causes[0].strerror or str(causes[0])).lower()
+            reason = (cause.strerror or str(cause)).lower()
             raise InputError(
                 f"cannot write {self._path}: {reason}; make room and go on with --resume"
             ) from error
+
+    def _new_partial(self) -> Path:
+        """Return a new folder to write into, the same on all ranks.
+
+        Raises:
+            InputError: it cannot be made.
+        """
+        partial = problem = None
+        if self._ranks.leads:
+            try:
+                with explained("write", self._path):
+                    self._checkpoints.folder.mkdir(exist_ok=True)
+                    partial = new_partial_folder(self._path).name
+            except InputError as error:
+                problem = str(error)
+        partial, problem = self._ranks.tell([partial, problem])
+        if problem is not None:
+            raise InputError(problem)
+        return self._path.with_name(partial)
 
     def __enter__(self) -> Self:
         """Return the saver."""
@@ -127,9 +150,11 @@ class Saver:
 class _Writer(HuggingFaceStorageWriter):
     """Writes under another name; the leader completes the folder when all ranks are done."""
 
-    def __init__(self, path: Path, manifest: Manifest, checkpoints: Checkpoints, keep: int) -> None:
-        super().__init__(str(_partial(path)), save_distributed=True)
-        self._final, self._manifest = path, manifest
+    def __init__(
+        self, partial: Path, path: Path, manifest: Manifest, checkpoints: Checkpoints, keep: int
+    ) -> None:
+        super().__init__(str(partial), save_distributed=True)
+        self._partial, self._final, self._manifest = partial, path, manifest
         self._checkpoints, self._keep = checkpoints, keep
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -141,18 +166,11 @@ class _Writer(HuggingFaceStorageWriter):
         metadata: Metadata,  # noqa: ARG002 (torch's signature)
         results: list[list[WriteResult]],  # noqa: ARG002
     ) -> None:
-        partial = _partial(self._final)
-        seal(partial, self._manifest)
-        shutil.rmtree(self._final, ignore_errors=True)  # there only if it was found damaged
-        os.replace(partial, self._final)
-        sync(self._final.parent)
+        seal(self._partial, self._manifest)
+        put_folder(self._partial, self._final, FILES)  # one is there only if it was found damaged
         self._checkpoints.keep("step", self._keep)
 
 
 def quiet_when_alone() -> None:
     """Spare a run of one process torch's warning, at each checkpoint, that it is one."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")

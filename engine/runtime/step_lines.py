@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..reading import parse_json, read_bytes
-from .files import explained, write_text
+from .files import check_own_file, explained, write_text
 
 
 class StepLines:
@@ -36,10 +37,11 @@ class StepLines:
         """Add lines.
 
         Raises:
-            InputError: the disk is full, or the like.
+            InputError: the disk is full, or the like, or a link stands where the file goes.
         """
+        check_own_file(self._path)
         with explained("write", self._path):
-            with self._path.open("a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", opener=_open_own) as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
                 size = file.tell()
             if self._limit and size >= self._limit:
@@ -49,8 +51,10 @@ class StepLines:
         """Drop the lines of steps from ``start`` on, and any that is damaged.
 
         Raises:
-            InputError: the files cannot be read or written.
+            InputError: the files cannot be read or written, or are none.
         """
+        for path in (*self._put_aside(), self._path):
+            check_own_file(path)
         self._cut_newest(start)
         for path in reversed(self._put_aside()):
             if self._path.stat().st_size > 0:
@@ -63,11 +67,11 @@ class StepLines:
         content = read_bytes(self._path) if self._path.exists() else None
         kept = [line for line in (content or b"").splitlines() if _step_of(line) < start]
         text = b"".join(line + b"\n" for line in kept)
-        if text != content:
+        if text != content or self._path.stat().st_nlink > 1:  # another name may be a copy's
             write_text(self._path, text.decode())
 
     def _put_aside(self) -> Sequence[Path]:
-        name = re.compile(rf"{re.escape(self._path.stem)}-(\d+){re.escape(self._path.suffix)}")
+        name = re.compile(rf"{re.escape(self._path.stem)}-(\d{{8,}}){re.escape(self._path.suffix)}")
         found = {
             int(match[1]): path
             for path in self._path.parent.glob(f"*{self._path.suffix}")
@@ -78,10 +82,17 @@ class StepLines:
     def _put_aside_newest(self) -> None:
         with self._path.open("rb") as file:
             first = _step_of(file.readline())
-        os.replace(self._path, self._path.with_stem(f"{self._path.stem}-{first:08}"))
+        aside = self._path.with_stem(f"{self._path.stem}-{first:08}")
+        if os.path.lexists(aside):
+            raise InputError(f"{aside}: is there already; move it elsewhere")
+        os.rename(self._path, aside)
         if self._keep:
             for path in self._put_aside()[: -self._keep]:
                 path.unlink()
+
+
+def _open_own(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
 
 
 def _step_of(line: bytes) -> int:

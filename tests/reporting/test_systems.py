@@ -108,7 +108,7 @@ def test_more_runs_join_those_of_a_papers_json(series, tmp_path):
     assert report.main(["--papers", str(series / "cgs/seed-0"), "--out", str(kept)]) == 0
     assert "seeds" not in row_of(kept, "| CGS |")[7]
     places = [str(kept / "papers.json"), str(series), str(kept / "papers.json")]
-    assert report.main(["--papers", *places, "--out", str(kept)]) == 0
+    assert report.main(["--papers", *places, "--out", str(kept), "--force"]) == 0
     assert "2 seeds" in row_of(kept, "| CGS |")[7]
     outcomes = read_outcomes(kept / "papers.json")
     assert len(outcomes) == 6

@@ -1,7 +1,6 @@
 """Checkpoints through bad days: cut off, damaged, a full disk."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -88,16 +87,16 @@ def test_a_write_that_is_cut_off_leaves_the_one_before(
     tmp_path,
     monkeypatch,
 ):
-    replace = os.replace
+    put = saver.put_folder
 
-    def cut_off(source, target):
-        if Path(target).name == "step-00000004":
+    def cut_off(partial, path, known):
+        if path.name == "step-00000004":
             raise KeyboardInterrupt  # at the last moment, when all but the name is there
-        replace(source, target)
+        put(partial, path, known)
 
     with monkeypatch.context() as patch:
-        patch.setattr(saver.os, "replace", cut_off)
-        patch.setattr(saver.shutil, "rmtree", lambda *_, **__: None)  # nobody cleans up
+        patch.setattr(saver, "put_folder", cut_off)
+        patch.setattr(saver, "remove_folder", lambda *_: None)  # nobody cleans up
         with pytest.raises(BaseException, match="KeyboardInterrupt"):
             tiny_run("run", settings=EVERY_STEP)
     folder = tmp_path / "run"
