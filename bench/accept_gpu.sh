@@ -11,6 +11,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bash bench/accept_gpu.sh OUTDIR}
 mkdir -p "$out"
+if compgen -G "$out/*.log" >/dev/null || compgen -G "$out/*.json" >/dev/null; then
+    echo "$out: holds logs or records already; give another folder" >&2
+    exit 2
+fi
 deadline=$((SECONDS + ${SUPERBERT_SECONDS:-530}))
 failed=()
 

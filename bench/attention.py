@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -180,8 +179,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="columns of a head")
     parser.add_argument("--case", nargs="+", help="only these cases, such as 'sst x 32'")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write raw samples and environment here")
-    options = parser.parse_args()
+    options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
 
     results: dict[str, object] = {"heads": HEADS, "width": options.width}
@@ -223,7 +221,7 @@ def main() -> None:
         results[f"gemm_flops_per_s, {dtype_name}"] = peak
         console.print(table)
     if options.json:
-        harness.write_record(options.json, "attention", device, results)
+        harness.write_record(options.json, "attention", device, results, replace=options.force)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ what lies between the faster of the two and that floor.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -79,8 +78,7 @@ def main() -> None:
     add("--tokens", type=int, default=2690, help="of a batch")
     add("--width", type=int, default=384, help="of the encoder")
     add("--rounds", type=int, default=20)
-    add("--json", type=Path, help="write raw samples and environment here")
-    options = parser.parse_args()
+    options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
     copy = harness.measure_bandwidth(device)["copy"]
@@ -104,7 +102,7 @@ def main() -> None:
         results[name] = {"seconds": samples, "bytes": nbytes}
     console.print(table)
     if options.json:
-        harness.write_record(options.json, "fusion", device, results)
+        harness.write_record(options.json, "fusion", device, results, replace=options.force)
 
 
 if __name__ == "__main__":

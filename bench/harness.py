@@ -4,6 +4,7 @@ Contestants of one benchmark run in the same process, in turn, round after round
 else slows the machine slows them alike; figures to compare are ratios of their medians.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -17,6 +18,10 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from engine.errors import InputError
+from engine.outputs import check_outputs, write_output
+from engine.runtime.files import explained
 
 Contestant = Callable[[], object]
 
@@ -147,11 +152,46 @@ def environment(device: torch.device) -> dict[str, Any]:
     return described
 
 
-def write_record(path: Path, benchmark: str, device: torch.device, results: Any) -> None:
-    """Write a benchmark's results with their environment as JSON."""
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the arguments of a benchmark, ``--json`` and ``--force`` among them.
+
+    A record that is there already, and stays, ends the process before anything is measured.
+    """
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures here")
+    parser.add_argument("--force", action="store_true", help="replace a record that is there")
+    options = parser.parse_args()
+    if options.json is not None:
+        try:
+            options.force = check_outputs([options.json], force=options.force)
+        except InputError as error:
+            parser.error(str(error))
+    return options
+
+
+def write_record(
+    path: Path, benchmark: str, device: torch.device, results: Any, *, replace: bool = False
+) -> None:
+    """Write a benchmark's results with their environment as JSON.
+
+    Args:
+        path: of the record.
+        benchmark: its name.
+        device: what was measured.
+        results: what JSON can hold.
+        replace: whether a record that is there is replaced.
+    """
     record = {"benchmark": benchmark, "environment": environment(device), "results": results}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(path, record, replace=replace)
+
+
+def write_json(path: Path, content: Any, *, replace: bool = False) -> None:
+    """Write what JSON can hold to a file that ``--json`` named."""
+    try:
+        with explained("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_output(path, json.dumps(content, indent=1) + "\n", replace=replace)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def _git(*arguments: str) -> str:

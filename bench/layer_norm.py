@@ -10,7 +10,6 @@ import argparse
 import importlib.util
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -189,8 +188,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=None)
     parser.add_argument("--width", nargs="+", type=int, default=[384, 768, 1024])
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write raw samples and environment here")
-    options = parser.parse_args()
+    options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
     row_counts = options.rows or ([2560] if device.type == "cpu" else [2560, 32768])
 
@@ -220,7 +218,7 @@ def main() -> None:
         results[f"copy_bytes_per_s, {dtype_name}"] = copy
         console.print(table)
     if options.json:
-        harness.write_record(options.json, "layer_norm", device, results)
+        harness.write_record(options.json, "layer_norm", device, results, replace=options.force)
 
 
 if __name__ == "__main__":

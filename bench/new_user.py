@@ -45,7 +45,10 @@ def main() -> int:
     parser.add_argument("--init", required=True, help="a BERT: folder or hub name")
     parser.add_argument("--steps", type=int, help="of the real run (default: the README's)")
     parser.add_argument("--json", type=Path, required=True, help="where the record goes")
+    parser.add_argument("--force", action="store_true", help="replace a record that is there")
     options = parser.parse_args()
+    if os.path.lexists(options.json) and not (options.force and options.json.is_file()):
+        parser.error(f"{options.json}: is there already; give another name, or --force")
 
     records = []
     with tempfile.TemporaryDirectory() as name:

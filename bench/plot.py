@@ -6,6 +6,7 @@ this project's, with the 20 % and 80 % quantiles as whiskers.
 """
 
 import argparse
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,10 @@ matplotlib.use("agg")  # draws into files, wherever it runs
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from engine.distinct import distinct_names
+from engine.errors import InputError
+from engine.outputs import check_outputs, write_output
 
 from . import harness
 from .plot_growth import draw_growth
@@ -75,8 +80,8 @@ def _draw(axes: Axes, name: str, samples: Samples) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Draw a record into a picture whose format the path's ending tells."""
+def draw(record: Mapping[str, Any]) -> bytes:
+    """Draw a record (PNG)."""
     growth = record["benchmark"] == "step growth"
     figure = draw_growth(record["results"]) if growth else _draw_cases(record)
     environment = record["environment"]
@@ -86,9 +91,10 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         f"(commit {environment['commit'][:7]}, {environment['date'][:10]})",
         fontsize=10,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
     pyplot.close(figure)
+    return file.getvalue()
 
 
 def _draw_cases(record: Mapping[str, Any]) -> Figure:
@@ -117,11 +123,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("records", nargs="+", type=Path, metavar="JSON")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--force", action="store_true", help="replace pictures that are there")
     options = parser.parse_args()
-    for source in options.records:
-        path = options.out / f"{source.stem}.png"
-        draw(json.loads(source.read_text(encoding="utf-8")), path)
-        print(path)
+    once = {path.resolve(): path for path in options.records}
+    names = distinct_names([path.with_suffix("") for path in once])
+    pictures = {options.out / f"{name}.png": path for name, path in zip(names, once, strict=True)}
+    try:
+        replace = check_outputs(pictures, force=options.force)
+        options.out.mkdir(parents=True, exist_ok=True)
+        for picture, source in pictures.items():
+            record = json.loads(source.read_text(encoding="utf-8"))
+            write_output(picture, draw(record), replace=replace)
+            print(picture)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

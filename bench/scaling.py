@@ -19,15 +19,15 @@ comes out.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from . import harness
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +191,7 @@ def main() -> int:
     add("--ranks", type=int, nargs="+", default=[1, 8, 64, 1024])
     add("--weak", action="store_true", help="a batch for each rank instead of one for all")
     add("--replicated", action="store_true", help="as distribute=replicated does")
-    add("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
+    options = harness.parse(parser)
     model = bert_base(options.tasks, options.row_bytes)
     machine = Machine(
         forward=options.forward,
@@ -215,7 +214,7 @@ def main() -> int:
         records.append({"ranks": ranks, "step": one.step, **asdict(one)})
     Console(width=100).print(table)
     if options.json is not None:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        harness.write_json(options.json, records, replace=options.force)
     return 0
 
 

@@ -24,6 +24,7 @@ from engine.run import begin
 from engine.runtime.distributed import Ranks
 from engine.training import Training
 
+from . import harness
 from .scaling import Machine, Model, predict
 
 _SHARE_OF_BACKWARD = 2 / 3  # of the products of a step: two of three
@@ -104,8 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scaling_check", description=__doc__)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--distribute", choices=MODES, default="sharded")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
+    options = harness.parse(parser)
     ranks, device = Ranks.from_environment(), torch.device("cpu")
     shape = ["hidden_size=256", "num_hidden_layers=4", "intermediate_size=1024", "vocab_size=8000"]
     settings = ["precision=fp32", f"distribute={options.distribute}"]
@@ -115,10 +115,9 @@ def main() -> int:
             training = Training.build(begin(recipe, Path(folder) / "run"), device, ranks)
         result = measure(training, options.steps)
     if ranks.leads:
-        text = json.dumps(result, indent=1)
-        print(text)
+        print(json.dumps(result, indent=1))
         if options.json is not None:
-            options.json.write_text(text + "\n", encoding="utf-8")
+            harness.write_json(options.json, result, replace=options.force)
     return 0
 
 

@@ -151,7 +151,7 @@ def peers(
 
 def main() -> None:
     """Run the benchmark and print its tables."""
-    options = _parser().parse_args()
+    options = harness.parse(_parser())
     device, console = torch.device(options.device), Console(width=120)
     if device.type == "cpu":
         keep_freed_memory()  # as engine.train does; it serves the peers, too
@@ -195,7 +195,7 @@ def main() -> None:
             console.print(f"{name}: {seconds:.1f} s of warm-up before")
     console.print(f"phases of this engine's {precisions[0]} step: {shares}")
     if options.json:
-        harness.write_record(options.json, "step", device, results)
+        harness.write_record(options.json, "step", device, results, replace=options.force)
         console.print(f"wrote {options.json}")
 
 
@@ -234,7 +234,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=5)
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--growth", action="store_true", help="tasks, shapes and examples instead of peers")
-    add("--json", type=Path, help="write raw samples and environment here")
     return parser
 
 

@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace, device: torch.device, console: Console)
             )
         console.print(table)
     if options.json:
-        harness.write_record(options.json, "step growth", device, results)
+        harness.write_record(options.json, "step growth", device, results, replace=options.force)
         console.print(f"wrote {options.json}")
 
 

@@ -9,7 +9,6 @@ AdamW; and the growth of both passes with the number of tasks and of parameters.
 import argparse
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -177,8 +176,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=110_000_000, help="parameters")
     parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write raw samples and environment here")
-    options = parser.parse_args()
+    options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
 
     results: dict[str, object] = {"tasks": options.tasks, "columns": options.columns}
@@ -198,7 +196,7 @@ def main() -> None:
         del update, cases
     results["growth"] = growth(device, options, console)
     if options.json:
-        harness.write_record(options.json, "surgery", device, results)
+        harness.write_record(options.json, "surgery", device, results, replace=options.force)
         console.print(f"wrote {options.json}")
 
 

@@ -36,7 +36,30 @@ def test_every_kind_of_record_is_found_and_drawn(
     assert (tmp_path / "pictures/record.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_record_without_timings_is_refused(tmp_path: Path) -> None:
+def test_a_record_without_timings_is_refused() -> None:
     record = {"benchmark": "attention", "environment": ENVIRONMENT, "results": {"heads": 12}}
     with pytest.raises(SystemExit, match="no timings"):
-        plot.draw(record, tmp_path / "none.png")
+        plot.draw(record)
+
+
+def test_records_of_one_name_have_pictures_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = [tmp_path / folder / "record.json" for folder in "ab"]
+    for source in sources:
+        source.parent.mkdir()
+        record = {"benchmark": "step", "environment": ENVIRONMENT, "results": RESULTS["step"]}
+        source.write_text(json.dumps(record))
+    out = tmp_path / "pictures"
+    arguments = ["plot", *map(str, sources), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    plot.main()
+    assert sorted(path.name for path in out.iterdir()) == ["a-record.png", "b-record.png"]
+    (out / "a-record.png").write_text("mine")
+    with pytest.raises(SystemExit):
+        plot.main()
+    assert "is there already" in capsys.readouterr().err
+    assert (out / "a-record.png").read_text() == "mine"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--force"])
+    plot.main()
+    assert (out / "a-record.png").read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import write_record
+from bench.harness import parse, write_record
 
 from .compare import compare_ranks
 from .disk import fill_disk
@@ -99,13 +99,12 @@ def main() -> int:
     add("--endurance-steps", type=int, default=10_000)
     add("--seed", type=int, default=0)
     add("--only", nargs="+", choices=list(PARTS), help="default: all parts")
-    add("--json", type=Path, metavar="FILE", help="keep the raw figures, with the environment")
-    options = parser.parse_args()
+    options = parse(parser)
     torch.set_num_threads(1)  # as the processes that this one starts
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         results = report(options, Path(folder))
     if options.json is not None:
-        write_record(options.json, "faults", torch.device("cpu"), results)
+        write_record(options.json, "faults", torch.device("cpu"), results, replace=options.force)
     print(json.dumps({name: _brief(part) for name, part in results.items()}, indent=1))
     return 1 if results["problems"] else 0
 
