@@ -161,7 +161,7 @@ def remove_folder(path: Path, known: re.Pattern[str]) -> None:
     with explained("remove", path):
         if not stat.S_ISDIR(path.lstat().st_mode):
             raise InputError(f"{path}: is no folder (a link?); move it elsewhere")
-        for entry in os.scandir(path):
+        for entry in list(os.scandir(path)):
             if not (known.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)):
                 raise InputError(
                     f"{path}: holds {entry.name!r}, which this program did not write; "

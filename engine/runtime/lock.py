@@ -70,14 +70,19 @@ def _held(folder: Path, made: list[Path], wait: float) -> Iterator[None]:
     path = folder / LOCK
     lock, begun = FileLock(path, timeout=wait, thread_local=False), os.path.lexists(path)
     try:
-        with explained("lock", folder):
-            _acquire(lock, folder, made)
+        try:
+            with explained("lock", folder):
+                _acquire(lock, folder, made)
+        except InputError as error:
+            if error.__cause__ is not None and not begun:  # nobody can lock it
+                _discard(path)
+            raise
         before = _names(folder)
         try:
             yield
         finally:
             if not begun and _names(folder) == before:
-                path.unlink(missing_ok=True)  # who has opened it sees that it has no name any more
+                _discard(path)  # who has opened it sees that it has no name any more
             lock.release()
     finally:
         for parent in sorted(set(made), reverse=True):
@@ -107,6 +112,11 @@ def _acquire(lock: FileLock, folder: Path, made: list[Path]) -> None:
                 *(folder, LOCK),
             )
         return
+
+
+def _discard(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def _names(folder: Path) -> set[str]:
