@@ -9,6 +9,7 @@ import argparse
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--force", action="store_true", help="replace pictures that are there")
     options = parser.parse_args()
-    once = {path.resolve(): path for path in options.records}
+    once = {Path(os.path.realpath(path)): path for path in options.records}
     names = distinct_names([path.with_suffix("") for path in once])
     pictures = {options.out / f"{name}.png": path for name, path in zip(names, once, strict=True)}
     try:

@@ -86,9 +86,9 @@ def _is_there(path: Path) -> bool:
     Raises:
         InputError: there is something that is neither replaced nor written to.
     """
-    if _descriptor(path) is not None:
-        return False
     with explained("look at", path):
+        if _descriptor(path) is not None:
+            return False
         try:
             mode = os.stat(realpath(path)).st_mode
         except FileNotFoundError:
@@ -106,8 +106,8 @@ def _is_there(path: Path) -> bool:
 
 def _is_same(output: Path, source: Path) -> bool:
     """Return whether two names are of one regular file."""
-    number = _descriptor(output)
     try:
+        number = _descriptor(output)
         one = os.stat(realpath(output)) if number is None else os.fstat(number)
         return stat.S_ISREG(one.st_mode) and os.path.samestat(one, source.stat())
     except OSError:
@@ -123,7 +123,7 @@ def _descriptor(path: Path) -> int | None:
         folder = Path(realpath(path.parent))
         if folder == Path(f"/proc/{os.getpid()}/fd") and path.name.isdecimal():
             return int(path.name)
-        if not path.is_symlink():
+        if not os.path.islink(path):
             return None
-        path = folder / path.readlink()
+        path = folder / os.readlink(path)
     return None

@@ -1,6 +1,7 @@
 """``python -m engine.report RUN [RUN …] --out DIR``: what runs tell, as pages and pictures."""
 
 from collections.abc import Sequence
+from os.path import realpath
 from pathlib import Path
 
 from .distinct import distinct_names
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _pages(folders: Sequence[Path], out: Path) -> dict[Path, Path]:
     """Return the folders of runs, each once, by their pages, whose names tell them apart."""
-    runs = {folder.resolve(): folder for folder in reversed(folders)}
+    with explained("look at", folders[0]):
+        runs = {Path(realpath(folder)): folder for folder in reversed(folders)}
     names = distinct_names(list(runs))
     pages = {out / f"{name}.html": run for name, run in zip(names, runs.values(), strict=True)}
     return dict(reversed(pages.items()))

@@ -23,7 +23,7 @@ from .many import (
     train_cells,
 )
 from .options import add_device, add_settings, overrides
-from .runtime.files import resolved
+from .runtime.files import explained, resolved
 from .runtime.lock import held
 from .runtime.precision import pick_device
 from .train import train_run
@@ -85,6 +85,11 @@ def groups(names: Sequence[str]) -> dict[str, str]:
 
     A file's is its name without the ending, with folders before it where that tells two apart.
     """
+    with explained("look from", Path()):
+        return _groups(names)
+
+
+def _groups(names: Sequence[str]) -> dict[str, str]:
     once = {os.path.realpath(name) if _is_file(name) else name: name for name in reversed(names)}
     asked = list(reversed(once.values()))
     paths = [

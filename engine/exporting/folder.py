@@ -73,8 +73,8 @@ def check_free(to: Path) -> None:
     Raises:
         InputError: it is not, or cannot be looked into.
     """
-    real = Path(realpath(to))
     with explained("look into", to):
+        real = Path(realpath(to))
         if real.exists() and (not real.is_dir() or any(real.iterdir())):
             raise InputError(f"--to {to}: holds something already; give another folder")
 

@@ -40,8 +40,12 @@ def resolved(path: Path) -> Path:
     """Return a path that a user names without links and ``..``; relative where it was and can be.
 
     A folder that does not exist has no parent: ``p/new/..`` is ``p``.
+
+    Raises:
+        InputError: the folder that it is looked at from is gone.
     """
-    real, here = Path(os.path.realpath(path)), Path(os.path.realpath("."))
+    with explained("look at", path):
+        real, here = Path(os.path.realpath(path)), Path(os.path.realpath("."))
     return real if path.is_absolute() or not real.is_relative_to(here) else real.relative_to(here)
 
 

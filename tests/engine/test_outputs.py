@@ -16,9 +16,11 @@ import pytest
 from engine import export, outputs, predict, report, sweep, train
 from engine.distinct import as_file_name, distinct_names
 from engine.errors import InputError
+from engine.exporting.folder import check_free
 from engine.origins import data_folder
 from engine.outputs import check_outputs, write_output
 from engine.recipe import load
+from engine.runtime.files import resolved
 from engine.runtime.lock import LOCK
 
 from ..conftest import REPOSITORY
@@ -403,3 +405,20 @@ def test_texts_as_file_names_stay_different():
         assert Path(name).name == name
         assert len(name.encode()) <= 200
         assert name.isprintable()
+
+
+def test_from_a_folder_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    for attempt in (
+        lambda: resolved(Path("run")),
+        lambda: check_outputs([Path("out.tsv")], inputs=[Path("in.tsv")]),
+        lambda: write_output(Path("out.tsv"), "ours"),
+        lambda: check_free(Path("exported")),
+        lambda: sweep.groups(["x.toml"]),
+        lambda: report.main(["run", "--out", "pages"]),
+    ):
+        with pytest.raises(InputError, match="no such file or directory"):
+            attempt()
