@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from engine import sweep, train
 from engine.errors import InputError
 from engine.run_folder import claimed, free_folders
 from engine.runtime.lock import LOCK, held, held_first
@@ -73,8 +74,8 @@ def test_what_is_waited_for_comes(start, tmp_path):
 
 
 def test_processes_that_start_together_take_different_folders(start, tmp_path):
-    found = {start("first", tmp_path / "runs")[1] for _ in range(3)}
-    assert found == {tmp_path / f"runs/demo-{number}" for number in (1, 2, 3)}
+    found = {start("first", tmp_path / "runs")[1] for _ in range(2)}
+    assert found == {tmp_path / f"runs/demo-{number}" for number in (1, 2)}
 
 
 def test_folders_that_appear_meanwhile_are_passed_over(tmp_path):
@@ -154,3 +155,18 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog, number):
             with pytest.raises(InputError, match="another process"), held(folder):
                 pass
     assert not folder.exists()
+
+
+def test_every_command_that_trains_asks(start, tmp_path):
+    folder = tmp_path / "run"
+    start("held", folder)
+    options = ["demo", "--out", str(folder)]
+    for command, more in (
+        (train.main, []),
+        (train.main, ["--resume"]),
+        (train.main, ["--seeds", "2"]),
+        (sweep.main, []),
+    ):
+        with pytest.raises(InputError, match="another process is at work there"):
+            command([*options, *more])
+    assert os.listdir(folder) == [LOCK]
