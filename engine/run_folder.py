@@ -20,25 +20,25 @@ _FILES = re.compile(
     rf"{_BEFORE_RECIPE.pattern}|metrics\.jsonl?|evaluations\.jsonl|skipped-\d+(-rank-\d+)?\.json"
 )
 
-_LEASE = 120.0
-"""Seconds after which a file server has given up a machine that is lost, with its locks."""
-
 
 @contextmanager
-def claimed(folder: Path, ranks: Ranks | None = None, *, resumes: bool = False) -> Iterator[None]:
+def claimed(
+    folder: Path, ranks: Ranks | None = None, *, resumes: bool = False, wait: float = 0.0
+) -> Iterator[None]:
     """Within the block this run alone writes into its folder, which is made if missing.
 
     Args:
         folder: of the run.
         ranks: the processes that train it.
         resumes: whether it may hold a run, or the beginning of one.
+        wait: seconds for which to wait for the process that trains it.
 
     Raises:
         InputError: another process trains it, or it holds something else.
     """
     ranks = ranks or Ranks()
     check_folder(folder, resumes=resumes)
-    with held(folder, ranks, _LEASE if ranks.restarted else 0.0):
+    with held(folder, ranks, wait):
         if ranks.leads:
             remove_partial_files(folder, _FILES)
         yield

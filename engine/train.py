@@ -46,6 +46,9 @@ from .watch import (
     report_data,
 )
 
+_LEASE = 120.0
+"""Seconds after which a file server has given up a lost machine and its locks."""
+
 
 def train(training: Training, console: Console) -> Signals | None:
     """Train one phase from where the run's last checkpoint left it.
@@ -159,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seeds is not None:
         with _place(options, held) as out:
             return _train_seeds(recipe, out, options.seeds, device, console)
-    claim = partial(claimed, ranks=ranks, resumes=resumes)
+    wait = min(_LEASE, recipe.timeout / 2) if ranks.restarted else 0.0
+    claim = partial(claimed, ranks=ranks, resumes=resumes, wait=wait)
     with ranks.joined(device, recipe.timeout), _place(options, claim) as out:
         with ranks.in_turn():
             run = runs.resume(recipe, out) if resumes else runs.begin(recipe, out)

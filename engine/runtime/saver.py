@@ -101,7 +101,7 @@ class Saver:
         if self._ranks.leads:
             try:
                 with explained("write", self._path):
-                    self._checkpoints.folder.mkdir(exist_ok=True)
+                    self._checkpoints.folder.mkdir(parents=True, exist_ok=True)
                     partial = new_partial_folder(self._path).name
             except InputError as error:
                 problem = str(error)
