@@ -37,8 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, help="a new folder")
     folder = parser.parse_args(arguments).folder
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        parser.error(f"{folder}: is there already; give a new folder")
     corpus = folder / "corpus"
-    corpus.mkdir(parents=True)
+    corpus.mkdir()
     with tempfile.TemporaryDirectory() as name:
         demo = Path(name)
         write_demo(demo)
