@@ -38,6 +38,7 @@ from .origins import data_folder, origin
 from .recipe import Recipe
 from .recipe_tables import EncoderRecipe
 from .runtime.checkpoint import Checkpoints, load_weights
+from .runtime.cpu import set_threads
 from .runtime.failure import SMALLER_MODEL, memory_explained
 from .runtime.files import explained, write_text
 from .runtime.manifest import Progress
@@ -221,6 +222,8 @@ class Run(NamedTuple):
         checkpoint = self.checkpoints.find("best") or self.checkpoints.find("step")
         if checkpoint is None:
             raise InputError(f"{self.folder}: no checkpoint yet; train it first")
+        if device.type == "cpu":
+            set_threads(0, 1)
         model = self.new_model()
         progress = load_weights(checkpoint, model)
         dtype = dtype or pick_dtype(self.recipe.precision, device)
