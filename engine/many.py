@@ -28,6 +28,9 @@ from .scoring import read_scores
 
 RESULTS = "results.json"
 
+MOST_RUNS = 10_000
+"""Of a series, which is planned as a whole before it begins."""
+
 
 class Cell(NamedTuple):
     """One run of a series.
@@ -62,7 +65,14 @@ class Result(NamedTuple):
 
 
 def seeds_of(group: str, recipe: Recipe, count: int) -> list[Cell]:
-    """Return ``count`` repetitions of a recipe, under its seed and those that follow."""
+    """Return ``count`` repetitions of a recipe, under its seed and those that follow.
+
+    Raises:
+        InputError: there are too many, or no seeds for them.
+    """
+    most = min(MOST_RUNS, (1 << 31) - recipe.seed)
+    if count > most:
+        raise InputError(f"--seeds {count}: expected at most {most}, from seed {recipe.seed} on")
     return [
         Cell(group, recipe.model_copy(update={"seed": recipe.seed + number}))
         for number in range(count)

@@ -1,6 +1,7 @@
 """``python -m engine.sweep RECIPE …``: recipes, points of a grid and seeds, one after the other."""
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from types import FrameType
 from . import recipe as recipes
 from .door import STOPPED, Parser, positive, run_door, terminal
 from .errors import InputError
-from .many import Cell, check_models, print_results, read_results, seeds_of, train_cells
+from .many import MOST_RUNS, Cell, check_models, print_results, read_results, seeds_of, train_cells
 from .options import add_device, add_settings, overrides
 from .runtime.precision import pick_device
 from .train import train_run
@@ -55,7 +56,7 @@ def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
         axes: ``key=value,value,…`` each.
 
     Raises:
-        InputError: an axis names no values.
+        InputError: an axis names no values, or there are too many points.
     """
     choices = []
     for axis in axes:
@@ -63,6 +64,9 @@ def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
         if not separator or not all(value.strip() for value in values.split(",")):
             raise InputError(f"--grid {axis}: expected key=value,value,…")
         choices.append([f"{key.strip()}={value.strip()}" for value in values.split(",")])
+    count = math.prod(map(len, choices))
+    if count > MOST_RUNS:
+        raise InputError(f"--grid: {count} points; give at most {MOST_RUNS}")
     return list(itertools.product(*choices))
 
 

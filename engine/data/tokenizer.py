@@ -117,9 +117,13 @@ class Tokenizer:
         texts = list(texts)
         backend = _word_piece({}, {})
         normalize = backend.normalizer.normalize_str
-        characters = sorted(c for c in set().union(*map(normalize, texts)) if not c.isspace())
+        normalized = [normalize(text) for text in texts]
+        characters = sorted(c for c in set().union(*normalized) if not c.isspace())
+        # Special tokens, each character in two forms, and merges, of which a text has no more than
+        # characters.  The library reserves memory for what it is told.
+        most = len(SPECIAL_TOKENS) + 2 * len(characters) + sum(map(len, normalized))
         trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
+            vocab_size=min(vocab_size, most),
             # The library would number the ## forms in the order of a hash table, which differs
             # from run to run and decides between merges of equal rank.  Named here, they get
             # their numbers in this order.
