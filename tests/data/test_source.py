@@ -222,14 +222,12 @@ def test_a_folder_of_data_files_that_leads_out(tmp_path: Path) -> None:
         Dataset.from_list(ROWS).to_csv(tmp_path / folder / "train.csv")
     readme = "---\nconfigs:\n- config_name: default\n  data_dir: ../other\n---\n"
     (tmp_path / "set" / "README.md").write_text(readme)
-    with pytest.raises(InputError, match="names .*other"):
+    with pytest.raises(InputError, match=r"names .*other"):
         HubSplit(str(tmp_path / "set"), "", "train").digest()
 
 
 @pytest.mark.parametrize("member", ["a.pth", "a.pt", "a.pkl", "a.pickle", "a.npy", "a.json"])
-def test_no_archive_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str
-) -> None:
+def test_no_archive_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str) -> None:
     """A tar of samples, whose members the library loads by their endings, tensors by torch."""
     torch.save({"utterance": "x"}, tmp_path / "tensor")
     (tmp_path / "set").mkdir()
@@ -266,5 +264,5 @@ def test_no_file_is_opened_for_a_column(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     data.to_parquet(tmp_path / "set" / "train-00000.parquet")
     split = HubSplit(str(tmp_path / "set"), "", "train")
-    with pytest.raises(InputError, match="column 'utterance' holds neither text .* but Image"):
+    with pytest.raises(InputError, match=r"column 'utterance' holds neither text .* but Image"):
         split.table(SOURCE.format("intent"), labelled=True, on_bad_row="error")
