@@ -134,7 +134,11 @@ def read_results(folder: Path) -> dict[str, Result]:
     if not file.exists():
         return {}
     try:
-        return TypeAdapter(dict[str, Result]).validate_json(read_bytes(file))
+        results = TypeAdapter(dict[str, Result]).validate_json(read_bytes(file))
+        for name in results:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name!r} is no folder below it")
+        return results
     except ValueError as error:
         raise InputError(f"{file}: not the results of a series ({error}); remove it") from None
 

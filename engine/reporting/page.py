@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..run import Run
 from ..runtime.files import write_text
 from ..scoring import metric_name
+from ..text import printable
 from . import pictures
 from .record import (
     Answers,
@@ -72,7 +73,9 @@ def write_page(run: Run, path: Path, device: torch.device) -> None:
         _speed(steps),
     ]
     loader = PackageLoader(__package__, "")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_printable
+    )
     html = environment.get_template("page.html").render(
         name=run.folder.resolve().name,
         description=run.recipe.description,
@@ -83,6 +86,10 @@ def write_page(run: Run, path: Path, device: torch.device) -> None:
         recipe=run.recipe.to_toml(),
     )
     write_text(path, html)
+
+
+def _printable(value: Any) -> Any:
+    return printable(value) if type(value) is str else value
 
 
 def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:

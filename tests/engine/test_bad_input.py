@@ -89,7 +89,7 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
         (["demo", "--set", "encoder.num_hidden_layers=1000000"], "less than or equal to 1024"),
         (["demo", "--set", "encoder.intermediate_size=2147483647"], "GiB are needed, the machine"),
         (["demo", "--set", "encoder.max_position_embeddings=2147483647"], "GiB are needed"),
-        (["demo", "--set", "adapter_width=2147483644"], "GiB are needed, the machine has"),
+        (["demo", "--set", "adapter_width=100000000"], "GiB are needed, the machine has"),
         (["cgs", "--set", "encoder.vocab_size=99999999999"], "encoder.vocab_size = 999"),
         (["superbert", "--set", "objectives.masked_lm.files=['../x']"], "leaves the data folder"),
         (["cgs", "--resume"], "--out"),
