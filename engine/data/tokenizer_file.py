@@ -163,10 +163,17 @@ def known_part(content: str) -> str | None:
     Returns:
         The file's content without truncation and padding; None where it has anything else than
         BERT's and RoBERTa's files have.
+
+    Raises:
+        ValueError: it is no JSON.
     """
     try:
         return _TokenizerFile.model_validate_json(content).model_dump_json()
-    except ValidationError:
+    except ValidationError as error:
+        if error.error_count() == 1:
+            (problem,) = error.errors(include_input=False, include_url=False)
+            if problem["type"] == "json_invalid":
+                raise ValueError(problem["msg"]) from None
         return None
 
 

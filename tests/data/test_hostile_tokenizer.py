@@ -240,8 +240,18 @@ def test_the_library_reads_what_was_checked() -> None:
     assert known_part(content) is None
     first = '{"normalizer": {"type": "Precompiled"}, ' + json.dumps(plain())[1:]
     assert json.loads(known_part(first))["normalizer"] is None
-    for text in ("[" * 100_000, '{"model": ' * 100_000, "\ufeff{}", "\0", ""):
-        assert known_part(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"model": ' * 100_000, "\ufeff{}", "\0", "", "{", '{"a": "\\ud800"}']
+)
+def test_what_is_no_json_starts_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(tokenizer_process, "subprocess", None)
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"not a tokenizer: Invalid JSON: .*tokenizer\.json"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_file_that_is_too_large(tmp_path: Path) -> None:

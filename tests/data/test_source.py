@@ -3,6 +3,7 @@
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -213,6 +214,28 @@ def test_a_data_set_reads_no_file_but_its_own(tmp_path: Path, path: str) -> None
     readme.write_text(OUT.format("own.csv"))
     table = HubSplit(str(tmp_path / "set"), "", "train")
     assert len(table.table(SOURCE.format("intent"), labelled=True, on_bad_row="error")) == 4
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/etc/passwd",
+        "https://elsewhere/x.csv",
+        "hf://datasets/other/set@main/x.csv",
+        "hf://datasets/own/set-2@main/x.csv",
+        "hf://datasets/own/set@main/../../../other/x.csv",
+        "zip://x.csv::https://elsewhere/x.zip",
+    ],
+)
+def test_a_data_set_of_the_hub_reads_no_file_but_its_own(file: str) -> None:
+    def builder(*files: str) -> SimpleNamespace:
+        config = SimpleNamespace(data_files={"train": list(files)})
+        return SimpleNamespace(repo_id="own/set", config=config)
+
+    own = "hf://datasets/own/set@main/data/train.csv"
+    library._check_files("own/set", builder(own))
+    with pytest.raises(InputError, match=r"its README\.md names"):
+        library._check_files("own/set", builder(own, file))
 
 
 def test_a_folder_of_data_files_that_leads_out(tmp_path: Path) -> None:

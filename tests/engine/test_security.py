@@ -14,14 +14,15 @@ from engine.errors import UNPRINTABLE
 from engine.run import open_run
 from engine.text import from_table_cell
 
-IDS = ["=1+1", "+1", "-2", "@x", "'a", "a\tb", "a\r\nb", "\x1b[2J", 'q"', "\u202ex", "plain", "-x"]
+IDS = ["=1+1", "+1", "-2", "@x", "'a", "a\tb", "\x1b[2J", 'q"', "\u202ex", "plain", "-x"]
 
 
 def test_ids_of_predictions_do_nothing_and_are_read_back(tiny_run, tmp_path: Path, capsys) -> None:
-    rows = [{"id": name, "sentence": "a fine film"} for name in IDS]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (tmp_path / "rows.tsv").open("w") as file:
+        rows = [["id", "sentence"], *([name, "a fine film"] for name in IDS)]
+        csv.writer(file, delimiter="\t", lineterminator="\n").writerows(rows)
     output = tmp_path / "out.tsv"
-    options = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(output)]
+    options = ["--input", str(tmp_path / "rows.tsv"), "--output", str(output)]
     assert predict.main([str(tiny_run("source")), "--task", "sst", *options]) == 0
     text = output.read_text()
     assert not UNPRINTABLE.search(text.replace("\n", "").replace("\t", ""))
