@@ -87,6 +87,7 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
         (["cgs", "--set", "batch_size=" + "9" * 20], "batch_size = 999"),
         (["demo", "--set", "threads=1000000"], "threads = 1000000: this machine has"),
         (["demo", "--set", "encoder.num_hidden_layers=1000000"], "less than or equal to 1024"),
+        (["demo", "--set", "batch_size=2147483647"], "; lower batch_size (now 2147483647)"),
         (["demo", "--set", "encoder.intermediate_size=2147483647"], "GiB are needed, the machine"),
         (["demo", "--set", "encoder.max_position_embeddings=2147483647"], "GiB are needed"),
         (["demo", "--set", "adapter_width=100000000"], "GiB are needed, the machine has"),
