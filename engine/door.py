@@ -15,6 +15,7 @@ from . import __version__
 from .data.formats import FileFormat
 from .errors import UNPRINTABLE, InputError, LostRankError
 from .scoring import metric_name
+from .text import PlainConsole
 
 BAD_INPUT = 2
 STOPPED = 128
@@ -93,7 +94,7 @@ def run_door(main: Callable[[], int]) -> NoReturn:
 
 def terminal(*, quiet: bool = False) -> Console:
     """Return where a door prints; nothing in the names of files or tasks is markup there."""
-    return Console(quiet=quiet, markup=False, emoji=False)
+    return PlainConsole(quiet=quiet, markup=False, emoji=False)
 
 
 def print_scores(

@@ -2,8 +2,27 @@
 
 import re
 
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters, which terminals obey, and halves of characters, which no file can hold."""
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, which terminals obey, those that end lines or turn the order of what is
+shown, and halves of characters, which no file can hold."""
+
+
+def escape(text: str, form: str = "", keep: str = "") -> str:
+    """Spell out unprintable characters.
+
+    Args:
+        text: with any.
+        form: a format of their numbers; empty for Python's own.
+        keep: those that stay.
+    """
+
+    def spelt(found: re.Match[str]) -> str:
+        character = found[0]
+        if character in keep:
+            return character
+        return form.format(ord(character)) if form else ascii(character)[1:-1]
+
+    return UNPRINTABLE.sub(spelt, text)
 
 
 class InputError(Exception):
@@ -17,7 +36,7 @@ class InputError(Exception):
     def __init__(self, message: str) -> None:
         # What was given may be part of the message, with line ends and whatever a terminal obeys.
         line = " ".join(message.splitlines())
-        super().__init__(UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line))
+        super().__init__(escape(line))
 
 
 class LostRankError(Exception):

@@ -88,7 +88,7 @@ def likeliest(
     with torch.inference_mode():
         hidden = model.encoder(join([part]).to(word.weight.device))
         probabilities = head.logits(hidden[masks], word).softmax(1)
-    shares, ids = probabilities[0].topk(count)
+    shares, ids = probabilities[0].topk(min(count, probabilities.shape[1]))
     return [
         (tokenizer.id_to_token(number) or str(number), share)
         for number, share in zip(ids.tolist(), shares.tolist(), strict=True)

@@ -30,6 +30,9 @@ from .scoring import read_scores
 
 RESULTS = "results.json"
 
+MOST_RUNS = 10_000
+"""Of a series, which is planned as a whole before it begins."""
+
 
 class Cell(NamedTuple):
     """One run of a series.
@@ -64,7 +67,14 @@ class Result(NamedTuple):
 
 
 def seeds_of(group: str, recipe: Recipe, count: int) -> list[Cell]:
-    """Return ``count`` repetitions of a recipe, under its seed and those that follow."""
+    """Return ``count`` repetitions of a recipe, under its seed and those that follow.
+
+    Raises:
+        InputError: there are too many, or no seeds for them.
+    """
+    most = min(MOST_RUNS, (1 << 31) - recipe.seed)
+    if count > most:
+        raise InputError(f"--seeds {count}: expected at most {most}, from seed {recipe.seed} on")
     return [
         Cell(group, recipe.model_copy(update={"seed": recipe.seed + number}))
         for number in range(count)
@@ -146,7 +156,11 @@ def read_results(folder: Path) -> dict[str, Result]:
     if not file.exists():
         return {}
     try:
-        return TypeAdapter(dict[str, Result]).validate_json(read_bytes(file))
+        results = TypeAdapter(dict[str, Result]).validate_json(read_bytes(file))
+        for name in results:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name!r} is no folder below it")
+        return results
     except ValueError as error:
         raise InputError(f"{file}: not the results of a series ({error}); remove it") from None
 

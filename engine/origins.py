@@ -7,10 +7,11 @@ from pathlib import Path
 from .data import demo
 from .data.cache import default_cache
 from .data.formats import FORMATS
+from .data.ownership import check_private_place, is_own_folder
 from .data.source import DataFile, Origin, Split
 from .errors import InputError
 from .recipe import Recipe
-from .runtime.files import whole_folder
+from .runtime.files import explained, whole_folder
 
 
 def origin(recipe: Recipe, task: str, split: Split) -> Origin:
@@ -57,11 +58,22 @@ def _demo_folder() -> Path:
     """Return the folder of the demo corpus, written once for each version of its grammar."""
     version = hashlib.sha256(Path(demo.__file__).read_bytes()).hexdigest()[:12]
     folder = default_cache() / f"demo-{version}"
+    check_private_place(folder.parent)
     if not folder.exists():
+        with explained("write", folder):
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             with whole_folder(folder) as partial:
                 demo.write_demo(partial)
+                partial.chmod(0o700)
+                for path in partial.iterdir():
+                    path.chmod(0o600)
         except InputError:
             if not folder.is_dir():  # where another process was faster, that is as good
                 raise
+    if not is_own_folder(folder):
+        raise InputError(
+            f"the demo corpus is not read from {folder}: it belongs to others, or others can "
+            "write it; remove it, or set SUPERBERT_CACHE to a folder of your own"
+        )
     return folder

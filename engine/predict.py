@@ -14,13 +14,15 @@ from .outputs import check_outputs, write_output
 from .run import open_run
 from .runtime.precision import pick_device
 from .scoring import predict
+from .text import table_cell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     parser = Parser(
         prog=f"python -m {__package__}.predict",
-        description="Predict every row of a file: a line each, in its order (id, prediction).",
+        description="Predict every row of a file: a line each, in its order (id, prediction). A "
+        "cell that a spreadsheet would evaluate or a terminal obey is written as ' and JSON.",
     )
     what, where = parser.add_argument_group("what to predict"), parser.add_argument_group("where")
     what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
@@ -64,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells = [form.spell_label(value) for value in predictions.tolist()]
     for blank in split.blank:
         cells[blank] = ""
-    writer.writerows(zip(split.ids, cells, strict=True))
+    rows = zip(split.ids, cells, strict=True)
+    writer.writerows(map(table_cell, row) for row in rows)
     write_output(options.output, text.getvalue(), replace=replace)
     console = terminal()
     console.print(f"wrote {len(split)} predictions to {options.output}", soft_wrap=True)

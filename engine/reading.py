@@ -14,17 +14,25 @@ from typing import Any
 from .errors import InputError
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """Return the content of an input file.
 
+    Args:
+        path: of the file.
+        limit: the most bytes that it may have; None for any number.
+
     Raises:
-        InputError: it cannot be read, or is a pipe or device, which may never end.
+        InputError: it cannot be read, is too large, or is a pipe or device, which may never end.
     """
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            return path.read_bytes()
-        reason = "is a directory" if stat.S_ISDIR(mode) else "is a pipe or a device"
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            if limit is None or found.st_size <= limit:
+                return path.read_bytes()
+            reason = f"has {found.st_size:,} bytes, at most {limit:,} are expected"
+        else:
+            is_folder = stat.S_ISDIR(found.st_mode)
+            reason = "is a directory" if is_folder else "is a pipe or a device"
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
     except ValueError as error:  # a name with NUL in it

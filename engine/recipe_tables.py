@@ -8,7 +8,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 
 from .data.source import TaskSource
 from .errors import InputError
-from .model.config import EncoderConfig
+from .model.config import MOST_LAYERS, EncoderConfig
 from .model.heads import FEATURES, LOSSES
 from .settings import Count, Fraction, Positive, PositiveReal, Settings
 from .wording import first_problem
@@ -46,7 +46,7 @@ class EncoderRecipe(Settings):
     """Most entries of the WordPiece vocabulary, which is learnt from the training sentences."""
     hidden_size: Positive = 128
     """Width."""
-    num_hidden_layers: Positive = 2
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] = 2
     """Layers."""
     num_attention_heads: Positive = 4
     """Attention heads of a layer; they share the width."""

@@ -40,7 +40,8 @@ from .recipe import Recipe
 from .recipe_tables import EncoderRecipe
 from .run_folder import check_folder
 from .runtime.checkpoint import Checkpoints, load_weights
-from .runtime.failure import SMALLER_MODEL, memory_explained
+from .runtime.cpu import set_threads
+from .runtime.failure import SMALLER_MODEL, check_memory, memory_explained
 from .runtime.files import explained, write_text
 from .runtime.manifest import Progress
 from .runtime.precision import pick_dtype
@@ -168,20 +169,26 @@ class Run(NamedTuple):
     def new_model(self) -> MultitaskModel:
         """Return the model as the run's seed initialises it, fp32, on the CPU."""
         with torch.random.fork_rng(devices=[]), memory_explained(SMALLER_MODEL):
+            with torch.device("meta"):  # without memory of their own
+                weights = sum(weight.numel() for weight in self._build_model().parameters())
+            check_memory(weights * torch.float32.itemsize, SMALLER_MODEL)
             torch.manual_seed(self.recipe.seed)
-            return MultitaskModel(
-                self.config,
-                list(self.recipe.formats.values()),
-                {task: settings.features for task, settings in self.recipe.tasks.items()},
-                pooling=self.recipe.pooling,
-                dropout_p=self.recipe.dropout,
-                losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
-                adapter_width=self.recipe.adapter_width,
-                objectives={
-                    name: build_head(settings, self.config)
-                    for name, settings in self.recipe.objectives.items()
-                },
-            )
+            return self._build_model()
+
+    def _build_model(self) -> MultitaskModel:
+        return MultitaskModel(
+            self.config,
+            list(self.recipe.formats.values()),
+            {task: settings.features for task, settings in self.recipe.tasks.items()},
+            pooling=self.recipe.pooling,
+            dropout_p=self.recipe.dropout,
+            losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
+            adapter_width=self.recipe.adapter_width,
+            objectives={
+                name: build_head(settings, self.config)
+                for name, settings in self.recipe.objectives.items()
+            },
+        )
 
     def initial_model(self, phase: int = 0) -> MultitaskModel:
         """Return the model that a phase starts from.
@@ -218,6 +225,8 @@ class Run(NamedTuple):
         checkpoint = self.checkpoints.find("best") or self.checkpoints.find("step")
         if checkpoint is None:
             raise InputError(f"{self.folder}: no checkpoint yet; train it first")
+        if device.type == "cpu":
+            set_threads(0, 1)
         model = self.new_model()
         progress = load_weights(checkpoint, model)
         dtype = dtype or pick_dtype(self.recipe.precision, device)
@@ -262,8 +271,11 @@ def pretrained_encoder(recipe: Recipe) -> tuple[EncoderRecipe, EncoderConfig]:
     Raises:
         InputError: the model cannot be used, or the settings contradict it.
     """
-    config = huggingface.read_config(huggingface.resolve(recipe.init))
-    return recipe.encoder.of_model(config, f"--init {recipe.init}")
+    folder = huggingface.resolve(recipe.init)
+    config = huggingface.read_config(folder)
+    found = recipe.encoder.of_model(config, f"--init {recipe.init}")
+    huggingface.check_weights(folder, config)
+    return found
 
 
 def training_table(recipe: Recipe, task: str) -> Table:

@@ -1,6 +1,7 @@
 """``python -m engine.sweep RECIPE …``: recipes, points of a grid and seeds, one after the other."""
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from .distinct import as_file_name, distinct_names
 from .door import STOPPED, Parser, positive, run_door, terminal
 from .errors import InputError
 from .many import (
+    MOST_RUNS,
     Cell,
     check_models,
     check_results,
@@ -69,7 +71,7 @@ def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
         axes: ``key=value,value,…`` each.
 
     Raises:
-        InputError: an axis names no values.
+        InputError: an axis names no values, or there are too many points.
     """
     choices = []
     for axis in axes:
@@ -77,6 +79,9 @@ def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
         if not separator or not all(value.strip() for value in values.split(",")):
             raise InputError(f"--grid {axis}: expected key=value,value,…")
         choices.append([f"{key.strip()}={value.strip()}" for value in values.split(",")])
+    count = math.prod(map(len, choices))
+    if count > MOST_RUNS:
+        raise InputError(f"--grid: {count} points; give at most {MOST_RUNS}")
     return list(itertools.product(*choices))
 
 

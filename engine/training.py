@@ -29,7 +29,7 @@ from .run import Run
 from .runtime.cpu import token_multiple
 from .runtime.distributed import Ranks
 from .runtime.execution import Execution
-from .runtime.failure import write_batch
+from .runtime.failure import check_memory, smaller_batches, write_batch
 from .runtime.gpu import GpuMeter
 from .runtime.manifest import Manifest, Progress, read_manifest
 from .runtime.metrics_log import MetricsLog
@@ -97,6 +97,7 @@ class Training:
             raise InputError(
                 f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
             )
+        _check_batches(recipe, run.config.hidden_size, device)
         train_sets = [_examples(run, name) for name in recipe.train]
         samplers = [_sampler(examples, recipe) for examples in train_sets]
         sizes = tuple(len(sampler) for sampler in samplers)
@@ -320,6 +321,18 @@ def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
         labels = examples.labels[: recipe.tasks[examples.task].first or None]
         subset = stratified_subset(labels, recipe.limit or len(labels), examples.task, recipe.seed)
     return TaskSampler(examples.task, len(examples), recipe.batch_size, recipe.seed, subset)
+
+
+def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:
+    """Refuse batches whose tokens alone, of which a sentence has three at least, do not fit.
+
+    Raises:
+        InputError: they do not.
+    """
+    tokens = 3 * recipe.batch_size
+    states = torch.float32.itemsize * width * tokens // recipe.micro_batches
+    wanted = torch.int64.itemsize * tokens + (states if device.type == "cpu" else 0)
+    check_memory(wanted, smaller_batches(recipe.batch_size, recipe.micro_batches))
 
 
 def _check_division(recipe: Recipe, order: Order, ranks: int) -> None:

@@ -3,7 +3,9 @@
 An entry is a folder named by the hash of everything that decides its content, so it never goes
 stale.  It is written under another name and renamed when whole, so that a reader never sees half
 of one and two processes that make the same entry do not disturb each other.  Every file in it is
-checked against its hash when it is opened: an entry that does not hold is made anew.
+checked against its hash when it is opened: an entry that does not hold is made anew.  The hashes
+lie in the entry, so that whoever writes it decides them: one that is not the user's own, or that
+others can write, does not hold.
 """
 
 import errno
@@ -21,6 +23,7 @@ import numpy as np
 from ..errors import InputError
 from ..reading import parse_json
 from .formats import FileFormat
+from .ownership import check_private_place, is_own_folder
 from .read import OnBadRow
 from .rows import lines_on
 from .source import Origin
@@ -31,6 +34,7 @@ _VERSION = 5
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _INDEX, _META = "index.json", "meta.json"
+_FILES = {"tokens.npy", "offsets.npy", "labels.npy", _META}
 
 _META_FIELDS = ("task", "ids", "columns", "truncated", "bad_rows", "blank", "notes")
 
@@ -66,10 +70,12 @@ def load_split(
         cache: the cache's folder; None for :func:`default_cache`.
 
     Raises:
-        InputError: the file cannot be used, or the cache not be written.
+        InputError: the file cannot be used, or the cache not be written, or others can write it.
     """
     root = default_cache() if cache is None else cache
+    check_private_place(root)
     made_from = {
+        "user": os.geteuid(),
         "version": _VERSION,
         "data": origin.digest(),
         "format": repr(format_),
@@ -87,9 +93,10 @@ def load_split(
         split = tokenize(format_.task, table, tokenizer, max_length)
     try:
         return _with_name(_write_entry(entry, split), origin.name)
-    except OSError as error:
+    except (OSError, _DamagedEntryError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"cannot write the cache of tokenized data: {error.strerror or error}, {root}; "
+            f"cannot write the cache of tokenized data: {reason}, {root}; "
             "set SUPERBERT_CACHE to a folder that can be written"
         ) from error
 
@@ -106,7 +113,11 @@ class _DamagedEntryError(Exception):
 def _open_entry(entry: Path) -> TokenizedSplit:
     """Open an entry, memory-mapped."""
     try:
+        if not is_own_folder(entry):
+            raise _DamagedEntryError(f"{entry.name} belongs to others, or others can write it")
         index = parse_json((entry / _INDEX).read_bytes())
+        if not index.keys() <= _FILES:
+            raise _DamagedEntryError("the index names other files")
         for name, digest in index.items():
             if _file_hash(entry / name) != digest:
                 raise _DamagedEntryError(name)
@@ -126,10 +137,10 @@ def _open_entry(entry: Path) -> TokenizedSplit:
 
 def _write_entry(entry: Path, split: TokenizedSplit) -> TokenizedSplit:
     """Put a split into the cache and return it as the cache has it."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
+    entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="making-", dir=entry.parent) as workshop:
         made = Path(workshop) / "made"
-        made.mkdir()
+        made.mkdir(mode=0o700)
         np.save(made / "tokens.npy", split.tokens)
         np.save(made / "offsets.npy", split.offsets)
         if split.labels is not None:
@@ -138,6 +149,8 @@ def _write_entry(entry: Path, split: TokenizedSplit) -> TokenizedSplit:
         (made / _META).write_text(json.dumps(meta), encoding="utf-8")
         index = {path.name: _file_hash(path) for path in made.iterdir()}
         (made / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+        for path in made.iterdir():
+            path.chmod(0o600)
         for attempt in count():
             try:
                 os.rename(made, entry)

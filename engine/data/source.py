@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +17,9 @@ from ..settings import Real, Settings
 from .decode import check_encoding
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Quoting, endings
 from .formats import FileFormat, LabelKind
+from .library import check_columns, load_split
 from .read import OnBadRow, Table, collect, parse_table
 from .rows import Row, Rows, find_columns, typed_row
-
-_WITHOUT_PICKLES = (5, 2)
-"""The version of the library ``datasets`` since which no data set is read from pickles."""
 
 _COLUMN_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -219,6 +216,7 @@ class HubSplit:
         where = f"data set {self.name}, split {self.split}"
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, where)
+        check_columns(self._data, columns, where)
         rows = Rows(self._rows(format_, columns, where), [])
         return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
@@ -236,27 +234,7 @@ class HubSplit:
 
     @cached_property
     def _data(self) -> Any:
-        try:
-            from datasets import load_dataset
-
-            version = metadata.version("datasets")
-        except ImportError:
-            raise InputError(
-                f"dataset {self.name}: needs the library datasets (pip install datasets)"
-            ) from None
-        if tuple(map(int, version.split(".")[:2])) < _WITHOUT_PICKLES:
-            raise InputError(
-                f"dataset {self.name}: datasets {version} loads pickles, which run code; "
-                "pip install --upgrade datasets"
-            )
-        try:
-            return load_dataset(self.name, self.subset or None, split=self.split)
-        except Exception as error:  # the library raises whatever its loaders do
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise InputError(
-                f"dataset {self.name}: cannot load split {self.split} ({reason}); "
-                "check dataset, subset and splits"
-            ) from error
+        return load_split(self.name, self.subset, self.split)
 
 
 Origin = DataFile | HubSplit

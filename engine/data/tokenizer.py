@@ -6,10 +6,13 @@ calls ``[CLS]`` others call ``<s>``; here the names are BERT's.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from ..errors import InputError
 from ..reading import parse_json, read_bytes
 from ..runtime.files import write_text
+from .tokenizer_file import LARGEST_FILE, known_part, refuse_sampling
+from .tokenizer_process import TokenizerProcess
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPELLINGS = (SPECIAL_TOKENS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>"))
@@ -51,19 +56,17 @@ class Tokenizer:
         pad_id, unk_id, cls_id, sep_id, mask_id: their ids.
     """
 
-    def __init__(self, backend: Backend, where: str = "tokenizer") -> None:
+    def __init__(self, backend: Backend | TokenizerProcess, where: str = "tokenizer") -> None:
         """Wrap a tokenizer of the ``tokenizers`` library.
 
         Args:
-            backend: the tokenizer; its truncation and padding are switched off.
+            backend: the tokenizer, without truncation and padding.
             where: what to call it in an error message.
 
         Raises:
             InputError: its vocabulary lacks one of the special tokens, or numbers a token
                 that 32 bits cannot hold.
         """
-        backend.no_truncation()
-        backend.no_padding()
         self.special_tokens = max(
             _SPELLINGS, key=lambda names: sum(backend.token_to_id(n) is not None for n in names)
         )
@@ -87,19 +90,15 @@ class Tokenizer:
         """Load the tokenizer of a model folder or of a run.
 
         It is ``tokenizer.json`` or, where there is none, ``vocab.txt`` with the settings of
-        ``tokenizer_config.json``.
+        ``tokenizer_config.json``.  A ``tokenizer.json`` that has other components than those of
+        BERT and RoBERTa is used in a process of its own (engine/data/tokenizer_process.py).
 
         Raises:
             InputError: the folder has neither, or they cannot be used.
         """
         whole, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
         if whole.is_file():
-            try:
-                backend = Backend.from_str(read_bytes(whole).decode("utf-8"))
-            except Exception as error:  # the library raises nothing narrower
-                reason = " ".join(str(error).split())
-                raise InputError(f"not a tokenizer: {reason}, {whole}; replace it") from error
-            return cls(backend, str(whole))
+            return cls(_load_json(whole), str(whole))
         if vocabulary.is_file():
             settings = _read_settings(folder / "tokenizer_config.json")
             backend = _word_piece(_read_vocabulary(vocabulary), settings)
@@ -118,9 +117,13 @@ class Tokenizer:
         texts = list(texts)
         backend = _word_piece({}, {})
         normalize = backend.normalizer.normalize_str
-        characters = sorted(c for c in set().union(*map(normalize, texts)) if not c.isspace())
+        normalized = [normalize(text) for text in texts]
+        characters = sorted(c for c in set().union(*normalized) if not c.isspace())
+        # Special tokens, each character in two forms, and merges, of which a text has no more than
+        # characters.  The library reserves memory for what it is told.
+        most = len(SPECIAL_TOKENS) + 2 * len(characters) + sum(map(len, normalized))
         trainer = trainers.WordPieceTrainer(
-            vocab_size=vocab_size,
+            vocab_size=min(vocab_size, most),
             # The library would number the ## forms in the order of a hash table, which differs
             # from run to run and decides between merges of equal rank.  Named here, they get
             # their numbers in this order.
@@ -157,15 +160,19 @@ class Tokenizer:
         """One more than the largest token id: what an embedding table needs at least."""
         return max(self._backend.get_vocab().values()) + 1
 
+    @cached_property
+    def _components(self) -> Mapping[str, Any]:
+        return parse_json(self.to_json())
+
     @property
     def _is_word_piece(self) -> bool:
-        return isinstance(self._backend.model, models.WordPiece)
+        return self._components["model"]["type"] == "WordPiece"
 
     @property
     def lowercase(self) -> bool:
         """Whether text is put in lower case first."""
-        normalizer = self._backend.normalizer
-        return isinstance(normalizer, normalizers.BertNormalizer) and bool(normalizer.lowercase)
+        normalizer = self._components["normalizer"] or {"type": None}
+        return normalizer["type"] == "BertNormalizer" and normalizer["lowercase"]
 
     @property
     def pair_separators(self) -> int:
@@ -192,11 +199,9 @@ class Tokenizer:
         pieces: list[npt.NDArray[np.int32]] = []
         lengths = np.empty(len(texts), dtype=np.int64)
         for start in range(0, len(texts), _CHUNK):
-            chunk = texts[start : start + _CHUNK]
-            try:
+            chunk = list(texts[start : start + _CHUNK])
+            with _explained(self._where):
                 encodings = self._backend.encode_batch_fast(chunk, add_special_tokens=False)
-            except Exception as error:  # the library raises nothing narrower
-                raise InputError(f"{error}, {self._where}; replace it") from error
             ids = [encoding.ids for encoding in encodings]
             lengths[start : start + len(ids)] = [len(row) for row in ids]
             framed = ([self.cls_id, *row[: max_length - 2], self.sep_id] for row in ids)
@@ -211,8 +216,13 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, without the special tokens."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        """Return the text of token ids, without the special tokens.
+
+        Raises:
+            InputError: the tokenizer's decoder fails.
+        """
+        with _explained(self._where):
+            return self._backend.decode(list(ids), skip_special_tokens=True)
 
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token, or None where the vocabulary lacks it."""
@@ -221,6 +231,35 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         """Return the token of an id, or None where the vocabulary lacks it."""
         return self._backend.id_to_token(token_id)
+
+
+@contextmanager
+def _explained(where: str, what: str = "") -> Iterator[None]:
+    """Turn what the library raises, its panics too, into one line.
+
+    Raises:
+        InputError: in its place.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, InputError):
+        raise
+    except BaseException as error:  # it raises nothing narrower, and a panic is no Exception
+        reason = " ".join(str(error).split())
+        raise InputError(f"{what}{reason}, {where}; replace it") from error
+
+
+def _load_json(path: Path) -> Backend | TokenizerProcess:
+    """Load ``tokenizer.json``, in a process of its own where it could crash this one."""
+    content = read_bytes(path, LARGEST_FILE)
+    with _explained(str(path), "not a tokenizer: "):
+        text = content.decode("utf-8")
+        known = known_part(text)
+        if known is not None:
+            return Backend.from_str(known)
+        backend = TokenizerProcess(text)
+        refuse_sampling(backend.to_str(), str(path))
+        return backend
 
 
 def _word_piece(vocabulary: dict[str, int], settings: Mapping[str, object]) -> Backend:
@@ -250,7 +289,7 @@ def _word_piece(vocabulary: dict[str, int], settings: Mapping[str, object]) -> B
 def _read_vocabulary(path: Path) -> dict[str, int]:
     """Read ``vocab.txt``: a token a line, its id the line number from 0."""
     vocabulary: dict[str, int] = {}
-    for number, line in enumerate(read_bytes(path).removesuffix(b"\n").split(b"\n")):
+    for number, line in enumerate(read_bytes(path, LARGEST_FILE).removesuffix(b"\n").split(b"\n")):
         try:
             token = line.removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
@@ -266,7 +305,7 @@ def _read_settings(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         return {}
     try:
-        settings = parse_json(read_bytes(path))
+        settings = parse_json(read_bytes(path, LARGEST_FILE))
     except ValueError as error:
         raise InputError(f"not JSON: {error}, {path}; replace it") from error
     if not isinstance(settings, dict):

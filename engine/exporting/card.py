@@ -1,12 +1,14 @@
 """The model card of an exported run."""
 
 import platform
+import re
 from importlib.metadata import version
 
 from .. import __version__
 from ..run import Run
 from ..runtime.manifest import Progress
 from ..scoring import metric_name
+from ..text import markdown_text, printable
 
 _LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")
 
@@ -63,8 +65,8 @@ What a task answers, for all features but `bilstm`:
 
 ## Recipe
 
-```toml
-{recipe}```
+{fence}toml
+{recipe}{fence}
 
 ## Versions
 
@@ -106,8 +108,9 @@ def model_card(run: Run, progress: Progress, scores: dict[str, float] | None) ->
         scores: its dev scores by task, or None where they are not known.
     """
     recipe, count = run.recipe, len(run.recipe.train)
+    toml = printable(recipe.to_toml())
     return _CARD.format(
-        title=run.folder.resolve().name,
+        title=markdown_text(run.folder.resolve().name),
         tasks=_listed(recipe.train),
         together=f" together ({recipe.balance} on {count} task gradients)" if count > 1 else "",
         version=__version__,
@@ -116,7 +119,8 @@ def model_card(run: Run, progress: Progress, scores: dict[str, float] | None) ->
         example=EXAMPLE,
         scores=_scores(run, scores),
         data=_data(run),
-        recipe=recipe.to_toml(),
+        recipe=toml,
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", toml)), default=0)),
         versions=_versions(),
     )
 
@@ -133,14 +137,16 @@ def _scores(run: Run, scores: dict[str, float] | None) -> str:
 
 
 def _data(run: Run) -> str:
-    lines = [f"Folder: `{run.recipe.data}`." if run.recipe.data else "A generated demo corpus."]
+    folder = markdown_text(run.recipe.data)
+    lines = [f"Folder: {folder}." if folder else "A generated demo corpus."]
     lines.append("")
     for name, form in run.recipe.formats.items():
         source = run.recipe.tasks[name].source
         origin = "" if source is None else f" from {source.dataset or source.files['train']}"
         labels = ", ".join(form.classes) or f"{form.low:g} to {form.high:g}"
         trained = "" if name in run.recipe.train else " (not trained)"
-        lines.append(f"- {name}{trained}{origin}: {' and '.join(form.sentences)} -> {labels}")
+        columns = " and ".join(form.sentences)
+        lines.append(f"- {name}{trained}" + markdown_text(f"{origin}: {columns} -> {labels}"))
     return "\n".join(lines)
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from ..errors import InputError
 
+MOST_LAYERS = 1024
+"""Far beyond any encoder's; each takes time and memory to build, however narrow."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
@@ -33,6 +36,10 @@ class EncoderConfig:
                 )
             if field.type is float and not (type(value) in (int, float) and 0 <= value < 1):
                 raise InputError(f"{field.name} = {value!r}: expected a number in [0, 1)")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise InputError(
+                f"num_hidden_layers = {self.num_hidden_layers}: expected at most {MOST_LAYERS}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size = {self.hidden_size} is not divisible by "

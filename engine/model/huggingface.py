@@ -32,6 +32,9 @@ _IN_LAYER = {
     "output.dense": "output",
     "output.LayerNorm": "output_norm",
 }
+_LARGEST_JSON = 64 << 20
+"""Bytes of a config or an index."""
+
 _QKV = ("query", "key", "value")
 
 
@@ -124,7 +127,7 @@ def _json_object(path: Path) -> dict[str, Any]:
         InputError: the file holds none.
     """
     try:
-        content = parse_json(read_bytes(path))
+        content = parse_json(read_bytes(path, _LARGEST_JSON))
     except ValueError as error:
         raise InputError(f"{path}: not a JSON object ({error}); replace it") from None
     if not isinstance(content, dict):
@@ -133,11 +136,22 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for archive, name in _entries(folder):
+        yield name, archive.get_tensor(name)
+
+
+def _shapes(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor without content in the place of each weight."""
+    for archive, name in _entries(folder):
+        yield name, torch.empty(archive.get_slice(name).get_shape(), device="meta")
+
+
+def _entries(folder: Path) -> Iterator[tuple[Any, str]]:
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as archive:
                 for name in archive.keys():  # noqa: SIM118 (not a dict)
-                    yield name, archive.get_tensor(name)
+                    yield archive, name
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a readable safetensors file ({error})") from None
 
@@ -159,28 +173,57 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
     found, _ = bert_weights(_read_config(folder), _tensors(folder))
     state: dict[str, Tensor] = {}
     for ours, parts, shape in _expected(config):
-        absent = [part for part in parts if part not in found]
-        if absent:
-            raise InputError(f"{folder}: weight {absent[0]} is missing; give the whole model")
-        tensors = [found.pop(part) for part in parts]
+        tensors = [_take(found, part, shape, folder) for part in parts]
         for part, tensor in zip(parts, tensors, strict=True):
-            if tuple(tensor.shape) != shape:
-                raise InputError(
-                    f"{folder}: weight {part} has shape {list(tensor.shape)}, "
-                    f"config.json asks for {list(shape)}"
-                )
             if not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise InputError(
                     f"{folder}: weight {part} holds values that are no finite numbers; "
                     "give another copy of the model"
                 )
         state[ours] = torch.cat([tensor.float() for tensor in tensors])
+    _refuse_others(found, folder)
+    return state
+
+
+def check_weights(folder: Path, config: EncoderConfig) -> None:
+    """Hold the names and shapes of a model's weights against its config.
+
+    Only the files' headers are read, so that a config that asks for a huge model is refused
+    before anything of that size is built.
+
+    Args:
+        folder: as for :func:`load_encoder_state`.
+        config: the shape that the weights must have.
+
+    Raises:
+        InputError: a weight is missing, unknown or of another shape.
+    """
+    found, _ = bert_weights(_read_config(folder), _shapes(folder))
+    for _, parts, shape in _expected(config):
+        for part in parts:
+            _take(found, part, shape, folder)
+    _refuse_others(found, folder)
+
+
+def _take(found: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
+    """Remove a weight from those that were found, and return it."""
+    if name not in found:
+        raise InputError(f"{folder}: weight {name} is missing; give the whole model")
+    tensor = found.pop(name)
+    if tuple(tensor.shape) != shape:
+        raise InputError(
+            f"{folder}: weight {name} has shape {list(tensor.shape)}, "
+            f"config.json asks for {list(shape)}"
+        )
+    return tensor
+
+
+def _refuse_others(found: dict[str, Tensor], folder: Path) -> None:
     if found:
         raise InputError(
             f"{folder}: weight {sorted(found)[0]} is not part of an encoder of BERT's family; "
             f"give one of type {', '.join(FAMILIES)}"
         )
-    return state
 
 
 def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:

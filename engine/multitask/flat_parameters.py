@@ -20,6 +20,7 @@ from torch import Tensor
 from ..model.layers import Embedding, LayerNorm, Linear
 from ..model.multitask import MultitaskModel
 from ..rooms import kernels
+from ..runtime.failure import SMALLER_MODEL, check_memory
 from .layout import Layout, Piece, Slot
 
 
@@ -85,11 +86,15 @@ class FlatParameters:
         trained = [(name, p) for name, p in model.named_parameters() if self._reached_by[name]]
         rank, ranks = shard
         self.layout = Layout({name: p.shape for name, p in trained}, ranks)
+        num_rows = 1 if take_turns else len(tasks)
+        if device.type == "cpu":
+            moments = 2 * torch.float32.itemsize // ranks
+            column = torch.float32.itemsize + num_rows * compute_dtype.itemsize + moments
+            check_memory(self.numel * column, SMALLER_MODEL)
         master = torch.zeros(self.layout.numel, device=device)
         for name, parameter in trained:
             self.slots[name].view(master).copy_(parameter.detach())
         self.compute = master.to(compute_dtype)  # the same tensor for fp32
-        num_rows = 1 if take_turns else len(tasks)
         self.rows = torch.zeros(num_rows, self.numel, dtype=compute_dtype, device=device)
         self.own = (
             OwnVectors(master, self.compute, self.rows, self.decayed, self.layout.pieces(rank))

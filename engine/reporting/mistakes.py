@@ -7,16 +7,22 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
+from ..text import one_line
 from .pictures import numbers_in_cells, png
 from .record import Answers, Mistake
+
+_MOST_LABELS = 64
+"""Of a built-in task, with room."""
 
 
 class Findings(BaseModel):
     """What is to be said of a task's answers, without the answers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     score: float
     """Accuracy or correlation."""
@@ -30,6 +36,13 @@ class Findings(BaseModel):
     """Predictions below their label."""
     worst: list[Mistake]
     """The worst first."""
+
+    @field_validator("counts")
+    @classmethod
+    def _is_square(cls, counts: list[list[int]]) -> list[list[int]]:
+        if not 1 <= len(counts) <= _MOST_LABELS or {len(row) for row in counts} != {len(counts)}:
+            raise ValueError(f"counts: expected a square of at most {_MOST_LABELS} rows")
+        return counts
 
     def without_texts(self) -> Self:
         """Return the same without the examples' sentences."""
@@ -101,4 +114,6 @@ def markdown(title: str, answers: Mapping[str, Findings]) -> str:
 
 def _escaped(text: str) -> str:
     """Keep signs that mean something in Markdown as they are."""
-    return "".join(f"\\{sign}" if sign in "\\`*_[]<>#|" else sign for sign in text)
+    signs = "\\`*_[]>#|"
+    escaped = "".join(f"\\{sign}" if sign in signs else sign for sign in one_line(text))
+    return escaped.replace("<", "&lt;")  # a backslash before < is not understood everywhere

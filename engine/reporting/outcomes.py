@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from .. import recipe as recipes
 from ..errors import InputError
 from ..many import RESULTS, read_results
+from ..reading import read_bytes
 from ..recipe import Recipe
 from ..run import Run, open_run
-from ..runtime.files import explained
 from ..scoring import read_scores
 from .mistakes import Findings, findings
 from .record import dev_answers
@@ -32,7 +32,9 @@ _MACHINES = {"data", "init"}
 class Outcome(BaseModel):
     """What one run came to."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     system: str
     """The built-in recipe that it was made by."""
@@ -50,6 +52,16 @@ class Outcome(BaseModel):
     """On dev, of the best epoch, by task and ``overall``."""
     answers: dict[str, Findings] = {}
     """What is to be said of the dev answers to each task; of the first run of a system."""
+
+    @model_validator(mode="after")
+    def _is_of_a_recipe(self) -> Self:
+        if self.system not in recipes.names():  # files are named by it
+            raise ValueError(f"system = {self.system!r}: no built-in recipe")
+        known = self.recipe.tasks
+        for name in (*self.answers, *self.scores):
+            if name not in known and name != "overall":
+                raise ValueError(f"{name!r}: no task of {self.system}")
+        return self
 
     @property
     def recipe(self) -> Recipe:
@@ -106,10 +118,8 @@ def read_outcomes(path: Path) -> list[Outcome]:
     Raises:
         InputError: it is none.
     """
-    with explained("read", path):
-        content = path.read_bytes()
     try:
-        return TypeAdapter(list[Outcome]).validate_json(content)
+        return TypeAdapter(list[Outcome]).validate_json(read_bytes(path))
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
         raise InputError(f"{path}: not the outcomes of runs ({problem})") from None
@@ -150,6 +160,7 @@ def signature(recipe: Recipe) -> str:
 def _outcome(run: Run, system: str, device: torch.device | None) -> Outcome:
     """Return what a run came to; with a device, and a checkpoint, its answers too."""
     scores = read_scores(run.folder, run.recipe.tasks)
+    named = (*run.recipe.tasks, "overall")
     if scores.split != "dev":
         raise InputError(
             f"{run.folder / 'metrics.json'}: scores on {scores.split}; run engine.evaluate"
@@ -169,6 +180,6 @@ def _outcome(run: Run, system: str, device: torch.device | None) -> Outcome:
         examples={
             task: len(run.split(task, "train")) for task in run.recipe.tasks if task in trained
         },
-        scores=scores.scores,
+        scores={name: scores.scores[name] for name in named},
         answers=answers,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ..outputs import write_output
 from ..run import Run
 from ..scoring import metric_name
+from ..text import printable
 from . import pictures
 from .record import (
     Answers,
@@ -74,7 +75,9 @@ def write_page(run: Run, path: Path, device: torch.device, *, replace: bool = Fa
         _speed(steps),
     ]
     loader = PackageLoader(__package__, "")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_printable
+    )
     html = environment.get_template("page.html").render(
         name=path.stem,
         description=run.recipe.description,
@@ -85,6 +88,10 @@ def write_page(run: Run, path: Path, device: torch.device, *, replace: bool = Fa
         recipe=run.recipe.to_toml(),
     )
     write_output(path, html, replace=replace)
+
+
+def _printable(value: Any) -> Any:
+    return printable(value) if type(value) is str else value
 
 
 def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:

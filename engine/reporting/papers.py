@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from .. import recipe as recipes
 from ..many import mean_and_deviation
+from ..text import markdown_text
 from .outcomes import Outcome
 
 THREE = ("sst", "quora", "sts")
@@ -128,7 +129,7 @@ def markdown(paper: Paper, rows: Sequence[Row]) -> str:
             _cell(system.scores.get(task), row.scores(task) if row is not None else [])
             for task in tasks
         ]
-        settings = "not run" if row is None else row.settings
+        settings = "not run" if row is None else markdown_text(row.settings)
         lines.append(_line([system.name, f"`{system.recipe}`", system.split, *cells, settings]))
     return "\n".join(lines) + "\n"
 
@@ -148,7 +149,7 @@ def ranking(rows: Sequence[Row]) -> str:
     ]
     for row in scored:
         cells = [mean_and_deviation(row.scores(task)) for task in tasks]
-        lines.append(_line([f"`{row.recipe}`", *cells, row.settings]))
+        lines.append(_line([f"`{row.recipe}`", *cells, markdown_text(row.settings)]))
     return "\n".join(lines) + "\n"
 
 

@@ -2,16 +2,23 @@
 
 import ctypes
 import os
+import threading
 from pathlib import Path
 
 import torch
 
+from ..errors import InputError
+
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, and in how many; or "max"
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: bytes, or "max"
 
 # Numbers and types of mallopt(3) in glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_INT = 2**31 - 1
 _LARGEST_MMAP_THRESHOLD = 32 << 20
+
+_OTHER_THREADS = 8
+"""Those that a run starts besides torch's: they load batches, write checkpoints, draw."""
 
 
 def keep_freed_memory() -> bool:
@@ -58,21 +65,64 @@ def available_cores() -> int:
     return max(1, cores)
 
 
+def machine_memory() -> int:
+    """Return how many bytes of memory the machine has, or a container's limit."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(memory, int(_MEMORY_LIMIT.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no limit
+        return memory
+
+
 def set_threads(count: int, processes: int) -> int:
     """Set how many threads torch computes with.
 
     Args:
         count: of this process; 0 to share the cores among its machine's processes.  One process
             then has no more than torch would take by itself, so that OMP_NUM_THREADS counts; of
-            several it does not, since ``torchrun`` sets it to 1.
+            several it does not, since ``torchrun`` sets it to 1.  Where fewer can be started, 0
+            means those.
         processes: of this run, on this machine.
 
     Returns:
         The number of threads.
+
+    Raises:
+        InputError: there are fewer CPUs, or so many threads cannot be started.
     """
+    cpus: int = torch.cpu.get_capabilities()["num_logical_cores"]
+    if count > cpus:
+        raise InputError(f"threads = {count}: this machine has {cpus} CPUs; lower it, or give 0")
+    wanted = count
     if count == 0:
-        count = max(1, available_cores() // processes)
+        wanted = max(1, available_cores() // processes)
         if processes == 1:
-            count = min(count, torch.get_num_threads())
-    torch.set_num_threads(count)
-    return count
+            wanted = min(wanted, torch.get_num_threads())
+    # OpenMP crashes the process where it cannot start a thread.
+    possible = _startable_threads(wanted + _OTHER_THREADS) - _OTHER_THREADS
+    if count > max(1, possible):
+        raise InputError(
+            f"threads = {count}: the system lets this process start no more than "
+            f"{max(1, possible)} (ulimit -u, pids.max of its cgroup); lower threads, or give 0"
+        )
+    wanted = max(1, min(wanted, possible))
+    torch.set_num_threads(wanted)
+    return wanted
+
+
+def _startable_threads(count: int) -> int:
+    """Return how many of ``count`` threads this process can have beside the one that asks."""
+    release = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=release.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:  # "can't start new thread"
+        pass
+    finally:
+        release.set()
+        for thread in started:
+            thread.join()
+    return len(started)

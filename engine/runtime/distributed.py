@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ..errors import InputError, LostRankError
 
+_MOST_RANKS = 1 << 16
 _PAUSE = 0.1  # seconds between attempts to reach the first process
 _GRACE = 3.0  # seconds for ranks that notice a loss a little later than this one
 
@@ -65,6 +66,11 @@ class Ranks:
             )
         except ValueError as error:
             raise InputError(f"{', '.join(names)}: expected whole numbers ({error})") from None
+        if not (0 <= rank < size <= _MOST_RANKS and 0 <= local_rank < size >= local_size):
+            raise InputError(
+                f"{', '.join(names)}: {rank}, {size}, {local_rank}, {local_size} make no sense; "
+                f"let torchrun set them, for at most {_MOST_RANKS} ranks"
+            )
         return cls(rank, size, local_rank, max(1, local_size))
 
     @property

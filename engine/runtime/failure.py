@@ -13,10 +13,13 @@ from torch import Tensor
 from ..data.pack import PackedBatch
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
+from .cpu import machine_memory
 from .files import write_text
 
 SMALLER_MODEL = "take a smaller encoder, or train fewer tasks"
 """What to do where there is no room for weights, gradient rows and moments."""
+
+_GIB = 1 << 30
 
 _ALLOCATORS = ("can't allocate memory", "Storage size calculation overflowed")
 """How the CPU's allocator says so, which has no exception of its own."""
@@ -44,6 +47,26 @@ def memory_explained(what_to_do: str) -> Iterator[None]:
         if not known and not any(words in str(error) for words in _ALLOCATORS):
             raise
         raise InputError(f"out of memory: {what_to_do}") from error
+
+
+def check_memory(wanted: int, what_to_do: str) -> None:
+    """Refuse what does not fit into the machine's memory, of which no allocation tells.
+
+    Systems promise more memory than there is, and end the process that uses it.
+
+    Args:
+        wanted: bytes.
+        what_to_do: where they do not fit.
+
+    Raises:
+        InputError: they do not.
+    """
+    found = machine_memory()
+    if wanted > found:
+        raise InputError(
+            f"out of memory: {wanted / _GIB:,.1f} GiB are needed, the machine has "
+            f"{found / _GIB:,.1f}; {what_to_do}"
+        )
 
 
 def write_batch(

@@ -1,5 +1,7 @@
 """The cache: a hit equals a miss, damage is noticed, two processes do not disturb each other."""
 
+import grp
+import json
 import multiprocessing
 import os
 import shutil
@@ -9,12 +11,16 @@ import numpy as np
 import pytest
 
 from engine.data import cache as cache_module
+from engine.data import ownership
 from engine.data.cache import default_cache, load_split
 from engine.data.formats import FORMATS
+from engine.data.ownership import check_private_place
 from engine.data.source import DataFile
 from engine.data.split import TokenizedSplit
 from engine.data.tokenizer import Tokenizer
 from engine.errors import InputError
+from engine.origins import data_folder
+from engine.recipe import Recipe
 
 from .written import GOOD, source
 
@@ -205,3 +211,124 @@ def test_a_note_names_the_file_that_was_read(tmp_path: Path) -> None:
         split = load_split(file, source().format("t"), tokenizer, 32, cache=tmp_path / "cache")
         note = "separated by tabs, as its header is, not by commas"
         assert split.notes == (f"read {name} as {note}",)
+
+
+def others_own_the_entry(entry: Path) -> None:
+    os.chown(entry, 12345, -1)
+
+
+def others_own_a_file(entry: Path) -> None:
+    os.chown(entry / "index.json", 12345, -1)
+
+
+def others_may_write_the_entry(entry: Path) -> None:
+    entry.chmod(0o707)
+
+
+def others_may_write_a_file(entry: Path) -> None:
+    (entry / "tokens.npy").chmod(0o606)
+
+
+def a_group_may_write_a_file(entry: Path) -> None:
+    os.chown(entry / "tokens.npy", -1, 12345)
+    (entry / "tokens.npy").chmod(0o660)
+
+
+def a_link_in_the_place_of_a_file(entry: Path) -> None:
+    (entry / "tokens.npy").rename(entry.parent.parent / "elsewhere.npy")
+    (entry / "tokens.npy").symlink_to(entry.parent.parent / "elsewhere.npy")
+
+
+def a_link_in_the_place_of_the_entry(entry: Path) -> None:
+    entry.rename(entry.parent.parent / "elsewhere")
+    entry.symlink_to(entry.parent.parent / "elsewhere")
+
+
+def an_index_that_leads_out(entry: Path) -> None:
+    shutil.copy(entry / "tokens.npy", entry.parent.parent / "elsewhere.npy")
+    index = json.loads((entry / "index.json").read_text())
+    index["../../elsewhere.npy"] = index["tokens.npy"]
+    (entry / "index.json").write_text(json.dumps(index))
+
+
+FORGERIES = [
+    others_own_the_entry,
+    others_own_a_file,
+    others_may_write_the_entry,
+    others_may_write_a_file,
+    a_group_may_write_a_file,
+    a_link_in_the_place_of_a_file,
+    a_link_in_the_place_of_the_entry,
+    an_index_that_leads_out,
+]
+
+
+@pytest.mark.parametrize("forge", FORGERIES)
+def test_an_entry_that_others_may_have_written_is_made_anew(
+    demo: Path, tokenizer: Tokenizer, tmp_path: Path, forge, request: pytest.FixtureRequest
+) -> None:
+    if os.geteuid() and ("own" in forge.__name__ or "group" in forge.__name__):
+        pytest.skip("only root gives files away")
+    cache = tmp_path / "cache"
+    expected = np.array(load(demo, tokenizer, cache).tokens)
+    (entry,) = cache.iterdir()
+    forge(entry)
+    np.testing.assert_array_equal(load(demo, tokenizer, cache).tokens, expected)
+    (entry,) = cache.iterdir()
+    assert entry.stat().st_mode & 0o777 == 0o700
+    assert all(p.is_file() and p.stat().st_mode & 0o777 == 0o600 for p in entry.iterdir())
+    request.getfixturevalue("no_tokenizing")
+    load(demo, tokenizer, cache)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o702, 0o1777])
+@pytest.mark.parametrize("which", ["cache", "its parent"])
+def test_a_cache_that_others_may_write_is_refused(
+    demo: Path, tokenizer: Tokenizer, tmp_path: Path, mode: int, which: str
+) -> None:
+    """Others could rename entries; not where the sticky bit is set."""
+    cache = tmp_path / "shared" / "cache"
+    cache.mkdir(parents=True)
+    (cache if which == "cache" else cache.parent).chmod(mode)
+    if mode & 0o1000:
+        assert len(load(demo, tokenizer, cache)) == 500
+        return
+    with pytest.raises(InputError, match=r"can be written by others; set SUPERBERT_CACHE"):
+        load(demo, tokenizer, cache)
+    assert not any(cache.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_cache_of_another_user_is_refused(
+    demo: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").mkdir()
+    os.chown(tmp_path / "cache", 12345, -1)
+    with pytest.raises(InputError, match=r"belongs to another user; set SUPERBERT_CACHE"):
+        load(demo, tokenizer, tmp_path / "cache")
+
+
+def test_a_group_of_the_users_own_may_write(tmp_path: Path, monkeypatch) -> None:
+    """As with umask 002 where every user has a group of that name."""
+    tmp_path.chmod(0o770)
+    check_private_place(tmp_path)  # of the user's group, in which nobody else is
+    monkeypatch.setattr(
+        ownership.grp, "getgrgid", lambda _: grp.struct_group(("staff", "x", 1, []))
+    )
+    with pytest.raises(InputError, match="can be written by others"):
+        check_private_place(tmp_path)
+
+
+def test_a_cache_that_does_not_keep_owners(demo, tokenizer, tmp_path, monkeypatch) -> None:
+    """As a network file system that gives root's files to nobody."""
+    monkeypatch.setattr(cache_module, "is_own_folder", lambda _: False)
+    with pytest.raises(InputError, match=r"cannot write the cache .* set SUPERBERT_CACHE"):
+        load(demo, tokenizer, tmp_path)
+
+
+def test_the_demo_corpus_of_others_is_not_read(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SUPERBERT_CACHE", str(tmp_path))
+    folder = data_folder(Recipe(tasks={"sst": {"features": "single"}}, train=("sst",)))
+    folder.chmod(0o777)
+    with pytest.raises(InputError, match=r"the demo corpus is not read from .* remove it"):
+        data_folder(Recipe(tasks={"sst": {"features": "single"}}, train=("sst",)))

@@ -1,16 +1,19 @@
 """Tasks of one's own: the same rows from every kind of source, and faults named by place."""
 
 import json
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from pyarrow import parquet
 from pydantic import ValidationError
 
-from engine.data import source
+from engine.data import library
 from engine.data.read import parse_table
 from engine.data.source import DataFile, HubSplit, TaskSource
 from engine.errors import InputError
@@ -168,7 +171,7 @@ def test_sources_that_make_no_sense(fields, message) -> None:
 
 
 def test_a_library_that_reads_pickles_is_refused(monkeypatch):
-    monkeypatch.setattr(source.metadata, "version", lambda _: "5.1.0")
+    monkeypatch.setattr(library.metadata, "version", lambda _: "5.1.0")
     with pytest.raises(InputError, match=r"datasets 5\.1\.0 loads pickles"):
         HubSplit("pandas", "", "train").digest()
 
@@ -184,3 +187,105 @@ def test_half_a_character_is_a_bad_row():
 def test_names_of_files_that_trick(name):
     with pytest.raises(ValidationError, match="a name"):
         TaskSource.model_validate(SOURCE.model_dump() | {"files": {"train": name}})
+
+
+OUT = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: {}
+---
+"""
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.csv", "/{}/secret.csv", "sub/../../secret.csv", "./../*.csv", "../**"]
+)
+def test_a_data_set_reads_no_file_but_its_own(tmp_path: Path, path: str) -> None:
+    Dataset.from_list(ROWS).to_csv(tmp_path / "secret.csv")
+    (tmp_path / "set" / "sub").mkdir(parents=True)
+    Dataset.from_list(ROWS).to_csv(tmp_path / "set" / "own.csv")
+    readme = tmp_path / "set" / "README.md"
+    readme.write_text(OUT.format(path.replace("{}", str(tmp_path))))
+    with pytest.raises(InputError, match=r"its README\.md names .*secret\.csv") as error:
+        HubSplit(str(tmp_path / "set"), "", "train").digest()
+    assert "\n" not in str(error.value)
+    readme.write_text(OUT.format("own.csv"))
+    table = HubSplit(str(tmp_path / "set"), "", "train")
+    assert len(table.table(SOURCE.format("intent"), labelled=True, on_bad_row="error")) == 4
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/etc/passwd",
+        "https://elsewhere/x.csv",
+        "hf://datasets/other/set@main/x.csv",
+        "hf://datasets/own/set-2@main/x.csv",
+        "hf://datasets/own/set@main/../../../other/x.csv",
+        "zip://x.csv::https://elsewhere/x.zip",
+    ],
+)
+def test_a_data_set_of_the_hub_reads_no_file_but_its_own(file: str) -> None:
+    def builder(*files: str) -> SimpleNamespace:
+        config = SimpleNamespace(data_files={"train": list(files)})
+        return SimpleNamespace(repo_id="own/set", config=config)
+
+    own = "hf://datasets/own/set@main/data/train.csv"
+    library._check_files("own/set", builder(own))
+    with pytest.raises(InputError, match=r"its README\.md names"):
+        library._check_files("own/set", builder(own, file))
+
+
+def test_a_folder_of_data_files_that_leads_out(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "set").mkdir()
+    for folder in ("other", "set"):
+        Dataset.from_list(ROWS).to_csv(tmp_path / folder / "train.csv")
+    readme = "---\nconfigs:\n- config_name: default\n  data_dir: ../other\n---\n"
+    (tmp_path / "set" / "README.md").write_text(readme)
+    with pytest.raises(InputError, match=r"names .*other"):
+        HubSplit(str(tmp_path / "set"), "", "train").digest()
+
+
+@pytest.mark.parametrize("member", ["a.pth", "a.pt", "a.pkl", "a.pickle", "a.npy", "a.json"])
+def test_no_archive_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str) -> None:
+    """A tar of samples, whose members the library loads by their endings, tensors by torch."""
+    torch.save({"utterance": "x"}, tmp_path / "tensor")
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "train.tar", "w") as archive:
+        archive.add(tmp_path / "tensor", member)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(InputError, match="would be read as webdataset; only arrow, "):
+        HubSplit(str(tmp_path / "set"), "", "train").digest()
+
+
+@pytest.mark.parametrize("ending", [".png", ".wav", ".h5", ".pkl", ".py", ".xml", ".pdf"])
+def test_what_reads_other_kinds_of_files_is_not_used(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"train{ending}").write_bytes(b"\x80\x04.")
+    with pytest.raises(InputError, match=r"would be read as|cannot load split train"):
+        HubSplit(str(tmp_path), "", "train").digest()
+
+
+@pytest.mark.parametrize("name", ["csv", "json", "text", "parquet"])
+def test_a_format_is_no_data_set(tmp_path: Path, monkeypatch, name: str) -> None:
+    """The library would take what lies in the working directory."""
+    (tmp_path / "train.csv").write_text("utterance,intent\nhm,music\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no data set but a format"):
+        HubSplit(name, "", "train").digest()
+
+
+def test_no_file_is_opened_for_a_column(tmp_path: Path) -> None:
+    """A data set may say of any text that it is the path of an image."""
+    data = Dataset.from_dict(
+        {"utterance": [str(tmp_path / "secret.png")], "intent": ["music"]},
+        features=Features(utterance=Image(), intent=Value("string")),
+    )
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (tmp_path / "set").mkdir()
+    data.to_parquet(tmp_path / "set" / "train-00000.parquet")
+    split = HubSplit(str(tmp_path / "set"), "", "train")
+    with pytest.raises(InputError, match=r"column 'utterance' holds neither text .* but Image"):
+        split.table(SOURCE.format("intent"), labelled=True, on_bad_row="error")

@@ -85,6 +85,12 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
         (["cgs", "--set", "lr=" + "[" * 5000], "lr = '[[["),
         (["cgs", "--set", "lr=" + "9" * 5000], "lr = '999"),
         (["cgs", "--set", "batch_size=" + "9" * 20], "batch_size = 999"),
+        (["demo", "--set", "threads=1000000"], "threads = 1000000: this machine has"),
+        (["demo", "--set", "encoder.num_hidden_layers=1000000"], "less than or equal to 1024"),
+        (["demo", "--set", "batch_size=2147483647"], "; lower batch_size (now 2147483647)"),
+        (["demo", "--set", "encoder.intermediate_size=2147483647"], "GiB are needed, the machine"),
+        (["demo", "--set", "encoder.max_position_embeddings=2147483647"], "GiB are needed"),
+        (["demo", "--set", "adapter_width=100000000"], "GiB are needed, the machine has"),
         (["cgs", "--set", "encoder.vocab_size=99999999999"], "encoder.vocab_size = 999"),
         (["superbert", "--set", "objectives.masked_lm.files=['../x']"], "leaves the data folder"),
         (["cgs", "--resume"], "--out"),
@@ -214,6 +220,37 @@ def small_model(tiny_run, tmp_path: Path) -> Path:
     state = to_huggingface_state(run.new_model().encoder.state_dict(), run.config)
     save_file(state, folder / "model.safetensors")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers = 1000000: expected at most 1024"),
+        ({"num_hidden_layers": 1000}, "weight encoder.layer.1.attention.self.query.weight is miss"),
+        ({"vocab_size": 2**31 - 1}, "config.json asks for [2147483647, "),
+        ({"intermediate_size": 2**31 - 1}, "config.json asks for [2147483647, "),
+        ({"max_position_embeddings": 2**31 - 1}, "config.json asks for [2147483647, "),
+    ],
+)
+def test_a_config_larger_than_its_weights(capsys, small_model, monkeypatch, fields, expected):
+    """The weights' headers say so, before anything of that size is built."""
+    path = small_model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    monkeypatch.setattr("engine.run.MultitaskModel", None)
+    assert expected in refuse(capsys, train, "demo", "--init", str(small_model))
+
+
+def test_a_config_that_is_too_large_a_file(capsys, small_model):
+    os.truncate(small_model / "config.json", 1 << 40)
+    line = refuse(capsys, train, "demo", "--init", str(small_model))
+    assert "has 1,099,511,627,776 bytes, at most 67,108,864 are expected" in line
+
+
+def test_a_run_folder_whose_config_asks_for_more_than_the_memory(capsys, tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run("source"), tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"intermediate_size": 2**31 - 1}))
+    assert "GiB are needed, the machine has" in refuse(capsys, evaluate, str(run))
 
 
 def test_a_model_folder_trains(small_model, tiny_run):

@@ -56,6 +56,16 @@ def test_an_axis_without_values(axis):
         sweep.grid_points([axis])
 
 
+def test_more_runs_than_anybody_waits_for(tmp_path):
+    """A series is planned as a whole: a huge one would fill the memory."""
+    for arguments in (["--seeds", "1000000000"], ["--seed", "2147483647", "--seeds", "2"]):
+        with pytest.raises(InputError, match=r"--seeds \d+: expected at most (10000|1), "):
+            train.main(["demo", *arguments, "--out", str(tmp_path / "runs")])
+    with pytest.raises(InputError, match=r"--grid: 1000000000000 points; give at most 10000"):
+        sweep.grid_points(["a=0,1,2,3,4,5,6,7,8,9"] * 12)
+    assert not any(tmp_path.iterdir())
+
+
 def test_no_grid_is_one_point():
     assert sweep.grid_points([]) == [()]
     assert sweep.grid_points(["a=1,2", "b=3"]) == [("a=1", "b=3"), ("a=2", "b=3")]

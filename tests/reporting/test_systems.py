@@ -173,6 +173,58 @@ def test_what_no_report_can_be_made_from(series, tmp_path):
     assert "scores on train; run engine.evaluate" in refused(tmp_path / "run")
 
 
+HOSTILE = {
+    "a path in the place of a system": {"system": "../../secret"},
+    "an absolute path": {"system": "/tmp/secret"},
+    "a name of no recipe": {"system": "cgz"},
+    "a task that is a path": {"scores": {"../x": 0.5}},
+    "settings that are none": {"settings": {"lr": "fast"}},
+    "a score that is no number": {"scores": {"sst": float("nan")}},
+    "counts that are no square": {"answers": {"sst": {"counts": [[1, 2], [3]]}}},
+    "counts without end": {"answers": {"sst": {"counts": [[0] * 65] * 65}}},
+    "no counts": {"answers": {"sst": {"counts": []}}},
+}
+FOUND = {"score": 0.5, "low": 0, "counts": [[1]], "over": 0, "under": 0, "worst": []}
+
+
+@pytest.mark.parametrize("fields", HOSTILE.values(), ids=HOSTILE)
+def test_a_papers_json_from_elsewhere_names_no_other_files(tmp_path, fields):
+    good = json.loads(outcome("cgs", answers={"sst": FOUND}).model_dump_json())
+    answers = {name: FOUND | found for name, found in fields.get("answers", {}).items()}
+    path, out = tmp_path / "in" / "papers.json", tmp_path / "in" / "out"
+    path.parent.mkdir()
+    for content, is_good in ((good, True), (good | fields | {"answers": answers}, False)):
+        path.write_text(json.dumps([content]))
+        if is_good:
+            assert read_outcomes(path)[0].system == "cgs"
+            continue
+        with pytest.raises(InputError, match=r"not the outcomes of runs \(") as error:
+            report.main(["--papers", str(path), "--out", str(out)])
+        assert "\n" not in str(error.value)
+    assert [found.name for found in tmp_path.rglob("*")] == ["in", "papers.json"]
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "cgs/../../elsewhere"])
+def test_a_series_names_no_folder_outside(tmp_path, name):
+    result = {"group": "cgs", "scores": {}, "seconds": 1.0}
+    (tmp_path / "results.json").write_text(json.dumps({name: result}))
+    with pytest.raises(InputError, match="is no folder below it"):
+        report.main(["--papers", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_what_is_quoted_does_nothing(tmp_path):
+    """Ids, sentences and settings from data and recipes, in tables and lists."""
+    row = papers.Row([outcome("cgs", scores={})], ("x | y <b> [a](http://b)\x1b[2J\n# z",))
+    (paper,) = [paper for paper in papers.read_papers() if paper.key == "a"]
+    row.outcomes[0].scores.update({"sst": 0.5, "quora": 0.5, "sts": 0.5, "overall": 0.5})
+    for text in (papers.markdown(paper, [row]), papers.ranking([row])):
+        assert r"x \| y &lt;b> [a]\(http://b)\x1b[2J # z |" in text.replace("\\\\", "\\")
+    found = answers("sts", [0, 2.5, 5], [0.5, 1, 5])
+    bad = Mistake("=1\r", ("<script>\n- x\x1b]0;t\x07",), "0", "4", 1.0)
+    text = mistakes.markdown("x", {"sts": mistakes.findings(found._replace(mistakes=[bad]))})
+    assert text.endswith("- 0, 4, =1, &lt;script\\> - x\\\\x1b\\]0;t\\\\x07\n")
+
+
 def outcome(recipe: str, **fields) -> Outcome:
     """Of a run that did as its paper."""
     settings = recipes.load(recipe).model_dump(mode="json", exclude_defaults=True)

@@ -5,12 +5,14 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.errors import InputError
 from engine.runtime import cpu
 
 from ..conftest import REPOSITORY
@@ -90,3 +92,49 @@ def test_one_process_leaves_room_that_it_was_told_to_leave() -> None:
 @pytest.mark.usefixtures("machine")
 def test_a_given_number_counts() -> None:
     assert cpu.set_threads(5, 4) == torch.get_num_threads() == 5
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("count", [33, 100_000, 1_000_000, 2**31 - 1])
+def test_more_threads_than_cpus_are_one_line(count: int) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(InputError, match=f"threads = {count}: this machine has 32 CPUs; lower it"):
+        cpu.set_threads(count, 1)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.usefixtures("machine")
+def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under ulimit -u or in a cgroup of few processes, where OpenMP crashes the process."""
+    start, alive = threading.Thread.start, []
+
+    def refuse(thread: threading.Thread) -> None:
+        if len(alive) == 8 + 3:
+            raise RuntimeError("can't start new thread")
+        alive.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(InputError, match=r"threads = 20: .* no more than 3 \(ulimit -u"):
+        cpu.set_threads(20, 1)
+    alive.clear()
+    assert cpu.set_threads(3, 1) == torch.get_num_threads() == 3
+    for processes in (2, 1):
+        alive.clear()
+        assert cpu.set_threads(0, processes) == torch.get_num_threads() == 3
+    monkeypatch.setattr(threading.Thread, "start", lambda _: refuse(None))
+    alive[:] = [None] * 11
+    assert cpu.set_threads(0, 2) == 1
+
+
+def test_a_huge_number_in_the_environment_is_no_number_of_threads() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1000000"}
+    code = (
+        "import torch; from engine.runtime.cpu import available_cores, set_threads;"
+        "assert set_threads(0, 1) <= available_cores(); print((torch.ones(99, 99) @ "
+        "torch.ones(99, 99)).sum().item())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True
+    )
+    assert run.stdout.split() == [b"970299.0"], run.stderr

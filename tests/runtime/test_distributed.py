@@ -161,6 +161,21 @@ def test_ranks_from_the_environment(monkeypatch):
         main(["demo", "--out", "no-such-folder", "--device", "cpu"])
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(("3", "2", "0", "1"), ("-1", "2", "0", "1"), ("0", "0", "0", "1"), ("0", "2", "2", "2")),
+        *(("0", "1000000000", "0", "1"), ("0", "2", "-1", "1"), ("0", "2", "0", "3")),
+    ],
+)
+def test_ranks_that_cannot_be(monkeypatch, values):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name, value in zip(names, values, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="make no sense; let torchrun set them"):
+        Ranks.from_environment()
+
+
 def test_a_first_rank_that_never_comes_is_given_up_in_time(monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
