@@ -1,7 +1,9 @@
 """``python -m tests.faults``: the whole report; exit status 1 where it shows a problem."""
 
 import argparse
+import functools
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -14,6 +16,7 @@ import torch
 
 from bench.harness import write_record
 
+from .base import Base
 from .compare import compare_ranks
 from .concurrent import try_concurrent
 from .disk import fill_disk
@@ -48,8 +51,13 @@ CASES = {
 def _of_cases(name: str) -> Part:
     attempt, _, _ = CASES[name]
     return lambda folder, options: attempt(
-        folder, getattr(options, name), options.seed, options.case
+        _base(folder.parent), folder, getattr(options, name), options.seed, options.case
     )
+
+
+@functools.cache
+def _base(folder: Path) -> Base:
+    return Base.make(folder / "base")
 
 
 PARTS: dict[str, Part] = {
@@ -137,6 +145,7 @@ def main() -> int:
         parser.error(f"--case: name its part with --only, one of {', '.join(CASES)}")
     torch.set_num_threads(1)  # as the processes that this one starts
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        os.environ["SUPERBERT_CACHE"] = str(Path(folder) / "cache")
         results = report(options, Path(folder))
     if options.json is not None:
         write_record(options.json, "faults", torch.device("cpu"), results)

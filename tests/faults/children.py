@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from huggingface_hub import constants
+
 from engine.door import run_door
 
 Work = Callable[[], object]
@@ -134,6 +136,8 @@ def _be_a_child(work: Work, files: list[Path], prepare: Prepare) -> NoReturn:
             "SIGTERM": signal.SIG_DFL,
         }.items():
             signal.signal(getattr(signal, name), number)
+        constants.HF_HUB_OFFLINE = True
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are the parent's
         faulthandler.enable(2)  # of a crash, where in Python it was
         prepare()
         for name, handle in {"stdin": 0, "stdout": 1, "stderr": 2}.items():

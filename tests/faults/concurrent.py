@@ -25,9 +25,10 @@ _MOMENTS = 0.5
 """Seconds within which the second process starts."""
 
 
-def try_concurrent(folder: Path, count: int, seed: int, only: int | None) -> dict[str, Any]:
+def try_concurrent(
+    base: Base, folder: Path, count: int, seed: int, only: int | None
+) -> dict[str, Any]:
     """Try ``count`` pairs of processes: :func:`.try_cases`."""
-    base = Base.make(folder)
     return try_cases("concurrent", folder, functools.partial(_attempt, base), count, seed, only)
 
 

@@ -21,6 +21,7 @@ from ..kernels.doors import DOORS, Stream
 from ..kernels.test_balancing import SOLVERS
 from ..kernels.test_operators import SAMPLES
 from ..kernels.test_surgery_weights import operator_samples
+from .base import Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end
 from .children import call
@@ -34,7 +35,9 @@ _CALLS = 20
 """Calls in a child."""
 
 
-def try_operators(folder: Path, count: int, seed: int, only: int | None) -> dict[str, Any]:
+def try_operators(
+    _base: Base, folder: Path, count: int, seed: int, only: int | None
+) -> dict[str, Any]:
     """Try ``count`` children with some calls each: :func:`.try_cases`."""
     found = try_cases("operators", folder, _attempt, count, seed, only)
     return found | {"calls": _CALLS * found["cases"]}

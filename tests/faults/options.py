@@ -45,9 +45,10 @@ _TEXTS = [
 _LOOKS = (["--list"], ["--fields"], ["--completion", "bash"], ["--help"], ["--version"])
 
 
-def try_options(folder: Path, count: int, seed: int, only: int | None) -> dict[str, Any]:
+def try_options(
+    base: Base, folder: Path, count: int, seed: int, only: int | None
+) -> dict[str, Any]:
     """Try ``count`` command lines: :func:`.try_cases`."""
-    base = Base.make(folder)
     return try_cases("options", folder, functools.partial(_attempt, base), count, seed, only)
 
 

@@ -38,9 +38,10 @@ _LONG = 400
 """Steps of a run that is stopped by a signal: more than it gets to."""
 
 
-def try_sequences(folder: Path, count: int, seed: int, only: int | None) -> dict[str, Any]:
+def try_sequences(
+    base: Base, folder: Path, count: int, seed: int, only: int | None
+) -> dict[str, Any]:
     """Try ``count`` sequences: :func:`.try_cases`."""
-    base = Base.make(folder)
     return try_cases("sequences", folder, functools.partial(_attempt, base), count, seed, only)
 
 

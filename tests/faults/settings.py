@@ -52,12 +52,13 @@ _WHOLE = {
 """Where a field of a table in a table is set, the tables around it as they have to be."""
 
 
-def try_settings(folder: Path, count: int, seed: int, only: int | None) -> dict[str, Any]:
+def try_settings(
+    base: Base, folder: Path, count: int, seed: int, only: int | None
+) -> dict[str, Any]:
     """Try ``count`` settings: :func:`.try_cases`.
 
     Each number has one of its own as long as there are any; the cases beyond take two at a time.
     """
-    base = Base.make(folder)
     grid = [*_singles(), *_names()]
     attempt = functools.partial(_attempt, base, grid, seed)
     return try_cases("settings", folder, attempt, count, seed, only)
