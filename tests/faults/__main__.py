@@ -37,13 +37,13 @@ Part = Callable[[Path, argparse.Namespace], dict[str, Any]]
 _RAW = ("allowed", "differences", "samples", "problems")
 
 CASES = {
-    "outputs": (try_outputs, 600, "commands that write, with something at or around their output"),
-    "sequences": (try_sequences, 150, "sequences of commands, killed and spoilt between"),
-    "settings": (try_settings, 2500, "fields of a recipe at the edges of their types, then pairs"),
-    "options": (try_options, 400, "command lines at the edges, and stdout and stderr that fail"),
-    "concurrent": (try_concurrent, 60, "pairs of processes on one folder"),
-    "files": (try_files, 800, "tokenizers, weights, records, data sets spoilt in their structure"),
-    "operators": (try_operators, 1000, "children that call operators with wrong arguments"),
+    "outputs": (try_outputs, 700, "commands that write, with something at or around their output"),
+    "sequences": (try_sequences, 100, "sequences of commands, killed and spoilt between"),
+    "settings": (try_settings, 2000, "fields of a recipe at the edges of their types, then pairs"),
+    "options": (try_options, 300, "command lines at the edges, and stdout and stderr that fail"),
+    "concurrent": (try_concurrent, 40, "pairs of processes on one folder"),
+    "files": (try_files, 500, "tokenizers, weights, records, data sets spoilt in their structure"),
+    "operators": (try_operators, 500, "children that call operators with wrong arguments"),
 }
 """Parts made of cases that repeat by themselves: what tries them, how many, what they are."""
 

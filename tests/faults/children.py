@@ -22,7 +22,6 @@ Work = Callable[[], object]
 Prepare = Callable[[], object]
 
 _ROOM = 4 << 30
-"""Bytes of address space that a child may ask for beyond what its parent has."""
 _OUTPUT = 1 << 25
 """Bytes of what a child printed that are looked at."""
 FLUSH_FAILED = 120
@@ -63,9 +62,12 @@ class Child:
         work: what it does; a ``SystemExit`` is its status.
         scratch: the folder for what it prints.
         prepare: called in the child before, with everything in place.
+        room: bytes of address space that it may ask for beyond what its parent has.
     """
 
-    def __init__(self, work: Work, scratch: Path, prepare: Prepare = lambda: None) -> None:
+    def __init__(
+        self, work: Work, scratch: Path, prepare: Prepare | None = None, room: int = _ROOM
+    ) -> None:
         self._files = [scratch / "stdout", scratch / "stderr"]
         for file in self._files:
             file.unlink(missing_ok=True)
@@ -75,7 +77,7 @@ class Child:
             warnings.simplefilter("ignore")
             self.pid = os.fork()
         if self.pid == 0:
-            _be_a_child(work, self._files, prepare)
+            _be_a_child(work, self._files, prepare, room)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to the child, if it is still there."""
@@ -123,11 +125,11 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         os.close(handle)
 
 
-def _be_a_child(work: Work, files: list[Path], prepare: Prepare) -> NoReturn:
+def _be_a_child(work: Work, files: list[Path], prepare: Prepare | None, room: int) -> NoReturn:
     status = 1
     try:
         os.setpgid(0, 0)
-        _limit()
+        _limit(room)
         for file, handle in zip(files, (1, 2), strict=True):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), handle)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -139,7 +141,8 @@ def _be_a_child(work: Work, files: list[Path], prepare: Prepare) -> NoReturn:
         constants.HF_HUB_OFFLINE = True
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are the parent's
         faulthandler.enable(2)  # of a crash, where in Python it was
-        prepare()
+        if prepare is not None:
+            prepare()
         for name, handle in {"stdin": 0, "stdout": 1, "stderr": 2}.items():
             setattr(sys, name, _stream(handle))
             setattr(sys, f"__{name}__", getattr(sys, name))
@@ -153,9 +156,9 @@ def _be_a_child(work: Work, files: list[Path], prepare: Prepare) -> NoReturn:
     os._exit(_flushed(status))
 
 
-def _limit() -> None:
+def _limit(room: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _ROOM,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -8,6 +8,8 @@ terminal or a spreadsheet would obey.
 import functools
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from .checks import (
     snapshot,
 )
 from .children import call, command
+from .compare import losses
 from .files_of_data import SECRET, lead_elsewhere, write_odd_texts
 from .files_of_models import spoil_config, spoil_tokenizer, spoil_weights
 from .files_of_runs import spoil_metrics, spoil_papers, spoil_results
@@ -61,9 +64,8 @@ def _attempt(base: Base, case: Case) -> Tried:
     for stream in ("stdout", "stderr"):
         (case.folder / stream).touch()
     before = snapshot(case.folder)
-    ended = call(
-        command(DOORS[door], arguments), case.folder, functools.partial(_prepare, case.folder), 40.0
-    )
+    prepare = functools.partial(_prepare, case.folder)
+    ended = call(command(DOORS[door], arguments), case.folder, prepare, 40.0)
     after = snapshot(case.folder)
     problems = list(problems_of_end(ended))
     if _PICKLE_READ in ended.out + ended.error:
@@ -71,12 +73,27 @@ def _attempt(base: Base, case: Case) -> Tried:
     problems += changes(before, after, before, "here")
     if ended.status == 0:
         problems += _problems_of_new(case.folder, set(after) - set(before))
+        if make is spoil_tokenizer and not problems:
+            problems += _problems_of_repeating(case.folder, arguments, prepare)
     return Tried(f"{what}, {door}", outcome_of(ended), problems, ended.last_line)
 
 
+def _problems_of_repeating(
+    folder: Path, arguments: list[str], prepare: Callable[[], None]
+) -> Iterator[str]:
+    """Yield whether the same training has other losses again, when no cache keeps its tokens."""
+    new = folder / "here" / "new"
+    before = losses(new)
+    shutil.rmtree(new)
+    call(command(DOORS["train"], arguments), folder, prepare, 40.0)
+    if losses(new) != before:
+        yield "done, but the same training has other losses again"
+
+
 def _prepare(folder: Path) -> None:
-    """Let whatever reads a pickle die of it; keep the cache of data sets in the case's folder."""
+    """Let whatever reads a pickle die of it; keep all caches in the case's folder."""
     datasets.config.HF_DATASETS_CACHE = folder / "here" / "data sets"
+    os.environ["SUPERBERT_CACHE"] = tempfile.mkdtemp(dir=folder / "here")
 
     def load(*_given: object, **_options: object) -> None:
         print(_PICKLE_READ, flush=True)

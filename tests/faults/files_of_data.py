@@ -11,7 +11,7 @@ import torch
 
 from .base import DOORS, Base
 from .children import call, command
-from .given import Given, plain
+from .given import Given
 from .toml_lines import toml_line
 
 SECRET = "swordfish"
@@ -66,7 +66,7 @@ def lead_elsewhere(base: Base, here: Path, draw: random.Random) -> Given:
         "dataset": dataset,
         "splits": dict.fromkeys(("train", "dev"), "train"),
     }
-    return f"data set: {what}", "train", plain(here / "new", _own_task(source))
+    return f"data set: {what}", "train", base.training(here / "new", *_own_task(source))
 
 
 def _own_task(source: dict[str, object]) -> list[str]:
@@ -91,32 +91,41 @@ def _write_tar(path: Path, ending: str) -> None:
 
 
 def write_odd_texts(base: Base, here: Path, draw: random.Random) -> Given:
-    """Write ids, sentences and classes that a terminal or a spreadsheet would obey."""
-    bad = [draw.choice(_TEXTS) for _ in range(4)]
-    classes = [f"{bad[0]}a", f"{bad[1]}b"]
+    """Write ids, sentences and classes that a terminal or a spreadsheet would obey.
+
+    The task has all splits or some, two classes or thousands, and is trained or scored alone.
+    """
+    bad, many = [draw.choice(_TEXTS) for _ in range(4)], draw.choice([0, 0, 0, 3000])
+    classes = [f"{bad[0]}a", f"{bad[1]}b", *(f"class {n}" for n in range(many))]
     rows = [
         {"id": f"{bad[2]}{n}", "text": f"{bad[3]} film {n}", "label": classes[n % 2]}
         for n in range(20)
     ]
-    files = {name: str(here / f"{name}.jsonl") for name in ("train", "dev")}
+    splits = draw.choice([("train", "dev"), ("train", "dev"), ("dev",), ("train",)])
+    files = {name: str(here / f"{name}.jsonl") for name in splits}
     for file in files.values():
         Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"kind": "classification", "text": ["text"], "id": "id", "classes": classes}
-    settings = _own_task(source | {"label": "label", "files": files})
-    door, arguments = draw.choice(_uses_of_texts(here, files["dev"], settings))
-    return f"texts {' '.join(map(ascii, bad))}", door, arguments
+    own = {"features": "single", "source": source | {"label": "label", "files": files}}
+    tasks, train = {"sst": {"features": "single"}, "own": own}, ["own", "sst"]
+    settings = [f"tasks={toml_line(tasks)}", f"train={train if 'train' in splits else ['sst']}"]
+    door, arguments = draw.choice(_uses(base, here, *files.values(), settings=settings))
+    return f"{len(classes)} classes, {splits}, {' '.join(map(ascii, bad))}", door, arguments
 
 
-def _uses_of_texts(here: Path, dev: str, settings: list[str]) -> list[tuple[str, list[str]]]:
-    """Return commands on a run of a task with such texts, which is trained before."""
-    run, new = str(here / "run"), str(here / "new")
-    uses = [("train", plain(here / "new", settings))]
-    if call(command(DOORS["train"], plain(here / "run", settings)), here).status == 0:
-        options = ["--task", "own", "--input", dev, "--output", f"{new}.tsv"]
+def _uses(
+    base: Base, here: Path, rows: str, *_more: str, settings: list[str]
+) -> list[tuple[str, list[str]]]:
+    """Return commands on a run with such settings, which is trained before."""
+    run, new = here / "run", here / "new"
+    uses = [("train", base.training(new, *settings, steps=1))]
+    trained = call(command(DOORS["train"], base.training(run, *settings, steps=1)), here)
+    if trained.status == 0:
+        options = ["--task", "own", "--input", rows, "--output", f"{new}.tsv"]
         uses += [
-            ("predict", [run, *options]),
-            ("report", [run, "--out", new]),
-            ("export", [run, "--to", new]),
-            ("evaluate", [run]),
+            ("predict", [str(run), *options]),
+            ("report", [str(run), "--out", str(new)]),
+            ("export", [str(run), "--to", str(new)]),
+            ("evaluate", [str(run)]),
         ]
     return uses

@@ -1,10 +1,9 @@
 """What a case is given: a command on a spoilt run or model, or on data of its own."""
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
-from .base import RECIPE, TINY, Base
+from .base import RECIPE, Base
 
 Given = tuple[str, str, list[str]]
 """What was spoilt, the command's door, its arguments; what it makes is called ``new``."""
@@ -26,12 +25,7 @@ def use_run(base: Base, here: Path, draw: random.Random) -> tuple[str, list[str]
 
 
 def with_model(base: Base, here: Path, model: Path) -> list[str]:
+    """Return the arguments that train from a model folder."""
     options = ["--data", str(base.data), "--init", str(model), "--out", str(here / "new")]
     settings = ["batch_size=8", "checkpoint_every=1", "precision=fp32", "epochs=2"]
     return [RECIPE, *options, "--device", "cpu", "--max-steps", "1", "--set", *settings]
-
-
-def plain(out: Path, settings: Sequence[str]) -> list[str]:
-    """Return the arguments that train on data which the settings name."""
-    options = ["--out", str(out), "--device", "cpu", "--max-steps", "1"]
-    return [RECIPE, *options, "--set", *TINY, *settings]
