@@ -1,7 +1,8 @@
 """Commands one after the other on the same folders, killed and spoilt between: no case is alone.
 
 What a folder was last made with is written down, so that what a later command shows can be held
-against it; once something was spoilt or was not finite, a refusal is right as well.
+against it; once something was spoilt or was not finite, a refusal is right as well.  A run that was
+stopped goes on under the same settings.
 """
 
 import functools
@@ -61,7 +62,9 @@ class _Folders:
 
     Attributes:
         made: the settings that each run was made with.
-        unsure: runs that may be refused: stopped early, spoilt or not finite.
+        unsure: runs that may be refused: spoilt or not finite.
+        stopped: runs that may have no checkpoint.
+        spoilt: whether any file was.
         done: the commands so far, as a person would write them.
         last: how the last one ended.
     """
@@ -70,6 +73,8 @@ class _Folders:
         self.base, self.folder, self.draw = base, folder, draw
         self.made: dict[str, tuple[str, ...]] = {}
         self.unsure: set[str] = set()
+        self.stopped: set[str] = set()
+        self.spoilt = False
         self.done: list[str] = []
         self.last = "none"
         self._names = (f"new-{number}" for number in itertools.count())
@@ -91,7 +96,7 @@ class _Folders:
 
     def general_problems(self, ended: Ended) -> Iterator[str]:
         yield from problems_of_end(ended)
-        if not self.unsure:
+        if not self.spoilt:
             yield from problems_of_files(self.folder)
 
 
@@ -101,21 +106,23 @@ def _train(folders: _Folders, *, resume: bool = False) -> Iterator[str]:
     if resume and name in folders.made and folders.draw.random() < 0.5:
         settings = folders.made[name]
     steps = folders.draw.choice([1, 2, 3])
-    there = (folders.folder / name / "recipe.toml").exists()
+    run = folders.folder / name
+    exists, is_run = run.exists(), (run / "recipe.toml").exists()
     options = ["--resume"] if resume else []
-    arguments = [*folders.base.training(folders.folder / name, *settings, steps=steps), *options]
+    arguments = [*folders.base.training(run, *settings, steps=steps), *options]
     what = " ".join(["train", name, f"{steps} steps", *settings, *options])
     ended = folders.call(what, "train", arguments)
     yield from folders.general_problems(ended)
     usual = name not in folders.unsure and settings != _DIVERGING
-    if not resume and there and ended.status == 0:
+    if not resume and is_run and ended.status == 0:
         yield "a run that was there was written over"
     if ended.status == 0:
         folders.made[name] = settings
-        yield from _holds(folders, folders.folder / name, settings)
+        folders.stopped.discard(name)
+        yield from _holds(folders, run, settings)
         if name not in folders.unsure:
-            yield from problems_of_run(folders.folder / name)
-    elif usual and (not there or (resume and folders.made.get(name) == settings)):
+            yield from problems_of_run(run)
+    elif usual and (not exists or (resume and folders.made.get(name) == settings)):
         yield f"expected to be done, {ended.error[-200:]}"
     if settings == _DIVERGING:
         folders.unsure.add(name)
@@ -145,7 +152,9 @@ def _stop(folders: _Folders) -> Iterator[str]:
     ended = child.wait()
     folders.done.append(f"train {name} {_LONG} steps --resume, {number.name}")
     folders.last = outcome_of(ended)
-    folders.unsure.add(name)
+    if (folders.folder / name / "recipe.toml").exists():
+        folders.made.setdefault(name, ())
+    folders.stopped.add(name)
     killed = ended.status in (-number, STOPPED + number)
     expected = killed and (number != signal.SIGHUP or _before_training(folders.folder / name))
     if not expected:
@@ -205,7 +214,7 @@ def _use(folders: _Folders) -> Iterator[str]:
     door = folders.draw.choice(list(given))
     ended = folders.call(f"{door} {name}", door, [str(run), *given[door]])
     yield from folders.general_problems(ended)
-    is_done = name in folders.made and name not in folders.unsure
+    is_done = name in folders.made and name not in folders.unsure | folders.stopped
     # Scores on the training data are not what the papers' tables hold.
     if ended.status == BAD_INPUT and is_done and "--papers" not in given[door]:
         yield f"of a run that is done: {ended.error[-200:]}"
@@ -233,13 +242,14 @@ def _spoil(folders: _Folders) -> Iterator[str]:
         relative = path.relative_to(folders.folder)
         folders.done.append(f"spoil {relative}")
         folders.unsure.add(relative.parts[0])
+        folders.spoilt = True
     yield from ()
 
 
 def _copy_within(folders: _Folders) -> Iterator[str]:
     """Put a run in place of another by hand."""
     a, b = folders.folder / "a", folders.folder / "b"
-    if a.is_dir() and not b.exists() and "a" not in folders.unsure:
+    if a.is_dir() and not b.exists() and "a" not in folders.unsure | folders.stopped:
         shutil.copytree(a, b)
         folders.done.append("cp -r a b")
         if "a" in folders.made:
