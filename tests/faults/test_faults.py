@@ -1,13 +1,20 @@
 """A small part of the fault report."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
+from engine import train
+
 from .__main__ import CASES
 from .base import Base
+from .checks import changes, outcome_of, problems_of_end, snapshot
+from .children import call, command
 from .fuzz import fuzz
 from .kills import kill_runs
+from .settings import tables_around
 
 FEW = {
     "outputs": 10,
@@ -32,6 +39,41 @@ def test_no_case_has_a_problem(base: Base, tmp_path: Path, part: str) -> None:
     result = attempt(base, tmp_path, FEW[part], 1, None)
     assert result["problems"] == []
     assert sum(result["outcomes"].values()) == FEW[part]
+
+
+@pytest.mark.parametrize("table", ["tasks", "objectives"])
+def test_a_recipe_can_be_trained_before_one_of_its_fields_is_spoilt(
+    base: Base, tmp_path: Path, table: str
+) -> None:
+    around = tables_around((table, "a field"))
+    ended = call(command(train, base.training(tmp_path / "run", *around)), tmp_path)
+    assert ended.status == 0, ended.error
+
+
+def test_what_ends_a_child_is_told(tmp_path: Path) -> None:
+    ends = [call(work, tmp_path, seconds=0.5) for work in (os.abort, _fail, _sleep)]
+    assert [outcome_of(end) for end in ends] == ["crashed", "status 1", "hung"]
+    assert "SIGABRT" in next(problems_of_end(ends[0]))
+
+
+def _fail() -> None:
+    raise ValueError
+
+
+def _sleep() -> None:
+    time.sleep(10)
+
+
+def test_a_changed_file_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    before = snapshot(tmp_path)
+    assert list(changes(before, snapshot(tmp_path), [], None)) == []
+    (tmp_path / "b").write_text("a")
+    (tmp_path / "b").replace(tmp_path / "a")
+    assert list(changes(before, snapshot(tmp_path), [], None)) == ["changed a (inode)"]
+    (tmp_path / "c").mkdir()
+    assert list(changes(before, snapshot(tmp_path), ["a"], "d")) == ["left c"]
+    assert list(changes(before, snapshot(tmp_path), ["a"], "c")) == []
 
 
 def test_spoilt_inputs_are_refused_or_read(tmp_path):
