@@ -21,7 +21,8 @@ from engine.door import run_door
 Work = Callable[[], object]
 Prepare = Callable[[], object]
 
-_ROOM = 4 << 30
+ROOM = 4 << 30
+"""Bytes of address space that a child may ask for beyond what its parent has."""
 _OUTPUT = 1 << 25
 """Bytes of what a child printed that are looked at."""
 FLUSH_FAILED = 120
@@ -66,7 +67,7 @@ class Child:
     """
 
     def __init__(
-        self, work: Work, scratch: Path, prepare: Prepare | None = None, room: int = _ROOM
+        self, work: Work, scratch: Path, prepare: Prepare | None = None, room: int = ROOM
     ) -> None:
         self._files = [scratch / "stdout", scratch / "stderr"]
         for file in self._files:
@@ -104,10 +105,14 @@ class Child:
 
 
 def call(
-    work: Work, scratch: Path, prepare: Prepare = lambda: None, seconds: float = 60.0
+    work: Work,
+    scratch: Path,
+    prepare: Prepare | None = None,
+    seconds: float = 60.0,
+    room: int = ROOM,
 ) -> Ended:
     """Do some work in a child; return how it ended."""
-    return Child(work, scratch, prepare).wait(seconds)
+    return Child(work, scratch, prepare, room).wait(seconds)
 
 
 def command(door, arguments: list[str]) -> Work:

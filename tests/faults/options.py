@@ -71,7 +71,7 @@ def _attempt(base: Base, case: Case) -> Tried:
     if name == "train" and ended.status == 0 and (case.folder / "run").exists():
         problems += problems_of_run(case.folder / "run")
     streams = f", stdout {out or 'a file'}, stderr {error or 'a file'}"
-    shown = (" ".join([name, *arguments]) + streams).replace(" ".join(TINY), "…")
+    shown = (" ".join([name, *arguments]) + streams).replace(" ".join(TINY), "TINY")
     return Tried(shown.replace(str(case.folder), "."), outcome_of(ended), problems, ended.last_line)
 
 

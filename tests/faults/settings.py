@@ -18,7 +18,7 @@ from engine.recipe import Recipe
 from .base import DOORS, Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end, problems_of_files, problems_of_run
-from .children import call, command
+from .children import ROOM, call, command
 from .toml_lines import toml_line
 
 _NUMBERS: list[Any] = [
@@ -74,7 +74,7 @@ Setting = tuple[str, ...]
 def _attempt(base: Base, grid: list[Setting], seed: int, case: Case) -> Tried:
     one = case.pick(grid, seed)
     settings = one or tuple(item for pair in case.draw.sample(grid, 2) for item in pair)
-    room = 4 << 30
+    room = ROOM
     if one is None and case.draw.random() < 0.3:
         settings, room = _MODEST, int(2 ** case.draw.uniform(16, 30))
     run = case.folder / "run"
