@@ -65,7 +65,7 @@ def _attempt(base: Base, case: Case) -> Tried:
         (case.folder / stream).touch()
     before = snapshot(case.folder)
     prepare = functools.partial(_prepare, case.folder)
-    ended = call(command(DOORS[door], arguments), case.folder, prepare, 40.0)
+    ended = call(command(DOORS[door], arguments), case.folder, prepare)
     after = snapshot(case.folder)
     problems = list(problems_of_end(ended))
     if _PICKLE_READ in ended.out + ended.error:
@@ -85,7 +85,7 @@ def _problems_of_repeating(
     new = folder / "here" / "new"
     before = losses(new)
     shutil.rmtree(new)
-    call(command(DOORS["train"], arguments), folder, prepare, 40.0)
+    call(command(DOORS["train"], arguments), folder, prepare)
     if losses(new) != before:
         yield "done, but the same training has other losses again"
 

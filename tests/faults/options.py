@@ -199,7 +199,7 @@ def _call(
         if stream.handle is not None:
             os.close(stream.handle)  # the child alone writes
         reader.start()
-    ended = child.wait(40.0)
+    ended = child.wait()
     for reader in readers:
         reader.join()
     return ended

@@ -64,7 +64,7 @@ def _at_target(base: Base, case: Case, trial: Path, name: str, circumstance: str
     is_pipe = circumstance == "pipe"
     with opened(target if is_pipe else trial, os.O_RDONLY | os.O_NONBLOCK) as reader:
         before = snapshot(trial)
-        ended = call(command(door, arguments), case.folder, prepare, 30.0)
+        ended = call(command(door, arguments), case.folder, prepare)
         after = snapshot(trial)
         came = not is_pipe or ended.status != 0 or os.read(reader, 1)
     problems = _problems(ended, trial, before, after, own, below)
@@ -84,7 +84,7 @@ def _at_name(
     path.symlink_to(trial / LINKS[link])
     door, arguments = ON_RUN[name](base, run)
     before = snapshot(trial)
-    ended = call(command(door, arguments), case.folder, seconds=30.0)
+    ended = call(command(door, arguments), case.folder)
     # What lies in the run's folder is the command's own; what its links lead to is not.
     after = snapshot(trial)
     own = {name for name in before if name.startswith("run/")}

@@ -76,16 +76,18 @@ def _attempt(base: Base, grid: list[Setting], seed: int, case: Case) -> Tried:
     settings = one or tuple(item for pair in case.draw.sample(grid, 2) for item in pair)
     room = ROOM
     if one is None and case.draw.random() < 0.3:
-        settings, room = _MODEST, int(2 ** case.draw.uniform(16, 30))
+        settings, room = _MODEST, int(2 ** case.draw.uniform(18, 30))
     run = case.folder / "run"
     arguments = base.training(run, "epochs=2", *settings)
-    ended = call(command(DOORS["train"], arguments), case.folder, seconds=40.0, room=room)
+    ended = call(command(DOORS["train"], arguments), case.folder, room=room)
     problems = list(problems_of_end(ended))
     if ended.status == 0:
         problems += [*problems_of_files(run), *problems_of_run(run)]
     elif run.exists() and not (run / "metrics.jsonl").exists() and not problems:
         problems.append("refused before the first step, and left a folder")
-    what = " ".join(settings) + (f" in {room:,} bytes" if settings == _MODEST else "")
+    what = " ".join(settings).replace(toml_line(_SOURCE), "SOURCE") + (
+        f" in {room:,} bytes" if settings == _MODEST else ""
+    )
     return Tried(what, outcome_of(ended), problems, ended.last_line)
 
 
