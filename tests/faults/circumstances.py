@@ -167,6 +167,10 @@ CIRCUMSTANCES: dict[str, Callable[[Path], Path]] = {
     "a folder of another's": _not_ours,
 }
 
+if os.geteuid() != 0:  # devices and folders of others are made by root alone
+    for _name in ("null device", "full device", "a folder of another's"):
+        del CIRCUMSTANCES[_name]
+
 # Links in a run's folder at the names that commands write there.
 
 ON_RUN: dict[str, Callable[[Base, Path], tuple[Any, list[str]]]] = {

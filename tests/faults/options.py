@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import pty
-import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -143,13 +142,6 @@ class Stream(NamedTuple):
     leave: Callable[[], object] = lambda: None
 
 
-def _full(trial: Path) -> Stream:
-    device = trial / "full"
-    if not device.exists():
-        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 7))
-    return Stream(os.open(device, os.O_WRONLY))
-
-
 def _unread(_trial: Path) -> Stream:
     reading, writing = os.pipe()
     os.close(reading)
@@ -169,7 +161,7 @@ def _left(reading: int, writing: int) -> Stream:
 
 STREAMS: dict[str, Callable[[Path], Stream]] = {
     "closed": lambda _trial: Stream(None),
-    "full": _full,
+    "full": lambda _trial: Stream(os.open("/dev/full", os.O_WRONLY)),
     "unread": _unread,
     "read once": lambda _trial: _left(*os.pipe()),
     "terminal": lambda _trial: _left(*pty.openpty()),
