@@ -1,7 +1,9 @@
 """``python -m tests.faults``: the whole report; exit status 1 where it shows a problem."""
 
 import argparse
+import functools
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -14,20 +16,53 @@ import torch
 
 from bench.harness import parse, write_record
 
+from .base import Base
 from .compare import compare_ranks
+from .concurrent import try_concurrent
 from .disk import fill_disk
 from .endurance import endure
+from .files import try_files
 from .fuzz import fuzz
 from .kills import kill_runs
+from .operators import try_operators
+from .options import try_options
+from .outputs import try_outputs
 from .progress import say
 from .scaling import check_scaling
+from .sequences import try_sequences
+from .settings import try_settings
 
 Part = Callable[[Path, argparse.Namespace], dict[str, Any]]
 
-_RAW = ("allowed", "differences", "samples")
+_RAW = ("allowed", "differences", "samples", "problems")
+
+CASES = {
+    "outputs": (try_outputs, 700, "commands that write, with something at or around their output"),
+    "sequences": (try_sequences, 100, "sequences of commands, killed and spoilt between"),
+    "settings": (try_settings, 2000, "fields of a recipe at the edges of their types, then pairs"),
+    "options": (try_options, 300, "command lines at the edges, and stdout and stderr that fail"),
+    "concurrent": (try_concurrent, 40, "pairs of processes on one folder"),
+    "files": (try_files, 500, "tokenizers, weights, records, data sets spoilt in their structure"),
+    "operators": (try_operators, 500, "children that call operators with wrong arguments"),
+}
+"""Parts made of cases that repeat by themselves: what tries them, how many, what they are."""
+
+
+def _of_cases(name: str) -> Part:
+    attempt, _, _ = CASES[name]
+    return lambda folder, options: attempt(
+        _base(folder.parent), folder, getattr(options, name), options.seed, options.case
+    )
+
+
+@functools.cache
+def _base(folder: Path) -> Base:
+    return Base.make(folder / "base")
+
 
 PARTS: dict[str, Part] = {
     "fuzz": lambda folder, options: fuzz(folder, options.inputs, options.seed),
+    **{name: _of_cases(name) for name in CASES},
     "disk": lambda folder, options: fill_disk(folder, options.full_disks, options.seed),
     "ranks": lambda folder, options: compare_ranks(folder, options.steps),
     "scaling": lambda folder, options: check_scaling(folder, options.scaling_steps),
@@ -53,6 +88,8 @@ def report(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def problems(results: dict[str, Any]) -> Iterator[str]:
     """Yield what is not as it must be, a line each."""
     yield from results.get("fuzz", {}).get("unhandled", [])
+    for name in CASES:
+        yield from results.get(name, {}).get("problems", [])
     yield from (f"disk: {problem}" for problem in results.get("disk", {}).get("problems", []))
     for name in results.get("kills", {}).get("different", []):
         yield f"kills: {name} ended otherwise"
@@ -92,6 +129,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     add = parser.add_argument
     add("--inputs", type=int, default=10_000, help="spoilt inputs")
+    for name, (_, count, what) in CASES.items():
+        add(f"--{name}", type=int, default=count, metavar="N", help=f"{what} (default: {count})")
     add("--full-disks", type=int, default=50, help="runs that a full disk stops")
     add("--steps", type=int, default=100, help="of the runs on 1, 2 and 4 ranks")
     add("--scaling-steps", type=int, default=15, help="of each measurement against the arithmetic")
@@ -99,9 +138,13 @@ def main() -> int:
     add("--endurance-steps", type=int, default=10_000)
     add("--seed", type=int, default=0)
     add("--only", nargs="+", choices=list(PARTS), help="default: all parts")
+    add("--case", type=int, metavar="N", help="of a part with cases: that one alone, told whole")
     options = parse(parser)
+    if options.case is not None and not (options.only and set(options.only) <= CASES.keys()):
+        parser.error(f"--case: name its part with --only, one of {', '.join(CASES)}")
     torch.set_num_threads(1)  # as the processes that this one starts
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        os.environ["SUPERBERT_CACHE"] = str(Path(folder) / "cache")
         results = report(options, Path(folder))
     if options.json is not None:
         write_record(options.json, "faults", torch.device("cpu"), results, replace=options.force)

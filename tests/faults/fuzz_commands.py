@@ -58,13 +58,13 @@ def _spoilt_run(run: Run, trial: Path, command: Command) -> Callable[[bytes], ob
             folder = shutil.copytree(run.folder, trial / "run")
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             for path in draw.sample(files, draw.choice([1, 1, 1, 2])):
-                _spoil_file(path, draw)
+                spoil_file(path, draw)
             return _ended(command(folder, draw), folder)
 
     return read
 
 
-def _spoil_file(path: Path, draw: random.Random) -> None:
+def spoil_file(path: Path, draw: random.Random) -> None:
     fitting = {".json": spoil_json, ".toml": spoil_toml, ".safetensors": spoil_safetensors}
     spoil = draw.choice([spoil_bytes, fitting.get(path.suffix, spoil_bytes)])
     match draw.randrange(20):
@@ -112,7 +112,7 @@ def _spoilt_model(run: Run, folder: Path, trial: Path) -> Callable[[bytes], obje
         draw = random.Random(content)
         with _fresh(trial):
             model = shutil.copytree(good, trial / "model")
-            _spoil_file(draw.choice(sorted(model.iterdir())), draw)
+            spoil_file(draw.choice(sorted(model.iterdir())), draw)
             options = ["--init", str(model), "--out", str(trial / "run"), "--device", "cpu"]
             status = _run(train, "demo", *options, "--max-steps", "1", "--set", *TINY)
             return _ended(status, trial / "run")
@@ -131,7 +131,7 @@ def _spoilt_data(run: Run, trial: Path) -> Callable[[bytes], object]:
             for path in sorted(good.iterdir()):
                 lines = path.read_bytes().splitlines(keepends=True)
                 (data / path.name).write_bytes(b"".join(lines[:40]))
-            _spoil_file(draw.choice(sorted(data.iterdir())), draw)
+            spoil_file(draw.choice(sorted(data.iterdir())), draw)
             bad_row = draw.choice(["skip", "error"])
             options = ["--data", str(data), "--out", str(trial / "run"), "--on-bad-row", bad_row]
             status = _run(train, "demo", *options, "--max-steps", "1", "--set", *TINY)

@@ -13,7 +13,7 @@ UGLY = [
     *(b"\x80\x04\x95", "\U0001f4a3\u202e".encode(), b"A" * 5000, b"\\ud800", b"\\u0000"),
 ]
 
-_VALUES: list[Any] = [
+VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 3, 2**31, 2**63, 10**40, 0.5, -0.0, 1e-300, 1e300),
     *(float("nan"), float("inf"), "", "x", "\0", "\ud800", "../../../etc/passwd", "/dev/zero"),
     *([], {}, [[]], [None], {"x": 1}, ["x"] * 3, "[/red]", "\x1b[2J", "A" * 5000, "nan", "-1"),
@@ -58,7 +58,7 @@ def spoil_json(content: bytes, draw: random.Random) -> bytes:
             case 2 if isinstance(holder[key], int | float):
                 holder[key] = draw.choice([-1, 2, 10, 0.5, 1000]) * holder[key]
             case _:
-                holder[key] = copy.deepcopy(draw.choice(_VALUES))
+                holder[key] = copy.deepcopy(draw.choice(VALUES))
     return json.dumps(document).encode()
 
 
@@ -78,7 +78,7 @@ def spoil_toml(content: bytes, draw: random.Random) -> bytes:
     settings = [number for number, line in enumerate(lines) if re.match(rb"[\w.-]+ = .", line)]
     for number in draw.sample(settings, draw.randint(1, 3)):
         key = lines[number].split(b" = ")[0]
-        value = draw.choice([*(json.dumps(value).encode() for value in _VALUES), *UGLY])
+        value = draw.choice([*(json.dumps(value).encode() for value in VALUES), *UGLY])
         lines[number] = key + b" = " + value.replace(b"NaN", b"nan").replace(b"Infinity", b"inf")
     return b"\n".join(lines)
 

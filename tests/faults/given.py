@@ -1,0 +1,31 @@
+"""What a case is given: a command on a spoilt run or model, or on data of its own."""
+
+import random
+from pathlib import Path
+
+from .base import RECIPE, Base
+
+Given = tuple[str, str, list[str]]
+"""What was spoilt, the command's door, its arguments; what it makes is called ``new``."""
+
+
+def use_run(base: Base, here: Path, draw: random.Random) -> tuple[str, list[str]]:
+    """Return a command that reads a run's folder ``here / "run"``."""
+    run, new = str(here / "run"), str(here / "new")
+    uses = {
+        "report": [run, *draw.choice([[], ["--papers"]]), "--out", new],
+        "export": [run, "--to", new],
+        "evaluate": [run, "--device", "cpu"],
+        "train": [*base.training(here / "run", steps=3), "--resume"],
+        "sweep": [*base.training(here / "run"), "--seeds", "2"],
+        "fill": [run],
+    }
+    door = draw.choice(list(uses))
+    return door, uses[door]
+
+
+def with_model(base: Base, here: Path, model: Path) -> list[str]:
+    """Return the arguments that train from a model folder."""
+    options = ["--data", str(base.data), "--init", str(model), "--out", str(here / "new")]
+    settings = ["batch_size=8", "checkpoint_every=1", "precision=fp32", "epochs=2"]
+    return [RECIPE, *options, "--device", "cpu", "--max-steps", "1", "--set", *settings]
