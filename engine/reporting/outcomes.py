@@ -154,7 +154,6 @@ def _outcome(run: Run, system: str, device: torch.device | None) -> Outcome:
         raise InputError(
             f"{run.folder / 'metrics.json'}: scores on {scores.split}; run engine.evaluate"
         )
-    trained = {name for phase in run.recipe.in_phases.values() for name in phase.train}
     answers = {}
     if device is not None and any(map(run.checkpoints.all, ("best", "step"))):
         answers = {
@@ -167,7 +166,9 @@ def _outcome(run: Run, system: str, device: torch.device | None) -> Outcome:
         width=run.config.hidden_size,
         pretrained=bool(run.recipe.init),
         examples={
-            task: len(run.split(task, "train")) for task in run.recipe.tasks if task in trained
+            task: len(run.split(task, "train"))
+            for task in run.recipe.tasks
+            if task in run.recipe.trained
         },
         scores=scores.scores,
         answers=answers,

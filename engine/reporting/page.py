@@ -90,7 +90,7 @@ def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
     _, rate = series(steps, "tokens_per_s")
     _, tokens = series(steps, "tokens")
     _, conflicts = series(steps, "conflict_rate")
-    yield "tasks", ", ".join(recipe.train)
+    yield "tasks", ", ".join(recipe.trained)
     yield "balance", f"{recipe.balance}, by {recipe.surgery}"
     yield "encoder", f"{run.config.num_hidden_layers} layers of {run.config.hidden_size}"
     yield "steps", f"{len(steps):,}"
