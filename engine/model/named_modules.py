@@ -11,7 +11,9 @@ class NamedModules(nn.ModuleDict):
     are no modules, so that neither hides the other.
     """
 
-    __setattr__ = object.__setattr__
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute."""
+        object.__setattr__(self, name, value)
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         """Register a module."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -10,10 +11,18 @@ from matplotlib.figure import Figure
 from ..errors import InputError
 from ..runtime.files import explained, write_text
 from . import mistakes, papers
+from .labels import LITERAL
 from .outcomes import Outcome, to_json
 from .papers import Row, System
 
 OUTCOMES = "papers.json"
+
+_STYLE: Any = {
+    **LITERAL,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def write_systems(outcomes: Sequence[Outcome], out: Path) -> Iterator[Path]:
@@ -30,7 +39,11 @@ def write_systems(outcomes: Sequence[Outcome], out: Path) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
     rows, tables = papers.rows_of(outcomes), []
     for paper in papers.read_papers():
-        run = [(system, row) for system, row in papers.paired(paper, rows) if row is not None]
+        run = [
+            (system, row)
+            for system, row in papers.paired(paper, rows)
+            if row is not None and row.scores(_shown_score(system))
+        ]
         if run:
             tables.append(papers.markdown(paper, rows))
             _write_bars(run, out / f"paper-{paper.key}.png")
@@ -69,13 +82,13 @@ def _write_bars(shown: Sequence[tuple[System, Row]], path: Path) -> None:
     """Draw the papers' overall scores (or the only one) beside ours, a pair of bars a row."""
     theirs, ours, deviations = [], [], []
     for system, row in shown:
-        scored = "overall" if "overall" in system.scores else next(iter(system.scores))
+        scored = _shown_score(system)
         values = row.scores(scored)
         theirs.append(system.scores[scored])
         ours.append(float(np.mean(values)))
         deviations.append(float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
     place = np.arange(len(shown))
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 0.9 + 0.5 * len(shown)), layout="constrained", dpi=120)
         axes = figure.add_subplot()
         axes.barh(place - 0.2, theirs, 0.38, label="paper", color="#b8b8b8")
@@ -86,3 +99,8 @@ def _write_bars(shown: Sequence[tuple[System, Row]], path: Path) -> None:
         axes.set_xlabel("overall score, or that of the only task")
         figure.legend(frameon=False, ncols=2, loc="outside upper right")
         figure.savefig(path, metadata={"Software": None})
+
+
+def _shown_score(system: System) -> str:
+    """Return the score that a system's bar shows."""
+    return "overall" if "overall" in system.scores else next(iter(system.scores))
