@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from .. import recipe as recipes
+from ..data.rows import shorten
 from ..errors import InputError
 from ..many import RESULTS, read_results
 from ..reading import read_bytes
@@ -127,10 +128,10 @@ def read_outcomes(path: Path) -> list[Outcome]:
         return TypeAdapter(list[Outcome]).validate_json(content)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
+        where = "".join(f", {part}" for part in problem["loc"])
         raise InputError(
-            f"{path}: not the outcomes of runs ({problem['msg']}){f' at {where}' if where else ''}; "
-            "make it again from the runs' folders"
+            f"{path}{shorten(where)}: not the outcomes of runs ({problem['msg']}); make it again "
+            "from the runs' folders"
         ) from None
 
 

@@ -7,8 +7,9 @@ wrong.  Only the last line of the newest file may be incomplete, which a run tha
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..data.rows import shorten
@@ -17,13 +18,21 @@ from ..reading import read_bytes
 from .metrics_log import EVALUATIONS, STEPS
 from .step_lines import StepLines
 
+_LARGEST = torch.finfo(torch.float32).max
+
 Whole = Annotated[int, Field(ge=0, lt=1 << 53)]
 """Whole numbers that float64 can hold."""
 
-Number = Annotated[
-    float | None,
-    AfterValidator(lambda value: value if value is None or math.isfinite(value) else None),
-]
+
+def _measured(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    if abs(value) > _LARGEST:
+        raise ValueError("larger than fp32 holds")
+    return value
+
+
+Number = Annotated[float | None, AfterValidator(_measured)]
 """Null stands for what is not finite; NaN and infinities, which are no JSON, count as null."""
 
 Json = dict[str, Any]
@@ -55,7 +64,7 @@ class _StepLine(_Line):
 class _EvaluationLine(_Line):
     """The scores after a number of steps."""
 
-    split: str
+    split: Literal["dev"]
     scores: dict[str, Number]
 
 
