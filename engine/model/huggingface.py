@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..reading import parse_json, read_bytes
 from .config import EncoderConfig
 from .families import FAMILIES, bert_config, bert_weights
+from .stored_dtypes import check_floats, check_stored_dtypes
 
 _WHOLE = {
     "embeddings.word_embeddings": "embeddings.word",
@@ -134,6 +135,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in weight_files(folder):
+        check_stored_dtypes([file])
         try:
             with safe_open(file, framework="pt") as archive:
                 for name in archive.keys():  # noqa: SIM118 (not a dict)
@@ -164,6 +166,7 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
             raise InputError(f"{folder}: weight {absent[0]} is missing; give the whole model")
         tensors = [found.pop(part) for part in parts]
         for part, tensor in zip(parts, tensors, strict=True):
+            check_floats(folder, part, tensor)
             if tuple(tensor.shape) != shape:
                 raise InputError(
                     f"{folder}: weight {part} has shape {list(tensor.shape)}, "
@@ -184,8 +187,16 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
 
 
 def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
-    """Return what pretraining left beside the encoder, under BERT's names; often nothing."""
-    return bert_weights(_read_config(folder), _tensors(folder))[1]
+    """Return what pretraining left beside the encoder, under BERT's names; often nothing.
+
+    Raises:
+        InputError: a weight of its heads is no floating-point number.
+    """
+    _, beside = bert_weights(_read_config(folder), _tensors(folder))
+    for name, tensor in beside.items():
+        if name.startswith("cls."):
+            check_floats(folder, name, tensor)
+    return beside
 
 
 def _expected(config: EncoderConfig) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:
