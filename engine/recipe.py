@@ -32,7 +32,7 @@ from .runtime.sinks import SINKS
 from .settings import Count, Fraction, NonNegativeReal, Positive, PositiveReal, Settings
 from .wording import FIELDS, first_problem, nearest
 
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[_-]*[A-Za-z0-9][A-Za-z0-9_-]*")
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -274,7 +274,7 @@ def _check_name(key: str, name: str) -> None:
         ValueError: the message begins with ``key``.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{key}: a name is letters (a to z), digits, _ and -")
+        raise ValueError(f"{key}: a name is letters (a to z) or digits, with _ and -")
 
 
 def names() -> list[str]:
