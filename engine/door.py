@@ -42,6 +42,8 @@ class Parser(argparse.ArgumentParser):
         for argument in sys.argv[1:] if args is None else args:
             if UNPRINTABLE.search(argument):
                 self.error(f"{argument!a}: has control characters or is no text")
+            if argument.startswith("--") and argument.endswith("=--"):  # argparse makes it a list
+                self.error(f"{argument}: no value; give one")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

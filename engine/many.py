@@ -19,13 +19,12 @@ from rich.console import Console
 
 from . import run as runs
 from .errors import InputError
-from .reading import parse_json, read_bytes
+from .reading import read_bytes
 from .recipe import Recipe
 from .run import Run
 from .run_folder import claimed
 from .runtime.files import remove_partial_files, write_text
-from .runtime.metrics_log import STEPS
-from .runtime.step_lines import StepLines
+from .runtime.metric_lines import read_step_lines
 from .scoring import read_scores
 
 RESULTS = "results.json"
@@ -167,8 +166,7 @@ def read_results(folder: Path) -> dict[str, Result]:
 
 def training_seconds(folder: Path) -> float:
     """Return how long a run's training steps took, all sessions together."""
-    pieces = StepLines(folder / STEPS).pieces
-    steps = [parse_json(line) for piece in pieces for line in read_bytes(piece).splitlines()]
+    steps = read_step_lines(folder)
     return sum(line["tokens"] / line["tokens_per_s"] for line in steps if line["tokens_per_s"])
 
 

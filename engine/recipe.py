@@ -22,7 +22,7 @@ from .multitask.balance import METHODS, TORCHJD, BalanceSettings
 from .multitask.exchange import MODES
 from .multitask.optimizers import OPTIMIZERS
 from .multitask.parts import EXTENTS
-from .names import Name
+from .names import GivenName, Name
 from .objectives.recipe import ObjectiveRecipe
 from .reading import parse_toml, read_bytes
 from .recipe_tables import EncoderRecipe, TaskRecipe
@@ -32,7 +32,7 @@ from .runtime.sinks import SINKS
 from .settings import Count, Fraction, NonNegativeReal, Positive, PositiveReal, Settings
 from .wording import FIELDS, first_problem, nearest
 
-_TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NAME = re.compile(r"[_-]*[A-Za-z0-9][A-Za-z0-9_-]*")
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -154,7 +154,7 @@ class Recipe(Settings):
     keep_checkpoints: Positive = 2
     """How many of them stay; should the newest be damaged, a run goes on from the one before."""
 
-    phases: dict[str, dict[str, Any]] = {}
+    phases: dict[GivenName, dict[str, Any]] = {}
     """Phases that follow one another, by name: the settings that each has otherwise than the
     recipe.  A phase begins with the last one's weights and a fresh optimizer.  None: one phase."""
 
@@ -173,15 +173,17 @@ class Recipe(Settings):
                     f"tasks.{name}: no such task{nearest(name, FORMATS)}; "
                     f"a task of your own needs [tasks.{name}.source]"
                 )
-            if not _TASK_NAME.fullmatch(name) or name == "overall":
-                raise ValueError(f"tasks.{name}: a name is letters, digits, _ and -")
+            _check_name(f"tasks.{name}", name)
+            if name == "overall":
+                raise ValueError("tasks.overall: the mean score is called so; give another name")
         known = [*self.tasks, *self.objectives]
         for name in self.train:
             if name not in known:
                 raise ValueError(f"train: {name!r} is not among tasks{nearest(name, known)}")
         for name, objective in self.objectives.items():
-            if not _TASK_NAME.fullmatch(name) or name in self.tasks:
-                raise ValueError(f"objectives.{name}: give it letters, digits, _, -, and no task's")
+            _check_name(f"objectives.{name}", name)
+            if name in self.tasks:
+                raise ValueError(f"objectives.{name}: a task is called so; give another name")
             for source in objective.sentences_of:
                 if source not in self.tasks and source not in FORMATS:
                     raise ValueError(f"objectives.{name}.sentences_of: no such task: {source}")
@@ -214,6 +216,11 @@ class Recipe(Settings):
     def scored(self) -> bool:
         """Whether what is trained is scored on dev sets: some task, not objectives alone."""
         return any(name in self.tasks for name in self.train)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The tasks and objectives that some phase trains."""
+        return tuple(dict.fromkeys(n for phase in self.in_phases.values() for n in phase.train))
 
     def loss_weight(self, name: str) -> float:
         """Return the factor on the loss of a task or objective."""
@@ -258,6 +265,16 @@ class Recipe(Settings):
     def to_toml(self) -> str:
         """Return the recipe with every field, as TOML that :func:`load` reads back."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _check_name(key: str, name: str) -> None:
+    """Refuse names that parameters, metrics and files cannot be called by.
+
+    Raises:
+        ValueError: the message begins with ``key``.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{key}: a name is letters (a to z) or digits, with _ and -")
 
 
 def names() -> list[str]:

@@ -43,7 +43,8 @@ class EncoderRecipe(Settings):
     """
 
     vocab_size: Annotated[int, Field(ge=16, lt=1 << 31)] = 4096
-    """Most entries of the WordPiece vocabulary, which is learnt from the training sentences."""
+    """Most entries of the WordPiece vocabulary, which is learnt from the texts that are trained on:
+    of tasks and objectives, in any phase."""
     hidden_size: Positive = 128
     """Width."""
     num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] = 2

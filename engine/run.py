@@ -11,7 +11,7 @@ checkpoints/     see engine/runtime/checkpoint.py
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from os.path import isfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,9 @@ import torch
 
 from . import recipe as recipes
 from .data.cache import load_split
-from .data.formats import FORMATS, FileFormat
+from .data.formats import FileFormat
 from .data.part import Examples
-from .data.read import OnBadRow, Table
-from .data.rows import lines_on
+from .data.read import OnBadRow
 from .data.source import Origin, Split
 from .data.split import TokenizedSplit, join_pairs
 from .data.tokenizer import Tokenizer
@@ -34,8 +33,7 @@ from .model.features import CROSS
 from .model.multitask import MultitaskModel
 from .objectives.build import build_examples, build_head
 from .objectives.masked_lm import MaskedLmHead
-from .objectives.text import Found, evenly, lines_of, sentences_of
-from .origins import data_folder, origin
+from .origins import origin
 from .recipe import Recipe
 from .recipe_tables import EncoderRecipe
 from .run_folder import check_folder
@@ -45,6 +43,7 @@ from .runtime.failure import SMALLER_MODEL, check_memory, memory_explained
 from .runtime.files import explained, write_text
 from .runtime.manifest import Progress
 from .runtime.precision import pick_dtype
+from .texts import check_texts, objective_texts, vocabulary_texts
 
 _WITHOUT_EFFECT_ON_SCORES = {
     "log_every",
@@ -138,28 +137,12 @@ class Run(NamedTuple):
         Raises:
             InputError: its text cannot be read, or there is too little of it.
         """
-        recipe, settings = self.recipe, self.recipe.objectives[name]
-        tasks = settings.sentences_of or (() if settings.files else tuple(recipe.tasks))
-        texts, sizes, notes = list[str](), list[int](), list[str]()
-        for task in tasks:
-            table = training_table(recipe, task)
-            texts += sentences_of(table, task, settings.limit, recipe.seed)
-            sizes.append(len(table))
-            said = lines_on(origin(recipe, task, "train").name, table.notes)
-            notes += [f"{task}: {line}" for line in said]
-            skipped = table.bad_rows.items()
-            notes += [f"{name}: {count} rows of {task} skipped ({why})" for why, count in skipped]
-        for file in settings.files:
-            path = data_folder(recipe) / file
-            lines = lines_of(path)
-            texts += lines.texts[: settings.limit or None]
-            sizes.append(len(lines.texts))
-            notes += [f"{name}: {line}" for line in lines_on(path.name, lines.notes)]
-        found = Found(max(sizes), len(texts), tuple(notes))
+        recipe = self.recipe
+        texts, found = objective_texts(recipe, name)
         return build_examples(
             name,
-            settings,
-            evenly(texts, settings.max_texts),
+            recipe.objectives[name],
+            texts,
             self.tokenizer,
             self.max_length,
             recipe.seed,
@@ -249,12 +232,13 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
         InputError: the folder holds something already, or the encoder or data cannot be used.
     """
     check_folder(folder, resumes=resumes)
+    check_texts(recipe)
     if recipe.init:
         encoder, config = pretrained_encoder(recipe)
         tokenizer = Tokenizer.load(huggingface.resolve(recipe.init))
         recipe = recipe.model_copy(update={"encoder": encoder})
     else:
-        tokenizer = Tokenizer.train(_training_sentences(recipe), recipe.encoder.vocab_size)
+        tokenizer = Tokenizer.train(vocabulary_texts(recipe), recipe.encoder.vocab_size)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
         config = EncoderConfig(**shape)
     if tokenizer.vocab_size > config.vocab_size:
@@ -276,19 +260,6 @@ def pretrained_encoder(recipe: Recipe) -> tuple[EncoderRecipe, EncoderConfig]:
     found = recipe.encoder.of_model(config, f"--init {recipe.init}")
     huggingface.check_weights(folder, config)
     return found
-
-
-def training_table(recipe: Recipe, task: str) -> Table:
-    """Return the training examples of a task of the recipe, or of a built-in one, as text."""
-    form = recipe.formats.get(task) or FORMATS[task]
-    return origin(recipe, task, "train").table(form, labelled=True, on_bad_row=recipe.on_bad_row)
-
-
-def _training_sentences(recipe: Recipe) -> Iterable[str]:
-    # Objectives have no sentences of their own.
-    for task in [name for name in recipe.train if name in recipe.tasks] or recipe.tasks:
-        for column in training_table(recipe, task).sentences:
-            yield from column
 
 
 def open_run(folder: Path) -> Run:

@@ -19,7 +19,8 @@ _FORMULA = (
     "\uff20",
 )  # the last four: of full width
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
-_MARKUP = re.compile(r"[\\`|]|(?<=\])\(")
+_MARKUP = re.compile(r"[\\`*\[\]|#>~$]|(?<!\w)_|_(?!\w)")
+_BACKTICKS = re.compile("`+")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 
 
@@ -38,6 +39,12 @@ def markdown_text(text: str) -> str:
     # A backslash before < is not understood everywhere.
     escaped = _ENTITY.sub("&amp;", one_line(text)).replace("<", "&lt;")
     return _MARKUP.sub(r"\\\g<0>", escaped)
+
+
+def fence(text: str) -> str:
+    """Return a line of backticks that none in the text ends."""
+    longest = max(map(len, _BACKTICKS.findall(text)), default=0)
+    return "`" * max(3, longest + 1)
 
 
 def table_cell(text: str) -> str:

@@ -86,6 +86,12 @@ class TaskSource(Settings):
             raise ValueError(f"classes: {self.kind} needs at least two, by name or as a number")
         if isinstance(self.classes, tuple) and len(set(self.classes)) != len(self.classes):
             raise ValueError("classes: a name stands twice")
+        for name in self.classes if isinstance(self.classes, tuple) else ():
+            if name != name.strip():
+                raise ValueError(
+                    f"classes: {name!r} has spaces around it, which labels are read without; "
+                    "leave them out"
+                )
         if self.range[0] >= self.range[1]:
             raise ValueError("range: expected the smaller bound first")
         return self

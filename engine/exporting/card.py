@@ -1,14 +1,17 @@
 """The model card of an exported run."""
 
 import platform
-import re
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from .. import __version__
+from ..data.formats import FileFormat
+from ..data.source import TaskSource
+from ..recipe import Recipe
 from ..run import Run
 from ..runtime.manifest import Progress
 from ..scoring import metric_name
-from ..text import markdown_text, printable
+from ..text import fence, markdown_text, printable
 
 _LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")
 
@@ -99,7 +102,13 @@ print(names[answer] if names else min(max(answer, low), low + span))
 """How to use a head; arguments: the folder, a task, its sentences."""
 
 
-def model_card(run: Run, progress: Progress, scores: dict[str, float] | None) -> str:
+_FEW_CLASSES = 30
+"""Names of classes that the card lists; ``heads.safetensors`` has all."""
+
+Scores = Mapping[str, float | None]
+
+
+def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
     """Return the card as Markdown.
 
     Args:
@@ -107,47 +116,73 @@ def model_card(run: Run, progress: Progress, scores: dict[str, float] | None) ->
         progress: of the exported checkpoint.
         scores: its dev scores by task, or None where they are not known.
     """
-    recipe, count = run.recipe, len(run.recipe.train)
-    toml = printable(recipe.to_toml())
+    recipe, trained = run.recipe, run.recipe.trained
+    settings = printable(recipe.to_toml())
     return _CARD.format(
         title=markdown_text(run.folder.resolve().name),
-        tasks=_listed(recipe.train),
-        together=f" together ({recipe.balance} on {count} task gradients)" if count > 1 else "",
+        tasks=_listed(trained),
+        together=_together(recipe),
         version=__version__,
         step=progress.step,
         pooling=recipe.pooling,
         example=EXAMPLE,
         scores=_scores(run, scores),
         data=_data(run),
-        recipe=toml,
-        fence="`" * max(3, 1 + max(map(len, re.findall("`+", toml)), default=0)),
+        recipe=settings,
+        fence=fence(settings),
         versions=_versions(),
     )
 
 
-def _scores(run: Run, scores: dict[str, float] | None) -> str:
+def _together(recipe: Recipe) -> str:
+    """Return how tasks were trained together."""
+    if len(recipe.phases) > 1:
+        return f" in {len(recipe.phases)} phases"
+    count = len(recipe.trained)
+    if count == 1:
+        return ""
+    return f" together ({markdown_text(recipe.balance)} on {count} task gradients)"
+
+
+def _scores(run: Run, scores: Scores | None) -> str:
     if scores is None:
         return "None were measured."
     rows = [
-        f"| {task} | {metric_name(form)} | {scores[task]:.4f} |"
+        f"| {markdown_text(task)} | {metric_name(form)} | {_figure(scores[task])} |"
         for task, form in run.recipe.formats.items()
     ]
     head = ["On the dev data, at the exported step:", "", "| task | metric | score |"]
     return "\n".join([*head, "| --- | --- | --- |", *rows])
 
 
+def _figure(score: float | None) -> str:
+    return "not finite" if score is None else f"{score:.4f}"
+
+
 def _data(run: Run) -> str:
-    folder = markdown_text(run.recipe.data)
-    lines = [f"Folder: {folder}." if folder else "A generated demo corpus."]
+    folder = run.recipe.data
+    lines = [f"Folder: {markdown_text(folder)}." if folder else "A generated demo corpus."]
     lines.append("")
     for name, form in run.recipe.formats.items():
         source = run.recipe.tasks[name].source
-        origin = "" if source is None else f" from {source.dataset or source.files['train']}"
-        labels = ", ".join(form.classes) or f"{form.low:g} to {form.high:g}"
-        trained = "" if name in run.recipe.train else " (not trained)"
-        columns = " and ".join(form.sentences)
-        lines.append(f"- {name}{trained}" + markdown_text(f"{origin}: {columns} -> {labels}"))
+        origin = "" if source is None else f" from {markdown_text(_origin(source))}"
+        trained = "" if name in run.recipe.trained else " (not trained)"
+        columns = " and ".join(map(markdown_text, form.sentences))
+        lines.append(f"- {markdown_text(name)}{trained}{origin}: {columns} -> {_labels(form)}")
     return "\n".join(lines)
+
+
+def _origin(source: TaskSource) -> str:
+    """Return where a task's examples come from, its training set if it has one."""
+    return source.dataset or source.files.get("train") or next(iter(source.files.values()))
+
+
+def _labels(form: FileFormat) -> str:
+    if not form.classes:
+        return f"{form.low:g} to {form.high:g}"
+    listed = ", ".join(map(markdown_text, form.classes[:_FEW_CLASSES]))
+    more = len(form.classes) - _FEW_CLASSES
+    return f"{listed} and {more:,} more" if more > 0 else listed
 
 
 def _versions() -> str:
@@ -156,5 +191,6 @@ def _versions() -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _listed(names: tuple[str, ...]) -> str:
+def _listed(names: Sequence[str]) -> str:
+    names = [*map(markdown_text, names)]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

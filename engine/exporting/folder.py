@@ -22,7 +22,7 @@ from ..model.multitask import MultitaskModel
 from ..run import Run
 from ..runtime.files import explained, whole_folder
 from ..runtime.manifest import Progress
-from .card import model_card
+from .card import Scores, model_card
 
 # Libraries would put a head of random weights on the encoder, and answer from it.  There is no way
 # to refuse, but the errors that these entries lead to name them; encoders do not read them.
@@ -38,7 +38,7 @@ _NO_ANSWERS = {
 
 
 def write_model_folder(
-    run: Run, model: MultitaskModel, progress: Progress, scores: dict[str, float] | None, to: Path
+    run: Run, model: MultitaskModel, progress: Progress, scores: Scores | None, to: Path
 ) -> None:
     """Write everything; the folder appears when it is whole.
 

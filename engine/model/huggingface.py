@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..reading import parse_json, read_bytes
 from .config import EncoderConfig
 from .families import FAMILIES, bert_config, bert_weights
+from .stored_dtypes import check_floats, check_stored_dtypes
 
 _WHOLE = {
     "embeddings.word_embeddings": "embeddings.word",
@@ -148,6 +149,7 @@ def _shapes(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _entries(folder: Path) -> Iterator[tuple[Any, str]]:
     for file in weight_files(folder):
+        check_stored_dtypes([file])
         try:
             with safe_open(file, framework="pt") as archive:
                 for name in archive.keys():  # noqa: SIM118 (not a dict)
@@ -175,6 +177,7 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
     for ours, parts, shape in _expected(config):
         tensors = [_take(found, part, shape, folder) for part in parts]
         for part, tensor in zip(parts, tensors, strict=True):
+            check_floats(folder, part, tensor)
             if not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise InputError(
                     f"{folder}: weight {part} holds values that are no finite numbers; "
@@ -227,8 +230,16 @@ def _refuse_others(found: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
-    """Return what pretraining left beside the encoder, under BERT's names; often nothing."""
-    return bert_weights(_read_config(folder), _tensors(folder))[1]
+    """Return what pretraining left beside the encoder, under BERT's names; often nothing.
+
+    Raises:
+        InputError: a weight of its heads is no floating-point number.
+    """
+    _, beside = bert_weights(_read_config(folder), _tensors(folder))
+    for name, tensor in beside.items():
+        if name.startswith("cls."):
+            check_floats(folder, name, tensor)
+    return beside
 
 
 def _expected(config: EncoderConfig) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:

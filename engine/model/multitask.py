@@ -15,6 +15,7 @@ from .encoder import Encoder
 from .features import SHARED_INPUT
 from .heads import Head, TaskHead
 from .layers import Linear
+from .named_modules import NamedModules
 from .states import SharedLayers, TaskStates, pool
 
 _ONE_TASKS = ("heads", "adapters")
@@ -53,7 +54,7 @@ class MultitaskModel(nn.Module):
         width, losses = config.hidden_size, losses or {}
         self._sharing = {task for task, features_ in features.items() if features_ == "shared"}
         self.pair = Linear(SHARED_INPUT * width, width) if self._sharing else None
-        self.heads = nn.ModuleDict()
+        self.heads = NamedModules()
         for position, task in enumerate(tasks):
             self.heads[task.task] = TaskHead(
                 task,
@@ -63,7 +64,7 @@ class MultitaskModel(nn.Module):
                 site=self.encoder.num_sites + position,
                 loss=losses.get(task.task, "default"),
             )
-        self.adapters = nn.ModuleDict()
+        self.adapters = NamedModules()
         if adapter_width:
             first_site = self.encoder.num_sites + len(tasks)
             for position, name in enumerate(self.heads):

@@ -1,20 +1,26 @@
 """Where a model errs: labels against predictions as pictures, counts and worst examples."""
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Annotated, Self
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..text import one_line
+from ..settings import Count
+from ..text import markdown_text
+from .labels import LITERAL, label
 from .pictures import numbers_in_cells, png
 from .record import Answers, Mistake
 
-_MOST_LABELS = 64
-"""Of a built-in task, with room."""
+_MOST = 32
+"""The most rows of a matrix."""
+_WITH_NUMBERS = 12
+"""The most rows of a matrix whose cells have room for numbers."""
+_COLUMNS = 6
+"""Tasks beside one another in a picture."""
 
 
 class Findings(BaseModel):
@@ -28,7 +34,9 @@ class Findings(BaseModel):
     """Accuracy or correlation."""
     low: int
     """The smallest label, that of the first row and column."""
-    counts: list[list[int]]
+    together: Annotated[int, Field(ge=1)] = 1
+    """Neighbouring labels that are counted as one row and column."""
+    counts: list[list[Count]]
     """How often each label (row) got each prediction (column)."""
     over: int
     """Predictions above their label."""
@@ -37,12 +45,12 @@ class Findings(BaseModel):
     worst: list[Mistake]
     """The worst first."""
 
-    @field_validator("counts")
-    @classmethod
-    def _is_square(cls, counts: list[list[int]]) -> list[list[int]]:
-        if not 1 <= len(counts) <= _MOST_LABELS or {len(row) for row in counts} != {len(counts)}:
-            raise ValueError(f"counts: expected a square of at most {_MOST_LABELS} rows")
-        return counts
+    @model_validator(mode="after")
+    def _is_square(self) -> Self:
+        size = len(self.counts)
+        if not 0 < size <= _MOST or any(len(row) != size for row in self.counts):
+            raise ValueError(f"counts: expected 1 to {_MOST} rows, each as long")
+        return self
 
     def without_texts(self) -> Self:
         """Return the same without the examples' sentences."""
@@ -55,6 +63,7 @@ def findings(answers: Answers) -> Findings:
     return Findings(
         score=answers.score,
         low=int(answers.form.low),
+        together=labels_together(answers),
         counts=counts(answers).tolist(),
         over=int((answers.predictions > answers.labels).sum()),
         under=int((answers.predictions < answers.labels).sum()),
@@ -65,16 +74,23 @@ def findings(answers: Answers) -> Findings:
 def counts(answers: Answers) -> npt.NDArray[np.int64]:
     """Return how often each label (row) got each prediction (column), both as whole numbers.
 
-    Scores are rounded to the nearest label.
+    Scores are rounded to the nearest label.  Of many labels neighbours are counted together.
     """
     low, high = int(answers.form.low), int(answers.form.high)
+    together = labels_together(answers)
     places = [
-        np.floor(np.asarray(values) + 0.5).astype(np.int64).clip(low, high) - low
+        (np.floor(np.asarray(values, np.float64) + 0.5).clip(low, high) - low) // together
         for values in (answers.labels, answers.predictions)
     ]
-    found = np.zeros((high - low + 1, high - low + 1), dtype=np.int64)
-    np.add.at(found, tuple(places), 1)
+    size = (high - low) // together + 1
+    found = np.zeros((size, size), dtype=np.int64)
+    np.add.at(found, tuple(place.astype(np.int64).clip(max=size - 1) for place in places), 1)
     return found
+
+
+def labels_together(answers: Answers) -> int:
+    """Return how many neighbouring labels are counted as one, so that there are few."""
+    return -(-(int(answers.form.high) - int(answers.form.low) + 1) // _MOST)
 
 
 def heatmaps(answers: Mapping[str, Findings]) -> bytes:
@@ -82,18 +98,22 @@ def heatmaps(answers: Mapping[str, Findings]) -> bytes:
 
     A row's shades are its shares; its numbers count examples.
     """
-    with mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(3.4 * len(answers), 3.3), layout="constrained", dpi=120)
+    columns = min(len(answers), _COLUMNS)
+    lines = -(-len(answers) // columns)
+    with mpl.rc_context({**LITERAL, "font.size": 9}):
+        figure = Figure(figsize=(3.4 * columns, 3.3 * lines), layout="constrained", dpi=120)
         for number, (task, found) in enumerate(answers.items(), start=1):
             matrix = np.array(found.counts)
             shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-            axes = figure.add_subplot(1, len(answers), number)
+            axes = figure.add_subplot(lines, columns, number)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-            numbers_in_cells(axes, shares, [[str(count) for count in row] for row in matrix])
-            labels = [str(found.low + step) for step in range(len(matrix))]
-            axes.set_xticks(range(len(labels)), labels)
+            if len(matrix) <= _WITH_NUMBERS:
+                numbers_in_cells(axes, shares, [[str(count) for count in row] for row in matrix])
+            labels = [label(str(found.low + step * found.together)) for step in range(len(matrix))]
+            axes.set_xticks(range(len(labels)), labels, rotation=90 if len(labels) > 8 else 0)
             axes.set_yticks(range(len(labels)), labels)
-            axes.set(title=f"{task}  {found.score:.3f}", xlabel="predicted", ylabel="label")
+            title = f"{label(task)}  {found.score:.3f}"
+            axes.set(title=title, xlabel="predicted", ylabel="label")
         return png(figure)
 
 
@@ -102,18 +122,11 @@ def markdown(title: str, answers: Mapping[str, Findings]) -> str:
     lines = [f"## {title}", "", "| task | examples | over | under |", "| --- | --- | --- | --- |"]
     for task, found in answers.items():
         examples = sum(map(sum, found.counts))
-        lines.append(f"| {task} | {examples:,} | {found.over:,} | {found.under:,} |")
+        lines.append(f"| {markdown_text(task)} | {examples:,} | {found.over:,} | {found.under:,} |")
     for task, found in answers.items():
-        lines += ["", f"Worst of {task} (label, prediction, id, text):", ""]
+        lines += ["", f"Worst of {markdown_text(task)} (label, prediction, id, text):", ""]
         for mistake in found.worst:
             text = " / ".join(sentence.strip() for sentence in mistake.sentences)
             known = (mistake.label, mistake.prediction, mistake.id, text)
-            lines.append(f"- {', '.join(_escaped(part) for part in known if part)}")
+            lines.append(f"- {', '.join(markdown_text(part) for part in known if part)}")
     return "\n".join(lines) + "\n"
-
-
-def _escaped(text: str) -> str:
-    """Keep signs that mean something in Markdown as they are."""
-    signs = "\\`*_[]>#|"
-    escaped = "".join(f"\\{sign}" if sign in signs else sign for sign in one_line(text))
-    return escaped.replace("<", "&lt;")  # a backslash before < is not understood everywhere

@@ -6,7 +6,8 @@ more runs.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,12 +15,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from .. import recipe as recipes
+from ..data.rows import shorten
 from ..errors import InputError
 from ..many import RESULTS, read_results
 from ..reading import read_bytes
 from ..recipe import Recipe
 from ..run import Run, open_run
 from ..scoring import read_scores
+from ..settings import Count
+from ..wording import first_problem
 from .mistakes import Findings, findings
 from .record import dev_answers
 
@@ -40,13 +44,13 @@ class Outcome(BaseModel):
     """The built-in recipe that it was made by."""
     settings: dict[str, Any]
     """Its own recipe, every field but those that name places on one machine."""
-    layers: int
+    layers: Count
     """Of the encoder."""
-    width: int
+    width: Count
     """Of the encoder."""
     pretrained: bool
     """Whether the encoder was."""
-    examples: dict[str, int]
+    examples: dict[str, Count]
     """Of the training set of each trained task, before the recipe cut any."""
     scores: dict[str, float]
     """On dev, of the best epoch, by task and ``overall``."""
@@ -54,13 +58,16 @@ class Outcome(BaseModel):
     """What is to be said of the dev answers to each task; of the first run of a system."""
 
     @model_validator(mode="after")
-    def _is_of_a_recipe(self) -> Self:
+    def _is_of_its_recipe(self) -> Self:
         if self.system not in recipes.names():  # files are named by it
             raise ValueError(f"system = {self.system!r}: no built-in recipe")
-        known = self.recipe.tasks
-        for name in (*self.answers, *self.scores):
-            if name not in known and name != "overall":
-                raise ValueError(f"{name!r}: no task of {self.system}")
+        try:
+            tasks = self.recipe.tasks
+        except ValidationError as error:
+            raise ValueError(f"settings: {first_problem(error, Recipe)}") from None
+        for name in (*self.examples, *self.answers, *self.scores):
+            if name not in tasks and (name != "overall" or name not in self.scores):
+                raise ValueError(f"{name!r} is no task of its settings")
         return self
 
     @property
@@ -121,8 +128,12 @@ def read_outcomes(path: Path) -> list[Outcome]:
     try:
         return TypeAdapter(list[Outcome]).validate_json(read_bytes(path))
     except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise InputError(f"{path}: not the outcomes of runs ({problem})") from None
+        problem = error.errors(include_url=False)[0]
+        where = "".join(f", {part}" for part in problem["loc"])
+        raise InputError(
+            f"{path}{shorten(where)}: not the outcomes of runs ({problem['msg']}); make it again "
+            "from the runs' folders"
+        ) from None
 
 
 def to_json(outcomes: Sequence[Outcome]) -> str:
@@ -146,7 +157,10 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     if (folder / "recipe.toml").is_file():
         yield folder
     elif (folder / RESULTS).is_file():
-        yield from (folder / name for name in read_results(folder))
+        for name in read_results(folder):
+            if not _leads_down(name):
+                raise InputError(f"{folder / RESULTS}: {name!r} is no folder below it; remove it")
+            yield folder / name
     else:
         for below in sorted(path for path in folder.glob("*") if path.is_dir()):
             yield from _run_folders(below)
@@ -165,7 +179,6 @@ def _outcome(run: Run, system: str, device: torch.device | None) -> Outcome:
         raise InputError(
             f"{run.folder / 'metrics.json'}: scores on {scores.split}; run engine.evaluate"
         )
-    trained = {name for phase in run.recipe.in_phases.values() for name in phase.train}
     answers = {}
     if device is not None and any(map(run.checkpoints.all, ("best", "step"))):
         answers = {
@@ -178,8 +191,26 @@ def _outcome(run: Run, system: str, device: torch.device | None) -> Outcome:
         width=run.config.hidden_size,
         pretrained=bool(run.recipe.init),
         examples={
-            task: len(run.split(task, "train")) for task in run.recipe.tasks if task in trained
+            task: len(run.split(task, "train"))
+            for task in run.recipe.tasks
+            if task in run.recipe.trained
         },
-        scores={name: scores.scores[name] for name in named},
+        scores=_finite(run.folder / "metrics.json", {name: scores.scores[name] for name in named}),
         answers=answers,
     )
+
+
+def _finite(file: Path, scores: Mapping[str, float | None]) -> dict[str, float]:
+    """Return scores of which every one is a number.
+
+    Raises:
+        InputError: one is none: the weights, or what they answer, are not finite.
+    """
+    for name, score in scores.items():
+        if score is None or not math.isfinite(score):
+            raise InputError(f"{file}: the score of {name} is not finite; leave this run out")
+    return {name: score for name, score in scores.items() if score is not None}
+
+
+def _leads_down(name: str) -> bool:
+    return not (Path(name).is_absolute() or ".." in Path(name).parts)

@@ -1,27 +1,30 @@
 """One self-contained HTML page a run: what was trained, how it went, where it errs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..outputs import write_output
 from ..run import Run
+from ..runtime.metric_lines import Json
 from ..scoring import metric_name
 from ..text import printable
 from . import pictures
 from .record import (
     Answers,
-    Json,
+    Series,
     dev_answers,
     layer_conflicts,
     names,
     read_evaluations,
     read_steps,
     series,
+    series_by_name,
 )
 
 _MISTAKES = 12
@@ -97,15 +100,16 @@ def _printable(value: Any) -> Any:
 def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
     recipe = run.recipe
     _, rate = series(steps, "tokens_per_s")
-    _, tokens = series(steps, "tokens")
     _, conflicts = series(steps, "conflict_rate")
-    yield "tasks", ", ".join(recipe.train)
+    yield "tasks", ", ".join(recipe.trained)
     yield "balance", f"{recipe.balance}, by {recipe.surgery}"
     yield "encoder", f"{run.config.num_hidden_layers} layers of {run.config.hidden_size}"
     yield "steps", f"{len(steps):,}"
-    yield "tokens", f"{int(tokens.sum()):,}"
-    yield "tokens a second", f"{np.median(rate):,.0f} (median)"
-    yield "conflict rate", f"{conflicts.mean():.0%}"
+    yield "tokens", f"{sum(line['tokens'] for line in steps):,}"
+    if len(rate):
+        yield "tokens a second", f"{np.median(rate):,.0f} (median)"
+    if len(conflicts):
+        yield "conflict rate", f"{conflicts.mean():.0%}"
     _, energy = series(steps, "gpu", "energy_j")  # since the driver was loaded
     if len(energy) > 1 and (np.diff(energy) >= 0).all():
         yield "energy of the GPU, first to last reading", f"{np.ptp(energy) / 3600:,.1f} Wh"
@@ -114,15 +118,21 @@ def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
         yield "steps skipped", f"{skipped} (gradients not finite)"
 
 
-def _by_name(lines: list[Json], table: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {name: series(lines, table, name) for name in names(lines, table)}
+def _curves(title: str, named: Mapping[str, Series], quantity: str, **options: bool) -> Picture:
+    """Draw curves; of more than a picture holds those of the lowest and highest means."""
+    means = {name: float(values.mean()) for name, (_, values) in named.items() if len(values)}
+    shown = pictures.extremes(means)
+    if len(shown) < len(means):
+        title = f"{title} ({len(shown)} of {len(means):,}: the lowest and highest means)"
+    drawn = {name: named[name] for name in shown}
+    return Picture(title, pictures.curves(drawn, quantity, **options))
 
 
 def _losses(steps: list[Json], evaluations: list[Json]) -> Section:
-    shown = [Picture("Training loss", pictures.curves(_by_name(steps, "losses"), "loss"))]
+    shown = [_curves("Training loss", series_by_name(steps, "losses"), "loss")]
     if evaluations:
-        scores = pictures.curves(_by_name(evaluations, "scores"), "dev score", smooth=False)
-        shown.append(Picture("Dev scores", scores))
+        scores = series_by_name(evaluations, "scores")
+        shown.append(_curves("Dev scores", scores, "dev score", smooth=False))
     rate = pictures.curves({"lr": series(steps, "lr")}, "learning rate", smooth=False)
     norm = pictures.curves({"norm": series(steps, "grad_norm")}, "norm of the combined gradient")
     shown += [Picture("Learning rate", rate), Picture("Gradient norm", norm)]
@@ -130,38 +140,48 @@ def _losses(steps: list[Json], evaluations: list[Json]) -> Section:
 
 
 def _gradients(steps: list[Json]) -> Section:
-    if not names(steps, "cosines"):
+    cosines = series_by_name(steps, "cosines")
+    if not cosines:
         return Section(
             "Task gradients", "No step had two tasks, whose gradients could conflict.", []
         )
-    cosines = pictures.curves(_by_name(steps, "cosines"), "cosine", zero=True)
+    norms, weights = (series_by_name(steps, table) for table in ("task_grad_norms", "weights"))
     conflict = pictures.curves({"rate": series(steps, "conflict_rate")}, "pairs in conflict")
-    norms = pictures.curves(_by_name(steps, "task_grad_norms"), "norm")
-    weights = pictures.curves(_by_name(steps, "weights"), "weight in the sum")
     return Section(
         "Task gradients",
         "Two tasks are in conflict where the cosine between their gradients is negative.",
         [
-            Picture("Cosines between task gradients", cosines),
+            _curves("Cosines between task gradients", cosines, "cosine", zero=True),
             Picture("Conflict rate", conflict),
-            Picture("Norms of the task gradients", norms),
-            Picture("Weights after balancing", weights),
+            _curves("Norms of the task gradients", norms, "norm"),
+            _curves("Weights after balancing", weights, "weight in the sum"),
         ],
     )
 
 
 def _layers(steps: list[Json]) -> Section:
     layers, pairs, cosines, conflicts = layer_conflicts(steps)
-    if not pairs:
+    means = zip(pairs, _mean(cosines), strict=True)
+    shown = pictures.extremes({pair: mean for pair, mean in means if not np.isnan(mean)})
+    if not shown:
         hint = "Nothing was recorded: that takes two tasks in a step and --set watch_layers=10."
         return Section("Conflict by layer", hint, [])
-    shares = pictures.heatmap(layers, pairs, conflicts, signed=False)
-    means = pictures.heatmap(layers, pairs, cosines, signed=True)
+    columns = [pairs.index(pair) for pair in shown]
+    some = f" ({len(shown)} of {len(pairs):,} pairs)" if len(shown) < len(pairs) else ""
+    shares = pictures.heatmap(layers, shown, conflicts[:, columns], signed=False)
+    mean = pictures.heatmap(layers, shown, cosines[:, columns], signed=True)
     return Section(
         "Conflict by layer",
         "How often two tasks pull a layer in opposite directions, and their mean cosine there.",
-        [Picture("Records in conflict", shares), Picture("Mean cosine", means)],
+        [Picture(f"Records in conflict{some}", shares), Picture(f"Mean cosine{some}", mean)],
     )
+
+
+def _mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the mean of each column, without NaN; NaN where there is nothing else."""
+    known = ~np.isnan(values)
+    sums = np.where(known, values, 0.0).sum(0)
+    return np.divide(sums, known.sum(0), out=np.full(len(sums), np.nan), where=known.any(0))
 
 
 def _answers(answers: dict[str, Answers]) -> Section:

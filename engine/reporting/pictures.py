@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .record import Answers, Series, confusion
+from .labels import LITERAL, label
+from .record import Answers, Series, confusion, most_confused
 
 _STYLE: Any = {
-    "font.family": "sans-serif",
+    **LITERAL,
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -34,18 +36,32 @@ _LEGEND_LINE = 0.18
 """Height of a further line, in inches."""
 _LONG_NAME = 12
 """Characters that still fit below a column of a heatmap."""
+_CHARACTER = 0.06
+"""Width of a character, in inches."""
+_MOST = 24
+"""The most curves, or classes, of a picture."""
 _SMOOTHED_OVER = 25
 """Windows in a smoothed curve."""
 
 
+def extremes(means: Mapping[str, float]) -> list[str]:
+    """Return the names that are drawn of more than a picture holds: of lowest and highest means.
+
+    They keep their order.
+    """
+    ranked = sorted(means, key=lambda name: means[name])
+    left_out = ranked[_MOST // 2 : len(ranked) - _MOST // 2] if len(ranked) > _MOST else []
+    return [name for name in means if name not in set(left_out)]
+
+
 def curves(
-    named: Mapping[str, Series], label: str, *, smooth: bool = True, zero: bool = False
+    named: Mapping[str, Series], quantity: str, *, smooth: bool = True, zero: bool = False
 ) -> str:
     """Draw curves over the steps; smoothed ones with their raw points behind them.
 
     Args:
         named: curves by name.
-        label: of the vertical axis.
+        quantity: what the vertical axis shows.
         smooth: draw running means.
         zero: draw a line at zero.
     """
@@ -53,25 +69,40 @@ def curves(
         figure, axes = _axes(_WIDE)
         if zero:
             axes.axhline(0, color="#555555", linewidth=0.8)
+        lines: list[tuple[str, Line2D]] = []
         for name, (steps, values) in named.items():
             if len(steps) == 0:
                 continue
             thin = slice(None, None, -(-len(steps) // _POINTS))
             if not smooth:
-                axes.plot(steps, values, marker="." if len(steps) < 30 else "", label=name)
+                (line,) = axes.plot(steps, values, marker="." if len(steps) < 30 else "")
+                lines.append((label(name), line))
                 continue
             mean = _running_mean(values, max(1, len(values) // _SMOOTHED_OVER))
-            (line,) = axes.plot(steps[thin], mean[thin], label=name, linewidth=1.6)
+            (line,) = axes.plot(steps[thin], mean[thin], linewidth=1.6)
+            lines.append((label(name), line))
             axes.plot(steps[thin], values[thin], ".", color=line.get_color(), alpha=0.2, zorder=0)
-        axes.set(xlabel="step", ylabel=label)
+        axes.set(xlabel="step", ylabel=quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))
-        if len(named) > 1:
-            columns = max(1, _LEGEND_WIDTH // (max(map(len, named)) + _LEGEND_MARK))
-            figure.legend(ncols=min(len(named), columns), loc="outside upper center")
-            lines = -(-len(named) // columns)
-            figure.set_figheight(_WIDE[1] + _LEGEND_LINE * (lines - 1))
+        if len(named) > 1 and lines:
+            _add_legend(figure, lines)
         return _svg(figure)
+
+
+def _add_legend(figure: Figure, lines: Sequence[tuple[str, Line2D]]) -> None:
+    """Name the curves above the axes, which keep their height."""
+    columns = max(1, _LEGEND_WIDTH // (max(len(name) for name, _ in lines) + _LEGEND_MARK))
+    legend = figure.legend(
+        [line for _, line in lines],
+        ["name"] * len(lines),  # matplotlib leaves out those that begin with an underscore
+        ncols=min(len(lines), columns),
+        loc="outside upper center",
+    )
+    for text, (name, _) in zip(legend.get_texts(), lines, strict=True):
+        text.set_text(name)
+    rows = -(-len(lines) // columns)
+    figure.set_figheight(_WIDE[1] + _LEGEND_LINE * (rows - 1))
 
 
 def heatmap(
@@ -81,10 +112,10 @@ def heatmap(
 
     NaN is left empty.
     """
-    height = 1.6 + 0.3 * len(rows)
+    height, rows, columns = 1.6 + 0.3 * len(rows), [*map(label, rows)], [*map(label, columns)]
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure, axes = _axes((2.6 + 0.9 * len(columns), height))
-        largest = max(0.05, float(np.nanmax(np.abs(values)))) if signed else 1.0
+        largest = float(np.nan_to_num(np.abs(values)).max(initial=0.05)) if signed else 1.0
         low, colours = (-largest, "RdBu") if signed else (0.0, "Reds")
         axes.imshow(values, cmap=colours, vmin=low, vmax=largest, aspect="auto")
         spelling = "z.2f" if signed else ".0%"
@@ -98,17 +129,25 @@ def heatmap(
 
 
 def confusion_matrix(answers: Answers) -> str:
-    """Draw how often each label was answered by each class; a row's shades are its shares."""
-    counts = confusion(answers)
+    """Draw how often each label was answered by each class; a row's shades are its shares.
+
+    Of many classes those are drawn that are confused most, and the others together.
+    """
+    classes = most_confused(answers, _MOST)
+    counts = confusion(answers, classes)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = answers.form.classes or [str(number) for number in range(len(counts))]
-    side = 1.6 + 0.42 * len(names)
+    names = [label(answers.form.spell_label(number)) for number in classes]
+    if others := int(answers.form.high) + 1 - len(classes):
+        names.append(f"{others:,} others")
+    longest = max(map(len, names))
+    side = 1.6 + 0.42 * len(names) + _CHARACTER * longest
+    turned = len(names) > 6 or longest > _LONG_NAME // 2
     with mpl.rc_context(_STYLE | {"axes.grid": False}):
         figure, axes = _axes((max(side, _SQUARE[0]), max(side - 0.2, _SQUARE[1])))
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         if len(names) <= 12:
             numbers_in_cells(axes, shares, [[str(count) for count in row] for row in counts])
-        axes.set_xticks(range(len(names)), names, rotation=0 if len(names) <= 6 else 90)
+        axes.set_xticks(range(len(names)), names, rotation=90 if turned else 0)
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="predicted", ylabel="label")
         return _svg(figure)

@@ -1,6 +1,6 @@
 """What there is to report of a run: its files, and its answers on the dev data."""
 
-from pathlib import Path
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,18 +8,16 @@ import numpy.typing as npt
 import torch
 
 from ..data.formats import FileFormat
+from ..data.rows import shorten
 from ..errors import InputError
 from ..origins import origin
-from ..reading import parse_json, read_bytes
 from ..run import Run
+from ..runtime.metric_lines import Json, read_evaluation_lines, read_step_lines
 from ..runtime.metrics_log import EVALUATIONS, STEPS
-from ..runtime.step_lines import StepLines
 from ..scoring import answers, score
 
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 """Steps and values, ``[n]`` each."""
-
-Json = dict[str, Any]
 
 
 class Mistake(NamedTuple):
@@ -51,38 +49,38 @@ class Answers(NamedTuple):
     mistakes: list[Mistake]
 
 
-def read_lines(path: Path) -> list[Json]:
-    """Read a file of JSON lines; a last line that was cut off is left out.
-
-    Raises:
-        InputError: the file cannot be read, or another line is damaged.
-    """
-    lines = read_bytes(path).splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(parse_json(line))
-        except ValueError:
-            if number < len(lines):
-                raise InputError(f"{path}:{number}: not a line of metrics; remove it") from None
-    return records
-
-
 def read_steps(run: Run) -> list[Json]:
     """Return the lines of a run's ``metrics.jsonl`` and of its pieces that were put aside.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, one is not right, or is of another run.
     """
-    steps = [line for piece in StepLines(run.folder / STEPS).pieces for line in read_lines(piece)]
+    steps = read_step_lines(run.folder)
     if not steps:
         raise InputError(f"{run.folder / STEPS}: no step yet; train the run first")
+    _check_names(run, STEPS, names(steps, "losses"), run.recipe.trained)
     return steps
 
 
 def read_evaluations(run: Run) -> list[Json]:
-    """Return the lines of a run's ``evaluations.jsonl``."""
-    return read_lines(run.folder / EVALUATIONS)
+    """Return the lines of a run's ``evaluations.jsonl``.
+
+    Raises:
+        InputError: the file cannot be read, a line is not right, or is of another run.
+    """
+    evaluations = read_evaluation_lines(run.folder)
+    known = [*run.recipe.tasks, "overall"]
+    _check_names(run, EVALUATIONS, names(evaluations, "scores"), known)
+    return evaluations
+
+
+def _check_names(run: Run, file: str, found: Iterable[str], known: Collection[str]) -> None:
+    for name in found:
+        if name not in known:
+            raise InputError(
+                f"{run.folder / file}: {shorten(name)!r} is not in recipe.toml; the two belong to "
+                "different runs"
+            )
 
 
 def series(lines: list[Json], *path: str) -> Series:
@@ -90,6 +88,21 @@ def series(lines: list[Json], *path: str) -> Series:
     found = [(line["step"], value) for line in lines if (value := _at(line, path)) is not None]
     steps, values = np.array(found, dtype=np.float64).reshape(-1, 2).T
     return steps, values
+
+
+def series_by_name(lines: list[Json], *path: str) -> dict[str, Series]:
+    """Return the :func:`series` of every number in a table of the lines, by name."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        for name, value in (_at(line, path) or {}).items():
+            steps, values = found.setdefault(name, ([], []))
+            if value is not None:
+                steps.append(line["step"])
+                values.append(value)
+    return {
+        name: (np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64))
+        for name, (steps, values) in found.items()
+    }
 
 
 def names(lines: list[Json], *path: str) -> list[str]:
@@ -134,11 +147,39 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
     return found
 
 
-def confusion(answers: Answers) -> npt.NDArray[np.int64]:
-    """Return how often each label (row) was answered by each class (column), ``[C, C]``."""
+def most_confused(answers: Answers, count: int) -> npt.NDArray[np.int64]:
+    """Return the numbers of all classes, or of ``count`` that most wrong answers involve.
+
+    They ascend.
+    """
+    if answers.form.high < count:
+        return np.arange(int(answers.form.high) + 1)
+    pairs = np.stack([answers.labels, answers.predictions]).astype(np.int64)
+    wrong = pairs[:, pairs[0] != pairs[1]]
+    classes, errors = np.unique(wrong, return_counts=True)
+    found = classes[np.argsort(-errors, kind="stable")[:count]]
+    return np.sort(found) if len(found) else np.unique(pairs)[:count]
+
+
+def confusion(
+    answers: Answers, classes: npt.NDArray[np.int64] | None = None
+) -> npt.NDArray[np.int64]:
+    """Return how often each label (row) was answered by each class (column).
+
+    Args:
+        answers: of a task of C classes.
+        classes: n of their numbers, ascending; None for all.
+
+    Returns:
+        ``[n, n]``, or with a last row and column for the other classes ``[n + 1, n + 1]``.
+    """
     count = int(answers.form.high) + 1
-    places = answers.labels.astype(np.int64) * count + answers.predictions.astype(np.int64)
-    return np.bincount(places, minlength=count * count).reshape(count, count)
+    classes = np.arange(count) if classes is None else classes
+    size = len(classes) + (len(classes) < count)
+    numbers = np.stack([answers.labels, answers.predictions]).astype(np.int64)
+    places = np.searchsorted(classes, numbers).clip(max=len(classes) - 1)
+    places[classes[places] != numbers] = len(classes)
+    return np.bincount(places[0] * size + places[1], minlength=size * size).reshape(size, size)
 
 
 def layer_conflicts(
@@ -155,12 +196,15 @@ def layer_conflicts(
     records = [line for line in steps if "layer_cosines" in line]
     found = names(records, "layer_cosines")
     layers = [name for name in found if not name.startswith(("heads.", "adapters."))]
-    pairs = list(dict.fromkeys(p for name in layers for p in names(records, "layer_cosines", name)))
+    by_layer = [series_by_name(records, "layer_cosines", layer) for layer in layers]
+    pairs = list(dict.fromkeys(pair for by_pair in by_layer for pair in by_pair))
     cosines, conflicts = np.full((2, len(layers), len(pairs)), np.nan)
-    for place in np.ndindex(cosines.shape):
-        _, values = series(records, "layer_cosines", layers[place[0]], pairs[place[1]])
-        if len(values):
-            cosines[place], conflicts[place] = values.mean(), (values < 0).mean()
+    for row, by_pair in enumerate(by_layer):
+        for column, pair in enumerate(pairs):
+            _, values = by_pair.get(pair, ((), np.array([])))
+            if len(values):
+                cosines[row, column] = values.mean()
+                conflicts[row, column] = (values < 0).mean()
     return layers, pairs, cosines, conflicts
 
 

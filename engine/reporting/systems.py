@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -13,11 +14,19 @@ from ..errors import InputError
 from ..outputs import write_output
 from ..runtime.files import explained
 from . import mistakes, papers
+from .labels import LITERAL
 from .outcomes import Outcome, to_json
 from .papers import Row, System
 from .pictures import png
 
 OUTCOMES = "papers.json"
+
+_STYLE: Any = {
+    **LITERAL,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def possible_files(out: Path) -> list[Path]:
@@ -45,7 +54,11 @@ def write_systems(
     write = partial(write_output, replace=replace)
     rows, tables = papers.rows_of(outcomes), []
     for paper in papers.read_papers():
-        run = [(system, row) for system, row in papers.paired(paper, rows) if row is not None]
+        run = [
+            (system, row)
+            for system, row in papers.paired(paper, rows)
+            if row is not None and row.scores(_shown_score(system))
+        ]
         if run:
             tables.append(papers.markdown(paper, rows))
             write(out / f"paper-{paper.key}.png", _bars(run))
@@ -86,13 +99,13 @@ def _bars(shown: Sequence[tuple[System, Row]]) -> bytes:
     """Draw the papers' overall scores (or the only one) beside ours, a pair of bars a row (PNG)."""
     theirs, ours, deviations = [], [], []
     for system, row in shown:
-        scored = "overall" if "overall" in system.scores else next(iter(system.scores))
+        scored = _shown_score(system)
         values = row.scores(scored)
         theirs.append(system.scores[scored])
         ours.append(float(np.mean(values)))
         deviations.append(float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
     place = np.arange(len(shown))
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 0.9 + 0.5 * len(shown)), layout="constrained", dpi=120)
         axes = figure.add_subplot()
         axes.barh(place - 0.2, theirs, 0.38, label="paper", color="#b8b8b8")
@@ -103,3 +116,8 @@ def _bars(shown: Sequence[tuple[System, Row]]) -> bytes:
         axes.set_xlabel("overall score, or that of the only task")
         figure.legend(frameon=False, ncols=2, loc="outside upper right")
         return png(figure)
+
+
+def _shown_score(system: System) -> str:
+    """Return the score that a system's bar shows."""
+    return "overall" if "overall" in system.scores else next(iter(system.scores))

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..errors import InputError
 from ..model.multitask import MultitaskModel
+from ..model.stored_dtypes import check_stored_dtypes
 from .files import is_partial, remove_folder, whole_folder
 from .manifest import Manifest, Progress, read_manifest, seal, verify
 
@@ -154,13 +155,18 @@ def readable(checkpoint: Path) -> Iterator[None]:
 
 def _weights_by_name(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of a ``step`` checkpoint, by one process however many wrote it."""
+    weights = ("master.", "frozen.")
+    check_stored_dtypes(
+        sorted(checkpoint.glob("*.safetensors")),
+        lambda name: torch.float32 if name.startswith(weights) else None,
+    )
     reader = HuggingFaceStorageReader(str(checkpoint))
     with readable(checkpoint):
         stored = reader.read_metadata().state_dict_metadata
         wanted = {
             name: torch.empty(entry.size)
             for name, entry in stored.items()
-            if isinstance(entry, TensorStorageMetadata) and name.startswith(("master.", "frozen."))
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(weights)
         }
         with warnings.catch_warnings(action="ignore"):  # of being one process
             load(wanted, storage_reader=reader, no_dist=True)
@@ -173,6 +179,7 @@ def _weights_by_name(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
+    check_stored_dtypes([file], lambda _: torch.float32)
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

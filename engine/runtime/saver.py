@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from ..errors import InputError
+from ..model.stored_dtypes import check_stored_dtypes
 from .checkpoint import FILES, Checkpoints, readable
 from .distributed import Ranks
 from .files import explained, new_partial_folder, put_folder, remove_folder
@@ -130,6 +131,10 @@ class Saver:
         Raises:
             InputError: it lacks one of them, or has it in another size.
         """
+        check_stored_dtypes(
+            sorted(path.glob("*.safetensors")),
+            lambda name: state[name].dtype if name in state else None,
+        )
         reader = HuggingFaceStorageReader(str(path))
         # Of several ranks one may be lost meanwhile, which is no damage.
         with readable(path) if self._ranks.size == 1 else nullcontext():

@@ -98,7 +98,7 @@ def _open_own(path: str, flags: int) -> int:
 def _step_of(line: bytes) -> int:
     """Return a line's step; of a line that was cut off, a number larger than any."""
     try:
-        step = parse_json(line)["step"]
+        step = parse_json(line.decode())["step"]
     except (ValueError, KeyError, TypeError):
         step = None
     return step if type(step) is int else 1 << 62

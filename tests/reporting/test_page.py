@@ -20,7 +20,6 @@ from engine.reporting.record import (
     dev_answers,
     layer_conflicts,
     names,
-    read_lines,
     series,
 )
 from engine.run import open_run
@@ -189,15 +188,6 @@ def test_runs_of_one_task_and_of_phases_have_pages(tmp_path, recipe):
     assert main([recipe, "--out", str(folder), *settings]) == 0
     assert report.main([str(folder), "--out", str(tmp_path / "pages")]) == 0
     assert Page(tmp_path / "pages" / f"{recipe}.html").headings == SECTIONS
-
-
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 0}\n{"st')
-    assert read_lines(file) == [{"step": 0}]
-    file.write_text('{"st\n{"step": 1}\n')
-    with pytest.raises(InputError, match=r"metrics.jsonl:1"):
-        read_lines(file)
 
 
 def test_runs_that_cannot_be_reported(tmp_path, run_folder):
