@@ -62,6 +62,9 @@ void check_streams(const Tensor& q, const Tensor& k, const Tensor& v) {
 void check_packed(const Tensor& qkv) {
   check(qkv.dim() == 4 && qkv.size(1) == 3, "qkv: expected [tokens, 3, heads, width], got ",
         shape_text(qkv.sizes()));
+  storage_of("qkv", qkv);
+  check(qkv.size(3) == 1 || (qkv.size(3) > 1 && qkv.stride(3) == 1),
+        "qkv: expected heads of at least one column, and a contiguous last dimension");
   check_data("qkv", qkv); // torch's select() would stumble on it, without its name
 }
 

@@ -126,6 +126,14 @@ class Embedded {
   int64_t rows() const { return indices_[0].numel(); }
   int64_t width() const { return tables_[0].size(1); }
 
+  // Refuses rows for the tables' gradients in the memory of the tables.
+  void check_apart_from(const Tensor& rows) const {
+    const Runs written = runs_of(rows);
+    check_apart("rows", written, "word", runs_of(tables_[0]));
+    check_apart("rows", written, "position", runs_of(tables_[1]));
+    check_apart("rows", written, "token_type", runs_of(tables_[2]));
+  }
+
  private:
   static Tensor checked_table(const char* name, const Tensor& table, const Tensor& word) {
     check_dims(name, table, 2, "[rows, width]");
@@ -144,10 +152,14 @@ std::tuple<Tensor, Tensor, Tensor>
 embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,
                      Tensor position, Tensor token_type, std::optional<Tensor> weight,
                      std::optional<Tensor> bias, double dropout_p, double eps,
-                     std::optional<Tensor> seed, int64_t stream, std::optional<Tensor>, Offsets,
-                     Offsets, bool) {
+                     std::optional<Tensor> seed, int64_t stream, std::optional<Tensor> rows,
+                     Offsets columns, Offsets offsets, bool) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
   check_eps(eps);
+  check_task_rows(
+      rows, columns, offsets, embedded.rows(),
+      {word.numel(), position.numel(), token_type.numel(), embedded.width(), embedded.width()});
+  if (rows) embedded.check_apart_from(*rows);
   const Parameter gamma("weight", weight, embedded.width()), beta("bias", bias, embedded.width());
   Tensor out = allocate(word, {embedded.rows(), embedded.width()});
   Tensor mean = allocate(word, {embedded.rows()}, ScalarType::Float);
@@ -185,6 +197,15 @@ Tensor embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor po
   check_parameter_rows(parameters, embedded.width());
   const Tensor grad_rows = as_contiguous(grad_out);
   const Parameter gamma("weight", weight, embedded.width());
+  check_rows_apart(parameters, {{"grad_out", &grad_rows},
+                                {"word_ids", &word_ids},
+                                {"position_ids", &position_ids},
+                                {"token_type_ids", &token_type_ids},
+                                {"weight", weight ? &*weight : nullptr},
+                                {"mean", &mean},
+                                {"rstd", &rstd}});
+  if (weight_rows.numel() > 0) embedded.check_apart_from(weight_rows);
+  if (bias_rows.numel() > 0) embedded.check_apart_from(bias_rows);
   Tensor grad_sum = allocate(word, Sizes(shape, 2));
   LayerNormGradients call{};
   call.storage = embedded.storage();

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -94,7 +96,44 @@ inline void check_parameter_rows(const ParameterRows& parameters, int64_t width)
     check_apart("weight_rows", runs_of(parameters.weight), "bias_rows", runs_of(parameters.bias));
 }
 
+// Refuses gradient rows in the memory of what the kernels read.
+inline void
+check_rows_apart(const ParameterRows& parameters,
+                 std::initializer_list<std::pair<const char*, const torch::stable::Tensor*>> read) {
+  for (const auto& [name, tensor] : read) {
+    if (tensor == nullptr) continue;
+    for (const torch::stable::Tensor* rows : {&parameters.weight, &parameters.bias}) {
+      if (rows->numel() > 0)
+        check_apart(rows == &parameters.weight ? "weight_rows" : "bias_rows", runs_of(*rows), name,
+                    runs_of(*tensor));
+    }
+  }
+}
+
 void check_offsets(const Offsets& offsets, int64_t rows);
+
+// The arguments of forward passes that say where the backward pass writes the gradients of
+// parameters of these sizes: kernels/layer_norm_parameters.py.
+inline void check_task_rows(const std::optional<torch::stable::Tensor>& rows,
+                            const Offsets& columns, const Offsets& offsets, int64_t stream,
+                            std::initializer_list<int64_t> sizes) {
+  if (!rows) return;
+  check(!offsets.empty(), "offsets: expected tasks + 1 row numbers");
+  check_offsets(offsets, stream);
+  const int64_t tasks = static_cast<int64_t>(offsets.size()) - 1;
+  check(rows->dim() == 2 && rows->size(0) == tasks && (rows->size(1) <= 1 || rows->stride(1) == 1),
+        "rows: expected [", tasks, " tasks, columns] with contiguous rows, got ",
+        shape_text(rows->sizes()));
+  storage_of("rows", *rows);
+  check_data("rows", *rows);
+  check(columns.size() == sizes.size(), "columns: expected ", sizes.size(), " column numbers");
+  auto size = sizes.begin();
+  for (const int64_t column : columns) {
+    check(column == -1 || (column >= 0 && column <= rows->size(1) - *size),
+          "columns: expected within the ", rows->size(1), " columns of rows, got ", column);
+    ++size;
+  }
+}
 
 // Both share the rows of a call out over torch's threads.
 void run_layer_norm(const LayerNormCall& call);

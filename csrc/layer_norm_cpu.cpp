@@ -26,10 +26,12 @@ Tensor new_statistic(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> weight,
                                               std::optional<Tensor> bias, double eps,
-                                              std::optional<Tensor>, Offsets, Offsets, bool) {
+                                              std::optional<Tensor> task_rows, Offsets columns,
+                                              Offsets offsets, bool) {
   check_hidden("x", x);
   check_eps(eps);
   const int64_t width = x.size(x.dim() - 1);
+  check_task_rows(task_rows, columns, offsets, x.numel() / width, {width, width});
   const Tensor rows = as_contiguous(x);
   const Parameter gamma("weight", weight, width), beta("bias", bias, width);
   Tensor out = allocate_like(rows);
@@ -53,11 +55,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor>
 dropout_add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> x_bias,
                        std::optional<Tensor> weight, std::optional<Tensor> bias, double dropout_p,
                        double eps, std::optional<Tensor> seed, int64_t stream,
-                       std::optional<Tensor>, Offsets, Offsets, bool) {
+                       std::optional<Tensor> task_rows, Offsets columns, Offsets offsets, bool) {
   check_hidden("x", x);
   check_beside("residual", residual, "x", x);
   check_eps(eps);
   const int64_t width = x.size(x.dim() - 1);
+  check_task_rows(task_rows, columns, offsets, x.numel() / width, {width, width});
   const Tensor rows = as_contiguous(x);
   const Tensor residual_rows = as_contiguous(residual);
   const Parameter offset("x_bias", x_bias, width);
@@ -102,6 +105,11 @@ void run_backward(LayerNormGradients& call, const Tensor& grad_out, const Tensor
   const Tensor grad_rows = as_contiguous(grad_out);
   const Tensor hidden_rows = as_contiguous(hidden);
   const Parameter gamma("weight", weight, hidden.size(hidden.dim() - 1));
+  check_rows_apart(parameters, {{"grad_out", &grad_rows},
+                                {"hidden", &hidden_rows},
+                                {"weight", weight ? &*weight : nullptr},
+                                {"mean", &mean},
+                                {"rstd", &rstd}});
   call.storage = storage_of("hidden", hidden);
   call.rows = mean.numel();
   call.width = hidden.size(hidden.dim() - 1);

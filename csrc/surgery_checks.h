@@ -130,6 +130,9 @@ inline void check_gram_and_order(const Tensor& gram, const Tensor& order) {
   check_data("order", order);
 }
 
+// A bounded draw of 32 random bits serves no more, and a [K, K] matrix no memory.
+constexpr int64_t kMostTasks = int64_t{1} << 24;
+
 inline void check_counters(const Tensor& seed, const Tensor& step, int64_t num_tasks) {
   check(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long,
         "seed must be one int64 number");
@@ -137,7 +140,8 @@ inline void check_counters(const Tensor& seed, const Tensor& step, int64_t num_t
         "step must be one int64 number on the device of seed");
   check_data("seed", seed);
   check_data("step", step);
-  check(num_tasks >= 1, "num_tasks must be at least 1, not ", num_tasks);
+  check(num_tasks >= 1 && num_tasks <= kMostTasks, "num_tasks must be 1 to ", kMostTasks, ", not ",
+        num_tasks);
 }
 
 // Scalars that change from step to step (learning rate, step, loss scale, skip flag) are tensors,

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .implementation import declare, register_fake
 from .task_rows import TaskRows, TaskSegments, rows_of
-from .value_checks import DTYPES, check_data, check_offsets, check_tensor
+from .value_checks import DTYPES, check_data, check_offsets, check_rows_apart, check_tensor
 
 
 @torch.library.custom_op("superbert::onednn_linear", mutates_args=(), device_types="cpu")
@@ -38,6 +38,7 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             f"{list(weight.shape)}"
         )
     width = x.shape[-1]
+    bias = bias.contiguous()  # oneDNN takes it to be
     check_tensor("x", x, x.shape, torch.bfloat16, x.device)
     check_tensor("weight", weight, (len(weight), width), torch.bfloat16, x.device)
     check_tensor("bias", bias, weight.shape[:1], torch.bfloat16, x.device)
@@ -118,7 +119,7 @@ def _check_gradients(
     offsets: Sequence[int],
 ) -> None:
     """Check what a backward pass is given: torch's own ``out=`` would resize what does not fit."""
-    for name, stream in (("grad_output", grad_output), ("x", x)):
+    for name, stream in (("x", x), ("grad_output", grad_output)):
         if stream.dim() != 2:
             raise ValueError(f"{name}: expected [tokens, width], got {list(stream.shape)}")
         check_tensor(name, stream, (len(x), stream.shape[1]), grad_output.dtype, x.device)
@@ -131,6 +132,11 @@ def _check_gradients(
     ):
         if rows.numel() > 0:
             check_tensor(name, rows, (len(offsets) - 1, *shape), rows.dtype, x.device)
+            if rows.dtype not in DTYPES:
+                raise ValueError(f"{name}: expected a floating dtype, got {rows.dtype}")
+            check_rows_apart(name, rows, x=x, grad_output=grad_output)
+    if weight_rows.numel() > 0:
+        check_rows_apart("weight_rows", weight_rows, bias_rows=bias_rows)
 
 
 class _TaskLinear(torch.autograd.Function):

@@ -78,14 +78,16 @@ def check_data(**tensors: Tensor | None) -> None:
             )
 
 
+def _needed(x: Tensor) -> int:
+    """Elements from a tensor's first to its last."""
+    if x.is_contiguous():
+        return x.numel()
+    pairs = zip(x.shape, x.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs)
+
+
 def _needed_bytes(x: Tensor) -> int:
-    elements = x.numel()
-    if elements == 0:
-        return 0
-    if not x.is_contiguous():
-        pairs = zip(x.shape, x.stride(), strict=True)
-        elements = 1 + sum((size - 1) * stride for size, stride in pairs)
-    return int((x.storage_offset() + elements) * x.itemsize)
+    return (x.storage_offset() + _needed(x)) * x.itemsize if x.numel() else 0
 
 
 def check_tensor(
@@ -103,6 +105,33 @@ def check_tensor(
     if x.device != device:
         raise ValueError(f"{name}: expected on {device}, got {x.device}")
     check_data(**{name: x})
+
+
+def check_rows_apart(name: str, rows: Tensor, **others: Tensor) -> None:
+    """Refuse rows ``[K, ...]`` to be written that share memory with each other or other tensors.
+
+    Columns of one buffer are apart; so are, in the others, strides that no buffer has taken for
+    memory without gaps.
+
+    Raises:
+        ValueError: the message names both.
+    """
+    width = rows[0].numel()
+    stride = rows.stride(0) if len(rows) > 1 else width
+    if stride < width or not rows[0].is_contiguous():
+        raise ValueError(f"{name}: expected rows that lie apart, each contiguous")
+    memory = rows.untyped_storage().data_ptr()
+    for other_name, other in others.items():
+        if other.numel() == 0 or other.untyped_storage().data_ptr() != memory:
+            continue
+        in_buffer = len(other) > 1 and other.stride(0) == stride and other[0].is_contiguous()
+        first = (other.data_ptr() - rows.data_ptr()) // rows.itemsize
+        if in_buffer:
+            share = first % stride < width or first % stride + other[0].numel() > stride
+        else:
+            share = -_needed(other) < first < _needed(rows)
+        if share:
+            raise ValueError(f"{name}: written, and so must not overlap {other_name}")
 
 
 def check_offsets(name: str, offsets: Sequence[int], total: int) -> None:
