@@ -203,7 +203,8 @@ Tensor embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor po
                                 {"token_type_ids", &token_type_ids},
                                 {"weight", weight ? &*weight : nullptr},
                                 {"mean", &mean},
-                                {"rstd", &rstd}});
+                                {"rstd", &rstd},
+                                {"seed", seed ? &*seed : nullptr}});
   if (weight_rows.numel() > 0) embedded.check_apart_from(weight_rows);
   if (bias_rows.numel() > 0) embedded.check_apart_from(bias_rows);
   Tensor grad_sum = allocate(word, Sizes(shape, 2));

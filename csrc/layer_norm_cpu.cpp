@@ -140,6 +140,7 @@ dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Te
                                 int64_t stream) {
   const ParameterRows parameters{weight_rows, bias_rows, offsets, accumulate};
   check_backward(grad_out, hidden, mean, rstd, parameters);
+  check_rows_apart(parameters, {{"seed", &seed}});
   Tensor grad_residual = allocate(hidden, hidden.sizes());
   Tensor grad_x = allocate(hidden, hidden.sizes());
   LayerNormGradients call{};

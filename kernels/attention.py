@@ -396,6 +396,7 @@ def flash_attn_varlen_qkvpacked_func(
         seed = new_seed(qkv.device)
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if qkv.dtype == torch.float64:
+        check_data(qkv=qkv)
         q, k, v = qkv.unbind(1)
         out, lse = _in_float64(
             q, k, v, cu_seqlens, cu_seqlens, dropout_p, scale, causal, seed, stream

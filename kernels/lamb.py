@@ -61,7 +61,7 @@ def lamb_update_(
         ValueError: offsets do not cover the weights, or a storage that was freed.
     """
     check_data(master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    check_data(low_precision=low_precision, step=step, skip=skip)
+    check_data(low_precision=low_precision, lr=lr, step=step, skip=skip)
     if offsets[0] != 0 or offsets[-1] != len(master):
         raise ValueError(
             f"offsets: expected from 0 to {len(master)}, got from {offsets[0]} to {offsets[-1]}"

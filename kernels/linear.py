@@ -161,6 +161,11 @@ class _TaskLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
+        # A hook on saved tensors may have changed what tells the shapes of the rows.
+        shape = (grad_output.shape[1], x.shape[-1])
+        check_tensor("weight", weight, shape, x.dtype, x.device)
+        if bias is not None:
+            check_tensor("bias", bias, shape[:1], x.dtype, x.device)
         buffer, starts = ctx.rows
         rows = map(rows_of, (buffer, buffer), starts, (weight, bias))
         linear_task_gradients_(grad_output, x, *rows, *ctx.segments)

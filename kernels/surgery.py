@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ._extension import has_kernel
 from .implementation import declare, register_fake
-from .value_checks import check_data
+from .value_checks import check_data, check_tensor
 
 Reduction = Literal["sum", "mean"]
 
@@ -209,12 +209,13 @@ def _(*arguments: object) -> None:
 def _save_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, offsets = inputs
     ctx.save_for_backward(rows)
-    ctx.offsets = offsets
+    ctx.shape, ctx.offsets = rows.shape, offsets
 
 
 def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (rows,) = ctx.saved_tensors
-    check_data(grad=grad, rows=rows)
+    check_data(grad=grad)
+    check_tensor("rows", rows, ctx.shape, rows.dtype, grad.device)
     symmetric = grad + grad.mT
     grad_rows = torch.zeros_like(rows)
     for matrix, (begin, end) in zip(symmetric, pairwise(ctx.offsets), strict=True):
@@ -229,7 +230,9 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     rows, weights = ctx.saved_tensors
     wants_rows, wants_weights = ctx.needs_input_grad
-    check_data(grad=grad, rows=rows, weights=weights)
+    check_data(grad=grad)
+    check_tensor("weights", weights, weights.shape[:1], weights.dtype, grad.device)
+    check_tensor("rows", rows, (len(weights), len(grad)), rows.dtype, grad.device)
     grad = grad.to(weights.dtype)
     grad_rows = torch.outer(weights, grad).to(rows.dtype) if wants_rows else None
     grad_weights = rows.to(weights.dtype) @ grad if wants_weights else None
@@ -438,7 +441,7 @@ def update_guard(
     Raises:
         ValueError: a storage that was freed.
     """
-    check_data(gram=gram, weights=weights)
+    check_data(gram=gram, weights=weights, max_norm=max_norm, loss_scale=loss_scale)
     norm = combined_norm(gram, weights) / loss_scale
     scale = torch.ones_like(norm) / loss_scale
     if max_norm is not None:

@@ -51,13 +51,13 @@ def are_checked(x: Tensor) -> bool:
     return may_look(x) and (x.is_cuda or x.dtype == torch.float64)
 
 
-def check_data(**tensors: Tensor | None) -> None:
+def check_data(**tensors: Tensor | float | None) -> None:
     """Refuse tensors whose storage does not reach to their last element.
 
     Under torch.compile, and of tensors without a storage of their own, nothing is looked at.
 
     Args:
-        tensors: by the name that the message gives them.
+        tensors: by the name that the message gives them; None and numbers pass.
 
     Raises:
         ValueError: a storage was freed, or cut.
@@ -65,7 +65,7 @@ def check_data(**tensors: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     for name, x in tensors.items():
-        if x is None:
+        if not isinstance(x, Tensor):
             continue
         try:
             held = x.untyped_storage().nbytes()

@@ -1,6 +1,6 @@
 """Calls operators with arguments that are wrong in every way of a list; a process of its own.
 
-``python -m tests.kernels.argument_fuzz NAME …`` prints one JSON line before each call, since the
+``python -m tests.kernels.argument_fuzz`` prints one JSON line before each call, since the
 call may be the process's last, and one with its outcome after.  Every tensor lies against a page
 that may be neither read nor written, so that a step beyond its end, or before its beginning, ends
 the process.
@@ -10,8 +10,8 @@ import ctypes
 import json
 import math
 import mmap
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -179,7 +179,8 @@ def cases(names: list[str], arguments: list[Any]) -> Iterator[Case]:
 
 def tensors_of(result: Any) -> list[Tensor]:
     """The tensors of an operator's result."""
-    return [result] if isinstance(result, Tensor) else list(result or ())
+    results = result if isinstance(result, tuple) else (result,)
+    return [x for x in results if isinstance(x, Tensor)]
 
 
 def call(operator: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
@@ -206,14 +207,15 @@ def apart(arguments: list[Any]) -> list[Any]:
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether two calls left the same."""
+    """Whether two calls left the same, but for the order in which torch's products add up."""
     return len(a) == len(b) and all(
-        torch.equal(x.nan_to_num(nan=7.5), y.nan_to_num(nan=7.5)) for x, y in zip(a, b, strict=True)
+        torch.allclose(x, y, rtol=1e-5, atol=1e-5, equal_nan=True)
+        for x, y in zip(a, b, strict=True)
     )
 
 
 def outcome(operator: Callable[..., Any], case: Case) -> str:
-    """``raised: …`` or ``ok``, where tensors apart and contiguous give the same; else ``differs``."""
+    """``raised: …``, or ``ok`` where tensors apart and contiguous give the same, or ``differs``."""
     without_values = case.kind in ("freed", "cut") or case.kind.startswith("device")
     expected = None if without_values else apart(case.arguments)
     try:
@@ -225,21 +227,93 @@ def outcome(operator: Callable[..., Any], case: Case) -> str:
     return "ok" if same(result, call(operator, expected)) else "differs"
 
 
-def main() -> None:
-    """Run the operators that the command line names."""
-    from .test_operator_arguments import operator_calls
+def told(name: str, case: Case, run: Callable[[], str]) -> None:
+    """Print what is called, and what came of it."""
+    line = {"call": name, "argument": case.argument, "kind": case.kind}
+    print(json.dumps(line), flush=True)
+    print(json.dumps({**line, "outcome": run()}), flush=True)
 
-    torch.set_num_threads(2)
+
+def fuzz_operators() -> None:
+    """Every operator, with every argument wrong in turn."""
+    from .operator_calls import operator_calls
+
     for name, arguments in operator_calls().items():
-        if name.split()[0] not in sys.argv[1:]:
-            continue
         operator = getattr(OPS, name.split()[0]).default
         names = [argument.name for argument in operator._schema.arguments]
         for case in cases(names, list(arguments)):
-            told = {"call": name, "argument": case.argument, "kind": case.kind}
-            print(json.dumps(told), flush=True)
-            print(json.dumps({**told, "outcome": outcome(operator, case)}), flush=True)
+            told(name, case, partial(outcome, operator, case))
+
+
+def fuzz_functions() -> None:
+    """Every public function, with every tensor freed in turn."""
+    from .operator_calls import public_calls
+
+    for name, (function, arguments) in public_calls().items():
+        for argument in [None, *(key for key, x in arguments.items() if isinstance(x, Tensor))]:
+            given = {key: freed(x) if key == argument else x for key, x in arguments.items()}
+            case = Case("freed" if argument else "valid", argument or "", [])
+            told(f"kernels.{name}", case, partial(attempt, function, given))
+
+
+def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
+    """What comes of a call."""
+    try:
+        function(**arguments)
+    except Exception as error:
+        return f"raised: {type(error).__name__}: {error}"
+    return "ok"
+
+
+def changed(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What a hook may make of a saved tensor."""
+    if x.numel():
+        yield "freed", freed(x.detach())
+    yield from reshaped(x)
+    for dtype in (torch.float64, torch.float16, torch.int64, torch.bool):
+        if dtype != x.dtype:
+            yield str(dtype), x.detach().to(dtype)
+    yield "meta", x.detach().to("meta")
+
+
+def saved_by(forward: Callable[[], Tensor]) -> list[Tensor]:
+    """What a forward pass saves for its backward pass."""
+    saved: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        forward()
+    return saved
+
+
+def fuzz_hooks() -> None:
+    """Every layer's backward pass, with every saved tensor changed in turn."""
+    from .operator_calls import backward_calls
+
+    for name, forward in backward_calls().items():
+        for number, tensor in enumerate(saved_by(forward)):
+            for kind, wrong in [("valid", tensor), *changed(tensor)]:
+                case = Case(kind, f"saved tensor {number} of {list(tensor.shape)}", [])
+                told(f"backward of {name}", case, partial(backward_with, forward, number, wrong))
+
+
+def backward_with(forward: Callable[[], Tensor], number: int, wrong: Tensor) -> str:
+    """A backward pass that gets ``wrong`` for one of the saved tensors."""
+    numbers = count()
+
+    def pack(x: Tensor) -> Any:
+        return wrong if next(numbers) == number else x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = forward()
+    return attempt(lambda: out.float().sum().backward(), {})
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    fuzz_operators()
+    fuzz_functions()
+    fuzz_hooks()
