@@ -52,11 +52,11 @@ Tensor gram(const Tensor& rows, std::vector<int64_t> offsets) {
     const DeviceRows<T> on_device = device_rows<T>(matrix);
     for (int64_t s = 0; s < num_segments; ++s) {
       std::optional<Tensor> scratch;
-      const auto allocate = [&](int64_t count) {
+      const auto new_scratch = [&](int64_t count) {
         scratch = allocate(rows, {count}, ScalarType::Double);
         return data<double>(*scratch);
       };
-      compute_gram(on_device, offsets[s], offsets[s + 1], device.num_processors(), allocate,
+      compute_gram(on_device, offsets[s], offsets[s + 1], device.num_processors(), new_scratch,
                    data<Compute<T>>(result) + s * k * k, device.stream());
     }
   });

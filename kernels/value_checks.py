@@ -87,7 +87,7 @@ def _needed(x: Tensor) -> int:
 
 
 def _needed_bytes(x: Tensor) -> int:
-    return (x.storage_offset() + _needed(x)) * x.itemsize if x.numel() else 0
+    return int((x.storage_offset() + _needed(x)) * x.itemsize) if x.numel() else 0
 
 
 def check_tensor(
