@@ -14,6 +14,7 @@
 namespace superbert {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::select;
 using torch::stable::Tensor;
 
@@ -26,9 +27,11 @@ struct Options {
   int64_t stream;
 };
 
-// The sequence boundaries are data, so the checks that shapes allow are made in Python and these
-// are made here.
 void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total) {
+  check(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1 && cu_seqlens.is_contiguous() &&
+            cu_seqlens.scalar_type() == ScalarType::Int,
+        name, ": expected contiguous int32 [sequences + 1]");
+  check_data(name, cu_seqlens);
   const auto* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t sequences = cu_seqlens.numel() - 1;
   check(cu[0] == 0, name, ": expected to start at 0, got ", cu[0]);
@@ -37,6 +40,32 @@ void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total)
           cu[s + 1], " at position ", s);
   check(cu[sequences] <= total, name, ": expected to end within the ", total, " rows, got ",
         cu[sequences]);
+}
+
+// Checks a stream [rows, heads, width] against q.
+void check_heads(const char* name, const Tensor& x, const Tensor& q, int64_t rows) {
+  check_shape(name, x, {rows, q.size(1), q.size(2)});
+  check_dtype(name, x, q.scalar_type(), "the dtype of q");
+  check(x.size(2) == 1 || x.stride(2) == 1, name, ": expected a contiguous last dimension");
+  check_data(name, x);
+}
+
+void check_streams(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_dims("q", q, 3, "[tokens, heads, width]");
+  check(q.size(2) >= 1, "q: expected heads of at least one column");
+  check_heads("q", q, q, q.size(0));
+  check_dims("k", k, 3, "[tokens, heads, width]");
+  check_heads("k", k, q, k.size(0));
+  check_heads("v", v, q, k.size(0));
+}
+
+void check_packed(const Tensor& qkv) {
+  check(qkv.dim() == 4 && qkv.size(1) == 3, "qkv: expected [tokens, 3, heads, width], got ",
+        shape_text(qkv.sizes()));
+  storage_of("qkv", qkv);
+  check(qkv.size(3) == 1 || (qkv.size(3) > 1 && qkv.stride(3) == 1),
+        "qkv: expected heads of at least one column, and a contiguous last dimension");
+  check_data("qkv", qkv); // torch's select() would stumble on it, without its name
 }
 
 // Rows behind the last sequence belong to nobody; they get a value of their own.
@@ -48,10 +77,11 @@ void fill_rows_after(const Tensor& cu_seqlens, Tensor x, double value) {
   torch::stable::fill_(rest, value);
 }
 
+// Strides of a dimension of size 1 may be anything, but are multiplied by 0 alone.
 HeadRows head_rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
 Tensor empty_heads(const Tensor& like) {
-  return torch::stable::new_empty(like, {like.size(0), like.size(1), like.size(2)});
+  return allocate(like, {like.size(0), like.size(1), like.size(2)});
 }
 
 AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
@@ -59,6 +89,9 @@ AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const
                         const Options& options) {
   check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.size(0));
   check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  check(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
+        "cu_seqlens_k: expected as many sequences as cu_seqlens_q, ", cu_seqlens_q.numel() - 1,
+        ", got ", cu_seqlens_k.numel() - 1);
   AttentionCall call;
   call.storage = storage_of("q", q);
   call.sequences = cu_seqlens_q.numel() - 1;
@@ -89,9 +122,9 @@ void run(const AttentionCall& call, const Kernel& kernel) {
 std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                                        const Options& options) {
+  check_streams(q, k, v);
   Tensor out = empty_heads(q);
-  Tensor lse =
-      torch::stable::new_empty(q, {q.size(1), q.size(0)}, torch::headeronly::ScalarType::Float);
+  Tensor lse = allocate(q, {q.size(1), q.size(0)}, ScalarType::Float);
   const AttentionCall call = make_call(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options);
   fill_rows_after(cu_seqlens_q, out, 0);
   fill_rows_after(cu_seqlens_q, torch::stable::transpose(lse, 0, 1), -INFINITY);
@@ -104,11 +137,19 @@ void run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, cons
                   const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
                   const Tensor& cu_seqlens_k, const Options& options, const Tensor& grad_q,
                   const Tensor& grad_k, const Tensor& grad_v) {
-  const AttentionCall call = make_call(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options);
+  check_shape("grad_out", grad_out, {q.size(0), q.size(1), q.size(2)});
+  check_dtype("grad_out", grad_out, q.scalar_type(), "the dtype of q");
+  check_data("grad_out", grad_out);
+  check_heads("out", out, q, q.size(0));
+  check_shape("lse", lse, {q.size(1), q.size(0)});
+  check_dtype("lse", lse, ScalarType::Float, "float32");
+  check_data("lse", lse);
+  const Tensor row_lse = as_contiguous(lse);
+  const AttentionCall call = make_call(q, k, v, out, row_lse, cu_seqlens_q, cu_seqlens_k, options);
   fill_rows_after(cu_seqlens_q, grad_q, 0);
   fill_rows_after(cu_seqlens_k, grad_k, 0);
   fill_rows_after(cu_seqlens_k, grad_v, 0);
-  const Tensor d_out = torch::stable::contiguous(grad_out);
+  const Tensor d_out = as_contiguous(grad_out);
   const AttentionGradients gradients = {head_rows(d_out), head_rows(grad_q), head_rows(grad_k),
                                         head_rows(grad_v)};
   const auto& kernels = attention_kernels();
@@ -128,6 +169,7 @@ std::tuple<Tensor, Tensor, Tensor>
 attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
                    Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t, int64_t, double dropout_p,
                    double softmax_scale, bool causal, std::optional<Tensor> seed, int64_t stream) {
+  check_streams(q, k, v);
   Tensor grad_q = empty_heads(q), grad_k = empty_heads(k), grad_v = empty_heads(v);
   run_backward(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
                {dropout_p, softmax_scale, causal, seed, stream}, grad_q, grad_k, grad_v);
@@ -137,6 +179,7 @@ attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Te
 std::tuple<Tensor, Tensor> attention_qkvpacked(Tensor qkv, Tensor cu_seqlens, int64_t,
                                                double dropout_p, double softmax_scale, bool causal,
                                                std::optional<Tensor> seed, int64_t stream) {
+  check_packed(qkv);
   return run_forward(select(qkv, 1, 0), select(qkv, 1, 1), select(qkv, 1, 2), cu_seqlens,
                      cu_seqlens, {dropout_p, softmax_scale, causal, seed, stream});
 }
@@ -145,10 +188,13 @@ Tensor attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, Tensor out, Ten
                                     Tensor cu_seqlens, int64_t, double dropout_p,
                                     double softmax_scale, bool causal, std::optional<Tensor> seed,
                                     int64_t stream) {
-  Tensor grad = torch::stable::new_empty(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
-  run_backward(grad_out, select(qkv, 1, 0), select(qkv, 1, 1), select(qkv, 1, 2), out, lse,
-               cu_seqlens, cu_seqlens, {dropout_p, softmax_scale, causal, seed, stream},
-               select(grad, 1, 0), select(grad, 1, 1), select(grad, 1, 2));
+  check_packed(qkv);
+  Tensor grad = allocate(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
+  const Tensor q = select(qkv, 1, 0), k = select(qkv, 1, 1), v = select(qkv, 1, 2);
+  check_streams(q, k, v);
+  run_backward(grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens,
+               {dropout_p, softmax_scale, causal, seed, stream}, select(grad, 1, 0),
+               select(grad, 1, 1), select(grad, 1, 2));
   return grad;
 }
 

@@ -10,6 +10,7 @@
 
 #include "balancing_checks.h"
 #include "balancing_solvers.h"
+#include "memory.h"
 
 namespace superbert {
 namespace {
@@ -25,8 +26,8 @@ std::tuple<Tensor, Tensor> symmetric_eigen(const Tensor& matrix) {
   const int64_t k = check_square(matrix, "matrix");
   const double* source = data<double>(matrix);
   std::vector<double> work(source, source + k * k);
-  Tensor values = torch::stable::new_empty(matrix, {k});
-  Tensor vectors = torch::stable::new_empty(matrix, {k, k});
+  Tensor values = allocate(matrix, {k});
+  Tensor vectors = allocate(matrix, {k, k});
   solvers::symmetric_eigen(work.data(), k, data<double>(values), data<double>(vectors));
   return {values, vectors};
 }
@@ -34,9 +35,9 @@ std::tuple<Tensor, Tensor> symmetric_eigen(const Tensor& matrix) {
 Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
   const int64_t k = check_square(gram, "gram");
   check_lower(lower, gram);
-  Tensor result = torch::stable::empty_like(lower);
+  Tensor result = allocate_like(lower);
   const int64_t grain = std::max<int64_t>(1, kGrainOperations / (k * k * k));
-  torch::stable::parallel_for(0, lower.size(0), grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, lower.size(0), grain, [&](int64_t first, int64_t last) {
     std::vector<double> scratch = scratch_for(k);
     for (int64_t row = first; row < last; ++row) {
       solvers::project_onto_dual_cone(data<double>(gram), data<double>(lower) + row * k, k,
@@ -48,21 +49,23 @@ Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
 
 Tensor minimize_norm(const Tensor& gram) {
   const int64_t k = check_square(gram, "gram");
-  Tensor weights = torch::stable::new_empty(gram, {k});
+  Tensor weights = allocate(gram, {k});
   solvers::minimize_norm(data<double>(gram), k, data<double>(weights), scratch_for(k).data());
   return weights;
 }
 
 Tensor avoid_conflict(const Tensor& gram, double c) {
   const int64_t k = check_square(gram, "gram");
-  Tensor weights = torch::stable::new_empty(gram, {k});
+  check_factor(c, "c");
+  Tensor weights = allocate(gram, {k});
   solvers::avoid_conflict(data<double>(gram), c, k, data<double>(weights), scratch_for(k).data());
   return weights;
 }
 
 Tensor bargain(const Tensor& gram, double alpha) {
   const int64_t k = check_square(gram, "gram");
-  Tensor weights = torch::stable::new_empty(gram, {k});
+  check_factor(alpha, "alpha");
+  Tensor weights = allocate(gram, {k});
   solvers::bargain(data<double>(gram), alpha, k, data<double>(weights), scratch_for(k).data());
   return weights;
 }

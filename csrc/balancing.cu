@@ -11,6 +11,7 @@
 #include "balancing_checks.h"
 #include "balancing_solvers.h"
 #include "launch_device.cuh"
+#include "memory.h"
 
 namespace superbert {
 namespace {
@@ -49,15 +50,15 @@ __global__ void bargain_kernel(const double* gram, double alpha, int64_t k, doub
 }
 
 Tensor scratch_for(const Tensor& gram, int64_t problems) {
-  return torch::stable::new_empty(gram, {problems * solvers::solver_scratch(gram.size(0))});
+  return allocate(gram, {problems * solvers::solver_scratch(gram.size(0))});
 }
 
 std::tuple<Tensor, Tensor> symmetric_eigen(const Tensor& matrix) {
   const int64_t k = check_square(matrix, "matrix");
   const LaunchDevice device(matrix);
-  const Tensor work = torch::stable::clone(matrix);
-  Tensor values = torch::stable::new_empty(matrix, {k});
-  Tensor vectors = torch::stable::new_empty(matrix, {k, k});
+  const Tensor work = allocated(matrix.sizes(), [&] { return torch::stable::clone(matrix); });
+  Tensor values = allocate(matrix, {k});
+  Tensor vectors = allocate(matrix, {k, k});
   launch(eigen_kernel, 1, 1, device.stream(), data<double>(work), k, data<double>(values),
          data<double>(vectors));
   return {values, vectors};
@@ -67,7 +68,7 @@ Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
   const int64_t k = check_square(gram, "gram");
   check_lower(lower, gram);
   const LaunchDevice device(gram);
-  Tensor result = torch::stable::empty_like(lower);
+  Tensor result = allocate_like(lower);
   const int64_t rows = lower.size(0);
   if (rows == 0) return result;
   const int64_t fitting = std::max(kProblemsOfBlock, kMostScratch / solvers::solver_scratch(k));
@@ -83,7 +84,7 @@ Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
 Tensor minimize_norm(const Tensor& gram) {
   const int64_t k = check_square(gram, "gram");
   const LaunchDevice device(gram);
-  Tensor weights = torch::stable::new_empty(gram, {k});
+  Tensor weights = allocate(gram, {k});
   const Tensor scratch = scratch_for(gram, 1);
   launch(minimize_norm_kernel, 1, 1, device.stream(), data<double>(gram), k, data<double>(weights),
          data<double>(scratch));
@@ -92,8 +93,9 @@ Tensor minimize_norm(const Tensor& gram) {
 
 Tensor avoid_conflict(const Tensor& gram, double c) {
   const int64_t k = check_square(gram, "gram");
+  check_factor(c, "c");
   const LaunchDevice device(gram);
-  Tensor weights = torch::stable::new_empty(gram, {k});
+  Tensor weights = allocate(gram, {k});
   const Tensor scratch = scratch_for(gram, 1);
   launch(avoid_conflict_kernel, 1, 1, device.stream(), data<double>(gram), c, k,
          data<double>(weights), data<double>(scratch));
@@ -102,8 +104,9 @@ Tensor avoid_conflict(const Tensor& gram, double c) {
 
 Tensor bargain(const Tensor& gram, double alpha) {
   const int64_t k = check_square(gram, "gram");
+  check_factor(alpha, "alpha");
   const LaunchDevice device(gram);
-  Tensor weights = torch::stable::new_empty(gram, {k});
+  Tensor weights = allocate(gram, {k});
   const Tensor scratch = scratch_for(gram, 1);
   launch(bargain_kernel, 1, 1, device.stream(), data<double>(gram), alpha, k, data<double>(weights),
          data<double>(scratch));

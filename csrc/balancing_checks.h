@@ -20,7 +20,12 @@ inline int64_t check_square(const Tensor& matrix, const char* name) {
   check(matrix.dim() == 2 && matrix.size(0) == matrix.size(1) && matrix.size(0) >= 1 &&
             matrix.is_contiguous() && matrix.scalar_type() == torch::headeronly::ScalarType::Double,
         name, " must be a contiguous float64 [K, K] matrix with K at least 1");
+  check_data(name, matrix);
   return matrix.size(0);
+}
+
+inline void check_factor(double factor, const char* name) {
+  check(factor >= 0, name, " must be at least 0, not ", factor);
 }
 
 inline void check_lower(const Tensor& lower, const Tensor& gram) {
@@ -29,6 +34,7 @@ inline void check_lower(const Tensor& lower, const Tensor& gram) {
             lower.is_cuda() == gram.is_cuda() &&
             lower.get_device_index() == gram.get_device_index(),
         "lower must be a contiguous float64 [M, K] matrix on the device of gram");
+  check_data("lower", lower);
 }
 
 } // namespace superbert

@@ -68,15 +68,21 @@ struct UpdateAdamW {
     C weight_factor, step_size, second_moment_factor;
   };
 
-  // 1 - beta^t as -expm1(t log beta): exact to rounding where beta^t is near one.
+  // 1 - beta^t as -expm1(t log beta): exact to rounding where beta^t is near one.  Steps count from
+  // 1; at 0 the bias correction would divide by 0, and the host, which could raise, must not wait.
   __device__ Prepared prepare() const {
     const double rate = lr.value(), count = step.value();
     const double bias1 = -expm1(count * log_beta1), bias2 = -expm1(count * log_beta2);
-    return {skip.value() != 0.0,          static_cast<C>(scale.value()),
-            static_cast<C>(beta1),        static_cast<C>(1.0 - beta1),
-            static_cast<C>(beta2),        static_cast<C>(1.0 - beta2),
-            static_cast<C>(eps),          static_cast<C>(1.0 - rate * weight_decay),
-            static_cast<C>(rate / bias1), static_cast<C>(1.0 / sqrt(bias2))};
+    return {skip.value() != 0.0 || !(count >= 1.0),
+            static_cast<C>(scale.value()),
+            static_cast<C>(beta1),
+            static_cast<C>(1.0 - beta1),
+            static_cast<C>(beta2),
+            static_cast<C>(1.0 - beta2),
+            static_cast<C>(eps),
+            static_cast<C>(1.0 - rate * weight_decay),
+            static_cast<C>(rate / bias1),
+            static_cast<C>(1.0 / sqrt(bias2))};
   }
 
   template <int N>

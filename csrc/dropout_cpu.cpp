@@ -17,8 +17,9 @@ constexpr int64_t kBlock = 16384;
 Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
   const Dropout dropout = make_dropout(p, seed, stream);
   const Storage storage = storage_of("x", x);
-  const Tensor from = torch::stable::contiguous(x);
-  Tensor to = torch::stable::empty_like(from);
+  check_data("x", x);
+  const Tensor from = as_contiguous(x);
+  Tensor to = allocate_like(from);
   const int64_t count = from.numel();
   const auto& kernels = dropout_kernels();
   parallel_items((count + kBlock - 1) / kBlock, 0, [&](float*, int64_t block) {

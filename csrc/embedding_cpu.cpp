@@ -29,6 +29,7 @@ const int64_t* index_data(const Tensor& index) {
 void check_index(const char* name, const Tensor& index, int64_t table_rows) {
   check(index.dim() == 1 && index.scalar_type() == ScalarType::Long && index.is_contiguous(), name,
         ": expected contiguous int64 [tokens]");
+  check_data(name, index);
   const int64_t* rows = index_data(index);
   for (int64_t t = 0; t < index.numel(); ++t) {
     check(0 <= rows[t] && rows[t] < table_rows, name, ": expected 0 <= index < ", table_rows,
@@ -65,16 +66,22 @@ std::vector<Group> make_groups(const int64_t* index, const Offsets& offsets,
 }
 
 void embedding_task_gradients(Tensor grad_output, Tensor index, Tensor rows, Offsets offsets) {
-  check(rows.dim() == 3 && rows.stride(2) == 1 && rows.stride(1) == rows.size(2),
-        "rows: expected [tasks, N, H] with contiguous tables");
+  check(rows.dim() == 3 && (rows.size(2) == 1 || rows.stride(2) == 1) &&
+            (rows.size(1) == 1 || rows.stride(1) == rows.size(2)) &&
+            (rows.size(0) == 1 || rows.stride(0) >= rows.size(1) * rows.size(2)),
+        "rows: expected [tasks, N, H] with contiguous tables that lie apart");
+  check_data("rows", rows);
   check(offsets.empty() || static_cast<int64_t>(offsets.size()) == rows.size(0) + 1,
         "offsets: expected tasks + 1 row numbers");
-  check(grad_output.dim() == 2 && grad_output.size(0) == index.numel() &&
-            grad_output.size(1) == rows.size(2) && grad_output.scalar_type() == rows.scalar_type(),
-        "grad_output: expected [tokens, H] in the dtype of rows");
   check_index("index", index, rows.size(1));
+  check_shape("grad_output", grad_output, {index.numel(), rows.size(2)});
+  check_dtype("grad_output", grad_output, rows.scalar_type(), "the dtype of rows");
+  check_data("grad_output", grad_output);
   check_offsets(offsets, index.numel());
-  const Tensor gradient = torch::stable::contiguous(grad_output);
+  const Tensor gradient = as_contiguous(grad_output);
+  const Runs written = runs_of(rows);
+  check_apart("rows", written, "grad_output", runs_of(gradient));
+  check_apart("rows", written, "index", runs_of(index));
   const int64_t width = rows.size(2);
   const int64_t table_bytes = rows.stride(0) * static_cast<int64_t>(rows.element_size());
   const TableGradient call{storage_of("rows", rows), width, gradient.data_ptr(), rows.data_ptr()};
@@ -103,8 +110,8 @@ class Embedded {
   Embedded(const Tensor& word_ids, const Tensor& position_ids, const Tensor& token_type_ids,
            const Tensor& word, const Tensor& position, const Tensor& token_type)
       : indices_{word_ids, position_ids, token_type_ids},
-        tables_{torch::stable::contiguous(word), torch::stable::contiguous(position),
-                torch::stable::contiguous(token_type)} {
+        tables_{checked_table("word", word, word), checked_table("position", position, word),
+                checked_table("token_type", token_type, word)} {
     static constexpr const char* kNames[] = {"word_ids", "position_ids", "token_type_ids"};
     for (int table = 0; table < EmbeddingSum::kTables; ++table) {
       check_index(kNames[table], indices_[table], tables_[table].size(0));
@@ -119,7 +126,24 @@ class Embedded {
   int64_t rows() const { return indices_[0].numel(); }
   int64_t width() const { return tables_[0].size(1); }
 
+  // Refuses rows for the tables' gradients in the memory of the tables.
+  void check_apart_from(const Tensor& rows) const {
+    const Runs written = runs_of(rows);
+    check_apart("rows", written, "word", runs_of(tables_[0]));
+    check_apart("rows", written, "position", runs_of(tables_[1]));
+    check_apart("rows", written, "token_type", runs_of(tables_[2]));
+  }
+
  private:
+  static Tensor checked_table(const char* name, const Tensor& table, const Tensor& word) {
+    check_dims(name, table, 2, "[rows, width]");
+    check(table.size(1) == word.size(1) && table.size(1) >= 1, name,
+          ": expected the width of word, at least 1, got ", shape_text(table.sizes()));
+    check_dtype(name, table, word.scalar_type(), "the dtype of word");
+    check_data(name, table);
+    return as_contiguous(table);
+  }
+
   Tensor indices_[EmbeddingSum::kTables], tables_[EmbeddingSum::kTables];
   EmbeddingSum sum_;
 };
@@ -128,13 +152,18 @@ std::tuple<Tensor, Tensor, Tensor>
 embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,
                      Tensor position, Tensor token_type, std::optional<Tensor> weight,
                      std::optional<Tensor> bias, double dropout_p, double eps,
-                     std::optional<Tensor> seed, int64_t stream, std::optional<Tensor>, Offsets,
-                     Offsets, bool) {
+                     std::optional<Tensor> seed, int64_t stream, std::optional<Tensor> rows,
+                     Offsets columns, Offsets offsets, bool) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
-  const Parameter gamma(weight), beta(bias);
-  Tensor out = torch::stable::new_empty(word, {embedded.rows(), embedded.width()});
-  Tensor mean = torch::stable::new_empty(word, {embedded.rows()}, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(word, {embedded.rows()}, ScalarType::Float);
+  check_eps(eps);
+  check_task_rows(
+      rows, columns, offsets, embedded.rows(),
+      {word.numel(), position.numel(), token_type.numel(), embedded.width(), embedded.width()});
+  if (rows) embedded.check_apart_from(*rows);
+  const Parameter gamma("weight", weight, embedded.width()), beta("bias", bias, embedded.width());
+  Tensor out = allocate(word, {embedded.rows(), embedded.width()});
+  Tensor mean = allocate(word, {embedded.rows()}, ScalarType::Float);
+  Tensor rstd = allocate(word, {embedded.rows()}, ScalarType::Float);
   LayerNormCall call{};
   call.storage = embedded.storage();
   call.rows = embedded.rows();
@@ -158,9 +187,27 @@ Tensor embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor po
                                      Offsets offsets, bool accumulate, double dropout_p,
                                      std::optional<Tensor> seed, int64_t stream) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
-  const Tensor grad_rows = torch::stable::contiguous(grad_out);
-  const Parameter gamma(weight);
-  Tensor grad_sum = torch::stable::new_empty(word, {embedded.rows(), embedded.width()});
+  const int64_t shape[] = {embedded.rows(), embedded.width()};
+  check_shape("grad_out", grad_out, {shape[0], shape[1]});
+  check_dtype("grad_out", grad_out, word.scalar_type(), "the dtype of word");
+  check_data("grad_out", grad_out);
+  check_statistic("mean", mean, Sizes(shape, 2));
+  check_statistic("rstd", rstd, Sizes(shape, 2));
+  const ParameterRows parameters{weight_rows, bias_rows, offsets, accumulate};
+  check_parameter_rows(parameters, embedded.width());
+  const Tensor grad_rows = as_contiguous(grad_out);
+  const Parameter gamma("weight", weight, embedded.width());
+  check_rows_apart(parameters, {{"grad_out", &grad_rows},
+                                {"word_ids", &word_ids},
+                                {"position_ids", &position_ids},
+                                {"token_type_ids", &token_type_ids},
+                                {"weight", weight ? &*weight : nullptr},
+                                {"mean", &mean},
+                                {"rstd", &rstd},
+                                {"seed", seed ? &*seed : nullptr}});
+  if (weight_rows.numel() > 0) embedded.check_apart_from(weight_rows);
+  if (bias_rows.numel() > 0) embedded.check_apart_from(bias_rows);
+  Tensor grad_sum = allocate(word, Sizes(shape, 2));
   LayerNormGradients call{};
   call.storage = embedded.storage();
   call.rows = embedded.rows();
@@ -172,7 +219,7 @@ Tensor embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor po
   call.rstd = static_cast<const float*>(rstd.const_data_ptr());
   call.out_dropout = make_dropout(dropout_p, seed, stream);
   call.grad_hidden = grad_sum.data_ptr();
-  run_layer_norm_backward(call, {weight_rows, bias_rows, offsets, accumulate});
+  run_layer_norm_backward(call, parameters);
   return grad_sum;
 }
 

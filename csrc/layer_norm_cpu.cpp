@@ -19,22 +19,27 @@ using torch::stable::Tensor;
 
 Tensor new_statistic(const Tensor& x) {
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end() - 1);
-  return torch::stable::new_empty(x, shape, ScalarType::Float);
+  return allocate(x, shape, ScalarType::Float);
 }
 
 // ---- forward ------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> weight,
                                               std::optional<Tensor> bias, double eps,
-                                              std::optional<Tensor>, Offsets, Offsets, bool) {
-  const Tensor rows = torch::stable::contiguous(x);
-  const Parameter gamma(weight), beta(bias);
-  Tensor out = torch::stable::empty_like(rows);
+                                              std::optional<Tensor> task_rows, Offsets columns,
+                                              Offsets offsets, bool) {
+  check_hidden("x", x);
+  check_eps(eps);
+  const int64_t width = x.size(x.dim() - 1);
+  check_task_rows(task_rows, columns, offsets, x.numel() / width, {width, width});
+  const Tensor rows = as_contiguous(x);
+  const Parameter gamma("weight", weight, width), beta("bias", bias, width);
+  Tensor out = allocate_like(rows);
   Tensor mean = new_statistic(x), rstd = new_statistic(x);
   LayerNormCall call{};
   call.storage = storage_of("x", x);
   call.rows = mean.numel();
-  call.width = x.size(x.dim() - 1);
+  call.width = width;
   call.x = rows.data_ptr();
   call.weight = gamma.data();
   call.bias = beta.data();
@@ -50,16 +55,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor>
 dropout_add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> x_bias,
                        std::optional<Tensor> weight, std::optional<Tensor> bias, double dropout_p,
                        double eps, std::optional<Tensor> seed, int64_t stream,
-                       std::optional<Tensor>, Offsets, Offsets, bool) {
-  const Tensor rows = torch::stable::contiguous(x);
-  const Tensor residual_rows = torch::stable::contiguous(residual);
-  const Parameter offset(x_bias), gamma(weight), beta(bias);
-  Tensor out = torch::stable::empty_like(rows), hidden = torch::stable::empty_like(rows);
+                       std::optional<Tensor> task_rows, Offsets columns, Offsets offsets, bool) {
+  check_hidden("x", x);
+  check_beside("residual", residual, "x", x);
+  check_eps(eps);
+  const int64_t width = x.size(x.dim() - 1);
+  check_task_rows(task_rows, columns, offsets, x.numel() / width, {width, width});
+  const Tensor rows = as_contiguous(x);
+  const Tensor residual_rows = as_contiguous(residual);
+  const Parameter offset("x_bias", x_bias, width);
+  const Parameter gamma("weight", weight, width), beta("bias", bias, width);
+  Tensor out = allocate_like(rows), hidden = allocate_like(rows);
   Tensor mean = new_statistic(x), rstd = new_statistic(x);
   LayerNormCall call{};
   call.storage = storage_of("x", x);
   call.rows = mean.numel();
-  call.width = x.size(x.dim() - 1);
+  call.width = width;
   call.x = rows.data_ptr();
   call.residual = residual_rows.data_ptr();
   call.x_bias = offset.data();
@@ -77,13 +88,28 @@ dropout_add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> x_bias,
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// Fills in what the two backward ops have in common, and runs.
+// Checks what the two backward ops have in common.
+void check_backward(const Tensor& grad_out, const Tensor& hidden, const Tensor& mean,
+                    const Tensor& rstd, const ParameterRows& parameters) {
+  check_hidden("hidden", hidden);
+  check_beside("grad_out", grad_out, "hidden", hidden);
+  check_statistic("mean", mean, hidden.sizes());
+  check_statistic("rstd", rstd, hidden.sizes());
+  check_parameter_rows(parameters, hidden.size(hidden.dim() - 1));
+}
+
+// Fills in what they have in common, and runs.
 void run_backward(LayerNormGradients& call, const Tensor& grad_out, const Tensor& hidden,
                   const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd,
                   const Tensor& grad_hidden, const ParameterRows& parameters) {
-  const Tensor grad_rows = torch::stable::contiguous(grad_out);
-  const Tensor hidden_rows = torch::stable::contiguous(hidden);
-  const Parameter gamma(weight);
+  const Tensor grad_rows = as_contiguous(grad_out);
+  const Tensor hidden_rows = as_contiguous(hidden);
+  const Parameter gamma("weight", weight, hidden.size(hidden.dim() - 1));
+  check_rows_apart(parameters, {{"grad_out", &grad_rows},
+                                {"hidden", &hidden_rows},
+                                {"weight", weight ? &*weight : nullptr},
+                                {"mean", &mean},
+                                {"rstd", &rstd}});
   call.storage = storage_of("hidden", hidden);
   call.rows = mean.numel();
   call.width = hidden.size(hidden.dim() - 1);
@@ -99,10 +125,11 @@ void run_backward(LayerNormGradients& call, const Tensor& grad_out, const Tensor
 Tensor layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Tensor> weight,
                            Tensor mean, Tensor rstd, Tensor weight_rows, Tensor bias_rows,
                            Offsets offsets, bool accumulate) {
-  Tensor grad_hidden = torch::stable::new_empty(hidden, hidden.sizes());
+  const ParameterRows parameters{weight_rows, bias_rows, offsets, accumulate};
+  check_backward(grad_out, hidden, mean, rstd, parameters);
+  Tensor grad_hidden = allocate(hidden, hidden.sizes());
   LayerNormGradients call{};
-  run_backward(call, grad_out, hidden, weight, mean, rstd, grad_hidden,
-               {weight_rows, bias_rows, offsets, accumulate});
+  run_backward(call, grad_out, hidden, weight, mean, rstd, grad_hidden, parameters);
   return grad_hidden;
 }
 
@@ -111,13 +138,15 @@ dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Te
                                 Tensor mean, Tensor rstd, Tensor weight_rows, Tensor bias_rows,
                                 Offsets offsets, bool accumulate, double dropout_p, Tensor seed,
                                 int64_t stream) {
-  Tensor grad_residual = torch::stable::new_empty(hidden, hidden.sizes());
-  Tensor grad_x = torch::stable::new_empty(hidden, hidden.sizes());
+  const ParameterRows parameters{weight_rows, bias_rows, offsets, accumulate};
+  check_backward(grad_out, hidden, mean, rstd, parameters);
+  check_rows_apart(parameters, {{"seed", &seed}});
+  Tensor grad_residual = allocate(hidden, hidden.sizes());
+  Tensor grad_x = allocate(hidden, hidden.sizes());
   LayerNormGradients call{};
   call.dropout = make_dropout(dropout_p, seed, stream);
   call.grad_x = grad_x.data_ptr();
-  run_backward(call, grad_out, hidden, weight, mean, rstd, grad_residual,
-               {weight_rows, bias_rows, offsets, accumulate});
+  run_backward(call, grad_out, hidden, weight, mean, rstd, grad_residual, parameters);
   return {grad_residual, grad_x};
 }
 

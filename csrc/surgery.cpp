@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "memory.h"
 #include "pcgrad_solver.h"
 #include "surgery.h"
 #include "surgery_checks.h"
@@ -103,16 +104,15 @@ void gram_of_segment(const Rows& rows, int64_t begin, int64_t end, T* result) {
   for (int64_t done = 0; done < num_pairs; done += at_once) {
     const int64_t count = std::min(at_once, num_pairs - done);
     sums.assign(count * num_spans * most, 0.0);
-    torch::stable::parallel_for(0, count * num_spans, std::max<int64_t>(1, kGrainColumns / span),
-                                [&](int64_t first, int64_t last) {
-                                  for (int64_t item = first; item < last; ++item) {
-                                    const PanelPair& pair = pairs[done + item / num_spans];
-                                    const int64_t from = begin + item % num_spans * span;
-                                    surgery_kernels().gram(
-                                        panel(rows, pair.row), panel(rows, pair.column), from,
-                                        std::min(from + span, end), sums.data() + item * most);
-                                  }
-                                });
+    parallel_for(0, count * num_spans, std::max<int64_t>(1, kGrainColumns / span),
+                 [&](int64_t first, int64_t last) {
+                   for (int64_t item = first; item < last; ++item) {
+                     const PanelPair& pair = pairs[done + item / num_spans];
+                     const int64_t from = begin + item % num_spans * span;
+                     surgery_kernels().gram(panel(rows, pair.row), panel(rows, pair.column), from,
+                                            std::min(from + span, end), sums.data() + item * most);
+                   }
+                 });
     for (int64_t p = 0; p < count; ++p) {
       add_spans(rows, pairs[done + p], sums.data() + p * num_spans * most, num_spans, most, result);
     }
@@ -124,7 +124,7 @@ Tensor gram(const Tensor& rows, std::vector<int64_t> offsets) {
   check_offsets(offsets, rows);
   const int64_t num_segments = static_cast<int64_t>(offsets.size()) - 1;
   const int64_t k = matrix.num_rows;
-  Tensor result = torch::stable::new_empty(rows, {num_segments, k, k}, compute_type(rows));
+  Tensor result = allocate(rows, {num_segments, k, k}, compute_type(rows));
   for (int64_t s = 0; s < num_segments; ++s) {
     const auto run = [&](auto* data) {
       gram_of_segment(matrix, offsets[s], offsets[s + 1], data + s * k * k);
@@ -157,7 +157,7 @@ Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool i
   for (int64_t i = 0; i < k * k; ++i) {
     check(tasks[i] >= 0 && tasks[i] < k, "order must hold task ids 0 .. K-1, not ", tasks[i]);
   }
-  Tensor weights = torch::stable::new_empty(gram, {k}, gram.scalar_type());
+  Tensor weights = allocate(gram, {k}, gram.scalar_type());
   const auto run = [&](auto* result) {
     using T = std::remove_pointer_t<decltype(result)>;
     solve_pcgrad(static_cast<const T*>(gram.data_ptr()), k, tasks, mean, include_self, result);
@@ -172,7 +172,7 @@ Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool i
 
 Tensor draw_order(const Tensor& seed, const Tensor& step, int64_t num_tasks) {
   check_counters(seed, step, num_tasks);
-  Tensor order = torch::stable::new_empty(seed, {num_tasks, num_tasks});
+  Tensor order = allocate(seed, {num_tasks, num_tasks});
   const uint64_t key = *static_cast<const int64_t*>(seed.data_ptr());
   const uint64_t counter = *static_cast<const int64_t*>(step.data_ptr());
   int64_t* data = static_cast<int64_t*>(order.data_ptr());
@@ -186,17 +186,17 @@ Tensor draw_order(const Tensor& seed, const Tensor& step, int64_t num_tasks) {
 void combine_out(const Tensor& rows, const Tensor& weights, Tensor out) {
   const Rows matrix = check_rows(rows);
   check_weights(weights, rows);
-  check_out(out, rows);
+  check_out(out, rows, weights);
   const std::vector<double> values = weight_values(weights);
   const FloatType out_type = float_type(out, "out");
-  torch::stable::parallel_for(0, rows.size(1), kGrainColumns, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.size(1), kGrainColumns, [&](int64_t begin, int64_t end) {
     surgery_kernels().combine(matrix, values.data(), begin, end, out_type, out.data_ptr());
   });
 }
 
 Tensor combine(const Tensor& rows, const Tensor& weights) {
   check_rows(rows);
-  Tensor out = torch::stable::new_empty(rows, {rows.size(1)});
+  Tensor out = allocate(rows, {rows.size(1)});
   combine_out(rows, weights, out);
   return out;
 }
@@ -209,9 +209,22 @@ void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Te
   check_weights(weights, rows);
   const AdamWState state = check_adamw(rows, master, exp_avg, exp_avg_sq, low_precision);
   check_scalars(rows, lr, step, scale, skip);
+  check_rates(beta1, beta2, eps, weight_decay);
+  const auto pointer = [](const auto& tensor) { return tensor ? &*tensor : nullptr; };
+  check_adamw_apart({{"master", &master},
+                     {"exp_avg", &exp_avg},
+                     {"exp_avg_sq", &exp_avg_sq},
+                     {"low_precision", pointer(low_precision)}},
+                    {{"rows", &rows},
+                     {"weights", &weights},
+                     {"lr", &lr},
+                     {"step", &step},
+                     {"scale", pointer(scale)},
+                     {"skip", pointer(skip)}});
   if (skip && scalar_value(*skip) != 0.0) return;
 
   const double rate = scalar_value(lr), count = scalar_value(step);
+  check(count >= 1, "step must be at least 1, the number of the first step, not ", count);
   const AdamWStep update{.gradient_scale = scale ? scalar_value(*scale) : 1.0,
                          .beta1 = beta1,
                          .beta2 = beta2,
@@ -220,7 +233,7 @@ void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Te
                          .step_size = rate / (1.0 - std::pow(beta1, count)),
                          .second_moment_factor = 1.0 / std::sqrt(1.0 - std::pow(beta2, count))};
   const std::vector<double> values = weight_values(weights);
-  torch::stable::parallel_for(0, rows.size(1), kGrainColumns, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows.size(1), kGrainColumns, [&](int64_t begin, int64_t end) {
     surgery_kernels().combine_adamw(matrix, values.data(), begin, end, update, state);
   });
 }

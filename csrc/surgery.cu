@@ -9,6 +9,7 @@
 #include "combine.cuh"
 #include "gram.cuh"
 #include "launch_device.cuh"
+#include "memory.h"
 #include "surgery_checks.h"
 #include "surgery_solve.cuh"
 
@@ -46,16 +47,16 @@ Tensor gram(const Tensor& rows, std::vector<int64_t> offsets) {
   const LaunchDevice device(rows);
   const int64_t num_segments = static_cast<int64_t>(offsets.size()) - 1;
   const int64_t k = matrix.num_rows;
-  Tensor result = torch::stable::new_empty(rows, {num_segments, k, k}, compute_type(rows));
+  Tensor result = allocate(rows, {num_segments, k, k}, compute_type(rows));
   with_type(matrix.type, [&]<typename T>(T*) {
     const DeviceRows<T> on_device = device_rows<T>(matrix);
     for (int64_t s = 0; s < num_segments; ++s) {
       std::optional<Tensor> scratch;
-      const auto allocate = [&](int64_t count) {
-        scratch = torch::stable::new_empty(rows, {count}, ScalarType::Double);
+      const auto new_scratch = [&](int64_t count) {
+        scratch = allocate(rows, {count}, ScalarType::Double);
         return data<double>(*scratch);
       };
-      compute_gram(on_device, offsets[s], offsets[s + 1], device.num_processors(), allocate,
+      compute_gram(on_device, offsets[s], offsets[s + 1], device.num_processors(), new_scratch,
                    data<Compute<T>>(result) + s * k * k, device.stream());
     }
   });
@@ -66,14 +67,14 @@ Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool i
   check_gram_and_order(gram, order);
   const LaunchDevice device(gram);
   const int64_t k = gram.size(0);
-  Tensor weights = torch::stable::new_empty(gram, {k}, gram.scalar_type());
+  Tensor weights = allocate(gram, {k}, gram.scalar_type());
   const auto run = [&]<typename T>(T* result) {
     if (k <= kSolveThreads) {
       launch(pcgrad_kernel<T>, 1, kSolveThreads, device.stream(), data<T>(gram), k,
              data<int64_t>(order), mean, include_self, result);
       return;
     }
-    const Tensor coefficients = torch::stable::new_empty(gram, {k, k}, ScalarType::Double);
+    const Tensor coefficients = allocate(gram, {k, k}, ScalarType::Double);
     launch(pcgrad_project_kernel<T>, solve_blocks(k), kSolveThreads, device.stream(), data<T>(gram),
            k, data<int64_t>(order), include_self, data<double>(coefficients));
     launch(pcgrad_sum_kernel<T>, solve_blocks(k), kSolveThreads, device.stream(),
@@ -90,7 +91,7 @@ Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool i
 Tensor draw_order(const Tensor& seed, const Tensor& step, int64_t num_tasks) {
   check_counters(seed, step, num_tasks);
   const LaunchDevice device(seed);
-  Tensor order = torch::stable::new_empty(seed, {num_tasks, num_tasks});
+  Tensor order = allocate(seed, {num_tasks, num_tasks});
   launch(draw_order_kernel, solve_blocks(num_tasks), kSolveThreads, device.stream(),
          data<int64_t>(seed), data<int64_t>(step), num_tasks, data<int64_t>(order));
   return order;
@@ -107,7 +108,7 @@ bool aligned_with(const DeviceRows<T>& rows, const U* other) {
 void combine_out(const Tensor& rows, const Tensor& weights, Tensor out) {
   const Rows matrix = check_rows(rows);
   check_weights(weights, rows);
-  check_out(out, rows);
+  check_out(out, rows, weights);
   const LaunchDevice device(rows);
   with_type(matrix.type, [&]<typename T>(T*) {
     with_type(float_type(out, "out"), [&]<typename Out>(Out*) {
@@ -124,7 +125,7 @@ void combine_out(const Tensor& rows, const Tensor& weights, Tensor out) {
 
 Tensor combine(const Tensor& rows, const Tensor& weights) {
   check_rows(rows);
-  Tensor out = torch::stable::new_empty(rows, {rows.size(1)});
+  Tensor out = allocate(rows, {rows.size(1)});
   combine_out(rows, weights, out);
   return out;
 }
@@ -152,6 +153,18 @@ void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Te
   check_weights(weights, rows);
   const AdamWState state = check_adamw(rows, master, exp_avg, exp_avg_sq, low_precision);
   check_scalars(rows, lr, step, scale, skip);
+  check_rates(beta1, beta2, eps, weight_decay);
+  const auto pointer = [](const auto& tensor) { return tensor ? &*tensor : nullptr; };
+  check_adamw_apart({{"master", &master},
+                     {"exp_avg", &exp_avg},
+                     {"exp_avg_sq", &exp_avg_sq},
+                     {"low_precision", pointer(low_precision)}},
+                    {{"rows", &rows},
+                     {"weights", &weights},
+                     {"lr", &lr},
+                     {"step", &step},
+                     {"scale", pointer(scale)},
+                     {"skip", pointer(skip)}});
   const LaunchDevice device(rows);
 
   with_type(matrix.type, [&]<typename T>(T*) {

@@ -50,6 +50,7 @@ inline Rows check_rows(const Tensor& rows) {
         "rows must have contiguous columns: stride(1) must be 1, not ", rows.stride(1));
   check(num_rows == 1 || rows.stride(0) >= rows.size(1),
         "rows must not overlap: stride(0) must be at least P");
+  check_data("rows", rows);
   return {float_type(rows, "rows"), rows.data_ptr(), num_rows, rows.stride(0)};
 }
 
@@ -60,6 +61,7 @@ inline void check_weights(const Tensor& weights, const Tensor& rows) {
         "weights must be float32, or float64 where rows are float64");
   check(weights.is_contiguous(), "weights must be contiguous");
   check(same_device(weights, rows), "weights must be on the device of rows");
+  check_data("weights", weights);
 }
 
 // A [P] tensor beside the rows: contiguous, on their device.
@@ -68,6 +70,7 @@ inline void check_vector(const Tensor& vector, const Tensor& rows, const char* n
         " must have the shape [P] with P = ", rows.size(1));
   check(vector.is_contiguous(), name, " must be contiguous");
   check(same_device(vector, rows), name, " must be on the device of rows");
+  check_data(name, vector);
 }
 
 inline void check_state(const Tensor& vector, const Tensor& rows, const char* name) {
@@ -76,11 +79,13 @@ inline void check_state(const Tensor& vector, const Tensor& rows, const char* na
         " must be float32, or float64 where rows are float64");
 }
 
-inline void check_out(const Tensor& out, const Tensor& rows) {
+inline void check_out(const Tensor& out, const Tensor& rows, const Tensor& weights) {
   check_vector(out, rows, "out");
   const bool is_double = float_type(out, "out") == FloatType::kFloat64;
   check(is_double == (compute_type(rows) == ScalarType::Double),
         "out must be float64 exactly where rows are float64");
+  check_apart("out", runs_of(out), "rows", runs_of(rows));
+  check_apart("out", runs_of(out), "weights", runs_of(weights));
 }
 
 inline AdamWState check_adamw(const Tensor& rows, const Tensor& master, const Tensor& exp_avg,
@@ -121,14 +126,22 @@ inline void check_gram_and_order(const Tensor& gram, const Tensor& order) {
             order.is_contiguous() && order.scalar_type() == ScalarType::Long,
         "order must be a contiguous int64 [K, K] matrix with K = ", gram.size(0));
   check(same_device(gram, order), "order must be on the device of gram");
+  check_data("gram", gram);
+  check_data("order", order);
 }
+
+// A bounded draw of 32 random bits serves no more, and a [K, K] matrix no memory.
+constexpr int64_t kMostTasks = int64_t{1} << 24;
 
 inline void check_counters(const Tensor& seed, const Tensor& step, int64_t num_tasks) {
   check(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long,
         "seed must be one int64 number");
   check(step.numel() == 1 && step.scalar_type() == ScalarType::Long && same_device(seed, step),
         "step must be one int64 number on the device of seed");
-  check(num_tasks >= 1, "num_tasks must be at least 1, not ", num_tasks);
+  check_data("seed", seed);
+  check_data("step", step);
+  check(num_tasks >= 1 && num_tasks <= kMostTasks, "num_tasks must be 1 to ", kMostTasks, ", not ",
+        num_tasks);
 }
 
 // Scalars that change from step to step (learning rate, step, loss scale, skip flag) are tensors,
@@ -140,6 +153,7 @@ inline void check_scalar(const Tensor& value, const Tensor& rows, const char* na
   check(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Long ||
             type == ScalarType::Bool,
         name, " must be float32, float64, int64 or bool");
+  check_data(name, value);
 }
 
 inline void check_scalars(const Tensor& rows, const Tensor& lr, const Tensor& step,
@@ -148,6 +162,29 @@ inline void check_scalars(const Tensor& rows, const Tensor& lr, const Tensor& st
   check_scalar(step, rows, "step");
   if (scale) check_scalar(*scale, rows, "scale");
   if (skip) check_scalar(*skip, rows, "skip");
+}
+
+inline void check_rates(double beta1, double beta2, double eps, double weight_decay) {
+  check(beta1 >= 0 && beta1 < 1, "beta1 must be within 0 <= beta1 < 1, not ", beta1);
+  check(beta2 >= 0 && beta2 < 1, "beta2 must be within 0 <= beta2 < 1, not ", beta2);
+  check(eps >= 0, "eps must be at least 0, not ", eps);
+  check(weight_decay >= 0, "weight_decay must be at least 0, not ", weight_decay);
+}
+
+// Refuses AdamW's outputs where they overlap each other or what the kernel reads.
+inline void check_adamw_apart(std::initializer_list<std::pair<const char*, const Tensor*>> written,
+                              std::initializer_list<std::pair<const char*, const Tensor*>> read) {
+  for (const auto* out = written.begin(); out != written.end(); ++out) {
+    if (out->second == nullptr) continue;
+    const Runs runs = runs_of(*out->second);
+    const auto check_others = [&](const auto* first, const auto* last) {
+      for (; first != last; ++first) {
+        if (first->second) check_apart(out->first, runs, first->first, runs_of(*first->second));
+      }
+    };
+    check_others(out + 1, written.end());
+    check_others(read.begin(), read.end());
+  }
 }
 
 } // namespace superbert

@@ -30,7 +30,8 @@ from torch.autograd.function import once_differentiable
 from . import _extension  # noqa: F401  (registers the operators)
 from .attention_checks import check_boundaries, check_qkv, check_rows, check_supported
 from .dropout import attention_dropout_factors, check_dropout, new_seed
-from .implementation import declare
+from .implementation import declare, register_fake
+from .value_checks import check_data
 
 _ops = torch.ops.superbert
 
@@ -151,7 +152,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "attention_qkvpacked_backward": _packed_backward_fake,
 }
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"superbert::{_name}", _fake)
+    register_fake(_name)(_fake)
     declare(_name, cpu="cpp", cuda="triton")
 
 
@@ -166,8 +167,10 @@ def _cuda(
     _max_seqlen_k: int,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    from . import attention_triton
+    from . import attention_triton, operator_checks
 
+    dropout = (options[0], *options[3:])
+    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *dropout)
     return attention_triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
 
 
@@ -185,11 +188,14 @@ def _cuda_backward(
     _max_seqlen_k: int,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from . import attention_triton
+    from . import attention_triton, operator_checks
 
+    dropout = (options[0], *options[3:])
+    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *dropout)
+    operator_checks.check_attention_backward(grad_out, q, out, lse)
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     attention_triton.backward(
-        grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *options, grads=grads
+        grad_out, q, k, v, out, lse.contiguous(), cu_seqlens_q, cu_seqlens_k, *options, grads=grads
     )
     return grads
 
@@ -198,9 +204,11 @@ def _cuda_backward(
 def _cuda_packed(
     qkv: Tensor, cu_seqlens: Tensor, _max_seqlen: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    from . import attention_triton
+    from . import attention_triton, operator_checks
 
+    operator_checks.check_packed(qkv)
     q, k, v = qkv.unbind(1)
+    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options[0], *options[3:])
     return attention_triton.forward(q, k, v, cu_seqlens, cu_seqlens, *options)
 
 
@@ -214,10 +222,14 @@ def _cuda_packed_backward(
     _max_seqlen: int,
     *options: Any,
 ) -> Tensor:
-    from . import attention_triton
+    from . import attention_triton, operator_checks
 
-    grad = qkv.new_empty(qkv.shape)
+    operator_checks.check_packed(qkv)
     q, k, v = qkv.unbind(1)
+    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options[0], *options[3:])
+    operator_checks.check_attention_backward(grad_out, q, out, lse)
+    grad = qkv.new_empty(qkv.shape)
+    lse = lse.contiguous()
     attention_triton.backward(
         grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, *options, grads=grad.unbind(1)
     )
@@ -245,6 +257,7 @@ def _in_float64(
     seed: Tensor | None,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
+    check_data(q=q, k=k, v=v, seed=seed)
     factors = None
     if seed is not None and dropout_p > 0:
         sizes = (q.shape[1], len(q), len(k))
@@ -383,6 +396,7 @@ def flash_attn_varlen_qkvpacked_func(
         seed = new_seed(qkv.device)
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if qkv.dtype == torch.float64:
+        check_data(qkv=qkv)
         q, k, v = qkv.unbind(1)
         out, lse = _in_float64(
             q, k, v, cu_seqlens, cu_seqlens, dropout_p, scale, causal, seed, stream

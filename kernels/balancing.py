@@ -32,7 +32,7 @@ from .gram_matrix import (
     scaled,
     solve_least_squares,
 )
-from .implementation import declare
+from .implementation import declare, register_fake
 from .surgery import combined_norm, pcgrad_weights
 
 _ops = torch.ops.superbert
@@ -49,27 +49,27 @@ for _name in (
     declare(_name, cpu="cpp", cuda="cuda" if has_kernel(_name, "CUDA") else None)
 
 
-@torch.library.register_fake("superbert::symmetric_eigen")
+@register_fake("symmetric_eigen")
 def _(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix.new_empty(matrix.shape[0]), torch.empty_like(matrix)
 
 
-@torch.library.register_fake("superbert::project_onto_dual_cone")
+@register_fake("project_onto_dual_cone")
 def _(gram: Tensor, lower: Tensor) -> Tensor:
     return torch.empty_like(lower)
 
 
-@torch.library.register_fake("superbert::minimize_norm")
+@register_fake("minimize_norm")
 def _(gram: Tensor) -> Tensor:
     return gram.new_empty(gram.shape[0])
 
 
-@torch.library.register_fake("superbert::avoid_conflict")
+@register_fake("avoid_conflict")
 def _(gram: Tensor, c: float) -> Tensor:
     return gram.new_empty(gram.shape[0])
 
 
-@torch.library.register_fake("superbert::bargain")
+@register_fake("bargain")
 def _(gram: Tensor, alpha: float) -> Tensor:
     return gram.new_empty(gram.shape[0])
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from . import _extension  # noqa: F401  (registers the operator)
-from .implementation import declare
-from .value_checks import DTYPES
+from .implementation import declare, register_fake
+from .value_checks import DTYPES, check_data
 
 _WORD = 0xFFFFFFFF
 
@@ -88,13 +88,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @torch.library.impl("superbert::dropout", "CUDA")
-def _cuda(*arguments: Any) -> Tensor:
-    from . import layer_norm_triton
+def _cuda(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+    from . import layer_norm_triton, operator_checks
 
-    return layer_norm_triton.dropout(*arguments)
+    operator_checks.check_kernel_dtype("x", x)
+    check_data(x=x)
+    operator_checks.check_seed(p, seed, stream, x.device)
+    return layer_norm_triton.dropout(x, p, seed, stream)
 
 
-torch.library.register_fake("superbert::dropout", _fake)
+register_fake("dropout")(_fake)
 torch.library.register_autograd("superbert::dropout", _backward, setup_context=_setup_context)
 declare("dropout", cpu="cpp", cuda="triton")
 
@@ -144,6 +147,7 @@ def dropout(
         return x
     seed = new_seed(x.device) if seed is None else seed
     if x.dtype == torch.float64:
+        check_data(x=x, seed=seed)
         return x * dropout_factors(x.numel(), p, seed, stream).view(x.shape)
     out: Tensor = torch.ops.superbert.dropout(x, p, seed, stream)
     return out

@@ -18,8 +18,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 from . import _extension  # noqa: F401  (registers the operator)
-from .implementation import declare
+from .implementation import declare, register_fake
 from .task_rows import TaskRows, TaskSegments, rows_at
+from .value_checks import check_data
 
 # ---- reference ----------------------------------------------------------------------------------
 
@@ -41,12 +42,13 @@ def _fake(*_arguments: object) -> None:
 
 @torch.library.impl("superbert::embedding_task_gradients_", "CUDA")
 def _cuda(*arguments: Any) -> None:
-    from . import embedding_triton
+    from . import embedding_triton, operator_checks
 
+    operator_checks.check_embedding_gradients(*arguments)
     embedding_triton.add_task_gradients_(*arguments)
 
 
-torch.library.register_fake("superbert::embedding_task_gradients_", _fake)
+register_fake("embedding_task_gradients_")(_fake)
 declare("embedding_task_gradients_", cpu="cpp", cuda="triton")
 
 
@@ -62,6 +64,7 @@ def embedding_task_gradients_(
         offsets: ``K + 1`` ascending row numbers of the stream.
     """
     if rows.dtype == torch.float64:
+        check_data(grad_output=grad_output, index=index, rows=rows)
         embedding_task_gradients_reference_(grad_output, index, rows, offsets)
     else:
         index = index.contiguous()
@@ -78,7 +81,11 @@ def wipe_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
         rows: ``[K, N, H]``, any dtype, as given to :func:`embedding`.
         index: ``[T]`` int64, table rows of that batch.
         offsets: ``K + 1`` ascending row numbers of that batch.
+
+    Raises:
+        ValueError: a storage that was freed.
     """
+    check_data(rows=rows, index=index)
     for task, (start, end) in enumerate(pairwise(offsets)):
         rows[task].index_fill_(0, index[start:end], 0)
 
@@ -128,8 +135,10 @@ def embedding(
         ``[T, H]`` in the dtype of ``weight``.
 
     Raises:
-        ValueError: ``rows`` without ``segments``, or shapes of the two that disagree.
+        ValueError: ``rows`` without ``segments``, shapes of the two that disagree, or a storage
+            that was freed.
     """
+    check_data(index=index, weight=weight)
     if rows is None:
         return F.embedding(index, weight)
     if index.dim() != 1:

@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 from . import _extension  # noqa: F401  (registers the operators)
 from .dropout import check_dropout, dropout, new_seed
 from .embedding import embedding, embedding_task_gradients_
-from .implementation import declare
+from .implementation import declare, register_fake
 from .layer_norm import layer_norm
 from .layer_norm_parameters import check_parameter, parameter_gradients, parameter_rows, save
 from .task_rows import NO_COLUMN, TaskRows, TaskSegments, rows_at
-from .value_checks import DTYPES, are_checked, check_index
+from .value_checks import DTYPES, are_checked, check_data, check_index, check_tensor
 
 _ops = torch.ops.superbert
 
@@ -127,24 +127,33 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "embedding_layer_norm_backward": _backward_fake,
 }
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"superbert::{_name}", _fake)
+    register_fake(_name)(_fake)
     declare(_name, cpu="cpp", cuda="triton")
 
 
 @torch.library.impl("superbert::embedding_layer_norm", "CUDA")
 def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from . import embedding_layer_norm_triton
+    from . import embedding_layer_norm_triton, operator_checks
 
-    return embedding_layer_norm_triton.forward(arguments[:3], arguments[3:6], *arguments[6:12])
+    ids, tables, given = arguments[:3], arguments[3:6], arguments[6:12]
+    operator_checks.check_embedded(ids, tables)
+    weight, bias, dropout_p, eps, seed, stream = given
+    word = tables[0]
+    operator_checks.check_norm(word, weight, bias, eps, None, None, dropout_p, seed, stream)
+    return embedding_layer_norm_triton.forward(ids, tables, *given)
 
 
 @torch.library.impl("superbert::embedding_layer_norm_backward", "CUDA")
 def _cuda_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
-    from . import embedding_layer_norm_triton
+    from . import embedding_layer_norm_triton, operator_checks
 
-    return embedding_layer_norm_triton.backward(
-        grad_out, arguments[:3], arguments[3:6], *arguments[6:]
-    )
+    ids, tables, given = arguments[:3], arguments[3:6], arguments[6:]
+    operator_checks.check_embedded(ids, tables)
+    word = tables[0]
+    shape = (ids[0].numel(), word.shape[1])
+    check_tensor("grad_out", grad_out, shape, word.dtype, word.device)
+    operator_checks.check_norm_backward(grad_out, grad_out, *given[:6], *given[7:])
+    return embedding_layer_norm_triton.backward(grad_out, ids, tables, *given)
 
 
 torch.library.register_autograd(
@@ -167,6 +176,7 @@ def _check_tables(
         if index.device != word.device:
             raise ValueError(f"{name}: expected on {word.device}, got {index.device}")
         if are_checked(word):
+            check_data(**{name: index})
             check_index(name, index, len(table))
     for name, table in tables.items():
         if table.dim() != 2 or table.shape[1:] != word.shape[1:] or word.shape[1] == 0:
@@ -241,6 +251,7 @@ def embedding_layer_norm(
         row_arguments = (rows.norm.buffer, starts, *segments)
     p = dropout_p if training else 0.0
     if word.dtype == torch.float64:
+        check_data(**ids, **tables, weight=weight, bias=bias)
         out = embedding_layer_norm_reference(
             (word_ids, position_ids, token_type_ids),
             (word, position, token_type),

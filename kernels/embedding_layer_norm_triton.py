@@ -28,7 +28,7 @@ from .philox_triton import DropoutArguments
 
 
 class Tables(NamedTuple):
-    """The word, position and token type tables ``[N, WIDTH]``, or the rows ``[T]`` to take."""
+    """Of words, positions and token types: tables ``[N, WIDTH]``, their N, or the rows to take."""
 
     word: Any
     position: Any
@@ -36,23 +36,27 @@ class Tables(NamedTuple):
 
 
 @triton.jit
-def _table_rows(table, index, rows, columns, row_end, mask, WIDTH: tl.constexpr):
+def _table_rows(table, size, index, rows, columns, row_end, mask, WIDTH: tl.constexpr):
     row = tl.load(index + rows, mask=rows < row_end, other=0)
+    # A row that the table does not have, which the host must not wait for, is NaN.
+    mask &= ((row >= 0) & (row < size))[:, None]
     pointers = table + row[:, None] * WIDTH + columns[None, :]
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointers, mask=mask, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
-def _embed(tables, ids, rows, columns, row_end, mask, WIDTH: tl.constexpr):
-    word = _table_rows(tables.word, ids.word, rows, columns, row_end, mask, WIDTH)
-    position = _table_rows(tables.position, ids.position, rows, columns, row_end, mask, WIDTH)
-    kind = _table_rows(tables.token_type, ids.token_type, rows, columns, row_end, mask, WIDTH)
+def _embed(tables, sizes, ids, rows, columns, row_end, mask, WIDTH: tl.constexpr):
+    places = (rows, columns, row_end, mask, WIDTH)
+    word = _table_rows(tables.word, sizes.word, ids.word, *places)
+    position = _table_rows(tables.position, sizes.position, ids.position, *places)
+    kind = _table_rows(tables.token_type, sizes.token_type, ids.token_type, *places)
     return word + position + kind
 
 
 @triton.jit(do_not_specialize=["num_rows", "stream"])
 def _forward_kernel(
     tables,
+    sizes,
     ids,
     parameters,
     out,
@@ -70,7 +74,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     rows, columns, elements, mask = tile(tl.program_id(0) * ROWS, num_rows, N, ROWS, BLOCK_N)
-    h = _embed(tables, ids, rows, columns, num_rows, mask, N)
+    h = _embed(tables, sizes, ids, rows, columns, num_rows, mask, N)
     y, row_mean, row_rstd = normalize(h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, N)
     tl.store(mean + rows, row_mean, mask=rows < num_rows)
     tl.store(rstd + rows, row_rstd, mask=rows < num_rows)
@@ -83,6 +87,7 @@ def _forward_kernel(
 def _backward_kernel(
     grad_out,
     tables,
+    sizes,
     ids,
     weight,
     mean,
@@ -115,7 +120,7 @@ def _backward_kernel(
         dy = tl.load(grad_out + elements, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             dy *= row_factors(rows, stream, dropout, N, BLOCK_N)
-        h = _embed(tables, ids, rows, columns, end, mask, N)
+        h = _embed(tables, sizes, ids, rows, columns, end, mask, N)
         dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, N)
         tl.store(grad_sum + elements, dh.to(grad_sum.dtype.element_ty), mask=mask)
         if PARTIALS:
@@ -128,6 +133,11 @@ def _backward_kernel(
 
 
 # ---- launchers ----------------------------------------------------------------------------------
+
+
+def _sources(tables: tuple[Tensor, ...], ids: tuple[Tensor, ...]) -> tuple[Tables, ...]:
+    contiguous = Tables(*(table.contiguous() for table in tables))
+    return contiguous, Tables(*map(len, tables)), Tables(*ids)
 
 
 def forward(
@@ -149,8 +159,7 @@ def forward(
         return out, mean, rstd
     constants = constants_of(width, dropout_p)
     _forward_kernel[(triton.cdiv(num_rows, constants["ROWS"]),)](
-        Tables(*(table.contiguous() for table in tables)),
-        Tables(*ids),
+        *_sources(tables, ids),
         Parameters(weight, bias, None),
         out,
         mean,
@@ -186,7 +195,7 @@ def backward(
     num_rows, width = grad_out.shape
     grad_sum = torch.empty_like(grad_out)
     constants = constants_of(width, dropout_p)
-    sources = Tables(*(table.contiguous() for table in tables)), Tables(*ids)
+    sources = _sources(tables, ids)
     dropout = DropoutArguments.of(dropout_p, seed)
 
     def launch(programs: int, begin: int, end: int, partials: Tensor | None) -> None:

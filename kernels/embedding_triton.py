@@ -24,13 +24,17 @@ _COLUMNS = 128
 
 
 @triton.jit
-def _add_to_table(rows, row_stride, key, sums, columns, N: tl.constexpr, WIDTH: tl.constexpr):
+def _add_to_table(
+    rows, row_stride, num_keys, key, sums, columns, N: tl.constexpr, WIDTH: tl.constexpr
+):
+    # An index that no table row has, which the host must not wait for, adds to none beyond them.
+    mask = (columns < WIDTH) & (key >= 0) & (key < num_keys)
     pointers = rows + key // N * row_stride + key % N * WIDTH + columns
-    held = tl.load(pointers, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    tl.store(pointers, (held + sums).to(rows.dtype.element_ty), mask=columns < WIDTH)
+    held = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, (held + sums).to(rows.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["total", "row_stride"])
+@triton.jit(do_not_specialize=["total", "row_stride", "num_keys"])
 def _pieces_kernel(
     grad,  # [T, WIDTH]
     keys,  # [total], ascending: task * N + table row
@@ -40,6 +44,7 @@ def _pieces_kernel(
     rows,  # [K, N, WIDTH]
     total,
     row_stride,
+    num_keys,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
@@ -58,13 +63,13 @@ def _pieces_kernel(
         sums = tl.sum(values.to(tl.float32), 0)
         after = tl.load(keys + place + PIECE, mask=place + PIECE < total, other=-1)
         if (place == run_start) & (after != key):
-            _add_to_table(rows, row_stride, key, sums, columns, N, WIDTH)
+            _add_to_table(rows, row_stride, num_keys, key, sums, columns, N, WIDTH)
         else:
             piece = pieces + place.to(tl.int64) * WIDTH + columns
             tl.store(piece, sums, mask=columns < WIDTH)
 
 
-@triton.jit(do_not_specialize=["total", "row_stride"])
+@triton.jit(do_not_specialize=["total", "row_stride", "num_keys"])
 def _long_runs_kernel(
     keys,
     run_starts,
@@ -72,6 +77,7 @@ def _long_runs_kernel(
     rows,
     total,
     row_stride,
+    num_keys,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
@@ -92,7 +98,7 @@ def _long_runs_kernel(
             mask = own[:, None] & (columns < WIDTH)[None, :]
             sums += tl.sum(tl.load(pieces + elements, mask=mask, other=0.0), 0)
             first += PIECE * PIECE
-        _add_to_table(rows, row_stride, key, sums, columns, N, WIDTH)
+        _add_to_table(rows, row_stride, num_keys, key, sums, columns, N, WIDTH)
 
 
 def add_task_gradients_(
@@ -112,6 +118,7 @@ def add_task_gradients_(
     run_starts = torch.searchsorted(keys, keys)
     pieces = grad.new_empty((total, width), dtype=torch.float32)
     grid = (total, triton.cdiv(width, _COLUMNS))
-    numbers = (total, rows.stride(0), table_rows, width, _PIECE, _COLUMNS)
+    num_keys = len(rows) * table_rows
+    numbers = (total, rows.stride(0), num_keys, table_rows, width, _PIECE, _COLUMNS)
     _pieces_kernel[grid](grad, keys, tokens, run_starts, pieces, rows, *numbers)
     _long_runs_kernel[grid](keys, run_starts, pieces, rows, *numbers)

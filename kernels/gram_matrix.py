@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .value_checks import check_data
+
 
 def check_gram(gram: Tensor, **others: tuple[Tensor, int]) -> None:
     """Refuse a Gram matrix that is none, and others whose dimensions are not all K.
@@ -19,6 +21,7 @@ def check_gram(gram: Tensor, **others: tuple[Tensor, int]) -> None:
         raise ValueError(f"gram: expected [K, K], got {list(gram.shape)}")
     if not gram.is_floating_point():
         raise ValueError(f"gram: expected floating point, got {gram.dtype}")
+    check_data(gram=gram, **{name: tensor for name, (tensor, _) in others.items()})
     for name, (tensor, dims) in others.items():
         if list(tensor.shape) != [len(gram)] * dims:
             raise ValueError(f"{name}: expected {[len(gram)] * dims}, got {list(tensor.shape)}")

@@ -4,9 +4,11 @@ Every operator has one implementation for each kind of device, chosen when the p
 and never silently replaced.  Each kernel file declares its own here.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 Kind = Literal["cpp", "cuda", "triton", "torch"]
 
@@ -18,6 +20,40 @@ def declare(op: str, *, cpu: Kind, cuda: Kind | None) -> None:
     _declared[op, "cpu"] = cpu
     if cuda is not None:
         _declared[op, "cuda"] = cuda
+
+
+Fake = Callable[..., Any]
+
+
+def register_fake(op: str) -> Callable[[Fake], Fake]:
+    """Register what ``superbert::op`` returns for tensors without data, all of one device.
+
+    torch asks it as well where a tensor of the device ``meta`` is among others, and takes what it
+    returns, or leaves as it is, for the result; so that is refused.
+
+    Args:
+        op: the operator's name without namespace.
+
+    Returns:
+        A decorator of a function of the operator's arguments.
+    """
+    schema = getattr(torch.ops.superbert, op).default._schema
+    names = [argument.name for argument in schema.arguments]
+
+    def register(fake: Fake) -> Fake:
+        def checked(*arguments: Any) -> Any:
+            device = None
+            for name, x in zip(names, arguments, strict=False):
+                if isinstance(x, Tensor):
+                    device = device or x.device
+                    if x.device != device:
+                        raise ValueError(f"{name}: expected on {device}, got {x.device}")
+            return fake(*arguments)
+
+        torch.library.register_fake(f"superbert::{op}", checked)
+        return fake
+
+    return register
 
 
 def implementation(op: str, device: torch.device | str) -> Kind:

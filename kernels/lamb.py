@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .surgery import gram
+from .value_checks import check_data
 
 
 def _sizes(offsets: tuple[int, ...], device: torch.device) -> Tensor:
@@ -57,8 +58,10 @@ def lamb_update_(
         skip: 0-dim bool; where true, nothing changes.
 
     Raises:
-        ValueError: offsets do not cover the weights.
+        ValueError: offsets do not cover the weights, or a storage that was freed.
     """
+    check_data(master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    check_data(low_precision=low_precision, lr=lr, step=step, skip=skip)
     if offsets[0] != 0 or offsets[-1] != len(master):
         raise ValueError(
             f"offsets: expected from 0 to {len(master)}, got from {offsets[0]} to {offsets[-1]}"

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _extension  # noqa: F401  (registers the operators)
 from .dropout import check_dropout, dropout, new_seed
-from .implementation import declare
+from .implementation import declare, register_fake
 from .layer_norm_parameters import (
     check_parameter,
     parameter_gradients,
@@ -32,6 +32,7 @@ from .layer_norm_parameters import (
     task_arguments,
 )
 from .task_rows import TaskRows, TaskSegments
+from .value_checks import check_data
 
 _ops = torch.ops.superbert
 
@@ -162,7 +163,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "dropout_add_layer_norm_backward": _add_backward_fake,
 }
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"superbert::{_name}", _fake)
+    register_fake(_name)(_fake)
     declare(_name, cpu="cpp", cuda="triton")
 
 
@@ -170,16 +171,18 @@ for _name, _fake in _FAKES.items():
 def _layer_norm_cuda(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from . import layer_norm_triton
+    from . import layer_norm_triton, operator_checks
 
+    operator_checks.check_norm(x, weight, bias, eps)
     out, _hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, eps)
     return out, mean, rstd
 
 
 @torch.library.impl("superbert::layer_norm_backward", "CUDA")
 def _layer_norm_backward_cuda(*arguments: Any) -> Tensor:
-    from . import layer_norm_triton
+    from . import layer_norm_triton, operator_checks
 
+    operator_checks.check_norm_backward(*arguments[:8])
     return layer_norm_triton.backward(*arguments)[0]
 
 
@@ -196,17 +199,18 @@ def _add_cuda(
     stream: int,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from . import layer_norm_triton
+    from . import layer_norm_triton, operator_checks
 
-    return layer_norm_triton.forward(
-        x, weight, bias, eps, residual, x_bias, dropout_p, seed, stream
-    )
+    given = (x, weight, bias, eps, residual, x_bias, dropout_p, seed, stream)
+    operator_checks.check_norm(*given)
+    return layer_norm_triton.forward(*given)
 
 
 @torch.library.impl("superbert::dropout_add_layer_norm_backward", "CUDA")
 def _add_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from . import layer_norm_triton
+    from . import layer_norm_triton, operator_checks
 
+    operator_checks.check_norm_backward(*arguments[:8], *arguments[9:])
     return layer_norm_triton.backward(*arguments)
 
 
@@ -248,6 +252,7 @@ def layer_norm(
     """
     tasks = task_arguments(x, weight, bias, rows, segments)
     if x.dtype == torch.float64:
+        check_data(x=x, weight=weight, bias=bias)
         return layer_norm_reference(x, weight, bias, eps, rows, segments)
     out: Tensor = _ops.layer_norm(x, weight, bias, eps, *tasks)[0]
     return out
@@ -326,8 +331,11 @@ def dropout_add_layer_norm(
                 f"got {list(residual.shape)} on {residual.device}"
             )
         dtype = torch.promote_types(x0.dtype, residual.dtype)
+        if residual.dtype != x0.dtype:
+            check_data(x0=x0, residual=residual)
         x0, residual = x0.to(dtype), residual.to(dtype)
     if prenorm or residual is None or x0.dtype == torch.float64:
+        check_data(x0=x0, residual=residual, x_bias=x_bias)
         hidden = dropout(x0 if x_bias is None else x0 + x_bias, p, seed=seed, stream=stream)
         if residual is not None:
             hidden = residual + hidden

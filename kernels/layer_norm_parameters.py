@@ -59,7 +59,14 @@ def parameter_rows(
     """Where the parameters' gradients go: the task rows, or a row of their own for all rows.
 
     A tensor without elements where there are none (`kernels.task_rows.rows_of`).
+
+    Raises:
+        ValueError: a hook on saved tensors changed the shape of the bias, which no kernel reads.
     """
+    if bias is not None and (
+        bias.dim() != 1 or len(bias) != len(bias if weight is None else weight)
+    ):
+        raise ValueError(f"bias: expected the shape of weight, got {list(bias.shape)}")
     if ctx.rows is not None:
         weight_rows, bias_rows = map(rows_of, (ctx.rows,) * 2, ctx.columns[-2:], (weight, bias))
         return weight_rows, bias_rows, ctx.offsets, ctx.accumulate

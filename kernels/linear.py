@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .implementation import declare
+from .implementation import declare, register_fake
 from .task_rows import TaskRows, TaskSegments, rows_of
+from .value_checks import DTYPES, check_data, check_offsets, check_rows_apart, check_tensor
 
 
 @torch.library.custom_op("superbert::onednn_linear", mutates_args=(), device_types="cpu")
@@ -31,12 +32,21 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     An operator, since torch.compile takes the one inside of it apart.
     """
+    if x.dim() == 0 or weight.dim() != 2:
+        raise ValueError(
+            f"weight: expected x [..., I] and weight [O, I], got {list(x.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    width = x.shape[-1]
+    bias = bias.contiguous()  # oneDNN takes it to be
+    check_tensor("x", x, x.shape, torch.bfloat16, x.device)
+    check_tensor("weight", weight, (len(weight), width), torch.bfloat16, x.device)
+    check_tensor("bias", bias, weight.shape[:1], torch.bfloat16, x.device)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
 
-@onednn_linear.register_fake
-def _(x: Tensor, weight: Tensor, _bias: Tensor) -> Tensor:
+def _onednn_fake(x: Tensor, weight: Tensor, _bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
@@ -72,6 +82,7 @@ def linear_task_gradients_(
         offsets: K + 1 ascending row numbers.
         accumulate: add to what the rows hold.
     """
+    _check_gradients(grad_output, x, weight_rows, bias_rows, offsets)
     for task, (start, end) in enumerate(pairwise(offsets)):
         dy, inputs = grad_output[start:end], x[start:end]
         if weight_rows.numel() > 0:
@@ -90,13 +101,42 @@ def linear_task_gradients_(
                 torch.sum(dy, 0, out=bias_rows[task])
 
 
-@linear_task_gradients_.register_fake
-def _(*_arguments: object) -> None:
+def _task_gradients_fake(*_arguments: object) -> None:
     pass
 
 
+register_fake("onednn_linear")(_onednn_fake)
+register_fake("linear_task_gradients_")(_task_gradients_fake)
 declare("onednn_linear", cpu="torch", cuda=None)
 declare("linear_task_gradients_", cpu="torch", cuda="torch")
+
+
+def _check_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    weight_rows: Tensor,
+    bias_rows: Tensor,
+    offsets: Sequence[int],
+) -> None:
+    """Check what a backward pass is given: torch's own ``out=`` would resize what does not fit."""
+    for name, stream in (("x", x), ("grad_output", grad_output)):
+        if stream.dim() != 2:
+            raise ValueError(f"{name}: expected [tokens, width], got {list(stream.shape)}")
+        check_tensor(name, stream, (len(x), stream.shape[1]), grad_output.dtype, x.device)
+    if grad_output.dtype not in DTYPES:
+        raise ValueError(f"grad_output: expected a floating dtype, got {grad_output.dtype}")
+    check_offsets("offsets", offsets, len(x))
+    shapes = (grad_output.shape[1], x.shape[1]), (grad_output.shape[1],)
+    for name, rows, shape in zip(
+        ("weight_rows", "bias_rows"), (weight_rows, bias_rows), shapes, strict=True
+    ):
+        if rows.numel() > 0:
+            check_tensor(name, rows, (len(offsets) - 1, *shape), rows.dtype, x.device)
+            if rows.dtype not in DTYPES:
+                raise ValueError(f"{name}: expected a floating dtype, got {rows.dtype}")
+            check_rows_apart(name, rows, x=x, grad_output=grad_output)
+    if weight_rows.numel() > 0:
+        check_rows_apart("weight_rows", weight_rows, bias_rows=bias_rows)
 
 
 class _TaskLinear(torch.autograd.Function):
@@ -121,6 +161,11 @@ class _TaskLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
+        # A hook on saved tensors may have changed what tells the shapes of the rows.
+        shape = (grad_output.shape[1], x.shape[-1])
+        check_tensor("weight", weight, shape, x.dtype, x.device)
+        if bias is not None:
+            check_tensor("bias", bias, shape[:1], x.dtype, x.device)
         buffer, starts = ctx.rows
         rows = map(rows_of, (buffer, buffer), starts, (weight, bias))
         linear_task_gradients_(grad_output, x, *rows, *ctx.segments)
@@ -149,8 +194,10 @@ def linear(
         ``[..., O]`` in the dtype of ``x``, or autocast's.
 
     Raises:
-        ValueError: ``rows`` without ``segments``, or shapes of the two that disagree.
+        ValueError: ``rows`` without ``segments``, shapes of the two that disagree, or a storage
+            that was freed.
     """
+    check_data(x=x, weight=weight, bias=bias)
     if rows is None:
         return F.linear(x, weight, bias) if torch.is_grad_enabled() else _apply(x, weight, bias)
     if x.dim() != 2 or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):

@@ -73,6 +73,7 @@ def unpad_input(
             f"attention_mask: expected {list(hidden_states.shape[:2])} as hidden_states, "
             f"got {list(attention_mask.shape)}"
         )
+    value_checks.check_data(hidden_states=hidden_states, attention_mask=attention_mask)
     if attention_mask.is_floating_point():
         raise ValueError("attention_mask: expected bool or integers, got numbers to add to scores")
     is_token = attention_mask != 0
@@ -106,9 +107,10 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
         ``[B, S, ...]`` in the dtype of ``hidden_states``.
 
     Raises:
-        ValueError: not as many indices as rows.
+        ValueError: not as many indices as rows, or a storage that was freed.
     """
     if indices.shape != hidden_states.shape[:1]:
         raise ValueError(f"indices: expected [{hidden_states.shape[0]}], got {list(indices.shape)}")
+    value_checks.check_data(hidden_states=hidden_states, indices=indices)
     padded = hidden_states.new_zeros((batch * seqlen, *hidden_states.shape[1:]))
     return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))

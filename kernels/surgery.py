@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from ._extension import has_kernel
-from .implementation import declare
+from .implementation import declare, register_fake
+from .value_checks import check_data, check_tensor
 
 Reduction = Literal["sum", "mean"]
 
@@ -129,20 +130,26 @@ def combine_adamw_reference_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW on the weighted sum of the rows; leaves everything alone where ``skip`` is true."""
+    """AdamW on the weighted sum of the rows; leaves everything alone where ``skip`` is true.
+
+    So it does where the step is below 1.
+    """
     gradient = weights @ rows.to(weights.dtype)
     if scale is not None:
         gradient = gradient * scale.to(gradient.dtype)
     lr, step = lr.double(), step.double()
+    skipped = (step >= 1).logical_not()  # NaN too
+    if skip is not None:
+        skipped |= skip.bool()
     new_avg = beta1 * exp_avg + (1 - beta1) * gradient
     new_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient * gradient
     denominator = (new_avg_sq / (1 - beta2**step)).sqrt() + eps
     new_master = master * (1 - lr * weight_decay) - lr / (1 - beta1**step) * new_avg / denominator
     for state, new in ((exp_avg, new_avg), (exp_avg_sq, new_avg_sq), (master, new_master)):
-        state.copy_(new if skip is None else torch.where(skip.bool(), state, new))
+        state.copy_(torch.where(skipped, state, new))
     if low_precision is not None:
         copy = master.to(low_precision.dtype)
-        low_precision.copy_(copy if skip is None else torch.where(skip.bool(), low_precision, copy))
+        low_precision.copy_(torch.where(skipped, low_precision, copy))
 
 
 # ---- registration ------------------------------------------------------------------------------
@@ -163,33 +170,33 @@ for _name, _reference in _REFERENCES.items():
         torch.library.impl(f"superbert::{_name}", "cuda", _reference)
 
 
-@torch.library.register_fake("superbert::gram")
+@register_fake("gram")
 def _(rows: Tensor, offsets: Sequence[int]) -> Tensor:
     num_tasks = rows.shape[0]
     return rows.new_empty((len(offsets) - 1, num_tasks, num_tasks), dtype=_compute_dtype(rows))
 
 
-@torch.library.register_fake("superbert::pcgrad_weights")
+@register_fake("pcgrad_weights")
 def _(gram: Tensor, order: Tensor, mean: bool, include_self: bool) -> Tensor:
     return gram.new_empty(gram.shape[0])
 
 
-@torch.library.register_fake("superbert::draw_order")
+@register_fake("draw_order")
 def _(seed: Tensor, step: Tensor, num_tasks: int) -> Tensor:
     return seed.new_empty(num_tasks, num_tasks)
 
 
-@torch.library.register_fake("superbert::combine")
+@register_fake("combine")
 def _(rows: Tensor, weights: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[1])
 
 
-@torch.library.register_fake("superbert::combine_out")
+@register_fake("combine_out")
 def _(rows: Tensor, weights: Tensor, out: Tensor) -> None:
     pass
 
 
-@torch.library.register_fake("superbert::combine_adamw_")
+@register_fake("combine_adamw_")
 def _(*arguments: object) -> None:
     pass
 
@@ -202,11 +209,13 @@ def _(*arguments: object) -> None:
 def _save_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, offsets = inputs
     ctx.save_for_backward(rows)
-    ctx.offsets = offsets
+    ctx.shape, ctx.offsets = rows.shape, offsets
 
 
 def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (rows,) = ctx.saved_tensors
+    check_data(grad=grad)
+    check_tensor("rows", rows, ctx.shape, rows.dtype, grad.device)
     symmetric = grad + grad.mT
     grad_rows = torch.zeros_like(rows)
     for matrix, (begin, end) in zip(symmetric, pairwise(ctx.offsets), strict=True):
@@ -221,6 +230,9 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     rows, weights = ctx.saved_tensors
     wants_rows, wants_weights = ctx.needs_input_grad
+    check_data(grad=grad)
+    check_tensor("weights", weights, weights.shape[:1], weights.dtype, grad.device)
+    check_tensor("rows", rows, (len(weights), len(grad)), rows.dtype, grad.device)
     grad = grad.to(weights.dtype)
     grad_rows = torch.outer(weights, grad).to(rows.dtype) if wants_rows else None
     grad_weights = rows.to(weights.dtype) @ grad if wants_weights else None
@@ -316,7 +328,8 @@ def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         rows: ``[K, P]`` as for :func:`gram`.
         weights: ``[K]`` float32 (float64 for float64 rows).
-        out: ``[P]`` to write into, of any of the dtypes (float64 exactly where rows are).
+        out: ``[P]`` to write into, of any of the dtypes (float64 exactly where rows are); it must
+            not overlap ``rows`` or ``weights``.
 
     Returns:
         ``[P]`` in the dtype of ``rows``, or ``out``.
@@ -360,15 +373,17 @@ def combine_adamw_(
         exp_avg_sq: ``[P]`` second moment, like ``master``.
         low_precision: ``[P]`` bfloat16 or float16 copy of the weights, written too.
         lr: learning rate.
-        step: number of this step, the first being 1.
-        betas: decay rates of the moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay.
+        step: number of this step, the first being 1.  Below that, where the bias correction would
+            divide by 0, a CPU raises; a GPU, which the host must not wait for, writes nothing.
+        betas: decay rates of the moments, from 0 to less than 1.
+        eps: added to the root of the second moment; not negative.
+        weight_decay: decoupled weight decay; not negative.
         scale: multiplies the combined gradient: clipping and 1 / loss scale (:func:`update_guard`).
         skip: where true, nothing is written.
 
     Raises:
-        ValueError: if a shape, dtype, stride or device is not as above.
+        ValueError: if a shape, dtype, stride, device or number is not as above, or something that
+            is written overlaps another argument.
     """
     if not isinstance(lr, Tensor):
         lr = torch.full((), lr, dtype=torch.float64, device=rows.device)
@@ -422,7 +437,11 @@ def update_guard(
 
     Returns:
         0-dim tensors on the device of ``gram``: norm, factor and overflow.
+
+    Raises:
+        ValueError: a storage that was freed.
     """
+    check_data(gram=gram, weights=weights, max_norm=max_norm, loss_scale=loss_scale)
     norm = combined_norm(gram, weights) / loss_scale
     scale = torch.ones_like(norm) / loss_scale
     if max_norm is not None:

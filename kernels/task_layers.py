@@ -347,7 +347,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 _WRITE_WEIGHTS = (F.embedding, F.embedding_bag)  # with max_norm, where autograd does not look
-# Views among the attributes, and methods that concern the tensor as an object: gradient, hooks, …
+# Views among the attributes, and methods that concern the tensor as an object: gradient, layout, …
 _VIEWS = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
 _OBJECT_METHODS = frozenset(
     {
@@ -356,8 +356,13 @@ _OBJECT_METHODS = frozenset(
         Tensor.backward,
         Tensor.register_hook,
         Tensor.register_post_accumulate_grad_hook,
+        Tensor.is_contiguous,
+        Tensor.numel,
         Tensor.requires_grad_,
         Tensor.retain_grad,
+        Tensor.storage_offset,
+        Tensor.stride,
+        Tensor.untyped_storage,
         torch.autograd.backward,
         torch.autograd.grad,
     }

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .value_checks import check_data
+
 NO_COLUMN = -1
 """In an operator's argument: there is no such parameter, or it is not trained."""
 
@@ -109,6 +111,7 @@ class TaskRows(NamedTuple):
                 f"rows.buffer: expected [{segments.num_tasks} tasks, columns] with contiguous "
                 f"rows, got {list(buffer.shape)} with strides {buffer.stride()}"
             )
+        check_data(**{"rows.buffer": buffer})
         self._check("weight", self.weight_columns, weight)
         self._check("bias", self.bias_columns, bias)
         if any(end < start for start, end in pairwise((0, *segments.offsets, x.shape[0]))):

@@ -1,11 +1,14 @@
-"""What all kernels check: dtypes, and values that lie on the device, as boundaries and indices do.
+"""What all kernels check: dtypes, freed storages, and values that lie on the device.
+
+A tensor whose storage was freed, as FSDP does, has its shape and no memory; torch's own functions
+crash on one.  Values on the device are boundaries and indices.
 
 On the CPU every call checks values.  On a GPU looking at one means waiting for it, so there it is
 for debugging: call :func:`check_cu_seqlens` where a batch is made, or run a step that misbehaves
 within :func:`checked_values`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -48,6 +51,101 @@ def are_checked(x: Tensor) -> bool:
     return may_look(x) and (x.is_cuda or x.dtype == torch.float64)
 
 
+def check_data(**tensors: Tensor | float | None) -> None:
+    """Refuse tensors whose storage does not reach to their last element.
+
+    Under torch.compile, and of tensors without a storage of their own, nothing is looked at.
+
+    Args:
+        tensors: by the name that the message gives them; None and numbers pass.
+
+    Raises:
+        ValueError: a storage was freed, or cut.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            continue
+        try:
+            held = x.untyped_storage().nbytes()
+        except NotImplementedError:  # sparse, or within torch.func
+            continue
+        if held < (needed := _needed_bytes(x)):
+            raise ValueError(
+                f"{name}: its storage holds {held} of {needed} bytes; was it freed, as FSDP frees "
+                "parameters while their module does not run?"
+            )
+
+
+def _needed(x: Tensor) -> int:
+    """Elements from a tensor's first to its last."""
+    if x.is_contiguous():
+        return x.numel()
+    pairs = zip(x.shape, x.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs)
+
+
+def _needed_bytes(x: Tensor) -> int:
+    return int((x.storage_offset() + _needed(x)) * x.itemsize) if x.numel() else 0
+
+
+def check_tensor(
+    name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Refuse a tensor of another shape, dtype or device, or whose storage was freed.
+
+    Raises:
+        ValueError: the message names it.
+    """
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name}: expected the shape {list(shape)}, got {list(x.shape)}")
+    if x.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected on {device}, got {x.device}")
+    check_data(**{name: x})
+
+
+def check_rows_apart(name: str, rows: Tensor, **others: Tensor) -> None:
+    """Refuse rows ``[K, ...]`` to be written that share memory with each other or other tensors.
+
+    Columns of one buffer are apart; so are, in the others, strides that no buffer has taken for
+    memory without gaps.
+
+    Raises:
+        ValueError: the message names both.
+    """
+    width = rows[0].numel()
+    stride = rows.stride(0) if len(rows) > 1 else width
+    if stride < width or not rows[0].is_contiguous():
+        raise ValueError(f"{name}: expected rows that lie apart, each contiguous")
+    memory = rows.untyped_storage().data_ptr()
+    for other_name, other in others.items():
+        if other.numel() == 0 or other.untyped_storage().data_ptr() != memory:
+            continue
+        in_buffer = len(other) > 1 and other.stride(0) == stride and other[0].is_contiguous()
+        first = (other.data_ptr() - rows.data_ptr()) // rows.itemsize
+        if in_buffer:
+            share = first % stride < width or first % stride + other[0].numel() > stride
+        else:
+            share = -_needed(other) < first < _needed(rows)
+        if share:
+            raise ValueError(f"{name}: written, and so must not overlap {other_name}")
+
+
+def check_offsets(name: str, offsets: Sequence[int], total: int) -> None:
+    """Refuse row numbers that do not ascend within a stream of ``total`` rows.
+
+    Raises:
+        ValueError: the message names them.
+    """
+    if any(end < start for start, end in pairwise((0, *offsets, total))):
+        raise ValueError(
+            f"{name}: expected to ascend from 0 to {total} at most, got {list(offsets)}"
+        )
+
+
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
     """Check that boundaries start at 0, ascend and end within the stream.
 
@@ -59,7 +157,10 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
     Raises:
         ValueError: they do not.
     """
+    check_data(**{name: cu_seqlens})
     values = cu_seqlens.tolist()
+    if not values:
+        raise ValueError(f"{name}: expected at least one offset, got none")
     if values[0] != 0:
         raise ValueError(f"{name}: expected to start at 0, got {values[0]}")
     for position, (start, end) in enumerate(pairwise(values)):

@@ -186,10 +186,12 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["cu_own", "cu_other"], "*i32"),
         **dict.fromkeys(["total_q", "total_k", "total", "total_other", "num_rows"], "i32"),
         **dict.fromkeys(["num_sequences", "search_steps", "programs", "count", "stream"], "i32"),
-        **dict.fromkeys(["row_begin", "row_end", "rows_per_program", "row_stride"], "i32"),
+        **dict.fromkeys(["row_begin", "row_end", "rows_per_program"], "i32"),
+        **dict.fromkeys(["row_stride", "num_keys"], "i32"),
         **dict.fromkeys(["scale", "eps"], "fp32"),
         "parameters": Parameters("*fp32", "*fp32", "*fp32"),
         "tables": Tables(row, row, row),
+        "sizes": Tables("i32", "i32", "i32"),
         "ids": Tables("*i64", "*i64", "*i64"),
         "dropout": DropoutArguments("*i64", "i64", "fp32"),
     }

@@ -1,0 +1,72 @@
+"""What the checks of arguments cost: nanoseconds of a call on tensors with next to no work.
+
+``python -m bench.argument_checks [OTHER_LIBRARY]`` prints the best of many rounds for each
+operator; with the library of another commit beside it, in a process of its own, taking turns.
+"""
+
+import json
+import subprocess
+import sys
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+CALLS, REPEATS, ROUNDS = 1_000, 15, 7
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """Return calls of operators on their smallest inputs."""
+    ops = torch.ops.superbert
+    rows, weights, seed = torch.randn(2, 4), torch.ones(2), torch.tensor(1)
+    vector, state = torch.zeros(4), [torch.zeros(4) for _ in range(3)]
+    cu_seqlens, q = torch.tensor([0, 1], dtype=torch.int32), torch.randn(1, 1, 4)
+    ids, table = torch.zeros(1, dtype=torch.int64), torch.randn(2, 4)
+    numbers = (torch.tensor(0.1), seed, None, None, 0.9, 0.999, 1e-8, 0.0)
+    by_all = (None, [], [], False)
+    norm = (vector, vector, 1e-12, *by_all)
+    packed = (cu_seqlens, cu_seqlens, 1, 1, 0.0, 0.5, False, None, 0)
+    embedded = (ids, ids, ids, table, table, table, vector, vector, 0.0, 1e-12, None, 0, *by_all)
+    return {
+        "dropout": lambda: ops.dropout(rows, 0.1, seed, 0),
+        "layer_norm": lambda: ops.layer_norm(rows, *norm),
+        "embedding_layer_norm": lambda: ops.embedding_layer_norm(*embedded),
+        "attention": lambda: ops.attention(q, q, q, *packed),
+        "gram": lambda: ops.gram(rows, [0, 4]),
+        "combine": lambda: ops.combine(rows, weights),
+        "combine_adamw_": lambda: ops.combine_adamw_(rows, weights, *state, None, *numbers),
+    }
+
+
+def measure(library: str) -> dict[str, float]:
+    """Return the fewest nanoseconds that a call of each operator took, with this library."""
+    torch.ops.load_library(library)
+    torch.set_num_threads(1)
+    best = {}
+    for name, call in calls().items():
+        seconds = min(timeit.repeat(call, number=CALLS, repeat=REPEATS))
+        best[name] = 1e9 * seconds / CALLS
+    return best
+
+
+def main(others: list[str]) -> None:
+    """Print the table."""
+    own = Path(__file__).parents[1] / "kernels" / "libsuperbert.so"
+    libraries = [str(own), *others]
+    best: dict[str, dict[str, float]] = {library: {} for library in libraries}
+    for _ in range(ROUNDS):
+        for library in libraries:
+            command = [sys.executable, "-m", "bench.argument_checks", "--measure", library]
+            found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+            for name, nanoseconds in found.items():
+                best[library][name] = min(nanoseconds, best[library].get(name, nanoseconds))
+    for name in best[libraries[0]]:
+        print(f"{name:22}", *(f"{best[library][name]:9,.0f} ns" for library in libraries))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(sys.argv[2])))
+    else:
+        main(sys.argv[1:])

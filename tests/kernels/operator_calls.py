@@ -1,0 +1,190 @@
+"""A valid call of every operator and of every public function, for tests that spoil arguments."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import TaskGradients, TaskSegments, balancing, new_task_rows
+
+from .doors import DOORS, Stream
+from .test_balancing import SOLVERS
+from .test_operators import attention, norms, others
+from .test_surgery_weights import operator_samples
+
+NO_TENSOR_ARGUMENTS = {
+    *("BalancedOptimizer", "PCGrad", "Columns", "EmbeddingRows", "TaskRows", "TaskSegments"),
+    *("implementation", "checked_values", "accelerate", "restore", "balancing"),
+}
+
+
+def operator_calls() -> dict[str, tuple]:
+    """Arguments of every operator, of some twice."""
+    torch.manual_seed(0)
+    rows = torch.randn(4, 5, dtype=torch.float64)
+    calls = {**attention(0.2), **norms(by_task=True), **others(), **operator_samples()}
+    calls |= {f"{name} alone": arguments for name, arguments in norms(by_task=False).items()}
+    calls |= {name: (rows @ rows.T, *given) for name, given in SOLVERS.items()}
+    calls["limit_vector_unit"] = (64,)
+    calls["onednn_linear"] = tuple(x.bfloat16() for x in calls["onednn_linear"])
+    return calls
+
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def layers(dtype: torch.dtype) -> dict[str, Call]:
+    """Calls of the layers; float64 takes the references."""
+    x, weight, seed = torch.randn(6, 8, dtype=dtype), torch.ones(8, dtype=dtype), torch.tensor(3)
+    matrix, ids = torch.randn(8, 8, dtype=dtype), torch.tensor([0, 1, 2, 3, 1, 0])
+    qkv, cu = torch.randn(6, 3, 2, 4, dtype=dtype), torch.tensor([0, 2, 6], dtype=torch.int32)
+    heads = dict(zip(("q", "k", "v"), qkv.unbind(1), strict=True))
+    norm = {"weight": weight, "bias": weight.clone()}
+    rows, table = new_task_rows(2, weight, weight), new_task_rows(2, matrix)
+    by_task = {"segments": TaskSegments((0, 3, 6))}
+    dropped = {"dropout_p": 0.1, "seed": seed}
+    stream = {"x0": x, "residual": x.clone(), **norm, "x_bias": weight.clone(), **dropped}
+    tables = {"word": matrix, "position": matrix.clone(), "token_type": matrix.clone()}
+    places = {"word_ids": ids, "position_ids": ids.clone(), "token_type_ids": ids.clone()}
+    cu_apart = {"cu_seqlens_q": cu, "cu_seqlens_k": cu.clone(), "max_seqlen_q": 4}
+    return {
+        "flash_attn_varlen_func": (
+            kernels.flash_attn_varlen_func,
+            {**heads, **cu_apart, "max_seqlen_k": 4, **dropped},
+        ),
+        "flash_attn_varlen_qkvpacked_func": (
+            kernels.flash_attn_varlen_qkvpacked_func,
+            {"qkv": qkv, "cu_seqlens": cu, "max_seqlen": 4, **dropped},
+        ),
+        "dropout": (kernels.dropout, {"x": x, "p": 0.1, "seed": seed}),
+        "layer_norm": (kernels.layer_norm, {"x": x, **norm}),
+        "layer_norm by task": (
+            lambda buffer, **given: kernels.layer_norm(
+                x, **norm, rows=rows._replace(buffer=buffer), **given
+            ),
+            {"buffer": rows.buffer, **by_task},
+        ),
+        "layer_norm_fn": (kernels.layer_norm_fn, {"x": x, **norm, "residual": x.clone()}),
+        "dropout_add_layer_norm": (kernels.dropout_add_layer_norm, stream),
+        "dropout_add_layer_norm before the norm": (
+            kernels.dropout_add_layer_norm,
+            stream | {"prenorm": True},
+        ),
+        "embedding_layer_norm": (
+            kernels.embedding_layer_norm,
+            {**places, **tables, **norm, **dropped},
+        ),
+        "embedding": (kernels.embedding, {"index": ids, "weight": matrix}),
+        "embedding by task": (
+            lambda index, weight, buffer: kernels.embedding(
+                index, weight, rows=table._replace(buffer=buffer), **by_task
+            ),
+            {"index": ids, "weight": matrix, "buffer": table.buffer},
+        ),
+        "linear": (kernels.linear, {"x": x, "weight": matrix, "bias": weight}),
+        "linear by task": (
+            lambda x, weight: kernels.linear(x, weight, rows=table, **by_task),
+            {"x": x, "weight": matrix},
+        ),
+        "wipe_": (kernels.wipe_, {"rows": table.weight, "index": ids, "offsets": (0, 3, 6)}),
+    }
+
+
+def surgery() -> dict[str, Call]:
+    """Calls of what is computed from task gradients."""
+    rows, weights = torch.randn(3, 40), torch.ones(3)
+    matrix, vector = kernels.gram(rows), torch.zeros(40)
+    state = {name: vector.clone() for name in ("master", "exp_avg", "exp_avg_sq")}
+    scalars = {"lr": torch.tensor(0.1), "step": torch.tensor(1), "skip": torch.tensor(False)}
+    of_rows = {"rows": rows, "weights": weights}
+    calls: dict[str, Call] = {
+        "gram": (kernels.gram, {"rows": rows}),
+        "draw_order": (
+            kernels.draw_order,
+            {"num_tasks": 3, "seed": torch.tensor(1), "step": torch.tensor(2)},
+        ),
+        "pcgrad_weights": (
+            kernels.pcgrad_weights,
+            {"gram": matrix, "order": kernels.draw_order(3, 1)},
+        ),
+        "combine": (kernels.combine, of_rows),
+        "combine into": (kernels.combine, {**of_rows, "out": vector}),
+        "combine_adamw_": (
+            kernels.combine_adamw_,
+            {**of_rows, **state, **scalars, "low_precision": vector.half()},
+        ),
+        "lamb_update_": (
+            kernels.lamb_update_,
+            {**state, **scalars, "offsets": (0, 10, 40), "low_precision": vector.half()},
+        ),
+        "update_guard": (kernels.update_guard, {"gram": matrix, "weights": weights}),
+    }
+    for name in ("total", "mean", "upgrad", "dual_projection", "config", "mgda", "aligned_mtl"):
+        calls[f"balancing.{name}"] = (getattr(balancing, name), {"gram": matrix})
+    for name in ("cagrad", "nash_mtl", "fairgrad", "krum", "imtl_g", "auxiliary_pcgrad"):
+        calls[f"balancing.{name}"] = (getattr(balancing, name), {"gram": matrix})
+    return calls
+
+
+def padding_and_modules() -> dict[str, Call]:
+    """Calls of the rest."""
+    hidden, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    stream, indices, *_ = kernels.unpad_input(hidden, mask)
+    cu, weight = torch.tensor([0, 2], dtype=torch.int32), torch.randn(4, 4)
+    return {
+        "unpad_input": (
+            kernels.unpad_input,
+            {"hidden_states": hidden, "attention_mask": mask},
+        ),
+        "pad_input": (
+            kernels.pad_input,
+            {"hidden_states": stream, "indices": indices, "batch": 2, "seqlen": 3},
+        ),
+        "check_cu_seqlens": (
+            partial(kernels.check_cu_seqlens, "cu_seqlens"),
+            {"cu_seqlens": cu, "total": 2},
+        ),
+        "new_task_rows": (partial(kernels.new_task_rows, 2), {"weight": weight}),
+        "FusedLayerNorm": (_fused_layer_norm, {"weight": weight[0].clone()}),
+        "TaskGradients": (_task_gradients, {"weight": weight}),
+    }
+
+
+def _fused_layer_norm(weight: Tensor) -> Tensor:
+    module = kernels.FusedLayerNorm(4)
+    module.weight = torch.nn.Parameter(weight)
+    return module(torch.randn(3, 4))
+
+
+def _task_gradients(weight: Tensor) -> None:
+    module = torch.nn.Linear(4, 4)
+    module.weight = torch.nn.Parameter(weight)
+    collected = TaskGradients(module, 2)
+    with collected.batch([1, 1]):
+        out = module(torch.randn(2, 4))
+    out.sum().backward()
+
+
+def public_calls() -> Mapping[str, Call]:
+    """Of every public function a call, and some more; the references of float64 too."""
+    torch.manual_seed(0)
+    in_float64 = {f"{name} in float64": call for name, call in layers(torch.float64).items()}
+    return {**layers(torch.float32), **in_float64, **surgery(), **padding_and_modules()}
+
+
+def backward_calls() -> dict[str, Callable[[], Tensor]]:
+    """Forward passes of every layer whose backward passes are this package's."""
+    torch.manual_seed(0)
+    stream = Stream.of(9)
+    calls: dict[str, Callable[[], Tensor]] = {
+        name: partial(layer, stream) for name, layer in DOORS.items() if name != "embedding"
+    }
+    rows = torch.randn(3, 40, requires_grad=True)
+    weights = torch.ones(3, requires_grad=True)
+    return calls | {
+        "gram": lambda: kernels.gram(rows),
+        "combine": lambda: kernels.combine(rows, weights),
+    }

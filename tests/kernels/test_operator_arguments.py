@@ -1,0 +1,241 @@
+"""No argument ends the process, is read beyond its end, or is taken for what it is not."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import (
+    attention_triton,
+    embedding_layer_norm_triton,
+    embedding_triton,
+    layer_norm_triton,
+)
+
+from .argument_fuzz import Case, cases
+from .operator_calls import NO_TENSOR_ARGUMENTS, operator_calls, public_calls
+
+ROOT = Path(__file__).parents[2]
+OPS = torch.ops.superbert
+
+
+class Told(NamedTuple):
+    """What one call of the fuzzer came to."""
+
+    call: str
+    argument: str
+    kind: str
+    outcome: str
+
+    @property
+    def operator(self) -> str:
+        """The operator's name."""
+        return self.call.split()[0]
+
+
+@pytest.fixture(scope="module")
+def told() -> list[Told]:
+    """All that the fuzzer tried, in a process of its own."""
+    command = [sys.executable, "-m", "tests.kernels.argument_fuzz"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0, (lines[-1:], run.stderr[-2000:])
+    return [Told(**line) for line in lines if "outcome" in line]
+
+
+def of_operators(told: list[Told]) -> list[Told]:
+    names = operator_calls().keys()
+    return [one for one in told if one.call in names]
+
+
+# Other shapes and dtypes that an argument may have, by its name or the operator's and its own.
+ACCEPTED: Mapping[str, str] = {
+    "seed|lr|step|scale|skip": r"shape: (a dimension|two) more",
+    "lr|scale|skip": r"dtype: torch.(float32|float64|int64|bool)",
+    "combine_adamw_.step": r"dtype: torch.(float32|float64|bool)",
+    "dropout.x": r"shape: .*",
+    "x|qkv|rows|out|low_precision|(weight|bias)_rows": r"dtype: torch.(bfloat16|float16)",
+    "attention.q": r"shape: dimension 0 of 2[35]",
+    "attention_qkvpacked.qkv": r"shape: dimension (0 of 2[35]|2 of \d+|3 of (1|15|17))",
+    "cu_seqlens": r"shape: dimension 0 of [13]",  # fewer sequences, or an empty one more
+    "x": r"shape: ((a dimension|two) more|dimension 0 of \d+)",
+    "weight|bias|x_bias": r"dtype: torch.(float32|float64|bfloat16|float16)",
+    "(weight|bias)_rows": r"shape: (empty|dimension \d of 0)",  # not wanted
+    r"\w+ alone.(weight|bias)_rows": r".*",  # without elements, whatever they are
+    "word|position|token_type": r"shape: dimension 0 of (8|10)",
+    "embedding_task_gradients_.rows": r"shape: dimension 1 of 4",
+    "gram.rows": r"shape: dimension (0 of \d|1 of 41)|dtype: torch.float64",
+    "pcgrad_weights.gram": r"dtype: torch.float64",
+    "combine.rows": r"shape: dimension 1 of \d+",
+    r"(\w*layer_norm).rows": r"shape: dimension 1 of 929",
+    "lower": r"shape: dimension 0 of \d",
+    "linear_task_gradients_.(weight|bias)_rows": r"dtype: torch.float64",
+}
+
+
+def accepts(one: Told) -> bool:
+    """Whether the argument may be like that."""
+    names = (one.argument, f"{one.operator}.{one.argument}", f"{one.call}.{one.argument}")
+    return any(
+        re.fullmatch(kind, one.kind) and any(re.fullmatch(f"({name})", each) for each in names)
+        for name, kind in ACCEPTED.items()
+    )
+
+
+# ---- operators ----------------------------------------------------------------------------------
+
+
+def test_every_operator_is_called() -> None:
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {name.split("::")[1] for name in names if name.startswith("superbert::")}
+    assert {name.split()[0] for name in operator_calls()} == registered
+
+
+def test_valid_calls_succeed(told: list[Told]) -> None:
+    assert [one for one in told if one.kind == "valid" and one.outcome != "ok"] == []
+
+
+def test_exceptions_name_an_argument(told: list[Told]) -> None:
+    def named(one: Told) -> bool:
+        names = [a.name for a in getattr(OPS, one.operator).default._schema.arguments]
+        message = one.outcome.removeprefix("raised: ")
+        return "MemoryError" in message or any(name in message for name in names)
+
+    raised = [one for one in of_operators(told) if one.outcome.startswith("raised")]
+    assert [one for one in raised if not named(one)] == []
+    assert len(raised) > 3000
+
+
+def test_results_are_those_of_tensors_apart_and_contiguous(told: list[Told]) -> None:
+    assert [one for one in of_operators(told) if one.outcome == "differs"] == []
+
+
+def test_other_shapes_and_dtypes_are_refused(told: list[Told]) -> None:
+    taken = [
+        one
+        for one in of_operators(told)
+        if one.kind.startswith(("shape", "dtype")) and not one.outcome.startswith("raised")
+    ]
+    assert [one for one in taken if not accepts(one)] == []
+
+
+def test_freed_storages_and_other_devices_are_refused(told: list[Told]) -> None:
+    calls = operator_calls()
+
+    def has_others(one: Told) -> bool:
+        return sum(isinstance(x, Tensor) for x in calls[one.call]) > 1
+
+    wrong = [
+        one
+        for one in of_operators(told)
+        if one.kind in ("freed", "cut") or (one.kind == "device: meta" and has_others(one))
+    ]
+    assert [one for one in wrong if not one.outcome.startswith("raised")] == []
+    assert len(wrong) > 300
+
+
+# ---- public functions, and hooks ----------------------------------------------------------------
+
+
+def test_every_public_function_is_called() -> None:
+    called = {re.split(r"[ .]", name)[0] for name in public_calls()}
+    assert called - {"balancing"} == set(kernels.__all__) - NO_TENSOR_ARGUMENTS
+
+
+def test_public_functions_refuse_freed_storages(told: list[Told]) -> None:
+    freed = [one for one in told if one.call.startswith("kernels.") and one.kind == "freed"]
+    reading = [one for one in freed if one.call != "kernels.new_task_rows"]  # a shape will do
+
+    def named(one: Told) -> bool:
+        # An operator that a function calls may have another name for it: x for x0.
+        return f"Error: {one.argument.rstrip('0')}" in one.outcome.replace("rows.buffer", "buffer")
+
+    assert [one for one in reading if not named(one)] == []
+    assert len(freed) > 140
+
+
+# Saved tensors of which a backward pass may take other shapes or dtypes, since it reads their
+# numbers, or their shapes alone.
+HARMLESS = r"a dimension more|two more|torch.float16|torch.float64|freed|meta|dimension 0 of [12]"
+
+
+def test_hooks_on_saved_tensors_end_in_exceptions(told: list[Told]) -> None:
+    hooked = [one for one in told if one.argument.startswith("saved tensor")]
+    taken = [one for one in hooked if one.outcome == "ok" and one.kind != "valid"]
+    assert [one for one in taken if not re.fullmatch(HARMLESS, one.kind)] == []
+    assert len(hooked) > 1000
+
+
+# ---- operators whose CUDA side is Python --------------------------------------------------------
+
+
+class LaunchedError(Exception):
+    """Raised in place of a launch."""
+
+
+@pytest.fixture
+def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts an exception in the place of every launcher."""
+
+    def launch(*_: Any, **__: Any) -> None:
+        raise LaunchedError
+
+    modules = (attention_triton, layer_norm_triton, embedding_layer_norm_triton, embedding_triton)
+    for module in modules:
+        for name in ("forward", "backward", "dropout", "add_task_gradients_"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, launch)
+
+
+def _is_triton(name: str) -> bool:
+    try:
+        return kernels.implementation(name, "cuda") == "triton"
+    except ValueError:
+        return False
+
+
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+LAUNCHED_FROM_PYTHON = sorted(
+    name for name in operator_calls() if " " not in name and _is_triton(name)
+)
+# What a GPU is not asked for, since looking would wait for it, and what a forward pass there only
+# hands on to its backward pass.
+UNSEEN = r"expected (to start|ascending|to end within)|<= index <|^(rows|columns|offsets):"
+
+
+def refusal(function: Callable[..., Any], case: Case) -> str | None:
+    """The message of the exception that a call raises."""
+    try:
+        function(*(x.detach() if isinstance(x, Tensor) else x for x in case.arguments))
+    except LaunchedError:
+        return None
+    except Exception as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.usefixtures("no_launch")
+@pytest.mark.parametrize("name", LAUNCHED_FROM_PYTHON)
+def test_what_the_cpu_refuses_is_not_launched(name: str) -> None:
+    operator = getattr(OPS, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+    disagreed, refused = [], 0
+    for case in cases(names, list(operator_calls()[name])):
+        on_cpu = refusal(operator, case)
+        if case.kind.startswith("overlap") or (on_cpu and re.search(UNSEEN, on_cpu)):
+            continue
+        on_cuda = refusal(partial(operator.redispatch, CUDA), case)
+        refused += on_cuda is not None
+        if (on_cuda is None) != (on_cpu is None):
+            disagreed.append((case.argument, case.kind, on_cpu, on_cuda))
+    assert disagreed == []
+    assert refused > 15
