@@ -9,7 +9,9 @@
     dweight_k = sum of dy xhat, dbias_k = sum of dy, over the rows of task k
 
 Rows are computed in float32 whatever their dtype, the variance in two passes, and the statistics
-are kept in float32.  With task rows (:class:`TaskRows`) the backward pass writes the K gradients of
+are kept in float32.  Of a sum, the backward pass gets ``h - mean`` in the rows' dtype with the
+statistics of these rounded rows: it is then the gradient at a point that differs from h by a
+rounding of each deviation, and so it is right for rows that are nearly constant too.  With task rows (:class:`TaskRows`) the backward pass writes the K gradients of
 weight and bias there; without, their sum is the usual gradient.
 """
 
