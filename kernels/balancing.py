@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ._extension import has_kernel
+from .differentiation import refuse_derivative
 from .gram_matrix import (
     check_gram,
     directions,
@@ -47,6 +48,7 @@ for _name in (
     "bargain",
 ):
     declare(_name, cpu="cpp", cuda="cuda" if has_kernel(_name, "CUDA") else None)
+    refuse_derivative(_name, name=_name, instead="gram.detach()")
 
 
 @torch.library.register_fake("superbert::symmetric_eigen")

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ._extension import has_kernel
+from .differentiation import refuse_derivative, register_derivative
 from .implementation import declare
 
 Reduction = Literal["sum", "mean"]
@@ -220,17 +221,18 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     rows, weights = ctx.saved_tensors
-    wants_rows, wants_weights = ctx.needs_input_grad
+    wants_rows, wants_weights = ctx.needs_input_grad[:2]
     grad = grad.to(weights.dtype)
     grad_rows = torch.outer(weights, grad).to(rows.dtype) if wants_rows else None
     grad_weights = rows.to(weights.dtype) @ grad if wants_weights else None
     return grad_rows, grad_weights
 
 
-torch.library.register_autograd("superbert::gram", _gram_backward, setup_context=_save_gram)
-torch.library.register_autograd(
-    "superbert::combine", _combine_backward, setup_context=_save_combine
+register_derivative("gram", _gram_backward, _save_gram, name="gram", instead="rows @ rows.T")
+register_derivative(
+    "combine", _combine_backward, _save_combine, name="combine", instead="weights @ rows"
 )
+refuse_derivative("pcgrad_weights", name="pcgrad_weights", instead="gram.detach()")
 
 
 # ---- public functions --------------------------------------------------------------------------
