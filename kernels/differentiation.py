@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
@@ -115,7 +115,7 @@ def register_derivative(
                 # What a result that is saved was made of does not show outside of this transform.
                 ctx.transformed = tuple(x for x in inputs if isinstance(x, Tensor))
             with torch._C._AutoDispatchBelowAutograd():
-                output = below_autograd(keyset, inputs)
+                output = below_autograd(keyset, tuple(inputs))
                 setup_context(ctx, tuple(inputs), output)
             return output
 
@@ -134,10 +134,11 @@ def register_derivative(
         if not (needs_graph or in_forward_mode()):
             with torch._C._AutoDispatchBelowAutograd():
                 return below_autograd(keyset, arguments)
+        apply = Derivative.apply  # type: ignore[attr-defined]
         if not torch._C._are_functorch_transforms_active():
-            return Derivative.apply(*arguments, keyset)
+            return apply(*arguments, keyset)
         with enable_single_level_autograd_function():  # torch.func has taken its own level off
-            return Derivative.apply(*arguments, keyset)
+            return apply(*arguments, keyset)
 
     Derivative.__name__ = Derivative.__qualname__ = f"{op}_derivative"
     _library.impl(op, run, "Autograd", with_keyset=True)

@@ -64,7 +64,7 @@ def pcgrad_weights_reference(gram: Tensor, order: Tensor, mean: bool, include_se
         step = torch.where(conflict, dot / norms_squared[other], 0.0)
         coefficients = coefficients.scatter_add(1, other[:, None], -step[:, None])
     weights = coefficients.mean(0) if mean else coefficients.sum(0)
-    return weights.to(gram.dtype)
+    return torch.where(norms_squared.isfinite().all(), weights, torch.nan).to(gram.dtype)
 
 
 def _philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
@@ -298,7 +298,8 @@ def pcgrad_weights(
             with the same order this replays that code's update.
 
     Returns:
-        ``[K]`` weights c in the dtype of ``gram``: the combined gradient is ``sum_k c_k g_k``.
+        ``[K]`` weights c in the dtype of ``gram``: the combined gradient is ``sum_k c_k g_k``.  All
+        are NaN where the diagonal of ``gram`` is not finite.
 
     Raises:
         ValueError: if a shape or dtype is not as above, or the reduction is unknown.
