@@ -31,9 +31,9 @@ struct LayerNormCall {
   float eps;
   Dropout dropout, out_dropout; // not both
   void* out;
-  void* hidden; // h as the backward pass reads it; or null
-  float* mean;
-  float* rstd;
+  void* hidden; // h - mean, for the backward pass; or null: h can be had again
+  float* mean;  // of the rows that the backward pass reads, hidden or h
+  float* rstd;  // likewise
 };
 
 struct LayerNormGradients {

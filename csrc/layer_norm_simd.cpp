@@ -2,6 +2,8 @@
 // once for each vector unit.  All arithmetic is float32.
 #include "layer_norm.h"
 
+#include <type_traits>
+
 #include "dropout_simd.h"
 #include "simd_math.h"
 
@@ -83,6 +85,30 @@ float combine_row(const LayerNormCall& call, int64_t row, float* factor_buffer, 
   return sum_of_lanes(total);
 }
 
+float rstd_of(float variance, float eps) {
+  return 1 / __builtin_sqrtf((variance > 0 ? variance : 0 * variance) + eps);
+}
+
+// Keeps h - mean for the backward pass, and the statistics of what is kept.  Rounding h itself
+// would leave little but rounding errors of a row that is nearly constant, whose rstd magnifies
+// them; and where xhat has not mean 0 and its own variance, the terms of dh do not cancel.
+template <typename T>
+void keep_row(const LayerNormCall& call, int64_t row, const float* hidden) {
+  T* kept = static_cast<T*>(call.hidden) + row * call.width;
+  const float row_mean = call.mean[row];
+  const Sums sums = sum_row(call.width, [&](int64_t i, auto lanes, Sums& to) {
+    lanes.store(kept + i, lanes.load(hidden + i) - row_mean);
+    const Floats centred = lanes.load(kept + i);
+    to.first += centred;
+    to.second += centred * centred;
+  });
+  call.mean[row] = 0;
+  if (std::is_same_v<T, float>) return; // nothing was rounded
+  const float mean = sum_of_lanes(sums.first) / call.width;
+  call.mean[row] = mean;
+  call.rstd[row] = rstd_of(sum_of_lanes(sums.second) / call.width - mean * mean, call.eps);
+}
+
 template <typename T>
 void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* factor_buffer) {
   const float width = call.width;
@@ -99,19 +125,18 @@ void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* f
   const float correction = sum_of_lanes(sums.first) / width;
   const float mean = rough_mean + correction;
   const float variance = sum_of_lanes(sums.second) / width - correction * correction;
-  const float rstd = 1 / __builtin_sqrtf((variance > 0 ? variance : 0 * variance) + call.eps);
+  const float rstd = rstd_of(variance, call.eps);
   call.mean[row] = mean;
   call.rstd[row] = rstd;
   T* out = static_cast<T*>(call.out) + row * call.width;
-  T* saved = call.hidden == nullptr ? nullptr : static_cast<T*>(call.hidden) + row * call.width;
   const float* factors = row_factors(call.out_dropout, row, call.width, factor_buffer);
   for_row(call.width, [&](int64_t i, auto lanes) {
     const Floats h = lanes.load(hidden + i);
     const Floats weight = load_or(1, call.weight, i, lanes);
     const Floats y = (h - mean) * rstd * weight + load_or(0, call.bias, i, lanes);
     lanes.store(out + i, factors == nullptr ? y : y * lanes.load(factors + i));
-    if (saved != nullptr) lanes.store(saved + i, h);
   });
+  if (call.hidden != nullptr) keep_row<T>(call, row, hidden);
 }
 
 void forward(const LayerNormCall& call, int64_t begin, int64_t end, float* scratch) {

@@ -17,11 +17,16 @@
 namespace superbert {
 
 // Coefficients c[K] of task `task`'s projected gradient; `order` holds the K task ids to project
-// by. A zero gradient conflicts with nothing; a NaN never compares as a conflict.
+// by. A zero gradient conflicts with nothing; where a norm is not finite, all coefficients are NaN.
 template <typename T>
 SUPERBERT_HOST_DEVICE void pcgrad_project(const T* gram, int64_t num_tasks, const int64_t* order,
                                           int64_t task, bool include_self, double* c) {
-  for (int64_t m = 0; m < num_tasks; ++m) c[m] = m == task ? 1.0 : 0.0;
+  double zero = 0.0; // or NaN
+  for (int64_t m = 0; m < num_tasks; ++m) {
+    const double norm_squared = static_cast<double>(gram[m * num_tasks + m]);
+    zero += norm_squared - norm_squared;
+  }
+  for (int64_t m = 0; m < num_tasks; ++m) c[m] = m == task ? 1.0 + zero : zero;
   for (int64_t position = 0; position < num_tasks; ++position) {
     const int64_t other = order[position];
     if (other == task && !include_self) continue;

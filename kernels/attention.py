@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _extension  # noqa: F401  (registers the operators)
 from .attention_checks import check_boundaries, check_qkv, check_rows, check_supported
+from .differentiation import differentiable_once, refuse_vmap, register_derivative
 from .dropout import attention_dropout_factors, check_dropout, new_seed
 from .implementation import declare, register_fake
 from .value_checks import check_data
@@ -114,9 +114,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(lse)
 
 
-@once_differentiable
-def _backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, seed = ctx.saved_tensors
+_INSTEAD = "torch.nn.functional.scaled_dot_product_attention, or float64"
+
+
+@differentiable_once("flash_attn_varlen_func", _INSTEAD)
+def _backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, _grad_lse: Tensor
+) -> tuple[Tensor | None, ...]:
+    *tensors, seed = saved
     grads = _ops.attention_backward(grad_out, *tensors, *ctx.options, seed, ctx.stream)
     return *grads, *[None] * 9
 
@@ -138,9 +143,11 @@ def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Non
     ctx.mark_non_differentiable(lse)
 
 
-@once_differentiable
-def _packed_backward(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, seed = ctx.saved_tensors
+@differentiable_once("flash_attn_varlen_qkvpacked_func", _INSTEAD)
+def _packed_backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, _grad_lse: Tensor
+) -> tuple[Tensor | None, ...]:
+    *tensors, seed = saved
     grad = _ops.attention_qkvpacked_backward(grad_out, *tensors, *ctx.options, seed, ctx.stream)
     return grad, *[None] * 7
 
@@ -236,10 +243,16 @@ def _cuda_packed_backward(
     return grad
 
 
-torch.library.register_autograd("superbert::attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    "superbert::attention_qkvpacked", _packed_backward, setup_context=_packed_setup_context
-)
+for _name, _public, _formula in (
+    ("attention", "flash_attn_varlen_func", (_backward, _setup_context)),
+    (
+        "attention_qkvpacked",
+        "flash_attn_varlen_qkvpacked_func",
+        (_packed_backward, _packed_setup_context),
+    ),
+):
+    register_derivative(_name, *_formula, name=_public, instead=_INSTEAD)
+    refuse_vmap(f"{_name}_backward", name=_public, instead=_INSTEAD)
 
 
 # ---- public -------------------------------------------------------------------------------------

@@ -4,7 +4,11 @@ Every method here computes weights ``c [K]`` from ``G = J Jᵀ [K, K]``; the upd
 ``sum_k c_k g_k``.  They run where G lies, never wait for the device, and can be part of a CUDA
 graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same weights (with
 :func:`nash_mtl`'s ``max_norm``: the same update).
-A method that divides by a task's norm gives a task with zero gradient the weight 0.
+A method that divides by a task's norm gives a task with zero gradient the weight 0; where all are
+zero the weights are finite.  Where the diagonal of G is not finite (a gradient holds a NaN or an
+infinity, or float32 cannot hold its squared norm, from 1.8e19 on), all weights are NaN, by every
+method: such a step has no update, and :func:`.update_guard` skips it.  Squared norms below 1e-38
+have fewer digits in a float32 G, and below 1e-45 none: such gradients count as zero.
 
 The problems are solved in float64; the small solvers (eigenvalues, quadratic programs, Newton's
 method) are C++ and CUDA from one source, csrc/balancing_solvers.h.  K has no limit but memory, for
@@ -23,10 +27,13 @@ import torch
 from torch import Tensor
 
 from ._extension import has_kernel
+from .differentiation import refuse_derivative
 from .gram_matrix import (
     check_gram,
     directions,
     eigen,
+    is_finite,
+    nan_unless_finite,
     preferences,
     rounding,
     scaled,
@@ -47,6 +54,7 @@ for _name in (
     "bargain",
 ):
     declare(_name, cpu="cpp", cuda="cuda" if has_kernel(_name, "CUDA") else None)
+    refuse_derivative(_name, name=_name, instead="gram.detach()")
 
 
 @register_fake("symmetric_eigen")
@@ -77,6 +85,7 @@ def _(gram: Tensor, alpha: float) -> Tensor:
 # ---- fixed weights -------------------------------------------------------------------------------
 
 
+@nan_unless_finite
 def total(gram: Tensor) -> Tensor:
     """Plain multitask training: the sum of the gradients.
 
@@ -93,6 +102,7 @@ def total(gram: Tensor) -> Tensor:
     return torch.ones_like(gram[0])
 
 
+@nan_unless_finite
 def mean(gram: Tensor) -> Tensor:
     """The mean of the gradients.
 
@@ -109,6 +119,7 @@ def mean(gram: Tensor) -> Tensor:
     return torch.full_like(gram[0], 1 / len(gram))
 
 
+@nan_unless_finite
 def proportional(gram: Tensor, sizes: Tensor) -> Tensor:
     """Weights in proportion to sizes, of the data sets, say; they add up to 1.
 
@@ -130,6 +141,7 @@ def proportional(gram: Tensor, sizes: Tensor) -> Tensor:
 # ---- projections ---------------------------------------------------------------------------------
 
 
+@nan_unless_finite
 def auxiliary_pcgrad(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3) -> Tensor:
     """PCGrad between one main task and the weighted sum of all others.
 
@@ -150,12 +162,14 @@ def auxiliary_pcgrad(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3)
     check_gram(gram)
     if not 0 <= main < len(gram):
         raise ValueError(f"main: expected 0 to {len(gram) - 1}, got {main}")
-    members = gram.new_full((2, len(gram)), auxiliary_weight)
+    matrix = gram.double()
+    members = matrix.new_full((2, len(gram)), auxiliary_weight)
     members[0] = 1.0
     is_main = torch.arange(len(gram), device=gram.device) == main
     members = torch.where(torch.stack([is_main, ~is_main]), members, 0.0)
     order = torch.tensor([0, 1], device=gram.device).expand(2, 2).contiguous()
-    return pcgrad_weights(members @ gram @ members.T, order) @ members
+    weights = pcgrad_weights(members @ matrix @ members.T, order) @ members
+    return weights.to(gram.dtype)
 
 
 class GradVacStep(NamedTuple):
@@ -163,7 +177,8 @@ class GradVacStep(NamedTuple):
 
     Attributes:
         weights: ``[K]`` in the dtype of the Gram matrix.
-        targets: ``[K, K]`` target cosines for the next step, likewise.
+        targets: ``[K, K]`` target cosines for the next step, likewise; the present ones where the
+            diagonal of the Gram matrix is not finite.
     """
 
     weights: Tensor
@@ -192,7 +207,7 @@ def gradvac(gram: Tensor, order: Tensor, targets: Tensor, beta: float = 0.5) -> 
         raise ValueError(f"beta: expected 0 to 1, got {beta}")
     cosines, inverse_norms = directions(gram)
     task = torch.arange(len(gram), device=gram.device)
-    targets = targets.double()
+    present_targets = targets = targets.double()
     # Row i: the modified gradient i in terms of the unit gradients, times its inverse norm.
     rows = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     for other in order.unbind(1):
@@ -208,9 +223,13 @@ def gradvac(gram: Tensor, order: Tensor, targets: Tensor, beta: float = 0.5) -> 
         targets = targets.scatter(1, other[:, None], newest[:, None])
     norms = gram.diagonal().double().sqrt()
     weights = (norms[:, None] * rows * inverse_norms).sum(0)
+    finite = is_finite(gram)
+    weights = torch.where(finite, weights, torch.nan)
+    targets = torch.where(finite, targets, present_targets)
     return GradVacStep(weights.to(gram.dtype), targets.to(gram.dtype))
 
 
+@nan_unless_finite
 def upgrad(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
     """UPGrad: the weighted sum of the gradients, each projected onto the dual cone of all of them.
 
@@ -230,6 +249,7 @@ def upgrad(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
     return _ops.project_onto_dual_cone(scaled(gram), each).sum(0).to(gram.dtype)
 
 
+@nan_unless_finite
 def dual_projection(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
     """DualProj: the weighted sum of the gradients projected onto the dual cone of all of them.
 
@@ -252,6 +272,7 @@ def dual_projection(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
 # ---- optima --------------------------------------------------------------------------------------
 
 
+@nan_unless_finite
 def mgda(gram: Tensor) -> Tensor:
     """MGDA: the shortest convex combination of the gradients.
 
@@ -269,6 +290,7 @@ def mgda(gram: Tensor) -> Tensor:
     return _ops.minimize_norm(scaled(gram)).to(gram.dtype)
 
 
+@nan_unless_finite
 def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
     """CAGrad: the best worst-case direction within ``c |g0|`` of the mean gradient ``g0``.
 
@@ -303,6 +325,7 @@ def _hull_holds_zero(matrix: Tensor, relative: float) -> Tensor:
     return shortest @ matrix @ shortest <= 4 * relative * longest**2
 
 
+@nan_unless_finite
 def nash_mtl(gram: Tensor, max_norm: float | None = None) -> Tensor:
     """Nash-MTL: the Nash bargaining solution, ``G c = 1 / c``.
 
@@ -332,6 +355,7 @@ def nash_mtl(gram: Tensor, max_norm: float | None = None) -> Tensor:
     return weights.to(gram.dtype)
 
 
+@nan_unless_finite
 def fairgrad(gram: Tensor, alpha: float = 1.0) -> Tensor:
     """FairGrad: alpha-fair weights, ``G c = c^(-1 / alpha)``.
 
@@ -364,6 +388,7 @@ def _bargain(gram: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 # ---- closed forms --------------------------------------------------------------------------------
 
 
+@nan_unless_finite
 def imtl_g(gram: Tensor) -> Tensor:
     """IMTL-G: the combination with equal projections onto all gradients; weights add up to 1.
 
@@ -387,6 +412,7 @@ def imtl_g(gram: Tensor) -> Tensor:
     return weights.to(gram.dtype)
 
 
+@nan_unless_finite
 def aligned_mtl(
     gram: Tensor, pref_vector: Tensor | None = None, scale_mode: ScaleMode = "min"
 ) -> Tensor:
@@ -433,6 +459,7 @@ _SCALES: Mapping[ScaleMode, Callable[[Tensor, Tensor], Tensor]] = {
 """From the eigenvalues that count, infinite elsewhere, and their number to Aligned-MTL's scale."""
 
 
+@nan_unless_finite
 def config(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
     """ConFIG: the direction with chosen cosines to all gradients, as long as they reach along it.
 
@@ -459,6 +486,7 @@ def config(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
     return (scale * inverse_norms * units).to(gram.dtype)
 
 
+@nan_unless_finite
 def krum(gram: Tensor, num_byzantine: int = 0, num_selected: int = 1) -> Tensor:
     """Multi-Krum: the mean of the gradients that lie closest to their neighbours.
 
@@ -493,6 +521,7 @@ def krum(gram: Tensor, num_byzantine: int = 0, num_selected: int = 1) -> Tensor:
 # ---- learned weights -----------------------------------------------------------------------------
 
 
+@nan_unless_finite
 def gradnorm(
     gram: Tensor, weights: Tensor, loss_ratios: Tensor, alpha: float = 1.5, lr: float = 0.025
 ) -> Tensor:
@@ -509,7 +538,8 @@ def gradnorm(
         lr: step of the weights.
 
     Returns:
-        ``[K]`` new weights in the dtype of ``weights``, not negative, adding up to K.
+        ``[K]`` new weights in the dtype of ``weights``, not negative, adding up to K.  All are NaN
+        where the diagonal of ``gram`` is not finite; keep the present ones then.
 
     Raises:
         ValueError: a shape or dtype is not as above.

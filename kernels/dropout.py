@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import _extension  # noqa: F401  (registers the operator)
+from .differentiation import register_derivative
 from .implementation import declare, register_fake
 from .value_checks import DTYPES, check_data
 
@@ -98,7 +99,13 @@ def _cuda(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
 
 
 register_fake("dropout")(_fake)
-torch.library.register_autograd("superbert::dropout", _backward, setup_context=_setup_context)
+register_derivative(
+    "dropout",
+    _backward,
+    _setup_context,
+    name="dropout",
+    instead="torch.nn.functional.dropout, or float64",
+)
 declare("dropout", cpu="cpp", cuda="triton")
 
 

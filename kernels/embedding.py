@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from . import _extension  # noqa: F401  (registers the operator)
+from .differentiation import differentiable_once, refuse_transforms
 from .implementation import declare, register_fake
 from .task_rows import TaskRows, TaskSegments, rows_at
 from .value_checks import check_data
@@ -105,9 +106,9 @@ class _TaskEmbedding(torch.autograd.Function):
         return F.embedding(index, weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, ...]:
-        index, weight = ctx.saved_tensors
+    @differentiable_once("embedding with task rows", "the layer without rows")
+    def backward(ctx: Any, saved: tuple[Tensor, Tensor], grad_output: Tensor) -> tuple[None, ...]:
+        index, weight = saved
         buffer, start = ctx.rows
         rows = rows_at(buffer, start, weight.shape)
         embedding_task_gradients_(grad_output, index, rows, ctx.offsets)
@@ -143,6 +144,7 @@ def embedding(
         return F.embedding(index, weight)
     if index.dim() != 1:
         raise ValueError(f"rows: task gradients need an index [T], got {list(index.shape)}")
+    refuse_transforms("embedding", weight)
     segments = rows.checked(segments, weight, None, index)
     start, _ = rows.starts
     return _TaskEmbedding.apply(index, weight, rows.buffer, start, segments.offsets)  # type: ignore[no-untyped-call]

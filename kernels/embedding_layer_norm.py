@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _extension  # noqa: F401  (registers the operators)
+from .differentiation import differentiable_once, refuse_vmap, register_derivative
 from .dropout import check_dropout, dropout, new_seed
 from .embedding import embedding, embedding_task_gradients_
 from .implementation import declare, register_fake
@@ -99,9 +99,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(mean, rstd)
 
 
-@once_differentiable
-def _backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *ids_and_tables, weight, bias, mean, rstd = ctx.saved_tensors
+_NAME = "embedding_layer_norm"
+_INSTEAD = "torch.nn.functional.embedding and layer_norm, or float64"
+
+
+@differentiable_once(_NAME, _INSTEAD)
+def _backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    *ids_and_tables, weight, bias, mean, rstd = saved
     norm_arguments = parameter_rows(ctx, weight, bias, mean)
     grad_sum = _ops.embedding_layer_norm_backward(
         *(grad_out, *ids_and_tables, weight, mean, rstd, *norm_arguments),
@@ -156,9 +162,8 @@ def _cuda_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
     return embedding_layer_norm_triton.backward(grad_out, ids, tables, *given)
 
 
-torch.library.register_autograd(
-    "superbert::embedding_layer_norm", _backward, setup_context=_setup_context
-)
+register_derivative(_NAME, _backward, _setup_context, name=_NAME, instead=_INSTEAD)
+refuse_vmap(f"{_NAME}_backward", name=_NAME, instead=_INSTEAD)
 
 
 # ---- public -------------------------------------------------------------------------------------

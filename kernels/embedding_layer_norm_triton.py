@@ -75,7 +75,7 @@ def _forward_kernel(
 ):
     rows, columns, elements, mask = tile(tl.program_id(0) * ROWS, num_rows, N, ROWS, BLOCK_N)
     h = _embed(tables, sizes, ids, rows, columns, num_rows, mask, N)
-    y, row_mean, row_rstd = normalize(h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, N)
+    y, _, row_mean, row_rstd = normalize(h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, N)
     tl.store(mean + rows, row_mean, mask=rows < num_rows)
     tl.store(rstd + rows, row_rstd, mask=rows < num_rows)
     if DROPOUT:

@@ -3,7 +3,9 @@
 All is float64 on the matrix's device; nothing waits for it.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,29 @@ def check_gram(gram: Tensor, **others: tuple[Tensor, int]) -> None:
     for name, (tensor, dims) in others.items():
         if list(tensor.shape) != [len(gram)] * dims:
             raise ValueError(f"{name}: expected {[len(gram)] * dims}, got {list(tensor.shape)}")
+
+
+Method = TypeVar("Method", bound=Callable[..., Tensor])
+
+
+def nan_unless_finite(method: Method) -> Method:
+    """Make all weights NaN where the diagonal of the Gram matrix is not finite.
+
+    No weight of a gradient that holds a NaN makes a sum that means anything, and finite weights of
+    the others would hide it.
+    """
+
+    @functools.wraps(method)
+    def run(gram: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        weights = method(gram, *arguments, **options)
+        return torch.where(is_finite(gram), weights, torch.nan)
+
+    return run  # type: ignore[return-value]
+
+
+def is_finite(gram: Tensor) -> Tensor:
+    """Whether all gradients are finite and no longer than their Gram matrix can say; 0-dim."""
+    return gram.diagonal().isfinite().all()
 
 
 def preferences(gram: Tensor, pref_vector: Tensor | None, *, mean: bool = True) -> Tensor:

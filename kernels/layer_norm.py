@@ -9,8 +9,12 @@
     dweight_k = sum of dy xhat, dbias_k = sum of dy, over the rows of task k
 
 Rows are computed in float32 whatever their dtype, the variance in two passes, and the statistics
-are kept in float32.  With task rows (:class:`TaskRows`) the backward pass writes the K gradients of
-weight and bias there; without, their sum is the usual gradient.
+are kept in float32.  Of a sum, the backward pass gets ``h - mean`` in the rows' dtype with the
+statistics of these rounded rows: it is then the gradient at a point that differs from h by a
+rounding of each deviation, and so it is right for rows that are nearly constant too.
+
+With task rows (:class:`TaskRows`) the backward pass writes the K gradients of weight and bias
+there; without, their sum is the usual gradient.
 """
 
 from collections.abc import Callable
@@ -19,9 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _extension  # noqa: F401  (registers the operators)
+from .differentiation import (
+    differentiable_once,
+    refuse_transforms,
+    refuse_vmap,
+    register_derivative,
+)
 from .dropout import check_dropout, dropout, new_seed
 from .implementation import declare, register_fake
 from .layer_norm_parameters import (
@@ -64,9 +73,9 @@ class _TaskAffine(torch.autograd.Function):
         return scaled if bias is None else scaled + bias
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        xhat, weight = ctx.saved_tensors
+    @differentiable_once("layer_norm with task rows", "the layer without rows")
+    def backward(ctx: Any, saved: tuple[Tensor, Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+        xhat, weight = saved
         (offsets, accumulate), rows = ctx.segments, (ctx.rows.weight, ctx.rows.bias)
         for task, (begin, end) in enumerate(pairwise(offsets)):
             for own, term in zip(rows, (grad * xhat, grad), strict=True):
@@ -87,6 +96,7 @@ def layer_norm_reference(
     """``y`` by plain torch operations, in the dtype of ``hidden``."""
     xhat = normalize_reference(hidden, eps)
     if rows is not None:
+        refuse_transforms("layer_norm", xhat, weight, bias)
         return _TaskAffine.apply(xhat, weight, bias, rows, segments)  # type: ignore[no-untyped-call]
     scaled = xhat if weight is None else xhat * weight
     return scaled if bias is None else scaled + bias
@@ -122,9 +132,14 @@ def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(mean, rstd)
 
 
-@once_differentiable
-def _layer_norm_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, mean, rstd = ctx.saved_tensors
+_INSTEAD = "torch.nn.functional.layer_norm, or float64"
+
+
+@differentiable_once("layer_norm", _INSTEAD)
+def _layer_norm_backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, mean, rstd = saved
     task_arguments = parameter_rows(ctx, weight, bias, mean)
     grad = _ops.layer_norm_backward(grad_out, hidden, weight, mean, rstd, *task_arguments)
     return grad, *parameter_gradients(ctx, *task_arguments[:2]), *[None] * 5
@@ -138,9 +153,11 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(hidden, mean, rstd)
 
 
-@once_differentiable
-def _add_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, mean, rstd = ctx.saved_tensors
+@differentiable_once("dropout_add_layer_norm", _INSTEAD)
+def _add_backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, mean, rstd = saved
     task_arguments = parameter_rows(ctx, weight, bias, mean)
     arguments = (grad_out, hidden, weight, mean, rstd, *task_arguments)
     if ctx.dropout_p > 0:
@@ -214,12 +231,12 @@ def _add_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
     return layer_norm_triton.backward(*arguments)
 
 
-torch.library.register_autograd(
-    "superbert::layer_norm", _layer_norm_backward, setup_context=_layer_norm_setup
-)
-torch.library.register_autograd(
-    "superbert::dropout_add_layer_norm", _add_backward, setup_context=_add_setup
-)
+for _name, _backward, _setup in (
+    ("layer_norm", _layer_norm_backward, _layer_norm_setup),
+    ("dropout_add_layer_norm", _add_backward, _add_setup),
+):
+    register_derivative(_name, _backward, _setup, name=_name, instead=_INSTEAD)
+    refuse_vmap(f"{_name}_backward", name=_name, instead=_INSTEAD)
 
 
 # ---- public -------------------------------------------------------------------------------------

@@ -55,6 +55,12 @@ def row_factors(rows, stream, dropout, N: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def rstd_of(variance, eps):
+    """Inverse deviation of a variance that rounding may have made negative; a NaN stays one."""
+    return 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + eps)
+
+
+@triton.jit
 def normalize(
     h,
     mask,
@@ -65,17 +71,21 @@ def normalize(
     HAS_BIAS: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Output, mean and rstd of a tile of whole rows, the variance in two passes."""
+    """Output, centred rows, mean and rstd of a tile of whole rows, the variance in two passes."""
     h = tl.where(mask, h, 0.0)
-    mean = tl.sum(h, 1) / N
-    deviation = tl.where(mask, h - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / N + eps)
-    y = deviation * rstd[:, None]
+    rough_mean = tl.sum(h, 1) / N
+    deviation = tl.where(mask, h - rough_mean[:, None], 0.0)
+    # The second pass also corrects the rounding of the first one's mean.
+    correction = tl.sum(deviation, 1) / N
+    mean = rough_mean + correction
+    rstd = rstd_of(tl.sum(deviation * deviation, 1) / N - correction * correction, eps)
+    centred = tl.where(mask, h - mean[:, None], 0.0)
+    y = centred * rstd[:, None]
     if HAS_WEIGHT:
         y *= tl.load(parameters.weight + columns, mask=columns < N, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(parameters.bias + columns, mask=columns < N, other=0.0).to(tl.float32)
-    return y, mean, rstd
+    return y, centred, mean, rstd
 
 
 @triton.jit(do_not_specialize=["num_rows", "stream"])
@@ -108,8 +118,19 @@ def _forward_kernel(
         h *= row_factors(rows, stream, dropout, N, BLOCK_N)
     if HAS_RESIDUAL:
         h += tl.load(residual + elements, mask=mask, other=0.0).to(tl.float32)
-        tl.store(hidden + elements, h.to(hidden.dtype.element_ty), mask=mask)
-    y, row_mean, row_rstd = normalize(h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, N)
+    y, centred, row_mean, row_rstd = normalize(
+        h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, N
+    )
+    if HAS_RESIDUAL:
+        # Kept for the backward pass, and the statistics of what is kept: rounding h itself would
+        # leave little but rounding errors of a nearly constant row, whose rstd magnifies them.
+        kept = centred.to(hidden.dtype.element_ty)
+        tl.store(hidden + elements, kept, mask=mask)
+        row_mean = tl.zeros_like(row_mean)
+        if kept.dtype != tl.float32:
+            centred = kept.to(tl.float32)
+            row_mean = tl.sum(centred, 1) / N
+            row_rstd = rstd_of(tl.sum(centred * centred, 1) / N - row_mean * row_mean, eps)
     tl.store(mean + rows, row_mean, mask=rows < num_rows)
     tl.store(rstd + rows, row_rstd, mask=rows < num_rows)
     tl.store(out + elements, y.to(out.dtype.element_ty), mask=mask)
@@ -295,7 +316,10 @@ def forward(
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, hidden rows (x itself without residual), mean and rstd."""
+    """Output, the rows that the backward pass reads, and their mean and rstd.
+
+    Those rows are the centred sums in the dtype of x, or x itself without a residual.
+    """
     width = x.shape[-1]
     x = x.contiguous()
     out = torch.empty_like(x)

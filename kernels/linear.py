@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .differentiation import differentiable_once, in_forward_mode, refuse_transforms
 from .implementation import declare, register_fake
 from .task_rows import TaskRows, TaskSegments, rows_of
 from .value_checks import DTYPES, check_data, check_offsets, check_rows_apart, check_tensor
@@ -158,9 +158,11 @@ class _TaskLinear(torch.autograd.Function):
         return _apply(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+    @differentiable_once("linear with task rows", "the layer without rows")
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, bias = saved
         # A hook on saved tensors may have changed what tells the shapes of the rows.
         shape = (grad_output.shape[1], x.shape[-1])
         check_tensor("weight", weight, shape, x.dtype, x.device)
@@ -199,11 +201,13 @@ def linear(
     """
     check_data(x=x, weight=weight, bias=bias)
     if rows is None:
-        return F.linear(x, weight, bias) if torch.is_grad_enabled() else _apply(x, weight, bias)
+        is_differentiated = torch.is_grad_enabled() or in_forward_mode()
+        return (F.linear if is_differentiated else _apply)(x, weight, bias)
     if x.dim() != 2 or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
             "rows: task gradients need x [T, I], weight [O, I] and bias [O], got "
             + ", ".join(str(list(t.shape)) for t in (x, weight, bias) if t is not None)
         )
+    refuse_transforms("linear", x, weight, bias)
     segments = rows.checked(segments, weight, bias, x)
     return _TaskLinear.apply(x, weight, bias, rows.buffer, rows.starts, *segments)  # type: ignore[no-untyped-call]

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ._extension import has_kernel
+from .differentiation import refuse_derivative, register_derivative
 from .implementation import declare, register_fake
 from .value_checks import check_data, check_tensor
 
@@ -64,7 +65,7 @@ def pcgrad_weights_reference(gram: Tensor, order: Tensor, mean: bool, include_se
         step = torch.where(conflict, dot / norms_squared[other], 0.0)
         coefficients = coefficients.scatter_add(1, other[:, None], -step[:, None])
     weights = coefficients.mean(0) if mean else coefficients.sum(0)
-    return weights.to(gram.dtype)
+    return torch.where(norms_squared.isfinite().all(), weights, torch.nan).to(gram.dtype)
 
 
 def _philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
@@ -229,7 +230,7 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     rows, weights = ctx.saved_tensors
-    wants_rows, wants_weights = ctx.needs_input_grad
+    wants_rows, wants_weights = ctx.needs_input_grad[:2]
     check_data(grad=grad)
     check_tensor("weights", weights, weights.shape[:1], weights.dtype, grad.device)
     check_tensor("rows", rows, (len(weights), len(grad)), rows.dtype, grad.device)
@@ -239,10 +240,11 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | N
     return grad_rows, grad_weights
 
 
-torch.library.register_autograd("superbert::gram", _gram_backward, setup_context=_save_gram)
-torch.library.register_autograd(
-    "superbert::combine", _combine_backward, setup_context=_save_combine
+register_derivative("gram", _gram_backward, _save_gram, name="gram", instead="rows @ rows.T")
+register_derivative(
+    "combine", _combine_backward, _save_combine, name="combine", instead="weights @ rows"
 )
+refuse_derivative("pcgrad_weights", name="pcgrad_weights", instead="gram.detach()")
 
 
 # ---- public functions --------------------------------------------------------------------------
@@ -308,7 +310,8 @@ def pcgrad_weights(
             with the same order this replays that code's update.
 
     Returns:
-        ``[K]`` weights c in the dtype of ``gram``: the combined gradient is ``sum_k c_k g_k``.
+        ``[K]`` weights c in the dtype of ``gram``: the combined gradient is ``sum_k c_k g_k``.  All
+        are NaN where the diagonal of ``gram`` is not finite.
 
     Raises:
         ValueError: if a shape or dtype is not as above, or the reduction is unknown.

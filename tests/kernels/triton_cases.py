@@ -330,3 +330,34 @@ def test_dropout(count: int, device: str) -> None:
     x, seed = torch.randn(count, device=device), torch.tensor(-3, device=device)
     expected = x * dropout_factors(count, 0.3, seed, 2**32 - 1)
     assert torch.equal(layer_norm_triton.dropout(x, 0.3, seed, 2**32 - 1), expected)
+
+
+# Row sums of constants that are rounded, and a few columns.
+@pytest.mark.parametrize("width", [1, 3, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_layer_norm_of_nearly_constant_rows(
+    fused: bool, dtype: torch.dtype, width: int, device: str
+) -> None:
+    x, residual = (torch.full((64, width), c, device=device) for c in (0.1, 0.3))
+    eps = 1e-12 if dtype == torch.float32 else 1e-5  # 1e-12 is zero in float16, for torch
+    if dtype == torch.float16:  # in float32 the sum itself is rounded, as torch's is
+        noise = torch.finfo(dtype).eps * torch.randint(-1, 2, (32, width), device=device)
+        x[:32] *= 1 + noise
+    x, residual = x.to(dtype), residual.to(dtype)
+    grad_out = (1e-3 * torch.randn(64, width, device=device)).to(dtype)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        leaf = x.to(dtype).requires_grad_()
+        h = leaf + residual.to(dtype) if fused else leaf
+        out = F.layer_norm(h, (width,), eps=eps)
+        return [out.detach(), *torch.autograd.grad(out, leaf, grad_out.to(dtype))]
+
+    options = (residual, None, 0.0, None, 0) if fused else ()
+    out, *saved = layer_norm_triton.forward(x, None, None, eps, *options)
+    hidden, mean, rstd = saved
+    nothing = torch.empty(0, device=device)
+    arguments = (grad_out, hidden, None, mean, rstd, nothing, nothing, (), False)
+    grad_x, _ = layer_norm_triton.backward(*arguments)
+    for tensors in zip([out, grad_x], reference(dtype), reference(torch.float64), strict=True):
+        assert_within_twice(*tensors)

@@ -1,0 +1,202 @@
+"""First derivatives in reverse mode; a refusal of those that would come out as zero.
+
+torch drops what an operator's registration does not tell: the tangents of forward mode, and the
+second derivatives of a formula that runs without a graph.  Here either is an error that names the
+function.  First derivatives also work within ``torch.func.grad``, ``vjp`` and the like, and
+operators within ``torch.func.vmap``, one call for each entry; only a derivative within it is
+refused.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+_library = torch.library.Library("superbert", "FRAGMENT")
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents, of `torch.autograd.forward_ad` or `torch.func.jvp`."""
+    return forward_ad._current_level >= 0
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """Passes on the first ``count`` tensors; raises when they are differentiated in any way."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(_message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        ctx.message = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(ctx.message)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(ctx.message)
+
+
+def differentiable_once(name: str, instead: str) -> Callable[[Backward], Backward]:
+    """Make a backward function whose gradients raise when they are differentiated.
+
+    torch's ``once_differentiable`` does so only where ``grad_out`` needs a gradient; elsewhere it
+    takes the gradients for constants.
+
+    Args:
+        name: of the public function, for the message.
+        instead: what can be differentiated twice.
+
+    Returns:
+        A decorator of ``backward(ctx, saved, *grads)``, where ``saved`` is ``ctx.saved_tensors``,
+        which may be unpacked but once.
+    """
+    message = f"{name}: cannot differentiate twice; use {instead}"
+
+    def decorate(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors
+            with torch.no_grad():
+                results = backward(ctx, saved, *grads)
+            is_differentiated = torch.is_grad_enabled() or in_forward_mode()
+            if torch.compiler.is_compiling() or not is_differentiated:
+                return results
+            given = [result for result in results if result is not None]
+            sources = (*grads, *saved, *getattr(ctx, "transformed", ()))
+            sources = tuple(source for source in sources if source is not None)
+            passed = iter(_Undifferentiable.apply(message, len(given), *given, *sources))  # type: ignore[no-untyped-call]
+            return tuple(None if result is None else next(passed) for result in results)
+
+        return run
+
+    return decorate
+
+
+def register_derivative(
+    op: str,
+    backward: Backward,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    *,
+    name: str,
+    instead: str,
+) -> None:
+    """Register a formula for reverse mode, as `torch.library.register_autograd` does.
+
+    Args:
+        op: the operator, without namespace.
+        backward: from ``ctx`` and the gradients of the outputs to those of all arguments.
+        setup_context: keeps in ``ctx`` what ``backward`` needs.
+        name: of the public function, for the message.
+        instead: what can be differentiated in forward mode.
+    """
+    overload = getattr(torch.ops.superbert, op).default
+
+    def below_autograd(keyset: Any, arguments: tuple[Any, ...]) -> Any:
+        return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    class Derivative(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            *inputs, keyset = arguments
+            if torch._C._are_functorch_transforms_active():
+                # What a result that is saved was made of does not show outside of this transform.
+                ctx.transformed = tuple(x for x in inputs if isinstance(x, Tensor))
+            with torch._C._AutoDispatchBelowAutograd():
+                output = below_autograd(keyset, tuple(inputs))
+                setup_context(ctx, tuple(inputs), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            return *backward(ctx, *grads), None
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Tensor) -> None:
+            raise NotImplementedError(
+                f"{name}: cannot differentiate in forward mode; use {instead}"
+            )
+
+    def run(keyset: Any, *arguments: Any) -> Any:
+        needs_graph = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        if not (needs_graph or in_forward_mode()):
+            with torch._C._AutoDispatchBelowAutograd():
+                return below_autograd(keyset, arguments)
+        apply = Derivative.apply  # type: ignore[attr-defined]
+        if not torch._C._are_functorch_transforms_active():
+            return apply(*arguments, keyset)
+        with enable_single_level_autograd_function():  # torch.func has taken its own level off
+            return apply(*arguments, keyset)
+
+    Derivative.__name__ = Derivative.__qualname__ = f"{op}_derivative"
+    _library.impl(op, run, "Autograd", with_keyset=True)
+
+
+def refuse_derivative(op: str, *, name: str, instead: str) -> None:
+    """Register that an operator has no derivative.
+
+    Args:
+        op: the operator, without namespace.
+        name: of the public function, for the message.
+        instead: what to do.
+    """
+
+    def backward(_ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(f"{name}: has no derivative; use {instead}")
+
+    register_derivative(op, backward, lambda *_: None, name=name, instead=instead)
+
+
+def refuse_vmap(op: str, *, name: str, instead: str) -> None:
+    """Register that an operator of a backward pass cannot run within `torch.func.vmap`.
+
+    Args:
+        op: the operator, without namespace, which writes into its arguments.
+        name: of the public function, for the message.
+        instead: what to do.
+    """
+
+    def run(*_: object) -> None:
+        raise NotImplementedError(
+            f"{name}: cannot differentiate within torch.func.vmap, jacrev or hessian; use {instead}"
+        )
+
+    _library.impl(op, run, "FuncTorchBatched")
+
+
+def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
+    """Refuse what a layer that writes task rows in its backward pass cannot do.
+
+    Not said by a ``jvp`` of its `torch.autograd.Function`, which torch.compile cannot trace.
+
+    Args:
+        name: of the public function, for the message.
+        tensors: its differentiable arguments.
+
+    Raises:
+        NotImplementedError: within `torch.func.grad`, ``vmap`` and the like, or a tensor has a
+            tangent.
+    """
+    if torch.compiler.is_compiling():
+        return
+    message = f"{name} with task rows: cannot {{}}; use the layer without rows"
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(message.format("run within torch.func"))
+    if in_forward_mode() and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(message.format("differentiate in forward mode"))
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
