@@ -39,9 +39,10 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         )
     width = x.shape[-1]
     bias = bias.contiguous()  # oneDNN takes it to be
-    check_tensor("x", x, x.shape, torch.bfloat16, x.device)
-    check_tensor("weight", weight, (len(weight), width), torch.bfloat16, x.device)
-    check_tensor("bias", bias, weight.shape[:1], torch.bfloat16, x.device)
+    dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    check_tensor("x", x, x.shape, dtype, x.device)
+    check_tensor("weight", weight, (len(weight), width), dtype, x.device)
+    check_tensor("bias", bias, weight.shape[:1], dtype, x.device)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
