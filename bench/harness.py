@@ -4,7 +4,6 @@ Contestants of one benchmark run in the same process, in turn, round after round
 else slows the machine slows them alike; figures to compare are ratios of their medians.
 """
 
-import json
 import os
 import platform
 import statistics
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from engine.json_text import dump_json
 
 Contestant = Callable[[], object]
 
@@ -151,7 +152,7 @@ def write_record(path: Path, benchmark: str, device: torch.device, results: Any)
     """Write a benchmark's results with their environment as JSON."""
     record = {"benchmark": benchmark, "environment": environment(device), "results": results}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(dump_json(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _git(*arguments: str) -> str:

@@ -19,7 +19,6 @@ comes out.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from engine.json_text import dump_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +216,7 @@ def main() -> int:
         records.append({"ranks": ranks, "step": one.step, **asdict(one)})
     Console(width=100).print(table)
     if options.json is not None:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(dump_json(records, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -7,7 +7,6 @@ as they do later; then exchanges with nothing to hide behind; and from both the 
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from engine import recipe as recipes
+from engine.json_text import dump_json
 from engine.multitask.exchange import MODES, Alone
 from engine.run import begin
 from engine.runtime.distributed import Ranks
@@ -115,7 +115,7 @@ def main() -> int:
             training = Training.build(begin(recipe, Path(folder) / "run"), device, ranks)
         result = measure(training, options.steps)
     if ranks.leads:
-        text = json.dumps(result, indent=1)
+        text = dump_json(result, indent=1)
         print(text)
         if options.json is not None:
             options.json.write_text(text + "\n", encoding="utf-8")

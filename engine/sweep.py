@@ -10,9 +10,17 @@ from pathlib import Path
 from types import FrameType
 
 from . import recipe as recipes
-from .door import STOPPED, Parser, positive, run_door, terminal
+from .door import DIVERGED, STOPPED, Parser, positive, run_door, terminal
 from .errors import InputError
-from .many import Cell, check_models, print_results, read_results, seeds_of, train_cells
+from .many import (
+    Cell,
+    check_models,
+    print_diverged,
+    print_results,
+    read_results,
+    seeds_of,
+    train_cells,
+)
 from .options import add_device, add_settings, overrides
 from .runtime.precision import pick_device
 from .train import train_run
@@ -37,15 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_models(options.out, cells)
     with _time_limit(options.minutes) as over:
         in_time = itertools.takewhile(lambda _: not over.is_set(), cells)
-        stopped = train_cells(
+        ending = train_cells(
             options.out, in_time, lambda run: train_run(run, device, console), console
         )
     results = read_results(options.out)
     print_results(console, results)
-    if all(cell.name in results for cell in cells):
-        return 0
+    print_diverged(console, ending.diverged)
+    if all(cell.name in {**results, **ending.diverged} for cell in cells):
+        return DIVERGED if ending.diverged else 0
     console.print("not all runs are done; the same command goes on with them")
-    return STOPPED + (stopped or signal.SIGTERM)
+    return STOPPED + (ending.signal or signal.SIGTERM)
 
 
 def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from ..finite import WEIGHT_DTYPES, all_finite
 from ..reading import parse_json, read_bytes
 from .config import EncoderConfig
 from .families import FAMILIES, bert_config, bert_weights
@@ -169,12 +170,8 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
                     f"{folder}: weight {part} has shape {list(tensor.shape)}, "
                     f"config.json asks for {list(shape)}"
                 )
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise InputError(
-                    f"{folder}: weight {part} holds values that are no finite numbers; "
-                    "give another copy of the model"
-                )
-        state[ours] = torch.cat([tensor.float() for tensor in tensors])
+        weights = (_in_fp32(folder, *named) for named in zip(parts, tensors, strict=True))
+        state[ours] = torch.cat(list(weights))
     if found:
         raise InputError(
             f"{folder}: weight {sorted(found)[0]} is not part of an encoder of BERT's family; "
@@ -184,8 +181,36 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
 
 
 def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
-    """Return what pretraining left beside the encoder, under BERT's names; often nothing."""
-    return bert_weights(_read_config(folder), _tensors(folder))[1]
+    """Return what pretraining left beside the encoder, under BERT's names; often nothing.
+
+    Raises:
+        InputError: a weight is not finite, or the files cannot be read.
+    """
+    heads = bert_weights(_read_config(folder), _tensors(folder))[1]
+    return {
+        name: _in_fp32(folder, name, tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in heads.items()
+    }
+
+
+def _in_fp32(folder: Path, name: str, tensor: Tensor) -> Tensor:
+    """Return a weight as fp32.
+
+    Raises:
+        InputError: it is of no dtype for weights, or holds values that are not finite in fp32.
+    """
+    if tensor.dtype not in WEIGHT_DTYPES:
+        raise InputError(
+            f"{folder}: weight {name} is of {tensor.dtype}, no finite numbers of a dtype for "
+            "weights; give a copy of the model in float32"
+        )
+    weight = tensor.float()
+    if not all_finite([weight]):  # float64 may be beyond fp32
+        raise InputError(
+            f"{folder}: weight {name} holds values that are no finite numbers in fp32; "
+            "give another copy of the model"
+        )
+    return weight
 
 
 def _expected(config: EncoderConfig) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:

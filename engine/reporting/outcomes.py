@@ -5,7 +5,6 @@ under version control; the report can be made from it anywhere, and goes on from
 more runs.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from .. import recipe as recipes
 from ..errors import InputError
+from ..json_text import dump_json
 from ..many import RESULTS, read_results
 from ..recipe import Recipe
 from ..run import Run, open_run
@@ -64,7 +64,7 @@ class Outcome(BaseModel):
     @property
     def key(self) -> str:
         """What tells it from other runs: its settings, the seed among them."""
-        return json.dumps([self.system, self.settings], sort_keys=True)
+        return dump_json([self.system, self.settings], sort_keys=True)
 
 
 def collect(places: Sequence[Path], device: torch.device, data: Path | None) -> list[Outcome]:
@@ -117,7 +117,11 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 def to_json(outcomes: Sequence[Outcome]) -> str:
     """Return the content of a ``papers.json``, a line for each outcome."""
-    return "[\n" + ",\n".join(outcome.model_dump_json() for outcome in outcomes) + "\n]\n"
+    return (
+        "[\n"
+        + ",\n".join(dump_json(outcome.model_dump(mode="json")) for outcome in outcomes)
+        + "\n]\n"
+    )
 
 
 def _runs(folder: Path) -> Iterator[Run]:

@@ -4,13 +4,13 @@
 being its first, and a new one begins.  One after the other they are what one file would have been.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..json_text import dump_json
 from ..reading import parse_json, read_bytes
 from .files import explained, write_text
 
@@ -40,7 +40,7 @@ class StepLines:
         """
         with explained("write", self._path):
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(dump_json(line) + "\n" for line in lines)
                 size = file.tell()
             if self._limit and size >= self._limit:
                 self._put_aside_newest()

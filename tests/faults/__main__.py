@@ -1,7 +1,6 @@
 """``python -m tests.faults``: the whole report; exit status 1 where it shows a problem."""
 
 import argparse
-import json
 import resource
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from bench.harness import write_record
+from engine.json_text import dump_json
 
 from .compare import compare_ranks
 from .disk import fill_disk
@@ -106,7 +106,7 @@ def main() -> int:
         results = report(options, Path(folder))
     if options.json is not None:
         write_record(options.json, "faults", torch.device("cpu"), results)
-    print(json.dumps({name: _brief(part) for name, part in results.items()}, indent=1))
+    print(dump_json({name: _brief(part) for name, part in results.items()}, indent=1))
     return 1 if results["problems"] else 0
 
 
