@@ -10,13 +10,13 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from engine.json_text import dump_json
+from engine.output import exit_with
 
 REPOSITORY = Path(__file__).parents[1]
 _TRIED = ("make train", "make setup-dev", ". .venv", "python -m engine.", "python -m examples.")
@@ -105,4 +105,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.json_text import dump_json
+from engine.output import exit_with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,4 +222,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from engine import recipe as recipes
 from engine.json_text import dump_json
 from engine.multitask.exchange import MODES, Alone
+from engine.output import exit_with
 from engine.run import begin
 from engine.runtime.distributed import Ranks
 from engine.training import Training
@@ -123,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

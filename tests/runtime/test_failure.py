@@ -88,7 +88,7 @@ HUGE = ("warmup=0", "schedule=constant")
         ("demo", ("lr=1e18", "freeze_encoder=true"), "finite"),
         ("demo", ("lr=1e6", "precision=fp16", "epochs=10"), "finite"),
         ("demo", ("lr=1e18", "order=round_robin", "micro_batches=2"), "what the model computes"),
-        ("superbert", ("lr=1e18", "tasks={}", "train=['masked_lm']"), "finite"),
+        ("superbert", ("lr=1e18",), "phase pretrain, after step"),
         ("demo", ("phases={one={lr=1e-3},two={lr=1e18}}",), "phase two, after step"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -162,7 +162,12 @@ def test_two_ranks_agree_that_a_run_diverged(tmp_path):
         "lr=1e18",
     ]
     processes = start(2, [arguments], tmp_path / "log")
-    assert [process.wait(timeout=60) for process in processes] == [3, 3]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [3, 3]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_constant_answers_are_no_failure():
