@@ -88,7 +88,7 @@ HUGE = ("warmup=0", "schedule=constant")
         ("demo", ("lr=1e18", "freeze_encoder=true"), "finite"),
         ("demo", ("lr=1e6", "precision=fp16", "epochs=10"), "finite"),
         ("demo", ("lr=1e18", "order=round_robin", "micro_batches=2"), "what the model computes"),
-        ("superbert", ("lr=1e18",), "phase pretrain, after step"),
+        ("superbert", ("lr=1e18", "max_skipped=0"), "phase pretrain, after step"),
         ("demo", ("phases={one={lr=1e-3},two={lr=1e18}}",), "phase two, after step"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
