@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+from engine.output import exit_with
 
 from . import harness
 
@@ -225,4 +226,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

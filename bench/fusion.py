@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.model.states import pool
+from engine.output import exit_with
 
 from . import harness
 
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -5,7 +5,6 @@ else slows the machine slows them alike; figures to compare are ratios of their 
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -20,6 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from engine.errors import InputError
+from engine.json_text import dump_json
 from engine.outputs import check_outputs, write_output
 from engine.runtime.files import explained
 
@@ -189,7 +189,7 @@ def write_json(path: Path, content: Any, *, replace: bool = False) -> None:
     try:
         with explained("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_output(path, json.dumps(content, indent=1) + "\n", replace=replace)
+        write_output(path, dump_json(content, indent=1) + "\n", replace=replace)
     except InputError as error:
         raise SystemExit(f"error: {error}") from error
 

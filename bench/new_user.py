@@ -6,16 +6,17 @@ suite (``make test``) and the benchmarks are left out.  It needs nothing but Pyt
 """
 
 import argparse
-import json
 import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from engine.json_text import dump_json
+from engine.output import exit_with
 
 REPOSITORY = Path(__file__).parents[1]
 _TRIED = ("make train", "make setup-dev", ". .venv", "python -m engine.", "python -m examples.")
@@ -74,7 +75,7 @@ def main() -> int:
         "commands": records,
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    options.json.write_text(dump_json(record, indent=2) + "\n", encoding="utf-8")
     return int(any(record["status"] for record in records))
 
 
@@ -107,4 +108,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

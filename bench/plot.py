@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 
 from engine.distinct import distinct_names
 from engine.errors import InputError
+from engine.output import exit_with
 from engine.outputs import check_outputs, write_output
 
 from . import harness
@@ -141,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

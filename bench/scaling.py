@@ -27,6 +27,8 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
+from engine.output import exit_with
+
 from . import harness
 
 
@@ -219,4 +221,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

@@ -7,7 +7,6 @@ as they do later; then exchanges with nothing to hide behind; and from both the 
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from engine import recipe as recipes
+from engine.json_text import dump_json
 from engine.multitask.exchange import MODES, Alone
+from engine.output import exit_with
 from engine.run import begin
 from engine.runtime.distributed import Ranks
 from engine.training import Training
@@ -115,11 +116,11 @@ def main() -> int:
             training = Training.build(begin(recipe, Path(folder) / "run"), device, ranks)
         result = measure(training, options.steps)
     if ranks.leads:
-        print(json.dumps(result, indent=1))
+        print(dump_json(result, indent=1))
         if options.json is not None:
             harness.write_json(options.json, result, replace=options.force)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_with(main)

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from engine import recipe as recipes
 from engine.data.pack import PackedBatch
+from engine.output import exit_with
 from engine.run import begin
 from engine.runtime.cpu import keep_freed_memory
 from engine.runtime.precision import multiplies_bf16_fast
@@ -238,4 +239,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import kernels
+from engine.output import exit_with
 
 from . import harness
 from .peers import published_pcgrad
@@ -266,4 +267,4 @@ def _table(
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -13,11 +13,14 @@ from rich.table import Table
 
 from . import __version__
 from .data.formats import FileFormat
-from .errors import UNPRINTABLE, InputError, LostRankError
+from .errors import UNPRINTABLE, DivergedError, InputError, LostRankError
+from .output import exit_with
 from .scoring import metric_name
 from .text import PlainConsole
 
 BAD_INPUT = 2
+DIVERGED = 3
+"""Training left the finite numbers; what was good before stays."""
 STOPPED = 128
 """Added to the number of the signal that stopped a run: 130 for SIGINT, 143 for SIGTERM."""
 LOST_RANK = 75
@@ -80,18 +83,25 @@ def _given_path(text: str) -> Path:
 
 
 def run_door(main: Callable[[], int]) -> NoReturn:
-    """Run a door's main function and exit with its status; bad input is one line and status 2."""
+    """Run a door's main function and exit with its status; bad input is one line and status 2.
+
+    What happens where nothing can be printed any more says :mod:`engine.output`.
+    """
+    exit_with(lambda: _status(main))
+
+
+def _status(main: Callable[[], int]) -> int:
     try:
-        status = main()
+        return main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = BAD_INPUT
+        return DIVERGED if isinstance(error, DivergedError) else BAD_INPUT
     except KeyboardInterrupt:
-        status = STOPPED + signal.SIGINT
+        return STOPPED + signal.SIGINT
     except LostRankError as error:
         print(f"error: {error}; start again with --resume", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(LOST_RANK)  # threads may wait for the lost rank, and exiting for them
-    sys.exit(status)
 
 
 def terminal(*, quiet: bool = False) -> Console:

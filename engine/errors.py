@@ -39,6 +39,14 @@ class InputError(Exception):
         super().__init__(escape(line))
 
 
+class DivergedError(InputError):
+    """Training left the finite numbers: loss, gradients, weights or what the model computes.
+
+    The message is one line that says what, after which step, what to do, and which checkpoint
+    stays.  The commands print it and exit with status 3.
+    """
+
+
 class LostRankError(Exception):
     """Another process of the run died or hangs; this one cannot go on alone.
 

@@ -4,7 +4,6 @@
 was cut off goes on where it was: finished runs are left alone, a half-done one is resumed.
 """
 
-import json
 import math
 import re
 import statistics
@@ -14,11 +13,12 @@ from pathlib import Path
 from signal import Signals
 from typing import NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import FiniteFloat, TypeAdapter
 from rich.console import Console
 
 from . import run as runs
-from .errors import InputError
+from .errors import DivergedError, InputError
+from .json_text import dump_json
 from .reading import read_bytes
 from .recipe import Recipe
 from .run import Run
@@ -50,6 +50,18 @@ class Cell(NamedTuple):
         return f"{self.group}/seed-{self.recipe.seed}".lstrip("/")
 
 
+class Ending(NamedTuple):
+    """How a series ended.
+
+    Attributes:
+        signal: that stopped it, or None.
+        diverged: why runs of it have no result, by the names of their cells.
+    """
+
+    signal: Signals | None
+    diverged: dict[str, str]
+
+
 class Result(NamedTuple):
     """How a run of the series ended.
 
@@ -61,8 +73,8 @@ class Result(NamedTuple):
     """
 
     group: str
-    scores: dict[str, float]
-    seconds: float
+    scores: dict[str, FiniteFloat]
+    seconds: FiniteFloat
 
 
 def seeds_of(group: str, recipe: Recipe, count: int) -> list[Cell]:
@@ -113,7 +125,7 @@ def train_cells(
     cells: Iterable[Cell],
     train_run: Callable[[Run], Signals | None],
     console: Console,
-) -> Signals | None:
+) -> Ending:
     """Train the runs of a series that are not done yet.
 
     Args:
@@ -123,26 +135,32 @@ def train_cells(
         console: to say on what is begun.
 
     Returns:
-        The signal that ended it, or None.
+        How it ended.  A run whose numbers do not stay finite is no result and does not end the
+        others; when the series is called again it goes on from its last checkpoint.
     """
     remove_partial_files(folder, re.compile(re.escape(RESULTS)))
-    results = read_results(folder)
+    results, diverged = read_results(folder), dict[str, str]()
     for cell in cells:
         if cell.name in results:
             continue
         console.rule(cell.name)
         with claimed(folder / cell.name, resumes=True):
             run = runs.resume(cell.recipe, folder / cell.name)
-            signal = train_run(run)
+            try:
+                signal = train_run(run)
+            except DivergedError as error:
+                console.print(f"{cell.name}: {error}", soft_wrap=True, highlight=False)
+                diverged[cell.name] = str(error)
+                continue
             if signal is not None:
-                return signal
+                return Ending(signal, diverged)
             recipe = run.recipe
             scores = read_scores(run.folder, recipe.tasks).scores if recipe.is_scored else {}
             seconds = training_seconds(run.folder)
         results[cell.name] = Result(cell.group, scores, seconds)
         content = {name: result._asdict() for name, result in results.items()}
-        write_text(folder / RESULTS, json.dumps(content, indent=2) + "\n")
-    return None
+        write_text(folder / RESULTS, dump_json(content, indent=2) + "\n")
+    return Ending(None, diverged)
 
 
 def read_results(folder: Path) -> dict[str, Result]:
@@ -168,6 +186,12 @@ def training_seconds(folder: Path) -> float:
     """Return how long a run's training steps took, all sessions together."""
     steps = read_step_lines(folder)
     return sum(line["tokens"] / line["tokens_per_s"] for line in steps if line["tokens_per_s"])
+
+
+def print_diverged(console: Console, diverged: Mapping[str, str]) -> None:
+    """Print a line for each run that has no result."""
+    for name, reason in diverged.items():
+        console.print(f"no result of {name}: {reason}", soft_wrap=True, highlight=False)
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

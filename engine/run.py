@@ -9,7 +9,6 @@ checkpoints/     see engine/runtime/checkpoint.py
 .superbert.lock  held by the process that trains it, see engine/runtime/lock.py
 """
 
-import json
 import os
 from collections.abc import Collection, Iterator
 from os.path import isfile
@@ -27,6 +26,8 @@ from .data.source import Origin, Split
 from .data.split import TokenizedSplit, join_pairs
 from .data.tokenizer import Tokenizer
 from .errors import InputError
+from .finite import all_finite
+from .json_text import dump_json
 from .model import huggingface
 from .model.config import EncoderConfig
 from .model.features import CROSS
@@ -101,7 +102,7 @@ class Run(NamedTuple):
             with explained("write", self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.tokenizer.save(self.folder)
-            shape = json.dumps(self.config.to_huggingface(), indent=2) + "\n"
+            shape = dump_json(self.config.to_huggingface(), indent=2) + "\n"
             write_text(self.folder / "config.json", shape)
         write_text(self.folder / "recipe.toml", self.recipe.to_toml())
 
@@ -213,7 +214,13 @@ class Run(NamedTuple):
         model = self.new_model()
         progress = load_weights(checkpoint, model)
         dtype = dtype or pick_dtype(self.recipe.precision, device)
-        return model.to(device, dtype).eval(), progress
+        model = model.to(device, dtype).eval()
+        if not all_finite(model.parameters()):
+            raise InputError(
+                f"{checkpoint}: weights are beyond the range of {dtype}, in which the run "
+                "computes; train it again with precision=bf16 or fp32"
+            )
+        return model, progress
 
     def with_data(self, folder: Path) -> "Run":
         """Return the same run with another data set."""

@@ -12,13 +12,14 @@ from types import FrameType
 
 from . import recipe as recipes
 from .distinct import as_file_name, distinct_names
-from .door import STOPPED, Parser, positive, run_door, terminal
+from .door import DIVERGED, STOPPED, Parser, positive, run_door, terminal
 from .errors import InputError
 from .many import (
     MOST_RUNS,
     Cell,
     check_models,
     check_results,
+    print_diverged,
     print_results,
     read_results,
     seeds_of,
@@ -53,15 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_results(out, cells)
         with _time_limit(options.minutes) as over:
             in_time = itertools.takewhile(lambda _: not over.is_set(), cells)
-            stopped = train_cells(
-                out, in_time, lambda run: train_run(run, device, console), console
-            )
+            ending = train_cells(out, in_time, lambda run: train_run(run, device, console), console)
         results = read_results(out)
     print_results(console, results)
-    if all(cell.name in results for cell in cells):
-        return 0
+    print_diverged(console, ending.diverged)
+    if all(cell.name in {**results, **ending.diverged} for cell in cells):
+        return DIVERGED if ending.diverged else 0
     console.print("not all runs are done; the same command goes on with them")
-    return STOPPED + (stopped or signal.SIGTERM)
+    return STOPPED + (ending.signal or signal.SIGTERM)
 
 
 def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:

@@ -18,12 +18,13 @@ from rich.console import Console
 from . import recipe as recipes
 from . import run as runs
 from .completion import bash_script
-from .door import STOPPED, print_scores, run_door, terminal
+from .door import DIVERGED, STOPPED, print_scores, run_door, terminal
 from .dry_run import show_plan
 from .errors import InputError
 from .fields import print_fields
-from .many import check_results, print_results, read_results, seeds_of, train_cells
+from .many import check_results, print_diverged, print_results, read_results, seeds_of, train_cells
 from .options import overrides, parser
+from .output import train_without_output
 from .phase_facts import PhaseFacts
 from .recipe import Recipe
 from .run import Run
@@ -54,8 +55,11 @@ def train(training: Training, console: Console) -> Signals | None:
     """Train one phase from where the run's last checkpoint left it.
 
     Returns:
-        The signal (SIGINT, SIGTERM) that stopped it, a checkpoint to resume from being written;
-        None when the phase came to its end.
+        The signal (SIGINT, SIGTERM, SIGHUP) that stopped it, a checkpoint to resume from being
+        written; None when the phase came to its end.
+
+    Raises:
+        DivergedError: loss, weights or what the model computes are not finite any more.
     """
     run, recipe, ranks = training.run, training.recipe, training.ranks
     progress, stopping = training.restore(), False
@@ -76,7 +80,7 @@ def train(training: Training, console: Console) -> Signals | None:
             tokens = sum(part.num_tokens - part.padding for part in batch)
             log.add(step, lr, tokens, report, warmup)
             progress = progress._replace(step=step + 1)
-            epoch_ends = training.ends_epoch(progress.phase_step)
+            epoch_ends, scores = training.ends_epoch(progress.phase_step), dict[str, float]()
             due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
             if epoch_ends or due:
                 log.flush()
@@ -85,11 +89,17 @@ def train(training: Training, console: Console) -> Signals | None:
                 training.check_skipped(log, progress)
             if log.is_written or ranks.size == 1:  # ranks wait for each other only now and then
                 stopping = ranks.any(bool(stop))
+            if stopping:
+                log.flush()
 
             if epoch_ends:
                 scores = score_splits(training.model, training.dev_sets, ranks)
                 if scores:
                     log.add_scores(progress.step, scores)
+            saved = (epoch_ends or due or stopping) and training.is_sound(
+                batch, log, progress, scores, stopping=stopping
+            )
+            if epoch_ends:
                 if scores and progress.is_beaten_by(scores["overall"]):
                     progress = progress._replace(
                         best_score=scores["overall"], best_step=progress.step
@@ -98,9 +108,9 @@ def train(training: Training, console: Console) -> Signals | None:
                     if ranks.leads:
                         write_scores(run.folder, Scores("dev", progress.step, scores))
                 bar.print_epoch(progress, training.epoch_steps, scores)
-            if epoch_ends or due or stopping:
-                log.flush()
+            if saved:
                 training.save(progress)
+            if epoch_ends or due or stopping:
                 log.restart_clock()
             if stopping:
                 break
@@ -152,6 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("--resume: name the run's folder with --out")
     if options.dry_run and options.seeds is not None:
         raise InputError("--dry-run: shows what one run needs; leave --seeds out")
+    if not options.dry_run:
+        train_without_output()
     ranks = Ranks.from_environment()
     if ranks.size > 1 and (options.out is None or options.seeds is not None):
         raise InputError("several ranks make one run, in the folder that --out names; give it")
@@ -210,12 +222,13 @@ def _train_seeds(
     """Train a recipe under several seeds; return the door's exit status."""
     cells = seeds_of("", recipe, count)
     check_results(out, cells)
-    signal = train_cells(out, cells, lambda run: train_run(run, device, console), console)
+    ending = train_cells(out, cells, lambda run: train_run(run, device, console), console)
     print_results(console, read_results(out))
-    if signal is not None:
-        console.print(f"stopped by {signal.name}; the same command goes on with it")
-        return STOPPED + signal
-    return 0
+    print_diverged(console, ending.diverged)
+    if ending.signal is not None:
+        console.print(f"stopped by {ending.signal.name}; the same command goes on with it")
+        return STOPPED + ending.signal
+    return DIVERGED if ending.diverged else 0
 
 
 def _looks_around(options: Namespace, console: Console) -> bool:

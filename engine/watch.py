@@ -1,5 +1,6 @@
 """What a training run shows on the terminal."""
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -144,10 +145,11 @@ class ProgressBar:
         self, progress: Progress, epoch_steps: int, scores: Mapping[str, float]
     ) -> None:
         """Print the dev scores at the end of an epoch."""
-        figures = "  ".join(f"{task} {value:.3f}" for task, value in scores.items()) or "not scored"
+        figures = "  ".join(f"{task} {_number(value)}" for task, value in scores.items())
         mark = "  (best so far)" if progress.best_step == progress.step else ""
         self._console.print(
-            f"epoch {progress.phase_step / epoch_steps:.3g}  dev  {figures}{mark}", soft_wrap=True
+            f"epoch {progress.phase_step / epoch_steps:.3g}  dev  {figures or 'not scored'}{mark}",
+            soft_wrap=True,
         )
 
     def __enter__(self) -> Self:
@@ -176,4 +178,4 @@ def list_recipes(console: Console, recipes: Iterable[tuple[str, str]]) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
+    return f"{value:.3f}" if value is not None and math.isfinite(value) else "not finite"

@@ -10,7 +10,6 @@ others can write, does not hold.
 
 import errno
 import hashlib
-import json
 import os
 import tempfile
 from contextlib import suppress
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
+from ..json_text import dump_json
 from ..reading import parse_json
 from .formats import FileFormat
 from .ownership import check_private_place, is_own_folder
@@ -84,7 +84,7 @@ def load_split(
         "labelled": labelled,
         "on_bad_row": on_bad_row,
     }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(dump_json(made_from, sort_keys=True).encode()).hexdigest()
     entry = root / key
     try:
         return _with_name(_open_entry(entry), origin.name)
@@ -146,9 +146,9 @@ def _write_entry(entry: Path, split: TokenizedSplit) -> TokenizedSplit:
         if split.labels is not None:
             np.save(made / "labels.npy", split.labels)
         meta = {name: getattr(split, name) for name in _META_FIELDS}
-        (made / _META).write_text(json.dumps(meta), encoding="utf-8")
+        (made / _META).write_text(dump_json(meta), encoding="utf-8")
         index = {path.name: _file_hash(path) for path in made.iterdir()}
-        (made / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+        (made / _INDEX).write_text(dump_json(index), encoding="utf-8")
         for path in made.iterdir():
             path.chmod(0o600)
         for attempt in count():

@@ -5,7 +5,6 @@ are ours, so that they do not depend on settings that a model folder happens to 
 calls ``[CLS]`` others call ``<s>``; here the names are BERT's.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ..errors import InputError
+from ..json_text import dump_json
 from ..reading import parse_json, read_bytes
 from ..runtime.files import write_text
 from .tokenizer_file import LARGEST_FILE, known_part, refuse_sampling
@@ -136,7 +136,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json``, and ``vocab.txt`` of WordPiece."""
         write_text(folder / "tokenizer.json", self.to_json())
-        write_text(folder / "tokenizer_config.json", json.dumps(self.settings) + "\n")
+        write_text(folder / "tokenizer_config.json", dump_json(self.settings) + "\n")
         if self._is_word_piece:
             vocabulary = self._backend.get_vocab()
             tokens = sorted(vocabulary, key=vocabulary.__getitem__)

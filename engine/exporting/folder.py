@@ -6,7 +6,6 @@ heads.safetensors                            the task heads, laid out as the mod
 README.md                                    the model card
 """
 
-import json
 from os.path import realpath
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import InputError
+from ..json_text import dump_json
 from ..model.heads import TaskHead
 from ..model.huggingface import to_huggingface_state
 from ..model.multitask import MultitaskModel
@@ -102,7 +102,7 @@ def head_layout(model: MultitaskModel) -> dict[str, str]:
         task = head.task
         fields = {"features": head.features, "answers": _answers(head)}
         span = {"low": task.low, "high": task.high}
-        layout[name] = json.dumps(fields | span | {"classes": task.classes})
+        layout[name] = dump_json(fields | span | {"classes": task.classes})
     return layout
 
 
@@ -156,4 +156,4 @@ def _write_sentence_transformers(folder: Path, run: Run) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(dump_json(value, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import InputError
+from ..finite import all_finite
 from ..reading import parse_json, read_bytes
 from .config import EncoderConfig
 from .families import FAMILIES, bert_config, bert_weights
@@ -178,12 +179,8 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
         tensors = [_take(found, part, shape, folder) for part in parts]
         for part, tensor in zip(parts, tensors, strict=True):
             check_floats(folder, part, tensor)
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise InputError(
-                    f"{folder}: weight {part} holds values that are no finite numbers; "
-                    "give another copy of the model"
-                )
-        state[ours] = torch.cat([tensor.float() for tensor in tensors])
+        weights = (_in_fp32(folder, *named) for named in zip(parts, tensors, strict=True))
+        state[ours] = torch.cat(list(weights))
     _refuse_others(found, folder)
     return state
 
@@ -233,13 +230,29 @@ def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
     """Return what pretraining left beside the encoder, under BERT's names; often nothing.
 
     Raises:
-        InputError: a weight of its heads is no floating-point number.
+        InputError: a weight is not finite, or the files cannot be read.
     """
     _, beside = bert_weights(_read_config(folder), _tensors(folder))
-    for name, tensor in beside.items():
-        if name.startswith("cls."):
-            check_floats(folder, name, tensor)
-    return beside
+    return {
+        name: _in_fp32(folder, name, tensor) if name.startswith("cls.") else tensor
+        for name, tensor in beside.items()
+    }
+
+
+def _in_fp32(folder: Path, name: str, tensor: Tensor) -> Tensor:
+    """Return a weight as fp32.
+
+    Raises:
+        InputError: it is of no dtype for weights, or holds values that are not finite in fp32.
+    """
+    check_floats(folder, name, tensor)
+    weight = tensor.float()
+    if not all_finite([weight]):  # float64 may be beyond fp32
+        raise InputError(
+            f"{folder}: weight {name} holds values that are no finite numbers in fp32; "
+            "give another copy of the model"
+        )
+    return weight
 
 
 def _expected(config: EncoderConfig) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:

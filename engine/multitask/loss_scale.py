@@ -33,6 +33,11 @@ class LossScale:
         """What a checkpoint keeps."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a smaller scale is left to try; reads the device."""
+        return self.scale.item() > _SMALLEST
+
     def update(self, overflow: Tensor) -> None:
         """Halve the scale, count the step, or double the scale.
 

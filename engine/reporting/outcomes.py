@@ -5,7 +5,6 @@ under version control; the report can be made from it anywhere, and goes on from
 more runs.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_
 from .. import recipe as recipes
 from ..data.rows import shorten
 from ..errors import InputError
+from ..json_text import dump_json
 from ..many import RESULTS, read_results
 from ..reading import read_bytes
 from ..recipe import Recipe
@@ -83,7 +83,7 @@ class Outcome(BaseModel):
     @property
     def key(self) -> str:
         """What tells it from other runs: its settings, the seed among them."""
-        return json.dumps([self.system, self.settings], sort_keys=True)
+        return dump_json([self.system, self.settings], sort_keys=True)
 
 
 def collect(places: Sequence[Path], device: torch.device, data: Path | None) -> list[Outcome]:
@@ -138,7 +138,11 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 def to_json(outcomes: Sequence[Outcome]) -> str:
     """Return the content of a ``papers.json``, a line for each outcome."""
-    return "[\n" + ",\n".join(outcome.model_dump_json() for outcome in outcomes) + "\n]\n"
+    return (
+        "[\n"
+        + ",\n".join(dump_json(outcome.model_dump(mode="json")) for outcome in outcomes)
+        + "\n]\n"
+    )
 
 
 def _runs(folder: Path) -> Iterator[Run]:

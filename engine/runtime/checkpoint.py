@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..errors import InputError
+from ..finite import WEIGHT_DTYPES, all_finite
 from ..model.multitask import MultitaskModel
 from ..model.stored_dtypes import check_stored_dtypes
 from .files import is_partial, remove_folder, whole_folder
@@ -120,7 +120,7 @@ def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
         How far the run had come.
 
     Raises:
-        InputError: they cannot be read or belong to another model.
+        InputError: they cannot be read, belong to another model or are not finite in fp32.
     """
     manifest = read_manifest(checkpoint)
     if manifest.places:
@@ -132,8 +132,15 @@ def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
         if tensor is None or tensor.shape != target.shape:
             found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
             raise InputError(f"{checkpoint}: {name} is {found}, expected {list(target.shape)}")
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise InputError(f"{checkpoint}: {name} is of {tensor.dtype}, expected torch.float32")
         with torch.no_grad():
             target.copy_(tensor)
+        if not all_finite([target]):
+            raise InputError(
+                f"{checkpoint}: {name} holds values that are no finite numbers; train the run "
+                "again with a lower lr, or take a checkpoint that is as it was written"
+            )
     return manifest.progress
 
 
@@ -164,12 +171,13 @@ def _weights_by_name(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str
     with readable(checkpoint):
         stored = reader.read_metadata().state_dict_metadata
         wanted = {
-            name: torch.empty(entry.size)
+            name: _unread(name, entry)
             for name, entry in stored.items()
             if isinstance(entry, TensorStorageMetadata) and name.startswith(weights)
         }
         with warnings.catch_warnings(action="ignore"):  # of being one process
             load(wanted, storage_reader=reader, no_dist=True)
+        _check_places(manifest, {name: tensor.numel() for name, tensor in wanted.items()})
         for name, place in manifest.places.items():
             flat = wanted[f"master.{place.bucket}"].flatten()
             yield name, flat[place.offset : place.offset + math.prod(place.shape)].view(place.shape)
@@ -178,9 +186,36 @@ def _weights_by_name(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str
             yield name.removeprefix("frozen."), tensor
 
 
+def _unread(name: str, entry: TensorStorageMetadata) -> Tensor:
+    """Return a tensor to read into, NaN so that what no file has cannot pass for a weight.
+
+    Raises:
+        ValueError: the pieces of it that the files have do not make it up.
+    """
+    if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+        raise ValueError(f"the pieces of {name} overlap or leave gaps")
+    return torch.full(entry.size, math.nan)
+
+
+def _check_places(manifest: Manifest, sizes: Mapping[str, int]) -> None:
+    """Check that each parameter has elements of its own.
+
+    Raises:
+        ValueError: two share some, or one leaves its bucket.
+    """
+    end_in = dict[str, int]()
+    for name, place in sorted(manifest.places.items(), key=lambda item: item[1].offset):
+        end = place.offset + math.prod(place.shape)
+        if place.offset < end_in.get(place.bucket, 0):
+            raise ValueError(f"the place of {name} overlaps another one")
+        if end > sizes.get(f"master.{place.bucket}", 0):
+            raise ValueError(f"the place of {name} is outside {place.bucket}")
+        end_in[place.bucket] = end
+
+
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     check_stored_dtypes([file], lambda _: torch.float32)
     try:
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # of dtypes that torch or the library lack, too
         raise InputError(f"{file}: not a readable safetensors file ({error})") from None

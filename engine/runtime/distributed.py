@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import InputError, LostRankError
+from ..json_text import dump_json
 
 _MOST_RANKS = 1 << 16
 _PAUSE = 0.1  # seconds between attempts to reach the first process
@@ -166,6 +167,10 @@ class Ranks:
         dist.all_reduce(voice, dist.ReduceOp.MAX, group=self.group)
         return bool(voice)
 
+    def all(self, flag: bool) -> bool:
+        """Return whether ``flag`` is true on every rank; all must ask."""
+        return not self.any(not flag)
+
     def sum_(self, values: torch.Tensor) -> None:
         """Add up a CPU tensor over all ranks, in place."""
         if self.group is not None:
@@ -178,7 +183,7 @@ class Ranks:
         key = f"superbert/told/{self._told}"
         self._told += 1
         if self.leads:
-            self._store.set(key, json.dumps(value))
+            self._store.set(key, dump_json(value))
         return json.loads(self._store.get(key))
 
     def _lost(self, error: Exception) -> LostRankError:

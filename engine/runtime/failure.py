@@ -1,6 +1,5 @@
 """What a run does when numbers or memory fail it."""
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..data.pack import PackedBatch
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
+from ..json_text import dump_json
 from .cpu import machine_memory
 from .files import write_text
 
@@ -81,7 +81,7 @@ def write_batch(
     for batch in batches:
         for number, task in enumerate(batch.tasks):
             tasks.setdefault(task, []).extend(_examples(batch, number, tokenizer))
-    write_text(path, json.dumps(why | {"tasks": tasks}, indent=1) + "\n")
+    write_text(path, dump_json(why | {"tasks": tasks}, indent=1) + "\n")
 
 
 def _examples(batch: PackedBatch, number: int, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:

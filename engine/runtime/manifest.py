@@ -4,14 +4,15 @@ It is the last file to be written, so a folder that has one was whole when it go
 """
 
 import hashlib
-import json
+import math
 from os.path import isfile
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from ..errors import InputError
+from ..json_text import dump_json
 from ..reading import read_bytes
 from .files import explained, write_text
 
@@ -32,7 +33,7 @@ class Progress(NamedTuple):
     """
 
     step: Count = 0
-    best_score: float | None = None
+    best_score: FiniteFloat | None = None
     best_step: Count | None = None
     phase: Count = 0
     phase_start: Count = 0
@@ -43,8 +44,8 @@ class Progress(NamedTuple):
         return self.step - self.phase_start
 
     def is_beaten_by(self, score: float) -> bool:
-        """Return whether a score is better than the best so far."""
-        return self.best_score is None or score > self.best_score
+        """Return whether a score is the best so far; one that is not finite never is."""
+        return math.isfinite(score) and (self.best_score is None or score > self.best_score)
 
 
 class Place(BaseModel):
@@ -75,7 +76,7 @@ class Manifest(BaseModel):
     def expected_digest(self) -> str:
         """Return the SHA-256 of all other fields."""
         content = self.model_dump(mode="json", exclude={"digest"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(dump_json(content, sort_keys=True).encode()).hexdigest()
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
@@ -87,7 +88,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
     files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     manifest = manifest.model_copy(update={"files": files})
     manifest = manifest.model_copy(update={"digest": manifest.expected_digest()})
-    write_text(folder / _NAME, manifest.model_dump_json() + "\n")
+    write_text(folder / _NAME, dump_json(manifest.model_dump(mode="json")) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -58,6 +58,8 @@ class MetricsLog:
         self._evaluations = StepLines(folder / EVALUATIONS)
         self._every, self._layers, self._layers_every = every, tuple(layers), layers_every
         self._sinks, self._gpu, self._ranks = sinks, gpu, ranks or Ranks()
+        self.start = start
+        """The first step of this log."""
         self._waiting: list[tuple[dict[str, Any], tuple[str, ...], Tensor]] = []
         self._tokens, self._since = 0, time.perf_counter()
         self.latest: dict[str, Any] = {}
@@ -104,9 +106,10 @@ class MetricsLog:
         return not self._waiting
 
     def add_scores(self, steps_done: int, scores: Mapping[str, float]) -> None:
-        """Write the dev scores after so many steps."""
+        """Write the dev scores after so many steps; one that is not finite as null."""
         if self._ranks.leads:
-            line = {"step": steps_done, "split": "dev", "scores": dict(scores)}
+            own = {task: _or_none(score) for task, score in scores.items()}
+            line = {"step": steps_done, "split": "dev", "scores": own}
             self._evaluations.append([line])
         for sink in self._sinks:
             sink.log({"dev": scores}, steps_done)
@@ -160,7 +163,7 @@ def _expand(tasks: Sequence[str], layers: Sequence[str], row: list[float]) -> di
     conflicts = sum(cosine < 0 for cosine in cosines.values())
 
     def by_task(numbers: Iterable[float]) -> dict[str, float | None]:
-        return dict(zip(tasks, map(_json_number, numbers), strict=True))
+        return dict(zip(tasks, map(_or_none, numbers), strict=True))
 
     line = {
         "losses": by_task(losses),
@@ -168,7 +171,7 @@ def _expand(tasks: Sequence[str], layers: Sequence[str], row: list[float]) -> di
         "cosines": cosines,
         "conflict_rate": conflicts / len(cosines) if cosines else 0.0,
         "task_grad_norms": by_task(gram[k * count + k] ** 0.5 for k in range(count)),
-        "grad_norm": _json_number(grad_norm),
+        "grad_norm": _or_none(grad_norm),
         "skipped": int(skipped),
     }
     if layer_grams:
@@ -192,6 +195,6 @@ def _batched(row: Sequence[float], size: int) -> Iterator[Sequence[float]]:
     return (row[start : start + size] for start in range(0, len(row), size))
 
 
-def _json_number(value: float) -> float | None:
-    """Return the value; JSON has no NaN and no infinity, they become null."""
+def _or_none(value: float) -> float | None:
+    """Return the value, or None where it is not finite, as it will be read back."""
     return value if math.isfinite(value) else None

@@ -6,6 +6,7 @@ name, and drops the oldest.  A kill at any moment leaves either the new checkpoi
 before.  Many machines need a file system that all of them see.
 """
 
+import math
 import warnings
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
 from ..model.stored_dtypes import check_stored_dtypes
@@ -126,7 +128,7 @@ class Saver:
             self.wait()
 
     def load(self, path: Path, state: dict[str, Tensor]) -> None:
-        """Read a checkpoint into the tensors of ``state``.
+        """Read a checkpoint into the tensors of ``state``; NaN where it has no values.
 
         Raises:
             InputError: it lacks one of them, or has it in another size.
@@ -144,6 +146,12 @@ class Saver:
                 if size != tensor.shape:
                     found = "missing" if size is None else f"of shape {list(size)}"
                     raise InputError(f"{path}: {name} is {found}, expected {list(tensor.shape)}")
+            for tensor in state.values():
+                if (
+                    tensor.is_floating_point()
+                ):  # what no file covers is not to pass for what was read
+                    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                    local.fill_(math.nan)
             load(
                 state,
                 storage_reader=reader,

@@ -1,5 +1,6 @@
 """Where metrics go besides the run's own files: TensorBoard, Weights & Biases."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,9 +95,9 @@ def open_sinks(
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numbers of nested dictionaries under names joined by ``/``; no number: nothing."""
+    """Yield the finite numbers of nested dictionaries under names joined by ``/``."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and math.isfinite(value):
             yield f"{prefix}{name}", value

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import InputError
+from ..finite import all_finite
 from ..multitask.flat_parameters import FlatParameters
 from ..multitask.layout import ALIGNMENT
 from ..multitask.optimizers import Optimizer
@@ -87,6 +88,20 @@ class TrainingState:
                     f"{checkpoint}: {name} is {found}, expected {expected}; "
                     "it belongs to another model: give another --out"
                 )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether weights, moments and the rest are finite numbers on this rank."""
+        state = [*self._vectors.values(), *self._whole.values(), *self._frozen.values()]
+        return all_finite(tensor for tensor in state if tensor.is_floating_point())
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether training could have come to it: finite, and no square or count below zero."""
+        not_negative = self._vectors["exp_avg_sq"], self._whole["step.updates"]
+        return self.is_finite and all(
+            bool(tensor.amin() >= 0) for tensor in not_negative if tensor.numel()
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return a copy of the state, on the CPU."""

@@ -4,7 +4,6 @@
 being its first, and a new one begins.  One after the other they are what one file would have been.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..json_text import dump_json
 from ..reading import parse_json, read_bytes
 from .files import check_own_file, explained, write_text
 
@@ -42,7 +42,7 @@ class StepLines:
         check_own_file(self._path)
         with explained("write", self._path):
             with open(self._path, "a", encoding="utf-8", opener=_open_own) as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(dump_json(line) + "\n" for line in lines)
                 size = file.tell()
             if self._limit and size >= self._limit:
                 self._put_aside_newest()

@@ -275,6 +275,19 @@ def spoil_nan(folder: Path) -> None:
     save_file(state, folder / "model.safetensors")
 
 
+def spoil_value(value: float, dtype: torch.dtype) -> Callable[[Path], None]:
+    """Put a value into a weight that is stored in another dtype."""
+
+    def spoil(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        weight = state["encoder.layer.0.output.dense.weight"].to(dtype)
+        weight[0, 0] = value
+        state["encoder.layer.0.output.dense.weight"] = weight
+        save_file(state, folder / "model.safetensors")
+
+    return spoil
+
+
 def spoil_index(*names: object) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         index = {"weight_map": dict(zip("abc", names, strict=False))}
@@ -306,6 +319,10 @@ def spoil_config(folder: Path) -> None:
         (spoil_shape, "encoder.layer.0.output.dense.weight has shape [3, 3]"),
         (spoil_missing, "encoder.layer.0.attention.self.key.bias is missing"),
         (spoil_nan, "no finite numbers"),
+        (spoil_value(1e300, torch.float64), "no finite numbers"),
+        (spoil_value(float("-inf"), torch.float16), "no finite numbers"),
+        (spoil_value(0, torch.float8_e4m3fn), "no finite numbers"),
+        (spoil_value(0, torch.int64), "no finite numbers"),
     ],
 )
 def test_model_folders(capsys, tmp_path, small_model, spoil, expected):

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 import os
 import resource
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from bench.harness import parse, write_record
+from engine.json_text import dump_json
 
 from .base import Base
 from .compare import compare_ranks
@@ -148,7 +148,7 @@ def main() -> int:
         results = report(options, Path(folder))
     if options.json is not None:
         write_record(options.json, "faults", torch.device("cpu"), results, replace=options.force)
-    print(json.dumps({name: _brief(part) for name, part in results.items()}, indent=1))
+    print(dump_json({name: _brief(part) for name, part in results.items()}, indent=1))
     return 1 if results["problems"] else 0
 
 

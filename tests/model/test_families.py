@@ -245,3 +245,12 @@ def test_weights_that_belong_to_nothing_are_named(folder) -> None:
     save_file(state, path / "model.safetensors")
     with pytest.raises(InputError, match=r"encoder\.relative\.weight is not part of an encoder"):
         huggingface.load_encoder_state(path, huggingface.read_config(path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_heads_of_pretraining_that_are_not_finite_are_refused(tmp_path, value):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    tensors = {"cls.predictions.bias": torch.tensor([0, value], dtype=torch.float64)}
+    save_file(tensors | {"cls.count": torch.tensor([1])}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"weight cls\.predictions\.bias holds values that are no"):
+        huggingface.load_pretraining_heads(tmp_path)

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.door import run_door
 from engine.errors import InputError
 from engine.run import open_run
 from engine.runtime import saver
-from engine.runtime.checkpoint import Checkpoints
+from engine.runtime.checkpoint import Checkpoints, load_weights
 from engine.runtime.distributed import Ranks
 from engine.runtime.files import write_text
 from engine.runtime.manifest import Manifest, Progress, read_manifest, seal, verify
 from engine.train import main
+from engine.training import Training
 
 from ..engine.conftest import TINY, tiny_run  # noqa: F401 (a fixture)
 from ..engine.test_training_run import assert_same_run
@@ -233,3 +235,158 @@ def test_no_file_of_a_checkpoint_holds_a_pickle(whole):
     for file in checkpoint.glob("*.safetensors"):
         assert load_file(file)
     assert read_manifest(checkpoint).places
+
+
+def rewrite(file: Path, change, metadata=lambda stored: stored) -> None:
+    """Change the tensors of a safetensors file of a checkpoint, and seal the checkpoint again."""
+    with safe_open(file, "pt") as opened:
+        stored = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, file, metadata(stored))
+    seal_again(file.parent)
+
+
+def seal_again(folder: Path, **changed) -> None:
+    manifest = read_manifest(folder).model_copy(update=changed)
+    (folder / "manifest.json").unlink()
+    seal(folder, manifest)
+
+
+def put(value: float, dtype: torch.dtype = torch.float32):
+    """Return what writes a value into the first weight of each tensor, stored in a dtype."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not name.startswith("step."):
+                tensors[name] = tensor.to(dtype)
+                tensors[name].view(-1)[0] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(put(torch.nan), id="NaN"),
+        pytest.param(put(torch.inf), id="infinity"),
+        pytest.param(put(-1e300, torch.float64), id="float64 beyond fp32"),
+        pytest.param(put(torch.inf, torch.bfloat16), id="bf16"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["best", "step"])
+def test_weights_that_are_not_finite_are_refused(copy, kind, change):
+    run = open_run(copy)
+    newest = run.checkpoints.all(kind)[0]
+    (file,) = newest.glob("*.safetensors")
+    rewrite(file, change)
+    verify(newest)
+    with pytest.raises(InputError, match="no finite numbers"):
+        load_weights(newest, run.new_model())
+    if kind == "step":
+        with pytest.raises(InputError, match="no finite numbers"):
+            Training.build(run, torch.device("cpu")).restore()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_other_dtypes_are_refused(copy, dtype):
+    run = open_run(copy)
+    (best,) = run.checkpoints.all("best")
+    rewrite(best / "model.safetensors", lambda t: t.update({n: x.to(dtype) for n, x in t.items()}))
+    with pytest.raises(InputError, match=f"of {dtype}, expected torch.float32"):
+        load_weights(best, run.new_model())
+
+
+def below_zero(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name.startswith("exp_avg_sq."):
+            tensor.view(-1)[0] = -1e-3
+
+
+def test_moments_that_no_training_leaves_are_refused(copy):
+    run = open_run(copy)
+    newest = run.checkpoints.all("step")[0]
+    (file,) = newest.glob("*.safetensors")
+    rewrite(file, below_zero)
+    with pytest.raises(InputError, match="squares are below zero"):
+        Training.build(run, torch.device("cpu")).restore()
+
+
+def shifted(stored: dict[str, str]) -> dict[str, str]:
+    """Let the pieces of the tensors begin a row late, as others wrote the rows before."""
+    name = "DCP_SHARDING_INFO"
+    of_tensors = json.loads(stored[name])
+    for entry in of_tensors.values():
+        entry["saved_offsets"] = [1, *entry["saved_offsets"][1:]]
+    return stored | {name: json.dumps(of_tensors)}
+
+
+def test_pieces_that_leave_gaps_are_refused(copy):
+    """Else what is not read would be what memory had."""
+    run = open_run(copy)
+    newest = run.checkpoints.all("step")[0]
+    (file,) = newest.glob("*.safetensors")
+    rewrite(file, lambda tensors: None, shifted)
+    with pytest.raises(InputError, match="overlap or leave gaps"):
+        load_weights(newest, run.new_model())
+    with pytest.raises(InputError, match="expected"):
+        Training.build(run, torch.device("cpu")).restore()
+
+
+@pytest.mark.parametrize("how", ["overlap", "outside", "no bucket"])
+def test_places_that_do_not_fit_are_refused(copy, how):
+    run = open_run(copy)
+    newest = run.checkpoints.all("step")[0]
+    places = dict(read_manifest(newest).places)
+    first, second, *_ = [name for name, place in places.items() if place.bucket == "heads"]
+    changed = {
+        "overlap": {"offset": places[first].offset},
+        "outside": {"offset": 1 << 40},
+        "no bucket": {"bucket": "attic"},
+    }
+    places[second] = places[second].model_copy(update=changed[how])
+    seal_again(newest, places=places)
+    with pytest.raises(InputError, match=r"damaged: the place of .* (overlaps|is outside)"):
+        load_weights(newest, run.new_model())
+
+
+@pytest.mark.parametrize("begins", [{"a": 0, "b": 12}, {"a": 0, "b": 4}, {"a": 4, "b": 12}])
+def test_files_with_gaps_or_overlaps_are_refused(copy, begins):
+    places = {name: [begin, begin + 8] for name, begin in begins.items()}
+    tensors = {
+        name: {"dtype": "F32", "shape": [2], "data_offsets": place}
+        for name, place in places.items()
+    }
+    header = json.dumps(tensors).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(max(begins.values()) + 8)
+    run = open_run(copy)
+    for kind in ("best", "step"):
+        newest = run.checkpoints.all(kind)[0]
+        (file,) = newest.glob("*.safetensors")
+        file.write_bytes(content)
+        seal_again(newest)
+        with pytest.raises(InputError, match="invalid offset"):
+            load_weights(newest, run.new_model())
+
+
+def test_a_manifest_without_a_number_is_refused(copy):
+    """A score that is NaN or null where there is one; the digest is that of what is read back."""
+    (best,) = open_run(copy).checkpoints.all("best")
+    text = (best / "manifest.json").read_text()
+    progress = read_manifest(best).progress
+    for value in ("NaN", "Infinity", "1e999"):
+        (best / "manifest.json").write_text(text.replace(str(progress.best_score), value))
+        with pytest.raises(InputError, match=r"damaged at progress.*finite"):
+            read_manifest(best)
+    (best / "manifest.json").write_text(text)
+    seal_again(best, progress=progress._replace(best_score=None))
+    assert read_manifest(best).progress.best_score is None
+
+
+def test_weights_beyond_the_dtype_to_compute_in_are_refused(copy):
+    run = open_run(copy)
+    (best,) = run.checkpoints.all("best")
+    rewrite(best / "model.safetensors", put(1e5))
+    run.trained_model(torch.device("cpu"))
+    with pytest.raises(InputError, match=r"beyond the range of torch\.float16"):
+        run.trained_model(torch.device("cpu"), torch.float16)

@@ -1,26 +1,48 @@
 """What a run does when numbers, memory or other ranks fail it."""
 
 import json
+import math
+import re
 import signal
 import time
 
 import pytest
 import torch
 
-from engine.errors import InputError
+from engine import evaluate, sweep
+from engine.data.formats import FORMATS
+from engine.errors import DivergedError, InputError
+from engine.json_text import dump_json
+from engine.many import read_results
+from engine.multitask.schedule import Schedule
 from engine.multitask.step import MultitaskStep
 from engine.run import open_run
+from engine.runtime.checkpoint import load_weights
 from engine.runtime.failure import memory_explained
+from engine.runtime.manifest import Progress
+from engine.scoring import score
 from engine.train import main
 
 from ..engine.conftest import TINY, tiny_run  # noqa: F401 (a fixture)
-from .launch import start
+from .launch import REPOSITORY, start
 
 
-def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny_run, tmp_path):  # noqa: F811
-    """At such a rate the first update leaves weights with which nothing is finite."""
-    settings = ("lr=1e38", "schedule=constant", "warmup=0", "max_skipped=3", "epochs=20")
-    with pytest.raises(InputError, match=r"not finite in 3 steps in a row, from step 1 on"):
+def spoil_labels(monkeypatch, is_spoilt) -> None:
+    """Let the labels of some steps be NaN, so that they are skipped."""
+    run = MultitaskStep.__call__
+
+    def spoilt(self, batch, step, lr):
+        if is_spoilt(step):
+            batch[0].labels[2].fill_(torch.nan)
+        return run(self, batch, step, lr)
+
+    monkeypatch.setattr(MultitaskStep, "__call__", spoilt)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny_run, monkeypatch, tmp_path):  # noqa: F811
+    spoil_labels(monkeypatch, lambda step: step >= 1)
+    settings = ("max_skipped=3", "epochs=20")
+    with pytest.raises(DivergedError, match=r"not finite in 3 steps in a row, from step 1 on"):
         tiny_run("run", settings=settings)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["skipped"] for line in lines] == [0, 1, 1, 1]
@@ -36,25 +58,140 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny_run, tmp_pat
     assert tokenizer.decode(example["tokens"][1]) == example["text"][1] != ""
 
 
-def test_skipped_steps_count_where_epochs_are_shorter_than_a_block(tiny_run):  # noqa: F811
-    settings = ("lr=1e38", "schedule=constant", "warmup=0", "max_skipped=3", "epochs=20")
-    with pytest.raises(InputError, match=r"not finite in [34] steps in a row, from step 1 on"):
-        tiny_run("run", settings=(*settings, "log_every=10"))
+def test_skipped_steps_count_where_epochs_are_shorter_than_a_block(tiny_run, monkeypatch):  # noqa: F811
+    spoil_labels(monkeypatch, lambda step: step >= 1)
+    settings = ("max_skipped=3", "epochs=20", "log_every=10")
+    with pytest.raises(DivergedError, match=r"not finite in [34] steps in a row, from step 1 on"):
+        tiny_run("run", settings=settings)
 
 
 def test_a_few_skipped_steps_do_not_end_a_run(tiny_run, monkeypatch):  # noqa: F811
-    run = MultitaskStep.__call__
-
-    def spoilt(self, batch, step, lr):
-        if step in (1, 2, 4):
-            batch[0].labels[2].fill_(torch.nan)
-        return run(self, batch, step, lr)
-
-    monkeypatch.setattr(MultitaskStep, "__call__", spoilt)
+    spoil_labels(monkeypatch, lambda step: step in (1, 2, 4))
     folder = tiny_run("run", settings=("max_skipped=3",))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 0, 1, 0]
     assert lines[1]["losses"]["sts"] is None
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")]
+
+
+HUGE = ("warmup=0", "schedule=constant")
+"""With a large rate: one update, and nothing that the model computes is finite any more."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "reason"),
+    [
+        ("demo", ("lr=1e18",), "what the model computes is not finite"),
+        ("demo", ("lr=1e38",), "weights or moments are not finite"),
+        ("demo", ("lr=1e18", "max_steps=1"), "what the model computes is not finite"),
+        ("demo", ("lr=1e18", "checkpoint_every=1", "keep_checkpoints=1"), "model computes"),
+        ("demo", ("lr=1e18", "freeze_encoder=true"), "finite"),
+        ("demo", ("lr=1e6", "precision=fp16", "epochs=10"), "finite"),
+        ("demo", ("lr=1e18", "order=round_robin", "micro_batches=2"), "what the model computes"),
+        ("superbert", ("lr=1e18", "max_skipped=0"), "phase pretrain, after step"),
+        ("demo", ("phases={one={lr=1e-3},two={lr=1e18}}",), "phase two, after step"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_a_run_that_diverges_is_not_done(tiny_run, tmp_path, recipe, settings, reason):  # noqa: F811
+    settings = (*HUGE, "epochs=2", *settings)
+    with pytest.raises(DivergedError, match=reason) as caught:
+        tiny_run("run", recipe=recipe, settings=settings)
+    assert "lower lr (now " in str(caught.value)
+    run = open_run(tmp_path / "run")
+    for path in (run.folder / "checkpoints").glob("*-*"):
+        model = run.new_model()
+        load_weights(path, model)  # what is there is whole and finite
+        assert all(torch.isfinite(weight).all() for weight in model.parameters())
+    for file in run.folder.glob("*.json*"):
+        for line in (
+            file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+        ):
+            json.loads(line, parse_constant=pytest.fail)
+
+
+def test_what_was_good_before_stays(tiny_run, monkeypatch, tmp_path, capsys):  # noqa: F811
+    """The weights are spoilt between the second and the third epoch."""
+    rate = Schedule.__call__
+    monkeypatch.setattr(
+        Schedule, "__call__", lambda self, step: 1e18 if step == 4 else rate(self, step)
+    )
+    settings = ("checkpoint_every=1", "keep_checkpoints=1")
+    with pytest.raises(DivergedError, match=r"kept: best-0000000\d, step-00000004"):
+        tiny_run("run", settings=settings)
+    assert (
+        main(["demo", "--out", str(tmp_path / "series"), "--seeds", "2", "--set", *TINY, *settings])
+        == 3
+    )
+    assert "no result of seed-0: " in capsys.readouterr().out
+    assert not (tmp_path / "series" / "results.json").exists()
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+    with pytest.raises(DivergedError):  # again, and at once
+        tiny_run("run", "--resume", settings=settings)
+    monkeypatch.undo()
+    tiny_run("run", "--resume", settings=settings)  # from step 4, as if nothing had been
+
+
+def test_a_series_goes_on_past_a_run_that_diverges(tmp_path, capsys):
+    arguments = [
+        "demo",
+        "--out",
+        str(tmp_path / "s"),
+        "--grid",
+        "lr=1e18,1e-3",
+        "--set",
+        *TINY,
+        *HUGE,
+    ]
+    for _ in range(2):
+        assert sweep.main(arguments) == 3
+    assert list(read_results(tmp_path / "s")) == ["demo/lr=1e-3/seed-0"]
+    assert "no result of demo/lr=1e18/seed-0: after step" in capsys.readouterr().out
+
+
+def test_two_ranks_agree_that_a_run_diverged(tmp_path):
+    arguments = [
+        "demo",
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+        "--set",
+        *TINY,
+        *HUGE,
+        "lr=1e18",
+    ]
+    processes = start(2, [arguments], tmp_path / "log")
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [3, 3]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_constant_answers_are_no_failure():
+    """Pearson's correlation is not defined there; the score is 0."""
+    assert score(FORMATS["sts"], [2.5, 2.5, 2.5], [0, 1, 2]) == 0
+    assert math.isnan(score(FORMATS["sts"], [2.5, math.nan, 2], [0, 1, 2]))
+    assert math.isnan(score(FORMATS["sst"], [1, math.nan, 2], [0, 1, 2]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_json_has_null_where_a_number_has_no_value(value):
+    given = {"a": [value, 1.5, (value,)], "b": {"c": value}, "d": True, "e": "NaN"}
+    expected = {"a": [None, 1.5, [None]], "b": {"c": None}, "d": True, "e": "NaN"}
+    assert json.loads(dump_json(given)) == expected
+    assert not Progress(best_score=None).is_beaten_by(value)
+    assert not Progress(best_score=0.5).is_beaten_by(value)
+
+
+def test_json_is_written_in_one_place():
+    """But for messages and hashes, which nobody parses."""
+    messages = {"json_text", "fields", "effects", "wording", "first_line"}
+    for path in (*REPOSITORY.glob("engine/**/*.py"), *REPOSITORY.glob("bench/*.py")):
+        if path.stem not in messages:
+            assert not re.search(r"json\.dumps?\(|model_dump_json\(", path.read_text()), path
 
 
 @pytest.mark.parametrize(

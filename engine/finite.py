@@ -1,0 +1,20 @@
+"""Tell tensors of finite numbers from others."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What weights are read from; other dtypes need scales, or hold no weights."""
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether all elements are finite; the device is read once, and nothing is copied.
+
+    Args:
+        tensors: floating point, of any shapes, on one device.
+    """
+    # NaN is both the least and the largest element to aminmax.
+    ends = [end.float() for tensor in tensors if tensor.numel() for end in tensor.aminmax()]
+    return not ends or bool(torch.stack(ends).isfinite().all())
