@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from engine.json_text import dump_json
+
 CALLS, REPEATS, ROUNDS = 1_000, 15, 7
 
 
@@ -67,6 +69,6 @@ def main(others: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(sys.argv[2])))
+        print(dump_json(measure(sys.argv[2])))
     else:
         main(sys.argv[1:])

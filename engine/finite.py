@@ -5,9 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What weights are read from; other dtypes need scales, or hold no weights."""
-
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether all elements are finite; the device is read once, and nothing is copied.

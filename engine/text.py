@@ -19,7 +19,7 @@ _FORMULA = (
     "\uff20",
 )  # the last four: of full width
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
-_MARKUP = re.compile(r"[\\`*\[\]|#>~$]|(?<!\w)_|_(?!\w)")
+_MARKUP = re.compile(r"[\\`*\[\]|#>~$]|(?<![^\W_])_|_(?![^\W_])")
 _BACKTICKS = re.compile("`+")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 

@@ -101,7 +101,6 @@ class Training:
             raise InputError(
                 f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
             )
-        _check_batches(recipe, run.config.hidden_size, device)
         train_sets = [_examples(run, name) for name in recipe.train]
         samplers = [_sampler(examples, recipe) for examples in train_sets]
         sizes = tuple(len(sampler) for sampler in samplers)
@@ -113,6 +112,7 @@ class Training:
         method = build_method(balance, tasks, recipe.balancing)
         total_steps = min(order.total_steps, recipe.max_steps or sys.maxsize)
         model = run.initial_model(phase).train()
+        _check_batches(recipe, run.config.hidden_size, device)
         model.encoder.checkpoint_layers = recipe.checkpoint_layers
         set_matmul_precision(recipe.precision, device)
         dtype = pick_dtype(recipe.precision, device)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..errors import InputError
-from ..finite import WEIGHT_DTYPES, all_finite
+from ..finite import all_finite
 from ..model.multitask import MultitaskModel
 from ..model.stored_dtypes import check_stored_dtypes
 from .files import is_partial, remove_folder, whole_folder
@@ -132,8 +132,6 @@ def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
         if tensor is None or tensor.shape != target.shape:
             found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
             raise InputError(f"{checkpoint}: {name} is {found}, expected {list(target.shape)}")
-        if tensor.dtype not in WEIGHT_DTYPES:
-            raise InputError(f"{checkpoint}: {name} is of {tensor.dtype}, expected torch.float32")
         with torch.no_grad():
             target.copy_(tensor)
         if not all_finite([target]):

@@ -139,7 +139,7 @@ def test_every_task_is_predicted(run, data, tmp_path):
     out = tmp_path / "answers.tsv"
     for name in AWKWARD[::5]:
         arguments = [f"--task={name}", "--input", str(data / "test.csv"), "--output", str(out)]
-        assert predict.main([str(run), *arguments]) == 0
+        assert predict.main([str(run), *arguments, "--force"]) == 0
         assert len(out.read_text().splitlines()) == 9
     assert fill.main([str(run)]) == 0
 
@@ -153,7 +153,7 @@ def test_an_export_answers_as_the_run_does(run, data, tmp_path, capsys, monkeypa
     script.write_text(EXAMPLE)
     for name in ("pair", "format"):
         arguments = [f"--task={name}", "--input", str(data / "test.csv"), "--output", str(out)]
-        assert predict.main([str(run), *arguments]) == 0
+        assert predict.main([str(run), *arguments, "--force"]) == 0
         (_, first, *_) = out.read_text().splitlines()
         texts = ["a good film", "the good one"][: 1 + AWKWARD.index(name) % 2]
         monkeypatch.setattr(sys, "argv", ["example.py", str(folder), name, *texts])
@@ -304,7 +304,7 @@ def test_objectives_and_tasks_in_any_phase(data, tmp_path, kind, first):
         ((["b"],), {"film"}),
         ((["of-b"], ["lm"]), {"film", "Songs"}),
     ],
-    ids=str,
+    ids=["both", "objective", "task", "objectives"],
 )
 def test_the_vocabulary_is_learnt_from_what_some_phase_trains(data, tmp_path, trained, expected):
     tables = [objective("lm"), objective("of-b", "simcse", 'sentences_of = ["b"]')]
@@ -340,7 +340,7 @@ def test_a_card_is_markdown_whatever_it_quotes(data, tmp_path):
     assert begin(data, tmp_path / "run", ["t"], task("t", classes=classes)) == 0
     assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "model")]) == 0
     card = (tmp_path / "model/README.md").read_text()
-    assert r"yes, no, maybe, \`x\`, \<b\>, \| a \|, a b, \`\`\` \# x" in card
+    assert r"yes, no, maybe, \`x\`, &lt;b\>, \| a \|, a b, \`\`\` \# x" in card
     fences = re.findall("^````*", card, re.MULTILINE)
     assert fences[-2:] == ["````", "````"]
 
