@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.model.states import pool
-from engine.output import exit_with
+from engine.standard_output import exit_with
 
 from . import harness
 

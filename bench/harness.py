@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.errors import InputError
 from engine.json_text import dump_json
-from engine.outputs import check_outputs, write_output
+from engine.output_files import check_outputs, write_output
 from engine.runtime.files import explained
 
 Contestant = Callable[[], object]

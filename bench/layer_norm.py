@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from engine.output import exit_with
+from engine.standard_output import exit_with
 
 from . import harness
 

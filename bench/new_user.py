@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.json_text import dump_json
-from engine.output import exit_with
+from engine.standard_output import exit_with
 
 REPOSITORY = Path(__file__).parents[1]
 _TRIED = ("make train", "make setup-dev", ". .venv", "python -m engine.", "python -m examples.")

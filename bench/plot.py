@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from engine.distinct import distinct_names
 from engine.errors import InputError
-from engine.output import exit_with
-from engine.outputs import check_outputs, write_output
+from engine.output_files import check_outputs, write_output
+from engine.standard_output import exit_with
 
 from . import harness
 from .plot_growth import draw_growth

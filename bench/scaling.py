@@ -27,7 +27,7 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from engine.output import exit_with
+from engine.standard_output import exit_with
 
 from . import harness
 

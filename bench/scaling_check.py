@@ -20,9 +20,9 @@ import torch.distributed as dist
 from engine import recipe as recipes
 from engine.json_text import dump_json
 from engine.multitask.exchange import MODES, Alone
-from engine.output import exit_with
 from engine.run import begin
 from engine.runtime.distributed import Ranks
+from engine.standard_output import exit_with
 from engine.training import Training
 
 from . import harness

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from engine import recipe as recipes
 from engine.data.pack import PackedBatch
-from engine.output import exit_with
 from engine.run import begin
 from engine.runtime.cpu import keep_freed_memory
 from engine.runtime.precision import multiplies_bf16_fast
+from engine.standard_output import exit_with
 from engine.training import Training
 
 from . import harness, step_growth

@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import kernels
-from engine.output import exit_with
+from engine.standard_output import exit_with
 
 from . import harness
 from .peers import published_pcgrad

@@ -14,9 +14,9 @@ from rich.table import Table
 from . import __version__
 from .data.formats import FileFormat
 from .errors import UNPRINTABLE, DivergedError, InputError, LostRankError
-from .output import exit_with
+from .quoting import PlainConsole
 from .scoring import metric_name
-from .text import PlainConsole
+from .standard_output import exit_with
 
 BAD_INPUT = 2
 DIVERGED = 3
@@ -85,7 +85,7 @@ def _given_path(text: str) -> Path:
 def run_door(main: Callable[[], int]) -> NoReturn:
     """Run a door's main function and exit with its status; bad input is one line and status 2.
 
-    What happens where nothing can be printed any more says :mod:`engine.output`.
+    What happens where nothing can be printed any more says :mod:`engine.standard_output`.
     """
     exit_with(lambda: _status(main))
 

@@ -10,11 +10,11 @@ from .data.source import DataFile
 from .door import Parser, run_door, terminal
 from .errors import InputError
 from .options import add_device, add_force
-from .outputs import check_outputs, write_output
+from .output_files import check_outputs, write_output
+from .quoting import table_cell
 from .run import open_run
 from .runtime.precision import pick_device
 from .scoring import predict
-from .text import table_cell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from .distinct import distinct_names
 from .door import Parser, run_door, terminal
 from .errors import InputError
 from .options import add_device, add_force
-from .outputs import check_outputs
+from .output_files import check_outputs
 from .reporting.outcomes import collect
 from .reporting.page import write_page
 from .reporting.systems import possible_files, without_answers, write_systems

@@ -44,7 +44,7 @@ from .runtime.failure import SMALLER_MODEL, check_memory, memory_explained
 from .runtime.files import explained, write_text
 from .runtime.manifest import Progress
 from .runtime.precision import pick_dtype
-from .texts import check_texts, objective_texts, vocabulary_texts
+from .training_texts import check_texts, objective_texts, vocabulary_texts
 
 _WITHOUT_EFFECT_ON_SCORES = {
     "log_every",

@@ -24,7 +24,6 @@ from .errors import InputError
 from .fields import print_fields
 from .many import check_results, print_diverged, print_results, read_results, seeds_of, train_cells
 from .options import overrides, parser
-from .output import train_without_output
 from .phase_facts import PhaseFacts
 from .recipe import Recipe
 from .run import Run
@@ -37,6 +36,7 @@ from .runtime.lock import held, held_first
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
+from .standard_output import train_without_output
 from .training import Training
 from .watch import (
     ProgressBar,

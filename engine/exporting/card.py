@@ -7,11 +7,11 @@ from importlib.metadata import version
 from .. import __version__
 from ..data.formats import FileFormat
 from ..data.source import TaskSource
+from ..quoting import fence, markdown_text, printable
 from ..recipe import Recipe
 from ..run import Run
 from ..runtime.manifest import Progress
 from ..scoring import metric_name
-from ..text import fence, markdown_text, printable
 
 _LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")
 

@@ -9,8 +9,8 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..quoting import markdown_text
 from ..settings import Count
-from ..text import markdown_text
 from .labels import LITERAL, label
 from .pictures import numbers_in_cells, png
 from .record import Answers, Mistake

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..outputs import write_output
+from ..output_files import write_output
+from ..quoting import printable
 from ..run import Run
 from ..runtime.metric_lines import Json
 from ..scoring import metric_name
-from ..text import printable
 from . import pictures
 from .record import (
     Answers,

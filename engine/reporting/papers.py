@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .. import recipe as recipes
 from ..many import mean_and_deviation
-from ..text import markdown_text
+from ..quoting import markdown_text
 from .outcomes import Outcome
 
 THREE = ("sst", "quora", "sts")

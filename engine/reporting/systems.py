@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from .. import recipe as recipes
 from ..errors import InputError
-from ..outputs import write_output
+from ..output_files import write_output
 from ..runtime.files import explained
 from . import mistakes, papers
 from .labels import LITERAL

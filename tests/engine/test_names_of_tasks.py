@@ -19,7 +19,7 @@ from engine.exporting.card import EXAMPLE
 from engine.model.named_modules import NamedModules
 from engine.reporting import pictures
 from engine.run import open_run
-from engine.texts import vocabulary_texts
+from engine.training_texts import vocabulary_texts
 
 AWKWARD = [
     *("type", "train", "keys", "items", "half", "forward", "training", "parameters", "_modules"),

@@ -18,7 +18,7 @@ from engine.distinct import as_file_name, distinct_names
 from engine.errors import InputError
 from engine.exporting.folder import check_free
 from engine.origins import data_folder
-from engine.outputs import check_outputs, write_output
+from engine.output_files import check_outputs, write_output
 from engine.recipe import load
 from engine.runtime.files import resolved
 from engine.runtime.lock import LOCK
@@ -177,7 +177,7 @@ def test_a_device_is_written_to(tmp_path, minor, full):
 WRITE = """
 from pathlib import Path
 
-from engine.outputs import check_outputs, write_output
+from engine.output_files import check_outputs, write_output
 
 print("before")
 assert not check_outputs([Path({name!r})])

@@ -11,8 +11,8 @@ from engine import export, predict, report, train
 from engine.data.tokenizer import Tokenizer
 from engine.door import run_door
 from engine.errors import UNPRINTABLE
+from engine.quoting import from_table_cell
 from engine.run import open_run
-from engine.text import from_table_cell
 
 IDS = ["=1+1", "+1", "-2", "@x", "'a", "a\tb", "\x1b[2J", 'q"', "\u202ex", "plain", "-x"]
 

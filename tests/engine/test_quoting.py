@@ -11,7 +11,7 @@ import pytest
 from markdown import markdown
 
 from engine.errors import UNPRINTABLE, InputError
-from engine.text import (
+from engine.quoting import (
     PlainConsole,
     from_table_cell,
     markdown_text,
