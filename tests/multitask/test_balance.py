@@ -122,6 +122,16 @@ def test_a_skipped_step_leaves_no_trace_in_what_is_remembered(make_model, make_b
         assert torch.equal(tensor, before[key])
 
 
+def test_a_loss_that_is_not_finite_is_not_remembered(make_model):
+    """Its gradient may be finite all the same."""
+    balance = build_step(make_model().train(), balance="gradnorm").balance
+    gram = torch.eye(3).expand(1, 3, 3)
+    for losses in ([1.0, torch.nan, 1.0], [torch.inf, 1.0, 1.0]):
+        balance(gram, torch.arange(3).expand(3, 3), torch.tensor(losses))
+        assert torch.equal(balance.state["first_losses"], torch.zeros(1, 3))
+        assert torch.equal(balance.state["weights"], torch.ones(1, 3))
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
