@@ -39,9 +39,11 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         )
     width = x.shape[-1]
     bias = bias.contiguous()  # oneDNN takes it to be
-    check_tensor("x", x, x.shape, torch.bfloat16, x.device)
-    check_tensor("weight", weight, (len(weight), width), torch.bfloat16, x.device)
-    check_tensor("bias", bias, weight.shape[:1], torch.bfloat16, x.device)
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"x: expected bfloat16 or float32, got {x.dtype}")
+    check_tensor("x", x, x.shape, x.dtype, x.device)
+    check_tensor("weight", weight, (len(weight), width), x.dtype, x.device)
+    check_tensor("bias", bias, weight.shape[:1], x.dtype, x.device)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
