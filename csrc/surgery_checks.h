@@ -140,8 +140,8 @@ inline void check_counters(const Tensor& seed, const Tensor& step, int64_t num_t
         "step must be one int64 number on the device of seed");
   check_data("seed", seed);
   check_data("step", step);
-  check(num_tasks >= 1 && num_tasks <= kMostTasks, "num_tasks must be 1 to ", kMostTasks, ", not ",
-        num_tasks);
+  check(num_tasks >= 1, "num_tasks must be at least 1, not ", num_tasks);
+  check(num_tasks <= kMostTasks, "num_tasks must be at most ", kMostTasks, ", not ", num_tasks);
 }
 
 // Scalars that change from step to step (learning rate, step, loss scale, skip flag) are tensors,

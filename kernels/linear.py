@@ -39,10 +39,11 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         )
     width = x.shape[-1]
     bias = bias.contiguous()  # oneDNN takes it to be
-    dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
-    check_tensor("x", x, x.shape, dtype, x.device)
-    check_tensor("weight", weight, (len(weight), width), dtype, x.device)
-    check_tensor("bias", bias, weight.shape[:1], dtype, x.device)
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"x: expected bfloat16 or float32, got {x.dtype}")
+    check_tensor("x", x, x.shape, x.dtype, x.device)
+    check_tensor("weight", weight, (len(weight), width), x.dtype, x.device)
+    check_tensor("bias", bias, weight.shape[:1], x.dtype, x.device)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 

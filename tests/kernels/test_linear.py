@@ -58,3 +58,10 @@ def test_rows_without_columns_for_a_frozen_parameter(frozen: str) -> None:
     trained = "bias" if frozen == "weight" else "weight"
     assert torch.equal(getattr(part, trained), getattr(whole, trained))
     assert part.buffer.count_nonzero() == getattr(whole, trained).numel()
+
+
+def test_a_bias_of_other_strides_is_read_as_it_is() -> None:
+    x, weight = torch.randn(6, 4).bfloat16(), torch.randn(5, 4).bfloat16()
+    for bias in (torch.arange(10).bfloat16()[::2], torch.ones(1).bfloat16().expand(5)):
+        with torch.no_grad():
+            torch.testing.assert_close(kernels.linear(x, weight, bias), F.linear(x, weight, bias))

@@ -20,10 +20,12 @@ from kernels import (
     embedding_triton,
     layer_norm_triton,
 )
+from kernels.surgery import combine_adamw_reference_
 
 from .argument_fuzz import Case, cases
 from .operator_calls import NO_TENSOR_ARGUMENTS, operator_calls, public_calls
 
+RATES = (0.9, 0.999, 1e-8, 0.1)
 ROOT = Path(__file__).parents[2]
 OPS = torch.ops.superbert
 
@@ -141,6 +143,37 @@ def test_freed_storages_and_other_devices_are_refused(told: list[Told]) -> None:
     ]
     assert [one for one in wrong if not one.outcome.startswith("raised")] == []
     assert len(wrong) > 300
+
+
+@pytest.mark.parametrize("step", [0, -1, torch.nan])
+def test_adamw_counts_steps_from_one(step: float) -> None:
+    state = [torch.ones(5) for _ in range(3)]
+    given = (torch.ones(2, 5), torch.ones(2), *state)
+    with pytest.raises(ValueError, match="step must be at least 1"):
+        kernels.combine_adamw_(*given, lr=0.1, step=torch.tensor(step))
+    skip = torch.tensor(True)
+    kernels.combine_adamw_(*given, lr=0.1, step=torch.tensor(step), skip=skip)
+    combine_adamw_reference_(
+        *given, None, torch.tensor(0.1), torch.tensor(step), None, None, *RATES
+    )
+    assert all(torch.equal(x, torch.ones(5)) for x in state)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 40, 41, 119])
+def test_a_combination_must_not_overlap_the_rows(shift: int) -> None:
+    memory, weights = torch.randn(3 * 40 + 80), torch.ones(3)
+    rows = memory[: 3 * 40].view(3, 40)
+    with pytest.raises(ValueError, match="out: written, and so must not overlap rows"):
+        kernels.combine(rows, weights, memory[shift : shift + 40])
+    beside = memory[120:160]
+    expected = kernels.combine(rows, weights)
+    assert torch.equal(kernels.combine(rows, weights, beside), expected)
+
+
+def test_columns_of_one_buffer_are_apart() -> None:
+    buffer, weights = torch.randn(3, 80), torch.ones(3)
+    expected = kernels.combine(buffer[:, 40:], weights)
+    assert torch.equal(kernels.combine(buffer[:, 40:], weights, buffer[1, :40]), expected)
 
 
 # ---- public functions, and hooks ----------------------------------------------------------------

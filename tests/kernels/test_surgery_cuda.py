@@ -245,6 +245,18 @@ def test_adamw_skips(device: Device) -> None:
     assert all(torch.equal(mine.cpu(), s) for mine, s in zip(ours, state, strict=True))
 
 
+@pytest.mark.parametrize("step", [0.0, -1.0, torch.nan])
+def test_adamw_before_the_first_step_writes_nothing(device: Device, step: float) -> None:
+    state = [torch.ones(100) for _ in range(3)]
+    ours = [device.put(s) for s in state]
+    scalars = [torch.tensor(1e-3), torch.tensor(step)]
+    device.ops.combine_adamw_(
+        *(device.put(torch.ones(3, 100)), device.put(torch.ones(3)), *ours, None),
+        *(*[device.put(s) for s in scalars], None, None, 0.9, 0.999, 1e-8, 0.1),
+    )
+    assert all(torch.equal(mine.cpu(), s) for mine, s in zip(ours, state, strict=True))
+
+
 @pytest.mark.parametrize("columns", [80, 40])
 def test_solvers_of_many_tasks(device: Device, columns: int) -> None:
     rows = torch.randn(70, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
