@@ -92,7 +92,10 @@ inline void check_parameter_rows(const ParameterRows& parameters, int64_t width)
   };
   check_rows("weight_rows", parameters.weight);
   check_rows("bias_rows", parameters.bias);
-  if (parameters.weight.numel() > 0 && parameters.bias.numel() > 0)
+  // One parameter may be both weight and bias: its rows then get the sum.
+  const bool one = parameters.accumulate &&
+                   parameters.weight.const_data_ptr() == parameters.bias.const_data_ptr();
+  if (parameters.weight.numel() > 0 && parameters.bias.numel() > 0 && !one)
     check_apart("weight_rows", runs_of(parameters.weight), "bias_rows", runs_of(parameters.bias));
 }
 

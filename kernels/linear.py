@@ -124,9 +124,11 @@ def _check_gradients(
     for name, stream in (("x", x), ("grad_output", grad_output)):
         if stream.dim() != 2:
             raise ValueError(f"{name}: expected [tokens, width], got {list(stream.shape)}")
-        check_tensor(name, stream, (len(x), stream.shape[1]), grad_output.dtype, x.device)
-    if grad_output.dtype not in DTYPES:
-        raise ValueError(f"grad_output: expected a floating dtype, got {grad_output.dtype}")
+        # Autocast makes one dtype of two.
+        dtype = (stream if torch.is_autocast_enabled(x.device.type) else grad_output).dtype
+        check_tensor(name, stream, (len(x), stream.shape[1]), dtype, x.device)
+        if dtype not in DTYPES:
+            raise ValueError(f"{name}: expected a floating dtype, got {dtype}")
     check_offsets("offsets", offsets, len(x))
     shapes = (grad_output.shape[1], x.shape[1]), (grad_output.shape[1],)
     for name, rows, shape in zip(
@@ -167,9 +169,9 @@ class _TaskLinear(torch.autograd.Function):
         x, weight, bias = saved
         # A hook on saved tensors may have changed what tells the shapes of the rows.
         shape = (grad_output.shape[1], x.shape[-1])
-        check_tensor("weight", weight, shape, x.dtype, x.device)
+        check_tensor("weight", weight, shape, weight.dtype, x.device)
         if bias is not None:
-            check_tensor("bias", bias, shape[:1], x.dtype, x.device)
+            check_tensor("bias", bias, shape[:1], bias.dtype, x.device)
         buffer, starts = ctx.rows
         rows = map(rows_of, (buffer, buffer), starts, (weight, bias))
         linear_task_gradients_(grad_output, x, *rows, *ctx.segments)

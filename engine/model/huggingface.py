@@ -234,7 +234,7 @@ def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
     """
     _, beside = bert_weights(_read_config(folder), _tensors(folder))
     return {
-        name: _in_fp32(folder, name, tensor) if name.startswith("cls.") else tensor
+        name: _in_fp32(folder, name, tensor) if name.startswith("cls.predictions.") else tensor
         for name, tensor in beside.items()
     }
 

@@ -321,8 +321,8 @@ def spoil_config(folder: Path) -> None:
         (spoil_nan, "no finite numbers"),
         (spoil_value(1e300, torch.float64), "no finite numbers"),
         (spoil_value(float("-inf"), torch.float16), "no finite numbers"),
-        (spoil_value(0, torch.float8_e4m3fn), "no finite numbers"),
-        (spoil_value(0, torch.int64), "no finite numbers"),
+        (spoil_value(0, torch.float8_e4m3fn), "is stored as F8_E4M3, expected F64"),
+        (spoil_value(0, torch.int64), "is stored as I64, expected F64"),
     ],
 )
 def test_model_folders(capsys, tmp_path, small_model, spoil, expected):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import export, outputs, predict, report, sweep, train
+from engine import export, output_files, predict, report, sweep, train
 from engine.distinct import as_file_name, distinct_names
 from engine.errors import InputError
 from engine.exporting.folder import check_free
@@ -128,8 +128,8 @@ def test_a_new_file_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("answer", ["y", "yes", "", "no"])
 def test_on_a_terminal_one_is_asked(tmp_path, monkeypatch, answer):
     asked = []
-    monkeypatch.setattr(outputs.sys.stdin, "isatty", lambda: True)
-    monkeypatch.setattr(outputs.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(output_files.sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(output_files.sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or answer)
     assert not check_outputs([tmp_path / "new"])
     assert not asked

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import output
+from engine import standard_output
 from engine.door import run_door
 from engine.runtime.stop import StopRequest
 from engine.train import main
@@ -154,12 +154,12 @@ def test_the_status_of_lost_output(
 
     def print_text() -> int:
         if not needed:
-            output.train_without_output()
+            standard_output.train_without_output()
         print("text", flush=True)
         return own_status
 
     with pytest.raises(SystemExit) as ended:
-        output.exit_with(print_text)
+        standard_output.exit_with(print_text)
     assert ended.value.code == (status if needed and own_status == 0 else own_status)
     told = capsys.readouterr().err
     is_told = status == 2 and (not needed or own_status == 0)
