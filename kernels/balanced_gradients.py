@@ -18,6 +18,7 @@ from torch.utils.weak import TensorWeakRef
 from .surgery import combine, gram
 from .task_gradients import TaskGradients
 from .task_losses import Losses, TaskNames
+from .value_checks import check_data
 
 Extent = Literal["model", "group", "tensor"]
 ParameterGroups = list[dict[str, Any]]
@@ -373,6 +374,7 @@ class BalancedGradients:
         if divisor != 1:
             gradient /= divisor
         old = place.parameter.grad
+        check_data(grad=old)
         if place.position not in self._before:
             self._before[place.position] = None if old is None else old.detach().clone()
         before = self._before[place.position]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 _library = torch.library.Library("superbert", "FRAGMENT")
 
@@ -68,11 +67,16 @@ def differentiable_once(name: str, instead: str) -> Callable[[Backward], Backwar
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            is_compiling = torch.compiler.is_compiling()
+            if not is_compiling and any(map(_is_batched, grads)):
+                raise NotImplementedError(
+                    f"{name}: cannot differentiate by a batch of gradients; use {instead}"
+                )
             saved = ctx.saved_tensors
             with torch.no_grad():
                 results = backward(ctx, saved, *grads)
             is_differentiated = torch.is_grad_enabled() or in_forward_mode()
-            if torch.compiler.is_compiling() or not is_differentiated:
+            if is_compiling or not is_differentiated:
                 return results
             given = [result for result in results if result is not None]
             sources = (*grads, *saved, *getattr(ctx, "transformed", ()))
@@ -83,6 +87,11 @@ def differentiable_once(name: str, instead: str) -> Callable[[Backward], Backwar
         return run
 
     return decorate
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether it stands for several, of ``is_grads_batched`` and the like."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def register_derivative(
@@ -107,7 +116,7 @@ def register_derivative(
     def below_autograd(keyset: Any, arguments: tuple[Any, ...]) -> Any:
         return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
-    class Derivative(_SingleLevelFunction):
+    class Formula(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, keyset = arguments
@@ -129,18 +138,19 @@ def register_derivative(
                 f"{name}: cannot differentiate in forward mode; use {instead}"
             )
 
+    # Named as profilers and graphs name its node.
+    derivative: Any = type(f"{op}_derivative", (Formula,), {})
+
     def run(keyset: Any, *arguments: Any) -> Any:
         needs_graph = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
         if not (needs_graph or in_forward_mode()):
             with torch._C._AutoDispatchBelowAutograd():
                 return below_autograd(keyset, arguments)
-        apply = Derivative.apply  # type: ignore[attr-defined]
         if not torch._C._are_functorch_transforms_active():
-            return apply(*arguments, keyset)
+            return derivative.apply(*arguments, keyset)
         with enable_single_level_autograd_function():  # torch.func has taken its own level off
-            return apply(*arguments, keyset)
+            return super(torch.autograd.Function, derivative).apply(*arguments, keyset)
 
-    Derivative.__name__ = Derivative.__qualname__ = f"{op}_derivative"
     _library.impl(op, run, "Autograd", with_keyset=True)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -70,6 +71,14 @@ def twice(f: Callable[[Tensor], Tensor], x: Tensor, power: int) -> Tensor:
     return torch.autograd.grad((grad * tangent_at(x)).sum() + 0 * x.sum(), x)[0]
 
 
+def batched(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Several gradients at once, by the older of torch's two ways to batch."""
+    x = x.clone().requires_grad_()
+    out = f(x)
+    grads = torch.stack([tangent_at(out), tangent_at(out) ** 2])
+    return torch.autograd.grad(out, x, grads, is_grads_batched=True)[0]
+
+
 def reverse_over_reverse(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     grad = torch.func.grad(loss_of(f, 1))
     return torch.func.grad(lambda y: (grad(y) * tangent_at(x)).sum())(x)
@@ -86,6 +95,7 @@ DERIVATIVES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] =
         torch.func.grad(loss_of(f, 1)), (x,), (tangent_at(x),)
     )[1],
     "reverse over reverse": reverse_over_reverse,
+    "batched": batched,
     "grad": lambda f, x: torch.func.grad(loss_of(f, 3))(x),
     "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
     "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(loss_of(f, 3)))(
@@ -164,6 +174,25 @@ def test_under_checkpointing_and_hooks_on_saved_tensors(create_graph: bool) -> N
         loss = loss_of(door, 3)(x)
     (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
     assert torch.equal(grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch looks at
+@pytest.mark.parametrize("door", [door for door in DOORS if not door.endswith("by task")])
+def test_under_compiled_autograd(door: str) -> None:
+    f, x = function_of(door, torch.float32)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(loss_of(f, 3)(x), x)
+    loss = loss_of(f, 3)(x)
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_nodes_of_the_graph_have_names() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    node = kernels.layer_norm(x).grad_fn
+    assert node is not None
+    assert "layer_norm" in node.name()
 
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -186,3 +186,16 @@ def test_gradients_of_a_wider_dtype_stay() -> None:
         optimizer.pc_backward([(parameter * 3).sum(), None])
         assert parameter.grad is held
         assert held.tolist() == [1 + 2**-12 + 3 * call] * 3
+
+
+def test_a_freed_gradient_is_refused() -> None:
+    layer = nn.Linear(3, 2)
+    optimizer = PCGrad(torch.optim.SGD(layer.parameters(), lr=0.1))
+    for _ in range(2):
+        assert layer.weight.grad is None
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        layer.weight.grad.untyped_storage().resize_(0)
+        outputs = layer(torch.randn(4, 3)).square()
+        with pytest.raises(ValueError, match=r"^grad: its storage holds 0 of 24 bytes"):
+            optimizer.pc_backward([outputs[:2].sum(), outputs[2:].sum()])
+        optimizer.zero_grad()
