@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import export, outputs, predict, report, sweep, train
+from engine import export, output_files, predict, report, sweep, train
 from engine.distinct import as_file_name, distinct_names
 from engine.errors import InputError
 from engine.exporting.folder import check_free
@@ -128,8 +128,8 @@ def test_a_new_file_is_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("answer", ["y", "yes", "", "no"])
 def test_on_a_terminal_one_is_asked(tmp_path, monkeypatch, answer):
     asked = []
-    monkeypatch.setattr(outputs.sys.stdin, "isatty", lambda: True)
-    monkeypatch.setattr(outputs.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(output_files.sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr(output_files.sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or answer)
     assert not check_outputs([tmp_path / "new"])
     assert not asked
@@ -299,6 +299,18 @@ def test_what_cannot_be_trained_leaves_no_folder(tmp_path, monkeypatch):
 
 
 FILES = ["metrics.json", "metrics.jsonl", "evaluations.jsonl", "recipe.toml", "checkpoints"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "wandb"])
+@pytest.mark.parametrize("kind", ["a file", "a socket"])
+def test_what_stands_for_a_folder_of_a_run_is_refused(run, tmp_path, name, kind):
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / name, ignore_errors=True)
+    KINDS[kind](copy / name)
+    before = everything(copy)
+    with pytest.raises(InputError, match=f"{name}: is no folder"):
+        train.main(["demo", "--resume", "--out", str(copy), *SETTINGS, 'sinks=["tensorboard"]'])
+    assert everything(copy) == before
 
 
 @pytest.mark.parametrize("name", [*FILES, "tensorboard", "metrics.json.partial"])
