@@ -59,7 +59,9 @@ def test_the_newest_few_stay(whole):
 
 
 @pytest.mark.parametrize("when", ["listed", "named", "read"])
-def test_a_checkpoint_that_training_drops_meanwhile_has_a_successor(copy, monkeypatch, caplog, when):
+def test_a_checkpoint_that_training_drops_meanwhile_has_a_successor(
+    copy, monkeypatch, caplog, when
+):
     run = open_run(copy)
     (best,) = run.checkpoints.all("best")
     later = run.checkpoints.path("best", 99)
