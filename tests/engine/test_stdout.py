@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import output
+from engine import standard_output
 from engine.door import run_door
 from engine.runtime.stop import StopRequest
 from engine.train import main
@@ -83,11 +83,12 @@ def test_a_pipe_that_nobody_reads(run_folder):
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_training_into_a_pipe_that_nobody_reads(tmp_path):
-    arguments = ("train", "demo", "--out", tmp_path / "run", *SHORT)
+@pytest.mark.parametrize("door", ["train", "sweep"])
+def test_training_into_a_pipe_that_nobody_reads(tmp_path, door):
+    arguments = (door, "demo", "--out", tmp_path / "run", *SHORT)
     ended = command(*arguments, stdout=closed_pipe())
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert (tmp_path / "run" / "metrics.json").is_file()
+    assert list((tmp_path / "run").rglob("metrics.json"))
 
 
 def test_a_closed_window_leaves_a_checkpoint(tmp_path):
@@ -154,12 +155,12 @@ def test_the_status_of_lost_output(
 
     def print_text() -> int:
         if not needed:
-            output.train_without_output()
+            standard_output.train_without_output()
         print("text", flush=True)
         return own_status
 
     with pytest.raises(SystemExit) as ended:
-        output.exit_with(print_text)
+        standard_output.exit_with(print_text)
     assert ended.value.code == (status if needed and own_status == 0 else own_status)
     told = capsys.readouterr().err
     is_told = status == 2 and (not needed or own_status == 0)

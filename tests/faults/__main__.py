@@ -26,7 +26,7 @@ from .fuzz import fuzz
 from .kills import kill_runs
 from .operators import try_operators
 from .options import try_options
-from .output_files import try_outputs
+from .outputs import try_outputs
 from .progress import say
 from .scaling import check_scaling
 from .sequences import try_sequences
