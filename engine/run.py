@@ -11,7 +11,7 @@ checkpoints/     see engine/runtime/checkpoint.py
 
 import os
 from collections.abc import Collection, Iterator
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,13 +206,10 @@ class Run(NamedTuple):
         Raises:
             InputError: the run has no checkpoint, or it cannot be used.
         """
-        checkpoint = self.checkpoints.find("best") or self.checkpoints.find("step")
-        if checkpoint is None:
-            raise InputError(f"{self.folder}: no checkpoint yet; train it first")
         if device.type == "cpu":
             set_threads(0, 1)
         model = self.new_model()
-        progress = load_weights(checkpoint, model)
+        checkpoint, progress = self._load_best(model)
         dtype = dtype or pick_dtype(self.recipe.precision, device)
         model = model.to(device, dtype).eval()
         if not all_finite(model.parameters()):
@@ -221,6 +218,16 @@ class Run(NamedTuple):
                 "computes; train it again with precision=bf16 or fp32"
             )
         return model, progress
+
+    def _load_best(self, model: MultitaskModel) -> tuple[Path, Progress]:
+        """Load the best checkpoint; where a process that trains the run drops it, its successor."""
+        while checkpoint := self.checkpoints.find("best") or self.checkpoints.find("step"):
+            try:
+                return checkpoint, load_weights(checkpoint, model)
+            except InputError:
+                if os.path.lexists(checkpoint):
+                    raise
+        raise InputError(f"{self.folder}: no checkpoint yet; train it first")
 
     def with_data(self, folder: Path) -> "Run":
         """Return the same run with another data set."""
@@ -289,7 +296,7 @@ def resume(recipe: Recipe, folder: Path) -> Run:
     """Open a run to go on with it, or begin it if there is none in ``folder``.
 
     Raises:
-        InputError: the run was made with other settings, or writes through a link.
+        InputError: the run was made with other settings, or cannot write into its own folders.
     """
     if not isfile(folder / "recipe.toml"):
         return begin(recipe, folder, resumes=True)
@@ -306,6 +313,8 @@ def resume(recipe: Recipe, folder: Path) -> Run:
                 f"{folder / name}: is a link, and a run writes into its own folder alone; put "
                 "there what it names, or give --out a link to the whole run"
             )
+        if os.path.lexists(folder / name) and not isdir(folder / name):
+            raise InputError(f"{folder / name}: is no folder; move it elsewhere")
     return run._replace(recipe=recipe)
 
 

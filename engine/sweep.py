@@ -29,12 +29,14 @@ from .options import add_device, add_settings, overrides
 from .runtime.files import explained, resolved
 from .runtime.lock import held
 from .runtime.precision import pick_device
+from .standard_output import train_without_output
 from .train import train_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the door; return its exit status."""
     options = _parser().parse_args(arguments)
+    train_without_output()
     console, device = terminal(), pick_device(options.device)
     names = [*options.recipes, *(recipes.of_papers() if options.papers else ())]
     if not names:

@@ -115,6 +115,12 @@ def train(training: Training, console: Console) -> Signals | None:
             if stopping:
                 break
     ended = progress.phase_step >= training.total_steps
+    if ended and log.skipped and log.skipped[0] == progress.phase_start:
+        console.print(
+            "no step was trained: the loss scale for fp16 was still on its way down; train more "
+            "steps, or with precision=bf16 or fp32",
+            soft_wrap=True,
+        )
     return None if ended else stop.signal or Signals.SIGTERM
 
 

@@ -11,6 +11,7 @@ needs saving.  Tensors are stored as safetensors: no pickle is read.
 
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -72,12 +73,16 @@ class Checkpoints:
             InputError: there are some, but all are damaged.
         """
         damage: InputError | None = None
-        for path in self.all(kind):
+        looked_at = set[Path]()
+        while untried := [path for path in self.all(kind) if path not in looked_at]:
+            path = untried[0]
+            looked_at.add(path)
             try:
                 verify(path)
             except InputError as error:
-                damage = damage or error
-                log.warning("%s; looking for an older checkpoint", error)
+                if os.path.lexists(path):  # else the process that trains has a newer one
+                    damage = damage or error
+                    log.warning("%s; looking for an older checkpoint", error)
                 continue
             return path
         if damage is not None:

@@ -117,7 +117,8 @@ def verify(folder: Path) -> Manifest:
         InputError: a file is missing, added, or not what was written.
     """
     manifest = read_manifest(folder)
-    found = {path.name for path in folder.iterdir()} - {_NAME}
+    with explained("look into", folder):
+        found = {path.name for path in folder.iterdir()} - {_NAME}
     for name in sorted(found ^ manifest.files.keys()):
         what = "is no part of this checkpoint" if name in found else "is missing"
         raise InputError(f"{folder}: damaged: {name!r} {what}")

@@ -301,6 +301,18 @@ def test_what_cannot_be_trained_leaves_no_folder(tmp_path, monkeypatch):
 FILES = ["metrics.json", "metrics.jsonl", "evaluations.jsonl", "recipe.toml", "checkpoints"]
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "wandb"])
+@pytest.mark.parametrize("kind", ["a file", "a socket"])
+def test_what_stands_for_a_folder_of_a_run_is_refused(run, tmp_path, name, kind):
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / name, ignore_errors=True)
+    KINDS[kind](copy / name)
+    before = everything(copy)
+    with pytest.raises(InputError, match=f"{name}: is no folder"):
+        train.main(["demo", "--resume", "--out", str(copy), *SETTINGS, 'sinks=["tensorboard"]'])
+    assert everything(copy) == before
+
+
 @pytest.mark.parametrize("name", [*FILES, "tensorboard", "metrics.json.partial"])
 def test_a_run_from_elsewhere_writes_nothing_outside(run, tmp_path, name):
     (outside := tmp_path / "outside").mkdir()

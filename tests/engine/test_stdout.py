@@ -83,11 +83,12 @@ def test_a_pipe_that_nobody_reads(run_folder):
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_training_into_a_pipe_that_nobody_reads(tmp_path):
-    arguments = ("train", "demo", "--out", tmp_path / "run", *SHORT)
+@pytest.mark.parametrize("door", ["train", "sweep"])
+def test_training_into_a_pipe_that_nobody_reads(tmp_path, door):
+    arguments = (door, "demo", "--out", tmp_path / "run", *SHORT)
     ended = command(*arguments, stdout=closed_pipe())
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert (tmp_path / "run" / "metrics.json").is_file()
+    assert list((tmp_path / "run").rglob("metrics.json"))
 
 
 def test_a_closed_window_leaves_a_checkpoint(tmp_path):

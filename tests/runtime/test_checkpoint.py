@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from engine import run as runs
 from engine.door import run_door
 from engine.errors import InputError
 from engine.run import open_run
-from engine.runtime import saver
+from engine.runtime import checkpoint, manifest, saver
 from engine.runtime.checkpoint import Checkpoints, load_weights
 from engine.runtime.distributed import Ranks
 from engine.runtime.files import write_text
@@ -55,6 +56,36 @@ def test_the_newest_few_stay(whole):
     assert len(list((whole / "checkpoints").iterdir())) == 4  # and the best
     for path in (whole / "checkpoints").iterdir():
         verify(path)
+
+
+@pytest.mark.parametrize("when", ["listed", "named", "read"])
+def test_a_checkpoint_that_training_drops_meanwhile_has_a_successor(
+    copy, monkeypatch, caplog, when
+):
+    run = open_run(copy)
+    (best,) = run.checkpoints.all("best")
+    later = run.checkpoints.path("best", 99)
+
+    def before(module, name: str, path_of) -> None:
+        usual = getattr(module, name)
+
+        def after_the_move(first, *rest):
+            if path_of(first).name == best.name and best.exists():
+                best.rename(later)  # as if it were another one
+            return usual(first, *rest)
+
+        monkeypatch.setattr(module, name, after_the_move)
+
+    if when == "listed":
+        before(checkpoint, "verify", Path)
+    elif when == "named":
+        before(manifest, "_digest", lambda file: file.parent)
+    else:
+        before(runs, "load_weights", Path)
+    _, progress = run.trained_model(torch.device("cpu"))
+    assert later.is_dir()
+    assert progress.step == read_manifest(later).progress.step
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("how", ["bit", "cut", "gone", "added", "manifest"])

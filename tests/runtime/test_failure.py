@@ -281,3 +281,11 @@ def wait_for(condition, process) -> None:
         assert process.poll() is None
         time.sleep(0.1)
     raise AssertionError("waited a minute in vain")
+
+
+def test_a_run_that_trained_no_step_says_so(tmp_path, capsys):
+    arguments = ["demo", "--max-steps", "2", "--set", *TINY, "precision=fp16"]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    assert "no step was trained: the loss scale" in capsys.readouterr().out
+    assert main([*arguments, "precision=fp32", "--out", str(tmp_path / "other")]) == 0
+    assert "no step was trained" not in capsys.readouterr().out
