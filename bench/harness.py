@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -164,7 +165,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         try:
             options.force = check_outputs([options.json], force=options.force)
         except InputError as error:
-            parser.error(str(error))
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
     return options
 
 

@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGPIPE, SIGTERM
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from .children import Ended
 STATUSES = {0} | {
     number for name, number in vars(door).items() if name.isupper() and isinstance(number, int)
 }
-STATUSES |= {door.STOPPED + number for number in (2, 15)}
+STATUSES |= {door.STOPPED + number for number in (SIGHUP, SIGINT, SIGPIPE, SIGTERM)}
 """What a command may exit with."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -84,8 +84,9 @@ def _full_folder(trial: Path) -> Path:
 def _vocabulary(trial: Path) -> Path:
     """A folder that is no run, with names that a run has."""
     (trial / "target").mkdir()
-    for name in ("vocab.txt", "config.json", "tokenizer.json"):
-        (trial / "target" / name).write_text("somebody's\n")
+    (trial / "target" / "vocab.txt").write_text("somebody's\n")
+    for name in ("config.json", "tokenizer.json"):
+        (trial / "target" / name).write_text('"somebody\'s"\n')
     return trial / "target"
 
 

@@ -54,7 +54,7 @@ def _at_target(base: Base, case: Case, trial: Path, name: str, circumstance: str
     own: set[str] = set()
     if circumstance in EMPTY:
         own = {"empty"}
-    elif circumstance == "the run" and name == "train --resume":
+    elif circumstance in ("the run", "the run/new/..") and name == "train --resume":
         own = {str(path.relative_to(trial)) for path in (trial / "run").rglob("*")}
     elif is_full and name in _NEEDS_ROOM:
         below = None
