@@ -91,6 +91,15 @@ def test_training_into_a_pipe_that_nobody_reads(tmp_path, door):
     assert list((tmp_path / "run").rglob("metrics.json"))
 
 
+@pytest.fixture
+def hangups_count():
+    """Where the tests run under nohup, which the processes that they start inherit."""
+    usual = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, usual)
+
+
+@pytest.mark.usefixtures("hangups_count")
 def test_a_closed_window_leaves_a_checkpoint(tmp_path):
     """The terminal hangs up: two signals, and no more output."""
     folder, (leader, terminal) = tmp_path / "run", os.openpty()
@@ -187,6 +196,7 @@ def test_hanging_up_is_ignored_under_nohup():
         signal.signal(signal.SIGHUP, usual)
 
 
+@pytest.mark.usefixtures("hangups_count")
 def test_hanging_up_twice_stops_once():
     with StopRequest() as stop:
         for _ in range(3):
