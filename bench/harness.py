@@ -165,8 +165,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         try:
             options.force = check_outputs([options.json], force=options.force)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
+            raise _refusal(error) from error
     return options
 
 
@@ -193,7 +192,13 @@ def write_json(path: Path, content: Any, *, replace: bool = False) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         write_output(path, dump_json(content, indent=1) + "\n", replace=replace)
     except InputError as error:
-        raise SystemExit(f"error: {error}") from error
+        raise _refusal(error) from error
+
+
+def _refusal(error: InputError) -> SystemExit:
+    """Say what is refused, and return what ends the process, as the engine's commands do."""
+    print(f"error: {error}", file=sys.stderr)
+    return SystemExit(2)
 
 
 def _git(*arguments: str) -> str:

@@ -30,11 +30,15 @@ def test_a_record_that_is_there_ends_it_first(
     assert record.read_text() == "mine"
 
 
-def test_a_record_is_not_written_over_another(tmp_path: Path) -> None:
+def test_a_record_is_not_written_over_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record, cpu = tmp_path / "more/record.json", torch.device("cpu")
     harness.write_record(record, "one", cpu, {})
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit) as stop:
         harness.write_record(record, "other", cpu, {})
+    assert stop.value.code == 2
+    assert "is there already" in capsys.readouterr().err
     assert json.loads(record.read_text())["benchmark"] == "one"
     harness.write_record(record, "other", cpu, {}, replace=True)
     assert json.loads(record.read_text())["benchmark"] == "other"

@@ -27,7 +27,7 @@ STATUSES |= {door.STOPPED + number for number in (SIGHUP, SIGINT, SIGPIPE, SIGTE
 """What a command may exit with."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_NOT_FINITE = re.compile(r"(?<![\w/.=-])-?(nan|inf)(?![\w/])", re.IGNORECASE)
+_NOT_FINITE = re.compile(r"(?<![\w/.=\"'-])-?(nan|inf)(?![\w/])", re.IGNORECASE)
 
 
 def outcome_of(ended: Ended) -> str:
