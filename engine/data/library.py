@@ -6,6 +6,7 @@ choose what reads them, which may unpickle.  Both are checked before a file is r
 
 import os
 from importlib import metadata
+from importlib.util import find_spec
 from os.path import abspath, isdir
 from typing import Any
 
@@ -44,6 +45,9 @@ def load_split(name: str, subset: str, split: str) -> Any:
             f"dataset {name}: datasets {version} loads pickles, which run code; "
             "pip install --upgrade datasets"
         )
+    # Such a reader looks through the whole working directory before it can be asked.
+    if name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None:
+        raise _no_data_set(name)
     try:
         builder = load_dataset_builder(name, subset or None)
         _check_reader(name, builder)
@@ -94,8 +98,8 @@ def _check_files(name: str, builder: Any) -> None:
         own = abspath(name) + os.sep
     elif builder.repo_id:
         own = f"hf://datasets/{builder.repo_id}@"
-    else:  # the name of a reader, which takes what lies in the working directory
-        raise InputError(f"dataset {name}: no data set but a format; give a folder or a hub name")
+    else:
+        raise _no_data_set(name)
     for files in (builder.config.data_files or {}).values():
         for file in map(str, files):
             place = file if "://" in file else abspath(file)
@@ -104,3 +108,9 @@ def _check_files(name: str, builder: Any) -> None:
                     f"dataset {name}: its README.md names {file}, which is not a file of its own; "
                     "correct data_files there"
                 )
+
+
+def _no_data_set(name: str) -> InputError:
+    return InputError(
+        f"dataset {name}: no data set but a format; give a folder (./{name}) or a hub name"
+    )
