@@ -154,17 +154,8 @@ void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Te
   const AdamWState state = check_adamw(rows, master, exp_avg, exp_avg_sq, low_precision);
   check_scalars(rows, lr, step, scale, skip);
   check_rates(beta1, beta2, eps, weight_decay);
-  const auto pointer = [](const auto& tensor) { return tensor ? &*tensor : nullptr; };
-  check_adamw_apart({{"master", &master},
-                     {"exp_avg", &exp_avg},
-                     {"exp_avg_sq", &exp_avg_sq},
-                     {"low_precision", pointer(low_precision)}},
-                    {{"rows", &rows},
-                     {"weights", &weights},
-                     {"lr", &lr},
-                     {"step", &step},
-                     {"scale", pointer(scale)},
-                     {"skip", pointer(skip)}});
+  check_adamw_apart(rows, weights, master, exp_avg, exp_avg_sq, low_precision, lr, step, scale,
+                    skip);
   const LaunchDevice device(rows);
 
   with_type(matrix.type, [&]<typename T>(T*) {

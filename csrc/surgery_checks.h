@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <iterator>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -171,19 +173,32 @@ inline void check_rates(double beta1, double beta2, double eps, double weight_de
   check(weight_decay >= 0, "weight_decay must be at least 0, not ", weight_decay);
 }
 
-// Refuses AdamW's outputs where they overlap each other or what the kernel reads.
-inline void check_adamw_apart(std::initializer_list<std::pair<const char*, const Tensor*>> written,
-                              std::initializer_list<std::pair<const char*, const Tensor*>> read) {
-  for (const auto* out = written.begin(); out != written.end(); ++out) {
-    if (out->second == nullptr) continue;
-    const Runs runs = runs_of(*out->second);
-    const auto check_others = [&](const auto* first, const auto* last) {
-      for (; first != last; ++first) {
-        if (first->second) check_apart(out->first, runs, first->first, runs_of(*first->second));
-      }
-    };
-    check_others(out + 1, written.end());
-    check_others(read.begin(), read.end());
+// Refuses what combine_adamw_ writes where it overlaps another of its arguments.
+inline void check_adamw_apart(const Tensor& rows, const Tensor& weights, const Tensor& master,
+                              const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                              const std::optional<Tensor>& low_precision, const Tensor& lr,
+                              const Tensor& step, const std::optional<Tensor>& scale,
+                              const std::optional<Tensor>& skip) {
+  const auto pointer = [](const auto& tensor) { return tensor ? &*tensor : nullptr; };
+  const std::pair<const char*, const Tensor*> arguments[] = {
+      {"master", &master},
+      {"exp_avg", &exp_avg},
+      {"exp_avg_sq", &exp_avg_sq},
+      {"low_precision", pointer(low_precision)},
+      {"rows", &rows},
+      {"weights", &weights},
+      {"lr", &lr},
+      {"step", &step},
+      {"scale", pointer(scale)},
+      {"skip", pointer(skip)}};
+  constexpr size_t kWritten = 4; // the first of them
+  for (size_t out = 0; out < kWritten; ++out) {
+    const auto& [name, written] = arguments[out];
+    if (written == nullptr) continue;
+    for (size_t other = out + 1; other < std::size(arguments); ++other) {
+      const auto& [other_name, tensor] = arguments[other];
+      if (tensor != nullptr) check_apart(name, runs_of(*written), other_name, runs_of(*tensor));
+    }
   }
 }
 

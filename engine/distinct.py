@@ -8,7 +8,7 @@ from pathlib import PurePath
 from .errors import InputError
 
 _LONGEST = 200
-"""Bytes of a name that leave room for an ending; a file system allows 255."""
+"""Bytes of a name, before its ending; a file system allows 255 in all."""
 
 
 def distinct_names(paths: Sequence[PurePath]) -> list[str]:

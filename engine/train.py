@@ -18,6 +18,8 @@ from rich.console import Console
 from . import recipe as recipes
 from . import run as runs
 from .completion import bash_script
+from .data.pack import PackedBatch
+from .divergence import check_skipped, is_sound
 from .door import DIVERGED, STOPPED, print_scores, run_door, terminal
 from .dry_run import show_plan
 from .errors import InputError
@@ -33,6 +35,8 @@ from .runtime.distributed import Ranks
 from .runtime.failure import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.files import resolved
 from .runtime.lock import held, held_first
+from .runtime.manifest import Progress
+from .runtime.metrics_log import MetricsLog
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
 from .scoring import Scores, read_scores, score_splits, write_scores
@@ -61,7 +65,7 @@ def train(training: Training, console: Console) -> Signals | None:
     Raises:
         DivergedError: loss, weights or what the model computes are not finite any more.
     """
-    run, recipe, ranks = training.run, training.recipe, training.ranks
+    recipe, ranks = training.recipe, training.ranks
     progress, stopping = training.restore(), False
     with (
         StopRequest() as stop,
@@ -80,38 +84,19 @@ def train(training: Training, console: Console) -> Signals | None:
             tokens = sum(part.num_tokens - part.padding for part in batch)
             log.add(step, lr, tokens, report, warmup)
             progress = progress._replace(step=step + 1)
-            epoch_ends, scores = training.ends_epoch(progress.phase_step), dict[str, float]()
+            epoch_ends = training.ends_epoch(progress.phase_step)
             due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
             if epoch_ends or due:
                 log.flush()
             if log.is_written:
                 bar.show(progress.phase_step, log.latest)
-                training.check_skipped(log, progress)
+                check_skipped(training, log, progress)
             if log.is_written or ranks.size == 1:  # ranks wait for each other only now and then
                 stopping = ranks.any(bool(stop))
-            if stopping:
-                log.flush()
-
-            if epoch_ends:
-                scores = score_splits(training.model, training.dev_sets, ranks)
-                if scores:
-                    log.add_scores(progress.step, scores)
-            saved = (epoch_ends or due or stopping) and training.is_sound(
-                batch, log, progress, scores, stopping=stopping
-            )
-            if epoch_ends:
-                if scores and progress.is_beaten_by(scores["overall"]):
-                    progress = progress._replace(
-                        best_score=scores["overall"], best_step=progress.step
-                    )
-                    training.save_best(progress)
-                    if ranks.leads:
-                        write_scores(run.folder, Scores("dev", progress.step, scores))
-                bar.print_epoch(progress, training.epoch_steps, scores)
-            if saved:
-                training.save(progress)
             if epoch_ends or due or stopping:
-                log.restart_clock()
+                progress = _pause(
+                    training, batch, log, bar, progress, epoch_ends=epoch_ends, stopping=stopping
+                )
             if stopping:
                 break
     ended = progress.phase_step >= training.total_steps
@@ -122,6 +107,39 @@ def train(training: Training, console: Console) -> Signals | None:
             soft_wrap=True,
         )
     return None if ended else stop.signal or Signals.SIGTERM
+
+
+def _pause(
+    training: Training,
+    batch: Sequence[PackedBatch],
+    log: MetricsLog,
+    bar: ProgressBar,
+    progress: Progress,
+    *,
+    epoch_ends: bool,
+    stopping: bool,
+) -> Progress:
+    """Score the model where an epoch ends, and write a checkpoint of what is sound.
+
+    Returns:
+        How far the run has come, the best score included.
+    """
+    log.flush()
+    scores = score_splits(training.model, training.dev_sets, training.ranks) if epoch_ends else {}
+    if scores:
+        log.add_scores(progress.step, scores)
+    sound = is_sound(training, batch, log, progress, scores, stopping=stopping)
+    if scores and progress.is_beaten_by(scores["overall"]):
+        progress = progress._replace(best_score=scores["overall"], best_step=progress.step)
+        training.save_best(progress)
+        if training.ranks.leads:
+            write_scores(training.run.folder, Scores("dev", progress.step, scores))
+    if epoch_ends:
+        bar.print_epoch(progress, training.epoch_steps, scores)
+    if sound:
+        training.save(progress)
+    log.restart_clock()
+    return progress
 
 
 def train_run(

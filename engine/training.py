@@ -1,21 +1,16 @@
 """What a training run works with, put together from its recipe."""
 
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 
 from .data.loader import TrainingLoader
 from .data.order import Order
-from .data.pack import PackedBatch
 from .data.part import Examples
 from .data.sample import TaskSampler, stratified_subset
 from .data.split import TokenizedSplit
-from .errors import DivergedError, InputError
+from .errors import InputError
 from .finite import all_finite
 from .frozen import with_states
 from .model.multitask import MultitaskModel
@@ -33,7 +28,7 @@ from .run import Run
 from .runtime.cpu import token_multiple
 from .runtime.distributed import Ranks
 from .runtime.execution import Execution
-from .runtime.failure import check_memory, smaller_batches, write_batch
+from .runtime.failure import check_memory, smaller_batches
 from .runtime.gpu import GpuMeter
 from .runtime.manifest import Manifest, Progress, read_manifest
 from .runtime.metrics_log import MetricsLog
@@ -266,99 +261,6 @@ class Training:
         self.exchange.publish()
         _check_range(self.parameters)
         return done
-
-    def check_skipped(self, log: MetricsLog, progress: Progress) -> None:
-        """Stop the run when too many steps in a row were skipped; write down the first one's batch.
-
-        Raises:
-            DivergedError: so it is; the message names the file.
-        """
-        if not self.recipe.max_skipped or len(log.skipped) < self.recipe.max_skipped:
-            return
-        step = log.skipped[0]
-        name = f"skipped-{step:08}" + (f"-rank-{self.ranks.rank}" if self.ranks.size > 1 else "")
-        path = self.run.folder / f"{name}.json"
-        with closing(self.loader(step - progress.phase_start)) as loader:
-            batches = list(islice(loader, self.recipe.micro_batches))
-        write_batch(path, batches, self.run.tokenizer, {"step": step})
-        raise DivergedError(
-            f"loss or gradient not finite in {len(log.skipped)} steps in a row, from step {step} "
-            f"on, whose batch is in {path}; {self._remedy}, or see that batch; {self._what_stays()}"
-        )
-
-    def is_sound(
-        self,
-        batches: Sequence[PackedBatch],
-        log: MetricsLog,
-        progress: Progress,
-        scores: Mapping[str, float],
-        *,
-        stopping: bool,
-    ) -> bool:
-        """Return whether the state is worth a checkpoint; all ranks find the same.
-
-        While steps are skipped the weights rest, and the checkpoint of them before is not to be
-        displaced by others of the same; nor is it by weights with which the model computes NaN.
-
-        Args:
-            batches: the micro-batches of the last step.
-            log: with the last step written.
-            progress: after that step.
-            scores: on the dev data after it, if they were asked for.
-            stopping: whether the run is about to be left.
-
-        Raises:
-            DivergedError: the run cannot go on, or must not end, like this.
-        """
-        ends = progress.phase_step == self.total_steps
-        is_last, skips = ends or stopping, self._skips(log)
-        unscored = [task for task, score in scores.items() if not math.isfinite(score)]
-        good = self.ranks.all(self.state.is_finite), self.ranks.all(self._computes_finite(batches))
-        if not good[0]:
-            what = "weights or moments are not finite"
-        elif not good[1] and (log.skipped or is_last):
-            what = "what the model computes is not finite"
-        elif ends and unscored:
-            what = f"what the model computes for the dev data of {unscored[0]} is not finite"
-        elif ends and skips and (len(log.skipped) > 1 or log.skipped[0] == log.start):
-            what = (
-                f"no step since step {log.skipped[0]} could be trained, "
-                "loss or gradient was not finite"
-            )
-        else:
-            return good[1] and (is_last or not skips)
-        phase = f"phase {self.name}, " if self.name else ""
-        raise DivergedError(
-            f"{phase}after step {progress.step}: {what}; {self._remedy}; {self._what_stays()}"
-        )
-
-    def _computes_finite(self, batches: Sequence[PackedBatch]) -> bool:
-        """Return whether outputs of the model, and losses of objectives, on a batch are finite."""
-        self.model.eval()
-        with torch.inference_mode():
-            batch = batches[-1]
-            finite = all_finite(self.model(batch, batch.tasks))
-        self.model.train()
-        return finite
-
-    def _skips(self, log: MetricsLog) -> bool:
-        """Return whether the last step was skipped, and not for a loss scale on its way down."""
-        if not log.skipped:
-            return False
-        scale, losses = self.step.loss_scale, log.latest["losses"].values()
-        return scale is None or not scale.can_shrink or None in losses
-
-    @property
-    def _remedy(self) -> str:
-        recipe = self.recipe
-        return f"lower lr (now {recipe.lr:g}) or raise warmup (now {recipe.warmup:g})"
-
-    def _what_stays(self) -> str:
-        """Say which checkpoint is left, in a message."""
-        self.saver.wait()
-        checkpoints = self.run.checkpoints
-        names = [path.name for kind in ("best", "step") for path in checkpoints.all(kind)[:1]]
-        return f"kept: {', '.join(names)}" if names else "there is no checkpoint"
 
     def save(self, progress: Progress) -> None:
         """Begin to write a checkpoint to go on from."""

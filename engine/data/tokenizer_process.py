@@ -144,13 +144,13 @@ class TokenizerProcess:
 def _chunks(texts: list[str]) -> list[list[str]]:
     """Cut texts into lists of at most ``_CHARACTERS`` characters, or one longer text."""
     chunks: list[list[str]] = []
-    room = 0
+    left = 0
     for text in texts:
-        if not chunks or len(text) > room:
+        if not chunks or len(text) > left:
             chunks.append([])
-            room = _CHARACTERS
+            left = _CHARACTERS
         chunks[-1].append(text)
-        room -= len(text)
+        left -= len(text)
     return chunks
 
 
