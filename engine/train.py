@@ -5,6 +5,7 @@ update) -> model/encoder.py -> kernels/ -> csrc/.
 """
 
 import itertools
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -154,12 +155,14 @@ def train_run(
     if device.type == "cpu":
         keep_freed_memory()
         set_threads(run.recipe.threads, ranks.local_size)
-    first, facts = run.checkpoints.progress().phase, dict[str, PhaseFacts]()
+    done, facts = run.checkpoints.progress(), dict[str, PhaseFacts]()
     known, idle = list[str](), list[str]()
-    for phase in range(first, len(run.recipe.in_phases)):
+    for phase in range(done.phase, len(run.recipe.in_phases)):
         # The first on each machine fills the cache of tokenized data.
         with ranks.in_turn(), memory_explained(SMALLER_MODEL):
             training = Training.build(run, device, ranks, phase=phase)
+        if phase == done.phase:
+            _check_steps(training, done)
         if ranks.leads:
             run.write()  # only now: what cannot be trained leaves no folder behind
         facts[training.name] = PhaseFacts.of(training)
@@ -173,6 +176,21 @@ def train_run(
         if signal is not None:
             return signal
     return None
+
+
+def _check_steps(training: Training, done: Progress) -> None:
+    """Refuse to go on with a run that is beyond its end, and to call it one of fewer steps.
+
+    Raises:
+        InputError: it has trained more steps than the recipe and the data have now.
+    """
+    before = list(training.run.recipe.in_phases.values())[: done.phase]
+    most = sum(recipe.max_steps or math.inf for recipe in before)
+    if done.phase_step > training.total_steps or done.phase_start > most:
+        raise InputError(
+            f"--resume: {training.run.folder} has trained {done.step} steps, more than it has now; "
+            "raise max_steps, or give it the data that it was made with"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

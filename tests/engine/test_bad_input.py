@@ -206,6 +206,23 @@ def test_resume_with_other_settings(capsys, tiny_run):
     assert "was made with lr = 0.001, now it is 0.5" in refuse(capsys, train, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [((), 4), (("phases.one.epochs=2", "phases.two.epochs=1"), 6)],
+    ids=["in this phase", "in the one before"],
+)
+def test_resume_with_fewer_steps_than_trained(capsys, tiny_run, settings, steps):
+    folder = tiny_run("run", "--max-steps", "4", settings=settings)
+    recipe = (folder / "recipe.toml").read_bytes()
+    arguments = ["demo", "--out", str(folder), "--resume", "--set", *TINY, *settings]
+    capsys.readouterr()
+    line = refuse(capsys, train, *arguments, "max_steps=3")
+    assert f"has trained {steps} steps, more than it has now; raise max_steps" in line
+    assert (folder / "recipe.toml").read_bytes() == recipe
+    for same_or_more in (4, 5):
+        assert train.main([*arguments, f"max_steps={same_or_more}"]) == 0
+
+
 @pytest.fixture
 def small_model(tiny_run, tmp_path: Path) -> Path:
     """A model folder in the Hugging Face layout, to spoil."""

@@ -22,8 +22,7 @@ def spoil_metrics(base: Base, here: Path, draw: random.Random) -> Given:
         path.write_bytes(spoil_json(path.read_bytes(), draw))
         return name, door, arguments
     lines = path.read_bytes().splitlines()
-    for _ in range(draw.randint(1, 2)):
-        number = draw.randrange(len(lines))
+    for number in draw.sample(range(len(lines)), min(len(lines), draw.randint(1, 2))):
         lines[number] = draw.choice(
             [
                 lambda line: spoil_json(line, draw),

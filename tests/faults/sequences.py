@@ -108,6 +108,7 @@ def _train(folders: _Folders, *, resume: bool = False) -> Iterator[str]:
     steps = folders.draw.choice([1, 2, 3])
     run = folders.folder / name
     exists, is_run = run.exists(), (run / "recipe.toml").exists()
+    fits = name in folders.unsure or not is_run or _steps_of(run) <= steps
     options = ["--resume"] if resume else []
     arguments = [*folders.base.training(run, *settings, steps=steps), *options]
     what = " ".join(["train", name, f"{steps} steps", *settings, *options])
@@ -116,16 +117,23 @@ def _train(folders: _Folders, *, resume: bool = False) -> Iterator[str]:
     usual = name not in folders.unsure and settings != _DIVERGING
     if not resume and is_run and ended.status == 0:
         yield "a run that was there was written over"
+    if resume and ended.status == 0 and not fits:
+        yield f"a run of more steps was called one of {steps}"
     if ended.status == 0:
         folders.made[name] = settings
         folders.stopped.discard(name)
         yield from _holds(folders, run, settings)
         if name not in folders.unsure:
             yield from problems_of_run(run)
-    elif usual and (not exists or (resume and folders.made.get(name) == settings)):
+    elif usual and fits and (not exists or (resume and folders.made.get(name) == settings)):
         yield f"expected to be done, {ended.error[-200:]}"
     if settings == _DIVERGING:
         folders.unsure.add(name)
+
+
+def _steps_of(run: Path) -> int:
+    """Return how many steps a run has trained."""
+    return open_run(run).checkpoints.progress().step
 
 
 def _resume(folders: _Folders) -> Iterator[str]:
