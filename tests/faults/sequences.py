@@ -153,25 +153,29 @@ def _holds(folders: _Folders, run: Path, settings: tuple[str, ...]) -> Iterator[
 def _stop(folders: _Folders) -> Iterator[str]:
     """Send a signal to a run at some moment, then see whether it is known for what it is."""
     name, number = folders.run(), folders.draw.choice(_SIGNALS)
-    arguments = folders.base.training(folders.folder / name, "log_every=1", steps=_LONG)
+    run = folders.folder / name
+    arguments = folders.base.training(run, "log_every=1", steps=_LONG)
+    logged = _logged(run)
     child = Child(command(DOORS["train"], [*arguments, "--resume"]), folders.folder)
     time.sleep(folders.draw.uniform(0, 0.6))
     child.kill(number)
     ended = child.wait()
     folders.done.append(f"train {name} {_LONG} steps --resume, {number.name}")
     folders.last = outcome_of(ended)
-    if (folders.folder / name / "recipe.toml").exists():
+    if (run / "recipe.toml").exists():
         folders.made.setdefault(name, ())
     folders.stopped.add(name)
     killed = ended.status in (-number, STOPPED + number)
-    expected = killed and (number != signal.SIGHUP or _before_training(folders.folder / name))
+    # A hangup ends what has not come to its first step.
+    expected = killed and (number != signal.SIGHUP or _logged(run) == logged)
     if not expected:
         yield from problems_of_end(ended)
 
 
-def _before_training(run: Path) -> bool:
-    """Return whether a run did not come to its first step."""
-    return not (run / "metrics.jsonl").exists()
+def _logged(run: Path) -> int | None:
+    """Return the bytes of a run's log of steps; None where it has none."""
+    log = run / "metrics.jsonl"
+    return log.stat().st_size if log.exists() else None
 
 
 def _series(folders: _Folders) -> Iterator[str]:
