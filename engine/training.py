@@ -90,7 +90,7 @@ class Training:
             InputError: data or weights cannot be used.
         """
         recipe, ranks = list(run.recipe.in_phases.values())[phase], ranks or Ranks()
-        check_sinks(recipe.sinks)
+        check_sinks(recipe.sinks if ranks.leads else ())
         sharded = ranks.size > 1 and recipe.distribute == "sharded"
         if sharded and recipe.optimizer != "adamw":
             raise InputError(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,13 +47,14 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, recipe: Mapping[str, Any], *, offline: bool) -> None:
         import wandb
 
-        self._run = wandb.init(
-            project="superbert",
-            name=folder.name,
-            dir=folder,
-            config=dict(recipe),
-            mode="offline" if offline else "online",
-        )
+        with _told_by_wandb():
+            self._run = wandb.init(
+                project="superbert",
+                name=folder.name,
+                dir=folder,
+                config=dict(recipe),
+                mode="offline" if offline else "online",
+            )
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Record values of a step."""
@@ -64,15 +66,31 @@ class WeightsAndBiases:
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Check that what the sinks need is installed.
+    """Check that what the sinks need is installed, and that W&B lets one in.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not, or does not.
     """
     for name in names:
         library = name.removesuffix("_offline")
         if find_spec(library) is None:
             raise InputError(f"sinks: {name} needs the package {library} (pip install {library})")
+    if "wandb" in names:
+        import wandb
+
+        with _told_by_wandb():
+            wandb.login()
+
+
+@contextmanager
+def _told_by_wandb() -> Iterator[None]:
+    """Turn what W&B raises, for want of a key or of a network, into an input error."""
+    import wandb
+
+    try:
+        yield
+    except (wandb.errors.Error, ValueError) as error:
+        raise InputError(f"sinks: wandb: {error}; or set sinks=['wandb_offline']") from None
 
 
 def open_sinks(

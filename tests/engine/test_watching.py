@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.errors import CommError, UsageError
 
 from engine.errors import InputError
 from engine.runtime.gpu import GpuMeter
@@ -151,12 +152,28 @@ def test_wandb_gets_the_recipe_and_is_online_unless_told(tiny_run, monkeypatch):
     run = SimpleNamespace(
         log=lambda values, step: logged.append({**values, "step": step}), finish=lambda: None
     )
+    monkeypatch.setattr("wandb.login", lambda: True)
     monkeypatch.setattr("wandb.init", lambda **options: calls.append(options) or run)
     folder = tiny_run("run", "--max-steps", "1", settings=('sinks=["wandb"]',))
     (options,) = calls
     assert (options["mode"], options["name"], options["dir"]) == ("online", "run", folder)
     assert options["config"]["max_steps"] == 1
     assert logged[0]["losses/sst"] == lines(folder / "metrics.jsonl")[0]["losses"]["sst"]
+
+
+@pytest.mark.parametrize(("call", "left"), [("login", False), ("init", True)])
+@pytest.mark.parametrize("error", [UsageError("no key"), CommError("no host"), ValueError("39")])
+def test_wandb_that_lets_nobody_in(tmp_path, monkeypatch, call, left, error):
+    def refuse(**options):
+        raise error
+
+    monkeypatch.setattr("wandb.login", lambda: True)
+    monkeypatch.setattr(f"wandb.{call}", refuse)
+    arguments = ["demo", "--out", str(tmp_path / "run"), "--set", *TINY, 'sinks=["wandb"]']
+    expected = f"sinks: wandb: {error}; or set sinks=['wandb_offline']"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        main(arguments)
+    assert (tmp_path / "run").exists() == left
 
 
 def test_a_sink_that_is_not_installed(tmp_path, monkeypatch):
