@@ -29,6 +29,13 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPELLINGS = (SPECIAL_TOKENS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>"))
 """The special tokens as vocabularies spell them: BERT's, RoBERTa's."""
 
+_BERT_SETTINGS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
+"""What ``tokenizer_config.json`` says, and what it is called in the normalizer."""
+
 _CHUNK = 4096
 """Sentences encoded at a time: bounds the memory of the library's result objects."""
 
@@ -134,20 +141,18 @@ class Tokenizer:
         return cls(_word_piece(backend.get_vocab(), {}))
 
     def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json``, ``tokenizer_config.json``, and ``vocab.txt`` of WordPiece."""
+        """Write ``tokenizer.json``, ``tokenizer_config.json``, and ``vocab.txt`` of a BERT's."""
         write_text(folder / "tokenizer.json", self.to_json())
         write_text(folder / "tokenizer_config.json", dump_json(self.settings) + "\n")
-        if self._is_word_piece:
-            vocabulary = self._backend.get_vocab()
-            tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-            write_text(folder / "vocab.txt", "".join(token + "\n" for token in tokens))
+        if self._bert_settings is not None:
+            write_text(folder / "vocab.txt", "".join(token + "\n" for token in self._tokens))
 
     @property
     def settings(self) -> dict[str, object]:
         """What ``tokenizer_config.json`` tells transformers of this tokenizer."""
         kind: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if self._is_word_piece:
-            kind = {"tokenizer_class": "BertTokenizer", "do_lower_case": self.lowercase}
+        if self._bert_settings is not None:
+            kind = {"tokenizer_class": "BertTokenizer"} | self._bert_settings
         roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
         return kind | dict(zip(roles, self.special_tokens, strict=True))
 
@@ -164,9 +169,25 @@ class Tokenizer:
     def _components(self) -> Mapping[str, Any]:
         return parse_json(self.to_json())
 
-    @property
-    def _is_word_piece(self) -> bool:
-        return self._components["model"]["type"] == "WordPiece"
+    @cached_property
+    def _tokens(self) -> list[str]:
+        """The vocabulary, by its numbers."""
+        vocabulary = self._backend.get_vocab()
+        return sorted(vocabulary, key=vocabulary.__getitem__)
+
+    @cached_property
+    def _bert_settings(self) -> dict[str, object] | None:
+        """The settings with which ``vocab.txt`` says all of this tokenizer; None: it cannot."""
+        normalizer = self._components["normalizer"] or {}
+        if self._components["model"]["type"] != "WordPiece":
+            return None
+        settings = {name: normalizer.get(field) for name, field in _BERT_SETTINGS.items()}
+        read = {token: number for number, token in enumerate(self._tokens)}
+        again = parse_json(_word_piece(read, settings).to_str())
+        parts = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+        same = all(again[part] == self._components[part] for part in parts)
+        is_line = all("\n" not in token and not token.endswith("\r") for token in self._tokens)
+        return settings if same and is_line else None
 
     @property
     def lowercase(self) -> bool:
@@ -250,16 +271,29 @@ def _explained(where: str, what: str = "") -> Iterator[None]:
 
 
 def _load_json(path: Path) -> Backend | TokenizerProcess:
-    """Load ``tokenizer.json``, in a process of its own where it could crash this one."""
+    """Load ``tokenizer.json`` as it is read back from a run's folder.
+
+    Raises:
+        InputError: it is no tokenizer, or one that splits differently the next time, or once the
+            library has written it.
+    """
     content = read_bytes(path, LARGEST_FILE)
     with _explained(str(path), "not a tokenizer: "):
-        text = content.decode("utf-8")
-        known = known_part(text)
-        if known is not None:
-            return Backend.from_str(known)
-        backend = TokenizerProcess(text)
-        refuse_sampling(backend.to_str(), str(path))
-        return backend
+        first = _open(content.decode("utf-8"))
+        saved = first.to_str()
+        backend = _open(saved)
+    # Of two tokens with one number the library writes either.
+    same_vocabulary = backend.get_vocab() == first.get_vocab()
+    if not same_vocabulary or parse_json(backend.to_str()) != parse_json(saved):
+        raise InputError(f"another tokenizer once it is saved, {path}; replace it")
+    refuse_sampling(saved, str(path))
+    return backend
+
+
+def _open(content: str) -> Backend | TokenizerProcess:
+    """Open what ``tokenizer.json`` says, in a process of its own where it could crash this one."""
+    known = known_part(content)
+    return TokenizerProcess(content) if known is None else Backend.from_str(known)
 
 
 def _word_piece(vocabulary: dict[str, int], settings: Mapping[str, object]) -> Backend:

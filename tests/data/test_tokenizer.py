@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +102,115 @@ def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from_vocabulary = Tokenizer.load(tmp_path)
     np.testing.assert_array_equal(from_vocabulary.encode(texts, 16).tokens, expected)
     assert from_vocabulary.vocab_size == tokenizer.vocab_size
+
+
+_BERT = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+_ACCENTED = ["the plöt was Good", "e\u0301 你好the", "\x96the[MASK]plot"]
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("accents", [None, True, False])
+@pytest.mark.parametrize("chinese", [True, False])
+def test_the_vocabulary_and_its_settings_say_all(
+    tokenizer: Tokenizer, tmp_path: Path, lower: bool, accents: bool | None, chinese: bool
+) -> None:
+    settings = {"do_lower_case": lower, "strip_accents": accents, "tokenize_chinese_chars": chinese}
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with (tmp_path / "vocab.txt").open("a") as file:
+        file.write("你好\nplöt\nGood\né\ne\u0301\n")
+    first, saved = Tokenizer.load(tmp_path), tmp_path / "saved"
+    saved.mkdir()
+    first.save(saved)
+    assert settings.items() <= json.loads((saved / "tokenizer_config.json").read_text()).items()
+    expected = first.encode(_ACCENTED, 32).tokens.tolist()
+    theirs = AutoTokenizer.from_pretrained(saved)(_ACCENTED)["input_ids"]
+    assert [token for row in theirs for token in row] == expected
+    for left_out in ("vocab.txt", "tokenizer.json"):
+        shutil.copytree(saved, tmp_path / f"without {left_out}")
+        (tmp_path / f"without {left_out}" / left_out).unlink()
+        again = Tokenizer.load(tmp_path / f"without {left_out}")
+        assert again.encode(_ACCENTED, 32).tokens.tolist() == expected
+
+
+_NOT_BERTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "other normalizer": lambda parts: parts.update(normalizer={"type": "NFC"}),
+    "no normalizer": lambda parts: parts.update(normalizer=None),
+    "control characters": lambda parts: parts["normalizer"].update(clean_text=False),
+    "other words": lambda parts: parts.update(pre_tokenizer={"type": "WhitespaceSplit"}),
+    "short words": lambda parts: parts["model"].update(max_input_chars_per_word=3),
+    "other unknown": lambda parts: parts["model"].update(unk_token="the"),
+    "a gap": lambda parts: parts["model"]["vocab"].update(new=1000),
+    "a line's end": lambda parts: parts["model"]["vocab"].update({"a\nb": 500}),
+    "half a line's end": lambda parts: parts["model"]["vocab"].update({"ab\r": 500}),
+    "an added token": lambda parts: parts["added_tokens"].append(
+        parts["added_tokens"][-1] | {"id": 500, "content": "plot was"}
+    ),
+    "a token within words": lambda parts: parts["added_tokens"][-1].update(single_word=True),
+}
+
+
+@pytest.mark.parametrize("name", _NOT_BERTS)
+def test_what_a_vocabulary_cannot_say_has_none(
+    tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    parts = json.loads(tokenizer.to_json())
+    assert len(parts["model"]["vocab"]) == 500  # what is added has the next number
+    _NOT_BERTS[name](parts)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    loaded, saved = Tokenizer.load(tmp_path), tmp_path / "saved"
+    saved.mkdir()
+    loaded.save(saved)
+    assert not (saved / "vocab.txt").exists()
+    texts = [*_ACCENTED, "the plot was good"]
+    theirs = AutoTokenizer.from_pretrained(saved)(texts, add_special_tokens=False)["input_ids"]
+    framed = [[loaded.cls_id, *row, loaded.sep_id] for row in theirs]
+    assert loaded.encode(texts, 32).tokens.tolist() == [token for row in framed for token in row]
+
+
+_ODD: dict[str, Callable[[dict[str, Any]], object]] = {
+    "another number of an added token": lambda parts: parts["added_tokens"][3].update(id=89),
+    "an added token with a number that is taken": lambda parts: parts["added_tokens"].append(
+        parts["added_tokens"][-1] | {"id": 60, "content": "brand new"}
+    ),
+    "an added token twice": lambda parts: parts["added_tokens"].append(parts["added_tokens"][-1]),
+    "special tokens that are added alone": lambda parts: [
+        parts["model"]["vocab"].pop(token) for token in SPECIAL_TOKENS
+    ],
+    "a gap": lambda parts: parts["model"]["vocab"].update(new=1000),
+}
+
+
+@pytest.mark.parametrize("name", _ODD)
+def test_a_tokenizer_is_the_same_once_it_is_saved(
+    tokenizer: Tokenizer, tmp_path: Path, name: str
+) -> None:
+    parts = json.loads(tokenizer.to_json())
+    _ODD[name](parts)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    saved, texts = tmp_path / "saved", ["the plot was [SEP] brand new", "new good"]
+    saved.mkdir()
+    first = Tokenizer.load(tmp_path)
+    first.save(saved)
+    again = Tokenizer.load(saved)
+    assert (again.sep_id, again.vocab_size) == (first.sep_id, first.vocab_size)
+    expected = first.encode(texts, 32).tokens.tolist()
+    assert again.encode(texts, 32).tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("taken", ["the", "[SEP]"])
+@pytest.mark.parametrize("word", ["plot", "##s", "new"])
+def test_two_tokens_with_one_number(
+    tokenizer: Tokenizer, tmp_path: Path, word: str, taken: str
+) -> None:
+    """The library would write one of them, another from time to time."""
+    parts = json.loads(tokenizer.to_json())
+    vocabulary = parts["model"]["vocab"]
+    vocabulary[word] = vocabulary[taken]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    with pytest.raises(InputError, match=r"tokenizer\.json; replace it"):
+        Tokenizer.load(tmp_path)
 
 
 def test_settings_of_the_folder_do_not_cut_or_pad(tokenizer: Tokenizer, tmp_path: Path) -> None:
