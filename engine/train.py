@@ -37,6 +37,7 @@ from .runtime.failure import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.files import resolved
 from .runtime.lock import held, held_first
 from .runtime.manifest import Progress
+from .runtime.metric_lines import read_evaluation_lines
 from .runtime.metrics_log import MetricsLog
 from .runtime.precision import pick_device
 from .runtime.stop import StopRequest
@@ -179,18 +180,27 @@ def train_run(
 
 
 def _check_steps(training: Training, done: Progress) -> None:
-    """Refuse to go on with a run that is beyond its end, and to call it one of fewer steps.
+    """Refuse to call a run one of fewer steps than it has trained, or to end it without a score.
 
     Raises:
-        InputError: it has trained more steps than the recipe and the data have now.
+        InputError: it is beyond what the recipe and the data have now, or stands at its end by a
+            checkpoint from before it was to end there.
     """
-    before = list(training.run.recipe.in_phases.values())[: done.phase]
+    run = training.run
+    before = list(run.recipe.in_phases.values())[: done.phase]
     most = sum(recipe.max_steps or math.inf for recipe in before)
     if done.phase_step > training.total_steps or done.phase_start > most:
         raise InputError(
-            f"--resume: {training.run.folder} has trained {done.step} steps, more than it has now; "
-            "raise max_steps, or give it the data that it was made with"
+            f"--resume: {run.folder} has trained {done.step} steps, more than it has now; raise "
+            "max_steps, or give it the data that it was made with"
         )
+    if done.phase_step == training.total_steps and done.phase_step % training.epoch_steps:
+        scored = [line["step"] for line in read_evaluation_lines(run.folder)]
+        if training.dev_sets and done.step not in scored:
+            raise InputError(
+                f"--resume: {run.folder} has trained these {done.step} steps, in the middle of an "
+                "epoch, where it was not scored; raise max_steps"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -223,6 +223,22 @@ def test_resume_with_fewer_steps_than_trained(capsys, tiny_run, settings, steps)
         assert train.main([*arguments, f"max_steps={same_or_more}"]) == 0
 
 
+def test_resume_at_a_checkpoint_within_an_epoch_that_is_to_be_the_end(capsys, tiny_run):
+    settings = ("checkpoint_every=3", "keep_checkpoints=2", "epochs=2")  # of two steps each
+    folder = tiny_run("run", settings=settings)
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
+    arguments = ["demo", "--out", str(folder), "--resume", "--set", *TINY, *settings]
+    capsys.readouterr()
+    line = refuse(capsys, train, *arguments, "max_steps=3")
+    assert "has trained these 3 steps, in the middle of an epoch, where it was not scored" in line
+    assert train.main(arguments) == 0
+
+
+def test_resume_of_a_run_that_ended_within_an_epoch(tiny_run):
+    for again in ((), ("--resume",)):
+        tiny_run("run", "--max-steps", "3", *again)
+
+
 @pytest.fixture
 def small_model(tiny_run, tmp_path: Path) -> Path:
     """A model folder in the Hugging Face layout, to spoil."""

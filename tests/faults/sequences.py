@@ -20,6 +20,7 @@ from engine import recipe as recipes
 from engine.door import BAD_INPUT, STOPPED
 from engine.many import RESULTS
 from engine.run import open_run
+from engine.runtime.metric_lines import read_evaluation_lines
 
 from .base import DOORS, RECIPE, Base
 from .cases import Case, Tried, try_cases
@@ -108,7 +109,7 @@ def _train(folders: _Folders, *, resume: bool = False) -> Iterator[str]:
     steps = folders.draw.choice([1, 2, 3])
     run = folders.folder / name
     exists, is_run = run.exists(), (run / "recipe.toml").exists()
-    fits = name in folders.unsure or not is_run or _steps_of(run) <= steps
+    fits = name in folders.unsure or not is_run or _can_end_at(run, steps)
     options = ["--resume"] if resume else []
     arguments = [*folders.base.training(run, *settings, steps=steps), *options]
     what = " ".join(["train", name, f"{steps} steps", *settings, *options])
@@ -118,7 +119,7 @@ def _train(folders: _Folders, *, resume: bool = False) -> Iterator[str]:
     if not resume and is_run and ended.status == 0:
         yield "a run that was there was written over"
     if resume and ended.status == 0 and not fits:
-        yield f"a run of more steps was called one of {steps}"
+        yield f"was called a run of {steps} steps"
     if ended.status == 0:
         folders.made[name] = settings
         folders.stopped.discard(name)
@@ -131,9 +132,11 @@ def _train(folders: _Folders, *, resume: bool = False) -> Iterator[str]:
         folders.unsure.add(name)
 
 
-def _steps_of(run: Path) -> int:
-    """Return how many steps a run has trained."""
-    return open_run(run).checkpoints.progress().step
+def _can_end_at(run: Path, steps: int) -> bool:
+    """Return whether a run has trained fewer steps, or was scored after so many."""
+    trained = open_run(run).checkpoints.progress().step
+    scored = [line["step"] for line in read_evaluation_lines(run)] if trained else []
+    return trained < steps or steps in scored[-1:]
 
 
 def _resume(folders: _Folders) -> Iterator[str]:
