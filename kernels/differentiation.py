@@ -8,13 +8,15 @@ refused.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+
+from .value_checks import check_data
 
 _library = torch.library.Library("superbert", "FRAGMENT")
 
@@ -73,6 +75,8 @@ def differentiable_once(name: str, instead: str) -> Callable[[Backward], Backwar
                     f"{name}: cannot differentiate by a batch of gradients; use {instead}"
                 )
             saved = ctx.saved_tensors
+            if not is_compiling:
+                _check_copied(name, (*saved, *grads))
             with torch.no_grad():
                 results = backward(ctx, saved, *grads)
             is_differentiated = torch.is_grad_enabled() or in_forward_mode()
@@ -87,6 +91,17 @@ def differentiable_once(name: str, instead: str) -> Callable[[Backward], Backwar
         return run
 
     return decorate
+
+
+def _check_copied(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """Check the data of what torch would copy before an operator sees it.
+
+    Raises:
+        ValueError: a storage was freed since the forward pass.
+    """
+    for x in tensors:
+        if x is not None and (x.is_neg() or not x.is_contiguous()):
+            check_data(**{f"a tensor saved by {name}": x})
 
 
 def _is_batched(grad: Tensor | None) -> bool:

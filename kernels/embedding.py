@@ -68,6 +68,7 @@ def embedding_task_gradients_(
         check_data(grad_output=grad_output, index=index, rows=rows)
         embedding_task_gradients_reference_(grad_output, index, rows, offsets)
     else:
+        check_data(index=index)
         index = index.contiguous()
         torch.ops.superbert.embedding_task_gradients_(grad_output, index, rows, offsets)
 

@@ -255,8 +255,9 @@ def embedding_layer_norm(
         starts = (*(own.starts[0] for own in rows[:3]), *rows.norm.starts)
         row_arguments = (rows.norm.buffer, starts, *segments)
     p = dropout_p if training else 0.0
+    check_data(**ids)
     if word.dtype == torch.float64:
-        check_data(**ids, **tables, weight=weight, bias=bias)
+        check_data(**tables, weight=weight, bias=bias)
         out = embedding_layer_norm_reference(
             (word_ids, position_ids, token_type_ids),
             (word, position, token_type),

@@ -38,12 +38,12 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             f"{list(weight.shape)}"
         )
     width = x.shape[-1]
-    bias = bias.contiguous()  # oneDNN takes it to be
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"x: expected bfloat16 or float32, got {x.dtype}")
     check_tensor("x", x, x.shape, x.dtype, x.device)
     check_tensor("weight", weight, (len(weight), width), x.dtype, x.device)
     check_tensor("bias", bias, weight.shape[:1], x.dtype, x.device)
+    bias = bias.contiguous()  # oneDNN takes it to be
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 

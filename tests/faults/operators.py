@@ -35,6 +35,10 @@ _CALLS = 20
 """Calls in a child."""
 
 
+_OF_TORCH = ("linear", "embedding")
+"""Doors with a backward pass of torch's, which looks at nothing."""
+
+
 def try_operators(
     _base: Base, folder: Path, count: int, seed: int, only: int | None
 ) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def _layers(draw: random.Random, notes: Path) -> None:
             changed[field], how = spoilt(getattr(stream, field), draw)
             said.append(f"{field} {how}")
         stream = stream._replace(**changed)
-        late = draw.choice(["", "", "freed", "hooks"])
+        late = "" if name in _OF_TORCH else draw.choice(["", "", "freed", "hooks"])
         notes.write_text(f"{name}: {'; '.join(said)} {late and f'{late} before backward'}")
         _run(partial(_forward_backward, DOORS[name], stream, late, draw))
 

@@ -57,6 +57,19 @@ def _freed(value: Tensor, _draw: random.Random) -> Tensor:
     return freed
 
 
+def _freed_view(value: Tensor, draw: random.Random) -> Tensor:
+    """Return what torch copies to work on, freed: without gaps, it would not be looked at twice."""
+    source = value.detach()
+    views = [
+        source.repeat_interleave(2, -1)[..., ::2],
+        source.transpose(0, -1).clone().transpose(0, -1),
+        source[:1].clone().expand(value.shape),
+    ]
+    view = draw.choice(views)
+    view.untyped_storage().resize_(0)
+    return view
+
+
 def _wild(value: Tensor, draw: random.Random) -> Tensor:
     """Return whole numbers out of all bounds, or numbers that are not finite."""
     spoilt = value.detach().clone()
@@ -76,6 +89,7 @@ def _longer(value: Tensor, draw: random.Random) -> Tensor:
 
 _SPOILING: dict[str, Callable[[Tensor, random.Random], Any]] = {
     "freed": _freed,
+    "freed view": _freed_view,
     "wild": _wild,
     "cut": _cut,
     "longer": _longer,

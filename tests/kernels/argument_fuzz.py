@@ -101,6 +101,15 @@ def strided(x: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield f"dimension {d} expanded", x.detach().narrow(d, 0, 1).expand(x.shape)
 
 
+def freed_all_ways(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Without memory: contiguous, and with the strides of what torch copies to work on."""
+    if x.numel():
+        yield "freed", freed(x)
+        for kind, view in list(strided(x.detach().clone())):
+            view.untyped_storage().resize_(0)
+            yield f"freed: {kind}", view.requires_grad_(x.requires_grad)
+
+
 def valued(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Other values at the two ends."""
     wrong = INTS if not x.is_floating_point() else (math.nan, math.inf, 0.0, -1.0)
@@ -153,8 +162,8 @@ def cases(names: list[str], arguments: list[Any]) -> Iterator[Case]:
         if not isinstance(value, Tensor):
             yield from (case(kind, wrong) for kind, wrong in wrong_numbers(value))
             continue
+        yield from (case(kind, wrong) for kind, wrong in freed_all_ways(value))
         if value.numel():
-            yield case("freed", freed(value))
             bytes_held = value.numel() * value.element_size()
             yield case("cut", freed(value, bytes_held - value.element_size()))
         for kind, wrong in reshaped(value):
@@ -216,7 +225,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def outcome(operator: Callable[..., Any], case: Case) -> str:
     """``raised: …``, or ``ok`` where tensors apart and contiguous give the same, or ``differs``."""
-    without_values = case.kind in ("freed", "cut") or case.kind.startswith("device")
+    without_values = case.kind.startswith(("freed", "cut", "device"))
     expected = None if without_values else apart(case.arguments)
     try:
         result = call(operator, case.arguments)
@@ -250,10 +259,12 @@ def fuzz_functions() -> None:
     from .operator_calls import public_calls
 
     for name, (function, arguments) in public_calls().items():
-        for argument in [None, *(key for key, x in arguments.items() if isinstance(x, Tensor))]:
-            given = {key: freed(x) if key == argument else x for key, x in arguments.items()}
-            case = Case("freed" if argument else "valid", argument or "", [])
-            told(f"kernels.{name}", case, partial(attempt, function, given))
+        told(f"kernels.{name}", Case("valid", "", []), partial(attempt, function, arguments))
+        for argument, value in arguments.items():
+            for kind, wrong in freed_all_ways(value) if isinstance(value, Tensor) else ():
+                case = Case(kind, argument, [])
+                run = partial(attempt, function, {**arguments, argument: wrong})
+                told(f"kernels.{name}", case, run)
 
 
 def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
@@ -265,10 +276,14 @@ def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
     return "ok"
 
 
-def changed(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What a hook may make of a saved tensor."""
-    if x.numel():
-        yield "freed", freed(x.detach())
+def changed(x: Tensor, *, of_torch: bool) -> Iterator[tuple[str, Tensor]]:
+    """What a hook may make of a saved tensor; torch's own functions crash on freed ones."""
+    if not of_torch:
+        yield from freed_all_ways(x.detach())
+    if not of_torch and x.is_floating_point():
+        negative = torch._neg_view(x.detach().clone())
+        negative.untyped_storage().resize_(0)
+        yield "freed: negative", negative
     yield from reshaped(x)
     for dtype in (torch.float64, torch.float16, torch.int64, torch.bool):
         if dtype != x.dtype:
@@ -289,13 +304,17 @@ def saved_by(forward: Callable[[], Tensor]) -> list[Tensor]:
     return saved
 
 
+OF_TORCH = ("linear", "embedding")
+"""Layers whose backward pass is torch's where there are no task rows."""
+
+
 def fuzz_hooks() -> None:
     """Every layer's backward pass, with every saved tensor changed in turn."""
     from .operator_calls import backward_calls
 
     for name, forward in backward_calls().items():
         for number, tensor in enumerate(saved_by(forward)):
-            for kind, wrong in [("valid", tensor), *changed(tensor)]:
+            for kind, wrong in [("valid", tensor), *changed(tensor, of_torch=name in OF_TORCH)]:
                 case = Case(kind, f"saved tensor {number} of {list(tensor.shape)}", [])
                 told(f"backward of {name}", case, partial(backward_with, forward, number, wrong))
 
