@@ -15,6 +15,7 @@ from . import __version__
 from .data.formats import FileFormat
 from .errors import UNPRINTABLE, DivergedError, InputError, LostRankError
 from .quoting import PlainConsole
+from .runtime.failure import is_out_of_memory
 from .scoring import metric_name
 from .standard_output import exit_with
 
@@ -98,6 +99,12 @@ def _status(main: Callable[[], int]) -> int:
         return DIVERGED if isinstance(error, DivergedError) else BAD_INPUT
     except KeyboardInterrupt:
         return STOPPED + signal.SIGINT
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = "free some, or take a smaller model or less input"
+        print(f"error: out of memory: {what}", file=sys.stderr)
+        return BAD_INPUT
     except LostRankError as error:
         print(f"error: {error}; start again with --resume", file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -12,22 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .runtime.cpu import machine_memory
+
+LARGEST_DOCUMENT = 64 << 20
+"""Bytes of a file that says something about a run, a model, or a series of them."""
 
 
-def read_bytes(path: Path, limit: int | None = None) -> bytes:
+def read_bytes(path: Path, limit: int | None = LARGEST_DOCUMENT) -> bytes:
     """Return the content of an input file.
 
     Args:
         path: of the file.
-        limit: the most bytes that it may have; None for any number.
+        limit: the most bytes that it may have; None for as many as the machine has memory.
 
     Raises:
         InputError: it cannot be read, is too large, or is a pipe or device, which may never end.
     """
     try:
         found = path.stat()
+        limit = machine_memory() if limit is None else limit
         if stat.S_ISREG(found.st_mode):
-            if limit is None or found.st_size <= limit:
+            if found.st_size <= limit:
                 return path.read_bytes()
             reason = f"has {found.st_size:,} bytes, at most {limit:,} are expected"
         else:
@@ -37,6 +42,8 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
         reason = (error.strerror or str(error)).lower()
     except ValueError as error:  # a name with NUL in it
         reason = str(error)
+    except MemoryError:
+        reason = f"has {found.st_size:,} bytes, more than there is memory for"
     raise InputError(f"cannot read a file: {reason}, {path}; check the path")
 
 

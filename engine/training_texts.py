@@ -87,7 +87,7 @@ def check_texts(recipe: Recipe) -> None:
 
 def _check_file(path: Path) -> None:
     if not exists(path):
-        read_bytes(path)  # which says what is wrong
+        read_bytes(path, None)  # which says what is wrong
 
 
 def _tasks_of(recipe: Recipe, objective: str) -> tuple[str, ...]:

@@ -56,7 +56,8 @@ def read_table(
     path: Path, format_: FileFormat, *, labelled: bool = True, on_bad_row: OnBadRow = "error"
 ) -> Table:
     """Read one file: :func:`parse_table` of its content."""
-    return parse_table(read_bytes(path), path, format_, labelled=labelled, on_bad_row=on_bad_row)
+    content = read_bytes(path, None)
+    return parse_table(content, path, format_, labelled=labelled, on_bad_row=on_bad_row)
 
 
 def parse_table(

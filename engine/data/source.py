@@ -192,7 +192,7 @@ class DataFile:
 
     @cached_property
     def _content(self) -> bytes:
-        return read_bytes(self.path)
+        return read_bytes(self.path, None)
 
     def digest(self) -> str:
         """Return a hash of all that decides what is read."""

@@ -55,7 +55,7 @@ def lines_of(path: Path) -> Lines:
     Raises:
         InputError: it cannot be read, is not UTF-8 or holds no text.
     """
-    text, notes = decode(decompress(read_bytes(path), path, BUILT_IN), path, BUILT_IN)
+    text, notes = decode(decompress(read_bytes(path, None), path, BUILT_IN), path, BUILT_IN)
     if found := undecoded(text):
         raise InputError(f"not UTF-8: {found}, {path}; convert the file to UTF-8")
     texts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -126,7 +126,7 @@ def read_outcomes(path: Path) -> list[Outcome]:
         InputError: it is none.
     """
     try:
-        return TypeAdapter(list[Outcome]).validate_json(read_bytes(path))
+        return TypeAdapter(list[Outcome]).validate_json(read_bytes(path, None))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = "".join(f", {part}" for part in problem["loc"])

@@ -21,8 +21,13 @@ SMALLER_MODEL = "take a smaller encoder, or train fewer tasks"
 
 _GIB = 1 << 30
 
-_ALLOCATORS = ("can't allocate memory", "Storage size calculation overflowed")
-"""How the CPU's allocator says so, which has no exception of its own."""
+_SHORTAGES = (
+    "can't allocate memory",
+    "Storage size calculation overflowed",
+    "could not create a primitive",
+    "can't start new thread",
+)
+"""How the CPU's allocator, oneDNN and threads say so, which have no exception of their own."""
 
 
 def smaller_batches(batch_size: int, micro_batches: int) -> str:
@@ -31,6 +36,13 @@ def smaller_batches(batch_size: int, micro_batches: int) -> str:
         f"lower batch_size (now {batch_size}), raise micro_batches (now {micro_batches}), or set "
         "checkpoint_layers=true"
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory did not suffice."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES)
 
 
 @contextmanager
@@ -43,8 +55,7 @@ def memory_explained(what_to_do: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and not any(words in str(error) for words in _ALLOCATORS):
+        if not is_out_of_memory(error):
             raise
         raise InputError(f"out of memory: {what_to_do}") from error
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from ..errors import InputError
 from ..json_text import dump_json
 from ..reading import read_bytes
+from .cpu import machine_memory
 from .files import explained, write_text
 
 _NAME = "manifest.json"
@@ -126,6 +127,9 @@ def verify(folder: Path) -> Manifest:
         if not isfile(folder / name):  # a pipe, say, which reading would wait for
             raise InputError(f"{folder / name}: damaged: no regular file")
         with explained("read", folder / name):
+            size = (folder / name).stat().st_size
+            if size > machine_memory():  # a hole, say, which reading would take hours for
+                raise InputError(f"{folder / name}: damaged: has {size:,} bytes")
             damaged = _digest(folder / name) != digest
         if damaged:
             raise InputError(f"{folder / name}: damaged: its checksum is not the one written")

@@ -90,7 +90,7 @@ def _read(pieces: Iterable[Path], model: type[_Line]) -> Iterator[Json]:
     lines = [
         (piece, number, text)
         for piece in pieces
-        for number, text in enumerate(read_bytes(piece).splitlines(), start=1)
+        for number, text in enumerate(read_bytes(piece, None).splitlines(), start=1)
     ]
     before = -1
     for place, (piece, number, text) in enumerate(lines, start=1):

@@ -64,7 +64,7 @@ class StepLines:
             self._cut_newest(start)
 
     def _cut_newest(self, start: int) -> None:
-        content = read_bytes(self._path) if self._path.exists() else None
+        content = read_bytes(self._path, None) if self._path.exists() else None
         kept = [line for line in (content or b"").splitlines() if _step_of(line) < start]
         text = b"".join(line + b"\n" for line in kept)
         if text != content or self._path.stat().st_nlink > 1:  # another name may be a copy's

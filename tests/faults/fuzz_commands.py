@@ -79,6 +79,8 @@ def spoil_file(path: Path, draw: random.Random) -> None:
         case 3:
             path.unlink()
             path.symlink_to(draw.choice(["/dev/zero", "/nowhere", path.name, "/etc/passwd"]))
+        case 4:
+            os.truncate(path, 1 << 40)  # a hole, which takes no room on the disk
         case _:
             path.write_bytes(spoil(path.read_bytes(), draw))
 

@@ -1,4 +1,4 @@
-"""The options of every command at their edges, and stdout and stderr that fail.
+"""The options of every command at their edges, stdout and stderr that fail, and too little memory.
 
 Options, their types and choices are those of the commands' own parsers.  Stdout may be closed, a
 full device, a pipe or a terminal whose reader leaves; what was trained then is whole.
@@ -20,7 +20,7 @@ from engine.door import Parser
 from .base import DOORS, TINY, Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end, problems_of_run
-from .children import Child, Ended, command
+from .children import ROOM, Child, Ended, command
 
 _TEXTS = [
     *("", " ", "x", "-1", "0", "1", "2", "9" * 40, "1e400", "nan", "inf", "-inf", "0.5", "--", "-"),
@@ -60,7 +60,8 @@ def _attempt(base: Base, case: Case) -> Tried:
         arguments = case.draw.choice(_LOOKS)
     out = case.draw.choice([None, None, *STREAMS])
     error = case.draw.choice([None, None, None, *STREAMS])
-    ended = _call(name, arguments, case.folder, out, error)
+    room = ROOM if case.draw.random() < 0.8 else int(2 ** case.draw.uniform(18, 30))
+    ended = _call(name, arguments, case.folder, out, error, room)
     readable = error is None
     problems = [
         problem
@@ -70,6 +71,8 @@ def _attempt(base: Base, case: Case) -> Tried:
     if name == "train" and ended.status == 0 and (case.folder / "run").exists():
         problems += problems_of_run(case.folder / "run")
     streams = f", stdout {out or 'a file'}, stderr {error or 'a file'}"
+    if room != ROOM:
+        streams += f", in {room:,} bytes"
     shown = (" ".join([name, *arguments]) + streams).replace(" ".join(TINY), "TINY")
     return Tried(shown.replace(str(case.folder), "."), outcome_of(ended), problems, ended.last_line)
 
@@ -169,9 +172,9 @@ STREAMS: dict[str, Callable[[Path], Stream]] = {
 
 
 def _call(
-    name: str, arguments: list[str], trial: Path, out: str | None, error: str | None
+    name: str, arguments: list[str], trial: Path, out: str | None, error: str | None, room: int
 ) -> Ended:
-    """Run a command on the given streams."""
+    """Run a command on the given streams, with room in memory for so many bytes more."""
     kinds = {1: out, 2: error}
     streams = {number: STREAMS[kind](trial) for number, kind in kinds.items() if kind is not None}
 
@@ -185,7 +188,7 @@ def _call(
                 os.dup2(stream.handle, number)
         os.closerange(3, 256)  # the other ends among them
 
-    child = Child(command(DOORS[name], arguments), trial, prepare)
+    child = Child(command(DOORS[name], arguments), trial, prepare, room)
     readers = [threading.Thread(target=stream.leave) for stream in streams.values()]
     for stream, reader in zip(streams.values(), readers, strict=True):
         if stream.handle is not None:
