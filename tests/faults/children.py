@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import random
 import resource
 import select
 import signal
@@ -23,6 +24,8 @@ Prepare = Callable[[], object]
 
 ROOM = 4 << 30
 """Bytes of address space that a child may ask for beyond what its parent has."""
+_LEAST_ROOM = 22
+"""A power of two.  Below, Python may wait for good for a thread that had no memory to begin."""
 _OUTPUT = 1 << 25
 """Bytes of what a child printed that are looked at."""
 FLUSH_FAILED = 120
@@ -113,6 +116,11 @@ def call(
 ) -> Ended:
     """Do some work in a child; return how it ended."""
     return Child(work, scratch, prepare, room).wait(seconds)
+
+
+def little_room(draw: random.Random) -> int:
+    """Return bytes of address space that may not suffice for a command."""
+    return int(2 ** draw.uniform(_LEAST_ROOM, 30))
 
 
 def command(door, arguments: list[str]) -> Work:

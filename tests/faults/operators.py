@@ -36,7 +36,7 @@ _CALLS = 20
 
 
 _OF_TORCH = ("linear", "embedding")
-"""Doors with a backward pass of torch's, which looks at nothing."""
+"""Layers with a backward pass of torch's, which looks at nothing; so are all in float64."""
 
 
 def try_operators(
@@ -140,7 +140,10 @@ def _layers(draw: random.Random, notes: Path) -> None:
             changed[field], how = spoilt(getattr(stream, field), draw)
             said.append(f"{field} {how}")
         stream = stream._replace(**changed)
-        late = "" if name in _OF_TORCH else draw.choice(["", "", "freed", "hooks"])
+        of_torch = name in _OF_TORCH or any(
+            isinstance(part, Tensor) and part.dtype == torch.float64 for part in stream
+        )
+        late = "" if of_torch else draw.choice(["", "", "freed", "hooks"])
         notes.write_text(f"{name}: {'; '.join(said)} {late and f'{late} before backward'}")
         _run(partial(_forward_backward, DOORS[name], stream, late, draw))
 

@@ -20,7 +20,7 @@ from engine.door import Parser
 from .base import DOORS, TINY, Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end, problems_of_run
-from .children import ROOM, Child, Ended, command
+from .children import ROOM, Child, Ended, command, little_room
 
 _TEXTS = [
     *("", " ", "x", "-1", "0", "1", "2", "9" * 40, "1e400", "nan", "inf", "-inf", "0.5", "--", "-"),
@@ -60,13 +60,14 @@ def _attempt(base: Base, case: Case) -> Tried:
         arguments = case.draw.choice(_LOOKS)
     out = case.draw.choice([None, None, *STREAMS])
     error = case.draw.choice([None, None, None, *STREAMS])
-    room = ROOM if case.draw.random() < 0.8 else int(2 ** case.draw.uniform(18, 30))
+    room = ROOM if case.draw.random() < 0.8 else little_room(case.draw)
     ended = _call(name, arguments, case.folder, out, error, room)
     readable = error is None
     problems = [
         problem
         for problem in problems_of_end(ended, on_terminal="terminal" in (out, error))
         if readable or "its last line" not in problem
+        if not (problem.startswith("done, and says") and {"nan", "inf"} & {*arguments})  # a name
     ]
     if name == "train" and ended.status == 0 and (case.folder / "run").exists():
         problems += problems_of_run(case.folder / "run")

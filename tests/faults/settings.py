@@ -18,7 +18,7 @@ from engine.recipe import Recipe
 from .base import DOORS, Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end, problems_of_files, problems_of_run
-from .children import ROOM, call, command
+from .children import ROOM, call, command, little_room
 from .toml_lines import toml_line
 
 _NUMBERS: list[Any] = [
@@ -76,7 +76,7 @@ def _attempt(base: Base, grid: list[Setting], seed: int, case: Case) -> Tried:
     settings = one or tuple(item for pair in case.draw.sample(grid, 2) for item in pair)
     room = ROOM
     if one is None and case.draw.random() < 0.3:
-        settings, room = _MODEST, int(2 ** case.draw.uniform(18, 30))
+        settings, room = _MODEST, little_room(case.draw)
     run = case.folder / "run"
     arguments = base.training(run, "epochs=2", *settings)
     ended = call(command(DOORS["train"], arguments), case.folder, room=room)
