@@ -1,5 +1,6 @@
 """What training on a CPU needs: threads, memory that stays, few shapes."""
 
+import _thread
 import ctypes
 import os
 import threading
@@ -19,6 +20,8 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20
 
 _OTHER_THREADS = 8
 """Those that a run starts besides torch's: they load batches, write checkpoints, draw."""
+_TO_BEGIN = 2.0
+"""Seconds in which a thread begins, on a busy machine too."""
 
 
 def keep_freed_memory() -> bool:
@@ -113,16 +116,25 @@ def set_threads(count: int, processes: int) -> int:
 def _startable_threads(count: int) -> int:
     """Return how many of ``count`` threads this process can have beside the one that asks."""
     release = threading.Event()
-    started: list[threading.Thread] = []
+    begun, ended = threading.Semaphore(0), threading.Semaphore(0)
+
+    def wait() -> None:
+        begun.release()
+        release.wait()
+        ended.release()
+
+    started = 0
     try:
-        for _ in range(count):
-            thread = threading.Thread(target=release.wait, daemon=True)
-            thread.start()
-            started.append(thread)
-    except RuntimeError:  # "can't start new thread"
+        while started < count:
+            # threading.Thread would wait for good for one that had no memory to begin.
+            _thread.start_new_thread(wait, ())
+            if not begun.acquire(timeout=_TO_BEGIN):
+                break
+            started += 1
+    except (RuntimeError, MemoryError):  # "can't start new thread"
         pass
     finally:
         release.set()
-        for thread in started:
-            thread.join()
-    return len(started)
+        for _ in range(started):
+            ended.acquire(timeout=_TO_BEGIN)
+    return started

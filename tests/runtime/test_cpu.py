@@ -1,13 +1,14 @@
 """Memory that a step frees is there for the next one; threads are as many as there are cores."""
 
+import _thread
 import ctypes
 import os
 import resource
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,18 +104,28 @@ def test_more_threads_than_cpus_are_one_line(count: int) -> None:
     assert torch.get_num_threads() == before
 
 
+def _raise(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def _never_begins(*_: object) -> None:
+    """As a thread that lacks memory for its first call."""
+
+
 @pytest.mark.usefixtures("machine")
-def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fail", [_raise, _never_begins])
+def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, fail: Callable) -> None:
     """As under ulimit -u or in a cgroup of few processes, where OpenMP crashes the process."""
-    start, alive = threading.Thread.start, []
+    start, alive = _thread.start_new_thread, []
 
-    def refuse(thread: threading.Thread) -> None:
+    def start_some(*arguments: Any) -> None:
         if len(alive) == 8 + 3:
-            raise RuntimeError("can't start new thread")
-        alive.append(thread)
-        start(thread)
+            return fail()
+        alive.append(None)
+        return start(*arguments)
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(_thread, "start_new_thread", start_some)
+    monkeypatch.setattr(cpu, "_TO_BEGIN", 0.1)
     with pytest.raises(InputError, match=r"threads = 20: .* no more than 3 \(ulimit -u"):
         cpu.set_threads(20, 1)
     alive.clear()
@@ -122,8 +133,7 @@ def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None
     for processes in (2, 1):
         alive.clear()
         assert cpu.set_threads(0, processes) == torch.get_num_threads() == 3
-    monkeypatch.setattr(threading.Thread, "start", lambda _: refuse(None))
-    alive[:] = [None] * 11
+    monkeypatch.setattr(_thread, "start_new_thread", fail)
     assert cpu.set_threads(0, 2) == 1
 
 
