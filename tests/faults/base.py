@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from engine import evaluate, export, fill, predict, report, sweep, train
 from engine import recipe as recipes
 from engine.origins import data_folder
@@ -52,6 +54,7 @@ class Base(NamedTuple):
     @classmethod
     def make(cls, folder: Path) -> "Base":
         """Make everything in this process, which loads what its children need later."""
+        torch.set_num_threads(1)  # children are forked, and OpenMP's threads are not
         folder.mkdir()
         base = cls(
             *(folder / name for name in ("data", "run", "series", "model")),
