@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "host_device.h"
 
@@ -314,15 +313,13 @@ SUPERBERT_HOST_DEVICE void bargain_on_path(const double* gram, double last, int6
 // bargaining solution.  A zero gradient bargains for nothing: its weight is 0.
 //
 // For large powers 1 / alpha the utilities are like walls, over which Newton's method jumps unless
-// it begins nearby.
+// it begins nearby.  From 1e8 on x is what it is in the limit, but for a millionth.
 SUPERBERT_HOST_DEVICE void bargain(const double* gram, double alpha, int64_t k, double* x,
                                    double* scratch) {
   constexpr int kSteps = 100;
-  constexpr double kLinear = 1e8; // the power from which on log x is linear in alpha
-  constexpr double kMost = std::numeric_limits<double>::max();
-  const double last = alpha > 1.0 / kMost ? 1.0 / alpha : kMost;
-  const double within = last < kLinear ? last : kLinear;
-  double *chosen = scratch + k * k, *ahead = chosen + 3 * k;
+  constexpr double kSmallest = 1e-8; // alpha
+  const double last = 1.0 / (alpha > kSmallest ? alpha : kSmallest);
+  double* chosen = scratch + k * k;
   for (int64_t i = 0; i < k; ++i) chosen[i] = gram[i * k + i] > 0.0 ? 1.0 : 0.0;
   const auto solve = [&](double power) {
     for (int64_t i = 0; i < k; ++i) {
@@ -331,13 +328,9 @@ SUPERBERT_HOST_DEVICE void bargain(const double* gram, double alpha, int64_t k, 
     }
     return bargain_from(gram, power, k, kSteps, x, scratch);
   };
-  if (!solve(within) && within > 1.0) {
-    solve(1.0);
-    bargain_on_path(gram, within, k, x, scratch);
-  }
-  if (within < last && bargain_ahead(gram, within, last, k, x, ahead, scratch)) {
-    for (int64_t i = 0; i < k; ++i) x[i] = ahead[i];
-  }
+  if (solve(last) || last <= 1.0) return;
+  solve(1.0);
+  bargain_on_path(gram, last, k, x, scratch);
 }
 
 } // namespace superbert::solvers

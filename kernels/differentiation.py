@@ -184,6 +184,22 @@ def refuse_derivative(op: str, *, name: str, instead: str) -> None:
     register_derivative(op, backward, lambda *_: None, name=name, instead=instead)
 
 
+def without_derivative(name: str, instead: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Pass on what a function written in torch is made of, and refuse any derivative by it.
+
+    What `torch.compile` compiles is let alone.
+
+    Args:
+        name: of the public function, for the message.
+        instead: what to do.
+        tensors: its differentiable arguments.
+    """
+    if torch.compiler.is_compiling():
+        return tensors
+    message = f"{name}: has no derivative; use {instead}"
+    return _Undifferentiable.apply(message, len(tensors), *tensors)  # type: ignore[no-untyped-call]
+
+
 def refuse_vmap(op: str, *, name: str, instead: str) -> None:
     """Register that an operator of a backward pass cannot run within `torch.func.vmap`.
 

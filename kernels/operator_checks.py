@@ -13,7 +13,15 @@ from torch import Tensor
 from .attention_checks import check_boundaries, check_qkv
 from .dropout import check_dropout
 from .layer_norm_parameters import check_parameter
-from .value_checks import DTYPES, are_checked, check_data, check_index, check_offsets, check_tensor
+from .value_checks import (
+    DTYPES,
+    are_checked,
+    check_data,
+    check_index,
+    check_number,
+    check_offsets,
+    check_tensor,
+)
 
 KERNEL_DTYPES = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
 
@@ -82,8 +90,7 @@ def check_norm(
 ) -> None:
     """Check what the forward passes that end in a layer norm are given."""
     _check_hidden("x", x)
-    if not eps >= 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
+    check_number("eps", eps)
     for name, parameter in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         check_parameter(name, parameter, x)
         check_data(**{name: parameter})
