@@ -255,7 +255,7 @@ SUPERBERT_HOST_DEVICE bool bargain_from(const double* gram, double power, int64_
     bool finite = true;
     for (int64_t i = 0; i < k; ++i) {
       x[i] += length * step[i];
-      finite = finite && std::isfinite(x[i]);
+      finite = finite && x[i] - x[i] == 0.0;
     }
     if (!finite) return false;
     settled = error < k * (1e-13 + 1e-15 * power); // but for rounding

@@ -176,8 +176,7 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     from . import attention_triton, operator_checks
 
-    dropout = (options[0], *options[3:])
-    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *dropout)
+    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     return attention_triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
 
 
@@ -197,8 +196,7 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import attention_triton, operator_checks
 
-    dropout = (options[0], *options[3:])
-    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *dropout)
+    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     operator_checks.check_attention_backward(grad_out, q, out, lse)
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     attention_triton.backward(
@@ -215,7 +213,7 @@ def _cuda_packed(
 
     operator_checks.check_packed(qkv)
     q, k, v = qkv.unbind(1)
-    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options[0], *options[3:])
+    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, *options)
     return attention_triton.forward(q, k, v, cu_seqlens, cu_seqlens, *options)
 
 
@@ -233,7 +231,7 @@ def _cuda_packed_backward(
 
     operator_checks.check_packed(qkv)
     q, k, v = qkv.unbind(1)
-    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options[0], *options[3:])
+    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, *options)
     operator_checks.check_attention_backward(grad_out, q, out, lse)
     grad = qkv.new_empty(qkv.shape)
     lse = lse.contiguous()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention_checks import check_boundaries, check_qkv
+from .attention_checks import check_boundaries, check_qkv, scale_of
 from .dropout import check_dropout
 from .layer_norm_parameters import check_parameter
 from .value_checks import (
@@ -47,12 +47,15 @@ def check_attention(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     dropout_p: float,
+    softmax_scale: float,
+    _causal: bool,
     seed: Tensor | None,
     stream: int,
 ) -> None:
     """Check what both passes of attention are given."""
     check_kernel_dtype("q", q)
     check_qkv(q, k, v)
+    scale_of(q, softmax_scale)
     check_data(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_boundaries("cu_seqlens_q", cu_seqlens_q, q)
     check_boundaries("cu_seqlens_k", cu_seqlens_k, k)
