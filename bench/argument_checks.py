@@ -1,74 +1,74 @@
 """What the checks of arguments cost: nanoseconds of a call on tensors with next to no work.
 
-``python -m bench.argument_checks [OTHER_LIBRARY]`` prints the best of many rounds for each
-operator; with the library of another commit beside it, in a process of its own, taking turns.
+``python -m bench.argument_checks [OTHER_LIBRARY ...]`` prints the best of many rounds for each
+operator; with the libraries of other commits beside it, in processes of their own, taking turns.
 """
 
+import argparse
 import json
 import subprocess
 import sys
-import timeit
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from engine.json_text import dump_json
+from engine.door import Parser
+from engine.standard_output import exit_with
 
-CALLS, REPEATS, ROUNDS = 1_000, 15, 7
+from . import harness
 
-
-def calls() -> dict[str, Callable[[], object]]:
-    """Return calls of operators on their smallest inputs."""
-    ops = torch.ops.superbert
-    rows, weights, seed = torch.randn(2, 4), torch.ones(2), torch.tensor(1)
-    vector, state = torch.zeros(4), [torch.zeros(4) for _ in range(3)]
-    cu_seqlens, q = torch.tensor([0, 1], dtype=torch.int32), torch.randn(1, 1, 4)
-    ids, table = torch.zeros(1, dtype=torch.int64), torch.randn(2, 4)
-    numbers = (torch.tensor(0.1), seed, None, None, 0.9, 0.999, 1e-8, 0.0)
-    by_all = (None, [], [], False)
-    norm = (vector, vector, 1e-12, *by_all)
-    packed = (cu_seqlens, cu_seqlens, 1, 1, 0.0, 0.5, False, None, 0)
-    embedded = (ids, ids, ids, table, table, table, vector, vector, 0.0, 1e-12, None, 0, *by_all)
-    return {
-        "dropout": lambda: ops.dropout(rows, 0.1, seed, 0),
-        "layer_norm": lambda: ops.layer_norm(rows, *norm),
-        "embedding_layer_norm": lambda: ops.embedding_layer_norm(*embedded),
-        "attention": lambda: ops.attention(q, q, q, *packed),
-        "gram": lambda: ops.gram(rows, [0, 4]),
-        "combine": lambda: ops.combine(rows, weights),
-        "combine_adamw_": lambda: ops.combine_adamw_(rows, weights, *state, None, *numbers),
-    }
+OWN = str(Path(__file__).parents[1] / "kernels" / "libsuperbert.so")
+ROUNDS = 7
 
 
 def measure(library: str) -> dict[str, float]:
-    """Return the fewest nanoseconds that a call of each operator took, with this library."""
-    torch.ops.load_library(library)
-    torch.set_num_threads(1)
-    best = {}
-    for name, call in calls().items():
-        seconds = min(timeit.repeat(call, number=CALLS, repeat=REPEATS))
-        best[name] = 1e9 * seconds / CALLS
-    return best
+    """Return the nanoseconds of :mod:`.operator_calls`, measured in a process of its own.
+
+    Raises:
+        ValueError: the library cannot be loaded, or has other operators.
+    """
+    command = [sys.executable, "-m", "bench.operator_calls", library]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        lines = process.stderr.split("\n")
+        why = next((line for line in reversed(lines) if line.strip()), f"{process.returncode}")
+        raise ValueError(f"{library}: its operators cannot be called: {why}")
+    found: dict[str, float] = json.loads(process.stdout)
+    return found
 
 
-def main(others: list[str]) -> None:
+def main() -> None:
     """Print the table."""
-    own = Path(__file__).parents[1] / "kernels" / "libsuperbert.so"
-    libraries = [str(own), *others]
-    best: dict[str, dict[str, float]] = {library: {} for library in libraries}
+    parser = Parser(prog="python -m bench.argument_checks", description=__doc__)
+    parser.add_argument("libraries", nargs="*", type=_library, metavar="OTHER_LIBRARY")
+    options = harness.parse(parser)
+    best: dict[str, dict[str, float]] = {library: {} for library in (OWN, *options.libraries)}
     for _ in range(ROUNDS):
-        for library in libraries:
-            command = [sys.executable, "-m", "bench.argument_checks", "--measure", library]
-            found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        for library, fewest in best.items():
+            try:
+                found = measure(library)
+            except ValueError as error:
+                parser.error(str(error))
             for name, nanoseconds in found.items():
-                best[library][name] = min(nanoseconds, best[library].get(name, nanoseconds))
-    for name in best[libraries[0]]:
-        print(f"{name:22}", *(f"{best[library][name]:9,.0f} ns" for library in libraries))
+                fewest[name] = min(nanoseconds, fewest.get(name, nanoseconds))
+    for name in best[OWN]:
+        print(f"{name:22}", *(f"{fewest[name]:9,.0f} ns" for fewest in best.values()))
+    if options.json is not None:
+        results = {Path(OWN).name if library == OWN else library: best[library] for library in best}
+        cpu = torch.device("cpu")
+        harness.write_record(options.json, "argument_checks", cpu, results, replace=options.force)
+
+
+def _library(text: str) -> str:
+    """Return the path of a library of operators.
+
+    Raises:
+        argparse.ArgumentTypeError: there is none.
+    """
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected the library of another build, a file")
+    return str(Path(text).resolve())
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        print(dump_json(measure(sys.argv[2])))
-    else:
-        main(sys.argv[1:])
+    exit_with(main)

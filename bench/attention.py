@@ -6,7 +6,6 @@ plain padded attention compiled by `torch.compile`.  All contestants of a case c
 q, k and v; padded ones from their padded copy.
 """
 
-import argparse
 import importlib.util
 import itertools
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+from engine.door import Parser
 from engine.standard_output import exit_with
 
 from . import harness
@@ -174,12 +174,20 @@ def verify(runs: dict[str, Callable[[], tuple[Tensor, Tensor]]]) -> None:
 
 def main() -> None:
     """Run the benchmark and print a table for each dtype."""
-    parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = Parser(prog="python -m bench.attention", description=__doc__)
+    parser.add_argument(
+        "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--width", type=int, default=64, help="columns of a head")
-    parser.add_argument("--case", nargs="+", help="only these cases, such as 'sst x 32'")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--width", type=harness.whole(1), default=64, help="columns of a head")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        choices=cases(),
+        metavar="CASE",
+        help="only these cases, such as 'sst x 32'",
+    )
+    parser.add_argument("--rounds", type=harness.whole(2), default=20)
     options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
 

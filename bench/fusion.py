@@ -6,7 +6,6 @@ that it has to move, at the copy bandwidth of the same run.  A kernel of our own
 what lies between the faster of the two and that floor.
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
@@ -15,12 +14,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.door import Parser
 from engine.model.states import pool
 from engine.standard_output import exit_with
 
 from . import harness
 
 Run = Callable[[], object]
+
+_SEQUENCES = 160  # of a batch
 
 
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def cases(
         return torch.randn(shape, device=device).to(dtype).requires_grad_()
 
     inner, hidden = tensor(tokens, 4 * width), tensor(tokens, width)
-    lengths = torch.full((160,), tokens // 160)
+    lengths = torch.full((_SEQUENCES,), tokens // _SEQUENCES)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().to(device)
     hidden = hidden[: int(cu_seqlens[-1])].detach().requires_grad_()
     classes = torch.randint(0, 5, (32,), device=device)
@@ -72,13 +74,13 @@ def _forward_backward(function: Callable[..., Tensor], arguments: list[Tensor]) 
 
 def main() -> None:
     """Run the benchmark and print its table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.fusion", description=__doc__)
+    parser = Parser(prog="python -m bench.fusion", description=__doc__)
     add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["fp32", "bf16"], default="fp32")
-    add("--tokens", type=int, default=2690, help="of a batch")
-    add("--width", type=int, default=384, help="of the encoder")
-    add("--rounds", type=int, default=20)
+    add("--tokens", type=harness.whole(_SEQUENCES), default=2690, help="of a batch")
+    add("--width", type=harness.whole(1), default=384, help="of the encoder")
+    add("--rounds", type=harness.whole(1), default=20)
     options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]

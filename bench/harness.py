@@ -5,6 +5,7 @@ else slows the machine slows them alike; figures to compare are ratios of their 
 """
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -151,6 +152,49 @@ def environment(device: torch.device) -> dict[str, Any]:
         described["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
         described["avx512_bf16"] = capabilities.get("avx512_bf16")
     return described
+
+
+def whole(least: int, most: int = (1 << 31) - 1) -> Callable[[str], int]:
+    """Return what reads a whole number within two bounds from the command line."""
+
+    def read(text: str) -> int:
+        if not (text.strip().isdecimal() and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected a whole number from {least} to {most}"
+            )
+        return int(text)
+
+    return read
+
+
+def positive(text: str) -> float:
+    """Read a number above 0 from the command line, of a size that can be computed with.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1e-30 <= value <= 1e30:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0 (1e-30 to 1e30)")
+    return value
+
+
+def device(text: str) -> str:
+    """Read the name of a device that is there.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a device that is there, cpu or cuda"
+        ) from None
+    return text
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -6,7 +6,6 @@ same rounds.  Peers, each where it imports: torch's layer norm, the plain code c
 `torch.compile`, Liger, apex, flash-attn's Triton norm.
 """
 
-import argparse
 import importlib.util
 import itertools
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+from engine.door import Parser
 from engine.standard_output import exit_with
 
 from . import harness
@@ -183,12 +183,14 @@ def _add_rows(
 
 def main() -> None:
     """Run the benchmark and print a table for each dtype."""
-    parser = argparse.ArgumentParser(prog="python -m bench.layer_norm", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = Parser(prog="python -m bench.layer_norm", description=__doc__)
+    parser.add_argument(
+        "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--rows", nargs="+", type=int, default=None)
-    parser.add_argument("--width", nargs="+", type=int, default=[384, 768, 1024])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rows", nargs="+", type=harness.whole(1), default=None)
+    parser.add_argument("--width", nargs="+", type=harness.whole(1), default=[384, 768, 1024])
+    parser.add_argument("--rounds", type=harness.whole(2), default=20)
     options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
     row_counts = options.rows or ([2560] if device.type == "cpu" else [2560, 32768])

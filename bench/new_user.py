@@ -5,7 +5,6 @@ in their order, with DIR and MODEL filled in; each gets its seconds and what it 
 suite (``make test``) and the benchmarks are left out.  It needs nothing but Python.
 """
 
-import argparse
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.door import Parser, positive
 from engine.json_text import dump_json
 from engine.standard_output import exit_with
 
@@ -41,10 +41,10 @@ def fill_in(command: str, data: Path, init: str, steps: int | None) -> str:
 
 def main() -> int:
     """Try everything; return 1 if a command failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="python -m bench.new_user", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the CS224N files")
     parser.add_argument("--init", required=True, help="a BERT: folder or hub name")
-    parser.add_argument("--steps", type=int, help="of the real run (default: the README's)")
+    parser.add_argument("--steps", type=positive, help="of the real run (default: the README's)")
     parser.add_argument("--json", type=Path, required=True, help="where the record goes")
     parser.add_argument("--force", action="store_true", help="replace a record that is there")
     options = parser.parse_args()

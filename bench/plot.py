@@ -5,7 +5,6 @@ one panel a case, one bar a contestant: its median time as a multiple of the fir
 this project's, with the 20 % and 80 % quantiles as whiskers.
 """
 
-import argparse
 import io
 import json
 import math
@@ -23,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.distinct import distinct_names
+from engine.door import Parser
 from engine.errors import InputError
 from engine.output_files import check_outputs, write_output
 from engine.standard_output import exit_with
@@ -122,7 +122,7 @@ def _draw_cases(record: Mapping[str, Any]) -> Figure:
 
 def main() -> None:
     """Draw every record that is named."""
-    parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
+    parser = Parser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("records", nargs="+", type=Path, metavar="JSON")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--force", action="store_true", help="replace pictures that are there")

@@ -18,7 +18,6 @@ measured (compute and update on one rank, latency and bandwidth on some); nothin
 comes out.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
+from engine.door import Parser
 from engine.standard_output import exit_with
 
 from . import harness
@@ -181,16 +181,16 @@ def bert_base(tasks: int, row_bytes: int) -> Model:
 
 def main() -> int:
     """Print the table for a machine that the options describe."""
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
+    parser = Parser(prog="python -m bench.scaling", description=__doc__)
     add = parser.add_argument
-    add("--forward", type=float, default=0.020, help="seconds of the batch on one rank")
-    add("--backward", type=float, default=0.040, help="seconds, likewise")
-    add("--update", type=float, default=0.002, help="seconds on one rank")
-    add("--latency", type=float, default=10e-6, help="seconds a hop")
-    add("--bandwidth", type=float, default=100e9, help="bytes a second a rank sends")
-    add("--tasks", type=int, default=3)
+    add("--forward", type=harness.positive, default=0.020, help="seconds of the batch on one rank")
+    add("--backward", type=harness.positive, default=0.040, help="seconds, likewise")
+    add("--update", type=harness.positive, default=0.002, help="seconds on one rank")
+    add("--latency", type=harness.positive, default=10e-6, help="seconds a hop")
+    add("--bandwidth", type=harness.positive, default=100e9, help="bytes a second a rank sends")
+    add("--tasks", type=harness.whole(1), default=3)
     add("--row-bytes", type=int, choices=[2, 4], default=2)
-    add("--ranks", type=int, nargs="+", default=[1, 8, 64, 1024])
+    add("--ranks", type=harness.whole(1), nargs="+", default=[1, 8, 64, 1024])
     add("--weak", action="store_true", help="a batch for each rank instead of one for all")
     add("--replicated", action="store_true", help="as distribute=replicated does")
     options = harness.parse(parser)

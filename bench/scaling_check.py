@@ -5,7 +5,6 @@ as they do later; then exchanges with nothing to hide behind; and from both the 
 :mod:`bench.scaling` for steps that exchange.  These are measured last.
 """
 
-import argparse
 import itertools
 import tempfile
 import time
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from engine import recipe as recipes
+from engine.door import Parser
 from engine.json_text import dump_json
 from engine.multitask.exchange import MODES, Alone
 from engine.run import begin
@@ -103,8 +103,8 @@ def _seconds(work: Callable[[int], object], count: int) -> float:
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.scaling_check", description=__doc__)
-    parser.add_argument("--steps", type=int, default=15)
+    parser = Parser(prog="python -m bench.scaling_check", description=__doc__)
+    parser.add_argument("--steps", type=harness.whole(2), default=15)
     parser.add_argument("--distribute", choices=MODES, default="sharded")
     options = harness.parse(parser)
     ranks, device = Ranks.from_environment(), torch.device("cpu")

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from engine import recipe as recipes
 from engine.data.pack import PackedBatch
+from engine.door import Parser
 from engine.run import begin
 from engine.runtime.cpu import keep_freed_memory
 from engine.runtime.precision import multiplies_bf16_fast
@@ -226,13 +227,13 @@ def _table(results: dict, tokens: float) -> Table:  # type: ignore[type-arg]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    parser = Parser(prog="python -m bench.step", description=__doc__)
     add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--data", type=Path, help="data folder (default: the demo corpus)")
     add("--init", type=Path, help="model folder (default: a small BERT, random)")
-    add("--batch-size", type=int, default=32, help="examples a task")
-    add("--rounds", type=int, default=5)
+    add("--batch-size", type=harness.whole(1), default=32, help="examples a task")
+    add("--rounds", type=harness.whole(2), default=5)
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--growth", action="store_true", help="tasks, shapes and examples instead of peers")
     return parser

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import kernels
+from engine.door import Parser
 from engine.standard_output import exit_with
 
 from . import harness
@@ -171,12 +172,14 @@ def verify(dtype: torch.dtype, device: str) -> None:
 
 def main() -> None:
     """Run the benchmark and print its tables."""
-    parser = argparse.ArgumentParser(prog="python -m bench.surgery", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tasks", type=int, default=3)
-    parser.add_argument("--columns", type=int, default=110_000_000, help="parameters")
+    parser = Parser(prog="python -m bench.surgery", description=__doc__)
+    parser.add_argument(
+        "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--tasks", type=harness.whole(1), default=3)
+    parser.add_argument("--columns", type=harness.whole(1), default=110_000_000, help="parameters")
     parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=harness.whole(2), default=5)
     options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
 

@@ -92,6 +92,8 @@ AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const
   check(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
         "cu_seqlens_k: expected as many sequences as cu_seqlens_q, ", cu_seqlens_q.numel() - 1,
         ", got ", cu_seqlens_k.numel() - 1);
+  check(std::isfinite(options.softmax_scale), "softmax_scale: expected a finite number, got ",
+        options.softmax_scale);
   AttentionCall call;
   call.storage = storage_of("q", q);
   call.sequences = cu_seqlens_q.numel() - 1;

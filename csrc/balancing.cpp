@@ -56,7 +56,7 @@ Tensor minimize_norm(const Tensor& gram) {
 
 Tensor avoid_conflict(const Tensor& gram, double c) {
   const int64_t k = check_square(gram, "gram");
-  check_factor(c, "c");
+  check_number("c", c);
   Tensor weights = allocate(gram, {k});
   solvers::avoid_conflict(data<double>(gram), c, k, data<double>(weights), scratch_for(k).data());
   return weights;
@@ -64,7 +64,7 @@ Tensor avoid_conflict(const Tensor& gram, double c) {
 
 Tensor bargain(const Tensor& gram, double alpha) {
   const int64_t k = check_square(gram, "gram");
-  check_factor(alpha, "alpha");
+  check_number("alpha", alpha);
   Tensor weights = allocate(gram, {k});
   solvers::bargain(data<double>(gram), alpha, k, data<double>(weights), scratch_for(k).data());
   return weights;

@@ -93,7 +93,7 @@ Tensor minimize_norm(const Tensor& gram) {
 
 Tensor avoid_conflict(const Tensor& gram, double c) {
   const int64_t k = check_square(gram, "gram");
-  check_factor(c, "c");
+  check_number("c", c);
   const LaunchDevice device(gram);
   Tensor weights = allocate(gram, {k});
   const Tensor scratch = scratch_for(gram, 1);
@@ -104,7 +104,7 @@ Tensor avoid_conflict(const Tensor& gram, double c) {
 
 Tensor bargain(const Tensor& gram, double alpha) {
   const int64_t k = check_square(gram, "gram");
-  check_factor(alpha, "alpha");
+  check_number("alpha", alpha);
   const LaunchDevice device(gram);
   Tensor weights = allocate(gram, {k});
   const Tensor scratch = scratch_for(gram, 1);

@@ -24,10 +24,6 @@ inline int64_t check_square(const Tensor& matrix, const char* name) {
   return matrix.size(0);
 }
 
-inline void check_factor(double factor, const char* name) {
-  check(factor >= 0, name, " must be at least 0, not ", factor);
-}
-
 inline void check_lower(const Tensor& lower, const Tensor& gram) {
   check(lower.dim() == 2 && lower.size(1) == gram.size(0) && lower.is_contiguous() &&
             lower.scalar_type() == torch::headeronly::ScalarType::Double &&

@@ -221,44 +221,116 @@ SUPERBERT_HOST_DEVICE void avoid_conflict(const double* gram, double c, int64_t 
   for (int64_t i = 0; i < k; ++i) weights[i] += 1.0 / k;
 }
 
-// x > 0 with Gx = x^(-1/alpha), element by element: alpha-fair utilities, alpha = 1 the Nash
-// bargaining solution.  Newton's method on the convex x'Gx / 2 - sum of utilities, in steps that
-// keep x positive.  A zero gradient bargains for nothing: its weight is 0.
-SUPERBERT_HOST_DEVICE void bargain(const double* gram, double alpha, int64_t k, double* x,
-                                   double* scratch) {
-  constexpr int kSteps = 100;
-  double *factor = scratch, *chosen = scratch + k * k;
-  double *hessian = factor, *slope = chosen + k, *step = slope + k;
-  const double power = 1.0 / alpha;
-  for (int64_t i = 0; i < k; ++i) {
-    chosen[i] = gram[i * k + i] > 0.0 ? 1.0 : 0.0;
-    // The solution if all gradients were orthogonal.
-    x[i] = chosen[i] != 0.0 ? std::pow(gram[i * k + i], -1.0 / (1.0 + power)) : 0.0;
-  }
-  for (int round = 0; round < kSteps; ++round) {
+// Newton's method for Gx = x^-power on the convex x'Gx / 2 - sum of utilities, from x on, in steps
+// that keep x positive.  Returns whether x solves it, as far as rounding lets it.
+SUPERBERT_HOST_DEVICE bool bargain_from(const double* gram, double power, int64_t k, int steps,
+                                        double* x, double* scratch) {
+  double *hessian = scratch, *chosen = scratch + k * k, *slope = chosen + k, *step = slope + k;
+  bool settled = false;
+  for (int round = 0; round < steps; ++round) {
     // The Hessian is the Gram matrix with a larger diagonal; it is factored where it stands, so it
     // is written anew each time.
+    double error = 0.0; // of all equations, relative to their terms
     for (int64_t i = 0; i < k; ++i) {
       slope[i] = 0.0;
       if (chosen[i] == 0.0) continue;
+      double size = 0.0;
       for (int64_t j = 0; j < k; ++j) {
         hessian[i * k + j] = gram[i * k + j];
         slope[i] -= gram[i * k + j] * x[j];
+        size += std::fabs(gram[i * k + j] * x[j]);
       }
       const double utility = std::pow(x[i], -power);
       slope[i] += utility;
       hessian[i * k + i] += power * utility / x[i];
+      error += std::fabs(slope[i]) / (size + utility);
     }
-    solve_chosen(hessian, slope, chosen, k, factor, step);
+    solve_chosen(hessian, slope, chosen, k, hessian, step);
     double largest = 0.0; // of |step / x|
     for (int64_t i = 0; i < k; ++i) {
       const double part = chosen[i] != 0.0 ? std::fabs(step[i] / x[i]) : 0.0;
       largest = part > largest ? part : largest;
     }
     const double length = largest > 0.5 ? 0.5 / largest : 1.0;
-    for (int64_t i = 0; i < k; ++i) x[i] += length * step[i];
-    if (!(largest > 1e-14)) return;
+    bool finite = true;
+    for (int64_t i = 0; i < k; ++i) {
+      x[i] += length * step[i];
+      finite = finite && x[i] - x[i] == 0.0;
+    }
+    if (!finite) return false;
+    settled = error < k * (1e-13 + 1e-15 * power); // but for rounding
+    if (!(largest > 1e-14)) break;
   }
+  return settled;
+}
+
+// Of x that solves Gx = x^-power: `ahead`, about what solves it for the power `next`, along the
+// tangent of log x in 1 / power.  Returns whether it is of any use.
+SUPERBERT_HOST_DEVICE bool bargain_ahead(const double* gram, double power, double next, int64_t k,
+                                         const double* x, double* ahead, double* scratch) {
+  constexpr double kFarthest = 300.0; // e^300 squared is still a number
+  double *hessian = scratch, *chosen = scratch + k * k, *slope = chosen + k, *step = slope + k;
+  for (int64_t i = 0; i < k; ++i) {
+    if (chosen[i] == 0.0) continue;
+    for (int64_t j = 0; j < k; ++j) hessian[i * k + j] = gram[i * k + j];
+    const double utility = std::pow(x[i], -power);
+    hessian[i * k + i] += power * utility / x[i];
+    slope[i] = -power * std::log(x[i]) * utility;
+  }
+  solve_chosen(hessian, slope, chosen, k, hessian, step);
+  for (int64_t i = 0; i < k; ++i) {
+    const double move = chosen[i] != 0.0 ? step[i] / x[i] * (1.0 - power / next) : 0.0;
+    if (!(std::fabs(move) < kFarthest)) return false;
+    ahead[i] = x[i] * std::exp(move);
+  }
+  return true;
+}
+
+// Follows the x > 0 with Gx = x^-power from power 1 to `last` (Allgower and Georg, Introduction to
+// Numerical Continuation Methods, chapter 2), in steps that are halved where they fail.
+SUPERBERT_HOST_DEVICE void bargain_on_path(const double* gram, double last, int64_t k, double* x,
+                                           double* scratch) {
+  constexpr int kStages = 400, kSteps = 12;
+  constexpr double kLargest = 0.75, kSmallest = 1e-6;
+  double* ahead = scratch + k * k + 3 * k;
+  double power = 1.0, part = 0.5; // of the way from 1 / power to zero
+  for (int stage = 0; stage < kStages && power < last && part > kSmallest; ++stage) {
+    const double next = power / (1.0 - part) < last ? power / (1.0 - part) : last;
+    bool settled = false;
+    if (bargain_ahead(gram, power, next, k, x, ahead, scratch)) {
+      for (int step = 0; step < kSteps && !settled; ++step) {
+        settled = bargain_from(gram, next, k, 1, ahead, scratch);
+      }
+    }
+    part = !settled ? 0.5 * part : 2.0 * part < kLargest ? 2.0 * part : kLargest;
+    if (!settled) continue;
+    power = next;
+    for (int64_t i = 0; i < k; ++i) x[i] = ahead[i];
+  }
+}
+
+// x > 0 with Gx = x^(-1/alpha), element by element: alpha-fair utilities, alpha = 1 the Nash
+// bargaining solution.  A zero gradient bargains for nothing: its weight is 0.
+//
+// For large powers 1 / alpha the utilities are like walls, over which Newton's method jumps unless
+// it begins nearby.  From 1e8 on x is what it is in the limit, but for a millionth.
+SUPERBERT_HOST_DEVICE void bargain(const double* gram, double alpha, int64_t k, double* x,
+                                   double* scratch) {
+  constexpr int kSteps = 100;
+  constexpr double kSmallest = 1e-8; // alpha
+  const double last = 1.0 / (alpha > kSmallest ? alpha : kSmallest);
+  double* chosen = scratch + k * k;
+  for (int64_t i = 0; i < k; ++i) chosen[i] = gram[i * k + i] > 0.0 ? 1.0 : 0.0;
+  const auto solve = [&](double power) {
+    for (int64_t i = 0; i < k; ++i) {
+      // The solution if all gradients were orthogonal.
+      x[i] = chosen[i] != 0.0 ? std::pow(gram[i * k + i], -1.0 / (1.0 + power)) : 0.0;
+    }
+    return bargain_from(gram, power, k, kSteps, x, scratch);
+  };
+  if (solve(last) || last <= 1.0) return;
+  solve(1.0);
+  bargain_on_path(gram, last, k, x, scratch);
 }
 
 } // namespace superbert::solvers

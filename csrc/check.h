@@ -5,6 +5,7 @@
 // at all that its kernels rely on; nothing that Python checked before is taken for granted.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -28,6 +29,12 @@ template <typename... Parts>
 void check(bool holds, const Parts&... parts) {
   if (!holds) [[unlikely]]
     refuse(parts...);
+}
+
+// A setting that has a size.
+inline void check_number(const char* name, double value) {
+  check(value >= 0 && std::isfinite(value), name, ": expected a finite number of at least 0, got ",
+        value);
 }
 
 template <typename Sizes>

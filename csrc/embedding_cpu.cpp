@@ -155,7 +155,7 @@ embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids
                      std::optional<Tensor> seed, int64_t stream, std::optional<Tensor> rows,
                      Offsets columns, Offsets offsets, bool) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
-  check_eps(eps);
+  check_number("eps", eps);
   check_task_rows(
       rows, columns, offsets, embedded.rows(),
       {word.numel(), position.numel(), token_type.numel(), embedded.width(), embedded.width()});

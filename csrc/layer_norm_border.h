@@ -77,8 +77,6 @@ inline void check_statistic(const char* name, const torch::stable::Tensor& x, Si
   check_data(name, x);
 }
 
-inline void check_eps(double eps) { check(eps >= 0, "eps: expected at least 0, got ", eps); }
-
 inline void check_parameter_rows(const ParameterRows& parameters, int64_t width) {
   const int64_t tasks = static_cast<int64_t>(parameters.offsets.size()) - 1;
   const auto check_rows = [&](const char* name, const torch::stable::Tensor& rows) {

@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> we
                                               std::optional<Tensor> task_rows, Offsets columns,
                                               Offsets offsets, bool) {
   check_hidden("x", x);
-  check_eps(eps);
+  check_number("eps", eps);
   const int64_t width = x.size(x.dim() - 1);
   check_task_rows(task_rows, columns, offsets, x.numel() / width, {width, width});
   const Tensor rows = as_contiguous(x);
@@ -58,7 +58,7 @@ dropout_add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> x_bias,
                        std::optional<Tensor> task_rows, Offsets columns, Offsets offsets, bool) {
   check_hidden("x", x);
   check_beside("residual", residual, "x", x);
-  check_eps(eps);
+  check_number("eps", eps);
   const int64_t width = x.size(x.dim() - 1);
   check_task_rows(task_rows, columns, offsets, x.numel() / width, {width, width});
   const Tensor rows = as_contiguous(x);

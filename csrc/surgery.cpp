@@ -150,13 +150,23 @@ void solve_pcgrad(const T* gram, int64_t k, const int64_t* order, bool mean, boo
   for (int64_t m = 0; m < k; ++m) weights[m] = static_cast<T>(mean ? sum[m] / k : sum[m]);
 }
 
+// Checks that every row of [K, K] holds each task once.
+void check_permutations(const int64_t* order, int64_t k) {
+  std::vector<int64_t> last_row(k, -1); // that held the task
+  for (int64_t i = 0; i < k * k; ++i) {
+    const int64_t task = order[i], row = i / k;
+    check(task >= 0 && task < k, "order must hold task ids 0 .. K-1, not ", task);
+    check(last_row[task] < row, "order must hold every task once in each row, but row ", row,
+          " holds ", task, " twice");
+    last_row[task] = row;
+  }
+}
+
 Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool include_self) {
   check_gram_and_order(gram, order);
   const int64_t k = gram.size(0);
   const int64_t* tasks = static_cast<const int64_t*>(order.data_ptr());
-  for (int64_t i = 0; i < k * k; ++i) {
-    check(tasks[i] >= 0 && tasks[i] < k, "order must hold task ids 0 .. K-1, not ", tasks[i]);
-  }
+  check_permutations(tasks, k);
   Tensor weights = allocate(gram, {k}, gram.scalar_type());
   const auto run = [&](auto* result) {
     using T = std::remove_pointer_t<decltype(result)>;

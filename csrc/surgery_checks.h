@@ -169,8 +169,8 @@ inline void check_scalars(const Tensor& rows, const Tensor& lr, const Tensor& st
 inline void check_rates(double beta1, double beta2, double eps, double weight_decay) {
   check(beta1 >= 0 && beta1 < 1, "beta1 must be within 0 <= beta1 < 1, not ", beta1);
   check(beta2 >= 0 && beta2 < 1, "beta2 must be within 0 <= beta2 < 1, not ", beta2);
-  check(eps >= 0, "eps must be at least 0, not ", eps);
-  check(weight_decay >= 0, "weight_decay must be at least 0, not ", weight_decay);
+  check_number("eps", eps);
+  check_number("weight_decay", weight_decay);
 }
 
 // Refuses what combine_adamw_ writes where it overlaps another of its arguments.

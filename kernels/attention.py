@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import _extension  # noqa: F401  (registers the operators)
-from .attention_checks import check_boundaries, check_qkv, check_rows, check_supported
+from .attention_checks import check_boundaries, check_qkv, check_rows, check_supported, scale_of
 from .differentiation import differentiable_once, refuse_vmap, register_derivative
 from .dropout import attention_dropout_factors, check_dropout, new_seed
 from .implementation import declare, register_fake
@@ -176,8 +176,7 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     from . import attention_triton, operator_checks
 
-    dropout = (options[0], *options[3:])
-    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *dropout)
+    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     return attention_triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
 
 
@@ -197,8 +196,7 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import attention_triton, operator_checks
 
-    dropout = (options[0], *options[3:])
-    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *dropout)
+    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     operator_checks.check_attention_backward(grad_out, q, out, lse)
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     attention_triton.backward(
@@ -215,7 +213,7 @@ def _cuda_packed(
 
     operator_checks.check_packed(qkv)
     q, k, v = qkv.unbind(1)
-    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options[0], *options[3:])
+    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, *options)
     return attention_triton.forward(q, k, v, cu_seqlens, cu_seqlens, *options)
 
 
@@ -233,7 +231,7 @@ def _cuda_packed_backward(
 
     operator_checks.check_packed(qkv)
     q, k, v = qkv.unbind(1)
-    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options[0], *options[3:])
+    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, *options)
     operator_checks.check_attention_backward(grad_out, q, out, lse)
     grad = qkv.new_empty(qkv.shape)
     lse = lse.contiguous()
@@ -312,7 +310,7 @@ def flash_attn_varlen_func(
         max_seqlen_q: length of the longest query sequence.
         max_seqlen_k: length of the longest key sequence.
         dropout_p: probability to drop an attention weight; 0 outside training.
-        softmax_scale: multiplies the scores; ``D ** -0.5`` when None.
+        softmax_scale: multiplies the scores, finite; ``D ** -0.5`` when None.
         causal: a query sees only the keys up to its own place, sequences aligned at their ends.
         window_size: not supported, nor are softcap, alibi_slopes and block_table.
         softcap: see window_size.
@@ -345,7 +343,7 @@ def flash_attn_varlen_func(
     check_dropout(dropout_p, seed, stream, q.device)
     if dropout_p > 0 and seed is None:
         seed = new_seed(q.device)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = scale_of(q, softmax_scale)
     if q.dtype == torch.float64:
         out, lse = _in_float64(
             q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, scale, causal, seed, stream
@@ -382,7 +380,7 @@ def flash_attn_varlen_qkvpacked_func(
         cu_seqlens: int32 ``[S + 1]``, from 0 ascending to T at most; later rows give zeros.
         max_seqlen: length of the longest sequence.
         dropout_p: as in `flash_attn_varlen_func`, and so are the arguments after it.
-        softmax_scale: multiplies the scores; ``D ** -0.5`` when None.
+        softmax_scale: multiplies the scores, finite; ``D ** -0.5`` when None.
         causal: a query sees only the keys up to its own place.
         window_size: not supported, nor are softcap and alibi_slopes.
         softcap: see window_size.
@@ -407,7 +405,7 @@ def flash_attn_varlen_qkvpacked_func(
     check_dropout(dropout_p, seed, stream, qkv.device)
     if dropout_p > 0 and seed is None:
         seed = new_seed(qkv.device)
-    scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = scale_of(qkv, softmax_scale)
     if qkv.dtype == torch.float64:
         check_data(qkv=qkv)
         q, k, v = qkv.unbind(1)

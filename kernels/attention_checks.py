@@ -1,5 +1,7 @@
 """What the attention functions demand of their arguments, checked before a kernel runs."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,3 +68,16 @@ def check_supported(
     for name, used in given.items():
         if used:
             raise NotImplementedError(f"{name}: not supported by this attention")
+
+
+def scale_of(q: Tensor, softmax_scale: float | None) -> float:
+    """Return what multiplies the scores.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if softmax_scale is None:
+        return float(q.shape[-1] ** -0.5)
+    if not abs(softmax_scale) < math.inf:
+        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
+    return softmax_scale

@@ -5,7 +5,8 @@ Every method here computes weights ``c [K]`` from ``G = J Jᵀ [K, K]``; the upd
 graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same weights (with
 :func:`nash_mtl`'s ``max_norm``: the same update).
 A method that divides by a task's norm gives a task with zero gradient the weight 0; where all are
-zero the weights are finite.  Where the diagonal of G is not finite (a gradient holds a NaN or an
+zero the weights are finite.  Weights that the dtype of G cannot hold are all made smaller alike,
+until it holds the largest.  Where the diagonal of G is not finite (a gradient holds a NaN or an
 infinity, or float32 cannot hold its squared norm, from 1.8e19 on), all weights are NaN, by every
 method: such a step has no update, and :func:`.update_guard` skips it.  Squared norms below 1e-38
 have fewer digits in a float32 G, and below 1e-45 none: such gradients count as zero.
@@ -27,11 +28,12 @@ import torch
 from torch import Tensor
 
 from ._extension import has_kernel
-from .differentiation import refuse_derivative
+from .differentiation import refuse_derivative, without_derivative
 from .gram_matrix import (
     check_gram,
     directions,
     eigen,
+    in_dtype,
     is_finite,
     nan_unless_finite,
     preferences,
@@ -41,10 +43,14 @@ from .gram_matrix import (
 )
 from .implementation import declare, register_fake
 from .surgery import combined_norm, pcgrad_weights
+from .value_checks import check_number, check_order, may_look
 
 _ops = torch.ops.superbert
 
 ScaleMode = Literal["min", "median", "rmse"]
+
+_LARGEST = torch.finfo(torch.float32).max
+"""Of settings that weights are multiplied by."""
 
 for _name in (
     "symmetric_eigen",
@@ -125,17 +131,20 @@ def proportional(gram: Tensor, sizes: Tensor) -> Tensor:
 
     Args:
         gram: ``[K, K]``, floating point.
-        sizes: ``[K]``, any dtype.
+        sizes: ``[K]``, any dtype, not negative, and not all 0.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: an argument is not as above, as far as the values of ``sizes`` are on a CPU.
     """
     check_gram(gram, sizes=(sizes, 1))
-    sizes = sizes.to(gram)
-    return sizes / sizes.sum()
+    if may_look(sizes) and not (min(values := sizes.tolist()) >= 0 and 0 < sum(values) < math.inf):
+        raise ValueError(f"sizes: expected finite numbers of at least 0, not all 0, got {values}")
+    # float16 holds no more than 65,504 examples.
+    sizes = sizes.to(gram.device, torch.promote_types(gram.dtype, torch.float32))
+    return (sizes / sizes.sum()).to(gram.dtype)
 
 
 # ---- projections ---------------------------------------------------------------------------------
@@ -151,7 +160,7 @@ def auxiliary_pcgrad(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3)
     Args:
         gram: ``[K, K]``, floating point.
         main: the number of the main task, from 0.
-        auxiliary_weight: factor on the sum of the others.
+        auxiliary_weight: factor on the sum of the others, from 0 to the largest float32.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
@@ -160,7 +169,8 @@ def auxiliary_pcgrad(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3)
         ValueError: an argument is not as above.
     """
     check_gram(gram)
-    if not 0 <= main < len(gram):
+    check_number("auxiliary_weight", auxiliary_weight, _LARGEST)
+    if main not in range(len(gram)):
         raise ValueError(f"main: expected 0 to {len(gram) - 1}, got {main}")
     matrix = gram.double()
     members = matrix.new_full((2, len(gram)), auxiliary_weight)
@@ -169,7 +179,7 @@ def auxiliary_pcgrad(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3)
     members = torch.where(torch.stack([is_main, ~is_main]), members, 0.0)
     order = torch.tensor([0, 1], device=gram.device).expand(2, 2).contiguous()
     weights = pcgrad_weights(members @ matrix @ members.T, order) @ members
-    return weights.to(gram.dtype)
+    return in_dtype(weights, gram.dtype)
 
 
 class GradVacStep(NamedTuple):
@@ -201,10 +211,13 @@ def gradvac(gram: Tensor, order: Tensor, targets: Tensor, beta: float = 0.5) -> 
 
     Raises:
         ValueError: an argument is not as above.
+        NotImplementedError: when the result is differentiated.
     """
     check_gram(gram, order=(order, 2), targets=(targets, 2))
+    check_order(order, len(gram))
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected 0 to 1, got {beta}")
+    gram, targets = without_derivative("gradvac", "gram.detach()", gram, targets)
     cosines, inverse_norms = directions(gram)
     task = torch.arange(len(gram), device=gram.device)
     present_targets = targets = targets.double()
@@ -226,7 +239,7 @@ def gradvac(gram: Tensor, order: Tensor, targets: Tensor, beta: float = 0.5) -> 
     finite = is_finite(gram)
     weights = torch.where(finite, weights, torch.nan)
     targets = torch.where(finite, targets, present_targets)
-    return GradVacStep(weights.to(gram.dtype), targets.to(gram.dtype))
+    return GradVacStep(in_dtype(weights, gram.dtype), targets.to(gram.dtype))
 
 
 @nan_unless_finite
@@ -246,7 +259,7 @@ def upgrad(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
         ValueError: an argument is not as above.
     """
     each = torch.diag(preferences(gram, pref_vector))
-    return _ops.project_onto_dual_cone(scaled(gram), each).sum(0).to(gram.dtype)
+    return in_dtype(_ops.project_onto_dual_cone(scaled(gram), each).sum(0), gram.dtype)
 
 
 @nan_unless_finite
@@ -266,7 +279,7 @@ def dual_projection(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
         ValueError: an argument is not as above.
     """
     wanted = preferences(gram, pref_vector)
-    return _ops.project_onto_dual_cone(scaled(gram), wanted[None])[0].to(gram.dtype)
+    return in_dtype(_ops.project_onto_dual_cone(scaled(gram), wanted[None])[0], gram.dtype)
 
 
 # ---- optima --------------------------------------------------------------------------------------
@@ -298,7 +311,8 @@ def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
 
     Args:
         gram: ``[K, K]``, floating point.
-        c: radius in units of ``|g0|``: 0 is the mean itself; from 1 on no task is worsened.
+        c: radius in units of ``|g0|``: 0 is the mean itself; from 1 on no task is worsened.  At
+            most the largest float32.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
@@ -306,8 +320,7 @@ def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
     Raises:
         ValueError: an argument is not as above.
     """
-    if not 0 <= c < math.inf:
-        raise ValueError(f"c: expected a finite number of at least 0, got {c}")
+    check_number("c", c, _LARGEST)
     matrix = scaled(gram)
     weights = _ops.avoid_conflict(matrix, c)
     if c >= 1:
@@ -315,7 +328,7 @@ def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
         # projection of g0; going on until c |g0| is reached would follow rounding errors.
         mean_projected = _ops.project_onto_dual_cone(matrix, preferences(gram, None)[None])[0]
         weights = torch.where(_hull_holds_zero(matrix, rounding(gram)), mean_projected, weights)
-    return weights.to(gram.dtype)
+    return in_dtype(weights, gram.dtype)
 
 
 def _hull_holds_zero(matrix: Tensor, relative: float) -> Tensor:
@@ -343,16 +356,15 @@ def nash_mtl(gram: Tensor, max_norm: float | None = None) -> Tensor:
     Raises:
         ValueError: an argument is not as above.
     """
+    check_number("max_norm", max_norm)
     weights, scale = _bargain(gram, alpha=1.0)
     if max_norm is None:
-        return weights.to(gram.dtype)
-    if not 0 <= max_norm < math.inf:
-        raise ValueError(f"max_norm: expected a finite number of at least 0, got {max_norm}")
+        return in_dtype(weights, gram.dtype)
     weights = weights / torch.where(scale > 0, scale, 1.0).sqrt()
     if max_norm > 0:
         norm = combined_norm(gram.double(), weights)
         weights = weights * (max_norm / torch.where(norm > 0, norm, 1.0)).clamp(max=1.0)
-    return weights.to(gram.dtype)
+    return in_dtype(weights, gram.dtype)
 
 
 @nan_unless_finite
@@ -364,7 +376,8 @@ def fairgrad(gram: Tensor, alpha: float = 1.0) -> Tensor:
 
     Args:
         gram: ``[K, K]``, floating point.
-        alpha: 0 is the mean, 1 is Nash-MTL, larger values favour the task that gains least.
+        alpha: 0 is the mean, 1 is Nash-MTL, larger values favour the task that gains least; finite.
+            Between 0 and 1e-8 it is taken for 1e-8.
 
     Returns:
         ``[K]`` weights in the dtype of ``gram``.
@@ -372,9 +385,8 @@ def fairgrad(gram: Tensor, alpha: float = 1.0) -> Tensor:
     Raises:
         ValueError: an argument is not as above.
     """
-    if not alpha >= 0:
-        raise ValueError(f"alpha: expected a number of at least 0, got {alpha}")
-    return _bargain(gram, alpha)[0].to(gram.dtype) if alpha > 0 else mean(gram)
+    check_number("alpha", alpha)
+    return in_dtype(_bargain(gram, alpha)[0], gram.dtype) if alpha > 0 else mean(gram)
 
 
 def _bargain(gram: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -409,7 +421,7 @@ def imtl_g(gram: Tensor) -> Tensor:
     total_weight = weights.sum()
     exists = total_weight.abs() > 1e-12 * weights.abs().sum()
     weights = torch.where(exists, weights / torch.where(exists, total_weight, 1.0), 0.0)
-    return weights.to(gram.dtype)
+    return in_dtype(weights, gram.dtype)
 
 
 @nan_unless_finite
@@ -440,7 +452,7 @@ def aligned_mtl(
     scale = _SCALES[scale_mode](torch.where(counts, values, torch.inf), counts.sum())
     balance = torch.where(counts, (scale / values).sqrt(), 0.0)
     coordinates = vectors.mean(0) if pref_vector is None else wanted @ vectors
-    return (vectors @ (balance * coordinates)).to(gram.dtype)
+    return in_dtype(vectors @ (balance * coordinates), gram.dtype)
 
 
 def _median(values: Tensor, rank: Tensor) -> Tensor:
@@ -483,7 +495,7 @@ def config(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
     reach = gram.diagonal().double().sqrt() @ cosines @ units
     exists = norm_squared > 0
     scale = torch.where(exists, reach / torch.where(exists, norm_squared, 1.0), 0.0)
-    return (scale * inverse_norms * units).to(gram.dtype)
+    return in_dtype(scale * inverse_norms * units, gram.dtype)
 
 
 @nan_unless_finite
@@ -505,7 +517,7 @@ def krum(gram: Tensor, num_byzantine: int = 0, num_selected: int = 1) -> Tensor:
     """
     check_gram(gram)
     neighbours = len(gram) - num_byzantine - 2
-    if num_byzantine < 0 or neighbours < 1 or not 1 <= num_selected <= len(gram):
+    if num_byzantine not in range(len(gram) - 2) or num_selected not in range(1, len(gram) + 1):
         raise ValueError(
             f"Krum of {len(gram)} gradients needs at least num_byzantine + 3 of them, "
             f"num_byzantine from 0 and num_selected from 1 to {len(gram)}"
@@ -533,23 +545,29 @@ def gradnorm(
     Args:
         gram: ``[K, K]`` of the unweighted gradients, floating point.
         weights: ``[K]`` present weights, adding up to K; ones at first.
-        loss_ratios: ``[K]`` present over initial losses.
-        alpha: strength of the pull towards equal rates.
-        lr: step of the weights.
+        loss_ratios: ``[K]`` present over initial losses, not negative; all 0 count as equal.
+        alpha: strength of the pull towards equal rates; finite and not negative.
+        lr: step of the weights, from 0 to the largest float32.
 
     Returns:
-        ``[K]`` new weights in the dtype of ``weights``, not negative, adding up to K.  All are NaN
-        where the diagonal of ``gram`` is not finite; keep the present ones then.
+        ``[K]`` new weights in the dtype of ``weights``, not negative, adding up to K; the present
+        ones where all would be 0.  All are NaN where the diagonal of ``gram`` or a loss ratio is
+        not finite, or a ratio is negative; keep the present ones then.
 
     Raises:
-        ValueError: a shape or dtype is not as above.
+        ValueError: a shape, dtype or number is not as above.
     """
     check_gram(gram, weights=(weights, 1), loss_ratios=(loss_ratios, 1))
+    check_number("alpha", alpha)
+    check_number("lr", lr, _LARGEST)
     norms = gram.diagonal().double().sqrt()
-    weighted = weights.double() * norms
-    average = weighted.mean()
-    rates = loss_ratios.double() / loss_ratios.double().mean()
-    excess = (weighted - average * rates**alpha).sign()
-    slope = norms * excess / torch.where(average > 0, average, 1.0)
-    new = (weights.double() - lr * slope).clamp(min=0)
+    present, ratios = weights.double(), loss_ratios.double()
+    weighted = present * norms
+    average, mean_ratio = weighted.mean(), ratios.mean()
+    rates = torch.where(mean_ratio == 0, 1.0, ratios / mean_ratio)
+    wanted = torch.where(average > 0, average * rates**alpha, 0.0)
+    slope = norms * (weighted - wanted).sign() / torch.where(average > 0, average, 1.0)
+    new = (present - lr * slope).clamp(min=0)
+    new = torch.where(new.sum() == 0, present, new)
+    new = torch.where(((ratios >= 0) & ratios.isfinite()).all(), new, torch.nan)
     return (new * (len(gram) / new.sum())).to(weights.dtype)

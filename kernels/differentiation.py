@@ -8,7 +8,8 @@ refused.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -109,6 +110,16 @@ def _is_batched(grad: Tensor | None) -> bool:
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
+@contextmanager
+def _differentiated_outside() -> Iterator[None]:
+    """Let the transforms around one of `torch.func` see a call, in spite of its own ``forward``.
+
+    An autograd function's ``forward`` runs without a graph, which would hide the call from them.
+    """
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
 def register_derivative(
     op: str,
     backward: Backward,
@@ -135,11 +146,14 @@ def register_derivative(
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, keyset = arguments
+            outside: Any = nullcontext()
             if torch._C._are_functorch_transforms_active():
+                outside = _differentiated_outside()
                 # What a result that is saved was made of does not show outside of this transform.
                 ctx.transformed = tuple(x for x in inputs if isinstance(x, Tensor))
             with torch._C._AutoDispatchBelowAutograd():
-                output = below_autograd(keyset, tuple(inputs))
+                with outside:
+                    output = below_autograd(keyset, tuple(inputs))
                 setup_context(ctx, tuple(inputs), output)
             return output
 
@@ -182,6 +196,22 @@ def refuse_derivative(op: str, *, name: str, instead: str) -> None:
         raise NotImplementedError(f"{name}: has no derivative; use {instead}")
 
     register_derivative(op, backward, lambda *_: None, name=name, instead=instead)
+
+
+def without_derivative(name: str, instead: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Pass on what a function written in torch is made of, and refuse any derivative by it.
+
+    What `torch.compile` compiles is let alone.
+
+    Args:
+        name: of the public function, for the message.
+        instead: what to do.
+        tensors: its differentiable arguments.
+    """
+    if torch.compiler.is_compiling():
+        return tensors
+    message = f"{name}: has no derivative; use {instead}"
+    return _Undifferentiable.apply(message, len(tensors), *tensors)  # type: ignore[no-untyped-call]
 
 
 def refuse_vmap(op: str, *, name: str, instead: str) -> None:

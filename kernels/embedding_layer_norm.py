@@ -24,7 +24,14 @@ from .implementation import declare, register_fake
 from .layer_norm import layer_norm
 from .layer_norm_parameters import check_parameter, parameter_gradients, parameter_rows, save
 from .task_rows import NO_COLUMN, TaskRows, TaskSegments, rows_at
-from .value_checks import DTYPES, are_checked, check_data, check_index, check_tensor
+from .value_checks import (
+    DTYPES,
+    are_checked,
+    check_data,
+    check_index,
+    check_number,
+    check_tensor,
+)
 
 _ops = torch.ops.superbert
 
@@ -258,6 +265,7 @@ def embedding_layer_norm(
     check_data(**ids)
     if word.dtype == torch.float64:
         check_data(**tables, weight=weight, bias=bias)
+        check_number("eps", eps)
         out = embedding_layer_norm_reference(
             (word_ids, position_ids, token_type_ids),
             (word, position, token_type),

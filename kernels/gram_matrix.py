@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .value_checks import check_data
+from .value_checks import check_data, may_look
 
 
 def check_gram(gram: Tensor, **others: tuple[Tensor, int]) -> None:
@@ -52,17 +52,36 @@ def is_finite(gram: Tensor) -> Tensor:
     return gram.diagonal().isfinite().all()
 
 
+def in_dtype(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round weights to a dtype; where it cannot hold the largest, all are made smaller alike."""
+    most = torch.finfo(dtype).max
+    largest = weights.abs().max()
+    return torch.where(largest > most, weights * (most / largest), weights).to(dtype)
+
+
 def preferences(gram: Tensor, pref_vector: Tensor | None, *, mean: bool = True) -> Tensor:
     """``[K]`` in float64: the preferences given, or equal ones: ``1 / K`` each, or 1.
 
     Raises:
-        ValueError: ``gram`` is no Gram matrix, or ``pref_vector`` not ``[K]``.
+        ValueError: ``gram`` is no Gram matrix, or ``pref_vector`` not ``[K]``, or, on a CPU, not
+            finite.
     """
     if pref_vector is None:
         check_gram(gram)
         return torch.full_like(gram[0], 1 / len(gram) if mean else 1.0, dtype=torch.float64)
     check_gram(gram, pref_vector=(pref_vector, 1))
+    check_finite("pref_vector", pref_vector)
     return pref_vector.to(gram.device, torch.float64)
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Refuse numbers that are not finite, where they may be looked at.
+
+    Raises:
+        ValueError: the message names them.
+    """
+    if may_look(values) and not values.isfinite().all():
+        raise ValueError(f"{name}: expected finite numbers, got {values.tolist()}")
 
 
 def rounding(gram: Tensor) -> float:

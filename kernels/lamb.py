@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .surgery import gram
-from .value_checks import check_data
+from .value_checks import check_data, check_rates
 
 
 def _sizes(offsets: tuple[int, ...], device: torch.device) -> Tensor:
@@ -49,19 +49,21 @@ def lamb_update_(
         exp_avg_sq: ``[P]`` second moment, likewise.
         offsets: S + 1 ascending numbers; tensor s is ``offsets[s]:offsets[s + 1]``, all of P.
         low_precision: ``[P]`` copy of the weights in another dtype, written too.
-        lr: learning rate.
+        lr: learning rate; a number is finite and not negative, as eps and weight_decay are.
         step: 0-dim number of this step, the first being 1.
-        betas: decay rates of the moments.
+        betas: decay rates of the moments, from 0 to less than 1.
         eps: added to the root of the second moment.
         weight_decay: factor on the weights in u.
         decayed: so many columns decay, from the first; None: all.
         skip: 0-dim bool; where true, nothing changes.
 
     Raises:
-        ValueError: offsets do not cover the weights, or a storage that was freed.
+        ValueError: offsets do not cover the weights, a number is not as above, or a storage was
+            freed.
     """
     check_data(master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_data(low_precision=low_precision, lr=lr, step=step, skip=skip)
+    check_rates(betas, lr=lr, eps=eps, weight_decay=weight_decay)
     if offsets[0] != 0 or offsets[-1] != len(master):
         raise ValueError(
             f"offsets: expected from 0 to {len(master)}, got from {offsets[0]} to {offsets[-1]}"

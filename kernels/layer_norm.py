@@ -41,7 +41,7 @@ from .layer_norm_parameters import (
     task_arguments,
 )
 from .task_rows import TaskRows, TaskSegments
-from .value_checks import check_data
+from .value_checks import check_data, check_number
 
 _ops = torch.ops.superbert
 
@@ -257,7 +257,7 @@ def layer_norm(
         x: ``[..., N]``, any floating dtype; ``[T, N]`` with rows.
         weight: ``[N]``, any floating dtype; None stands for ones.
         bias: ``[N]``, likewise; None stands for zeros.
-        eps: added to the variance; BERT's default.
+        eps: added to the variance, finite and not negative; BERT's default.
         rows: where task gradients of weight and bias go; their ``grad`` then stays None.
         segments: which rows of ``x`` belong to which task; needed with ``rows``.
 
@@ -270,6 +270,7 @@ def layer_norm(
     tasks = task_arguments(x, weight, bias, rows, segments)
     if x.dtype == torch.float64:
         check_data(x=x, weight=weight, bias=bias)
+        check_number("eps", eps)
         return layer_norm_reference(x, weight, bias, eps, rows, segments)
     out: Tensor = _ops.layer_norm(x, weight, bias, eps, *tasks)[0]
     return out

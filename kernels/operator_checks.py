@@ -10,10 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention_checks import check_boundaries, check_qkv
+from .attention_checks import check_boundaries, check_qkv, scale_of
 from .dropout import check_dropout
 from .layer_norm_parameters import check_parameter
-from .value_checks import DTYPES, are_checked, check_data, check_index, check_offsets, check_tensor
+from .value_checks import (
+    DTYPES,
+    are_checked,
+    check_data,
+    check_index,
+    check_number,
+    check_offsets,
+    check_tensor,
+)
 
 KERNEL_DTYPES = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
 
@@ -39,12 +47,15 @@ def check_attention(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     dropout_p: float,
+    softmax_scale: float,
+    _causal: bool,
     seed: Tensor | None,
     stream: int,
 ) -> None:
     """Check what both passes of attention are given."""
     check_kernel_dtype("q", q)
     check_qkv(q, k, v)
+    scale_of(q, softmax_scale)
     check_data(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_boundaries("cu_seqlens_q", cu_seqlens_q, q)
     check_boundaries("cu_seqlens_k", cu_seqlens_k, k)
@@ -82,8 +93,7 @@ def check_norm(
 ) -> None:
     """Check what the forward passes that end in a layer norm are given."""
     _check_hidden("x", x)
-    if not eps >= 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
+    check_number("eps", eps)
     for name, parameter in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
         check_parameter(name, parameter, x)
         check_data(**{name: parameter})

@@ -21,6 +21,7 @@ from .balanced_optimizer import BalancedOptimizer
 from .surgery import Reduction, draw_order, pcgrad_weights
 from .task_gradients import TaskGradients
 from .task_losses import Losses
+from .value_checks import check_order
 
 _DRAWN = "drawn_orders"  # in the first parameter group: all that stores optimizers keeps it there
 _OLD_KEY = "pcgrad"  # of state dicts before
@@ -88,13 +89,14 @@ class PCGrad(BalancedOptimizer):
         Args:
             objectives: one scalar loss for each task; more as for ``backward``, which it is but for
                 the order.
-            order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by.  Drawn
-                at random when None.
+            order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by, each
+                of them once.  Drawn at random when None.
 
         Raises:
-            ValueError: as ``backward``.
+            TypeError: ``order`` is no tensor.
+            ValueError: as ``backward``, or an order on a CPU is not as above.
         """
-        weigh = self._weigh if order is None else partial(self._project, order)
+        weigh = self._weigh if order is None else partial(self._project_by, order)
         self._gradients.backward(objectives, self.param_groups, weigh)
 
     def _weigh(self, grams: Tensor) -> Tensor:
@@ -102,6 +104,10 @@ class PCGrad(BalancedOptimizer):
         drawn = self._first_group.get(_DRAWN, 0)
         self._first_group[_DRAWN] = drawn + 1
         return self._project(draw_order(grams.shape[-1], seed, drawn), grams)
+
+    def _project_by(self, order: Tensor, grams: Tensor) -> Tensor:
+        check_order(order, grams.shape[-1])
+        return self._project(order, grams)
 
     def _project(self, order: Tensor, grams: Tensor) -> Tensor:
         """Make weights ``[G, K]`` out of ``[G, K, K]``."""

@@ -19,6 +19,7 @@ PCGrad: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, Alg
 AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -29,7 +30,7 @@ from torch import Tensor
 from ._extension import has_kernel
 from .differentiation import refuse_derivative, register_derivative
 from .implementation import declare, register_fake
-from .value_checks import check_data, check_tensor
+from .value_checks import check_data, check_number, check_tensor
 
 Reduction = Literal["sum", "mean"]
 
@@ -218,10 +219,12 @@ def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     check_data(grad=grad)
     check_tensor("rows", rows, ctx.shape, rows.dtype, grad.device)
     symmetric = grad + grad.mT
-    grad_rows = torch.zeros_like(rows)
-    for matrix, (begin, end) in zip(symmetric, pairwise(ctx.offsets), strict=True):
-        grad_rows[:, begin:end] = matrix @ rows[:, begin:end].to(matrix.dtype)
-    return grad_rows, None
+    segments = zip(symmetric, pairwise(ctx.offsets), strict=True)
+    parts = [matrix @ rows[:, begin:end].to(matrix.dtype) for matrix, (begin, end) in segments]
+    # Put together, since torch.func.vmap cannot write in place; columns of no segment get zeros.
+    before, after = rows[:, : ctx.offsets[0]], rows[:, ctx.offsets[-1] :]
+    parts = [torch.zeros_like(before), *parts, torch.zeros_like(after)]
+    return torch.cat([part.to(rows.dtype) for part in parts], 1), None
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -302,8 +305,9 @@ def pcgrad_weights(
 
     Args:
         gram: ``[K, K]`` from :func:`gram`, float32 or float64.
-        order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by.  Task i
-            itself is passed over.  Drawn at random when None.
+        order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by, each of
+            them once, which a CPU checks.  Task i itself is passed over.  Drawn at random when
+            None.
         generator: draws the order's seed; torch's default generator of the device when None.
         reduction: ``"sum"`` of the projected gradients as in the paper, or their ``"mean"``.
         include_self: also project g_i by itself where its turn comes, as widely copied code does;
@@ -314,7 +318,7 @@ def pcgrad_weights(
         are NaN where the diagonal of ``gram`` is not finite.
 
     Raises:
-        ValueError: if a shape or dtype is not as above, or the reduction is unknown.
+        ValueError: if a shape, a dtype or an order is not as above, or the reduction is unknown.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
@@ -375,12 +379,12 @@ def combine_adamw_(
         exp_avg: ``[P]`` first moment, like ``master``.
         exp_avg_sq: ``[P]`` second moment, like ``master``.
         low_precision: ``[P]`` bfloat16 or float16 copy of the weights, written too.
-        lr: learning rate.
+        lr: learning rate; a number is finite and not negative.
         step: number of this step, the first being 1.  Below that, where the bias correction would
             divide by 0, a CPU raises; a GPU, which the host must not wait for, writes nothing.
         betas: decay rates of the moments, from 0 to less than 1.
-        eps: added to the root of the second moment; not negative.
-        weight_decay: decoupled weight decay; not negative.
+        eps: added to the root of the second moment; finite and not negative.
+        weight_decay: decoupled weight decay; finite and not negative.
         scale: multiplies the combined gradient: clipping and 1 / loss scale (:func:`update_guard`).
         skip: where true, nothing is written.
 
@@ -388,6 +392,7 @@ def combine_adamw_(
         ValueError: if a shape, dtype, stride, device or number is not as above, or something that
             is written overlaps another argument.
     """
+    check_number("lr", lr)
     if not isinstance(lr, Tensor):
         lr = torch.full((), lr, dtype=torch.float64, device=rows.device)
     if not isinstance(step, Tensor):
@@ -422,6 +427,20 @@ def combined_norm(gram: Tensor, weights: Tensor) -> Tensor:
     return squares.sum().clamp(min=0).sqrt().to(gram.dtype)
 
 
+def _check_guarded(
+    gram: Tensor, weights: Tensor, max_norm: Tensor | float | None, loss_scale: Tensor | float
+) -> None:
+    check_data(gram=gram, weights=weights, max_norm=max_norm, loss_scale=loss_scale)
+    if gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(f"gram: expected [K, K] or [S, K, K], got {list(gram.shape)}")
+    if weights.shape != gram.shape[:-1]:
+        raise ValueError(f"weights: expected {list(gram.shape[:-1])}, got {list(weights.shape)}")
+    if not (max_norm is None or isinstance(max_norm, Tensor) or max_norm >= 0):
+        raise ValueError(f"max_norm: expected a number of at least 0, got {max_norm}")
+    if not (isinstance(loss_scale, Tensor) or 0 < loss_scale < math.inf):
+        raise ValueError(f"loss_scale: expected a finite number above 0, got {loss_scale}")
+
+
 def update_guard(
     gram: Tensor,
     weights: Tensor,
@@ -435,16 +454,17 @@ def update_guard(
         gram: ``[K, K]`` Gram matrix of the task gradients, float32 or float64; ``[S, K, K]`` by
             segments of columns.
         weights: ``[K]`` weights of the combination, likewise; ``[S, K]`` by segments.
-        max_norm: clip the combined gradient to this norm, as ``clip_grad_norm_``; None: never.
-        loss_scale: what the losses were multiplied by.
+        max_norm: clip the combined gradient to this norm, as ``clip_grad_norm_``; not negative.
+            None, or infinite: never.  The value of a tensor is not looked at.
+        loss_scale: what the losses were multiplied by, finite and above 0; likewise.
 
     Returns:
         0-dim tensors on the device of ``gram``: norm, factor and overflow.
 
     Raises:
-        ValueError: a storage that was freed.
+        ValueError: a shape or a number is not as above, or a storage was freed.
     """
-    check_data(gram=gram, weights=weights, max_norm=max_norm, loss_scale=loss_scale)
+    _check_guarded(gram, weights, max_norm, loss_scale)
     norm = combined_norm(gram, weights) / loss_scale
     scale = torch.ones_like(norm) / loss_scale
     if max_norm is not None:

@@ -8,6 +8,7 @@ for debugging: call :func:`check_cu_seqlens` where a batch is made, or run a ste
 within :func:`checked_values`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -38,7 +39,7 @@ def checked_values() -> Iterator[None]:
 
 def may_look(x: Tensor) -> bool:
     """Whether a call on ``x`` may look at values in Python."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
         return False
     return _enabled if x.is_cuda else x.device.type == "cpu"
 
@@ -49,6 +50,36 @@ def are_checked(x: Tensor) -> bool:
     The C++ kernels look themselves; the float64 references on a CPU do not.
     """
     return may_look(x) and (x.is_cuda or x.dtype == torch.float64)
+
+
+def check_number(name: str, value: Tensor | float | None, most: float = math.inf) -> None:
+    """Refuse a setting that is not a finite number of at least 0.
+
+    Args:
+        name: of the setting.
+        value: None, and tensors, which may lie on a device, pass.
+        most: the largest number that it may be.
+
+    Raises:
+        ValueError: the message names it.
+    """
+    if value is None or isinstance(value, Tensor) or (0 <= value <= most and value < math.inf):
+        return
+    limit = "" if most == math.inf else f", and at most {most:.3g}"
+    raise ValueError(f"{name}: expected a finite number of at least 0{limit}, got {value}")
+
+
+def check_rates(betas: Sequence[float], **numbers: Tensor | float) -> None:
+    """Refuse what an optimizer with two moments cannot be told.
+
+    Raises:
+        ValueError: the message names it.
+    """
+    for number, beta in enumerate(betas, 1):
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta{number}: expected 0 <= beta{number} < 1, got {beta}")
+    for name, value in numbers.items():
+        check_number(name, value)
 
 
 def check_data(**tensors: Tensor | float | None) -> None:
@@ -171,6 +202,32 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
             )
     if values[-1] > total:
         raise ValueError(f"{name}: expected to end within the {total} rows, got {values[-1]}")
+
+
+def check_order(order: Tensor, num_tasks: int) -> None:
+    """Check that an order of projections has each task once in every row.
+
+    Args:
+        order: ``[K, K]``; its values are looked at on a CPU alone.
+        num_tasks: K.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it does not.
+    """
+    if not isinstance(order, Tensor):
+        raise TypeError(f"order: expected a tensor [K, K], got {type(order).__name__}")
+    if order.shape != (num_tasks, num_tasks):
+        raise ValueError(f"order: expected {[num_tasks] * 2}, got {list(order.shape)}")
+    if not may_look(order):
+        return
+    check_data(order=order)
+    for number, row in enumerate(order.tolist()):
+        if sorted(row) != list(range(num_tasks)):
+            raise ValueError(
+                f"order: expected each of 0 to {num_tasks - 1} once in every row, got {row} "
+                f"in row {number}"
+            )
 
 
 def check_index(name: str, index: Tensor, num_rows: int) -> None:

@@ -309,7 +309,7 @@ class Balance:
     def __call__(self, grams: Tensor, order: Tensor, losses: Tensor) -> Tensor:
         """Return the weights ``[G, K]`` of Gram matrices ``[G, K, K]``.
 
-        Where a Gram matrix or a loss is not finite the state stays: such a step is skipped.
+        Where a weight or a loss is not finite the state stays: such a step is skipped.
         """
         return torch.stack(
             [self._decide(part, gram, order, losses) for part, gram in enumerate(grams.unbind())]
@@ -322,7 +322,7 @@ class Balance:
             return own.to(gram.dtype)
         state = {name: tensor[part] for name, tensor in self.state.items()}
         decision = self._method.decide(Signals(gram, order, losses, state))
-        finite = torch.isfinite(gram.diagonal()).all() & torch.isfinite(losses).all()
+        finite = torch.isfinite(losses).all() & torch.isfinite(decision.weights).all()
         for name, new in decision.state.items():
             state[name].copy_(torch.where(finite, new, state[name]))
         return decision.weights

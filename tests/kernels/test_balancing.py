@@ -302,12 +302,12 @@ def test_symmetric_eigen() -> None:
 
 def test_bad_arguments() -> None:
     matrix = torch.eye(3)
-    for bad in (-0.1, torch.nan):
+    for bad in (-0.1, torch.nan, torch.inf):
         with pytest.raises(ValueError, match="c: expected a finite number of at least 0"):
             balancing.cagrad(matrix, bad)
         with pytest.raises(ValueError, match="max_norm: expected a finite number of at least 0"):
             balancing.nash_mtl(matrix, bad)
-        with pytest.raises(ValueError, match="alpha: expected a number of at least 0"):
+        with pytest.raises(ValueError, match="alpha: expected a finite number of at least 0"):
             balancing.fairgrad(matrix, bad)
         with pytest.raises(ValueError, match="beta: expected 0 to 1"):
             balancing.gradvac(matrix, draw_order(3, 1), torch.zeros(3, 3), bad)

@@ -1,5 +1,7 @@
 """Every balancing method on gradients that are zero, equal, opposed, tiny, huge or not finite."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,13 @@ METHODS: dict[str, Method] = EACH | {
     "cagrad of radius 1": lambda matrix: balancing.cagrad(matrix, 1.0),
     "nash_mtl without a limit": lambda matrix: balancing.nash_mtl(matrix, 0.0),
     "nash_mtl with a limit": lambda matrix: balancing.nash_mtl(matrix, 1.0),
+    "cagrad of radius 1e38": lambda matrix: balancing.cagrad(matrix, 1e38),
+    "auxiliary_pcgrad of weight 0": lambda matrix: balancing.auxiliary_pcgrad(matrix, 0, 0.0),
+    "auxiliary_pcgrad of weight 1e38": lambda matrix: balancing.auxiliary_pcgrad(matrix, 0, 1e38),
+    **{
+        f"fairgrad of alpha {alpha}": partial(balancing.fairgrad, alpha=alpha)
+        for alpha in (1e-300, 1e-8, 1e-6, 1e-4, 0.01, 50.0, 1e300)
+    },
     "fairgrad of alpha 0": lambda matrix: balancing.fairgrad(matrix, 0.0),
     "fairgrad of alpha 0.5": lambda matrix: balancing.fairgrad(matrix, 0.5),
     "aligned_mtl by the median": lambda matrix: balancing.aligned_mtl(matrix, scale_mode="median"),
@@ -32,6 +41,7 @@ def cases(num_tasks: int) -> dict[str, Tensor]:
     one_zero, opposed = rows.clone(), rows[:1].repeat(num_tasks, 1)
     one_zero[-1] = 0
     opposed[1::2] *= -1
+    norms = torch.logspace(-15, 15, num_tasks, dtype=torch.float64)[:, None]
     return {
         "usual": rows,
         "all zero": torch.zeros_like(rows),
@@ -44,6 +54,11 @@ def cases(num_tasks: int) -> dict[str, Tensor]:
         "1e-19": 1e-19 * rows,
         "1e15": 1e15 * rows,
         "1e30": 1e30 * rows,
+        "nearly opposed": opposed + 1e-6 * rows,
+        "1e-15 to 1e15": norms * rows,
+        "1e15 to 1e-15": norms.flip(0) * rows,
+        "1e-15 to 1e15, equal": norms * rows[:1],
+        "1e-15 to 1e15, opposed": norms * opposed,
         "one of 1e15": torch.cat([1e15 * rows[:1], rows[1:]]),
     }
 
@@ -55,7 +70,7 @@ def weigh(method: str, num_tasks: int, rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("num_tasks", [1, 2, 4])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 8])
 def test_weights_are_finite_where_the_gram_matrix_is(method: str, num_tasks: int) -> None:
     for dtype in DTYPES:
         for name, rows in cases(num_tasks).items():
@@ -128,3 +143,55 @@ def test_krum_does_not_choose_around_a_gradient_that_is_not_finite() -> None:
     rows = gradients(5, 3)
     rows[0, 0] = torch.nan
     assert balancing.krum(gram(rows), num_byzantine=1).isnan().all()
+
+
+# ---- fairgrad ------------------------------------------------------------------------------------
+
+
+def definite(rows: Tensor) -> Tensor:
+    """What fairgrad solves for: G of norm 1, its diagonal larger by rounding errors."""
+    matrix = rows @ rows.T
+    matrix += torch.diag(len(rows) * torch.finfo(rows.dtype).eps * matrix.diagonal())
+    return matrix / matrix.norm()
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-8, 1e-6, 1e-4, 0.01, 0.1, 0.5, 1.0, 2.0])
+def test_fairgrad_solves_its_equation(alpha: float) -> None:
+    """``G c = c^(-1 / alpha)``: where a task's gain is more than rounding, and nowhere negative."""
+    for seed in range(20):
+        num_tasks = 2 + seed % 7
+        rows = gradients(num_tasks, seed, columns=(12, 4, 2, 1)[seed % 4])
+        if seed % 3 == 0:
+            rows[0] = -2 * rows[1]
+        if seed % 5 == 0:
+            rows *= torch.logspace(-4, 4, num_tasks, dtype=torch.float64)[:, None]
+        matrix = definite(rows)
+        weights = balancing.fairgrad(rows @ rows.T, alpha)
+        assert (weights > 0).all()
+        gains, sizes = matrix @ weights, matrix.abs() @ weights
+        assert (gains > -1e-12 * sizes).all()
+        clear = gains > 1e-10 * sizes
+        error = (weights.log() + alpha * gains.log())[clear].abs()
+        rounded = 1e-9 if alpha >= 1e-8 else 1e-6  # a smaller one is taken for 1e-8
+        assert (error <= 1e-4 * alpha + rounded).all(), (seed, error)
+
+
+@pytest.mark.parametrize("alpha", [1e-8, 1e-300])
+def test_fairgrad_of_small_alpha_is_the_sum_projected_onto_the_dual_cone(alpha: float) -> None:
+    for seed in range(10):
+        rows = gradients(2 + seed % 4, seed)
+        matrix = rows @ rows.T
+        expected = balancing.dual_projection(matrix, torch.ones(len(rows)))
+        torch.testing.assert_close(
+            balancing.fairgrad(matrix, alpha), expected, rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("alpha", [2.0, 50.0])
+def test_weights_too_large_for_the_dtype_keep_their_proportions(alpha: float) -> None:
+    rows = cases(3)["1e-15 to 1e15"]
+    exact = balancing.fairgrad(gram(rows), alpha)
+    found = balancing.fairgrad(gram(rows.float()), alpha)
+    assert found.max() == torch.finfo(torch.float32).max
+    expected = exact / exact.max()
+    torch.testing.assert_close(found.double() / found.max(), expected, rtol=1e-4, atol=1e-40)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -79,9 +80,17 @@ def batched(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.autograd.grad(out, x, grads, is_grads_batched=True)[0]
 
 
-def reverse_over_reverse(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    grad = torch.func.grad(loss_of(f, 1))
+def reverse_over_reverse(f: Callable[[Tensor], Tensor], x: Tensor, power: int) -> Tensor:
+    grad = torch.func.grad(loss_of(f, power))
     return torch.func.grad(lambda y: (grad(y) * tangent_at(x)).sum())(x)
+
+
+def forward_over_reverse(f: Callable[[Tensor], Tensor], x: Tensor, power: int) -> Tensor:
+    return torch.func.jvp(torch.func.grad(loss_of(f, power)), (x,), (tangent_at(x),))[1]
+
+
+def jacobian_of_jacobian(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.func.jacrev(torch.func.jacrev(loss_of(f, 3)))(x)
 
 
 DERIVATIVES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
@@ -91,10 +100,17 @@ DERIVATIVES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] =
     "linearize": lambda f, x: torch.func.linearize(f, x)[1](tangent_at(x)),
     "twice": lambda f, x: twice(f, x, 3),
     "twice of a linear loss": lambda f, x: twice(f, x, 1),
-    "forward over reverse": lambda f, x: torch.func.jvp(
-        torch.func.grad(loss_of(f, 1)), (x,), (tangent_at(x),)
-    )[1],
-    "reverse over reverse": reverse_over_reverse,
+    **{
+        f"{name} of {loss}": partial(derivative, power=power)
+        for name, derivative in (
+            ("forward over reverse", forward_over_reverse),
+            ("reverse over reverse", reverse_over_reverse),
+        )
+        for loss, power in (("a linear loss", 1), ("a cubic loss", 3))
+    },
+    "jacobian of jacobian": jacobian_of_jacobian,
+    "hessian": lambda f, x: torch.func.hessian(loss_of(f, 3))(x),
+    "jacobian": lambda f, x: torch.func.jacrev(lambda y: f(y).flatten()[:3])(x),
     "batched": batched,
     "grad": lambda f, x: torch.func.grad(loss_of(f, 3))(x),
     "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
@@ -227,6 +243,51 @@ def test_the_gram_matrix_and_the_combination_are_differentiable_twice() -> None:
     for function, name in ((kernels.gram, "gram"), (lambda x: kernels.combine(x, weights), "com")):
         with pytest.raises(NotImplementedError, match=f"^{name}.*forward mode"):
             forward_mode(function, rows.detach())
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "gram": (kernels.gram, lambda rows: rows @ rows.T),
+    "gram of segments": (
+        lambda rows: kernels.gram(rows, [1, 3, 4]),
+        lambda rows: torch.stack([part @ part.T for part in (rows[:, 1:3], rows[:, 3:4])]),
+    ),
+    "combine": (
+        lambda rows: kernels.combine(rows, torch.arange(3, dtype=rows.dtype)),
+        lambda rows: torch.arange(3, dtype=rows.dtype) @ rows,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", DERIVATIVES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_derivative_of_surgery_is_right_or_refused(
+    name: str, kind: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, 5, dtype=dtype)
+    ours, plain = FUNCTIONS[name]
+    forward = kind in ("forward mode", "forward mode without grad", "jvp", "linearize", "hessian")
+    if forward or kind.startswith("forward over reverse"):
+        with pytest.raises(NotImplementedError, match=REFUSAL):
+            DERIVATIVES[kind](ours, rows)
+        return
+    found = DERIVATIVES[kind](ours, rows)
+    expected = DERIVATIVES[kind](plain, rows.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DERIVATIVES if kind != "vmap"])
+def test_weights_of_gradvac_have_no_derivative(kind: str) -> None:
+    def weights(rows: Tensor) -> Tensor:
+        matrix = rows @ rows.T
+        step = balancing.gradvac(matrix, kernels.draw_order(3, 1), torch.zeros_like(matrix))
+        return torch.cat([step.weights, step.targets.flatten()])
+
+    rows = torch.randn(3, 5, dtype=torch.float64)
+    assert weights(rows).isfinite().all()
+    with pytest.raises(NotImplementedError, match=r"^gradvac: has no derivative; use gram\.detach"):
+        DERIVATIVES[kind](weights, rows)
 
 
 def test_a_linear_layer_without_a_graph_keeps_tangents() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels import PCGrad
-from kernels.surgery import draw_order
+from kernels import PCGrad, balancing
+from kernels.surgery import draw_order, pcgrad_weights
 
 from .algorithm1 import algorithm1
 from .published_pcgrad import published_update
@@ -248,3 +248,34 @@ def test_bad_arguments() -> None:
     frozen = PCGrad(torch.optim.SGD([model.frozen], lr=0.1))
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         frozen.pc_backward(model.losses())
+
+
+NO_PERMUTATIONS = ([[0, 0], [1, 1]], [[0, 1], [1, 1]], [[0, 2], [1, 0]], [[0, -1], [1, 0]])
+
+
+@pytest.mark.parametrize("rows", NO_PERMUTATIONS)
+def test_an_order_that_leaves_tasks_out_is_refused(rows: list[list[int]]) -> None:
+    order, parameter = torch.tensor(rows), torch.nn.Parameter(torch.randn(3))
+    matrix = torch.eye(2)
+    optimizer = PCGrad(torch.optim.SGD([parameter], lr=0.1))
+    for call in (
+        lambda: optimizer.pc_backward([parameter.sum(), -parameter.square().sum()], order),
+        lambda: pcgrad_weights(matrix, order),
+        lambda: pcgrad_weights(matrix.double(), order, include_self=True),
+        lambda: torch.ops.superbert.pcgrad_weights(matrix, order, True, False),
+        lambda: balancing.gradvac(matrix, order, torch.zeros(2, 2)),
+    ):
+        with pytest.raises(ValueError, match=r"^order"):
+            call()
+    assert parameter.grad is None
+
+
+def test_an_order_of_another_size_or_kind_is_refused() -> None:
+    parameter = torch.nn.Parameter(torch.randn(3))
+    optimizer = PCGrad(torch.optim.SGD([parameter], lr=0.1))
+    losses = [parameter.sum(), -parameter.square().sum()]
+    with pytest.raises(ValueError, match=r"^order: expected \[2, 2\], got \[3, 3\]"):
+        optimizer.pc_backward(losses, draw_order(3, 1))
+    losses = [parameter.sum(), -parameter.square().sum()]
+    with pytest.raises(TypeError, match=r"^order: expected a tensor \[K, K\], got list"):
+        optimizer.pc_backward(losses, [[0, 1], [1, 0]])

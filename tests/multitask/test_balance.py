@@ -110,6 +110,17 @@ def test_gradnorm_starts_from_equal_weights_and_the_first_losses(make_model, mak
     torch.testing.assert_close(second.weights, expected)
 
 
+def test_gradnorm_forgets_nothing_where_a_loss_has_no_ratio(make_model) -> None:
+    """A negative one: its weights are none, and the next step begins from those before."""
+    balance = build_step(make_model().train(), balance="gradnorm").balance
+    order = torch.arange(3).repeat(3, 1)
+    for losses in ([1.0, 1.0, 1.0], [0.5, 2.0, 1.0]):
+        balance(torch.eye(3)[None], order, torch.tensor(losses))
+    before = balance.state["weights"].clone()
+    assert balance(torch.eye(3)[None], order, torch.tensor([-1.0, 1.0, 1.0])).isnan().all()
+    assert torch.equal(balance.state["weights"], before)
+
+
 @pytest.mark.parametrize("name", ["gradvac", "gradnorm"])
 def test_a_skipped_step_leaves_no_trace_in_what_is_remembered(make_model, make_batch, name):
     step = build_step(make_model().train(), balance=name)
