@@ -255,9 +255,20 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
         tokenizer = Tokenizer.train(vocabulary_texts(recipe), recipe.encoder.vocab_size)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
         config = EncoderConfig(**shape)
+    return _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
+
+
+def _run_of(
+    folder: Path, recipe: Recipe, config: EncoderConfig, tokenizer: Tokenizer, where: str
+) -> Run:
+    """Put a run together.
+
+    Raises:
+        InputError: the tokenizer has numbers that the embedding table has no row for.
+    """
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"--init {recipe.init}: the tokenizer has {tokenizer.vocab_size} entries, "
+            f"{where}: the tokenizer has {tokenizer.vocab_size} entries, "
             f"the embedding table {config.vocab_size}; the two belong to different models"
         )
     return Run(folder, recipe, config, tokenizer)
@@ -289,7 +300,7 @@ def open_run(folder: Path) -> Run:
     if recipe.init:
         encoder, _ = EncoderRecipe().of_model(config, str(folder / "config.json"))
         recipe = recipe.model_copy(update={"encoder": encoder})
-    return Run(folder, recipe, config, Tokenizer.load(folder))
+    return _run_of(folder, recipe, config, Tokenizer.load(folder), str(folder))
 
 
 def resume(recipe: Recipe, folder: Path) -> Run:

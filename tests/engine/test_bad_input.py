@@ -239,6 +239,19 @@ def test_resume_of_a_run_that_ended_within_an_epoch(tiny_run):
         tiny_run("run", "--max-steps", "3", *again)
 
 
+def test_a_run_whose_tokenizer_has_numbers_beyond_its_table(capsys, tiny_run):
+    folder = tiny_run("run", "--max-steps", "1")
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    parts["model"]["vocab"]["zebra"] = 13_700
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
+    resuming = ["demo", "--out", str(folder), "--resume", "--max-steps", "2", "--set", *TINY]
+    capsys.readouterr()
+    for door, arguments in ((evaluate, [str(folder)]), (train, resuming)):
+        assert "the tokenizer has 13701 entries, the embedding table" in refuse(
+            capsys, door, *arguments
+        )
+
+
 @pytest.fixture
 def small_model(tiny_run, tmp_path: Path) -> Path:
     """A model folder in the Hugging Face layout, to spoil."""

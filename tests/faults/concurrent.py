@@ -84,6 +84,7 @@ def _attempt(base: Base, case: Case) -> Tried:
         again = call(first, case.folder, cache)
         if again.status != 0:
             problems.append(f"after a kill: {again.error[-200:]}")
+        problems += _left(case.folder)
     outcomes = " and ".join(map(outcome_of, ends))
     return Tried(f"{name}{', first killed' if killed else ''}", outcomes, problems)
 
@@ -106,6 +107,12 @@ def _problems_together(
     for recipe in folder.rglob("recipe.toml"):
         yield from problems_of_run(recipe.parent)
         yield from _problems_of_steps(recipe.parent)
+    if len(alive) == len(ends):  # what was killed leaves the rest of its work to the next one
+        yield from _left(folder)
+
+
+def _left(folder: Path) -> Iterator[str]:
+    """Yield the files that are not whole."""
     for left in folder.rglob("*.partial"):
         yield f"{left.relative_to(folder)} was left"
 
