@@ -219,12 +219,6 @@ def test_a_model_that_memory_does_not_suffice_for(tiny_run):  # noqa: F811
         tiny_run("run", settings=settings)
 
 
-def test_a_run_of_fewer_steps_than_it_has_is_done(tiny_run):  # noqa: F811
-    folder = tiny_run("run", "--max-steps", "4")
-    tiny_run("run", "--resume", "--max-steps", "3")
-    assert open_run(folder).checkpoints.progress().step == 4
-
-
 def test_real_allocations_that_fail_are_known():
     with pytest.raises(InputError, match="out of memory"), memory_explained("lower batch_size"):
         torch.empty(1 << 60, dtype=torch.uint8)
