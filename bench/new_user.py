@@ -5,6 +5,7 @@ in their order, with DIR and MODEL filled in; each gets its seconds and what it 
 suite (``make test``) and the benchmarks are left out.  It needs nothing but Python.
 """
 
+import argparse
 import os
 import platform
 import re
@@ -13,8 +14,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-from engine.door import Parser, positive
 from engine.json_text import dump_json
 from engine.standard_output import exit_with
 
@@ -39,12 +40,31 @@ def fill_in(command: str, data: Path, init: str, steps: int | None) -> str:
     return command if steps is None else re.sub(r"--max-steps \d+", f"--max-steps {steps}", command)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Answers a mistake with one line; the engine's own needs torch, which is not there yet."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def _count(text: str) -> int:
+    """Read a number of steps.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not (text.strip().isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return int(text)
+
+
 def main() -> int:
     """Try everything; return 1 if a command failed."""
-    parser = Parser(prog="python -m bench.new_user", description=__doc__)
+    parser = _Parser(prog="python3 -m bench.new_user", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the CS224N files")
     parser.add_argument("--init", required=True, help="a BERT: folder or hub name")
-    parser.add_argument("--steps", type=positive, help="of the real run (default: the README's)")
+    parser.add_argument("--steps", type=_count, help="of the real run (default: the README's)")
     parser.add_argument("--json", type=Path, required=True, help="where the record goes")
     parser.add_argument("--force", action="store_true", help="replace a record that is there")
     options = parser.parse_args()

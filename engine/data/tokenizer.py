@@ -190,12 +190,6 @@ class Tokenizer:
         return settings if same and is_line else None
 
     @property
-    def lowercase(self) -> bool:
-        """Whether text is put in lower case first."""
-        normalizer = self._components["normalizer"] or {"type": None}
-        return normalizer["type"] == "BertNormalizer" and normalizer["lowercase"]
-
-    @property
     def pair_separators(self) -> int:
         """Separators between two sentences in one sequence: BERT's one, or RoBERTa's two.
 

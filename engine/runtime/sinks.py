@@ -47,7 +47,7 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, recipe: Mapping[str, Any], *, offline: bool) -> None:
         import wandb
 
-        with _told_by_wandb():
+        with _wandb_explained():
             self._run = wandb.init(
                 project="superbert",
                 name=folder.name,
@@ -78,12 +78,12 @@ def check_sinks(names: Sequence[str]) -> None:
     if "wandb" in names:
         import wandb
 
-        with _told_by_wandb():
+        with _wandb_explained():
             wandb.login()
 
 
 @contextmanager
-def _told_by_wandb() -> Iterator[None]:
+def _wandb_explained() -> Iterator[None]:
     """Turn what W&B raises, for want of a key or of a network, into an input error."""
     import wandb
 

@@ -1,6 +1,7 @@
 """What the benchmarks' options take: anything else ends with one line and status 2."""
 
 import re
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -59,6 +60,13 @@ def test_no_number_is_read_without_its_range() -> None:
         text = source.read_text(encoding="utf-8")
         assert not re.search(r"type=(int|float)\b(?!, choices)", text), source
         assert "ArgumentParser(" not in text, source
+
+
+def test_the_readme_is_tried_with_nothing_but_python() -> None:
+    command = [sys.executable, "-S", "-m", "bench.new_user", "--help"]
+    root = Path(bench.__file__).parents[1]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_file_that_is_no_library_is_one_line(

@@ -239,7 +239,7 @@ def test_cased_vocabulary_stays_cased(tokenizer: Tokenizer, tmp_path: Path) -> N
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     cased = Tokenizer.load(tmp_path)
-    assert not cased.lowercase
+    assert cased.settings["do_lower_case"] is False
     assert cased.encode(["PLOT"], 8).tokens[1] == cased.unk_id
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -88,4 +87,4 @@ def test_input_that_is_too_large(capsys, tiny_run, tmp_path):
     status, line = _ended(capsys, lambda: predict.main([str(run), *options]))
     assert status == 2
     assert f"has {_HOLE:,} bytes" in line
-    assert not Path(tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists()
