@@ -1,4 +1,4 @@
-// The CPU side of the attention ops; kernels/attention.py documents them.
+// The CPU side of the attention ops; kernels/attention/attention.py documents them.
 #include <cmath>
 #include <optional>
 #include <tuple>

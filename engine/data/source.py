@@ -10,16 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from ..errors import InputError
-from ..names import FileName, GivenName, Name
-from ..reading import read_bytes
-from ..settings import Real, Settings
+from ..utils.errors import InputError
+from ..utils.field_types import FileName, GivenName, Name, Real, Settings
+from ..utils.untrusted_io import read_bytes
 from .decode import check_encoding
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Quoting, endings
-from .formats import FileFormat, LabelKind
-from .library import check_columns, load_split
-from .read import OnBadRow, Table, collect, parse_table
+from .hf_datasets import check_columns, load_split
 from .rows import Row, Rows, find_columns, typed_row
+from .table import OnBadRow, Table, collect, parse_table
+from .task_schema import LabelKind, TaskSchema
 
 _COLUMN_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -129,12 +128,12 @@ class TaskSource(Settings):
     def _num_classes(self) -> int:
         return self.classes if isinstance(self.classes, int) else len(self.classes)
 
-    def format(self, task: str) -> FileFormat:
+    def format(self, task: str) -> TaskSchema:
         """Return what the data look like."""
         low, high = self.range if self._is_regression else (0, self._num_classes - 1)
         kind: LabelKind = "classes" if high > 1 else "binary"
         names = () if self._is_regression or isinstance(self.classes, int) else self.classes
-        return FileFormat(
+        return TaskSchema(
             task=task,
             id=self.id,
             sentences=self.text,
@@ -198,8 +197,8 @@ class DataFile:
         """Return a hash of all that decides what is read."""
         return f"{''.join(endings(self.path))}:{hashlib.sha256(self._content).hexdigest()}"
 
-    def table(self, format_: FileFormat, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
-        """Return the examples: :func:`~.read.parse_table`."""
+    def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
+        """Return the examples: :func:`~.table.parse_table`."""
         return parse_table(
             self._content, self.path, format_, labelled=labelled, on_bad_row=on_bad_row
         )
@@ -217,8 +216,8 @@ class HubSplit:
         """Return the library's fingerprint of the data."""
         return str(self._data._fingerprint)
 
-    def table(self, format_: FileFormat, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
-        """Return the examples: :func:`~.read.collect`."""
+    def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
+        """Return the examples: :func:`~.table.collect`."""
         where = f"data set {self.name}, split {self.split}"
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, where)
@@ -226,7 +225,7 @@ class HubSplit:
         rows = Rows(self._rows(format_, columns, where), [])
         return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
-    def _rows(self, format_: FileFormat, columns: tuple[str, ...], where: str) -> Iterator[Row]:
+    def _rows(self, format_: TaskSchema, columns: tuple[str, ...], where: str) -> Iterator[Row]:
         data = self._data.select_columns(list(columns))
         # Class labels are stored as numbers; where the recipe knows names, so does the data set.
         feature = data.features.get(format_.label) if format_.classes else None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import implementation
 
-from .doors import DOORS, Stream
+from .layer_cases import DOORS, Stream
 from .test_balancing import SOLVERS
 from .test_surgery_weights import operator_samples
 

@@ -1,0 +1,69 @@
+"""What other trainers call the fields of a recipe, and the options of ``engine.train``.
+
+Names of transformers' and sentence-transformers' arguments, of BERT's configuration files, of
+MT-DNN and of torch.  Those that :func:`.messages.close` understands by their words are left out.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_FIELDS = {
+    "balance": "balancing_method grad_method gradient_surgery mtl_method",
+    "batch_size": "bs bsz micro_batch_size",
+    "betas": "adam_beta1 adam_beta2",
+    "checkpoint_every": "save_every save_steps save_interval",
+    "checkpoint_layers": "grad_checkpoint gradient_checkpointing activation_checkpointing",
+    "clip_norm": "clip_grad clip_grad_norm global_grad_clipping grad_clip grad_clipping "
+    "gradient_clip_val gradient_clipping grad_norm max_grad_norm max_norm norm",
+    "data": "dataset_path",
+    "dropout": "classifier_dropout head_dropout",
+    "eps": "adam_epsilon epsilon optimizer_eps",
+    "execution": "compile jit_compile torch_compile use_compile",
+    "freeze_encoder": "freeze_bert freeze_backbone freeze_base_model",
+    "init": "bert_model init_checkpoint model_name model_name_or_path pretrained "
+    "pretrained_model pretrained_model_name_or_path",
+    "keep_checkpoints": "save_total_limit",
+    "limit": "max_samples max_train_examples max_train_samples num_train_examples train_size",
+    "log_every": "log_interval log_per_updates log_steps logging_steps",
+    "lr": "learning_rate lrate",
+    "max_length": "max_seq_len max_seq_length max_sequence_length model_max_length seq_len "
+    "sequence_length",
+    "max_steps": "num_iterations train_iters",
+    "micro_batches": "accumulate_grad_batches grad_accum_steps grad_accumulation_step "
+    "gradient_accumulation gradient_accumulation_steps mini_batch_size",
+    "optimizer": "optim_type optimizer_type",
+    "pooling": "pooling_strategy",
+    "precision": "amp bf16 fp16 mixed_precision tf32 torch_dtype dtype",
+    "schedule": "learning_rate_schedule lr_schedule lr_scheduler lr_scheduler_type scheduler_type",
+    "seed": "manual_seed random_seed random_state",
+    "sinks": "logger loggers report_to tensorboard wandb",
+    "warmup": "lr_warmup lr_warmup_steps num_warmup_steps warmup_steps",
+    "weight_decay": "adam_weight_decay l2 wd",
+    "encoder.hidden_size": "d_model dim emb_size embed_dim hidden_dim n_embd width",
+    "encoder.intermediate_size": "d_ff dim_feedforward ffn_dim ffn_size",
+    "encoder.max_position_embeddings": "max_positions n_positions",
+    "encoder.num_attention_heads": "nhead",
+    "encoder.num_hidden_layers": "depth",
+    "encoder.attention_probs_dropout_prob": "attn_dropout attention_dropout_prob",
+    "encoder.initializer_range": "init_std",
+    "objectives.NAME.mask_share": "mask_prob masking_ratio masked_lm_prob mlm_probability",
+    "objectives.NAME.temperature": "simcse_temperature tau temp",
+    "objectives.NAME.limit": "objectives.NAME.first",
+    "tasks.NAME.first": "tasks.NAME.limit tasks.NAME.max_samples tasks.NAME.source.limit",
+    "tasks.NAME.features": "tasks.NAME.head tasks.NAME.head_type",
+    "tasks.NAME.weight": "loss_weight loss_weights task_weight task_weights",
+    "tasks.NAME.source.files": "data_files train_file",
+    "tasks.NAME.source.classes": "num_labels",
+    "--out": "out out_dir output output_dir output_folder save_dir",
+    "--device": "device use_cpu no_cuda use_gpu",
+    "--resume": "resume resume_from_checkpoint",
+    "--seeds": "seeds num_seeds",
+}
+
+OTHER_NAMES: Mapping[str, str] = MappingProxyType(
+    {name.lower(): field for field, names in _FIELDS.items() for name in names.split()}
+)
+"""The field or option that each name stands for; names within a table are dotted."""
+
+OPTIONS = tuple(field for field in _FIELDS if field.startswith("--"))
+"""The options among them."""

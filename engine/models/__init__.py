@@ -1,0 +1,1 @@
+"""The encoder, adapters and heads; weights from and to the Hugging Face layout."""

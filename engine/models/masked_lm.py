@@ -1,0 +1,98 @@
+"""The head of masked language modelling and of next sentence prediction (Devlin et al. 2019)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._kernels import kernels
+from ..data.task_batch import Labels, MaskedTokens
+from .config import EncoderConfig
+from .layers import Embedding, LayerNorm, Linear
+from .pooling import TaskStates, at_least_fp32
+
+_PRETRAINED = {
+    "cls.predictions.bias": "bias",
+    "cls.predictions.transform.dense.weight": "transform.weight",
+    "cls.predictions.transform.dense.bias": "transform.bias",
+    "cls.predictions.transform.LayerNorm.weight": "norm.weight",
+    "cls.predictions.transform.LayerNorm.bias": "norm.bias",
+    "pooler.dense.weight": "pooler.weight",
+    "pooler.dense.bias": "pooler.bias",
+    "cls.seq_relationship.weight": "follows.weight",
+    "cls.seq_relationship.bias": "follows.bias",
+}
+
+
+class MaskedLmHead(nn.Module):
+    """Tells the tokens behind masks; its decoder is the word table itself.
+
+    Args:
+        config: of the encoder.
+        next_sentence: tell from [CLS] whether the second segment follows the first.
+    """
+
+    decodes_words = True
+
+    def __init__(self, config: EncoderConfig, *, next_sentence: bool) -> None:
+        super().__init__()
+        width, std = config.hidden_size, config.initializer_range
+        self.transform = Linear(width, width, init_std=std)
+        self.norm = LayerNorm(width, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.pooler = Linear(width, width, init_std=std) if next_sentence else None
+        self.follows = Linear(width, 1, init_std=std) if next_sentence else None
+
+    def forward(self, states: TaskStates) -> Tensor:
+        """Return the loss of the batch: the mean cross entropy of the masked tokens, 0-dim.
+
+        With next sentence prediction, its mean cross entropy is added.
+        """
+        labels = states.labels
+        assert isinstance(labels, MaskedTokens), "the batch has no masks"
+        masked = states.tokens[labels.positions]
+        logits = self.logits(masked, states.shared.word, states.segments(len(masked)))
+        loss = F.cross_entropy(logits, labels.targets)
+        if self.pooler is None or self.follows is None:
+            return loss
+        assert labels.is_next is not None
+        first = states.tokens[states.cu_seqlens[:-1].long()]
+        follows = at_least_fp32(self.follows(self.pooler(first).tanh())).squeeze(1)
+        return loss + F.binary_cross_entropy_with_logits(follows, labels.is_next)
+
+    def logits(
+        self, hidden: Tensor, word: Embedding, segments: kernels.TaskSegments | None = None
+    ) -> Tensor:
+        """Return a logit for each word of the table: ``[m, H]`` to fp32 ``[m, V]``.
+
+        Args:
+            hidden: ``[m, H]``.
+            word: the table.
+            segments: of the m rows, when task gradients are collected.
+        """
+        changed = self.norm(F.gelu(self.transform(hidden)))
+        rows = None
+        if word.rows is not None and segments is not None:
+            rows = kernels.TaskRows(word.rows.buffer, word.rows.weight_columns)
+        scores = kernels.linear(changed, word.weight, rows=rows, segments=segments)
+        return at_least_fp32(scores + self.bias)
+
+    def loss(self, scores: Tensor, _labels: Labels | None) -> Tensor:
+        """Return what :meth:`forward` returned."""
+        return scores
+
+    def load_pretrained(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Take over the head that a Hugging Face model was pretrained with, if it is there whole.
+
+        The two outputs of its next sentence prediction (0: follows) become one logit.
+        """
+        known = {ours: tensors[theirs] for theirs, ours in _PRETRAINED.items() if theirs in tensors}
+        for name in ("follows.weight", "follows.bias"):
+            if name in known:
+                known[name] = known[name][:1] - known[name][1:]
+        own = self.state_dict()
+        if any(name not in known or known[name].shape != own[name].shape for name in own):
+            return False
+        self.load_state_dict({name: known[name].float() for name in own})
+        return True
