@@ -31,7 +31,7 @@ _SCALE_OF_SIMILARITY = 5.0
 
 
 class Head(Protocol):
-    """What the model asks of a head: of a task's, or of an objective's (engine/data).
+    """What the model asks of a head: of a task's, or of an objective's.
 
     Attributes:
         decodes_words: whether it uses the word table, and so reaches every entry of it.
