@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.attention import attention_reference
+from kernels.attention_options import AttentionOptions
 from kernels.dropout import _factors, philox_reference
 
 # Both sides of every block of queries, keys or rows, in C++ and in Triton.
@@ -80,7 +81,7 @@ def reference_by_sequence(
         cu_seqlens = boundaries([num_queries]), boundaries([num_keys])
         padded = (leaves[0], *(F.pad(x, (0, 0, 0, 0, 0, PADDING)) for x in leaves[1:]))
         own_out, own_lse = attention_reference(
-            *padded, *cu_seqlens, q.shape[2] ** -0.5, causal, factors
+            *padded, *cu_seqlens, AttentionOptions(q.shape[2] ** -0.5, causal), factors
         )
         out[rows[0]], lse[:, rows[0]] = own_out.detach(), own_lse.detach()
         own_grads = torch.autograd.grad(own_out, leaves, grad_out[rows[0]].to(dtype))

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from kernels import attention_triton_kernels as attention
 from kernels import embedding_layer_norm_triton, embedding_triton, layer_norm_triton
 from kernels.attention_triton import DELTA_ROWS, INTERVAL_ROWS, TILES, padded_width
-from kernels.attention_triton_kernels import Heads, Intervals
+from kernels.attention_triton_kernels import Heads, Intervals, KernelOptions
 from kernels.embedding_layer_norm_triton import Tables
 from kernels.layer_norm_triton import Parameters, constants_of
 from kernels.philox_triton import DropoutArguments
@@ -135,7 +135,6 @@ def _attention(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     block_d = padded_width(case.width)
     tiles = TILES[case.kernel, ELEMENT_BYTES[case.dtype], block_d]
     constants = {
-        "DROPOUT": True,
         "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
         "D": case.width,
         "BLOCK_D": block_d,
@@ -188,12 +187,13 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["num_sequences", "search_steps", "programs", "count", "stream"], "i32"),
         **dict.fromkeys(["row_begin", "row_end", "rows_per_program"], "i32"),
         **dict.fromkeys(["row_stride", "num_keys"], "i32"),
-        **dict.fromkeys(["scale", "eps"], "fp32"),
+        "eps": "fp32",
         "parameters": Parameters("*fp32", "*fp32", "*fp32"),
         "tables": Tables(row, row, row),
         "sizes": Tables("i32", "i32", "i32"),
         "ids": Tables("*i64", "*i64", "*i64"),
         "dropout": DropoutArguments("*i64", "i64", "fp32"),
+        "options": KernelOptions("fp32", *DropoutArguments("*i64", "i64", "fp32")),
     }
 
 

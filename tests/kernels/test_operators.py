@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import implementation
+from kernels.attention_options import AttentionOptions
 
 from .doors import DOORS, Stream
 from .test_balancing import SOLVERS
@@ -25,7 +26,8 @@ def leaf(*shape: int) -> Tensor:
 
 def attention(p: float) -> dict[str, tuple]:
     """Arguments of the attention operators."""
-    packed = (CU_SEQLENS, 13, p, 0.2, True, SEED if p else None, 1)
+    options = AttentionOptions(0.2, True, p, stream=1, seed=SEED if p else None)
+    packed = (CU_SEQLENS, 13, *options)
     apart = (CU_SEQLENS, CU_SEQLENS, 13, *packed[1:])
     streams, qkv = [leaf(TOKENS, 2, 16) for _ in range(3)], leaf(TOKENS, 3, 2, 16)
     grad_out, inputs = torch.randn(TOKENS, 2, 16), qkv.detach()
