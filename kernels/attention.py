@@ -353,8 +353,16 @@ def flash_attn_varlen_func(
             f"got {len(cu_seqlens_k) - 1}"
         )
     options = AttentionOptions.of(
-        *(q, dropout_p, softmax_scale, causal),
-        *(window_size, softcap, alibi_slopes, block_table, seed, stream),
+        q,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        block_table,
+        seed,
+        stream,
     )
     if q.dtype == torch.float64:
         out, lse = _in_float64(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
@@ -411,8 +419,16 @@ def flash_attn_varlen_qkvpacked_func(
     check_rows("qkv", qkv, qkv)
     check_boundaries("cu_seqlens", cu_seqlens, qkv)
     options = AttentionOptions.of(
-        *(qkv, dropout_p, softmax_scale, causal),
-        *(window_size, softcap, alibi_slopes, None, seed, stream),
+        qkv,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        None,
+        seed,
+        stream,
     )
     if qkv.dtype == torch.float64:
         check_data(qkv=qkv)
