@@ -30,6 +30,7 @@ from torch import Tensor
 from ._extension import has_kernel
 from .differentiation import refuse_derivative, register_derivative
 from .implementation import declare, register_fake
+from .philox import WORD, philox_words
 from .value_checks import check_data, check_number, check_tensor
 
 Reduction = Literal["sum", "mean"]
@@ -69,37 +70,15 @@ def pcgrad_weights_reference(gram: Tensor, order: Tensor, mean: bool, include_se
     return torch.where(norms_squared.isfinite().all(), weights, torch.nan).to(gram.dtype)
 
 
-def _philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words."""
-    mask = 0xFFFFFFFF
-
-    def multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-        high = (factor * (word >> 16) + ((factor * (word & 0xFFFF)) >> 16)) >> 16
-        return high & mask, (factor * word) & mask
-
-    key0, key1 = seed & mask, (seed >> 32) & mask
-    for _ in range(10):
-        high0, low0 = multiply(counter[0], 0xD2511F53)
-        high1, low1 = multiply(counter[2], 0xCD9E8D57)
-        counter = [high1 ^ counter[1] ^ key0, low1, high0 ^ counter[3] ^ key1, low0]
-        key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
-    return counter
-
-
 def draw_order_reference(seed: Tensor, step: Tensor, num_tasks: int) -> Tensor:
     """``[K, K]`` int64: row i is a Fisher-Yates permutation from counter (draw / 4, i, step)."""
-    mask = 0xFFFFFFFF
     row = torch.arange(num_tasks, device=seed.device)
+    block = torch.arange((num_tasks + 2) // 4, device=seed.device)
+    counter = torch.broadcast_tensors(block, row[:, None], step & WORD, (step >> 32) & WORD)
+    words = philox_words(counter, seed).flatten(1)
     order = row.repeat(num_tasks, 1)
-    words: list[Tensor] = []
     for draw, last in enumerate(range(num_tasks - 1, 0, -1)):
-        if draw % 4 == 0:
-            block = torch.full_like(row, draw // 4)
-            words = _philox(
-                [block, row, (step & mask).expand_as(row), (step >> 32 & mask).expand_as(row)],
-                seed,
-            )
-        chosen = ((words[draw % 4] * (last + 1)) >> 32)[:, None]
+        chosen = (words[:, draw, None] * (last + 1)) >> 32
         at_last = order[:, last].clone()
         order[:, last] = order.gather(1, chosen)[:, 0]
         order.scatter_(1, chosen, at_last[:, None])
