@@ -9,6 +9,7 @@ give is in bfloat16, and a norm whose residual is float32 stays in float32.
 """
 
 from . import balancing
+from . import gradient_buffer as gradient_buffer
 from ._namesake import namesake_attribute
 from .attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from .balanced_optimizer import BalancedOptimizer

@@ -59,6 +59,7 @@ class FlatParameters:
 
     Attributes:
         layout: where each parameter stands.
+        gradients: the buffer of ``rows``.
         compute: ``[P]``.
         rows: ``[K, P]``, written by backward passes of this process.
         own: what it updates.
@@ -95,7 +96,11 @@ class FlatParameters:
         for name, parameter in trained:
             self.slots[name].view(master).copy_(parameter.detach())
         self.compute = master.to(compute_dtype)  # the same tensor for fp32
-        self.rows = torch.zeros(num_rows, self.numel, dtype=compute_dtype, device=device)
+        self.gradients = kernels.gradient_buffer.GradientBuffer(
+            tuple(self.slots.values()),
+            torch.zeros(num_rows, self.numel, dtype=compute_dtype, device=device),
+        )
+        self.rows = self.gradients.rows
         self.own = (
             OwnVectors(master, self.compute, self.rows, self.decayed, self.layout.pieces(rank))
             if ranks == 1
@@ -157,7 +162,7 @@ class FlatParameters:
 
     def _rows_of(self, module: str) -> kernels.TaskRows:
         weight, bias = self.slots[f"{module}.weight"], self.slots.get(f"{module}.bias")
-        return kernels.TaskRows(self.rows, weight.columns, None if bias is None else bias.columns)
+        return self.gradients.task_rows(weight, bias)
 
     def clear_partial_gradients(self) -> None:
         """Zero the gradient rows that a step's backward pass adds to or may not reach at all."""

@@ -8,7 +8,6 @@ counted from the end: embeddings, each layer, heads; biases and norms are the la
 ranks a bucket is padded so that each rank owns an equal part of it, its n-th part on rank n.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,28 +16,12 @@ from torch import Tensor
 
 from ..rooms import kernels
 
-ALIGNMENT = 64  # elements; 256 bytes in fp32, 128 in bf16: whole cache lines and 16-byte accesses
+ALIGNMENT = kernels.gradient_buffer.ALIGNMENT
+
+Slot = kernels.gradient_buffer.Slot
 
 VECTORS = "vectors"
 """The bucket of biases and norms."""
-
-
-class Slot(NamedTuple):
-    """One parameter's place in the vector."""
-
-    name: str
-    offset: int
-    shape: torch.Size
-
-    @property
-    def columns(self) -> kernels.Columns:
-        """This parameter's columns of the gradient rows."""
-        return kernels.Columns(self.offset, tuple(self.shape))
-
-    def view(self, flat: Tensor) -> Tensor:
-        """Return this parameter's part of ``flat [..., P]`` as ``[..., *shape]``."""
-        part = flat[..., self.offset : self.offset + math.prod(self.shape)]
-        return part.view(*flat.shape[:-1], *self.shape)
 
 
 class Bucket(NamedTuple):
@@ -114,11 +97,9 @@ class Layout:
             yield name, slot.view(flat)
 
     def _place(self, bucket: str, members: Mapping[str, torch.Size], start: int) -> int:
-        end = start
-        for name, shape in members.items():
-            self.slots[name] = Slot(name, end, shape)
-            end += _round_up(math.prod(shape), ALIGNMENT)
-        size = _round_up(end - start, ALIGNMENT * self.ranks)
+        slots, end = kernels.gradient_buffer.lay_out(members, start)
+        self.slots |= {slot.name: slot for slot in slots}
+        size = kernels.gradient_buffer.round_up(end - start, ALIGNMENT * self.ranks)
         if size:
             self.buckets.append(Bucket(bucket, start, end - start, size))
         return start + size
@@ -132,7 +113,3 @@ def _bucket_of(name: str) -> str:
     if path[0] != "encoder":
         return path[0]
     return ".".join(path[: 3 if path[1] == "layers" else 2])
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

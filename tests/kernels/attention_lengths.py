@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from kernels.attention import attention_reference
 from kernels.attention_options import AttentionOptions
-from kernels.dropout import _factors, philox_reference
+from kernels.dropout import _factors, dropout_words
 
 # Both sides of every block of queries, keys or rows, in C++ and in Triton.
 EDGES = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257, 300]
@@ -48,7 +48,7 @@ def factors_between(
     query = torch.arange(queries.start, queries.stop)[:, None]
     quad = torch.arange(keys.start // 4, (keys.stop + 3) // 4)
     head = torch.arange(heads)[:, None, None]
-    words = philox_reference(((query << 32) + quad).expand(heads, -1, -1), int(seed), head, stream)
+    words = dropout_words(((query << 32) + quad).expand(heads, -1, -1), int(seed), head, stream)
     of_keys = _factors(words, p).flatten(2)[..., keys.start % 4 :][..., : len(keys)]
     return F.pad(of_keys, (0, PADDING))
 
