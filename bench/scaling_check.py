@@ -20,6 +20,7 @@ from engine import recipe as recipes
 from engine.door import Parser
 from engine.json_text import dump_json
 from engine.multitask.exchange import MODES, Alone
+from engine.multitask.layout import VECTORS
 from engine.run import begin
 from engine.runtime.distributed import Ranks
 from engine.standard_output import exit_with
@@ -65,7 +66,8 @@ def measure(training: Training, steps: int) -> dict[str, float]:
 
 def _model(training: Training) -> Model:
     sizes = {bucket.name: bucket.size for bucket in training.parameters.layout.buckets}
-    late = sum(sizes.pop(name, 0) for name in ("encoder.embeddings", "adapters", "vectors"))
+    first = training.model.encoder_stages()[0].bucket
+    late = sum(sizes.pop(name, 0) for name in (first, VECTORS))
     rows = training.parameters.rows
     return Model(
         buckets=list(sizes.values())[::-1],

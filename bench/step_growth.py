@@ -20,7 +20,7 @@ from engine import recipe as recipes
 from engine.data.formats import FORMATS
 from engine.data.pack import PackedBatch, pack
 from engine.data.split import TokenizedSplit
-from engine.model.config import EncoderConfig
+from engine.model.bert import BertConfig
 from engine.model.multitask import MultitaskModel
 from engine.multitask.balance import Balance, BalanceSettings, TrainedTasks, build_method
 from engine.multitask.flat_parameters import FlatParameters
@@ -134,7 +134,7 @@ def _samples(
 def _steps(case: Case, vocab_size: int, device: torch.device) -> dict[str, MultitaskStep]:
     """PCGrad and the sum on one model: two of the largest would not fit into small memories."""
     layers, width, heads = SHAPES[case.shape]
-    config = EncoderConfig(
+    config = BertConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         num_hidden_layers=layers,

@@ -11,6 +11,7 @@ from .data.part import Part
 from .data.tokenizer import Tokenizer
 from .door import Parser, positive, run_door, terminal
 from .errors import InputError
+from .model.context import Context
 from .model.multitask import MultitaskModel
 from .objectives.masked_lm import MaskedLmHead
 from .options import add_device
@@ -83,10 +84,11 @@ def likeliest(
         columns=1,
         labels=None,
     )
-    head, word = model.heads[objective], model.encoder.embeddings.word
+    head, word = model.heads[objective], model.encoder.word_table
     assert isinstance(head, MaskedLmHead)
     with torch.inference_mode():
-        hidden = model.encoder(join([part]).to(word.weight.device))
+        batch = join([part]).to(word.weight.device)
+        hidden = model.encoder(batch.input_ids, Context.of(batch))
         probabilities = head.logits(hidden[masks], word).softmax(1)
     shares, ids = probabilities[0].topk(min(count, probabilities.shape[1]))
     return [

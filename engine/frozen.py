@@ -8,6 +8,7 @@ import torch
 from .data.loader import evaluation_batches
 from .data.part import ranges
 from .data.split import TokenizedSplit
+from .model.context import Context
 from .model.multitask import MultitaskModel
 from .model.states import pool
 
@@ -33,9 +34,10 @@ def with_states(model: MultitaskModel, split: TokenizedSplit) -> TokenizedSplit:
     model.eval()
     with torch.inference_mode():
         for indices, batch in evaluation_batches(split, _MAX_TOKENS):
-            hidden = model.encoder(batch.to(device))
+            batch = batch.to(device)
+            hidden = model.encoder(batch.input_ids, Context.of(batch))
             if not all_tokens:
-                hidden = pool(hidden, batch.cu_seqlens.to(device), model.pooling)
+                hidden = pool(hidden, batch.cu_seqlens, model.pooling)
             columns = np.arange(split.columns)[:, None]
             sequences = (indices * split.columns + columns).reshape(-1)
             places = ranges(offsets[sequences], np.diff(offsets)[sequences])

@@ -1,6 +1,5 @@
 """The tables of a recipe that are small: how a task is read, the shape of an encoder."""
 
-import dataclasses
 from collections.abc import Collection
 from typing import Annotated, Literal
 
@@ -96,7 +95,7 @@ class EncoderRecipe(Settings):
                     "shape; leave it out"
                 )
         changed = {name: getattr(self, name) for name in self.model_fields_set & CHANGEABLE}
-        config = dataclasses.replace(config, **changed)
+        config = config.changed(**changed)
         values = {name: getattr(config, name) for name in EncoderRecipe.model_fields}
         try:
             EncoderRecipe(**values)

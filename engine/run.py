@@ -32,6 +32,7 @@ from .model import huggingface
 from .model.config import EncoderConfig
 from .model.features import CROSS
 from .model.multitask import MultitaskModel
+from .model.registry import FROM_SCRATCH
 from .objectives.build import build_examples, build_head
 from .objectives.masked_lm import MaskedLmHead
 from .origins import origin
@@ -254,7 +255,7 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
     else:
         tokenizer = Tokenizer.train(vocabulary_texts(recipe), recipe.encoder.vocab_size)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
-        config = EncoderConfig(**shape)
+        config = FROM_SCRATCH.config(**shape)
     return _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
 
 

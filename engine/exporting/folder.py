@@ -10,7 +10,6 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from ..json_text import dump_json
 from ..model.heads import TaskHead
 from ..model.huggingface import to_huggingface_state
 from ..model.multitask import MultitaskModel
+from ..model.registry import spec_of
 from ..run import Run
 from ..runtime.files import explained, whole_folder
 from ..runtime.manifest import Progress
@@ -116,10 +116,7 @@ def _answers(head: TaskHead) -> str:
 def _write_transformers(folder: Path, run: Run, model: MultitaskModel) -> None:
     encoder = {name: tensor.float().cpu() for name, tensor in model.encoder.state_dict().items()}
     state = to_huggingface_state(encoder, run.config)
-    # transformers' BertModel has a layer above the first token.  It is not trained here; as the
-    # identity it is at least the same on every load.
-    state["pooler.dense.weight"] = torch.eye(run.config.hidden_size)
-    state["pooler.dense.bias"] = torch.zeros(run.config.hidden_size)
+    state |= spec_of(run.config).untrained(run.config)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     known = {"dtype": "float32", "pad_token_id": run.tokenizer.pad_id}
     _write_json(folder / "config.json", run.config.to_huggingface() | known | _NO_ANSWERS)

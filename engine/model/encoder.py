@@ -1,48 +1,35 @@
-"""BERT's encoder on packed tokens (Devlin et al. 2019): no padding, one stream for all tasks.
+"""What training asks of an encoder.  Each lies in a file of its own, such as engine/model/bert.py.
 
-A batch is a stream of T tokens in which sequences lie end to end; ``cu_seqlens [S + 1]`` marks
-where each begins.  Everything but attention works token by token and never sees a boundary.
+An encoder is a sequence of stages.  The first one embeds the tokens, the others map hidden states
+to hidden states, and everything that goes stage by stage (layer-wise balancing, the exchange of
+gradients, checkpointed activations, reports) follows them.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..rooms import kernels
 from .config import EncoderConfig
-from .layers import Embedding, LayerNorm, Linear
-
-# Dropout sites are numbered, so that one seed a step gives every site its own random numbers.
-_EMBEDDING_SITE = 0
-_SITES_PER_LAYER = 3
+from .context import Context
+from .layers import Embedding
 
 
-class TokenStream(Protocol):
-    """What the encoder reads of a packed batch."""
+class Stage(NamedTuple):
+    """A part of a model: its gradients are complete at one moment of the backward pass.
 
-    @property
-    def input_ids(self) -> Tensor:
-        """``[T]`` int64."""
+    Attributes:
+        name: the module's name in the model, by which checkpoints and reports call the stage.
+        module: in an encoder, called ``module(x, context)``.
+        task: the one task that it belongs to; None for a stage that tasks share.
+        bucket: what its gradients are sent with, by default themselves.
+    """
 
-    @property
-    def position_ids(self) -> Tensor:
-        """``[T]`` int64, from 0 in every sequence."""
-
-    @property
-    def token_type_ids(self) -> Tensor:
-        """``[T]`` int64."""
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """``[S + 1]`` int32."""
-
-    @property
-    def max_seqlen(self) -> int:
-        """Tokens in the longest sequence, or more."""
+    name: str
+    module: nn.Module
+    task: str | None = None
+    bucket: str = ""
 
 
 class Encoder(nn.Module):
@@ -52,7 +39,7 @@ class Encoder(nn.Module):
         config: shape and constants; the dropout rates act in training mode only.
 
     Attributes:
-        checkpoint_layers: in training, keep the input of each layer alone and compute the rest of
+        checkpoint_layers: in training, keep the input of each stage alone and compute the rest of
             what its backward pass needs again.
     """
 
@@ -60,153 +47,56 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_layers = False
-        self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(
-            EncoderLayer(config, first_site=_EMBEDDING_SITE + 1 + _SITES_PER_LAYER * index)
-            for index in range(config.num_hidden_layers)
-        )
+
+    def stages(self) -> Sequence[Stage]:
+        """Return the stages in the order of the forward pass; every parameter is in one of them."""
+        raise NotImplementedError
+
+    @property
+    def word_table(self) -> Embedding:
+        """The table of words, to which the decoder of masked LM is tied."""
+        raise NotImplementedError
 
     @property
     def num_sites(self) -> int:
         """How many dropout sites there are; later ones (heads) count on from here."""
-        return _EMBEDDING_SITE + 1 + _SITES_PER_LAYER * len(self.layers)
+        raise NotImplementedError
 
-    def forward(
-        self,
-        batch: TokenStream,
-        segments: kernels.TaskSegments | None = None,
-        seed: Tensor | None = None,
-        adapters: Callable[[int, Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Encode a packed batch.
+    def lookups(self, input_ids: Tensor, context: Context) -> Iterable[tuple[Embedding, Tensor]]:
+        """Return every table, and the entries ``[T]`` int64 that a forward pass looks up in it."""
+        raise NotImplementedError
+
+    def forward(self, input_ids: Tensor, context: Context) -> Tensor:
+        """Encode a token stream.
 
         Args:
-            batch: the token stream.
-            segments: tokens by task; with them the backward pass writes task gradients.
-            seed: 0-dim int64, the dropout seed of this step; needed in training mode.
-            adapters: from a layer's number and its input ``[T, H]`` to what is added beside it.
+            input_ids: ``[T]`` int64.
+            context: of these tokens.
 
         Returns:
             Hidden states ``[T, H]`` in the dtype of the weights.
         """
-        hidden = self.embeddings(batch, segments, seed)
-        for number, layer in enumerate(self.layers):
-            beside = None if adapters is None else partial(adapters, number)
+        first, *others = self.stages()
+        hidden: Tensor = first.module(input_ids, context)
+        for stage in others:
             if self.checkpoint_layers and self.training:
                 # Dropout follows from the seed: no generator's state to keep.
                 hidden = checkpoint(
-                    *(layer, hidden, batch, segments, seed, beside),
-                    use_reentrant=False,
-                    preserve_rng_state=False,
+                    stage.module, hidden, context, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                hidden = layer(hidden, batch, segments, seed, beside)
+                hidden = stage.module(hidden, context)
         return hidden
 
+    def zero_sparse_rows(
+        self, input_ids: Tensor, context: Context, offsets: tuple[int, ...]
+    ) -> None:
+        """Zero the task gradients of tables that this batch's backward pass has touched.
 
-class Embeddings(nn.Module):
-    """Word + position + token type, normalised."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        width, std = config.hidden_size, config.initializer_range
-        self.word = Embedding(config.vocab_size, width, init_std=std)
-        self.position = Embedding(config.max_position_embeddings, width, init_std=std)
-        self.token_type = Embedding(config.type_vocab_size, width, init_std=std)
-        self.norm = LayerNorm(width, eps=config.layer_norm_eps)
-        self.dropout_p = config.hidden_dropout_prob
-
-    def forward(
-        self,
-        batch: TokenStream,
-        segments: kernels.TaskSegments | None,
-        seed: Tensor | None,
-    ) -> Tensor:
-        """Embed the stream's tokens, ``[T, H]``."""
-        return kernels.embedding_layer_norm(
-            batch.input_ids,
-            batch.position_ids,
-            batch.token_type_ids,
-            self.word.weight,
-            self.position.weight,
-            self.token_type.weight,
-            self.norm.weight,
-            self.norm.bias,
-            dropout_p=self.dropout_p,
-            eps=self.norm.eps,
-            training=self.training,
-            seed=seed,
-            stream=_EMBEDDING_SITE,
-            rows=None if segments is None else self._rows(),
-            segments=segments,
-        )
-
-    def _rows(self) -> kernels.EmbeddingRows | None:
-        """Where the task gradients go; None in a model that has no gradient rows."""
-        word, position, token_type = self.word.rows, self.position.rows, self.token_type.rows
-        if word is None or position is None or token_type is None or self.norm.rows is None:
-            return None
-        return kernels.EmbeddingRows(word, position, token_type, self.norm.rows)
-
-    def wipe_rows(self, batch: TokenStream, offsets: tuple[int, ...]) -> None:
-        """Zero the gradient rows that this batch's backward pass has touched."""
-        self.word.wipe_rows(batch.input_ids, offsets)
-        self.position.wipe_rows(batch.position_ids, offsets)
-        self.token_type.wipe_rows(batch.token_type_ids, offsets)
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each followed by dropout, residual and norm."""
-
-    def __init__(self, config: EncoderConfig, *, first_site: int) -> None:
-        super().__init__()
-        width, std = config.hidden_size, config.initializer_range
-        self.heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.attention_dropout_p = config.attention_probs_dropout_prob
-        self.hidden_dropout_p = config.hidden_dropout_prob
-        self.first_site = first_site
-        self.qkv = Linear(width, 3 * width, init_std=std)
-        self.attention_output = Linear(width, width, init_std=std)
-        self.attention_norm = LayerNorm(width, eps=config.layer_norm_eps)
-        self.intermediate = Linear(width, config.intermediate_size, init_std=std)
-        self.output = Linear(config.intermediate_size, width, init_std=std)
-        self.output_norm = LayerNorm(width, eps=config.layer_norm_eps)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        batch: TokenStream,
-        segments: kernels.TaskSegments | None,
-        seed: Tensor | None,
-        beside: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Map hidden states ``[T, H]`` to ``[T, H]``; ``beside`` adds to the feed-forward part."""
-        added = None if beside is None else beside(hidden)
-        attended = kernels.flash_attn_varlen_qkvpacked_func(
-            self.qkv(hidden, segments).view(-1, 3, self.heads, self.head_dim),
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            dropout_p=self.attention_dropout_p if self.training else 0.0,
-            seed=seed,
-            stream=self.first_site,
-        )
-        assert isinstance(
-            attended, Tensor
-        )  # not the tuple with statistics, which was not asked for
-        hidden = self.attention_norm.add(
-            self.attention_output(attended.flatten(1), segments),
-            hidden,
-            dropout_p=self.hidden_dropout_p,
-            seed=seed,
-            stream=self.first_site + 1,
-            segments=segments,
-        )
-        widened = F.gelu(self.intermediate(hidden, segments))
-        return self.output_norm.add(
-            self.output(widened, segments),
-            hidden if added is None else hidden + added,
-            dropout_p=self.hidden_dropout_p,
-            seed=seed,
-            stream=self.first_site + 2,
-            segments=segments,
-        )
+        Args:
+            input_ids: ``[T]`` int64.
+            context: of these tokens.
+            offsets: ``K + 1`` token numbers, where tasks begin.
+        """
+        for table, index in self.lookups(input_ids, context):
+            table.zero_rows(index, offsets)

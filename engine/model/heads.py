@@ -31,13 +31,11 @@ _SCALE_OF_SIMILARITY = 5.0
 
 
 class Head(Protocol):
-    """What the model asks of a head: of a task's, or of an objective's (engine/objectives).
+    """What the model asks of a head: of a task's, or of an objective's (engine/objectives)."""
 
-    Attributes:
-        decodes_words: whether it uses the word table, and so reaches every entry of it.
-    """
-
-    decodes_words: bool
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The layers that are not its own, by their names in ``SharedLayers``."""
 
     def __call__(self, states: TaskStates) -> Tensor:
         """Score the task's part of a batch."""
@@ -58,8 +56,6 @@ class TaskHead(nn.Module):
         loss: one of LOSSES.  ``default``: cross entropy for classes and for yes or no, squared
             error for scores.  ``cross_entropy`` for scores: that of a share of their range.
     """
-
-    decodes_words = False
 
     def __init__(
         self,
@@ -88,6 +84,11 @@ class TaskHead(nn.Module):
             nn.init.constant_(self.output.bias, -_SCALE_OF_SIMILARITY / 2)
         else:
             self.output = None
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The layers that are not its own, by their names in ``SharedLayers``."""
+        return ("pair",) if self.features == "shared" else ()
 
     @property
     def reads_tokens(self) -> bool:
@@ -127,7 +128,7 @@ class TaskHead(nn.Module):
         if self.features == "shared":
             layer = states.shared.pair
             assert layer is not None
-            return layer(joined, states.segments(len(joined))).relu()
+            return layer(joined, states.rows(len(joined))).relu()
         return joined
 
     def _dropped(self, states: TaskStates) -> Tensor:

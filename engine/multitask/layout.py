@@ -58,6 +58,7 @@ class Layout:
 
     Args:
         shapes: of the parameters, by name, in the model's order.
+        bucket_names: of each matrix's bucket: what its gradient is complete with.
         ranks: among how many the buckets are divided.
 
     Attributes:
@@ -67,14 +68,16 @@ class Layout:
         numel: P, all columns.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], ranks: int = 1) -> None:
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], bucket_names: Mapping[str, str], ranks: int = 1
+    ) -> None:
         self.ranks = ranks
         self.slots: dict[str, Slot] = {}
         self.buckets: list[Bucket] = []
         matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
         by_bucket: dict[str, dict[str, torch.Size]] = {}
         for name, shape in matrices.items():
-            by_bucket.setdefault(_bucket_of(name), {})[name] = shape
+            by_bucket.setdefault(bucket_names[name], {})[name] = shape
         end = 0
         for bucket, members in by_bucket.items():
             end = self._place(bucket, members, end)
@@ -103,13 +106,3 @@ class Layout:
         if size:
             self.buckets.append(Bucket(bucket, start, end - start, size))
         return start + size
-
-
-def _bucket_of(name: str) -> str:
-    """Return the bucket of a matrix: the stage of the backward pass that completes its gradient."""
-    path = name.split(".")
-    if path[0] == "adapters":
-        return "encoder.embeddings"  # they work beside every layer, the first one included
-    if path[0] != "encoder":
-        return path[0]
-    return ".".join(path[: 3 if path[1] == "layers" else 2])

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from ..data.part import Labels, MaskedTokens
 from ..model.config import EncoderConfig
+from ..model.context import RowContext
 from ..model.layers import Embedding, LayerNorm, Linear
 from ..model.states import TaskStates, at_least_fp32
-from ..rooms import kernels
 
 _PRETRAINED = {
     "cls.predictions.bias": "bias",
@@ -33,7 +33,7 @@ class MaskedLmHead(nn.Module):
         next_sentence: tell from [CLS] whether the second segment follows the first.
     """
 
-    decodes_words = True
+    uses = ("word",)
 
     def __init__(self, config: EncoderConfig, *, next_sentence: bool) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class MaskedLmHead(nn.Module):
         labels = states.labels
         assert isinstance(labels, MaskedTokens), "the batch has no masks"
         masked = states.tokens[labels.positions]
-        logits = self.logits(masked, states.shared.word, states.segments(len(masked)))
+        logits = self.logits(masked, states.shared.word, states.rows(len(masked)))
         loss = F.cross_entropy(logits, labels.targets)
         if self.pooler is None or self.follows is None:
             return loss
@@ -61,22 +61,16 @@ class MaskedLmHead(nn.Module):
         follows = at_least_fp32(self.follows(self.pooler(first).tanh())).squeeze(1)
         return loss + F.binary_cross_entropy_with_logits(follows, labels.is_next)
 
-    def logits(
-        self, hidden: Tensor, word: Embedding, segments: kernels.TaskSegments | None = None
-    ) -> Tensor:
+    def logits(self, hidden: Tensor, word: Embedding, context: RowContext | None = None) -> Tensor:
         """Return a logit for each word of the table: ``[m, H]`` to fp32 ``[m, V]``.
 
         Args:
             hidden: ``[m, H]``.
             word: the table.
-            segments: of the m rows, when task gradients are collected.
+            context: of the m rows, when task gradients are collected.
         """
         changed = self.norm(F.gelu(self.transform(hidden)))
-        rows = None
-        if word.rows is not None and segments is not None:
-            rows = kernels.TaskRows(word.rows.buffer, word.rows.weight_columns)
-        scores = kernels.linear(changed, word.weight, rows=rows, segments=segments)
-        return at_least_fp32(scores + self.bias)
+        return at_least_fp32(word.decode(changed, context) + self.bias)
 
     def loss(self, scores: Tensor, _labels: Labels | None) -> Tensor:
         """Return what :meth:`forward` returned."""

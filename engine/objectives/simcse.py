@@ -56,7 +56,7 @@ class ContrastiveHead(nn.Module):
         temperature: t, what cosines are divided by.
     """
 
-    decodes_words = False
+    uses = ()
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
