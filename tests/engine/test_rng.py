@@ -1,4 +1,4 @@
-"""Random numbers by names: fixed for ever, so that old runs resume into what they would have drawn."""
+"""Random numbers by names: fixed for ever, so that old runs resume into the same draws."""
 
 import numpy as np
 
