@@ -65,12 +65,9 @@ class MultitaskModel(nn.Module):
             )
             for position, task in enumerate(tasks)
         }
-        self._uses = {
-            name: head_class(each.kind).uses(each)
-            for name, each in (of_tasks | dict(objectives or {})).items()
-        }
-        shares_pair = any("pair" in used for used in self._uses.values())
-        self.pair = Linear(SHARED_INPUT * width, width) if shares_pair else None
+        all_heads = (*of_tasks.values(), *(objectives or {}).values())
+        shares = any("pair" in head_class(each.kind).layers_used(each) for each in all_heads)
+        self.pair = Linear(SHARED_INPUT * width, width) if shares else None
         self.heads = NamedModules()
         self.heads.update({name: build_head(each) for name, each in of_tasks.items()})
         self.adapters = NamedModules()
@@ -107,7 +104,7 @@ class MultitaskModel(nn.Module):
         if owner is not None:
             return tuple(task for task in tasks if task == owner)
         if parameter.startswith("pair."):
-            return tuple(task for task in tasks if "pair" in self._uses[task])
+            return tuple(task for task in tasks if "pair" in self.head(task).uses)
         return tuple(tasks)
 
     def writes_once(self, parameter: str, tasks: Iterable[str]) -> bool:
@@ -117,7 +114,7 @@ class MultitaskModel(nn.Module):
         decoded with) it adds, so they have to be cleared before.
         """
         if parameter == "encoder.embeddings.word.weight":
-            return not any("word" in self._uses[task] for task in tasks)
+            return not any("word" in self.head(task).uses for task in tasks)
         return parameter.startswith("encoder.")
 
     def forward(

@@ -84,6 +84,7 @@ class Head(nn.Module, ABC):
         name: of the task or objective.
         task: what the task's data look like; None for an objective.
         features: what it reads.
+        uses: the layers outside the head that it uses, by their names in SharedLayers.
         answers: what an export calls its last numbers, a key of ``answers_code``.
         reads_tokens: whether it reads the tokens' states, not the sentence vectors alone.
 
@@ -106,6 +107,7 @@ class Head(nn.Module, ABC):
         super().__init__()
         self.check(settings)
         self.name, self.task, self.features = settings.name, settings.task, settings.features
+        self.uses = self.layers_used(settings)
 
     @classmethod
     def check(cls, settings: HeadSettings) -> None:
@@ -134,8 +136,11 @@ class Head(nn.Module, ABC):
         return cls.known_features
 
     @classmethod
-    def uses(cls, _settings: HeadSettings) -> tuple[str, ...]:
-        """Return the layers outside the head that it uses: fields of SharedLayers."""
+    def layers_used(cls, _settings: HeadSettings) -> tuple[str, ...]:
+        """Return the layers outside a head that it uses: fields of SharedLayers.
+
+        It is asked before the head is built, since a shared layer is drawn before.
+        """
         return ()
 
     @property

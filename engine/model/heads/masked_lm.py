@@ -46,7 +46,7 @@ class MaskedLmHead(Head):
         self.follows = Linear(width, 1, init_std=std) if next_sentence else None
 
     @classmethod
-    def uses(cls, _settings: HeadSettings) -> tuple[str, ...]:
+    def layers_used(cls, _settings: HeadSettings) -> tuple[str, ...]:
         """Return the word table: every entry of it is decoded with."""
         return ("word",)
 

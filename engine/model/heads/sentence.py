@@ -52,7 +52,7 @@ class SentenceHead(Head):
         return tuple(name for name in cls.known_features if name in allowed)
 
     @classmethod
-    def uses(cls, settings: HeadSettings) -> tuple[str, ...]:
+    def layers_used(cls, settings: HeadSettings) -> tuple[str, ...]:
         """Return the layer that all tasks with the features ``shared`` have in common."""
         return ("pair",) if settings.features == "shared" else ()
 

@@ -34,10 +34,10 @@ def test_by_cross_entropy_a_score_is_a_share_of_its_range():
 
 
 def test_predictions_keep_to_a_range_that_floats_cannot_add_up_to():
-    form = FileFormat(task="t", sentences=("a",), label="b", kind="score", low=0.1, high=0.7)
-    assert 0.1 + (0.7 - 0.1) != 0.7
+    form = FileFormat(task="t", sentences=("a",), label="b", kind="score", low=-0.9, high=-0.2)
+    assert form.low + (form.high - form.low) != form.high
     found = head_of(form, "single").predict(torch.tensor([-9.0, 9.0], dtype=torch.float64))
-    assert found.tolist() == [0.1, 0.7]
+    assert found.tolist() == [-0.9, -0.2]
 
 
 @pytest.mark.parametrize("features", SIMILARITIES)
