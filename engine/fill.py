@@ -12,8 +12,8 @@ from .data.tokenizer import Tokenizer
 from .door import Parser, positive, run_door, terminal
 from .errors import InputError
 from .model.context import Context
+from .model.heads import head_class
 from .model.multitask import MultitaskModel
-from .objectives.masked_lm import MaskedLmHead
 from .options import add_device
 from .run import Run, open_run
 from .runtime.precision import pick_device
@@ -84,12 +84,11 @@ def likeliest(
         columns=1,
         labels=None,
     )
-    head, word = model.heads[objective], model.encoder.word_table
-    assert isinstance(head, MaskedLmHead)
+    word = model.encoder.word_table
     with torch.inference_mode():
         batch = join([part]).to(word.weight.device)
         hidden = model.encoder(batch.input_ids, Context.of(batch))
-        probabilities = head.logits(hidden[masks], word).softmax(1)
+        probabilities = model.head(objective).word_logits(hidden[masks], word).softmax(1)
     shares, ids = probabilities[0].topk(min(count, probabilities.shape[1]))
     return [
         (tokenizer.id_to_token(number) or str(number), share)
@@ -104,7 +103,7 @@ def _objective(run: Run) -> str:
         InputError: it has none.
     """
     for name, settings in run.recipe.objectives.items():
-        if settings.kind != "simcse":
+        if head_class(settings.kind).fills_masks:
             return name
     raise InputError(f"{run.folder}: its recipe has no masked LM; take a run of superbert, say")
 

@@ -21,7 +21,8 @@ class TaskRecipe(Settings):
 
     features: Literal[FEATURES]  # type: ignore[valid-type]
     """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
-    difference, shared, cosine, cosine_shifted, pearson, cross (engine/model/features.py)."""
+    difference, shared, cosine, cosine_shifted, pearson, cross
+    (engine/model/heads/pair_features.py)."""
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
     that of a share of their range; mse."""

@@ -30,11 +30,10 @@ from .finite import all_finite
 from .json_text import dump_json
 from .model import huggingface
 from .model.config import EncoderConfig
-from .model.features import CROSS
+from .model.heads import CROSS
 from .model.multitask import MultitaskModel
 from .model.registry import FROM_SCRATCH
-from .objectives.build import build_examples, build_head
-from .objectives.masked_lm import MaskedLmHead
+from .objectives.build import build_examples, head_settings
 from .origins import origin
 from .recipe import Recipe
 from .recipe_tables import EncoderRecipe
@@ -170,7 +169,7 @@ class Run(NamedTuple):
             losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
             adapter_width=self.recipe.adapter_width,
             objectives={
-                name: build_head(settings, self.config)
+                name: head_settings(name, settings, self.config)
                 for name, settings in self.recipe.objectives.items()
             },
         )
@@ -189,8 +188,8 @@ class Run(NamedTuple):
             folder = huggingface.resolve(self.recipe.init)
             model.encoder.load_state_dict(huggingface.load_encoder_state(folder, self.config))
             for name in self.recipe.objectives:
-                head = model.heads[name]
-                if isinstance(head, MaskedLmHead):
+                head = model.head(name)
+                if head.is_pretrained:
                     head.load_pretrained(huggingface.load_pretraining_heads(folder))
         return model
 

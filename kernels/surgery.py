@@ -22,13 +22,13 @@ AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._extension import has_kernel
-from .differentiation import refuse_derivative, register_derivative
+from .differentiation import register_derivative
 from .implementation import declare, register_fake
 from .value_checks import check_data, check_number, check_tensor
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..json_text import dump_json
-from ..model.heads import TaskHead
+from ..model.heads import HeadExport
 from ..model.huggingface import to_huggingface_state
 from ..model.multitask import MultitaskModel
 from ..model.registry import spec_of
@@ -87,8 +87,8 @@ def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:
     """
     state = {
         f"{task}.{name}": tensor
-        for task, head in model.task_heads.items()
-        for name, tensor in head.state_dict().items()
+        for task, head in _exported_heads(model).items()
+        for name, tensor in head.tensors.items()
     }
     if model.pair is not None:
         state |= {f"pair.{name}": tensor for name, tensor in model.pair.state_dict().items()}
@@ -97,20 +97,12 @@ def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:
 
 def head_layout(model: MultitaskModel) -> dict[str, str]:
     """Return the metadata of ``heads.safetensors``: a JSON object a task, as the card explains."""
-    layout = {}
-    for name, head in model.task_heads.items():
-        task = head.task
-        fields = {"features": head.features, "answers": _answers(head)}
-        span = {"low": task.low, "high": task.high}
-        layout[name] = dump_json(fields | span | {"classes": task.classes})
-    return layout
+    return {name: dump_json(head.layout) for name, head in _exported_heads(model).items()}
 
 
-def _answers(head: TaskHead) -> str:
-    """Return what the card calls a head's last numbers."""
-    if head.output is None:
-        return "share"
-    return "share_logit" if head.task.kind == "score" and not head.squared_error else head.task.kind
+def _exported_heads(model: MultitaskModel) -> dict[str, HeadExport]:
+    exported = {name: model.head(name).exported() for name in model.heads}
+    return {name: head for name, head in exported.items() if head is not None}
 
 
 def _write_transformers(folder: Path, run: Run, model: MultitaskModel) -> None:

@@ -13,8 +13,7 @@ from .adapters import AdaptersOfBatch, ProjectedAttention
 from .config import EncoderConfig
 from .context import Context
 from .encoder import Stage
-from .features import SHARED_INPUT
-from .heads import Head, TaskHead
+from .heads import SHARED_INPUT, Head, HeadSettings, Scores, build_head, head_class
 from .layers import Linear
 from .named_modules import NamedModules
 from .parameters import ParameterSpec, describe_stage
@@ -31,10 +30,9 @@ class MultitaskModel(nn.Module):
         features: by task, see :mod:`engine.model.heads`.
         pooling: ``"cls"`` or ``"mean"``.
         dropout_p: dropout before the heads.
-        losses: by task, see :class:`~engine.model.heads.TaskHead`; the default for those left out.
+        losses: by task, one of LOSSES (engine/model/heads); the default for those left out.
         adapter_width: of each task's projected attention (engine/model/adapters.py); 0 for none.
-        objectives: heads of objectives by name, each with the interface of a
-            :class:`~engine.model.heads.Head`; they have no adapters.
+        objectives: by name, what their heads are built from; they have no adapters.
     """
 
     def __init__(
@@ -47,24 +45,32 @@ class MultitaskModel(nn.Module):
         dropout_p: float,
         losses: Mapping[str, str] | None = None,
         adapter_width: int = 0,
-        objectives: Mapping[str, nn.Module] | None = None,
+        objectives: Mapping[str, HeadSettings] | None = None,
     ) -> None:
         super().__init__()
+        # The order in which weights are drawn, and so the order of what follows, never changes.
+        of_objectives = {name: build_head(each) for name, each in (objectives or {}).items()}
         self.encoder = spec_of(config).encoder(config)
         self.pooling = pooling
         width, losses = config.hidden_size, losses or {}
-        shares = "shared" in features.values()
-        self.pair = Linear(SHARED_INPUT * width, width) if shares else None
-        self.heads = NamedModules()
-        for position, task in enumerate(tasks):
-            self.heads[task.task] = TaskHead(
-                task,
-                features[task.task],
-                width,
+        of_tasks = {
+            task.task: HeadSettings(
+                kind=task.kind,
+                name=task.task,
+                config=config,
+                task=task,
+                features=features[task.task],
+                loss=losses.get(task.task, "default"),
                 dropout_p=dropout_p,
                 site=self.encoder.num_sites + position,
-                loss=losses.get(task.task, "default"),
             )
+            for position, task in enumerate(tasks)
+        }
+        all_heads = (*of_tasks.values(), *(objectives or {}).values())
+        shares = any("pair" in head_class(each.kind).layers_used(each) for each in all_heads)
+        self.pair = Linear(SHARED_INPUT * width, width) if shares else None
+        self.heads = NamedModules()
+        self.heads.update({name: build_head(each) for name, each in of_tasks.items()})
         self.adapters = NamedModules()
         if adapter_width:
             first_site = self.encoder.num_sites + len(tasks)
@@ -74,18 +80,16 @@ class MultitaskModel(nn.Module):
                     adapter_width,
                     first_site=first_site + position * config.num_hidden_layers,
                 )
-        self.heads.update(objectives or {})
+        self.heads.update(of_objectives)
 
-    def head(self, task: str) -> TaskHead:
-        """Return the head of ``task``."""
-        head = self.heads[task]
-        assert isinstance(head, TaskHead)
-        return head
+    def head(self, name: str) -> Head:
+        """Return the head of a task or objective."""
+        return cast(Head, self.heads[name])
 
     @property
-    def task_heads(self) -> dict[str, TaskHead]:
+    def task_heads(self) -> dict[str, Head]:
         """The heads of the tasks, without those of objectives."""
-        return {name: head for name, head in self.heads.items() if isinstance(head, TaskHead)}
+        return {name: self.head(name) for name in self.heads if self.head(name).is_scored}
 
     def _adapter(self, task: str) -> ProjectedAttention | None:
         return cast(ProjectedAttention, self.adapters[task]) if task in self.adapters else None
@@ -169,7 +173,7 @@ class MultitaskModel(nn.Module):
         seed: Tensor | None = None,
         task_rows: bool = False,
         accumulate: bool = False,
-    ) -> list[Tensor]:
+    ) -> list[Scores]:
         """Score a packed batch.
 
         Args:
@@ -185,7 +189,7 @@ class MultitaskModel(nn.Module):
         hidden = self._encode(batch, tasks, seed, task_rows, accumulate)
         pooled = pool(hidden, batch.cu_seqlens, self.pooling)
         shared = self.shared_layers
-        scores = []
+        scores: list[Scores] = []
         for row, (task, tokens, sequences, cu_seqlens) in enumerate(
             zip(
                 tasks,
@@ -233,7 +237,7 @@ class MultitaskModel(nn.Module):
         return hidden
 
     def losses(
-        self, scores: Sequence[Tensor], batch: PackedBatch, tasks: Sequence[str]
+        self, scores: Sequence[Scores], batch: PackedBatch, tasks: Sequence[str]
     ) -> list[Tensor]:
         """Return each task's mean loss, 0-dim, from what :meth:`forward` returned.
 
@@ -242,8 +246,9 @@ class MultitaskModel(nn.Module):
         Raises:
             ValueError: the batch has no labels of a task.
         """
-        heads = [cast(Head, self.heads[task]) for task in tasks]
         return [
-            head.loss(own, labels) if own.numel() else own.sum()
-            for head, own, labels in zip(heads, scores, batch.labels, strict=True)
+            own.sum()
+            if isinstance(own, Tensor) and not own.numel()
+            else self.head(task).loss(own, labels)
+            for task, own, labels in zip(tasks, scores, batch.labels, strict=True)
         ]

@@ -2,22 +2,20 @@
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from ..data.tokenizer import Tokenizer
 from ..model.config import EncoderConfig
-from .masked_lm import MaskedLmHead
+from ..model.heads import HeadSettings
 from .masking import MaskedText, following_segments, single_segments
 from .recipe import ObjectiveRecipe
-from .simcse import ContrastiveHead, SentencesTwice
+from .simcse import SentencesTwice
 from .text import NOT_KNOWN, Found, framed
 
 
-def build_head(settings: ObjectiveRecipe, config: EncoderConfig) -> nn.Module:
-    """Return the head of an objective, as it begins."""
-    if settings.kind == "simcse":
-        return ContrastiveHead(settings.temperature)
-    return MaskedLmHead(config, next_sentence=settings.kind == "masked_lm_next")
+def head_settings(name: str, settings: ObjectiveRecipe, config: EncoderConfig) -> HeadSettings:
+    """Return what the head of an objective is built from."""
+    return HeadSettings(
+        kind=settings.kind, name=name, config=config, temperature=settings.temperature
+    )
 
 
 def build_examples(

@@ -17,7 +17,7 @@ import torch
 from ..data.part import Indices, MaskedTokens, Part
 from ..data.tokenizer import Tokenizer
 from ..errors import InputError
-from .draw import uniforms
+from ..rng import uniforms
 from .text import NOT_KNOWN, Found, joined, split_sentences, token_ids
 
 _TO_MASK, _TO_RANDOM = 0.8, 0.9

@@ -188,7 +188,7 @@ def _answers(answers: dict[str, Answers]) -> Section:
     drawn = [
         Picture(
             f"{task}: {metric_name(own.form)} {own.score:.3f}",
-            pictures.scatter(own) if own.form.kind == "score" else pictures.confusion_matrix(own),
+            pictures.confusion_matrix(own) if own.form.whole else pictures.scatter(own),
         )
         for task, own in answers.items()
     ]

@@ -9,7 +9,6 @@ from torch import Tensor
 from .gram_matrix import in_dtype, nan_unless_finite, preferences, rounding
 from .solvers import eigen
 
-
 ScaleMode = Literal["min", "median", "rmse"]
 
 

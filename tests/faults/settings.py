@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from engine.model.heads.masked_lm import MaskedLmHead
 from engine.multitask.balance import METHODS
-from engine.objectives.masked_lm import MaskedLmHead
 from engine.recipe import Recipe
 
 from .base import DOORS, Base

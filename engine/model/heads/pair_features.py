@@ -60,6 +60,5 @@ SIMILARITIES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = MappingProxyTyp
 )
 """By name, functions of ``[n, H]`` and ``[n, H]``, both fp32, to ``[n]``."""
 
-SINGLE = ("single", "bilstm")
 CROSS = "cross"
 PAIRS = (*JOINT_WIDTHS, *SIMILARITIES, CROSS)

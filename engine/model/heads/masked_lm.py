@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.part import Labels, MaskedTokens
-from ..model.config import EncoderConfig
-from ..model.context import RowContext
-from ..model.layers import Embedding, LayerNorm, Linear
-from ..model.states import TaskStates, at_least_fp32
+from ...data.part import Labels, MaskedTokens
+from ..context import RowContext
+from ..layers import Embedding, LayerNorm, Linear
+from ..states import TaskStates, at_least_fp32
+from .base import Head, HeadSettings, Scores
 
 _PRETRAINED = {
     "cls.predictions.bias": "bias",
@@ -25,18 +25,19 @@ _PRETRAINED = {
 }
 
 
-class MaskedLmHead(nn.Module):
+class MaskedLmHead(Head):
     """Tells the tokens behind masks; its decoder is the word table itself.
 
-    Args:
-        config: of the encoder.
-        next_sentence: tell from [CLS] whether the second segment follows the first.
+    Of the kind ``masked_lm_next`` it tells from [CLS], too, whether the second segment follows the
+    first.
     """
 
-    uses = ("word",)
+    is_pretrained = True
+    fills_masks = True
 
-    def __init__(self, config: EncoderConfig, *, next_sentence: bool) -> None:
-        super().__init__()
+    def __init__(self, settings: HeadSettings) -> None:
+        super().__init__(settings)
+        config, next_sentence = settings.config, settings.kind == "masked_lm_next"
         width, std = config.hidden_size, config.initializer_range
         self.transform = Linear(width, width, init_std=std)
         self.norm = LayerNorm(width, eps=config.layer_norm_eps)
@@ -44,24 +45,38 @@ class MaskedLmHead(nn.Module):
         self.pooler = Linear(width, width, init_std=std) if next_sentence else None
         self.follows = Linear(width, 1, init_std=std) if next_sentence else None
 
-    def forward(self, states: TaskStates) -> Tensor:
-        """Return the loss of the batch: the mean cross entropy of the masked tokens, 0-dim.
+    @classmethod
+    def layers_used(cls, _settings: HeadSettings) -> tuple[str, ...]:
+        """Return the word table: every entry of it is decoded with."""
+        return ("word",)
 
-        With next sentence prediction, its mean cross entropy is added.
+    def forward(self, states: TaskStates) -> Scores:
+        """Return the logits ``[m, V]`` of the m masked tokens.
+
+        With next sentence prediction, also the logits ``[n]`` that the second segments follow.
         """
         labels = states.labels
         assert isinstance(labels, MaskedTokens), "the batch has no masks"
         masked = states.tokens[labels.positions]
-        logits = self.logits(masked, states.shared.word, states.rows(len(masked)))
-        loss = F.cross_entropy(logits, labels.targets)
+        words = self.word_logits(masked, states.shared.word, states.rows(len(masked)))
         if self.pooler is None or self.follows is None:
-            return loss
-        assert labels.is_next is not None
+            return words
         first = states.tokens[states.cu_seqlens[:-1].long()]
-        follows = at_least_fp32(self.follows(self.pooler(first).tanh())).squeeze(1)
+        return words, at_least_fp32(self.follows(self.pooler(first).tanh())).squeeze(1)
+
+    def loss(self, scores: Scores, labels: Labels | None) -> Tensor:
+        """Return the mean cross entropy of the masked tokens, and of the segments, added."""
+        assert isinstance(labels, MaskedTokens), "the batch has no masks"
+        if isinstance(scores, Tensor):
+            return F.cross_entropy(scores, labels.targets)
+        words, follows = scores
+        assert labels.is_next is not None
+        loss = F.cross_entropy(words, labels.targets)
         return loss + F.binary_cross_entropy_with_logits(follows, labels.is_next)
 
-    def logits(self, hidden: Tensor, word: Embedding, context: RowContext | None = None) -> Tensor:
+    def word_logits(
+        self, hidden: Tensor, word: Embedding, context: RowContext | None = None
+    ) -> Tensor:
         """Return a logit for each word of the table: ``[m, H]`` to fp32 ``[m, V]``.
 
         Args:
@@ -71,10 +86,6 @@ class MaskedLmHead(nn.Module):
         """
         changed = self.norm(F.gelu(self.transform(hidden)))
         return at_least_fp32(word.decode(changed, context) + self.bias)
-
-    def loss(self, scores: Tensor, _labels: Labels | None) -> Tensor:
-        """Return what :meth:`forward` returned."""
-        return scores
 
     def load_pretrained(self, tensors: Mapping[str, Tensor]) -> bool:
         """Take over the head that a Hugging Face model was pretrained with, if it is there whole.
