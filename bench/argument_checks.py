@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from engine.door import Parser
-from engine.standard_output import exit_with
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
 
 from . import harness
 

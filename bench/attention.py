@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from engine.door import Parser
-from engine.standard_output import exit_with
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
 
 from . import harness
 

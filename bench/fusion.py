@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.door import Parser
-from engine.model.states import pool
-from engine.standard_output import exit_with
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
+from engine.models.pooling import pool
 
 from . import harness
 

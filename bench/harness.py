@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from engine.errors import InputError
-from engine.json_text import dump_json
-from engine.output_files import check_outputs, write_output
-from engine.runtime.files import explained
+from engine.utils.errors import InputError
+from engine.utils.files import explained
+from engine.utils.json_text import dump_json
+from engine.utils.output_files import check_outputs, write_output
 
 Contestant = Callable[[], object]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from engine.json_text import dump_json
+from engine.utils.json_text import dump_json
 
 CALLS, REPEATS = 1_000, 15
 

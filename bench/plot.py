@@ -21,11 +21,11 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.distinct import distinct_names
-from engine.door import Parser
-from engine.errors import InputError
-from engine.output_files import check_outputs, write_output
-from engine.standard_output import exit_with
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
+from engine.utils.errors import InputError
+from engine.utils.file_names import distinct_names
+from engine.utils.output_files import check_outputs, write_output
 
 from . import harness
 from .plot_growth import draw_growth

@@ -26,8 +26,8 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from engine.door import Parser
-from engine.standard_output import exit_with
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
 
 from . import harness
 

@@ -16,15 +16,15 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from engine import recipe as recipes
-from engine.door import Parser
-from engine.json_text import dump_json
-from engine.multitask.exchange import MODES, Alone
-from engine.multitask.layout import VECTORS
-from engine.run import begin
-from engine.runtime.distributed import Ranks
-from engine.standard_output import exit_with
-from engine.training import Training
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
+from engine.config import recipe as recipes
+from engine.distributed.gradient_sync import MODES, NoSync
+from engine.distributed.ranks import Ranks
+from engine.gradients.layout import VECTORS
+from engine.runs.run import begin
+from engine.training.trainer import Trainer
+from engine.utils.json_text import dump_json
 
 from . import harness
 from .scaling import Machine, Model, predict
@@ -32,7 +32,7 @@ from .scaling import Machine, Model, predict
 _SHARE_OF_BACKWARD = 2 / 3  # of the products of a step: two of three
 
 
-def measure(training: Training, steps: int) -> dict[str, float]:
+def measure(training: Trainer, steps: int) -> dict[str, float]:
     """Return seconds: of a step ``alone``, of it ``predicted`` with exchange, and ``measured``."""
     with closing(training.loader(0)) as loader:
         batches = list(itertools.islice(loader, steps))
@@ -40,7 +40,7 @@ def measure(training: Training, steps: int) -> dict[str, float]:
     def take(number: int) -> None:
         training.step([batches[number]], number, 1e-5)
 
-    exchange, training.step.exchange = training.step.exchange, Alone()
+    exchange, training.step.exchange = training.step.exchange, NoSync()
     alone = _seconds(take, steps)
     training.step.exchange = exchange
     latency, bandwidth = _link(training.parameters.rows.dtype)
@@ -64,7 +64,7 @@ def measure(training: Training, steps: int) -> dict[str, float]:
     }
 
 
-def _model(training: Training) -> Model:
+def _model(training: Trainer) -> Model:
     sizes = {bucket.name: bucket.size for bucket in training.parameters.layout.buckets}
     first = training.model.encoder_stages()[0].bucket
     late = sum(sizes.pop(name, 0) for name in (first, VECTORS))
@@ -114,10 +114,10 @@ def main() -> int:
     settings = ["precision=fp32", f"distribute={options.distribute}"]
     recipe = recipes.load("demo", [*settings, *(f"encoder.{field}" for field in shape)])
     with ranks.joined(device, recipe.timeout), tempfile.TemporaryDirectory() as folder:
-        with ranks.in_turn():
-            training = Training.build(begin(recipe, Path(folder) / "run"), device, ranks)
+        with ranks.main_first():
+            training = Trainer.build(begin(recipe, Path(folder) / "run"), device, ranks)
         result = measure(training, options.steps)
-    if ranks.leads:
+    if ranks.is_main:
         print(dump_json(result, indent=1))
         if options.json is not None:
             harness.write_json(options.json, result, replace=options.force)

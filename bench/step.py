@@ -16,18 +16,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from engine import recipe as recipes
-from engine.data.pack import PackedBatch
-from engine.door import Parser
-from engine.run import begin
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
+from engine.config import recipe as recipes
+from engine.data.collate import PackedBatch
+from engine.runs.run import begin
 from engine.runtime.cpu import keep_freed_memory
 from engine.runtime.precision import multiplies_bf16_fast
-from engine.standard_output import exit_with
-from engine.training import Training
+from engine.training.trainer import Trainer
 
 from . import harness, step_growth
-from .peers import HuggingFaceLoop, PaddedBatch
-from .step_parts import floor_seconds, joules_a_run, phase_seconds
+from .baselines import HuggingFaceLoop, PaddedBatch
+from .step_breakdown import floor_seconds, joules_a_run, phase_seconds
 
 _TASKS = ("sst", "quora", "sts")
 _LR = 1e-5
@@ -38,7 +38,7 @@ _EXECUTIONS = {"cpu": ("eager", ("compile",)), "cuda": ("graphs", ("compile", "e
 class Batches:
     """The batch of the current round, packed and padded."""
 
-    def __init__(self, training: Training, device: torch.device, count: int) -> None:
+    def __init__(self, training: Trainer, device: torch.device, count: int) -> None:
         self.packed = first_batches(training, device, count)
         self._padded = [PaddedBatch(batch, device) for batch in self.packed]
         self.select(0)
@@ -49,7 +49,7 @@ class Batches:
         self.padded = self._padded[self.turn]
 
 
-def first_batches(training: Training, device: torch.device, count: int) -> list[PackedBatch]:
+def first_batches(training: Trainer, device: torch.device, count: int) -> list[PackedBatch]:
     """The first batches of a run, filled up to a few shapes where its steps are recorded."""
     with training.loader(0) as loader:
         return [batch.to(device) for batch in itertools.islice(loader, count)]
@@ -57,7 +57,7 @@ def first_batches(training: Training, device: torch.device, count: int) -> list[
 
 def engine_training(
     options: argparse.Namespace, balance: str, precision: str, execution: str
-) -> Training:
+) -> Trainer:
     """Put this engine together as ``engine.train cgs`` does."""
     settings = [f"balance={balance}", f"precision={precision}", f"execution={execution}"]
     settings.append(f"batch_size={options.batch_size}")
@@ -65,13 +65,13 @@ def engine_training(
         if value is not None:
             settings.append(recipes.override(key, str(value.absolute())))
     run = begin(recipes.load("cgs", settings), Path("not-written"))
-    return Training.build(run, torch.device(options.device))
+    return Trainer.build(run, torch.device(options.device))
 
 
 class Engine:
     """This engine's step on the current batch."""
 
-    def __init__(self, training: Training, batches: Batches, device: torch.device) -> None:
+    def __init__(self, training: Trainer, batches: Batches, device: torch.device) -> None:
         self.training = training
         self._batches, self._numbers = batches, itertools.count()
         self._own = first_batches(training, device, len(batches.packed))
@@ -181,7 +181,8 @@ def main() -> None:
         "tokens": tokens,
         "padded_tokens": [batch.padded_tokens for batch in batches.packed],
         "warmup_seconds": {
-            name: engine.training.step.execution.warmup_seconds for name, engine in ours.items()
+            name: engine.training.trainer.step.execution.warmup_seconds
+            for name, engine in ours.items()
         },
         "floor_seconds": floor,
         "phase_seconds": phases,

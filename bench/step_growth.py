@@ -16,20 +16,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from engine import recipe as recipes
-from engine.data.formats import FORMATS
-from engine.data.pack import PackedBatch, pack
+from engine.config import recipe as recipes
+from engine.data.collate import PackedBatch, pack
 from engine.data.split import TokenizedSplit
-from engine.model.bert import BertConfig
-from engine.model.multitask import MultitaskModel
-from engine.multitask.balance import Balance, BalanceSettings, TrainedTasks, build_method
-from engine.multitask.flat_parameters import FlatParameters
-from engine.multitask.optimizer import AdamW
-from engine.multitask.parts import Parts
-from engine.multitask.step import MultitaskStep
-from engine.run import begin
+from engine.data.task_schema import FORMATS
+from engine.gradients.balancing import Balancer, BalanceSettings, TrainedTasks, build_method
+from engine.gradients.flat_parameters import FlatParameters
+from engine.gradients.groups import ParamGroups
+from engine.models.bert import BertConfig
+from engine.models.multitask import MultitaskModel
+from engine.optim.adamw import AdamW
+from engine.runs.run import begin
 from engine.runtime.execution import Execution
 from engine.runtime.precision import pick_dtype
+from engine.training.step import MultitaskStep
 
 from . import harness
 
@@ -151,7 +151,7 @@ def _steps(case: Case, vocab_size: int, device: torch.device) -> dict[str, Multi
         dropout_p=0.1,
     ).train()
     flat = FlatParameters(model, tasks, device=device, compute_dtype=pick_dtype("auto", device))
-    parts = Parts(flat, tasks, "model")
+    parts = ParamGroups(flat, tasks, "model")
     trained = TrainedTasks(tasks, (case.examples,) * case.num_tasks)
     optimizer = AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     return {
@@ -161,7 +161,7 @@ def _steps(case: Case, vocab_size: int, device: torch.device) -> dict[str, Multi
             flat,
             optimizer,
             parts,
-            Balance(build_method(name, trained, BalanceSettings()), parts.owners, device),
+            Balancer(build_method(name, trained, BalanceSettings()), parts.owners, device),
             loss_weights=[1.0] * case.num_tasks,
             clip_norm=1.0,
             seed=0,

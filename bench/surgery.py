@@ -17,11 +17,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import kernels
-from engine.door import Parser
-from engine.standard_output import exit_with
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
 
 from . import harness
-from .peers import published_pcgrad
+from .baselines import published_pcgrad
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LR = 1e-5

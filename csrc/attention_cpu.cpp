@@ -1,4 +1,4 @@
-// The CPU side of the attention ops; kernels/attention.py documents them.
+// The CPU side of the attention ops; kernels/attention/attention.py documents them.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 // ---- options ------------------------------------------------------------------------------------
 
 // The arguments that every op has behind its others, the fields of AttentionOptions in
-// kernels/attention_options.py: in its schema, and in C++.
+// kernels/attention/attention_options.py: in its schema, and in C++.
 #define OPTIONS "float softmax_scale, bool causal, float dropout_p, int stream, Tensor? seed"
 
 AttentionOptions parse_options(double softmax_scale, bool causal, double dropout_p, int64_t stream,

@@ -1,4 +1,4 @@
-// The CPU side of the dropout op; kernels/dropout.py documents it.
+// The CPU side of the dropout op; kernels/dropout/dropout.py documents it.
 #include <optional>
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The CPU side of the embedding ops; kernels/embedding.py and kernels/embedding_layer_norm.py
+// The CPU side of the embedding ops; kernels/embedding/embedding.py and kernels/embedding_layer_norm/embedding_layer_norm.py
 // document them.
 #include "embedding.h"
 

@@ -114,7 +114,7 @@ check_rows_apart(const ParameterRows& parameters,
 void check_offsets(const Offsets& offsets, int64_t rows);
 
 // The arguments of forward passes that say where the backward pass writes the gradients of
-// parameters of these sizes: kernels/layer_norm_parameters.py.
+// parameters of these sizes: kernels/layer_norm/layer_norm_parameters.py.
 inline void check_task_rows(const std::optional<torch::stable::Tensor>& rows,
                             const Offsets& columns, const Offsets& offsets, int64_t stream,
                             std::initializer_list<int64_t> sizes) {

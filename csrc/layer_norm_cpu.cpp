@@ -1,4 +1,4 @@
-// The CPU side of the layer norm ops; kernels/layer_norm.py documents them.
+// The CPU side of the layer norm ops; kernels/layer_norm/layer_norm.py documents them.
 #include "layer_norm_border.h"
 
 #include <optional>

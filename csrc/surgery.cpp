@@ -1,6 +1,6 @@
 // Gradient surgery: the operators' schemas and their CPU side.
 //
-// The mathematics of each operator, in plain torch, stands in kernels/surgery.py.
+// The mathematics of each operator, in plain torch, stands in kernels/surgery/surgery.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

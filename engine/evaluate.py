@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .door import Parser, print_scores, run_door, terminal
-from .errors import InputError
-from .options import add_device
-from .origins import reads_data_folder
-from .run import open_run
+from .cli.common import Parser, print_scores, run_cli, terminal
+from .cli.options import add_device
+from .cli.progress import report_data
+from .runs.data_paths import reads_data_folder
+from .runs.run import open_run
+from .runs.scoring import Scores, score_splits, write_scores
 from .runtime.precision import pick_device
-from .scoring import Scores, score_splits, write_scores
-from .watch import report_data
+from .utils.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,4 +52,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from .door import Parser, run_door, terminal
+from .cli.common import Parser, run_cli, terminal
 from .exporting.folder import check_free, write_model_folder
-from .run import open_run
-from .scoring import read_scores
+from .runs.run import open_run
+from .runs.scoring import read_scores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,4 +40,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

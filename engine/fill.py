@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .data.pack import join
-from .data.part import Part
+from .cli.common import Parser, positive, run_cli, terminal
+from .cli.options import add_device
+from .data.collate import join
+from .data.task_batch import TaskBatch
 from .data.tokenizer import Tokenizer
-from .door import Parser, positive, run_door, terminal
-from .errors import InputError
-from .model.context import Context
-from .model.heads import head_class
-from .model.multitask import MultitaskModel
-from .options import add_device
-from .run import Run, open_run
+from .models.context import Context
+from .models.heads import head_class
+from .models.multitask import MultitaskModel
+from .runs.run import Run, open_run
 from .runtime.precision import pick_device
+from .utils.errors import InputError
 
 _MASK = "[MASK]"
 
@@ -77,7 +77,7 @@ def likeliest(
     (masks,) = np.nonzero(tokens == tokenizer.mask_id)
     if len(masks) != 1:
         raise InputError(f"{sentence!r}: expected one {_MASK}, found {len(masks)}")
-    part = Part(
+    part = TaskBatch(
         task=objective,
         tokens=tokens.astype(np.int64),
         sizes=np.array([len(tokens)]),
@@ -109,4 +109,4 @@ def _objective(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

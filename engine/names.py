@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from .errors import UNPRINTABLE
+from .utils.errors import UNPRINTABLE
 
 
 def _printable(name: str) -> str:

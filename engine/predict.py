@@ -5,16 +5,16 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from .data.read import OnBadRow
+from .cli.common import Parser, run_cli, terminal
+from .cli.options import add_device, add_force
 from .data.source import DataFile
-from .door import Parser, run_door, terminal
-from .errors import InputError
-from .options import add_device, add_force
-from .output_files import check_outputs, write_output
-from .quoting import table_cell
-from .run import open_run
+from .data.table import OnBadRow
+from .runs.run import open_run
+from .runs.scoring import predict
 from .runtime.precision import pick_device
-from .scoring import predict
+from .utils.errors import InputError
+from .utils.output_files import check_outputs, write_output
+from .utils.quoting import table_cell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,4 +81,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

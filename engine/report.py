@@ -4,17 +4,17 @@ from collections.abc import Sequence
 from os.path import realpath
 from pathlib import Path
 
-from .distinct import distinct_names
-from .door import Parser, run_door, terminal
-from .errors import InputError
-from .options import add_device, add_force
-from .output_files import check_outputs
+from .cli.common import Parser, run_cli, terminal
+from .cli.options import add_device, add_force
 from .reporting.outcomes import collect
 from .reporting.page import write_page
 from .reporting.systems import possible_files, without_answers, write_systems
-from .run import open_run
-from .runtime.files import explained, resolved
+from .runs.run import open_run
 from .runtime.precision import pick_device
+from .utils.errors import InputError
+from .utils.file_names import distinct_names
+from .utils.files import explained, resolved
+from .utils.output_files import check_outputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,4 +94,4 @@ def _pages(folders: Sequence[Path], out: Path) -> dict[Path, Path]:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

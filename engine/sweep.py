@@ -10,27 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from types import FrameType
 
-from . import recipe as recipes
-from .distinct import as_file_name, distinct_names
-from .door import DIVERGED, STOPPED, Parser, positive, run_door, terminal
-from .errors import InputError
-from .many import (
+from .cli.common import DIVERGED, STOPPED, Parser, positive, run_cli, terminal
+from .cli.options import add_device, add_settings, overrides
+from .cli.standard_output import train_without_output
+from .config import recipe as recipes
+from .runs.experiments import (
     MOST_RUNS,
-    Cell,
+    RunSpec,
     check_models,
     check_results,
     print_diverged,
     print_results,
     read_results,
     seeds_of,
-    train_cells,
+    train_runs,
 )
-from .options import add_device, add_settings, overrides
-from .runtime.files import explained, resolved
-from .runtime.lock import held
+from .runs.lock import held
 from .runtime.precision import pick_device
-from .standard_output import train_without_output
 from .train import train_run
+from .utils.errors import InputError
+from .utils.file_names import as_file_name, distinct_names
+from .utils.files import explained, resolved
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_results(out, cells)
         with _time_limit(options.minutes) as over:
             in_time = itertools.takewhile(lambda _: not over.is_set(), cells)
-            ending = train_cells(out, in_time, lambda run: train_run(run, device, console), console)
+            ending = train_runs(out, in_time, lambda run: train_run(run, device, console), console)
         results = read_results(out)
     print_results(console, results)
     print_diverged(console, ending.diverged)
@@ -113,7 +113,7 @@ def _is_file(name: str) -> bool:
 
 def _cells(
     group: str, name: str, point: tuple[str, ...], settings: Sequence[str], seeds: int
-) -> list[Cell]:
+) -> list[RunSpec]:
     recipe = recipes.load(name, [*settings, *point])
     if point:
         group += "/" + as_file_name(",".join(point))
@@ -186,4 +186,4 @@ def _parser() -> Parser:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

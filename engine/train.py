@@ -1,7 +1,7 @@
 """``python -m engine.train RECIPE``: train one encoder on several tasks.
 
-From here a step goes: the loop below -> multitask/step.py (forward, one backward, surgery,
-update) -> model/encoder.py -> kernels/ -> csrc/.
+From here a step goes: the loop below -> training/step.py (forward, one backward, surgery,
+update) -> models/encoder.py -> kernels/ -> csrc/.
 """
 
 import itertools
@@ -16,35 +16,13 @@ from signal import Signals
 import torch
 from rich.console import Console
 
-from . import recipe as recipes
-from . import run as runs
-from .completion import bash_script
-from .data.pack import PackedBatch
-from .divergence import check_skipped, is_sound
-from .door import DIVERGED, STOPPED, print_scores, run_door, terminal
-from .dry_run import show_plan
-from .errors import InputError
-from .fields import print_fields
-from .many import check_results, print_diverged, print_results, read_results, seeds_of, train_cells
-from .options import overrides, parser
-from .phase_facts import PhaseFacts
-from .recipe import Recipe
-from .run import Run
-from .run_folder import claimed, free_folders
-from .runtime.cpu import keep_freed_memory, set_threads
-from .runtime.distributed import Ranks
-from .runtime.failure import SMALLER_MODEL, memory_explained, smaller_batches
-from .runtime.files import resolved
-from .runtime.lock import held, held_first
-from .runtime.manifest import Progress
-from .runtime.metric_lines import read_evaluation_lines
-from .runtime.metrics_log import MetricsLog
-from .runtime.precision import pick_device
-from .runtime.stop import StopRequest
-from .scoring import Scores, read_scores, score_splits, write_scores
-from .standard_output import train_without_output
-from .training import Training
-from .watch import (
+from .checkpoints.manifest import Progress
+from .cli.common import DIVERGED, STOPPED, print_scores, run_cli, terminal
+from .cli.completion import bash_script
+from .cli.dry_run import show_plan
+from .cli.help import print_fields
+from .cli.options import overrides, parser
+from .cli.progress import (
     ProgressBar,
     describe,
     list_recipes,
@@ -52,12 +30,41 @@ from .watch import (
     print_warmup,
     report_data,
 )
+from .cli.standard_output import train_without_output
+from .config import recipe as recipes
+from .config.recipe import Recipe
+from .data.collate import PackedBatch
+from .distributed.ranks import Ranks
+from .lint.phase_facts import PhaseFacts
+from .metrics.log import MetricsLog
+from .metrics.read import read_evaluation_lines
+from .runs import run as runs
+from .runs.experiments import (
+    check_results,
+    print_diverged,
+    print_results,
+    read_results,
+    seeds_of,
+    train_runs,
+)
+from .runs.folder import claimed, free_folders
+from .runs.lock import held, held_first
+from .runs.run import Run
+from .runs.scoring import Scores, read_scores, score_splits, write_scores
+from .runtime.cpu import keep_freed_memory, set_threads
+from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
+from .runtime.precision import pick_device
+from .training.divergence import check_skipped, is_sound
+from .training.signals import StopRequest
+from .training.trainer import Trainer
+from .utils.errors import InputError
+from .utils.files import resolved
 
 _LEASE = 120.0
 """Seconds after which a file server has given up a lost machine and its locks."""
 
 
-def train(training: Training, console: Console) -> Signals | None:
+def train(training: Trainer, console: Console) -> Signals | None:
     """Train one phase from where the run's last checkpoint left it.
 
     Returns:
@@ -112,7 +119,7 @@ def train(training: Training, console: Console) -> Signals | None:
 
 
 def _pause(
-    training: Training,
+    training: Trainer,
     batch: Sequence[PackedBatch],
     log: MetricsLog,
     bar: ProgressBar,
@@ -134,7 +141,7 @@ def _pause(
     if scores and progress.is_beaten_by(scores["overall"]):
         progress = progress._replace(best_score=scores["overall"], best_step=progress.step)
         training.save_best(progress)
-        if training.ranks.leads:
+        if training.ranks.is_main:
             write_scores(training.run.folder, Scores("dev", progress.step, scores))
     if epoch_ends:
         bar.print_epoch(progress, training.epoch_steps, scores)
@@ -160,11 +167,11 @@ def train_run(
     known, idle = list[str](), list[str]()
     for phase in range(done.phase, len(run.recipe.in_phases)):
         # The first on each machine fills the cache of tokenized data.
-        with ranks.in_turn(), memory_explained(SMALLER_MODEL):
-            training = Training.build(run, device, ranks, phase=phase)
+        with ranks.main_first(), memory_explained(SMALLER_MODEL):
+            training = Trainer.build(run, device, ranks, phase=phase)
         if phase == done.phase:
             _check_steps(training, done)
-        if ranks.leads:
+        if ranks.is_main:
             run.write()  # only now: what cannot be trained leaves no folder behind
         facts[training.name] = PhaseFacts.of(training)
         idle = print_idle_settings(console, training, facts, idle)
@@ -179,7 +186,7 @@ def train_run(
     return None
 
 
-def _check_steps(training: Training, done: Progress) -> None:
+def _check_steps(training: Trainer, done: Progress) -> None:
     """Refuse to call a run one of fewer steps than it has trained, or to end it without a score.
 
     Raises:
@@ -219,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = Ranks.from_environment()
     if ranks.size > 1 and (options.out is None or options.seeds is not None):
         raise InputError("several ranks make one run, in the folder that --out names; give it")
-    console = terminal(quiet=not ranks.leads)
+    console = terminal(quiet=not ranks.is_main)
     device = ranks.device(pick_device(options.device))
     recipe = recipes.load(options.recipe, overrides(options))
     resumes = options.resume or ranks.restarted
@@ -229,10 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wait = min(_LEASE, recipe.timeout / 2) if ranks.restarted else 0.0
     claim = partial(claimed, ranks=ranks, resumes=resumes, wait=wait)
     with ranks.joined(device, recipe.timeout), _place(options, claim) as out:
-        with ranks.in_turn():
+        with ranks.main_first():
             run = runs.resume(recipe, out) if resumes else runs.begin(recipe, out)
         if options.dry_run:
-            training = Training.build(run, device, ranks)
+            training = Trainer.build(run, device, ranks)
             report_data(console, [*training.train_sets, *training.dev_sets.values()])
             show_plan(console, training)
             print_idle_settings(console, training, {training.name: PhaseFacts.of(training)}, ())
@@ -241,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if signal is not None:
         console.print(f"stopped by {signal.name}; go on with --resume --out {run.folder}")
         return STOPPED + signal
-    if not ranks.leads:
+    if not ranks.is_main:
         return 0
     if recipe.is_scored:
         best = read_scores(run.folder, recipe.tasks)
@@ -274,7 +281,7 @@ def _train_seeds(
     """Train a recipe under several seeds; return the door's exit status."""
     cells = seeds_of("", recipe, count)
     check_results(out, cells)
-    ending = train_cells(out, cells, lambda run: train_run(run, device, console), console)
+    ending = train_runs(out, cells, lambda run: train_run(run, device, console), console)
     print_results(console, read_results(out))
     print_diverged(console, ending.diverged)
     if ending.signal is not None:
@@ -297,4 +304,4 @@ def _looks_around(options: Namespace, console: Console) -> bool:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_cli(main)

@@ -17,8 +17,8 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 
 from engine.data.demo import write_demo
-from engine.data.formats import FORMATS
-from engine.data.read import read_table
+from engine.data.table import read_table
+from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
 from kernels import accelerate, restore
 

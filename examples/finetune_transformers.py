@@ -13,8 +13,8 @@ from pathlib import Path
 import transformers as hf
 
 from engine.data.demo import write_demo
-from engine.data.formats import FORMATS
-from engine.data.read import read_table
+from engine.data.table import read_table
+from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
 from kernels import accelerate, restore
 

@@ -19,8 +19,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
 from engine.data.demo import write_demo
-from engine.data.formats import FORMATS
-from engine.data.read import Table, read_table
+from engine.data.table import Table, read_table
+from engine.data.task_schema import FORMATS
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide-tasks.md"
 _VERDICTS = ("bad", "bad", "fair", "good", "good")

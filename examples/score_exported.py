@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from engine.data.formats import FORMATS
-from engine.data.read import read_table
+from engine.data.table import read_table
+from engine.data.task_schema import FORMATS
 
 
 def main(arguments: list[str] | None = None) -> float:

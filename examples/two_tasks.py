@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.data.demo import write_demo
-from engine.data.formats import FORMATS
-from engine.data.read import read_table
+from engine.data.table import read_table
+from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
 
 TASKS = {"sst": 5, "quora": 2}

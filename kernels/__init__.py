@@ -11,23 +11,23 @@ give is in bfloat16, and a norm whose residual is float32 stays in float32.
 from . import balancing
 from . import gradient_buffer as gradient_buffer
 from ._namesake import namesake_attribute
-from .attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
-from .balanced_optimizer import BalancedOptimizer
-from .dropout import dropout
-from .embedding import embedding, wipe_
-from .embedding_layer_norm import EmbeddingRows, embedding_layer_norm
-from .hf import accelerate, restore
-from .implementation import implementation
+from .attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
+from .dropout.dropout import dropout
+from .embedding.embedding import embedding, wipe_
+from .embedding_layer_norm.embedding_layer_norm import EmbeddingRows, embedding_layer_norm
+from .integrations.balanced_optimizer import BalancedOptimizer
+from .integrations.layer_norm_compat import FusedLayerNorm, layer_norm_fn
+from .integrations.padding import pad_input, unpad_input
+from .integrations.pcgrad import PCGrad
+from .integrations.transformers_patch import accelerate, restore
 from .lamb import lamb_update_
-from .layer_norm import dropout_add_layer_norm, layer_norm
-from .layer_norm_doors import FusedLayerNorm, layer_norm_fn
+from .layer_norm.layer_norm import dropout_add_layer_norm, layer_norm
 from .linear import linear
-from .padding import pad_input, unpad_input
-from .pcgrad import PCGrad
-from .surgery import combine, combine_adamw_, draw_order, gram, pcgrad_weights, update_guard
-from .task_gradients import TaskGradients
+from .registration.backend import implementation
+from .registration.validation import check_cu_seqlens, checked_values
+from .surgery.surgery import combine, combine_adamw_, draw_order, gram, pcgrad_weights, update_guard
+from .task_gradients.task_gradients import TaskGradients
 from .task_rows import Columns, TaskRows, TaskSegments, new_task_rows
-from .value_checks import check_cu_seqlens, checked_values
 
 __all__ = [
     "BalancedOptimizer",

@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 
 from ._extension import has_kernel
-from .differentiation import refuse_derivative, without_derivative
-from .gram_matrix import (
+from .registration.backend import declare, register_fake
+from .registration.differentiation import refuse_derivative, without_derivative
+from .registration.validation import check_number, check_order, may_look
+from .surgery.gram_matrix import (
     check_gram,
     directions,
     eigen,
@@ -41,9 +43,7 @@ from .gram_matrix import (
     scaled,
     solve_least_squares,
 )
-from .implementation import declare, register_fake
-from .surgery import combined_norm, pcgrad_weights
-from .value_checks import check_number, check_order, may_look
+from .surgery.surgery import combined_norm, pcgrad_weights
 
 _ops = torch.ops.superbert
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .surgery import combine, gram
+from .surgery.surgery import combine, gram
 from .task_rows import Columns, TaskRows, rows_at
 
 ALIGNMENT = 64

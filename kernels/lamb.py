@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .surgery import gram
-from .value_checks import check_data, check_rates
+from .registration.validation import check_data, check_rates
+from .surgery.surgery import gram
 
 
 def _sizes(offsets: tuple[int, ...], device: torch.device) -> Tensor:

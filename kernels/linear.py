@@ -20,10 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .differentiation import differentiable_once, in_forward_mode, refuse_transforms
-from .implementation import declare, register_fake
+from .registration.backend import declare, register_fake
+from .registration.differentiation import differentiable_once, in_forward_mode, refuse_transforms
+from .registration.validation import (
+    DTYPES,
+    check_data,
+    check_offsets,
+    check_rows_apart,
+    check_tensor,
+)
 from .task_rows import TaskRows, TaskSegments, rows_of
-from .value_checks import DTYPES, check_data, check_offsets, check_rows_apart, check_tensor
 
 
 @torch.library.custom_op("superbert::onednn_linear", mutates_args=(), device_types="cpu")

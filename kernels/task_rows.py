@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .value_checks import check_data
+from .registration.validation import check_data
 
 NO_COLUMN = -1
 """In an operator's argument: there is no such parameter, or it is not trained."""

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
-from ..json_text import dump_json
-from ..reading import parse_json
-from .formats import FileFormat
-from .ownership import check_private_place, is_own_folder
-from .read import OnBadRow
+from ..utils.errors import InputError
+from ..utils.json_text import dump_json
+from ..utils.ownership import check_private_place, is_own_folder
+from ..utils.untrusted_io import parse_json
 from .rows import lines_on
 from .source import Origin
 from .split import TokenizedSplit, tokenize
+from .table import OnBadRow
+from .task_schema import TaskSchema
 from .tokenizer import Tokenizer
 
 _VERSION = 5
@@ -50,7 +50,7 @@ def default_cache() -> Path:
 
 def load_split(
     origin: Origin,
-    format_: FileFormat,
+    format_: TaskSchema,
     tokenizer: Tokenizer,
     max_length: int,
     *,

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..utils.errors import InputError
 from .dialect import AUTO, Dialect
 
 _MARKS = {  # that of UTF-32 begins with that of UTF-16, so it comes first

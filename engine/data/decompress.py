@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from ..errors import InputError
+from ..utils.errors import InputError
 from .dialect import AUTO, COMPRESSIONS, Compression, Dialect, endings
 
 _CHUNK = 1 << 20

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..utils.errors import InputError
 from .decode import not_utf8, undecoded
 from .dialect import AUTO, Dialect
 from .first_line import advice_on, has_columns, is_of_another_dialect, split_line

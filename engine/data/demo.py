@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .formats import FORMATS, SPLITS
+from .task_schema import FORMATS, SPLITS
 
 Example = tuple[tuple[str, ...], float]
 """The sentences of an example and its label."""

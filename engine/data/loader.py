@@ -9,12 +9,12 @@ from typing import Self
 
 import numpy as np
 
-from .order import Turn
-from .pack import PackedBatch, pack
-from .part import Examples, Indices
-from .sample import TaskSampler
-from .shapes import RoundedShapes, ShapePlan, Shapes
+from .batch_shapes import RoundedShapes, ShapePlan, Shapes
+from .collate import PackedBatch, pack
+from .sampler import TaskSampler
 from .split import TokenizedSplit
+from .task_batch import Examples, Indices
+from .task_schedule import ScheduledBatch
 
 _PLANNED = 512
 """Batches that shapes are planned from, at most."""
@@ -36,7 +36,7 @@ class TrainingLoader:
         start: int,
         stop: int,
         *,
-        turns: Callable[[int], Sequence[Turn]] | None = None,
+        turns: Callable[[int], Sequence[ScheduledBatch]] | None = None,
         shapes: int = 0,
         token_multiple: int = 1,
         micro_batches: int = 1,
@@ -66,8 +66,8 @@ class TrainingLoader:
         """
         rank, ranks = shard
 
-        def every_task(step: int) -> list[Turn]:
-            return [Turn(task, step) for task in range(len(samplers))]
+        def every_task(step: int) -> list[ScheduledBatch]:
+            return [ScheduledBatch(task, step) for task in range(len(samplers))]
 
         turns_of = turns or every_task
         sizes = [sampler.batch_size for sampler in samplers]

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ..errors import InputError
-from ..reading import parse_json
+from ..utils.errors import InputError
+from ..utils.untrusted_io import parse_json
 from .decode import not_utf8, undecoded
 from .dialect import Dialect
 from .rows import TWICE, BadRowError, Row, Rows, find_columns, typed_row

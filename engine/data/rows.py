@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 _HALF = re.compile(r"[\ud800-\udfff]")
 """Halves of characters, which JSON can spell and nothing can write down."""

@@ -17,22 +17,22 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import InputError
 from ..names import FileName, GivenName, Name
-from ..reading import read_bytes
-from ..settings import Real, Settings
+from ..utils.errors import InputError
+from ..utils.field_types import Real, Settings
+from ..utils.untrusted_io import read_bytes
 from .decode import check_encoding
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Quoting, endings
-from .formats import FileFormat
-from .library import check_columns, load_split
-from .read import OnBadRow, Table, collect, parse_table
+from .hf_datasets import check_columns, load_split
 from .rows import Row, Rows, find_columns, typed_row
+from .table import OnBadRow, Table, collect, parse_table
+from .task_schema import TaskSchema
 
 _COLUMN_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 Split = Literal["train", "dev", "test"]
 FURTHER_KINDS: set[str] = set()
-"""Kinds of heads, beside those below, that a source may name: :func:`engine.model.heads.register`.
+"""Kinds of heads, beside those below, that a source may name: :func:`engine.models.heads.register`.
 Their labels are classes where ``classes`` is given, else numbers within ``range``."""
 
 
@@ -160,11 +160,11 @@ class TaskSource(Settings):
             return "score"
         return "classes" if self._num_classes > 2 else "binary"
 
-    def format(self, task: str) -> FileFormat:
+    def format(self, task: str) -> TaskSchema:
         """Return what the data look like."""
         low, high = self.range if self.has_range else (0, self._num_classes - 1)
         names = () if self.has_range or isinstance(self.classes, int) else self.classes
-        return FileFormat(
+        return TaskSchema(
             task=task,
             id=self.id,
             sentences=self.text,
@@ -229,7 +229,7 @@ class DataFile:
         """Return a hash of all that decides what is read."""
         return f"{''.join(endings(self.path))}:{hashlib.sha256(self._content).hexdigest()}"
 
-    def table(self, format_: FileFormat, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
+    def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.read.parse_table`."""
         return parse_table(
             self._content, self.path, format_, labelled=labelled, on_bad_row=on_bad_row
@@ -248,7 +248,7 @@ class HubSplit:
         """Return the library's fingerprint of the data."""
         return str(self._data._fingerprint)
 
-    def table(self, format_: FileFormat, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
+    def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.read.collect`."""
         where = f"data set {self.name}, split {self.split}"
         columns = format_.columns(labelled=labelled)
@@ -257,7 +257,7 @@ class HubSplit:
         rows = Rows(self._rows(format_, columns, where), [])
         return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
-    def _rows(self, format_: FileFormat, columns: tuple[str, ...], where: str) -> Iterator[Row]:
+    def _rows(self, format_: TaskSchema, columns: tuple[str, ...], where: str) -> Iterator[Row]:
         data = self._data.select_columns(list(columns))
         # Class labels are stored as numbers; where the recipe knows names, so does the data set.
         feature = data.features.get(format_.label) if format_.classes else None

@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import InputError
-from .part import Indices, Part, ranges
-from .read import Table
+from ..utils.errors import InputError
+from .table import Table
+from .task_batch import Indices, TaskBatch, ranges
 from .tokenizer import Tokenizer
 
 
@@ -30,7 +30,7 @@ class TokenizedSplit:
         blank: the indices of the blanked rows.
         notes: what was found out about the file, a line each.
         token_types: uint8 ``[T]``, the segment of each token; None where all are 0.
-        states: fp32 ``[T, H]``, what a frozen encoder made of the tokens (engine/frozen.py).
+        states: fp32 ``[T, H]``, what a frozen encoder made of the tokens (engine/training/precompute.py).
     """
 
     task: str
@@ -60,14 +60,14 @@ class TokenizedSplit:
         """How many rows of the file were skipped or blanked."""
         return sum(self.bad_rows.values())
 
-    def part(self, chosen: Indices, _step: int, /) -> Part:
+    def part(self, chosen: Indices, _step: int, /) -> TaskBatch:
         """Return chosen examples; nothing about them is random."""
         columns = np.arange(self.columns)[:, None]
         sequences = (chosen * self.columns + columns).reshape(-1)
         starts = self.offsets[sequences]
         sizes = self.offsets[sequences + 1] - starts
         places, types = ranges(starts, sizes), self.token_types
-        return Part(
+        return TaskBatch(
             task=self.task,
             tokens=self.tokens[places].astype(np.int64),
             sizes=sizes,

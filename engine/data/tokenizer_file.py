@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import InputError
-from ..reading import parse_json
+from ..utils.errors import InputError
+from ..utils.untrusted_io import parse_json
 
 LARGEST_FILE = 64 << 20
 """Bytes; the file of a vocabulary of 250,000 tokens has 17 million."""

@@ -13,16 +13,16 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import InputError
-from ..json_text import dump_json
-from ..model.heads import HeadExport
-from ..model.huggingface import to_huggingface_state
-from ..model.multitask import MultitaskModel
-from ..model.registry import spec_of
-from ..run import Run
-from ..runtime.files import explained, whole_folder
-from ..runtime.manifest import Progress
-from .card import Scores, model_card
+from ..checkpoints.manifest import Progress
+from ..models.heads import HeadExport
+from ..models.hf_weights import to_huggingface_state
+from ..models.multitask import MultitaskModel
+from ..models.registry import spec_of
+from ..runs.run import Run
+from ..utils.errors import InputError
+from ..utils.files import explained, whole_folder
+from ..utils.json_text import dump_json
+from .model_card import Scores, model_card
 
 # Libraries would put a head of random weights on the encoder, and answer from it.  There is no way
 # to refuse, but the errors that these entries lead to name them; encoders do not read them.

@@ -9,11 +9,11 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..quoting import markdown_text
-from ..settings import Count
+from ..utils.field_types import Count
+from ..utils.quoting import markdown_text
 from .labels import LITERAL, label
-from .pictures import numbers_in_cells, png
-from .record import Answers, Mistake
+from .plots import numbers_in_cells, png
+from .run_data import Answers, Mistake
 
 _MOST = 32
 """The most rows of a matrix."""

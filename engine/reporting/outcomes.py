@@ -13,19 +13,19 @@ from typing import Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
-from .. import recipe as recipes
+from ..config import recipe as recipes
+from ..config.messages import first_problem
+from ..config.recipe import Recipe
 from ..data.rows import shorten
-from ..errors import InputError
-from ..json_text import dump_json
-from ..many import RESULTS, read_results
-from ..reading import read_bytes
-from ..recipe import Recipe
-from ..run import Run, open_run
-from ..scoring import read_scores
-from ..settings import Count
-from ..wording import first_problem
+from ..runs.experiments import RESULTS, read_results
+from ..runs.run import Run, open_run
+from ..runs.scoring import read_scores
+from ..utils.errors import InputError
+from ..utils.field_types import Count
+from ..utils.json_text import dump_json
+from ..utils.untrusted_io import read_bytes
 from .mistakes import Findings, findings
-from .record import dev_answers
+from .run_data import dev_answers
 
 _WORST = 5
 """Worst examples of each task."""

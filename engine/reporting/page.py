@@ -9,13 +9,13 @@ import numpy.typing as npt
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..output_files import write_output
-from ..quoting import printable
-from ..run import Run
-from ..runtime.metric_lines import Json
-from ..scoring import metric_name
-from . import pictures
-from .record import (
+from ..metrics.read import Json
+from ..runs.run import Run
+from ..runs.scoring import metric_name
+from ..utils.output_files import write_output
+from ..utils.quoting import printable
+from . import plots
+from .run_data import (
     Answers,
     Series,
     dev_answers,
@@ -52,7 +52,7 @@ class Section(NamedTuple):
 
     title: str
     note: str
-    pictures: list[Picture]
+    plots: list[Picture]
 
 
 def write_page(run: Run, path: Path, device: torch.device, *, replace: bool = False) -> None:
@@ -121,11 +121,11 @@ def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
 def _curves(title: str, named: Mapping[str, Series], quantity: str, **options: bool) -> Picture:
     """Draw curves; of more than a picture holds those of the lowest and highest means."""
     means = {name: float(values.mean()) for name, (_, values) in named.items() if len(values)}
-    shown = pictures.extremes(means)
+    shown = plots.extremes(means)
     if len(shown) < len(means):
         title = f"{title} ({len(shown)} of {len(means):,}: the lowest and highest means)"
     drawn = {name: named[name] for name in shown}
-    return Picture(title, pictures.curves(drawn, quantity, **options))
+    return Picture(title, plots.curves(drawn, quantity, **options))
 
 
 def _losses(steps: list[Json], evaluations: list[Json]) -> Section:
@@ -133,8 +133,8 @@ def _losses(steps: list[Json], evaluations: list[Json]) -> Section:
     if evaluations:
         scores = series_by_name(evaluations, "scores")
         shown.append(_curves("Dev scores", scores, "dev score", smooth=False))
-    rate = pictures.curves({"lr": series(steps, "lr")}, "learning rate", smooth=False)
-    norm = pictures.curves({"norm": series(steps, "grad_norm")}, "norm of the combined gradient")
+    rate = plots.curves({"lr": series(steps, "lr")}, "learning rate", smooth=False)
+    norm = plots.curves({"norm": series(steps, "grad_norm")}, "norm of the combined gradient")
     shown += [Picture("Learning rate", rate), Picture("Gradient norm", norm)]
     return Section("Curves", "Running means; the points behind them are single steps.", shown)
 
@@ -146,7 +146,7 @@ def _gradients(steps: list[Json]) -> Section:
             "Task gradients", "No step had two tasks, whose gradients could conflict.", []
         )
     norms, weights = (series_by_name(steps, table) for table in ("task_grad_norms", "weights"))
-    conflict = pictures.curves({"rate": series(steps, "conflict_rate")}, "pairs in conflict")
+    conflict = plots.curves({"rate": series(steps, "conflict_rate")}, "pairs in conflict")
     return Section(
         "Task gradients",
         "Two tasks are in conflict where the cosine between their gradients is negative.",
@@ -162,14 +162,14 @@ def _gradients(steps: list[Json]) -> Section:
 def _layers(steps: list[Json]) -> Section:
     layers, pairs, cosines, conflicts = layer_conflicts(steps)
     means = zip(pairs, _mean(cosines), strict=True)
-    shown = pictures.extremes({pair: mean for pair, mean in means if not np.isnan(mean)})
+    shown = plots.extremes({pair: mean for pair, mean in means if not np.isnan(mean)})
     if not shown:
         hint = "Nothing was recorded: that takes two tasks in a step and --set watch_layers=10."
         return Section("Conflict by layer", hint, [])
     columns = [pairs.index(pair) for pair in shown]
     some = f" ({len(shown)} of {len(pairs):,} pairs)" if len(shown) < len(pairs) else ""
-    shares = pictures.heatmap(layers, shown, conflicts[:, columns], signed=False)
-    mean = pictures.heatmap(layers, shown, cosines[:, columns], signed=True)
+    shares = plots.heatmap(layers, shown, conflicts[:, columns], signed=False)
+    mean = plots.heatmap(layers, shown, cosines[:, columns], signed=True)
     return Section(
         "Conflict by layer",
         "How often two tasks pull a layer in opposite directions, and their mean cosine there.",
@@ -188,7 +188,7 @@ def _answers(answers: dict[str, Answers]) -> Section:
     drawn = [
         Picture(
             f"{task}: {metric_name(own.form)} {own.score:.3f}",
-            pictures.confusion_matrix(own) if own.form.whole else pictures.scatter(own),
+            plots.confusion_matrix(own) if own.form.whole else plots.scatter(own),
         )
         for task, own in answers.items()
     ]
@@ -199,11 +199,11 @@ def _speed(steps: list[Json]) -> Section:
     shown = [
         Picture(
             "Throughput",
-            pictures.curves({"rate": series(steps, "tokens_per_s")}, "tokens a second"),
+            plots.curves({"rate": series(steps, "tokens_per_s")}, "tokens a second"),
         )
     ]
     for reading, label in _GPU_READINGS.items():
         if reading in names(steps, "gpu"):
-            curve = pictures.curves({reading: series(steps, "gpu", reading)}, label, smooth=False)
+            curve = plots.curves({reading: series(steps, "gpu", reading)}, label, smooth=False)
             shown.append(Picture(f"GPU {label}", curve))
     return Section("Speed", "Evaluations and checkpoints are left out.", shown)

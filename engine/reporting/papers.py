@@ -11,9 +11,9 @@ from importlib.resources import files
 from statistics import mean
 from typing import Any, NamedTuple
 
-from .. import recipe as recipes
-from ..many import mean_and_deviation
-from ..quoting import markdown_text
+from ..config import recipe as recipes
+from ..runs.experiments import mean_and_deviation
+from ..utils.quoting import markdown_text
 from .outcomes import Outcome
 
 THREE = ("sst", "quora", "sts")

@@ -9,15 +9,15 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from .. import recipe as recipes
-from ..errors import InputError
-from ..output_files import write_output
-from ..runtime.files import explained
+from ..config import recipe as recipes
+from ..utils.errors import InputError
+from ..utils.files import explained
+from ..utils.output_files import write_output
 from . import mistakes, papers
 from .labels import LITERAL
 from .outcomes import Outcome, to_json
 from .papers import Row, System
-from .pictures import png
+from .plots import png
 
 OUTCOMES = "papers.json"
 

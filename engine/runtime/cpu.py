@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, and in how many; or "max"
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: bytes, or "max"

@@ -17,7 +17,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 EXECUTIONS = ("auto", "eager", "compile", "graphs")
 

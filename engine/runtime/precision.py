@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import InputError
+from ..utils.errors import InputError
 
 
 def pick_device(name: str | None) -> torch.device:

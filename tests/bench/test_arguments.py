@@ -63,7 +63,7 @@ def test_no_number_is_read_without_its_range() -> None:
 
 
 def test_the_readme_is_tried_with_nothing_but_python() -> None:
-    command = [sys.executable, "-S", "-m", "bench.new_user", "--help"]
+    command = [sys.executable, "-S", "-m", "bench.readme_walkthrough", "--help"]
     root = Path(bench.__file__).parents[1]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 import kernels
-from engine.model.families import FAMILIES
+from engine.models.families import FAMILIES
 from tests.conftest import REPOSITORY
 
 PAGES = REPOSITORY / "docs" / "api"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine import predict, train
 
-from ..data.glue import write_glue
+from ..engine.data.glue import write_glue
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guide-files.md").read_text(encoding="utf-8")
 DOORS = {"train": train.main, "predict": predict.main}

@@ -3,8 +3,8 @@
 import pytest
 
 from engine import fill
-from engine.errors import InputError
-from engine.run import open_run
+from engine.runs.run import open_run
+from engine.utils.errors import InputError
 
 PRETRAIN = (
     "objectives.masked_lm.sentences_of=['sst']",

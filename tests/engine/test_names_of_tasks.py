@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from engine import evaluate, export, fill, predict, report, train
-from engine import recipe as recipes
-from engine.errors import InputError
-from engine.exporting.card import EXAMPLE
-from engine.model.named_modules import NamedModules
-from engine.reporting import pictures
-from engine.run import open_run
-from engine.training_texts import vocabulary_texts
+from engine.config import recipe as recipes
+from engine.exporting.model_card import EXAMPLE
+from engine.models.named_modules import NamedModules
+from engine.reporting import plots
+from engine.runs.run import open_run
+from engine.runs.texts import vocabulary_texts
+from engine.utils.errors import InputError
 
 AWKWARD = [
     *("type", "train", "keys", "items", "half", "forward", "training", "parameters", "_modules"),
@@ -163,7 +163,7 @@ def test_an_export_answers_as_the_run_does(run, data, tmp_path, capsys, monkeypa
 
 
 def test_a_page_shows_every_task(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_svg", lambda _figure: "data:")  # which takes most of the time
+    monkeypatch.setattr(plots, "_svg", lambda _figure: "data:")  # which takes most of the time
     assert report.main([str(run), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "__run__.html").read_text()
     assert [name for name in AWKWARD if f"<h3>{name}</h3>" not in text] == []

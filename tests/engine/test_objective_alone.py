@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from engine import evaluate, export, fill, report, sweep
-from engine import recipe as recipes
-from engine.errors import InputError
-from engine.origins import data_folder
+from engine.config import recipe as recipes
+from engine.runs.data_paths import data_folder
 from engine.train import main
+from engine.utils.errors import InputError
 
 from .conftest import TINY
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from engine import recipe as recipes
-from engine.data.order import ORDERS
-from engine.errors import InputError
-from engine.run import open_run
-from engine.runtime.metrics_log import MetricsLog
+from engine.config import recipe as recipes
+from engine.data.task_schedule import ORDERS
+from engine.metrics.log import MetricsLog
+from engine.runs.run import open_run
 from engine.train import main
+from engine.utils.errors import InputError
 
 from .conftest import TINY
-from .runs import assert_same_run, metrics, trained_weights
+from .whole_runs import assert_same_run, metrics, trained_weights
 
 PHASES = ("phases.heads.freeze_encoder=true", "phases.heads.epochs=1", "phases.all.epochs=2")
 
@@ -96,7 +96,7 @@ def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):
     whole = tiny_run("whole", settings=PHASES)
     from engine import train as door
 
-    build = door.Training.build
+    build = door.Trainer.build
     arguments = ["demo", "--out", str(tmp_path / "cut"), "--set", *TINY, *PHASES]
 
     def build_or_die(*arguments, phase=0):
@@ -105,7 +105,7 @@ def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):
         return build(*arguments, phase=phase)
 
     with monkeypatch.context() as patch:
-        patch.setattr(door.Training, "build", build_or_die)
+        patch.setattr(door.Trainer, "build", build_or_die)
         with pytest.raises(RuntimeError, match="power cut"):
             main(arguments)
     assert main([*arguments, "--resume"]) == 0

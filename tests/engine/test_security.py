@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from engine import export, predict, report, train
+from engine.cli.common import run_cli
 from engine.data.tokenizer import Tokenizer
-from engine.door import run_door
-from engine.errors import UNPRINTABLE
-from engine.quoting import from_table_cell
-from engine.run import open_run
+from engine.runs.run import open_run
+from engine.utils.errors import UNPRINTABLE
+from engine.utils.quoting import from_table_cell
 
 IDS = ["=1+1", "+1", "-2", "@x", "'a", "a\tb", "\x1b[2J", 'q"', "\u202ex", "plain", "-x"]
 
@@ -61,7 +61,7 @@ def test_a_tokenizer_that_crashes_the_library_ends_no_command(
     content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit) as stop:
-        run_door(lambda: train.main(["demo", "--init", str(folder), "--out", str(tmp_path / "r")]))
+        run_cli(lambda: train.main(["demo", "--init", str(folder), "--out", str(tmp_path / "r")]))
     assert stop.value.code == 2
     out, err = capfd.readouterr()
     assert out == ""

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from engine import sweep, train
-from engine.errors import InputError
+from engine.utils.errors import InputError
 
 from .conftest import TINY
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine import evaluate, export, predict, report, train
-from engine.door import run_door
+from engine.cli.common import run_cli
 
 from .conftest import TINY
 
@@ -19,7 +19,7 @@ def _ended(capsys, main) -> tuple[int, str]:
     """The status of a command, and what it printed on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run_door(main)
+        run_cli(main)
     return stop.value.code, capsys.readouterr().err
 
 
@@ -48,7 +48,7 @@ def test_other_errors_of_torch_are_told_whole():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        run_door(main)
+        run_cli(main)
 
 
 @pytest.mark.parametrize("door", [evaluate, export, predict, report, train])

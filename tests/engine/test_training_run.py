@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from engine import evaluate, predict
-from engine.run import open_run
-from engine.runtime.metrics_log import MetricsLog
+from engine.metrics.log import MetricsLog
+from engine.runs.run import open_run
 from engine.train import main
 
 from .conftest import TINY
-from .runs import assert_same_run, last_checkpoint, metrics, trained_weights
+from .whole_runs import assert_same_run, last_checkpoint, metrics, trained_weights
 
 
 def test_a_run_leaves_what_its_folder_promises(tiny_run):
@@ -148,9 +148,9 @@ def test_evaluate_gives_the_scores_of_the_best_epoch_again(tiny_run, precision):
 @pytest.mark.parametrize("task", ["sst", "quora", "sts"])
 def test_predict_writes_a_line_for_every_row_in_order(tiny_run, tmp_path, task):
     folder = tiny_run("run")
-    from engine.data.formats import FORMATS
-    from engine.data.read import read_table
-    from engine.origins import data_folder
+    from engine.data.table import read_table
+    from engine.data.task_schema import FORMATS
+    from engine.runs.data_paths import data_folder
 
     form = FORMATS[task]
     source = form.file(data_folder(open_run(folder).recipe), "test")

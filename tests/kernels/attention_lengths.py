@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.attention import attention_reference
-from kernels.attention_options import AttentionOptions
-from kernels.dropout import _factors, dropout_words
+from kernels.attention.attention import attention_reference
+from kernels.attention.attention_options import AttentionOptions
+from kernels.dropout.dropout import _factors, dropout_words
 
 # Both sides of every block of queries, keys or rows, in C++ and in Triton.
 EDGES = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257, 300]

@@ -10,7 +10,7 @@ from torch import Tensor
 import kernels
 from kernels import TaskGradients, TaskSegments, balancing, new_task_rows
 
-from .doors import DOORS, Stream
+from .layer_cases import DOORS, Stream
 from .test_balancing import SOLVERS
 from .test_operators import attention, norms, others
 from .test_surgery_weights import operator_samples

@@ -11,12 +11,12 @@ from kernels import (
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from kernels.attention import attention_reference
-from kernels.attention_options import AttentionOptions
-from kernels.dropout import attention_dropout_factors
+from kernels.attention.attention import attention_reference
+from kernels.attention.attention_options import AttentionOptions
+from kernels.dropout.dropout import attention_dropout_factors
 
 from .conftest import untouched_memory
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -18,7 +18,7 @@ from .attention_lengths import (
     fill_rows_that_meet_none,
     reference_by_sequence,
 )
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

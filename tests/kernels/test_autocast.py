@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import kernels
 
-from .doors import DOORS, WIDTH, Stream
-from .rounding import assert_within_twice
+from .layer_cases import DOORS, WIDTH, Stream
+from .tolerance import assert_within_twice
 
 
 @pytest.mark.parametrize("door", DOORS)

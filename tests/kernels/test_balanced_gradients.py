@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
-from kernels.surgery import draw_order
+from kernels.surgery.surgery import draw_order
 
-from .algorithm1 import algorithm1
+from .pcgrad_reference import algorithm1
 from .test_pcgrad import Tasks, task_gradients, written_gradients
 
 ORDER = draw_order(3, 5)

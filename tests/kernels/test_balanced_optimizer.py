@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
-from kernels.surgery import draw_order
+from kernels.surgery.surgery import draw_order
 
-from .algorithm1 import algorithm1
+from .pcgrad_reference import algorithm1
 from .test_pcgrad import Tasks, task_gradients, written_gradients
 
 

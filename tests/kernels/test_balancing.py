@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import balancing
-from kernels.surgery import draw_order, pcgrad_weights
+from kernels.surgery.surgery import draw_order, pcgrad_weights
 
 Method = Callable[[Tensor], Tensor]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import balancing, draw_order, gram
-from kernels.surgery import pcgrad_weights_reference
+from kernels.surgery.surgery import pcgrad_weights_reference
 
 from .test_balancing import METHODS as EACH
 from .test_balancing import Method, gradients

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from .doors import DOORS, Stream
+from .layer_cases import DOORS, Stream
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -14,7 +14,7 @@ from torch import Tensor
 import kernels
 from kernels import EmbeddingRows, TaskRows
 
-from .doors import HEADS, WIDTH, Stream
+from .layer_cases import HEADS, WIDTH, Stream
 from .test_balancing import METHODS
 
 # Inductor warns of what torch itself has deprecated.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .doors import DOORS, Stream
+from .layer_cases import DOORS, Stream
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels import balancing
 
-from .doors import DOORS, Stream
+from .layer_cases import DOORS, Stream
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import dropout
-from kernels.dropout import attention_dropout_factors, dropout_factors
+from kernels.dropout.dropout import attention_dropout_factors, dropout_factors
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

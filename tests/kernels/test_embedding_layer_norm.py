@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import Columns, EmbeddingRows, TaskRows, TaskSegments, embedding_layer_norm, wipe_
-from kernels.dropout import dropout_factors
+from kernels.dropout.dropout import dropout_factors
 
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
-from kernels.surgery import draw_order
+from kernels.surgery.surgery import draw_order
 
-from .algorithm1 import algorithm1
+from .pcgrad_reference import algorithm1
 from .test_balanced_gradients import Joined, assert_close, regularize
 from .test_pcgrad import Tasks, task_gradients, written_gradients
 

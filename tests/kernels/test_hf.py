@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from kernels import accelerate, hf, restore
+from kernels import accelerate, restore
+from kernels.integrations import transformers_patch
 
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 SIZES = {
     "vocab_size": 50,
@@ -64,7 +65,7 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 
 @pytest.mark.parametrize("mask", [MASK, None], ids=["padded", "full"])
-@pytest.mark.parametrize("kind", sorted(hf.FAMILY))
+@pytest.mark.parametrize("kind", sorted(transformers_patch.FAMILY))
 def test_same_hidden_states_and_gradients(
     kind: str, mask: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,9 +76,11 @@ def test_same_hidden_states_and_gradients(
     assert report.attention == ("",)
     assert sorted(report.layer_norms) == sorted(norms)
     calls = []
-    attention = hf.flash_attn_varlen_func
+    attention = transformers_patch.flash_attn_varlen_func
     monkeypatch.setattr(
-        hf, "flash_attn_varlen_func", lambda *arguments: calls.append(1) or attention(*arguments)
+        transformers_patch,
+        "flash_attn_varlen_func",
+        lambda *arguments: calls.append(1) or attention(*arguments),
     )
     found, found_gradients = hidden_and_gradients(model, mask)
     assert len(calls) == SIZES["num_hidden_layers"]
@@ -117,7 +120,9 @@ def hidden_and_gradients_in_bf16(model: nn.Module) -> tuple[Tensor, dict[str, Te
         return hidden_and_gradients(model)
 
 
-@pytest.mark.parametrize("kind", sorted(hf.FAMILY - {"xmod"}))  # whose adapters fail without us
+@pytest.mark.parametrize(
+    "kind", sorted(transformers_patch.FAMILY - {"xmod"})
+)  # whose adapters fail without us
 def test_under_autocast(kind: str) -> None:
     """Nomic's queries and keys are float32 there, from its rotation, and its values bfloat16."""
     model = encoder(kind)

@@ -26,7 +26,8 @@ from transformers import (
     EncoderDecoderModel,
 )
 
-from kernels import FusedLayerNorm, accelerate, hf, restore
+from kernels import FusedLayerNorm, accelerate, restore
+from kernels.integrations import transformers_patch
 
 from .test_hf import IDS, MASK, SIZES
 
@@ -57,7 +58,7 @@ def is_accelerated(model: nn.Module) -> bool:
         if isinstance(module, nn.LayerNorm)
     }
     found |= {
-        module.config._attn_implementation == hf.IMPLEMENTATION
+        module.config._attn_implementation == transformers_patch.IMPLEMENTATION
         for module in model.modules()
         if hasattr(module, "config")
     }
@@ -87,8 +88,8 @@ def test_unpickling_registers(part: str, monkeypatch: pytest.MonkeyPatch) -> Non
     accelerate(model)
     saved = pickle.dumps(model if part == "model" else model.config)
     for registry in (AttentionInterface, AttentionMaskInterface):
-        monkeypatch.delitem(registry._global_mapping, hf.IMPLEMENTATION)
-    with pytest.raises(KeyError, match=hf.IMPLEMENTATION):
+        monkeypatch.delitem(registry._global_mapping, transformers_patch.IMPLEMENTATION)
+    with pytest.raises(KeyError, match=transformers_patch.IMPLEMENTATION):
         logits(model)
     pickle.loads(saved)
     logits(model)
@@ -97,15 +98,19 @@ def test_unpickling_registers(part: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_importing_registers_where_transformers_is(monkeypatch: pytest.MonkeyPatch) -> None:
     registries = (AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping)
     for registry in registries:
-        monkeypatch.setitem(registry, hf.IMPLEMENTATION, None)
-        monkeypatch.delitem(registry, hf.IMPLEMENTATION)
-    spec = importlib.util.spec_from_file_location("kernels.hf_once_more", hf.__file__)
+        monkeypatch.setitem(registry, transformers_patch.IMPLEMENTATION, None)
+        monkeypatch.delitem(registry, transformers_patch.IMPLEMENTATION)
+    spec = importlib.util.spec_from_file_location(
+        "kernels.hf_once_more", transformers_patch.__file__
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert [registry[hf.IMPLEMENTATION] for registry in registries] == [
+    assert [registry[transformers_patch.IMPLEMENTATION] for registry in registries] == [
         *(module._attend, module._packing)
     ]
-    model = BertModel(BertConfig(**SIZES, attn_implementation=hf.IMPLEMENTATION)).eval()
+    model = BertModel(
+        BertConfig(**SIZES, attn_implementation=transformers_patch.IMPLEMENTATION)
+    ).eval()
     model(input_ids=IDS)
     restore(model)
     assert model.config._attn_implementation == "sdpa"
@@ -116,7 +121,7 @@ def test_a_saved_folder_is_a_plain_model(tmp_path: Path) -> None:
     expected = logits(model)
     accelerate(model)
     model.save_pretrained(tmp_path)
-    assert hf.IMPLEMENTATION not in (tmp_path / "config.json").read_text()
+    assert transformers_patch.IMPLEMENTATION not in (tmp_path / "config.json").read_text()
     assert json.loads((tmp_path / "config.json").read_text())["architectures"]
     loaded, report = BertForSequenceClassification.from_pretrained(
         tmp_path, output_loading_info=True
@@ -163,7 +168,7 @@ def test_a_child_and_then_its_parent() -> None:
     torch.testing.assert_close(logits(model.inner), expected)
     restore(model.inner.bert)
     assert not is_accelerated(model.inner.bert)
-    assert model.inner.config._attn_implementation == hf.IMPLEMENTATION
+    assert model.inner.config._attn_implementation == transformers_patch.IMPLEMENTATION
     torch.testing.assert_close(logits(model.inner), expected)
     restore(model)
     assert not is_accelerated(model)
@@ -353,7 +358,9 @@ def test_an_attention_of_its_own_code_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_config_json_may_name_this_attention(tmp_path: Path) -> None:
-    config = BertConfig(**SIZES).to_dict() | {"attn_implementation": hf.IMPLEMENTATION}
+    config = BertConfig(**SIZES).to_dict() | {
+        "attn_implementation": transformers_patch.IMPLEMENTATION
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path))
-    assert model.config._attn_implementation == hf.IMPLEMENTATION
+    assert model.config._attn_implementation == transformers_patch.IMPLEMENTATION

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, BertConfig, BertForQuestionAnswering, PreTrainedModel
 
-from kernels import accelerate, hf
+from kernels import accelerate
+from kernels.integrations import transformers_patch
 
 SIZES = {
     "vocab_size": 60,
@@ -41,7 +42,7 @@ BETWEEN = torch.tensor([[1, 0] * 5 + [1], [1] * 11, [0] * 2 + [1] * 4 + [0] * 2 
 
 def _classes() -> Iterator[tuple[str, str]]:
     """Every model class of transformers with one of the family's configs: its type and name."""
-    for kind in sorted(hf.FAMILY):
+    for kind in sorted(transformers_patch.FAMILY):
         module = _module(kind)
         for name, found in vars(module).items():
             is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)

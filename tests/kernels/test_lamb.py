@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels import combine_adamw_, lamb_update_
 
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 SIZES = (1, 700, 64, 3, 130)  # one number, many, a vector's worth, few; some are all zero
 BETAS, EPS, DECAY, LR = (0.9, 0.999), 1e-6, 0.1, 0.01

@@ -17,9 +17,9 @@ from kernels import (
     layer_norm,
     layer_norm_fn,
 )
-from kernels.dropout import dropout_factors, new_seed
+from kernels.dropout.dropout import dropout_factors, new_seed
 
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

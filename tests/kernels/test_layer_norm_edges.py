@@ -18,9 +18,9 @@ from kernels import (
     layer_norm_fn,
     new_task_rows,
 )
-from kernels.dropout import dropout_factors
+from kernels.dropout.dropout import dropout_factors
 
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import kernels
 
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 SHAPES = [(0, 5, 7), (1, 1, 1), (13, 31, 7), (127, 65, 129), (257, 384, 384)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

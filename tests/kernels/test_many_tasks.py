@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import BalancedOptimizer, PCGrad, balancing, draw_order, gram, update_guard
-from kernels.surgery import (
+from kernels.surgery.surgery import (
     combine,
     combine_adamw_,
     combine_adamw_reference_,
@@ -19,11 +19,11 @@ from kernels.surgery import (
     pcgrad_weights_reference,
 )
 
-from .algorithm1 import algorithm1
 from .conftest import exact_projector
-from .rounding import assert_within_twice
+from .pcgrad_reference import algorithm1
 from .test_balancing import METHODS, gradients, update
 from .test_surgery import DTYPES, task_rows
+from .tolerance import assert_within_twice
 
 TASKS = [63, 65, 100, 128, 129, 300]
 # Nothing, less than a vector, and around a block of 2048 columns.

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import (
-    attention_triton,
-    embedding_layer_norm_triton,
-    embedding_triton,
-    layer_norm_triton,
-)
-from kernels.surgery import combine_adamw_reference_
+from kernels.attention import attention_triton
+from kernels.embedding import embedding_triton
+from kernels.embedding_layer_norm import embedding_layer_norm_triton
+from kernels.layer_norm import layer_norm_triton
+from kernels.surgery.surgery import combine_adamw_reference_
 
 from .argument_fuzz import Case, cases
 from .operator_calls import NO_TENSOR_ARGUMENTS, operator_calls, public_calls

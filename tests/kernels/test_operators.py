@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels import implementation
-from kernels.attention_options import AttentionOptions
+from kernels.attention.attention_options import AttentionOptions
 
-from .doors import DOORS, Stream
+from .layer_cases import DOORS, Stream
 from .test_balancing import SOLVERS
 from .test_surgery_weights import operator_samples
 

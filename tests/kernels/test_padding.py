@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.padding import pad_input, unpad_input
+from kernels.integrations.padding import pad_input, unpad_input
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

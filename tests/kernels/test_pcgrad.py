@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels import PCGrad, balancing
-from kernels.surgery import draw_order, pcgrad_weights
+from kernels.surgery.surgery import draw_order, pcgrad_weights
 
-from .algorithm1 import algorithm1
+from .pcgrad_reference import algorithm1
 from .published_pcgrad import published_update
 
 

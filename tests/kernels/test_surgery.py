@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kernels.surgery import (
+from kernels.surgery.surgery import (
     combine,
     combine_adamw_,
     combine_adamw_reference_,
@@ -15,7 +15,7 @@ from kernels.surgery import (
     gram_reference,
 )
 
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One task, the demo's three, one over a 4-row tile, two full tiles, a full panel of tiles.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.surgery import (
+from kernels.surgery.surgery import (
     combine_adamw_,
     combine_adamw_reference_,
     combine_reference,
@@ -24,7 +24,7 @@ from kernels.surgery import (
     update_guard,
 )
 
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 REPOSITORY = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

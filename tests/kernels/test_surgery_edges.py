@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.surgery import (
+from kernels.surgery.surgery import (
     combine,
     combine_adamw_,
     draw_order,
@@ -13,8 +13,8 @@ from kernels.surgery import (
     update_guard,
 )
 
-from .algorithm1 import algorithm1
-from .rounding import assert_within_twice
+from .pcgrad_reference import algorithm1
+from .tolerance import assert_within_twice
 
 COLUMNS = 3001
 

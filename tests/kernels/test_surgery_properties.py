@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.surgery import combine, draw_order, gram, pcgrad_weights
+from kernels.surgery.surgery import combine, draw_order, gram, pcgrad_weights
 
-from .algorithm1 import algorithm1, projected_gradients
+from .pcgrad_reference import algorithm1, projected_gradients
 
 # Exponents of two: a scale that is no power of two would round the gradients.
 scales = st.integers(-40, 40).map(lambda exponent: 2.0**exponent)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.implementation import implementation
-from kernels.surgery import (
+from kernels.registration.backend import implementation
+from kernels.surgery.surgery import (
     combine,
     combined_norm,
     draw_order,
@@ -16,8 +16,8 @@ from kernels.surgery import (
     update_guard,
 )
 
-from .algorithm1 import algorithm1
-from .rounding import assert_within_twice
+from .pcgrad_reference import algorithm1
+from .tolerance import assert_within_twice
 
 
 def conflicting_rows(num_tasks: int, columns: int, seed: int = 0) -> Tensor:

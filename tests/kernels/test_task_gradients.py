@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from kernels import FusedLayerNorm, PCGrad, TaskGradients
-from kernels.hf import accelerate
+from kernels.integrations.transformers_patch import accelerate
 
 SIZES = (3, 2, 4)
 LENGTH = 7

@@ -13,7 +13,7 @@ from torch import Tensor
 import kernels
 from kernels import Columns, TaskRows
 
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 OFFSETS = [(0, 1), (0, 7, 7, 20), (0, 0, 13, 31), (0, 5, 129, 129), (0, 40, 97)]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from kernels import checked_values, dropout_add_layer_norm, flash_attn_varlen_qkvpacked_func
 
-from .doors import DOORS, Stream
-from .rounding import assert_within_twice
+from .layer_cases import DOORS, Stream
+from .tolerance import assert_within_twice
 from .triton_cases import (  # noqa: F401
     test_attention,
     test_attention_stays_inside_its_tensors,

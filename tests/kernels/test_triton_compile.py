@@ -9,15 +9,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import (
-    attention_triton,
-    embedding_layer_norm_triton,
-    embedding_triton,
-    layer_norm_triton,
-)
-from kernels.attention_options import AttentionOptions
+from kernels.attention import attention_triton
+from kernels.attention.attention_options import AttentionOptions
+from kernels.embedding import embedding_triton
+from kernels.embedding_layer_norm import embedding_layer_norm_triton
+from kernels.layer_norm import layer_norm_triton
 
-from .compiled import KERNELS, SHARED_LIMIT, cases, compile_all, covering_cases
+from .compile_triton import KERNELS, SHARED_LIMIT, cases, compile_all, covering_cases
 
 
 @pytest.mark.long

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import (
-    attention_triton,
-    embedding_layer_norm_triton,
-    embedding_triton,
-    layer_norm_triton,
-)
-from kernels.attention import attention_reference
-from kernels.attention_options import AttentionOptions
-from kernels.dropout import dropout_factors
+from kernels.attention import attention_triton
+from kernels.attention.attention import attention_reference
+from kernels.attention.attention_options import AttentionOptions
+from kernels.dropout.dropout import dropout_factors
+from kernels.embedding import embedding_triton
+from kernels.embedding_layer_norm import embedding_layer_norm_triton
+from kernels.layer_norm import layer_norm_triton
 
 from .attention_lengths import (
     EMPTY,
@@ -33,7 +31,7 @@ from .attention_lengths import (
 )
 from .conftest import untouched_memory
 from .interpreter import builtins_replaced_once
-from .rounding import assert_within_twice
+from .tolerance import assert_within_twice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -1,0 +1,153 @@
+"""What people run today: a transformers BERT on padded batches, PCGrad as commonly published.
+
+These are written plainly, as one finds them in training loops, and are here to be measured and to
+be agreed with.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.data.collate import PackedBatch
+
+
+def published_pcgrad(gradients: Sequence[Tensor]) -> Tensor:
+    """Combine flat task gradients ``[P]`` each: clone, shuffle, project in a loop, sum.
+
+    The way PCGrad is usually written: every conflict is a host-side ``if``, every projection a pass
+    over two whole vectors, and the list is shuffled while each gradient is projected, by itself
+    included.
+    """
+    projected = [gradient.clone() for gradient in gradients]
+    others = list(gradients)
+    for mine in projected:
+        random.shuffle(others)
+        for other in others:
+            dot = torch.dot(mine, other)
+            if dot < 0:
+                mine -= dot * other / other.norm() ** 2
+    return torch.stack(projected).sum(0)
+
+
+class HuggingFaceLoop:
+    """A plain multitask loop around ``transformers.BertModel``.
+
+    Args:
+        model_folder: a Hugging Face BERT, or None for random weights of ``config``.
+        balance: ``"sum"`` (one backward of the summed loss), ``"pcgrad"`` (one per task, then
+            :func:`published_pcgrad`) or ``"torchjd"`` (its Jacobians and its PCGrad).
+        autocast: compute in bf16 under torch's autocast.
+        device: where to run.
+        compiled: run the BERT through ``torch.compile``.
+        config: shape of the model when there is no folder.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path | None,
+        *,
+        balance: str,
+        autocast: bool,
+        device: torch.device,
+        compiled: bool = False,
+        config: dict[str, object] | None = None,
+        lr: float = 1e-5,
+    ) -> None:
+        from transformers import BertConfig, BertModel
+
+        if model_folder is None:
+            bert = BertModel(BertConfig(**(config or {})), add_pooling_layer=False)
+        else:
+            bert = BertModel.from_pretrained(model_folder, add_pooling_layer=False)
+        self.bert = bert.to(device).train()
+        self._encode = torch.compile(self.bert, dynamic=True) if compiled else self.bert
+        width = bert.config.hidden_size
+        self.heads = nn.ModuleDict(
+            {"sst": nn.Linear(width, 5), "quora": nn.Linear(2 * width, 1)}
+        ).to(device)
+        self.parameters = [*self.bert.parameters(), *self.heads.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
+        self.balance, self.autocast, self.device = balance, autocast, device
+
+    def step(self, padded: "PaddedBatch") -> Tensor:
+        """Train on one batch of each task; return the losses ``[3]``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            losses = self._losses(padded)
+        {
+            "sum": lambda: sum(losses).backward(),
+            "pcgrad": lambda: self._pcgrad_backward(losses),
+            "torchjd": lambda: self._torchjd_backward(losses),
+        }[self.balance]()
+        self.optimizer.step()
+        return torch.stack([loss.detach().float() for loss in losses])
+
+    def _losses(self, padded: "PaddedBatch") -> list[Tensor]:
+        (sst,), (first, second), (left, right) = (
+            [self._embed(ids, mask) for ids, mask in sentences] for sentences in padded.sentences
+        )
+        sst_labels, quora_labels, sts_labels = padded.labels
+        logits = self.heads["sst"](F.dropout(sst, 0.5))
+        joined = torch.cat([F.dropout(first, 0.5), F.dropout(second, 0.5)], dim=1)
+        duplicate = self.heads["quora"](joined).squeeze(1)
+        cosine = F.cosine_similarity(F.dropout(left, 0.5), F.dropout(right, 0.5))
+        return [
+            F.cross_entropy(logits.float(), sst_labels.long()),
+            F.binary_cross_entropy_with_logits(duplicate.float(), quora_labels),
+            F.mse_loss(5 * cosine.float(), sts_labels),
+        ]
+
+    def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self._encode(input_ids=ids, attention_mask=mask).last_hidden_state
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+    def _pcgrad_backward(self, losses: Sequence[Tensor]) -> None:
+        flat = []
+        for loss in losses:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward(retain_graph=True)
+            flat.append(
+                torch.cat(
+                    [
+                        torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                        for p in self.parameters
+                    ]
+                )
+            )
+        combined = published_pcgrad(flat)
+        for parameter, gradient in zip(
+            self.parameters, combined.split([p.numel() for p in self.parameters]), strict=True
+        ):
+            parameter.grad = gradient.view_as(parameter).clone()
+
+    def _torchjd_backward(self, losses: Sequence[Tensor]) -> None:
+        from torchjd.aggregation import PCGrad
+        from torchjd.autojac import backward, jac_to_grad
+
+        backward(losses, parallel_chunk_size=1)
+        jac_to_grad([p for p in self.parameters if p.jac is not None], PCGrad())
+
+
+class PaddedBatch:
+    """A packed batch of SST, Quora and STS as padded ids and masks, one pair for each column."""
+
+    def __init__(self, batch: PackedBatch, device: torch.device) -> None:
+        lengths = batch.cu_seqlens.diff().tolist()
+        sequences = batch.input_ids.split(lengths)
+        self.sentences: list[list[tuple[Tensor, Tensor]]] = []
+        for task, columns in enumerate(batch.columns):
+            start, count = batch.task_offsets[task], batch.examples[task]
+            pairs = []
+            for column in range(columns):
+                part = sequences[start + column * count : start + (column + 1) * count]
+                ids = nn.utils.rnn.pad_sequence(list(part), batch_first=True).to(device)
+                sizes = torch.tensor([len(s) for s in part], device=device)
+                mask = torch.arange(ids.shape[1], device=device) < sizes[:, None]
+                pairs.append((ids, mask.long()))
+            self.sentences.append(pairs)
+        self.labels = [label.to(device) for label in batch.labels if label is not None]

@@ -1,0 +1,104 @@
+"""What a training step is made of: its floor, its phases, its energy."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+
+from engine.data.collate import PackedBatch
+from engine.training.trainer import Trainer
+
+from . import harness
+
+
+def floor_seconds(training: Trainer, batch: PackedBatch, device: torch.device) -> dict[str, float]:
+    """Return the least a PCGrad step can take: its matrix products, then two passes of bytes.
+
+    Every weight matrix is multiplied three times: forward, gradient of the input, gradient of the
+    weight.  Surgery reads the rows twice; the update reads and writes weights and moments.
+    """
+    config, parameters = training.model.encoder.config, training.parameters
+    width, inner = config.hidden_size, config.intermediate_size
+    weights = config.num_hidden_layers * (4 * width * width + 2 * width * inner)
+    flops = harness.measure_gemm(device, parameters.compute.dtype, batch.num_tokens, inner, width)
+    bandwidth = harness.measure_bandwidth(device)["copy"]
+    state = 3 * parameters.master.nbytes
+    copy = 0 if parameters.compute is parameters.master else parameters.compute.nbytes
+    return {
+        "matrix products": 6 * weights * batch.num_tokens / flops,
+        "surgery and update": (2 * parameters.rows.nbytes + 2 * state + copy) / bandwidth,
+    }
+
+
+def phase_seconds(
+    training: Trainer, batches: Sequence[PackedBatch], device: torch.device
+) -> dict[str, float]:
+    """Return the mean seconds of each phase; each is waited for, so their sum exceeds a step."""
+    step = training.step
+    phases = {
+        "forward": (training.model, "forward"),
+        "Gram matrix": (step.parts, "grams"),
+        "weights": (step, "balance"),
+        "combine and update": (step.optimizer, "step"),
+        "wipe word rows": (training.model, "zero_sparse_rows"),
+    }
+    seconds = dict.fromkeys(phases, 0.0)
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            harness.synchronize(device)
+            start = time.perf_counter()
+            result = call(*arguments, **keywords)
+            harness.synchronize(device)
+            seconds[name] += time.perf_counter() - start
+            return result
+
+        return run
+
+    whole = 0.0
+    with ExitStack() as stack:
+        for name, (owner, attribute) in phases.items():
+            wrapped = timed(name, getattr(owner, attribute))
+            stack.enter_context(mock.patch.object(owner, attribute, wrapped))
+        for number, batch in enumerate(batches):
+            harness.synchronize(device)
+            start = time.perf_counter()
+            step(batch, number, 1e-5)
+            harness.synchronize(device)
+            whole += time.perf_counter() - start
+    named = {name: total / len(batches) for name, total in seconds.items()}
+    rest = whole / len(batches) - sum(named.values())
+    forward = named.pop("forward")
+    return {"forward": forward, "backward and the rest": rest} | named
+
+
+def joules_a_run(
+    contestants: Mapping[str, harness.Contestant], device: torch.device, seconds: float = 1.0
+) -> dict[str, float]:
+    """Return each contestant's joules a run by the GPU's own meter; empty where there is none.
+
+    The meter is slow, so a contestant runs for ``seconds`` between two readings.
+    """
+    if device.type != "cuda" or not importlib.util.find_spec("pynvml"):
+        return {}
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+    joules = {}
+    for name, run in contestants.items():
+        harness.synchronize(device)
+        before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # millijoules
+        start, runs = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            run()
+            harness.synchronize(device)
+            runs += 1
+        after = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        joules[name] = (after - before) / 1e3 / runs
+    pynvml.nvmlShutdown()
+    return joules

@@ -1,0 +1,189 @@
+"""Checkpoints, written while training goes on, by all ranks together.
+
+A thread of torch.distributed.checkpoint writes a copy of the state: each rank its own part into one
+safetensors file.  Once all have done so the leader adds the manifest, gives the folder its
+name, and drops the oldest.  A kill at any moment leaves either the new checkpoint or the ones
+before.  Many machines need a file system that all of them see.
+"""
+
+import math
+import warnings
+from concurrent.futures import Future
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+
+from ..distributed.ranks import Ranks
+from ..models.stored_dtypes import check_stored_dtypes
+from ..utils.errors import InputError
+from ..utils.files import explained, new_partial_folder, put_folder, remove_folder
+from .manifest import Manifest, seal
+from .store import FILES, Checkpoints, readable
+
+
+class AsyncWriter:
+    """Writes one ``step`` checkpoint at a time in the background, and reads them.
+
+    Args:
+        checkpoints: where they lie.
+        keep: how many of them stay.
+        ranks: the processes of the run.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, keep: int, ranks: Ranks) -> None:
+        self._checkpoints, self._keep, self._ranks = checkpoints, keep, ranks
+        self._writing: Future[Any] | None = None
+        self._path = self._partial = checkpoints.folder
+        if ranks.size == 1:
+            quiet_when_alone()
+
+    def save(self, state: dict[str, Tensor], manifest: Manifest) -> None:
+        """Begin to write a checkpoint; the tensors must not change any more.
+
+        Raises:
+            InputError: the one before could not be written.
+        """
+        self.wait()
+        self._path = self._checkpoints.path("step", manifest.progress.step)
+        self._partial = self._new_partial()
+        writing = async_save(
+            state,
+            storage_writer=_Writer(
+                self._partial, self._path, manifest, self._checkpoints, self._keep
+            ),
+            process_group=self._ranks.checkpoint_group,
+            no_dist=self._ranks.size == 1,
+        )
+        assert isinstance(writing, Future)
+        self._writing = writing
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is whole.
+
+        Raises:
+            InputError: it could not be written; those before it are whole.
+        """
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        try:
+            writing.result()
+        except CheckpointException as error:
+            with suppress(InputError):
+                remove_folder(self._partial, FILES)
+            cause, *_ = [cause for cause, _ in error.failures.values()]
+            if isinstance(cause, InputError):
+                raise cause from error
+            if not isinstance(cause, OSError):
+                raise
+            reason = (cause.strerror or str(cause)).lower()
+            raise InputError(
+                f"cannot write {self._path}: {reason}; make room and go on with --resume"
+            ) from error
+
+    def _new_partial(self) -> Path:
+        """Return a new folder to write into, the same on all ranks.
+
+        Raises:
+            InputError: it cannot be made.
+        """
+        partial = problem = None
+        if self._ranks.is_main:
+            try:
+                with explained("write", self._path):
+                    self._checkpoints.folder.mkdir(parents=True, exist_ok=True)
+                    partial = new_partial_folder(self._path).name
+            except InputError as error:
+                problem = str(error)
+        partial, problem = self._ranks.tell([partial, problem])
+        if problem is not None:
+            raise InputError(problem)
+        return self._path.with_name(partial)
+
+    def __enter__(self) -> Self:
+        """Return the saver."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Complete what is being written, unless that would wait for a rank that is lost."""
+        if kind is None or self._ranks.size == 1:
+            self.wait()
+
+    def load(self, path: Path, state: dict[str, Tensor]) -> None:
+        """Read a checkpoint into the tensors of ``state``; NaN where it has no values.
+
+        Raises:
+            InputError: it lacks one of them, or has it in another size.
+        """
+        check_stored_dtypes(
+            sorted(path.glob("*.safetensors")),
+            lambda name: state[name].dtype if name in state else None,
+        )
+        reader = HuggingFaceStorageReader(str(path))
+        # Of several ranks one may be lost meanwhile, which is no damage.
+        with readable(path) if self._ranks.size == 1 else nullcontext():
+            stored = reader.read_metadata().state_dict_metadata
+            for name, tensor in state.items():
+                size = getattr(stored.get(name), "size", None)
+                if size != tensor.shape:
+                    found = "missing" if size is None else f"of shape {list(size)}"
+                    raise InputError(f"{path}: {name} is {found}, expected {list(tensor.shape)}")
+            for tensor in state.values():
+                if (
+                    tensor.is_floating_point()
+                ):  # what no file covers is not to pass for what was read
+                    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                    local.fill_(math.nan)
+            load(
+                state,
+                storage_reader=reader,
+                process_group=self._ranks.checkpoint_group,
+                no_dist=self._ranks.size == 1,
+            )
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Writes under another name; the leader completes the folder when all ranks are done."""
+
+    def __init__(
+        self, partial: Path, path: Path, manifest: Manifest, checkpoints: Checkpoints, keep: int
+    ) -> None:
+        super().__init__(str(partial), save_distributed=True)
+        self._partial, self._final, self._manifest = partial, path, manifest
+        self._checkpoints, self._keep = checkpoints, keep
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Copy nothing: the state is a copy already."""
+        return state_dict
+
+    def finish(  # of the leader alone, when all ranks have written
+        self,
+        metadata: Metadata,  # noqa: ARG002 (torch's signature)
+        results: list[list[WriteResult]],  # noqa: ARG002
+    ) -> None:
+        seal(self._partial, self._manifest)
+        put_folder(self._partial, self._final, FILES)  # one is there only if it was found damaged
+        self._checkpoints.keep("step", self._keep)
+
+
+def quiet_when_alone() -> None:
+    """Spare a run of one process torch's warning, at each checkpoint, that it is one."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")

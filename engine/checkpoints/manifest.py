@@ -1,0 +1,141 @@
+"""``manifest.json``: what a checkpoint's folder holds, and the checksum of every file in it.
+
+It is the last file to be written, so a folder that has one was whole when it got its name.
+"""
+
+import hashlib
+import math
+from os.path import isfile
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from ..runtime.cpu import machine_memory
+from ..utils.errors import InputError
+from ..utils.files import explained, write_text
+from ..utils.json_text import dump_json
+from ..utils.untrusted_io import read_bytes
+
+_NAME = "manifest.json"
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Progress(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+        step: optimizer steps done.
+        best_score: best overall dev score so far; None before the first evaluation.
+        best_step: the step that reached it.
+        phase: the number of the recipe's phase that it is in, from 0.
+        phase_start: the steps of the phases before.
+    """
+
+    step: Count = 0
+    best_score: FiniteFloat | None = None
+    best_step: Count | None = None
+    phase: Count = 0
+    phase_start: Count = 0
+
+    @property
+    def phase_step(self) -> int:
+        """Steps done in this phase."""
+        return self.step - self.phase_start
+
+    def is_beaten_by(self, score: float) -> bool:
+        """Return whether a score is the best so far; one that is not finite never is."""
+        return math.isfinite(score) and (self.best_score is None or score > self.best_score)
+
+
+class Place(BaseModel):
+    """Where a parameter stands in the checkpoint's vectors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bucket: str
+    offset: Count
+    """Elements before it in the bucket."""
+    shape: tuple[Count, ...]
+
+
+class Manifest(BaseModel):
+    """What a checkpoint is made of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = Field(default=1, ge=1, le=1)
+    progress: Progress
+    places: dict[str, Place] = {}
+    """Of each parameter, by name, where the weights are stored as flat vectors."""
+    files: dict[str, str] = {}
+    """The SHA-256 of every file, by its name."""
+    digest: str = ""
+    """Of the fields above."""
+
+    def expected_digest(self) -> str:
+        """Return the SHA-256 of all other fields."""
+        content = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(dump_json(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder whose other files are complete.
+
+    Raises:
+        InputError: the disk is full, or the like.
+    """
+    files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    manifest = manifest.model_copy(update={"files": files})
+    manifest = manifest.model_copy(update={"digest": manifest.expected_digest()})
+    write_text(folder / _NAME, dump_json(manifest.model_dump(mode="json")) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    file = folder / _NAME
+    content = read_bytes(file)
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise InputError(f"{file}: damaged at {where}: {problem['msg']}") from None
+    if manifest.digest != manifest.expected_digest():
+        raise InputError(f"{file}: damaged: its checksum is not the one written")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Hold every file of a checkpoint against its checksum; return the manifest.
+
+    Raises:
+        InputError: a file is missing, added, or not what was written.
+    """
+    manifest = read_manifest(folder)
+    with explained("look into", folder):
+        found = {path.name for path in folder.iterdir()} - {_NAME}
+    for name in sorted(found ^ manifest.files.keys()):
+        what = "is no part of this checkpoint" if name in found else "is missing"
+        raise InputError(f"{folder}: damaged: {name!r} {what}")
+    for name, digest in manifest.files.items():
+        if not isfile(folder / name):  # a pipe, say, which reading would wait for
+            raise InputError(f"{folder / name}: damaged: no regular file")
+        with explained("read", folder / name):
+            size = (folder / name).stat().st_size
+            if size > machine_memory():  # a hole, say, which reading would take hours for
+                raise InputError(f"{folder / name}: damaged: has {size:,} bytes")
+            damaged = _digest(folder / name) != digest
+        if damaged:
+            raise InputError(f"{folder / name}: damaged: its checksum is not the one written")
+    return manifest
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

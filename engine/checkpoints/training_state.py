@@ -1,0 +1,157 @@
+"""What a checkpoint holds of a training run, as named tensors.
+
+    master.B, exp_avg.B, exp_avg_sq.B   weights and moments of bucket B, ``[rows, 64]`` fp32
+    step.NAME                           count of updates, balancing method, loss scale; flattened
+    frozen.NAME                         weights that are not trained, fp32
+
+Where ranks hold parts of the buckets these are distributed tensors of the whole bucket, the same
+whatever the number of ranks, so that another number can read them.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from ..distributed.ranks import Ranks
+from ..gradients.flat_parameters import FlatParameters
+from ..gradients.layout import ALIGNMENT
+from ..optim.build import Optimizer
+from ..utils.errors import InputError
+from ..utils.finite import all_finite
+from .manifest import Place
+
+
+class TrainingState:
+    """The live tensors of a run that a checkpoint keeps.
+
+    Args:
+        parameters: all weights.
+        optimizer: their moments.
+        step_state: what else the step remembers, by name.
+        ranks: the processes that share the buckets.
+    """
+
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        optimizer: Optimizer,
+        step_state: Mapping[str, Tensor],
+        ranks: Ranks,
+    ) -> None:
+        self._parameters = parameters
+        self._vectors = {
+            "master": parameters.master,
+            "exp_avg": optimizer.exp_avg,
+            "exp_avg_sq": optimizer.exp_avg_sq,
+        }
+        self._whole = {"step.updates": optimizer.updates}
+        self._whole |= {f"step.{name}": tensor for name, tensor in step_state.items()}
+        self._frozen = {f"frozen.{name}": tensor for name, tensor in parameters.frozen.items()}
+        self._mesh: DeviceMesh | None = None
+        if parameters.layout.ranks > 1:
+            assert ranks.checkpoint_group is not None, "ranks that share buckets are connected"
+            self._mesh = DeviceMesh.from_group(ranks.checkpoint_group, "cpu")
+        self._rank = ranks.rank
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Where each parameter stands in its bucket."""
+        places = {}
+        for name, slot in self._parameters.slots.items():
+            bucket = next(
+                bucket
+                for bucket in reversed(self._parameters.layout.buckets)
+                if bucket.start <= slot.offset
+            )
+            offset = slot.offset - bucket.start
+            places[name] = Place(bucket=bucket.name, offset=offset, shape=tuple(slot.shape))
+        return places
+
+    def check_places(self, checkpoint: Path, stored: Mapping[str, Place]) -> None:
+        """Hold a checkpoint's parameters against these.
+
+        Raises:
+            InputError: they are not the same.
+        """
+        own = self.places
+        for name in sorted(own.keys() | stored.keys()):
+            if own.get(name) != stored.get(name):
+                found, expected = (
+                    "not there" if place is None else f"of shape {list(place.shape)}"
+                    for place in (stored.get(name), own.get(name))
+                )
+                raise InputError(
+                    f"{checkpoint}: {name} is {found}, expected {expected}; "
+                    "it belongs to another model: give another --out"
+                )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether weights, moments and the rest are finite numbers on this rank."""
+        state = [*self._vectors.values(), *self._whole.values(), *self._frozen.values()]
+        return all_finite(tensor for tensor in state if tensor.is_floating_point())
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether training could have come to it: finite, and no square or count below zero."""
+        not_negative = self._vectors["exp_avg_sq"], self._whole["step.updates"]
+        return self.is_finite and all(
+            bool(tensor.amin() >= 0) for tensor in not_negative if tensor.numel()
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return a copy of the state, on the CPU."""
+        state: dict[str, Tensor] = {}
+        for name, part, rows in self._parts():
+            local = _copy(part)
+            state[name] = local if self._mesh is None else self._share(local, rows, self._mesh)
+        for name, tensor in self._whole.items():
+            state[name] = _copy(tensor.reshape(-1))
+        for name, tensor in self._frozen.items():
+            state[name] = _copy(tensor)
+        return state
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what was read into the tensors that :meth:`tensors` gave."""
+        with torch.no_grad():
+            for name, part, _ in self._parts():
+                read = state[name]
+                part.copy_(read.to_local() if isinstance(read, DTensor) else read)
+            for name, tensor in (self._whole | self._frozen).items():
+                tensor.copy_(state[name].view(tensor.shape))
+        self._parameters.refresh_compute()
+
+    def _parts(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield each bucket of each vector: name, this rank's rows of it, and how many it has."""
+        for kind, vector in self._vectors.items():
+            for bucket, piece in zip(
+                self._parameters.layout.buckets, self._parameters.own.pieces, strict=True
+            ):
+                used = min(max(bucket.start + bucket.used - piece.start, 0), piece.size)
+                part = vector[piece.own : piece.own + used].view(-1, ALIGNMENT)
+                yield f"{kind}.{bucket.name}", part, bucket.used // ALIGNMENT
+
+    @staticmethod
+    def _share(local: Tensor, rows: int, mesh: DeviceMesh) -> DTensor:
+        return DTensor.from_local(
+            local,
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size((rows, ALIGNMENT)),
+            stride=(ALIGNMENT, 1),
+        )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def named_weights(parameters: FlatParameters, master: Tensor) -> dict[str, Tensor]:
+    """Return all weights by name, fp32: trained ones from the masters ``[P]``, frozen ones too."""
+    state = parameters.frozen | dict(parameters.named_views(master))
+    return {name: tensor.contiguous() for name, tensor in state.items()}

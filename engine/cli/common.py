@@ -1,0 +1,133 @@
+"""What all command-line doors share: how they report bad input, and how they show scores."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from ..data.task_schema import TaskSchema
+from ..runs.scoring import metric_name
+from ..runtime.oom import is_out_of_memory
+from ..utils.errors import UNPRINTABLE, DivergedError, InputError, LostRankError
+from ..utils.quoting import PlainConsole
+from .standard_output import exit_with
+
+BAD_INPUT = 2
+DIVERGED = 3
+"""Training left the finite numbers; what was good before stays."""
+STOPPED = 128
+"""Added to the number of the signal that stopped a run: 130 for SIGINT, 143 for SIGTERM."""
+LOST_RANK = 75
+"""``EX_TEMPFAIL``: started again, the run goes on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake with one line, and ``--version``."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog)
+        # Of all options that take text or a path: an unset shell variable leaves an empty one.
+        self.register("type", None, _given)
+        self.register("type", Path, _given_path)
+        version = f"superbert-engine {__version__}"
+        self.add_argument("--version", action="version", version=version, help="show it and exit")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse arguments that a terminal and a file system can take."""
+        for argument in sys.argv[1:] if args is None else args:
+            if UNPRINTABLE.search(argument):
+                self.error(f"{argument!a}: has control characters or is no text")
+            if argument.startswith("--") and argument.endswith("=--"):  # argparse makes it a list
+                self.error(f"{argument}: no value; give one")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(BAD_INPUT, f"error: {message}; see {self.prog} --help\n")
+
+
+def positive(text: str) -> int:
+    """Return the whole number from 1 on that an option was given.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not (text.strip().isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 on")
+    return int(text)
+
+
+def _given(text: str) -> str:
+    """Return what an option was given.
+
+    Raises:
+        argparse.ArgumentTypeError: nothing, or spaces alone.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no value; give one (is a shell variable unset?) or leave the option out"
+        )
+    return text
+
+
+def _given_path(text: str) -> Path:
+    return Path(_given(text))
+
+
+def run_cli(main: Callable[[], int]) -> NoReturn:
+    """Run a door's main function and exit with its status; bad input is one line and status 2.
+
+    What happens where nothing can be printed any more says :mod:`engine.cli.standard_output`.
+    """
+    exit_with(lambda: _status(main))
+
+
+def _status(main: Callable[[], int]) -> int:
+    try:
+        return main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return DIVERGED if isinstance(error, DivergedError) else BAD_INPUT
+    except KeyboardInterrupt:
+        return STOPPED + signal.SIGINT
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = "free some, or take a smaller model or less input"
+        print(f"error: out of memory: {what}", file=sys.stderr)
+        return BAD_INPUT
+    except LostRankError as error:
+        print(f"error: {error}; start again with --resume", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(LOST_RANK)  # threads may wait for the lost rank, and exiting for them
+
+
+def terminal(*, quiet: bool = False) -> Console:
+    """Return where a door prints; nothing in the names of files or tasks is markup there."""
+    return PlainConsole(quiet=quiet, markup=False, emoji=False)
+
+
+def print_scores(
+    console: Console, title: str, scores: Mapping[str, float], tasks: Mapping[str, TaskSchema]
+) -> None:
+    """Print a table of scores by task, ``overall`` last."""
+    console.print(title)
+    table = Table()
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("score", justify="right")
+    for task, form in tasks.items():
+        if task in scores:
+            table.add_row(task, metric_name(form), f"{scores[task]:.3f}")
+    table.add_section()
+    table.add_row("overall", "mean", f"{scores['overall']:.3f}")
+    console.print(table)

@@ -1,0 +1,88 @@
+"""Completion of ``python -m engine.train`` in bash: options, recipes, ``--set`` keys and values.
+
+The script holds all words itself, so that completing starts no Python; the names of tasks,
+objectives and phases it reads in the recipe that the command line names.
+"""
+
+from collections.abc import Iterator
+
+from ..config import recipe as recipes
+from ..config.messages import ANY_NAME
+from .help import RecipeField, recipe_fields
+from .options import parser
+
+_SCRIPT = """\
+# The names that recipe $1 gives in table $2: [tasks.NAME], or NAME.features = … within [tasks].
+_superbert_names() {{
+    local line within="" name='([A-Za-z0-9_-]+)'
+    while read -r line; do
+        [[ $line == "["* ]] && within=""
+        [[ $line == "[$2]"* ]] && within=yes
+        if [[ $line =~ ^"[$2."$name ]]; then echo "${{BASH_REMATCH[1]}}"
+        elif [[ -n $within && $line =~ ^$name[.\\ =] ]]; then echo "${{BASH_REMATCH[1]}}"; fi
+    done < "$1" | sort -u
+}}
+_superbert_keys() {{
+    local key name
+    printf '%s\\n' {keys}
+    [[ -f $1 ]] || return
+    for key in {named_keys}; do
+        for name in $(_superbert_names "$1" "${{key%%.*}}"); do
+            printf '%s\\n' "${{key/{any_name}/$name}}"
+        done
+    done
+}}
+_superbert_train() {{
+    local line="${{COMP_WORDS[*]}}" current="${{COMP_WORDS[COMP_CWORD]}}"
+    local before="${{COMP_WORDS[COMP_CWORD-1]}}" key="" word option="" recipe=""
+    COMPREPLY=()
+    [[ $line == *" engine.train"* || $line == *" superbert.engine.train"* ]] || return
+    for word in "${{COMP_WORDS[@]:0:COMP_CWORD}}"; do
+        [[ $word == --* ]] && option=$word
+        [[ -z $recipe && $word == *.toml ]] && recipe=$word
+        [[ -z $recipe && " {recipes} " == *" $word "* ]] && recipe="{folder}/$word.toml"
+    done
+    # Bash takes key=value apart into three words.
+    if [[ $current == "=" ]]; then key=$before current=""
+    elif [[ $before == "=" ]]; then key=${{COMP_WORDS[COMP_CWORD-2]}}; fi
+    if [[ -n $key ]]; then
+        case $key in
+{values}
+        esac
+    elif [[ $current == -* ]]; then COMPREPLY=($(compgen -W "{options}" -- "$current"))
+    elif [[ $option == --set ]]; then
+        compopt -o nospace
+        COMPREPLY=($(compgen -W "$(_superbert_keys "$recipe")" -S = -- "$current"))
+    elif [[ -z $option ]]; then COMPREPLY=($(compgen -W "{recipes}" -- "$current")); fi
+}}
+complete -o default -F _superbert_train python python3 torchrun
+"""
+
+
+_VALUES = '        {}) COMPREPLY=($(compgen -W "{}" -- "$current")) ;;'
+
+
+def bash_script() -> str:
+    """Return the script."""
+    fields = [*recipe_fields(), *_fields_of_phases()]
+    values = [
+        _VALUES.format(field.key.replace(ANY_NAME, "*"), " ".join(field.choices))
+        for field in fields
+        if field.choices
+    ]
+    options = [word for action in parser()._actions for word in action.option_strings]
+    return _SCRIPT.format(
+        values="\n".join(values),
+        options=" ".join(options),
+        keys=" ".join(field.key for field in fields if ANY_NAME not in field.key),
+        named_keys=" ".join(field.key for field in fields if ANY_NAME in field.key),
+        any_name=ANY_NAME,
+        recipes=" ".join(recipes.names()),
+        folder=recipes.RECIPES,
+    )
+
+
+def _fields_of_phases() -> Iterator[RecipeField]:
+    for field in recipe_fields():
+        if field.key.split(".")[0] in recipes.OF_A_PHASE:
+            yield field._replace(key=f"phases.{ANY_NAME}.{field.key}")

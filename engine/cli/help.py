@@ -1,0 +1,80 @@
+"""The fields of a recipe by their dotted names, for help and for completion."""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+from ..config.messages import ANY_NAME, table_of
+from ..config.recipe import Recipe
+from ..gradients.balancing import METHODS
+
+
+class RecipeField(NamedTuple):
+    """A field that ``--set`` takes.
+
+    Attributes:
+        key: such as ``lr`` or ``tasks.NAME.features``.
+        default: as TOML; empty where there is none.
+        choices: the values that it can have, where these are few.
+        text: what it means.
+    """
+
+    key: str
+    default: str
+    choices: tuple[str, ...]
+    text: str
+
+
+def recipe_fields() -> Iterator[RecipeField]:
+    """Yield every field, tables by their own fields."""
+    for field in _fields_of(Recipe, ""):
+        if field.key == "balance":
+            text = f"{field.text}  Methods: {', '.join(METHODS)}."
+            field = field._replace(choices=tuple(METHODS), text=text)
+        yield field
+
+
+def print_fields(console: Console) -> None:
+    """Print a table of all fields, with their names whole however narrow the terminal is."""
+    table = Table(
+        Column("field", no_wrap=True),
+        Column("default", max_width=12, overflow="fold"),
+        Column("meaning", overflow="fold"),
+        box=box.SIMPLE_HEAD,
+    )
+    for field in recipe_fields():
+        table.add_row(field.key, field.default, field.text.replace("``", ""))
+    console.print(table)
+
+
+def _fields_of(model: type[BaseModel], prefix: str) -> Iterator[RecipeField]:
+    for name, info in model.model_fields.items():
+        key = prefix + name
+        table = table_of(info.annotation)
+        if table is not None:
+            named = get_origin(info.annotation) is dict
+            yield from _fields_of(table, f"{key}.{ANY_NAME}." if named else f"{key}.")
+            continue
+        text = " ".join((info.description or "").split())
+        yield RecipeField(key, _default(info), _choices(info.annotation), text)
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required() or info.default is None:
+        return ""
+    if isinstance(info.default, dict):
+        pairs = ", ".join(f"{name} = {json.dumps(value)}" for name, value in info.default.items())
+        return f"{{ {pairs} }}" if pairs else "{}"
+    return json.dumps(info.default)  # of text, numbers and lists TOML is the same
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    if annotation is bool:
+        return ("true", "false")
+    return tuple(get_args(annotation)) if get_origin(annotation) is Literal else ()

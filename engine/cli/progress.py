@@ -1,0 +1,181 @@
+"""What a training run shows on the terminal."""
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich import progress as bars
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+
+from ..checkpoints.manifest import Progress
+from ..data.masked_text import MaskedText
+from ..data.sentences_twice import SentencesTwice
+from ..data.split import TokenizedSplit
+from ..data.task_batch import Examples
+from ..distributed.bandwidth import measure_traffic
+from ..lint.idle_settings import lines_on_idle_settings
+from ..lint.phase_facts import PhaseFacts
+from ..runtime.execution import Execution
+from ..training.trainer import Trainer
+
+
+def describe(console: Console, training: Trainer) -> None:
+    """Print what is about to be trained."""
+    recipe, parameters = training.recipe, training.parameters
+    name = training.name
+    rows = len(parameters.rows)
+    gradients = f"{rows} task gradients, balance {recipe.balance}" if rows > 1 else "one gradient"
+    console.print(
+        (f"{name}: " if name else "") + f"{parameters.numel / 1e6:.1f} M parameters, {gradients}, "
+        f"{training.total_steps} steps of {recipe.batch_size} examples a task on {training.device} "
+        f"({str(parameters.compute.dtype).removeprefix('torch.')})",
+        soft_wrap=True,
+    )
+    if training.ranks.size > 1:
+        traffic = measure_traffic(training.exchange, parameters, training.optimizer)
+        console.print(
+            f"{training.ranks.size} ranks, {recipe.distribute}: {traffic}", soft_wrap=True
+        )
+
+
+def report_data(
+    console: Console, splits: Iterable[Examples], known: Collection[str] = ()
+) -> list[str]:
+    """Print what the data files gave cause to report.
+
+    Args:
+        console: where to.
+        splits: what was read.
+        known: notes on files that were printed before.
+
+    Returns:
+        The notes that are known now.
+    """
+    notes = list(known)
+    for split in splits:
+        for line in _notes_on(split):
+            if line not in notes:
+                notes.append(line)
+                console.print(line, highlight=False, soft_wrap=True)
+        if not isinstance(split, TokenizedSplit):
+            continue
+        if split.truncated:
+            console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
+        for reason, count in split.bad_rows.items():
+            console.print(f"{split.task}: {count} rows skipped ({reason})")
+    return notes
+
+
+def _notes_on(examples: Examples) -> Iterator[str]:
+    """Yield a line for each thing that was found out about the files of a task or objective."""
+    if isinstance(examples, TokenizedSplit):
+        yield from (f"{examples.task}: {note}" for note in examples.notes)
+    elif isinstance(examples, MaskedText | SentencesTwice):
+        yield from examples.found.notes
+
+
+def print_idle_settings(
+    console: Console, training: Trainer, facts: Mapping[str, PhaseFacts], known: Collection[str]
+) -> list[str]:
+    """Print a line for each setting that the recipe gives and that changes nothing.
+
+    Args:
+        console: where to.
+        training: of the phase that begins.
+        facts: by phase, what its data decide, as far as they are read.
+        known: lines that were printed before.
+
+    Returns:
+        The lines that are known now.
+    """
+    lines = lines_on_idle_settings(training.run, training.device, training.ranks, facts)
+    for line in lines:
+        if line not in known:
+            console.print(line, soft_wrap=True, highlight=False)
+    return [*known, *lines]
+
+
+def print_warmup(console: Console, execution: Execution) -> None:
+    """Print what compiling and recording came to, where there was any."""
+    if execution.kind == "eager":
+        return
+    graphs = (
+        f"{execution.num_graphs} CUDA graphs of at most {execution.max_graphs}, "
+        f"{execution.steps_beyond_limit} steps beyond them run as they are, "
+    )
+    console.print(
+        f"execution {execution.kind}: {graphs if execution.kind == 'graphs' else ''}"
+        f"{execution.warmup_seconds:.1f} s of warm-up, not counted in tokens a second",
+        soft_wrap=True,
+    )
+
+
+_SPEED_OVER = 3600.0
+"""Seconds over which the time left is estimated; rich's 30 may see a single block of steps."""
+
+
+class ProgressBar:
+    """Steps, conflict rate, tokens a second and the time left; below them the losses."""
+
+    def __init__(self, console: Console, done: int, total: int) -> None:
+        self._console = console
+        self._bar = bars.Progress(
+            bars.BarColumn(bar_width=16),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.description}"),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("left"),
+            console=console,
+            speed_estimate_period=_SPEED_OVER,
+        )
+        self._task = self._bar.add_task("", total=total, completed=done)
+        self._live = Live(self._bar, console=console)
+
+    def show(self, steps_done: int, line: Mapping[str, Any]) -> None:
+        """Bring the display up to date with a line of ``metrics.jsonl``."""
+        rates = f"conflict {line['conflict_rate']:.0%}  {line['tokens_per_s']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=steps_done, description=rates)
+        losses = [f"{task} {_number(loss)}" for task, loss in line["losses"].items()]
+        self._live.update(Group(self._bar, Columns(["losses", *losses], padding=(0, 2))))
+
+    def print_epoch(
+        self, progress: Progress, epoch_steps: int, scores: Mapping[str, float]
+    ) -> None:
+        """Print the dev scores at the end of an epoch."""
+        figures = "  ".join(f"{task} {_number(value)}" for task, value in scores.items())
+        mark = "  (best so far)" if progress.best_step == progress.step else ""
+        self._console.print(
+            f"epoch {progress.phase_step / epoch_steps:.3g}  dev  {figures or 'not scored'}{mark}",
+            soft_wrap=True,
+        )
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop drawing."""
+        self._live.stop()
+        if not self._console.is_interactive:
+            self._console.print()  # into a file, rich leaves the last line open
+
+
+def list_recipes(console: Console, recipes: Iterable[tuple[str, str]]) -> None:
+    """Print recipes, a line each: name and description."""
+    pairs = list(recipes)
+    width = max(len(name) for name, _ in pairs)
+    for name, description in pairs:
+        console.print(f"{name:{width}}  {description}", highlight=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.3f}" if value is not None and math.isfinite(value) else "not finite"

@@ -1,0 +1,1 @@
+"""Recipes: fields, defaults, checks, messages."""

@@ -1,0 +1,35 @@
+"""The settings of an objective: ``[objectives.NAME]`` of a recipe."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..names import FileName
+from ..utils.field_types import Count, Positive, PositiveReal, Settings
+
+
+class ObjectiveRecipe(Settings):
+    """What is trained without labels, and from which text."""
+
+    kind: Literal["masked_lm", "masked_lm_next", "simcse"]
+    """masked_lm: tell the tokens behind masks; masked_lm_next: and whether the second segment
+    follows the first in the text; simcse: know a sentence again under another dropout mask."""
+    sentences_of: tuple[str, ...] = ()
+    """Tasks whose training sentences are the text; without these and files, all of the recipe."""
+    files: tuple[FileName, ...] = ()
+    """Text files, a sentence or a document a line, plain or compressed (.gz, .bz2, .xz, .zst);
+    relative to the data folder."""
+    limit: Count = 0
+    """Examples of each task (the label distribution is kept) or lines of each file; 0: all."""
+    max_texts: Count = 0
+    """The most texts in all, taken at even distances from those found; 0: all."""
+    join: Annotated[int, Field(ge=1, le=64)] = 1
+    """masked_lm: so many short texts that follow one another become one sequence."""
+    short: Positive = 96
+    """join: a text of up to so many tokens is short; a longer one is a sequence by itself."""
+    mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that are to be told."""
+    temperature: PositiveReal = 0.05
+    """simcse: what cosines are divided by."""
+    weight: PositiveReal = 1.0
+    """Multiplies the loss."""

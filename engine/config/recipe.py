@@ -1,0 +1,349 @@
+"""Recipes: every setting of a run, checked in one place.
+
+A recipe is a TOML file; the built-in ones lie in ``engine/config/recipes``.  What a file leaves out has
+the default below, and ``--set key=value`` replaces any field, nested ones by a dotted name
+(``tasks.sts.features=cosine``).  An unknown key is an error that names the nearest known one.
+"""
+
+import re
+from collections.abc import Sequence
+from os.path import isfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+
+from ..data.task_schedule import ORDERS
+from ..data.task_schema import FORMATS, TaskSchema
+from ..distributed.gradient_sync import MODES
+from ..gradients.balancing import METHODS, TORCHJD, BalanceSettings
+from ..gradients.groups import GRANULARITIES
+from ..metrics.loggers import SINKS
+from ..models.pooling import POOLINGS
+from ..names import GivenName, Name
+from ..optim.build import OPTIMIZERS
+from ..runtime.execution import EXECUTIONS
+from ..runtime.precision import PRECISIONS
+from ..utils.errors import InputError
+from ..utils.field_types import Count, Fraction, NonNegativeReal, Positive, PositiveReal, Settings
+from ..utils.untrusted_io import parse_toml, read_bytes
+from .messages import FIELDS, first_problem, nearest
+from .objective import ObjectiveRecipe
+from .tables import EncoderRecipe, TaskRecipe
+
+_NAME = re.compile(r"[_-]*[A-Za-z0-9][A-Za-z0-9_-]*")
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+OF_A_PHASE = (
+    *("train", "order", "epochs", "max_steps", "limit", "batch_size", "micro_batches"),
+    *("checkpoint_layers", "freeze_encoder", "balance", "balancing", "surgery", "optimizer", "lr"),
+    *("schedule", "warmup", "betas", "eps", "weight_decay", "clip_norm"),
+)
+"""The settings that a phase may have of its own."""
+
+
+class Recipe(Settings):
+    """Every setting of a run."""
+
+    description: str = ""
+    """One line for ``--list``."""
+    paper: str = ""
+    """The paper whose system this is, or empty."""
+
+    data: Name = ""
+    """Folder of the data files (``--data``); empty for the embedded demo corpus."""
+    init: Name = ""
+    """Folder or hub name of a pretrained encoder (``--init``); empty to train from scratch."""
+
+    tasks: dict[str, TaskRecipe] = Field(min_length=1)
+    """The tasks that are evaluated."""
+    objectives: dict[str, ObjectiveRecipe] = {}
+    """What can be trained without labels, by name (engine/config/objective.py)."""
+    train: tuple[str, ...] = Field(min_length=1)
+    """The tasks, or objectives, that are trained."""
+    pooling: Literal[POOLINGS] = "mean"  # type: ignore[valid-type]
+    """Sentence vector: the first token's state (cls) or the mean over tokens."""
+    dropout: Fraction = 0.1
+    """Dropout before the heads."""
+    adapter_width: Count = 0
+    """Width of a projected attention layer for each task, beside every layer; 0: none."""
+    freeze_encoder: bool = False
+    """Train only what lies outside the encoder: heads, shared layers, adapters."""
+    encoder: EncoderRecipe = EncoderRecipe()
+    """Shape of an encoder trained from scratch, and dropout; with ``--init`` what is left out is
+    the model's own, and so is the shape (:class:`.EncoderRecipe`)."""
+    max_length: Annotated[int, Field(ge=3)] = 512
+    """Longest sequence in tokens; the model's own limit counts if it is lower."""
+
+    batch_size: Positive = 32
+    """Examples of each task in a step."""
+    micro_batches: Annotated[int, Field(ge=1, le=256)] = 1
+    """Parts in which a batch goes through the model, one after the other; they save memory."""
+    checkpoint_layers: bool = False
+    """Compute the inside of each layer again in the backward pass, which saves memory too."""
+    order: Literal[ORDERS] = "together"  # type: ignore[valid-type]
+    """together: a step has a batch of every task, their gradients are balanced; or the tasks take
+    turns, one a step, which leaves nothing to balance: sequential, cycle, round_robin, annealed
+    (engine/data/task_schedule.py)."""
+    epochs: Positive = 10
+    """Passes over the training sets: over the largest, while smaller ones start again as they run
+    out (together, cycle), or over every one."""
+    max_steps: Count = 0
+    """Stop after so many steps (``--max-steps``), or each phase does; 0: after the epochs."""
+    limit: Count = 0
+    """Cut every training set to so many examples, keeping the label distribution; 0: all.
+    ``tasks.NAME.first`` cuts one task's to those that come first."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a malformed row of a data file does: end the run, or be skipped and counted."""
+
+    balance: str = "pcgrad"
+    """How the task gradients are combined: a method's name (engine/gradients/balancing.py), or
+    ``torchjd.`` and the name of a TorchJD weighting."""
+    balancing: BalanceSettings = BalanceSettings()
+    """Settings of those methods that have any."""
+    surgery: Literal[GRANULARITIES] = "model"  # type: ignore[valid-type]
+    """What gets weights of its own: the whole model, each layer, or each tensor."""
+    optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
+    """adamw: Adam with decoupled weight decay, Adam itself when weight_decay is 0; lamb, for large
+    batches; apex_adam and apex_lamb: NVIDIA apex's, where it is installed."""
+    lr: PositiveReal = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """After warm-up: stay at the peak, or fall to 0 in a straight line."""
+    warmup: Fraction = 0.0
+    """Share of all steps in which the rate climbs from 0 to its peak."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: PositiveReal = 1e-8
+    """Epsilon of Adam and LAMB."""
+    weight_decay: NonNegativeReal = 0.0
+    """Decoupled decay of matrices; biases and norms are left alone."""
+    clip_norm: NonNegativeReal = 0.0
+    """Largest norm of the combined gradient; 0: no clipping."""
+
+    precision: Literal[PRECISIONS] = "auto"  # type: ignore[valid-type]
+    """What the model computes in, beside fp32 master weights; auto: bf16 where the hardware
+    multiplies it fast; tf32: fp32 whose products are rounded; fp16: with a dynamic loss scale."""
+    execution: Literal[EXECUTIONS] = "auto"  # type: ignore[valid-type]
+    """eager; compile: by torch.compile; graphs: that, and the whole step as a CUDA graph; auto:
+    graphs on a GPU, eager on a CPU."""
+    max_graphs: Positive = 8
+    """The most CUDA graphs, and so the shapes that batches are filled up to for them."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Decides initial weights, batches, dropout and the order of surgery."""
+    log_every: Positive = 10
+    """Steps between reads of the metrics; every step has its line all the same."""
+    log_mib: Positive = 64
+    """MiB from which on metrics.jsonl becomes metrics-STEP.jsonl, STEP its first, and a new one
+    begins."""
+    keep_logs: Count = 0
+    """How many of those put aside stay; 0: all."""
+    max_skipped: Count = 20
+    """Stop after so many steps in a row whose loss or gradient was not finite (each is skipped);
+    0: never."""
+    sinks: tuple[Literal[SINKS], ...] = ()  # type: ignore[valid-type]
+    """Where metrics go besides the run's folder: tensorboard, wandb, wandb_offline."""
+    watch_layers: Count = 0
+    """Steps between records of the cosines in each layer, for a picture of the conflicts; 0: none.
+    Their Gram matrices cost every step one more pass over the task gradients."""
+    checkpoint_every: Count = 0
+    """Steps between checkpoints besides the one at each epoch's end; 0: none."""
+    keep_checkpoints: Positive = 2
+    """How many of them stay; should the newest be damaged, a run goes on from the one before."""
+
+    phases: dict[GivenName, dict[str, Any]] = {}
+    """Phases that follow one another, by name: the settings that each has otherwise than the
+    recipe.  A phase begins with the last one's weights and a fresh optimizer.  None: one phase."""
+
+    distribute: Literal[MODES] = "sharded"  # type: ignore[valid-type]
+    """With several ranks: each updates a part of the weights, or (replicated) all of them."""
+    timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    """Seconds after which a rank that does not answer is given up."""
+    threads: Count = 0
+    """CPU threads of each process; 0: the cores, shared among the ranks of a machine."""
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "Recipe":
+        for name, task in self.tasks.items():
+            if name not in FORMATS and task.source is None:
+                raise ValueError(
+                    f"tasks.{name}: no such task{nearest(name, FORMATS)}; "
+                    f"a task of your own needs [tasks.{name}.source]"
+                )
+            _check_name(f"tasks.{name}", name)
+            if name == "overall":
+                raise ValueError("tasks.overall: the mean score is called so; give another name")
+        known = [*self.tasks, *self.objectives]
+        for name in self.train:
+            if name not in known:
+                raise ValueError(f"train: {name!r} is not among tasks{nearest(name, known)}")
+        for name, objective in self.objectives.items():
+            _check_name(f"objectives.{name}", name)
+            if name in self.tasks:
+                raise ValueError(f"objectives.{name}: a task is called so; give another name")
+            for source in objective.sentences_of:
+                if source not in self.tasks and source not in FORMATS:
+                    raise ValueError(f"objectives.{name}.sentences_of: no such task: {source}")
+        if len(set(self.train)) != len(self.train):
+            raise ValueError("train: a task is named twice")
+        if not self.init and not self.encoder.initializer_range:
+            raise ValueError(
+                "encoder.initializer_range = 0: weights that begin at zero stay there; raise it"
+            )
+        if self.micro_batches > self.batch_size:
+            raise ValueError(
+                f"micro_batches = {self.micro_batches}: a batch has only {self.batch_size} examples"
+            )
+        if self.balance not in METHODS and not self.balance.startswith(TORCHJD):
+            raise ValueError(
+                f"balance = {self.balance!r}: no such method"
+                f"{nearest(self.balance, METHODS, FIELDS)}"
+            )
+        return self
+
+    @property
+    def formats(self) -> dict[str, TaskSchema]:
+        """What the data of each task look like."""
+        return {
+            name: FORMATS[name] if task.source is None else task.source.format(name)
+            for name, task in self.tasks.items()
+        }
+
+    @property
+    def scored(self) -> bool:
+        """Whether what is trained is scored on dev sets: some task, not objectives alone."""
+        return any(name in self.tasks for name in self.train)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The tasks and objectives that some phase trains."""
+        return tuple(dict.fromkeys(n for phase in self.in_phases.values() for n in phase.train))
+
+    def loss_weight(self, name: str) -> float:
+        """Return the factor on the loss of a task or objective."""
+        return (self.tasks.get(name) or self.objectives[name]).weight
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "Recipe":
+        for name in self.phases:
+            try:
+                self._phase(name)
+            except ValidationError as error:
+                raise ValueError(f"phases.{name}.{first_problem(error, Recipe)}") from None
+        if self.is_scored and not list(self.in_phases.values())[-1].scored:
+            raise ValueError(
+                "phases: the last one trains no task, so its weights are never scored and the best "
+                "are an earlier phase's; train a task in it, or put it before"
+            )
+        return self
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether a run gets dev scores: some phase of it trains a task."""
+        return any(phase.scored for phase in self.in_phases.values())
+
+    @property
+    def in_phases(self) -> dict[str, "Recipe"]:
+        """The recipe of each phase, in order; of the only one if there are none."""
+        return {name: self._phase(name) for name in self.phases} or {"": self}
+
+    def _phase(self, name: str) -> "Recipe":
+        for key in self.phases[name]:
+            if key not in OF_A_PHASE:
+                raise ValueError(
+                    f"phases.{name}: no setting of a phase: {key}{nearest(key, OF_A_PHASE, FIELDS)}"
+                )
+        return Recipe.model_validate(
+            self.model_dump(exclude={"phases", "encoder"}, exclude_unset=True)
+            | {"encoder": self.encoder}
+            | self.phases[name]
+        )
+
+    def to_toml(self) -> str:
+        """Return the recipe with every field, as TOML that :func:`load` reads back."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def _check_name(key: str, name: str) -> None:
+    """Refuse names that parameters, metrics and files cannot be called by.
+
+    Raises:
+        ValueError: the message begins with ``key``.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{key}: a name is letters (a to z) or digits, with _ and -")
+
+
+def names() -> list[str]:
+    """Return the names of the built-in recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def of_papers() -> list[str]:
+    """Return the names of the built-in recipes that stand for a system of a paper."""
+    return [name for name in names() if load(name).paper]
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        name: a built-in recipe's name, or the path of a TOML file.
+        overrides: ``key=value`` each; the value is read as TOML, or as text when it is none.
+
+    Raises:
+        InputError: no such recipe, no TOML, an unknown key, or a value out of range.
+    """
+    is_file = name.endswith(".toml")
+    path = Path(name) if is_file else RECIPES / f"{name}.toml"
+    if not (isfile(path) if is_file else name in names()):
+        hint = "; give a file or a name that --list shows"
+        raise InputError(
+            f"recipe {name}: not found{hint if is_file else nearest(name, names(), '--list')}"
+        )
+    try:
+        fields = parse_toml(read_bytes(path).decode("utf-8"))
+    except ValueError as error:
+        raise InputError(f"recipe {path}: not TOML ({error})") from None
+    init, given = fields.get("init", ""), dict[str, Any]()
+    for override in overrides:
+        _apply(fields, override)
+        _apply(given, override)
+    try:
+        recipe = Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise InputError(f"recipe {name}: {first_problem(error, Recipe)}") from None
+    if recipe.init in ("", init):
+        return recipe
+    # The [encoder] of a file describes an encoder from scratch, or that of the file's own init.
+    of_file = recipe.encoder.model_fields_set - given.get("encoder", {}).keys()
+    return recipe.model_copy(update={"encoder": recipe.encoder.without_shape(of_file)})
+
+
+def override(key: str, value: object) -> str:
+    """Return the ``key=value`` that sets a field to ``value``."""
+    return f"{key}={tomli_w.dumps({'v': value}).removeprefix('v = ').strip()}"
+
+
+def _apply(fields: dict[str, Any], override: str) -> None:
+    """Set one field of nested tables from ``a.b.c=value``."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise InputError(f"--set {override}: expected key=value")
+    if not text.strip():
+        raise InputError(
+            f"--set {override}: no value (is a shell variable unset?); give one, or {key}='\"\"' "
+            "for an empty text"
+        )
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        fields = fields.setdefault(table, {})
+        if not isinstance(fields, dict):
+            raise InputError(f"--set {override}: {table} has no fields of its own")
+    try:
+        fields[last] = parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        fields[last] = text.strip()

@@ -1,0 +1,116 @@
+"""The tables of a recipe that are small: how a task is read, the shape of an encoder."""
+
+from collections.abc import Collection
+from typing import Annotated, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError
+
+from ..data.source import TaskSource
+from ..models.config import MOST_LAYERS, EncoderConfig
+from ..models.heads import FEATURES, LOSSES
+from ..utils.errors import InputError
+from ..utils.field_types import Count, Fraction, Positive, PositiveReal, Settings
+from .messages import first_problem
+
+CHANGEABLE = frozenset(("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob"))
+"""What can be changed in a pretrained encoder; all else is the shape of its weights."""
+
+
+class TaskRecipe(Settings):
+    """How one task is read off the encoder."""
+
+    features: Literal[FEATURES]  # type: ignore[valid-type]
+    """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
+    difference, shared, cosine, cosine_shifted, pearson, cross
+    (engine/models/heads/pair_features.py)."""
+    loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
+    """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
+    that of a share of their range; mse."""
+    weight: PositiveReal = 1.0
+    """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
+    first: Count = 0
+    """Train on the first so many examples of the training set; 0: on all."""
+    source: TaskSource | None = None
+    """Where the examples come from and what they look like; a built-in task needs none."""
+
+
+class EncoderRecipe(Settings):
+    """The encoder: its shape when it is trained from scratch, and its dropout.
+
+    With ``--init`` the dropout rates that are set take the place of the model's own.  The shape is
+    the model's: one that ``--set`` gives, or a file beside its own ``init``, has to agree.  The
+    shape in a file without ``init`` is that of the encoder from scratch, and set aside.
+    """
+
+    vocab_size: Annotated[int, Field(ge=16, lt=1 << 31)] = 4096
+    """Most entries of the WordPiece vocabulary, which is learnt from the texts that are trained on:
+    of tasks and objectives, in any phase."""
+    hidden_size: Positive = 128
+    """Width."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MOST_LAYERS)] = 2
+    """Layers."""
+    num_attention_heads: Positive = 4
+    """Attention heads of a layer; they share the width."""
+    intermediate_size: Positive = 512
+    """Width of the feed-forward layer."""
+    max_position_embeddings: Annotated[int, Field(ge=3, lt=1 << 31)] = 128
+    """Longest sequence."""
+    initializer_range: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Standard deviation of initial weights; with ``--init`` of those that the model lacks, of
+    adapters and of heads of objectives."""
+    hidden_dropout_prob: Fraction = 0.1
+    """Dropout of embeddings and of layer outputs."""
+    attention_probs_dropout_prob: Fraction = 0.1
+    """Dropout of attention probabilities."""
+
+    _set_aside: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    def without_shape(self, names: Collection[str]) -> "EncoderRecipe":
+        """Return the same without the fields of the shape among ``names``; they are set aside."""
+        of_shape = self.model_fields_set.intersection(names) - CHANGEABLE
+        kept = EncoderRecipe(**self.model_dump(exclude_unset=True, exclude=of_shape))
+        aside = self.model_dump(include=of_shape)
+        kept._set_aside = self._set_aside | aside
+        return kept
+
+    def set_aside(self, config: EncoderConfig) -> dict[str, int]:
+        """Return the fields that were set aside and that ``config`` has otherwise."""
+        aside = self._set_aside.items()
+        return {name: value for name, value in aside if getattr(config, name) != value}
+
+    def of_model(self, config: EncoderConfig, model: str) -> tuple["EncoderRecipe", EncoderConfig]:
+        """Return the settings in force for a pretrained encoder, and its config under them.
+
+        Args:
+            config: the model's own.
+            model: what to call it in messages.
+
+        Raises:
+            InputError: the shape contradicts the model's, or the model is too small to be used.
+        """
+        for name in sorted(self.model_fields_set - CHANGEABLE):
+            given, own = getattr(self, name), getattr(config, name)
+            if not _fits(name, given, config):
+                raise InputError(
+                    f"encoder.{name} = {given}: {model} has {own}, and its weights keep their "
+                    "shape; leave it out"
+                )
+        changed = {name: getattr(self, name) for name in self.model_fields_set & CHANGEABLE}
+        config = config.changed(**changed)
+        values = {name: getattr(config, name) for name in EncoderRecipe.model_fields}
+        try:
+            EncoderRecipe(**values)
+        except ValidationError as error:
+            raise InputError(f"{model}: encoder.{first_problem(error, EncoderRecipe)}") from None
+        # What was set by hand is still told from what is the model's own.
+        settings = EncoderRecipe.model_construct(_fields_set=set(self.model_fields_set), **values)
+        # A larger limit than the model's vocabulary contradicts nothing, and changes nothing.
+        given = {name: getattr(self, name) for name in self.model_fields_set - CHANGEABLE}
+        settings._set_aside = self._set_aside | given
+        return settings, config
+
+
+def _fits(name: str, value: int, config: EncoderConfig) -> bool:
+    """Return whether a model has the shape that a recipe gives; its vocabulary may be smaller."""
+    own: int = getattr(config, name)
+    return own <= value if name == "vocab_size" else own == value

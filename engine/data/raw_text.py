@@ -1,0 +1,119 @@
+"""Text for objectives: the training sentences of tasks, or files with a text a line."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..utils.errors import InputError
+from ..utils.untrusted_io import read_bytes
+from .decode import decode, undecoded
+from .decompress import decompress
+from .dialect import BUILT_IN
+from .sampler import stratified_subset
+from .table import Table
+from .task_batch import Indices
+from .tokenizer import Tokenizer
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_WHOLE = 1 << 30  # tokens: no text is cut before its sequence is put together
+
+
+class Found(NamedTuple):
+    """What was found where an objective's text comes from.
+
+    Attributes:
+        largest: examples of the largest task, or lines of the largest file.
+        texts: of all tasks and files, each cut to the objective's ``limit``.
+        notes: what the files gave cause to report, a line each.
+    """
+
+    largest: int
+    texts: int
+    notes: tuple[str, ...] = ()
+
+
+NOT_KNOWN = Found(0, 0)
+"""Of texts that come from no task or file."""
+
+
+class Lines(NamedTuple):
+    """The lines of a text file that are not empty, and what was found out about it, as phrases."""
+
+    texts: list[str]
+    notes: tuple[str, ...]
+
+
+def lines_of(path: Path) -> Lines:
+    """Read a text file.
+
+    Args:
+        path: of the file: UTF-8, or as its byte order mark says; compressed as its ending says.
+
+    Raises:
+        InputError: it cannot be read, is not UTF-8 or holds no text.
+    """
+    text, notes = decode(decompress(read_bytes(path, None), path, BUILT_IN), path, BUILT_IN)
+    if found := undecoded(text):
+        raise InputError(f"not UTF-8: {found}, {path}; convert the file to UTF-8")
+    texts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not texts:
+        raise InputError(f"no text in it, {path}; give a file with a sentence a line")
+    return Lines(texts, notes)
+
+
+def sentences_of(table: Table, task: str, limit: int, seed: int) -> list[str]:
+    """Return the sentences of a task's examples; those of a pair follow one another.
+
+    Args:
+        table: the examples, labelled.
+        task: the task's name.
+        limit: examples that are taken, keeping the distribution of the labels; 0: all.
+        seed: decides which.
+    """
+    assert table.labels is not None, f"table of {task} has no labels"
+    chosen = stratified_subset(table.labels, limit or len(table), task, seed)
+    return [column[index] for index in chosen.tolist() for column in table.sentences]
+
+
+def evenly(texts: Sequence[str], count: int) -> list[str]:
+    """Return ``count`` texts that lie evenly apart, or all where there are no more (0: all)."""
+    if not 0 < count < len(texts):
+        return list(texts)
+    return [texts[place] for place in np.linspace(0, len(texts) - 1, count).astype(int)]
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split a document behind full stops, question and exclamation marks."""
+    return [sentence for sentence in _SENTENCE_END.split(text) if sentence]
+
+
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Indices]:
+    """Return the tokens of each text, int64, without [CLS] and [SEP]."""
+    return [tokens[1:-1] for tokens in framed(tokenizer, texts, _WHOLE)]
+
+
+def framed(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[Indices]:
+    """Return the tokens of each text, int64, as the tasks' sentences: ``[CLS] … [SEP]``."""
+    encoded = tokenizer.encode(texts, max_length)
+    bounds = zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True)
+    return [encoded.tokens[start:end].astype(np.int64) for start, end in bounds]
+
+
+def joined(pieces: Sequence[Indices], count: int, max_tokens: int, short: int) -> Iterator[Indices]:
+    """Join neighbouring pieces, up to ``count`` of them, while they fit into ``max_tokens``.
+
+    A piece of more than ``short`` tokens is joined with none; one that is too long by itself is
+    cut.
+    """
+    waiting: list[Indices] = []
+    for piece in pieces:
+        full = len(waiting) == count or sum(map(len, waiting)) + len(piece) > max_tokens
+        if waiting and (full or max(len(piece), len(waiting[-1])) > short):
+            yield np.concatenate(waiting)[:max_tokens]
+            waiting = []
+        waiting.append(piece)
+    if waiting:
+        yield np.concatenate(waiting)[:max_tokens]

@@ -1,0 +1,104 @@
+"""Decide which examples make up a batch: by the seed and the step's number alone.
+
+Nothing here has a state.  An epoch's order is a function of (seed, task, epoch), a batch one of
+(seed, task, step): a run that is resumed needs only the number of its step, and no other random
+draw of the run can disturb the order.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from ..utils.rng import permutation
+from .task_batch import Indices
+
+
+class TaskSampler:
+    """The batches of one task.
+
+    The task goes through its examples in a fresh order every time it has used them up, in the
+    middle of a batch if need be, so that every batch is full.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        subset: Indices | None = None,
+    ) -> None:
+        """Describe the batches.
+
+        Args:
+            task: the task's name; tasks of one run draw different orders.
+            num_examples: how many examples the split has.
+            batch_size: examples in a batch.
+            seed: the run's seed.
+            subset: the examples to draw from, such as :func:`stratified_subset` gives them; None
+                for all.
+
+        Raises:
+            ValueError: there is nothing to draw from, or the batch is empty.
+        """
+        self._pool = np.arange(num_examples) if subset is None else subset
+        if self._pool.size == 0:
+            raise ValueError(f"num_examples: task {task!r} has no example to draw")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.task = task
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Return how many examples there are to draw from."""
+        return int(self._pool.size)
+
+    def batch(self, step: int) -> Indices:
+        """Return the examples of batch ``step`` (from 0), int64 ``[batch_size]``."""
+        position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = np.divmod(position, len(self))
+        chosen = np.empty(self.batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            chosen[now] = _permutation(self.seed, self.task, int(epoch), len(self))[places[now]]
+        return self._pool[chosen]
+
+
+def stratified_subset(labels: npt.NDArray[np.float32], limit: int, task: str, seed: int) -> Indices:
+    """Choose examples that keep the distribution of the labels.
+
+    Every label gets its share of ``limit``, rounded by the largest remainder; labels of a
+    regression are rounded to the nearest whole number first.
+
+    Args:
+        labels: float32 ``[n]``.
+        limit: how many to choose.
+        task: the task's name.
+        seed: decides which are chosen.
+
+    Returns:
+        int64 ``[min(limit, n)]``, ascending.
+    """
+    if limit >= len(labels):
+        return np.arange(len(labels))
+    _, strata, sizes = np.unique(np.floor(labels + 0.5), return_inverse=True, return_counts=True)
+    shares = sizes * limit / len(labels)
+    quotas = np.floor(shares).astype(np.int64)
+    largest = np.argsort(quotas - shares, kind="stable")[: limit - quotas.sum()]
+    quotas[largest] += 1
+
+    order = _permutation(seed, f"{task}/subset", 0, len(labels))
+    by_stratum = order[np.argsort(strata[order], kind="stable")]
+    starts = np.cumsum(sizes) - sizes
+    rank = np.arange(len(labels)) - np.repeat(starts, sizes)
+    return np.sort(by_stratum[rank < np.repeat(quotas, sizes)])
+
+
+@lru_cache(maxsize=16)  # two epochs of each of a few tasks
+def _permutation(seed: int, task: str, epoch: int, size: int) -> Indices:
+    """Return a random order of ``range(size)``; not to be written to."""
+    order = permutation(size, seed, task, epoch)
+    order.flags.writeable = False
+    return order

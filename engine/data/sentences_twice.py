@@ -1,0 +1,39 @@
+"""Examples of SimCSE: every sentence twice in one batch (engine/models/heads/contrastive.py)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .raw_text import NOT_KNOWN, Found
+from .task_batch import Indices, TaskBatch
+
+
+@dataclass(frozen=True, slots=True)
+class SentencesTwice:
+    """What SimCSE draws its batches from.
+
+    Attributes:
+        task: the objective's name.
+        sentences: their tokens, [CLS] and [SEP] included.
+        found: where they come from.
+    """
+
+    task: str
+    sentences: Sequence[Indices]
+    found: Found = NOT_KNOWN
+
+    def __len__(self) -> int:
+        """Return how many sentences there are."""
+        return len(self.sentences)
+
+    def part(self, chosen: Indices, _step: int, /) -> TaskBatch:
+        """Return chosen sentences, all of them once and then all of them again."""
+        once = [self.sentences[index] for index in chosen.tolist()]
+        return TaskBatch(
+            task=self.task,
+            tokens=np.concatenate(once * 2),
+            sizes=np.array([len(sentence) for sentence in once * 2]),
+            columns=2,
+            labels=None,
+        )

@@ -1,0 +1,107 @@
+"""One task's part of a batch, as numpy arrays, before the tasks are laid side by side."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.nn import functional as F
+
+Indices = npt.NDArray[np.int64]
+
+
+class MaskedTokens(NamedTuple):
+    """What masked language modelling is to predict.
+
+    Attributes:
+        positions: int64 ``[m]``, the masked tokens among the tokens of the part.
+        targets: int64 ``[m]``, what stood there; -100 for one that does not count.
+        is_next: float32 ``[n]``, 1 where an example's second segment follows its first in the
+            text; None without next sentence prediction.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    is_next: Tensor | None
+
+
+Labels = Tensor | MaskedTokens
+"""float32 ``[n]`` for a task; what is behind the masks for masked LM."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskBatch:
+    """n examples of c sequences each.
+
+    Attributes:
+        task: the task's name.
+        tokens: int64 ``[T]``: all first sequences, then in the same order all second ones.
+        sizes: int64 ``[n * c]``, the tokens of each sequence.
+        columns: c, 1 or 2.
+        labels: or None.
+        token_types: int64 ``[T]``, the segment of each token; None where all are 0.
+        states: fp32 ``[T, H]``, hidden states that a frozen encoder made of the tokens earlier.
+    """
+
+    task: str
+    tokens: Indices
+    sizes: Indices
+    columns: int
+    labels: Labels | None
+    token_types: Indices | None = None
+    states: npt.NDArray[np.float32] | None = None
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return len(self.sizes) // self.columns
+
+
+def empty_task_batch(task: str) -> TaskBatch:
+    """Return the part of a task that has no example in a batch, as on some ranks."""
+    nothing = np.empty(0, dtype=np.int64)
+    return TaskBatch(task=task, tokens=nothing, sizes=nothing, columns=1, labels=None)
+
+
+class Examples(Protocol):
+    """What batches are drawn from: a split of a task, or the text of an objective."""
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+
+    def __len__(self) -> int:
+        """Return how many examples there are."""
+
+    def part(self, chosen: Indices, step: int, /) -> TaskBatch:
+        """Return the chosen examples; ``step`` decides what is random about them."""
+
+
+_MASKED_ROOM = 64
+"""Masked tokens are filled up to a multiple of this where batches have few shapes."""
+
+
+def fill_labels(labels: Labels | None) -> Labels | None:
+    """Fill masked tokens up with ones that do not count: position 0, target -100."""
+    if not isinstance(labels, MaskedTokens):
+        return labels
+    room = (0, -len(labels.positions) % _MASKED_ROOM)
+    return MaskedTokens(
+        F.pad(labels.positions, room), F.pad(labels.targets, room, value=-100), labels.is_next
+    )
+
+
+def map_labels(labels: Labels | None, move: Callable[[Tensor], Tensor]) -> Labels | None:
+    """Apply ``move`` to every tensor of some labels."""
+    if isinstance(labels, MaskedTokens):
+        is_next = None if labels.is_next is None else move(labels.is_next)
+        return MaskedTokens(move(labels.positions), move(labels.targets), is_next)
+    return None if labels is None else move(labels)
+
+
+def ranges(starts: Indices, sizes: Indices) -> Indices:
+    """Return ``starts[i], starts[i] + 1, …`` (``sizes[i]`` numbers) for one i after the other."""
+    ends = np.cumsum(sizes)
+    return np.arange(sizes.sum()) + np.repeat(starts - ends + sizes, sizes)

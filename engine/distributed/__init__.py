@@ -1,0 +1,1 @@
+"""Ranks, and the gradients and weights that they exchange."""

@@ -1,0 +1,58 @@
+"""How fast the ranks exchange gradients and weights, and what each of them holds in memory."""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..gradients.flat_parameters import FlatParameters
+from ..optim.build import Optimizer
+from .gradient_sync import NoSync
+
+
+class Traffic(NamedTuple):
+    """Figures of one rank.
+
+    Attributes:
+        sent: bytes that it sends in a step.
+        seconds: that the exchange of one step takes with nothing to hide behind, best of three.
+        held: bytes of weights, gradient rows and moments.
+    """
+
+    sent: int
+    seconds: float
+    held: int
+
+    def __str__(self) -> str:
+        """Return all on one line."""
+        return (
+            f"each rank sends {self.sent / 2**20:.1f} MiB a step at "
+            f"{self.sent / self.seconds / 1e9:.2f} GB/s ({1e3 * self.seconds:.1f} ms with nothing "
+            f"to hide behind) and holds {self.held / 2**20:.0f} MiB"
+        )
+
+
+def measure_traffic(exchange: NoSync, parameters: FlatParameters, optimizer: Optimizer) -> Traffic:
+    """Exchange gradient rows, which are zero before the first step, and weights; all ranks call."""
+    best = min(_once(exchange, parameters.rows) for _ in range(3))
+    own = parameters.own
+    tensors = [parameters.rows, parameters.compute, *own[:3], optimizer.exp_avg]
+    tensors.append(optimizer.exp_avg_sq)
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+    return Traffic(exchange.bytes_a_step, best, sum(held.values()))
+
+
+def _once(exchange: NoSync, rows: Tensor) -> float:
+    _synchronize(rows)
+    begun = time.perf_counter()
+    exchange.begin()
+    exchange.finish()
+    exchange.publish()
+    _synchronize(rows)
+    return time.perf_counter() - begun
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

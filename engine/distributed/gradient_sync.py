@@ -1,0 +1,195 @@
+"""What ranks send each other in a step, bucket by bucket.
+
+    Alone        one process: nothing
+    Replicated   all-reduce of the gradient rows; every rank holds and updates everything
+    Sharded      reduce-scatter of the gradient rows; every rank updates its part of each bucket,
+                 and the new weights are all-gathered (Rajbhandari et al., "ZeRO", 2020, stage 2)
+
+A bucket's rows are on their way as soon as the backward pass has left its stage behind: the
+gradient of a stage's input is complete exactly when all of the stage's own are.  The encoder's
+first stage, and biases and norms, which every stage adds to, go last.  Surgery then sees the
+gradients of the whole batch: the Gram matrices of the parts are added up, K x K numbers.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..gradients.flat_parameters import FlatParameters
+from ..gradients.layout import Bucket
+from ..models.multitask import MultitaskModel
+
+MODES = ("sharded", "replicated")
+
+# Their names since torch 2.13; the old ones warn there.
+_reduce_scatter: Callable[..., Any] = getattr(
+    dist, "reduce_scatter_single", dist.reduce_scatter_tensor
+)
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+class NoSync:
+    """The exchange of one process, which has none."""
+
+    rank = 0
+    bytes_a_step = 0
+
+    def begin(self) -> None:
+        """Send each bucket as the step's last backward pass completes it; before its forward."""
+
+    def finish(self) -> None:
+        """Wait until ``own.rows`` holds the gradients of all ranks."""
+
+    def total(self, losses: Tensor, grams: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return the losses ``[K]`` and Gram matrices ``[G, K, K]`` of all ranks together.
+
+        Args:
+            losses: shares of the mean losses.
+            grams: of ``own.rows``, by one or several partitions.
+        """
+        return losses, grams
+
+    def publish(self) -> None:
+        """Bring the weights that the model computes with up to date on all ranks."""
+
+    def whole(self, own: Tensor) -> Tensor:
+        """Return the vector ``[P]`` whose part ``own [S]`` each rank holds."""
+        return own
+
+
+class _Exchange(NoSync):
+    """What both ways have in common: when a bucket is sent.
+
+    Args:
+        model: whose backward pass is listened to.
+        parameters: its gradient rows.
+    """
+
+    def __init__(self, model: MultitaskModel, parameters: FlatParameters) -> None:
+        self.rank, self._parameters = dist.get_rank(), parameters
+        self._buckets = {bucket.name: bucket for bucket in parameters.layout.buckets}
+        self._waiting: dict[str, Bucket] = {}
+        self._works: list[dist.Work] = []
+        _, *stages = model.encoder_stages()
+        for stage in stages:
+            stage.module.register_forward_pre_hook(self._when_entered(stage.bucket))
+        within = {stage.bucket for stage in model.encoder_stages()}
+        # What lies behind the encoder is complete when the backward pass enters it, heads first.
+        behind = dict.fromkeys(stage.bucket for stage in reversed(model.stages()))
+        self._behind = tuple(bucket for bucket in behind if bucket not in within)
+        model.encoder.register_forward_hook(self._when_encoded)
+
+    def begin(self) -> None:
+        """Take every bucket as yet to be sent."""
+        self._waiting = dict(self._buckets)
+
+    def finish(self) -> None:
+        """Send the buckets that the backward pass completes last; wait for all."""
+        self._send(list(self._waiting))
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+
+    def _send(self, names: Iterable[str]) -> None:
+        """Send buckets that have not been sent; outside ``begin`` ... ``finish`` there are none."""
+        for name in names:
+            bucket = self._waiting.pop(name, None)
+            if bucket is not None:
+                self._works += self._reduce(bucket)
+
+    def _reduce(self, bucket: Bucket) -> list[dist.Work]:
+        raise NotImplementedError
+
+    def _when_encoded(self, _module: nn.Module, _arguments: Any, hidden: Tensor) -> None:
+        self._listen(hidden, self._behind)
+
+    def _when_entered(self, bucket: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _module, arguments: self._listen(arguments[0], (bucket,))
+
+    def _listen(self, hidden: Tensor, buckets: Iterable[str]) -> None:
+        if self._waiting and hidden.requires_grad:
+            hidden.register_hook(lambda _gradient: self._send(buckets))
+
+
+class ReplicatedSync(_Exchange):
+    """All-reduce; every rank computes the same update of everything."""
+
+    def __init__(self, model: MultitaskModel, parameters: FlatParameters) -> None:
+        super().__init__(model, parameters)
+        # Of the bytes of all rows a rank sends (N - 1) / N twice, and receives as many.
+        self.bytes_a_step = 2 * _share(parameters.rows, dist.get_world_size())
+
+    def _reduce(self, bucket: Bucket) -> list[dist.Work]:
+        rows = self._parameters.rows[:, bucket.columns]
+        return [dist.all_reduce(row, async_op=True) for row in rows]
+
+    def total(self, losses: Tensor, grams: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Add up the losses; the Gram matrices are of whole gradients already."""
+        dist.all_reduce(losses)
+        return losses, grams
+
+    def publish(self) -> None:
+        """Zero what other ranks' words left in rows of tables that this rank's batch has not."""
+        self._parameters.zero_sparse_rows()
+
+
+class ShardedSync(_Exchange):
+    """Reduce-scatter, an update of one part on each rank, all-gather."""
+
+    def __init__(self, model: MultitaskModel, parameters: FlatParameters) -> None:
+        super().__init__(model, parameters)
+        self._pieces = dict(zip(self._buckets, parameters.own.pieces, strict=True))
+        ranks = dist.get_world_size()
+        self.bytes_a_step = _share(parameters.rows, ranks) + _share(parameters.compute, ranks)
+
+    def _reduce(self, bucket: Bucket) -> list[dist.Work]:
+        piece = self._pieces[bucket.name]
+        own = self._parameters.own.rows[:, piece.own : piece.own + piece.size]
+        rows = self._parameters.rows[:, bucket.columns]
+        return [
+            _reduce_scatter(part, row, async_op=True) for part, row in zip(own, rows, strict=True)
+        ]
+
+    def total(self, losses: Tensor, grams: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Add up all of them in one all-reduce of K + G K^2 numbers."""
+        numbers = torch.cat([losses, *(gram.flatten() for gram in grams)])
+        dist.all_reduce(numbers)
+        losses, *parts = numbers.split([len(losses), *(gram.numel() for gram in grams)])
+        return losses, [part.view_as(gram) for part, gram in zip(parts, grams, strict=True)]
+
+    def publish(self) -> None:
+        """All-gather the new weights."""
+        self._gather(self._parameters.own.compute, self._parameters.compute)
+
+    def whole(self, own: Tensor) -> Tensor:
+        """All-gather a vector ``[S]`` to ``[P]``."""
+        gathered = own.new_zeros(self._parameters.numel)
+        self._gather(own, gathered)
+        return gathered
+
+    def _gather(self, own: Tensor, whole: Tensor) -> None:
+        works = [
+            _all_gather(
+                whole[bucket.columns], own[piece.own : piece.own + piece.size], async_op=True
+            )
+            for bucket, piece in zip(self._buckets.values(), self._pieces.values(), strict=True)
+        ]
+        for work in works:
+            work.wait()
+
+
+def build_gradient_sync(
+    mode: str, ranks: int, model: MultitaskModel, parameters: FlatParameters
+) -> NoSync:
+    """Make the exchange of ``ranks`` processes that are connected; ``mode`` is one of MODES."""
+    if ranks == 1:
+        return NoSync()
+    return (ShardedSync if mode == "sharded" else ReplicatedSync)(model, parameters)
+
+
+def _share(tensor: Tensor, ranks: int) -> int:
+    """Return the bytes that a rank sends of a tensor that is reduce-scattered or all-gathered."""
+    return tensor.nbytes * (ranks - 1) // ranks

@@ -1,0 +1,249 @@
+"""The processes of one run: who they are, and the small things they agree on.
+
+``torchrun`` starts them and says in the environment who is who; without it a run is one process
+and nothing here opens a connection.  Three process groups are made: the default one moves gradients
+(NCCL on GPUs, gloo on CPUs); of two of gloo beside it one carries what hosts agree on, the other
+belongs to the thread that writes checkpoints, whose calls come at any time.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from ..utils.errors import InputError, LostRankError
+from ..utils.json_text import dump_json
+
+_MOST_RANKS = 1 << 16
+_PAUSE = 0.1  # seconds between attempts to reach the first process
+_GRACE = 3.0  # seconds for ranks that notice a loss a little later than this one
+
+
+class Ranks:
+    """The N processes of a run, seen from one of them.
+
+    Attributes:
+        rank: this process, from 0.
+        size: N.
+        local_rank: its number on its machine, which is that of its GPU.
+        local_size: processes on its machine.
+        group: of the hosts; None when there is one process only.
+        checkpoint_group: of the threads that write checkpoints, likewise.
+    """
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.local_rank, self.local_size = local_rank, local_size
+        self.group: dist.ProcessGroup | None = None
+        self.checkpoint_group: dist.ProcessGroup | None = None
+        self._store: Store | None = None
+        self._told = 0
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Return what ``torchrun`` says; one process where it says nothing.
+
+        Raises:
+            InputError: its variables make no sense.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not dist.is_available() or not all(name in os.environ for name in names[:2]):
+            return cls()
+        try:
+            rank, size, local_rank, local_size = (
+                int(os.environ.get(name, default))
+                for name, default in zip(names, ("0", "1", "0", "1"), strict=True)
+            )
+        except ValueError as error:
+            raise InputError(f"{', '.join(names)}: expected whole numbers ({error})") from None
+        if not (0 <= rank < size <= _MOST_RANKS and 0 <= local_rank < size >= local_size):
+            raise InputError(
+                f"{', '.join(names)}: {rank}, {size}, {local_rank}, {local_size} make no sense; "
+                f"let torchrun set them, for at most {_MOST_RANKS} ranks"
+            )
+        return cls(rank, size, local_rank, max(1, local_size))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """(rank, N)."""
+        return self.rank, self.size
+
+    @property
+    def restarted(self) -> bool:
+        """Whether ``torchrun`` started this process again after a failure."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+    def device(self, kind: torch.device) -> torch.device:
+        """Return this process's own device of a kind: a GPU for each process of a machine.
+
+        Raises:
+            InputError: the machine has fewer GPUs than processes.
+        """
+        if kind.type != "cuda" or self.size == 1:
+            return kind
+        if self.local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs, "
+                f"process {self.local_rank} has none"
+            )
+        device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(device)
+        return device
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the first process of each machine do the block before the others."""
+        if self.local_rank > 0:
+            self.barrier()
+        yield
+        if self.local_rank == 0:
+            self.barrier()
+
+    @contextmanager
+    def joined(self, device: torch.device, timeout: float) -> Iterator[None]:
+        """Within the block the processes are connected.
+
+        Args:
+            device: where gradients are.
+            timeout: seconds after which a rank that does not answer is given up.
+
+        Raises:
+            LostRankError: a rank died or hangs; the message names it.
+        """
+        if self.size == 1:
+            yield
+            return
+        patience = timedelta(seconds=timeout)
+        # NCCL's watchdog aborts the process without a word of which rank it waits for, so gloo's
+        # groups, whose errors can be caught, give up first.
+        backend, longer = ("gloo", 1) if device.type == "cpu" else ("cpu:gloo,cuda:nccl", 2)
+        try:
+            self._store = _open_store(patience)
+            dist.init_process_group(
+                backend,
+                store=self._store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=longer * patience,
+                device_id=device if device.type == "cuda" else None,
+            )
+            self.group = dist.new_group(backend="gloo", timeout=patience)
+            self.checkpoint_group = dist.new_group(backend="gloo", timeout=patience)
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not _is_about_a_peer(error):
+                raise
+            # Nothing is destroyed here: that would wait for the lost rank.
+            raise self._lost(error) from error
+        dist.destroy_process_group()
+        self.group = self.checkpoint_group = self._store = None
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether ``flag`` is true on any rank; all must ask."""
+        if self.group is None:
+            return flag
+        voice = torch.tensor(int(flag))
+        dist.all_reduce(voice, dist.ReduceOp.MAX, group=self.group)
+        return bool(voice)
+
+    def all(self, flag: bool) -> bool:
+        """Return whether ``flag`` is true on every rank; all must ask."""
+        return not self.any(not flag)
+
+    def sum_(self, values: torch.Tensor) -> None:
+        """Add up a CPU tensor over all ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+
+    def tell(self, value: Any) -> Any:
+        """Return on every rank the leader's ``value``, which JSON can hold; all must call."""
+        if self._store is None:
+            return value
+        key = f"superbert/told/{self._told}"
+        self._told += 1
+        if self.is_main:
+            self._store.set(key, dump_json(value))
+        return json.loads(self._store.get(key))
+
+    def _lost(self, error: Exception) -> LostRankError:
+        """Find out which ranks do not answer: those that do not notice the loss themselves."""
+        reason = " ".join(str(error).split())[:160]
+        return LostRankError(f"rank {self.rank} of {self.size}: {self._silent_ranks()} ({reason})")
+
+    def _silent_ranks(self) -> str:
+        if self._store is None:
+            return "not all ranks could be reached"
+        try:
+            self._store.set(f"superbert/noticed/{self.rank}", socket.gethostname())
+            time.sleep(_GRACE)
+            silent = [
+                str(rank)
+                for rank in range(self.size)
+                if not self._store.check([f"superbert/noticed/{rank}"])
+            ]
+        except RuntimeError:
+            return "lost the other ranks and their store"
+        names = ", ".join(silent) or "one that came back"
+        return f"no answer from rank {names}; it died or hangs"
+
+
+def _open_store(patience: timedelta) -> Store:
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if host and port.isdecimal() and os.environ.get("RANK") != "0":
+        _await_store(host, int(port), patience)
+    try:
+        store, *_ = next(rendezvous("env://", timeout=patience))
+    except ValueError as error:  # a variable is missing or makes no sense
+        raise InputError(f"torchrun's environment: {error}") from error
+    # Addresses of the processes before a restart are no longer answered.
+    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _await_store(host: str, port: int, patience: timedelta) -> None:
+    """Wait until the first process has opened the store.
+
+    torch would wait up to three times as long as it is told to, since it doubles its pauses.
+    """
+    end = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=patience.total_seconds()).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                reason = error.strerror or error
+                raise LostRankError(
+                    f"rank {os.environ['RANK']}: no answer from rank 0 at {host}:{port} ({reason})"
+                ) from error
+            time.sleep(_PAUSE)
+        else:
+            return
+
+
+_SIGNS = ("gloo", "timed out", "timeout", "connection", "peer", "pair closure", "socket", "pipe")
+
+
+def _is_about_a_peer(error: RuntimeError) -> bool:
+    """Tell a broken or silent connection of gloo, which has no exception of its own, from bugs."""
+    text = str(error).lower()
+    return any(sign in text for sign in _SIGNS)

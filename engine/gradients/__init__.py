@@ -1,0 +1,1 @@
+"""Task gradients: flat storage, parameter groups, balancing."""

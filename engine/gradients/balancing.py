@@ -1,0 +1,328 @@
+"""From the Gram matrices of the task gradients to the weights of their sum.
+
+Every method is a function of ``G = J J^T [K, K]`` (kernels/balancing.py); the update is always
+``sum_k c_k g_k``.  Here the methods get what a training run knows beyond G: the names and sizes of
+the tasks, their losses, the random order of this step, and what they remember from the last one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from types import MappingProxyType
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .._kernels import kernels
+from ..utils.errors import InputError
+from ..utils.field_types import Count, NonNegativeReal, Positive, PositiveReal, Real, Settings
+
+TORCHJD = "torchjd."
+"""``torchjd.X`` names a weighting in ``torchjd.aggregation``."""
+
+
+class BalanceSettings(Settings):
+    """Settings of the methods that have any; each method reads its own."""
+
+    fixed: dict[str, Real] = {}
+    """fixed: the weight of each task; 1 for those left out."""
+    main: str = ""
+    """main_aux: the main task; empty: the first."""
+    aux_weight: PositiveReal = 0.3
+    """main_aux: lambda, by which the sum of the auxiliary gradients is multiplied."""
+    gradvac_beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """gradvac: weight of the newest cosine in the running mean."""
+    cagrad_c: NonNegativeReal = 0.5
+    """cagrad: how far from the mean gradient the update may lie, relative to its length; from 1 on
+    no task is worsened."""
+    preferences: dict[str, Real] = {}
+    """upgrad, dual_projection, config, aligned_mtl: how much each task counts; 1 for those left
+    out."""
+    aligned_mtl_scale_mode: Literal["min", "median", "rmse"] = "min"
+    """aligned_mtl: which singular value of the gradients all are made equal to."""
+    nash_mtl_max_norm: NonNegativeReal | None = None
+    """nash_mtl: the combined gradient is limited to this norm, 0: no limit; it then has the length
+    ``sqrt(K)`` before, as in the paper.  Left out: weights that do not depend on the gradients'
+    scale."""
+    fairgrad_alpha: NonNegativeReal = 1.0
+    """fairgrad: 0 is the mean, 1 proportional fairness; larger ones care more for the worst-off
+    task."""
+    gradnorm_alpha: NonNegativeReal = 1.5
+    """gradnorm: strength of the pull towards equal training rates."""
+    gradnorm_lr: PositiveReal = 0.025
+    """gradnorm: step of the weights."""
+    krum_byzantine: Count = 0
+    """krum: how many gradients may be arbitrary."""
+    krum_selected: Positive = 1
+    """krum: how many gradients are averaged."""
+
+
+class TrainedTasks(NamedTuple):
+    """The K trained tasks: their names and how many examples each has."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+class BalancerInput(NamedTuple):
+    """What a method may look at.
+
+    Attributes:
+        gram: ``[K, K]`` fp32.
+        order: ``[K, K]`` int64, the order of projections of this step.
+        losses: ``[K]`` fp32.
+        state: what the method returned as its state on the last step.
+    """
+
+    gram: Tensor
+    order: Tensor
+    losses: Tensor
+    state: Mapping[str, Tensor]
+
+
+class BalancerOutput(NamedTuple):
+    """The weights ``[K]``, and the state for the next step."""
+
+    weights: Tensor
+    state: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Method(NamedTuple):
+    """A balancing method and the tensors ``[..., K]`` that it remembers, by name, as they begin."""
+
+    decide: Callable[[BalancerInput], BalancerOutput]
+    initial_state: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def _of_gram(weigh: Callable[[Tensor], Tensor]) -> Method:
+    return Method(lambda signals: BalancerOutput(weigh(signals.gram)))
+
+
+def _fixed(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    for name in settings.fixed:
+        _index(tasks, name, "fixed")
+    weights = [settings.fixed.get(name, 1.0) for name in tasks.names]
+    return _of_gram(lambda gram: _constant(gram, weights))
+
+
+def _proportional(tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
+    return _of_gram(lambda gram: kernels.balancing.proportional(gram, _constant(gram, tasks.sizes)))
+
+
+def _constant(gram: Tensor, weights: Sequence[float]) -> Tensor:
+    """Put constants on the device without a copy from the host, which a graph could not replay."""
+    return torch.stack([torch.full_like(gram[0, 0], weight) for weight in weights])
+
+
+def _with_preferences(
+    method: Callable[[Tensor, Tensor | None], Tensor], *, mean: bool = True
+) -> "Builder":
+    """Build a method that takes preferences; equal ones are ``1 / K`` each if ``mean``, or 1."""
+
+    def build(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+        if not settings.preferences:
+            return _of_gram(lambda gram: method(gram, None))
+        for name in settings.preferences:
+            _index(tasks, name, "preferences")
+        share = 1 / len(tasks.names) if mean else 1.0
+        given = [share * settings.preferences.get(name, 1.0) for name in tasks.names]
+        return _of_gram(lambda gram: method(gram, _constant(gram.double(), given)))
+
+    return build
+
+
+def _aligned_mtl(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    scale_mode = settings.aligned_mtl_scale_mode
+    build = _with_preferences(
+        lambda gram, given: kernels.balancing.aligned_mtl(gram, given, scale_mode)
+    )
+    return build(tasks, settings)
+
+
+def _pcgrad(_tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
+    """PCGrad, summed as in Algorithm 1 of Yu et al. (2020)."""
+    return Method(
+        lambda signals: BalancerOutput(
+            kernels.pcgrad_weights(signals.gram, signals.order, reduction="sum")
+        )
+    )
+
+
+def _main_aux(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    main = _index(tasks, settings.main, "main") if settings.main else 0
+    return _of_gram(
+        lambda gram: kernels.balancing.auxiliary_pcgrad(gram, main, settings.aux_weight)
+    )
+
+
+def _gradvac(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    def decide(signals: BalancerInput) -> BalancerOutput:
+        step = kernels.balancing.gradvac(
+            signals.gram, signals.order, signals.state["targets"], settings.gradvac_beta
+        )
+        return BalancerOutput(step.weights, {"targets": step.targets})
+
+    count = len(tasks.names)
+    return Method(decide, {"targets": torch.zeros(count, count)})
+
+
+def _gradnorm(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    def decide(signals: BalancerInput) -> BalancerOutput:
+        first = signals.state["first_losses"]
+        first = torch.where(first == 0, signals.losses, first)
+        weights = kernels.balancing.gradnorm(
+            signals.gram,
+            signals.state["weights"],
+            signals.losses / first.clamp(min=torch.finfo(first.dtype).tiny),
+            settings.gradnorm_alpha,
+            settings.gradnorm_lr,
+        )
+        return BalancerOutput(weights, {"weights": weights, "first_losses": first})
+
+    count = len(tasks.names)
+    return Method(decide, {"weights": torch.ones(count), "first_losses": torch.zeros(count)})
+
+
+def _krum(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    byzantine, selected = settings.krum_byzantine, settings.krum_selected
+    if len(tasks.names) < byzantine + 3 or selected > len(tasks.names):
+        raise InputError(
+            f"balance krum: {len(tasks.names)} tasks are too few for krum_byzantine = {byzantine} "
+            f"and krum_selected = {selected}; it needs krum_byzantine + 3 of them"
+        )
+    return _of_gram(lambda gram: kernels.balancing.krum(gram, byzantine, selected))
+
+
+def _index(tasks: TrainedTasks, name: str, setting: str) -> int:
+    if name not in tasks.names:
+        known = ", ".join(tasks.names)
+        raise InputError(f"balancing.{setting}: {name!r} is no trained task; those are {known}")
+    return tasks.names.index(name)
+
+
+Builder = Callable[[TrainedTasks, BalanceSettings], Method]
+
+METHODS: Mapping[str, Builder] = MappingProxyType(
+    {
+        "sum": lambda _tasks, _settings: _of_gram(kernels.balancing.total),
+        "mean": lambda _tasks, _settings: _of_gram(kernels.balancing.mean),
+        "fixed": _fixed,
+        "proportional": _proportional,
+        "pcgrad": _pcgrad,
+        "main_aux": _main_aux,
+        "gradvac": _gradvac,
+        "cagrad": lambda _tasks, settings: _of_gram(
+            lambda gram: kernels.balancing.cagrad(gram, settings.cagrad_c)
+        ),
+        "mgda": lambda _tasks, _settings: _of_gram(kernels.balancing.mgda),
+        "imtl_g": lambda _tasks, _settings: _of_gram(kernels.balancing.imtl_g),
+        "nash_mtl": lambda _tasks, settings: _of_gram(
+            lambda gram: kernels.balancing.nash_mtl(gram, settings.nash_mtl_max_norm)
+        ),
+        "aligned_mtl": _aligned_mtl,
+        "upgrad": _with_preferences(kernels.balancing.upgrad),
+        "dual_projection": _with_preferences(kernels.balancing.dual_projection),
+        "config": _with_preferences(kernels.balancing.config, mean=False),
+        "fairgrad": lambda _tasks, settings: _of_gram(
+            lambda gram: kernels.balancing.fairgrad(gram, settings.fairgrad_alpha)
+        ),
+        "gradnorm": _gradnorm,
+        "krum": _krum,
+    }
+)
+"""By the name that a recipe's ``balance`` gives."""
+
+
+def build_method(name: str, tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+    """Make the method that a recipe names.
+
+    Args:
+        name: a key of :data:`METHODS`, or ``torchjd.`` and the name of a TorchJD weighting that
+            can be made without arguments and keeps no state between steps.
+        tasks: the trained tasks.
+        settings: of the methods.
+
+    Raises:
+        InputError: the method does not fit the tasks, or TorchJD has no such weighting, or it
+            cannot be used.
+    """
+    if name.startswith(TORCHJD):
+        return _of_gram(_torchjd_weighting(name.removeprefix(TORCHJD)))
+    return METHODS[name](tasks, settings)
+
+
+def _torchjd_weighting(name: str) -> Callable[[Tensor], Tensor]:
+    try:
+        aggregation = import_module("torchjd.aggregation")
+    except ImportError:
+        raise InputError(
+            f"balance {TORCHJD}{name}: TorchJD is not installed (pip install torchjd)"
+        ) from None
+    made = {
+        other: _made(value)
+        for other, value in vars(aggregation).items()
+        if isinstance(value, type) and issubclass(value, aggregation.Weighting)
+    }
+    weighting = made.get(name, "TorchJD has no such weighting")
+    if isinstance(weighting, str):
+        usable = ", ".join(other for other, one in made.items() if not isinstance(one, str))
+        raise InputError(f"balance {TORCHJD}{name}: {weighting}; take one of {usable}")
+    return weighting
+
+
+def _made(weighting: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor] | str:
+    """Return a TorchJD weighting, or why it cannot be used.
+
+    Those that learn from step to step have a state that no checkpoint would hold, and that the
+    groups of ``surgery`` would share; some of them need the gradients themselves, too.
+    """
+    try:
+        made = weighting()
+    except (TypeError, ImportError) as error:
+        return str(error)
+    stateful = isinstance(made, import_module("torchjd").Stateful)
+    return "it keeps a state between steps" if stateful else made
+
+
+class Balancer:
+    """A method applied to each part of the parameters by itself.
+
+    Args:
+        method: what decides.
+        owners: for each of the G parts the one task that reaches it, or None where all do; a part
+            with one owner has nothing to balance, its task's gradient is taken as it is.  With one
+            part for the whole model there are no owners.
+        device: of the Gram matrices.
+
+    Attributes:
+        state: what the method remembers, ``[G, ...]`` each; saved with a checkpoint.
+    """
+
+    def __init__(self, method: Method, owners: Sequence[int | None], device: torch.device) -> None:
+        self._method, self._owners = method, tuple(owners)
+        self.state = {
+            name: first.to(device).expand(len(owners), *first.shape).clone()
+            for name, first in method.initial_state.items()
+        }
+
+    def __call__(self, grams: Tensor, order: Tensor, losses: Tensor) -> Tensor:
+        """Return the weights ``[G, K]`` of Gram matrices ``[G, K, K]``.
+
+        Where a weight or a loss is not finite the state stays: such a step is skipped.
+        """
+        return torch.stack(
+            [self._decide(part, gram, order, losses) for part, gram in enumerate(grams.unbind())]
+        )
+
+    def _decide(self, part: int, gram: Tensor, order: Tensor, losses: Tensor) -> Tensor:
+        owner = self._owners[part]
+        if owner is not None:
+            own = torch.arange(len(gram), device=gram.device) == owner
+            return own.to(gram.dtype)
+        state = {name: tensor[part] for name, tensor in self.state.items()}
+        decision = self._method.decide(BalancerInput(gram, order, losses, state))
+        finite = torch.isfinite(losses).all() & torch.isfinite(decision.weights).all()
+        for name, new in decision.state.items():
+            state[name].copy_(torch.where(finite, new, state[name]))
+        return decision.weights

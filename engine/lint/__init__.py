@@ -1,0 +1,1 @@
+"""Find settings of a recipe that have no effect."""

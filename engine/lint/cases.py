@@ -1,0 +1,79 @@
+"""What decides whether a setting has an effect: a field, and the phase of a run that it is in."""
+
+from typing import NamedTuple
+
+import torch
+
+from ..config.objective import ObjectiveRecipe
+from ..config.recipe import Recipe
+from ..data.raw_text import Found
+from ..data.source import TaskSource
+from ..distributed.ranks import Ranks
+from ..models.config import EncoderConfig
+from ..training.trainer import execution_kind
+from .phase_facts import PhaseFacts
+
+
+class Case(NamedTuple):
+    """A field within a phase of a run, and where that is trained.
+
+    Attributes:
+        recipe: of the phase.
+        config: of the encoder.
+        device: where it is trained.
+        ranks: the processes that train together.
+        field: the field, without its tables.
+        owner: the task or objective that it belongs to, if any.
+        known: what its data decide; None before they are read.
+        run_steps: steps of all phases; None before they are known.
+    """
+
+    recipe: Recipe
+    config: EncoderConfig
+    device: torch.device
+    ranks: Ranks
+    field: str
+    owner: str
+    known: PhaseFacts | None = None
+    run_steps: int | None = None
+
+    @property
+    def facts(self) -> PhaseFacts:
+        """What its data decide."""
+        assert self.known is not None
+        return self.known
+
+    @property
+    def examples(self) -> int:
+        """Examples of the training set of the task that the field belongs to."""
+        return self.facts.examples[self.owner]
+
+    @property
+    def most_examples(self) -> int:
+        """Examples of the largest training set, after ``first``."""
+        return max(
+            min(count, self.recipe.tasks[task].first or count)
+            for task, count in self.facts.examples.items()
+        )
+
+    @property
+    def texts(self) -> Found:
+        """Where the text of the objective that the field belongs to comes from."""
+        return self.facts.texts[self.owner]
+
+    @property
+    def execution(self) -> str:
+        """How steps are run."""
+        return execution_kind(self.recipe, self.device, self.ranks)
+
+    @property
+    def objective(self) -> ObjectiveRecipe:
+        """The objective that the field belongs to."""
+        return self.recipe.objectives[self.owner]
+
+    @property
+    def source(self) -> TaskSource:
+        """The source that the field belongs to."""
+        source = self.recipe.tasks[self.owner].source
+        assert source is not None
+        return source

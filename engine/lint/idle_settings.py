@@ -1,0 +1,356 @@
+"""Settings that change nothing in the run at hand: each is said in one line as training begins.
+
+A field that a recipe or ``--set`` gives is held against the table below, which says of every field
+of a recipe when it has an effect.  A field of a phase needs it in that phase, one of the whole
+recipe in any phase that has no other value for it.  Where an effect depends on the data of a phase
+whose turn has not come yet, it is assumed.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+
+from ..config.recipe import Recipe
+from ..data.rows import shorten
+from ..distributed.ranks import Ranks
+from ..runs.data_paths import reads_data_folder
+from ..runs.run import Run
+from ..training.trainer import has_one_gradient, runs_encoder
+from ..utils.field_types import Settings
+from .cases import Case
+from .given_fields import given_fields
+from .method_trials import settings_read, sums_what_is_separate
+from .phase_facts import PhaseFacts
+
+
+class Effect(NamedTuple):
+    """When a field has an effect.
+
+    Attributes:
+        holds: whether it has in a case.
+        reason: why it has none elsewhere; ``{case}`` is that case.
+        off: the value that asks for no effect, so that it gets what it asks for.
+        also: what it needs besides.
+    """
+
+    holds: Callable[[Case], bool]
+    reason: str
+    off: object = None
+    also: "Effect | None" = None
+
+    def reason_against(self, case: Case) -> str:
+        """Return why there is no effect in a case; empty where there is one."""
+        if not self.holds(case):
+            return self.reason.format(case=case)
+        return self.also.reason_against(case) if self.also is not None else ""
+
+
+def _of_data(holds: Callable[[Case], bool], reason: str, off: object = None) -> Effect:
+    """Return an effect that depends on the data, and is assumed before they are read."""
+    return Effect(lambda case: case.known is None or holds(case), reason, off)
+
+
+def _cuts_objective(holds: Callable[[Case], bool], reason: str) -> Effect:
+    """Return the effect of a cut of an objective's texts, in which there have to be more."""
+    return Effect(_is_trained, "train does not name it", off=0, also=_of_data(holds, reason))
+
+
+def _of_run_steps(off: int) -> Effect:
+    """Return the effect of a number of steps, in which the run has to come that far."""
+    return Effect(
+        lambda case: case.run_steps is None or getattr(case.recipe, case.field) <= case.run_steps,
+        "the run has {case.run_steps} steps",
+        off,
+    )
+
+
+def _balances(case: Case) -> bool:
+    return not has_one_gradient(case.recipe)
+
+
+def _is_trained(case: Case) -> bool:
+    return case.owner in case.recipe.train
+
+
+def _trains_tasks(case: Case) -> bool:
+    return case.recipe.scored
+
+
+def _reads_loss(case: Case) -> bool:
+    return _is_trained(case) or case.recipe.formats[case.owner].kind == "score"
+
+
+def _differentiates_encoder(case: Case) -> bool:
+    recipe = case.recipe
+    return not recipe.freeze_encoder or (recipe.adapter_width > 0 and recipe.scored)
+
+
+def _draws_weights(case: Case) -> bool:
+    """Return whether weights are drawn that are as wide as the encoder's initial ones."""
+    recipe = case.recipe
+    heads = any(objective.kind != "simcse" for objective in recipe.objectives.values())
+    return not recipe.init or recipe.adapter_width > 0 or heads
+
+
+def _joins_texts(case: Case) -> bool:
+    return case.objective.kind == "masked_lm" and case.objective.join > 1
+
+
+def _falls(case: Case) -> bool:
+    """Return whether the rate of the last step is lower than a constant one."""
+    schedule, last = case.facts.schedule, case.facts.steps - 1
+    return schedule(last) != replace(schedule, kind="constant")(last)
+
+
+def _decides_epochs(case: Case) -> bool:
+    """Return whether the epochs decide when training ends, or what is drawn."""
+    recipe = case.recipe
+    return not 0 < recipe.max_steps < case.facts.epoch_steps or recipe.order == "annealed"
+
+
+def _sums(case: Case) -> bool:
+    """Return whether the task gradients share no parameter, and the method then sums them."""
+    recipe = case.recipe
+    return case.facts.separate and sums_what_is_separate(
+        recipe.balance, recipe.train, recipe.balancing
+    )
+
+
+def _has_shared(case: Case) -> bool:
+    """Return whether balancing differs from the sum: of a part of one task it does not."""
+    return not (case.facts.separate if case.recipe.surgery != "model" else _sums(case))
+
+
+def _method_reads(case: Case) -> bool:
+    recipe = case.recipe
+    return _balances(case) and case.field in settings_read(
+        recipe.balance, recipe.train, recipe.balancing
+    )
+
+
+ALWAYS = Effect(lambda _case: True, "")
+
+_DROPS_OUT = Effect(
+    lambda case: runs_encoder(case.recipe),
+    "the frozen encoder's states are computed once, without dropout",
+    off=0,
+)
+_NOT_SHARED = "no two tasks train the same parameter, so it gives the sum"
+_SHARED = _of_data(_has_shared, _NOT_SHARED)
+_SEVERAL_RANKS = Effect(lambda case: case.ranks.size > 1, "one process trains")
+_OF_FILES = Effect(lambda case: bool(case.source.files), "a data set by name has no files")
+_OF_DATASET = Effect(lambda case: bool(case.source.dataset), "files are read, no data set by name")
+
+EFFECTS: Mapping[str, Effect] = MappingProxyType(
+    {
+        **dict.fromkeys(("description", "paper", "init", "train", "pooling"), ALWAYS),
+        "data": Effect(
+            lambda case: reads_data_folder(case.recipe), "no file of a task is looked for there"
+        ),
+        "tasks.NAME.features": ALWAYS,
+        "tasks.NAME.loss": Effect(_reads_loss, "{case.owner} is not trained", off="default"),
+        "tasks.NAME.weight": Effect(_is_trained, "{case.owner} is not trained", off=1),
+        "tasks.NAME.first": Effect(
+            _is_trained,
+            "{case.owner} is not trained",
+            off=0,
+            also=_of_data(
+                lambda case: case.recipe.tasks[case.owner].first < case.examples,
+                "the training set has {case.examples} examples",
+            ),
+        ),
+        **dict.fromkeys(
+            (f"tasks.NAME.source.{name}" for name in ("kind", "text", "label", "id", "dataset")),
+            ALWAYS,
+        ),
+        "tasks.NAME.source.classes": Effect(
+            lambda case: not case.source.has_range, "a regression has no classes"
+        ),
+        "tasks.NAME.source.range": Effect(
+            lambda case: case.source.has_range, "classes have no range"
+        ),
+        "tasks.NAME.source.subset": _OF_DATASET,
+        "tasks.NAME.source.splits": _OF_DATASET,
+        "tasks.NAME.source.*": _OF_FILES,
+        "objectives.NAME": Effect(_is_trained, "train does not name it"),
+        **dict.fromkeys(
+            (f"objectives.NAME.{name}" for name in ("kind", "sentences_of", "files", "weight")),
+            ALWAYS,
+        ),
+        "objectives.NAME.limit": _cuts_objective(
+            lambda case: case.objective.limit < case.texts.largest,
+            "no task or file has more than {case.texts.largest}",
+        ),
+        "objectives.NAME.max_texts": _cuts_objective(
+            lambda case: case.objective.max_texts < case.texts.texts,
+            "{case.texts.texts} texts were found",
+        ),
+        "objectives.NAME.join": Effect(
+            lambda case: case.objective.kind == "masked_lm",
+            "kind = {case.objective.kind} joins no texts",
+            off=1,
+        ),
+        "objectives.NAME.short": Effect(_joins_texts, "no texts are joined"),
+        "objectives.NAME.mask_share": Effect(
+            lambda case: case.objective.kind != "simcse", "kind = simcse masks nothing"
+        ),
+        "objectives.NAME.temperature": Effect(
+            lambda case: case.objective.kind == "simcse",
+            "kind = {case.objective.kind} compares no sentences",
+        ),
+        "dropout": Effect(_trains_tasks, "no task is trained", off=0),
+        "adapter_width": Effect(_trains_tasks, "no task is trained", off=0),
+        "freeze_encoder": ALWAYS,
+        # With --init a shape is held against the model's: EncoderRecipe.of_model.
+        **dict.fromkeys(
+            (
+                "encoder.vocab_size",
+                "encoder.hidden_size",
+                "encoder.num_hidden_layers",
+                "encoder.num_attention_heads",
+                "encoder.intermediate_size",
+                "encoder.max_position_embeddings",
+            ),
+            ALWAYS,
+        ),
+        "encoder.initializer_range": Effect(_draws_weights, "all weights are the model's own"),
+        "encoder.hidden_dropout_prob": _DROPS_OUT,
+        "encoder.attention_probs_dropout_prob": _DROPS_OUT,
+        "max_length": Effect(
+            lambda case: case.recipe.max_length <= case.config.max_position_embeddings,
+            "the encoder's own limit of {case.config.max_position_embeddings} tokens is lower",
+        ),
+        **dict.fromkeys(("batch_size", "micro_batches"), ALWAYS),
+        "checkpoint_layers": Effect(
+            _differentiates_encoder, "nothing in the encoder is trained", off=False
+        ),
+        "order": Effect(
+            lambda case: len(case.recipe.train) > 1,
+            "{case.recipe.train[0]} is trained alone",
+            off="together",
+        ),
+        "on_bad_row": ALWAYS,
+        "epochs": _of_data(
+            _decides_epochs,
+            "max_steps = {case.recipe.max_steps} ends training before",
+            off=Recipe.model_fields["epochs"].default,
+        ),
+        "max_steps": _of_data(
+            lambda case: case.recipe.max_steps < case.facts.epoch_steps,
+            "the epochs are over after {case.facts.epoch_steps} steps",
+            off=0,
+        ),
+        "limit": Effect(
+            _trains_tasks,
+            "no task is trained; objectives have their own",
+            off=0,
+            also=_of_data(
+                lambda case: case.recipe.limit < case.most_examples,
+                "no training set has more than {case.most_examples} examples",
+            ),
+        ),
+        "balance": Effect(
+            _balances, "a step has one gradient, nothing to balance", off="sum", also=_SHARED
+        ),
+        "balancing.*": Effect(
+            _method_reads, "balance = {case.recipe.balance} does not read it here", also=_SHARED
+        ),
+        "surgery": Effect(
+            lambda case: _balances(case) and case.recipe.balance != "sum",
+            "all weights of the sum are 1",
+            off="model",
+            also=_of_data(lambda case: not _sums(case), _NOT_SHARED),
+        ),
+        **dict.fromkeys(("optimizer", "lr", "betas", "eps", "weight_decay"), ALWAYS),
+        "schedule": _of_data(
+            _falls, "the rate would fall after the last step only", off="constant"
+        ),
+        "warmup": _of_data(
+            lambda case: case.facts.schedule.warmup_steps > 0,
+            "of {case.facts.steps} steps that rounds to none",
+            off=0,
+        ),
+        **dict.fromkeys(("clip_norm", "precision", "execution"), ALWAYS),
+        "max_graphs": Effect(
+            lambda case: case.execution == "graphs",
+            "execution {case.execution} records no CUDA graphs",
+        ),
+        "log_every": _of_run_steps(off=Recipe.model_fields["log_every"].default),
+        "checkpoint_every": _of_run_steps(off=0),
+        **dict.fromkeys(("seed", "log_mib", "keep_logs", "max_skipped", "sinks"), ALWAYS),
+        "watch_layers": Effect(_balances, "a step has one gradient, so no cosines", off=0),
+        **dict.fromkeys(("keep_checkpoints", "phases"), ALWAYS),
+        "distribute": _SEVERAL_RANKS,
+        "timeout": _SEVERAL_RANKS,
+        "threads": Effect(
+            lambda case: case.device.type == "cpu", "it is trained on {case.device}", off=0
+        ),
+    }
+)
+"""Of every field, by its name among ``--fields``; ``*`` stands for all others of a table."""
+
+
+def effect_of(known_as: str) -> Effect:
+    """Return when a field has an effect, by its name among ``--fields``."""
+    table = known_as.rpartition(".")[0]
+    return EFFECTS.get(known_as) or EFFECTS[f"{table}.*"]
+
+
+def lines_on_idle_settings(
+    run: Run,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    facts: Mapping[str, PhaseFacts] | None = None,
+) -> list[str]:
+    """Return a line for each setting that the recipe gives and that changes nothing.
+
+    Args:
+        run: with the settings in force.
+        device: where it is trained.
+        ranks: the processes that train it together.
+        facts: by phase, what its data decide, where they are read already.
+    """
+    lines, idle, recipes, facts = (
+        _line_on_shape(run),
+        list[str](),
+        run.recipe.in_phases,
+        facts or {},
+    )
+    all_known = facts.keys() >= recipes.keys()
+    run_steps = sum(known.steps for known in facts.values()) if all_known else None
+    for given, phases in given_fields(run.recipe):
+        if isinstance(given.value, Settings) and given.known_as not in EFFECTS:
+            continue
+        if any(given.key.startswith(f"{table}.") for table in idle):
+            continue
+        effect, field = effect_of(given.known_as), given.key.rpartition(".")[2]
+        if effect.off is not None and given.value == effect.off:
+            continue
+        place = (run.config, device, ranks or Ranks(), field, given.owner)
+        cases = [Case(recipes[name], *place, facts.get(name), run_steps) for name in phases]
+        if all(map(effect.reason_against, cases)):
+            idle.append(given.key)
+            # Of a phase that lacks the data alone, if there is one.
+            case = max(cases, key=effect.holds, default=None)
+            reason = effect.reason_against(case) if case else "every phase has its own"
+            lines.append(f"{given.key}{_spelt(given.value)}: no effect, {reason}")
+    return lines
+
+
+def _line_on_shape(run: Run) -> list[str]:
+    """Return the line on the shape that a recipe's file gives, where ``--init`` has another."""
+    aside = run.recipe.encoder.set_aside(run.config)
+    if not aside:
+        return []
+    own = ", ".join(f"{name} {getattr(run.config, name)}, not {aside[name]}" for name in aside)
+    return [f"[encoder]: no effect, it describes an encoder from scratch; the model has {own}"]
+
+
+def _spelt(value: object) -> str:
+    if isinstance(value, Settings):
+        return ""
+    return f" = {shorten(json.dumps(value, ensure_ascii=False), 60)}"

@@ -1,0 +1,50 @@
+"""What is known of a phase once its data are read and its model is built: sizes, steps, sharing."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Self
+
+from ..data.masked_text import MaskedText
+from ..data.raw_text import Found
+from ..data.sentences_twice import SentencesTwice
+from ..data.split import TokenizedSplit
+from ..optim.lr_schedule import Schedule
+from ..training.trainer import Trainer
+
+
+class PhaseFacts(NamedTuple):
+    """What decides whether a setting has an effect, besides the recipe.
+
+    Attributes:
+        examples: of the training set of each trained task, before the recipe cuts it.
+        texts: of each trained objective.
+        schedule: the learning rate, and with it the steps of the phase.
+        epoch_steps: steps of all epochs, which ``max_steps`` may cut.
+        separate: whether every trained parameter is reached by one task alone.
+    """
+
+    examples: Mapping[str, int]
+    texts: Mapping[str, Found]
+    schedule: Schedule
+    epoch_steps: int
+    separate: bool
+
+    @classmethod
+    def of(cls, training: Trainer) -> Self:
+        """Return what is known of a phase that is about to be trained."""
+        sets, parameters = training.train_sets, training.parameters
+        return cls(
+            {split.task: len(split) for split in sets if isinstance(split, TokenizedSplit)},
+            {
+                text.task: text.found
+                for text in sets
+                if isinstance(text, MaskedText | SentencesTwice)
+            },
+            training.schedule,
+            training.order.total_steps,
+            all(len(parameters.tasks_using(name)) == 1 for name in parameters.slots),
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps of the phase."""
+        return self.schedule.total_steps

@@ -1,0 +1,1 @@
+"""Metrics of training steps: collected, written as JSON lines, sent to loggers."""

@@ -1,0 +1,254 @@
+"""One encoder, a head for each task."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import cast
+
+from torch import Tensor, nn
+
+from .._kernels import kernels
+from ..data.collate import PackedBatch
+from ..data.task_schema import TaskSchema
+from .adapters import AdaptersOfBatch, ProjectedAttention
+from .config import EncoderConfig
+from .context import Context
+from .encoder import Stage
+from .heads import SHARED_INPUT, Head, HeadSettings, Scores, build_head, head_class
+from .layers import Linear
+from .named_modules import NamedModules
+from .parameters import ParameterSpec, describe_stage
+from .pooling import SharedLayers, TaskStates, pool
+from .registry import spec_of
+
+
+class MultitaskModel(nn.Module):
+    """An encoder shared by several tasks.
+
+    Args:
+        config: of the encoder, which it decides (engine/models/registry.py).
+        tasks: in order, what each predicts.
+        features: by task, see :mod:`engine.models.heads`.
+        pooling: ``"cls"`` or ``"mean"``.
+        dropout_p: dropout before the heads.
+        losses: by task, one of LOSSES (engine/models/heads); the default for those left out.
+        adapter_width: of each task's projected attention (engine/models/adapters.py); 0 for none.
+        objectives: by name, what their heads are built from; they have no adapters.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        tasks: Sequence[TaskSchema],
+        features: Mapping[str, str],
+        *,
+        pooling: str,
+        dropout_p: float,
+        losses: Mapping[str, str] | None = None,
+        adapter_width: int = 0,
+        objectives: Mapping[str, HeadSettings] | None = None,
+    ) -> None:
+        super().__init__()
+        # The order in which weights are drawn, and so the order of what follows, never changes.
+        of_objectives = {name: build_head(each) for name, each in (objectives or {}).items()}
+        self.encoder = spec_of(config).encoder(config)
+        self.pooling = pooling
+        width, losses = config.hidden_size, losses or {}
+        of_tasks = {
+            task.task: HeadSettings(
+                kind=task.kind,
+                name=task.task,
+                config=config,
+                task=task,
+                features=features[task.task],
+                loss=losses.get(task.task, "default"),
+                dropout_p=dropout_p,
+                site=self.encoder.num_sites + position,
+            )
+            for position, task in enumerate(tasks)
+        }
+        all_heads = (*of_tasks.values(), *(objectives or {}).values())
+        shares = any("pair" in head_class(each.kind).layers_used(each) for each in all_heads)
+        self.pair = Linear(SHARED_INPUT * width, width) if shares else None
+        self.heads = NamedModules()
+        self.heads.update({name: build_head(each) for name, each in of_tasks.items()})
+        self.adapters = NamedModules()
+        if adapter_width:
+            first_site = self.encoder.num_sites + len(tasks)
+            for position, name in enumerate(self.heads):
+                self.adapters[name] = ProjectedAttention(
+                    config,
+                    adapter_width,
+                    first_site=first_site + position * config.num_hidden_layers,
+                )
+        self.heads.update(of_objectives)
+
+    def head(self, name: str) -> Head:
+        """Return the head of a task or objective."""
+        return cast(Head, self.heads[name])
+
+    @property
+    def task_heads(self) -> dict[str, Head]:
+        """The heads of the tasks, without those of objectives."""
+        return {name: self.head(name) for name in self.heads if self.head(name).is_scored}
+
+    def _adapter(self, task: str) -> ProjectedAttention | None:
+        return cast(ProjectedAttention, self.adapters[task]) if task in self.adapters else None
+
+    @property
+    def shared_layers(self) -> SharedLayers:
+        """What heads may use besides their own layers."""
+        return SharedLayers(self.encoder.word_table, self.pair)
+
+    def encoder_stages(self) -> list[Stage]:
+        """Return the encoder's stages, in the order of the forward pass."""
+        stages = []
+        for stage in self.encoder.stages():
+            name = f"encoder.{stage.name}"
+            stages.append(stage._replace(name=name, bucket=name))
+        return stages
+
+    def stages(self) -> list[Stage]:
+        """Return all stages: the encoder's, the layer that tasks share, heads, adapters.
+
+        Heads are sent together.  Adapters work in every layer, so that their gradients are
+        complete with those of the encoder's first stage.
+        """
+        stages = self.encoder_stages()
+        first = stages[0].bucket
+        if self.pair is not None:
+            stages.append(Stage("pair", self.pair, bucket="pair"))
+        for task, head in self.heads.items():
+            stages.append(Stage(f"heads.{task}", head, task, bucket="heads"))
+        for task, adapter in self.adapters.items():
+            stages.append(Stage(f"adapters.{task}", adapter, task, bucket=first))
+        return stages
+
+    def parameter_specs(
+        self, tasks: Sequence[str], *, freeze_encoder: bool = False
+    ) -> list[ParameterSpec]:
+        """Describe every parameter, in the order of :meth:`named_parameters`.
+
+        Args:
+            tasks: those that are trained.
+            freeze_encoder: train all but the encoder.
+
+        Raises:
+            TypeError: a parameter of the encoder is in none of its stages, or of no layer that
+                writes task gradients.
+        """
+        all_tasks = () if freeze_encoder else tuple(tasks)
+        users = self._users_of_shared_layers(tasks)
+        specs: list[ParameterSpec] = []
+        for stage in self.stages():
+            using: tuple[str, ...]
+            if stage.task is not None:
+                using = (stage.task,) if stage.task in tasks else ()
+            elif stage.module is self.pair:
+                using = users.get(self.pair, ())
+            else:
+                using = all_tasks
+            specs += describe_stage(stage, using, users)
+        for name in {name for name, _ in self.named_parameters()} - {spec.name for spec in specs}:
+            raise TypeError(f"{name}: in no stage; name it in the stages() of its encoder")
+        return specs
+
+    def _users_of_shared_layers(self, tasks: Sequence[str]) -> dict[nn.Module, tuple[str, ...]]:
+        """Return for each layer that heads say they use the tasks of these heads."""
+        users: dict[nn.Module, tuple[str, ...]] = {}
+        for task in tasks:
+            for name in cast(Head, self.heads[task]).uses:
+                layer = getattr(self.shared_layers, name)
+                users[layer] = (*users.get(layer, ()), task)
+        return users
+
+    def zero_sparse_rows(self, batch: PackedBatch) -> None:
+        """Zero the task gradients of tables that the backward pass of a batch has touched."""
+        self.encoder.zero_sparse_rows(batch.input_ids, Context.of(batch), batch.token_offsets)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        tasks: Sequence[str],
+        *,
+        seed: Tensor | None = None,
+        task_rows: bool = False,
+        accumulate: bool = False,
+    ) -> list[Scores]:
+        """Score a packed batch.
+
+        Args:
+            batch: its K tasks lie side by side in the stream.
+            tasks: their names, in that order.
+            seed: 0-dim int64, the dropout seed of this step; needed in training mode.
+            task_rows: let the backward pass write task gradients into the attached rows.
+            accumulate: let it add to them (later micro-batches).
+
+        Returns:
+            For each task the scores of its head, fp32.
+        """
+        hidden = self._encode(batch, tasks, seed, task_rows, accumulate)
+        pooled = pool(hidden, batch.cu_seqlens, self.pooling)
+        shared = self.shared_layers
+        scores: list[Scores] = []
+        for row, (task, tokens, sequences, cu_seqlens) in enumerate(
+            zip(
+                tasks,
+                pairwise(batch.token_offsets),
+                batch.own_sequences(),
+                batch.task_cu_seqlens(),
+                strict=True,
+            )
+        ):
+            states = TaskStates(
+                hidden[slice(*tokens)],
+                pooled[sequences],
+                cu_seqlens,
+                batch.max_own_seqlen,
+                batch.labels[row],
+                seed,
+                shared,
+                row if task_rows else None,
+                len(tasks),
+            )
+            here = tokens[0] < tokens[1]  # another rank may have all of its examples
+            scores.append(self.heads[task](states) if here else hidden.new_zeros(0).float())
+        return scores
+
+    def _encode(
+        self,
+        batch: PackedBatch,
+        tasks: Sequence[str],
+        seed: Tensor | None,
+        task_rows: bool,
+        accumulate: bool,
+    ) -> Tensor:
+        """Return the hidden states ``[T, H]`` of a batch, or those that it brings along."""
+        if batch.states is not None:
+            return batch.states.to(self.encoder.word_table.weight.dtype)
+        of_tasks = [self._adapter(task) for task in tasks]
+        has_adapters = any(adapter is not None for adapter in of_tasks)
+        context = Context.of(
+            batch,
+            segments=kernels.TaskSegments(batch.token_offsets, accumulate) if task_rows else None,
+            seed=seed,
+            adapters=AdaptersOfBatch.of(of_tasks, batch, seed) if has_adapters else None,
+        )
+        hidden: Tensor = self.encoder(batch.input_ids, context)
+        return hidden
+
+    def losses(
+        self, scores: Sequence[Scores], batch: PackedBatch, tasks: Sequence[str]
+    ) -> list[Tensor]:
+        """Return each task's mean loss, 0-dim, from what :meth:`forward` returned.
+
+        That of a task without an example is 0.
+
+        Raises:
+            ValueError: the batch has no labels of a task.
+        """
+        return [
+            own.sum()
+            if isinstance(own, Tensor) and not own.numel()
+            else self.head(task).loss(own, labels)
+            for task, own, labels in zip(tasks, scores, batch.labels, strict=True)
+        ]

@@ -1,0 +1,90 @@
+"""What a task's head gets to see of the encoder's work."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._kernels import kernels
+from ..data.task_batch import Labels
+from .context import RowContext
+from .layers import Embedding, Linear
+
+POOLINGS = ("cls", "mean")
+
+
+class SharedLayers(NamedTuple):
+    """Layers outside the heads that a head may use, as other tasks do.
+
+    A head names those that it uses (``uses`` in :class:`~engine.models.heads.Head`).
+
+    Attributes:
+        word: the word table, to which the decoder of masked LM is tied.
+        pair: the layer of the features ``shared``, or None where no task takes them.
+    """
+
+    word: Embedding
+    pair: Linear | None
+
+
+class TaskStates(NamedTuple):
+    """One task's part of an encoded batch: S sequences of T tokens.
+
+    Attributes:
+        tokens: ``[T, H]`` hidden states.
+        pooled: ``[S, H]``; of two-sentence examples all first sentences, then all second ones.
+        cu_seqlens: ``[S + 1]`` int32, from 0.
+        max_seqlen: tokens in the longest sequence, or more.
+        labels: of the batch, or None.
+        seed: 0-dim int64, the dropout seed; None outside training.
+        shared: layers that are not the head's own.
+        row: the gradient row of this task; None when no task gradients are collected.
+        num_rows: how many gradient rows there are.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    labels: Labels | None
+    seed: Tensor | None
+    shared: SharedLayers
+    row: int | None
+    num_rows: int
+
+    def segments(self, count: int) -> kernels.TaskSegments | None:
+        """Return the segments of ``count`` rows that are all of this task.
+
+        They are added to gradient rows that began at zero: several tasks may use a layer in turn.
+        """
+        if self.row is None:
+            return None
+        offsets = (0,) * (self.row + 1) + (count,) * (self.num_rows - self.row)
+        return kernels.TaskSegments(offsets, accumulate=True)
+
+    def rows(self, count: int) -> RowContext:
+        """Return the context of ``count`` rows that are all of this task, for shared layers."""
+        return RowContext(segments=self.segments(count), seed=self.seed)
+
+
+def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
+    """Reduce token states to one vector for each sequence.
+
+    Args:
+        hidden: ``[T, H]``.
+        cu_seqlens: ``[S + 1]`` int32; no sequence is empty.
+        pooling: ``"cls"`` (first token) or ``"mean"`` (over all tokens, [CLS] and [SEP] included).
+
+    Returns:
+        ``[S, H]`` in the dtype of ``hidden``; the mean is taken in fp32.
+    """
+    if pooling == "cls":
+        return hidden[cu_seqlens[:-1].long()]
+    offsets = cu_seqlens.long()
+    mean = torch.segment_reduce(at_least_fp32(hidden), "mean", offsets=offsets, axis=0)
+    return mean.to(hidden.dtype)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Widen bf16; leave fp32, and float64, in which the tests compute their references."""
+    return x.float() if x.element_size() < 4 else x

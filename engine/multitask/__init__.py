@@ -1,1 +1,0 @@
-"""The multitask step: flat parameters and gradient rows, surgery, update."""

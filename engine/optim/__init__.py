@@ -1,0 +1,1 @@
+"""Optimizers on flat parameters, learning-rate schedule, loss scale."""

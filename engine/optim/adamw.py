@@ -1,0 +1,95 @@
+"""AdamW on flat parameters, fed with the task gradients and their weights.
+
+The combined gradient ``sum_k c_k g_k`` is never stored: combining it and updating weights and
+moments is one pass over memory (``kernels.combine_adamw_``).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TypedDict, Unpack
+
+import torch
+from torch import Tensor
+
+from .._kernels import kernels
+from ..gradients.flat_parameters import FlatParameters
+from ..gradients.groups import Segment
+
+
+class AdamSettings(TypedDict):
+    """What Adam and its relatives are told by name.
+
+    Attributes:
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay.
+    """
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019), with fp32 master weights and moments.
+
+    Args:
+        parameters: what is updated; matrices decay, biases and norms do not.
+        settings: see :class:`AdamSettings`.
+    """
+
+    def __init__(self, parameters: FlatParameters, **settings: Unpack[AdamSettings]) -> None:
+        self.betas, self.eps = settings["betas"], settings["eps"]
+        self.weight_decay = settings["weight_decay"]
+        self.exp_avg = torch.zeros_like(parameters.master)
+        self.exp_avg_sq = torch.zeros_like(parameters.master)
+        self.updates = torch.zeros((), device=parameters.master.device)  # skipped steps excluded
+        self._own = parameters.own
+
+    def step(
+        self,
+        weights: Tensor,
+        regions: Sequence[Segment],
+        *,
+        lr: Tensor,
+        scale: Tensor,
+        skip: Tensor,
+    ) -> None:
+        """Update weights and moments with ``scale * sum_k weights[part, k] * rows[k]``.
+
+        Args:
+            weights: ``[G, K]`` fp32, for each part of the parameters.
+            regions: which columns belong to which part.
+            lr: 0-dim fp32.
+            scale: 0-dim fp32, the clip factor (and the inverse of a loss scale).
+            skip: 0-dim bool; true leaves weights, moments and the count of updates untouched.
+        """
+        flat = self._own
+        self.updates += (~skip).to(self.updates.dtype)
+        for region in regions:
+            for columns, weight_decay in self._by_decay(region.columns):
+                kernels.combine_adamw_(
+                    flat.rows[:, columns],
+                    weights[region.part],
+                    flat.master[columns],
+                    self.exp_avg[columns],
+                    self.exp_avg_sq[columns],
+                    None if flat.compute is flat.master else flat.compute[columns],
+                    lr=lr,
+                    step=self.updates,
+                    betas=self.betas,
+                    eps=self.eps,
+                    weight_decay=weight_decay,
+                    scale=scale,
+                    skip=skip,
+                )
+
+    def _by_decay(self, columns: slice) -> Iterator[tuple[slice, float]]:
+        """Part columns into those that decay and those that do not."""
+        if self.weight_decay == 0:
+            yield columns, 0.0
+            return
+        border = min(max(columns.start, self._own.decayed), columns.stop)
+        if columns.start < border:
+            yield slice(columns.start, border), self.weight_decay
+        if border < columns.stop:
+            yield slice(border, columns.stop), 0.0

@@ -1,0 +1,54 @@
+"""LAMB on flat parameters, for large batches."""
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from .._kernels import kernels
+from ..gradients.flat_parameters import FlatParameters
+from ..gradients.groups import Segment
+from .adamw import AdamSettings, AdamW
+
+
+class Lamb(AdamW):
+    """LAMB (You et al. 2020): Adam's direction, each tensor's step as long as the tensor itself.
+
+    Args:
+        parameters: what is updated; matrices decay, biases and norms do not.
+        settings: see :class:`.AdamSettings`.
+    """
+
+    def __init__(self, parameters: FlatParameters, **settings: Unpack[AdamSettings]) -> None:
+        super().__init__(parameters, **settings)
+        starts = [slot.offset for slot in parameters.slots.values()]
+        self._offsets = [*starts, parameters.numel]
+        self._no_rate = torch.zeros((), device=parameters.master.device)
+
+    def step(
+        self,
+        weights: Tensor,
+        regions: Sequence[Segment],
+        *,
+        lr: Tensor,
+        scale: Tensor,
+        skip: Tensor,
+    ) -> None:
+        """As AdamW's: one pass over the rows for the moments, then one for the weights."""
+        super().step(weights, regions, lr=self._no_rate, scale=scale, skip=skip)
+        flat = self._own
+        kernels.lamb_update_(
+            flat.master,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self._offsets,
+            None if flat.compute is flat.master else flat.compute,
+            lr=lr,
+            step=self.updates,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decayed=flat.decayed,
+            skip=skip,
+        )

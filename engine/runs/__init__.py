@@ -1,0 +1,1 @@
+"""Runs: a folder with a recipe, its data, models, scores; series of runs."""

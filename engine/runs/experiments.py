@@ -1,0 +1,230 @@
+"""Several runs below one folder, one after the other: seeds, points of a grid, recipes.
+
+``results.json`` there has the scores of the runs that came to their end, so that a series that
+was cut off goes on where it was: finished runs are left alone, a half-done one is resumed.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os.path import isfile
+from pathlib import Path
+from signal import Signals
+from typing import NamedTuple
+
+from pydantic import FiniteFloat, TypeAdapter
+from rich.console import Console
+
+from ..config.recipe import Recipe
+from ..metrics.read import read_step_lines
+from ..utils.errors import DivergedError, InputError
+from ..utils.files import remove_partial_files, write_text
+from ..utils.json_text import dump_json
+from ..utils.untrusted_io import read_bytes
+from . import run as runs
+from .folder import claimed
+from .run import Run
+from .scoring import read_scores
+
+RESULTS = "results.json"
+
+MOST_RUNS = 10_000
+"""Of a series, which is planned as a whole before it begins."""
+
+
+class RunSpec(NamedTuple):
+    """One run of a series.
+
+    Attributes:
+        group: what it is a repetition of, which is a folder's name too.
+        recipe: its settings; the seed tells it from others of its group.
+    """
+
+    group: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """The run's folder, below that of the series."""
+        return f"{self.group}/seed-{self.recipe.seed}".lstrip("/")
+
+
+class Ending(NamedTuple):
+    """How a series ended.
+
+    Attributes:
+        signal: that stopped it, or None.
+        diverged: why runs of it have no result, by the names of their cells.
+    """
+
+    signal: Signals | None
+    diverged: dict[str, str]
+
+
+class Result(NamedTuple):
+    """How a run of the series ended.
+
+    Attributes:
+        group: of its cell.
+        scores: dev scores of the best epoch, by task and ``overall``; none where no task is
+            trained.
+        seconds: that its training steps took.
+    """
+
+    group: str
+    scores: dict[str, FiniteFloat]
+    seconds: FiniteFloat
+
+
+def seeds_of(group: str, recipe: Recipe, count: int) -> list[RunSpec]:
+    """Return ``count`` repetitions of a recipe, under its seed and those that follow.
+
+    Raises:
+        InputError: there are too many, or no seeds for them.
+    """
+    most = min(MOST_RUNS, (1 << 31) - recipe.seed)
+    if count > most:
+        raise InputError(f"--seeds {count}: expected at most {most}, from seed {recipe.seed} on")
+    return [
+        RunSpec(group, recipe.model_copy(update={"seed": recipe.seed + number}))
+        for number in range(count)
+    ]
+
+
+def check_results(folder: Path, cells: Iterable[RunSpec]) -> None:
+    """Hold the runs of a series that are finished against what is asked for now.
+
+    Raises:
+        InputError: one that would be shown with those of a cell was made with other settings.
+    """
+    recipes = {cell.group: cell.recipe for cell in cells}
+    for name, result in read_results(folder).items():
+        if result.group in recipes:
+            if not isfile(folder / name / "recipe.toml"):
+                raise InputError(
+                    f"{folder / name}: is gone, and with it what settings its scores in "
+                    f"{RESULTS} are of; give another --out"
+                )
+            runs.check_scores_of(recipes[result.group], folder / name)
+
+
+def check_models(folder: Path, cells: Iterable[RunSpec]) -> None:
+    """Hold the runs that are still to be begun against their pretrained encoders.
+
+    Raises:
+        InputError: one of them cannot be begun.
+    """
+    for cell in cells:
+        if cell.recipe.init and not isfile(folder / cell.name / "recipe.toml"):
+            runs.pretrained_encoder(cell.recipe)
+
+
+def train_runs(
+    folder: Path,
+    cells: Iterable[RunSpec],
+    train_run: Callable[[Run], Signals | None],
+    console: Console,
+) -> Ending:
+    """Train the runs of a series that are not done yet.
+
+    Args:
+        folder: of the series, held by this process.
+        cells: in the order in which they are trained.
+        train_run: trains a run to its end, or until a signal, which it returns.
+        console: to say on what is begun.
+
+    Returns:
+        How it ended.  A run whose numbers do not stay finite is no result and does not end the
+        others; when the series is called again it goes on from its last checkpoint.
+    """
+    remove_partial_files(folder, re.compile(re.escape(RESULTS)))
+    results, diverged = read_results(folder), dict[str, str]()
+    for cell in cells:
+        if cell.name in results:
+            continue
+        console.rule(cell.name)
+        with claimed(folder / cell.name, resumes=True):
+            run = runs.resume(cell.recipe, folder / cell.name)
+            try:
+                signal = train_run(run)
+            except DivergedError as error:
+                console.print(f"{cell.name}: {error}", soft_wrap=True, highlight=False)
+                diverged[cell.name] = str(error)
+                continue
+            if signal is not None:
+                return Ending(signal, diverged)
+            recipe = run.recipe
+            scores = read_scores(run.folder, recipe.tasks).scores if recipe.is_scored else {}
+            seconds = training_seconds(run.folder)
+        results[cell.name] = Result(cell.group, scores, seconds)
+        content = {name: result._asdict() for name, result in results.items()}
+        write_text(folder / RESULTS, dump_json(content, indent=2) + "\n")
+    return Ending(None, diverged)
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    """Return the results of a series so far, by the names of its cells.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = folder / RESULTS
+    if not file.exists():
+        return {}
+    try:
+        results = TypeAdapter(dict[str, Result]).validate_json(read_bytes(file))
+        for name in results:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name!r} is no folder below it")
+        return results
+    except ValueError as error:
+        raise InputError(f"{file}: not the results of a series ({error}); remove it") from None
+
+
+def training_seconds(folder: Path) -> float:
+    """Return how long a run's training steps took, all sessions together."""
+    steps = read_step_lines(folder)
+    return sum(line["tokens"] / line["tokens_per_s"] for line in steps if line["tokens_per_s"])
+
+
+def print_diverged(console: Console, diverged: Mapping[str, str]) -> None:
+    """Print a line for each run that has no result."""
+    for name, reason in diverged.items():
+        console.print(f"no result of {name}: {reason}", soft_wrap=True, highlight=False)
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Return a score, or the mean of several and their standard deviation (of a sample)."""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def print_results(console: Console, results: Mapping[str, Result]) -> None:
+    """Print the groups of a series, scores averaged over seeds.
+
+    The best overall score comes first, what is not scored last.
+    """
+    groups: dict[str, list[Result]] = {}
+    for result in results.values():
+        groups.setdefault(result.group, []).append(result)
+    tasks = list(dict.fromkeys(task for result in results.values() for task in result.scores))
+    tasks.sort(key="overall".__eq__)  # overall last
+    rows = [["run", "seeds", *tasks, "minutes"]]
+    for group, members in sorted(groups.items(), key=lambda item: -_overall(item[1])):
+        columns = (
+            [result.scores[task] for result in members if task in result.scores] for task in tasks
+        )
+        minutes = statistics.mean(result.seconds for result in members) / 60
+        scores = (mean_and_deviation(values) if values else "" for values in columns)
+        rows.append([group, str(len(members)), *scores, f"{minutes:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        line = "  ".join([first.ljust(widths[0]), *cells])
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _overall(members: Sequence[Result]) -> float:
+    return statistics.mean(result.scores.get("overall", -math.inf) for result in members)

@@ -1,0 +1,386 @@
+"""A run: its folder and all that follows from what lies in it.
+
+recipe.toml      every setting, resolved
+config.json      the encoder's shape, as in a Hugging Face model folder
+tokenizer.json   (and vocab.txt, tokenizer_config.json)
+metrics.jsonl    a line for every training step; evaluations.jsonl, for every evaluation
+metrics.json     the scores of the last evaluation
+checkpoints/     see engine/checkpoints/store.py
+.superbert.lock  held by the process that trains it, see engine/runs/lock.py
+"""
+
+import os
+from collections.abc import Collection, Iterator
+from os.path import isdir, isfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..checkpoints.manifest import Progress
+from ..checkpoints.store import Checkpoints, load_weights
+from ..config import recipe as recipes
+from ..config.recipe import Recipe
+from ..config.tables import EncoderRecipe
+from ..data.cache import load_split
+from ..data.source import Origin, Split
+from ..data.split import TokenizedSplit, join_pairs
+from ..data.table import OnBadRow
+from ..data.task_batch import Examples
+from ..data.task_schema import TaskSchema
+from ..data.tokenizer import Tokenizer
+from ..models import hf_weights
+from ..models.config import EncoderConfig
+from ..models.heads import CROSS
+from ..models.multitask import MultitaskModel
+from ..models.registry import FROM_SCRATCH
+from ..runtime.cpu import set_threads
+from ..runtime.oom import SMALLER_MODEL, check_memory, memory_explained
+from ..runtime.precision import pick_dtype
+from ..utils.errors import InputError
+from ..utils.files import explained, write_text
+from ..utils.finite import all_finite
+from ..utils.json_text import dump_json
+from .data_paths import origin
+from .folder import check_folder
+from .objectives import build_examples, head_settings
+from .texts import check_texts, objective_texts, vocabulary_texts
+
+_WITHOUT_EFFECT_ON_SCORES = {
+    "log_every",
+    "checkpoint_every",
+    "distribute",
+    "keep_checkpoints",
+    "keep_logs",
+    "log_mib",
+    "max_skipped",
+    "threads",
+    "timeout",
+    "sinks",
+    "watch_layers",
+}
+
+_FREE_TO_CHANGE = _WITHOUT_EFFECT_ON_SCORES | {"max_steps", "data", "init"}
+"""What a run may be resumed with another value of."""
+
+_FOLDERS = ("checkpoints", "tensorboard", "wandb")
+
+_PLACES = ("data", "init")
+
+
+class Run(NamedTuple):
+    """One run's folder, opened.
+
+    Attributes:
+        folder: where everything lies.
+        recipe: its settings.
+        config: the encoder's shape.
+        tokenizer: what its sentences are split with.
+    """
+
+    folder: Path
+    recipe: Recipe
+    config: EncoderConfig
+    tokenizer: Tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens in a sentence."""
+        return min(self.recipe.max_length, self.config.max_position_embeddings)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints."""
+        return Checkpoints(self.folder / "checkpoints")
+
+    def write(self) -> None:
+        """Write the folder's settings: recipe, encoder's shape, tokenizer.
+
+        The recipe comes last: a folder that has one has the rest, which never changes.
+        """
+        if not (self.folder / "recipe.toml").exists():
+            with explained("write", self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.tokenizer.save(self.folder)
+            shape = dump_json(self.config.to_huggingface(), indent=2) + "\n"
+            write_text(self.folder / "config.json", shape)
+        write_text(self.folder / "recipe.toml", self.recipe.to_toml())
+
+    def split(self, task: str, split: Split) -> TokenizedSplit:
+        """Return a split of the run's data set, tokenized."""
+        form = self.recipe.formats[task]
+        return self.read(form, origin(self.recipe, task, split), labelled=split != "test")
+
+    def read(
+        self,
+        form: TaskSchema,
+        origin: Origin,
+        *,
+        labelled: bool = True,
+        on_bad_row: OnBadRow | None = None,
+    ) -> TokenizedSplit:
+        """Return the examples of a file or data set, tokenized for this run's encoder."""
+        split = load_split(
+            origin,
+            form,
+            self.tokenizer,
+            self.max_length,
+            labelled=labelled,
+            on_bad_row=on_bad_row or self.recipe.on_bad_row,
+        )
+        if split.columns == 2 and self.recipe.tasks[form.task].features == CROSS:
+            return join_pairs(split, self.tokenizer, self.max_length)
+        return split
+
+    def objective(self, name: str) -> Examples:
+        """Return what an objective of the recipe is trained on.
+
+        Raises:
+            InputError: its text cannot be read, or there is too little of it.
+        """
+        recipe = self.recipe
+        texts, found = objective_texts(recipe, name)
+        return build_examples(
+            name,
+            recipe.objectives[name],
+            texts,
+            self.tokenizer,
+            self.max_length,
+            recipe.seed,
+            found,
+        )
+
+    def new_model(self) -> MultitaskModel:
+        """Return the model as the run's seed initialises it, fp32, on the CPU."""
+        with torch.random.fork_rng(devices=[]), memory_explained(SMALLER_MODEL):
+            with torch.device("meta"):  # without memory of their own
+                weights = sum(weight.numel() for weight in self._build_model().parameters())
+            check_memory(weights * torch.float32.itemsize, SMALLER_MODEL)
+            torch.manual_seed(self.recipe.seed)
+            return self._build_model()
+
+    def _build_model(self) -> MultitaskModel:
+        return MultitaskModel(
+            self.config,
+            list(self.recipe.formats.values()),
+            {task: settings.features for task, settings in self.recipe.tasks.items()},
+            pooling=self.recipe.pooling,
+            dropout_p=self.recipe.dropout,
+            losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
+            adapter_width=self.recipe.adapter_width,
+            objectives={
+                name: head_settings(name, settings, self.config)
+                for name, settings in self.recipe.objectives.items()
+            },
+        )
+
+    def initial_model(self, phase: int = 0) -> MultitaskModel:
+        """Return the model that a phase starts from.
+
+        That of phase 0 has the pretrained weights, if any, that of a later one the weights of the
+        newest checkpoint.
+        """
+        model = self.new_model()
+        checkpoint = self.checkpoints.find("step") if phase else None
+        if checkpoint is not None:
+            load_weights(checkpoint, model)
+        elif self.recipe.init:
+            folder = hf_weights.resolve(self.recipe.init)
+            model.encoder.load_state_dict(hf_weights.load_encoder_state(folder, self.config))
+            for name in self.recipe.objectives:
+                head = model.head(name)
+                if head.is_pretrained:
+                    head.load_pretrained(hf_weights.load_pretraining_heads(folder))
+        return model
+
+    def trained_model(
+        self, device: torch.device, dtype: torch.dtype | None = None
+    ) -> tuple[MultitaskModel, Progress]:
+        """Return the model with the weights of the best checkpoint, and where that was.
+
+        Args:
+            device: where it goes.
+            dtype: of its weights; None for what the run computes in on that device, so that
+                scores are those of its evaluations.
+
+        Raises:
+            InputError: the run has no checkpoint, or it cannot be used.
+        """
+        if device.type == "cpu":
+            set_threads(0, 1)
+        model = self.new_model()
+        checkpoint, progress = self._load_best(model)
+        dtype = dtype or pick_dtype(self.recipe.precision, device)
+        model = model.to(device, dtype).eval()
+        if not all_finite(model.parameters()):
+            raise InputError(
+                f"{checkpoint}: weights are beyond the range of {dtype}, in which the run "
+                "computes; train it again with precision=bf16 or fp32"
+            )
+        return model, progress
+
+    def _load_best(self, model: MultitaskModel) -> tuple[Path, Progress]:
+        """Load the best checkpoint; where a process that trains the run drops it, its successor."""
+        while checkpoint := self.checkpoints.find("best") or self.checkpoints.find("step"):
+            try:
+                return checkpoint, load_weights(checkpoint, model)
+            except InputError:
+                if os.path.lexists(checkpoint):
+                    raise
+        raise InputError(f"{self.folder}: no checkpoint yet; train it first")
+
+    def with_data(self, folder: Path) -> "Run":
+        """Return the same run with another data set."""
+        return self._replace(recipe=self.recipe.model_copy(update={"data": str(folder)}))
+
+
+def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
+    """Plan a run in ``folder``; nothing is written yet.
+
+    Args:
+        recipe: the settings.
+        folder: of the run.
+        resumes: whether it may hold what a run wrote before it was cut off.
+
+    Raises:
+        InputError: the folder holds something already, or the encoder or data cannot be used.
+    """
+    check_folder(folder, resumes=resumes)
+    check_texts(recipe)
+    if recipe.init:
+        encoder, config = pretrained_encoder(recipe)
+        tokenizer = Tokenizer.load(hf_weights.resolve(recipe.init))
+        recipe = recipe.model_copy(update={"encoder": encoder})
+    else:
+        tokenizer = Tokenizer.train(vocabulary_texts(recipe), recipe.encoder.vocab_size)
+        shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
+        config = FROM_SCRATCH.config(**shape)
+    return _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
+
+
+def _run_of(
+    folder: Path, recipe: Recipe, config: EncoderConfig, tokenizer: Tokenizer, where: str
+) -> Run:
+    """Put a run together.
+
+    Raises:
+        InputError: the tokenizer has numbers that the embedding table has no row for.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} entries, "
+            f"the embedding table {config.vocab_size}; the two belong to different models"
+        )
+    return Run(folder, recipe, config, tokenizer)
+
+
+def pretrained_encoder(recipe: Recipe) -> tuple[EncoderRecipe, EncoderConfig]:
+    """Return the settings of a recipe's pretrained encoder in force, and its config under them.
+
+    Raises:
+        InputError: the model cannot be used, or the settings contradict it.
+    """
+    folder = hf_weights.resolve(recipe.init)
+    config = hf_weights.read_config(folder)
+    found = recipe.encoder.of_model(config, f"--init {recipe.init}")
+    hf_weights.check_weights(folder, config)
+    return found
+
+
+def open_run(folder: Path) -> Run:
+    """Open a run that exists.
+
+    Raises:
+        InputError: ``folder`` holds no run.
+    """
+    if not isfile(folder / "recipe.toml"):
+        raise InputError(f"{folder}: holds no run (no recipe.toml); give a run's folder")
+    recipe = recipes.load(str(folder / "recipe.toml"))
+    config = hf_weights.read_config(folder)
+    if recipe.init:
+        encoder, _ = EncoderRecipe().of_model(config, str(folder / "config.json"))
+        recipe = recipe.model_copy(update={"encoder": encoder})
+    return _run_of(folder, recipe, config, Tokenizer.load(folder), str(folder))
+
+
+def resume(recipe: Recipe, folder: Path) -> Run:
+    """Open a run to go on with it, or begin it if there is none in ``folder``.
+
+    Raises:
+        InputError: the run was made with other settings, or cannot write into its own folders.
+    """
+    if not isfile(folder / "recipe.toml"):
+        return begin(recipe, folder, resumes=True)
+    run = open_run(folder)
+    recipe = _with_model(recipe, run)
+    for field, before, after in _differences(run.recipe, recipe, but=_FREE_TO_CHANGE):
+        raise InputError(
+            f"--resume: {folder} was made with {field} = {before!r}, now it is "
+            f"{after!r}; resume with the same settings or give another --out"
+        )
+    for name in _FOLDERS:
+        if (folder / name).is_symlink():
+            raise InputError(
+                f"{folder / name}: is a link, and a run writes into its own folder alone; put "
+                "there what it names, or give --out a link to the whole run"
+            )
+        if os.path.lexists(folder / name) and not isdir(folder / name):
+            raise InputError(f"{folder / name}: is no folder; move it elsewhere")
+    return run._replace(recipe=recipe)
+
+
+def check_scores_of(recipe: Recipe, folder: Path) -> None:
+    """Check that a run that is finished has the scores of a recipe, whatever the seed.
+
+    Raises:
+        InputError: it was made with other settings.
+    """
+    run = open_run(folder)
+    but = _WITHOUT_EFFECT_ON_SCORES | {"seed"}
+    for field, before, after in _differences(run.recipe, _with_model(recipe, run), but=but):
+        raise InputError(
+            f"{folder} was made with {field} = {before!r}, now it is {after!r}; its scores are of "
+            "other settings: give another --out"
+        )
+
+
+def _with_model(recipe: Recipe, run: Run) -> Recipe:
+    """Return the settings to resume with, with those of the pretrained encoder in force.
+
+    The model may have moved since, or not be named any more: the run has its shape and weights.
+
+    Raises:
+        InputError: the run was begun from scratch and a model is given, or another shape.
+    """
+    if not run.recipe.init:
+        if recipe.init:
+            raise InputError(
+                f"--init {recipe.init}: {run.folder} was begun from scratch; resume without it or "
+                "give another --out"
+            )
+        return recipe
+    encoder = recipe.encoder
+    if not recipe.init:
+        encoder = encoder.without_shape(encoder.model_fields_set)
+    encoder, _ = encoder.of_model(run.config, f"the model of {run.folder}")
+    init = recipe.init or run.recipe.init
+    return recipe.model_copy(update={"encoder": encoder, "init": init})
+
+
+def _differences(
+    before: Recipe, after: Recipe, *, but: Collection[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted names of the settings that differ, with their two values."""
+    one, other = before.model_dump(), after.model_dump()
+    for key in sorted(other.keys() - but):
+        named = key in _PLACES and one[key] and other[key]
+        if not (named and os.path.realpath(one[key]) == os.path.realpath(other[key])):
+            yield from _differing(key, one[key], other[key])
+
+
+def _differing(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+        for name in after:
+            yield from _differing(f"{key}.{name}", before[name], after[name])
+    elif before != after:
+        yield key, before, after

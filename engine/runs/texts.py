@@ -1,0 +1,101 @@
+"""The texts that a recipe trains on: those of its tasks, and those of its objectives."""
+
+from collections.abc import Iterator
+from os.path import exists  # unlike pathlib's it raises nothing
+from pathlib import Path
+
+from ..config.recipe import Recipe
+from ..data.raw_text import Found, evenly, lines_of, sentences_of
+from ..data.rows import lines_on
+from ..data.source import DataFile, Split
+from ..data.table import Table
+from ..data.task_schema import FORMATS
+from ..utils.untrusted_io import read_bytes
+from .data_paths import data_folder, origin
+
+
+def training_table(recipe: Recipe, task: str) -> Table:
+    """Return the training examples of a task of the recipe, or of a built-in one, as text."""
+    form = recipe.formats.get(task) or FORMATS[task]
+    return origin(recipe, task, "train").table(form, labelled=True, on_bad_row=recipe.on_bad_row)
+
+
+def objective_texts(recipe: Recipe, name: str) -> tuple[list[str], Found]:
+    """Return the texts of an objective, cut as the recipe says, and where they come from.
+
+    Raises:
+        InputError: a file of them cannot be read.
+    """
+    settings = recipe.objectives[name]
+    texts, sizes, notes = list[str](), list[int](), list[str]()
+    for task in _tasks_of(recipe, name):
+        table = training_table(recipe, task)
+        texts += sentences_of(table, task, settings.limit, recipe.seed)
+        sizes.append(len(table))
+        said = lines_on(origin(recipe, task, "train").name, table.notes)
+        notes += [f"{task}: {line}" for line in said]
+        skipped = table.bad_rows.items()
+        notes += [f"{name}: {count} rows of {task} skipped ({why})" for why, count in skipped]
+    for path in _files_of(recipe, name):
+        lines = lines_of(path)
+        texts += lines.texts[: settings.limit or None]
+        sizes.append(len(lines.texts))
+        notes += [f"{name}: {line}" for line in lines_on(path.name, lines.notes)]
+    found = Found(max(sizes), len(texts), tuple(notes))
+    return evenly(texts, settings.max_texts), found
+
+
+def vocabulary_texts(recipe: Recipe) -> Iterator[str]:
+    """Yield the texts that a vocabulary is learnt from: whatever some phase trains on, uncut.
+
+    Each task and each file counts once.
+    """
+    tasks, files = dict[str, None](), dict[Path, None]()
+    for name in recipe.trained:
+        if name in recipe.tasks:
+            tasks[name] = None
+    for name in recipe.trained:
+        if name in recipe.objectives:
+            tasks |= dict.fromkeys(_tasks_of(recipe, name))
+            files |= dict.fromkeys(_files_of(recipe, name))
+    for task in tasks:
+        for column in training_table(recipe, task).sentences:
+            yield from column
+    for file in files:
+        yield from lines_of(file).texts
+
+
+def check_texts(recipe: Recipe) -> None:
+    """Look for the data of all phases, so that none is missed when its turn has come.
+
+    Raises:
+        InputError: the recipe does not name a split that it needs, or a file is not there.
+    """
+    for phase in recipe.in_phases.values():
+        wanted: list[tuple[str, Split]] = []
+        for name in phase.train:
+            tasks = _tasks_of(recipe, name) if name in recipe.objectives else (name,)
+            wanted += [(task, "train") for task in tasks]
+            for file in _files_of(recipe, name) if name in recipe.objectives else ():
+                _check_file(file)
+        wanted += [(task, "dev") for task in recipe.tasks if phase.scored]
+        for task, split in wanted:
+            found = origin(recipe, task, split)
+            if isinstance(found, DataFile):
+                _check_file(found.path)
+
+
+def _check_file(path: Path) -> None:
+    if not exists(path):
+        read_bytes(path, None)  # which says what is wrong
+
+
+def _tasks_of(recipe: Recipe, objective: str) -> tuple[str, ...]:
+    """Return the tasks whose training sentences an objective reads."""
+    settings = recipe.objectives[objective]
+    return settings.sentences_of or (() if settings.files else tuple(recipe.tasks))
+
+
+def _files_of(recipe: Recipe, objective: str) -> tuple[Path, ...]:
+    files = recipe.objectives[objective].files
+    return tuple(data_folder(recipe) / file for file in files)

@@ -1,0 +1,109 @@
+"""What a run does when numbers or memory fail it."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.collate import PackedBatch
+from ..data.tokenizer import Tokenizer
+from ..utils.errors import InputError
+from ..utils.files import write_text
+from ..utils.json_text import dump_json
+from .cpu import machine_memory
+
+SMALLER_MODEL = "take a smaller encoder, or train fewer tasks"
+"""What to do where there is no room for weights, gradient rows and moments."""
+
+_GIB = 1 << 30
+
+_SHORTAGES = (
+    "can't allocate memory",
+    "Storage size calculation overflowed",
+    "could not create a primitive",
+    "can't start new thread",
+)
+"""How the CPU's allocator, oneDNN and threads say so, which have no exception of their own."""
+
+
+def smaller_batches(batch_size: int, micro_batches: int) -> str:
+    """Return what to do where there is no room for a step's activations."""
+    return (
+        f"lower batch_size (now {batch_size}), raise micro_batches (now {micro_batches}), or set "
+        "checkpoint_layers=true"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory did not suffice."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORTAGES)
+
+
+@contextmanager
+def memory_explained(what_to_do: str) -> Iterator[None]:
+    """Turn memory that does not suffice into one line with what to do.
+
+    Raises:
+        InputError: in place of what torch and Python raise.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"out of memory: {what_to_do}") from error
+
+
+def check_memory(wanted: int, what_to_do: str) -> None:
+    """Refuse what does not fit into the machine's memory, of which no allocation tells.
+
+    Systems promise more memory than there is, and end the process that uses it.
+
+    Args:
+        wanted: bytes.
+        what_to_do: where they do not fit.
+
+    Raises:
+        InputError: they do not.
+    """
+    found = machine_memory()
+    if wanted > found:
+        raise InputError(
+            f"out of memory: {wanted / _GIB:,.1f} GiB are needed, the machine has "
+            f"{found / _GIB:,.1f}; {what_to_do}"
+        )
+
+
+def write_batch(
+    path: Path, batches: Iterable[PackedBatch], tokenizer: Tokenizer, why: dict[str, Any]
+) -> None:
+    """Write a step's examples as JSON that people read: tokens, text and label of each.
+
+    Raises:
+        InputError: the disk is full, or the like.
+    """
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for batch in batches:
+        for number, task in enumerate(batch.tasks):
+            tasks.setdefault(task, []).extend(_examples(batch, number, tokenizer))
+    write_text(path, dump_json(why | {"tasks": tasks}, indent=1) + "\n")
+
+
+def _examples(batch: PackedBatch, number: int, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    first, count = batch.task_offsets[number], batch.examples[number]
+    bounds = list(pairwise(batch.cu_seqlens.tolist()))
+    labels = batch.labels[number]
+    for example in range(count):
+        own = [first + example + column * count for column in range(batch.columns[number])]
+        tokens = [batch.input_ids[slice(*bounds[sequence])].tolist() for sequence in own]
+        yield {
+            "text": [tokenizer.decode(ids) for ids in tokens],
+            "tokens": tokens,
+            "label": float(labels[example]) if isinstance(labels, Tensor) else None,
+        }

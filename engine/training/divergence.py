@@ -1,0 +1,122 @@
+"""Runs whose numbers do not stay finite: how that is found, and how such a run ends."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from itertools import islice
+
+import torch
+
+from ..checkpoints.manifest import Progress
+from ..data.collate import PackedBatch
+from ..metrics.log import MetricsLog
+from ..runtime.oom import write_batch
+from ..utils.errors import DivergedError
+from ..utils.finite import all_finite
+from .trainer import Trainer
+
+
+def check_skipped(training: Trainer, log: MetricsLog, progress: Progress) -> None:
+    """Stop the run when too many steps in a row were skipped; write down the first one's batch.
+
+    Raises:
+        DivergedError: so it is; the message names the file.
+    """
+    if not training.recipe.max_skipped or len(log.skipped) < training.recipe.max_skipped:
+        return
+    step, ranks = log.skipped[0], training.ranks
+    name = f"skipped-{step:08}" + (f"-rank-{ranks.rank}" if ranks.size > 1 else "")
+    path = training.run.folder / f"{name}.json"
+    with closing(training.loader(step - progress.phase_start)) as loader:
+        batches = list(islice(loader, training.recipe.micro_batches))
+    write_batch(path, batches, training.run.tokenizer, {"step": step})
+    raise DivergedError(
+        f"loss or gradient not finite in {len(log.skipped)} steps in a row, from step {step} "
+        f"on, whose batch is in {path}; {_remedy(training)}, or see that batch; "
+        f"{_what_stays(training)}"
+    )
+
+
+def is_sound(
+    training: Trainer,
+    batches: Sequence[PackedBatch],
+    log: MetricsLog,
+    progress: Progress,
+    scores: Mapping[str, float],
+    *,
+    stopping: bool,
+) -> bool:
+    """Return whether the state is worth a checkpoint; all ranks find the same.
+
+    While steps are skipped the weights rest, and the checkpoint of them before is not to be
+    displaced by others of the same; nor is it by weights with which the model computes NaN.
+
+    Args:
+        training: what is trained.
+        batches: the micro-batches of the last step.
+        log: with the last step written.
+        progress: after that step.
+        scores: on the dev data after it, if they were asked for.
+        stopping: whether the run is about to be left.
+
+    Raises:
+        DivergedError: the run cannot go on, or must not end, like this.
+    """
+    ends = progress.phase_step == training.total_steps
+    is_last, skips = ends or stopping, _skips(training, log)
+    unscored = [task for task, score in scores.items() if not math.isfinite(score)]
+    good = (
+        training.ranks.all(training.state.is_finite),
+        training.ranks.all(_computes_finite(training, batches)),
+    )
+    if not good[0]:
+        what = "weights or moments are not finite"
+    elif not good[1] and (log.skipped or is_last):
+        what = "what the model computes is not finite"
+    elif ends and unscored:
+        what = f"what the model computes for the dev data of {unscored[0]} is not finite"
+    elif ends and skips and (len(log.skipped) > 1 or log.skipped[0] == log.start):
+        what = (
+            f"no step since step {log.skipped[0]} could be trained, loss or gradient was not finite"
+        )
+    else:
+        return good[1] and (is_last or not skips)
+    phase = f"phase {training.name}, " if training.name else ""
+    raise DivergedError(
+        f"{phase}after step {progress.step}: {what}; {_remedy(training)}; {_what_stays(training)}"
+    )
+
+
+def _computes_finite(training: Trainer, batches: Sequence[PackedBatch]) -> bool:
+    """Return whether outputs of the model, and losses of objectives, on a batch are finite."""
+    model, batch = training.model.eval(), batches[-1]
+    with torch.inference_mode():
+        scores = model(batch, batch.tasks)
+        losses = model.losses(scores, batch, batch.tasks)
+        of_tasks = zip(batch.tasks, scores, losses, strict=True)
+        finite = all_finite(
+            own if model.head(task).is_scored else loss for task, own, loss in of_tasks
+        )
+    model.train()
+    return finite
+
+
+def _skips(training: Trainer, log: MetricsLog) -> bool:
+    """Return whether the last step was skipped, and not for a loss scale on its way down."""
+    if not log.skipped:
+        return False
+    scale, losses = training.step.loss_scale, log.latest["losses"].values()
+    return scale is None or not scale.can_shrink or None in losses
+
+
+def _remedy(training: Trainer) -> str:
+    recipe = training.recipe
+    return f"lower lr (now {recipe.lr:g}) or raise warmup (now {recipe.warmup:g})"
+
+
+def _what_stays(training: Trainer) -> str:
+    """Say which checkpoint is left, in a message."""
+    training.saver.wait()
+    checkpoints = training.run.checkpoints
+    names = [path.name for kind in ("best", "step") for path in checkpoints.all(kind)[:1]]
+    return f"kept: {', '.join(names)}" if names else "there is no checkpoint"

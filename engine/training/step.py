@@ -1,0 +1,218 @@
+"""One training step: forward, one backward for K gradients, surgery, update.
+
+Nothing here reads a value back from the device.  What a step needs from the host (rate, seed,
+order of surgery) is written into tensors that stay in place, and what it reports stays a tensor.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._kernels import kernels
+from ..data.collate import PackedBatch
+from ..distributed.gradient_sync import NoSync
+from ..gradients.balancing import Balancer
+from ..gradients.flat_parameters import FlatParameters
+from ..gradients.groups import ParamGroups
+from ..models.multitask import MultitaskModel
+from ..optim.build import Optimizer
+from ..optim.loss_scale import LossScale
+from ..runtime.execution import Execution
+
+_MICRO_BATCH_BIT = 24
+_SEED_BIT = 32
+"""Seeds: bits 0-23 count steps, 24-31 micro-batches, from 32 on stands the recipe's seed."""
+_RANK_FACTOR = 0x9E3779B1
+"""Odd, so that its multiples modulo 2^31 differ for all ranks; their bits differ everywhere."""
+
+
+class StepReport(NamedTuple):
+    """What one step did, as fp32 tensors on its device.
+
+    K is the number of tasks in the step's batch: all, or one where they take turns.
+
+    Attributes:
+        losses: ``[K]``, each as its task defines it, unweighted.
+        gram: ``[K, K]``, the dot products of the task gradients.
+        weights: ``[K]``, by which they were combined; averaged over the parts of the parameters
+            where surgery goes by layer or by tensor.
+        grad_norm: 0-dim, of the combined gradient before clipping.
+        skipped: 0-dim, 1 where a gradient was not finite and nothing was updated.
+        tasks: the names of the K tasks.
+        layer_grams: ``[L, K, K]``, those of each watched part, times the loss scale
+            squared; None where none are watched.
+    """
+
+    losses: Tensor
+    gram: Tensor
+    weights: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    tasks: tuple[str, ...]
+    layer_grams: Tensor | None
+
+
+class MultitaskStep:
+    """Trains a model by task gradients.
+
+    Args:
+        model: in training mode, its parameters held by ``parameters``.
+        tasks: the trained tasks; a batch has all of them, in the order of their rows, or, if
+            there is only one row, one of them.
+        parameters: flat storage and gradient rows of ``model``.
+        optimizer: updates ``parameters``.
+        parts: what gets weights of its own.
+        balance: from the Gram matrices of the parts to the weights of the sum.
+        watched: parts whose Gram matrices are reported, which costs a further pass over the rows;
+            None for none.
+        loss_weights: for each of ``tasks`` a factor on its loss, and so on its gradient.
+        loss_scale: for gradients in fp16; None for other dtypes.
+        clip_norm: largest norm of the combined gradient; None for no clipping.
+        seed: below 2^31; decides dropout and the order of surgery, together with the step's number.
+        execution: eager by default.
+        exchange: with the other ranks; each has dropout masks of its own.
+    """
+
+    def __init__(
+        self,
+        model: MultitaskModel,
+        tasks: Sequence[str],
+        parameters: FlatParameters,
+        optimizer: Optimizer,
+        parts: ParamGroups,
+        balance: Balancer,
+        *,
+        watched: ParamGroups | None = None,
+        loss_weights: Sequence[float],
+        loss_scale: LossScale | None = None,
+        clip_norm: float | None,
+        seed: int,
+        execution: Execution | None = None,
+        exchange: NoSync | None = None,
+    ) -> None:
+        self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
+        self.optimizer, self.clip_norm = optimizer, clip_norm
+        self.parts, self.balance, self.loss_scale = parts, balance, loss_scale
+        self.watched = watched
+        self.exchange = exchange or NoSync()
+        self._first_seed = seed << _SEED_BIT
+        self._of_rank = self.exchange.rank * _RANK_FACTOR % 2**31 << _SEED_BIT
+        device = parameters.master.device
+        factors = torch.tensor(loss_weights, device=device)
+        self._loss_weights = {self.tasks: factors}
+        self._regions = {self.tasks: parts.regions}
+        if len(parameters.rows) < len(self.tasks):
+            for number, task in enumerate(self.tasks):
+                self._loss_weights[task,] = factors[number : number + 1]
+                # Moments and weights of the other tasks' heads rest meanwhile.
+                self._regions[task,] = parts.regions_of(parameters.columns_reached_by(task))
+        self._lr = torch.zeros((), device=device)
+        self._seed = torch.zeros((), dtype=torch.int64, device=device)
+        self.execution = execution or Execution("eager", device)
+        self.execution.keep_static(parameters.rows)
+        self._losses_of = self.execution.compiled(self._losses)
+        self._run = self.execution.recorded(self._on_device)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside weights and moments, by name."""
+        state = {f"balance.{name}": tensor for name, tensor in self.balance.state.items()}
+        if self.loss_scale is not None:
+            state |= {f"loss_scale.{name}": t for name, t in self.loss_scale.state.items()}
+        return state
+
+    def __call__(
+        self, batch: PackedBatch | Sequence[PackedBatch], step: int, lr: float
+    ) -> StepReport:
+        """Train on one batch.
+
+        Args:
+            batch: a batch of each task, or of the one whose turn it is, on the model's device; or
+                the micro-batches that it was parted into, which take less memory one after the
+                other.
+            step: the step's number, from 0; with the seed it decides all randomness.
+            lr: learning rate of this step.
+        """
+        self._lr.fill_(lr)
+        self._seed.fill_(self._first_seed + step)
+        return self._run((batch,) if isinstance(batch, PackedBatch) else batch)
+
+    def _on_device(self, micro_batches: Sequence[PackedBatch]) -> StepReport:
+        """Do the step; all that changes beside the batches is in tensors that stay in place."""
+        losses = self._task_gradients(micro_batches)
+        report = self._update(losses, micro_batches[0].tasks)
+        for batch in micro_batches:
+            self.model.zero_sparse_rows(batch)
+        self.exchange.publish()
+        return report
+
+    def _task_gradients(self, micro_batches: Sequence[PackedBatch]) -> Tensor:
+        """Fill the K gradient rows by a forward and a backward pass of each micro-batch.
+
+        Returns:
+            ``[K]``, what these examples add to the mean losses of the step.
+        """
+        self.parameters.clear_partial_gradients()
+        factors = self._loss_weights[micro_batches[0].tasks]
+        if self.loss_scale is not None:
+            factors = factors * self.loss_scale.scale
+        totals = micro_batches[0].step_examples or [
+            sum(counts) for counts in zip(*(b.examples for b in micro_batches), strict=True)
+        ]
+        losses = torch.zeros_like(factors)
+        for number, batch in enumerate(micro_batches):
+            seed = (self._seed ^ self._of_rank) + (number << _MICRO_BATCH_BIT)
+            if number == len(micro_batches) - 1:
+                self.exchange.begin()
+            own = self._losses_of(batch, totals, seed, number > 0)
+            # Each loss reaches its own part of the stream only, so their sum is all K at once.
+            (own * factors).sum().backward()
+            losses += own.detach()
+        self.exchange.finish()
+        return losses
+
+    def _losses(
+        self, batch: PackedBatch, totals: Sequence[int], seed: Tensor, accumulate: bool
+    ) -> Tensor:
+        """Return ``[K]``, what a batch adds to the mean losses over ``totals`` examples a task."""
+        scores = self.model(batch, batch.tasks, seed=seed, task_rows=True, accumulate=accumulate)
+        means = self.model.losses(scores, batch, batch.tasks)
+        return torch.stack(
+            [
+                mean if here == total else mean * (here / total)
+                for mean, here, total in zip(means, batch.examples, totals, strict=True)
+            ]
+        )
+
+    def _update(self, losses: Tensor, tasks: tuple[str, ...]) -> StepReport:
+        """Balance the task gradients and update the weights."""
+        of_parts = [self.parts, *([] if self.watched is None else [self.watched])]
+        own_grams = [parts.grams(self.parameters.own.rows) for parts in of_parts]
+        losses, (scaled_grams, *watched) = self.exchange.total(losses, own_grams)
+        scale: Tensor | float = 1.0
+        grams = scaled_grams
+        if self.loss_scale is not None:
+            scale = self.loss_scale.scale.clone()  # of this step
+            grams = scaled_grams / scale.square()
+        order = kernels.draw_order(len(tasks), self._seed)
+        weights = self.balance(grams, order, losses)
+        guard = kernels.update_guard(
+            scaled_grams, weights, max_norm=self.clip_norm, loss_scale=scale
+        )
+        guard = guard._replace(skip=guard.skip | ~torch.isfinite(losses).all())
+        if self.loss_scale is not None:
+            self.loss_scale.update(guard.skip)
+        self.optimizer.step(
+            weights, self._regions[tasks], lr=self._lr, scale=guard.scale, skip=guard.skip
+        )
+        return StepReport(
+            losses,
+            grams.sum(0),
+            self.parts.average(weights),
+            guard.norm,
+            guard.skip.float(),
+            tasks,
+            watched[0] if watched else None,
+        )

@@ -1,0 +1,1 @@
+"""Files, errors and text: what knows nothing of training."""

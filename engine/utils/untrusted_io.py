@@ -1,0 +1,77 @@
+"""Reading what strangers wrote: things that are no files, text that breaks the parser.
+
+JSON and TOML parsers raise more than their own errors (RecursionError for brackets within brackets,
+a plain ValueError for a number of five thousand digits).  Here all of it is a ValueError.
+"""
+
+import json
+import stat
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..runtime.cpu import machine_memory
+from .errors import InputError
+
+LARGEST_DOCUMENT = 64 << 20
+"""Bytes of a file that says something about a run, a model, or a series of them."""
+
+
+def read_bytes(path: Path, limit: int | None = LARGEST_DOCUMENT) -> bytes:
+    """Return the content of an input file.
+
+    Args:
+        path: of the file.
+        limit: the most bytes that it may have; None for as many as the machine has memory.
+
+    Raises:
+        InputError: it cannot be read, is too large, or is a pipe or device, which may never end.
+    """
+    try:
+        found = path.stat()
+        limit = machine_memory() if limit is None else limit
+        if stat.S_ISREG(found.st_mode):
+            if found.st_size <= limit:
+                return path.read_bytes()
+            reason = f"has {found.st_size:,} bytes, at most {limit:,} are expected"
+        else:
+            is_folder = stat.S_ISDIR(found.st_mode)
+            reason = "is a directory" if is_folder else "is a pipe or a device"
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    except ValueError as error:  # a name with NUL in it
+        reason = str(error)
+    except MemoryError:
+        reason = f"has {found.st_size:,} bytes, more than there is memory for"
+    raise InputError(f"cannot read a file: {reason}, {path}; check the path")
+
+
+def parse_json(
+    content: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """Return what JSON says.
+
+    Args:
+        content: the JSON.
+        make_object: what makes an object of its keys and values; None for a dict.
+
+    Raises:
+        ValueError: it is none, or one that Python cannot hold.
+    """
+    try:
+        return json.loads(content, object_pairs_hook=make_object)
+    except RecursionError:
+        raise ValueError("too many brackets within brackets") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return what TOML says.
+
+    Raises:
+        ValueError: it is none, or one that Python cannot hold.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("too many brackets within brackets") from None

@@ -1,0 +1,1 @@
+"""Dropout whose mask follows from a seed (Philox)."""

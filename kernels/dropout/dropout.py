@@ -1,0 +1,148 @@
+"""Dropout whose mask is a function of where an element stands.
+
+    y_i = x_i f_i,    f_i = 0 with probability p, else 1 / (1 - p)
+
+The random word behind ``f_i`` comes from Philox4x32-10 (Salmon et al., "Parallel random numbers: as
+easy as 1, 2, 3", SC 2011), a counter-based generator::
+
+    key     = the 64-bit seed
+    counter = (quad, low word), (quad, high word), head, stream
+
+One call gives the words of the four elements of a quad.  Here the quad is ``i // 4`` and head is 0;
+in attention the two words of quad are ``key // 4`` and ``query``, rows of the packed streams.  An
+element is kept when its word is at least ``floor(p * 2**32)``, so the probability to keep one is
+exact to 2**-32, and backward passes compute the mask again instead of reading it.
+
+The seed is a tensor on the device: a CUDA graph replays with a new one.  Uses that share a seed
+tell themselves apart by ``stream``, a number below 2**32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _extension  # noqa: F401  (registers the operator)
+from ..philox import WORD, philox_words
+from ..registration.backend import declare, register_fake
+from ..registration.differentiation import register_derivative
+from ..registration.validation import DTYPES, check_data
+
+# ---- reference ----------------------------------------------------------------------------------
+
+
+def dropout_words(quad: Tensor, seed: int, head: Tensor | int, stream: int) -> Tensor:
+    """The four words of each quad, int64 ``[*quad.shape, 4]``."""
+    counter = (quad & WORD, (quad >> 32) & WORD, head + 0 * quad, stream + 0 * quad)
+    return philox_words(counter, seed)
+
+
+def _factors(words: Tensor, p: float) -> Tensor:
+    return (words >= int(p * 2**32)) / (1 - p)
+
+
+def dropout_factors(count: int, p: float, seed: Tensor, stream: int) -> Tensor:
+    """The factors ``f`` of the first ``count`` elements: ``[count]``, float32, on seed's device."""
+    quad = torch.arange((count + 3) // 4, device=seed.device)
+    return _factors(dropout_words(quad, int(seed), 0, stream), p).flatten()[:count]
+
+
+def attention_dropout_factors(
+    heads: int, queries: int, keys: int, p: float, seed: Tensor, stream: int
+) -> Tensor:
+    """The factors of all pairs of rows in attention: ``[heads, queries, keys]``, float32."""
+    head = torch.arange(heads, device=seed.device)[:, None, None]
+    query = torch.arange(queries, device=seed.device)[:, None]
+    quad = (query << 32) + torch.arange((keys + 3) // 4, device=seed.device)
+    words = dropout_words(quad.expand(heads, -1, -1), int(seed), head, stream)
+    return _factors(words, p).flatten(2)[..., :keys]
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.p, seed, ctx.stream = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (seed,) = ctx.saved_tensors
+    return torch.ops.superbert.dropout(grad, ctx.p, seed, ctx.stream), None, None, None
+
+
+@torch.library.impl("superbert::dropout", "CUDA")
+def _cuda(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+    from ..layer_norm import layer_norm_triton
+    from ..registration import operator_checks
+
+    operator_checks.check_kernel_dtype("x", x)
+    check_data(x=x)
+    operator_checks.check_seed(p, seed, stream, x.device)
+    return layer_norm_triton.dropout(x, p, seed, stream)
+
+
+register_fake("dropout")(_fake)
+register_derivative(
+    "dropout",
+    _backward,
+    _setup_context,
+    name="dropout",
+    instead="torch.nn.functional.dropout, or float64",
+)
+declare("dropout", cpu="cpp", cuda="triton")
+
+
+# ---- public -------------------------------------------------------------------------------------
+
+
+def check_dropout(p: float, seed: Tensor | None, stream: int, device: torch.device) -> None:
+    """Raise ValueError where a dropout's arguments cannot be used; values stay on the device."""
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout probability: expected 0 <= p < 1, got {p}")
+    if not 0 <= stream <= WORD:
+        raise ValueError(f"stream: expected 0 <= stream < 2**32, got {stream}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"seed: expected one int64 element, got {seed.dtype} {list(seed.shape)}")
+    if seed is not None and seed.device != device:
+        raise ValueError(f"seed: expected on {device}, got {seed.device}")
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """Draw a seed from torch's default generator of the device, without waiting for it."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def dropout(
+    x: Tensor, p: float, *, training: bool = True, seed: Tensor | None = None, stream: int = 0
+) -> Tensor:
+    """Set elements to zero with probability ``p`` and scale the others by ``1 / (1 - p)``.
+
+    Args:
+        x: any shape; float32, bfloat16, float16 (or float64, by the reference).
+        p: probability to drop an element, ``0 <= p < 1``.
+        training: without it, ``x`` comes back as it is.
+        seed: int64, one element, on x's device; None draws one from torch's default generator.
+        stream: tells apart uses that share a seed.
+
+    Returns:
+        A tensor like ``x``, contiguous.
+
+    Raises:
+        ValueError: an argument out of range, or x or a seed of the wrong dtype or device.
+    """
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+    check_dropout(p, seed, stream, x.device)
+    if p == 0 or not training:
+        return x
+    seed = new_seed(x.device) if seed is None else seed
+    if x.dtype == torch.float64:
+        check_data(x=x, seed=seed)
+        return x * dropout_factors(x.numel(), p, seed, stream).view(x.shape)
+    out: Tensor = torch.ops.superbert.dropout(x, p, seed, stream)
+    return out

@@ -1,0 +1,152 @@
+"""An embedding table whose backward writes one gradient for each task.
+
+    y_t = W[i_t]                                               i [T], W [N, H], y [T, H]
+    dW_k[i] = sum of dy_t over the rows t of task k with i_t = i
+
+A batch touches a few hundred of the word table's 30,522 rows.  The gradient rows are therefore
+only added to, and whoever consumed them wipes what was touched (:func:`wipe_`), which spares
+filling K whole tables with zeros at every step.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+from .. import _extension  # noqa: F401  (registers the operator)
+from ..registration.backend import declare, register_fake
+from ..registration.differentiation import differentiable_once, refuse_transforms
+from ..registration.validation import check_data
+from ..task_rows import TaskRows, TaskSegments, rows_at
+
+# ---- reference ----------------------------------------------------------------------------------
+
+
+def embedding_task_gradients_reference_(
+    grad_output: Tensor, index: Tensor, rows: Tensor, offsets: Sequence[int]
+) -> None:
+    """Add the rows of dy ``[T, H]`` of task k to ``rows[k]`` ``[N, H]`` at ``index [T]``."""
+    for task, (start, end) in enumerate(pairwise(offsets)):
+        rows[task].index_put_((index[start:end],), grad_output[start:end], accumulate=True)
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _fake(*_arguments: object) -> None:
+    pass
+
+
+@torch.library.impl("superbert::embedding_task_gradients_", "CUDA")
+def _cuda(*arguments: Any) -> None:
+    from ..registration import operator_checks
+    from . import embedding_triton
+
+    operator_checks.check_embedding_gradients(*arguments)
+    embedding_triton.add_task_gradients_(*arguments)
+
+
+register_fake("embedding_task_gradients_")(_fake)
+declare("embedding_task_gradients_", cpu="cpp", cuda="triton")
+
+
+def embedding_task_gradients_(
+    grad_output: Tensor, index: Tensor, rows: Tensor, offsets: Sequence[int]
+) -> None:
+    """Add to the rows of K tables; the sums are computed in float32, in the order of the stream.
+
+    Args:
+        grad_output: dy ``[T, H]``.
+        index: ``[T]`` int64, which table rows were looked up.
+        rows: ``[K, N, H]``, added to; any stride between the tables.
+        offsets: ``K + 1`` ascending row numbers of the stream.
+    """
+    if rows.dtype == torch.float64:
+        check_data(grad_output=grad_output, index=index, rows=rows)
+        embedding_task_gradients_reference_(grad_output, index, rows, offsets)
+    else:
+        check_data(index=index)
+        index = index.contiguous()
+        torch.ops.superbert.embedding_task_gradients_(grad_output, index, rows, offsets)
+
+
+# ---- public -------------------------------------------------------------------------------------
+
+
+def wipe_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
+    """Set the table rows that a backward pass touched back to zero.
+
+    Args:
+        rows: ``[K, N, H]``, any dtype, as given to :func:`embedding`.
+        index: ``[T]`` int64, table rows of that batch.
+        offsets: ``K + 1`` ascending row numbers of that batch.
+
+    Raises:
+        ValueError: a storage that was freed.
+    """
+    check_data(rows=rows, index=index)
+    for task, (start, end) in enumerate(pairwise(offsets)):
+        rows[task].index_fill_(0, index[start:end], 0)
+
+
+class _TaskEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        index: Tensor,
+        weight: Tensor,
+        buffer: Tensor,
+        start: int,
+        offsets: tuple[int, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.rows, ctx.offsets = (buffer, start), offsets  # type: ignore[attr-defined]
+        return F.embedding(index, weight)
+
+    @staticmethod
+    @differentiable_once("embedding with task rows", "the layer without rows")
+    def backward(ctx: Any, saved: tuple[Tensor, Tensor], grad_output: Tensor) -> tuple[None, ...]:
+        index, weight = saved
+        buffer, start = ctx.rows
+        rows = rows_at(buffer, start, weight.shape)
+        embedding_task_gradients_(grad_output, index, rows, ctx.offsets)
+        return None, None, None, None, None
+
+
+def embedding(
+    index: Tensor,
+    weight: Tensor,
+    *,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """Look up ``weight[index]``; with ``rows``, the backward pass adds the K gradients there.
+
+    Args:
+        index: ``[T]``, int64.
+        weight: ``[N, H]``, any floating dtype.
+        rows: ``rows.weight`` ``[K, N, H]`` is zero before the first backward pass of a step;
+            after use it is wiped with :func:`wipe_`.  ``weight.grad`` stays None.
+        segments: which rows of the stream belong to which task; needed with ``rows``.
+            ``accumulate`` makes no difference here, since rows are always added to.
+
+    Returns:
+        ``[T, H]`` in the dtype of ``weight``.
+
+    Raises:
+        ValueError: ``rows`` without ``segments``, shapes of the two that disagree, or a storage
+            that was freed.
+    """
+    check_data(index=index, weight=weight)
+    if rows is None:
+        return F.embedding(index, weight)
+    if index.dim() != 1:
+        raise ValueError(f"rows: task gradients need an index [T], got {list(index.shape)}")
+    refuse_transforms("embedding", weight)
+    segments = rows.checked(segments, weight, None, index)
+    start, _ = rows.starts
+    return _TaskEmbedding.apply(index, weight, rows.buffer, start, segments.offsets)  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""BERT's embedding layer in one pass."""

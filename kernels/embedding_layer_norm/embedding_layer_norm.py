@@ -1,0 +1,288 @@
+"""BERT's embeddings in one pass: the sum of three table rows, layer norm, dropout.
+
+    h_t = word[i_t] + position[p_t] + token_type[s_t]          i, p, s [T];  tables [N, H]
+    xhat = (h - mean) rstd,  y = f (xhat weight + bias)        f: dropout factors
+
+    dh as in `kernels.layer_norm`, from f dy
+    dword_k[i] = sum of dh_t over the rows t of task k with i_t = i, and so for the other tables
+
+Only y and the float32 statistics are kept; the backward pass adds h up again, which reads no more
+than h itself would be.  With task rows the K gradients of tables, weight and bias go there.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _extension  # noqa: F401  (registers the operators)
+from ..dropout.dropout import check_dropout, dropout, new_seed
+from ..embedding.embedding import embedding, embedding_task_gradients_
+from ..layer_norm.layer_norm import layer_norm
+from ..layer_norm.layer_norm_parameters import (
+    check_parameter,
+    parameter_gradients,
+    parameter_rows,
+    save,
+)
+from ..registration.backend import declare, register_fake
+from ..registration.differentiation import differentiable_once, refuse_vmap, register_derivative
+from ..registration.validation import (
+    DTYPES,
+    are_checked,
+    check_data,
+    check_index,
+    check_number,
+    check_tensor,
+)
+from ..task_rows import NO_COLUMN, TaskRows, TaskSegments, rows_at
+
+_ops = torch.ops.superbert
+
+
+class EmbeddingRows(NamedTuple):
+    """Where the task gradients of an embedding layer go; all in one buffer.
+
+    Attributes:
+        word: of the word table; zero before the first backward pass of a step, added to, and wiped
+            after use by `kernels.wipe_`.  So are the other tables.
+        position: of the position table.
+        token_type: of the table of token types.
+        norm: of the layer norm's weight and bias.
+    """
+
+    word: TaskRows
+    position: TaskRows
+    token_type: TaskRows
+    norm: TaskRows
+
+
+# ---- reference ----------------------------------------------------------------------------------
+
+
+def embedding_layer_norm_reference(
+    ids: tuple[Tensor, Tensor, Tensor],
+    tables: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rows: EmbeddingRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """The sum and its norm by the layers that do one thing each."""
+    *table_rows, norm_rows = (None,) * 4 if rows is None else rows
+    word, position, token_type = (
+        embedding(index, table, rows=own, segments=segments)
+        for index, table, own in zip(ids, tables, table_rows, strict=True)
+    )
+    return layer_norm(
+        word + position + token_type, weight, bias, eps, rows=norm_rows, segments=segments
+    )
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _forward_fake(
+    word_ids: Tensor, _position_ids: Tensor, _token_type_ids: Tensor, word: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, width = word_ids.shape[0], word.shape[1]
+    out = word.new_empty((tokens, width))
+    mean, rstd = (word.new_empty((tokens,), dtype=torch.float32) for _ in range(2))
+    return out, mean, rstd
+
+
+def _backward_fake(
+    _grad_out: Tensor,
+    word_ids: Tensor,
+    _position_ids: Tensor,
+    _token_type_ids: Tensor,
+    word: Tensor,
+    *_: object,
+) -> Tensor:
+    return word.new_empty((word_ids.shape[0], word.shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *ids_and_tables, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.stream = inputs[:12]
+    _, mean, rstd = output
+    save(ctx, (*ids_and_tables, weight, bias, mean, rstd), list(inputs[12:]))
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+_NAME = "embedding_layer_norm"
+_INSTEAD = "torch.nn.functional.embedding and layer_norm, or float64"
+
+
+@differentiable_once(_NAME, _INSTEAD)
+def _backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    *ids_and_tables, weight, bias, mean, rstd = saved
+    norm_arguments = parameter_rows(ctx, weight, bias, mean)
+    grad_sum = _ops.embedding_layer_norm_backward(
+        *(grad_out, *ids_and_tables, weight, mean, rstd, *norm_arguments),
+        *(ctx.dropout_p, ctx.seed, ctx.stream),
+    )
+    ids, tables = ids_and_tables[:3], ids_and_tables[3:]
+    grads: list[Tensor | None] = [None, None, None]
+    for i, (index, table) in enumerate(zip(ids, tables, strict=True)):
+        if ctx.rows is not None:
+            if ctx.columns[i] != NO_COLUMN:
+                rows = rows_at(ctx.rows, ctx.columns[i], table.shape)
+                embedding_task_gradients_(grad_sum, index, rows, ctx.offsets)
+        elif ctx.needs_input_grad[3 + i]:
+            grad = table.new_zeros((1, *table.shape))
+            embedding_task_gradients_(grad_sum, index, grad, (0, index.shape[0]))
+            grads[i] = grad[0]
+    parameters = parameter_gradients(ctx, *norm_arguments[:2])
+    return None, None, None, *grads, *parameters, *[None] * 8
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "embedding_layer_norm": _forward_fake,
+    "embedding_layer_norm_backward": _backward_fake,
+}
+for _name, _fake in _FAKES.items():
+    register_fake(_name)(_fake)
+    declare(_name, cpu="cpp", cuda="triton")
+
+
+@torch.library.impl("superbert::embedding_layer_norm", "CUDA")
+def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..registration import operator_checks
+    from . import embedding_layer_norm_triton
+
+    ids, tables, given = arguments[:3], arguments[3:6], arguments[6:12]
+    operator_checks.check_embedded(ids, tables)
+    weight, bias, dropout_p, eps, seed, stream = given
+    word = tables[0]
+    operator_checks.check_norm(word, weight, bias, eps, None, None, dropout_p, seed, stream)
+    return embedding_layer_norm_triton.forward(ids, tables, *given)
+
+
+@torch.library.impl("superbert::embedding_layer_norm_backward", "CUDA")
+def _cuda_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
+    from ..registration import operator_checks
+    from . import embedding_layer_norm_triton
+
+    ids, tables, given = arguments[:3], arguments[3:6], arguments[6:]
+    operator_checks.check_embedded(ids, tables)
+    word = tables[0]
+    shape = (ids[0].numel(), word.shape[1])
+    check_tensor("grad_out", grad_out, shape, word.dtype, word.device)
+    operator_checks.check_norm_backward(grad_out, grad_out, *given[:6], *given[7:])
+    return embedding_layer_norm_triton.backward(grad_out, ids, tables, *given)
+
+
+register_derivative(_NAME, _backward, _setup_context, name=_NAME, instead=_INSTEAD)
+refuse_vmap(f"{_NAME}_backward", name=_NAME, instead=_INSTEAD)
+
+
+# ---- public -------------------------------------------------------------------------------------
+
+
+def _check_tables(
+    ids: dict[str, Tensor], tables: dict[str, Tensor], word_ids: Tensor, word: Tensor
+) -> None:
+    for (name, index), table in zip(ids.items(), tables.values(), strict=True):
+        if index.dtype != torch.int64 or index.shape != word_ids.shape:
+            raise ValueError(
+                f"{name}: expected int64 {list(word_ids.shape)} as word_ids, "
+                f"got {index.dtype} {list(index.shape)}"
+            )
+        if index.device != word.device:
+            raise ValueError(f"{name}: expected on {word.device}, got {index.device}")
+        if are_checked(word):
+            check_data(**{name: index})
+            check_index(name, index, len(table))
+    for name, table in tables.items():
+        if table.dim() != 2 or table.shape[1:] != word.shape[1:] or word.shape[1] == 0:
+            raise ValueError(f"{name}: expected [rows, width] as word, got {list(table.shape)}")
+        if table.dtype not in DTYPES or table.dtype != word.dtype:
+            raise ValueError(f"{name}: expected a floating dtype as word, got {table.dtype}")
+        if table.device != word.device:
+            raise ValueError(f"{name}: expected on {word.device}, got {table.device}")
+
+
+def embedding_layer_norm(
+    word_ids: Tensor,
+    position_ids: Tensor,
+    token_type_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    eps: float = 1e-12,
+    training: bool = True,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    rows: EmbeddingRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """BERT's embedding layer: ``dropout(layer_norm(word + position + token type))``.
+
+    Args:
+        word_ids: ``[...]`` int64, rows of ``word``; ``[T]`` with rows.
+        position_ids: the same shape, rows of ``position``.
+        token_type_ids: the same shape, rows of ``token_type``.
+        word: ``[N, H]``, any floating dtype.
+        position: ``[P, H]``, dtype of ``word``.
+        token_type: ``[S, H]``, dtype of ``word``.
+        weight: ``[H]`` of the norm, any floating dtype; None stands for ones.
+        bias: ``[H]`` of the norm; None stands for zeros.
+        dropout_p: probability to drop an element of the result.
+        eps: added to the variance.
+        training: without it there is no dropout.
+        seed: of dropout; int64, one element, on the tables' device.  None draws one.
+        stream: tells apart uses that share a seed.
+        rows: where task gradients go; ``grad`` of tables, weight and bias then stays None.
+        segments: which tokens belong to which task; needed with ``rows``.
+
+    Returns:
+        ``[..., H]`` in the tables' dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or range that does not fit, or an index that is not in
+            its table; the message names it.  On CUDA tensors, where looking at an index would wait
+            for the device, see `kernels.checked_values`.
+    """
+    ids = {"word_ids": word_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
+    tables = {"word": word, "position": position, "token_type": token_type}
+    _check_tables(ids, tables, word_ids, word)
+    check_parameter("weight", weight, word)
+    check_parameter("bias", bias, word)
+    check_dropout(dropout_p, seed, stream, word.device)
+    row_arguments: tuple[Any, ...] = (None, (), (), False)
+    if rows is not None:
+        if word_ids.dim() != 1 or weight is None:
+            raise ValueError("rows: task gradients need ids of shape [tokens] and a weight")
+        for own, table in zip(rows[:3], tables.values(), strict=True):
+            if own.buffer is not rows.norm.buffer:
+                raise ValueError("rows: expected all tables and the norm in one buffer")
+            own.checked(segments, table, None, word_ids)
+        segments = rows.norm.checked(segments, weight, bias, word_ids)
+        starts = (*(own.starts[0] for own in rows[:3]), *rows.norm.starts)
+        row_arguments = (rows.norm.buffer, starts, *segments)
+    p = dropout_p if training else 0.0
+    check_data(**ids)
+    if word.dtype == torch.float64:
+        check_data(**tables, weight=weight, bias=bias)
+        check_number("eps", eps)
+        out = embedding_layer_norm_reference(
+            (word_ids, position_ids, token_type_ids),
+            (word, position, token_type),
+            *(weight, bias, eps, rows, segments),
+        )
+        return dropout(out, p, seed=seed, stream=stream)
+    if p > 0 and seed is None:
+        seed = new_seed(word.device)
+    flat = [index.reshape(-1).contiguous() for index in ids.values()]
+    y: Tensor = _ops.embedding_layer_norm(
+        *(*flat, word, position, token_type, weight, bias, p, eps, seed, stream), *row_arguments
+    )[0]
+    return y.view(*word_ids.shape, word.shape[1])

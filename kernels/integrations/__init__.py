@@ -1,0 +1,1 @@
+"""Drop-in classes and patches for torch, transformers and flash-attn code."""

@@ -1,0 +1,117 @@
+"""PCGrad around any torch optimizer: the interface of the widely copied class, made exact.
+
+    optimizer = PCGrad(torch.optim.AdamW(model.parameters()))
+    optimizer.zero_grad()
+    optimizer.pc_backward([loss_a, loss_b, loss_c])
+    optimizer.step()
+
+Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, Algorithm 1, over all
+parameters that any task reaches.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registration.validation import check_order
+from ..surgery.surgery import Reduction, draw_order, pcgrad_weights
+from ..task_gradients.task_gradients import TaskGradients
+from ..task_gradients.task_losses import Losses
+from .balanced_gradients import BalancedGradients, Extent
+from .balanced_optimizer import BalancedOptimizer
+
+_DRAWN = "drawn_orders"  # in the first parameter group: all that stores optimizers keeps it there
+_OLD_KEY = "pcgrad"  # of state dicts before
+
+
+class PCGrad(BalancedOptimizer):
+    """Wraps an optimizer; ``pc_backward`` takes the place of ``backward``.
+
+    What the tasks do not share is left as it is: a parameter that no task reaches keeps its
+    ``grad``, None for one, so that weight decay leaves it alone, and the mean is taken over the
+    tasks that reach a parameter.
+
+    Args:
+        optimizer: any torch optimizer.  The number of orders drawn so far is an entry
+            ``drawn_orders`` of its first parameter group.
+        reduction: ``"mean"`` or ``"sum"`` of the projected gradients; the paper sums.
+        extent: project over the whole ``"model"`` as the paper does, within each parameter
+            ``"group"`` of the optimizer, or within each ``"tensor"``.
+        seed: of the random order of projections, which is a function of seed and number of the
+            draw alone, so that all ranks of a distributed run draw the same.
+        include_self: also project each gradient by itself where its turn comes, as the widely
+            copied class does; with its order, this replays its update.
+        task_gradients: as for :class:`.BalancedOptimizer`.  A layer that sees several tasks at once
+            counts as reached by all of them that have a loss if any loss reaches it.
+        tasks: the tasks' names, for losses by name; those of the first losses when None.
+
+    Raises:
+        TypeError: ``optimizer`` is none.
+        ValueError: an unknown ``reduction`` or ``extent``, or a name twice.
+    """
+
+    _backward_name = "pc_backward"
+    _settings = ("optimizer", "_gradients", "_seed", "_include_self")
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        reduction: Reduction = "mean",
+        *,
+        extent: Extent = "model",
+        seed: int = 0,
+        include_self: bool = False,
+        task_gradients: TaskGradients | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
+        gradients = BalancedGradients(extent, reduction == "mean", task_gradients, tasks)
+        self._set_up(optimizer, gradients)
+        self._seed, self._include_self = seed, include_self
+        self._first_group.setdefault(_DRAWN, 0)
+
+    @property
+    def _first_group(self) -> dict[str, Any]:
+        return self.param_groups[0]
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        old = state_dict.get(_OLD_KEY, {"draws": 0})
+        super()._load({key: value for key, value in state_dict.items() if key != _OLD_KEY})
+        self._first_group.setdefault(_DRAWN, old["draws"])
+
+    def pc_backward(self, objectives: Losses, order: Tensor | None = None) -> None:
+        """Add the combination of the projected task gradients to every parameter's ``grad``.
+
+        Args:
+            objectives: one scalar loss for each task; more as for ``backward``, which it is but for
+                the order.
+            order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by, each
+                of them once.  Drawn at random when None.
+
+        Raises:
+            TypeError: ``order`` is no tensor.
+            ValueError: as ``backward``, or an order on a CPU is not as above.
+        """
+        weigh = self._weigh if order is None else partial(self._project_by, order)
+        self._gradients.backward(objectives, self.param_groups, weigh)
+
+    def _weigh(self, grams: Tensor) -> Tensor:
+        seed = torch.full((), self._seed, dtype=torch.int64, device=grams.device)
+        drawn = self._first_group.get(_DRAWN, 0)
+        self._first_group[_DRAWN] = drawn + 1
+        return self._project(draw_order(grams.shape[-1], seed, drawn), grams)
+
+    def _project_by(self, order: Tensor, grams: Tensor) -> Tensor:
+        check_order(order, grams.shape[-1])
+        return self._project(order, grams)
+
+    def _project(self, order: Tensor, grams: Tensor) -> Tensor:
+        """Make weights ``[G, K]`` out of ``[G, K, K]``."""
+        order = order.to(grams.device, non_blocking=True)
+        return torch.stack(
+            [pcgrad_weights(gram, order, include_self=self._include_self) for gram in grams]
+        )

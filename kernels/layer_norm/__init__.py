@@ -1,0 +1,1 @@
+"""Layer norm, plain and with dropout and residual."""

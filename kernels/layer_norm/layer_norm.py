@@ -1,0 +1,374 @@
+"""Layer norm, alone and behind BERT's dropout and residual.
+
+    h = residual + dropout(x + x_bias)        or h = x
+    mean, var over the last dimension,  rstd = 1 / sqrt(var + eps),  xhat = (h - mean) rstd
+    y = xhat weight + bias
+
+    g = dy weight
+    dh = rstd (g - mean(g) - xhat mean(g xhat)),  dx = dropout factor * dh
+    dweight_k = sum of dy xhat, dbias_k = sum of dy, over the rows of task k
+
+Rows are computed in float32 whatever their dtype, the variance in two passes, and the statistics
+are kept in float32.  Of a sum, the backward pass gets ``h - mean`` in the rows' dtype with the
+statistics of these rounded rows: it is then the gradient at a point that differs from h by a
+rounding of each deviation, and so it is right for rows that are nearly constant too.
+
+With task rows (:class:`TaskRows`) the backward pass writes the K gradients of weight and bias
+there; without, their sum is the usual gradient.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _extension  # noqa: F401  (registers the operators)
+from ..dropout.dropout import check_dropout, dropout, new_seed
+from ..registration.backend import declare, register_fake
+from ..registration.differentiation import (
+    differentiable_once,
+    refuse_transforms,
+    refuse_vmap,
+    register_derivative,
+)
+from ..registration.validation import check_data, check_number
+from ..task_rows import TaskRows, TaskSegments
+from .layer_norm_parameters import (
+    check_parameter,
+    parameter_gradients,
+    parameter_rows,
+    save,
+    task_arguments,
+)
+
+_ops = torch.ops.superbert
+
+
+# ---- reference ----------------------------------------------------------------------------------
+
+
+def normalize_reference(hidden: Tensor, eps: float) -> Tensor:
+    """``xhat``: the rows of ``hidden`` with mean 0 and variance 1, in its dtype."""
+    centred = hidden - hidden.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+
+
+class _TaskAffine(torch.autograd.Function):
+    """``xhat weight + bias`` whose backward writes task rows; plain torch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        xhat: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: TaskRows,
+        segments: TaskSegments,
+    ) -> Tensor:
+        ctx.save_for_backward(xhat, weight)
+        ctx.rows, ctx.segments = rows, segments
+        scaled = xhat * weight
+        return scaled if bias is None else scaled + bias
+
+    @staticmethod
+    @differentiable_once("layer_norm with task rows", "the layer without rows")
+    def backward(ctx: Any, saved: tuple[Tensor, Tensor], grad: Tensor) -> tuple[Tensor | None, ...]:
+        xhat, weight = saved
+        (offsets, accumulate), rows = ctx.segments, (ctx.rows.weight, ctx.rows.bias)
+        for task, (begin, end) in enumerate(pairwise(offsets)):
+            for own, term in zip(rows, (grad * xhat, grad), strict=True):
+                if own is not None:
+                    row = own[task]
+                    row.copy_(term[begin:end].sum(0) + (row if accumulate else 0))
+        return grad * weight, None, None, None, None
+
+
+def layer_norm_reference(
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """``y`` by plain torch operations, in the dtype of ``hidden``."""
+    xhat = normalize_reference(hidden, eps)
+    if rows is not None:
+        refuse_transforms("layer_norm", xhat, weight, bias)
+        return _TaskAffine.apply(xhat, weight, bias, rows, segments)  # type: ignore[no-untyped-call]
+    scaled = xhat if weight is None else xhat * weight
+    return scaled if bias is None else scaled + bias
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _layer_norm_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), _statistic(x), _statistic(x)
+
+
+def _layer_norm_backward_fake(_grad_out: Tensor, hidden: Tensor, *_: object) -> Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+def _add_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), _statistic(x), _statistic(x)
+
+
+def _add_backward_fake(_grad_out: Tensor, hidden: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
+
+
+def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, _eps, *task_arguments = inputs
+    _, mean, rstd = output
+    save(ctx, (x, weight, bias, mean, rstd), task_arguments)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+_INSTEAD = "torch.nn.functional.layer_norm, or float64"
+
+
+@differentiable_once("layer_norm", _INSTEAD)
+def _layer_norm_backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, mean, rstd = saved
+    task_arguments = parameter_rows(ctx, weight, bias, mean)
+    grad = _ops.layer_norm_backward(grad_out, hidden, weight, mean, rstd, *task_arguments)
+    return grad, *parameter_gradients(ctx, *task_arguments[:2]), *[None] * 5
+
+
+def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _x, _residual, x_bias, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.stream, *rest = inputs
+    _, hidden, mean, rstd = output
+    ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
+    save(ctx, (hidden, weight, bias, mean, rstd), rest)
+    ctx.mark_non_differentiable(hidden, mean, rstd)
+
+
+@differentiable_once("dropout_add_layer_norm", _INSTEAD)
+def _add_backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, mean, rstd = saved
+    task_arguments = parameter_rows(ctx, weight, bias, mean)
+    arguments = (grad_out, hidden, weight, mean, rstd, *task_arguments)
+    if ctx.dropout_p > 0:
+        grad_residual, grad_x = _ops.dropout_add_layer_norm_backward(
+            *arguments, ctx.dropout_p, ctx.seed, ctx.stream
+        )
+    else:
+        grad_residual = grad_x = _ops.layer_norm_backward(*arguments)
+    grad_x_bias = None
+    if ctx.x_bias_dtype is not None:
+        grad_x_bias = grad_x.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.x_bias_dtype)
+    gradients = parameter_gradients(ctx, *task_arguments[:2])
+    return grad_x, grad_residual, grad_x_bias, *gradients, *[None] * 8
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "layer_norm": _layer_norm_fake,
+    "layer_norm_backward": _layer_norm_backward_fake,
+    "dropout_add_layer_norm": _add_fake,
+    "dropout_add_layer_norm_backward": _add_backward_fake,
+}
+for _name, _fake in _FAKES.items():
+    register_fake(_name)(_fake)
+    declare(_name, cpu="cpp", cuda="triton")
+
+
+@torch.library.impl("superbert::layer_norm", "CUDA")
+def _layer_norm_cuda(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..registration import operator_checks
+    from . import layer_norm_triton
+
+    operator_checks.check_norm(x, weight, bias, eps)
+    out, _hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, eps)
+    return out, mean, rstd
+
+
+@torch.library.impl("superbert::layer_norm_backward", "CUDA")
+def _layer_norm_backward_cuda(*arguments: Any) -> Tensor:
+    from ..registration import operator_checks
+    from . import layer_norm_triton
+
+    operator_checks.check_norm_backward(*arguments[:8])
+    return layer_norm_triton.backward(*arguments)[0]
+
+
+@torch.library.impl("superbert::dropout_add_layer_norm", "CUDA")
+def _add_cuda(
+    x: Tensor,
+    residual: Tensor,
+    x_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    seed: Tensor | None,
+    stream: int,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..registration import operator_checks
+    from . import layer_norm_triton
+
+    given = (x, weight, bias, eps, residual, x_bias, dropout_p, seed, stream)
+    operator_checks.check_norm(*given)
+    return layer_norm_triton.forward(*given)
+
+
+@torch.library.impl("superbert::dropout_add_layer_norm_backward", "CUDA")
+def _add_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from ..registration import operator_checks
+    from . import layer_norm_triton
+
+    operator_checks.check_norm_backward(*arguments[:8], *arguments[9:])
+    return layer_norm_triton.backward(*arguments)
+
+
+for _name, _backward, _setup in (
+    ("layer_norm", _layer_norm_backward, _layer_norm_setup),
+    ("dropout_add_layer_norm", _add_backward, _add_setup),
+):
+    register_derivative(_name, _backward, _setup, name=_name, instead=_INSTEAD)
+    refuse_vmap(f"{_name}_backward", name=_name, instead=_INSTEAD)
+
+
+# ---- public -------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-12,
+    *,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """Normalise the last dimension: ``(x - mean) / sqrt(var + eps) * weight + bias``.
+
+    Args:
+        x: ``[..., N]``, any floating dtype; ``[T, N]`` with rows.
+        weight: ``[N]``, any floating dtype; None stands for ones.
+        bias: ``[N]``, likewise; None stands for zeros.
+        eps: added to the variance, finite and not negative; BERT's default.
+        rows: where task gradients of weight and bias go; their ``grad`` then stays None.
+        segments: which rows of ``x`` belong to which task; needed with ``rows``.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; the message names it.
+    """
+    tasks = task_arguments(x, weight, bias, rows, segments)
+    if x.dtype == torch.float64:
+        check_data(x=x, weight=weight, bias=bias)
+        check_number("eps", eps)
+        return layer_norm_reference(x, weight, bias, eps, rows, segments)
+    out: Tensor = _ops.layer_norm(x, weight, bias, eps, *tasks)[0]
+    return out
+
+
+def refuse_given(**unsupported: object) -> None:
+    """Raise NotImplementedError where an argument of flash-attn is given that has no use here."""
+    for name, value in unsupported.items():
+        if value is not None and value is not False:
+            raise NotImplementedError(f"{name}: not supported by this layer norm")
+
+
+def dropout_add_layer_norm(
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float = 0.0,
+    epsilon: float = 1e-12,
+    rowscale: Tensor | None = None,
+    layerscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+    *,
+    x_bias: Tensor | None = None,
+    training: bool = True,
+    seed: Tensor | None = None,
+    stream: int = 0,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """BERT's post-norm in one pass: ``layer_norm(residual + dropout(x0 + x_bias))``.
+
+    The arguments that have a place are those of flash-attn's function of that name.
+
+    Args:
+        x0: ``[..., N]``, any floating dtype; ``[T, N]`` with rows.
+        residual: shape of ``x0``; where the dtypes differ, both are taken to the wider one.  None:
+            nothing is added.
+        weight: ``[N]``, any floating dtype; None stands for ones.
+        bias: ``[N]``, likewise; None stands for zeros.
+        dropout_p: probability to drop an element of ``x0``.
+        epsilon: added to the variance; BERT's default.
+        rowscale: not supported, nor are layerscale and return_dropout_mask.
+        layerscale: see rowscale.
+        prenorm: return the sum before the norm too, with a gradient of its own.  With it, or
+            without a residual, the sum is computed apart and not in the pass of the norm.
+        residual_in_fp32: keep the sum in float32 where there is no residual, whose dtype it has
+            otherwise.
+        return_dropout_mask: see rowscale.
+        x_bias: ``[N]``, any floating dtype, added to ``x0`` before the dropout.
+        training: without it there is no dropout.
+        seed: of dropout; int64, one element, on x0's device.  None draws one.
+        stream: tells apart uses that share a seed.
+        rows: where task gradients of weight and bias go; their ``grad`` then stays None.
+        segments: which rows of ``x0`` belong to which task; needed with ``rows``.
+
+    Returns:
+        ``[..., N]`` in the wider dtype of x0 and residual; with ``prenorm`` also
+        ``residual + dropout(x0 + x_bias)``, likewise.
+
+    Raises:
+        ValueError: a shape, dtype, device or range that does not fit; the message names it.
+        NotImplementedError: an argument of flash-attn that this function does not support.
+    """
+    refuse_given(rowscale=rowscale, layerscale=layerscale, return_dropout_mask=return_dropout_mask)
+    tasks = task_arguments(x0, weight, bias, rows, segments, name="x0")
+    check_parameter("x_bias", x_bias, x0)
+    check_dropout(dropout_p, seed, stream, x0.device)
+    p = dropout_p if training else 0.0
+    if residual is not None:
+        if residual.shape != x0.shape or residual.device != x0.device:
+            raise ValueError(
+                f"residual: expected {list(x0.shape)} on {x0.device}, "
+                f"got {list(residual.shape)} on {residual.device}"
+            )
+        dtype = torch.promote_types(x0.dtype, residual.dtype)
+        if residual.dtype != x0.dtype:
+            check_data(x0=x0, residual=residual)
+        x0, residual = x0.to(dtype), residual.to(dtype)
+    if prenorm or residual is None or x0.dtype == torch.float64:
+        check_data(x0=x0, residual=residual, x_bias=x_bias)
+        hidden = dropout(x0 if x_bias is None else x0 + x_bias, p, seed=seed, stream=stream)
+        if residual is not None:
+            hidden = residual + hidden
+        in_float32 = residual_in_fp32 and residual is None and x0.dtype != torch.float64
+        hidden = hidden.to(torch.float32 if in_float32 else x0.dtype)
+        normalised = layer_norm(hidden, weight, bias, epsilon, rows=rows, segments=segments)
+        normalised = normalised.to(x0.dtype)
+        return (normalised, hidden) if prenorm else normalised
+    if p > 0 and seed is None:
+        seed = new_seed(x0.device)
+    out: Tensor = _ops.dropout_add_layer_norm(
+        x0, residual, x_bias, weight, bias, p, epsilon, seed, stream, *tasks
+    )[0]
+    return out

@@ -1,0 +1,84 @@
+"""Weight and bias of a layer norm: what they must look like, and where their gradients go.
+
+Every operator that ends in a layer norm takes its task rows as arguments ``rows, columns, offsets,
+accumulate`` (the buffer, and where weight and bias begin in it) and writes them in its backward
+pass; without task rows autograd's gradients are a row of their own, for all rows of the stream.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..registration.validation import DTYPES
+from ..task_rows import TaskRows, TaskSegments, rows_of
+
+
+def check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless ``parameter`` is None or ``[N]`` beside rows ``x [..., N]``."""
+    if parameter is None:
+        return
+    if parameter.shape != x.shape[-1:]:
+        raise ValueError(f"{name}: expected [{x.shape[-1]}], got {list(parameter.shape)}")
+    if parameter.device != x.device:
+        raise ValueError(f"{name}: expected on {x.device}, got {parameter.device}")
+    if parameter.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected a floating dtype, got {parameter.dtype}")
+
+
+def task_arguments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: TaskRows | None,
+    segments: TaskSegments | None,
+    name: str = "x",
+) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...], bool]:
+    """Check what all the functions share; return the operators' arguments that speak of tasks."""
+    if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected floating [..., width], got {x.dtype} {list(x.shape)}")
+    check_parameter("weight", weight, x)
+    check_parameter("bias", bias, x)
+    if rows is None:
+        return None, (), (), False
+    if weight is None or x.dim() != 2:
+        raise ValueError(f"rows: task gradients need a weight and {name} of [tokens, width]")
+    segments = rows.checked(segments, weight, bias, x)
+    return rows.buffer, rows.starts, segments.offsets, segments.accumulate
+
+
+def save(ctx: Any, tensors: tuple[Tensor | None, ...], arguments: list[Any]) -> None:
+    """Keep what the backward pass needs; ``arguments`` are those of :func:`task_arguments`."""
+    ctx.save_for_backward(*tensors)
+    # Not a saved tensor: each backward overwrites it, which is its purpose.
+    ctx.rows, ctx.columns, ctx.offsets, ctx.accumulate = arguments
+
+
+def parameter_rows(
+    ctx: Any, weight: Tensor | None, bias: Tensor | None, mean: Tensor
+) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
+    """Where the parameters' gradients go: the task rows, or a row of their own for all rows.
+
+    A tensor without elements where there are none (`kernels.task_rows.rows_of`).
+
+    Raises:
+        ValueError: a hook on saved tensors changed the shape of the bias, which no kernel reads.
+    """
+    if bias is not None and (
+        bias.dim() != 1 or len(bias) != len(bias if weight is None else weight)
+    ):
+        raise ValueError(f"bias: expected the shape of weight, got {list(bias.shape)}")
+    if ctx.rows is not None:
+        weight_rows, bias_rows = map(rows_of, (ctx.rows,) * 2, ctx.columns[-2:], (weight, bias))
+        return weight_rows, bias_rows, ctx.offsets, ctx.accumulate
+    fresh = [mean.new_empty(0) if p is None else p.new_empty((1, len(p))) for p in (weight, bias)]
+    return fresh[0], fresh[1], (0, mean.numel()), False
+
+
+def parameter_gradients(
+    ctx: Any, weight_rows: Tensor, bias_rows: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What autograd gets for weight and bias: None when the gradients are in the task rows."""
+    if ctx.rows is not None:
+        return None, None
+    weight, bias = (rows[0] if rows.numel() > 0 else None for rows in (weight_rows, bias_rows))
+    return weight, bias

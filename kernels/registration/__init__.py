@@ -1,0 +1,1 @@
+"""What registering an operator takes: checks, fakes, derivatives, backends."""

@@ -1,0 +1,1 @@
+"""Gram matrices, PCGrad weights, combining, on task gradients."""

@@ -1,0 +1,453 @@
+"""Gradient surgery on a flat buffer of task gradients.
+
+``rows`` is the ``[K, P]`` matrix J of K task gradients.  PCGrad and its relatives give a weighted
+sum of its rows whose weights depend only on the K x K matrix of dot products ``G = J Jᵀ``::
+
+    G = gram(rows)                         one pass over memory
+    c = pcgrad_weights(G, order)           K x K numbers, on the device
+    combine_adamw_(rows, c, ...)           one pass: sum_k c_k J_k feeds AdamW, never stored
+
+Nothing here waits for the device.  The norm of the combined gradient is ``cᵀ G c`` and a
+non-finite value shows on the diagonal of G, so clipping and the overflow check of loss scaling
+cost no pass of their own (:func:`update_guard`).
+
+Each operator is C++ on the CPU and, where the extension was built with it, CUDA; the functions
+``*_reference`` say in plain torch what it computes.  Sums are kept in float32 over blocks and in
+float64 beyond, or all in float64 for float64 rows.
+
+PCGrad: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, Algorithm 1.
+AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._extension import has_kernel
+from ..philox import WORD, philox_words
+from ..registration.backend import declare, register_fake
+from ..registration.differentiation import refuse_derivative, register_derivative
+from ..registration.validation import check_data, check_number, check_tensor
+
+Reduction = Literal["sum", "mean"]
+
+_ops = torch.ops.superbert
+
+
+def _compute_dtype(rows: Tensor) -> torch.dtype:
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+# ---- references: what the operators compute, in plain torch --------------------------------------
+
+
+def gram_reference(rows: Tensor, offsets: Sequence[int]) -> Tensor:
+    """``[S, K, K]``: dot products of the rows over each segment of columns."""
+    rows = rows.to(_compute_dtype(rows))
+    parts = [rows[:, begin:end] for begin, end in pairwise(offsets)]
+    return torch.stack([part @ part.T for part in parts])
+
+
+def pcgrad_weights_reference(gram: Tensor, order: Tensor, mean: bool, include_self: bool) -> Tensor:
+    """``[K]``: Algorithm 1 on coefficients, all K projected gradients side by side."""
+    num_tasks = len(gram)
+    products = gram.double()
+    norms_squared = products.diagonal()
+    task = torch.arange(num_tasks, device=gram.device)
+    coefficients = torch.eye(num_tasks, dtype=torch.float64, device=gram.device)
+    for other in order.unbind(1):  # row i is projected by task other[i]
+        dot = (coefficients * products[other]).sum(1)
+        conflict = (dot < 0) & (norms_squared[other] > 0)
+        if not include_self:
+            conflict &= other != task
+        step = torch.where(conflict, dot / norms_squared[other], 0.0)
+        coefficients = coefficients.scatter_add(1, other[:, None], -step[:, None])
+    weights = coefficients.mean(0) if mean else coefficients.sum(0)
+    return torch.where(norms_squared.isfinite().all(), weights, torch.nan).to(gram.dtype)
+
+
+def draw_order_reference(seed: Tensor, step: Tensor, num_tasks: int) -> Tensor:
+    """``[K, K]`` int64: row i is a Fisher-Yates permutation from counter (draw / 4, i, step)."""
+    row = torch.arange(num_tasks, device=seed.device)
+    block = torch.arange((num_tasks + 2) // 4, device=seed.device)
+    counter = torch.broadcast_tensors(block, row[:, None], step & WORD, (step >> 32) & WORD)
+    words = philox_words(counter, seed).flatten(1)
+    order = row.repeat(num_tasks, 1)
+    for draw, last in enumerate(range(num_tasks - 1, 0, -1)):
+        chosen = (words[:, draw, None] * (last + 1)) >> 32
+        at_last = order[:, last].clone()
+        order[:, last] = order.gather(1, chosen)[:, 0]
+        order.scatter_(1, chosen, at_last[:, None])
+    return order
+
+
+def combine_reference(rows: Tensor, weights: Tensor) -> Tensor:
+    """``[P]``: the weighted sum of the rows, in their dtype."""
+    return (weights @ rows.to(weights.dtype)).to(rows.dtype)
+
+
+def combine_out_reference(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    """The weighted sum of the rows, into ``out``."""
+    out.copy_(weights @ rows.to(weights.dtype))
+
+
+def combine_adamw_reference_(
+    rows: Tensor,
+    weights: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_precision: Tensor | None,
+    lr: Tensor,
+    step: Tensor,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """AdamW on the weighted sum of the rows; leaves everything alone where ``skip`` is true.
+
+    So it does where the step is below 1.
+    """
+    gradient = weights @ rows.to(weights.dtype)
+    if scale is not None:
+        gradient = gradient * scale.to(gradient.dtype)
+    lr, step = lr.double(), step.double()
+    skipped = (step >= 1).logical_not()  # NaN too
+    if skip is not None:
+        skipped |= skip.bool()
+    new_avg = beta1 * exp_avg + (1 - beta1) * gradient
+    new_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * gradient * gradient
+    denominator = (new_avg_sq / (1 - beta2**step)).sqrt() + eps
+    new_master = master * (1 - lr * weight_decay) - lr / (1 - beta1**step) * new_avg / denominator
+    for state, new in ((exp_avg, new_avg), (exp_avg_sq, new_avg_sq), (master, new_master)):
+        state.copy_(torch.where(skipped, state, new))
+    if low_precision is not None:
+        copy = master.to(low_precision.dtype)
+        low_precision.copy_(torch.where(skipped, low_precision, copy))
+
+
+# ---- registration ------------------------------------------------------------------------------
+
+_REFERENCES: Mapping[str, Callable[..., Tensor | None]] = {
+    "gram": gram_reference,
+    "pcgrad_weights": pcgrad_weights_reference,
+    "draw_order": draw_order_reference,
+    "combine": combine_reference,
+    "combine_out": combine_out_reference,
+    "combine_adamw_": combine_adamw_reference_,
+}
+
+for _name, _reference in _REFERENCES.items():
+    _has_cuda = has_kernel(_name, "CUDA")
+    declare(_name, cpu="cpp", cuda="cuda" if _has_cuda else "torch")
+    if not _has_cuda:
+        torch.library.impl(f"superbert::{_name}", "cuda", _reference)
+
+
+@register_fake("gram")
+def _(rows: Tensor, offsets: Sequence[int]) -> Tensor:
+    num_tasks = rows.shape[0]
+    return rows.new_empty((len(offsets) - 1, num_tasks, num_tasks), dtype=_compute_dtype(rows))
+
+
+@register_fake("pcgrad_weights")
+def _(gram: Tensor, order: Tensor, mean: bool, include_self: bool) -> Tensor:
+    return gram.new_empty(gram.shape[0])
+
+
+@register_fake("draw_order")
+def _(seed: Tensor, step: Tensor, num_tasks: int) -> Tensor:
+    return seed.new_empty(num_tasks, num_tasks)
+
+
+@register_fake("combine")
+def _(rows: Tensor, weights: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[1])
+
+
+@register_fake("combine_out")
+def _(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    pass
+
+
+@register_fake("combine_adamw_")
+def _(*arguments: object) -> None:
+    pass
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+# Of the two functions that somebody may want to differentiate (a penalty on conflicts, weights that
+# are learnt); they are no part of a training step, and stay in plain torch.
+
+
+def _save_gram(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, offsets = inputs
+    ctx.save_for_backward(rows)
+    ctx.shape, ctx.offsets = rows.shape, offsets
+
+
+def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (rows,) = ctx.saved_tensors
+    check_data(grad=grad)
+    check_tensor("rows", rows, ctx.shape, rows.dtype, grad.device)
+    symmetric = grad + grad.mT
+    segments = zip(symmetric, pairwise(ctx.offsets), strict=True)
+    parts = [matrix @ rows[:, begin:end].to(matrix.dtype) for matrix, (begin, end) in segments]
+    # Put together, since torch.func.vmap cannot write in place; columns of no segment get zeros.
+    before, after = rows[:, : ctx.offsets[0]], rows[:, ctx.offsets[-1] :]
+    parts = [torch.zeros_like(before), *parts, torch.zeros_like(after)]
+    return torch.cat([part.to(rows.dtype) for part in parts], 1), None
+
+
+def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    rows, weights = ctx.saved_tensors
+    wants_rows, wants_weights = ctx.needs_input_grad[:2]
+    check_data(grad=grad)
+    check_tensor("weights", weights, weights.shape[:1], weights.dtype, grad.device)
+    check_tensor("rows", rows, (len(weights), len(grad)), rows.dtype, grad.device)
+    grad = grad.to(weights.dtype)
+    grad_rows = torch.outer(weights, grad).to(rows.dtype) if wants_rows else None
+    grad_weights = rows.to(weights.dtype) @ grad if wants_weights else None
+    return grad_rows, grad_weights
+
+
+register_derivative("gram", _gram_backward, _save_gram, name="gram", instead="rows @ rows.T")
+register_derivative(
+    "combine", _combine_backward, _save_combine, name="combine", instead="weights @ rows"
+)
+refuse_derivative("pcgrad_weights", name="pcgrad_weights", instead="gram.detach()")
+
+
+# ---- public functions --------------------------------------------------------------------------
+
+
+def gram(rows: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
+    """Dot products between the task gradients, in one pass over memory.
+
+    Args:
+        rows: ``[K, P]`` task gradients, any K from 1 on, float32, float64, bfloat16 or float16;
+            they may lie apart (``stride(0) >= P``), columns must be contiguous.
+        offsets: S + 1 ascending column numbers; segment s is the columns
+            ``offsets[s]:offsets[s + 1]`` (for surgery by layer).  None: all columns.
+
+    Returns:
+        ``[K, K]`` symmetric, or ``[S, K, K]`` with ``offsets``; float32 (float64 for float64 rows).
+
+    Raises:
+        ValueError: if a shape, dtype or stride is not as above.
+    """
+    if offsets is None:
+        return _ops.gram(rows, [0, rows.shape[-1]])[0]
+    return _ops.gram(rows, offsets)
+
+
+def draw_order(num_tasks: int, seed: Tensor | int, step: Tensor | int = 0) -> Tensor:
+    """Random projection orders for PCGrad, a pure function of seed and step.
+
+    Every rank that knows the seed draws the same order, and a CUDA graph that holds this call
+    replays with whatever the two tensors contain then.
+
+    Args:
+        num_tasks: K, from 1 on.
+        seed: an int or a 0-dim int64 tensor, whose device the result is on.
+        step: likewise; a different order for each.
+
+    Returns:
+        ``[K, K]`` int64; row i is a uniformly random permutation of 0 .. K-1.
+    """
+    if isinstance(seed, int):
+        seed = torch.tensor(seed)
+    if isinstance(step, int):
+        step = torch.full_like(seed, step)
+    return _ops.draw_order(seed, step, num_tasks)
+
+
+def pcgrad_weights(
+    gram: Tensor,
+    order: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    reduction: Reduction = "sum",
+    include_self: bool = False,
+) -> Tensor:
+    """PCGrad's weights of the task gradients, solved on the device.
+
+    Args:
+        gram: ``[K, K]`` from :func:`gram`, float32 or float64.
+        order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by, each of
+            them once, which a CPU checks.  Task i itself is passed over.  Drawn at random when
+            None.
+        generator: draws the order's seed; torch's default generator of the device when None.
+        reduction: ``"sum"`` of the projected gradients as in the paper, or their ``"mean"``.
+        include_self: also project g_i by itself where its turn comes, as widely copied code does;
+            with the same order this replays that code's update.
+
+    Returns:
+        ``[K]`` weights c in the dtype of ``gram``: the combined gradient is ``sum_k c_k g_k``.  All
+        are NaN where the diagonal of ``gram`` is not finite.
+
+    Raises:
+        ValueError: if a shape, a dtype or an order is not as above, or the reduction is unknown.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
+    if order is None:
+        device = gram.device if generator is None else generator.device
+        seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device)
+        order = draw_order(gram.shape[0], seed).to(gram.device, non_blocking=True)
+    return _ops.pcgrad_weights(gram, order, reduction == "mean", include_self)
+
+
+def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """The combined gradient ``sum_k weights[k] * rows[k]``, in one pass over memory.
+
+    Args:
+        rows: ``[K, P]`` as for :func:`gram`.
+        weights: ``[K]`` float32 (float64 for float64 rows).
+        out: ``[P]`` to write into, of any of the dtypes (float64 exactly where rows are); it must
+            not overlap ``rows`` or ``weights``.
+
+    Returns:
+        ``[P]`` in the dtype of ``rows``, or ``out``.
+
+    Raises:
+        ValueError: if a shape, dtype, stride or device is not as above.
+    """
+    if out is None:
+        return _ops.combine(rows, weights)
+    _ops.combine_out(rows, weights, out)
+    return out
+
+
+def combine_adamw_(
+    rows: Tensor,
+    weights: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_precision: Tensor | None = None,
+    *,
+    lr: Tensor | float,
+    step: Tensor | int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    scale: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """One step of AdamW on the combined gradient, which never goes to memory.
+
+    Computes what ``torch.optim.AdamW`` does with ``scale * sum_k weights[k] * rows[k]`` as the
+    gradient: decoupled weight decay, bias correction by ``step``.  The 0-dim arguments live on the
+    device, so that a CUDA graph can replay with new values and nothing waits for the host.
+
+    Args:
+        rows: ``[K, P]`` as for :func:`gram`; may be a slice of columns, for parameter groups.
+        weights: ``[K]`` float32 (float64 for float64 rows).
+        master: ``[P]`` float32 weights (float64 for float64 rows), updated in place.
+        exp_avg: ``[P]`` first moment, like ``master``.
+        exp_avg_sq: ``[P]`` second moment, like ``master``.
+        low_precision: ``[P]`` bfloat16 or float16 copy of the weights, written too.
+        lr: learning rate; a number is finite and not negative.
+        step: number of this step, the first being 1.  Below that, where the bias correction would
+            divide by 0, a CPU raises; a GPU, which the host must not wait for, writes nothing.
+        betas: decay rates of the moments, from 0 to less than 1.
+        eps: added to the root of the second moment; finite and not negative.
+        weight_decay: decoupled weight decay; finite and not negative.
+        scale: multiplies the combined gradient: clipping and 1 / loss scale (:func:`update_guard`).
+        skip: where true, nothing is written.
+
+    Raises:
+        ValueError: if a shape, dtype, stride, device or number is not as above, or something that
+            is written overlaps another argument.
+    """
+    check_number("lr", lr)
+    if not isinstance(lr, Tensor):
+        lr = torch.full((), lr, dtype=torch.float64, device=rows.device)
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=rows.device)
+    _ops.combine_adamw_(
+        *(rows, weights, master, exp_avg, exp_avg_sq, low_precision),
+        *(lr, step, scale, skip, betas[0], betas[1], eps, weight_decay),
+    )
+
+
+class UpdateGuard(NamedTuple):
+    """What G says of a combined gradient before it is computed; 0-dim tensors on the device.
+
+    Attributes:
+        norm: its L2 norm, unscaled and before clipping.
+        scale: factor for :func:`combine_adamw_`: clipping times 1 / loss scale.
+        skip: true if any task gradient holds a NaN or an infinity.
+    """
+
+    norm: Tensor
+    scale: Tensor
+    skip: Tensor
+
+
+def combined_norm(gram: Tensor, weights: Tensor) -> Tensor:
+    """L2 norm of ``sum_k weights[k] * rows[k]`` from the Gram matrix of the rows, 0-dim.
+
+    With a leading dimension on both, over segments of columns that have weights of their own.
+    """
+    weights = weights.double()
+    squares = weights[..., None, :] @ gram.double() @ weights[..., None]
+    return squares.sum().clamp(min=0).sqrt().to(gram.dtype)
+
+
+def _check_guarded(
+    gram: Tensor, weights: Tensor, max_norm: Tensor | float | None, loss_scale: Tensor | float
+) -> None:
+    check_data(gram=gram, weights=weights, max_norm=max_norm, loss_scale=loss_scale)
+    if gram.dim() not in (2, 3) or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(f"gram: expected [K, K] or [S, K, K], got {list(gram.shape)}")
+    if weights.shape != gram.shape[:-1]:
+        raise ValueError(f"weights: expected {list(gram.shape[:-1])}, got {list(weights.shape)}")
+    if not (max_norm is None or isinstance(max_norm, Tensor) or max_norm >= 0):
+        raise ValueError(f"max_norm: expected a number of at least 0, got {max_norm}")
+    if not (isinstance(loss_scale, Tensor) or 0 < loss_scale < math.inf):
+        raise ValueError(f"loss_scale: expected a finite number above 0, got {loss_scale}")
+
+
+def update_guard(
+    gram: Tensor,
+    weights: Tensor,
+    *,
+    max_norm: Tensor | float | None = None,
+    loss_scale: Tensor | float = 1.0,
+) -> UpdateGuard:
+    """Norm, clipping factor and overflow check of an update, all from the Gram matrix.
+
+    Args:
+        gram: ``[K, K]`` Gram matrix of the task gradients, float32 or float64; ``[S, K, K]`` by
+            segments of columns.
+        weights: ``[K]`` weights of the combination, likewise; ``[S, K]`` by segments.
+        max_norm: clip the combined gradient to this norm, as ``clip_grad_norm_``; not negative.
+            None, or infinite: never.  The value of a tensor is not looked at.
+        loss_scale: what the losses were multiplied by, finite and above 0; likewise.
+
+    Returns:
+        0-dim tensors on the device of ``gram``: norm, factor and overflow.
+
+    Raises:
+        ValueError: a shape or a number is not as above, or a storage was freed.
+    """
+    _check_guarded(gram, weights, max_norm, loss_scale)
+    norm = combined_norm(gram, weights) / loss_scale
+    scale = torch.ones_like(norm) / loss_scale
+    if max_norm is not None:
+        scale = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    finite = torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all()
+    skip = ~(finite & torch.isfinite(norm))
+    return UpdateGuard(norm, scale, skip)

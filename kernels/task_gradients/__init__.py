@@ -1,0 +1,1 @@
+"""Task gradients of any torch model from one backward pass."""

@@ -1,0 +1,249 @@
+"""The K task gradients of any torch BERT from one ordinary backward pass.
+
+    task_gradients = TaskGradients(model, num_tasks=3)
+    optimizer = PCGrad(torch.optim.AdamW(model.parameters()), task_gradients=task_gradients)
+
+    optimizer.zero_grad()
+    with task_gradients.batch([32, 32, 32]):                  # examples of each task, joined
+        pooled = model.bert(input_ids, attention_mask).pooler_output
+        losses = []
+        for k, own in enumerate(pooled.split([32, 32, 32])):
+            with task_gradients.task(k):                      # a head that sees one task only
+                losses.append(loss_of[k](model.heads[k](own), labels[k]))
+    optimizer.pc_backward(losses)                             # one backward pass
+    optimizer.step()
+
+Examples do not interact, so the backward signal of all tasks goes through the network together and
+only the weight gradients differ by task.  What counts is how a parameter is used, not which module
+owns it: tied weights, modules called twice and functional calls are seen as well.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
+
+from torch import Tensor, nn
+
+from ..gradient_buffer import GradientBuffer, lay_out
+from .task_layers import Joined, Place, Single, TaskLayers
+
+
+class TaskGradients:
+    """Collects one gradient for each of K tasks in the rows of a flat buffer.
+
+    It follows the parameters that require a gradient when it is made; the others are left to
+    autograd.  Task gradients add up over backward passes (micro-batches) until :meth:`clear`; the
+    parameters' own ``grad`` stays as it is.  Under autocast the layers compute as they do without
+    all this, and the rows have the dtype of the parameters.  Activation checkpointing needs
+    ``checkpoint(…, use_reentrant=False, context_fn=task_gradients.checkpoint_contexts)``.
+
+    Args:
+        model: any module.  Within :meth:`batch` its trained parameters are used by linear, layer
+            norm and embedding layers, torch's or this package's, with the batch along the first
+            dimension; within :meth:`task` by any operation.
+        num_tasks: K.
+
+    Attributes:
+        num_tasks: K.
+        parameters: those that are followed, in the order of their columns.
+        buffer: the task gradients, with the columns of each parameter.  Every parameter starts at a
+            multiple of 64 columns, the gaps are zero.
+
+    Raises:
+        ValueError: no task, nothing to train, or parameters of several dtypes or devices.
+    """
+
+    def __init__(self, model: nn.Module, num_tasks: int) -> None:
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks: expected at least 1, got {num_tasks}")
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        kinds = {f"{p.dtype} on {p.device}" for p in named.values()}
+        if len(kinds) != 1:
+            raise ValueError(
+                "model: expected parameters to train, all of one dtype and on one device, got "
+                + (", ".join(sorted(kinds)) or "none")
+            )
+        self.num_tasks, self.parameters = num_tasks, tuple(named.values())
+        slots, end = lay_out({name: parameter.shape for name, parameter in named.items()})
+        self.buffer = GradientBuffer(slots, self.parameters[0].detach().new_zeros(num_tasks, end))
+        self._places: dict[int, Place] = {}
+        for slot, parameter in zip(slots, self.parameters, strict=True):
+            # `data`: writes are counted for each parameter by itself, which compiled models rely
+            # on.
+            self._places[id(parameter)] = Place(slot, self.rows.data, set())
+            parameter.register_hook(_refusal(slot.name, weakref.ref(self)))
+        self._layers = TaskLayers(self._places)
+        self._collecting = False
+        self._before_next: weakref.WeakMethod[Callable[[], None]] | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """``[K, P]``; row k is the gradient of task k."""
+        return self.buffer.rows
+
+    @contextmanager
+    def batch(self, examples: Iterable[int], tokens: Iterable[int] | None = None) -> Iterator[None]:
+        """Run the forward pass of a batch that joins the tasks along the first dimension.
+
+        Args:
+            examples: how many examples each task has, in the order in which they lie.
+            tokens: how many tokens each task has, where layers work on a packed stream of them.
+
+        Raises:
+            ValueError: not K numbers, or a model that was moved or cast; within the block, a layer
+                that does not have the batch along the first dimension of its input.
+            NotImplementedError: within the block, a parameter used by any other kind of layer,
+                which :meth:`task` takes; the message names it.
+        """
+        offsets = self._offsets("examples", examples)
+        with self._seen_as(
+            Joined(offsets, None if tokens is None else self._offsets("tokens", tokens))
+        ):
+            yield
+
+    @contextmanager
+    def task(self, number: int) -> Iterator[None]:
+        """Run layers that see one task only, such as its head.
+
+        They are of any kind, and their inputs have any shape: what autograd finds for a parameter
+        that any operation uses here is the gradient of this task.  An autograd function of one's
+        own, and what runs inside torch.func.vmap, is given ``parameter.view_as(parameter)``, since
+        torch does not tell of its arguments.
+
+        Args:
+            number: the task, from 0.
+
+        Raises:
+            ValueError: there is no such task, or the model was moved or cast.
+        """
+        if not 0 <= number < self.num_tasks:
+            raise ValueError(f"number: expected 0 to {self.num_tasks - 1}, got {number}")
+        with self._seen_as(Single(number, self.num_tasks)):
+            yield
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], ...]:
+        """Return what ``context_fn`` of ``torch.utils.checkpoint`` returns.
+
+        The layers that run again in the backward pass, which is called after the block, then see
+        the tasks as they lay at this moment.
+        """
+        tasks = self._layers.tasks
+        return nullcontext(), nullcontext() if tasks is None else self._again(tasks)
+
+    def refuse_other_gradients(self) -> None:
+        """Make a gradient that belongs to no task an error.
+
+        :meth:`batch` and :meth:`task` do so; until then, and after :meth:`clear` or
+        :meth:`allow_other_gradients`, a backward pass is the caller's own.
+        """
+        self._collecting = True
+
+    def allow_other_gradients(self, before_next: Callable[[], None]) -> None:
+        """Leave backward passes to the caller until the next :meth:`batch` or :meth:`task`.
+
+        Args:
+            before_next: a method that is called there, for as long as its object exists.
+        """
+        self._collecting = False
+        self._before_next = weakref.WeakMethod(before_next)
+
+    def clear(self) -> None:
+        """Set all task gradients to zero, for the next step."""
+        self.buffer.resize(self.num_tasks)
+        self._collecting, self._before_next = False, None
+        for place in self._places.values():
+            place.tasks.clear()
+
+    def named_views(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter's name and its part of the rows, ``[K, *shape]``."""
+        for place in self._places.values():
+            yield place.name, place.rows
+
+    def columns(self, parameter: Tensor) -> slice:
+        """Return which columns of the rows belong to a parameter.
+
+        Args:
+            parameter: one of :attr:`parameters`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        columns = self._place(parameter).slot.columns
+        return slice(columns.start, columns.stop)
+
+    def tasks_reaching(self, parameter: Tensor) -> frozenset[int]:
+        """Return the tasks whose losses have reached a parameter since :meth:`clear`.
+
+        A layer that sees several tasks at once and is reached by any loss counts for all of them.
+
+        Args:
+            parameter: one of :attr:`parameters`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return frozenset(self._place(parameter).tasks)
+
+    def _place(self, parameter: Tensor) -> Place:
+        if id(parameter) not in self._places:
+            raise ValueError("parameter: none of the model's that required a gradient at first")
+        return self._places[id(parameter)]
+
+    def _offsets(self, argument: str, sizes: Iterable[int]) -> tuple[int, ...]:
+        sizes = list(sizes)
+        if len(sizes) != self.num_tasks or any(size < 0 for size in sizes):
+            raise ValueError(
+                f"{argument}: expected {self.num_tasks} counts, one for each task, got {sizes}"
+            )
+        return tuple(accumulate(sizes, initial=0))
+
+    def _check_kinds(self) -> None:
+        """Refuse a model that was moved or cast after the rows were made for it."""
+        made_for = f"{self.rows.dtype} on {self.rows.device}"
+        for place, parameter in zip(self._places.values(), self.parameters, strict=True):
+            if (parameter.dtype, parameter.device) != (self.rows.dtype, self.rows.device):
+                raise ValueError(
+                    f"{place.name}: now {parameter.dtype} on {parameter.device}, but {made_for} "
+                    "when TaskGradients was made; make it after the model is moved and cast"
+                )
+
+    @contextmanager
+    def _seen_as(self, tasks: Joined | Single) -> Iterator[None]:
+        if self._layers.tasks is None:
+            self._check_kinds()
+        outer, self._layers.tasks = self._layers.tasks, tasks
+        self._begin_collecting()
+        try:
+            with self._layers if outer is None else nullcontext():
+                yield
+        finally:
+            self._layers.tasks = outer
+
+    def _begin_collecting(self) -> None:
+        before = None if self._collecting or self._before_next is None else self._before_next()
+        if before is not None:
+            before()
+        self.refuse_other_gradients()
+
+    @contextmanager
+    def _again(self, tasks: Joined | Single) -> Iterator[None]:
+        if self._layers.tasks is not None:
+            raise RuntimeError("with activation checkpointing, call backward after the block")
+        with self._seen_as(tasks):
+            yield
+
+
+def _refusal(name: str, owner: "weakref.ref[TaskGradients]") -> Callable[[Tensor | None], None]:
+    """Make the hook that catches a gradient which went past the task rows."""
+
+    def refuse(gradient: Tensor | None) -> None:
+        task_gradients = owner()
+        if gradient is not None and task_gradients is not None and task_gradients._collecting:
+            raise RuntimeError(
+                f"{name}: got a gradient that belongs to no task; it was used outside `batch` and "
+                "`task`, or by an autograd function of its own or torch.func, which take "
+                "`parameter.view_as(parameter)` within `task`"
+            )
+
+    return refuse

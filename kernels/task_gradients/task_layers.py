@@ -1,0 +1,395 @@
+"""The layers of any model, as they run while task gradients are collected.
+
+:class:`TaskLayers` is a torch function mode: within its ``with`` block every torch call passes
+through it.  Calls of linear, layer norm and embedding that take a followed parameter run as the
+functions of this package that write task rows.  Any other call is given stand-ins for the followed
+parameters if it sees one task, whose row then gets what autograd makes of them; if it sees all
+tasks, it is refused by name, since their gradients could not be told apart.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from ..embedding.embedding import embedding
+from ..gradient_buffer import Slot
+from ..layer_norm.layer_norm import layer_norm
+from ..linear import linear
+from ..task_rows import Columns, TaskRows, TaskSegments
+
+
+class Place(NamedTuple):
+    """Where one parameter's task gradients lie.
+
+    Attributes:
+        slot: the parameter's columns.
+        buffer: ``[K, P]``.
+        tasks: whose losses have reached the parameter since the rows were cleared.
+    """
+
+    slot: Slot
+    buffer: Tensor
+    tasks: set[int]
+
+    @property
+    def name(self) -> str:
+        """The parameter's, in its model."""
+        return self.slot.name
+
+    @property
+    def rows(self) -> Tensor:
+        """``[K, *shape]``, the gradients."""
+        return self.slot.view(self.buffer)
+
+
+class Joined(NamedTuple):
+    """All tasks side by side along the first dimension.
+
+    Attributes:
+        examples: K + 1 offsets.
+        tokens: K + 1 offsets in the packed stream, for layers that work on one.
+    """
+
+    examples: tuple[int, ...]
+    tokens: tuple[int, ...] | None
+
+    def offsets(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return where each task begins in the flattened rows of a layer's input.
+
+        Args:
+            shape: of the input, without the dimension that the layer works on.
+
+        Raises:
+            ValueError: the batch does not lie along its first dimension.
+        """
+        for stream in (self.examples, self.tokens):
+            if stream is not None and shape and shape[0] == stream[-1]:
+                inner = math.prod(shape[1:])
+                return tuple(inner * offset for offset in stream)
+        known = f"{self.examples[-1]} examples"
+        if self.tokens is not None:
+            known += f" or {self.tokens[-1]} tokens"
+        raise ValueError(
+            f"input of {list(shape)} rows, expected {known} along the first dimension; "
+            "a layer that sees one task only is called within `task`"
+        )
+
+
+class Single(NamedTuple):
+    """One task has every row."""
+
+    task: int
+    num_tasks: int
+
+    def offsets(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return where each task begins in the flattened rows of a layer's input."""
+        return (0,) * (self.task + 1) + (math.prod(shape),) * (self.num_tasks - self.task)
+
+
+class TaskLayers(TorchFunctionMode):
+    """Runs the calls of a ``with`` block so that their backward pass fills task rows.
+
+    Args:
+        places: of the followed parameters, by ``id``.
+
+    Attributes:
+        tasks: how the tasks lie in what the layers see at the moment.
+    """
+
+    def __init__(self, places: Mapping[int, Place]) -> None:
+        super().__init__()
+        self._places = places
+        self.tasks: Joined | Single | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        place = next(self._places_among([*args, *kwargs.values()]), None)
+        if place is None or not torch.is_grad_enabled() or not _uses_values(func):
+            return func(*args, **kwargs)
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                f"{place.name}: used inside torch.func.vmap, grad or the like; make "
+                "`parameter.view_as(parameter)` before it, within `task`, and use that"
+            )
+        layer = _LAYERS.get(func)
+        if layer is not None:
+            return layer(self, *args, **kwargs)
+        return self._other(place, func, *args, **kwargs)
+
+    def _other(self, place: Place, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a call that no layer of this package stands for."""
+        if isinstance(self.tasks, Single):
+            return self._with_stand_ins(func, *args, **kwargs)
+        result = func(*args, **kwargs)
+        if _is_differentiable(result):
+            raise _refusal(place, func)
+        return result
+
+    def _with_stand_ins(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a call that sees one task; what autograd finds for a parameter goes into its row."""
+        stand_in = partial(self._stand_in, writable=func in _WRITE_WEIGHTS)
+        return func(*map(stand_in, args), **{name: stand_in(kwargs[name]) for name in kwargs})
+
+    def _stand_in(self, value: Any, writable: bool) -> Any:
+        """Put stand-ins into an argument, or into the lists and tuples that it is made of."""
+        if not any(self._places_among([value])):
+            return value
+        if isinstance(value, Tensor):
+            assert isinstance(self.tasks, Single)
+            place = self._places[id(value)]
+            return _StandIn.apply(value, place, self.tasks.task, writable)  # type: ignore[no-untyped-call]
+        replaced = (self._stand_in(item, writable) for item in value)
+        return list(replaced) if isinstance(value, list) else tuple(replaced)
+
+    def _places_among(self, values: Iterable[Any]) -> Iterator[Place]:
+        """Yield the places of the parameters among a call's arguments."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) in self._places:
+                    yield self._places[id(value)]
+            elif isinstance(value, list | tuple):
+                yield from self._places_among(value)
+
+    def _segments(self, place: Place, shape: Sequence[int]) -> TaskSegments:
+        assert self.tasks is not None
+        try:
+            return TaskSegments(self.tasks.offsets(shape), accumulate=True)
+        except ValueError as error:
+            raise ValueError(f"{place.name}: {error}") from None
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        of_weight, of_bias = self._places.get(id(weight)), self._places.get(id(bias))
+        places = [place for place in (of_weight, of_bias) if place is not None]
+        is_usual = input.dim() > 0 and weight.dim() == 2
+        if not is_usual or (bias is not None and bias.shape != weight.shape[:1]):
+            return self._other(places[0], F.linear, input, weight, bias)
+        segments = self._segments(places[0], input.shape[:-1])
+        stream = _flat(input)
+        if of_weight is None:
+            assert bias is not None
+            assert of_bias is not None
+            out = F.linear(stream, weight)
+            out = out + _spread(bias, of_bias, len(stream), segments).to(out.dtype)
+        else:
+            dtype = autocast_dtype(stream)
+            if dtype is not None:
+                stream, weight = stream.to(dtype), weight.to(dtype)
+                bias = None if bias is None else bias.to(dtype)
+            rows = _task_rows(of_weight, of_bias)
+            own_bias = None if of_bias is None else bias
+            out = linear(stream, weight, own_bias, rows=rows, segments=segments)
+            if bias is not None and of_bias is None:
+                out = out + bias
+        return _note(out, places, segments).view(*input.shape[:-1], out.shape[-1])
+
+    def _layer_norm(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        of_weight, of_bias = self._places.get(id(weight)), self._places.get(id(bias))
+        places = [place for place in (of_weight, of_bias) if place is not None]
+        shape = tuple(normalized_shape)
+        parameters = [parameter for parameter in (weight, bias) if parameter is not None]
+        is_usual = shape == input.shape[-1:] and shape != (0,)
+        if not is_usual or any(parameter.shape != shape for parameter in parameters):
+            return self._other(places[0], F.layer_norm, input, list(shape), weight, bias, eps)
+        segments = self._segments(places[0], input.shape[:-1])
+        if input.is_cuda and autocast_dtype(input) is not None:
+            input = input.float()  # autocast's rule there
+        if weight is None:
+            weight = torch.ones_like(parameters[0], requires_grad=False)
+        rows = _task_rows(of_weight, of_bias)
+        out = layer_norm(_flat(input), weight, bias, eps, rows=rows, segments=segments)
+        return _note(out, places, segments).view(input.shape)
+
+    def _fused_layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_tasks: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Run this package's operator, which also returns statistics that nobody reads here."""
+        return self._layer_norm(x, x.shape[-1:], weight, bias, eps), None, None
+
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Tensor:
+        place = self._places[id(weight)]
+        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        if max_norm is not None and isinstance(self.tasks, Joined):
+            raise _refusal(place, F.embedding)  # before the weights are scaled
+        is_usual = weight.dim() == 2 and input.dtype in (torch.int32, torch.int64)
+        if not is_usual or max_norm is not None or scale_grad_by_freq:
+            return self._other(place, F.embedding, input, weight, *options)
+        if padding_idx is not None and not -len(weight) <= padding_idx < len(weight):
+            return F.embedding(input, weight, *options)  # torch's error
+        index = self._index_of_each(place, input)
+        segments = self._segments(place, index.shape)
+        stream = index.reshape(-1).long()
+        out = embedding(stream, weight, rows=_task_rows(place, None), segments=segments)
+        if padding_idx is not None and out.requires_grad:
+            padding = (stream == padding_idx % len(weight))[:, None]
+            out.register_hook(lambda gradient: gradient.masked_fill(padding, 0))
+        return _note(out, [place], segments).view(*index.shape, out.shape[-1])
+
+    def _index_of_each(self, place: Place, index: Tensor) -> Tensor:
+        """Give each example its own index where all share one, as positions ``[1, S]`` do.
+
+        The output then has the batch along its first dimension already, before anything is added.
+        """
+        if not isinstance(self.tasks, Joined):
+            return index
+        if index.dim() == 1 and self.tasks.tokens is None:
+            raise ValueError(
+                f"{place.name}: an index of one dimension may be examples, or positions that all "
+                "examples share; give it two: [examples, 1] or [1, positions]"
+            )
+        if index.dim() > 1 and len(index) == 1:
+            return index.expand(self.tasks.examples[-1], *index.shape[1:])
+        return index
+
+
+_LAYERS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: TaskLayers._linear,
+    F.layer_norm: TaskLayers._layer_norm,
+    F.embedding: TaskLayers._embedding,
+    torch.ops.superbert.layer_norm: TaskLayers._fused_layer_norm,
+}
+
+
+def _flat(input: Tensor) -> Tensor:
+    """``[..., N]`` as ``[T, N]``, N = 0 included."""
+    return input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+
+
+def _task_rows(weight: Place | None, bias: Place | None) -> TaskRows:
+    """Join the places of a layer's parameters; None stands for a frozen one, or none."""
+    first = weight or bias
+    assert first is not None
+    columns = (None if place is None else place.slot.columns for place in (weight, bias))
+    return TaskRows(first.buffer, *columns)
+
+
+def _spread(bias: Tensor, place: Place, count: int, segments: TaskSegments) -> Tensor:
+    """Give every row a bias whose weight is frozen: a table with one row, looked up by each."""
+    index = torch.zeros(count, dtype=torch.int64, device=bias.device)
+    rows = TaskRows(place.buffer, Columns(place.slot.offset, (1, *bias.shape)))
+    return embedding(index, bias[None], rows=rows, segments=segments)
+
+
+class _StandIn(torch.autograd.Function):
+    """Shares a parameter's memory; its gradient goes into a task's row and no further."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, place: Place, task: int, writable: bool) -> Tensor:
+        ctx.save_for_backward(torch.empty(0))  # as _Note does
+        ctx.place, ctx.task = place, task
+        # As on a parameter, writing in place is an error on a view that a function returns.
+        return parameter.detach() if writable else parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
+        assert ctx.saved_tensors
+        ctx.place.rows[ctx.task].add_(gradient.detach())
+        ctx.place.tasks.add(ctx.task)
+        return None, None, None, None
+
+
+class _Note(torch.autograd.Function):
+    """Passes a layer's output through; when its gradient comes, a loss has reached the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, places: Sequence[Place], tasks: set[int]) -> Tensor:
+        # Activation checkpointing compares what was saved with what is saved when layers run again.
+        # One tensor more than the plain layer saves: where that one is run instead, it raises.
+        ctx.save_for_backward(torch.empty(0))
+        ctx.places, ctx.tasks = places, tasks
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        assert ctx.saved_tensors
+        for place in ctx.places:
+            place.tasks.update(ctx.tasks)
+        return gradient, None, None
+
+
+def _note(out: Tensor, places: Sequence[Place], segments: TaskSegments) -> Tensor:
+    """Note, once a loss reaches ``out``, that its tasks have reached the parameters."""
+    tasks = {task for task, (begin, end) in enumerate(pairwise(segments.offsets)) if begin < end}
+    return _Note.apply(out, places, tasks)  # type: ignore[no-untyped-call]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a linear layer's input, where it is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+_WRITE_WEIGHTS = (F.embedding, F.embedding_bag)  # with max_norm, where autograd does not look
+# Views among the attributes, and methods that concern the tensor as an object: gradient, layout, …
+_VIEWS = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
+_OBJECT_METHODS = frozenset(
+    {
+        Tensor.__deepcopy__,
+        Tensor.__reduce_ex__,
+        Tensor.backward,
+        Tensor.register_hook,
+        Tensor.register_post_accumulate_grad_hook,
+        Tensor.is_contiguous,
+        Tensor.numel,
+        Tensor.requires_grad_,
+        Tensor.retain_grad,
+        Tensor.storage_offset,
+        Tensor.stride,
+        Tensor.untyped_storage,
+        torch.autograd.backward,
+        torch.autograd.grad,
+    }
+)
+
+
+def _uses_values(func: Callable[..., Any]) -> bool:
+    """Whether a call may compute with the values of tensors."""
+    if getattr(func, "__name__", None) in ("__get__", "__set__", "__delete__"):
+        return func in _VIEWS
+    return func not in _OBJECT_METHODS
+
+
+def _refusal(place: Place, func: Callable[..., Any]) -> NotImplementedError:
+    return NotImplementedError(
+        f"{place.name}: used by {resolve_name(func) or func} on a batch of all tasks, where task "
+        "gradients are known for linear (weight [O, I], bias [O]), layer norm (over the last "
+        "dimension) and embedding layers (without max_norm and scale_grad_by_freq) only; within "
+        "`task(k)` any layer is taken"
+    )
+
+
+def _is_differentiable(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        return result.grad_fn is not None
+    return isinstance(result, list | tuple) and any(map(_is_differentiable, result))

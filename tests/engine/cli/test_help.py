@@ -1,0 +1,162 @@
+"""What a user can look up: help, fields, completion, and what a run would need."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engine
+from engine import evaluate, export, fill, predict, report, sweep, train
+from engine.cli.common import Parser
+from engine.cli.completion import bash_script
+from engine.cli.help import recipe_fields
+from engine.config import recipe as recipes
+from engine.config.messages import ANY_NAME
+from engine.train import main
+
+from ..conftest import TINY
+
+DOORS = (train, evaluate, predict, export, report, sweep, fill)
+
+
+def parser_of(door, monkeypatch) -> Parser:
+    """The parser of a command, which is not run."""
+    shown: list[Parser] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_args", lambda self, _: shown.append(self) or sys.exit())
+        with pytest.raises(SystemExit):
+            door.main([])
+    (parser,) = shown
+    return parser
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_every_option_stands_in_a_group_and_says_what_happens_without_it(door, monkeypatch):
+    parser = parser_of(door, monkeypatch)
+    assert parser.prog == f"python -m {door.__name__}"
+    for group in parser._action_groups:
+        own = [a for a in group._group_actions if a.dest not in ("help", "version")]
+        assert not own or group.title not in ("options", "positional arguments")
+        for action in own:
+            help_ = " ".join(action.help.split())
+            if action.required and action.option_strings:
+                assert help_.endswith("; needed"), action
+            elif action.nargs != 0 and action.option_strings and action.dest != "completion":
+                assert "(default: " in help_, action
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_no_option_takes_an_empty_value(door, monkeypatch, capsys):
+    """As an unset variable of the shell gives it: --init "$MODEL"."""
+    parser = parser_of(door, monkeypatch)
+    actions = [a for a in parser._actions if a.nargs != 0]
+    places = [action for action in actions if not action.option_strings]
+    for action in actions:
+        (*_, name) = action.option_strings or [action.metavar]
+        before = action.option_strings[-1:] or ["x"] * places.index(action)
+        given = [[*before, text] for text in ("", " ", "\u2003")]
+        for arguments in [*given, *([f"{option}="] for option in action.option_strings)]:
+            with pytest.raises(SystemExit) as stop:
+                parser.parse_args(arguments)
+            (line,) = capsys.readouterr().err.splitlines()
+            assert stop.value.code == 2
+            assert line.startswith(f"error: argument {name}: "), line
+            assert "invalid" in line or "no value" in line or "expected a whole" in line
+
+
+def test_every_door_tells_its_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        export.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"superbert-engine {engine.__version__}\n"
+
+
+def test_every_field_has_a_meaning_and_its_default_can_be_set():
+    for field in recipe_fields():
+        assert field.text, field.key
+        if field.default and ANY_NAME not in field.key and field.key != "phases":
+            recipes.load("cgs", [f"{field.key}={field.default}"])
+
+
+def test_the_names_of_fields_stand_whole_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--fields"]) == 0
+    shown = capsys.readouterr().out
+    assert {field.key for field in recipe_fields()} <= set(shown.split())
+
+
+@pytest.mark.parametrize("field", [f for f in recipe_fields() if f.choices], ids=lambda f: f.key)
+def test_choices_are_the_values_that_a_field_takes(field):
+    assert field.default == "" or field.default.strip('"') in field.choices
+    if ANY_NAME not in field.key:
+        for choice in field.choices:
+            recipes.load("cgs", [f"{field.key}={choice}"])
+
+
+def complete(*words: str) -> list[str]:
+    """Return what bash offers for the last word; ``=`` is a word of its own, as bash takes it."""
+    quoted = " ".join(f"'{word}'" for word in words)
+    code = (
+        "compopt() { :; }\n"  # exists only while bash completes
+        f"{bash_script()}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}\n"
+        "_superbert_train\nprintf '%s\\n' \"${COMPREPLY[@]}\"\n"
+    )
+    process = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert process.stderr == ""
+    return process.stdout.split()
+
+
+TRAIN = ("python", "-m", "engine.train")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((*TRAIN, "cg"), ["cgs"]),
+        ((*TRAIN, "cgs", "--max"), ["--max-steps"]),
+        ((*TRAIN, "cgs", "--set", "weight_"), ["weight_decay="]),
+        ((*TRAIN, "cgs", "--set", "lr", "=", "1", "encoder.vocab"), ["encoder.vocab_size="]),
+        ((*TRAIN, "cgs", "--set", "tasks.sts.fea"), ["tasks.sts.features="]),
+        ((*TRAIN, "cgs", "--set", "tasks.cfimdb.fea"), []),
+        ((*TRAIN, "superbert", "--set", "phases.pretrain.lr"), ["phases.pretrain.lr="]),
+        ((*TRAIN, "superbert", "--set", "objectives.masked_lm.ki"), ["objectives.masked_lm.kind="]),
+        ((*TRAIN, "superbert", "--set", "tasks.sst.loss", "=", "m"), ["mse"]),
+        ((*TRAIN, "cgs", "--set", "surgery", "="), ["model", "layer", "tensor"]),
+        ((*TRAIN, "cgs", "--set", "balance", "=", "pc"), ["pcgrad"]),
+        (("python", "-m", "http.server", "--b"), []),
+    ],
+)
+def test_bash_completes(words, expected):
+    assert complete(*words) == expected
+
+
+def test_bash_completes_the_tasks_of_ones_own_recipe(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        '[tasks.moods]\nfeatures = "single"\n[tasks.moods.source]\n[tasks]\nduels.weight = 2\n'
+    )
+    words = (*TRAIN, str(recipe), "--set", "tasks.")
+    names = {word.split(".")[1] for word in complete(*words)}
+    assert names == {"moods", "duels"}
+    assert complete(*words[:-1], "tasks.moods.source.kin") == ["tasks.moods.source.kind="]
+    assert complete(*words[:-1], "tasks.moods.source.kind", "=", "pair_r") == ["pair_regression"]
+
+
+def test_the_script_can_be_had_from_the_door(capsys):
+    assert main(["--completion", "bash"]) == 0
+    assert capsys.readouterr().out == bash_script() + "\n"
+
+
+def test_a_dry_run_shows_what_it_needs_and_writes_nothing(capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--out", "run", "--dry-run", "--set", *TINY]) == 0
+    assert not list(tmp_path.iterdir())
+    text = capsys.readouterr().out
+    assert "hidden_size = 32" in text
+    assert re.search(r"steps +│ 6, 2 an epoch", text)
+    numel, rows = re.search(r"task gradients \[(\d), (\d+)\] +│ ([\d.]+) MiB", text).group(2, 3)
+    assert float(rows) == pytest.approx(3 * int(numel) * 4 / 2**20, abs=0.05)
+    assert float(re.search(r"seconds a step +│ ([\d.e-]+)", text)[1]) > 0
+    assert re.search(r"time, without evaluations and warming up +│ \d+:\d\d:\d\d", text)

@@ -1,0 +1,252 @@
+"""What is suggested for a name that is not known: what is close, and else where to look."""
+
+import pytest
+
+from engine.config import recipe as recipes
+from engine.config.messages import FIELDS, close, names_of, nearest
+from engine.config.other_names import OPTIONS, OTHER_NAMES
+from engine.config.recipe import Recipe
+from engine.config.tables import EncoderRecipe, TaskRecipe
+from engine.gradients.balancing import METHODS, BalanceSettings
+from engine.utils.errors import InputError
+
+TYPOS = {
+    **{"batchsize": "batch_size", "batch-size": "batch_size", "batch_sise": "batch_size"},
+    **{"Batch_Size": "batch_size", "train_batch_size": "batch_size", "bs": "batch_size"},
+    **{"epoch": "epochs", "num_epochs": "epochs", "epohcs": "epochs", "max_step": "max_steps"},
+    **{"drop_out": "dropout", "dropuot": "dropout", "dropout_rate": "dropout"},
+    **{"learning_rate": "lr", "lrate": "lr", "lrr": "lr", "LR": "lr", "wd": "weight_decay"},
+    **{"weightdecay": "weight_decay", "decay": "weight_decay", "warmup_steps": "warmup"},
+    **{"warmup_ratio": "warmup", "optim": "optimizer", "optimiser": "optimizer"},
+    **{"freeze": "freeze_encoder", "precison": "precision", "clipnorm": "clip_norm"},
+    **{"surgey": "surgery", "micro_batch": "micro_batches", "random_seed": "seed"},
+    **{"task": "tasks", "phase": "phases", "objective": "objectives", "sink": "sinks"},
+}
+UNRELATED = [
+    *("patience", "head_lr", "ema", "momentum", "early_stopping", "label_smoothing", "alpha"),
+    *("gpu", "model", "workers", "nesterov", "temperature", "margin", "lora_r", "x", "k"),
+    *("verbose", "max", "test", "name", "", "_", "__", "ä", "0"),
+]
+
+
+@pytest.mark.parametrize(("typo", "meant"), TYPOS.items())
+def test_a_typical_slip_is_understood(typo, meant):
+    assert close(typo, Recipe.model_fields) == [meant]
+
+
+@pytest.mark.parametrize("word", UNRELATED)
+def test_nothing_is_suggested_for_other_words(word):
+    assert close(word, Recipe.model_fields) == []
+    assert nearest(word, Recipe.model_fields, FIELDS) == f"; {FIELDS} shows all"
+
+
+OF_OTHERS = {
+    # transformers' TrainingArguments
+    "output_dir": "--out",
+    "overwrite_output_dir": "",
+    "do_train": "",
+    "eval_strategy": "",
+    "eval_steps": "",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "",
+    "per_gpu_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "micro_batches",
+    "gradient_checkpointing": "checkpoint_layers",
+    "learning_rate": "lr",
+    "adam_beta1": "betas",
+    "adam_epsilon": "eps",
+    "max_grad_norm": "clip_norm",
+    "num_train_epochs": "epochs",
+    "lr_scheduler_type": "schedule",
+    "lr_scheduler_kwargs": "",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "logging_steps": "log_every",
+    "logging_dir": "",
+    "save_steps": "checkpoint_every",
+    "save_strategy": "",
+    "save_total_limit": "keep_checkpoints",
+    "use_cpu": "--device",
+    "data_seed": "",
+    "bf16": "precision",
+    "fp16": "precision",
+    "dataloader_num_workers": "",
+    "run_name": "",
+    "load_best_model_at_end": "",
+    "label_smoothing_factor": "",
+    "optim": "optimizer",
+    "report_to": "sinks",
+    "torch_compile": "execution",
+    "resume_from_checkpoint": "--resume",
+    "max_train_samples": "limit",
+    "model_name_or_path": "init",
+    "mlm_probability": "objectives.NAME.mask_share",
+    # sentence-transformers
+    "train_batch_size": "batch_size",
+    "eval_batch_size": "",
+    "steps_per_epoch": "",
+    "scheduler": "schedule",
+    "evaluator": "",
+    "evaluation_steps": "",
+    "optimizer_class": "",
+    "use_amp": "",
+    "max_seq_length": "max_length",
+    "pooling_mode": "pooling",
+    "num_labels": "tasks.NAME.source.classes",
+    "similarity_fct": "",
+    # MT-DNN, and the projects of CS224N
+    "init_checkpoint": "init",
+    "data_dir": "data",
+    "grad_clipping": "clip_norm",
+    "global_grad_clipping": "clip_norm",
+    "grad_accumulation_step": "micro_batches",
+    "log_per_updates": "log_every",
+    "max_seq_len": "max_length",
+    "batch_size_eval": "",
+    "dropout_p": "dropout",
+    "lr_gamma": "",
+    "cuda": "",
+    "option": "",
+    "hidden_dropout": "encoder.hidden_dropout_prob",
+    # BERT's configuration and its relatives'
+    "hidden_size": "encoder.hidden_size",
+    "num_hidden_layers": "encoder.num_hidden_layers",
+    "num_attention_heads": "encoder.num_attention_heads",
+    "intermediate_size": "encoder.intermediate_size",
+    "attention_dropout": "encoder.attention_probs_dropout_prob",
+    "classifier_dropout": "dropout",
+    "hidden_act": "",
+    "type_vocab_size": "",
+    "layer_norm_eps": "",
+    "pad_token_id": "",
+    "position_embedding_type": "",
+    "n_layer": "encoder.num_hidden_layers",
+    "n_head": "encoder.num_attention_heads",
+    "n_embd": "encoder.hidden_size",
+    "d_model": "encoder.hidden_size",
+    # Lightning, torch and words of every day
+    "heads": "encoder.num_attention_heads",
+    "layers": "encoder.num_hidden_layers",
+    "num_layers": "encoder.num_hidden_layers",
+    "max_epochs": "epochs",
+    "gradient_clip_val": "clip_norm",
+    "accumulate_grad_batches": "micro_batches",
+    "log_every_n_steps": "",
+    "devices": "",
+    "seeds": "--seeds",
+    "train_steps": "max_steps",
+    "weight": "objectives.NAME.weight or tasks.NAME.weight",
+    "alpha": "balancing.fairgrad_alpha or balancing.gradnorm_alpha",
+    "head_size": "",
+    "lora_dropout": "",
+    "layerwise_lr_decay": "",
+    "encoder_lr": "",
+    "early_stopping_patience": "",
+    # within a table
+    "balancing.lr": "gradnorm_lr",
+    "balancing.alpha": "fairgrad_alpha or gradnorm_alpha",
+    "balancing.max_norm": "nash_mtl_max_norm",
+    "encoder.heads": "num_attention_heads",
+    "encoder.layers": "num_hidden_layers",
+    "encoder.d_model": "hidden_size",
+    "encoder.batch_size": "batch_size",
+    "tasks.sst.limit": "first",
+    "tasks.sst.source.limit": "tasks.NAME.first",
+    "tasks.sst.lr": "lr",
+    "tasks.sst.loss_weight": "weight",
+    "objectives.text.first": "limit",
+    "objectives.text.mlm_probability": "mask_share",
+    "phases.one.learning_rate": "lr",
+    "phases.one.num_epochs": "epochs",
+    "phases.one.heads": "",
+}
+
+
+@pytest.mark.parametrize(("name", "offered"), OF_OTHERS.items())
+def test_names_of_other_trainers(name, offered):
+    """What is offered is what a person would accept who uses the name there; or nothing is."""
+    with pytest.raises(InputError) as error:
+        recipes.load("cgs", ["objectives.text.kind=simcse", f"{name}=1"])
+    found = str(error.value).partition("did you mean ")[2].partition("?")[0]
+    assert found == offered, str(error.value)
+
+
+def test_every_other_name_is_needed_and_stands_for_something(monkeypatch):
+    """The table of other names has what the words alone do not find."""
+    known = [*names_of(Recipe), *OPTIONS]
+    for name, meant in OTHER_NAMES.items():
+        assert close(name, known) == [meant]
+    monkeypatch.setattr("engine.config.messages.OTHER_NAMES", {})
+    assert [name for name, meant in OTHER_NAMES.items() if close(name, known) == [meant]] == []
+
+
+def test_several_that_are_as_close_are_all_named():
+    assert close("checkpoint", Recipe.model_fields) == ["checkpoint_every", "checkpoint_layers"]
+    assert nearest("krum", ["krum_a", "krum_b"]) == "; did you mean krum_a or krum_b?"
+
+
+def test_every_name_is_close_to_itself():
+    for known in (Recipe, TaskRecipe, EncoderRecipe, BalanceSettings):
+        for name in known.model_fields:
+            assert close(name, known.model_fields) == [name]
+    for name in (*METHODS, *recipes.names()):
+        assert close(name, METHODS if name in METHODS else recipes.names()) == [name]
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("pcgard", "pcgrad"), ("gradvec", "gradvac"), ("nash", "nash_mtl"), ("imtl", "imtl_g")],
+)
+def test_methods(word, meant):
+    assert close(word, METHODS) == [meant]
+
+
+@pytest.mark.parametrize("word", ["graddrop", "uniform", "random", "rlw", "dwa", "adam"])
+def test_words_that_are_like_no_method(word):
+    assert close(word, METHODS) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("patience=3", f"unknown key patience; {FIELDS} shows all"),
+        ("head_lr=3", f"unknown key head_lr; {FIELDS} shows all"),
+        ("batchsize=3", f"unknown key batchsize; did you mean batch_size?; {FIELDS} shows all"),
+        ("tasks.sst.feature=single", "unknown key tasks.sst.feature; did you mean features?"),
+        ("tasks.sst.pool=cls", "known: features, loss, weight, first, source"),
+        ("tasks.sst.source.kid=1", "tasks.sst.source"),
+        ("encoder.layers=2", "did you mean num_hidden_layers?"),
+        (
+            "encoder.dropout=0",
+            "did you mean attention_probs_dropout_prob or hidden_dropout_prob?",
+        ),
+        ("tasks.sst.source.seperator=1", f"unknown key tasks.sst.source.seperator; {FIELDS} shows"),
+        ("tasks.sst.source.label=y", "tasks.sst.source.kind: missing; give it a value"),
+        ("train=sst", "train = 'sst': expected a list, such as [\"sst\"]"),
+        ("train=3", "train = 3: expected a list"),
+        ("sinks=wandb", 'expected a list, such as ["wandb"]'),
+        ("hidden_size=64", "unknown key hidden_size; did you mean encoder.hidden_size?"),
+        ("cagrad_c=0.1", "did you mean balancing.cagrad_c?"),
+        ("features=cosine", "did you mean tasks.NAME.features?"),
+        ("balancing.cagrad_d=0.1", "did you mean cagrad_c?"),
+        ("balance=foo", f"no such method; {FIELDS} shows all"),
+        ("phases.one.ema=1", f"no setting of a phase: ema; {FIELDS} shows all"),
+        ("train=['stsb']", "did you mean sts?"),
+        ("train=['mood']", "known: sst, quora, sts"),
+    ],
+)
+def test_the_line_names_what_is_close_or_the_page(override, expected):
+    with pytest.raises(InputError) as error:
+        recipes.load("cgs", [override])
+    assert expected in str(error.value)
+    assert len(str(error.value)) < 200
+
+
+def test_recipes():
+    for name, expected in {
+        "cgz": "did you mean cgs?",
+        "foo": "not found; --list shows all",
+    }.items():
+        with pytest.raises(InputError) as error:
+            recipes.load(name)
+        assert expected in str(error.value)

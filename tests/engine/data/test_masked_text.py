@@ -1,0 +1,120 @@
+"""What is masked, and which segments stand together."""
+
+import numpy as np
+import pytest
+
+from engine.data.collate import pack
+from engine.data.masked_text import MaskedText, following_segments, single_segments
+from engine.data.raw_text import evenly, joined, lines_of, split_sentences
+from engine.data.tokenizer import Tokenizer
+from engine.utils.errors import InputError
+
+WORDS = [f"word{number}" for number in range(50)]
+TEXTS = [" ".join(WORDS[start : start + 20]) for start in range(25)]
+DOCUMENTS = [
+    f"{WORDS[n]} one. {WORDS[n]} two! {WORDS[n]} three? {WORDS[n]} four." for n in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([*TEXTS, *DOCUMENTS], 400)
+
+
+def masked(examples, tokenizer: Tokenizer) -> MaskedText:
+    return MaskedText("mlm", examples, tokenizer, 0.15, seed=3)
+
+
+def test_a_share_of_the_tokens_is_told_and_most_of_it_masked(tokenizer):
+    text = masked(single_segments(TEXTS, tokenizer, 128, 1, 128), tokenizer)
+    instead, told, candidates = [], [], 0
+    for step in range(40):
+        part = text.part(np.arange(len(text)), step)
+        whole = np.concatenate([text._frame(e.first, None)[0] for e in text.examples])
+        candidates += len(whole) - 2 * len(text)
+        positions = part.labels.positions.numpy()
+        assert len(set(positions)) == len(positions)
+        np.testing.assert_array_equal(part.labels.targets.numpy(), whole[positions])
+        untouched = np.delete(part.tokens, positions)
+        np.testing.assert_array_equal(untouched, np.delete(whole, positions))
+        instead.append(part.tokens[positions])
+        told.append(whole[positions])
+    instead, told = np.concatenate(instead), np.concatenate(told)
+    assert not np.isin(told, [tokenizer.cls_id, tokenizer.sep_id]).any()
+    # 3 of each 20 tokens exactly; the shares of about 3,000 draws within 4 standard deviations
+    assert len(told) / candidates == pytest.approx(0.15, abs=0.01)
+    deviation = 4 * (0.8 * 0.2 / len(told)) ** 0.5
+    assert (instead == tokenizer.mask_id).mean() == pytest.approx(0.8, abs=deviation)
+    assert (instead == told).mean() == pytest.approx(0.1, abs=deviation)
+
+
+def test_masks_follow_from_step_and_example_alone(tokenizer):
+    text = masked(single_segments(TEXTS, tokenizer, 128, 1, 128), tokenizer)
+    both, second = text.part(np.array([4, 9]), 7), text.part(np.array([9]), 7)
+    first = both.sizes[0]
+    np.testing.assert_array_equal(both.tokens[first:], second.tokens)
+    assert not np.array_equal(text.part(np.array([9]), 8).tokens, second.tokens)
+
+
+def test_the_second_segment_follows_in_half_of_the_examples(tokenizer):
+    pairs = following_segments(DOCUMENTS, tokenizer, 40)
+    text = masked(pairs, tokenizer)
+    follows = []
+    for step in range(60):
+        for index in range(len(text)):
+            second, is_next = text._second(index, step)
+            follows.append(is_next)
+            own = text.examples[index]
+            if is_next:
+                assert second is own.second
+            else:
+                assert all(second is not other.second for other in pairs if other.text == own.text)
+    deviation = 4 * 0.5 / len(follows) ** 0.5
+    assert np.mean(follows) == pytest.approx(0.5, abs=deviation)
+    part = text.part(np.arange(len(text)), 0)
+    assert part.sizes.max() <= 40
+    batch = pack([text], [np.arange(len(text))], 0)
+    starts = batch.cu_seqlens[:-1].long()
+    assert not batch.token_type_ids[starts].any()
+    assert (batch.token_type_ids[batch.cu_seqlens[1:].long() - 1] == 1).all()
+    assert part.labels.is_next.shape == (len(text),)
+
+
+def test_neighbouring_segments_come_from_one_text_in_its_order(tokenizer):
+    pairs = following_segments(DOCUMENTS, tokenizer, 64)
+    assert len(pairs) == len(DOCUMENTS)
+    for pair, text in zip(pairs, DOCUMENTS, strict=True):
+        read = tokenizer.decode([*pair.first, *pair.second]).replace(" ", "")
+        assert read == text.replace(" ", "")
+
+
+def test_texts_of_one_sentence_have_no_next(tokenizer):
+    with pytest.raises(InputError, match="fewer than two texts"):
+        following_segments(["one sentence.", "two. sentences."], tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("short", "expected"), [(8, [7, 8, 4, 2]), (3, [3, 4, 8, 4, 2])], ids=["all", "short ones"]
+)
+def test_short_pieces_are_joined_and_long_ones_cut(short, expected):
+    pieces = [np.full(size, size) for size in (3, 4, 9, 2, 2, 2)]
+    assert [len(piece) for piece in joined(pieces, 2, 8, short)] == expected
+
+
+def test_texts_are_taken_from_everywhere():
+    texts = [str(number) for number in range(10)]
+    assert evenly(texts, 4) == ["0", "3", "6", "9"]
+    assert evenly(texts, 0) == evenly(texts, 10) == evenly(texts, 99) == texts
+
+
+def test_sentences_end_at_marks_that_a_space_follows():
+    assert split_sentences("Mr 3.5 said so. Did he? Yes!") == ["Mr 3.5 said so.", "Did he?", "Yes!"]
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"\n \n", "no text"), (b"\xff", "not UTF-8")])
+def test_a_file_without_text(tmp_path, content, reason):
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(InputError, match=reason):
+        lines_of(tmp_path / "text")
+    with pytest.raises(InputError, match="cannot read"):
+        lines_of(tmp_path / "none")

@@ -1,0 +1,512 @@
+"""Settings without effect: the table covers every field, and says what training does.
+
+Two steps of a tiny run are trained under each pair of settings.  Where the table says that a field
+has an effect the weights or the losses change with it, where it says that it has none they are the
+same to the bit.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from engine import evaluate
+from engine.config import recipe as recipes
+from engine.config.messages import keys_of
+from engine.config.recipe import Recipe
+from engine.distributed.ranks import Ranks
+from engine.gradients.balancing import METHODS, BalanceSettings
+from engine.lint.idle_settings import EFFECTS, effect_of, lines_on_idle_settings
+from engine.lint.method_trials import settings_read, sums_what_is_separate
+from engine.lint.phase_facts import PhaseFacts
+from engine.runs.data_paths import data_folder
+from engine.runs.run import Run, begin
+from engine.train import main
+from engine.training.trainer import Trainer
+from engine.utils.errors import InputError
+
+from ..conftest import TINY
+
+CPU = torch.device("cpu")
+ROWS = 39
+"""Examples of each training set."""
+SMALL = [*TINY, "limit=16", "batch_size=8", "max_steps=2", "clip_norm=0", "schedule=constant"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_examples(tmp_path_factory) -> None:
+    """The demo corpus, cut to so few rows that nothing takes time, as the working folder's data."""
+    folder = tmp_path_factory.mktemp("data")
+    for path in data_folder(recipes.load("demo")).iterdir():
+        lines = path.read_text().splitlines(keepends=True)
+        (folder / path.name).write_text("".join(lines[: 1 + ROWS]))
+    SMALL.append(f"data={folder}")
+
+
+# The table itself
+
+
+def test_every_field_is_in_the_table():
+    for key in keys_of(Recipe):
+        effect_of(key)
+    own = {key for key in EFFECTS if not key.endswith(".*")} - {"objectives.NAME"}
+    assert own <= set(keys_of(Recipe))
+
+
+def test_a_field_that_is_in_no_table_is_an_error():
+    with pytest.raises(KeyError):
+        effect_of("patience")
+
+
+@pytest.mark.parametrize("field", BalanceSettings.model_fields)
+def test_the_methods_that_read_a_setting_are_those_that_it_names(field):
+    tasks = ("sst", "quora", "sts")
+    readers = {name for name in METHODS if field in settings_read(name, tasks, BalanceSettings())}
+    assert readers
+    text = BalanceSettings.model_fields[field].description
+    named = {name.strip() for name in text.partition(":")[0].split(",")}
+    assert readers == named
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_no_built_in_recipe_has_an_idle_setting(name):
+    demo = tiny_encoder()
+    assert lines_on_idle_settings(demo._replace(recipe=recipes.load(name)), CPU) == []
+
+
+@cache
+def tiny_encoder() -> Run:
+    return begin(recipes.load("demo", SMALL), Path("not-written"))
+
+
+# What it says against what training does
+
+
+class Trial(NamedTuple):
+    """What a tiny run says, and what comes of it: its losses, cosines and weights."""
+
+    lines: list[str]
+    outcome: list[torch.Tensor]
+
+
+def attempt(*settings: str) -> Trial:
+    run = begin(recipes.load("demo", [*SMALL, *settings]), Path("not-written"))
+    training = Trainer.build(run, CPU)
+    with training.loader(0) as loader:
+        steps = enumerate(zip(*[iter(loader)] * training.recipe.micro_batches, strict=False))
+        reports = [training.step(batch, step, training.schedule(step)) for step, batch in steps]
+    grams = [r.layer_grams for r in reports if r.layer_grams is not None and len(r.tasks) > 1]
+    numbers = torch.tensor([len(reports), training.total_steps])
+    losses = [report.losses for report in reports]
+    weights = training.model.state_dict().values()
+    lines = lines_on_idle_settings(run, CPU, facts={"": PhaseFacts.of(training)})
+    return Trial(lines, [numbers, *losses, *grams, *weights])
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+before = cache(attempt)
+
+ALONE, TURNS = ("train=['sst']", "balance=sum"), ("order=cycle",)
+FROZEN = ("freeze_encoder=true",)
+BESIDE = (*FROZEN, "adapter_width=8", "lr=0.1")
+MASKED = ("objectives.text.kind=masked_lm", "objectives.text.limit=16", "train=['text','sst']")
+TWICE = ("objectives.text.kind=simcse", "objectives.text.limit=16", "train=['text','sst']")
+TEXT_ALONE = (*MASKED, "train=['text']")
+ALL_TEXT = (*TEXT_ALONE, "objectives.text.limit=0", "objectives.text.sentences_of=['sts']")
+ALL = ("limit=0", "max_steps=5")  # a pass
+STEPS = ("max_steps=0", "epochs=2")  # 4 of them
+DRAWN = ("order=annealed", "limit=0", "tasks.sst.first=2", "max_steps=21", "epochs=2")
+SHARED = (*FROZEN, "tasks.quora.features=shared", "tasks.sts.features=shared")
+
+EFFECTIVE = [
+    ((), "tasks.sts.features=distance"),
+    ((), "tasks.sts.weight=3"),
+    ((), "tasks.sts.first=9"),
+    (("tasks.sts.features=distance",), "tasks.sts.loss=cross_entropy"),
+    ((), "train=['sst','sts']"),
+    ((), "pooling=cls"),
+    (("tasks.quora.features=cross", "train=['quora']"), "pooling=cls"),
+    (("tasks.sst.features=bilstm", "train=['sst']"), "pooling=cls"),
+    ((), "dropout=0.5"),
+    (FROZEN, "dropout=0.5"),
+    ((), "adapter_width=8"),
+    ((), "freeze_encoder=true"),
+    ((), "encoder.vocab_size=128"),
+    ((), "encoder.hidden_size=16"),
+    ((), "encoder.num_hidden_layers=2"),
+    ((), "encoder.num_attention_heads=4"),
+    ((), "encoder.intermediate_size=32"),
+    ((), "encoder.max_position_embeddings=32"),
+    ((), "encoder.initializer_range=0.1"),
+    ((), "encoder.hidden_dropout_prob=0.5"),
+    ((), "encoder.attention_probs_dropout_prob=0.5"),
+    (BESIDE, "encoder.hidden_dropout_prob=0.5"),
+    (BESIDE, "encoder.attention_probs_dropout_prob=0.5"),
+    ((), "max_length=5"),
+    ((), "batch_size=4"),
+    ((), "micro_batches=2"),
+    ((), "order=cycle"),
+    (("max_steps=0", "epochs=1"), "epochs=2"),
+    ((), "max_steps=1"),
+    ((), "limit=8"),
+    ((), "balance=mgda"),
+    ((), "surgery=tensor"),
+    (("balance=mean",), "surgery=layer"),  # what belongs to one task is not averaged
+    ((), "optimizer=lamb"),
+    ((), "lr=1e-2"),
+    ((), "schedule=linear"),
+    ((), "warmup=0.5"),
+    ((), "betas=[0.5, 0.9]"),
+    ((), "eps=1e-3"),
+    (("optimizer=lamb",), "eps=1e-3"),
+    ((), "weight_decay=0.5"),
+    ((), "clip_norm=1e-4"),
+    ((), "precision=bf16"),
+    ((), "seed=1"),
+    ((), "watch_layers=1"),
+    ((), "phases.one.lr=1e-2"),
+    (MASKED, "objectives.text.kind=simcse"),
+    (MASKED, "objectives.text.sentences_of=['sts']"),
+    (MASKED, "objectives.text.limit=8"),
+    (MASKED, "objectives.text.max_texts=5"),
+    (MASKED, "objectives.text.join=3"),
+    ((*MASKED, "objectives.text.join=3"), "objectives.text.short=1"),
+    (MASKED, "objectives.text.mask_share=0.5"),
+    (MASKED, "objectives.text.weight=3"),
+    (TWICE, "objectives.text.temperature=0.5"),
+    ((*MASKED, *FROZEN), "encoder.hidden_dropout_prob=0.5"),
+    (ALL, f"tasks.sst.first={ROWS - 1}"),
+    (ALL, f"limit={ROWS - 1}"),
+    ((*ALL, "tasks.sst.first=8"), "limit=30"),  # the others have more
+    (ALL_TEXT, f"objectives.text.limit={ROWS - 1}"),
+    (ALL_TEXT, f"objectives.text.max_texts={2 * ROWS - 1}"),
+    ((*ALL_TEXT, "objectives.text.limit=9"), "objectives.text.max_texts=17"),
+    (STEPS, "max_steps=3"),
+    (STEPS, "epochs=1"),
+    ((*TURNS, "max_steps=2", "epochs=1"), "order=annealed"),
+    (DRAWN, "epochs=3"),
+    ((*STEPS, "max_steps=1"), "warmup=0.51"),
+    ((*STEPS, "max_steps=3"), "warmup=0.17"),
+    ((*STEPS, "warmup=0"), "schedule=linear"),
+    ((*STEPS, "warmup=0.5"), "schedule=linear"),
+    (("max_steps=2", "warmup=0.1"), "schedule=linear"),
+    (FROZEN, "balance=mgda"),
+    (FROZEN, "balance=mean"),
+    ((*FROZEN, "balance=mgda"), "surgery=layer"),  # it becomes the sum
+    ((*FROZEN, "train=['sst','quora']", "balance=cagrad"), "balancing.cagrad_c=0.9"),
+    (SHARED, "balance=mgda"),
+    ((*SHARED, "surgery=layer"), "balance=mgda"),
+    (BESIDE, "balance=mgda"),
+    (("balance=fixed",), "balancing.fixed={sst=3.0}"),
+    (("balance=main_aux",), "balancing.main=sts"),
+    (("balance=main_aux",), "balancing.aux_weight=0.9"),
+    (("balance=cagrad",), "balancing.cagrad_c=0.9"),
+    (("balance=fairgrad",), "balancing.fairgrad_alpha=2"),
+    (("balance=gradnorm",), "balancing.gradnorm_lr=0.5"),
+    (("balance=krum",), "balancing.krum_selected=2"),
+]
+
+WITHOUT = [
+    (ALONE, "balance=mgda"),
+    (TURNS, "balance=mgda"),
+    (ALONE, "surgery=layer"),
+    (TURNS, "surgery=tensor"),
+    (("balance=sum",), "surgery=layer"),
+    (ALONE, "order=round_robin"),
+    (ALONE, "order=annealed"),
+    (ALONE, "watch_layers=1"),
+    (TURNS, "watch_layers=1"),
+    (ALONE, "tasks.sts.weight=3"),
+    (ALONE, "tasks.sts.first=9"),
+    (ALONE, "tasks.quora.loss=cross_entropy"),
+    ((), "balancing.cagrad_c=0.9"),
+    ((), "balancing.krum_selected=2"),
+    (("balance=gradnorm",), "balancing.gradvac_beta=0.9"),
+    (("balance=main_aux", *ALONE[:1]), "balancing.aux_weight=0.9"),
+    (FROZEN, "encoder.hidden_dropout_prob=0.5"),
+    (FROZEN, "encoder.attention_probs_dropout_prob=0.5"),
+    (FROZEN, "checkpoint_layers=true"),
+    ((), "max_length=100"),
+    ((), "max_graphs=2"),
+    ((), "timeout=5"),
+    ((), "distribute=replicated"),
+    (("encoder.hidden_dropout_prob=0.2",), "objectives.text.kind=simcse"),
+    (TEXT_ALONE, "dropout=0.5"),
+    (TEXT_ALONE, "limit=8"),
+    (MASKED, "objectives.text.temperature=0.5"),
+    (MASKED, "objectives.text.short=1"),
+    (TWICE, "objectives.text.mask_share=0.5"),
+    (TWICE, "objectives.text.join=3"),
+    (("phases.one.lr=1e-2",), "lr=1e-5"),
+    (ALL, f"tasks.sst.first={ROWS}"),
+    (ALL, "tasks.sts.first=1000"),
+    (ALL, f"limit={ROWS}"),
+    ((*ALL, *(f"tasks.{task}.first=8" for task in ("sst", "quora", "sts"))), "limit=8"),
+    (ALL_TEXT, f"objectives.text.limit={ROWS}"),
+    (ALL_TEXT, f"objectives.text.max_texts={2 * ROWS}"),
+    ((*ALL_TEXT, "objectives.text.limit=9"), "objectives.text.max_texts=18"),
+    (STEPS, "max_steps=4"),
+    (STEPS, "max_steps=1000"),
+    ((), "epochs=2"),
+    ((*TURNS, "max_steps=3"), "epochs=2"),
+    ((*STEPS, "max_steps=1"), "warmup=0.5"),
+    ((*STEPS, "warmup=0"), "warmup=0.12"),
+    (("max_steps=1", "warmup=0"), "schedule=linear"),
+    (("warmup=0.5",), "schedule=linear"),
+    ((), "log_every=3"),
+    ((), "checkpoint_every=3"),
+    (FROZEN, "balance=gradvac"),
+    (FROZEN, "surgery=layer"),
+    (FROZEN, "surgery=tensor"),
+    ((*FROZEN, "surgery=layer"), "balance=mgda"),
+    ((*FROZEN, "surgery=tensor", "balance=cagrad"), "balancing.cagrad_c=0.9"),
+    ((*FROZEN, "balance=gradvac"), "balancing.gradvac_beta=0.9"),
+    ((*BESIDE, "surgery=layer"), "balance=mgda"),
+    (BESIDE, "surgery=tensor"),
+    ((*MASKED, "train=['sst','quora']", *FROZEN, "surgery=layer"), "balance=mean"),
+]
+
+ELSEWHERE = {
+    # what runs say and keep, and how they compute the same: tests of their own
+    *("description", "paper", "data", "init", "checkpoint_layers", "on_bad_row", "execution"),
+    *("log_every", "log_mib", "keep_logs", "max_skipped", "sinks", "checkpoint_every"),
+    *("keep_checkpoints", "max_graphs", "distribute", "timeout", "threads"),
+    "objectives.NAME.files",
+}
+
+
+def as_listed(key: str) -> str:
+    first, *rest = key.split(".")
+    if first == "phases":
+        return first
+    return ".".join([first, "NAME", *rest[1:]]) if first in ("tasks", "objectives") else key
+
+
+@pytest.mark.parametrize(("settings", "override"), EFFECTIVE)
+def test_what_has_an_effect_changes_training(settings, override):
+    after = attempt(*settings, override)
+    assert not same(before(*settings).outcome, after.outcome)
+    key = override.partition("=")[0]
+    assert not any(line.startswith(f"{key} = ") for line in after.lines)
+
+
+@pytest.mark.parametrize(("settings", "override"), WITHOUT)
+def test_what_has_no_effect_is_said_and_changes_nothing(settings, override):
+    after = attempt(*settings, override)
+    key = override.partition("=")[0]
+    new = [line for line in after.lines if line not in before(*settings).lines]
+    (line,) = (
+        line for line in new if line.startswith((f"{key} = ", f"{key.rpartition('.')[0]}: "))
+    )
+    assert ": no effect, " in line
+    assert same(before(*settings).outcome, after.outcome)
+
+
+def test_every_field_is_tried():
+    tried = {as_listed(override.partition("=")[0]) for _, override in EFFECTIVE}
+    fields = {key for key in keys_of(Recipe) if ".source." not in key}
+    fields -= {key for key in fields if key.startswith("balancing.")}  # tried by settings_read
+    assert fields - tried - ELSEWHERE == set()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_that_sum_what_is_separate(method):
+    """By a Gram matrix of three orthogonal gradients, in their own kernels."""
+    tasks = ("sst", "quora", "sts")
+    found = sums_what_is_separate(method, tasks, BalanceSettings())
+    assert found == (method in {"sum", "fixed", "pcgrad", "gradvac"})
+    if method == "fixed":
+        assert not sums_what_is_separate(method, tasks, BalanceSettings(fixed={"sst": 2.0}))
+
+
+# What the data of a phase decide
+
+
+@pytest.fixture
+def told(tmp_path, capsys):
+    """Train with settings; return the lines on those without effect, and all lines."""
+
+    def run(*settings: str, options: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+        arguments = ["--out", str(tmp_path / "run"), *options, "--set", *SMALL, *settings]
+        assert main(["demo", *arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if "no effect" in line], lines
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (("warmup=0.2",), "warmup = 0.2: no effect, of 2 steps that rounds to none"),
+        (
+            ("max_steps=1", "schedule=linear"),
+            'schedule = "linear": no effect, the rate would fall after the last step only',
+        ),
+        (("limit=39",), "limit = 39: no effect, no training set has more than 39 examples"),
+        (("log_every=2", "checkpoint_every=2"), ""),
+        (("log_every=3",), "log_every = 3: no effect, the run has 2 steps"),
+        (("checkpoint_every=9",), "checkpoint_every = 9: no effect, the run has 2 steps"),
+        (
+            ("epochs=1", "max_steps=2"),
+            "max_steps = 2: no effect, the epochs are over after 2 steps",
+        ),
+        (
+            ("tasks.sst.first=50",),
+            "tasks.sst.first = 50: no effect, the training set has 39 examples",
+        ),
+        (
+            (MASKED[0], MASKED[2], "objectives.text.max_texts=500"),
+            "objectives.text.max_texts = 500: no effect, 195 texts were found",
+        ),
+        (
+            FROZEN,
+            'balance = "pcgrad": no effect, no two tasks train the same parameter, so it gives the '
+            "sum",
+        ),
+    ],
+)
+def test_the_line_says_why(told, settings, line):
+    found, _ = told("warmup=0", "epochs=10", *settings)  # a default is not said
+    assert found == ([line] if line else [])
+
+
+def test_a_text_file_has_lines(told, tmp_path):
+    (tmp_path / "text").write_text("one two\n\nthree four\nfive\n")
+    files = f"objectives.text.files=['{tmp_path / 'text'}']"
+    for limit, idle in ((2, False), (3, True)):
+        settings = (*TEXT_ALONE, files, f"objectives.text.limit={limit}", "batch_size=2")
+        found, _ = told(*settings, options=("--dry-run",))
+        said = f"objectives.text.limit = {limit}: no effect, no task or file has more than 3"
+        assert (said in found) == idle
+
+
+PHASES = ("warmup=0", "max_steps=0", "epochs=1")
+STEPS_EACH = ("epochs=10", "phases.a.max_steps=2", "phases.b.max_steps=2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line", "phase"),
+    [
+        (("limit=39", "phases.a.eps=1e-7", "phases.b.eps=1e-7"), "limit = 39", "b"),
+        (("limit=9", "tasks.sst.first=5", "phases.a.train=['sst']", "phases.b.eps=1e-7"), "", ""),
+        (("limit=9", "tasks.sst.first=5", "phases.a.eps=1e-7", "phases.b.train=['sst']"), "", ""),
+        (("phases.a.limit=39", "phases.b.eps=1e-7"), "phases.a.limit = 39", "a"),
+        (("phases.a.eps=1e-7", "phases.b.limit=39"), "phases.b.limit = 39", "b"),
+        (
+            ("limit=39", *MASKED[:2], "phases.a.train=['text']", "phases.b.train=['sst']"),
+            "limit = 39: no effect, no training set has more than 39",
+            "b",
+        ),
+        (
+            ("checkpoint_every=5", *STEPS_EACH),
+            "checkpoint_every = 5: no effect, the run has 4 steps",
+            "b",
+        ),
+        (("checkpoint_every=4", *STEPS_EACH), "", ""),
+        (
+            (*STEPS_EACH, "phases.b.epochs=4"),
+            "phases.b.epochs = 4: no effect, max_steps = 2",
+            "b",
+        ),
+    ],
+)
+def test_a_phase_speaks_of_its_own_data_and_the_last_of_all(told, settings, line, phase):
+    lines, shown = told(*PHASES, *settings)
+    lines = [other for other in lines if not other.startswith("balance")]
+    assert len(lines) == bool(line), lines
+    if line:
+        (place,) = (number for number, text in enumerate(shown) if text.startswith(line))
+        begins = [number for number, text in enumerate(shown) if " parameters, " in text]
+        before = [number for number in begins if number < place]
+        assert "ab"[len(before)] == phase  # said just before the phase itself is described
+
+
+# Where it is trained, and on which data
+
+
+def lines_of(*settings: str, device: str = "cpu", ranks: Ranks | None = None) -> list[str]:
+    recipe = recipes.load("cgs", settings)
+    run = tiny_encoder()._replace(recipe=recipe)
+    return lines_on_idle_settings(run, torch.device(device), ranks)
+
+
+@pytest.mark.parametrize("field", ["threads=2", "max_graphs=2", "timeout=5", "distribute=sharded"])
+def test_what_depends_on_where_it_is_trained(field):
+    alone, gpu = lines_of(field), lines_of(field, device="cuda")
+    two = lines_of(field, ranks=Ranks(rank=0, size=2))
+    name = field.partition("=")[0]
+    assert (alone == []) == (name == "threads")
+    assert (gpu == []) == (name == "max_graphs")
+    assert (two == []) == (name != "max_graphs")
+    for line in (*alone, *gpu, *two):
+        assert line.startswith(f"{name} = ")
+    assert lines_of("max_graphs=2", "execution=eager", device="cuda") != []
+
+
+FILES = "files={train='/a.csv',dev='/b.csv'}"
+
+
+@pytest.mark.parametrize(
+    ("source", "idle"),
+    [
+        (f"kind='regression',range=[0,1],{FILES}", []),
+        (f"kind='regression',classes=3,{FILES}", ["classes"]),
+        (f"kind='classification',classes=3,range=[0,1],{FILES}", ["range"]),
+        (f"kind='regression',subset='x',splits={{train='y'}},{FILES}", ["subset", "splits"]),
+        ("kind='regression',dataset='x',subset='x',splits={train='y'},id='n',label='l'", []),
+    ],
+)
+def test_sources(source, idle):
+    settings = ("train=['mood']", "tasks.mood.features=single", "limit=0")
+    lines = lines_of(*settings, f"tasks.mood.source={{text=['t'],{source}}}")
+    found = [line.partition(" = ")[0] for line in lines if line.startswith("tasks.")]
+    assert found == [f"tasks.mood.source.{name}" for name in idle]
+
+
+def write(run: Run, folder: Path) -> Path:
+    run._replace(folder=folder).write()
+    return folder
+
+
+def test_a_data_folder_that_nothing_is_read_from(tmp_path):
+    file = tmp_path / "mine.toml"
+    head = 'data = "somewhere"\ntrain = ["mood"]\n[tasks.mood]\nfeatures = "single"\n'
+    source = '[tasks.mood.source]\nkind = "regression"\ntext = ["t"]\nfiles = {train = "%s"}\n'
+    for name, idle in (("/a.csv", True), ("a.csv", False)):
+        file.write_text(head + source % name)
+        run = tiny_encoder()._replace(recipe=recipes.load(str(file)))
+        lines = lines_on_idle_settings(run, CPU)
+        assert (
+            lines == ['data = "somewhere": no effect, no file of a task is looked for there'] * idle
+        )
+
+        if idle:  # nor when it is scored
+            options = [str(write(run, tmp_path / "run")), "--data", str(tmp_path)]
+            with pytest.raises(InputError, match=r"--data .*: no file .* leave it out"):
+                evaluate.main(options)
+
+
+def test_the_lines_come_once_as_training_begins_and_not_from_a_runs_own_recipe(tmp_path, capsys):
+    folder = tmp_path / "run"
+    settings = [
+        *SMALL,
+        "warmup=0",
+        "phases.one.max_steps=1",
+        "phases.two.max_steps=1",
+        "balancing.cagrad_c=0.3",
+    ]
+    assert main(["demo", "--out", str(folder), "--set", *settings]) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if "no effect" in x]
+    said = "balancing.cagrad_c = 0.3: no effect, balance = pcgrad does not read it here"
+    of_data = "epochs = 3: no effect, max_steps = 1 ends training before"
+    assert lines == ["max_steps = 2: no effect, every phase has its own", said, of_data]
+    again = ["--out", str(tmp_path / "again"), "--dry-run"]
+    assert main([str(folder / "recipe.toml"), *again]) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if "no effect" in x]
+    assert sorted(lines) == sorted([said, "max_steps = 2: no effect, every phase has its own"])

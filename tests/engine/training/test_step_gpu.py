@@ -1,0 +1,114 @@
+"""The step on a GPU: the same training, and no wait for the device."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from engine.data.batch_shapes import ShapePlan
+from engine.data.collate import pack
+from engine.optim.lamb import Lamb
+
+from ..small_models import TASKS, build_step, make_micro_batches, random_split
+
+pytestmark = pytest.mark.gpu
+
+
+def test_first_losses_and_gram_equal_the_cpus(make_model, make_batch):
+    model, batch = make_model().train(), make_batch()
+    reports = [
+        build_step(copy.deepcopy(model), device=device, clip=1.0)(batch.to(device), 0, 1e-3)
+        for device in ("cpu", "cuda")
+    ]
+    for ours, theirs in zip(*reports, strict=True):
+        # One fp32 step of a two-layer model: a few hundred roundings of 6e-8 on either side.
+        torch.testing.assert_close(ours, theirs.cpu(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_never_waits_for_the_device(make_model, make_batch, dtype):
+    step = build_step(make_model(dropout=0.1).train(), device="cuda", clip=1.0, dtype=dtype)
+    batches = [make_batch(seed=n).to("cuda") for n in range(3)]
+    step(batches[0], 0, 1e-3)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number, batch in enumerate(batches):
+            step(batch, number, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_of_lamb_never_waits_for_the_device(make_model, make_batch):
+    step = build_step(make_model(dropout=0.1).train(), device="cuda", clip=1.0)
+    step.optimizer = Lamb(step.parameters, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
+    batch = make_batch().to("cuda")
+    step(batch, 0, 1e-3)  # compiles, and brings the tensors' sizes to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch, 1, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_micro_batches_never_wait_for_the_device(make_model):
+    step = build_step(make_model(dropout=0.1).train(), device="cuda", clip=1.0)
+    step.model.encoder.checkpoint_layers = True
+    batch = [part.to("cuda") for part in make_micro_batches(0, (5, 3, 4), 2)]
+    step(batch, 0, 1e-3)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch, 1, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_repeat_to_the_bit(make_model, make_batch):
+    model = make_model(dropout=0.1).train()
+    batches = [make_batch(seed=n).to("cuda") for n in range(3)]
+    masters = []
+    for _ in range(2):
+        step = build_step(copy.deepcopy(model), device="cuda", clip=1.0)
+        for number, batch in enumerate(batches):
+            step(batch, number, 1e-3)
+        masters.append(step.parameters.master.clone())
+    assert torch.equal(*masters)
+
+
+@pytest.mark.parametrize("execution", ["compile", "graphs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_and_recorded_steps_train_as_eager_ones(make_model, execution, dtype):
+    model = make_model(dropout=0.1).train()
+    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
+    picks = [np.arange(8)] * len(TASKS)
+    batches = []
+    for seed in range(6):
+        splits = [random_split(task, 8, vocab=97, seed=seed + n) for n, task in enumerate(TASKS)]
+        batches.append(pack(splits, picks, 0, plan).to("cuda"))
+    curves, steps = [], []
+    for kind in ("eager", execution):
+        step = build_step(
+            copy.deepcopy(model), device="cuda", clip=1.0, dtype=dtype, execution=kind
+        )
+        # Six steps; from the third on graphs are replayed.
+        curves.append(torch.stack([step(b, n, 1e-3).losses.clone() for n, b in enumerate(batches)]))
+        steps.append(step)
+    assert steps[1].execution.num_graphs == (1 if execution == "graphs" else 0)
+    # Fused operators round otherwise, and each step builds on the last: some roundings a step.
+    tolerance = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*curves, rtol=tolerance, atol=tolerance)
+
+
+def test_a_replayed_step_never_waits_for_the_device(make_model):
+    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
+    splits = [random_split(task, 8, vocab=97, seed=n) for n, task in enumerate(TASKS)]
+    batch = pack(splits, [np.arange(8)] * len(TASKS), 0, plan).to("cuda")
+    step = build_step(make_model(dropout=0.1).train(), device="cuda", clip=1.0, execution="graphs")
+    for number in range(2):
+        step(batch, number, 1e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(2, 5):
+            step(batch, number, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,38 @@
+"""What tests of whole runs compare."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from engine.checkpoints.store import load_weights
+from engine.runs.run import open_run
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of ``metrics.jsonl`` but for the clock's."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["tokens_per_s"]
+    return lines
+
+
+def last_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    path = open_run(folder).checkpoints.find("step")
+    (file,) = path.glob("*.safetensors")
+    return load_file(file)
+
+
+def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    run = open_run(folder)
+    model = run.new_model()
+    load_weights(run.checkpoints.find("step"), model)
+    return model.state_dict()
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    first, second = last_checkpoint(one), last_checkpoint(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []

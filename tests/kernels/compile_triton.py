@@ -1,0 +1,229 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads what they need.
+
+`python -m tests.kernels.compile_triton` prints the whole table, which takes about five minutes on two
+cores, and fails where a kernel spills or takes too much; test_triton_compile.py does a third of it.
+"""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.attention import attention_triton_kernels as attention
+from kernels.attention.attention_triton import DELTA_ROWS, INTERVAL_ROWS, TILES, padded_width
+from kernels.attention.attention_triton_kernels import Heads, Intervals, KernelOptions
+from kernels.dropout.philox_triton import DropoutArguments
+from kernels.embedding import embedding_triton
+from kernels.embedding_layer_norm import embedding_layer_norm_triton
+from kernels.embedding_layer_norm.embedding_layer_norm_triton import Tables
+from kernels.layer_norm import layer_norm_triton
+from kernels.layer_norm.layer_norm_triton import Parameters, constants_of
+
+ATTENTION = {
+    "forward": attention.forward_kernel,
+    "grad_q": attention.grad_q_kernel,
+    "grad_kv": attention.grad_kv_kernel,
+}
+NORMS = {
+    "layer_norm": layer_norm_triton._forward_kernel,
+    "layer_norm_backward": layer_norm_triton._backward_kernel,
+    "embedding_layer_norm": embedding_layer_norm_triton._forward_kernel,
+    "embedding_layer_norm_backward": embedding_layer_norm_triton._backward_kernel,
+}
+OTHERS = {
+    "intervals": attention.intervals_kernel,
+    "delta": attention.delta_kernel,
+    "sum_partials": layer_norm_triton._sum_partials_kernel,
+    "dropout": layer_norm_triton._dropout_kernel,
+    "embedding_pieces": embedding_triton._pieces_kernel,
+    "embedding_long_runs": embedding_triton._long_runs_kernel,
+}
+KERNELS = ATTENTION | NORMS | OTHERS
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+HEAD_WIDTHS = [32, 64, 96, 128]
+# BERT's widths and the largest that is allowed.
+ROW_WIDTHS = [384, 768, 1024, 8192]
+# Shared memory that one block may have, in bytes, by compute capability.
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+class Case(NamedTuple):
+    """One kernel for one GPU, dropout and all optional parts included."""
+
+    kernel: str
+    dtype: str
+    width: int
+    capability: int
+
+
+class Needs(NamedTuple):
+    """What a compiled kernel takes."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+    def fit(self, case: Case) -> bool:
+        """Whether nothing spills and shared memory is within the GPU's limit."""
+        return self.spilled_bytes == 0 and self.shared_bytes <= SHARED_LIMIT[case.capability]
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel, dtype and width that matters, for every GPU generation."""
+    widths = dict.fromkeys([*ATTENTION, "delta"], HEAD_WIDTHS) | dict.fromkeys(NORMS, ROW_WIDTHS)
+    for kernel in KERNELS:
+        for case in product(ELEMENT_BYTES, widths.get(kernel, [768]), SHARED_LIMIT):
+            yield Case(kernel, *case)
+
+
+def covering_cases() -> Iterator[Case]:
+    """A third of them: every kernel, dtype and width on one GPU generation, these in turn.
+
+    Each generation meets every kernel, every dtype and every width, and nearly every pair of them;
+    code for float16 and bfloat16 differs in the type of the products alone, so that the kernels in
+    16 bits are compiled for two generations of three.
+    """
+    orders = [list(KERNELS), list(ELEMENT_BYTES), HEAD_WIDTHS + ROW_WIDTHS]
+    capabilities = list(SHARED_LIMIT)
+    for case in cases():
+        places = (order.index(part) for order, part in zip(orders, case[:3], strict=True))
+        if case.capability == capabilities[sum(places) % len(capabilities)]:
+            yield case
+
+
+def compile_all(wanted: Iterable[Case]) -> dict[Case, Needs]:
+    """Compile the cases, one on each core at a time."""
+    wanted = list(wanted)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        return dict(zip(wanted, pool.map(compile_kernel, wanted), strict=True))
+
+
+def compile_kernel(case: Case) -> Needs:
+    """Compile one kernel."""
+    kernel = KERNELS[case.kernel]
+    if case.kernel in ATTENTION:
+        constants, options = _attention(case)
+    elif case.kernel in NORMS:
+        constants, options = _norm(case)
+    else:
+        constants, options = _other(case)
+    types = _types(case.dtype, in_heads=case.kernel in [*ATTENTION, "delta"])
+    signature = {
+        argument: "constexpr" if argument in constants else types[argument]
+        for argument in kernel.arg_names
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, _divisible(signature)),
+        target=GPUTarget("cuda", case.capability, 32),
+        options=options,
+    )
+    usage = _resource_usage(compiled.asm["cubin"])
+    return Needs(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
+
+
+def _attention(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    block_d = padded_width(case.width)
+    tiles = TILES[case.kernel, ELEMENT_BYTES[case.dtype], block_d]
+    constants = {
+        "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
+        "D": case.width,
+        "BLOCK_D": block_d,
+        "BLOCK_M": tiles.queries,
+        "BLOCK_N": tiles.keys,
+    }
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return constants, options
+
+
+def _norm(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    constants = constants_of(case.width, 0.1)
+    options = {"num_warps": constants.pop("num_warps")}
+    flags = ["HAS_RESIDUAL", "HAS_X_BIAS", "HAS_WEIGHT", "HAS_BIAS", "PARTIALS"]
+    constants |= {flag: True for flag in flags if flag in NORMS[case.kernel].arg_names}
+    return constants, options
+
+
+def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    width = case.width
+    piece, columns = embedding_triton._PIECE, embedding_triton._COLUMNS
+    of_table = {"N": 30_522, "WIDTH": width, "PIECE": piece, "COLUMNS": columns}
+    constants = {
+        "intervals": {"ROWS_ARE_KEYS": True, "CAUSAL": True, "BLOCK": INTERVAL_ROWS},
+        "delta": {"D": width, "BLOCK_D": padded_width(width), "BLOCK": DELTA_ROWS},
+        "sum_partials": {"ACCUMULATE": True, "WHICH": 0, "N": width, "BLOCK_P": 32, "BLOCK_N": 64},
+        "dropout": {"BLOCK": layer_norm_triton._DROPOUT_BLOCK},
+        "embedding_pieces": of_table,
+        "embedding_long_runs": of_table,
+    }
+    return constants[case.kernel], {}
+
+
+def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
+    """Types of all arguments that any of the kernels has."""
+    row = f"*{dtype}"
+    heads, intervals = Heads(row, "i32", "i32"), Intervals("*i32", "*i32")
+    rows = ["x", "residual", "hidden", "grad_hidden", "grad_x", "grad_sum", "grad", "rows"]
+    return {
+        **dict.fromkeys(["q", "k", "v", "grad_q", "grad_k", "grad_v"], heads),
+        **dict.fromkeys(["out", "grad_out"], heads if in_heads else row),
+        **dict.fromkeys(rows, row),
+        **dict.fromkeys(["keys_of_queries", "queries_of_keys"], intervals),
+        "intervals": intervals,
+        **dict.fromkeys(["lse", "delta", "norm"], "*fp32"),
+        **dict.fromkeys(["mean", "rstd", "weight", "partials", "pieces"], "*fp32"),
+        **dict.fromkeys(["keys", "tokens", "run_starts"], "*i64"),
+        **dict.fromkeys(["cu_own", "cu_other"], "*i32"),
+        **dict.fromkeys(["total_q", "total_k", "total", "total_other", "num_rows"], "i32"),
+        **dict.fromkeys(["num_sequences", "search_steps", "programs", "count", "stream"], "i32"),
+        **dict.fromkeys(["row_begin", "row_end", "rows_per_program"], "i32"),
+        **dict.fromkeys(["row_stride", "num_keys"], "i32"),
+        "eps": "fp32",
+        "parameters": Parameters("*fp32", "*fp32", "*fp32"),
+        "tables": Tables(row, row, row),
+        "sizes": Tables("i32", "i32", "i32"),
+        "ids": Tables("*i64", "*i64", "*i64"),
+        "dropout": DropoutArguments("*i64", "i64", "fp32"),
+        "options": KernelOptions("fp32", *DropoutArguments("*i64", "i64", "fp32")),
+    }
+
+
+def _divisible(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[object]]]:
+    """Pointers and strides are multiples of 16, as those of real tensors are."""
+    paths = []
+    for i, kind in enumerate(signature.values()):
+        if isinstance(kind, Heads):
+            paths += [(i, 0), (i, 1), (i, 2)]
+        elif isinstance(kind, tuple):
+            paths += [(i, j) for j, part in enumerate(kind) if part.startswith("*")]
+        elif kind.startswith("*"):
+            paths.append((i,))
+    return {path: [["tt.divisibility", 16]] for path in paths}
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+if __name__ == "__main__":
+    table = compile_all(cases())
+    for case, needs in table.items():
+        print(*case, needs, "" if needs.fit(case) else "TOO MUCH")
+    sys.exit(not all(needs.fit(case) for case, needs in table.items()))
