@@ -93,7 +93,12 @@ setup(
     ],
     package_dir={"superbert.engine": "engine", "superbert.kernels": "kernels"},
     package_data={
-        "superbert.engine": ["recipes/*.toml", "reporting/*.html", "reporting/*.toml", "py.typed"],
+        "superbert.engine": [
+            "config/recipes/*.toml",
+            "reporting/*.html",
+            "reporting/*.toml",
+            "py.typed",
+        ],
         "superbert.kernels": ["py.typed"],
     },
     ext_modules=[Extension("superbert.kernels.libsuperbert", sources=[])],

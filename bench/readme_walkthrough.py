@@ -1,4 +1,6 @@
-"""``python3 -m bench.readme_walkthrough --data DIR --init MODEL --json FILE``: a stranger tries the README.
+"""Run the README's commands as a newcomer would.
+
+    python3 -m bench.readme_walkthrough --data DIR --init MODEL --json FILE
 
 Clones the repository into a fresh folder and runs the commands of the README, those and no others,
 in their order, with DIR and MODEL filled in; each gets its seconds and what it printed last.  The

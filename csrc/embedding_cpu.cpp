@@ -1,5 +1,4 @@
-// The CPU side of the embedding ops; kernels/embedding/embedding.py and kernels/embedding_layer_norm/embedding_layer_norm.py
-// document them.
+// The CPU side of the embedding ops; kernels/embedding and embedding_layer_norm document them.
 #include "embedding.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""The one place where the engine finds its neighbour room, the kernels.
+"""Import the kernels package under either of its names.
 
 In the repository the packages stand at the top (``engine``, ``kernels``); installed they are
 ``superbert.engine`` and ``superbert.kernels``, so that they never shadow Hugging Face's library

@@ -11,10 +11,10 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from ..runtime.cpu import machine_memory
 from ..utils.errors import InputError
 from ..utils.files import explained, write_text
 from ..utils.json_text import dump_json
+from ..utils.memory import machine_memory
 from ..utils.untrusted_io import read_bytes
 
 _NAME = "manifest.json"

@@ -4,9 +4,9 @@
     checkpoints/best-00000188/   the weights that scored best on the dev sets
 
 A ``step`` checkpoint holds the flat vectors by bucket, as torch.distributed.checkpoint wrote them
-(checkpoints/async_writer.py), whatever the number of ranks; a ``best`` one holds the weights by name.  Random
-numbers and the order of the examples follow from the recipe's seed and the step, so no generator
-needs saving.  Tensors are stored as safetensors: no pickle is read.
+(checkpoints/async_writer.py), whatever the number of ranks; a ``best`` one holds the weights by
+name.  Random numbers and the order of the examples follow from the recipe's seed and the step, so
+no generator needs saving.  Tensors are stored as safetensors: no pickle is read.
 """
 
 import logging

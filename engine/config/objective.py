@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..names import FileName
-from ..utils.field_types import Count, Positive, PositiveReal, Settings
+from ..utils.field_types import Count, FileName, Positive, PositiveReal, Settings
 
 
 class ObjectiveRecipe(Settings):

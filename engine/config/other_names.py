@@ -1,7 +1,7 @@
 """What other trainers call the fields of a recipe, and the options of ``engine.train``.
 
 Names of transformers' and sentence-transformers' arguments, of BERT's configuration files, of
-MT-DNN and of torch.  Those that :func:`.wording.close` understands by their words are left out.
+MT-DNN and of torch.  Those that :func:`.messages.close` understands by their words are left out.
 """
 
 from collections.abc import Mapping

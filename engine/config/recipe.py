@@ -1,7 +1,7 @@
 """Recipes: every setting of a run, checked in one place.
 
-A recipe is a TOML file; the built-in ones lie in ``engine/config/recipes``.  What a file leaves out has
-the default below, and ``--set key=value`` replaces any field, nested ones by a dotted name
+A recipe is a TOML file; the built-in ones lie in ``engine/config/recipes``.  What a file leaves out
+has the default below, and ``--set key=value`` replaces any field, nested ones by a dotted name
 (``tasks.sts.features=cosine``).  An unknown key is an error that names the nearest known one.
 """
 
@@ -21,12 +21,20 @@ from ..gradients.balancing import METHODS, TORCHJD, BalanceSettings
 from ..gradients.groups import GRANULARITIES
 from ..metrics.loggers import SINKS
 from ..models.pooling import POOLINGS
-from ..names import GivenName, Name
 from ..optim.build import OPTIMIZERS
 from ..runtime.execution import EXECUTIONS
 from ..runtime.precision import PRECISIONS
 from ..utils.errors import InputError
-from ..utils.field_types import Count, Fraction, NonNegativeReal, Positive, PositiveReal, Settings
+from ..utils.field_types import (
+    Count,
+    Fraction,
+    GivenName,
+    Name,
+    NonNegativeReal,
+    Positive,
+    PositiveReal,
+    Settings,
+)
 from ..utils.untrusted_io import parse_toml, read_bytes
 from .messages import FIELDS, first_problem, nearest
 from .objective import ObjectiveRecipe

@@ -17,9 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..names import FileName, GivenName, Name
 from ..utils.errors import InputError
-from ..utils.field_types import Real, Settings
+from ..utils.field_types import FileName, GivenName, Name, Real, Settings
 from ..utils.untrusted_io import read_bytes
 from .decode import check_encoding
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Quoting, endings
@@ -230,7 +229,7 @@ class DataFile:
         return f"{''.join(endings(self.path))}:{hashlib.sha256(self._content).hexdigest()}"
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
-        """Return the examples: :func:`~.read.parse_table`."""
+        """Return the examples: :func:`~.table.parse_table`."""
         return parse_table(
             self._content, self.path, format_, labelled=labelled, on_bad_row=on_bad_row
         )
@@ -249,7 +248,7 @@ class HubSplit:
         return str(self._data._fingerprint)
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
-        """Return the examples: :func:`~.read.collect`."""
+        """Return the examples: :func:`~.table.collect`."""
         where = f"data set {self.name}, split {self.split}"
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, where)

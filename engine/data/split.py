@@ -30,7 +30,7 @@ class TokenizedSplit:
         blank: the indices of the blanked rows.
         notes: what was found out about the file, a line each.
         token_types: uint8 ``[T]``, the segment of each token; None where all are 0.
-        states: fp32 ``[T, H]``, what a frozen encoder made of the tokens (engine/training/precompute.py).
+        states: fp32 ``[T, H]``, hidden states of a frozen encoder (engine/training/precompute.py).
     """
 
     task: str

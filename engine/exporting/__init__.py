@@ -1,1 +1,1 @@
-"""The export room: a run as a model folder that other libraries load."""
+"""Export a run as a model folder that other libraries load."""

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..runtime.gpu import GpuMeter
-from ..training.step import StepReport
 from .jsonl import StepLines
 from .loggers import Sink
+from .step_report import StepReport
 
 STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 

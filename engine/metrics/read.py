@@ -45,7 +45,7 @@ class _Line(BaseModel):
 
 
 class _StepLine(_Line):
-    """What a training step came to, as :class:`.metrics_log.MetricsLog` writes it."""
+    """What a training step came to, as :class:`.log.MetricsLog` writes it."""
 
     lr: Number
     tokens: Whole

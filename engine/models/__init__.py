@@ -1,1 +1,1 @@
-"""The encoder, the task heads, and the way in and out of the Hugging Face layout."""
+"""The encoder, adapters and heads; weights from and to the Hugging Face layout."""

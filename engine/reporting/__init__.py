@@ -1,1 +1,1 @@
-"""The reporting room: what a run left in its folder, as pages and pictures for people."""
+"""Reports: a run as a page with plots, runs of the papers' systems as tables."""

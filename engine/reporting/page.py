@@ -52,7 +52,7 @@ class Section(NamedTuple):
 
     title: str
     note: str
-    plots: list[Picture]
+    pictures: list[Picture]
 
 
 def write_page(run: Run, path: Path, device: torch.device, *, replace: bool = False) -> None:

@@ -1,1 +1,1 @@
-"""What surrounds the step: device and precision, run folders, checkpoints, metrics."""
+"""Device, precision, threads, memory; eager, compiled and recorded execution."""

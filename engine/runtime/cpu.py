@@ -11,7 +11,6 @@ import torch
 from ..utils.errors import InputError
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, and in how many; or "max"
-_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: bytes, or "max"
 
 # Numbers and types of mallopt(3) in glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -66,15 +65,6 @@ def available_cores() -> int:
     except (OSError, ValueError):
         pass  # no quota
     return max(1, cores)
-
-
-def machine_memory() -> int:
-    """Return how many bytes of memory the machine has, or a container's limit."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(memory, int(_MEMORY_LIMIT.read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no limit
-        return memory
 
 
 def set_threads(count: int, processes: int) -> int:

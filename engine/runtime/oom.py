@@ -1,20 +1,12 @@
-"""What a run does when numbers or memory fail it."""
+"""Out of memory: tell it from other errors, refuse what cannot fit, say what to do."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..data.collate import PackedBatch
-from ..data.tokenizer import Tokenizer
 from ..utils.errors import InputError
-from ..utils.files import write_text
-from ..utils.json_text import dump_json
-from .cpu import machine_memory
+from ..utils.memory import machine_memory
 
 SMALLER_MODEL = "take a smaller encoder, or train fewer tasks"
 """What to do where there is no room for weights, gradient rows and moments."""
@@ -78,32 +70,3 @@ def check_memory(wanted: int, what_to_do: str) -> None:
             f"out of memory: {wanted / _GIB:,.1f} GiB are needed, the machine has "
             f"{found / _GIB:,.1f}; {what_to_do}"
         )
-
-
-def write_batch(
-    path: Path, batches: Iterable[PackedBatch], tokenizer: Tokenizer, why: dict[str, Any]
-) -> None:
-    """Write a step's examples as JSON that people read: tokens, text and label of each.
-
-    Raises:
-        InputError: the disk is full, or the like.
-    """
-    tasks: dict[str, list[dict[str, Any]]] = {}
-    for batch in batches:
-        for number, task in enumerate(batch.tasks):
-            tasks.setdefault(task, []).extend(_examples(batch, number, tokenizer))
-    write_text(path, dump_json(why | {"tasks": tasks}, indent=1) + "\n")
-
-
-def _examples(batch: PackedBatch, number: int, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    first, count = batch.task_offsets[number], batch.examples[number]
-    bounds = list(pairwise(batch.cu_seqlens.tolist()))
-    labels = batch.labels[number]
-    for example in range(count):
-        own = [first + example + column * count for column in range(batch.columns[number])]
-        tokens = [batch.input_ids[slice(*bounds[sequence])].tolist() for sequence in own]
-        yield {
-            "text": [tokenizer.decode(ids) for ids in tokens],
-            "tokens": tokens,
-            "label": float(labels[example]) if isinstance(labels, Tensor) else None,
-        }

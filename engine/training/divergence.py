@@ -1,18 +1,23 @@
-"""Runs whose numbers do not stay finite: how that is found, and how such a run ends."""
+"""Runs whose numbers do not stay finite: find them, write down the batch, end the run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import islice
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoints.manifest import Progress
 from ..data.collate import PackedBatch
+from ..data.tokenizer import Tokenizer
 from ..metrics.log import MetricsLog
-from ..runtime.oom import write_batch
 from ..utils.errors import DivergedError
+from ..utils.files import write_text
 from ..utils.finite import all_finite
+from ..utils.json_text import dump_json
 from .trainer import Trainer
 
 
@@ -29,7 +34,7 @@ def check_skipped(training: Trainer, log: MetricsLog, progress: Progress) -> Non
     path = training.run.folder / f"{name}.json"
     with closing(training.loader(step - progress.phase_start)) as loader:
         batches = list(islice(loader, training.recipe.micro_batches))
-    write_batch(path, batches, training.run.tokenizer, {"step": step})
+    _write_batch(path, batches, training.run.tokenizer, {"step": step})
     raise DivergedError(
         f"loss or gradient not finite in {len(log.skipped)} steps in a row, from step {step} "
         f"on, whose batch is in {path}; {_remedy(training)}, or see that batch; "
@@ -120,3 +125,32 @@ def _what_stays(training: Trainer) -> str:
     checkpoints = training.run.checkpoints
     names = [path.name for kind in ("best", "step") for path in checkpoints.all(kind)[:1]]
     return f"kept: {', '.join(names)}" if names else "there is no checkpoint"
+
+
+def _write_batch(
+    path: Path, batches: Iterable[PackedBatch], tokenizer: Tokenizer, why: dict[str, Any]
+) -> None:
+    """Write a step's examples as JSON that people read: tokens, text and label of each.
+
+    Raises:
+        InputError: the disk is full, or the like.
+    """
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for batch in batches:
+        for number, task in enumerate(batch.tasks):
+            tasks.setdefault(task, []).extend(_examples(batch, number, tokenizer))
+    write_text(path, dump_json(why | {"tasks": tasks}, indent=1) + "\n")
+
+
+def _examples(batch: PackedBatch, number: int, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    first, count = batch.task_offsets[number], batch.examples[number]
+    bounds = list(pairwise(batch.cu_seqlens.tolist()))
+    labels = batch.labels[number]
+    for example in range(count):
+        own = [first + example + column * count for column in range(batch.columns[number])]
+        tokens = [batch.input_ids[slice(*bounds[sequence])].tolist() for sequence in own]
+        yield {
+            "text": [tokenizer.decode(ids) for ids in tokens],
+            "tokens": tokens,
+            "label": float(labels[example]) if isinstance(labels, Tensor) else None,
+        }

@@ -5,7 +5,6 @@ order of surgery) is written into tensors that stay in place, and what it report
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from ..distributed.gradient_sync import NoSync
 from ..gradients.balancing import Balancer
 from ..gradients.flat_parameters import FlatParameters
 from ..gradients.groups import ParamGroups
+from ..metrics.step_report import StepReport
 from ..models.multitask import MultitaskModel
 from ..optim.build import Optimizer
 from ..optim.loss_scale import LossScale
@@ -26,32 +26,6 @@ _SEED_BIT = 32
 """Seeds: bits 0-23 count steps, 24-31 micro-batches, from 32 on stands the recipe's seed."""
 _RANK_FACTOR = 0x9E3779B1
 """Odd, so that its multiples modulo 2^31 differ for all ranks; their bits differ everywhere."""
-
-
-class StepReport(NamedTuple):
-    """What one step did, as fp32 tensors on its device.
-
-    K is the number of tasks in the step's batch: all, or one where they take turns.
-
-    Attributes:
-        losses: ``[K]``, each as its task defines it, unweighted.
-        gram: ``[K, K]``, the dot products of the task gradients.
-        weights: ``[K]``, by which they were combined; averaged over the parts of the parameters
-            where surgery goes by layer or by tensor.
-        grad_norm: 0-dim, of the combined gradient before clipping.
-        skipped: 0-dim, 1 where a gradient was not finite and nothing was updated.
-        tasks: the names of the K tasks.
-        layer_grams: ``[L, K, K]``, those of each watched part, times the loss scale
-            squared; None where none are watched.
-    """
-
-    losses: Tensor
-    gram: Tensor
-    weights: Tensor
-    grad_norm: Tensor
-    skipped: Tensor
-    tasks: tuple[str, ...]
-    layer_grams: Tensor | None
 
 
 class MultitaskStep:

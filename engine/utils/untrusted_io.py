@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..runtime.cpu import machine_memory
 from .errors import InputError
+from .memory import machine_memory
 
 LARGEST_DOCUMENT = 64 << 20
 """Bytes of a file that says something about a run, a model, or a series of them."""

@@ -1,4 +1,4 @@
-"""Attention over packed sequences on the GPU; `kernels.attention.attention` has the maths and the checks.
+"""Attention over packed sequences on the GPU; `kernels.attention.attention` has the maths.
 
 A program takes a tile of the packed stream, whatever sequences stand in it, so that short sequences
 share a tile.  Every query row sees one interval of keys (its sequence's, cut off at its own place

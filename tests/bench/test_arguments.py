@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "scaling_check": {"--steps": ONE},
     "step": {"--batch-size": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
     "surgery": {"--tasks": COUNTS, "--columns": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
-    "new_user": {"--steps": COUNTS[:-1]},
+    "readme_walkthrough": {"--steps": COUNTS[:-1]},
     "argument_checks": {"no.so": ("--",), "--json": ("",)},
 }
 CASES = [

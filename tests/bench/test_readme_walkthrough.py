@@ -60,7 +60,7 @@ def test_a_trial_is_recorded_whatever_comes_of_it(
     record = tmp_path / "results" / "record.json"
     monkeypatch.setattr(readme_walkthrough, "REPOSITORY", repository)
     options = ["--data", str(tmp_path), "--init", "bert", "--json", str(record)]
-    monkeypatch.setattr(sys, "argv", ["new_user", *options])
+    monkeypatch.setattr(sys, "argv", ["readme_walkthrough", *options])
     assert readme_walkthrough.main() == 1
     first, second = json.loads(record.read_text())["commands"]
     assert (first["command"], first["status"], first["tail"]) == ("make train", 0, ["trained"])

@@ -7,6 +7,8 @@ import pytest
 
 from engine.train import main
 
+from .small_models import make_batch, make_model  # noqa: F401 (fixtures)
+
 SHORT = [
     "limit=64",  # two steps an epoch
     "epochs=3",

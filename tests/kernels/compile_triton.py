@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that are not there, and reads what they need.
 
-`python -m tests.kernels.compile_triton` prints the whole table, which takes about five minutes on two
-cores, and fails where a kernel spills or takes too much; test_triton_compile.py does a third of it.
+`python -m tests.kernels.compile_triton` prints the whole table, which takes about five minutes on
+two cores, and fails where a kernel spills or takes too much; test_triton_compile.py does a third.
 """
 
 import multiprocessing

@@ -1,8 +1,9 @@
 """Damaged and hostile input: an error line or a right result, never another exception or a hang.
 
-Each kind of input starts from a good one and is spoilt at random (tests/robustness/corrupt.py).  Most are
-given to what reads them; some go through a whole command (tests/robustness/fuzz_commands.py).  What is
-read all the same is held against what its kind promises.
+Each kind of input starts from a good one and is spoilt at random (tests/robustness/corrupt.py).
+Most are given to what reads them; some go through a whole command
+(tests/robustness/fuzz_commands.py).  What is read all the same is held against what its kind
+promises.
 """
 
 import bz2

@@ -1,7 +1,7 @@
 """Heads: from what the encoder made of a task's sentences to losses and answers, a file a kind.
 
-``HEADS`` is the one registry: a :class:`~engine.data.task_schema.TaskSchema` or an objective names its
-kind, and everything that depends on it asks the head (:mod:`~engine.models.heads.base`).
+``HEADS`` is the one registry: a :class:`~engine.data.task_schema.TaskSchema` or an objective names
+its kind, and everything that depends on it asks the head (:mod:`~engine.models.heads.base`).
 """
 
 from ...data.source import FURTHER_KINDS

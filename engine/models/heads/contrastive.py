@@ -1,7 +1,7 @@
 """SimCSE without supervision (Gao et al. 2021, arXiv:2104.08821, equation 4).
 
-Every sentence goes through the encoder twice in one batch (engine/data/sentences_twice.py).  Dropout
-draws other masks for the second copy, and each copy has to be told from those of the other
+Every sentence goes through the encoder twice in one batch (engine/data/sentences_twice.py).
+Dropout draws other masks for the second copy, and each copy has to be told from those of the other
 sentences:
 
     loss_i = -log( exp(cos(u_i, v_i) / t) / sum_j exp(cos(u_i, v_j) / t) )

@@ -1,4 +1,4 @@
-"""Fixtures of the data room's tests."""
+"""Fixtures of the data tests."""
 
 from pathlib import Path
 
