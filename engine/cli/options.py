@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config import recipe as recipes
 from .common import Parser, positive
 
-PROGRAM = f"python -m {__package__}.train"
+PROGRAM = f"python -m {__package__.rpartition('.')[0]}.train"
 
 
 def parser() -> Parser:

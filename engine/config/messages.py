@@ -13,7 +13,7 @@ from .other_names import OPTIONS, OTHER_NAMES
 ANY_NAME = "NAME"
 """Stands for a name that the recipe chooses: of a task, of an objective."""
 
-FIELDS = f"python -m {__package__}.train --fields"
+FIELDS = f"python -m {__package__.rpartition('.')[0]}.train --fields"
 """The page of all fields of a recipe."""
 
 _UNKNOWN = "extra_forbidden"
