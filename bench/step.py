@@ -181,8 +181,7 @@ def main() -> None:
         "tokens": tokens,
         "padded_tokens": [batch.padded_tokens for batch in batches.packed],
         "warmup_seconds": {
-            name: engine.training.step.execution.warmup_seconds
-            for name, engine in ours.items()
+            name: engine.training.step.execution.warmup_seconds for name, engine in ours.items()
         },
         "floor_seconds": floor,
         "phase_seconds": phases,
