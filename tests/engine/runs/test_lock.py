@@ -22,8 +22,8 @@ HOLD = """
 import sys
 from pathlib import Path
 
-from engine.run_folder import free_folders
-from engine.runtime.lock import held, held_first
+from engine.runs.folder import free_folders
+from engine.runs.lock import held, held_first
 
 how, folder = sys.argv[1], Path(sys.argv[2])
 with held(folder) if how == "held" else held_first(free_folders(folder, "demo")) as found:

@@ -178,7 +178,7 @@ def test_a_device_is_written_to(tmp_path, minor, full):
 WRITE = """
 from pathlib import Path
 
-from engine.output_files import check_outputs, write_output
+from engine.utils.output_files import check_outputs, write_output
 
 print("before")
 assert not check_outputs([Path({name!r})])
