@@ -189,7 +189,7 @@ def test_json_has_null_where_a_number_has_no_value(value):
 
 def test_json_is_written_in_one_place():
     """But for messages, and text alone, which has no numbers."""
-    others = {"json_text", "fields", "effects", "wording", "first_line", "quoting"}
+    others = {"json_text", "help", "idle_settings", "messages", "first_line", "quoting"}
     others |= {"tokenizer_file", "tokenizer_process"}
     for path in (*REPOSITORY.glob("engine/**/*.py"), *REPOSITORY.glob("bench/*.py")):
         if path.stem not in others:
