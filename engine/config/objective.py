@@ -1,4 +1,8 @@
-"""The settings of an objective: ``[objectives.NAME]`` of a recipe."""
+"""The settings of an objective: ``[objectives.NAME]`` of a recipe.
+
+An objective is trained like a task: it has examples (:class:`~engine.data.task_batch.Examples`), a
+head, and a row of gradients.  It predicts nothing, so the score that its head gives is its loss.
+"""
 
 from typing import Annotated, Literal
 

@@ -25,12 +25,15 @@ def imported(path: Path) -> Iterator[str]:
     """Yield the first name below ``engine`` of everything that a module of it imports."""
     package = path.relative_to(ENGINE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level or (node.module or "").split(".")[0] not in ("engine", "kernels"), (
-                f"{path}: imports within the package are relative"
-            )
-            if not node.level:
-                continue
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules = [node.module or ""]
+        else:
+            modules = []
+        absolute = {module.split(".")[0] for module in modules} & {"engine", "kernels"}
+        assert not absolute, f"{path}: imports within the packages are relative"
+        if isinstance(node, ast.ImportFrom) and node.level:
             base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
             names = [name for name in base if name]
             yield from names[:1] or [alias.name for alias in node.names]

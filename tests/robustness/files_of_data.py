@@ -43,8 +43,8 @@ def lead_elsewhere(base: Base, here: Path, draw: random.Random) -> Given:
     what, dataset = draw.choice(["path", "tar", "code", "name"]), str(corpus)
     match what:
         case "path":
-            is_main = ["../../elsewhere.csv", str(elsewhere), f"file://{elsewhere}"]
-            lead = draw.choice([*is_main, "**/../../../elsewhere.csv"])
+            leads = ["../../elsewhere.csv", str(elsewhere), f"file://{elsewhere}"]
+            lead = draw.choice([*leads, "**/../../../elsewhere.csv"])
             what += f" {lead.replace(str(here.parent), '')}"
             split = f'data_files:\n  - split: train\n    path: "{lead}"'
             text = f"---\nconfigs:\n- config_name: default\n  {split}\n---\n"

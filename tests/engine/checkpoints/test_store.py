@@ -261,11 +261,11 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, monkeypatch):
 
 
 def test_no_file_of_a_checkpoint_holds_a_pickle(whole):
-    store = open_run(whole).checkpoints.all("step")[0]
-    assert {path.suffix for path in store.iterdir()} == {".safetensors", ".json"}
-    for file in store.glob("*.safetensors"):
+    checkpoint = open_run(whole).checkpoints.all("step")[0]
+    assert {path.suffix for path in checkpoint.iterdir()} == {".safetensors", ".json"}
+    for file in checkpoint.glob("*.safetensors"):
         assert load_file(file)
-    assert read_manifest(store).places
+    assert read_manifest(checkpoint).places
 
 
 def rewrite(file: Path, change, metadata=lambda stored: stored) -> None:

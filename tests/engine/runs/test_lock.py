@@ -82,7 +82,7 @@ def test_folders_that_appear_meanwhile_are_passed_over(tmp_path):
     for name in ("demo-1", "demo-4"):
         (tmp_path / name).mkdir()
     (tmp_path / "demo-2").symlink_to("nowhere")
-    free = free_folders(tmp_path, "config/recipes/demo.toml")
+    free = free_folders(tmp_path, "recipes/demo.toml")
     for name in ("demo-3", "demo-5"):
         with held_first([tmp_path / "demo-1", tmp_path / "demo-2", *[next(free)]]) as folder:
             assert folder == tmp_path / name
