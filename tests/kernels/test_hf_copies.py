@@ -101,7 +101,7 @@ def test_importing_registers_where_transformers_is(monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(registry, transformers_patch.IMPLEMENTATION, None)
         monkeypatch.delitem(registry, transformers_patch.IMPLEMENTATION)
     spec = importlib.util.spec_from_file_location(
-        "kernels.transformers_patch_once_more", transformers_patch.__file__
+        "kernels.integrations.once_more", transformers_patch.__file__
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
