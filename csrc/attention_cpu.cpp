@@ -8,8 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "attention.h"
-#include "check.h"
-#include "tensor_border.h"
+#include "check_torch.h"
+#include "tensor_torch.h"
 
 namespace superbert {
 namespace {

@@ -86,11 +86,6 @@ class MultitaskModel(nn.Module):
         """Return the head of a task or objective."""
         return cast(Head, self.heads[name])
 
-    @property
-    def task_heads(self) -> dict[str, Head]:
-        """The heads of the tasks, without those of objectives."""
-        return {name: self.head(name) for name in self.heads if self.head(name).is_scored}
-
     def _adapter(self, task: str) -> ProjectedAttention | None:
         return cast(ProjectedAttention, self.adapters[task]) if task in self.adapters else None
 

@@ -177,7 +177,7 @@ def forward_kernel(
     lse,  # [H, total_q]
     keys_of_queries,
     total_q,
-    options,
+    kernel_options,
     stream,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -201,7 +201,7 @@ def forward_kernel(
             keys = block + tl.arange(0, BLOCK_N)
             k_tile = _load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            scores *= options.scale * _LOG2_E
+            scores *= kernel_options.scale * _LOG2_E
             if part != 1:
                 seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
                 scores = tl.where(seen, scores, float("-inf"))
@@ -211,8 +211,8 @@ def forward_kernel(
             rescale = tl.exp2(row_max - shift)
             row_max = new_max
             row_sum = row_sum * rescale + tl.sum(p, 1)
-            if options.seed is not None:
-                p *= attention_factors(rows, block, head, stream, options, BLOCK_N)
+            if kernel_options.seed is not None:
+                p *= attention_factors(rows, block, head, stream, kernel_options, BLOCK_N)
             v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             acc *= rescale[:, None]
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
@@ -269,7 +269,7 @@ def _p_and_dp(
     head,
     first,
     last,
-    options,
+    kernel_options,
     stream,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -278,13 +278,13 @@ def _p_and_dp(
     """P and f dP of a tile of queries and the block of keys from ``block`` on."""
     keys = block + tl.arange(0, BLOCK_N)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    p = tl.exp2(scores * (options.scale * _LOG2_E) - row_lse[:, None])
+    p = tl.exp2(scores * (kernel_options.scale * _LOG2_E) - row_lse[:, None])
     if MASKED:
         seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
         p = tl.where(seen, p, 0.0)
     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-    if options.seed is not None:
-        dp *= attention_factors(rows, block, head, stream, options, BLOCK_N)
+    if kernel_options.seed is not None:
+        dp *= attention_factors(rows, block, head, stream, kernel_options, BLOCK_N)
     return p, dp
 
 
@@ -300,7 +300,7 @@ def grad_q_kernel(
     grad_q,
     keys_of_queries,
     total_q,
-    options,
+    kernel_options,
     stream,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -331,7 +331,7 @@ def grad_q_kernel(
                 v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
                 p, dp = _p_and_dp(
                     *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
-                    *(options, stream, part != 1, PRECISION, BLOCK_N),
+                    *(kernel_options, stream, part != 1, PRECISION, BLOCK_N),
                 )
                 weighted += tl.sum(p * dp, 1)
                 total += tl.sum(p, 1)
@@ -350,14 +350,14 @@ def grad_q_kernel(
             v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             p, dp = _p_and_dp(
                 *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
-                *(options, stream, part != 1, PRECISION, BLOCK_N),
+                *(kernel_options, stream, part != 1, PRECISION, BLOCK_N),
             )
             ds = p * (dp - row_delta[:, None])
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
     if PRECISION == "ieee":
         acc *= row_norm[:, None]
-    _store_tile(grad_q, head, rows, total_q, acc * options.scale, D, BLOCK_D)
+    _store_tile(grad_q, head, rows, total_q, acc * kernel_options.scale, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["total_q", "total_k", "stream"])
@@ -374,7 +374,7 @@ def grad_kv_kernel(
     queries_of_keys,
     total_q,
     total_k,
-    options,
+    kernel_options,
     stream,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -404,7 +404,7 @@ def grad_kv_kernel(
             row_delta = _load_row_numbers(delta, head, rows, total_q, inside)
             # Transposed, [keys, queries], which is how the last two products need P and dS.
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            p = tl.exp2(scores * (options.scale * _LOG2_E) - row_lse[None, :])
+            p = tl.exp2(scores * (kernel_options.scale * _LOG2_E) - row_lse[None, :])
             if part != 1:
                 seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
                 p = tl.where(seen, p, 0.0)
@@ -412,13 +412,13 @@ def grad_kv_kernel(
                 p *= _load_row_numbers(norm, head, rows, total_q, inside)[None, :]
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             dropped = p
-            if options.seed is not None:
-                factors = attention_factors(rows, first_key, head, stream, options, BLOCK_N)
+            if kernel_options.seed is not None:
+                factors = attention_factors(rows, first_key, head, stream, kernel_options, BLOCK_N)
                 dropped = p * tl.trans(factors)
                 dp *= tl.trans(factors)
             ds = p * (dp - row_delta[None, :])
             dv = tl.dot(dropped.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
             dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
 
-    _store_tile(grad_k, head, keys, total_k, dk * options.scale, D, BLOCK_D)
+    _store_tile(grad_k, head, keys, total_k, dk * kernel_options.scale, D, BLOCK_D)
     _store_tile(grad_v, head, keys, total_k, dv, D, BLOCK_D)

@@ -195,7 +195,7 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         "sizes": Tables("i32", "i32", "i32"),
         "ids": Tables("*i64", "*i64", "*i64"),
         "dropout": DropoutArguments("*i64", "i64", "fp32"),
-        "options": KernelOptions("fp32", *DropoutArguments("*i64", "i64", "fp32")),
+        "kernel_options": KernelOptions("fp32", *DropoutArguments("*i64", "i64", "fp32")),
     }
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from kernels import implementation
 from kernels.attention.attention_options import AttentionOptions
 
+from .balancing.methods import SOLVERS
 from .layer_cases import DOORS, Stream
-from .test_balancing import SOLVERS
 from .test_surgery_weights import operator_samples
 
 OPS = torch.ops.superbert

@@ -9,7 +9,7 @@ from engine.data.batch_shapes import ShapePlan
 from engine.data.collate import PackedBatch, pack
 from engine.data.task_schema import FORMATS, TaskSchema
 from engine.data.tokenizer import Tokenizer
-from engine.models.config import EncoderConfig
+from engine.models.bert import BertConfig
 from engine.models.heads import Head, HeadSettings, build_head
 from engine.models.layers import Embedding, Linear
 from engine.models.pooling import SharedLayers, TaskStates
@@ -23,7 +23,7 @@ TEXTS = [f"the film {n} was fine. i saw it {n} times. it is {n * n}!" for n in r
 OBJECTIVES = ("masked_lm", "masked_lm_next", "simcse")
 SEED = torch.tensor(5)
 
-CONFIG = EncoderConfig(
+CONFIG = BertConfig(
     vocab_size=16,
     hidden_size=WIDTH,
     num_hidden_layers=1,

@@ -6,7 +6,7 @@ import torch
 from engine.config.objective import ObjectiveRecipe
 from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
-from engine.models.config import EncoderConfig
+from engine.models.bert import BertConfig
 from engine.models.multitask import MultitaskModel
 from engine.runs.objectives import head_settings
 
@@ -26,7 +26,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def model(tokenizer) -> MultitaskModel:
     torch.manual_seed(0)
-    config = EncoderConfig(
+    config = BertConfig(
         vocab_size=97,
         hidden_size=48,
         num_hidden_layers=2,

@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch.nn import functional as F
 
+from engine.models.context import Context
+
 from .cases import SEED, batch_of
 
 
@@ -13,7 +15,7 @@ def test_simcse_is_its_formula_and_its_copies_differ(model, tokenizer):
     batch = batch_of(tokenizer, ("simcse",))
     names = ("simcse",)
     (loss,) = model.losses(model(batch, names, seed=SEED), batch, names)
-    hidden = model.encoder(batch, seed=SEED).double()
+    hidden = model.encoder(batch.input_ids, Context.of(batch, seed=SEED)).double()
     bounds = batch.cu_seqlens.tolist()
     pooled = [hidden[a:b].mean(0) for a, b in pairwise(bounds)]
     first, second = pooled[:5], pooled[5:]

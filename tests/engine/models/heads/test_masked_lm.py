@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from engine.models.context import Context
+
 from .cases import batch_of
 
 
@@ -17,7 +19,7 @@ def test_masked_lm_is_that_of_transformers(model, tokenizer):
     theirs = transformers.models.bert.modeling_bert.BertPreTrainingHeads(config).eval()
     theirs.predictions.bias.data.normal_()
     pooler = transformers.models.bert.modeling_bert.BertPooler(config).eval()
-    table = model.encoder.embeddings.word.weight
+    table = model.encoder.word_table.weight
     theirs.predictions.decoder.weight = table
     theirs.predictions.decoder.bias = theirs.predictions.bias  # tied, as in a whole model
     state = {f"cls.{name}": t for name, t in theirs.state_dict().items()}
@@ -28,7 +30,7 @@ def test_masked_lm_is_that_of_transformers(model, tokenizer):
     batch = batch_of(tokenizer, ("masked_lm_next",))
     labels = batch.labels[0]
     model.eval()
-    hidden = model.encoder(batch)
+    hidden = model.encoder(batch.input_ids, Context.of(batch))
     words, follows = theirs(hidden, pooler(hidden[batch.cu_seqlens[:-1].long()][:, None]))
     expected = F.cross_entropy(words[labels.positions], labels.targets)
     # Their class 0 says that the second segment follows.
@@ -50,8 +52,8 @@ def test_it_fills_masks_and_answers_nothing(model):
     assert head.fills_masks
     assert not head.is_scored
     assert head.exported() is None
-    assert set(model.task_heads) == {"sst"}
+    assert model.head("sst").is_scored
     with pytest.raises(TypeError, match="an objective answers nothing"):
         head.predict(torch.zeros(1))
     with pytest.raises(TypeError, match="sst: fills no masks"):
-        model.head("sst").word_logits(torch.zeros(1, 48), model.encoder.embeddings.word)
+        model.head("sst").word_logits(torch.zeros(1, 48), model.encoder.word_table)

@@ -10,9 +10,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "check.h"
+#include "check_torch.h"
 #include "dropout.h"
-#include "memory.h"
+#include "memory_torch.h"
 #include "storage.h"
 
 namespace superbert {

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
+#include "check_torch.h"
 #include "surgery.h"
 
 namespace superbert {

@@ -12,7 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "layer_norm.h"
-#include "tensor_border.h"
+#include "tensor_torch.h"
 
 namespace superbert {
 

@@ -94,8 +94,7 @@ inline void check_data(const char* name, const torch::stable::Tensor& x) {
            " bytes; was it freed, as FSDP frees parameters while their module does not run?");
 }
 
-// ---- memory that must not be shared
-// --------------------------------------------------------------
+// ---- memory that must not be shared -----------------------------------------------------------
 
 // Where the elements of a tensor lie: runs of `bytes` without gaps, `stride` bytes apart.
 struct Runs {

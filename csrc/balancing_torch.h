@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "check.h"
+#include "check_torch.h"
 
 namespace superbert {
 

@@ -14,7 +14,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "check.h"
+#include "check_torch.h"
 
 namespace superbert {
 

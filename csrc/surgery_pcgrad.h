@@ -11,8 +11,8 @@
 
 #include <cstdint>
 
-#include "counter_rng.h"
 #include "host_device.h"
+#include "surgery_rng.h"
 
 namespace superbert {
 

@@ -8,9 +8,9 @@
 #include <tuple>
 #include <vector>
 
-#include "balancing_checks.h"
 #include "balancing_solvers.h"
-#include "memory.h"
+#include "balancing_torch.h"
+#include "memory_torch.h"
 
 namespace superbert {
 namespace {

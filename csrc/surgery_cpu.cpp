@@ -8,10 +8,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "memory.h"
-#include "pcgrad_solver.h"
+#include "memory_torch.h"
 #include "surgery.h"
-#include "surgery_checks.h"
+#include "surgery_pcgrad.h"
+#include "surgery_torch.h"
 
 namespace superbert {
 namespace {

@@ -1,4 +1,4 @@
-"""What balancing methods ask of a Gram matrix: checks, scaling, eigenvalues, least squares.
+"""What balancing methods ask of a Gram matrix: checks, scaling, directions, dtypes.
 
 All is float64 on the matrix's device; nothing waits for it.
 """
@@ -28,6 +28,9 @@ def check_gram(gram: Tensor, **others: tuple[Tensor, int]) -> None:
         if list(tensor.shape) != [len(gram)] * dims:
             raise ValueError(f"{name}: expected {[len(gram)] * dims}, got {list(tensor.shape)}")
 
+
+LARGEST = torch.finfo(torch.float32).max
+"""Of settings that weights are multiplied by."""
 
 Method = TypeVar("Method", bound=Callable[..., Tensor])
 
@@ -111,16 +114,3 @@ def directions(gram: Tensor) -> Directions:
     squares = gram.diagonal().double()
     inverse = torch.where(squares > 0, squares.rsqrt(), 0.0)
     return Directions(inverse[:, None] * gram.double() * inverse, inverse)
-
-
-def eigen(matrix: Tensor, relative: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues, which of them count (more than ``relative`` to the largest), eigenvectors."""
-    values, vectors = torch.ops.superbert.symmetric_eigen(matrix)
-    return values, values > relative * values.max(), vectors
-
-
-def solve_least_squares(matrix: Tensor, target: Tensor, relative: float) -> Tensor:
-    """``matrix⁺ target``; eigenvalues up to ``relative`` times the largest count as zero."""
-    values, counts, vectors = eigen(matrix, relative)
-    inverse = torch.where(counts, 1.0 / values, 0.0)
-    return vectors @ (inverse * (target @ vectors))

@@ -1,10 +1,10 @@
 // The K x K problems of gradient surgery on CUDA: one thread a task, the arithmetic of
-// pcgrad_solver.h, which the CPU runs too.
+// surgery_pcgrad.h, which the CPU runs too.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "pcgrad_solver.h"
+#include "surgery_pcgrad.h"
 
 namespace superbert {
 
