@@ -1,5 +1,5 @@
 // Balancing methods: the operators' schemas and their CPU side.  What they solve stands in
-// balancing_solvers.h, the methods themselves in kernels/balancing.py.
+// balancing_solvers.h, the methods themselves in kernels/balancing/.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

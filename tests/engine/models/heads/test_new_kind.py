@@ -22,9 +22,10 @@ from engine.models.heads import HEADS, PEARSON, Head, register
 from engine.models.pooling import at_least_fp32
 from engine.runs.run import open_run
 
+from ....conftest import REPOSITORY
 from ...conftest import TINY
 
-PAGE = Path(__file__).parents[3] / "docs" / "extending.md"
+PAGE = REPOSITORY / "docs" / "extending.md"
 SECTION = PAGE.read_text(encoding="utf-8").partition("## Add a head\n")[2].partition("\n## ")[0]
 FILE, REGISTRY_LINE, TEST = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 (RECIPE,) = re.findall(r"```toml\n(.*?)```", SECTION, re.DOTALL)
