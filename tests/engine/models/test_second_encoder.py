@@ -227,6 +227,7 @@ def test_it_is_read_trained_and_exported(tmp_path):
     torch.manual_seed(0)
     state = PreNormEncoder(config).state_dict()
     texts = [f"the film {n} was fine, i saw it {n} times" for n in range(40)]
+    (tmp_path / "model").mkdir()
     Tokenizer.train(texts, 256).save(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(dump_json(config.to_huggingface()))
     save_file(
@@ -286,7 +287,9 @@ def test_checkpointing_runs_every_stage_but_the_first_twice():
     assert calls.count(calls[0]) == 1
 
 
-_NAMES = re.compile(r"(encoder|pair)\.(?!\w+$)|(heads|adapters|embeddings|layers)\.(?!safetensors)")
+_NAMES = re.compile(
+    r"(encoder|pair)\.(?!\w+($| = ))|(heads|adapters|embeddings|layers)\.(?!safetensors)"
+)
 _PARTS_OF_BERT = {"embeddings", "layers", "token_type", "qkv", "intermediate"}
 
 
@@ -297,22 +300,31 @@ def _names_of_parts(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             if id(node) not in docstrings and _NAMES.match(node.value):
-                yield f"{path}:{node.lineno}: {node.value!r}"
+                yield node.value
         elif isinstance(node, ast.Attribute) and node.attr in _PARTS_OF_BERT:
             owner = node.value
             if isinstance(owner, ast.Attribute) and owner.attr == "encoder":
-                yield f"{path}:{node.lineno}: {ast.unparse(node)}"
+                yield ast.unparse(node)
         elif isinstance(node, ast.Assign):
             for target in node.targets:
                 is_rows = isinstance(target, ast.Attribute) and target.attr == "rows"
                 if is_rows and ast.unparse(target) != "self.rows":
-                    yield f"{path}:{node.lineno}: {ast.unparse(node)}"
+                    yield ast.unparse(node)
+
+
+# What files say and will go on to say: a recipe, metrics.jsonl, heads.safetensors.
+_NAMES_IN_FILES = {
+    "config/tables.py": {"encoder."},
+    "reporting/run_data.py": {"heads.", "adapters."},
+    "exporting/folder.py": {"pair."},
+}
 
 
 def test_nothing_outside_the_models_knows_their_parts_by_name():
     engine = REPOSITORY / "engine"
-    files = [
-        path for path in engine.rglob("*.py") if "models" not in path.relative_to(engine).parts
-    ]
-    found = [name for path in files for name in _names_of_parts(path)]
-    assert found == []
+    found = {
+        path.relative_to(engine).as_posix(): set(_names_of_parts(path))
+        for path in engine.rglob("*.py")
+        if "models" not in path.relative_to(engine).parts
+    }
+    assert {path: names for path, names in found.items() if names} == _NAMES_IN_FILES
