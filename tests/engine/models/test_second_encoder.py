@@ -3,9 +3,11 @@
 import ast
 import copy
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ from ...kernels.pcgrad_reference import algorithm1
 from ..distributed.test_gradient_sync import Watched
 from ..gradients.test_one_pass_backward import within_twice
 from ..small_models import DECAY, SEED, make_micro_batches, random_split
+from . import second_encoder
 from .second_encoder import SPEC, PreNormConfig, PreNormEncoder, PreNormLayer
 
 TASKS = ("quora", "sts")
@@ -328,3 +331,26 @@ def test_nothing_outside_the_models_knows_their_parts_by_name():
         if "models" not in path.relative_to(engine).parts
     }
     assert {path: names for path, names in found.items() if names} == _NAMES_IN_FILES
+
+
+def test_the_page_on_extending_shows_this_encoder(monkeypatch):
+    page = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Add an encoder\n")[2].partition("\n## ")[0]
+    file, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    shown, here = (
+        _without_imports(text) for text in (file, Path(second_encoder.__file__).read_text())
+    )
+    assert shown == here
+    module = ModuleType("engine.models.prenorm")
+    module.__package__ = "engine.models"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(file, "engine/models/prenorm.py", "exec"), vars(module))
+    models = {}
+    exec(line, {"MODELS": models, "prenorm": module})
+    assert models == {"prenorm": module.SPEC}
+
+
+def _without_imports(code: str) -> list[str]:
+    """Return the statements of a module but its docstring and imports."""
+    imports = (ast.Import, ast.ImportFrom)
+    return [ast.unparse(node) for node in ast.parse(code).body[1:] if not isinstance(node, imports)]
