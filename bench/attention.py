@@ -6,9 +6,12 @@ plain padded attention compiled by `torch.compile`.  All contestants of a case c
 q, k and v; padded ones from their padded copy.
 """
 
+import argparse
 import importlib.util
 import itertools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,6 +35,7 @@ DECILES = {
 }
 FIXED = {"128": (128, 64), "512": (512, 16), "2048": (2048, 4)}  # length, sequences
 HEADS = 12
+OURS = "this project"
 
 
 def mix(name: str, sequences: int) -> list[int]:
@@ -62,11 +66,25 @@ class Inputs:
         self.cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], device=device).int()
         starts = torch.arange(self.longest)[None, :]
         self.mask = (starts < torch.tensor(lengths)[:, None]).to(device)
+        self.whole = len(set(lengths)) == 1
+        self._rows = self.mask.flatten().nonzero()[:, 0]
         padded = qkv.new_zeros(len(lengths), self.longest, 3, HEADS, width).to(device, dtype)
         padded[self.mask] = self.qkv.detach()
         self.padded = padded.requires_grad_()
         self.padded_grad = torch.zeros_like(padded[:, :, 0])
         self.padded_grad[self.mask] = self.grad
+
+    def another(self) -> "Inputs":
+        """Inputs of the same lengths elsewhere in memory."""
+        return Inputs(self.lengths, self.qkv.shape[-1], self.qkv.dtype, str(self.qkv.device))
+
+    def copies_beyond_cache(self, cache_bytes: int = 64 << 20) -> int:
+        """How many of these are larger than any GPU's cache."""
+        return min(16, 1 + cache_bytes // (2 * self.qkv.nbytes))
+
+    def unpadded(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The rows of tokens; by number, since a mask would have to be waited for."""
+        return tuple(x.flatten(0, 1).index_select(0, self._rows) for x in tensors)
 
     def flops(self) -> int:
         """Forward and backward products of what the sequences need, without recomputation."""
@@ -86,10 +104,9 @@ def _ours(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def _sdpa_padded(inputs: Inputs) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in inputs.padded.unbind(2))
-    mask = None if inputs.mask.all() else inputs.mask[:, None, None, :]
+    mask = None if inputs.whole else inputs.mask[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
-    result, grad = inputs.backward(out, inputs.padded, inputs.padded_grad)
-    return result[inputs.mask], grad[inputs.mask]
+    return inputs.unpadded(*inputs.backward(out, inputs.padded, inputs.padded_grad))
 
 
 def _plain_padded(qkv: Tensor, seen: Tensor) -> Tensor:
@@ -105,8 +122,7 @@ _compiled_plain = torch.compile(_plain_padded, dynamic=True)  # one compile serv
 
 def _compiled(inputs: Inputs) -> tuple[Tensor, Tensor]:
     out = _compiled_plain(inputs.padded, inputs.mask[:, None, None, :])
-    result, grad = inputs.backward(out, inputs.padded, inputs.padded_grad)
-    return result[inputs.mask], grad[inputs.mask]
+    return inputs.unpadded(*inputs.backward(out, inputs.padded, inputs.padded_grad))
 
 
 def _varlen_attn(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -146,30 +162,37 @@ def _flex_attention(inputs: Inputs) -> Callable[[Inputs], tuple[Tensor, Tensor]]
     return run
 
 
-def contestants(inputs: Inputs, device: str) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
-    """Ours and the peers that can run here."""
-    runs = {
-        "this project": _ours,
-        "SDPA, padded": _sdpa_padded,
-        "torch.compile, padded": _compiled,
-    }
-    if device == "cuda":  # on a CPU these have no backward pass, or no kernel
-        runs["FlexAttention"] = _flex_attention(inputs)
-        if inputs.qkv.dtype != torch.float32:
-            if importlib.util.find_spec("torch.nn.attention.varlen"):
-                runs["varlen_attn"] = _varlen_attn
-            if importlib.util.find_spec("flash_attn"):
-                runs["flash-attn"] = _flash_attn
-    return {name: (lambda run=run: run(inputs)) for name, run in runs.items()}
+def contestants(
+    inputs: Inputs, device: str
+) -> dict[str, Callable[[], Callable[[], tuple[Tensor, Tensor]]]]:
+    """What makes ours and the peers that can run here."""
+    runs = {OURS: _ours, "SDPA, padded": _sdpa_padded, "torch.compile, padded": _compiled}
+    if device == "cuda" and inputs.qkv.dtype != torch.float32:  # there is no other kernel
+        if importlib.util.find_spec("torch.nn.attention.varlen"):
+            runs["varlen_attn"] = _varlen_attn
+        if importlib.util.find_spec("flash_attn"):
+            runs["flash-attn"] = _flash_attn
+    makers = {name: lambda run=run: lambda: run(inputs) for name, run in runs.items()}
+    if device == "cuda":  # on a CPU it has no backward pass
+
+        def flex() -> Callable[[], tuple[Tensor, Tensor]]:
+            run = _flex_attention(inputs)
+            return lambda: run(inputs)
+
+        makers["FlexAttention"] = flex
+    return makers
 
 
-def verify(runs: dict[str, Callable[[], tuple[Tensor, Tensor]]]) -> None:
-    """Demand that all contestants agree before they are timed."""
+def verify(runs: dict[str, Callable[[], tuple[Tensor, Tensor]]], failures: dict[str, str]) -> None:
+    """Take those that disagree with padded SDPA out of ``runs``, and name them."""
     expected = runs["SDPA, padded"]()
-    for run in runs.values():
+    for name, run in list(runs.items()):
         for result, reference in zip(run(), expected, strict=True):
             tolerance = 32 * torch.finfo(result.dtype).eps * reference.abs().max().item()
-            torch.testing.assert_close(result, reference, rtol=0, atol=tolerance)
+            error = (result - reference).abs().max().item()
+            if not error <= tolerance:
+                failures[name] = f"off by {error:.2e}, more than {tolerance:.2e}"
+                runs.pop(name, None)
 
 
 def main() -> None:
@@ -188,49 +211,99 @@ def main() -> None:
         help="only these cases, such as 'sst x 32'",
     )
     parser.add_argument("--rounds", type=harness.whole(2), default=20)
+    parser.add_argument("--only", default=".", metavar="PATTERN", help="of contestants' names")
     options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
 
-    results: dict[str, object] = {"heads": HEADS, "width": options.width}
+    results: dict[str, Any] = {"heads": HEADS, "width": options.width, "failures": {}}
+    record = harness.Record(options, "attention", device)
     for dtype_name in options.dtype:
         dtype = _DTYPES[dtype_name]
         peak = harness.measure_gemm(device, dtype, 2048, 768, 768)
+        results[f"gemm_flops_per_s, {dtype_name}"] = peak
         table = Table(
             title=f"attention forward + backward, {HEADS} x {options.width}, {dtype_name}"
         )
-        for heading in ("case", "contestant", "ms", "TFLOP/s", "of GEMM", "peak MiB", "ours is"):
+        headings = ["case", "contestant", "ms", "TFLOP/s", "of GEMM", "peak MiB", "ours is"]
+        for heading in [*headings, *(["replayed ms", "ours is"] if device.type == "cuda" else [])]:
             table.add_column(heading, justify="left" if heading == "contestant" else "right")
         for case, lengths in cases().items():
             if options.case and case not in options.case:
                 continue
+            torch._dynamo.reset()
             inputs = Inputs(lengths, options.width, dtype, options.device)
-            runs = contestants(inputs, options.device)
-            verify(runs)
-            memory = {name: harness.peak_memory(run, device) for name, run in runs.items()}
-            samples = harness.interleave(runs, device, rounds=options.rounds)
-            ours = harness.median(samples["this project"])
-            for name, seconds in samples.items():
-                rate = inputs.flops() / harness.median(seconds)
-                table.add_row(
-                    case if name == "this project" else "",
-                    name,
-                    f"{harness.median(seconds) * 1e3:.3f}",
-                    f"{rate / 1e12:.3f}",
-                    f"{rate / peak:.0%}",
-                    f"{memory[name] / 2**20:.0f}",
-                    "" if name == "this project" else f"{harness.median(seconds) / ours:.2f}x",
-                )
-            results[f"{case}, {dtype_name}"] = {
-                "lengths": lengths,
-                "flops": inputs.flops(),
-                "peak_bytes": memory,
-                "seconds": samples,
-                "quantiles": {name: harness.summary(s) for name, s in samples.items()},
-            }
-        results[f"gemm_flops_per_s, {dtype_name}"] = peak
+            name = f"{case}, {dtype_name}"
+            results[name] = measured = measure(inputs, options, results["failures"], name)
+            for cells in _rows(case, measured, inputs.flops(), peak):
+                table.add_row(*cells)
+            record.write(results)
         console.print(table)
-    if options.json:
-        harness.write_record(options.json, "attention", device, results, replace=options.force)
+    if results["failures"]:
+        raise SystemExit(1)
+
+
+def measure(
+    inputs: Inputs, options: argparse.Namespace, failures: dict[str, str], case: str
+) -> dict[str, Any]:
+    """Time one case's contestants: called by the host, and on a GPU replayed as graphs, too."""
+    device = torch.device(options.device)
+    failed: dict[str, str] = {}
+    makers = {
+        name: make
+        for name, make in contestants(inputs, options.device).items()
+        if name in (OURS, "SDPA, padded") or re.search(options.only, name)
+    }
+    runs = harness.surviving(makers, failed)
+    if OURS not in runs:
+        raise SystemExit(f"{case}: {failed[OURS]}")
+    verify(runs, failed)
+    memory = {name: harness.peak_memory(run, device) for name, run in runs.items()}
+    samples = harness.interleave(runs, device, rounds=options.rounds)
+    measured = {
+        "lengths": inputs.lengths,
+        "flops": inputs.flops(),
+        "peak_bytes": memory,
+        "seconds": samples,
+        "quantiles": {name: harness.summary(s) for name, s in samples.items()},
+    }
+    if device.type == "cuda":
+        # Each call of a graph has inputs of its own, together more than the cache holds.
+        copies = [inputs, *(inputs.another() for _ in range(inputs.copies_beyond_cache() - 1))]
+        calls = [contestants(each, options.device) for each in copies]
+
+        def replay(name: str) -> harness.Contestant:
+            own = [made[name]() for made in calls]
+            return harness.graph_replay(lambda: [run() for run in own], device)
+
+        graphs = harness.surviving({name: lambda name=name: replay(name) for name in runs}, failed)
+        replayed = harness.device_seconds(graphs, device, rounds=5, replays=4)
+        measured["replayed_seconds"] = {
+            name: [each / len(copies) for each in seconds] for name, seconds in replayed.items()
+        }
+    failures.update({f"{name}, {case}": text for name, text in failed.items()})
+    return measured
+
+
+def _rows(case: str, measured: dict[str, Any], flops: int, peak: float) -> Iterator[list[str]]:
+    replayed = measured.get("replayed_seconds", {})
+    ours = harness.median(measured["seconds"][OURS])
+    for name, seconds in measured["seconds"].items():
+        rate = flops / harness.median(seconds)
+        cells = [
+            case if name == OURS else "",
+            name,
+            f"{harness.median(seconds) * 1e3:.3f}",
+            f"{rate / 1e12:.3f}",
+            f"{rate / peak:.0%}",
+            f"{measured['peak_bytes'][name] / 2**20:.0f}",
+            "" if name == OURS else f"{harness.median(seconds) / ours:.2f}x",
+        ]
+        if name in replayed:
+            device_time = harness.median(replayed[name])
+            cells.append(f"{device_time * 1e3:.4f}")
+            if name != OURS and OURS in replayed:
+                cells.append(f"{device_time / harness.median(replayed[OURS]):.2f}x")
+        yield cells
 
 
 if __name__ == "__main__":

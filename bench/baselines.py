@@ -7,11 +7,13 @@ be agreed with.
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import kernels
 from engine.data.collate import PackedBatch
 
 
@@ -44,6 +46,9 @@ class HuggingFaceLoop:
         device: where to run.
         compiled: run the BERT through ``torch.compile``.
         config: shape of the model when there is no folder.
+        packed: no padding: all sentences as one row of tokens, attention by torch's
+            ``varlen_attn``; on a GPU, in bf16.
+        accelerated: through :func:`kernels.accelerate`.
     """
 
     def __init__(
@@ -55,6 +60,8 @@ class HuggingFaceLoop:
         device: torch.device,
         compiled: bool = False,
         config: dict[str, object] | None = None,
+        packed: bool = False,
+        accelerated: bool = False,
         lr: float = 1e-5,
     ) -> None:
         from transformers import BertConfig, BertModel
@@ -64,6 +71,10 @@ class HuggingFaceLoop:
         else:
             bert = BertModel.from_pretrained(model_folder, add_pooling_layer=False)
         self.bert = bert.to(device).train()
+        if packed:
+            self.bert.set_attn_implementation(register_varlen_attention())
+        if accelerated:
+            kernels.accelerate(self.bert)
         self._encode = torch.compile(self.bert, dynamic=True) if compiled else self.bert
         width = bert.config.hidden_size
         self.heads = nn.ModuleDict(
@@ -72,6 +83,7 @@ class HuggingFaceLoop:
         self.parameters = [*self.bert.parameters(), *self.heads.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
         self.balance, self.autocast, self.device = balance, autocast, device
+        self.packed = packed
 
     def step(self, padded: "PaddedBatch") -> Tensor:
         """Train on one batch of each task; return the losses ``[3]``."""
@@ -87,9 +99,13 @@ class HuggingFaceLoop:
         return torch.stack([loss.detach().float() for loss in losses])
 
     def _losses(self, padded: "PaddedBatch") -> list[Tensor]:
-        (sst,), (first, second), (left, right) = (
-            [self._embed(ids, mask) for ids, mask in sentences] for sentences in padded.sentences
-        )
+        if self.packed:
+            (sst,), (first, second), (left, right) = self._embed_packed(padded.packed)
+        else:
+            (sst,), (first, second), (left, right) = (
+                [self._embed(ids, mask) for ids, mask in sentences]
+                for sentences in padded.sentences
+            )
         sst_labels, quora_labels, sts_labels = padded.labels
         logits = self.heads["sst"](F.dropout(sst, 0.5))
         joined = torch.cat([F.dropout(first, 0.5), F.dropout(second, 0.5)], dim=1)
@@ -105,6 +121,26 @@ class HuggingFaceLoop:
         hidden = self._encode(input_ids=ids, attention_mask=mask).last_hidden_state
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(1) / weights.sum(1)
+
+    def _embed_packed(self, batch: PackedBatch) -> list[Sequence[Tensor]]:
+        """Mean-pooled sentences of each task and column, from one row of tokens."""
+        hidden = self._encode(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        ).last_hidden_state[0]
+        lengths = batch.cu_seqlens.diff()
+        sentence = torch.repeat_interleave(lengths, output_size=len(hidden))
+        sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
+        means = sums.index_add(0, sentence, hidden.float()) / lengths[:, None]
+        sizes = [
+            n
+            for n, columns in zip(batch.examples, batch.columns, strict=True)
+            for _ in range(columns)
+        ]
+        parts = iter(means.split(sizes))
+        return [[next(parts) for _ in range(columns)] for columns in batch.columns]
 
     def _pcgrad_backward(self, losses: Sequence[Tensor]) -> None:
         flat = []
@@ -133,10 +169,32 @@ class HuggingFaceLoop:
         jac_to_grad([p for p in self.parameters if p.jac is not None], PCGrad())
 
 
+def register_varlen_attention() -> str:
+    """Make torch's ``varlen_attn`` known to transformers, and return the name it has there.
+
+    The model is given one row of all tokens, and ``cu_seqlens`` and ``max_seqlen`` by keyword.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def attend(
+        _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: None, **given: Any
+    ) -> tuple[Tensor, None]:
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu, longest = given["cu_seqlens"], given["max_seqlen"]
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
+        return varlen_attn(q, k, v, cu, cu, longest, longest)[None], None
+
+    AttentionInterface.register("torch_varlen", attend)
+    AttentionMaskInterface.register("torch_varlen", lambda *_, **__: None)
+    return "torch_varlen"
+
+
 class PaddedBatch:
     """A packed batch of SST, Quora and STS as padded ids and masks, one pair for each column."""
 
     def __init__(self, batch: PackedBatch, device: torch.device) -> None:
+        self.packed = batch
         lengths = batch.cu_seqlens.diff().tolist()
         sequences = batch.input_ids.split(lengths)
         self.sentences: list[list[tuple[Tensor, Tensor]]] = []

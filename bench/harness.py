@@ -72,6 +72,89 @@ def interleave(
     return samples
 
 
+def graph_replay(run: Contestant, device: torch.device) -> Contestant:
+    """Return what replays a contestant's work as a CUDA graph.
+
+    A replay holds the device's time alone: the host's time to launch hundreds of kernels, which is
+    longer than small kernels take, is left out alike for every contestant.
+
+    Raises:
+        RuntimeError: the contestant does what cannot be recorded, such as waiting for the device.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and fills the libraries' workspaces
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay(_kept: object = kept) -> None:
+        graph.replay()
+
+    return replay
+
+
+def device_seconds(
+    contestants: Mapping[str, Contestant], device: torch.device, *, rounds: int, replays: int = 20
+) -> dict[str, list[float]]:
+    """Time contestants on a GPU by CUDA events, each ``replays`` runs in a row, in turn.
+
+    Returns:
+        Seconds of one run, ``rounds`` for each contestant.
+    """
+    names = list(contestants)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for turn in range(-1, rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            contestants[name]()
+            start.record()
+            for _ in range(replays):
+                contestants[name]()
+            end.record()
+            synchronize(device)
+            if turn >= 0:
+                samples[name].append(start.elapsed_time(end) / 1e3 / replays)
+    return samples
+
+
+def kernel_table(run: Contestant, device: torch.device, runs: int = 3) -> list[dict[str, Any]]:
+    """Return the kernels of one run on a GPU, the longest first: name, calls, microseconds."""
+    run()
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        for _ in range(runs):
+            run()
+        synchronize(device)
+    kernels = [
+        {"name": row.key, "calls": row.count / runs, "us": row.self_device_time_total / runs}
+        for row in profiled.key_averages()
+        if row.self_device_time_total > 0 and row.device_type != torch.autograd.DeviceType.CPU
+    ]
+    return sorted(kernels, key=lambda row: -row["us"])
+
+
+def surviving(
+    makers: Mapping[str, Callable[[], Contestant]], failures: dict[str, str]
+) -> dict[str, Contestant]:
+    """Make contestants and run each once; one that fails is named in ``failures``."""
+    made = {}
+    for name, make in makers.items():
+        try:
+            contestant = make()
+            contestant()
+        except Exception as error:  # a peer may fail in any way; the others go on
+            failures[name] = f"{type(error).__name__}: {error}"[:2000]
+            print(f"{name} failed: {failures[name].splitlines()[0]}", file=sys.stderr)
+        else:
+            made[name] = contestant
+    return made
+
+
 def summary(samples: Sequence[float]) -> dict[str, float]:
     """Return the 20 %, 50 % and 80 % quantiles of at least two samples."""
     deciles = statistics.quantiles(samples, n=10, method="inclusive")
@@ -122,7 +205,10 @@ def peak_memory(run: Contestant, device: torch.device) -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Describe the machine, the libraries and the commit."""
+    """Describe the machine, the libraries and the commit.
+
+    Where there is no git, the commit is what ``SUPERBERT_COMMIT`` says.
+    """
     versions = {}
     for package in _PACKAGES:
         try:
@@ -130,7 +216,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     described: dict[str, Any] = {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("SUPERBERT_COMMIT"),
         "dirty": bool(
             _git(
                 "status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)bench/results"
@@ -213,6 +299,32 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
+class Record:
+    """A benchmark's record, written anew after each part: a run that is cut off leaves the others.
+
+    Args:
+        options: what :func:`parse` returned; without ``--json`` nothing is written.
+        benchmark: its name.
+        device: what is measured.
+    """
+
+    def __init__(self, options: argparse.Namespace, benchmark: str, device: torch.device) -> None:
+        self._options, self._benchmark, self._device = options, benchmark, device
+        self._replace: bool = options.force
+
+    def write(self, results: Any) -> None:
+        """Write what there is so far, with the environment."""
+        if self._options.json is not None:
+            write_record(
+                self._options.json,
+                self._benchmark,
+                self._device,
+                results,
+                replace=self._replace,
+            )
+            self._replace = True
+
+
 def write_record(
     path: Path, benchmark: str, device: torch.device, results: Any, *, replace: bool = False
 ) -> None:
@@ -245,12 +357,16 @@ def _refusal(error: InputError) -> SystemExit:
     return SystemExit(2)
 
 
-def _git(*arguments: str) -> str:
-    process = subprocess.run(
-        ["git", *arguments],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return process.stdout.strip()
+def _git(*arguments: str) -> str | None:
+    """What git prints, or None where it or the repository is not."""
+    try:
+        process = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return process.stdout.strip() if process.returncode == 0 else None

@@ -9,8 +9,11 @@ the same run.  ``--growth`` measures how this engine's step grows with tasks, sh
 import argparse
 import importlib.util
 import itertools
-from collections.abc import Callable, Mapping
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +27,7 @@ from engine.runs.run import begin
 from engine.runtime.cpu import keep_freed_memory
 from engine.runtime.precision import multiplies_bf16_fast
 from engine.training.trainer import Trainer
+from engine.utils.errors import InputError
 
 from . import harness, step_growth
 from .baselines import HuggingFaceLoop, PaddedBatch
@@ -83,72 +87,88 @@ class Engine:
 
 def engines(
     options: argparse.Namespace, batches: Batches, precisions: list[str]
-) -> dict[str, Engine]:
-    """This engine's steps by name: as a run here executes them, and in other ways."""
+) -> dict[str, Callable[[], Engine]]:
+    """What makes this engine's steps, by name: as a run here executes them, and in other ways."""
     device = torch.device(options.device)
     usual, others = _EXECUTIONS[device.type]
     if not options.compile:
         others = tuple(kind for kind in others if kind != "compile")
     variants = [(p, balance, usual) for p in precisions for balance in ("pcgrad", "sum")]
     variants += [(precisions[0], "pcgrad", kind) for kind in others]
+
+    def maker(precision: str, balance: str, kind: str) -> Callable[[], Engine]:
+        return lambda: Engine(engine_training(options, balance, precision, kind), batches, device)
+
     return {
-        f"this engine, {precision}, {balance}" + ("" if kind == usual else f", {kind}"): Engine(
-            engine_training(options, balance, precision, kind), batches, device
+        f"this engine, {precision}, {balance}" + ("" if kind == usual else f", {kind}"): maker(
+            precision, balance, kind
         )
         for precision, balance, kind in variants
     }
 
 
-def warm_up(
-    contestants: Mapping[str, Callable[[], object]], batches: Batches, device: torch.device
-) -> dict[str, int]:
-    """Run every contestant on every batch until nothing is compiled or recorded any more.
+def warmed_up(
+    make: Callable[[], Callable[[], object]], batches: Batches, device: torch.device
+) -> tuple[Callable[[], object], int]:
+    """Make a contestant and run it on every batch, until nothing is compiled any more.
 
     Returns:
-        The most bytes each held at one time while it worked, recordings included.
+        The contestant, and the most bytes that it held at one time while it worked, recordings
+        included.
     """
-    peaks = {}
-    for name, run in contestants.items():
+    torch._dynamo.reset()  # compilations of one contestant don't count against another's limit
+    run = make()
 
-        def all_batches(run: Callable[[], object] = run) -> None:
-            for turn in range(2 * len(batches.packed)):
-                batches.select(turn)
-                run()
-
-        if device.type == "cuda":
-            peaks[name] = harness.peak_memory(all_batches, device)
-        else:
+    def all_batches() -> None:
+        for turn in range(2 * len(batches.packed)):
+            batches.select(turn)
             run()
-            peaks[name] = harness.peak_memory(run, device)
-    return peaks
+
+    if device.type == "cuda":
+        return run, harness.peak_memory(all_batches, device)
+    run()
+    return run, harness.peak_memory(run, device)
 
 
 def peers(
     options: argparse.Namespace, batches: Batches, config: dict[str, object]
-) -> dict[str, Callable[[], object]]:
-    """The steps of transformers loops by name."""
-    loops = [(precision, "sum", False) for precision in ("fp32", "bf16")]
-    loops += [(precision, "pcgrad", False) for precision in ("fp32", "bf16")]
-    if importlib.util.find_spec("torchjd"):
-        loops.append(("fp32", "torchjd", False))
-    if options.compile:
-        loops += [(precision, "sum", True) for precision in ("fp32", "bf16")]
+) -> dict[str, Callable[[], Callable[[], object]]]:
+    """What makes the steps of transformers loops, by name."""
+    device = torch.device(options.device)
     names = {"sum": "sum", "pcgrad": "published PCGrad", "torchjd": "TorchJD PCGrad"}
-    contestants: dict[str, Callable[[], object]] = {}
-    for precision, balance, compiled in loops:
-        loop = HuggingFaceLoop(
-            options.init,
-            balance=balance,
-            autocast=precision == "bf16",
-            device=torch.device(options.device),
-            compiled=compiled,
-            config=config,
+
+    def maker(precision: str, balance: str, ways: tuple[str, ...]) -> Callable[..., Any]:
+        def make() -> Callable[[], object]:
+            loop = HuggingFaceLoop(
+                options.init,
+                balance=balance,
+                autocast=precision == "bf16",
+                device=device,
+                config=config,
+                **dict.fromkeys(ways, True),
+            )
+            return lambda: loop.step(batches.padded)
+
+        return make
+
+    loops: list[tuple[str, str, tuple[str, ...]]] = []
+    for balance in ("sum", "pcgrad"):
+        loops += [(precision, balance, ()) for precision in ("bf16", "fp32")]
+    if importlib.util.find_spec("torchjd"):
+        loops.append(("fp32", "torchjd", ()))
+    if options.compile:
+        loops += [(precision, "sum", ("compiled",)) for precision in ("bf16", "fp32")]
+    loops.append(("bf16", "sum", ("accelerated",)))
+    if device.type == "cuda":  # varlen_attn has no other kernel
+        loops += [("bf16", balance, ("packed",)) for balance in ("sum", "pcgrad")]
+        if options.compile:
+            loops.append(("bf16", "sum", ("packed", "compiled")))
+    return {
+        f"transformers, {precision}{''.join(f', {way}' for way in ways)}, {names[balance]}": maker(
+            precision, balance, ways
         )
-        how = ", compiled" if compiled else ""
-        contestants[f"transformers, {precision}{how}, {names[balance]}"] = lambda loop=loop: (
-            loop.step(batches.padded)
-        )
-    return contestants
+        for precision, balance, ways in loops
+    }
 
 
 def main() -> None:
@@ -166,39 +186,74 @@ def main() -> None:
     training = engine_training(options, "pcgrad", precisions[0], "eager")
     batches = Batches(training, device, options.rounds + 2)
     config = training.model.encoder.config.to_huggingface()
-    ours = engines(options, batches, precisions)
-    contestants = ours | peers(options, batches, config)
-    memory = warm_up(contestants, batches, device)
-    samples = harness.interleave(contestants, device, rounds=options.rounds, setup=batches.select)
-
-    tokens = [batch.num_tokens for batch in batches.packed]
-    floor = floor_seconds(training, batches.packed[0], device)
-    phases = phase_seconds(training, batches.packed, device)
-    results = {
+    results: dict[str, Any] = {
         "tasks": _TASKS,
         "batch_size": options.batch_size,
         "encoder": config,
-        "tokens": tokens,
+        "tokens": [batch.num_tokens for batch in batches.packed],
         "padded_tokens": [batch.padded_tokens for batch in batches.packed],
-        "warmup_seconds": {
-            name: engine.training.step.execution.warmup_seconds for name, engine in ours.items()
-        },
-        "floor_seconds": floor,
-        "phase_seconds": phases,
-        "peak_bytes": memory,
-        "joules": joules_a_run(contestants, device),
-        "seconds": samples,
+        "seconds": {},
     }
-    console.print(_table(results, sum(tokens) / len(tokens)))
+    save = harness.Record(options, "step", device).write
+    results["floor_seconds"] = floor_seconds(training, batches.packed[0], device)
+
+    makers = engines(options, batches, precisions) | peers(options, batches, config)
+    contestants = {}
+    results["peak_bytes"], results["failures"] = {}, {}
+    results["warmup_seconds"] = {}
+    for name, make in makers.items():
+        if not re.search(options.only, name):
+            continue
+        start = time.perf_counter()
+        try:
+            run, peak = warmed_up(make, batches, device)
+        except Exception as error:  # a peer may fail in any way; the others go on
+            results["failures"][name] = f"{type(error).__name__}: {error}"[:2000]
+            console.print(f"{name} failed: {results['failures'][name]}", soft_wrap=True)
+            continue
+        contestants[name], results["peak_bytes"][name] = run, peak
+        results["warmup_seconds"][name] = time.perf_counter() - start
+        # One at a time first: what is measured so far is kept when the next one takes too long.
+        results["seconds"][name] = harness.interleave(
+            {name: run}, device, rounds=options.rounds, warmup=0, setup=batches.select
+        )[name]
+        if device.type == "cuda" and isinstance(run, Engine):
+            results.setdefault("kernels", {})[name] = harness.kernel_table(run, device)
+        save(results)
+    if not contestants:
+        raise InputError(f"no contestant is left of {', '.join(makers)}")
+
+    results["seconds"] = harness.interleave(
+        contestants, device, rounds=options.rounds, setup=batches.select
+    )
+    save(results)
+    results["phase_seconds"] = phase_seconds(training, batches.packed, device)
+    results["joules"] = joules_a_run(contestants, device)
+    save(results)
+    console.print(_table(results, sum(results["tokens"]) / len(results["tokens"])))
+    phases = results["phase_seconds"]
     whole = sum(phases.values())
     shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in phases.items())
     for name, seconds in results["warmup_seconds"].items():
-        if seconds:
-            console.print(f"{name}: {seconds:.1f} s of warm-up before")
+        console.print(f"{name}: {seconds:.1f} s until it was warm")
     console.print(f"phases of this engine's {precisions[0]} step: {shares}")
+    for name, rows in results.get("kernels", {}).items():
+        console.print(_kernel_table(name, rows))
     if options.json:
-        harness.write_record(options.json, "step", device, results, replace=options.force)
         console.print(f"wrote {options.json}")
+    if results["failures"]:
+        raise SystemExit(1)
+
+
+def _kernel_table(name: str, rows: list[dict[str, Any]], most: int = 30) -> Table:
+    calls, whole = (sum(row[key] for row in rows) for key in ("calls", "us"))
+    table = Table(title=f"kernels of {name}: {calls:.0f} launches, {whole:,.0f} us")
+    for column in ("kernel", "calls", "us", "share"):
+        table.add_column(column, justify="left" if column == "kernel" else "right")
+    for row in rows[:most]:
+        share = f"{row['us'] / whole:.1%}"
+        table.add_row(row["name"][:80], f"{row['calls']:.0f}", f"{row['us']:,.0f}", share)
+    return table
 
 
 def _table(results: dict, tokens: float) -> Table:  # type: ignore[type-arg]
@@ -235,6 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=harness.whole(1), default=32, help="examples a task")
     add("--rounds", type=harness.whole(2), default=5)
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    add("--only", default=".", metavar="PATTERN", help="only contestants whose names match")
     add("--growth", action="store_true", help="tasks, shapes and examples instead of peers")
     return parser
 

@@ -165,9 +165,12 @@ def verify(dtype: torch.dtype, device: str) -> None:
     combined = (update.weights.double() @ update.rows.double()).to(dtype)
     torch.testing.assert_close(update.combine(), combined, rtol=2e-2, atol=1e-7)
     if device != "cpu":  # nothing may wait for the host
+        update()  # the first call sets up
         torch.cuda.set_sync_debug_mode("error")
-        update()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def main() -> None:
@@ -184,6 +187,7 @@ def main() -> None:
     device, console = torch.device(options.device), Console(width=110)
 
     results: dict[str, object] = {"tasks": options.tasks, "columns": options.columns}
+    record = harness.Record(options, "surgery", device)
     for name in options.dtype:
         dtype = _DTYPES[name]
         verify(dtype, options.device)
@@ -197,10 +201,11 @@ def main() -> None:
             if "read (torch.dot)" in cases:
                 read = harness.median(samples["read (torch.dot)"])
                 results["read_bandwidth"] = cases["read (torch.dot)"].nbytes / read
+            record.write(results)
         del update, cases
     results["growth"] = growth(device, options, console)
+    record.write(results)
     if options.json:
-        harness.write_record(options.json, "surgery", device, results, replace=options.force)
         console.print(f"wrote {options.json}")
 
 
@@ -235,6 +240,8 @@ def growth(
 
 def _time(cases: dict[str, Case], device: torch.device, rounds: int) -> dict[str, list[float]]:
     contestants = {name: case.run for name, case in cases.items()}
+    if device.type == "cuda":
+        return harness.device_seconds(contestants, device, rounds=rounds, replays=5)
     return harness.interleave(contestants, device, rounds=rounds, warmup=1)
 
 

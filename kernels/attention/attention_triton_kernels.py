@@ -137,9 +137,10 @@ def _visits(first, last, BLOCK: tl.constexpr, PARTS: tl.constexpr):
     start = tl.min(tl.where(last > first, first, stop), 0) // BLOCK * BLOCK
     if PARTS == 1:
         return start, stop
-    whole_start = tl.minimum(tl.cdiv(tl.max(first, 0), BLOCK) * BLOCK, stop)
-    whole_stop = tl.maximum(whole_start, tl.min(last, 0) // BLOCK * BLOCK)
-    return start, whole_start, whole_stop, stop
+    else:  # noqa: RET505  Triton 3.6 compiles what follows a return, and refuses another type
+        whole_start = tl.minimum(tl.cdiv(tl.max(first, 0), BLOCK) * BLOCK, stop)
+        whole_stop = tl.maximum(whole_start, tl.min(last, 0) // BLOCK * BLOCK)
+        return start, whole_start, whole_stop, stop
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels import checked_values, dropout_add_layer_norm, flash_attn_varlen_qkvpacked_func
 
+from ..device_waits import no_wait_for_the_device
 from .layer_cases import DOORS, Stream
 from .tolerance import assert_within_twice
 from .triton_cases import (  # noqa: F401
@@ -105,8 +106,5 @@ def test_no_call_waits_for_the_device(door: str) -> None:
         stream.run(DOORS[door])
 
     step()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait_for_the_device():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
