@@ -47,7 +47,7 @@ part() {  # part NAME MOST_SECONDS COMMAND...
 gpu_tests=(tests/kernels/test_triton.py tests/kernels/test_surgery_cuda.py
     tests/kernels/test_cuda_graphs.py tests/kernels/test_balanced_gradients.py
     tests/engine/training/test_step_gpu.py tests/engine/optim/test_loss_scale.py
-    tests/engine/metrics/test_watching.py tests/engine/data/test_collate.py)
+    tests/engine/runtime/test_gpu_meter.py tests/engine/data/test_collate.py)
 # Warnings of other versions' libraries are no failures here.
 pytest=(python3 -m pytest -q -m gpu -o filterwarnings=default -p no:cacheprovider)
 base=(--device cuda --data "$folder/data" --init /tmp/superbert-base)
