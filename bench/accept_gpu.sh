@@ -79,7 +79,7 @@ END
         if [ ! -d /tmp/superbert-base ]; then
             python3 -m bench.random_bert /tmp/superbert-base --vocabulary "$folder/model/vocab.txt"
         fi
-        part step 300 python3 -m bench.step "${base[@]}" --rounds 20 --json "$out/step.json" \
+        part step "${SUPERBERT_STEP_SECONDS:-300}" python3 -m bench.step "${base[@]}" --rounds 20 --json "$out/step.json" \
             --only "${SUPERBERT_STEP:-bf16}"
         ;;
     training)

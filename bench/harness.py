@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -149,7 +150,8 @@ def surviving(
             contestant()
         except Exception as error:  # a peer may fail in any way; the others go on
             failures[name] = f"{type(error).__name__}: {error}"[:2000]
-            print(f"{name} failed: {failures[name].splitlines()[0]}", file=sys.stderr)
+            print(f"{name} failed:", file=sys.stderr)
+            traceback.print_exc()
         else:
             made[name] = contestant
     return made

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import re
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,7 @@ def main() -> None:
             run, peak = warmed_up(make, batches, device)
         except Exception as error:  # a peer may fail in any way; the others go on
             results["failures"][name] = f"{type(error).__name__}: {error}"[:2000]
+            traceback.print_exc()
             console.print(f"{name} failed: {results['failures'][name]}", soft_wrap=True)
             continue
         contestants[name], results["peak_bytes"][name] = run, peak
