@@ -1,0 +1,147 @@
+"""``python -m bench.attention_tiles``: which tiles the attention kernels are fastest with.
+
+Every setting of every kernel is timed on a GPU by graph replay, forward or backward as a whole with
+one kernel's setting replaced, on four mixes of lengths, in bf16 with dropout.  The table's best
+rows are what ``TILES`` in kernels/attention/attention_triton.py should hold.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
+from kernels.attention import attention_triton
+from kernels.attention.attention_triton import Tiles
+
+from . import harness
+from .attention import HEADS, cases
+
+CASES = ("sst x 32", "sst x 256", "cfimdb x 256", "4 x 2048")
+SETTINGS = {
+    "forward": [
+        *(Tiles(16, 32, 1, 2), Tiles(32, 32, 2, 2), Tiles(32, 32, 4, 2), Tiles(32, 64, 4, 2)),
+        *(Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3), Tiles(64, 64, 8, 2)),
+        *(Tiles(64, 128, 4, 2), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2)),
+    ],
+    "grad_q": [
+        *(Tiles(16, 32, 2, 2), Tiles(32, 32, 2, 2), Tiles(32, 32, 4, 2), Tiles(32, 64, 4, 2)),
+        *(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3)),
+        *(Tiles(64, 64, 8, 2), Tiles(64, 128, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 64, 8, 2)),
+    ],
+    "grad_kv": [
+        *(Tiles(32, 16, 2, 2), Tiles(32, 32, 2, 2), Tiles(32, 32, 4, 2), Tiles(32, 64, 2, 2)),
+        *(Tiles(32, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2)),
+        *(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 3), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2)),
+    ],
+}
+
+
+@contextmanager
+def replaced(kernel: str, tiles: Tiles, width: int, element_bytes: int = 2) -> Iterator[None]:
+    """Let one kernel have these tiles."""
+    key = (kernel, element_bytes, attention_triton.padded_width(width))
+    with mock.patch.dict(attention_triton.TILES, {key: tiles}):
+        yield
+
+
+class Call:
+    """One case's attention, forward and backward, without autograd."""
+
+    def __init__(self, lengths: list[int], width: int) -> None:
+        generator = torch.Generator(device="cuda").manual_seed(0)
+        shape = (sum(lengths), 3, HEADS, width)
+        qkv = torch.randn(shape, generator=generator, device="cuda").bfloat16()
+        boundaries = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda").int()
+        self._shared = (*qkv.unbind(1),)
+        self._numbers = (boundaries, boundaries, 0.1, width**-0.5, False)
+        self._seed = (torch.tensor(5, device="cuda"), 1)
+        self._grads = tuple(torch.empty_like(qkv).unbind(1))
+        self._saved = self.forward()
+        self._grad_out = torch.randn_like(self._saved[0])
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp."""
+        return attention_triton.forward(*self._shared, *self._numbers, *self._seed)
+
+    def backward(self) -> None:
+        """Gradients."""
+        attention_triton.backward(
+            *(self._grad_out, *self._shared, *self._saved, *self._numbers, *self._seed),
+            grads=self._grads,
+        )
+
+
+def compile_one(kernel: str, tiles: Tiles, width: int) -> str:
+    """Compile in a process of its own, for Triton's cache on disk; return what went wrong."""
+    try:
+        with replaced(kernel, tiles, width):
+            call = Call([20, 70], width)
+            call.forward()
+            call.backward()
+            torch.cuda.synchronize()
+    except Exception as error:  # too much shared memory, for one
+        return f"{type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def main() -> None:
+    """Time all settings, and print a table for each kernel."""
+    parser = Parser(prog="python -m bench.attention_tiles", description=__doc__)
+    parser.add_argument("--width", type=harness.whole(1, 128), default=64, help="columns of a head")
+    options: argparse.Namespace = harness.parse(parser)
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    device, console, width = torch.device("cuda"), Console(width=110), options.width
+
+    settings = [(kernel, tiles) for kernel, all_tiles in SETTINGS.items() for tiles in all_tiles]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(12, mp_context=spawn) as pool:
+        names, tiles = zip(*settings, strict=True)
+        wrong = list(pool.map(compile_one, names, tiles, [width] * len(settings)))
+    broken = {setting: text for setting, text in zip(settings, wrong, strict=True) if text}
+
+    lengths = cases()
+    calls = {case: Call(lengths[case], width) for case in CASES}
+    results: dict[str, Any] = {"width": width, "broken": {str(k): v for k, v in broken.items()}}
+    record = harness.Record(options, "attention_tiles", device)
+    for kernel, all_tiles in SETTINGS.items():
+        usual = attention_triton.TILES[kernel, 2, attention_triton.padded_width(width)]
+        seconds: dict[str, dict[str, list[float]]] = {}
+        for case, call in calls.items():
+            run = call.forward if kernel == "forward" else call.backward
+            graphs = {}
+            for each in all_tiles:
+                if (kernel, each) not in broken:
+                    with replaced(kernel, each, width):
+                        graphs[str(tuple(each))] = harness.graph_replay(run, device)
+            seconds[case] = harness.device_seconds(graphs, device, rounds=5)
+        results[kernel] = {"usual": str(tuple(usual)), "seconds": seconds}
+        record.write(results)
+        table = Table(title=f"{kernel}, us; now {tuple(usual)}")
+        for column in ("queries, keys, warps, stages", *CASES):
+            table.add_column(column, justify="right")
+        for name in seconds[CASES[0]]:
+            times = [harness.median(seconds[case][name]) for case in CASES]
+            best = [min(map(harness.median, seconds[case].values())) for case in CASES]
+            cells = [
+                f"{1e6 * t:.1f}" + (" *" if t == least else "")
+                for t, least in zip(times, best, strict=True)
+            ]
+            table.add_row(name, *cells)
+        console.print(table)
+    for setting, text in broken.items():
+        console.print(f"{setting}: {text}")
+
+
+if __name__ == "__main__":
+    exit_with(main)
