@@ -39,18 +39,21 @@ SETTINGS = {
         *(Tiles(64, 64, 8, 2), Tiles(64, 128, 8, 2), Tiles(128, 32, 8, 2), Tiles(128, 64, 8, 2)),
     ],
     "grad_kv": [
-        *(Tiles(32, 16, 2, 2), Tiles(32, 32, 2, 2), Tiles(32, 32, 4, 2), Tiles(32, 64, 2, 2)),
-        *(Tiles(32, 64, 4, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2)),
-        *(Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 3), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2)),
+        *(Tiles(32, 16, 2, 2), Tiles(32, 32, 2, 2), Tiles(32, 32, 4, 2), Tiles(16, 64, 4, 2)),
+        *(Tiles(32, 64, 4, 2), Tiles(32, 64, 4, 1), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2)),
+        *(Tiles(64, 64, 8, 2), Tiles(16, 128, 4, 2), Tiles(32, 128, 8, 2), Tiles(64, 128, 8, 2)),
     ],
 }
 
 
 @contextmanager
 def replaced(kernel: str, tiles: Tiles, width: int, element_bytes: int = 2) -> Iterator[None]:
-    """Let one kernel have these tiles."""
-    key = (kernel, element_bytes, attention_triton.padded_width(width))
-    with mock.patch.dict(attention_triton.TILES, {key: tiles}):
+    """Let one kernel have these tiles, for sequences of all lengths."""
+    key = {(kernel, element_bytes, attention_triton.padded_width(width)): tiles}
+    with (
+        mock.patch.dict(attention_triton.TILES, key),
+        mock.patch.dict(attention_triton.LONG_TILES, key),
+    ):
         yield
 
 

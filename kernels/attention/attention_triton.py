@@ -31,28 +31,34 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# By kernel, bytes of an element and padded width.  Chosen so that no kernel spills registers and
-# none takes more shared memory than an sm_80 has; timed on no GPU so far.
+# By kernel, bytes of an element and padded width.  No kernel spills registers or takes more shared
+# memory than an sm_80 has.  Those of 2 bytes and width 64 are about the fastest of a dozen on an H200
+# (bench/results/h200); the others are not timed yet.
 TILES: dict[tuple[str, int, int], Tiles] = {
     ("forward", 2, 32): Tiles(64, 64, 4, 2),
-    ("forward", 2, 64): Tiles(64, 64, 8, 2),
+    ("forward", 2, 64): Tiles(64, 32, 4, 2),
     ("forward", 2, 128): Tiles(64, 32, 8, 2),
     ("forward", 4, 32): Tiles(64, 32, 4, 2),
     ("forward", 4, 64): Tiles(64, 32, 8, 2),
     ("forward", 4, 128): Tiles(32, 16, 8, 2),
     ("grad_q", 2, 32): Tiles(64, 64, 4, 2),
-    ("grad_q", 2, 64): Tiles(64, 32, 4, 2),
+    ("grad_q", 2, 64): Tiles(64, 32, 4, 3),
     ("grad_q", 2, 128): Tiles(64, 32, 8, 2),
     ("grad_q", 4, 32): Tiles(64, 32, 4, 2),
     ("grad_q", 4, 64): Tiles(64, 32, 8, 2),
     ("grad_q", 4, 128): Tiles(32, 16, 4, 2),
     ("grad_kv", 2, 32): Tiles(64, 64, 8, 2),
-    ("grad_kv", 2, 64): Tiles(32, 32, 4, 2),
+    ("grad_kv", 2, 64): Tiles(32, 32, 2, 2),
     ("grad_kv", 2, 128): Tiles(64, 32, 8, 2),
     ("grad_kv", 4, 32): Tiles(32, 64, 4, 2),
     ("grad_kv", 4, 64): Tiles(32, 32, 4, 2),
     ("grad_kv", 4, 128): Tiles(32, 32, 8, 1),
 }
+# The same, where sequences are longer than LONG tokens on average and others are faster.
+LONG_TILES: dict[tuple[str, int, int], Tiles] = {
+    ("forward", 2, 64): Tiles(64, 64, 4, 3),
+}
+LONG = 512
 MAX_WIDTH = 128
 INTERVAL_ROWS = 128
 DELTA_ROWS = 64
@@ -64,13 +70,15 @@ def padded_width(width: int) -> int:
     return padded
 
 
-def _constants(kernel: str, x: Tensor) -> dict[str, Any]:
+def _constants(kernel: str, x: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
     """The constexpr arguments and launch settings of one of the three large kernels."""
     width = x.shape[2]
     if width > MAX_WIDTH:
         raise ValueError(f"q: heads of at most {MAX_WIDTH} columns on a GPU, got {width}")
     block_d = padded_width(width)
-    tiles = TILES[kernel, x.element_size(), block_d]
+    key = (kernel, x.element_size(), block_d)
+    long = len(x) > LONG * (len(cu_seqlens) - 1)
+    tiles = LONG_TILES.get(key, TILES[key]) if long else TILES[key]
     return {
         # float32 is computed as float32, not as TF32.
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
@@ -123,7 +131,7 @@ def forward(
     lse = q.new_empty((heads, total_q), dtype=torch.float32)
     if total_q == 0:
         return out, lse
-    constants = _constants("forward", q)
+    constants = _constants("forward", q, cu_seqlens_q)
     boundaries = (cu_seqlens_q, cu_seqlens_k, total_q, len(k))
     forward_kernel[(triton.cdiv(total_q, constants["BLOCK_M"]), heads)](
         Heads.of(q),
@@ -168,7 +176,7 @@ def backward(
     shared = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(grad_out), lse, delta, norm)
     numbers = (KernelOptions.of(options), options.stream)
     if total_q > 0:
-        constants = _constants("grad_q", q)
+        constants = _constants("grad_q", q, cu_seqlens_q)
         if q.dtype != torch.float32:
             delta_kernel[(triton.cdiv(total_q, DELTA_ROWS), heads)](
                 Heads.of(out),
@@ -184,7 +192,7 @@ def backward(
         grid = (triton.cdiv(total_q, constants["BLOCK_M"]), heads)
         grad_q_kernel[grid](*shared, Heads.of(grad_q), keys, total_q, *numbers, **constants)
     if total_k > 0:
-        constants = _constants("grad_kv", q)
+        constants = _constants("grad_kv", k, cu_seqlens_k)
         boundaries = (cu_seqlens_k, cu_seqlens_q, total_k, total_q)
         queries = _intervals(*boundaries, options, rows_are_keys=True)
         grid = (triton.cdiv(total_k, constants["BLOCK_N"]), heads)

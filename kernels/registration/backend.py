@@ -4,6 +4,7 @@ Every operator has one implementation for each kind of device, chosen when the p
 and never silently replaced.  Each kernel file declares its own here.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -42,6 +43,7 @@ def register_fake(op: str) -> Callable[[Fake], Fake]:
 
     def register(fake: Fake) -> Fake:
         def checked(*arguments: Any) -> Any:
+            _shorten_messages_of_inductor()
             device = None
             for name, x in zip(names, arguments, strict=False):
                 if isinstance(x, Tensor):
@@ -54,6 +56,23 @@ def register_fake(op: str) -> Callable[[Fake], Fake]:
         return fake
 
     return register
+
+
+def _operator_name(target: object, _args: object, _kwargs: object) -> str:
+    return f"  target: {target}"
+
+
+@functools.cache
+def _shorten_messages_of_inductor() -> None:
+    """Keep torch 2.11 and 2.12 from hanging while they compile a deep model.
+
+    Where Inductor first meets an operator, these make a text of all that its arguments were
+    computed from, though nobody reads it; the text doubles with every layer.
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        from torch._inductor import exc
+
+        exc.OperatorIssue.operator_str = staticmethod(_operator_name)  # type: ignore[assignment]
 
 
 def implementation(op: str, device: torch.device | str) -> Kind:
