@@ -32,8 +32,8 @@ class Tiles(NamedTuple):
 
 
 # By kernel, bytes of an element and padded width.  No kernel spills registers or takes more shared
-# memory than an sm_80 has.  Those of 2 bytes and width 64 are about the fastest of a dozen on an H200
-# (bench/results/h200); the others are not timed yet.
+# memory than an sm_80 has.  Those of 2 bytes and width 64 are about the fastest of a dozen on an
+# H200 (bench/results/h200); the others are not timed yet.
 TILES: dict[tuple[str, int, int], Tiles] = {
     ("forward", 2, 32): Tiles(64, 64, 4, 2),
     ("forward", 2, 64): Tiles(64, 32, 4, 2),
