@@ -5,9 +5,9 @@
 #
 # FOLDER is what bench/gather_gpu.sh gathered; OUTDIR gets a log and a record for each part, and
 # after each part OUTDIR.tar.gz holds all so far.  Parts run in the order given: probe tests step
-# training surgery attention tiles layer_norm memcheck racecheck.  A part that fails is
-# named at the end, and the others still run; what does not fit into SUPERBERT_SECONDS (540) is
-# named too.  The Python of such a machine has torch with CUDA, triton, transformers and pytest.
+# training surgery attention tiles layer_norm memcheck racecheck.  A part that fails is named at
+# the end, and the others still run; what does not fit into SUPERBERT_SECONDS (540) is named too.
+# SUPERBERT_STEP and SUPERBERT_ATTENTION choose contestants (a pattern of their names).  The Python of such a machine has torch with CUDA, triton, transformers and pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 usage="usage: bash bench/accept_gpu.sh FOLDER OUTDIR PART..."
@@ -50,10 +50,6 @@ gpu_tests=(tests/kernels/test_triton.py tests/kernels/test_surgery_cuda.py
     tests/engine/runtime/test_gpu_meter.py tests/engine/data/test_collate.py)
 # Warnings of other versions' libraries are no failures here.
 pytest=(python3 -m pytest -q -m gpu -o filterwarnings=default -p no:cacheprovider)
-hung='import faulthandler, runpy, sys
-faulthandler.dump_traceback_later(60, repeat=True)
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__")'
 base=(--device cuda --data "$folder/data" --init /tmp/superbert-base)
 
 for name in "$@"; do
@@ -83,14 +79,13 @@ END
         if [ ! -d /tmp/superbert-base ]; then
             python3 -m bench.random_bert /tmp/superbert-base --vocabulary "$folder/model/vocab.txt"
         fi
-        # Where a step hangs, its stack is in the log.
-        part step "${SUPERBERT_STEP_SECONDS:-300}" python3 -c "$hung" bench.step "${base[@]}" \
+        part step "${SUPERBERT_STEP_SECONDS:-300}" python3 -m bench.step "${base[@]}" \
             --rounds 10 --json "$out/step.json" --only "${SUPERBERT_STEP:-bf16}"
         ;;
     tiles) part tiles 120 python3 -m bench.attention_tiles --json "$out/attention_tiles.json" ;;
     training)
         part training 120 python3 -m engine.train cgs --data "$folder/data" \
-            --init "$folder/model" --out /tmp/superbert-run max_steps=300
+            --init "$folder/model" --out /tmp/superbert-run --max-steps 300
         ;;
     surgery) part surgery 60 python3 -m bench.surgery --device cuda --json "$out/surgery.json" ;;
     attention)

@@ -209,7 +209,8 @@ def peak_memory(run: Contestant, device: torch.device) -> int:
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe the machine, the libraries and the commit.
 
-    Where there is no git, the commit is what ``SUPERBERT_COMMIT`` says.
+    The commit is what ``SUPERBERT_COMMIT`` says, where that is set: a machine without network may
+    have neither git nor the repository.
     """
     versions = {}
     for package in _PACKAGES:
@@ -218,8 +219,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     described: dict[str, Any] = {
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("SUPERBERT_COMMIT"),
-        "dirty": bool(
+        "commit": os.environ.get("SUPERBERT_COMMIT") or _git("rev-parse", "HEAD"),
+        "dirty": "SUPERBERT_COMMIT" not in os.environ
+        and bool(
             _git(
                 "status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)bench/results"
             )
