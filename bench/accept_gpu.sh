@@ -7,7 +7,8 @@
 # after each part OUTDIR.tar.gz holds all so far.  Parts run in the order given: probe tests step
 # training surgery attention tiles layer_norm memcheck racecheck.  A part that fails is named at
 # the end, and the others still run; what does not fit into SUPERBERT_SECONDS (540) is named too.
-# SUPERBERT_STEP and SUPERBERT_ATTENTION choose contestants (a pattern of their names).  The Python of such a machine has torch with CUDA, triton, transformers and pytest.
+# SUPERBERT_STEP and SUPERBERT_ATTENTION choose contestants (a pattern of their names).  The Python of
+# such a machine has torch with CUDA, triton, transformers and pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 usage="usage: bash bench/accept_gpu.sh FOLDER OUTDIR PART..."
