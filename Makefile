@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTENSION_SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*)
+EXTENSION_SOURCES := setup.py CMakeLists.txt $(filter-out %.md,$(wildcard csrc/*))
 
 .PHONY: setup setup-dev train test check docs clean
 
@@ -30,7 +30,7 @@ check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*)
+	$(BIN)/clang-format --dry-run --Werror $(filter-out %.md,$(wildcard csrc/*))
 
 docs: setup-dev
 	$(BIN)/mkdocs build --quiet

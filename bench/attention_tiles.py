@@ -21,6 +21,7 @@ from rich.table import Table
 from engine.cli.common import Parser
 from engine.cli.standard_output import exit_with
 from kernels.attention import attention_triton
+from kernels.attention.attention_options import AttentionOptions
 from kernels.attention.attention_triton import Tiles
 
 from . import harness
@@ -65,23 +66,22 @@ class Call:
         shape = (sum(lengths), 3, HEADS, width)
         qkv = torch.randn(shape, generator=generator, device="cuda").bfloat16()
         boundaries = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda").int()
-        self._shared = (*qkv.unbind(1),)
-        self._numbers = (boundaries, boundaries, 0.1, width**-0.5, False)
-        self._seed = (torch.tensor(5, device="cuda"), 1)
+        seed = torch.tensor(5, device="cuda")
+        options = AttentionOptions(width**-0.5, dropout_p=0.1, stream=1, seed=seed)
+        self._inputs = (*qkv.unbind(1),)
+        self._others = (boundaries, boundaries, options)
         self._grads = tuple(torch.empty_like(qkv).unbind(1))
         self._saved = self.forward()
         self._grad_out = torch.randn_like(self._saved[0])
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and log-sum-exp."""
-        return attention_triton.forward(*self._shared, *self._numbers, *self._seed)
+        return attention_triton.forward(*self._inputs, *self._others)
 
     def backward(self) -> None:
         """Gradients."""
-        attention_triton.backward(
-            *(self._grad_out, *self._shared, *self._saved, *self._numbers, *self._seed),
-            grads=self._grads,
-        )
+        saved = (*self._inputs, *self._saved, *self._others)
+        attention_triton.backward(self._grad_out, *saved, grads=self._grads)
 
 
 def compile_one(kernel: str, tiles: Tiles, width: int) -> str:

@@ -24,7 +24,10 @@ def calls() -> dict[str, Callable[[], object]]:
     numbers = (torch.tensor(0.1), seed, None, None, 0.9, 0.999, 1e-8, 0.0)
     by_all = (None, [], [], False)
     norm = (vector, vector, 1e-12, *by_all)
-    packed = (cu_seqlens, cu_seqlens, 1, 1, 0.0, 0.5, False, None, 0)
+    # Every library has options of its own; none of them is used.
+    unused = {"FloatType": 0.0, "BoolType": False, "IntType": 0, "OptionalType": None}
+    options = [unused[a.type.kind()] for a in ops.attention.default._schema.arguments[7:]]
+    packed = (cu_seqlens, cu_seqlens, 1, 1, *options)
     embedded = (ids, ids, ids, table, table, table, vector, vector, 0.0, 1e-12, None, 0, *by_all)
     return {
         "dropout": lambda: ops.dropout(rows, 0.1, seed, 0),

@@ -21,6 +21,7 @@ from engine.cli.standard_output import exit_with
 from engine.config import recipe as recipes
 from engine.distributed.gradient_sync import MODES, NoSync
 from engine.distributed.ranks import Ranks
+from engine.gradients.layout import VECTORS
 from engine.runs.run import begin
 from engine.training.trainer import Trainer
 from engine.utils.json_text import dump_json
@@ -65,7 +66,8 @@ def measure(training: Trainer, steps: int) -> dict[str, float]:
 
 def _model(training: Trainer) -> Model:
     sizes = {bucket.name: bucket.size for bucket in training.parameters.layout.buckets}
-    late = sum(sizes.pop(name, 0) for name in ("encoder.embeddings", "adapters", "vectors"))
+    first = training.model.encoder_stages()[0].bucket
+    late = sum(sizes.pop(name, 0) for name in (first, VECTORS))
     rows = training.parameters.rows
     return Model(
         buckets=list(sizes.values())[::-1],

@@ -23,7 +23,7 @@ from engine.data.task_schema import FORMATS
 from engine.gradients.balancing import Balancer, BalanceSettings, TrainedTasks, build_method
 from engine.gradients.flat_parameters import FlatParameters
 from engine.gradients.groups import ParamGroups
-from engine.models.config import EncoderConfig
+from engine.models.bert import BertConfig
 from engine.models.multitask import MultitaskModel
 from engine.optim.adamw import AdamW
 from engine.runs.run import begin
@@ -134,7 +134,7 @@ def _samples(
 def _steps(case: Case, vocab_size: int, device: torch.device) -> dict[str, MultitaskStep]:
     """PCGrad and the sum on one model: two of the largest would not fit into small memories."""
     layers, width, heads = SHAPES[case.shape]
-    config = EncoderConfig(
+    config = BertConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         num_hidden_layers=layers,

@@ -17,15 +17,20 @@ struct HeadRows {
   int64_t head;
 };
 
+// What attention computes beyond its tensors, as parse_options() in attention_cpu.cpp checked it.
+struct AttentionOptions {
+  float softmax_scale;
+  bool causal;
+  Dropout dropout;
+};
+
 struct AttentionCall {
   Storage storage;
   int64_t sequences, heads, width;
   int64_t total_queries; // rows of q, the row length of the log-sum-exp
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
-  float scale;
-  bool causal;
-  Dropout dropout;
+  AttentionOptions options;
   HeadRows q, k, v, out;
   float* lse; // [heads, total_queries]
 };

@@ -8,8 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "attention.h"
-#include "check.h"
-#include "tensor_border.h"
+#include "check_torch.h"
+#include "tensor_torch.h"
 
 namespace superbert {
 namespace {
@@ -18,14 +18,32 @@ using torch::headeronly::ScalarType;
 using torch::stable::select;
 using torch::stable::Tensor;
 
-// The arguments that every op has after its tensors.
-struct Options {
-  double dropout_p;
-  double softmax_scale;
-  bool causal;
-  std::optional<Tensor> seed;
-  int64_t stream;
+// ---- options ------------------------------------------------------------------------------------
+
+// The arguments that every op has behind its others, the fields of AttentionOptions in
+// kernels/attention/attention_options.py: in its schema, and in C++.
+#define OPTIONS "float softmax_scale, bool causal, float dropout_p, int stream, Tensor? seed"
+
+AttentionOptions parse_options(double softmax_scale, bool causal, double dropout_p, int64_t stream,
+                               const std::optional<Tensor>& seed) {
+  check(std::isfinite(softmax_scale), "softmax_scale: expected a finite number, got ",
+        softmax_scale);
+  return {static_cast<float>(softmax_scale), causal, make_dropout(dropout_p, seed, stream)};
+}
+
+// Op<body>::call() has the arguments of `body` behind its first, and then those of parse_options().
+template <auto body, auto parse = parse_options>
+struct Op;
+
+template <typename Result, typename... Inputs, Result (*body)(const AttentionOptions&, Inputs...),
+          typename... Arguments, AttentionOptions (*parse)(Arguments...)>
+struct Op<body, parse> {
+  static Result call(Inputs... inputs, Arguments... arguments) {
+    return body(parse(arguments...), inputs...);
+  }
 };
+
+// ---- checks -------------------------------------------------------------------------------------
 
 void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total) {
   check(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1 && cu_seqlens.is_contiguous() &&
@@ -68,6 +86,8 @@ void check_packed(const Tensor& qkv) {
   check_data("qkv", qkv); // torch's select() would stumble on it, without its name
 }
 
+// ---- calls --------------------------------------------------------------------------------------
+
 // Rows behind the last sequence belong to nobody; they get a value of their own.
 void fill_rows_after(const Tensor& cu_seqlens, Tensor x, double value) {
   const int64_t sequences = cu_seqlens.numel() - 1;
@@ -84,16 +104,14 @@ Tensor empty_heads(const Tensor& like) {
   return allocate(like, {like.size(0), like.size(1), like.size(2)});
 }
 
-AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                        const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                        const Options& options) {
+AttentionCall make_call(const AttentionOptions& options, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const Tensor& out, const Tensor& lse,
+                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k) {
   check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.size(0));
   check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.size(0));
   check(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
         "cu_seqlens_k: expected as many sequences as cu_seqlens_q, ", cu_seqlens_q.numel() - 1,
         ", got ", cu_seqlens_k.numel() - 1);
-  check(std::isfinite(options.softmax_scale), "softmax_scale: expected a finite number, got ",
-        options.softmax_scale);
   AttentionCall call;
   call.storage = storage_of("q", q);
   call.sequences = cu_seqlens_q.numel() - 1;
@@ -102,9 +120,7 @@ AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const
   call.total_queries = q.size(0);
   call.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
   call.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr());
-  call.scale = static_cast<float>(options.softmax_scale);
-  call.causal = options.causal;
-  call.dropout = make_dropout(options.dropout_p, options.seed, options.stream);
+  call.options = options;
   call.q = head_rows(q);
   call.k = head_rows(k);
   call.v = head_rows(v);
@@ -121,13 +137,13 @@ void run(const AttentionCall& call, const Kernel& kernel) {
                  [&](float* scratch, int64_t item) { kernel(item, scratch); });
 }
 
-std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                       const Options& options) {
+std::tuple<Tensor, Tensor> run_forward(const AttentionOptions& options, const Tensor& q,
+                                       const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                       const Tensor& cu_seqlens_k) {
   check_streams(q, k, v);
   Tensor out = empty_heads(q);
   Tensor lse = allocate(q, {q.size(1), q.size(0)}, ScalarType::Float);
-  const AttentionCall call = make_call(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options);
+  const AttentionCall call = make_call(options, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k);
   fill_rows_after(cu_seqlens_q, out, 0);
   fill_rows_after(cu_seqlens_q, torch::stable::transpose(lse, 0, 1), -INFINITY);
   const auto& kernels = attention_kernels();
@@ -135,9 +151,9 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
   return {out, lse};
 }
 
-void run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                  const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
-                  const Tensor& cu_seqlens_k, const Options& options, const Tensor& grad_q,
+void run_backward(const AttentionOptions& options, const Tensor& grad_out, const Tensor& q,
+                  const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                  const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const Tensor& grad_q,
                   const Tensor& grad_k, const Tensor& grad_v) {
   check_shape("grad_out", grad_out, {q.size(0), q.size(1), q.size(2)});
   check_dtype("grad_out", grad_out, q.scalar_type(), "the dtype of q");
@@ -147,7 +163,7 @@ void run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, cons
   check_dtype("lse", lse, ScalarType::Float, "float32");
   check_data("lse", lse);
   const Tensor row_lse = as_contiguous(lse);
-  const AttentionCall call = make_call(q, k, v, out, row_lse, cu_seqlens_q, cu_seqlens_k, options);
+  const AttentionCall call = make_call(options, q, k, v, out, row_lse, cu_seqlens_q, cu_seqlens_k);
   fill_rows_after(cu_seqlens_q, grad_q, 0);
   fill_rows_after(cu_seqlens_k, grad_k, 0);
   fill_rows_after(cu_seqlens_k, grad_v, 0);
@@ -159,67 +175,62 @@ void run_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, cons
       [&](int64_t item, float* scratch) { kernels.backward(call, gradients, item, scratch); });
 }
 
-std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q,
-                                     Tensor cu_seqlens_k, int64_t, int64_t, double dropout_p,
-                                     double softmax_scale, bool causal, std::optional<Tensor> seed,
-                                     int64_t stream) {
-  return run_forward(q, k, v, cu_seqlens_q, cu_seqlens_k,
-                     {dropout_p, softmax_scale, causal, seed, stream});
+// ---- ops ----------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> attention(const AttentionOptions& options, const Tensor& q,
+                                     const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                     const Tensor& cu_seqlens_k, int64_t, int64_t) {
+  return run_forward(options, q, k, v, cu_seqlens_q, cu_seqlens_k);
 }
 
 std::tuple<Tensor, Tensor, Tensor>
-attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                   Tensor cu_seqlens_q, Tensor cu_seqlens_k, int64_t, int64_t, double dropout_p,
-                   double softmax_scale, bool causal, std::optional<Tensor> seed, int64_t stream) {
+attention_backward(const AttentionOptions& options, const Tensor& grad_out, const Tensor& q,
+                   const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t, int64_t) {
   check_streams(q, k, v);
   Tensor grad_q = empty_heads(q), grad_k = empty_heads(k), grad_v = empty_heads(v);
-  run_backward(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
-               {dropout_p, softmax_scale, causal, seed, stream}, grad_q, grad_k, grad_v);
+  run_backward(options, grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, grad_q, grad_k,
+               grad_v);
   return {grad_q, grad_k, grad_v};
 }
 
-std::tuple<Tensor, Tensor> attention_qkvpacked(Tensor qkv, Tensor cu_seqlens, int64_t,
-                                               double dropout_p, double softmax_scale, bool causal,
-                                               std::optional<Tensor> seed, int64_t stream) {
+std::tuple<Tensor, Tensor> attention_qkvpacked(const AttentionOptions& options, const Tensor& qkv,
+                                               const Tensor& cu_seqlens, int64_t) {
   check_packed(qkv);
-  return run_forward(select(qkv, 1, 0), select(qkv, 1, 1), select(qkv, 1, 2), cu_seqlens,
-                     cu_seqlens, {dropout_p, softmax_scale, causal, seed, stream});
+  return run_forward(options, select(qkv, 1, 0), select(qkv, 1, 1), select(qkv, 1, 2), cu_seqlens,
+                     cu_seqlens);
 }
 
-Tensor attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse,
-                                    Tensor cu_seqlens, int64_t, double dropout_p,
-                                    double softmax_scale, bool causal, std::optional<Tensor> seed,
-                                    int64_t stream) {
+Tensor attention_qkvpacked_backward(const AttentionOptions& options, const Tensor& grad_out,
+                                    const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                                    const Tensor& cu_seqlens, int64_t) {
   check_packed(qkv);
   Tensor grad = allocate(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
   const Tensor q = select(qkv, 1, 0), k = select(qkv, 1, 1), v = select(qkv, 1, 2);
   check_streams(q, k, v);
-  run_backward(grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens,
-               {dropout_p, softmax_scale, causal, seed, stream}, select(grad, 1, 0),
+  run_backward(options, grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, select(grad, 1, 0),
                select(grad, 1, 1), select(grad, 1, 2));
   return grad;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-        "SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, float softmax_scale, "
-        "bool causal, Tensor? seed, int stream) -> (Tensor out, Tensor lse)");
-  m.def("attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-        "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-        "float dropout_p, float softmax_scale, bool causal, Tensor? seed, int stream) "
-        "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
-  m.def("attention_qkvpacked(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, "
-        "float softmax_scale, bool causal, Tensor? seed, int stream) -> (Tensor out, Tensor lse)");
+        "SymInt max_seqlen_q, SymInt max_seqlen_k, " OPTIONS ") -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, " OPTIONS
+      ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def("attention_qkvpacked(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, " OPTIONS
+        ") -> (Tensor out, Tensor lse)");
   m.def("attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, "
-        "Tensor cu_seqlens, SymInt max_seqlen, float dropout_p, float softmax_scale, bool causal, "
-        "Tensor? seed, int stream) -> Tensor");
+        "Tensor cu_seqlens, SymInt max_seqlen, " OPTIONS ") -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
-  m.impl("attention", TORCH_BOX(&attention));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward));
-  m.impl("attention_qkvpacked", TORCH_BOX(&attention_qkvpacked));
-  m.impl("attention_qkvpacked_backward", TORCH_BOX(&attention_qkvpacked_backward));
+  m.impl("attention", TORCH_BOX(&Op<attention>::call));
+  m.impl("attention_backward", TORCH_BOX(&Op<attention_backward>::call));
+  m.impl("attention_qkvpacked", TORCH_BOX(&Op<attention_qkvpacked>::call));
+  m.impl("attention_qkvpacked_backward", TORCH_BOX(&Op<attention_qkvpacked_backward>::call));
 }
 
 } // namespace

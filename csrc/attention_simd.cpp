@@ -27,7 +27,8 @@ struct Span {
   int64_t head, first_query, blind, query, queries, key, keys;
   bool causal;
 
-  Span(const AttentionCall& call, int64_t item) : head(item % call.heads), causal(call.causal) {
+  Span(const AttentionCall& call, int64_t item)
+      : head(item % call.heads), causal(call.options.causal) {
     const int64_t sequence = item / call.heads;
     first_query = call.cu_seqlens_q[sequence];
     queries = call.cu_seqlens_q[sequence + 1] - first_query;
@@ -162,9 +163,9 @@ struct TileFactors {
 
   TileFactors(const AttentionCall& call, const Span& span, int64_t query, int64_t queries,
               int64_t key, int64_t keys, float* buffer) {
-    if (!call.dropout.active()) return;
+    if (!call.options.dropout.active()) return;
     const int64_t first_key = span.key + key;
-    attention_factors(call.dropout, span.head, span.query + query, queries, first_key, keys,
+    attention_factors(call.options.dropout, span.head, span.query + query, queries, first_key, keys,
                       buffer);
     data = buffer + first_key % 4;
     row = 4 * attention_quads(first_key, keys);
@@ -214,7 +215,8 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
   int64_t loaded = -1; // first key of the block that the tiles hold
   for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
     const int64_t m = smaller(kQueryBlock, span.queries - i0);
-    widen_rows<T>(call.q, span.head, span.query + i0, m, width, call.scale, tiles.queries, row);
+    widen_rows<T>(call.q, span.head, span.query + i0, m, width, call.options.softmax_scale,
+                  tiles.queries, row);
     fill(tiles.row_max, m, -kInfinity);
     fill(tiles.row_sum, m, 0);
     fill(tiles.out, m * row, 0);
@@ -330,7 +332,8 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
     for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
       const int64_t m = smaller(kQueryBlock, span.queries - i0);
       if (span.visible(i0 + m - 1) <= j0) continue;
-      widen_rows<T>(call.q, head, span.query + i0, m, width, call.scale, tiles.queries, row);
+      widen_rows<T>(call.q, head, span.query + i0, m, width, call.options.softmax_scale,
+                    tiles.queries, row);
       widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
       multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
                false);
@@ -350,7 +353,7 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
     narrow_rows<T>(tiles.grad_values, row, grads.v, head, span.key + j0, n, width, 1);
   }
   narrow_rows<T>(tiles.grad_queries, row, grads.q, head, span.query, span.queries, width,
-                 call.scale);
+                 call.options.softmax_scale);
   zero_blind_queries<T>(grads.q, span, width);
 }
 

@@ -8,10 +8,10 @@
 #include <algorithm>
 #include <tuple>
 
-#include "balancing_checks.h"
 #include "balancing_solvers.h"
-#include "launch_device.cuh"
-#include "memory.h"
+#include "balancing_torch.h"
+#include "launch_device_torch.cuh"
+#include "memory_torch.h"
 
 namespace superbert {
 namespace {

@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "tensor_border.h"
+#include "tensor_torch.h"
 
 namespace superbert {
 namespace {

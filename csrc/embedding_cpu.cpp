@@ -11,9 +11,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "check.h"
-#include "layer_norm_border.h"
-#include "tensor_border.h"
+#include "check_torch.h"
+#include "layer_norm_torch.h"
+#include "tensor_torch.h"
 
 namespace superbert {
 namespace {

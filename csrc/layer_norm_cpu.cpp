@@ -1,5 +1,5 @@
 // The CPU side of the layer norm ops; kernels/layer_norm/layer_norm.py documents them.
-#include "layer_norm_border.h"
+#include "layer_norm_torch.h"
 
 #include <optional>
 #include <tuple>
@@ -9,7 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "tensor_border.h"
+#include "tensor_torch.h"
 
 namespace superbert {
 namespace {

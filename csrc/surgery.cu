@@ -1,17 +1,17 @@
 // The CUDA side of the gradient surgery operators: kernels of the small problems and the border to
-// torch.  Schemas are in surgery.cpp; nothing here waits for the device.
+// torch.  Schemas are in surgery_cpu.cpp; nothing here waits for the device.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
 
-#include "combine.cuh"
-#include "gram.cuh"
-#include "launch_device.cuh"
-#include "memory.h"
-#include "surgery_checks.h"
-#include "surgery_solve.cuh"
+#include "launch_device_torch.cuh"
+#include "memory_torch.h"
+#include "surgery_combine.cuh"
+#include "surgery_gram.cuh"
+#include "surgery_pcgrad.cuh"
+#include "surgery_torch.h"
 
 namespace superbert {
 namespace {

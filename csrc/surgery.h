@@ -1,4 +1,4 @@
-// What the border to torch (surgery.cpp) and the CPU kernels (surgery_simd.cpp) agree on: plain
+// What the border to torch (surgery_cpu.cpp) and the CPU kernels (surgery_simd.cpp) agree on: plain
 // structs, no torch.  Shapes and strides are checked before they come here.
 #pragma once
 

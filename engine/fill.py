@@ -11,7 +11,8 @@ from .cli.options import add_device
 from .data.collate import join
 from .data.task_batch import TaskBatch
 from .data.tokenizer import Tokenizer
-from .models.masked_lm import MaskedLmHead
+from .models.context import Context
+from .models.heads import head_class
 from .models.multitask import MultitaskModel
 from .runs.run import Run, open_run
 from .runtime.precision import pick_device
@@ -83,11 +84,11 @@ def likeliest(
         columns=1,
         labels=None,
     )
-    head, word = model.heads[objective], model.encoder.embeddings.word
-    assert isinstance(head, MaskedLmHead)
+    word = model.encoder.word_table
     with torch.inference_mode():
-        hidden = model.encoder(join([part]).to(word.weight.device))
-        probabilities = head.logits(hidden[masks], word).softmax(1)
+        batch = join([part]).to(word.weight.device)
+        hidden = model.encoder(batch.input_ids, Context.of(batch))
+        probabilities = model.head(objective).word_logits(hidden[masks], word).softmax(1)
     shares, ids = probabilities[0].topk(min(count, probabilities.shape[1]))
     return [
         (tokenizer.id_to_token(number) or str(number), share)
@@ -102,7 +103,7 @@ def _objective(run: Run) -> str:
         InputError: it has none.
     """
     for name, settings in run.recipe.objectives.items():
-        if settings.kind != "simcse":
+        if head_class(settings.kind).fills_masks:
             return name
     raise InputError(f"{run.folder}: its recipe has no masked LM; take a run of superbert, say")
 

@@ -1,7 +1,7 @@
 """``python -m engine.train RECIPE``: train one encoder on several tasks.
 
 From here a step goes: the loop below -> training/step.py (forward, one backward, surgery,
-update) -> models/bert.py -> kernels/ -> csrc/.
+update) -> models/encoder.py -> kernels/ -> csrc/.
 """
 
 import itertools

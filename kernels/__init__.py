@@ -9,8 +9,10 @@ give is in bfloat16, and a norm whose residual is float32 stays in float32.
 """
 
 from . import balancing
+from . import gradient_buffer as gradient_buffer
 from ._namesake import namesake_attribute
 from .attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
+from .balancing.pcgrad import draw_order, pcgrad_weights
 from .dropout.dropout import dropout
 from .embedding.embedding import embedding, wipe_
 from .embedding_layer_norm.embedding_layer_norm import EmbeddingRows, embedding_layer_norm
@@ -24,7 +26,7 @@ from .layer_norm.layer_norm import dropout_add_layer_norm, layer_norm
 from .linear import linear
 from .registration.backend import implementation
 from .registration.validation import check_cu_seqlens, checked_values
-from .surgery.surgery import combine, combine_adamw_, draw_order, gram, pcgrad_weights, update_guard
+from .surgery.surgery import combine, combine_adamw_, gram, update_guard
 from .task_gradients.task_gradients import TaskGradients
 from .task_rows import Columns, TaskRows, TaskSegments, new_task_rows
 

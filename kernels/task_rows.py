@@ -140,8 +140,8 @@ class TaskRows(NamedTuple):
 
 
 def rows_at(buffer: Tensor, start: int, shape: Sequence[int]) -> Tensor:
-    """Return the view ``[K, *shape]`` of ``buffer [K, P]`` whose rows begin at column ``start``."""
-    return buffer[:, start : start + math.prod(shape)].view(len(buffer), *shape)
+    """Return the view ``[..., *shape]`` of ``buffer [..., P]`` that begins at column ``start``."""
+    return buffer[..., start : start + math.prod(shape)].view((*buffer.shape[:-1], *shape))
 
 
 def rows_of(buffer: Tensor, start: int, parameter: Tensor | None) -> Tensor:

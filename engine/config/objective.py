@@ -1,7 +1,7 @@
 """The settings of an objective: ``[objectives.NAME]`` of a recipe.
 
 An objective is trained like a task: it has examples (:class:`~engine.data.task_batch.Examples`), a
-head, and a row of gradients.  It predicts nothing, so the score that its head gives is its loss.
+head, and a row of gradients, but it predicts nothing and is not scored.
 """
 
 from typing import Annotated, Literal

@@ -1,6 +1,5 @@
 """The tables of a recipe that are small: how a task is read, the shape of an encoder."""
 
-import dataclasses
 from collections.abc import Collection
 from typing import Annotated, Literal
 
@@ -22,7 +21,8 @@ class TaskRecipe(Settings):
 
     features: Literal[FEATURES]  # type: ignore[valid-type]
     """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
-    difference, shared, cosine, cosine_shifted, pearson, cross (engine/models/features.py)."""
+    difference, shared, cosine, cosine_shifted, pearson, cross
+    (engine/models/heads/pair_features.py)."""
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
     that of a share of their range; mse."""
@@ -96,7 +96,7 @@ class EncoderRecipe(Settings):
                     "shape; leave it out"
                 )
         changed = {name: getattr(self, name) for name in self.model_fields_set & CHANGEABLE}
-        config = dataclasses.replace(config, **changed)
+        config = config.changed(**changed)
         values = {name: getattr(config, name) for name in EncoderRecipe.model_fields}
         try:
             EncoderRecipe(**values)

@@ -88,11 +88,6 @@ class PackedBatch:
         return self.token_offsets[-1]
 
     @property
-    def fill(self) -> float:
-        """The share of tokens in the padded batches that this replaces; 1 is no padding."""
-        return (self.num_tokens - self.padding) / self.padded_tokens
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, in an order that is always the same."""
         found: list[Tensor] = []

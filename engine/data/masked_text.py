@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..utils.errors import InputError
-from .draw import uniforms
+from ..utils.rng import uniforms
 from .raw_text import NOT_KNOWN, Found, joined, split_sentences, token_ids
 from .task_batch import Indices, MaskedTokens, TaskBatch
 from .tokenizer import Tokenizer

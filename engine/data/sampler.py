@@ -5,12 +5,12 @@ Nothing here has a state.  An epoch's order is a function of (seed, task, epoch)
 draw of the run can disturb the order.
 """
 
-import hashlib
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from ..utils.rng import permutation
 from .task_batch import Indices
 
 
@@ -98,13 +98,7 @@ def stratified_subset(labels: npt.NDArray[np.float32], limit: int, task: str, se
 
 @lru_cache(maxsize=16)  # two epochs of each of a few tasks
 def _permutation(seed: int, task: str, epoch: int, size: int) -> Indices:
-    """Return a random order of ``range(size)``.
-
-    It sorts raw Philox output, which numpy promises never to change; it does not promise so much
-    of ``Generator.permutation``.
-    """
-    name = f"{seed}/{task}/{epoch}".encode()
-    key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
-    order = np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
+    """Return a random order of ``range(size)``; not to be written to."""
+    order = permutation(size, seed, task, epoch)
     order.flags.writeable = False
     return order

@@ -1,4 +1,4 @@
-"""Batches of SimCSE without supervision: every sentence twice (Gao et al. 2021)."""
+"""Examples of SimCSE: every sentence twice in one batch (engine/models/heads/contrastive.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,7 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from ..utils.errors import InputError
 from ..utils.field_types import FileName, GivenName, Name, Real, Settings
@@ -18,12 +25,24 @@ from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Quoting, e
 from .hf_datasets import check_columns, load_split
 from .rows import Row, Rows, find_columns, typed_row
 from .table import OnBadRow, Table, collect, parse_table
-from .task_schema import LabelKind, TaskSchema
+from .task_schema import TaskSchema
 
 _COLUMN_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 Split = Literal["train", "dev", "test"]
-Kind = Literal["classification", "regression", "pair_classification", "pair_regression"]
+FURTHER_KINDS: set[str] = set()
+"""Kinds of heads, beside those below, that a source may name: :func:`engine.models.heads.register`.
+Their labels are classes where ``classes`` is given, else numbers within ``range``."""
+
+
+def _known_kind(kind: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    return kind if isinstance(kind, str) and kind in FURTHER_KINDS else check(kind)
+
+
+Kind = Annotated[
+    Literal["classification", "regression", "pair_classification", "pair_regression"],
+    WrapValidator(_known_kind),
+]
 
 Column = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
 """The name of a column, or its number as text or as it is."""
@@ -79,9 +98,9 @@ class TaskSource(Settings):
         if bool(self.files) == bool(self.dataset):
             raise ValueError("give either files or dataset")
         wanted = 2 if self.kind.startswith("pair") else 1
-        if len(self.text) != wanted:
+        if len(self.text) != wanted and self.kind not in FURTHER_KINDS:
             raise ValueError(f"text: {self.kind} needs {wanted} column(s), got {len(self.text)}")
-        if not self._is_regression and self._num_classes < 2:
+        if not self.has_range and self._num_classes < 2:
             raise ValueError(f"classes: {self.kind} needs at least two, by name or as a number")
         if isinstance(self.classes, tuple) and len(set(self.classes)) != len(self.classes):
             raise ValueError("classes: a name stands twice")
@@ -121,24 +140,36 @@ class TaskSource(Settings):
         return self
 
     @property
-    def _is_regression(self) -> bool:
+    def has_range(self) -> bool:
+        """Whether labels are numbers within ``range``, and not classes."""
+        if self.kind in FURTHER_KINDS:
+            return self.classes == ()
         return self.kind.endswith("regression")
 
     @property
     def _num_classes(self) -> int:
         return self.classes if isinstance(self.classes, int) else len(self.classes)
 
+    @property
+    def _head(self) -> str:
+        """The kind of the head."""
+        if self.kind in FURTHER_KINDS:
+            return self.kind
+        if self.has_range:
+            return "score"
+        return "classes" if self._num_classes > 2 else "binary"
+
     def format(self, task: str) -> TaskSchema:
         """Return what the data look like."""
-        low, high = self.range if self._is_regression else (0, self._num_classes - 1)
-        kind: LabelKind = "classes" if high > 1 else "binary"
-        names = () if self._is_regression or isinstance(self.classes, int) else self.classes
+        low, high = self.range if self.has_range else (0, self._num_classes - 1)
+        names = () if self.has_range or isinstance(self.classes, int) else self.classes
         return TaskSchema(
             task=task,
             id=self.id,
             sentences=self.text,
             label=self.label,
-            kind="score" if self._is_regression else kind,
+            kind=self._head,
+            whole=not self.has_range,
             low=low,
             high=high,
             classes=names,

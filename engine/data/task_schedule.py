@@ -11,13 +11,13 @@ An order is laid out for the whole run at once, so that any step of it can be lo
 is resumed needs nothing but the step's number.
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ..utils.rng import uniforms
 from .task_batch import Indices
 
 ORDERS = ("together", "sequential", "cycle", "round_robin", "annealed")
@@ -73,11 +73,8 @@ def _turns(
     if name != "annealed":
         return np.tile(_rotation(name, batches), epochs)
     steps = sum(batches)
-    key = hashlib.blake2b(f"{seed}/annealed".encode(), digest_size=16).digest()
-    raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(steps * epochs)
-    uniform = (raw >> np.uint64(11)) * 2.0**-53
     drawn = []
-    for epoch, part in enumerate(np.split(uniform, epochs)):
+    for epoch, part in enumerate(np.split(uniforms(steps * epochs, seed, "annealed"), epochs)):
         alpha = 1 - 0.8 * epoch / max(1, epochs - 1)
         shares = np.array(sizes, dtype=np.float64) ** alpha
         ends = np.cumsum(shares / shares.sum())[:-1]

@@ -5,12 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 from ..utils.errors import InputError
 from .dialect import ARCHIVES, AUTO, BUILT_IN, COMPRESSIONS, LAYOUTS, Dialect, Layout, endings
-
-LabelKind = Literal["classes", "binary", "score"]
 
 SPLITS: Mapping[str, str] = MappingProxyType(
     {"train": "train", "dev": "dev", "test": "test-student"}
@@ -48,8 +45,9 @@ class TaskSchema:
     label: str
     """The column of the label; files of the test split do not have it."""
 
-    kind: LabelKind
-    """``classes``: 0, 1, … ``high``; ``binary``: 0 or 1; ``score``: any number in the range."""
+    kind: str
+    """``classes``: 0, 1, … ``high``; ``binary``: 0 or 1; ``score``: any number in the range; or
+    another kind of head (engine/models/heads)."""
 
     low: float = 0
     """The smallest label."""
@@ -59,6 +57,13 @@ class TaskSchema:
 
     classes: tuple[str, ...] = ()
     """The names of the classes, where labels are spelled by name."""
+
+    whole: bool | None = None
+    """Whether labels are whole numbers, as those of classes; None: as ``kind`` says."""
+
+    def __post_init__(self) -> None:
+        if self.whole is None:
+            object.__setattr__(self, "whole", self.kind != "score")
 
     @property
     def unchangeable(self) -> "TaskSchema":
@@ -109,13 +114,13 @@ class TaskSchema:
         value = float(text)
         if not self.low <= value <= self.high:
             raise ValueError(f"label is outside {self.low:g} to {self.high:g}")
-        if self.kind != "score" and not value.is_integer():
+        if self.whole and not value.is_integer():
             raise ValueError("label is not a whole number")
         return value
 
     def spell_label(self, value: float) -> str:
         """Return the text of a label or prediction: a class's name or number, or a score."""
-        if self.kind == "score":
+        if not self.whole:
             return f"{value:.4f}"
         return self.classes[int(value)] if self.classes else f"{value:.0f}"
 

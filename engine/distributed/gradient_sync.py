@@ -5,10 +5,10 @@
     Sharded      reduce-scatter of the gradient rows; every rank updates its part of each bucket,
                  and the new weights are all-gathered (Rajbhandari et al., "ZeRO", 2020, stage 2)
 
-A bucket's rows are on their way as soon as the backward pass has left its layer behind: the
-gradient of a layer's input is complete exactly when all of the layer's own are.  Embeddings, and
-biases and norms, which every layer adds to, go last.  Surgery then sees the gradients of the whole
-batch: the Gram matrices of the parts are added up, K x K numbers.
+A bucket's rows are on their way as soon as the backward pass has left its stage behind: the
+gradient of a stage's input is complete exactly when all of the stage's own are.  The encoder's
+first stage, and biases and norms, which every stage adds to, go last.  Surgery then sees the
+gradients of the whole batch: the Gram matrices of the parts are added up, K x K numbers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,9 +29,6 @@ _reduce_scatter: Callable[..., Any] = getattr(
     dist, "reduce_scatter_single", dist.reduce_scatter_tensor
 )
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-_AFTER_HEADS = ("heads", "pair")
-"""Buckets whose gradients are complete when the backward pass enters the encoder."""
 
 
 class NoSync:
@@ -76,9 +73,14 @@ class _Exchange(NoSync):
         self._buckets = {bucket.name: bucket for bucket in parameters.layout.buckets}
         self._waiting: dict[str, Bucket] = {}
         self._works: list[dist.Work] = []
+        _, *stages = model.encoder_stages()
+        for stage in stages:
+            stage.module.register_forward_pre_hook(self._when_entered(stage.bucket))
+        within = {stage.bucket for stage in model.encoder_stages()}
+        # What lies behind the encoder is complete when the backward pass enters it, heads first.
+        behind = dict.fromkeys(stage.bucket for stage in reversed(model.stages()))
+        self._behind = tuple(bucket for bucket in behind if bucket not in within)
         model.encoder.register_forward_hook(self._when_encoded)
-        for number, layer in enumerate(model.encoder.layers):
-            layer.register_forward_pre_hook(self._when_entered(f"encoder.layers.{number}"))
 
     def begin(self) -> None:
         """Take every bucket as yet to be sent."""
@@ -102,7 +104,7 @@ class _Exchange(NoSync):
         raise NotImplementedError
 
     def _when_encoded(self, _module: nn.Module, _arguments: Any, hidden: Tensor) -> None:
-        self._listen(hidden, _AFTER_HEADS)
+        self._listen(hidden, self._behind)
 
     def _when_entered(self, bucket: str) -> Callable[[nn.Module, Any], None]:
         return lambda _module, arguments: self._listen(arguments[0], (bucket,))
@@ -130,10 +132,8 @@ class ReplicatedSync(_Exchange):
         return losses, grams
 
     def publish(self) -> None:
-        """Wipe what other ranks' words left in embedding rows that this one's wiping passes by."""
-        embeddings = self._buckets.get("encoder.embeddings")
-        if embeddings is not None:
-            self._parameters.rows[:, embeddings.columns].zero_()
+        """Zero what other ranks' words left in rows of tables that this rank's batch has not."""
+        self._parameters.zero_sparse_rows()
 
 
 class ShardedSync(_Exchange):

@@ -10,14 +10,14 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checkpoints.manifest import Progress
-from ..models.heads import TaskHead
+from ..models.heads import HeadExport
 from ..models.hf_weights import to_huggingface_state
 from ..models.multitask import MultitaskModel
+from ..models.registry import spec_of
 from ..runs.run import Run
 from ..utils.errors import InputError
 from ..utils.files import explained, whole_folder
@@ -87,8 +87,8 @@ def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:
     """
     state = {
         f"{task}.{name}": tensor
-        for task, head in model.task_heads.items()
-        for name, tensor in head.state_dict().items()
+        for task, head in _exported_heads(model).items()
+        for name, tensor in head.tensors.items()
     }
     if model.pair is not None:
         state |= {f"pair.{name}": tensor for name, tensor in model.pair.state_dict().items()}
@@ -97,29 +97,18 @@ def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:
 
 def head_layout(model: MultitaskModel) -> dict[str, str]:
     """Return the metadata of ``heads.safetensors``: a JSON object a task, as the card explains."""
-    layout = {}
-    for name, head in model.task_heads.items():
-        task = head.task
-        fields = {"features": head.features, "answers": _answers(head)}
-        span = {"low": task.low, "high": task.high}
-        layout[name] = dump_json(fields | span | {"classes": task.classes})
-    return layout
+    return {name: dump_json(head.layout) for name, head in _exported_heads(model).items()}
 
 
-def _answers(head: TaskHead) -> str:
-    """Return what the card calls a head's last numbers."""
-    if head.output is None:
-        return "share"
-    return "share_logit" if head.task.kind == "score" and not head.squared_error else head.task.kind
+def _exported_heads(model: MultitaskModel) -> dict[str, HeadExport]:
+    exported = {name: model.head(name).exported() for name in model.heads}
+    return {name: head for name, head in exported.items() if head is not None}
 
 
 def _write_transformers(folder: Path, run: Run, model: MultitaskModel) -> None:
     encoder = {name: tensor.float().cpu() for name, tensor in model.encoder.state_dict().items()}
     state = to_huggingface_state(encoder, run.config)
-    # transformers' BertModel has a layer above the first token.  It is not trained here; as the
-    # identity it is at least the same on every load.
-    state["pooler.dense.weight"] = torch.eye(run.config.hidden_size)
-    state["pooler.dense.bias"] = torch.zeros(run.config.hidden_size)
+    state |= spec_of(run.config).untrained(run.config)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     known = {"dtype": "float32", "pad_token_id": run.tokenizer.pad_id}
     _write_json(folder / "config.json", run.config.to_huggingface() | known | _NO_ANSWERS)

@@ -1,6 +1,7 @@
 """The model card of an exported run."""
 
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
@@ -9,6 +10,7 @@ from ..checkpoints.manifest import Progress
 from ..config.recipe import Recipe
 from ..data.source import TaskSource
 from ..data.task_schema import TaskSchema
+from ..models.heads import HEADS
 from ..runs.run import Run
 from ..runs.scoring import metric_name
 from ..utils.quoting import fence, markdown_text, printable
@@ -49,8 +51,7 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
   of the torch.nn.LSTM `TASK.lstm.forwards` over the states of the tokens behind [CLS], and g that
   of `TASK.lstm.backwards` over the same from the last to the first.
 - `answers`: what the output layer (`TASK.output.weight`, `TASK.output.bias`) makes of them:
-  `classes`, their logits; `binary`, one logit, yes above 0; `score`; `share_logit`, the logit of a
-  share of the range; or, of a similarity without an output layer, `share`, that share itself.
+{answers}
 - `low`, `high`: the range of the labels; `classes`: their names, if they have any.
 
 What a task answers, for all features but `bilstm`:
@@ -76,7 +77,7 @@ What a task answers, for all features but `bilstm`:
 {versions}
 """
 
-EXAMPLE = """\
+_EXAMPLE = """\
 import json, sys
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
@@ -95,17 +96,39 @@ read = {"single": lambda: u, "mean": lambda: (u + v) / 2, "distance": lambda: ab
         "cosine_shifted": lambda: (cosine(u, v) + 1) / 2, "cross": lambda: u,
         "pearson": lambda: cosine(u - u.mean(), v - v.mean()).sigmoid()}[head["features"]]()
 x = linear(f"{task}.output", read) if f"{task}.output.weight" in weights else read
-answer = {"classes": x.argmax(), "binary": (x > 0).long(), "score": x, "share": low + span * x,
-          "share_logit": low + span * x.sigmoid()}[head["answers"]].item()
+ANSWERS[head["answers"]].item()
 print(names[answer] if names else min(max(answer, low), low + span))
 """
-"""How to use a head; arguments: the folder, a task, its sentences."""
 
-
+_WIDTH = 100
+"""Columns of the card."""
 _FEW_CLASSES = 30
 """Names of classes that the card lists; ``heads.safetensors`` has all."""
 
 Scores = Mapping[str, float | None]
+
+
+def example() -> str:
+    """Return a script that uses a head; its arguments: the folder, a task, its sentences."""
+    by_answers = {name: code for head in HEADS.values() for name, code in head.answers_code.items()}
+    entries = [f'"{name}": {code}' for name, code in by_answers.items()]
+    lines = [f"answer = {{{entries[0]}"]
+    for entry in entries[1:]:
+        if len(f"{lines[-1]}, {entry},") <= _WIDTH:
+            lines[-1] += f", {entry}"
+        else:
+            lines[-1] += ","
+            lines.append(f"          {entry}")
+    return _EXAMPLE.replace("ANSWERS", "\n".join(lines) + "}", 1)
+
+
+def _answers() -> str:
+    """Return what the card says of what each kind of head answers."""
+    known = dict.fromkeys(head.answers_text for head in HEADS.values() if head.answers_text)
+    text = f"{'; '.join(known)}."
+    return textwrap.fill(
+        text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
 
 
 def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
@@ -125,7 +148,8 @@ def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
         version=__version__,
         step=progress.step,
         pooling=recipe.pooling,
-        example=EXAMPLE,
+        answers=_answers(),
+        example=example(),
         scores=_scores(run, scores),
         data=_data(run),
         recipe=settings,

@@ -1,14 +1,15 @@
 """From the Gram matrices of the task gradients to the weights of their sum.
 
-Every method is a function of ``G = J J^T [K, K]`` (kernels/balancing.py); the update is always
+Every method is a function of ``G = J J^T [K, K]`` (kernels/balancing); the update is always
 ``sum_k c_k g_k``.  Here the methods get what a training run knows beyond G: the names and sizes of
 the tasks, their losses, the random order of this step, and what they remember from the last one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -95,8 +96,42 @@ class Method(NamedTuple):
     initial_state: Mapping[str, Tensor] = MappingProxyType({})
 
 
+Builder = Callable[[TrainedTasks, BalanceSettings], Method]
+
+
 def _of_gram(weigh: Callable[[Tensor], Tensor]) -> Method:
     return Method(lambda signals: BalancerOutput(weigh(signals.gram)))
+
+
+def _gram_method(weigh: Callable[..., Tensor], **arguments: str) -> Builder:
+    """Build a method of the Gram matrix alone; ``arguments`` name the settings that it takes."""
+
+    def build(_tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+        return _of_gram(partial(weigh, **_taken(settings, arguments)))
+
+    return build
+
+
+def _with_preferences(
+    weigh: Callable[..., Tensor], *, mean: bool = True, **arguments: str
+) -> Builder:
+    """Build a method that takes preferences; equal ones are ``1 / K`` each if ``mean``, or 1."""
+
+    def build(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+        own = partial(weigh, **_taken(settings, arguments))
+        if not settings.preferences:
+            return _of_gram(own)
+        for name in settings.preferences:
+            _index(tasks, name, "preferences")
+        share = 1 / len(tasks.names) if mean else 1.0
+        given = [share * settings.preferences.get(name, 1.0) for name in tasks.names]
+        return _of_gram(lambda gram: own(gram, _constant(gram.double(), given)))
+
+    return build
+
+
+def _taken(settings: BalanceSettings, arguments: Mapping[str, str]) -> dict[str, Any]:
+    return {argument: getattr(settings, field) for argument, field in arguments.items()}
 
 
 def _fixed(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
@@ -115,45 +150,18 @@ def _constant(gram: Tensor, weights: Sequence[float]) -> Tensor:
     return torch.stack([torch.full_like(gram[0, 0], weight) for weight in weights])
 
 
-def _with_preferences(
-    method: Callable[[Tensor, Tensor | None], Tensor], *, mean: bool = True
-) -> "Builder":
-    """Build a method that takes preferences; equal ones are ``1 / K`` each if ``mean``, or 1."""
-
-    def build(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
-        if not settings.preferences:
-            return _of_gram(lambda gram: method(gram, None))
-        for name in settings.preferences:
-            _index(tasks, name, "preferences")
-        share = 1 / len(tasks.names) if mean else 1.0
-        given = [share * settings.preferences.get(name, 1.0) for name in tasks.names]
-        return _of_gram(lambda gram: method(gram, _constant(gram.double(), given)))
-
-    return build
-
-
-def _aligned_mtl(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
-    scale_mode = settings.aligned_mtl_scale_mode
-    build = _with_preferences(
-        lambda gram, given: kernels.balancing.aligned_mtl(gram, given, scale_mode)
-    )
-    return build(tasks, settings)
-
-
 def _pcgrad(_tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
     """PCGrad, summed as in Algorithm 1 of Yu et al. (2020)."""
     return Method(
         lambda signals: BalancerOutput(
-            kernels.pcgrad_weights(signals.gram, signals.order, reduction="sum")
+            kernels.balancing.pcgrad(signals.gram, signals.order, reduction="sum")
         )
     )
 
 
 def _main_aux(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
     main = _index(tasks, settings.main, "main") if settings.main else 0
-    return _of_gram(
-        lambda gram: kernels.balancing.auxiliary_pcgrad(gram, main, settings.aux_weight)
-    )
+    return _of_gram(lambda gram: kernels.balancing.main_aux(gram, main, settings.aux_weight))
 
 
 def _gradvac(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
@@ -201,32 +209,26 @@ def _index(tasks: TrainedTasks, name: str, setting: str) -> int:
     return tasks.names.index(name)
 
 
-Builder = Callable[[TrainedTasks, BalanceSettings], Method]
-
 METHODS: Mapping[str, Builder] = MappingProxyType(
     {
-        "sum": lambda _tasks, _settings: _of_gram(kernels.balancing.total),
-        "mean": lambda _tasks, _settings: _of_gram(kernels.balancing.mean),
+        "sum": _gram_method(kernels.balancing.sum),
+        "mean": _gram_method(kernels.balancing.mean),
         "fixed": _fixed,
         "proportional": _proportional,
         "pcgrad": _pcgrad,
         "main_aux": _main_aux,
         "gradvac": _gradvac,
-        "cagrad": lambda _tasks, settings: _of_gram(
-            lambda gram: kernels.balancing.cagrad(gram, settings.cagrad_c)
+        "cagrad": _gram_method(kernels.balancing.cagrad, c="cagrad_c"),
+        "mgda": _gram_method(kernels.balancing.mgda),
+        "imtl_g": _gram_method(kernels.balancing.imtl_g),
+        "nash_mtl": _gram_method(kernels.balancing.nash_mtl, max_norm="nash_mtl_max_norm"),
+        "aligned_mtl": _with_preferences(
+            kernels.balancing.aligned_mtl, scale_mode="aligned_mtl_scale_mode"
         ),
-        "mgda": lambda _tasks, _settings: _of_gram(kernels.balancing.mgda),
-        "imtl_g": lambda _tasks, _settings: _of_gram(kernels.balancing.imtl_g),
-        "nash_mtl": lambda _tasks, settings: _of_gram(
-            lambda gram: kernels.balancing.nash_mtl(gram, settings.nash_mtl_max_norm)
-        ),
-        "aligned_mtl": _aligned_mtl,
         "upgrad": _with_preferences(kernels.balancing.upgrad),
         "dual_projection": _with_preferences(kernels.balancing.dual_projection),
         "config": _with_preferences(kernels.balancing.config, mean=False),
-        "fairgrad": lambda _tasks, settings: _of_gram(
-            lambda gram: kernels.balancing.fairgrad(gram, settings.fairgrad_alpha)
-        ),
+        "fairgrad": _gram_method(kernels.balancing.fairgrad, alpha="fairgrad_alpha"),
         "gradnorm": _gradnorm,
         "krum": _krum,
     }

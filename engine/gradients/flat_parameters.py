@@ -5,10 +5,11 @@
     own             what this process updates: the same columns, or a rank's part of them, with
                     fp32 masters of the weights
 
-The model's parameters become views of ``compute``, and its shared layers get views of ``rows``.
-What belongs to one task alone (heads, adapters) has its part of that task's row as its ``grad``,
-into which autograd adds.  Where the tasks take turns, one a step, there is one row for all.  Where
-each parameter stands says its :class:`~engine.gradients.layout.Layout`.
+The model describes its parameters (engine/models/parameters.py).  They become views of ``compute``,
+and shared layers get their columns of ``rows``.  What belongs to one task alone (heads, adapters)
+has its part of that task's row as its ``grad``, into which autograd adds.  Where the tasks take
+turns, one a step, there is one row for all.  Where each parameter stands says its
+:class:`~engine.gradients.layout.Layout`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .._kernels import kernels
-from ..models.layers import Embedding, LayerNorm, Linear
+from ..models.layers import GradientWrite, TaskLayer
 from ..models.multitask import MultitaskModel
+from ..models.parameters import ParameterSpec
 from ..runtime.oom import SMALLER_MODEL, check_memory
 from .layout import Layout, Piece, Slot
 
@@ -58,7 +60,9 @@ class FlatParameters:
         shard: (rank, ranks) among which the update is divided; (0, 1) keeps it whole.
 
     Attributes:
+        specs: what the model says of each of its parameters, by name.
         layout: where each parameter stands.
+        gradients: the buffer of ``rows``.
         compute: ``[P]``.
         rows: ``[K, P]``, written by backward passes of this process.
         own: what it updates.
@@ -77,52 +81,53 @@ class FlatParameters:
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         model.to(device=device)
-        self._reached_by = {
-            name: ()
-            if freeze_encoder and name.startswith("encoder.")
-            else model.reached_by(name, tasks)
-            for name, _ in model.named_parameters()
-        }
-        trained = [(name, p) for name, p in model.named_parameters() if self._reached_by[name]]
+        specs = model.parameter_specs(tasks, freeze_encoder=freeze_encoder)
+        self.specs = {spec.name: spec for spec in specs}
+        trained = [spec for spec in specs if spec.tasks]
         rank, ranks = shard
-        self.layout = Layout({name: p.shape for name, p in trained}, ranks)
+        self.layout = Layout(
+            {spec.name: spec.parameter.shape for spec in trained},
+            {spec.name: spec.bucket for spec in trained},
+            ranks,
+        )
         num_rows = 1 if take_turns else len(tasks)
         if device.type == "cpu":
             moments = 2 * torch.float32.itemsize // ranks
             column = torch.float32.itemsize + num_rows * compute_dtype.itemsize + moments
             check_memory(self.numel * column, SMALLER_MODEL)
         master = torch.zeros(self.layout.numel, device=device)
-        for name, parameter in trained:
-            self.slots[name].view(master).copy_(parameter.detach())
+        for spec in trained:
+            self.slots[spec.name].view(master).copy_(spec.parameter.detach())
         self.compute = master.to(compute_dtype)  # the same tensor for fp32
-        self.rows = torch.zeros(num_rows, self.numel, dtype=compute_dtype, device=device)
+        self.gradients = kernels.gradient_buffer.GradientBuffer(
+            tuple(self.slots.values()),
+            torch.zeros(num_rows, self.numel, dtype=compute_dtype, device=device),
+        )
+        self.rows = self.gradients.rows
         self.own = (
             OwnVectors(master, self.compute, self.rows, self.decayed, self.layout.pieces(rank))
             if ranks == 1
             else self._part_of_rank(rank, master)
         )
 
-        self._to_clear: list[Tensor] = []
+        self._to_clear = self._rows_written(trained, GradientWrite.ADDED)
+        self._sparse = self._rows_written(trained, GradientWrite.SPARSE)
         self.frozen: dict[str, Tensor] = {}
         self._frozen_compute: list[Tensor] = []
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self.slots)
-            if name not in self.slots:
-                self.frozen[name] = parameter.detach()
-                parameter.data = parameter.data.to(compute_dtype)  # the same tensor for fp32
-                self._frozen_compute.append(parameter.detach())
+        for spec in specs:
+            spec.parameter.requires_grad_(bool(spec.tasks))
+            if not spec.tasks:
+                self.frozen[spec.name] = spec.parameter.detach()
+                # The same tensor for fp32.
+                spec.parameter.data = spec.parameter.data.to(compute_dtype)
+                self._frozen_compute.append(spec.parameter.detach())
                 continue
-            parameter.data = self.slots[name].view(self.compute)
-            owner = model.owner(name)
-            if owner is not None:
-                row = self.rows[0 if take_turns else tasks.index(owner)]
-                parameter.grad = self.slots[name].view(row)
-            if not model.writes_once(name, tasks):
-                self._to_clear.append(self.slots[name].view(self.rows))
-        for name, module in model.named_modules():
-            if isinstance(module, Linear | Embedding | LayerNorm):
-                shared = f"{name}.weight" in self.slots and model.owner(f"{name}.weight") is None
-                module.rows = self._rows_of(name) if shared else None
+            slot = self.slots[spec.name]
+            spec.parameter.data = slot.view(self.compute)
+            if spec.owner is not None:
+                row = self.rows[0 if take_turns else tasks.index(spec.owner)]
+                spec.parameter.grad = slot.view(row)
+        self._attach_rows()
 
     @property
     def slots(self) -> dict[str, Slot]:
@@ -155,25 +160,41 @@ class FlatParameters:
             pieces,
         )
 
-    def _rows_of(self, module: str) -> kernels.TaskRows:
-        weight, bias = self.slots[f"{module}.weight"], self.slots.get(f"{module}.bias")
-        return kernels.TaskRows(self.rows, weight.columns, None if bias is None else bias.columns)
+    def _rows_written(self, trained: Sequence[ParameterSpec], write: GradientWrite) -> list[Tensor]:
+        """Return the gradient rows ``[K, *shape]`` of parameters that are written in some way."""
+        return [self.slots[s.name].view(self.rows) for s in trained if s.write is write]
+
+    def _attach_rows(self) -> None:
+        """Tell each shared layer where its task gradients go."""
+        columns: dict[TaskLayer, dict[str, kernels.Columns]] = {}
+        for spec in self.specs.values():
+            if spec.layer is not None:
+                own = columns.setdefault(spec.layer, {})
+                if spec.tasks:
+                    own[spec.name_in_layer] = self.slots[spec.name].columns
+        for layer, own in columns.items():
+            layer.attach_rows(self.rows, own)
 
     def clear_partial_gradients(self) -> None:
         """Zero the gradient rows that a step's backward pass adds to or may not reach at all."""
         if self._to_clear:
             torch._foreach_zero_(self._to_clear)
 
-    def reached_by(self, name: str) -> tuple[str, ...]:
-        """Return the tasks whose losses reach a parameter."""
-        return self._reached_by[name]
+    def zero_sparse_rows(self) -> None:
+        """Zero all gradient rows of tables, whoever has written into them."""
+        if self._sparse:
+            torch._foreach_zero_(self._sparse)
+
+    def tasks_using(self, name: str) -> tuple[str, ...]:
+        """Return the trained tasks whose losses reach a parameter."""
+        return self.specs[name].tasks
 
     def columns_reached_by(self, task: str) -> list[slice]:
         """Return the columns that a task's gradient may have other values than zero in."""
         columns: list[slice] = []
         ends = [*(slot.offset for slot in self.slots.values()), self.numel][1:]
         for (name, slot), end in zip(self.slots.items(), ends, strict=True):
-            if task not in self._reached_by[name]:
+            if task not in self.specs[name].tasks:
                 continue
             if columns and columns[-1].stop == slot.offset:
                 columns[-1] = slice(columns[-1].start, end)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._kernels import kernels
+from ..models.parameters import ParameterSpec
 from .flat_parameters import FlatParameters
 from .layout import Piece
 
@@ -26,8 +27,8 @@ class ParamGroups:
     Args:
         parameters: the flat vector.
         tasks: the K trained tasks.
-        extent: ``"model"``: one part; ``"layer"``: embeddings, each layer of the encoder and each
-            head; ``"tensor"``: each parameter.
+        extent: ``"model"``: one part; ``"layer"``: each stage of the encoder, each head and
+            adapter, and the layer that heads share; ``"tensor"``: each parameter.
 
     Attributes:
         names: of the G parts.
@@ -40,10 +41,11 @@ class ParamGroups:
         reached: list[set[str]] = []  # by which tasks, of each part
         starts: list[tuple[int, int]] = []  # part and first column of each region
         for name, slot in parameters.slots.items():
-            part = numbers.setdefault(_part_of(name, extent), len(numbers))
+            spec = parameters.specs[name]
+            part = numbers.setdefault(_part_of(spec, extent), len(numbers))
             if part == len(reached):
                 reached.append(set())
-            reached[part].update(parameters.reached_by(name))
+            reached[part].update(spec.tasks)
             if not starts or starts[-1][0] != part:
                 starts.append((part, slot.offset))
         ends = [*(offset for _, offset in starts[1:]), parameters.numel]
@@ -108,15 +110,6 @@ def _own_regions(whole: Sequence[Segment], pieces: Sequence[Piece]) -> tuple[Seg
     return tuple(own)
 
 
-def _part_of(name: str, extent: str) -> str:
+def _part_of(spec: ParameterSpec, extent: str) -> str:
     """Return the name of the part that a parameter belongs to."""
-    if extent == "model":
-        return "model"
-    if extent == "tensor":
-        return name
-    path = name.split(".")
-    if path[0] == "heads":
-        return ".".join(path[:2])
-    if len(path) == 2:  # a layer that stands by itself
-        return path[0]
-    return ".".join(path[: 3 if path[1] == "layers" else 2])
+    return {"model": "model", "layer": spec.stage.name, "tensor": spec.name}[extent]

@@ -8,7 +8,6 @@ counted from the end: embeddings, each layer, heads; biases and norms are the la
 ranks a bucket is padded so that each rank owns an equal part of it, its n-th part on rank n.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -17,28 +16,12 @@ from torch import Tensor
 
 from .._kernels import kernels
 
-ALIGNMENT = 64  # elements; 256 bytes in fp32, 128 in bf16: whole cache lines and 16-byte accesses
+ALIGNMENT = kernels.gradient_buffer.ALIGNMENT
+
+Slot = kernels.gradient_buffer.Slot
 
 VECTORS = "vectors"
 """The bucket of biases and norms."""
-
-
-class Slot(NamedTuple):
-    """One parameter's place in the vector."""
-
-    name: str
-    offset: int
-    shape: torch.Size
-
-    @property
-    def columns(self) -> kernels.Columns:
-        """This parameter's columns of the gradient rows."""
-        return kernels.Columns(self.offset, tuple(self.shape))
-
-    def view(self, flat: Tensor) -> Tensor:
-        """Return this parameter's part of ``flat [..., P]`` as ``[..., *shape]``."""
-        part = flat[..., self.offset : self.offset + math.prod(self.shape)]
-        return part.view(*flat.shape[:-1], *self.shape)
 
 
 class Bucket(NamedTuple):
@@ -75,6 +58,7 @@ class Layout:
 
     Args:
         shapes: of the parameters, by name, in the model's order.
+        bucket_names: of each matrix's bucket: what its gradient is complete with.
         ranks: among how many the buckets are divided.
 
     Attributes:
@@ -84,14 +68,16 @@ class Layout:
         numel: P, all columns.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], ranks: int = 1) -> None:
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], bucket_names: Mapping[str, str], ranks: int = 1
+    ) -> None:
         self.ranks = ranks
         self.slots: dict[str, Slot] = {}
         self.buckets: list[Bucket] = []
         matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
         by_bucket: dict[str, dict[str, torch.Size]] = {}
         for name, shape in matrices.items():
-            by_bucket.setdefault(_bucket_of(name), {})[name] = shape
+            by_bucket.setdefault(bucket_names[name], {})[name] = shape
         end = 0
         for bucket, members in by_bucket.items():
             end = self._place(bucket, members, end)
@@ -114,25 +100,9 @@ class Layout:
             yield name, slot.view(flat)
 
     def _place(self, bucket: str, members: Mapping[str, torch.Size], start: int) -> int:
-        end = start
-        for name, shape in members.items():
-            self.slots[name] = Slot(name, end, shape)
-            end += _round_up(math.prod(shape), ALIGNMENT)
-        size = _round_up(end - start, ALIGNMENT * self.ranks)
+        slots, end = kernels.gradient_buffer.lay_out(members, start)
+        self.slots |= {slot.name: slot for slot in slots}
+        size = kernels.gradient_buffer.round_up(end - start, ALIGNMENT * self.ranks)
         if size:
             self.buckets.append(Bucket(bucket, start, end - start, size))
         return start + size
-
-
-def _bucket_of(name: str) -> str:
-    """Return the bucket of a matrix: the stage of the backward pass that completes its gradient."""
-    path = name.split(".")
-    if path[0] == "adapters":
-        return "encoder.embeddings"  # they work beside every layer, the first one included
-    if path[0] != "encoder":
-        return path[0]
-    return ".".join(path[: 3 if path[1] == "layers" else 2])
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

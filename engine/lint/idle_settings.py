@@ -168,10 +168,10 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             ALWAYS,
         ),
         "tasks.NAME.source.classes": Effect(
-            lambda case: not case.source.kind.endswith("regression"), "a regression has no classes"
+            lambda case: not case.source.has_range, "a regression has no classes"
         ),
         "tasks.NAME.source.range": Effect(
-            lambda case: case.source.kind.endswith("regression"), "classes have no range"
+            lambda case: case.source.has_range, "classes have no range"
         ),
         "tasks.NAME.source.subset": _OF_DATASET,
         "tasks.NAME.source.splits": _OF_DATASET,

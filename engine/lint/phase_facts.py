@@ -41,7 +41,7 @@ class PhaseFacts(NamedTuple):
             },
             training.schedule,
             training.order.total_steps,
-            all(len(parameters.reached_by(name)) == 1 for name in parameters.slots),
+            all(len(parameters.tasks_using(name)) == 1 for name in parameters.slots),
         )
 
     @property

@@ -10,8 +10,8 @@ own query, key and value.  D begins at zero, so that training starts from the pl
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .._kernels import kernels
 from ..data.collate import PackedBatch
 from ..utils.errors import InputError
 from .config import EncoderConfig
+from .context import Context
 from .layers import Linear
 
 
@@ -48,17 +49,13 @@ class ProjectedAttention(nn.Module):
         )
         self.up = Linear(width, config.hidden_size, init_std=0.0)
 
-    def forward(
-        self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int, layer: int, seed: Tensor | None
-    ) -> Tensor:
-        """Return what the adapter adds beside layer ``layer``.
+    def forward(self, hidden: Tensor, context: Context, layer: int) -> Tensor:
+        """Return what the adapter adds to the output of layer ``layer``.
 
         Args:
             hidden: ``[T, H]``, the layer's input, of this task's tokens.
-            cu_seqlens: ``[S + 1]`` int32, from 0.
-            max_seqlen: tokens in the longest sequence, or more.
+            context: of these tokens.
             layer: the layer's number.
-            seed: 0-dim int64; needed in training mode.
 
         Returns:
             ``[T, H]``.
@@ -66,39 +63,61 @@ class ProjectedAttention(nn.Module):
         narrow = self.down(hidden)
         attended = kernels.flash_attn_varlen_qkvpacked_func(
             self.qkv[layer](narrow).unflatten(1, (3, self.heads, -1)),
-            cu_seqlens,
-            max_seqlen,
+            context.cu_seqlens,
+            context.max_seqlen,
             dropout_p=self.dropout_p if self.training else 0.0,
-            seed=seed,
+            seed=context.seed,
             stream=self.first_site + layer,
         )
         assert isinstance(attended, Tensor)
         return self.up(attended.flatten(1))
 
 
-class AdaptersOfBatch(NamedTuple):
-    """The adapters of a batch's tasks, as the encoder calls them.
+@dataclass(frozen=True, slots=True)
+class AdaptersOfBatch:
+    """The adapters of a batch's tasks, as the layers of the encoder call them.
 
     Attributes:
         adapters: of the K tasks, in the order of the stream; None for one that has none.
-        batch: the stream.
-        seed: 0-dim int64, the dropout seed; needed in training mode.
+        contexts: of each task's own tokens.
+        token_offsets: ``K + 1`` token numbers, where tasks begin.
     """
 
     adapters: Sequence[ProjectedAttention | None]
-    batch: PackedBatch
-    seed: Tensor | None
+    contexts: Sequence[Context]
+    token_offsets: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        adapters: Sequence[ProjectedAttention | None],
+        batch: PackedBatch,
+        seed: Tensor | None = None,
+    ) -> "AdaptersOfBatch":
+        """Return the adapters of a batch; ``seed`` is that of dropout, needed in training mode."""
+        contexts = [
+            Context(
+                cu_seqlens=cu_seqlens,
+                max_seqlen=batch.max_own_seqlen,
+                position_ids=batch.position_ids[start:end],
+                token_type_ids=batch.token_type_ids[start:end],
+                seed=seed,
+            )
+            for (start, end), cu_seqlens in zip(
+                pairwise(batch.token_offsets), batch.task_cu_seqlens(), strict=True
+            )
+        ]
+        return cls(adapters, contexts, batch.token_offsets)
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return what the adapters add beside a layer, given its input: both ``[T, H]``."""
-        batch = self.batch
+        """Return what the adapters add to a layer's output, given its input: both ``[T, H]``."""
         added = [
             torch.zeros_like(hidden[start:end])
             if adapter is None
-            else adapter(hidden[start:end], cu_seqlens, batch.max_own_seqlen, layer, self.seed)
-            for adapter, (start, end), cu_seqlens in zip(
-                self.adapters, pairwise(batch.token_offsets), batch.task_cu_seqlens(), strict=True
+            else adapter(hidden[start:end], context, layer)
+            for adapter, context, (start, end) in zip(
+                self.adapters, self.contexts, pairwise(self.token_offsets), strict=True
             )
         ]
-        behind = hidden.new_zeros(len(hidden) - batch.num_tokens, hidden.shape[1])
+        behind = hidden.new_zeros(len(hidden) - self.token_offsets[-1], hidden.shape[1])
         return torch.cat([*added, behind])

@@ -1,113 +1,129 @@
-"""BERT's encoder on packed tokens (Devlin et al. 2019): no padding, one stream for all tasks.
+"""BERT (Devlin et al. 2019) on packed tokens: no padding, one stream for all tasks.
 
 A batch is a stream of T tokens in which sequences lie end to end; ``cu_seqlens [S + 1]`` marks
 where each begins.  Everything but attention works token by token and never sees a boundary.
+
+Its relatives (engine/models/families.py) are read as the BERT that each is equal to.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Protocol
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .._kernels import kernels
+from ..utils.errors import InputError
 from .config import EncoderConfig
+from .context import Context
+from .encoder import Encoder, Stage
+from .families import FAMILIES, bert_fields, bert_tensors
 from .layers import Embedding, LayerNorm, Linear
+from .spec import ModelSpec, StoredWeights, Weight
 
 # Dropout sites are numbered, so that one seed a step gives every site its own random numbers.
 _EMBEDDING_SITE = 0
 _SITES_PER_LAYER = 3
 
 
-class TokenStream(Protocol):
-    """What the encoder reads of a packed batch."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BertConfig(EncoderConfig):
+    """Shape and constants of a BERT, under the names that ``config.json`` gives them."""
 
-    @property
-    def input_ids(self) -> Tensor:
-        """``[T]`` int64."""
+    model_type: ClassVar[str] = "bert"
 
-    @property
-    def position_ids(self) -> Tensor:
-        """``[T]`` int64, from 0 in every sequence."""
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
 
-    @property
-    def token_type_ids(self) -> Tensor:
-        """``[T]`` int64."""
+    def __post_init__(self) -> None:
+        EncoderConfig.__post_init__(self)
+        if self.hidden_act != "gelu":
+            raise InputError(f"hidden_act = {self.hidden_act!r}: expected 'gelu' (erf)")
 
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """``[S + 1]`` int32."""
+    @classmethod
+    def from_huggingface(cls, config: Mapping[str, Any]) -> Self:
+        """Read the shape out of the ``config.json`` of a BERT or of one of its relatives.
 
-    @property
-    def max_seqlen(self) -> int:
-        """Tokens in the longest sequence, or more."""
+        Raises:
+            InputError: it describes no encoder of this kind, or a field is missing or out of range.
+        """
+        config = bert_fields(config)
+        positions = config.get("position_embedding_type", "absolute")
+        if positions != "absolute":
+            raise InputError(f"position_embedding_type = {positions!r}: expected 'absolute'")
+        if config.get("is_decoder") or config.get("add_cross_attention"):
+            raise InputError("a decoder or cross attention: expected a plain encoder")
+        width = config.get("hidden_size")
+        if "embedding_size" in config and config["embedding_size"] != width:
+            raise InputError(
+                f"embedding_size = {config['embedding_size']!r}: expected hidden_size, {width!r}; "
+                "a projection between the two is not supported"
+            )
+        return cls._from_fields(config)
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """Return the ``config.json`` of a ``transformers.BertModel`` of this shape."""
+        return {
+            "architectures": ["BertModel"],
+            "model_type": self.model_type,
+            "position_embedding_type": "absolute",
+            "pad_token_id": 0,
+            **dataclasses.asdict(self),
+        }
 
 
-class Encoder(nn.Module):
-    """Token ids to hidden states ``[T, H]``.
+class BertEncoder(Encoder):
+    """Embeddings, then layers."""
 
-    Args:
-        config: shape and constants; the dropout rates act in training mode only.
+    config: BertConfig
 
-    Attributes:
-        checkpoint_layers: in training, keep the input of each layer alone and compute the rest of
-            what its backward pass needs again.
-    """
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.checkpoint_layers = False
-        self.embeddings = Embeddings(config)
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.embeddings = BertEmbeddings(config)
         self.layers = nn.ModuleList(
-            EncoderLayer(config, first_site=_EMBEDDING_SITE + 1 + _SITES_PER_LAYER * index)
-            for index in range(config.num_hidden_layers)
+            BertLayer(config, index) for index in range(config.num_hidden_layers)
         )
+
+    def stages(self) -> list[Stage]:
+        """Return the embeddings and each layer."""
+        layers = [Stage(f"layers.{index}", layer) for index, layer in enumerate(self.layers)]
+        return [Stage("embeddings", self.embeddings), *layers]
+
+    @property
+    def word_table(self) -> Embedding:
+        """The table of words."""
+        return self.embeddings.word
 
     @property
     def num_sites(self) -> int:
-        """How many dropout sites there are; later ones (heads) count on from here."""
+        """How many dropout sites there are."""
         return _EMBEDDING_SITE + 1 + _SITES_PER_LAYER * len(self.layers)
 
-    def forward(
-        self,
-        batch: TokenStream,
-        segments: kernels.TaskSegments | None = None,
-        seed: Tensor | None = None,
-        adapters: Callable[[int, Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Encode a packed batch.
-
-        Args:
-            batch: the token stream.
-            segments: tokens by task; with them the backward pass writes task gradients.
-            seed: 0-dim int64, the dropout seed of this step; needed in training mode.
-            adapters: from a layer's number and its input ``[T, H]`` to what is added beside it.
-
-        Returns:
-            Hidden states ``[T, H]`` in the dtype of the weights.
-        """
-        hidden = self.embeddings(batch, segments, seed)
-        for number, layer in enumerate(self.layers):
-            beside = None if adapters is None else partial(adapters, number)
-            if self.checkpoint_layers and self.training:
-                # Dropout follows from the seed: no generator's state to keep.
-                hidden = checkpoint(
-                    *(layer, hidden, batch, segments, seed, beside),
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                hidden = layer(hidden, batch, segments, seed, beside)
-        return hidden
+    def lookups(self, input_ids: Tensor, context: Context) -> Iterable[tuple[Embedding, Tensor]]:
+        """Return the three tables, and the entries ``[T]`` that a forward pass looks up in each."""
+        tables = self.embeddings
+        yield tables.word, input_ids
+        yield tables.position, context.position_ids
+        yield tables.token_type, context.token_type_ids
 
 
-class Embeddings(nn.Module):
-    """Word + position + token type, normalised."""
+class BertEmbeddings(nn.Module):
+    """Word + position + token type, normalised, dropout."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
         width, std = config.hidden_size, config.initializer_range
         self.word = Embedding(config.vocab_size, width, init_std=std)
@@ -116,17 +132,12 @@ class Embeddings(nn.Module):
         self.norm = LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
 
-    def forward(
-        self,
-        batch: TokenStream,
-        segments: kernels.TaskSegments | None,
-        seed: Tensor | None,
-    ) -> Tensor:
-        """Embed the stream's tokens, ``[T, H]``."""
+    def forward(self, input_ids: Tensor, context: Context) -> Tensor:
+        """Embed the stream's tokens ``[T]``: ``[T, H]``."""
         return kernels.embedding_layer_norm(
-            batch.input_ids,
-            batch.position_ids,
-            batch.token_type_ids,
+            input_ids,
+            context.position_ids,
+            context.token_type_ids,
             self.word.weight,
             self.position.weight,
             self.token_type.weight,
@@ -135,10 +146,10 @@ class Embeddings(nn.Module):
             dropout_p=self.dropout_p,
             eps=self.norm.eps,
             training=self.training,
-            seed=seed,
+            seed=context.seed,
             stream=_EMBEDDING_SITE,
-            rows=None if segments is None else self._rows(),
-            segments=segments,
+            rows=None if context.segments is None else self._rows(),
+            segments=context.segments,
         )
 
     def _rows(self) -> kernels.EmbeddingRows | None:
@@ -148,23 +159,18 @@ class Embeddings(nn.Module):
             return None
         return kernels.EmbeddingRows(word, position, token_type, self.norm.rows)
 
-    def wipe_rows(self, batch: TokenStream, offsets: tuple[int, ...]) -> None:
-        """Zero the gradient rows that this batch's backward pass has touched."""
-        self.word.wipe_rows(batch.input_ids, offsets)
-        self.position.wipe_rows(batch.position_ids, offsets)
-        self.token_type.wipe_rows(batch.token_type_ids, offsets)
 
-
-class EncoderLayer(nn.Module):
+class BertLayer(nn.Module):
     """Self-attention and feed-forward, each followed by dropout, residual and norm."""
 
-    def __init__(self, config: EncoderConfig, *, first_site: int) -> None:
+    def __init__(self, config: BertConfig, index: int) -> None:
         super().__init__()
         width, std = config.hidden_size, config.initializer_range
+        self.index = index
+        self.first_site = _EMBEDDING_SITE + 1 + _SITES_PER_LAYER * index
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.attention_dropout_p = config.attention_probs_dropout_prob
         self.hidden_dropout_p = config.hidden_dropout_prob
-        self.first_site = first_site
         self.qkv = Linear(width, 3 * width, init_std=std)
         self.attention_output = Linear(width, width, init_std=std)
         self.attention_norm = LayerNorm(width, eps=config.layer_norm_eps)
@@ -172,41 +178,99 @@ class EncoderLayer(nn.Module):
         self.output = Linear(config.intermediate_size, width, init_std=std)
         self.output_norm = LayerNorm(width, eps=config.layer_norm_eps)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        batch: TokenStream,
-        segments: kernels.TaskSegments | None,
-        seed: Tensor | None,
-        beside: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Map hidden states ``[T, H]`` to ``[T, H]``; ``beside`` adds to the feed-forward part."""
-        added = None if beside is None else beside(hidden)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Map hidden states ``[T, H]`` to ``[T, H]``; adapters add to the feed-forward output."""
+        adapted = None if context.adapters is None else context.adapters(self.index, x)
         attended = kernels.flash_attn_varlen_qkvpacked_func(
-            self.qkv(hidden, segments).view(-1, 3, self.heads, self.head_dim),
-            batch.cu_seqlens,
-            batch.max_seqlen,
+            self.qkv(x, context).view(-1, 3, self.heads, self.head_dim),
+            context.cu_seqlens,
+            context.max_seqlen,
             dropout_p=self.attention_dropout_p if self.training else 0.0,
-            seed=seed,
+            seed=context.seed,
             stream=self.first_site,
         )
-        assert isinstance(
-            attended, Tensor
-        )  # not the tuple with statistics, which was not asked for
+        assert isinstance(attended, Tensor)  # statistics, which would make it a tuple, are off
         hidden = self.attention_norm.add(
-            self.attention_output(attended.flatten(1), segments),
-            hidden,
+            self.attention_output(attended.flatten(1), context),
+            x,
+            context,
             dropout_p=self.hidden_dropout_p,
-            seed=seed,
             stream=self.first_site + 1,
-            segments=segments,
         )
-        widened = F.gelu(self.intermediate(hidden, segments))
+        widened = F.gelu(self.intermediate(hidden, context))
         return self.output_norm.add(
-            self.output(widened, segments),
-            hidden if added is None else hidden + added,
+            self.output(widened, context),
+            hidden if adapted is None else hidden + adapted,
+            context,
             dropout_p=self.hidden_dropout_p,
-            seed=seed,
             stream=self.first_site + 2,
-            segments=segments,
         )
+
+
+# Ours to Hugging Face's.  Their layout keeps query, key and value apart; ours has one matrix a
+# layer, since attention reads the three together.
+_EMBEDDINGS = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+}
+_LAYER = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention_output": ("attention.output.dense",),
+    "attention_norm": ("attention.output.LayerNorm",),
+    "intermediate": ("intermediate.dense",),
+    "output": ("output.dense",),
+    "output_norm": ("output.LayerNorm",),
+}
+
+
+def _weights(config: BertConfig) -> Iterator[Weight]:
+    """Yield the names and the shape of every weight."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        "embeddings.word": (config.vocab_size, width),
+        "embeddings.position": (config.max_position_embeddings, width),
+        "embeddings.token_type": (config.type_vocab_size, width),
+        "qkv": (width, width),
+        "attention_output": (width, width),
+        "intermediate": (inner, width),
+        "output": (width, inner),
+    }
+    for ours, theirs in _EMBEDDINGS.items():
+        yield Weight(f"{ours}.weight", (f"{theirs}.weight",), shapes.get(ours, (width,)))
+    yield Weight("embeddings.norm.bias", ("embeddings.LayerNorm.bias",), (width,))
+    for index in range(config.num_hidden_layers):
+        for ours, parts in _LAYER.items():
+            shape = shapes.get(ours, (width,))
+            for kind, of_kind in (("weight", shape), ("bias", shape[:1])):
+                names = [f"encoder.layer.{index}.{part}.{kind}" for part in parts]
+                yield Weight(f"layers.{index}.{ours}.{kind}", names, of_kind)
+
+
+def _sort_weights(
+    config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]
+) -> StoredWeights:
+    """Tell the weights of the encoder from those of the heads that it was pretrained with."""
+    encoder, others = bert_tensors(config, tensors)
+    head = {name: others.pop(name) for name in [*others] if name.startswith("cls.predictions.")}
+    return StoredWeights(encoder, head, others)
+
+
+def _pooler(config: BertConfig) -> dict[str, Tensor]:
+    """Return the layer that ``transformers.BertModel`` has above the first token.
+
+    It is not trained here; as the identity it is at least the same on every load.
+    """
+    width = config.hidden_size
+    return {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}
+
+
+SPEC = ModelSpec(
+    model_types=tuple(FAMILIES),
+    config=BertConfig,
+    encoder=BertEncoder,
+    weights=_weights,
+    sort_weights=_sort_weights,
+    untrained=_pooler,
+)

@@ -1,6 +1,7 @@
 """BERT's family: encoders that compute what a BERT computes, laid out in other ways.
 
-Each is read as the BERT that it is equal to, so that nothing else has to know of it:
+Each is read as the BERT that it is equal to (engine/models/bert.py), so that nothing else has to
+know of it:
 
 bert                              as it is
 electra                           another prefix; embeddings as wide as the layers
@@ -10,7 +11,6 @@ distilbert                        other names; without token types, for which ze
 An encoder with one token type gets a second that is the same, since pairs of segments have two.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import InputError
-from .config import EncoderConfig
 
 _POSITIONS, _TYPES = (
     f"embeddings.{table}_embeddings.weight" for table in ("position", "token_type")
 )
+_MOST_POSITIONS = 512
+"""Rows of the position table where ``config.json`` does not say."""
 # What models leave beside the encoder, or in it without weights of their own.
 _NOT_ENCODER = ("pooler.", "cls.", "classifier.", "dropout.", "embeddings.position_ids")
 # Names of the norm's weights in checkpoints converted from TensorFlow.
@@ -97,60 +98,59 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 """By the ``model_type`` of config.json."""
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """Return the family of a model by its config.json.
+def _family_of(config: Mapping[str, Any]) -> Family:
+    return FAMILIES[config.get("model_type", "bert")]
+
+
+def bert_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``config.json`` of the BERT that a model is equal to.
+
+    Args:
+        config: that of the model, of a type in :data:`FAMILIES` or of none, for a BERT.
 
     Raises:
-        InputError: it is none of BERT's.
+        InputError: where positions begin cannot be told.
     """
-    name = config.get("model_type", "bert")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"model_type = {name!r}: expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    names = _family_of(config).fields
+    fields = {names.get(name, name): value for name, value in config.items()}
+    positions = fields.setdefault("max_position_embeddings", _MOST_POSITIONS)
+    types = fields.get("type_vocab_size")
+    # What is no size stays as it is, to be refused as such.
+    if type(positions) is int and positions > 0:
+        fields["max_position_embeddings"] = positions - _first_position(config)
+    if type(types) is int and types > 0:
+        fields["type_vocab_size"] = max(2, types)
+    return fields
 
 
-def bert_config(config: Mapping[str, Any]) -> EncoderConfig:
-    """Return the shape of the BERT that a model is equal to, by its config.json.
-
-    Raises:
-        InputError: there is none, or a field is missing or out of range.
-    """
-    fields = family_of(config).fields
-    shape = EncoderConfig.from_huggingface({fields.get(k, k): v for k, v in config.items()})
-    return dataclasses.replace(
-        shape,
-        max_position_embeddings=shape.max_position_embeddings - _first_position(config),
-        type_vocab_size=max(2, shape.type_vocab_size),
-    )
-
-
-def bert_weights(
+def bert_tensors(
     config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return a model's weights as those of the BERT that it is equal to.
 
     Args:
-        config: its config.json.
+        config: its ``config.json``, as for :func:`bert_fields`.
         tensors: its weights by name.
 
     Returns:
-        The weights of the encoder, without prefix, and those beside it (the pooler, heads).
+        The weights of the encoder, without prefix, and the others (the pooler, heads).
     """
-    family, found = family_of(config), dict(tensors)
+    family, found = _family_of(config), dict(tensors)
     prefixed = any(name.startswith(family.prefix) for name in found)
     encoder: dict[str, Tensor] = {}
-    beside: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     for name, tensor in found.items():
         short = _berts(name.removeprefix(family.prefix), family)
         is_head = prefixed and not name.startswith(family.prefix)
-        (beside if is_head or short.startswith(_NOT_ENCODER) else encoder)[short] = tensor
-    if _POSITIONS in encoder:
-        encoder[_POSITIONS] = encoder[_POSITIONS][_first_position(config) :]
-    if not family.has_token_types:
-        encoder[_TYPES] = torch.zeros(2, bert_config(config).hidden_size)
-    elif config.get("type_vocab_size") == 1 and _TYPES in encoder:
+        (others if is_head or short.startswith(_NOT_ENCODER) else encoder)[short] = tensor
+    positions = encoder.get(_POSITIONS)
+    if positions is not None and positions.dim() == 2:  # else its shape is refused
+        encoder[_POSITIONS] = positions[_first_position(config) :]
+        if not family.has_token_types:
+            encoder[_TYPES] = torch.zeros(2, positions.shape[1])
+    if family.has_token_types and config.get("type_vocab_size") == 1 and _TYPES in encoder:
         encoder[_TYPES] = encoder[_TYPES].repeat(2, 1)
-    return encoder, beside
+    return encoder, others
 
 
 def _berts(name: str, family: Family) -> str:
@@ -162,7 +162,7 @@ def _berts(name: str, family: Family) -> str:
 
 def _first_position(config: Mapping[str, Any]) -> int:
     """Return the row of the position table that belongs to the first token."""
-    if not family_of(config).counts_from_padding:
+    if not _family_of(config).counts_from_padding:
         return 0
     padding = config.get("pad_token_id", 1)
     if not isinstance(padding, int) or padding < 0:

@@ -1,11 +1,11 @@
 """Weights in and out of the Hugging Face layout.  safetensors only: no pickle is loaded.
 
-In comes any of BERT's family (engine/models/families.py), out goes a BERT.  Their layout keeps
-query, key and value apart and calls things by longer names; ours has one ``qkv`` matrix a layer,
-since attention reads the three together.
+What a folder's config and tensors mean says the :class:`~engine.models.spec.ModelSpec` of its model
+type; here is what all have in common: finding and reading the files, and checking that every weight
+is there, of its shape, and a number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from os.path import expanduser, isdir, isfile  # unlike pathlib's they raise nothing
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,12 @@ from ..utils.errors import InputError
 from ..utils.finite import all_finite
 from ..utils.untrusted_io import parse_json, read_bytes
 from .config import EncoderConfig
-from .families import FAMILIES, bert_config, bert_weights
+from .registry import MODELS, find_spec, spec_of
+from .spec import StoredWeights
 from .stored_dtypes import check_floats, check_stored_dtypes
 
-_WHOLE = {
-    "embeddings.word_embeddings": "embeddings.word",
-    "embeddings.position_embeddings": "embeddings.position",
-    "embeddings.token_type_embeddings": "embeddings.token_type",
-    "embeddings.LayerNorm": "embeddings.norm",
-}
-_IN_LAYER = {
-    "attention.output.dense": "attention_output",
-    "attention.output.LayerNorm": "attention_norm",
-    "intermediate.dense": "intermediate",
-    "output.dense": "output",
-    "output.LayerNorm": "output_norm",
-}
 _LARGEST_JSON = 64 << 20
 """Bytes of a config or an index."""
-
-_QKV = ("query", "key", "value")
 
 
 def resolve(model: str) -> Path:
@@ -75,14 +61,15 @@ def read_config(folder: Path) -> EncoderConfig:
     """Read ``config.json`` in ``folder``.
 
     Raises:
-        InputError: it is missing, no JSON, or describes no BERT encoder that is supported.
+        InputError: it is missing, no JSON, or describes no encoder that is supported.
     """
     config = _read_config(folder)
     try:
-        return bert_config(config)
+        return find_spec(config).config.from_huggingface(config)
     except InputError as error:
         raise InputError(
-            f"{folder / 'config.json'}: {error}; give a plain encoder of BERT's family"
+            f"{folder / 'config.json'}: {error}; give a plain encoder of one of the types "
+            f"{', '.join(MODELS)}"
         ) from None
 
 
@@ -160,10 +147,10 @@ def _entries(folder: Path) -> Iterator[tuple[Any, str]]:
 
 
 def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]:
-    """Read a model's weights under the names of :class:`engine.models.bert.Encoder`.
+    """Read a model's weights under the names of its encoder (:class:`~engine.models.encoder`).
 
     Args:
-        folder: holds ``model.safetensors`` or its shards, of any of BERT's family, with heads or
+        folder: holds ``model.safetensors`` or its shards, of a known model type, with heads or
             without.
         config: the shape that the weights must have.
 
@@ -173,14 +160,14 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
     Raises:
         InputError: a weight is missing, unknown, of another shape or not finite.
     """
-    found, _ = bert_weights(_read_config(folder), _tensors(folder))
+    found = _sorted_weights(folder, _tensors(folder)).encoder
     state: dict[str, Tensor] = {}
-    for ours, parts, shape in _expected(config):
+    for name, parts, shape in spec_of(config).weights(config):
         tensors = [_take(found, part, shape, folder) for part in parts]
         for part, tensor in zip(parts, tensors, strict=True):
             check_floats(folder, part, tensor)
         weights = (_in_fp32(folder, *named) for named in zip(parts, tensors, strict=True))
-        state[ours] = torch.cat(list(weights))
+        state[name] = torch.cat(list(weights))
     _refuse_others(found, folder)
     return state
 
@@ -198,11 +185,17 @@ def check_weights(folder: Path, config: EncoderConfig) -> None:
     Raises:
         InputError: a weight is missing, unknown or of another shape.
     """
-    found, _ = bert_weights(_read_config(folder), _shapes(folder))
-    for _, parts, shape in _expected(config):
+    found = _sorted_weights(folder, _shapes(folder)).encoder
+    for _, parts, shape in spec_of(config).weights(config):
         for part in parts:
             _take(found, part, shape, folder)
     _refuse_others(found, folder)
+
+
+def _sorted_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> StoredWeights:
+    """Return a folder's tensors as its model type sorts and names them."""
+    config = _read_config(folder)
+    return find_spec(config).sort_weights(config, tensors)
 
 
 def _take(found: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: Path) -> Tensor:
@@ -221,22 +214,20 @@ def _take(found: dict[str, Tensor], name: str, shape: tuple[int, ...], folder: P
 def _refuse_others(found: dict[str, Tensor], folder: Path) -> None:
     if found:
         raise InputError(
-            f"{folder}: weight {sorted(found)[0]} is not part of an encoder of BERT's family; "
-            f"give one of type {', '.join(FAMILIES)}"
+            f"{folder}: weight {sorted(found)[0]} is not part of an encoder of its "
+            f"type; give a plain encoder of one of the types {', '.join(MODELS)}"
         )
 
 
 def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
-    """Return what pretraining left beside the encoder, under BERT's names; often nothing.
+    """Return what pretraining left besides the encoder, under BERT's names; often nothing.
 
     Raises:
-        InputError: a weight is not finite, or the files cannot be read.
+        InputError: a weight of masked LM's head is not finite, or the files cannot be read.
     """
-    _, beside = bert_weights(_read_config(folder), _tensors(folder))
-    return {
-        name: _in_fp32(folder, name, tensor) if name.startswith("cls.predictions.") else tensor
-        for name, tensor in beside.items()
-    }
+    stored = _sorted_weights(folder, _tensors(folder))
+    head = {name: _in_fp32(folder, name, t) for name, t in stored.pretrained_head.items()}
+    return head | stored.others
 
 
 def _in_fp32(folder: Path, name: str, tensor: Tensor) -> Tensor:
@@ -255,36 +246,10 @@ def _in_fp32(folder: Path, name: str, tensor: Tensor) -> Tensor:
     return weight
 
 
-def _expected(config: EncoderConfig) -> Iterator[tuple[str, list[str], tuple[int, ...]]]:
-    """Yield (our name, their names, the shape of each of theirs) for every weight."""
-    width, inner = config.hidden_size, config.intermediate_size
-    shapes = {
-        "embeddings.word": (config.vocab_size, width),
-        "embeddings.position": (config.max_position_embeddings, width),
-        "embeddings.token_type": (config.type_vocab_size, width),
-        "attention_output": (width, width),
-        "intermediate": (inner, width),
-        "output": (width, inner),
-    }
-    for theirs, ours in _WHOLE.items():
-        yield f"{ours}.weight", [f"{theirs}.weight"], shapes.get(ours, (width,))
-        if ours.endswith("norm"):
-            yield f"{ours}.bias", [f"{theirs}.bias"], (width,)
-    for index in range(config.num_hidden_layers):
-        layer, prefix = f"encoder.layer.{index}.", f"layers.{index}."
-        for kind, shape in (("weight", (width, width)), ("bias", (width,))):
-            parts = [f"{layer}attention.self.{part}.{kind}" for part in _QKV]
-            yield f"{prefix}qkv.{kind}", parts, shape
-        for theirs, ours in _IN_LAYER.items():
-            matrix = shapes.get(ours, (width,))
-            yield f"{prefix}{ours}.weight", [f"{layer}{theirs}.weight"], matrix
-            yield f"{prefix}{ours}.bias", [f"{layer}{theirs}.bias"], matrix[:1]
-
-
-def to_huggingface_state(state: dict[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+def to_huggingface_state(state: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """Rename an encoder's state dict back: the inverse of :func:`load_encoder_state`."""
     renamed: dict[str, Tensor] = {}
-    for ours, parts, _ in _expected(config):
-        pieces = state[ours].chunk(len(parts)) if len(parts) > 1 else (state[ours],)
+    for name, parts, _ in spec_of(config).weights(config):
+        pieces = state[name].chunk(len(parts)) if len(parts) > 1 else (state[name],)
         renamed.update((part, piece.clone()) for part, piece in zip(parts, pieces, strict=True))
     return renamed

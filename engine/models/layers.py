@@ -1,79 +1,140 @@
-"""The three kinds of parameter user a BERT has, each able to write task gradients.
+"""Layers that can write a gradient for each task: linear, embedding table, layer norm.
 
-A module here is an ordinary layer until :class:`~engine.gradients.flat_parameters.FlatParameters`
-gives it ``rows``, its views of the ``[K, P]`` gradient buffer, and a forward pass names the
-``segments``, which stream rows belong to which task.  Without segments (evaluation) it is an
-ordinary layer again.
+Each is an ordinary layer until :meth:`TaskLayer.attach_rows` gives it its columns of the ``[K, P]``
+gradient buffer, and a forward pass names the ``segments`` of its context, which rows belong to
+which task.  Without segments (evaluation) it is an ordinary layer again.
 """
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .._kernels import kernels
+from .context import RowContext
 
 
-class Linear(nn.Module):
-    """``y = x W^T + b``; weights ~ N(0, ``init_std``), bias 0."""
+class GradientWrite(Enum):
+    """How a step's backward pass leaves its task gradients in the gradient buffer."""
 
-    def __init__(self, in_features: int, out_features: int, *, init_std: float = 0.02) -> None:
+    OVERWRITTEN = "overwritten"
+    """It overwrites all of them: nothing has to be zeroed."""
+    ADDED = "added"
+    """It adds to them, or may not reach them: they are zeroed before the step."""
+    SPARSE = "sparse"
+    """It adds to a few rows of a table: these are zeroed by index after the step."""
+
+
+class TaskLayer(nn.Module):
+    """A layer with a ``weight``, maybe a ``bias``, whose backward pass can write task gradients.
+
+    Attributes:
+        gradient_write: how it writes them.
+        rows: where to; None for ordinary gradients.
+    """
+
+    gradient_write: ClassVar[GradientWrite] = GradientWrite.OVERWRITTEN
+    weight: nn.Parameter
+
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(0, init_std))
-        self.bias = nn.Parameter(torch.zeros(out_features))
         self.rows: kernels.TaskRows | None = None
 
-    def forward(self, x: Tensor, segments: kernels.TaskSegments | None = None) -> Tensor:
+    def attach_rows(self, buffer: Tensor, columns: Mapping[str, kernels.Columns]) -> None:
+        """Take the place of the task gradients.
+
+        Args:
+            buffer: ``[K, P]``, in the dtype of the parameters.
+            columns: of the parameters that are trained, by their names in this layer; if there are
+                none, the layer is an ordinary one.
+        """
+        self.rows = (
+            kernels.TaskRows(buffer, columns.get("weight"), columns.get("bias"))
+            if columns
+            else None
+        )
+
+    def _target(
+        self, context: RowContext | None
+    ) -> tuple[kernels.TaskRows | None, kernels.TaskSegments | None]:
+        """Return where task gradients go in this pass, and by which segments."""
+        segments = None if context is None else context.segments
+        return (None if segments is None else self.rows), segments
+
+
+class Linear(TaskLayer):
+    """``y = x W^T + b``; weights ~ N(0, ``init_std``), bias 0."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = True, init_std: float = 0.02
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(0, init_std))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor, context: RowContext | None = None) -> Tensor:
         """Map ``[T, I]`` to ``[T, O]``."""
-        rows = self.rows if segments is not None else None
+        rows, segments = self._target(context)
         return kernels.linear(x, self.weight, self.bias, rows=rows, segments=segments)
 
 
-class Embedding(nn.Module):
+class Embedding(TaskLayer):
     """A table ``[N, H]`` looked up by index; entries ~ N(0, ``init_std``)."""
+
+    gradient_write = GradientWrite.SPARSE
 
     def __init__(self, num_embeddings: int, width: int, *, init_std: float = 0.02) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_embeddings, width).normal_(0, init_std))
-        self.rows: kernels.TaskRows | None = None
 
-    def forward(self, index: Tensor, segments: kernels.TaskSegments | None = None) -> Tensor:
+    def forward(self, index: Tensor, context: RowContext | None = None) -> Tensor:
         """Map ``[T]`` int64 to ``[T, H]``."""
-        rows = self.rows if segments is not None else None
+        rows, segments = self._target(context)
         return kernels.embedding(index, self.weight, rows=rows, segments=segments)
 
-    def wipe_rows(self, index: Tensor, offsets: tuple[int, ...]) -> None:
-        """Zero the gradient rows that a backward pass over ``index`` has touched."""
+    def decode(self, x: Tensor, context: RowContext | None = None) -> Tensor:
+        """Return the dot product with every entry: ``[m, H]`` to ``[m, N]``.
+
+        The backward pass reaches the whole table, so that a head that decodes has to say that it
+        uses it (:class:`~engine.models.heads.Head`).
+        """
+        rows, segments = self._target(context)
+        return kernels.linear(x, self.weight, rows=rows, segments=segments)
+
+    def zero_rows(self, index: Tensor, offsets: tuple[int, ...]) -> None:
+        """Zero the task gradients that a backward pass over ``index`` has touched."""
         rows = None if self.rows is None else self.rows.weight
         if rows is not None:
             kernels.wipe_(rows, index, offsets)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(TaskLayer):
     """``LN(x)``, or BERT's post-norm ``LN(residual + dropout(x))`` in one pass."""
 
-    def __init__(self, width: int, *, eps: float) -> None:
+    def __init__(self, width: int, *, eps: float, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(width))
+        else:
+            self.register_parameter("bias", None)
         self.eps = eps
-        self.rows: kernels.TaskRows | None = None
 
-    def forward(self, x: Tensor, segments: kernels.TaskSegments | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: RowContext | None = None) -> Tensor:
         """Normalise the rows of ``x [T, H]``."""
-        rows = self.rows if segments is not None else None
+        rows, segments = self._target(context)
         return kernels.layer_norm(x, self.weight, self.bias, self.eps, rows=rows, segments=segments)
 
     def add(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        *,
-        dropout_p: float,
-        seed: Tensor | None,
-        stream: int,
-        segments: kernels.TaskSegments | None = None,
+        self, x: Tensor, residual: Tensor, context: RowContext, *, dropout_p: float, stream: int
     ) -> Tensor:
         """Normalise ``residual + dropout(x)``, both ``[T, H]``; ``stream`` is the dropout site."""
-        rows = self.rows if segments is not None else None
+        rows, segments = self._target(context)
         out = kernels.dropout_add_layer_norm(
             x,
             residual,
@@ -82,7 +143,7 @@ class LayerNorm(nn.Module):
             dropout_p,
             self.eps,
             training=self.training,
-            seed=seed,
+            seed=context.seed,
             stream=stream,
             rows=rows,
             segments=segments,

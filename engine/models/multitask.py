@@ -1,6 +1,6 @@
 """One encoder, a head for each task."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import cast
 
@@ -10,30 +10,29 @@ from .._kernels import kernels
 from ..data.collate import PackedBatch
 from ..data.task_schema import TaskSchema
 from .adapters import AdaptersOfBatch, ProjectedAttention
-from .bert import Encoder
 from .config import EncoderConfig
-from .features import SHARED_INPUT
-from .heads import Head, TaskHead
+from .context import Context
+from .encoder import Stage
+from .heads import SHARED_INPUT, Head, HeadSettings, Scores, build_head, head_class
 from .layers import Linear
 from .named_modules import NamedModules
+from .parameters import ParameterSpec, describe_stage
 from .pooling import SharedLayers, TaskStates, pool
-
-_ONE_TASKS = ("heads", "adapters")
+from .registry import spec_of
 
 
 class MultitaskModel(nn.Module):
-    """A BERT shared by several tasks.
+    """An encoder shared by several tasks.
 
     Args:
-        config: the encoder's shape.
+        config: of the encoder, which it decides (engine/models/registry.py).
         tasks: in order, what each predicts.
         features: by task, see :mod:`engine.models.heads`.
         pooling: ``"cls"`` or ``"mean"``.
         dropout_p: dropout before the heads.
-        losses: by task, see :class:`~engine.models.heads.TaskHead`; the default for those left out.
+        losses: by task, one of LOSSES (engine/models/heads); the default for those left out.
         adapter_width: of each task's projected attention (engine/models/adapters.py); 0 for none.
-        objectives: heads of objectives by name, each with the interface of a
-            :class:`~engine.models.heads.Head`; they have no adapters.
+        objectives: by name, what their heads are built from; they have no adapters.
     """
 
     def __init__(
@@ -46,24 +45,32 @@ class MultitaskModel(nn.Module):
         dropout_p: float,
         losses: Mapping[str, str] | None = None,
         adapter_width: int = 0,
-        objectives: Mapping[str, nn.Module] | None = None,
+        objectives: Mapping[str, HeadSettings] | None = None,
     ) -> None:
         super().__init__()
-        self.encoder = Encoder(config)
+        # The order in which weights are drawn, and so the order of what follows, never changes.
+        of_objectives = {name: build_head(each) for name, each in (objectives or {}).items()}
+        self.encoder = spec_of(config).encoder(config)
         self.pooling = pooling
         width, losses = config.hidden_size, losses or {}
-        self._sharing = {task for task, features_ in features.items() if features_ == "shared"}
-        self.pair = Linear(SHARED_INPUT * width, width) if self._sharing else None
-        self.heads = NamedModules()
-        for position, task in enumerate(tasks):
-            self.heads[task.task] = TaskHead(
-                task,
-                features[task.task],
-                width,
+        of_tasks = {
+            task.task: HeadSettings(
+                kind=task.kind,
+                name=task.task,
+                config=config,
+                task=task,
+                features=features[task.task],
+                loss=losses.get(task.task, "default"),
                 dropout_p=dropout_p,
                 site=self.encoder.num_sites + position,
-                loss=losses.get(task.task, "default"),
             )
+            for position, task in enumerate(tasks)
+        }
+        all_heads = (*of_tasks.values(), *(objectives or {}).values())
+        shares = any("pair" in head_class(each.kind).layers_used(each) for each in all_heads)
+        self.pair = Linear(SHARED_INPUT * width, width) if shares else None
+        self.heads = NamedModules()
+        self.heads.update({name: build_head(each) for name, each in of_tasks.items()})
         self.adapters = NamedModules()
         if adapter_width:
             first_site = self.encoder.num_sites + len(tasks)
@@ -73,45 +80,85 @@ class MultitaskModel(nn.Module):
                     adapter_width,
                     first_site=first_site + position * config.num_hidden_layers,
                 )
-        self.heads.update(objectives or {})
+        self.heads.update(of_objectives)
 
-    def head(self, task: str) -> TaskHead:
-        """Return the head of ``task``."""
-        head = self.heads[task]
-        assert isinstance(head, TaskHead)
-        return head
-
-    @property
-    def task_heads(self) -> dict[str, TaskHead]:
-        """The heads of the tasks, without those of objectives."""
-        return {name: head for name, head in self.heads.items() if isinstance(head, TaskHead)}
+    def head(self, name: str) -> Head:
+        """Return the head of a task or objective."""
+        return cast(Head, self.heads[name])
 
     def _adapter(self, task: str) -> ProjectedAttention | None:
         return cast(ProjectedAttention, self.adapters[task]) if task in self.adapters else None
 
-    def owner(self, parameter: str) -> str | None:
-        """Return the one task that a parameter belongs to, or None for one that is shared."""
-        room, *path = parameter.split(".")
-        return path[0] if room in _ONE_TASKS else None
+    @property
+    def shared_layers(self) -> SharedLayers:
+        """What heads may use besides their own layers."""
+        return SharedLayers(self.encoder.word_table, self.pair)
 
-    def reached_by(self, parameter: str, tasks: Iterable[str]) -> tuple[str, ...]:
-        """Return those among ``tasks`` whose losses reach a parameter, in their order."""
-        owner = self.owner(parameter)
-        if owner is not None:
-            return tuple(task for task in tasks if task == owner)
-        if parameter.startswith("pair."):
-            return tuple(task for task in tasks if task in self._sharing)
-        return tuple(tasks)
+    def encoder_stages(self) -> list[Stage]:
+        """Return the encoder's stages, in the order of the forward pass."""
+        stages = []
+        for stage in self.encoder.stages():
+            name = f"encoder.{stage.name}"
+            stages.append(stage._replace(name=name, bucket=name))
+        return stages
 
-    def writes_once(self, parameter: str, tasks: Iterable[str]) -> bool:
-        """Return whether a backward pass overwrites a parameter's rows, or its end wipes them.
+    def stages(self) -> list[Stage]:
+        """Return all stages: the encoder's, the layer that tasks share, heads, adapters.
 
-        To other rows (those of heads, of layers that some tasks share, of a word table that is
-        decoded with) it adds, so they have to be cleared before.
+        Heads are sent together.  Adapters work in every layer, so that their gradients are
+        complete with those of the encoder's first stage.
         """
-        if parameter == "encoder.embeddings.word.weight":
-            return not any(cast(Head, self.heads[task]).decodes_words for task in tasks)
-        return parameter.startswith("encoder.")
+        stages = self.encoder_stages()
+        first = stages[0].bucket
+        if self.pair is not None:
+            stages.append(Stage("pair", self.pair, bucket="pair"))
+        for task, head in self.heads.items():
+            stages.append(Stage(f"heads.{task}", head, task, bucket="heads"))
+        for task, adapter in self.adapters.items():
+            stages.append(Stage(f"adapters.{task}", adapter, task, bucket=first))
+        return stages
+
+    def parameter_specs(
+        self, tasks: Sequence[str], *, freeze_encoder: bool = False
+    ) -> list[ParameterSpec]:
+        """Describe every parameter, in the order of :meth:`named_parameters`.
+
+        Args:
+            tasks: those that are trained.
+            freeze_encoder: train all but the encoder.
+
+        Raises:
+            TypeError: a parameter of the encoder is in none of its stages, or of no layer that
+                writes task gradients.
+        """
+        all_tasks = () if freeze_encoder else tuple(tasks)
+        users = self._users_of_shared_layers(tasks)
+        specs: list[ParameterSpec] = []
+        for stage in self.stages():
+            using: tuple[str, ...]
+            if stage.task is not None:
+                using = (stage.task,) if stage.task in tasks else ()
+            elif stage.module is self.pair:
+                using = users.get(self.pair, ())
+            else:
+                using = all_tasks
+            specs += describe_stage(stage, using, users)
+        for name in {name for name, _ in self.named_parameters()} - {spec.name for spec in specs}:
+            raise TypeError(f"{name}: in no stage; name it in the stages() of its encoder")
+        return specs
+
+    def _users_of_shared_layers(self, tasks: Sequence[str]) -> dict[nn.Module, tuple[str, ...]]:
+        """Return for each layer that heads say they use the tasks of these heads."""
+        users: dict[nn.Module, tuple[str, ...]] = {}
+        for task in tasks:
+            for name in cast(Head, self.heads[task]).uses:
+                layer = getattr(self.shared_layers, name)
+                users[layer] = (*users.get(layer, ()), task)
+        return users
+
+    def zero_sparse_rows(self, batch: PackedBatch) -> None:
+        """Zero the task gradients of tables that the backward pass of a batch has touched."""
+        self.encoder.zero_sparse_rows(batch.input_ids, Context.of(batch), batch.token_offsets)
 
     def forward(
         self,
@@ -121,7 +168,7 @@ class MultitaskModel(nn.Module):
         seed: Tensor | None = None,
         task_rows: bool = False,
         accumulate: bool = False,
-    ) -> list[Tensor]:
+    ) -> list[Scores]:
         """Score a packed batch.
 
         Args:
@@ -136,8 +183,8 @@ class MultitaskModel(nn.Module):
         """
         hidden = self._encode(batch, tasks, seed, task_rows, accumulate)
         pooled = pool(hidden, batch.cu_seqlens, self.pooling)
-        shared = SharedLayers(self.encoder.embeddings.word, self.pair)
-        scores = []
+        shared = self.shared_layers
+        scores: list[Scores] = []
         for row, (task, tokens, sequences, cu_seqlens) in enumerate(
             zip(
                 tasks,
@@ -172,16 +219,20 @@ class MultitaskModel(nn.Module):
     ) -> Tensor:
         """Return the hidden states ``[T, H]`` of a batch, or those that it brings along."""
         if batch.states is not None:
-            return batch.states.to(self.encoder.embeddings.word.weight.dtype)
-        segments = kernels.TaskSegments(batch.token_offsets, accumulate) if task_rows else None
-        adapters = None
+            return batch.states.to(self.encoder.word_table.weight.dtype)
         of_tasks = [self._adapter(task) for task in tasks]
-        if any(adapter is not None for adapter in of_tasks):
-            adapters = AdaptersOfBatch(of_tasks, batch, seed)
-        return self.encoder(batch, segments, seed, adapters)
+        has_adapters = any(adapter is not None for adapter in of_tasks)
+        context = Context.of(
+            batch,
+            segments=kernels.TaskSegments(batch.token_offsets, accumulate) if task_rows else None,
+            seed=seed,
+            adapters=AdaptersOfBatch.of(of_tasks, batch, seed) if has_adapters else None,
+        )
+        hidden: Tensor = self.encoder(batch.input_ids, context)
+        return hidden
 
     def losses(
-        self, scores: Sequence[Tensor], batch: PackedBatch, tasks: Sequence[str]
+        self, scores: Sequence[Scores], batch: PackedBatch, tasks: Sequence[str]
     ) -> list[Tensor]:
         """Return each task's mean loss, 0-dim, from what :meth:`forward` returned.
 
@@ -190,8 +241,9 @@ class MultitaskModel(nn.Module):
         Raises:
             ValueError: the batch has no labels of a task.
         """
-        heads = [cast(Head, self.heads[task]) for task in tasks]
         return [
-            head.loss(own, labels) if own.numel() else own.sum()
-            for head, own, labels in zip(heads, scores, batch.labels, strict=True)
+            own.sum()
+            if isinstance(own, Tensor) and not own.numel()
+            else self.head(task).loss(own, labels)
+            for task, own, labels in zip(tasks, scores, batch.labels, strict=True)
         ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._kernels import kernels
 from ..data.task_batch import Labels
+from .context import RowContext
 from .layers import Embedding, Linear
 
 POOLINGS = ("cls", "mean")
@@ -14,6 +15,8 @@ POOLINGS = ("cls", "mean")
 
 class SharedLayers(NamedTuple):
     """Layers outside the heads that a head may use, as other tasks do.
+
+    A head names those that it uses (``uses`` in :class:`~engine.models.heads.Head`).
 
     Attributes:
         word: the word table, to which the decoder of masked LM is tied.
@@ -58,6 +61,10 @@ class TaskStates(NamedTuple):
             return None
         offsets = (0,) * (self.row + 1) + (count,) * (self.num_rows - self.row)
         return kernels.TaskSegments(offsets, accumulate=True)
+
+    def rows(self, count: int) -> RowContext:
+        """Return the context of ``count`` rows that are all of this task, for shared layers."""
+        return RowContext(segments=self.segments(count), seed=self.seed)
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:

@@ -188,7 +188,7 @@ def _answers(answers: dict[str, Answers]) -> Section:
     drawn = [
         Picture(
             f"{task}: {metric_name(own.form)} {own.score:.3f}",
-            plots.scatter(own) if own.form.kind == "score" else plots.confusion_matrix(own),
+            plots.confusion_matrix(own) if own.form.whole else plots.scatter(own),
         )
         for task, own in answers.items()
     ]

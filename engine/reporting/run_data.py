@@ -129,7 +129,7 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
         labels = np.asarray(split.labels)
         predictions, certainty = answers(model, split)
         wrong = predictions != labels
-        if form.kind == "score":
+        if not form.whole:
             certainty, wrong = np.abs(predictions - labels), np.ones(len(labels), dtype=bool)
         order = [i for i in np.argsort(-certainty, kind="stable") if wrong[i]][:limit]
         mistakes = [

@@ -2,23 +2,20 @@
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from ..config.objective import ObjectiveRecipe
 from ..data.masked_text import MaskedText, following_segments, single_segments
 from ..data.raw_text import NOT_KNOWN, Found, framed
 from ..data.sentences_twice import SentencesTwice
 from ..data.tokenizer import Tokenizer
 from ..models.config import EncoderConfig
-from ..models.contrastive import ContrastiveHead
-from ..models.masked_lm import MaskedLmHead
+from ..models.heads import HeadSettings
 
 
-def build_head(settings: ObjectiveRecipe, config: EncoderConfig) -> nn.Module:
-    """Return the head of an objective, as it begins."""
-    if settings.kind == "simcse":
-        return ContrastiveHead(settings.temperature)
-    return MaskedLmHead(config, next_sentence=settings.kind == "masked_lm_next")
+def head_settings(name: str, settings: ObjectiveRecipe, config: EncoderConfig) -> HeadSettings:
+    """Return what the head of an objective is built from."""
+    return HeadSettings(
+        kind=settings.kind, name=name, config=config, temperature=settings.temperature
+    )
 
 
 def build_examples(

@@ -31,9 +31,9 @@ from ..data.task_schema import TaskSchema
 from ..data.tokenizer import Tokenizer
 from ..models import hf_weights
 from ..models.config import EncoderConfig
-from ..models.features import CROSS
-from ..models.masked_lm import MaskedLmHead
+from ..models.heads import CROSS
 from ..models.multitask import MultitaskModel
+from ..models.registry import FROM_SCRATCH
 from ..runtime.cpu import set_threads
 from ..runtime.oom import SMALLER_MODEL, check_memory, memory_explained
 from ..runtime.precision import pick_dtype
@@ -43,7 +43,7 @@ from ..utils.finite import all_finite
 from ..utils.json_text import dump_json
 from .data_paths import origin
 from .folder import check_folder
-from .objectives import build_examples, build_head
+from .objectives import build_examples, head_settings
 from .texts import check_texts, objective_texts, vocabulary_texts
 
 _WITHOUT_EFFECT_ON_SCORES = {
@@ -169,7 +169,7 @@ class Run(NamedTuple):
             losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
             adapter_width=self.recipe.adapter_width,
             objectives={
-                name: build_head(settings, self.config)
+                name: head_settings(name, settings, self.config)
                 for name, settings in self.recipe.objectives.items()
             },
         )
@@ -188,8 +188,8 @@ class Run(NamedTuple):
             folder = hf_weights.resolve(self.recipe.init)
             model.encoder.load_state_dict(hf_weights.load_encoder_state(folder, self.config))
             for name in self.recipe.objectives:
-                head = model.heads[name]
-                if isinstance(head, MaskedLmHead):
+                head = model.head(name)
+                if head.is_pretrained:
                     head.load_pretrained(hf_weights.load_pretraining_heads(folder))
         return model
 
@@ -254,7 +254,7 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
     else:
         tokenizer = Tokenizer.train(vocabulary_texts(recipe), recipe.encoder.vocab_size)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
-        config = EncoderConfig(**shape)
+        config = FROM_SCRATCH.config(**shape)
     return _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
 
 

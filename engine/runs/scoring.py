@@ -15,6 +15,7 @@ from ..data.loader import evaluation_batches
 from ..data.split import TokenizedSplit
 from ..data.task_schema import TaskSchema
 from ..distributed.ranks import Ranks
+from ..models.heads import Metric, head_class
 from ..models.multitask import MultitaskModel
 from ..utils.errors import InputError
 from ..utils.files import write_text
@@ -77,6 +78,7 @@ def _answers(
         batches = evaluation_batches(split, _MAX_TOKENS)
         for indices, batch in itertools.islice(batches, ranks.rank, None, ranks.size):
             (scores,) = model(batch.to(device), [split.task])
+            assert isinstance(scores, torch.Tensor)
             finite = scores.isfinite().view(len(scores), -1).all(1)
             both = torch.stack([head.predict(scores).float(), head.certainty(scores).float()])
             both = both.where(finite, torch.nan)  # argmax makes a class of NaN, too
@@ -87,24 +89,24 @@ def _answers(
     return predictions, certainties
 
 
+def metric_of(task: TaskSchema) -> Metric:
+    """Return what a task is scored by: the metric of its kind of head."""
+    metric = head_class(task.kind).metric
+    assert metric is not None, f"{task.task} is an objective"
+    return metric
+
+
 def metric_name(task: TaskSchema) -> str:
-    """Return what a task is scored by: ``accuracy`` or ``pearson``."""
-    return "pearson" if task.kind == "score" else "accuracy"
+    """Return the name of what a task is scored by, such as ``accuracy``."""
+    return metric_of(task).name
 
 
 def score(task: TaskSchema, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Return accuracy, or for scores the Pearson correlation (0 where either is constant).
-
-    NaN where a prediction is.
-    """
+    """Return the metric of a task's predictions; NaN where a prediction is not finite."""
     predicted, wanted = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
     if not np.isfinite(predicted).all():
         return math.nan
-    if metric_name(task) == "accuracy":
-        return float((predicted == wanted).mean())
-    if np.ptp(predicted) == 0 or np.ptp(wanted) == 0:
-        return 0.0
-    return float(np.corrcoef(predicted, wanted)[0, 1])
+    return metric_of(task).function(predicted, wanted)
 
 
 def score_splits(
@@ -120,7 +122,9 @@ def score_splits(
     for task, split in splits.items():
         assert split.labels is not None, f"split of {task} has no labels"
         predictions, _ = _answers(model, split, ranks)
-        scores[task] = score(model.head(task).task, predictions, split.labels)
+        form = model.head(task).task
+        assert form is not None, f"{task} is an objective"
+        scores[task] = score(form, predictions, split.labels)
     return scores and scores | {"overall": sum(scores.values()) / len(scores)}
 
 

@@ -94,11 +94,15 @@ def is_sound(
 
 def _computes_finite(training: Trainer, batches: Sequence[PackedBatch]) -> bool:
     """Return whether outputs of the model, and losses of objectives, on a batch are finite."""
-    training.model.eval()
+    model, batch = training.model.eval(), batches[-1]
     with torch.inference_mode():
-        batch = batches[-1]
-        finite = all_finite(training.model(batch, batch.tasks))
-    training.model.train()
+        scores = model(batch, batch.tasks)
+        losses = model.losses(scores, batch, batch.tasks)
+        of_tasks = zip(batch.tasks, scores, losses, strict=True)
+        finite = all_finite(
+            own if model.head(task).is_scored else loss for task, own, loss in of_tasks
+        )
+    model.train()
     return finite
 
 

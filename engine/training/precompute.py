@@ -8,6 +8,7 @@ import torch
 from ..data.loader import evaluation_batches
 from ..data.split import TokenizedSplit
 from ..data.task_batch import ranges
+from ..models.context import Context
 from ..models.multitask import MultitaskModel
 from ..models.pooling import pool
 
@@ -33,9 +34,10 @@ def precompute_hidden_states(model: MultitaskModel, split: TokenizedSplit) -> To
     model.eval()
     with torch.inference_mode():
         for indices, batch in evaluation_batches(split, _MAX_TOKENS):
-            hidden = model.encoder(batch.to(device))
+            batch = batch.to(device)
+            hidden = model.encoder(batch.input_ids, Context.of(batch))
             if not all_tokens:
-                hidden = pool(hidden, batch.cu_seqlens.to(device), model.pooling)
+                hidden = pool(hidden, batch.cu_seqlens, model.pooling)
             columns = np.arange(split.columns)[:, None]
             sequences = (indices * split.columns + columns).reshape(-1)
             places = ranges(offsets[sequences], np.diff(offsets)[sequences])

@@ -118,7 +118,7 @@ class MultitaskStep:
         losses = self._task_gradients(micro_batches)
         report = self._update(losses, micro_batches[0].tasks)
         for batch in micro_batches:
-            self.model.encoder.embeddings.wipe_rows(batch, batch.token_offsets)
+            self.model.zero_sparse_rows(batch)
         self.exchange.publish()
         return report
 

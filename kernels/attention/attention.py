@@ -18,6 +18,16 @@ query are zero and it takes no part in others', whatever it holds and gets as gr
 q, k, v are ``[T, H, D]``, float32, bfloat16 or float16, computed in float32; the log-sum-exp is
 ``[H, T]`` float32.  The backward pass recomputes P from it (Dao et al., "FlashAttention", 2022,
 arXiv:2205.14135) and the dropout factors from the seed, and is deterministic.
+
+A new option enters here:
+
+- its field, default and check: ``AttentionOptions`` in attention_options.py;
+- the public functions' arguments, which they hand on to ``AttentionOptions.of``;
+- the reference: ``visible_keys`` if it is about the mask, else ``attention_reference``;
+- C++: ``AttentionOptions`` in csrc/attention.h; ``OPTIONS`` and ``parse_options`` in
+  csrc/attention_cpu.cpp, one above the other; where csrc/attention_simd.cpp uses it;
+- Triton: ``KernelOptions`` in attention_triton_kernels.py and where the kernels use it; a mask that
+  every query has one interval in is all in ``intervals_kernel``.
 """
 
 from collections.abc import Callable
@@ -27,11 +37,12 @@ import torch
 from torch import Tensor
 
 from .. import _extension  # noqa: F401  (registers the operators)
-from ..dropout.dropout import attention_dropout_factors, check_dropout, new_seed
+from ..dropout.dropout import attention_dropout_factors
 from ..registration.backend import declare, register_fake
 from ..registration.differentiation import differentiable_once, refuse_vmap, register_derivative
 from ..registration.validation import check_data
-from .attention_checks import check_boundaries, check_qkv, check_rows, check_supported, scale_of
+from .attention_checks import check_boundaries, check_qkv, check_rows
+from .attention_options import AttentionOptions
 
 _ops = torch.ops.superbert
 
@@ -40,7 +51,11 @@ _ops = torch.ops.superbert
 
 
 def visible_keys(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, causal: bool
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    total_q: int,
+    total_k: int,
+    options: AttentionOptions,
 ) -> Tensor:
     """Which key rows each query row sees: ``[total_q, total_k]``, bool."""
     num_sequences = len(cu_seqlens_q) - 1
@@ -50,7 +65,7 @@ def visible_keys(
     inside = sequence < num_sequences
     sequence = sequence.clamp(max=num_sequences - 1)
     first, last = cu_seqlens_k[sequence], cu_seqlens_k[sequence + 1]
-    if causal:
+    if options.causal:
         last = last - (cu_seqlens_q[sequence + 1] - 1 - query)
     return inside[:, None] & (key >= first[:, None]) & (key < last[:, None])
 
@@ -61,8 +76,7 @@ def attention_reference(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    softmax_scale: float,
-    causal: bool = False,
+    options: AttentionOptions,
     factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with the whole ``[H, T, T]`` score matrix, in the dtype of q.
@@ -73,22 +87,24 @@ def attention_reference(
         v: ``[Tk, H, D]``.
         cu_seqlens_q: ``[S + 1]``.
         cu_seqlens_k: ``[S + 1]``.
-        softmax_scale: multiplies the scores.
-        causal: whether a query sees only the keys up to its own place.
-        factors: dropout factors ``[H, Tq, Tk]``, or None.
+        options: what to compute.
+        factors: dropout factors ``[H, Tq, Tk]``, in place of those that the options say.
 
     Returns:
         The output ``[Tq, H, D]`` and the log-sum-exp ``[H, Tq]``.
     """
-    seen = visible_keys(cu_seqlens_q, cu_seqlens_k, len(q), len(k), causal)
+    seen = visible_keys(cu_seqlens_q, cu_seqlens_k, len(q), len(k), options)
     blind, unseen = (~seen.any(dim)[:, None, None] for dim in (1, 0))
     # What these rows hold and get as gradients must not count, and 0 times NaN would.
     q, k, v = q.masked_fill(blind, 0), k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
-    scores = torch.einsum("ihd,jhd->hij", q, k) * softmax_scale
+    scores = torch.einsum("ihd,jhd->hij", q, k) * options.softmax_scale
     scores = scores.masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)
     # A row of -inf has no softmax; it is kept out before the exponential, for the gradient's sake.
     probabilities = scores.masked_fill(blind[:, 0], 0).softmax(-1) * seen
+    if factors is None and options.seed is not None and options.dropout_p > 0:
+        sizes = (q.shape[1], len(q), len(k))
+        factors = attention_dropout_factors(*sizes, options.dropout_p, options.seed, options.stream)
     if factors is not None:
         probabilities = probabilities * factors.to(probabilities.dtype)
     return torch.einsum("hij,jhd->ihd", probabilities, v).masked_fill(blind, 0), lse
@@ -108,12 +124,13 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.options, seed, ctx.stream = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed)
     ctx.mark_non_differentiable(lse)
 
 
+_NO_GRADIENTS = (None,) * len(AttentionOptions._fields)
 _INSTEAD = "torch.nn.functional.scaled_dot_product_attention, or float64"
 
 
@@ -122,8 +139,8 @@ def _backward(
     ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, _grad_lse: Tensor
 ) -> tuple[Tensor | None, ...]:
     *tensors, seed = saved
-    grads = _ops.attention_backward(grad_out, *tensors, *ctx.options, seed, ctx.stream)
-    return *grads, *[None] * 9
+    grads = _ops.attention_backward(grad_out, *tensors, *ctx.numbers, seed)
+    return *grads, None, None, None, None, *_NO_GRADIENTS
 
 
 def _packed_forward_fake(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -137,7 +154,7 @@ def _packed_backward_fake(_grad_out: Tensor, qkv: Tensor, *_: object) -> Tensor:
 
 
 def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    qkv, cu_seqlens, *ctx.options, seed, ctx.stream = inputs
+    qkv, cu_seqlens, *ctx.numbers, seed = inputs
     out, lse = output
     ctx.save_for_backward(qkv, out, lse, cu_seqlens, seed)
     ctx.mark_non_differentiable(lse)
@@ -148,8 +165,8 @@ def _packed_backward(
     ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, _grad_lse: Tensor
 ) -> tuple[Tensor | None, ...]:
     *tensors, seed = saved
-    grad = _ops.attention_qkvpacked_backward(grad_out, *tensors, *ctx.options, seed, ctx.stream)
-    return grad, *[None] * 7
+    grad = _ops.attention_qkvpacked_backward(grad_out, *tensors, *ctx.numbers, seed)
+    return grad, None, None, *_NO_GRADIENTS
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -172,13 +189,14 @@ def _cuda(
     cu_seqlens_k: Tensor,
     _max_seqlen_q: int,
     _max_seqlen_k: int,
-    *options: Any,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     from ..registration import operator_checks
     from . import attention_triton
 
-    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
-    return attention_triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    options = AttentionOptions(*arguments)
+    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+    return attention_triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
 
 
 @torch.library.impl("superbert::attention_backward", "CUDA")
@@ -193,31 +211,33 @@ def _cuda_backward(
     cu_seqlens_k: Tensor,
     _max_seqlen_q: int,
     _max_seqlen_k: int,
-    *options: Any,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..registration import operator_checks
     from . import attention_triton
 
-    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    options = AttentionOptions(*arguments)
+    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
     operator_checks.check_attention_backward(grad_out, q, out, lse)
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     attention_triton.backward(
-        grad_out, q, k, v, out, lse.contiguous(), cu_seqlens_q, cu_seqlens_k, *options, grads=grads
+        grad_out, q, k, v, out, lse.contiguous(), cu_seqlens_q, cu_seqlens_k, options, grads=grads
     )
     return grads
 
 
 @torch.library.impl("superbert::attention_qkvpacked", "CUDA")
 def _cuda_packed(
-    qkv: Tensor, cu_seqlens: Tensor, _max_seqlen: int, *options: Any
+    qkv: Tensor, cu_seqlens: Tensor, _max_seqlen: int, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     from ..registration import operator_checks
     from . import attention_triton
 
     operator_checks.check_packed(qkv)
     q, k, v = qkv.unbind(1)
-    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, *options)
-    return attention_triton.forward(q, k, v, cu_seqlens, cu_seqlens, *options)
+    options = AttentionOptions(*arguments)
+    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options)
+    return attention_triton.forward(q, k, v, cu_seqlens, cu_seqlens, options)
 
 
 @torch.library.impl("superbert::attention_qkvpacked_backward", "CUDA")
@@ -228,19 +248,20 @@ def _cuda_packed_backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     _max_seqlen: int,
-    *options: Any,
+    *arguments: Any,
 ) -> Tensor:
     from ..registration import operator_checks
     from . import attention_triton
 
     operator_checks.check_packed(qkv)
     q, k, v = qkv.unbind(1)
-    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, *options)
+    options = AttentionOptions(*arguments)
+    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options)
     operator_checks.check_attention_backward(grad_out, q, out, lse)
     grad = qkv.new_empty(qkv.shape)
     lse = lse.contiguous()
     attention_triton.backward(
-        grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, *options, grads=grad.unbind(1)
+        grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, options, grads=grad.unbind(1)
     )
     return grad
 
@@ -266,18 +287,10 @@ def _in_float64(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    dropout_p: float,
-    scale: float,
-    causal: bool,
-    seed: Tensor | None,
-    stream: int,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    check_data(q=q, k=k, v=v, seed=seed)
-    factors = None
-    if seed is not None and dropout_p > 0:
-        sizes = (q.shape[1], len(q), len(k))
-        factors = attention_dropout_factors(*sizes, dropout_p, seed, stream)
-    out, lse = attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, factors)
+    check_data(q=q, k=k, v=v, seed=options.seed)
+    out, lse = attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
     return out, lse.detach()  # as the kernels': no gradient
 
 
@@ -335,7 +348,6 @@ def flash_attn_varlen_func(
             where looking into cu_seqlens would wait for the device, see `kernels.checked_values`.
         NotImplementedError: an argument of flash-attn that this function does not support.
     """
-    check_supported(window_size, softcap, alibi_slopes, block_table)
     check_qkv(q, k, v)
     check_boundaries("cu_seqlens_q", cu_seqlens_q, q)
     check_boundaries("cu_seqlens_k", cu_seqlens_k, k)
@@ -344,18 +356,23 @@ def flash_attn_varlen_func(
             f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, {len(cu_seqlens_q) - 1}, "
             f"got {len(cu_seqlens_k) - 1}"
         )
-    check_dropout(dropout_p, seed, stream, q.device)
-    if dropout_p > 0 and seed is None:
-        seed = new_seed(q.device)
-    scale = scale_of(q, softmax_scale)
+    options = AttentionOptions.of(
+        q,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        block_table,
+        seed,
+        stream,
+    )
     if q.dtype == torch.float64:
-        out, lse = _in_float64(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, dropout_p, scale, causal, seed, stream
-        )
+        out, lse = _in_float64(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
     else:
         out, lse = _ops.attention(
-            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-            *(dropout_p, scale, causal, seed, stream),
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options
         )
     return (out, lse, None) if return_attn_probs else out
 
@@ -403,21 +420,24 @@ def flash_attn_varlen_qkvpacked_func(
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected [tokens, 3, heads, width], got {list(qkv.shape)}")
-    check_supported(window_size, softcap, alibi_slopes)
     check_rows("qkv", qkv, qkv)
     check_boundaries("cu_seqlens", cu_seqlens, qkv)
-    check_dropout(dropout_p, seed, stream, qkv.device)
-    if dropout_p > 0 and seed is None:
-        seed = new_seed(qkv.device)
-    scale = scale_of(qkv, softmax_scale)
+    options = AttentionOptions.of(
+        qkv,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        None,
+        seed,
+        stream,
+    )
     if qkv.dtype == torch.float64:
         check_data(qkv=qkv)
         q, k, v = qkv.unbind(1)
-        out, lse = _in_float64(
-            q, k, v, cu_seqlens, cu_seqlens, dropout_p, scale, causal, seed, stream
-        )
+        out, lse = _in_float64(q, k, v, cu_seqlens, cu_seqlens, options)
     else:
-        out, lse = _ops.attention_qkvpacked(
-            qkv, cu_seqlens, max_seqlen, dropout_p, scale, causal, seed, stream
-        )
+        out, lse = _ops.attention_qkvpacked(qkv, cu_seqlens, max_seqlen, *options)
     return (out, lse, None) if return_attn_probs else out

@@ -1,6 +1,4 @@
-"""What the attention functions demand of their arguments, checked before a kernel runs."""
-
-import math
+"""What the attention functions demand of their tensors, checked before a kernel runs."""
 
 import torch
 from torch import Tensor
@@ -50,34 +48,3 @@ def check_boundaries(name: str, cu_seqlens: Tensor, rows: Tensor) -> None:
         raise ValueError(f"{name}: expected contiguous on {rows.device}, got {cu_seqlens.device}")
     if validation.are_checked(rows):
         validation.check_cu_seqlens(name, cu_seqlens, len(rows))
-
-
-def check_supported(
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    block_table: Tensor | None = None,
-) -> None:
-    """Refuse what flash-attn can do and these functions cannot."""
-    given = {
-        "window_size": tuple(window_size) != (-1, -1),
-        "softcap": softcap != 0.0,
-        "alibi_slopes": alibi_slopes is not None,
-        "block_table": block_table is not None,
-    }
-    for name, used in given.items():
-        if used:
-            raise NotImplementedError(f"{name}: not supported by this attention")
-
-
-def scale_of(q: Tensor, softmax_scale: float | None) -> float:
-    """Return what multiplies the scores.
-
-    Raises:
-        ValueError: it is not finite.
-    """
-    if softmax_scale is None:
-        return float(q.shape[-1] ** -0.5)
-    if not abs(softmax_scale) < math.inf:
-        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
-    return softmax_scale

@@ -9,10 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ..dropout.philox_triton import DropoutArguments
+from .attention_options import AttentionOptions
 from .attention_triton_kernels import (
     Heads,
     Intervals,
+    KernelOptions,
     delta_kernel,
     forward_kernel,
     grad_kv_kernel,
@@ -69,7 +70,7 @@ def padded_width(width: int) -> int:
     return padded
 
 
-def _constants(kernel: str, x: Tensor, cu_seqlens: Tensor, dropout_p: float) -> dict[str, Any]:
+def _constants(kernel: str, x: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
     """The constexpr arguments and launch settings of one of the three large kernels."""
     width = x.shape[2]
     if width > MAX_WIDTH:
@@ -79,7 +80,6 @@ def _constants(kernel: str, x: Tensor, cu_seqlens: Tensor, dropout_p: float) -> 
     long = len(x) > LONG * (len(cu_seqlens) - 1)
     tiles = LONG_TILES.get(key, TILES[key]) if long else TILES[key]
     return {
-        "DROPOUT": dropout_p > 0,
         # float32 is computed as float32, not as TF32.
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "D": width,
@@ -96,9 +96,9 @@ def _intervals(
     cu_other: Tensor,
     total: int,
     total_other: int,
+    options: AttentionOptions,
     *,
     rows_are_keys: bool,
-    causal: bool,
 ) -> Intervals:
     first, last = torch.empty(2, total, dtype=torch.int32, device=cu_own.device)
     num_sequences = len(cu_own) - 1
@@ -111,7 +111,7 @@ def _intervals(
         num_sequences,
         num_sequences.bit_length(),
         rows_are_keys,
-        causal,
+        options.causal,
         INTERVAL_ROWS,
     )
     return Intervals(first, last)
@@ -123,19 +123,15 @@ def forward(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    seed: Tensor | None,
-    stream: int,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[Tq, H, D]`` and log-sum-exp ``[H, Tq]``; arguments as of the operator."""
+    """Output ``[Tq, H, D]`` and log-sum-exp ``[H, Tq]``."""
     total_q, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((heads, total_q), dtype=torch.float32)
     if total_q == 0:
         return out, lse
-    constants = _constants("forward", q, cu_seqlens_q, dropout_p)
+    constants = _constants("forward", q, cu_seqlens_q)
     boundaries = (cu_seqlens_q, cu_seqlens_k, total_q, len(k))
     forward_kernel[(triton.cdiv(total_q, constants["BLOCK_M"]), heads)](
         Heads.of(q),
@@ -143,11 +139,10 @@ def forward(
         Heads.of(v),
         Heads.of(out),
         lse,
-        _intervals(*boundaries, rows_are_keys=False, causal=causal),
+        _intervals(*boundaries, options, rows_are_keys=False),
         total_q,
-        softmax_scale,
-        DropoutArguments.of(dropout_p, seed),
-        stream,
+        KernelOptions.of(options),
+        options.stream,
         **constants,
     )
     return out, lse
@@ -162,11 +157,7 @@ def backward(
     lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    seed: Tensor | None,
-    stream: int,
+    options: AttentionOptions,
     *,
     grads: tuple[Tensor, ...],
 ) -> None:
@@ -183,9 +174,9 @@ def backward(
     delta = torch.empty_like(lse)
     norm = torch.empty_like(lse) if q.dtype == torch.float32 else None
     shared = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(grad_out), lse, delta, norm)
-    numbers = (softmax_scale, DropoutArguments.of(dropout_p, seed), stream)
+    numbers = (KernelOptions.of(options), options.stream)
     if total_q > 0:
-        constants = _constants("grad_q", q, cu_seqlens_q, dropout_p)
+        constants = _constants("grad_q", q, cu_seqlens_q)
         if q.dtype != torch.float32:
             delta_kernel[(triton.cdiv(total_q, DELTA_ROWS), heads)](
                 Heads.of(out),
@@ -197,13 +188,13 @@ def backward(
                 DELTA_ROWS,
             )
         boundaries = (cu_seqlens_q, cu_seqlens_k, total_q, total_k)
-        keys = _intervals(*boundaries, rows_are_keys=False, causal=causal)
+        keys = _intervals(*boundaries, options, rows_are_keys=False)
         grid = (triton.cdiv(total_q, constants["BLOCK_M"]), heads)
         grad_q_kernel[grid](*shared, Heads.of(grad_q), keys, total_q, *numbers, **constants)
     if total_k > 0:
-        constants = _constants("grad_kv", k, cu_seqlens_k, dropout_p)
+        constants = _constants("grad_kv", k, cu_seqlens_k)
         boundaries = (cu_seqlens_k, cu_seqlens_q, total_k, total_q)
-        queries = _intervals(*boundaries, rows_are_keys=True, causal=causal)
+        queries = _intervals(*boundaries, options, rows_are_keys=True)
         grid = (triton.cdiv(total_k, constants["BLOCK_N"]), heads)
         grad_kv = (Heads.of(grad_k), Heads.of(grad_v))
         grad_kv_kernel[grid](*shared, *grad_kv, queries, total_q, total_k, *numbers, **constants)

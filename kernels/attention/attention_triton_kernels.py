@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout.philox_triton import attention_factors
+from ..dropout.philox_triton import DropoutArguments, attention_factors
+from .attention_options import AttentionOptions
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -50,6 +51,31 @@ class Intervals(NamedTuple):
 
     first: Any
     last: Any
+
+
+class KernelOptions(NamedTuple):
+    """What the three large kernels are told of `AttentionOptions`.
+
+    Of each value that is None the code is left out.  ``stream`` is an argument of its own, since
+    Triton would compile anew for some integers in a tuple.
+
+    Attributes:
+        scale: multiplies the scores.
+        seed: of dropout, whose arguments (`DropoutArguments`) these three are; None without it.
+        threshold: see seed.
+        keep_scale: see seed.
+    """
+
+    scale: Any
+    seed: Any
+    threshold: Any
+    keep_scale: Any
+
+    @classmethod
+    def of(cls, options: AttentionOptions) -> "KernelOptions":
+        """The options as a kernel argument."""
+        seed = options.seed if options.dropout_p > 0 else None
+        return cls(options.softmax_scale, *DropoutArguments.of(options.dropout_p, seed))
 
 
 # ---- intervals ----------------------------------------------------------------------------------
@@ -152,10 +178,8 @@ def forward_kernel(
     lse,  # [H, total_q]
     keys_of_queries,
     total_q,
-    scale,
-    dropout,
+    kernel_options,
     stream,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -178,7 +202,7 @@ def forward_kernel(
             keys = block + tl.arange(0, BLOCK_N)
             k_tile = _load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            scores *= scale * _LOG2_E
+            scores *= kernel_options.scale * _LOG2_E
             if part != 1:
                 seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
                 scores = tl.where(seen, scores, float("-inf"))
@@ -188,8 +212,8 @@ def forward_kernel(
             rescale = tl.exp2(row_max - shift)
             row_max = new_max
             row_sum = row_sum * rescale + tl.sum(p, 1)
-            if DROPOUT:
-                p *= attention_factors(rows, block, head, stream, dropout, BLOCK_N)
+            if kernel_options.seed is not None:
+                p *= attention_factors(rows, block, head, stream, kernel_options, BLOCK_N)
             v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             acc *= rescale[:, None]
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
@@ -246,24 +270,22 @@ def _p_and_dp(
     head,
     first,
     last,
-    scale,
-    dropout,
+    kernel_options,
     stream,
     MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """P and f dP of a tile of queries and the block of keys from ``block`` on."""
     keys = block + tl.arange(0, BLOCK_N)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    p = tl.exp2(scores * (scale * _LOG2_E) - row_lse[:, None])
+    p = tl.exp2(scores * (kernel_options.scale * _LOG2_E) - row_lse[:, None])
     if MASKED:
         seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
         p = tl.where(seen, p, 0.0)
     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-    if DROPOUT:
-        dp *= attention_factors(rows, block, head, stream, dropout, BLOCK_N)
+    if kernel_options.seed is not None:
+        dp *= attention_factors(rows, block, head, stream, kernel_options, BLOCK_N)
     return p, dp
 
 
@@ -279,10 +301,8 @@ def grad_q_kernel(
     grad_q,
     keys_of_queries,
     total_q,
-    scale,
-    dropout,
+    kernel_options,
     stream,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -312,7 +332,7 @@ def grad_q_kernel(
                 v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
                 p, dp = _p_and_dp(
                     *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
-                    *(scale, dropout, stream, part != 1, DROPOUT, PRECISION, BLOCK_N),
+                    *(kernel_options, stream, part != 1, PRECISION, BLOCK_N),
                 )
                 weighted += tl.sum(p * dp, 1)
                 total += tl.sum(p, 1)
@@ -331,14 +351,14 @@ def grad_q_kernel(
             v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             p, dp = _p_and_dp(
                 *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
-                *(scale, dropout, stream, part != 1, DROPOUT, PRECISION, BLOCK_N),
+                *(kernel_options, stream, part != 1, PRECISION, BLOCK_N),
             )
             ds = p * (dp - row_delta[:, None])
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
 
     if PRECISION == "ieee":
         acc *= row_norm[:, None]
-    _store_tile(grad_q, head, rows, total_q, acc * scale, D, BLOCK_D)
+    _store_tile(grad_q, head, rows, total_q, acc * kernel_options.scale, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["total_q", "total_k", "stream"])
@@ -355,10 +375,8 @@ def grad_kv_kernel(
     queries_of_keys,
     total_q,
     total_k,
-    scale,
-    dropout,
+    kernel_options,
     stream,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -387,7 +405,7 @@ def grad_kv_kernel(
             row_delta = _load_row_numbers(delta, head, rows, total_q, inside)
             # Transposed, [keys, queries], which is how the last two products need P and dS.
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            p = tl.exp2(scores * (scale * _LOG2_E) - row_lse[None, :])
+            p = tl.exp2(scores * (kernel_options.scale * _LOG2_E) - row_lse[None, :])
             if part != 1:
                 seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
                 p = tl.where(seen, p, 0.0)
@@ -395,13 +413,13 @@ def grad_kv_kernel(
                 p *= _load_row_numbers(norm, head, rows, total_q, inside)[None, :]
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             dropped = p
-            if DROPOUT:
-                factors = attention_factors(rows, first_key, head, stream, dropout, BLOCK_N)
+            if kernel_options.seed is not None:
+                factors = attention_factors(rows, first_key, head, stream, kernel_options, BLOCK_N)
                 dropped = p * tl.trans(factors)
                 dp *= tl.trans(factors)
             ds = p * (dp - row_delta[None, :])
             dv = tl.dot(dropped.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
             dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
 
-    _store_tile(grad_k, head, keys, total_k, dk * scale, D, BLOCK_D)
+    _store_tile(grad_k, head, keys, total_k, dk * kernel_options.scale, D, BLOCK_D)
     _store_tile(grad_v, head, keys, total_k, dv, D, BLOCK_D)

@@ -23,31 +23,18 @@ import torch
 from torch import Tensor
 
 from .. import _extension  # noqa: F401  (registers the operator)
+from ..philox import WORD, philox_words
 from ..registration.backend import declare, register_fake
 from ..registration.differentiation import register_derivative
 from ..registration.validation import DTYPES, check_data
 
-_WORD = 0xFFFFFFFF
-
-
 # ---- reference ----------------------------------------------------------------------------------
 
 
-def philox_reference(quad: Tensor, seed: int, head: Tensor | int, stream: int) -> Tensor:
-    """Philox4x32-10 in int64 arithmetic: the four words of each quad, ``[*quad.shape, 4]``."""
-    counter = [quad & _WORD, (quad >> 32) & _WORD, head + 0 * quad, stream + 0 * quad]
-    key = [seed & _WORD, (seed >> 32) & _WORD]
-    for _ in range(10):
-        # int64 products wrap, but their 64 bits are those of the unsigned product.
-        product0, product1 = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-        counter = [
-            ((product1 >> 32) & _WORD) ^ counter[1] ^ key[0],
-            product1 & _WORD,
-            ((product0 >> 32) & _WORD) ^ counter[3] ^ key[1],
-            product0 & _WORD,
-        ]
-        key = [(key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD]
-    return torch.stack(counter, -1)
+def dropout_words(quad: Tensor, seed: int, head: Tensor | int, stream: int) -> Tensor:
+    """The four words of each quad, int64 ``[*quad.shape, 4]``."""
+    counter = (quad & WORD, (quad >> 32) & WORD, head + 0 * quad, stream + 0 * quad)
+    return philox_words(counter, seed)
 
 
 def _factors(words: Tensor, p: float) -> Tensor:
@@ -57,7 +44,7 @@ def _factors(words: Tensor, p: float) -> Tensor:
 def dropout_factors(count: int, p: float, seed: Tensor, stream: int) -> Tensor:
     """The factors ``f`` of the first ``count`` elements: ``[count]``, float32, on seed's device."""
     quad = torch.arange((count + 3) // 4, device=seed.device)
-    return _factors(philox_reference(quad, int(seed), 0, stream), p).flatten()[:count]
+    return _factors(dropout_words(quad, int(seed), 0, stream), p).flatten()[:count]
 
 
 def attention_dropout_factors(
@@ -67,7 +54,7 @@ def attention_dropout_factors(
     head = torch.arange(heads, device=seed.device)[:, None, None]
     query = torch.arange(queries, device=seed.device)[:, None]
     quad = (query << 32) + torch.arange((keys + 3) // 4, device=seed.device)
-    words = philox_reference(quad.expand(heads, -1, -1), int(seed), head, stream)
+    words = dropout_words(quad.expand(heads, -1, -1), int(seed), head, stream)
     return _factors(words, p).flatten(2)[..., :keys]
 
 
@@ -117,7 +104,7 @@ def check_dropout(p: float, seed: Tensor | None, stream: int, device: torch.devi
     """Raise ValueError where a dropout's arguments cannot be used; values stay on the device."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability: expected 0 <= p < 1, got {p}")
-    if not 0 <= stream <= _WORD:
+    if not 0 <= stream <= WORD:
         raise ValueError(f"stream: expected 0 <= stream < 2**32, got {stream}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed: expected one int64 element, got {seed.dtype} {list(seed.shape)}")

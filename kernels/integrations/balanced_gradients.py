@@ -6,8 +6,7 @@ The rows take a backward pass for each task, or, with :class:`.TaskGradients`, o
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from ..autograd_graph import graph_nodes, needed_later, other_leaves
+from ..gradient_buffer import GradientBuffer, Slot, lay_out
 from ..registration.validation import check_data
-from ..surgery.surgery import combine, gram
 from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses, TaskNames
 
@@ -24,64 +24,39 @@ Extent = Literal["model", "group", "tensor"]
 ParameterGroups = list[dict[str, Any]]
 
 
-class _Place(NamedTuple):
-    """Where one parameter's gradients lie in the rows of a buffer."""
+class _Trained(NamedTuple):
+    """A parameter that requires a gradient."""
 
+    position: int  # among those of the optimizer
+    group: int  # number of the set of parameters that get their weights together
     parameter: Tensor
-    position: int  # of the parameter in the optimizer
-    balanced_with: int  # number of the set of parameters that get their weights together
-    columns: slice
 
 
-class _Segment(NamedTuple):
-    """Neighbouring columns of a buffer that get the same weights."""
+class _Buffer(NamedTuple):
+    """The task gradients of parameters of one dtype and device, a slot for each."""
 
-    balanced_with: int
-    columns: slice
-
-
-class _Buffer:
-    """Task gradients ``[K, P]`` of all parameters of one dtype and device, in ascending columns."""
-
-    def __init__(self, places: Sequence[_Place], rows: Tensor) -> None:
-        self.places, self.rows = places, rows
-        self.segments: list[_Segment] = []
-        for balanced_with, own in groupby(places, key=lambda place: place.balanced_with):
-            columns = [place.columns for place in own]
-            self.segments.append(_Segment(balanced_with, slice(columns[0].start, columns[-1].stop)))
+    trained: Sequence[_Trained]
+    gradients: GradientBuffer
 
     @classmethod
-    def of_parameters(cls, parameters: Sequence[tuple[int, int, Tensor]]) -> "_Buffer":
-        """Lay out position, set balanced with, and parameter side by side; no rows yet."""
-        places = []
-        end = 0
-        for position, balanced_with, parameter in parameters:
-            begin, end = end, end + parameter.numel()
-            places.append(_Place(parameter, position, balanced_with, slice(begin, end)))
-        return cls(places, parameters[0][-1].new_empty(0, end))
+    def of(cls, trained: Sequence[_Trained]) -> "_Buffer":
+        """Lay parameters out side by side; no rows yet."""
+        shapes = {str(entry.position): entry.parameter.shape for entry in trained}
+        slots, end = lay_out(shapes, alignment=1)
+        rows = trained[0].parameter.new_empty(0, end)
+        return cls(trained, GradientBuffer(slots, rows, [entry.group for entry in trained]))
 
-    def resize(self, num_tasks: int) -> None:
-        """Hold the gradients of ``num_tasks`` tasks, all zero."""
-        if len(self.rows) == num_tasks:
-            self.rows.zero_()
-        else:
-            self.rows = self.rows.new_zeros(num_tasks, self.rows.shape[1])
+    @classmethod
+    def collected(cls, trained: Sequence[_Trained], collector: TaskGradients) -> "_Buffer":
+        """Take the rows in which one backward pass collects the gradients of all tasks."""
+        entries = {id(entry.parameter): entry for entry in trained}
+        ordered = [entries[id(parameter)] for parameter in collector.parameters]
+        groups = [entry.group for entry in ordered]
+        return cls(ordered, GradientBuffer(collector.buffer.slots, collector.rows, groups))
 
-    def grams(self) -> Tensor:
-        """``[S, K, K]``, of each segment."""
-        offsets = [0, *(segment.columns.stop for segment in self.segments)]
-        return gram(self.rows, offsets)
-
-    def combine(self, weights: Tensor) -> Tensor:
-        """``[P]``: every segment combined by its row of ``weights``."""
-        exact = self.rows.dtype == torch.float64
-        weights = weights.to(self.rows.device, torch.float64 if exact else torch.float32)
-        if len(self.segments) == 1:
-            return combine(self.rows, weights[self.segments[0].balanced_with])
-        combined = self.rows.new_empty(self.rows.shape[1])
-        for balanced_with, columns in self.segments:
-            combine(self.rows[:, columns], weights[balanced_with], combined[columns])
-        return combined
+    def parameters(self) -> Iterator[tuple[_Trained, Slot]]:
+        """Yield every parameter and its columns."""
+        return zip(self.trained, self.gradients.slots, strict=True)
 
 
 class SeenGradient(NamedTuple):
@@ -217,19 +192,18 @@ class BalancedGradients:
         self._num_tasks, self.awaits_step = len(by_task), True
         self._write_gradients(self.weights)
 
-    def _trained(self, groups: ParameterGroups) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield position, number of the set balanced with, and parameter."""
+    def _trained(self, groups: ParameterGroups) -> Iterator[_Trained]:
         position = 0
         for group_number, group in enumerate(groups):
             for parameter in group["params"]:
                 balanced_with = {"model": 0, "group": group_number, "tensor": position}
                 if parameter.requires_grad:
-                    yield position, balanced_with[self._extent], parameter
+                    yield _Trained(position, balanced_with[self._extent], parameter)
                     position += 1
 
     # ---- the rows ------------------------------------------------------------------------------
 
-    def _goes_on(self, trained: Sequence[tuple[int, int, Tensor]]) -> bool:
+    def _goes_on(self, trained: Sequence[_Trained]) -> bool:
         """Whether to add to the rows: all that came of them is still there, as it was written.
 
         Without reading a value back this tells `zero_grad` of the optimizer, of the model and of
@@ -255,7 +229,7 @@ class BalancedGradients:
                 "optimizer is wrapped"
             )
 
-    def _begin(self, trained: Sequence[tuple[int, int, Tensor]], num_tasks: int) -> None:
+    def _begin(self, trained: Sequence[_Trained], num_tasks: int) -> None:
         """Clear the rows, laid out for the parameters that the optimizer has now."""
         if not trained:
             raise ValueError("the optimizer has no parameter that requires a gradient")
@@ -269,37 +243,28 @@ class BalancedGradients:
             _warn_of_other_processes()
         if collector is None:
             for buffer in self._buffers:
-                buffer.resize(num_tasks)
+                buffer.gradients.resize(num_tasks)
         elif self._has_filled_rows:  # and not only backward passes of the caller's own
             collector.clear()
         self._present = set()
         self._reached = [set() for _ in range(num_tasks)]
         self._written, self._before = [], {}
 
-    def _lay_out(self, trained: Sequence[tuple[int, int, Tensor]]) -> Iterator[_Buffer]:
+    def _lay_out(self, trained: Sequence[_Trained]) -> Iterator[_Buffer]:
         """Yield a buffer for each kind of parameter, or the one that collects task gradients."""
         collector = self._collector
         if collector is not None:
-            if {id(entry[-1]) for entry in trained} != {id(p) for p in collector.parameters}:
+            if {id(entry.parameter) for entry in trained} != set(map(id, collector.parameters)):
                 raise ValueError(
                     "the optimizer's parameters that require a gradient are not those of "
                     "task_gradients"
                 )
-            places = [
-                _Place(parameter, position, balanced_with, collector.columns(parameter))
-                for position, balanced_with, parameter in trained
-            ]
-            yield _Buffer(sorted(places, key=lambda place: place.columns.start), collector.rows)
+            yield _Buffer.collected(trained, collector)
             return
-        kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, int, Tensor]]] = {}
+        kinds: dict[tuple[torch.dtype, torch.device], list[_Trained]] = {}
         for entry in trained:
-            kinds.setdefault((entry[-1].dtype, entry[-1].device), []).append(entry)
-        yield from map(_Buffer.of_parameters, kinds.values())
-
-    def _places(self) -> Iterator[tuple[_Buffer, _Place]]:
-        for buffer in self._buffers:
-            for place in buffer.places:
-                yield buffer, place
+            kinds.setdefault((entry.parameter.dtype, entry.parameter.device), []).append(entry)
+        yield from map(_Buffer.of, kinds.values())
 
     def _differentiate(self, losses: Sequence[Tensor | None]) -> None:
         """Add the gradient of each loss to its row."""
@@ -309,23 +274,29 @@ class BalancedGradients:
         if self._collector is not None:
             self._collect(self._collector, list(present.values()))
             return
-        parameters = [place.parameter for _, place in self._places()]
-        graphs = [_graph_nodes(loss) for loss in present.values()]
-        retained = _needed_later(graphs)
-        others = _other_leaves(graphs, parameters)
+        parameters = [entry.parameter for buffer in self._buffers for entry in buffer.trained]
+        graphs = [graph_nodes(loss) for loss in present.values()]
+        retained = needed_later(graphs)
+        others = other_leaves(graphs, parameters)
         if others:  # of another optimizer, say: theirs is the gradient of the sum, as in backward
             torch.autograd.backward(list(present.values()), retain_graph=True, inputs=others)
         for (task, loss), retain in zip(present.items(), retained, strict=True):
             gradients = torch.autograd.grad(
                 loss, parameters, retain_graph=retain, allow_unused=True
             )
-            for (buffer, place), gradient in zip(self._places(), gradients, strict=True):
-                if gradient is None:
-                    continue
-                self._reached[task].add(place.position)
-                if gradient.is_sparse:
-                    gradient = gradient.to_dense()
-                buffer.rows[task, place.columns] += gradient.reshape(-1)
+            self._add_to_row(task, gradients)
+
+    def _add_to_row(self, task: int, gradients: Sequence[Tensor | None]) -> None:
+        """Add a task's gradients, those of all parameters in the order of the buffers."""
+        remaining = iter(gradients)
+        for buffer in self._buffers:
+            row = buffer.gradients.rows[task]
+            for entry, slot in buffer.parameters():
+                gradient = next(remaining)
+                if gradient is not None:
+                    self._reached[task].add(entry.position)
+                    own = slot.view(row)
+                    own += gradient.to_dense() if gradient.is_sparse else gradient
 
     def _collect(self, collector: TaskGradients, losses: list[Tensor]) -> None:
         collector.refuse_other_gradients()  # cleared since the forward pass or not
@@ -333,16 +304,17 @@ class BalancedGradients:
             torch.autograd.backward(losses)
         finally:
             collector.allow_other_gradients(self._forget_what_is_gone)
-        for _, place in self._places():
-            for task in self._present & collector.tasks_reaching(place.parameter):
-                self._reached[task].add(place.position)
+        for entry in self._buffers[0].trained:
+            for task in self._present & collector.tasks_reaching(entry.parameter):
+                self._reached[task].add(entry.position)
 
     # ---- their combination ---------------------------------------------------------------------
 
     def _sum_of_grams(self) -> Tensor:
         """``[G, K, K]``: the Gram matrix of each set that gets weights of its own."""
-        members = [segment.balanced_with for buffer in self._buffers for segment in buffer.segments]
-        parts = [buffer.grams() for buffer in self._buffers]
+        buffers = [buffer.gradients for buffer in self._buffers]
+        members = [segment.group for buffer in buffers for segment in buffer.segments]
+        parts = [buffer.grams() for buffer in buffers]
         first = max(parts, key=lambda matrix: torch.finfo(matrix.dtype).bits)
         grams = torch.cat([matrix.to(first) for matrix in parts])
         if members == [0]:
@@ -355,33 +327,34 @@ class BalancedGradients:
     def _write_gradients(self, weights: Tensor) -> None:
         parameters = []
         for buffer in self._buffers:
-            combined = buffer.combine(weights)
-            for place in buffer.places:
-                num_tasks = sum(place.position in reached for reached in self._reached)
+            combined = buffer.gradients.combine(weights)
+            for entry, slot in buffer.parameters():
+                num_tasks = sum(entry.position in reached for reached in self._reached)
                 if num_tasks > 0:
-                    gradient = _laid_out_like(place.parameter, combined[place.columns])
+                    gradient = _strided_like(entry.parameter, slot.view(combined))
                     # `data`: later writes are counted for each gradient by itself.
-                    self._write(place, gradient.data, num_tasks if self._average else 1)
-                    parameters.append(place.parameter)
+                    self._write(entry, gradient.data, num_tasks if self._average else 1)
+                    parameters.append(entry.parameter)
         # After all writes: views of one buffer, as gradients may be, count them together.
         self._written = [seen for p in parameters if (seen := SeenGradient.of(p)) is not None]
         for parameter in parameters:
             for hook in list((parameter._post_accumulate_grad_hooks or {}).values()):
                 hook(parameter)
 
-    def _write(self, place: _Place, gradient: Tensor, divisor: int) -> None:
+    def _write(self, entry: _Trained, gradient: Tensor, divisor: int) -> None:
         """Add a gradient to what was there before the first call; like autograd, in place."""
         if divisor != 1:
             gradient /= divisor
-        old = place.parameter.grad
+        parameter, position = entry.parameter, entry.position
+        old = parameter.grad
         check_data(grad=old)
-        if place.position not in self._before:
-            self._before[place.position] = None if old is None else old.detach().clone()
-        before = self._before[place.position]
+        if position not in self._before:
+            self._before[position] = None if old is None else old.detach().clone()
+        before = self._before[position]
         if before is not None:
             gradient = gradient + before  # in the wider of their dtypes
         if old is None or old.layout != torch.strided:
-            place.parameter.grad = gradient
+            parameter.grad = gradient
         else:
             old.copy_(gradient)
 
@@ -397,56 +370,11 @@ def _warn_of_other_processes() -> None:
         )
 
 
-def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
+def _strided_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Give a gradient the parameter's strides, as autograd does; fused optimizers rely on them."""
-    gradient = values.view_as(parameter)
     return gradient if parameter.is_contiguous() else torch.empty_like(parameter).copy_(gradient)
 
 
-def _layout_of(trained: Sequence[tuple[int, int, Tensor]]) -> list[tuple[object, ...]]:
+def _layout_of(trained: Sequence[_Trained]) -> list[tuple[object, ...]]:
     """What the rows depend on; buffers keep parameters, and so their `id`, alive."""
     return [(*numbers, id(p), p.shape, p.dtype, p.device) for *numbers, p in trained]
-
-
-def _needed_later(graphs: Sequence[set[Any]]) -> list[bool]:
-    """Whether a later loss shares a node with each loss, by the nodes of their graphs.
-
-    Raises:
-        ValueError: a part of the graph is made in the backward pass only.
-    """
-    later: set[Any] = set()
-    needed = []
-    for nodes in reversed(graphs):
-        if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
-            raise ValueError(
-                "losses: they went through torch.utils.checkpoint with use_reentrant=True, which "
-                "hides the parameters inside from a gradient of each task; give use_reentrant=False"
-            )
-        needed.append(not later.isdisjoint(nodes))
-        later |= nodes
-    return needed[::-1]
-
-
-def _other_leaves(graphs: Iterable[set[Any]], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that the losses depend on besides ``parameters``, each once."""
-    known = {id(parameter) for parameter in parameters}
-    parents = {parent for nodes in graphs for node in nodes for parent in _parents(node)}
-    leaves = [n.variable for n in parents if n.name() == "torch::autograd::AccumulateGrad"]
-    return [leaf for leaf in leaves if id(leaf) not in known]
-
-
-def _parents(node: Any) -> list[Any]:
-    return [parent for parent, _ in node.next_functions if parent is not None]
-
-
-def _graph_nodes(loss: Tensor) -> set[Any]:
-    """All nodes between a loss and its leaves; a leaf's own node keeps nothing that is freed."""
-    nodes: set[Any] = set()
-    open_nodes = [loss.grad_fn]
-    while open_nodes:
-        node = open_nodes.pop()
-        if node is None or node in nodes or not node.next_functions:
-            continue
-        nodes.add(node)
-        open_nodes.extend(_parents(node))
-    return nodes

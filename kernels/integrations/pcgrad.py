@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..balancing.pcgrad import Reduction, draw_order, pcgrad_weights
 from ..registration.validation import check_order
-from ..surgery.surgery import Reduction, draw_order, pcgrad_weights
 from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses
 from .balanced_gradients import BalancedGradients, Extent

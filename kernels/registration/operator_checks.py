@@ -1,4 +1,4 @@
-"""What the operators check whose CUDA side is Python; C++ code checks for itself (csrc/check.h).
+"""What the operators check whose CUDA side is Python; C++ checks for itself (csrc/check_torch.h).
 
 Anybody can call an operator of ``torch.ops`` with anything, and what autograd saved for a backward
 pass may come back changed.  A kernel that is launched on it would read beyond its tensors.  All
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..attention.attention_checks import check_boundaries, check_qkv, scale_of
+from ..attention.attention_checks import check_boundaries, check_qkv
+from ..attention.attention_options import AttentionOptions
 from ..dropout.dropout import check_dropout
 from ..layer_norm.layer_norm_parameters import check_parameter
 from .validation import (
@@ -35,6 +36,11 @@ def check_kernel_dtype(name: str, x: Tensor) -> None:
 def check_seed(p: float, seed: Tensor | None, stream: int, device: torch.device) -> None:
     """Check the arguments of dropout."""
     check_dropout(p, seed, stream, device)
+    check_seed_given(p, seed)
+
+
+def check_seed_given(p: float, seed: Tensor | None) -> None:
+    """Check that dropout has a seed, and that it has data."""
     if p > 0 and seed is None:
         raise ValueError("seed: dropout needs a tensor of one int64")
     check_data(seed=seed)
@@ -46,22 +52,18 @@ def check_attention(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    _causal: bool,
-    seed: Tensor | None,
-    stream: int,
+    options: AttentionOptions,
 ) -> None:
     """Check what both passes of attention are given."""
     check_kernel_dtype("q", q)
     check_qkv(q, k, v)
-    scale_of(q, softmax_scale)
     check_data(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_boundaries("cu_seqlens_q", cu_seqlens_q, q)
     check_boundaries("cu_seqlens_k", cu_seqlens_k, k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError("cu_seqlens_k: expected as many sequences as cu_seqlens_q")
-    check_seed(dropout_p, seed, stream, q.device)
+    options.check(q.device)
+    check_seed_given(options.dropout_p, options.seed)
 
 
 def check_attention_backward(grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:

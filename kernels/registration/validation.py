@@ -49,7 +49,7 @@ def are_checked(x: Tensor) -> bool:
 
     The C++ kernels look themselves; the float64 references on a CPU do not.
     """
-    return may_look(x) and (x.is_cuda or x.dtype == torch.float64)
+    return (x.is_cuda or x.dtype == torch.float64) and may_look(x)
 
 
 def check_number(name: str, value: Tensor | float | None, most: float = math.inf) -> None:

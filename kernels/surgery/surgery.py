@@ -4,7 +4,7 @@
 sum of its rows whose weights depend only on the K x K matrix of dot products ``G = J Jᵀ``::
 
     G = gram(rows)                         one pass over memory
-    c = pcgrad_weights(G, order)           K x K numbers, on the device
+    c = pcgrad_weights(G, order)           K x K numbers, on the device (.balancing)
     combine_adamw_(rows, c, ...)           one pass: sum_k c_k J_k feeds AdamW, never stored
 
 Nothing here waits for the device.  The norm of the combined gradient is ``cᵀ G c`` and a
@@ -15,24 +15,21 @@ Each operator is C++ on the CPU and, where the extension was built with it, CUDA
 ``*_reference`` say in plain torch what it computes.  Sums are kept in float32 over blocks and in
 float64 beyond, or all in float64 for float64 rows.
 
-PCGrad: Yu et al., "Gradient Surgery for Multi-Task Learning", NeurIPS 2020, Algorithm 1.
 AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, Algorithm 2.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._extension import has_kernel
 from ..registration.backend import declare, register_fake
-from ..registration.differentiation import refuse_derivative, register_derivative
+from ..registration.differentiation import register_derivative
 from ..registration.validation import check_data, check_number, check_tensor
-
-Reduction = Literal["sum", "mean"]
 
 _ops = torch.ops.superbert
 
@@ -49,61 +46,6 @@ def gram_reference(rows: Tensor, offsets: Sequence[int]) -> Tensor:
     rows = rows.to(_compute_dtype(rows))
     parts = [rows[:, begin:end] for begin, end in pairwise(offsets)]
     return torch.stack([part @ part.T for part in parts])
-
-
-def pcgrad_weights_reference(gram: Tensor, order: Tensor, mean: bool, include_self: bool) -> Tensor:
-    """``[K]``: Algorithm 1 on coefficients, all K projected gradients side by side."""
-    num_tasks = len(gram)
-    products = gram.double()
-    norms_squared = products.diagonal()
-    task = torch.arange(num_tasks, device=gram.device)
-    coefficients = torch.eye(num_tasks, dtype=torch.float64, device=gram.device)
-    for other in order.unbind(1):  # row i is projected by task other[i]
-        dot = (coefficients * products[other]).sum(1)
-        conflict = (dot < 0) & (norms_squared[other] > 0)
-        if not include_self:
-            conflict &= other != task
-        step = torch.where(conflict, dot / norms_squared[other], 0.0)
-        coefficients = coefficients.scatter_add(1, other[:, None], -step[:, None])
-    weights = coefficients.mean(0) if mean else coefficients.sum(0)
-    return torch.where(norms_squared.isfinite().all(), weights, torch.nan).to(gram.dtype)
-
-
-def _philox(counter: list[Tensor], seed: Tensor) -> list[Tensor]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words."""
-    mask = 0xFFFFFFFF
-
-    def multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-        high = (factor * (word >> 16) + ((factor * (word & 0xFFFF)) >> 16)) >> 16
-        return high & mask, (factor * word) & mask
-
-    key0, key1 = seed & mask, (seed >> 32) & mask
-    for _ in range(10):
-        high0, low0 = multiply(counter[0], 0xD2511F53)
-        high1, low1 = multiply(counter[2], 0xCD9E8D57)
-        counter = [high1 ^ counter[1] ^ key0, low1, high0 ^ counter[3] ^ key1, low0]
-        key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
-    return counter
-
-
-def draw_order_reference(seed: Tensor, step: Tensor, num_tasks: int) -> Tensor:
-    """``[K, K]`` int64: row i is a Fisher-Yates permutation from counter (draw / 4, i, step)."""
-    mask = 0xFFFFFFFF
-    row = torch.arange(num_tasks, device=seed.device)
-    order = row.repeat(num_tasks, 1)
-    words: list[Tensor] = []
-    for draw, last in enumerate(range(num_tasks - 1, 0, -1)):
-        if draw % 4 == 0:
-            block = torch.full_like(row, draw // 4)
-            words = _philox(
-                [block, row, (step & mask).expand_as(row), (step >> 32 & mask).expand_as(row)],
-                seed,
-            )
-        chosen = ((words[draw % 4] * (last + 1)) >> 32)[:, None]
-        at_last = order[:, last].clone()
-        order[:, last] = order.gather(1, chosen)[:, 0]
-        order.scatter_(1, chosen, at_last[:, None])
-    return order
 
 
 def combine_reference(rows: Tensor, weights: Tensor) -> Tensor:
@@ -156,36 +98,30 @@ def combine_adamw_reference_(
 
 # ---- registration ------------------------------------------------------------------------------
 
-_REFERENCES: Mapping[str, Callable[..., Tensor | None]] = {
-    "gram": gram_reference,
-    "pcgrad_weights": pcgrad_weights_reference,
-    "draw_order": draw_order_reference,
-    "combine": combine_reference,
-    "combine_out": combine_out_reference,
-    "combine_adamw_": combine_adamw_reference_,
-}
 
-for _name, _reference in _REFERENCES.items():
-    _has_cuda = has_kernel(_name, "CUDA")
-    declare(_name, cpu="cpp", cuda="cuda" if _has_cuda else "torch")
-    if not _has_cuda:
-        torch.library.impl(f"superbert::{_name}", "cuda", _reference)
+def declare_operators(references: Mapping[str, Callable[..., Tensor | None]]) -> None:
+    """Declare operators that are C++ on the CPU and, without the CUDA part, torch on a GPU."""
+    for name, reference in references.items():
+        has_cuda = has_kernel(name, "CUDA")
+        declare(name, cpu="cpp", cuda="cuda" if has_cuda else "torch")
+        if not has_cuda:
+            torch.library.impl(f"superbert::{name}", "cuda", reference)
+
+
+declare_operators(
+    {
+        "gram": gram_reference,
+        "combine": combine_reference,
+        "combine_out": combine_out_reference,
+        "combine_adamw_": combine_adamw_reference_,
+    }
+)
 
 
 @register_fake("gram")
 def _(rows: Tensor, offsets: Sequence[int]) -> Tensor:
     num_tasks = rows.shape[0]
     return rows.new_empty((len(offsets) - 1, num_tasks, num_tasks), dtype=_compute_dtype(rows))
-
-
-@register_fake("pcgrad_weights")
-def _(gram: Tensor, order: Tensor, mean: bool, include_self: bool) -> Tensor:
-    return gram.new_empty(gram.shape[0])
-
-
-@register_fake("draw_order")
-def _(seed: Tensor, step: Tensor, num_tasks: int) -> Tensor:
-    return seed.new_empty(num_tasks, num_tasks)
 
 
 @register_fake("combine")
@@ -247,7 +183,6 @@ register_derivative("gram", _gram_backward, _save_gram, name="gram", instead="ro
 register_derivative(
     "combine", _combine_backward, _save_combine, name="combine", instead="weights @ rows"
 )
-refuse_derivative("pcgrad_weights", name="pcgrad_weights", instead="gram.detach()")
 
 
 # ---- public functions --------------------------------------------------------------------------
@@ -271,62 +206,6 @@ def gram(rows: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
     if offsets is None:
         return _ops.gram(rows, [0, rows.shape[-1]])[0]
     return _ops.gram(rows, offsets)
-
-
-def draw_order(num_tasks: int, seed: Tensor | int, step: Tensor | int = 0) -> Tensor:
-    """Random projection orders for PCGrad, a pure function of seed and step.
-
-    Every rank that knows the seed draws the same order, and a CUDA graph that holds this call
-    replays with whatever the two tensors contain then.
-
-    Args:
-        num_tasks: K, from 1 on.
-        seed: an int or a 0-dim int64 tensor, whose device the result is on.
-        step: likewise; a different order for each.
-
-    Returns:
-        ``[K, K]`` int64; row i is a uniformly random permutation of 0 .. K-1.
-    """
-    if isinstance(seed, int):
-        seed = torch.tensor(seed)
-    if isinstance(step, int):
-        step = torch.full_like(seed, step)
-    return _ops.draw_order(seed, step, num_tasks)
-
-
-def pcgrad_weights(
-    gram: Tensor,
-    order: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    reduction: Reduction = "sum",
-    include_self: bool = False,
-) -> Tensor:
-    """PCGrad's weights of the task gradients, solved on the device.
-
-    Args:
-        gram: ``[K, K]`` from :func:`gram`, float32 or float64.
-        order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by, each of
-            them once, which a CPU checks.  Task i itself is passed over.  Drawn at random when
-            None.
-        generator: draws the order's seed; torch's default generator of the device when None.
-        reduction: ``"sum"`` of the projected gradients as in the paper, or their ``"mean"``.
-        include_self: also project g_i by itself where its turn comes, as widely copied code does;
-            with the same order this replays that code's update.
-
-    Returns:
-        ``[K]`` weights c in the dtype of ``gram``: the combined gradient is ``sum_k c_k g_k``.  All
-        are NaN where the diagonal of ``gram`` is not finite.
-
-    Raises:
-        ValueError: if a shape, a dtype or an order is not as above, or the reduction is unknown.
-    """
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
-    if order is None:
-        device = gram.device if generator is None else generator.device
-        seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device)
-        order = draw_order(gram.shape[0], seed).to(gram.device, non_blocking=True)
-    return _ops.pcgrad_weights(gram, order, reduction == "mean", include_self)
 
 
 def combine(rows: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:

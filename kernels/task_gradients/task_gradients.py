@@ -25,10 +25,8 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from ..task_rows import Columns
+from ..gradient_buffer import GradientBuffer, lay_out
 from .task_layers import Joined, Place, Single, TaskLayers
-
-_ALIGNMENT = 64  # elements between the starts of parameters: whole cache lines in every dtype
 
 
 class TaskGradients:
@@ -49,8 +47,8 @@ class TaskGradients:
     Attributes:
         num_tasks: K.
         parameters: those that are followed, in the order of their columns.
-        rows: ``[K, P]``; row k is the gradient of task k.  Every parameter starts at a multiple of
-            64 columns, the gaps are zero.
+        buffer: the task gradients, with the columns of each parameter.  Every parameter starts at a
+            multiple of 64 columns, the gaps are zero.
 
     Raises:
         ValueError: no task, nothing to train, or parameters of several dtypes or devices.
@@ -67,20 +65,22 @@ class TaskGradients:
                 + (", ".join(sorted(kinds)) or "none")
             )
         self.num_tasks, self.parameters = num_tasks, tuple(named.values())
-        sizes = [-(-p.numel() // _ALIGNMENT) * _ALIGNMENT for p in self.parameters]
-        self.rows = self.parameters[0].detach().new_zeros(num_tasks, sum(sizes))
+        slots, end = lay_out({name: parameter.shape for name, parameter in named.items()})
+        self.buffer = GradientBuffer(slots, self.parameters[0].detach().new_zeros(num_tasks, end))
         self._places: dict[int, Place] = {}
-        for (name, parameter), start in zip(
-            named.items(), accumulate(sizes, initial=0), strict=False
-        ):
-            columns = Columns(start, tuple(parameter.shape))
+        for slot, parameter in zip(slots, self.parameters, strict=True):
             # `data`: writes are counted for each parameter by itself, which compiled models rely
             # on.
-            self._places[id(parameter)] = Place(name, self.rows.data, columns, set())
-            parameter.register_hook(_refusal(name, weakref.ref(self)))
+            self._places[id(parameter)] = Place(slot, self.rows.data, set())
+            parameter.register_hook(_refusal(slot.name, weakref.ref(self)))
         self._layers = TaskLayers(self._places)
         self._collecting = False
         self._before_next: weakref.WeakMethod[Callable[[], None]] | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """``[K, P]``; row k is the gradient of task k."""
+        return self.buffer.rows
 
     @contextmanager
     def batch(self, examples: Iterable[int], tokens: Iterable[int] | None = None) -> Iterator[None]:
@@ -150,7 +150,7 @@ class TaskGradients:
 
     def clear(self) -> None:
         """Set all task gradients to zero, for the next step."""
-        self.rows.zero_()
+        self.buffer.resize(self.num_tasks)
         self._collecting, self._before_next = False, None
         for place in self._places.values():
             place.tasks.clear()
@@ -169,7 +169,7 @@ class TaskGradients:
         Raises:
             ValueError: it is none.
         """
-        columns = self._place(parameter).columns
+        columns = self._place(parameter).slot.columns
         return slice(columns.start, columns.stop)
 
     def tasks_reaching(self, parameter: Tensor) -> frozenset[int]:

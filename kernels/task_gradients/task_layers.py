@@ -19,30 +19,34 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ..embedding.embedding import embedding
+from ..gradient_buffer import Slot
 from ..layer_norm.layer_norm import layer_norm
 from ..linear import linear
-from ..task_rows import Columns, TaskRows, TaskSegments, rows_at
+from ..task_rows import Columns, TaskRows, TaskSegments
 
 
 class Place(NamedTuple):
     """Where one parameter's task gradients lie.
 
     Attributes:
-        name: of the parameter in its model.
+        slot: the parameter's columns.
         buffer: ``[K, P]``.
-        columns: of the buffer.
         tasks: whose losses have reached the parameter since the rows were cleared.
     """
 
-    name: str
+    slot: Slot
     buffer: Tensor
-    columns: Columns
     tasks: set[int]
+
+    @property
+    def name(self) -> str:
+        """The parameter's, in its model."""
+        return self.slot.name
 
     @property
     def rows(self) -> Tensor:
         """``[K, *shape]``, the gradients."""
-        return rows_at(self.buffer, *self.columns)
+        return self.slot.view(self.buffer)
 
 
 class Joined(NamedTuple):
@@ -283,14 +287,14 @@ def _task_rows(weight: Place | None, bias: Place | None) -> TaskRows:
     """Join the places of a layer's parameters; None stands for a frozen one, or none."""
     first = weight or bias
     assert first is not None
-    columns = (None if place is None else place.columns for place in (weight, bias))
+    columns = (None if place is None else place.slot.columns for place in (weight, bias))
     return TaskRows(first.buffer, *columns)
 
 
 def _spread(bias: Tensor, place: Place, count: int, segments: TaskSegments) -> Tensor:
     """Give every row a bias whose weight is frozen: a table with one row, looked up by each."""
     index = torch.zeros(count, dtype=torch.int64, device=bias.device)
-    rows = TaskRows(place.buffer, Columns(place.columns.start, (1, *bias.shape)))
+    rows = TaskRows(place.buffer, Columns(place.slot.offset, (1, *bias.shape)))
     return embedding(index, bias[None], rows=rows, segments=segments)
 
 

@@ -12,7 +12,7 @@ from engine.data.task_schema import FORMATS
 from engine.gradients.balancing import Balancer, BalanceSettings, TrainedTasks, build_method
 from engine.gradients.flat_parameters import FlatParameters
 from engine.gradients.groups import ParamGroups
-from engine.models.config import EncoderConfig
+from engine.models.bert import BertConfig
 from engine.models.multitask import MultitaskModel
 from engine.optim.adamw import AdamW
 from engine.optim.loss_scale import LossScale
@@ -106,7 +106,7 @@ def make_model() -> Callable[..., MultitaskModel]:
         adapter_width: int = 0,
     ) -> MultitaskModel:
         torch.manual_seed(0)
-        config = EncoderConfig(
+        config = BertConfig(
             vocab_size=97,
             hidden_size=48,
             num_hidden_layers=2,

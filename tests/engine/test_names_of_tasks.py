@@ -14,7 +14,7 @@ from torch import nn
 
 from engine import evaluate, export, fill, predict, report, train
 from engine.config import recipe as recipes
-from engine.exporting.model_card import EXAMPLE
+from engine.exporting.model_card import example
 from engine.models.named_modules import NamedModules
 from engine.reporting import plots
 from engine.runs.run import open_run
@@ -114,12 +114,11 @@ def run(data, tmp_path_factory) -> Path:
 def test_weights_keep_their_names(run):
     model, progress = open_run(run).trained_model(torch.device("cpu"))
     assert progress.step in (1, 2)
-    names = [name for name, _ in model.named_parameters()]
+    owners = {spec.name: spec.owner for spec in model.parameter_specs(list(model.heads))}
     for number, task_name in enumerate(AWKWARD):
-        assert f"heads.{task_name}.output.weight" in names
-        assert model.owner(f"heads.{task_name}.output.weight") == task_name
+        assert owners[f"heads.{task_name}.output.weight"] == task_name
         assert model.head(task_name).features == ("shared" if number % 2 else "single")
-    assert list(model.task_heads) == AWKWARD
+    assert [name for name in model.heads if model.head(name).is_scored] == AWKWARD
 
 
 def test_steps_and_scores_are_of_every_name(run):
@@ -150,7 +149,7 @@ def test_an_export_answers_as_the_run_does(run, data, tmp_path, capsys, monkeypa
     card = (folder / "README.md").read_text()
     assert r"| \_\_init\_\_ | accuracy |" in card
     script, out = tmp_path / "example.py", tmp_path / "out.tsv"
-    script.write_text(EXAMPLE)
+    script.write_text(example())
     for name in ("pair", "format"):
         arguments = [f"--task={name}", "--input", str(data / "test.csv"), "--output", str(out)]
         assert predict.main([str(run), *arguments, "--force"]) == 0

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.attention.attention import attention_reference
-from kernels.dropout.dropout import _factors, philox_reference
+from kernels.attention.attention_options import AttentionOptions
+from kernels.dropout.dropout import _factors, dropout_words
 
 # Both sides of every block of queries, keys or rows, in C++ and in Triton.
 EDGES = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257, 300]
@@ -47,7 +48,7 @@ def factors_between(
     query = torch.arange(queries.start, queries.stop)[:, None]
     quad = torch.arange(keys.start // 4, (keys.stop + 3) // 4)
     head = torch.arange(heads)[:, None, None]
-    words = philox_reference(((query << 32) + quad).expand(heads, -1, -1), int(seed), head, stream)
+    words = dropout_words(((query << 32) + quad).expand(heads, -1, -1), int(seed), head, stream)
     of_keys = _factors(words, p).flatten(2)[..., keys.start % 4 :][..., : len(keys)]
     return F.pad(of_keys, (0, PADDING))
 
@@ -80,7 +81,7 @@ def reference_by_sequence(
         cu_seqlens = boundaries([num_queries]), boundaries([num_keys])
         padded = (leaves[0], *(F.pad(x, (0, 0, 0, 0, 0, PADDING)) for x in leaves[1:]))
         own_out, own_lse = attention_reference(
-            *padded, *cu_seqlens, q.shape[2] ** -0.5, causal, factors
+            *padded, *cu_seqlens, AttentionOptions(q.shape[2] ** -0.5, causal), factors
         )
         out[rows[0]], lse[:, rows[0]] = own_out.detach(), own_lse.detach()
         own_grads = torch.autograd.grad(own_out, leaves, grad_out[rows[0]].to(dtype))

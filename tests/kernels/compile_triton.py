@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from kernels.attention import attention_triton_kernels as attention
 from kernels.attention.attention_triton import DELTA_ROWS, INTERVAL_ROWS, TILES, padded_width
-from kernels.attention.attention_triton_kernels import Heads, Intervals
+from kernels.attention.attention_triton_kernels import Heads, Intervals, KernelOptions
 from kernels.dropout.philox_triton import DropoutArguments
 from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
@@ -137,7 +137,6 @@ def _attention(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     block_d = padded_width(case.width)
     tiles = TILES[case.kernel, ELEMENT_BYTES[case.dtype], block_d]
     constants = {
-        "DROPOUT": True,
         "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
         "D": case.width,
         "BLOCK_D": block_d,
@@ -190,12 +189,13 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["num_sequences", "search_steps", "programs", "count", "stream"], "i32"),
         **dict.fromkeys(["row_begin", "row_end", "rows_per_program"], "i32"),
         **dict.fromkeys(["row_stride", "num_keys"], "i32"),
-        **dict.fromkeys(["scale", "eps"], "fp32"),
+        "eps": "fp32",
         "parameters": Parameters("*fp32", "*fp32", "*fp32"),
         "tables": Tables(row, row, row),
         "sizes": Tables("i32", "i32", "i32"),
         "ids": Tables("*i64", "*i64", "*i64"),
         "dropout": DropoutArguments("*i64", "i64", "fp32"),
+        "kernel_options": KernelOptions("fp32", *DropoutArguments("*i64", "i64", "fp32")),
     }
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 import kernels
 from kernels import TaskGradients, TaskSegments, balancing, new_task_rows
 
+from .balancing.methods import SOLVERS
 from .layer_cases import DOORS, Stream
-from .test_balancing import SOLVERS
 from .test_operators import attention, norms, others
 from .test_surgery_weights import operator_samples
 
@@ -122,9 +122,9 @@ def surgery() -> dict[str, Call]:
         ),
         "update_guard": (kernels.update_guard, {"gram": matrix, "weights": weights}),
     }
-    for name in ("total", "mean", "upgrad", "dual_projection", "config", "mgda", "aligned_mtl"):
+    for name in ("sum", "mean", "upgrad", "dual_projection", "config", "mgda", "aligned_mtl"):
         calls[f"balancing.{name}"] = (getattr(balancing, name), {"gram": matrix})
-    for name in ("cagrad", "nash_mtl", "fairgrad", "krum", "imtl_g", "auxiliary_pcgrad"):
+    for name in ("cagrad", "nash_mtl", "fairgrad", "krum", "imtl_g", "main_aux"):
         calls[f"balancing.{name}"] = (getattr(balancing, name), {"gram": matrix})
     return calls
 

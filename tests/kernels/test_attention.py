@@ -12,6 +12,7 @@ from kernels import (
     flash_attn_varlen_qkvpacked_func,
 )
 from kernels.attention.attention import attention_reference
+from kernels.attention.attention_options import AttentionOptions
 from kernels.dropout.dropout import attention_dropout_factors
 
 from .conftest import untouched_memory
@@ -79,8 +80,8 @@ def check(
     factors = attention_dropout_factors(heads, total, total, p, SEED, 7) if p else None
 
     def reference(qkv: Tensor) -> Tensor:
-        options = (width**-0.5 if scale is None else scale, causal, factors)
-        return attention_reference(*qkv.unbind(1), cu_seqlens, cu_seqlens, *options)[0]
+        options = AttentionOptions(width**-0.5 if scale is None else scale, causal)
+        return attention_reference(*qkv.unbind(1), cu_seqlens, cu_seqlens, options, factors)[0]
 
     def kernel(qkv: Tensor) -> Tensor:
         return flash_attn_varlen_qkvpacked_func(
@@ -208,7 +209,7 @@ def test_queries_and_keys_of_different_lengths(causal: bool) -> None:
     ]
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return attention_reference(q, k, v, cu_q, cu_k, 32**-0.5, causal)
+        return attention_reference(q, k, v, cu_q, cu_k, AttentionOptions(32**-0.5, causal))
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         options = {"causal": causal, "return_attn_probs": True}

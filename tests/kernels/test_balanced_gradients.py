@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
-from kernels.surgery.surgery import draw_order
+from kernels.balancing.pcgrad import draw_order
 
 from ..device_waits import no_wait_for_the_device
 from .pcgrad_reference import algorithm1
@@ -245,8 +245,8 @@ def test_a_task_that_comes_later_in_the_accumulation(model: Tasks, optimizer: PC
         "config",
         "krum",
         "mean",
-        "total",
-        "auxiliary_pcgrad",
+        "sum",
+        "main_aux",
     ],
 )
 def test_every_method_takes_a_task_without_a_loss(model: Tasks, method: str) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
-from kernels.surgery.surgery import draw_order
+from kernels.balancing.pcgrad import draw_order
 
 from .pcgrad_reference import algorithm1
 from .test_pcgrad import Tasks, task_gradients, written_gradients

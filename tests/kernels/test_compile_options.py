@@ -14,8 +14,8 @@ from torch import Tensor
 import kernels
 from kernels import EmbeddingRows, TaskRows
 
+from .balancing.methods import METHODS
 from .layer_cases import HEADS, WIDTH, Stream
-from .test_balancing import METHODS
 
 # Inductor warns of what torch itself has deprecated.
 pytestmark = [

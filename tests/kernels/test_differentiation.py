@@ -213,7 +213,7 @@ def test_nodes_of_the_graph_have_names() -> None:
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "pcgrad_weights": lambda gram: kernels.pcgrad_weights(gram, torch.arange(3).repeat(3, 1)),
-    "auxiliary_pcgrad": balancing.auxiliary_pcgrad,
+    "main_aux": balancing.main_aux,
     "upgrad": balancing.upgrad,
     "mgda": balancing.mgda,
     "cagrad": balancing.cagrad,

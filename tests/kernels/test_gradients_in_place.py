@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
-from kernels.surgery.surgery import draw_order
+from kernels.balancing.pcgrad import draw_order
 
 from .pcgrad_reference import algorithm1
 from .test_balanced_gradients import Joined, assert_close, regularize
@@ -160,7 +160,7 @@ def test_rounding_is_autograds(dtype: torch.dtype) -> None:
     buffer = flatten(second, fill=0.3)
     flatten(first, fill=0.3)
     first(x).square().sum().backward()
-    optimizer = BalancedOptimizer(torch.optim.SGD(second.parameters(), lr=0.1), balancing.total)
+    optimizer = BalancedOptimizer(torch.optim.SGD(second.parameters(), lr=0.1), balancing.sum)
     optimizer.backward([second(x).square().sum()])
     assert torch.equal(buffer, torch.cat([p.grad.flatten() for p in first.parameters()]))
 

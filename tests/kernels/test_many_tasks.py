@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 
 from kernels import BalancedOptimizer, PCGrad, balancing, draw_order, gram, update_guard
+from kernels.balancing.pcgrad import draw_order_reference, pcgrad_weights, pcgrad_weights_reference
 from kernels.surgery.surgery import (
     combine,
     combine_adamw_,
     combine_adamw_reference_,
     combine_reference,
-    draw_order_reference,
     gram_reference,
-    pcgrad_weights,
-    pcgrad_weights_reference,
 )
 
+from .balancing.methods import METHODS, gradients, update
 from .conftest import exact_projector
 from .pcgrad_reference import algorithm1
-from .test_balancing import METHODS, gradients, update
 from .test_surgery import DTYPES, task_rows
 from .tolerance import assert_within_twice
 
@@ -168,7 +166,7 @@ def test_a_row_for_each_example(wrapper: type) -> None:
         optimizer.zero_grad()
         optimizer.pc_backward(losses)
     else:
-        optimizer = BalancedOptimizer(inner, balancing.total)
+        optimizer = BalancedOptimizer(inner, balancing.sum)
         optimizer.zero_grad()
         optimizer.backward(losses)
         expected = torch.autograd.grad(model(inputs).square().sum(), model.parameters())

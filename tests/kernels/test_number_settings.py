@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "balancing.cagrad": {"c": (*NUMBERS, 1e39)},
     "balancing.nash_mtl": {"max_norm": NUMBERS},
     "balancing.fairgrad": {"alpha": NUMBERS},
-    "balancing.auxiliary_pcgrad": {
+    "balancing.main_aux": {
         "main": (-1, 3, 0.5, math.nan, math.inf),
         "auxiliary_weight": (*NUMBERS, 1e39),
     },

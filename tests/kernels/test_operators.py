@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from kernels import implementation
+from kernels.attention.attention_options import AttentionOptions
 
+from .balancing.methods import SOLVERS
 from .layer_cases import DOORS, Stream
-from .test_balancing import SOLVERS
 from .test_surgery_weights import operator_samples
 
 OPS = torch.ops.superbert
@@ -25,7 +26,8 @@ def leaf(*shape: int) -> Tensor:
 
 def attention(p: float) -> dict[str, tuple]:
     """Arguments of the attention operators."""
-    packed = (CU_SEQLENS, 13, p, 0.2, True, SEED if p else None, 1)
+    options = AttentionOptions(0.2, True, p, stream=1, seed=SEED if p else None)
+    packed = (CU_SEQLENS, 13, *options)
     apart = (CU_SEQLENS, CU_SEQLENS, 13, *packed[1:])
     streams, qkv = [leaf(TOKENS, 2, 16) for _ in range(3)], leaf(TOKENS, 3, 2, 16)
     grad_out, inputs = torch.randn(TOKENS, 2, 16), qkv.detach()

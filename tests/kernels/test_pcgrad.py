@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import PCGrad, balancing
-from kernels.surgery.surgery import draw_order, pcgrad_weights
+from kernels.balancing.pcgrad import draw_order, pcgrad_weights
 
 from .pcgrad_reference import algorithm1
 from .published_pcgrad import published_update

@@ -12,15 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.balancing.pcgrad import draw_order, pcgrad_weights, pcgrad_weights_reference
 from kernels.surgery.surgery import (
     combine_adamw_,
     combine_adamw_reference_,
     combine_reference,
-    draw_order,
     gram,
     gram_reference,
-    pcgrad_weights,
-    pcgrad_weights_reference,
     update_guard,
 )
 

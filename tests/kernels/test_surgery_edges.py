@@ -4,14 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.surgery.surgery import (
-    combine,
-    combine_adamw_,
-    draw_order,
-    gram,
-    pcgrad_weights,
-    update_guard,
-)
+from kernels.balancing.pcgrad import draw_order, pcgrad_weights
+from kernels.surgery.surgery import combine, combine_adamw_, gram, update_guard
 
 from .pcgrad_reference import algorithm1
 from .tolerance import assert_within_twice

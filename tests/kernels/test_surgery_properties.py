@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.surgery.surgery import combine, draw_order, gram, pcgrad_weights
+from kernels.balancing.pcgrad import draw_order, pcgrad_weights
+from kernels.surgery.surgery import combine, gram
 
 from .pcgrad_reference import algorithm1, projected_gradients
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import PCGrad, TaskGradients
-from kernels.surgery.surgery import draw_order
+from kernels.balancing.pcgrad import draw_order
 
 from .test_balanced_gradients import Joined, assert_close
 from .test_pcgrad import written_gradients

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import checked_values, dropout_add_layer_norm, flash_attn_varlen_qkvpacked_func
 from kernels.attention.attention import attention_reference
-from kernels.dropout.dropout import attention_dropout_factors
+from kernels.attention.attention_options import AttentionOptions
 
 from ..device_waits import no_wait_for_the_device
 from .layer_cases import DOORS, Stream
@@ -42,7 +42,7 @@ def test_attention_through_its_function(width: int, causal: bool, dtype: torch.d
     total = sum(LENGTHS) + 5
     cu_seqlens = torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).to(torch.int32)
     seed = torch.tensor(5, device="cuda")
-    factors = attention_dropout_factors(2, total, total, 0.1, seed, 0)
+    options = AttentionOptions(width**-0.5, causal, 0.1, seed=seed)
 
     def ours(qkv: Tensor) -> Tensor:
         out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 300, 0.1, causal=causal, seed=seed)
@@ -51,7 +51,7 @@ def test_attention_through_its_function(width: int, causal: bool, dtype: torch.d
 
     def plain(qkv: Tensor) -> Tensor:
         q, k, v = qkv.unbind(1)
-        return attention_reference(q, k, v, cu_seqlens, cu_seqlens, width**-0.5, causal, factors)[0]
+        return attention_reference(q, k, v, cu_seqlens, cu_seqlens, options)[0]
 
     def run(attention: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         results = []

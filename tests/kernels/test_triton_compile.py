@@ -10,6 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from kernels.attention import attention_triton
+from kernels.attention.attention_options import AttentionOptions
 from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.layer_norm import layer_norm_triton
@@ -74,7 +75,11 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     width, seed, offsets = 64, torch.tensor(1), (0, tokens // 2, tokens)
     cu_seqlens = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32)
     q, k, v = torch.zeros(tokens, 3, 2, 32, dtype=dtype).unbind(1)
-    options = (cu_seqlens, cu_seqlens, 0.1, 0.2, True, seed, 1)
+    options = (
+        cu_seqlens,
+        cu_seqlens,
+        AttentionOptions(0.2, causal=True, dropout_p=0.1, stream=1, seed=seed),
+    )
     out, lse = attention_triton.forward(q, k, v, *options)
     grads = torch.empty(tokens, 3, 2, 32, dtype=dtype).unbind(1)
     attention_triton.backward(out, q, k, v, out, lse, *options, grads=grads)

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from kernels.attention import attention_triton
 from kernels.attention.attention import attention_reference
-from kernels.dropout.dropout import attention_dropout_factors, dropout_factors
+from kernels.attention.attention_options import AttentionOptions
+from kernels.dropout.dropout import dropout_factors
 from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.layer_norm import layer_norm_triton
@@ -128,7 +129,7 @@ class AttentionCase:
         total_q, total_k = (count + TAIL for count in self.tokens)
         self.cu_seqlens = boundaries(lengths_q, device), boundaries(lengths_k, device)
         self.seed = torch.tensor(-99, device=device)
-        self.p, self.scale, self.causal = p, width**-0.5, causal
+        self.options = AttentionOptions(width**-0.5, causal, dropout_p=p, stream=3, seed=self.seed)
         self.q = torch.randn(total_q, 2, width, device=device).to(dtype)
         # Views of one tensor, and so are their gradients.
         self.kv = torch.randn(total_k, 2, 2, width, device=device).to(dtype)
@@ -142,22 +143,17 @@ class AttentionCase:
             (self.kv, slice(sum(lengths_k), None)),
         ):
             x[rows] = torch.nan
-        self.factors = None
-        if p:
-            self.factors = attention_dropout_factors(2, total_q, total_k, p, self.seed, 3)
 
     def reference(self, dtype: torch.dtype) -> list[Tensor]:
         inputs = (self.q, *self.kv.unbind(1))
         leaves = [x.nan_to_num().to(dtype).requires_grad_() for x in inputs]
-        out, lse = attention_reference(
-            *leaves, *self.cu_seqlens, self.scale, self.causal, self.factors
-        )
+        out, lse = attention_reference(*leaves, *self.cu_seqlens, self.options)
         grads = torch.autograd.grad(out, leaves, self.grad_out.nan_to_num().to(dtype))
         return [out, lse.masked_fill(lse.isneginf(), 0), *grads]
 
     def run(self) -> list[Tensor]:
         inputs = (self.q, *self.kv.unbind(1))
-        options = (*self.cu_seqlens, self.p, self.scale, self.causal, self.seed, 3)
+        options = (*self.cu_seqlens, self.options)
         out, lse = attention_triton.forward(*inputs, *options)
         grad_q, grad_kv = (torch.full_like(x, torch.nan) for x in (self.q, self.kv))
         grads = (grad_q, *grad_kv.unbind(1))
@@ -174,7 +170,7 @@ def test_attention_with_more_sequences_than_a_grid_has_rows(device: str) -> None
     lengths[123], lengths[-1] = 5, 9
     qkv = torch.randn(14, 3, 1, 32, device=device)
     few, many = (
-        attention_triton.forward(*qkv.unbind(1), cu, cu, 0.0, 0.2, False, None, 0)
+        attention_triton.forward(*qkv.unbind(1), cu, cu, AttentionOptions(0.2))
         for cu in (boundaries([5, 9], device), boundaries(lengths, device))
     )
     for one, other in zip(few, many, strict=True):
@@ -189,7 +185,7 @@ def test_attention_stays_inside_its_tensors(wrong: list[int], device: str) -> No
     results = []
     for numbers in ([0, 3, 8], wrong):
         cu = torch.tensor(numbers, dtype=torch.int32, device=device)
-        options = (cu, cu, 0.0, 0.2, False, None, 0)
+        options = (cu, cu, AttentionOptions(0.2))
         out, lse = attention_triton.forward(*qkv.unbind(1), *options)
         grad = torch.empty_like(qkv)
         inputs = (*qkv.unbind(1), out, lse)
@@ -206,7 +202,7 @@ def test_attention_with_offsets_beyond_32_bits(device: str) -> None:
     with untouched_memory():
         far = torch.empty(11 * row, dtype=torch.float16, device=device)
     far = far.as_strided((11, 3, 1, 32), (row, 32, 32, 1)).copy_(near)
-    options = (cu_seqlens, cu_seqlens, 0.0, 0.2, False, None, 0)
+    options = (cu_seqlens, cu_seqlens, AttentionOptions(0.2))
     results = []
     for qkv in (near, far):
         out, lse = attention_triton.forward(*qkv.unbind(1), *options)

@@ -38,7 +38,7 @@ from engine.data.source import TaskSource
 from engine.data.table import Table, parse_table
 from engine.data.task_schema import FORMATS, TaskSchema
 from engine.data.tokenizer import Tokenizer
-from engine.models.config import EncoderConfig
+from engine.models.bert import BertConfig
 from engine.models.hf_weights import load_encoder_state, read_config, to_huggingface_state
 from engine.runs.data_paths import data_folder
 from engine.runs.run import Run, begin, open_run
@@ -293,7 +293,7 @@ def _config(model: Path) -> Callable[[bytes], object]:
     def read(content: bytes) -> object:
         (model / "config.json").write_bytes(content)
         config = read_config(model)
-        assert EncoderConfig.from_huggingface(config.to_huggingface()) == config
+        assert BertConfig.from_huggingface(config.to_huggingface()) == config
         return config
 
     return read

@@ -17,8 +17,8 @@ from torch import Tensor
 import kernels
 from kernels import balancing
 
+from ..kernels.balancing.methods import SOLVERS
 from ..kernels.layer_cases import DOORS, Stream
-from ..kernels.test_balancing import SOLVERS
 from ..kernels.test_operators import SAMPLES
 from ..kernels.test_surgery_weights import operator_samples
 from .base import Base
@@ -103,8 +103,8 @@ def _function_calls() -> Iterator[Call]:
     yield "combine_adamw_", partial(kernels.combine_adamw_, **settings), (rows, weights, *state)
     yield "lamb_update_", partial(kernels.lamb_update_, **settings), (*state, [0, 10, 40])
     methods = {
-        **dict.fromkeys(("total", "mean", "mgda", "imtl_g", "dual_projection", "upgrad"), ()),
-        **{"auxiliary_pcgrad": (0, 0.3), "cagrad": (0.5,), "nash_mtl": (1.0,), "fairgrad": (1.0,)},
+        **dict.fromkeys(("sum", "mean", "mgda", "imtl_g", "dual_projection", "upgrad"), ()),
+        **{"main_aux": (0, 0.3), "cagrad": (0.5,), "nash_mtl": (1.0,), "fairgrad": (1.0,)},
         **{"config": (third,), "aligned_mtl": (third, "min"), "krum": (0, 1)},
         **{"gradvac": (order, torch.zeros(3, 3), 0.5), "gradnorm": (weights, one.expand(3))},
         "proportional": (torch.tensor([3, 4, 5]),),

@@ -13,7 +13,7 @@ from torch import nn
 
 from engine.config.recipe import Recipe
 from engine.gradients.balancing import METHODS
-from engine.models.masked_lm import MaskedLmHead
+from engine.models.heads.masked_lm import MaskedLmHead
 
 from .base import DOORS, Base
 from .cases import Case, Tried, try_cases

@@ -90,7 +90,7 @@ def test_padding_is_a_sequence_behind_each_task(plan: ShapePlan) -> None:
     assert filled.token_offsets == (0, 160, 416, 640)
     assert filled.sequences == plain.sequences == (8, 16, 16)
     assert filled.padding == 640 - plain.num_tokens
-    assert filled.fill == plain.fill
+    assert filled.padded_tokens == plain.padded_tokens
     assert filled.max_seqlen >= filled.cu_seqlens.diff().max()
     assert filled.max_own_seqlen == 20
     for task, own in enumerate(filled.own_sequences()):

@@ -93,7 +93,7 @@ def test_dtypes(batch: PackedBatch) -> None:
 def test_statistics(batch: PackedBatch) -> None:
     # Padded: 2 x 3, and 2 x 4 and 2 x 7 for the two columns of the pairs.
     assert batch.padded_tokens == 28
-    assert batch.fill == 21 / 28
+    assert (batch.num_tokens, batch.padding) == (21, 0)
 
 
 def test_moved_to_another_device(batch: PackedBatch) -> None:

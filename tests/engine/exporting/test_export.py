@@ -21,7 +21,8 @@ from engine import __version__, export, train
 from engine.data.loader import evaluation_batches
 from engine.data.table import read_table
 from engine.data.task_schema import FORMATS
-from engine.exporting.model_card import EXAMPLE
+from engine.exporting.model_card import example
+from engine.models.context import Context
 from engine.models.heads import FEATURES
 from engine.models.pooling import pool
 from engine.runs.data_paths import data_folder
@@ -69,7 +70,7 @@ def test_hidden_states_agree_with_transformers(exported):
         torch.testing.assert_close(given["input_ids"][mask], batch.input_ids)
         with torch.inference_mode():
             expected = theirs.eval()(**given).last_hidden_state[mask]
-            hidden = ours.encoder(batch)
+            hidden = ours.encoder(batch.input_ids, Context.of(batch))
         assert (hidden - expected).abs().max() < 1e-5
 
 
@@ -132,7 +133,8 @@ def test_sentence_vectors_and_the_sts_score_agree(tiny_run, tmp_path, pooling):
     split = run.split("sts", "dev")
     for indices, batch in list(evaluation_batches(split, 2000))[:1]:
         with torch.inference_mode():
-            vectors = pool(ours.encoder(batch), batch.cu_seqlens, pooling)
+            hidden = ours.encoder(batch.input_ids, Context.of(batch))
+            vectors = pool(hidden, batch.cu_seqlens, pooling)
         assert (vectors[: len(indices)] - first[indices]).abs().max() < 1e-5
     similarity = 5 * model.similarity_pairwise(first, second).clamp(min=0).cpu().numpy()
     np.testing.assert_allclose(predict(ours, split), similarity, atol=1e-5)
@@ -230,8 +232,8 @@ def test_a_bilstm_head_is_laid_out_as_the_card_says(tiny_run, tmp_path):
 
 
 def test_the_example_has_twenty_lines_and_all_features_but_one():
-    assert len([line for line in EXAMPLE.splitlines() if line]) == 20
-    named = set(re.findall(r'"(\w+)": ', EXAMPLE))
+    assert len([line for line in example().splitlines() if line]) == 20
+    named = set(re.findall(r'"(\w+)": ', example()))
     assert set(FEATURES) - named == {"bilstm"}
 
 

@@ -31,12 +31,12 @@ def test_weights_are_those_of_the_reported_gram(make_model, make_batch):
     )
     order = kernels.draw_order(3, torch.tensor(SEED << 32))
     expected = {
-        "sum": balancing.total,
+        "sum": balancing.sum,
         "mean": balancing.mean,
         "fixed": lambda _: torch.tensor([1.0, 1.0, 0.25]),
         "proportional": lambda _: torch.tensor([50.0, 30.0, 40.0]) / 120,
         "pcgrad": lambda gram: kernels.pcgrad_weights(gram, order),
-        "main_aux": lambda gram: balancing.auxiliary_pcgrad(gram, 1, 0.1),
+        "main_aux": lambda gram: balancing.main_aux(gram, 1, 0.1),
         "cagrad": lambda gram: balancing.cagrad(gram, 0.2),
         "fairgrad": lambda gram: balancing.fairgrad(gram, 2.0),
         "gradvac": lambda gram: balancing.gradvac(gram, order, torch.zeros(3, 3)).weights,

@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 from engine.data.collate import pack
 from engine.models.adapters import AdaptersOfBatch, ProjectedAttention
-from engine.models.bert import Encoder
-from engine.models.config import EncoderConfig
+from engine.models.bert import BertConfig, BertEncoder
+from engine.models.context import Context
 from engine.models.layers import LayerNorm
 
 from ..small_models import random_split
 
 TASKS = ("sst", "quora")
 WIDTH, NARROW, HEADS, LAYERS = 48, 12, 3, 2
-CONFIG = EncoderConfig(
+CONFIG = BertConfig(
     vocab_size=97,
     hidden_size=WIDTH,
     num_hidden_layers=LAYERS,
@@ -32,9 +32,9 @@ CONFIG = EncoderConfig(
 
 
 @pytest.fixture
-def encoder() -> Encoder:
+def encoder() -> BertEncoder:
     torch.manual_seed(0)
-    return Encoder(CONFIG).eval()
+    return BertEncoder(CONFIG).eval()
 
 
 @pytest.fixture
@@ -50,6 +50,11 @@ def adapters() -> list[ProjectedAttention]:
 def batch():
     splits = [random_split(task, 4, vocab=97, seed=seed) for seed, task in enumerate(TASKS)]
     return pack(splits, [np.arange(4)] * 2)
+
+
+def encode(encoder: BertEncoder, batch, adapters=None) -> Tensor:
+    of_batch = None if adapters is None else AdaptersOfBatch.of(adapters, batch)
+    return encoder(batch.input_ids, Context.of(batch, adapters=of_batch))
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -74,8 +79,8 @@ def test_each_task_has_its_own_attention_beside_every_layer(encoder, adapters, b
     bounds = list(pairwise(batch.cu_seqlens.tolist()))
     task_of = np.repeat([0, 1], np.diff(batch.task_offsets))
     with torch.no_grad():
-        found = encoder(batch, adapters=AdaptersOfBatch(adapters, batch, None))
-        hidden = encoder.embeddings(batch, None, None)
+        found = encode(encoder, batch, adapters)
+        hidden = encoder.embeddings(batch.input_ids, Context.of(batch))
         for number, layer in enumerate(encoder.layers):
             added = [
                 beside(adapters[task], number, hidden[start:end])
@@ -100,6 +105,6 @@ def test_projections_are_shared_over_the_layers(adapters):
 def test_training_starts_from_the_plain_encoder(encoder, batch):
     fresh = [ProjectedAttention(CONFIG, NARROW, first_site=99).eval() for _ in range(2)]
     with torch.no_grad():
-        plain = encoder(batch)
-        adapted = encoder(batch, adapters=AdaptersOfBatch(fresh, batch, None))
+        plain = encode(encoder, batch)
+        adapted = encode(encoder, batch, fresh)
     torch.testing.assert_close(adapted, plain, rtol=0, atol=0)

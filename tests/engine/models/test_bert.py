@@ -12,7 +12,8 @@ from engine.data.table import read_table
 from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
 from engine.models import hf_weights
-from engine.models.bert import Encoder
+from engine.models.bert import BertEncoder
+from engine.models.context import Context
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,9 +26,9 @@ def split(real_data: Path, real_encoder: Path) -> TokenizedSplit:
 
 
 @pytest.fixture(scope="module")
-def encoder(real_encoder: Path) -> Encoder:
+def encoder(real_encoder: Path) -> BertEncoder:
     config = hf_weights.read_config(real_encoder)
-    encoder = Encoder(config).eval()
+    encoder = BertEncoder(config).eval()
     encoder.load_state_dict(hf_weights.load_encoder_state(real_encoder, config))
     return encoder
 
@@ -57,7 +58,7 @@ def test_hidden_states_agree_with_transformers(encoder, bert, split):
     ids, mask = padded(batch)
     with torch.no_grad():
         theirs = bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
-        ours = encoder(batch)
+        ours = encoder(batch.input_ids, Context.of(batch))
     assert batch.max_seqlen > 300
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
@@ -69,7 +70,7 @@ def test_gradients_agree_with_transformers(encoder, bert, split):
     projection = torch.randn(batch.num_tokens, encoder.config.hidden_size)
     encoder.zero_grad()
     bert.zero_grad()
-    (encoder(batch) * projection).sum().backward()
+    (encoder(batch.input_ids, Context.of(batch)) * projection).sum().backward()
     (
         bert(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask] * projection
     ).sum().backward()

@@ -26,8 +26,8 @@ from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
 from engine.fill import likeliest
 from engine.models import hf_weights
-from engine.models.bert import Encoder
-from engine.models.config import EncoderConfig
+from engine.models.bert import BertConfig, BertEncoder
+from engine.models.context import Context
 from engine.models.families import FAMILIES
 from engine.runs.run import open_run
 from engine.utils.errors import InputError
@@ -104,13 +104,17 @@ def batch_of(path: Path, texts: list[str]) -> PackedBatch:
 def assert_same_states(path: Path, texts: list[str]) -> None:
     """Hold the encoder on packed tokens against transformers' model on each sentence."""
     config = hf_weights.read_config(path)
-    encoder, theirs = Encoder(config).eval(), hf.AutoModel.from_pretrained(path).eval()
+    encoder, theirs = BertEncoder(config).eval(), hf.AutoModel.from_pretrained(path).eval()
     encoder.load_state_dict(hf_weights.load_encoder_state(path, config))
     batch = batch_of(path, texts)
     lengths = batch.cu_seqlens.diff().tolist()
     assert max(lengths) == config.max_position_embeddings
     with torch.inference_mode():
-        both = zip(encoder(batch).split(lengths), batch.input_ids.split(lengths), strict=True)
+        both = zip(
+            encoder(batch.input_ids, Context.of(batch)).split(lengths),
+            batch.input_ids.split(lengths),
+            strict=True,
+        )
         for ours, ids in both:
             assert (ours - theirs(ids[None]).last_hidden_state[0]).abs().max() < 1e-5
 
@@ -190,7 +194,7 @@ def test_a_run_is_exported_as_a_bert(folder, texts, tmp_path, family) -> None:
     assert torch.equal(given["input_ids"][mask], batch.input_ids)
     with torch.inference_mode():
         expected = theirs.eval()(**given).last_hidden_state
-        states = ours.encoder(batch)
+        states = ours.encoder(batch.input_ids, Context.of(batch))
     assert (states - expected[mask]).abs().max() < 1e-5
     vectors = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts[:4])
     means = (expected * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -236,7 +240,7 @@ def test_a_size_that_is_no_number() -> None:
     shape = {**SHAPE, "hidden_size": math.nan}
     del shape["embedding_size"]
     with pytest.raises(InputError, match="hidden_size = nan: expected a whole number"):
-        EncoderConfig.from_huggingface(shape)
+        BertConfig.from_huggingface(shape)
 
 
 def test_weights_that_belong_to_nothing_are_named(folder) -> None:

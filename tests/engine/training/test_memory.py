@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from engine.models.bert import EncoderLayer
+from engine.models.bert import BertLayer
 
 from ..small_models import build_step, make_micro_batches
 from .test_step import LR, plain_steps
@@ -56,7 +56,7 @@ def test_checkpointed_layers_give_the_same_numbers(make_model, make_batch):
 
         def count(module, _inputs):
             nonlocal layers
-            layers += isinstance(module, EncoderLayer)
+            layers += isinstance(module, BertLayer)
 
         with register_module_forward_pre_hook(count):
             for number in range(3):

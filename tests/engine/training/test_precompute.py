@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.data.collate import pack
-from engine.models.bert import Encoder
+from engine.models.encoder import Encoder
 from engine.runs.run import open_run
 from engine.runs.scoring import predict
 from engine.training.precompute import precompute_hidden_states

@@ -1,0 +1,90 @@
+// Balancing methods: the operators' schemas and their CPU side.  What they solve stands in
+// balancing_solvers.h, the methods themselves in kernels/balancing/.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "balancing_solvers.h"
+#include "balancing_torch.h"
+#include "memory_torch.h"
+
+namespace superbert {
+namespace {
+
+// Operations that are worth a thread of their own.
+constexpr int64_t kGrainOperations = 1 << 18;
+
+std::vector<double> scratch_for(int64_t k) {
+  return std::vector<double>(solvers::solver_scratch(k));
+}
+
+std::tuple<Tensor, Tensor> symmetric_eigen(const Tensor& matrix) {
+  const int64_t k = check_square(matrix, "matrix");
+  const double* source = data<double>(matrix);
+  std::vector<double> work(source, source + k * k);
+  Tensor values = allocate(matrix, {k});
+  Tensor vectors = allocate(matrix, {k, k});
+  solvers::symmetric_eigen(work.data(), k, data<double>(values), data<double>(vectors));
+  return {values, vectors};
+}
+
+Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
+  const int64_t k = check_square(gram, "gram");
+  check_lower(lower, gram);
+  Tensor result = allocate_like(lower);
+  const int64_t grain = std::max<int64_t>(1, kGrainOperations / (k * k * k));
+  parallel_for(0, lower.size(0), grain, [&](int64_t first, int64_t last) {
+    std::vector<double> scratch = scratch_for(k);
+    for (int64_t row = first; row < last; ++row) {
+      solvers::project_onto_dual_cone(data<double>(gram), data<double>(lower) + row * k, k,
+                                      data<double>(result) + row * k, scratch.data());
+    }
+  });
+  return result;
+}
+
+Tensor minimize_norm(const Tensor& gram) {
+  const int64_t k = check_square(gram, "gram");
+  Tensor weights = allocate(gram, {k});
+  solvers::minimize_norm(data<double>(gram), k, data<double>(weights), scratch_for(k).data());
+  return weights;
+}
+
+Tensor avoid_conflict(const Tensor& gram, double c) {
+  const int64_t k = check_square(gram, "gram");
+  check_number("c", c);
+  Tensor weights = allocate(gram, {k});
+  solvers::avoid_conflict(data<double>(gram), c, k, data<double>(weights), scratch_for(k).data());
+  return weights;
+}
+
+Tensor bargain(const Tensor& gram, double alpha) {
+  const int64_t k = check_square(gram, "gram");
+  check_number("alpha", alpha);
+  Tensor weights = allocate(gram, {k});
+  solvers::bargain(data<double>(gram), alpha, k, data<double>(weights), scratch_for(k).data());
+  return weights;
+}
+
+} // namespace
+} // namespace superbert
+
+STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
+  m.def("symmetric_eigen(Tensor matrix) -> (Tensor, Tensor)");
+  m.def("project_onto_dual_cone(Tensor gram, Tensor lower) -> Tensor");
+  m.def("minimize_norm(Tensor gram) -> Tensor");
+  m.def("avoid_conflict(Tensor gram, float c) -> Tensor");
+  m.def("bargain(Tensor gram, float alpha) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
+  m.impl("symmetric_eigen", TORCH_BOX(&superbert::symmetric_eigen));
+  m.impl("project_onto_dual_cone", TORCH_BOX(&superbert::project_onto_dual_cone));
+  m.impl("minimize_norm", TORCH_BOX(&superbert::minimize_norm));
+  m.impl("avoid_conflict", TORCH_BOX(&superbert::avoid_conflict));
+  m.impl("bargain", TORCH_BOX(&superbert::bargain));
+}

@@ -1,0 +1,87 @@
+"""What the layers of a step know besides their input: every layer is called ``layer(x, context)``.
+
+A layer that works row by row needs a :class:`RowContext` at most, or nothing at all outside
+training.  Layers of an encoder work on the token stream of a batch and get its :class:`Context`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from .._kernels import kernels
+
+
+class TokenStream(Protocol):
+    """What layers read of a packed batch."""
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """``[S + 1]`` int32; sequence s is tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens in the longest sequence, or more."""
+
+    @property
+    def position_ids(self) -> Tensor:
+        """``[T]`` int64, from 0 in every sequence."""
+
+    @property
+    def token_type_ids(self) -> Tensor:
+        """``[T]`` int64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowContext:
+    """Of rows of any kind: tokens, or pooled vectors.
+
+    Attributes:
+        segments: which rows belong to which task; with them the backward pass writes task
+            gradients.  None where none are collected.
+        seed: 0-dim int64, the dropout seed of the step; needed in training mode.
+    """
+
+    segments: kernels.TaskSegments | None = None
+    seed: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context(RowContext):
+    """Of the T tokens of S sequences that lie end to end.
+
+    Attributes:
+        cu_seqlens: ``[S + 1]`` int32; sequence s is tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``.
+        max_seqlen: tokens in the longest sequence, or more.
+        position_ids: ``[T]`` int64, from 0 in every sequence.
+        token_type_ids: ``[T]`` int64.
+        adapters: from a layer's number and its input ``[T, H]`` to what its tasks' adapters add to
+            its output; None without adapters.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    position_ids: Tensor
+    token_type_ids: Tensor
+    adapters: Callable[[int, Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch: TokenStream,
+        *,
+        segments: kernels.TaskSegments | None = None,
+        seed: Tensor | None = None,
+        adapters: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> "Context":
+        """Return the context of a packed batch."""
+        return cls(
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            position_ids=batch.position_ids,
+            token_type_ids=batch.token_type_ids,
+            segments=segments,
+            seed=seed,
+            adapters=adapters,
+        )

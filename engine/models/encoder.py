@@ -1,0 +1,102 @@
+"""What training asks of an encoder.  Each lies in a file of its own, such as engine/models/bert.py.
+
+An encoder is a sequence of stages.  The first one embeds the tokens, the others map hidden states
+to hidden states, and everything that goes stage by stage (layer-wise balancing, the exchange of
+gradients, checkpointed activations, reports) follows them.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import EncoderConfig
+from .context import Context
+from .layers import Embedding
+
+
+class Stage(NamedTuple):
+    """A part of a model: its gradients are complete at one moment of the backward pass.
+
+    Attributes:
+        name: the module's name in the model, by which checkpoints and reports call the stage.
+        module: in an encoder, called ``module(x, context)``.
+        task: the one task that it belongs to; None for a stage that tasks share.
+        bucket: what its gradients are sent with, by default themselves.
+    """
+
+    name: str
+    module: nn.Module
+    task: str | None = None
+    bucket: str = ""
+
+
+class Encoder(nn.Module):
+    """Token ids to hidden states ``[T, H]``.
+
+    Args:
+        config: shape and constants; the dropout rates act in training mode only.
+
+    Attributes:
+        checkpoint_layers: in training, keep the input of each stage alone and compute the rest of
+            what its backward pass needs again.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_layers = False
+
+    def stages(self) -> Sequence[Stage]:
+        """Return the stages in the order of the forward pass; every parameter is in one of them."""
+        raise NotImplementedError
+
+    @property
+    def word_table(self) -> Embedding:
+        """The table of words, to which the decoder of masked LM is tied."""
+        raise NotImplementedError
+
+    @property
+    def num_sites(self) -> int:
+        """How many dropout sites there are; later ones (heads) count on from here."""
+        raise NotImplementedError
+
+    def lookups(self, input_ids: Tensor, context: Context) -> Iterable[tuple[Embedding, Tensor]]:
+        """Return every table, and the entries ``[T]`` int64 that a forward pass looks up in it."""
+        raise NotImplementedError
+
+    def forward(self, input_ids: Tensor, context: Context) -> Tensor:
+        """Encode a token stream.
+
+        Args:
+            input_ids: ``[T]`` int64.
+            context: of these tokens.
+
+        Returns:
+            Hidden states ``[T, H]`` in the dtype of the weights.
+        """
+        first, *others = self.stages()
+        hidden: Tensor = first.module(input_ids, context)
+        for stage in others:
+            if self.checkpoint_layers and self.training:
+                # Dropout follows from the seed: no generator's state to keep.
+                hidden = checkpoint(
+                    stage.module, hidden, context, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = stage.module(hidden, context)
+        return hidden
+
+    def zero_sparse_rows(
+        self, input_ids: Tensor, context: Context, offsets: tuple[int, ...]
+    ) -> None:
+        """Zero the task gradients of tables that this batch's backward pass has touched.
+
+        Args:
+            input_ids: ``[T]`` int64.
+            context: of these tokens.
+            offsets: ``K + 1`` token numbers, where tasks begin.
+        """
+        for table, index in self.lookups(input_ids, context):
+            table.zero_rows(index, offsets)

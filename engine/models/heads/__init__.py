@@ -1,0 +1,78 @@
+"""Heads: from what the encoder made of a task's sentences to losses and answers, a file a kind.
+
+``HEADS`` is the one registry: a :class:`~engine.data.task_schema.TaskSchema` or an objective names
+its kind, and everything that depends on it asks the head (:mod:`~engine.models.heads.base`).
+"""
+
+from ...data.source import FURTHER_KINDS
+from .base import LOSSES, Head, HeadExport, HeadSettings, Scores
+from .binary import BinaryHead
+from .classification import ClassificationHead
+from .contrastive import ContrastiveHead
+from .masked_lm import MaskedLmHead
+from .metrics import ACCURACY, PEARSON, Metric
+from .pair_features import CROSS, SHARED_INPUT
+from .regression import RegressionHead
+from .sentence import FEATURES, SentenceHead
+
+__all__ = [
+    "ACCURACY",
+    "CROSS",
+    "FEATURES",
+    "HEADS",
+    "LOSSES",
+    "PEARSON",
+    "SHARED_INPUT",
+    "Head",
+    "HeadExport",
+    "HeadSettings",
+    "Metric",
+    "Scores",
+    "SentenceHead",
+    "build_head",
+    "head_class",
+    "register",
+]
+
+HEADS: dict[str, type[Head]] = {
+    "classes": ClassificationHead,
+    "binary": BinaryHead,
+    "score": RegressionHead,
+    "masked_lm": MaskedLmHead,
+    "masked_lm_next": MaskedLmHead,
+    "simcse": ContrastiveHead,
+}
+"""By kind."""
+
+
+def register(kind: str, head: type[Head]) -> None:
+    """Add a kind of task, which ``tasks.NAME.source.kind`` of a recipe may then name.
+
+    Raises:
+        ValueError: there is such a kind already.
+    """
+    if kind in HEADS:
+        raise ValueError(f"kind {kind!r}: registered already, as {HEADS[kind].__name__}")
+    HEADS[kind] = head
+    FURTHER_KINDS.add(kind)
+
+
+def head_class(kind: str) -> type[Head]:
+    """Return the class of a kind's heads.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    if kind not in HEADS:
+        raise ValueError(f"kind {kind!r}: expected one of {', '.join(HEADS)}")
+    return HEADS[kind]
+
+
+def build_head(settings: HeadSettings) -> Head:
+    """Return a head as it begins; its weights are drawn from torch's generator.
+
+    Raises:
+        InputError: the settings do not go together.
+        ValueError: there is no such kind.
+    """
+    return head_class(settings.kind)(settings)

@@ -1,0 +1,209 @@
+"""The interface of a head: all that the rest of the engine asks of a task's or objective's kind.
+
+A head is one task's alone, so autograd adds its gradients into that task's row directly
+(engine/gradients/flat_parameters.py); only shared layers have to tell tasks apart.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from ...data.task_batch import Labels
+from ...data.task_schema import TaskSchema
+from ...utils.errors import InputError
+from ..config import EncoderConfig
+from ..layers import Embedding
+from ..pooling import TaskStates
+from .metrics import Metric
+
+LOSSES = ("default", "mse", "cross_entropy")
+"""What a recipe's ``loss`` may name; each kind takes some."""
+
+Scores = Tensor | tuple[Tensor, ...]
+"""What a head makes of a batch and its loss reads; of a task that is scored a tensor ``[n, …]``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSettings:
+    """What a head is built from.
+
+    Attributes:
+        kind: a key of :data:`~engine.models.heads.HEADS`.
+        name: of the task or objective.
+        config: of the encoder.
+        task: what the data look like; None for an objective.
+        features: what a task's head reads, as a recipe names it.
+        loss: one of LOSSES.
+        dropout_p: of the dropout before the output layer, in training.
+        site: the number of its dropout site.
+        temperature: what a contrastive loss divides cosines by.
+    """
+
+    kind: str
+    name: str
+    config: EncoderConfig
+    task: TaskSchema | None = None
+    features: str = ""
+    loss: str = "default"
+    dropout_p: float = 0.0
+    site: int = 0
+    temperature: float = 1.0
+
+
+class HeadExport(NamedTuple):
+    """What an export holds of a head.
+
+    Attributes:
+        layout: its entry in the metadata of ``heads.safetensors``, written as JSON.
+        tensors: its weights by name, without the task's.
+    """
+
+    layout: dict[str, object]
+    tensors: dict[str, Tensor]
+
+
+class Head(nn.Module, ABC):
+    """Scores one task's share of a batch, and knows what follows from the task's kind.
+
+    Class attributes:
+        known_features: what ``features`` may name; empty for an objective.
+        known_losses: those of LOSSES that it can be trained by.
+        metric: what its answers are scored by; None for an objective, which answers nothing.
+        is_pretrained: whether pretrained models have weights for it.
+        fills_masks: whether :meth:`word_logits` tells the words behind masks.
+        answers_text: what the card of an export says of its ``answers``.
+        answers_code: by the name of its ``answers``, the Python expression by which the card's
+            example turns the output ``x [1, outputs]`` into an answer; it may use ``low`` and
+            ``span``, and is evaluated for every head, whatever that answers.
+
+    Attributes:
+        name: of the task or objective.
+        task: what the task's data look like; None for an objective.
+        features: what it reads.
+        uses: the layers outside the head that it uses, by their names in SharedLayers.
+        answers: what an export calls its last numbers, a key of ``answers_code``.
+        reads_tokens: whether it reads the tokens' states, not the sentence vectors alone.
+
+    Raises:
+        InputError: the settings do not go together; the message names the recipe's key.
+    """
+
+    known_features: ClassVar[tuple[str, ...]] = ()
+    known_losses: ClassVar[tuple[str, ...]] = ("default",)
+    metric: ClassVar[Metric | None] = None
+    is_pretrained: ClassVar[bool] = False
+    fills_masks: ClassVar[bool] = False
+    answers_text: ClassVar[str] = ""
+    answers_code: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    answers: str = ""
+    reads_tokens: bool = False
+
+    def __init__(self, settings: HeadSettings) -> None:
+        super().__init__()
+        self.check(settings)
+        self.name, self.task, self.features = settings.name, settings.task, settings.features
+        self.uses = self.layers_used(settings)
+
+    @classmethod
+    def check(cls, settings: HeadSettings) -> None:
+        """Refuse features and losses that do not go with the task.
+
+        Raises:
+            InputError: the message names the recipe's key.
+        """
+        if settings.task is None:
+            return
+        allowed = cls.features_for(settings.task)
+        if settings.features not in allowed:
+            raise InputError(
+                f"tasks.{settings.name}.features = {settings.features!r}: expected "
+                f"{' or '.join(allowed)}"
+            )
+        if settings.loss not in cls.known_losses:
+            raise InputError(
+                f"tasks.{settings.name}.loss = {settings.loss!r}: the labels are {settings.kind}; "
+                f"expected {' or '.join(cls.known_losses)}"
+            )
+
+    @classmethod
+    def features_for(cls, _task: TaskSchema) -> tuple[str, ...]:
+        """Return the features that a task can be read by."""
+        return cls.known_features
+
+    @classmethod
+    def layers_used(cls, _settings: HeadSettings) -> tuple[str, ...]:
+        """Return the layers outside a head that it uses: fields of SharedLayers.
+
+        It is asked before the head is built, since a shared layer is drawn before.
+        """
+        return ()
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether it answers, and its answers are scored: that of a task, not of an objective."""
+        return self.metric is not None
+
+    @abstractmethod
+    def forward(self, states: TaskStates) -> Scores:
+        """Score the task's n examples, in fp32 (float64 from float64)."""
+
+    @abstractmethod
+    def loss(self, scores: Any, labels: Labels | None) -> Tensor:
+        """Return the mean loss over the examples, 0-dim.
+
+        Args:
+            scores: what :meth:`forward` returned.
+            labels: of the batch.
+
+        Raises:
+            ValueError: there are no labels, and it needs some.
+        """
+
+    def predict(self, scores: Tensor) -> Tensor:
+        """Return the answers ``[n]`` in the labels' own terms: class numbers or values."""
+        raise TypeError(f"{self.name}: an objective answers nothing, got {tuple(scores.shape)}")
+
+    def certainty(self, scores: Tensor) -> Tensor:
+        """Return the probability ``[n]`` of each answer by the scores; 1 where it has none."""
+        return scores.new_ones(len(scores))
+
+    def exported(self) -> HeadExport | None:
+        """Return what an export holds of it; None for an objective, whose head stays behind."""
+        task = self.task
+        if task is None:
+            return None
+        layout = {"features": self.features, "answers": self.answers}
+        span = {"low": task.low, "high": task.high}
+        return HeadExport(layout | span | {"classes": task.classes}, self.state_dict())
+
+    def load_pretrained(self, _tensors: Mapping[str, Tensor]) -> bool:
+        """Take over the weights that a Hugging Face model has for it; return whether it did.
+
+        Args:
+            tensors: what pretraining left beside the encoder, under BERT's names.
+        """
+        return False
+
+    def word_logits(self, hidden: Tensor, word: Embedding) -> Tensor:
+        """Return a logit for each word, ``[m, H]`` to ``[m, V]``, where it ``fills_masks``.
+
+        Args:
+            hidden: ``[m, H]``, states of masked tokens.
+            word: the word table.
+        """
+        raise TypeError(f"{self.name}: fills no masks, of {tuple(hidden.shape)} or {word}")
+
+    def given(self, labels: Labels | None, scores: Tensor) -> Tensor:
+        """Return a task's labels ``[n]`` in the dtype of the scores.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"labels: none for task {self.name!r}, which is to be trained")
+        return labels.to(scores.dtype)

@@ -1,0 +1,42 @@
+"""One of several classes: a logit for each, cross entropy, accuracy."""
+
+from types import MappingProxyType
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...data.task_batch import Labels
+from .base import HeadSettings
+from .metrics import ACCURACY
+from .pair_features import SIMILARITIES
+from .sentence import FEATURES, SentenceHead
+
+
+class ClassificationHead(SentenceHead):
+    """Scores are logits ``[n, classes]``; labels are class numbers.
+
+    A similarity is one number, so that it cannot tell several classes apart.
+    """
+
+    known_features = tuple(name for name in FEATURES if name not in SIMILARITIES)
+    known_losses = ("default", "cross_entropy")
+    metric = ACCURACY
+    answers = "classes"
+    answers_text = "`classes`, their logits"
+    answers_code = MappingProxyType({"classes": "x.argmax()"})
+
+    def __init__(self, settings: HeadSettings) -> None:
+        assert settings.task is not None
+        super().__init__(settings, outputs=int(settings.task.high) + 1)
+
+    def loss(self, scores: Tensor, labels: Labels | None) -> Tensor:
+        """Return the mean cross entropy."""
+        return F.cross_entropy(scores, self.given(labels, scores).long())
+
+    def predict(self, scores: Tensor) -> Tensor:
+        """Return the likeliest classes, int64."""
+        return scores.argmax(1)
+
+    def certainty(self, scores: Tensor) -> Tensor:
+        """Return their probabilities."""
+        return scores.softmax(1).amax(1)

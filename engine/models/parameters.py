@@ -1,0 +1,72 @@
+"""What a model says of each of its parameters, so that nothing else has to know it by name."""
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from .encoder import Stage
+from .layers import GradientWrite, TaskLayer
+
+
+class ParameterSpec(NamedTuple):
+    """One parameter of a multitask model.
+
+    Attributes:
+        name: in the model's state dict.
+        parameter: itself.
+        stage: what it is part of.
+        tasks: those among the trained ones whose losses reach it, in their order; none for one
+            that is not trained.
+        write: how a backward pass writes its task gradients.
+        layer: what writes them; None for one task's own parameter, which autograd adds up.
+        name_in_layer: as ``layer`` calls it.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    stage: Stage
+    tasks: tuple[str, ...]
+    write: GradientWrite
+    layer: TaskLayer | None
+    name_in_layer: str
+
+    @property
+    def owner(self) -> str | None:
+        """The one task that it belongs to, or None for one that is shared."""
+        return self.stage.task
+
+    @property
+    def bucket(self) -> str:
+        """What its gradients are sent with."""
+        return self.stage.bucket or self.stage.name
+
+
+def describe_stage(
+    stage: Stage, tasks: tuple[str, ...], used_by_heads: Collection[nn.Module]
+) -> Iterator[ParameterSpec]:
+    """Yield what there is to say of a stage's parameters, in their order.
+
+    Args:
+        stage: of the model.
+        tasks: whose losses reach it.
+        used_by_heads: shared layers that heads call, each for its own task alone, so that the
+            gradients of several tasks are added one after the other.
+
+    Raises:
+        TypeError: a parameter that tasks share is none of a :class:`~.layers.TaskLayer`.
+    """
+    for path, module in stage.module.named_modules(prefix=stage.name):
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}"
+            layer, write = None, GradientWrite.ADDED
+            if stage.task is None:
+                if not isinstance(module, TaskLayer):
+                    raise TypeError(
+                        f"{full}: a parameter that tasks share, of a {type(module).__name__}, "
+                        "which writes no task gradients; make it one of engine.models.layers"
+                    )
+                layer = module
+                if module not in used_by_heads:
+                    write = module.gradient_write
+            yield ParameterSpec(full, parameter, stage, tasks, write, layer, name)

@@ -1,0 +1,34 @@
+"""The encoders that there are: a line each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..utils.errors import InputError
+from . import bert
+from .config import EncoderConfig
+from .spec import ModelSpec
+
+MODELS: dict[str, ModelSpec] = {
+    model_type: spec for spec in (bert.SPEC,) for model_type in spec.model_types
+}
+"""By the ``model_type`` of config.json."""
+
+FROM_SCRATCH = bert.SPEC
+"""What is trained without a pretrained model, and what a ``config.json`` without a type means."""
+
+
+def spec_of(config: EncoderConfig) -> ModelSpec:
+    """Return what a config belongs to."""
+    return MODELS[config.model_type]
+
+
+def find_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Return what a ``config.json`` belongs to.
+
+    Raises:
+        InputError: its model type is unknown.
+    """
+    name = config.get("model_type", FROM_SCRATCH.config.model_type)
+    if not isinstance(name, str) or name not in MODELS:
+        raise InputError(f"model_type = {name!r}: expected one of {', '.join(MODELS)}")
+    return MODELS[name]

@@ -1,0 +1,72 @@
+"""Balancing methods: from the Gram matrix of the task gradients to the weights of their sum.
+
+Every method here computes weights ``c [K]`` from ``G = J Jᵀ [K, K]``; the update is
+``sum_k c_k g_k``.  They run where G lies, never wait for the device, and can be part of a CUDA
+graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same weights (with
+:func:`nash_mtl`'s ``max_norm``: the same update).
+A method that divides by a task's norm gives a task with zero gradient the weight 0; where all are
+zero the weights are finite.  Weights that the dtype of G cannot hold are all made smaller alike,
+until it holds the largest.  Where the diagonal of G is not finite (a gradient holds a NaN or an
+infinity, or float32 cannot hold its squared norm, from 1.8e19 on), all weights are NaN, by every
+method: such a step has no update, and :func:`.update_guard` skips it.  Squared norms below 1e-38
+have fewer digits in a float32 G, and below 1e-45 none: such gradients count as zero.
+
+The problems are solved in float64; the small solvers (eigenvalues, quadratic programs, Newton's
+method) are C++ and CUDA from one source, csrc/balancing_solvers.h.  K has no limit but memory, for
+a few ``[K, K]`` matrices, or one for each row that :func:`upgrad` solves at a time.  Time grows
+with K³, :func:`upgrad`'s with K⁴; on CUDA a problem is solved by one thread, so that beyond a
+hundred or so tasks G is better taken to the CPU first.
+
+A method is one file here, with its paper and equation; what they share is in
+:mod:`.gram_matrix` and :mod:`.solvers`.
+"""
+
+import warnings
+
+from .aligned_mtl import aligned_mtl
+from .cagrad import cagrad
+from .config import config
+from .dual_projection import dual_projection
+from .fairgrad import fairgrad
+from .gradnorm import gradnorm
+from .gradvac import gradvac
+from .imtl_g import imtl_g
+from .krum import krum
+from .main_aux import main_aux
+from .mean import mean
+from .mgda import mgda
+from .nash_mtl import nash_mtl
+from .pcgrad import pcgrad_weights as pcgrad
+from .proportional import proportional
+from .sum import sum
+from .upgrad import upgrad
+
+__all__ = [
+    "aligned_mtl",
+    "cagrad",
+    "config",
+    "dual_projection",
+    "fairgrad",
+    "gradnorm",
+    "gradvac",
+    "imtl_g",
+    "krum",
+    "main_aux",
+    "mean",
+    "mgda",
+    "nash_mtl",
+    "pcgrad",
+    "proportional",
+    "sum",
+    "upgrad",
+]
+
+_OLD_NAMES = {"auxiliary_pcgrad": "main_aux", "total": "sum"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _OLD_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _OLD_NAMES[name]
+    warnings.warn(f"balancing.{name} is balancing.{new} now", DeprecationWarning, stacklevel=2)
+    return globals()[new]

@@ -1,0 +1,31 @@
+"""IMTL-G: equal projections onto all gradients."""
+
+import torch
+from torch import Tensor
+
+from .gram_matrix import directions, in_dtype, nan_unless_finite, rounding
+from .solvers import solve_least_squares
+
+
+@nan_unless_finite
+def imtl_g(gram: Tensor) -> Tensor:
+    """IMTL-G: the combination with equal projections onto all gradients; weights add up to 1.
+
+    Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, section 3.1.
+
+    Args:
+        gram: ``[K, K]``, floating point.
+
+    Returns:
+        ``[K]`` weights in the dtype of ``gram``.
+
+    Raises:
+        ValueError: ``gram`` is not as above.
+    """
+    cosines, inverse_norms = directions(gram)
+    ones = (inverse_norms > 0).double()
+    weights = inverse_norms * solve_least_squares(cosines, ones, rounding(gram))
+    total_weight = weights.sum()
+    exists = total_weight.abs() > 1e-12 * weights.abs().sum()
+    weights = torch.where(exists, weights / torch.where(exists, total_weight, 1.0), 0.0)
+    return in_dtype(weights, gram.dtype)

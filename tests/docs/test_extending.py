@@ -1,0 +1,45 @@
+"""The examples of the page on extending run as they stand there."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.gradients import balancing as recipe_methods
+from kernels import balancing
+from tests.conftest import REPOSITORY
+from tests.kernels.balancing import methods, test_edges, test_every_method
+
+PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+def test_a_balancing_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = PAGE.split("\n## Add a balancing method\n")[1].split("\n## ")[0]
+    method, test, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+    file: dict[str, object] = {"__package__": "kernels.balancing"}
+    exec(compile(method, "kernels/balancing/equal_norms.py", "exec"), file)
+    monkeypatch.setattr(balancing, "equal_norms", file["equal_norms"], raising=False)
+    monkeypatch.setitem(methods.METHODS, "equal_norms", file["equal_norms"])
+    monkeypatch.setitem(methods.VARIANTS, "equal_norms", file["equal_norms"])
+
+    tests: dict[str, object] = {"__package__": "tests.kernels.balancing"}
+    exec(compile(test, "tests/kernels/balancing/test_equal_norms.py", "exec"), tests)
+    ran = [run() for name, run in tests.items() if name.startswith("test_") and callable(run)]
+    assert ran
+    for dtype in (torch.float32, torch.float64):
+        test_every_method.test_free_of_scale("equal_norms", dtype)
+        for case in test_every_method.ugly_gradients():
+            test_every_method.test_ugly_gradients_give_finite_updates("equal_norms", case, dtype)
+    test_every_method.test_tasks_can_be_permuted("equal_norms")
+    for count in (1, 4):
+        test_edges.test_weights_are_finite_where_the_gram_matrix_is("equal_norms", count)
+        test_edges.test_a_gradient_that_is_not_finite_makes_all_weights_nan("equal_norms", count)
+
+    (build,) = eval(line, vars(recipe_methods)).values()
+    tasks = recipe_methods.TrainedTasks(("a", "b"), (1, 1))
+    gram = torch.tensor([[1.0, 0.0], [0.0, 9.0]])
+    signals = recipe_methods.BalancerInput(gram, torch.zeros(2, 2), torch.ones(2), {})
+    weights: Tensor = build(tasks, recipe_methods.BalanceSettings()).decide(signals).weights
+    torch.testing.assert_close(weights, torch.tensor([2.0, 2 / 3]))

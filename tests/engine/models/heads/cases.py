@@ -1,0 +1,94 @@
+"""Heads and the states that they read, without an encoder."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config.objective import ObjectiveRecipe
+from engine.data.batch_shapes import ShapePlan
+from engine.data.collate import PackedBatch, pack
+from engine.data.task_schema import FORMATS, TaskSchema
+from engine.data.tokenizer import Tokenizer
+from engine.models.bert import BertConfig
+from engine.models.heads import Head, HeadSettings, build_head
+from engine.models.layers import Embedding, Linear
+from engine.models.pooling import SharedLayers, TaskStates
+from engine.runs.objectives import build_examples
+
+from ...small_models import random_split
+
+WIDTH, EXAMPLES = 12, 5
+
+TEXTS = [f"the film {n} was fine. i saw it {n} times. it is {n * n}!" for n in range(12)]
+OBJECTIVES = ("masked_lm", "masked_lm_next", "simcse")
+SEED = torch.tensor(5)
+
+CONFIG = BertConfig(
+    vocab_size=16,
+    hidden_size=WIDTH,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+)
+
+CLASSES_OF_PAIRS = TaskSchema(
+    task="nli", sentences=("a", "b"), label="label", kind="classes", high=2
+)
+
+
+def states_of(pooled: Tensor, pair: Linear | None = None) -> TaskStates:
+    """The states of sequences of one token each, outside training."""
+    return TaskStates(
+        tokens=pooled,
+        pooled=pooled,
+        cu_seqlens=torch.arange(len(pooled) + 1, dtype=torch.int32),
+        max_seqlen=1,
+        labels=None,
+        seed=None,
+        shared=SharedLayers(Embedding(4, WIDTH), pair),
+        row=None,
+        num_rows=1,
+    )
+
+
+def head_of(task: str | TaskSchema, features: str, loss: str = "default") -> Head:
+    form = FORMATS[task] if isinstance(task, str) else task
+    settings = HeadSettings(
+        kind=form.kind,
+        name=form.task,
+        config=CONFIG,
+        task=form,
+        features=features,
+        loss=loss,
+        dropout_p=0.5,
+    )
+    return build_head(settings).eval()
+
+
+def of_output(head: Head, vector: np.ndarray) -> np.ndarray:
+    """The output layer on a vector, in float64."""
+    weight, bias = (p.detach().double().numpy() for p in (head.output.weight, head.output.bias))
+    return weight @ np.atleast_1d(vector) + bias
+
+
+def within_twice(found: Tensor, plain: Tensor, exact: Tensor) -> bool:
+    """Whether ``found`` errs at most twice as much as torch does in the same dtype.
+
+    A rounding of the result itself is allowed beside it.
+    """
+    rounding = torch.finfo(found.dtype).eps * exact.abs().max()
+    error, allowed = ((x.double() - exact).abs().max() for x in (found, plain))
+    return bool(error <= 2 * allowed + rounding)
+
+
+def batch_of(
+    tokenizer: Tokenizer, names: tuple[str, ...], step: int = 0, plan: ShapePlan | None = None
+) -> PackedBatch:
+    """Five examples of ``sst`` and of objectives, each named as its kind."""
+    sources = [
+        random_split("sst", 5, vocab=97, seed=1)
+        if name == "sst"
+        else build_examples(name, ObjectiveRecipe(kind=name), TEXTS, tokenizer, 64, 0)
+        for name in names
+    ]
+    return pack(sources, [np.arange(5)] * len(names), step, plan)
