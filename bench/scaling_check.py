@@ -23,6 +23,7 @@ from engine.distributed.gradient_sync import MODES, NoSync
 from engine.distributed.ranks import Ranks
 from engine.gradients.layout import VECTORS
 from engine.runs.run import begin
+from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
 from engine.utils.json_text import dump_json
 
@@ -115,7 +116,7 @@ def main() -> int:
     recipe = recipes.load("demo", [*settings, *(f"encoder.{field}" for field in shape)])
     with ranks.joined(device, recipe.timeout), tempfile.TemporaryDirectory() as folder:
         with ranks.main_first():
-            training = Trainer.build(begin(recipe, Path(folder) / "run"), device, ranks)
+            training = build_trainer(begin(recipe, Path(folder) / "run"), device, ranks)
         result = measure(training, options.steps)
     if ranks.is_main:
         print(dump_json(result, indent=1))

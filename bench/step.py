@@ -29,6 +29,7 @@ from engine.runs.run import begin
 from engine.runtime.cpu import keep_freed_memory
 from engine.runtime.execution import Execution
 from engine.runtime.precision import multiplies_bf16_fast
+from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
 from engine.utils.errors import InputError
 
@@ -78,7 +79,7 @@ def engine_training(
         if value is not None:
             settings.append(recipes.override(key, str(value.absolute())))
     run = begin(recipes.load("cgs", settings), Path("not-written"))
-    return Trainer.build(run, torch.device(options.device))
+    return build_trainer(run, torch.device(options.device))
 
 
 class Engine:

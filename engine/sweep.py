@@ -10,20 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from types import FrameType
 
-from .cli.common import DIVERGED, STOPPED, Parser, positive, run_cli, terminal
+from .cli.common import Parser, positive, run_cli, terminal
 from .cli.options import add_device, add_settings, overrides
+from .cli.series import train_series
 from .cli.standard_output import train_without_output
 from .config import recipe as recipes
 from .runs.experiments import (
     MOST_RUNS,
     RunSpec,
     check_models,
-    check_results,
-    print_diverged,
-    print_results,
-    read_results,
     seeds_of,
-    train_runs,
 )
 from .runs.lock import held
 from .runtime.precision import pick_device
@@ -34,7 +30,7 @@ from .utils.files import explained, resolved
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the door; return its exit status."""
+    """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
     train_without_output()
     console, device = terminal(), pick_device(options.device)
@@ -44,26 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.minutes is not None and not 0 <= options.minutes <= threading.TIMEOUT_MAX / 60:
         raise InputError(f"--minutes {options.minutes}: expected a number of minutes, at least 0")
     settings = overrides(options)
-    cells = [
-        cell
+    specs = [
+        spec
         for group, name in groups(names).items()
         for point in grid_points(options.grid)
-        for cell in _cells(group, name, point, settings, options.seeds)
+        for spec in _specs(group, name, point, settings, options.seeds)
     ]
     out = resolved(options.out)
-    check_models(out, cells)
-    with held(out):
-        check_results(out, cells)
-        with _time_limit(options.minutes) as over:
-            in_time = itertools.takewhile(lambda _: not over.is_set(), cells)
-            ending = train_runs(out, in_time, lambda run: train_run(run, device, console), console)
-        results = read_results(out)
-    print_results(console, results)
-    print_diverged(console, ending.diverged)
-    if all(cell.name in {**results, **ending.diverged} for cell in cells):
-        return DIVERGED if ending.diverged else 0
-    console.print("not all runs are done; the same command goes on with them")
-    return STOPPED + (ending.signal or signal.SIGTERM)
+    check_models(out, specs)
+    with held(out), _time_limit(options.minutes) as over:
+        return train_series(out, specs, lambda run: train_run(run, device, console), console, over)
 
 
 def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
@@ -111,7 +97,7 @@ def _is_file(name: str) -> bool:
     return name.endswith(".toml")
 
 
-def _cells(
+def _specs(
     group: str, name: str, point: tuple[str, ...], settings: Sequence[str], seeds: int
 ) -> list[RunSpec]:
     recipe = recipes.load(name, [*settings, *point])
@@ -156,7 +142,7 @@ def _time_limit(minutes: float | None) -> Iterator[threading.Event]:
 def _parser() -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.sweep",
-        description="Train several runs below one folder; called again, go on where it was.",
+        description="Train several runs below one folder; rerun to resume.",
     )
     what, where = parser.add_argument_group("what to train"), parser.add_argument_group("where")
     add = what.add_argument

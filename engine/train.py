@@ -1,7 +1,7 @@
 """``python -m engine.train RECIPE``: train one encoder on several tasks.
 
 From here a step goes: the loop below -> training/step.py (forward, one backward, surgery,
-update) -> models/encoder.py -> kernels/ -> csrc/.
+update) -> models/bert.py -> kernels/ -> csrc/.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from .checkpoints.manifest import Progress
-from .cli.common import DIVERGED, STOPPED, print_scores, run_cli, terminal
+from .cli.common import STOPPED, print_scores, run_cli, terminal
 from .cli.completion import bash_script
 from .cli.dry_run import show_plan
 from .cli.help import print_fields
@@ -30,30 +30,24 @@ from .cli.progress import (
     print_warmup,
     report_data,
 )
+from .cli.series import train_series
 from .cli.standard_output import train_without_output
 from .config import recipe as recipes
-from .config.recipe import Recipe
 from .data.collate import PackedBatch
 from .distributed.ranks import Ranks
 from .lint.phase_facts import PhaseFacts
 from .metrics.log import MetricsLog
 from .metrics.read import read_evaluation_lines
-from .runs import run as runs
-from .runs.experiments import (
-    check_results,
-    print_diverged,
-    print_results,
-    read_results,
-    seeds_of,
-    train_runs,
-)
+from .runs.experiments import seeds_of
 from .runs.folder import claimed, free_folders
 from .runs.lock import held, held_first
-from .runs.run import Run
+from .runs.resume import resume
+from .runs.run import Run, begin
 from .runs.scoring import Scores, read_scores, score_splits, write_scores
 from .runtime.cpu import keep_freed_memory, set_threads
 from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.precision import pick_device
+from .training.build import build_trainer
 from .training.divergence import check_skipped, is_sound
 from .training.signals import StopRequest
 from .training.trainer import Trainer
@@ -168,7 +162,7 @@ def train_run(
     for phase in range(done.phase, len(run.recipe.in_phases)):
         # The first on each machine fills the cache of tokenized data.
         with ranks.main_first(), memory_explained(SMALLER_MODEL):
-            training = Trainer.build(run, device, ranks, phase=phase)
+            training = build_trainer(run, device, ranks, phase=phase)
         if phase == done.phase:
             _check_steps(training, done)
         if ranks.is_main:
@@ -211,7 +205,7 @@ def _check_steps(training: Trainer, done: Progress) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the door; return its exit status."""
+    """Run the command; return its exit status."""
     options = parser().parse_args(arguments)
     if _looks_around(options, terminal()):
         return 0
@@ -231,15 +225,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = recipes.load(options.recipe, overrides(options))
     resumes = options.resume or ranks.restarted
     if options.seeds is not None:
+        specs = seeds_of("", recipe, options.seeds)
         with _place(options, held) as out:
-            return _train_seeds(recipe, out, options.seeds, device, console)
+            return train_series(out, specs, lambda run: train_run(run, device, console), console)
     wait = min(_LEASE, recipe.timeout / 2) if ranks.restarted else 0.0
     claim = partial(claimed, ranks=ranks, resumes=resumes, wait=wait)
     with ranks.joined(device, recipe.timeout), _place(options, claim) as out:
         with ranks.main_first():
-            run = runs.resume(recipe, out) if resumes else runs.begin(recipe, out)
+            run = resume(recipe, out) if resumes else begin(recipe, out)
         if options.dry_run:
-            training = Trainer.build(run, device, ranks)
+            training = build_trainer(run, device, ranks)
             report_data(console, [*training.train_sets, *training.dev_sets.values()])
             show_plan(console, training)
             print_idle_settings(console, training, {training.name: PhaseFacts.of(training)}, ())
@@ -273,21 +268,6 @@ def _place(
     free = free_folders(Path("runs"), options.recipe)
     with nullcontext(next(free)) if options.dry_run else held_first(free) as out:
         yield out
-
-
-def _train_seeds(
-    recipe: Recipe, out: Path, count: int, device: torch.device, console: Console
-) -> int:
-    """Train a recipe under several seeds; return the door's exit status."""
-    cells = seeds_of("", recipe, count)
-    check_results(out, cells)
-    ending = train_runs(out, cells, lambda run: train_run(run, device, console), console)
-    print_results(console, read_results(out))
-    print_diverged(console, ending.diverged)
-    if ending.signal is not None:
-        console.print(f"stopped by {ending.signal.name}; the same command goes on with it")
-        return STOPPED + ending.signal
-    return DIVERGED if ending.diverged else 0
 
 
 def _looks_around(options: Namespace, console: Console) -> bool:

@@ -10,7 +10,7 @@ from ..data.raw_text import Found
 from ..data.source import TaskSource
 from ..distributed.ranks import Ranks
 from ..models.config import EncoderConfig
-from ..training.trainer import execution_kind
+from ..training.build import execution_kind
 from .phase_facts import PhaseFacts
 
 

@@ -19,7 +19,7 @@ from ..data.rows import shorten
 from ..distributed.ranks import Ranks
 from ..runs.data_paths import reads_data_folder
 from ..runs.run import Run
-from ..training.trainer import has_one_gradient, runs_encoder
+from ..training.build import has_one_gradient, runs_encoder
 from ..utils.field_types import Settings
 from .cases import Case
 from .given_fields import given_fields

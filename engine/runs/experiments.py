@@ -22,9 +22,9 @@ from ..utils.errors import DivergedError, InputError
 from ..utils.files import remove_partial_files, write_text
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import read_bytes
-from . import run as runs
 from .folder import claimed
-from .run import Run
+from .resume import check_scores_of, resume
+from .run import Run, pretrained_encoder
 from .scoring import read_scores
 
 RESULTS = "results.json"
@@ -55,7 +55,7 @@ class Ending(NamedTuple):
 
     Attributes:
         signal: that stopped it, or None.
-        diverged: why runs of it have no result, by the names of their cells.
+        diverged: why runs of it have no result, by their names.
     """
 
     signal: Signals | None
@@ -66,7 +66,7 @@ class Result(NamedTuple):
     """How a run of the series ended.
 
     Attributes:
-        group: of its cell.
+        group: of its spec.
         scores: dev scores of the best epoch, by task and ``overall``; none where no task is
             trained.
         seconds: that its training steps took.
@@ -92,13 +92,13 @@ def seeds_of(group: str, recipe: Recipe, count: int) -> list[RunSpec]:
     ]
 
 
-def check_results(folder: Path, cells: Iterable[RunSpec]) -> None:
+def check_results(folder: Path, specs: Iterable[RunSpec]) -> None:
     """Hold the runs of a series that are finished against what is asked for now.
 
     Raises:
-        InputError: one that would be shown with those of a cell was made with other settings.
+        InputError: one that would be shown with those of a spec was made with other settings.
     """
-    recipes = {cell.group: cell.recipe for cell in cells}
+    recipes = {spec.group: spec.recipe for spec in specs}
     for name, result in read_results(folder).items():
         if result.group in recipes:
             if not isfile(folder / name / "recipe.toml"):
@@ -106,23 +106,23 @@ def check_results(folder: Path, cells: Iterable[RunSpec]) -> None:
                     f"{folder / name}: is gone, and with it what settings its scores in "
                     f"{RESULTS} are of; give another --out"
                 )
-            runs.check_scores_of(recipes[result.group], folder / name)
+            check_scores_of(recipes[result.group], folder / name)
 
 
-def check_models(folder: Path, cells: Iterable[RunSpec]) -> None:
+def check_models(folder: Path, specs: Iterable[RunSpec]) -> None:
     """Hold the runs that are still to be begun against their pretrained encoders.
 
     Raises:
         InputError: one of them cannot be begun.
     """
-    for cell in cells:
-        if cell.recipe.init and not isfile(folder / cell.name / "recipe.toml"):
-            runs.pretrained_encoder(cell.recipe)
+    for spec in specs:
+        if spec.recipe.init and not isfile(folder / spec.name / "recipe.toml"):
+            pretrained_encoder(spec.recipe)
 
 
 def train_runs(
     folder: Path,
-    cells: Iterable[RunSpec],
+    specs: Iterable[RunSpec],
     train_run: Callable[[Run], Signals | None],
     console: Console,
 ) -> Ending:
@@ -130,7 +130,7 @@ def train_runs(
 
     Args:
         folder: of the series, held by this process.
-        cells: in the order in which they are trained.
+        specs: in the order in which they are trained.
         train_run: trains a run to its end, or until a signal, which it returns.
         console: to say on what is begun.
 
@@ -140,31 +140,31 @@ def train_runs(
     """
     remove_partial_files(folder, re.compile(re.escape(RESULTS)))
     results, diverged = read_results(folder), dict[str, str]()
-    for cell in cells:
-        if cell.name in results:
+    for spec in specs:
+        if spec.name in results:
             continue
-        console.rule(cell.name)
-        with claimed(folder / cell.name, resumes=True):
-            run = runs.resume(cell.recipe, folder / cell.name)
+        console.rule(spec.name)
+        with claimed(folder / spec.name, resumes=True):
+            run = resume(spec.recipe, folder / spec.name)
             try:
                 signal = train_run(run)
             except DivergedError as error:
-                console.print(f"{cell.name}: {error}", soft_wrap=True, highlight=False)
-                diverged[cell.name] = str(error)
+                console.print(f"{spec.name}: {error}", soft_wrap=True, highlight=False)
+                diverged[spec.name] = str(error)
                 continue
             if signal is not None:
                 return Ending(signal, diverged)
             recipe = run.recipe
             scores = read_scores(run.folder, recipe.tasks).scores if recipe.is_scored else {}
             seconds = training_seconds(run.folder)
-        results[cell.name] = Result(cell.group, scores, seconds)
+        results[spec.name] = Result(spec.group, scores, seconds)
         content = {name: result._asdict() for name, result in results.items()}
         write_text(folder / RESULTS, dump_json(content, indent=2) + "\n")
     return Ending(None, diverged)
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """Return the results of a series so far, by the names of its cells.
+    """Return the results of a series so far, by the names of its runs.
 
     Raises:
         InputError: the file is damaged.

@@ -20,7 +20,7 @@ from engine.distributed.ranks import Ranks
 from engine.runs import run as runs
 from engine.runs.run import open_run
 from engine.train import main
-from engine.training.trainer import Trainer
+from engine.training.build import build_trainer
 from engine.utils.errors import InputError
 from engine.utils.files import write_text
 
@@ -316,7 +316,7 @@ def test_weights_that_are_not_finite_are_refused(copy, kind, change):
         load_weights(newest, run.new_model())
     if kind == "step":
         with pytest.raises(InputError, match=r"no finite numbers|stored as .*, expected F32"):
-            Trainer.build(run, torch.device("cpu")).restore()
+            build_trainer(run, torch.device("cpu")).restore()
 
 
 def below_zero(tensors: dict[str, torch.Tensor]) -> None:
@@ -331,7 +331,7 @@ def test_moments_that_no_training_leaves_are_refused(copy):
     (file,) = newest.glob("*.safetensors")
     rewrite(file, below_zero)
     with pytest.raises(InputError, match="squares are below zero"):
-        Trainer.build(run, torch.device("cpu")).restore()
+        build_trainer(run, torch.device("cpu")).restore()
 
 
 def shifted(stored: dict[str, str]) -> dict[str, str]:
@@ -352,7 +352,7 @@ def test_pieces_that_leave_gaps_are_refused(copy):
     with pytest.raises(InputError, match="overlap or leave gaps"):
         load_weights(newest, run.new_model())
     with pytest.raises(InputError, match="expected"):
-        Trainer.build(run, torch.device("cpu")).restore()
+        build_trainer(run, torch.device("cpu")).restore()
 
 
 @pytest.mark.parametrize("how", ["overlap", "outside", "no bucket"])

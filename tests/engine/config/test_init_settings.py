@@ -9,8 +9,9 @@ import torch
 
 from engine import evaluate, export, predict, sweep, train
 from engine.config import recipe as recipes
-from engine.runs.run import begin, open_run, resume
-from engine.training.trainer import Trainer
+from engine.runs.resume import resume
+from engine.runs.run import begin, open_run
+from engine.training.build import build_trainer
 from engine.utils.errors import InputError
 
 from ..cli.test_bad_input import refuse
@@ -57,7 +58,7 @@ def dropouts(model) -> set[tuple[float, float, float]]:
 )
 def test_rates_that_are_set_take_effect_and_others_are_the_models(model, settings, expected):
     run = plan(model, *settings)
-    assert dropouts(Trainer.build(run, CPU).model) == {expected}
+    assert dropouts(build_trainer(run, CPU).model) == {expected}
     for recipe in (run.recipe, *run.recipe.in_phases.values()):
         assert tuple(getattr(recipe.encoder, rate) for rate in RATES) == expected[1:]
         assert recipe.encoder.hidden_size == run.config.hidden_size == 32

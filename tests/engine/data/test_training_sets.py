@@ -6,6 +6,7 @@ import torch
 
 from engine.config import recipe as recipes
 from engine.runs.run import begin
+from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
 
 from ..conftest import TINY
@@ -13,7 +14,7 @@ from ..conftest import TINY
 
 def training(folder, recipe: str, *settings: str) -> Trainer:
     run = begin(recipes.load(recipe, [*TINY, *settings]), folder / "run")
-    return Trainer.build(run, torch.device("cpu"))
+    return build_trainer(run, torch.device("cpu"))
 
 
 def drawn(built: Trainer, task: str) -> np.ndarray:

@@ -15,7 +15,7 @@ from engine.distributed.ranks import Ranks
 from engine.models.hf_weights import to_huggingface_state
 from engine.runs.run import begin, open_run
 from engine.train import main
-from engine.training.trainer import Trainer
+from engine.training.build import build_trainer
 from engine.utils.errors import InputError, LostRankError
 
 from ..conftest import SHORT, TINY
@@ -143,7 +143,7 @@ def test_what_ranks_cannot_share(runs, settings, expected):
     fields = dict(setting.split("=") for setting in settings)
     recipe = run.recipe.model_validate(run.recipe.model_dump() | fields)
     with pytest.raises(InputError, match=expected):
-        Trainer.build(run._replace(recipe=recipe), torch.device("cpu"), Ranks(0, 4))
+        build_trainer(run._replace(recipe=recipe), torch.device("cpu"), Ranks(0, 4))
 
 
 def test_ranks_from_the_environment(monkeypatch):

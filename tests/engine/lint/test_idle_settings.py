@@ -24,7 +24,7 @@ from engine.lint.phase_facts import PhaseFacts
 from engine.runs.data_paths import data_folder
 from engine.runs.run import Run, begin
 from engine.train import main
-from engine.training.trainer import Trainer
+from engine.training.build import build_trainer
 from engine.utils.errors import InputError
 
 from ..conftest import TINY
@@ -93,7 +93,7 @@ class Trial(NamedTuple):
 
 def attempt(*settings: str) -> Trial:
     run = begin(recipes.load("demo", [*SMALL, *settings]), Path("not-written"))
-    training = Trainer.build(run, CPU)
+    training = build_trainer(run, CPU)
     with training.loader(0) as loader:
         steps = enumerate(zip(*[iter(loader)] * training.recipe.micro_batches, strict=False))
         reports = [training.step(batch, step, training.schedule(step)) for step, batch in steps]

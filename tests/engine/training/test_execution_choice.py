@@ -7,6 +7,7 @@ import torch
 
 from engine.config import recipe as recipes
 from engine.runs import run as runs
+from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
 from engine.utils.errors import InputError
 
@@ -15,7 +16,7 @@ pytest.importorskip("torchjd")
 
 def build(folder: Path, *settings: str) -> Trainer:
     recipe = recipes.load("demo", ["max_steps=2", *settings])
-    return Trainer.build(runs.begin(recipe, folder), torch.device("cpu"))
+    return build_trainer(runs.begin(recipe, folder), torch.device("cpu"))
 
 
 def test_what_waits_for_the_device_is_not_recorded(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from engine.data.loader import TrainingLoader
 from engine.data.task_schema import FORMATS
 from engine.models.hf_weights import to_huggingface_state
 from engine.runs import run as runs
+from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
 
 from ...kernels.pcgrad_reference import algorithm1
@@ -66,7 +67,7 @@ def build(data: Path, folder: Path, balance: str, layers: int, execution: str) -
         f"execution={execution}",
         f"max_steps={STEPS}",
     ]
-    return Trainer.build(runs.begin(recipes.load("cgs", settings), folder), torch.device("cpu"))
+    return build_trainer(runs.begin(recipes.load("cgs", settings), folder), torch.device("cpu"))
 
 
 def one_pass(training: Trainer, shapes: int) -> Tensor:

@@ -1,0 +1,56 @@
+"""Train several runs below one folder, and say how they ended: ``train --seeds`` and ``sweep``."""
+
+import itertools
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from signal import Signals
+
+from rich.console import Console
+
+from ..runs.experiments import (
+    RunSpec,
+    check_results,
+    print_diverged,
+    print_results,
+    read_results,
+    train_runs,
+)
+from ..runs.run import Run
+from .common import DIVERGED, STOPPED
+
+
+def train_series(
+    folder: Path,
+    specs: Sequence[RunSpec],
+    train_run: Callable[[Run], Signals | None],
+    console: Console,
+    over: threading.Event | None = None,
+) -> int:
+    """Train the runs that are not done yet, and print the scores of all in the folder.
+
+    Args:
+        folder: of the series, held by this process.
+        specs: its runs, in the order in which they are trained.
+        train_run: trains a run to its end, or until a signal, which it returns.
+        console: for progress and scores.
+        over: no run is begun once it is set.
+
+    Returns:
+        The command's exit status.
+
+    Raises:
+        InputError: the folder has scores of other settings.
+    """
+    check_results(folder, specs)
+    in_time = itertools.takewhile(lambda _: over is None or not over.is_set(), specs)
+    ending = train_runs(folder, in_time, train_run, console)
+    results = read_results(folder)
+    print_results(console, results)
+    print_diverged(console, ending.diverged)
+    if all(spec.name in {**results, **ending.diverged} for spec in specs):
+        return DIVERGED if ending.diverged else 0
+    why = "the time is over" if ending.signal is None else f"stopped by {ending.signal.name}"
+    console.print(f"{why}; the same command goes on with the runs that are not done")
+    return STOPPED + (ending.signal or signal.SIGTERM)

@@ -1,0 +1,219 @@
+"""Put a training run together from its recipe: data, model, flat parameters, optimizer, step."""
+
+import sys
+
+import torch
+
+from ..checkpoints.async_writer import AsyncWriter
+from ..config.recipe import Recipe
+from ..data.sampler import TaskSampler, stratified_subset
+from ..data.split import TokenizedSplit
+from ..data.task_batch import Examples
+from ..data.task_schedule import TaskSchedule
+from ..distributed.gradient_sync import build_gradient_sync
+from ..distributed.ranks import Ranks
+from ..gradients.balancing import TORCHJD, Balancer, TrainedTasks, build_method
+from ..gradients.flat_parameters import FlatParameters
+from ..gradients.groups import ParamGroups
+from ..metrics.loggers import check_sinks
+from ..models.multitask import MultitaskModel
+from ..optim.apex import CLASSES as APEX
+from ..optim.build import build_optimizer
+from ..optim.loss_scale import LossScale
+from ..optim.lr_schedule import Schedule
+from ..runs.run import Run
+from ..runtime.execution import Execution
+from ..runtime.oom import check_memory, smaller_batches
+from ..runtime.precision import pick_dtype, set_matmul_precision
+from ..utils.errors import InputError
+from .precompute import precompute_hidden_states
+from .step import MultitaskStep
+from .trainer import Trainer, check_range
+
+
+def build_trainer(
+    run: Run, device: torch.device, ranks: Ranks | None = None, *, phase: int = 0
+) -> Trainer:
+    """Read the data, build the model and everything around it, for one phase of the recipe.
+
+    Raises:
+        InputError: data or weights cannot be used.
+    """
+    recipe, ranks = list(run.recipe.in_phases.values())[phase], ranks or Ranks()
+    check_sinks(recipe.sinks if ranks.is_main else ())
+    sharded = ranks.size > 1 and recipe.distribute == "sharded"
+    if sharded and recipe.optimizer != "adamw":
+        raise InputError(
+            f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
+        )
+    train_sets = [_examples(run, name) for name in recipe.train]
+    samplers = [_sampler(examples, recipe) for examples in train_sets]
+    sizes = tuple(len(sampler) for sampler in samplers)
+    order = TaskSchedule(recipe.order, sizes, recipe.batch_size, recipe.epochs, recipe.seed)
+    _check_division(recipe, order, ranks.size)
+    take_turns = order.tasks_a_step < len(recipe.train)
+    tasks = TrainedTasks(recipe.train, sizes)
+    balance = "sum" if has_one_gradient(recipe) else recipe.balance
+    method = build_method(balance, tasks, recipe.balancing)
+    total_steps = min(order.total_steps, recipe.max_steps or sys.maxsize)
+    model = run.initial_model(phase).train()
+    _check_batches(recipe, run.config.hidden_size, device)
+    model.encoder.checkpoint_layers = recipe.checkpoint_layers
+    set_matmul_precision(recipe.precision, device)
+    dtype = pick_dtype(recipe.precision, device)
+    parameters = FlatParameters(
+        model,
+        recipe.train,
+        device=device,
+        compute_dtype=dtype,
+        freeze_encoder=recipe.freeze_encoder,
+        take_turns=take_turns,
+        shard=ranks.shard if sharded else (0, 1),
+    )
+    check_range(parameters)
+    if not parameters.numel:
+        raise InputError(
+            f"freeze_encoder: nothing is left to train by {', '.join(recipe.train)}; "
+            "freeze it in other phases alone (phases.NAME.freeze_encoder=true)"
+        )
+    exchange = build_gradient_sync(recipe.distribute, ranks.size, model, parameters)
+    dev_sets = {task: run.split(task, "dev") for task in recipe.tasks if recipe.scored}
+    if not runs_encoder(recipe):
+        train_sets = [_frozen(model, examples) for examples in train_sets]
+        dev_sets = {
+            task: precompute_hidden_states(model, split) for task, split in dev_sets.items()
+        }
+    optimizer = build_optimizer(
+        recipe.optimizer,
+        parameters,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+    )
+    parts = ParamGroups(parameters, recipe.train, "model" if take_turns else recipe.surgery)
+    watch = recipe.watch_layers > 0 and not take_turns
+    return Trainer(
+        run=run,
+        phase=phase,
+        recipe=recipe,
+        device=device,
+        train_sets=train_sets,
+        dev_sets=dev_sets,
+        samplers=samplers,
+        model=model,
+        parameters=parameters,
+        optimizer=optimizer,
+        step=MultitaskStep(
+            model,
+            recipe.train,
+            parameters,
+            optimizer,
+            parts,
+            Balancer(method, parts.owners, device),
+            watched=ParamGroups(parameters, recipe.train, "layer") if watch else None,
+            loss_weights=[recipe.loss_weight(name) for name in recipe.train],
+            loss_scale=LossScale(device) if dtype == torch.float16 else None,
+            clip_norm=recipe.clip_norm or None,
+            seed=recipe.seed,
+            execution=Execution(execution_kind(recipe, device, ranks), device, recipe.max_graphs),
+            exchange=exchange,
+        ),
+        exchange=exchange,
+        ranks=ranks,
+        saver=AsyncWriter(run.checkpoints, recipe.keep_checkpoints, ranks),
+        schedule=Schedule(
+            peak=recipe.lr,
+            kind=recipe.schedule,
+            warmup_steps=round(recipe.warmup * total_steps),
+            total_steps=total_steps,
+        ),
+        order=order,
+        total_steps=total_steps,
+    )
+
+
+def _examples(run: Run, name: str) -> Examples:
+    """Return what a task or an objective is trained on."""
+    return run.objective(name) if name in run.recipe.objectives else run.split(name, "train")
+
+
+def runs_encoder(recipe: Recipe) -> bool:
+    """Return whether training runs the encoder: one that learns, or has adapters, masks or copies.
+
+    Else its states are computed once, without dropout.
+    """
+    objectives = any(name in recipe.objectives for name in recipe.train)
+    return objectives or not recipe.freeze_encoder or recipe.adapter_width > 0
+
+
+def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
+    """Return examples that the encoder need not run for any more."""
+    assert isinstance(examples, TokenizedSplit)
+    return precompute_hidden_states(model, examples)
+
+
+def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
+    """Return what draws batches: from all examples, or from those that the recipe cuts them to."""
+    subset = None
+    if isinstance(examples, TokenizedSplit):
+        assert examples.labels is not None, f"training split of {examples.task} has no labels"
+        labels = examples.labels[: recipe.tasks[examples.task].first or None]
+        subset = stratified_subset(labels, recipe.limit or len(labels), examples.task, recipe.seed)
+    return TaskSampler(examples.task, len(examples), recipe.batch_size, recipe.seed, subset)
+
+
+def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:
+    """Refuse batches whose tokens alone, of which a sentence has three at least, do not fit.
+
+    Raises:
+        InputError: they do not.
+    """
+    tokens = 3 * recipe.batch_size
+    states = torch.float32.itemsize * width * tokens // recipe.micro_batches
+    wanted = torch.int64.itemsize * tokens + (states if device.type == "cpu" else 0)
+    check_memory(wanted, smaller_batches(recipe.batch_size, recipe.micro_batches))
+
+
+def _check_division(recipe: Recipe, order: TaskSchedule, ranks: int) -> None:
+    """Refuse batches too small for every rank to have a part of each.
+
+    Raises:
+        InputError: the message says what to raise.
+    """
+    examples = recipe.batch_size * order.tasks_a_step
+    parts = ranks * recipe.micro_batches
+    if examples < ranks or (recipe.micro_batches > 1 and recipe.batch_size < parts):
+        raise InputError(
+            f"batch_size = {recipe.batch_size}: too small for {ranks} ranks with "
+            f"{recipe.micro_batches} micro_batches; raise it"
+        )
+
+
+def has_one_gradient(recipe: Recipe) -> bool:
+    """Return whether a step has the gradient of one task alone, so that nothing is balanced."""
+    return recipe.order != "together" or len(recipe.train) == 1
+
+
+def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
+    """Return how steps run: as the recipe says, or eagerly where ``auto`` cannot take more.
+
+    The backward pass of several ranks has to be listened to, and a step in which other libraries
+    wait for the device cannot be recorded.
+
+    Returns:
+        ``eager``, ``compile`` or ``graphs``.
+
+    Raises:
+        InputError: the recipe asks for what cannot be.
+    """
+    refused: dict[str, str] = {}
+    if ranks.size > 1:
+        refused = dict.fromkeys(("compile", "graphs"), "several ranks train eagerly")
+    elif recipe.optimizer in APEX or recipe.balance.startswith(TORCHJD):
+        refused = {"graphs": "apex's optimizers and TorchJD's weightings wait for the device"}
+    kind = recipe.execution
+    if kind in refused:
+        raise InputError(f"execution = {kind}: {refused[kind]}; set execution=eager")
+    if kind == "auto":
+        return "graphs" if device.type == "cuda" and not refused else "eager"
+    return kind
