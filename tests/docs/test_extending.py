@@ -1,6 +1,11 @@
 """The examples of the page on extending run as they stand there."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,3 +48,35 @@ def test_a_balancing_method(monkeypatch: pytest.MonkeyPatch) -> None:
     signals = recipe_methods.BalancerInput(gram, torch.zeros(2, 2), torch.ones(2), {})
     weights: Tensor = build(tasks, recipe_methods.BalanceSettings()).decide(signals).weights
     torch.testing.assert_close(weights, torch.tensor([2.0, 2 / 3]))
+
+
+def test_a_kernel(tmp_path: Path) -> None:
+    section = PAGE.split("\n## Add a kernel\n")[1].split("\n## ")[0]
+    operator, launchers, test = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    for folder in ("kernels", "tests/kernels"):
+        without_caches = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=without_caches)
+    for file in (
+        "pyproject.toml",
+        "tests/__init__.py",
+        "tests/conftest.py",
+        "tests/device_waits.py",
+    ):
+        shutil.copy(REPOSITORY / file, tmp_path / file)
+    kernel = tmp_path / "kernels" / "squared_relu"
+    kernel.mkdir()
+    (kernel / "__init__.py").write_text('"""Squared ReLU."""\n')
+    (kernel / "squared_relu.py").write_text(operator)
+    (kernel / "squared_relu_triton.py").write_text(launchers)
+    (tmp_path / "tests/kernels/test_squared_relu.py").write_text(test)
+
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_squared_relu.py"],
+        cwd=tmp_path,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"\b26 passed", run.stdout), run.stdout
