@@ -44,7 +44,7 @@ def phase_seconds(
         "Gram matrix": (step.parts, "grams"),
         "weights": (step, "balance"),
         "combine and update": (step.optimizer, "step"),
-        "wipe word rows": (training.model, "zero_sparse_rows"),
+        "zero word rows": (training.model, "zero_sparse_rows"),
     }
     seconds = dict.fromkeys(phases, 0.0)
 

@@ -67,7 +67,7 @@ class ProjectedAttention(nn.Module):
             context.max_seqlen,
             dropout_p=self.dropout_p if self.training else 0.0,
             seed=context.seed,
-            stream=self.first_site + layer,
+            rng_offset=self.first_site + layer,
         )
         assert isinstance(attended, Tensor)
         return self.up(attended.flatten(1))

@@ -147,7 +147,7 @@ class BertEmbeddings(nn.Module):
             eps=self.norm.eps,
             training=self.training,
             seed=context.seed,
-            stream=_EMBEDDING_SITE,
+            rng_offset=_EMBEDDING_SITE,
             rows=None if context.segments is None else self._rows(),
             segments=context.segments,
         )
@@ -187,7 +187,7 @@ class BertLayer(nn.Module):
             context.max_seqlen,
             dropout_p=self.attention_dropout_p if self.training else 0.0,
             seed=context.seed,
-            stream=self.first_site,
+            rng_offset=self.first_site,
         )
         assert isinstance(attended, Tensor)  # statistics, which would make it a tuple, are off
         hidden = self.attention_norm.add(
@@ -195,7 +195,7 @@ class BertLayer(nn.Module):
             x,
             context,
             dropout_p=self.hidden_dropout_p,
-            stream=self.first_site + 1,
+            rng_offset=self.first_site + 1,
         )
         widened = F.gelu(self.intermediate(hidden, context))
         return self.output_norm.add(
@@ -203,7 +203,7 @@ class BertLayer(nn.Module):
             hidden if adapted is None else hidden + adapted,
             context,
             dropout_p=self.hidden_dropout_p,
-            stream=self.first_site + 2,
+            rng_offset=self.first_site + 2,
         )
 
 

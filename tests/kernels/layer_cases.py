@@ -108,7 +108,7 @@ def _attention(s: Stream) -> Tensor:
 def _attention_packed(s: Stream) -> Tensor:
     qkv = s.x.view(-1, 3, HEADS, WIDTH // HEADS)
     return kernels.flash_attn_varlen_qkvpacked_func(
-        qkv, s.cu_seqlens, s.longest, 0.1, seed=s.seed, stream=1
+        qkv, s.cu_seqlens, s.longest, 0.1, seed=s.seed, rng_offset=1
     )
 
 

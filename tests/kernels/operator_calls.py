@@ -17,7 +17,7 @@ from .test_surgery_weights import operator_samples
 
 NO_TENSOR_ARGUMENTS = {
     *("BalancedOptimizer", "PCGrad", "Columns", "EmbeddingRows", "TaskRows", "TaskSegments"),
-    *("implementation", "checked_values", "accelerate", "restore", "balancing"),
+    *("backend", "checked_values", "accelerate", "restore", "balancing"),
 }
 
 
@@ -89,7 +89,10 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
             lambda x, weight: kernels.linear(x, weight, rows=table, **by_task),
             {"x": x, "weight": matrix},
         ),
-        "wipe_": (kernels.wipe_, {"rows": table.weight, "index": ids, "offsets": (0, 3, 6)}),
+        "zero_rows_": (
+            kernels.zero_rows_,
+            {"rows": table.weight, "index": ids, "offsets": (0, 3, 6)},
+        ),
     }
 
 

@@ -229,7 +229,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _is_triton(name: str) -> bool:
     try:
-        return kernels.implementation(name, "cuda") == "triton"
+        return kernels.backend(name, "cuda") == "triton"
     except ValueError:
         return False
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import implementation
+from kernels import backend
 from kernels.attention.attention_options import AttentionOptions
 
 from .balancing.methods import SOLVERS
@@ -26,7 +26,7 @@ def leaf(*shape: int) -> Tensor:
 
 def attention(p: float) -> dict[str, tuple]:
     """Arguments of the attention operators."""
-    options = AttentionOptions(0.2, True, p, stream=1, seed=SEED if p else None)
+    options = AttentionOptions(0.2, True, p, rng_offset=1, seed=SEED if p else None)
     packed = (CU_SEQLENS, 13, *options)
     apart = (CU_SEQLENS, CU_SEQLENS, 13, *packed[1:])
     streams, qkv = [leaf(TOKENS, 2, 16) for _ in range(3)], leaf(TOKENS, 3, 2, 16)
@@ -103,7 +103,7 @@ def test_every_operator_is_checked_and_tells_what_runs_it() -> None:
     registered = {name.split("::")[1] for name in names if name.startswith("superbert::")}
     assert checked == registered - {"limit_vector_unit"}  # which takes no tensor
     for name in checked:
-        assert implementation(name, "cpu") in ("cpp", "torch")
+        assert backend(name, "cpu") in ("cpp", "torch")
 
 
 @pytest.mark.parametrize(

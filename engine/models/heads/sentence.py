@@ -90,5 +90,5 @@ class SentenceHead(Head):
             self.dropout_p,
             training=self.training,
             seed=states.seed,
-            stream=self.site,
+            rng_offset=self.site,
         )
