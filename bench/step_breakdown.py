@@ -41,7 +41,7 @@ def phase_seconds(
     step = training.step
     phases = {
         "forward": (training.model, "forward"),
-        "Gram matrix": (step.parts, "grams"),
+        "Gram matrix": (step.groups, "grams"),
         "weights": (step, "balance"),
         "combine and update": (step.optimizer, "step"),
         "zero word rows": (training.model, "zero_sparse_rows"),

@@ -34,7 +34,7 @@ from .utils.files import explained, resolved
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the door; return its exit status."""
+    """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
     train_without_output()
     console, device = terminal(), pick_device(options.device)

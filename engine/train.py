@@ -211,7 +211,7 @@ def _check_steps(training: Trainer, done: Progress) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the door; return its exit status."""
+    """Run the command; return its exit status."""
     options = parser().parse_args(arguments)
     if _looks_around(options, terminal()):
         return 0
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train_seeds(recipe, out, options.seeds, device, console)
     wait = min(_LEASE, recipe.timeout / 2) if ranks.restarted else 0.0
     claim = partial(claimed, ranks=ranks, resumes=resumes, wait=wait)
-    with ranks.joined(device, recipe.timeout), _place(options, claim) as out:
+    with ranks.init(device, recipe.timeout), _place(options, claim) as out:
         with ranks.main_first():
             run = runs.resume(recipe, out) if resumes else runs.begin(recipe, out)
         if options.dry_run:
@@ -278,7 +278,7 @@ def _place(
 def _train_seeds(
     recipe: Recipe, out: Path, count: int, device: torch.device, console: Console
 ) -> int:
-    """Train a recipe under several seeds; return the door's exit status."""
+    """Train a recipe under several seeds; return the command's exit status."""
     cells = seeds_of("", recipe, count)
     check_results(out, cells)
     ending = train_runs(out, cells, lambda run: train_run(run, device, console), console)

@@ -108,7 +108,7 @@ class AsyncWriter:
                     partial = new_partial_folder(self._path).name
             except InputError as error:
                 problem = str(error)
-        partial, problem = self._ranks.tell([partial, problem])
+        partial, problem = self._ranks.broadcast([partial, problem])
         if problem is not None:
             raise InputError(problem)
         return self._path.with_name(partial)

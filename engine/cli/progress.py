@@ -35,7 +35,7 @@ def describe(console: Console, training: Trainer) -> None:
         soft_wrap=True,
     )
     if training.ranks.size > 1:
-        traffic = measure_traffic(training.exchange, parameters, training.optimizer)
+        traffic = measure_traffic(training.sync, parameters, training.optimizer)
         console.print(
             f"{training.ranks.size} ranks, {recipe.distribute}: {traffic}", soft_wrap=True
         )

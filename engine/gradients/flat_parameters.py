@@ -189,7 +189,7 @@ class FlatParameters:
         """Return the trained tasks whose losses reach a parameter."""
         return self.specs[name].tasks
 
-    def columns_reached_by(self, task: str) -> list[slice]:
+    def columns_used_by(self, task: str) -> list[slice]:
         """Return the columns that a task's gradient may have other values than zero in."""
         columns: list[slice] = []
         ends = [*(slot.offset for slot in self.slots.values()), self.numel][1:]

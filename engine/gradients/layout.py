@@ -1,4 +1,4 @@
-"""Where each parameter stands in the flat vector, and how the vector is parted among ranks.
+"""Store each parameter's place in the flat vector, and each rank's shard of the vector.
 
 Each parameter starts at a multiple of 64 elements; gaps hold zeros everywhere and stay zero.
 Matrices, which weight decay acts on, come first, then biases and norms: ``[0, decayed)`` decays.

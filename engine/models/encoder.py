@@ -58,8 +58,8 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     @property
-    def num_sites(self) -> int:
-        """How many dropout sites there are; later ones (heads) count on from here."""
+    def num_dropouts(self) -> int:
+        """Number of dropouts; the ids of later ones (heads) count on from here."""
         raise NotImplementedError
 
     def lookups(self, input_ids: Tensor, context: Context) -> Iterable[tuple[Embedding, Tensor]]:

@@ -48,7 +48,7 @@ class AdamW:
     def step(
         self,
         weights: Tensor,
-        regions: Sequence[Segment],
+        segments: Sequence[Segment],
         *,
         lr: Tensor,
         scale: Tensor,
@@ -58,18 +58,18 @@ class AdamW:
 
         Args:
             weights: ``[G, K]`` fp32, for each part of the parameters.
-            regions: which columns belong to which part.
+            segments: which columns belong to which part.
             lr: 0-dim fp32.
             scale: 0-dim fp32, the clip factor (and the inverse of a loss scale).
             skip: 0-dim bool; true leaves weights, moments and the count of updates untouched.
         """
         flat = self._own
         self.updates += (~skip).to(self.updates.dtype)
-        for region in regions:
-            for columns, weight_decay in self._by_decay(region.columns):
+        for segment in segments:
+            for columns, weight_decay in self._by_decay(segment.columns):
                 kernels.combine_adamw_(
                     flat.rows[:, columns],
-                    weights[region.part],
+                    weights[segment.group],
                     flat.master[columns],
                     self.exp_avg[columns],
                     self.exp_avg_sq[columns],

@@ -30,7 +30,7 @@ class Optimizer(Protocol):
     def step(
         self,
         weights: Tensor,
-        regions: Sequence[Segment],
+        segments: Sequence[Segment],
         *,
         lr: Tensor,
         scale: Tensor,

@@ -54,7 +54,7 @@ class Trainer:
         parameters: master weights, compute weights, gradient rows.
         optimizer: updates them.
         step: one training step.
-        exchange: what the ranks send each other in a step.
+        sync: what the ranks send each other in a step.
         ranks: the processes that train together.
         saver: writes checkpoints.
         schedule: the learning rate.
@@ -73,7 +73,7 @@ class Trainer:
     parameters: FlatParameters
     optimizer: Optimizer
     step: MultitaskStep
-    exchange: NoSync
+    sync: NoSync
     ranks: Ranks
     saver: AsyncWriter
     schedule: Schedule
@@ -126,7 +126,7 @@ class Trainer:
                 f"freeze_encoder: nothing is left to train by {', '.join(recipe.train)}; "
                 "freeze it in other phases alone (phases.NAME.freeze_encoder=true)"
             )
-        exchange = build_gradient_sync(recipe.distribute, ranks.size, model, parameters)
+        sync = build_gradient_sync(recipe.distribute, ranks.size, model, parameters)
         dev_sets = {task: run.split(task, "dev") for task in recipe.tasks if recipe.scored}
         if not runs_encoder(recipe):
             train_sets = [_frozen(model, examples) for examples in train_sets]
@@ -140,7 +140,7 @@ class Trainer:
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
         )
-        parts = ParamGroups(parameters, recipe.train, "model" if take_turns else recipe.surgery)
+        groups = ParamGroups(parameters, recipe.train, "model" if take_turns else recipe.surgery)
         watch = recipe.watch_layers > 0 and not take_turns
         return cls(
             run=run,
@@ -158,8 +158,8 @@ class Trainer:
                 recipe.train,
                 parameters,
                 optimizer,
-                parts,
-                Balancer(method, parts.owners, device),
+                groups,
+                Balancer(method, groups.sole_tasks, device),
                 watched=ParamGroups(parameters, recipe.train, "layer") if watch else None,
                 loss_weights=[recipe.loss_weight(name) for name in recipe.train],
                 loss_scale=LossScale(device) if dtype == torch.float16 else None,
@@ -168,9 +168,9 @@ class Trainer:
                 execution=Execution(
                     execution_kind(recipe, device, ranks), device, recipe.max_graphs
                 ),
-                exchange=exchange,
+                sync=sync,
             ),
-            exchange=exchange,
+            sync=sync,
             ranks=ranks,
             saver=AsyncWriter(run.checkpoints, recipe.keep_checkpoints, ranks),
             schedule=Schedule(
@@ -243,7 +243,7 @@ class Trainer:
         if self.ranks.is_main:
             checkpoints.sweep()
             newest = checkpoints.find("step")
-        name = self.ranks.tell(newest and newest.name)
+        name = self.ranks.broadcast(newest and newest.name)
         if name is None:
             return Progress()
         path = checkpoints.folder / name
@@ -260,7 +260,7 @@ class Trainer:
                 f"{path}: weights or moments are no finite numbers, or squares are below zero; "
                 "remove it, and go on from the checkpoint before, or train the run again"
             )
-        self.exchange.publish()
+        self.sync.gather_params()
         _check_range(self.parameters)
         return done
 
@@ -271,7 +271,7 @@ class Trainer:
 
     def save_best(self, progress: Progress) -> None:
         """Write the weights as the best so far."""
-        master = self.exchange.whole(self.parameters.master)
+        master = self.sync.gather(self.parameters.master)
         if self.ranks.is_main:
             weights = named_weights(self.parameters, master)
             self.run.checkpoints.save_best(progress, weights)
@@ -358,7 +358,7 @@ def has_one_gradient(recipe: Recipe) -> bool:
 def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
     """Return how steps run: as the recipe says, or eagerly where ``auto`` cannot take more.
 
-    The backward pass of several ranks has to be listened to, and a step in which other libraries
+    A step of several ranks needs backward hooks, and one in which other libraries
     wait for the device cannot be recorded.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,7 +46,10 @@ def test_stream_is_the_rng_offset(name: str, dtype: str) -> None:
     assert not torch.equal(found, function(**arguments))
     with pytest.raises(TypeError, match="stream: the old name of rng_offset"):
         function(**arguments, rng_offset=5, stream=5)
-    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="rng_offset: expected"):
+    with (
+        pytest.warns(DeprecationWarning, match="stream"),
+        pytest.raises(ValueError, match="rng_offset"),
+    ):
         function(**arguments, stream=-1)
 
 
@@ -60,3 +64,28 @@ def test_an_old_argument_breaks_no_graph(name: str) -> None:
         warnings.filterwarnings("ignore", "the argument stream", DeprecationWarning)
         expected = function(**arguments, stream=5)
     assert torch.equal(compiled(arguments), expected)
+
+
+@pytest.mark.parametrize(
+    "wrap", [kernels.PCGrad, partial(kernels.BalancedOptimizer, method=kernels.balancing.mgda)]
+)
+def test_extent_is_the_granularity(wrap: Callable[..., kernels.BalancedOptimizer]) -> None:
+    weights = []
+    for name in ("extent", "granularity"):
+        first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        inner = torch.optim.SGD([first, second], lr=0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = wrap(inner, **{name: "tensor"})
+        losses = [(first * second).sum(), (first - 2 * second).sum()]
+        backward = getattr(optimizer, "pc_backward", optimizer.backward)
+        backward(losses)
+        weights.append(optimizer.weights)
+        assert [str(w.message) for w in caught] == (
+            ["the argument extent is granularity now"] if name == "extent" else []
+        )
+        assert all(w.filename == __file__ for w in caught)
+        assert weights[-1].shape == (2, 2)  # a row for each tensor
+    assert torch.equal(*weights)
+    with pytest.raises(TypeError, match="extent: the old name of granularity"):
+        wrap(inner, extent="group", granularity="tensor")

@@ -10,7 +10,7 @@ from kernels import backend
 from kernels.attention.attention_options import AttentionOptions
 
 from .balancing.methods import SOLVERS
-from .layer_cases import DOORS, Stream
+from .layer_cases import LAYERS, Stream
 from .test_surgery_weights import operator_samples
 
 OPS = torch.ops.superbert
@@ -107,13 +107,13 @@ def test_every_operator_is_checked_and_tells_what_runs_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "door",
+    "layer_name",
     ["flash_attn_varlen_func", "layer_norm", "dropout_add_layer_norm", "embedding_layer_norm"],
 )
-def test_a_second_derivative_is_refused_and_not_taken_for_zero(door: str) -> None:
+def test_a_second_derivative_is_refused_and_not_taken_for_zero(layer_name: str) -> None:
     stream = Stream.of(21)
-    parameter = stream.table if door.startswith("embedding") else stream.x
-    out = DOORS[door](stream)
+    parameter = stream.table if layer_name.startswith("embedding") else stream.x
+    out = LAYERS[layer_name](stream)
     (grad,) = torch.autograd.grad(out.square().sum(), parameter, create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"^{door}: cannot differentiate twice"):
+    with pytest.raises(NotImplementedError, match=f"^{layer_name}: cannot differentiate twice"):
         grad.square().sum().backward()

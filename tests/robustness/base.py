@@ -12,7 +12,7 @@ from engine import evaluate, export, fill, predict, report, sweep, train
 from engine.config import recipe as recipes
 from engine.runs.data_paths import data_folder
 
-DOORS = {
+PROGRAMS = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,

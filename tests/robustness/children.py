@@ -123,9 +123,9 @@ def little_room(draw: random.Random) -> int:
     return int(2 ** draw.uniform(_LEAST_ROOM, 30))
 
 
-def command(door, arguments: list[str]) -> Work:
-    """Return the work of a command: its door, from the arguments to the exit status."""
-    return lambda: run_cli(lambda: door.main(arguments))
+def command(program, arguments: list[str]) -> Work:
+    """Return the work of a command: its program, from the arguments to the exit status."""
+    return lambda: run_cli(lambda: program.main(arguments))
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class HeadSettings:
         features: what a task's head reads, as a recipe names it.
         loss: one of LOSSES.
         dropout_p: of the dropout before the output layer, in training.
-        site: the number of its dropout site.
+        dropout_id: of its dropout; the RNG offset.
         temperature: what a contrastive loss divides cosines by.
     """
 
@@ -50,7 +50,7 @@ class HeadSettings:
     features: str = ""
     loss: str = "default"
     dropout_p: float = 0.0
-    site: int = 0
+    dropout_id: int = 0
     temperature: float = 1.0
 
 

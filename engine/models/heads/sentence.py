@@ -37,7 +37,7 @@ class SentenceHead(Head):
     def __init__(self, settings: HeadSettings, outputs: int) -> None:
         super().__init__(settings)
         width, bilstm = settings.config.hidden_size, settings.features == "bilstm"
-        self.dropout_p, self.site = settings.dropout_p, settings.site
+        self.dropout_p, self.dropout_id = settings.dropout_p, settings.dropout_id
         self.reads_tokens = bilstm
         self.lstm = BiLstm(width) if bilstm else None
         self.joint = Linear(2 * width, width) if bilstm else None
@@ -90,5 +90,5 @@ class SentenceHead(Head):
             self.dropout_p,
             training=self.training,
             seed=states.seed,
-            rng_offset=self.site,
+            rng_offset=self.dropout_id,
         )
