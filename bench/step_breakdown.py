@@ -1,4 +1,4 @@
-"""What a training step is made of: its floor, its phases, its energy."""
+"""Break a training step down: its floor, its phases, its energy."""
 
 import importlib.util
 import time

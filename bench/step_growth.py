@@ -1,4 +1,4 @@
-"""How this engine's step grows with the number of tasks, the shape and the examples a task.
+"""Measure how the step grows with the number of tasks, the shape and the examples a task.
 
 Tasks beyond the three real ones are copies of them under other names: real sentences, heads of
 their own.  Each case runs PCGrad and the plain sum in turn.

@@ -156,7 +156,7 @@ def _time_limit(minutes: float | None) -> Iterator[threading.Event]:
 def _parser() -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.sweep",
-        description="Train several runs below one folder; called again, go on where it was.",
+        description="Train several runs below one folder; rerun to resume.",
     )
     what, where = parser.add_argument_group("what to train"), parser.add_argument_group("where")
     add = what.add_argument

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a training run, as named tensors.
+"""Save and load a training run's state as named tensors.
 
     master.B, exp_avg.B, exp_avg_sq.B   weights and moments of bucket B, ``[rows, 64]`` fp32
     step.NAME                           count of updates, balancing method, loss scale; flattened
@@ -59,7 +59,7 @@ class TrainingState:
 
     @property
     def places(self) -> dict[str, Place]:
-        """Where each parameter stands in its bucket."""
+        """Places of the parameters in their buckets."""
         places = {}
         for name, slot in self._parameters.slots.items():
             bucket = next(

@@ -1,4 +1,4 @@
-"""How fast the ranks exchange gradients and weights, and what each of them holds in memory."""
+"""Measure the exchange of gradients and weights, and the memory of each rank."""
 
 import time
 from typing import NamedTuple

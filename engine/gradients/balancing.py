@@ -67,7 +67,7 @@ class TrainedTasks(NamedTuple):
 
 
 class BalancerInput(NamedTuple):
-    """What a method may look at.
+    """Inputs of a method.
 
     Attributes:
         gram: ``[K, K]`` fp32.

@@ -8,8 +8,8 @@
 The model describes its parameters (engine/models/parameters.py).  They become views of ``compute``,
 and shared layers get their columns of ``rows``.  What belongs to one task alone (heads, adapters)
 has its part of that task's row as its ``grad``, into which autograd adds.  Where the tasks take
-turns, one a step, there is one row for all.  Where each parameter stands says its
-:class:`~engine.gradients.layout.Layout`.
+turns, one a step, there is one row for all.  :class:`~engine.gradients.layout.Layout` stores the
+parameters' offsets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from .layout import Layout, Piece, Slot
 
 
 class OwnVectors(NamedTuple):
-    """What one process updates, S columns: all P of them, or the part of one rank.
+    """Columns that one process updates, S of them: all P, or the shard of one rank.
 
     Attributes:
         master: ``[S]`` fp32.

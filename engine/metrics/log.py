@@ -1,4 +1,4 @@
-"""What a run writes down as it goes, read off the device only every few steps.
+"""Write a run's metrics as it trains; they are read off the device only every few steps.
 
 metrics.jsonl       a line a step: losses, cosines, conflict rate, …; in pieces when it is long
 evaluations.jsonl   a line an evaluation: the number of steps done, dev scores

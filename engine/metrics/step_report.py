@@ -1,4 +1,4 @@
-"""What one training step reports."""
+"""The report of one training step."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class StepReport(NamedTuple):
-    """What one step did, as fp32 tensors on its device.
+    """Report of one step, as fp32 tensors on its device.
 
     K is the number of tasks in the step's batch: all, or one where they take turns.
 

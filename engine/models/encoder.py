@@ -1,4 +1,4 @@
-"""What training asks of an encoder.  Each lies in a file of its own, such as engine/models/bert.py.
+"""The interface of an encoder.  Each lies in a file of its own, such as engine/models/bert.py.
 
 An encoder is a sequence of stages.  The first one embeds the tokens, the others map hidden states
 to hidden states, and everything that goes stage by stage (layer-wise balancing, the exchange of

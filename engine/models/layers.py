@@ -17,7 +17,7 @@ from .context import RowContext
 
 
 class GradientWrite(Enum):
-    """How a step's backward pass leaves its task gradients in the gradient buffer."""
+    """Ways in which a backward pass writes task gradients into the gradient buffer."""
 
     OVERWRITTEN = "overwritten"
     """It overwrites all of them: nothing has to be zeroed."""

@@ -91,7 +91,7 @@ class MultitaskModel(nn.Module):
 
     @property
     def shared_layers(self) -> SharedLayers:
-        """What heads may use besides their own layers."""
+        """Layers that heads may use besides their own."""
         return SharedLayers(self.encoder.word_table, self.pair)
 
     def encoder_stages(self) -> list[Stage]:

@@ -16,7 +16,7 @@ from ..gradients.groups import Segment
 
 
 class AdamSettings(TypedDict):
-    """What Adam and its relatives are told by name.
+    """Settings of Adam and its relatives.
 
     Attributes:
         betas: decay rates of the two moments.

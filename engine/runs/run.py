@@ -61,7 +61,7 @@ _WITHOUT_EFFECT_ON_SCORES = {
 }
 
 _FREE_TO_CHANGE = _WITHOUT_EFFECT_ON_SCORES | {"max_steps", "data", "init"}
-"""What a run may be resumed with another value of."""
+"""Fields that a run may be resumed with another value of."""
 
 _FOLDERS = ("checkpoints", "tensorboard", "wandb")
 

@@ -91,7 +91,7 @@ class MultitaskStep:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside weights and moments, by name."""
+        """State that a checkpoint keeps besides weights and moments, by name."""
         state = {f"balance.{name}": tensor for name, tensor in self.balance.state.items()}
         if self.loss_scale is not None:
             state |= {f"loss_scale.{name}": t for name, t in self.loss_scale.state.items()}

@@ -1,4 +1,4 @@
-"""What a training run works with, put together from its recipe."""
+"""Assemble a training run from its recipe."""
 
 import sys
 from dataclasses import dataclass
@@ -278,7 +278,7 @@ class Trainer:
 
     @property
     def state(self) -> TrainingState:
-        """What a checkpoint holds."""
+        """Contents of a checkpoint."""
         return TrainingState(self.parameters, self.optimizer, self.step.state, self.ranks)
 
 

@@ -1,4 +1,4 @@
-"""The options of attention: what they are, their defaults and their checks."""
+"""The options of attention, their defaults and their checks."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ _UNUSED = tuple(_UNSUPPORTED.values())
 
 
 class AttentionOptions(NamedTuple):
-    """What attention computes, besides its tensors and boundaries.
+    """Options of attention, besides its tensors and boundaries.
 
     The operators take the fields, in this order, as their last arguments: ``*options`` there, and
     ``AttentionOptions(*arguments)`` back.

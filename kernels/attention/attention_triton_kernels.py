@@ -54,7 +54,7 @@ class Intervals(NamedTuple):
 
 
 class KernelOptions(NamedTuple):
-    """What the three large kernels are told of `AttentionOptions`.
+    """The part of `AttentionOptions` that the three large kernels take.
 
     Of each value that is None the code is left out.  ``rng_offset`` is an argument of its own,
     since Triton would compile anew for some integers in a tuple.

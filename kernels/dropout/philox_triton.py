@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class DropoutArguments(NamedTuple):
-    """What a kernel is told about dropout, besides the RNG offset.
+    """Dropout arguments of a kernel, besides the RNG offset.
 
     Attributes:
         seed: pointer to one int64.

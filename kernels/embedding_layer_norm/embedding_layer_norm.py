@@ -43,7 +43,7 @@ _ops = torch.ops.superbert
 
 
 class EmbeddingRows(NamedTuple):
-    """Where the task gradients of an embedding layer go; all in one buffer.
+    """Task-gradient rows of an embedding layer; all in one buffer.
 
     Attributes:
         word: of the word table; zero before the first backward pass of a step, added to, and zeroed

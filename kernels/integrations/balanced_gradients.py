@@ -378,5 +378,5 @@ def _strided_like(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _layout_of(trained: Sequence[_Trained]) -> list[tuple[object, ...]]:
-    """What the rows depend on; buffers keep parameters, and so their `id`, alive."""
+    """Return what the rows depend on; buffers keep parameters, and so their `id`, alive."""
     return [(*numbers, id(p), p.shape, p.dtype, p.device) for *numbers, p in trained]

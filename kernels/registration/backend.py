@@ -76,7 +76,7 @@ def _shorten_messages_of_inductor() -> None:
 
 
 def backend(op: str, device: torch.device | str) -> Kind:
-    """What runs an operator on a device.
+    """Return the backend that runs an operator on a device.
 
     Args:
         op: the operator's name without namespace, such as ``"gram"``.

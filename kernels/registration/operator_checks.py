@@ -1,4 +1,4 @@
-"""What the operators check whose CUDA side is Python; C++ checks for itself (csrc/check_torch.h).
+"""Check operators whose CUDA side is Python; C++ checks for itself (csrc/check_torch.h).
 
 Anybody can call an operator of ``torch.ops`` with anything, and what autograd saved for a backward
 pass may come back changed.  A kernel that is launched on it would read beyond its tensors.  All

@@ -1,4 +1,4 @@
-"""What the trial takes out of the README is what a new user would type."""
+"""The walkthrough takes from the README what a new user would type."""
 
 import json
 import subprocess

@@ -61,7 +61,7 @@ RETIRED = (
     Retired(
         r"engine[./](?:door|fields|frozen|many|names|options|order|origins|pack|part|parts|read|"
         r"reading|record|rooms|rows|sample|saver|settings|shapes|sinks|states|step_lines|stop|"
-        r"traffic|watch|wording|card|pictures|huggingface|exchange|failure|formats)\b(?!\.\w)",
+        r"traffic|watch|wording|card|pictures|huggingface|exchange|failure|formats)",
         "the module's place now (README, Folders)",
     ),
     Retired(r"kernels[./](?:hf|doors|layer_norm_doors)", "kernels.integrations"),

@@ -1,4 +1,4 @@
-"""What cases start from: a small corpus, a run on it, a series, a model folder, papers.json."""
+"""The start of every case: a small corpus, a run on it, a series, a model folder, papers.json."""
 
 import contextlib
 import io

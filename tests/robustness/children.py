@@ -29,7 +29,7 @@ _LEAST_ROOM = 22
 _OUTPUT = 1 << 25
 """Bytes of what a child printed that are looked at."""
 FLUSH_FAILED = 120
-"""What Python itself exits with when stdout cannot be written to at the end."""
+"""Python's own exit status when stdout cannot be written to at the end."""
 
 
 class Ended(NamedTuple):

@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[int, Callable[[Base, Path, random.Random], Given]]] = {
     "data set": (1, lead_elsewhere),
     "texts": (1, write_odd_texts),
 }
-"""How often, and by what: of the base, a folder of the case, and what decides."""
+"""Share of each kind among the cases, and the function that makes one."""
 
 
 def try_files(base: Base, folder: Path, count: int, seed: int, only: int | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What runs write down, with other values: metrics, scores, results of series and papers."""
+"""A run's own files with other values: metrics, scores, results of series and papers."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What lies where an output goes: nothing of anybody's may be changed, and nothing left elsewhere.
+"""Outputs whose place is taken: no other file may change, and nothing be left elsewhere.
 
 A case is a command that writes, and a circumstance at or around the name that it is given.  Some
 hundred cases go through all of them once; links at the names that a run's folder has come too.

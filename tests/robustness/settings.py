@@ -51,7 +51,7 @@ WHOLE = {
     "objectives": {"lm": {"kind": "masked_lm"}},
     "phases": {"one": {"lr": 1e-4}, "two": {"lr": 1e-3}},
 }
-"""Where a field of a table in a table is set, the tables around it as they have to be."""
+"""Paths of fields of a table in a table, the tables around it as they have to be."""
 
 
 def try_settings(

@@ -1,4 +1,4 @@
-"""What heads of whole sentences have in common: what they read, and the output layer above it.
+"""Base of the heads of whole sentences: the features that they read, and the output layer.
 
 A task of one sentence is read off its vector (``single``) or off a BiLSTM over the token states
 joined with that vector (``bilstm``); a task of two by one of the features in

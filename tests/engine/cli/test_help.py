@@ -1,4 +1,4 @@
-"""What a user can look up: help, fields, completion, and what a run would need."""
+"""Look-ups of a user: help, fields, completion, and what a run would need."""
 
 import re
 import subprocess
