@@ -42,11 +42,10 @@ def test_the_repository_has_none() -> None:
     ],
 )
 def test_what_is_found_in_text_and_comments(text: str) -> None:
-    assert [line for line, _, _ in find_in_text(f"first\n{text}")] == [1]
-    assert [line for line, _, _ in find_in_python(f"x = 1\ny = 2  # {text}")] == [1]
-    assert [
-        line for line, _, _ in find_in_python(f'def f():\n    """One.\n\n    {text}\n    """')
-    ] == [3]
+    assert {line for line, _, _ in find_in_text(f"first\n{text}")} == {1}
+    assert {line for line, _, _ in find_in_python(f"x = 1\ny = 2  # {text}")} == {1}
+    function = f'def f():\n    """One.\n\n    {text}\n    """'
+    assert {line for line, _, _ in find_in_python(function)} == {3}
     assert not list(find_in_python(f"x = {text!r}"))
 
 
