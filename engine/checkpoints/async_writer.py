@@ -1,6 +1,6 @@
 """Checkpoints, written while training goes on, by all ranks together.
 
-A thread of torch.distributed.checkpoint writes a copy of the state: each rank its own part into one
+A thread of torch.distributed.checkpoint writes a copy of the state: each rank its own shard into one
 safetensors file.  Once all have done so the leader adds the manifest, gives the folder its
 name, and drops the oldest.  A kill at any moment leaves either the new checkpoint or the ones
 before.  Many machines need a file system that all of them see.

@@ -151,15 +151,15 @@ class ShardedSync(_BucketSync):
         own = self._parameters.own.rows[:, piece.own : piece.own + piece.size]
         rows = self._parameters.rows[:, bucket.columns]
         return [
-            _reduce_scatter(part, row, async_op=True) for part, row in zip(own, rows, strict=True)
+            _reduce_scatter(shard, row, async_op=True) for shard, row in zip(own, rows, strict=True)
         ]
 
     def total(self, losses: Tensor, grams: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """Add up all of them in one all-reduce of K + G K^2 numbers."""
         numbers = torch.cat([losses, *(gram.flatten() for gram in grams)])
         dist.all_reduce(numbers)
-        losses, *parts = numbers.split([len(losses), *(gram.numel() for gram in grams)])
-        return losses, [part.view_as(gram) for part, gram in zip(parts, grams, strict=True)]
+        losses, *totals = numbers.split([len(losses), *(gram.numel() for gram in grams)])
+        return losses, [total.view_as(gram) for total, gram in zip(totals, grams, strict=True)]
 
     def gather_params(self) -> None:
         """All-gather the new weights."""

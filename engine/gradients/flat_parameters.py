@@ -2,7 +2,7 @@
 
     compute [P]     what the model computes with, fp32, bf16 or fp16
     rows    [K, P]  the K task gradients, in the dtype of ``compute``
-    own             what this process updates: the same columns, or a rank's part of them, with
+    own             what this process updates: the same columns, or a rank's shard of them, with
                     fp32 masters of the weights
 
 The model describes its parameters (engine/models/parameters.py).  They become views of ``compute``,

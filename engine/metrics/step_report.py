@@ -13,12 +13,12 @@ class StepReport(NamedTuple):
     Attributes:
         losses: ``[K]``, each as its task defines it, unweighted.
         gram: ``[K, K]``, the dot products of the task gradients.
-        weights: ``[K]``, by which they were combined; averaged over the parts of the parameters
+        weights: ``[K]``, by which they were combined; averaged over the parameter groups
             where surgery goes by layer or by tensor.
         grad_norm: 0-dim, of the combined gradient before clipping.
         skipped: 0-dim, 1 where a gradient was not finite and nothing was updated.
         tasks: the names of the K tasks.
-        layer_grams: ``[L, K, K]``, those of each watched part, times the loss scale
+        layer_grams: ``[L, K, K]``, those of each watched group, times the loss scale
             squared; None where none are watched.
     """
 

@@ -54,11 +54,11 @@ class AdamW:
         scale: Tensor,
         skip: Tensor,
     ) -> None:
-        """Update weights and moments with ``scale * sum_k weights[part, k] * rows[k]``.
+        """Update weights and moments with ``scale * sum_k weights[group, k] * rows[k]``.
 
         Args:
-            weights: ``[G, K]`` fp32, for each part of the parameters.
-            segments: which columns belong to which part.
+            weights: ``[G, K]`` fp32, for each parameter group.
+            segments: which columns belong to which group.
             lr: 0-dim fp32.
             scale: 0-dim fp32, the clip factor (and the inverse of a loss scale).
             skip: 0-dim bool; true leaves weights, moments and the count of updates untouched.

@@ -96,7 +96,6 @@ RETIRED = (
             "reached_by": "tasks_using",
             "regions": "segments",
             "run_door": "run_cli",
-            "sharded_exchange": "gradient_sync",
             "value_checks": "validation",
             "wipe_": "zero_rows_",
             "with_states": "precompute_hidden_states",

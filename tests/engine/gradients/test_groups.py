@@ -1,4 +1,4 @@
-"""Surgery by layer and by tensor against Algorithm 1, run on each part by itself."""
+"""Surgery by layer and by tensor against Algorithm 1, run on each group by itself."""
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def test_parts_cover_every_column_once(make_model, granularity):
             for segment in groups.segments
             if segment.columns.start <= slot.offset < segment.columns.stop
         }
-        (part,) = of_slot
-        assert granularity == "model" or name.startswith(part)
+        (group,) = of_slot
+        assert granularity == "model" or name.startswith(group)
 
 
 def test_layers_are_the_embeddings_each_layer_and_each_head(make_model):
@@ -100,7 +100,7 @@ def test_a_head_trains_on_its_own_tasks_gradient(make_model, make_batch, method)
     balance = step.balance
     step.balance = lambda *signals: weights.append(balance(*signals)) or weights[-1]
     step(make_batch(), 0, 1e-3)
-    for part, name in enumerate(step.groups.names):
+    for group, name in enumerate(step.groups.names):
         if name.startswith("heads."):
             own = TASKS.index(name.removeprefix("heads."))
-            assert weights[0][part].tolist() == [float(task == own) for task in range(3)]
+            assert weights[0][group].tolist() == [float(task == own) for task in range(3)]
