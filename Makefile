@@ -3,7 +3,7 @@
 #   make setup    .venv with pinned dependencies, and the C++/CUDA extension
 #   make train    setup, then a multitask run on the embedded demo corpus
 #   make test     setup, then the whole test suite
-#   make check    formatting, lint and types, as CI runs them
+#   make check    formatting, lint, types and retired words, as CI runs them
 #   make docs     the pages under docs/ and of every public name, into build/docs
 
 PYTHON ?= python3
@@ -30,6 +30,7 @@ check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.docs.retired_words
 	$(BIN)/clang-format --dry-run --Werror $(filter-out %.md,$(wildcard csrc/*))
 
 docs: setup-dev

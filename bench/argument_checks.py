@@ -1,4 +1,4 @@
-"""What the checks of arguments cost: nanoseconds of a call on tensors with next to no work.
+"""Time the checks of arguments: nanoseconds of a call on tensors with next to no work.
 
 ``python -m bench.argument_checks [OTHER_LIBRARY ...]`` prints the best of many rounds for each
 operator; with the libraries of other commits beside it, in processes of their own, taking turns.

@@ -79,7 +79,7 @@ class Inputs:
         return Inputs(self.lengths, self.qkv.shape[-1], self.qkv.dtype, str(self.qkv.device))
 
     def copies_beyond_cache(self, cache_bytes: int = 64 << 20) -> int:
-        """How many of these are larger than any GPU's cache."""
+        """Return how many of these are larger than any GPU's cache."""
         return min(16, 1 + cache_bytes // (2 * self.qkv.nbytes))
 
     def unpadded(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -67,7 +67,7 @@ class Call:
         qkv = torch.randn(shape, generator=generator, device="cuda").bfloat16()
         boundaries = torch.tensor([0, *itertools.accumulate(lengths)], device="cuda").int()
         seed = torch.tensor(5, device="cuda")
-        options = AttentionOptions(width**-0.5, dropout_p=0.1, stream=1, seed=seed)
+        options = AttentionOptions(width**-0.5, dropout_p=0.1, rng_offset=1, seed=seed)
         self._inputs = (*qkv.unbind(1),)
         self._others = (boundaries, boundaries, options)
         self._grads = tuple(torch.empty_like(qkv).unbind(1))

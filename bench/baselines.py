@@ -1,4 +1,4 @@
-"""What people run today: a transformers BERT on padded batches, PCGrad as commonly published.
+"""Baselines: a transformers BERT on padded batches, PCGrad as commonly published.
 
 These are written plainly, as one finds them in training loops, and are here to be measured and to
 be agreed with.

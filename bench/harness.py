@@ -1,4 +1,4 @@
-"""What all benchmarks share: interleaved timing, the machine's ceilings, records that are kept.
+"""Shared by all benchmarks: interleaved timing, the machine's ceilings, records that are kept.
 
 Contestants of one benchmark run in the same process, in turn, round after round, so that whatever
 else slows the machine slows them alike; figures to compare are ratios of their medians.
@@ -362,7 +362,7 @@ def _refusal(error: InputError) -> SystemExit:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints, or None where it or the repository is not."""
+    """Return what git prints, or None where it or the repository is not."""
     try:
         process = subprocess.run(
             ["git", *arguments],

@@ -24,7 +24,7 @@ from engine.utils.json_text import dump_json
 REPOSITORY = Path(__file__).parents[1]
 _TRIED = ("make train", "make setup-dev", ". .venv", "python -m engine.", "python -m examples.")
 _TAIL = 12
-_NOT_A_STRANGERS = ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+_OF_THE_CALLER = ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
 """Variables of an environment or a make that this process was called from."""
 
 
@@ -103,7 +103,7 @@ def main() -> int:
 
 def _try(line: str, command: str, folder: Path, extra: dict[str, str]) -> dict[str, object]:
     """Run a line of bash; return the command's record."""
-    inherited = {k: v for k, v in os.environ.items() if k not in _NOT_A_STRANGERS}
+    inherited = {k: v for k, v in os.environ.items() if k not in _OF_THE_CALLER}
     start = time.perf_counter()
     process = subprocess.run(
         ["bash", "-c", line],

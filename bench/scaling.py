@@ -34,7 +34,7 @@ from . import harness
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What a step computes and sends.
+    """A model: its computation and traffic of a step.
 
     Attributes:
         buckets: parameters of each bucket, in the order in which the backward pass completes them
@@ -57,7 +57,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What was measured, or is assumed.
+    """A machine: speeds that were measured, or are assumed.
 
     Attributes:
         forward: seconds of the forward pass of the whole batch on one rank.

@@ -2,7 +2,7 @@
 
 All ranks first take steps that exchange nothing, at the same time, so that they share the machine
 as they do later; then exchanges with nothing to hide behind; and from both the prediction of
-:mod:`bench.scaling` for steps that exchange.  These are measured last.
+:mod:`bench.scaling` for steps that exchange gradients.  These are measured last.
 """
 
 import itertools
@@ -41,9 +41,9 @@ def measure(training: Trainer, steps: int) -> dict[str, float]:
     def take(number: int) -> None:
         training.step([batches[number]], number, 1e-5)
 
-    exchange, training.step.exchange = training.step.exchange, NoSync()
+    sync, training.step.sync = training.step.sync, NoSync()
     alone = _seconds(take, steps)
-    training.step.exchange = exchange
+    training.step.sync = sync
     latency, bandwidth = _link(training.parameters.rows.dtype)
     machine = Machine(
         forward=(1 - _SHARE_OF_BACKWARD) * alone,
@@ -114,7 +114,7 @@ def main() -> int:
     shape = ["hidden_size=256", "num_hidden_layers=4", "intermediate_size=1024", "vocab_size=8000"]
     settings = ["precision=fp32", f"distribute={options.distribute}"]
     recipe = recipes.load("demo", [*settings, *(f"encoder.{field}" for field in shape)])
-    with ranks.joined(device, recipe.timeout), tempfile.TemporaryDirectory() as folder:
+    with ranks.init(device, recipe.timeout), tempfile.TemporaryDirectory() as folder:
         with ranks.main_first():
             training = build_trainer(begin(recipe, Path(folder) / "run"), device, ranks)
         result = measure(training, options.steps)

@@ -1,4 +1,4 @@
-"""What a training step is made of: its floor, its phases, its energy."""
+"""Break a training step down: its floor, its phases, its energy."""
 
 import importlib.util
 import time
@@ -41,10 +41,10 @@ def phase_seconds(
     step = training.step
     phases = {
         "forward": (training.model, "forward"),
-        "Gram matrix": (step.parts, "grams"),
+        "Gram matrix": (step.groups, "grams"),
         "weights": (step, "balance"),
         "combine and update": (step.optimizer, "step"),
-        "wipe word rows": (training.model, "zero_sparse_rows"),
+        "zero word rows": (training.model, "zero_sparse_rows"),
     }
     seconds = dict.fromkeys(phases, 0.0)
 

@@ -1,4 +1,4 @@
-"""How this engine's step grows with the number of tasks, the shape and the examples a task.
+"""Measure how the step grows with the number of tasks, the shape and the examples a task.
 
 Tasks beyond the three real ones are copies of them under other names: real sentences, heads of
 their own.  Each case runs PCGrad and the plain sum in turn.
@@ -151,7 +151,7 @@ def _steps(case: Case, vocab_size: int, device: torch.device) -> dict[str, Multi
         dropout_p=0.1,
     ).train()
     flat = FlatParameters(model, tasks, device=device, compute_dtype=pick_dtype("auto", device))
-    parts = ParamGroups(flat, tasks, "model")
+    groups = ParamGroups(flat, tasks, "model")
     trained = TrainedTasks(tasks, (case.examples,) * case.num_tasks)
     optimizer = AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     return {
@@ -160,8 +160,8 @@ def _steps(case: Case, vocab_size: int, device: torch.device) -> dict[str, Multi
             tasks,
             flat,
             optimizer,
-            parts,
-            Balancer(build_method(name, trained, BalanceSettings()), parts.owners, device),
+            groups,
+            Balancer(build_method(name, trained, BalanceSettings()), groups.sole_tasks, device),
             loss_weights=[1.0] * case.num_tasks,
             clip_norm=1.0,
             seed=0,

@@ -14,7 +14,7 @@ from .utils.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the door; return its exit status."""
+    """Run the command; return its exit status."""
     parser = Parser(
         prog=f"python -m {__package__}.evaluate",
         description="Score a run's best checkpoint; print a table and write metrics.json.",

@@ -12,7 +12,7 @@ from .runs.scoring import read_scores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the door; return its exit status."""
+    """Run the command; return its exit status."""
     parser = Parser(
         prog=f"python -m {__package__}.export",
         description="Write a run's best checkpoint as a folder that transformers.AutoModel and "

@@ -22,7 +22,7 @@ _MASK = "[MASK]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the door; return its exit status."""
+    """Run the command; return its exit status."""
     parser = Parser(
         prog=f"python -m {__package__}.fill",
         description="Show the likeliest words behind [MASK], by a run whose recipe has masked LM: "

@@ -18,7 +18,7 @@ from .utils.quoting import table_cell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the door; return its exit status."""
+    """Run the command; return its exit status."""
     parser = Parser(
         prog=f"python -m {__package__}.predict",
         description="Predict every row of a file: a line each, in its order (id, prediction). A "

@@ -18,7 +18,7 @@ from .utils.output_files import check_outputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the door; return its exit status."""
+    """Run the command; return its exit status."""
     parser = Parser(
         prog=f"python -m {__package__}.report",
         description="Write a self-contained HTML page for each run: curves, task gradients, "

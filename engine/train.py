@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train_series(out, specs, lambda run: train_run(run, device, console), console)
     wait = min(_LEASE, recipe.timeout / 2) if ranks.restarted else 0.0
     claim = partial(claimed, ranks=ranks, resumes=resumes, wait=wait)
-    with ranks.joined(device, recipe.timeout), _place(options, claim) as out:
+    with ranks.init(device, recipe.timeout), _place(options, claim) as out:
         with ranks.main_first():
             run = resume(recipe, out) if resumes else begin(recipe, out)
         if options.dry_run:

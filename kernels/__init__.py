@@ -1,7 +1,7 @@
 """Kernels for BERT trainers: attention, layer norm and gradient surgery.
 
 Each works on a GPU (Triton, CUDA) and on a CPU (C++, torch) under the same name;
-:func:`implementation` tells which one runs.
+:func:`backend` tells which one runs.
 
 Under autocast, :func:`linear` computes in autocast's dtype, as torch's does.  All others take and
 return the dtype that they are given and compute in float32 inside: attention on what linear layers
@@ -14,7 +14,7 @@ from ._namesake import namesake_attribute
 from .attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from .balancing.pcgrad import draw_order, pcgrad_weights
 from .dropout.dropout import dropout
-from .embedding.embedding import embedding, wipe_
+from .embedding.embedding import embedding, zero_rows_
 from .embedding_layer_norm.embedding_layer_norm import EmbeddingRows, embedding_layer_norm
 from .integrations.balanced_optimizer import BalancedOptimizer
 from .integrations.layer_norm_compat import FusedLayerNorm, layer_norm_fn
@@ -24,7 +24,8 @@ from .integrations.transformers_patch import accelerate, restore
 from .lamb import lamb_update_
 from .layer_norm.layer_norm import dropout_add_layer_norm, layer_norm
 from .linear import linear
-from .registration.backend import implementation
+from .registration.backend import backend
+from .registration.deprecation import renamed_attribute
 from .registration.validation import check_cu_seqlens, checked_values
 from .surgery.surgery import combine, combine_adamw_, gram, update_guard
 from .task_gradients.task_gradients import TaskGradients
@@ -40,6 +41,7 @@ __all__ = [
     "TaskRows",
     "TaskSegments",
     "accelerate",
+    "backend",
     "balancing",
     "check_cu_seqlens",
     "checked_values",
@@ -53,7 +55,6 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
     "gram",
-    "implementation",
     "lamb_update_",
     "layer_norm",
     "layer_norm_fn",
@@ -64,9 +65,14 @@ __all__ = [
     "restore",
     "unpad_input",
     "update_guard",
-    "wipe_",
+    "zero_rows_",
 ]
 
 
+_OLD_NAMES = {"implementation": "backend", "wipe_": "zero_rows_"}
+
+
 def __getattr__(name: str) -> object:
+    if name in _OLD_NAMES:
+        return renamed_attribute(name, globals(), _OLD_NAMES)
     return namesake_attribute(__name__, name)

@@ -1,4 +1,4 @@
-"""Where a layer writes the gradients of its weights, one row for each task.
+"""Rows that a layer writes its weights' gradients to, one for each task.
 
 A batch is one stream in which every task's rows lie side by side, so the weight gradient of
 task ``k`` is the part of the usual sum over rows ``offsets[k]:offsets[k + 1]``.  A layer that is

@@ -1,4 +1,4 @@
-"""What the packages are called: in the repository, installed, and beside Hugging Face's library."""
+"""Names of the packages: in the repository, installed, and with Hugging Face's ``kernels``."""
 
 import os
 import runpy

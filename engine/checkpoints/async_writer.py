@@ -1,7 +1,7 @@
 """Checkpoints, written while training goes on, by all ranks together.
 
-A thread of torch.distributed.checkpoint writes a copy of the state: each rank its own part into one
-safetensors file.  Once all have done so the leader adds the manifest, gives the folder its
+A thread of torch.distributed.checkpoint writes a copy of the state: each rank its own shard into
+one safetensors file.  Once all have done so the leader adds the manifest, gives the folder its
 name, and drops the oldest.  A kill at any moment leaves either the new checkpoint or the ones
 before.  Many machines need a file system that all of them see.
 """
@@ -108,7 +108,7 @@ class AsyncWriter:
                     partial = new_partial_folder(self._path).name
             except InputError as error:
                 problem = str(error)
-        partial, problem = self._ranks.tell([partial, problem])
+        partial, problem = self._ranks.broadcast([partial, problem])
         if problem is not None:
             raise InputError(problem)
         return self._path.with_name(partial)

@@ -23,7 +23,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Progress(NamedTuple):
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
         step: optimizer steps done.
@@ -50,7 +50,7 @@ class Progress(NamedTuple):
 
 
 class Place(BaseModel):
-    """Where a parameter stands in the checkpoint's vectors."""
+    """Place of a parameter in the checkpoint's vectors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,7 +61,7 @@ class Place(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a checkpoint is made of."""
+    """Description of a checkpoint's files and vectors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,10 +1,10 @@
-"""What a checkpoint holds of a training run, as named tensors.
+"""Save and load a training run's state as named tensors.
 
     master.B, exp_avg.B, exp_avg_sq.B   weights and moments of bucket B, ``[rows, 64]`` fp32
     step.NAME                           count of updates, balancing method, loss scale; flattened
     frozen.NAME                         weights that are not trained, fp32
 
-Where ranks hold parts of the buckets these are distributed tensors of the whole bucket, the same
+Where ranks hold shards of the buckets these are distributed tensors of the whole bucket, the same
 whatever the number of ranks, so that another number can read them.
 """
 
@@ -59,7 +59,7 @@ class TrainingState:
 
     @property
     def places(self) -> dict[str, Place]:
-        """Where each parameter stands in its bucket."""
+        """Places of the parameters in their buckets."""
         places = {}
         for name, slot in self._parameters.slots.items():
             bucket = next(
@@ -106,8 +106,8 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Return a copy of the state, on the CPU."""
         state: dict[str, Tensor] = {}
-        for name, part, rows in self._parts():
-            local = _copy(part)
+        for name, shard, rows in self._shards():
+            local = _copy(shard)
             state[name] = local if self._mesh is None else self._share(local, rows, self._mesh)
         for name, tensor in self._whole.items():
             state[name] = _copy(tensor.reshape(-1))
@@ -118,22 +118,22 @@ class TrainingState:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what was read into the tensors that :meth:`tensors` gave."""
         with torch.no_grad():
-            for name, part, _ in self._parts():
+            for name, shard, _ in self._shards():
                 read = state[name]
-                part.copy_(read.to_local() if isinstance(read, DTensor) else read)
+                shard.copy_(read.to_local() if isinstance(read, DTensor) else read)
             for name, tensor in (self._whole | self._frozen).items():
                 tensor.copy_(state[name].view(tensor.shape))
         self._parameters.refresh_compute()
 
-    def _parts(self) -> Iterator[tuple[str, Tensor, int]]:
+    def _shards(self) -> Iterator[tuple[str, Tensor, int]]:
         """Yield each bucket of each vector: name, this rank's rows of it, and how many it has."""
         for kind, vector in self._vectors.items():
             for bucket, piece in zip(
                 self._parameters.layout.buckets, self._parameters.own.pieces, strict=True
             ):
                 used = min(max(bucket.start + bucket.used - piece.start, 0), piece.size)
-                part = vector[piece.own : piece.own + used].view(-1, ALIGNMENT)
-                yield f"{kind}.{bucket.name}", part, bucket.used // ALIGNMENT
+                shard = vector[piece.own : piece.own + used].view(-1, ALIGNMENT)
+                yield f"{kind}.{bucket.name}", shard, bucket.used // ALIGNMENT
 
     @staticmethod
     def _share(local: Tensor, rows: int, mesh: DeviceMesh) -> DTensor:

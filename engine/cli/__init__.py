@@ -1,1 +1,1 @@
-"""What the commands share: options, help, progress, exit status."""
+"""Command lines: options, help, progress, exit status."""

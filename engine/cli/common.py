@@ -1,4 +1,4 @@
-"""What all command-line doors share: how they report bad input, and how they show scores."""
+"""Report bad input and print scores, for all commands."""
 
 import argparse
 import os
@@ -84,7 +84,7 @@ def _given_path(text: str) -> Path:
 
 
 def run_cli(main: Callable[[], int]) -> NoReturn:
-    """Run a door's main function and exit with its status; bad input is one line and status 2.
+    """Run a command's main function and exit with its status; bad input is one line and status 2.
 
     What happens where nothing can be printed any more says :mod:`engine.cli.standard_output`.
     """
@@ -112,7 +112,7 @@ def _status(main: Callable[[], int]) -> int:
 
 
 def terminal(*, quiet: bool = False) -> Console:
-    """Return where a door prints; nothing in the names of files or tasks is markup there."""
+    """Return a command's console, which takes nothing in names of files or tasks for markup."""
     return PlainConsole(quiet=quiet, markup=False, emoji=False)
 
 

@@ -1,4 +1,4 @@
-"""What a run would need: the memory of what it keeps, and time by a few real steps."""
+"""Estimate what a run needs: the memory of what it keeps, and time by a few real steps."""
 
 import itertools
 import resource

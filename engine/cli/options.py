@@ -1,4 +1,4 @@
-"""The command line of ``engine.train``, and what other doors have of it."""
+"""Define the command line of ``engine.train`` and the options that other commands share."""
 
 import argparse
 import itertools

@@ -1,4 +1,4 @@
-"""What a training run shows on the terminal."""
+"""Show a training run on the terminal."""
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -35,7 +35,7 @@ def describe(console: Console, training: Trainer) -> None:
         soft_wrap=True,
     )
     if training.ranks.size > 1:
-        traffic = measure_traffic(training.exchange, parameters, training.optimizer)
+        traffic = measure_traffic(training.sync, parameters, training.optimizer)
         console.print(
             f"{training.ranks.size} ranks, {recipe.distribute}: {traffic}", soft_wrap=True
         )
@@ -44,7 +44,7 @@ def describe(console: Console, training: Trainer) -> None:
 def report_data(
     console: Console, splits: Iterable[Examples], known: Collection[str] = ()
 ) -> list[str]:
-    """Print what the data files gave cause to report.
+    """Print the warnings about the data files.
 
     Args:
         console: where to.

@@ -96,7 +96,7 @@ def close(name: str, known: Iterable[str]) -> list[str]:
     known = list(dict.fromkeys(known))
     table, _, asked = name.rpartition(".")
     fields = [other for other in known if other not in OPTIONS]
-    beside = [other for other in fields if other.rpartition(".")[0] == table]
+    siblings = [other for other in fields if other.rpartition(".")[0] == table]
 
     def alike(among: Iterable[str], *measures: Measure) -> Iterator[list[str]]:
         return (_closest(asked, among, measure) for measure in measures)
@@ -106,15 +106,15 @@ def close(name: str, known: Iterable[str]) -> list[str]:
         yield [meant] if meant in known else []
 
     by_words = (_same_words, _first_words, _last_words)
-    inside = (alike(beside, _few_edits, *by_words), called(asked), alike(fields, _equal))
+    inside = (alike(siblings, _few_edits, *by_words), called(asked), alike(fields, _equal))
     on_top = (
         called(asked),
-        alike(beside, _few_edits),
+        alike(siblings, _few_edits),
         alike(fields, _equal),
-        alike(beside, *by_words),
+        alike(siblings, *by_words),
     )
     found = itertools.chain(
-        alike(beside, _equal),
+        alike(siblings, _equal),
         called(name),
         *(inside if table else on_top),
         alike(fields, _same_words, _one_edit_of_many, _last_words),

@@ -21,7 +21,7 @@ Counts = npt.NDArray[np.int64]
 
 
 class BatchShape(NamedTuple):
-    """What batches of one shape have in common.
+    """Sizes that batches of one shape have in common.
 
     Attributes:
         tokens: of each task, the filling included.
@@ -35,7 +35,7 @@ class BatchShape(NamedTuple):
 
 
 class Shapes(Protocol):
-    """What tells a batch its shape."""
+    """Assigns a shape to each batch."""
 
     def shape(self, tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
         """Return what a batch with so many tokens of each task is filled up to."""

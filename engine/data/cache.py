@@ -39,7 +39,7 @@ _FILES = {"tokens.npy", "offsets.npy", "labels.npy", _META}
 _META_FIELDS = ("task", "ids", "columns", "truncated", "bad_rows", "blank", "notes")
 
 _OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
-"""How rename says that something stands where a folder is to go."""
+"""Errors of rename where the new folder's name is taken."""
 
 
 def default_cache() -> Path:

@@ -26,7 +26,7 @@ _LEFT_OPEN = ("utf-16", "utf-32")
 """Encodings in two orders of bytes, of which a byte order mark says which."""
 
 _TRANSFORMS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape")
-"""What Python calls text encodings and no file is written in."""
+"""Encodings in Python that are not of text, or that no file is written in."""
 
 _UNDECODED = re.compile(r"[\udc80-\udcff]")
 

@@ -24,7 +24,7 @@ _BEGINNINGS: dict[Compression, re.Pattern[bytes]] = {
     "xz": re.compile(rb"\xfd7zXZ\0"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
 }
-"""How compressed files begin, where no text begins so."""
+"""First bytes of compressed files; no text begins so."""
 
 
 def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:

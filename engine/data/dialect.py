@@ -1,4 +1,4 @@
-"""How a file of examples is written: what a recipe says of it, and what its name says."""
+"""Tell how a file of examples is written, by its recipe and its name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ LAYOUTS: Mapping[str, Layout] = {
     ".json": "json",
     ".parquet": "parquet",
 }
-"""How a file is laid out, by its ending."""
+"""Layouts of files, by their ending."""
 
 DELIMITERS: Mapping[Layout, str] = {"tabs": "\t", "commas": ","}
-"""What stands between two fields of a row, in the layouts that have such a thing."""
+"""Delimiters between the fields of a row, of the layouts that have one."""
 
 COMPRESSIONS: Mapping[str, Compression] = {
     ".gz": "gzip",
@@ -30,7 +30,7 @@ COMPRESSIONS: Mapping[str, Compression] = {
     ".xz": "xz",
     ".zst": "zstd",
 }
-"""How a file is compressed, by what stands behind its ending: ``train.csv.gz``."""
+"""Compression, by the ending behind the file's own: ``train.csv.gz``."""
 
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".xlsx")

@@ -1,4 +1,4 @@
-"""What the first line of a delimited file tells: its columns, or what to set to have them."""
+"""Tell from a delimited file's first line its columns, or what to set to have them."""
 
 import csv
 import json

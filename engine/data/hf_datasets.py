@@ -16,7 +16,7 @@ _WITHOUT_PICKLES = (5, 2)
 """The version of the library since which no data set is read from pickles of pandas."""
 
 _PLAIN = ("arrow", "cache", "csv", "json", "parquet", "text")
-"""What may read a data set (``cache``: what the library has read before).  Others load tensors by
+"""Builders that may read a data set (``cache``: of one read before).  Others load tensors by
 ``torch.load``, open archives, or open files that columns name."""
 
 

@@ -23,7 +23,7 @@ _PLANNED = 512
 class TrainingLoader:
     """Iterates over the training batches of steps ``start`` to ``stop``.
 
-    A step whose batch is parted into micro-batches yields these, one after the other.
+    A step whose batch is split into micro-batches yields these, one after the other.
 
     Use it in a ``with`` statement, which ends the thread however the loop is left.  An exception in
     the thread is raised where the batch was asked for.

@@ -33,7 +33,7 @@ class Segments(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MaskedText:
-    """What masked LM draws its batches from.
+    """Examples of masked LM, which batches are drawn from.
 
     Attributes:
         task: the objective's name.

@@ -22,12 +22,12 @@ _WHOLE = 1 << 30  # tokens: no text is cut before its sequence is put together
 
 
 class Found(NamedTuple):
-    """What was found where an objective's text comes from.
+    """Texts found for an objective.
 
     Attributes:
         largest: examples of the largest task, or lines of the largest file.
         texts: of all tasks and files, each cut to the objective's ``limit``.
-        notes: what the files gave cause to report, a line each.
+        notes: warnings about the files, a line each.
     """
 
     largest: int

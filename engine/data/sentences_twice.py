@@ -11,7 +11,7 @@ from .task_batch import Indices, TaskBatch
 
 @dataclass(frozen=True, slots=True)
 class SentencesTwice:
-    """What SimCSE draws its batches from.
+    """Examples of SimCSE, which batches are drawn from.
 
     Attributes:
         task: the objective's name.

@@ -1,4 +1,4 @@
-"""Where the examples of a task come from, as a recipe says it: files, or a data set by name."""
+"""Sources of a task's examples, as a recipe names them: files, or a data set."""
 
 import hashlib
 import re

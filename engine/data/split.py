@@ -57,7 +57,7 @@ class TokenizedSplit:
 
     @property
     def skipped(self) -> int:
-        """How many rows of the file were skipped or blanked."""
+        """Number of rows of the file that were skipped or blanked."""
         return sum(self.bad_rows.values())
 
     def part(self, chosen: Indices, _step: int, /) -> TaskBatch:

@@ -20,7 +20,7 @@ from .rows import BadRowError, Rows, shorten
 from .task_schema import TaskSchema
 
 OnBadRow = Literal["error", "skip", "blank"]
-"""What to do with a row that cannot be used.
+"""Treatment of a row that cannot be used.
 
 ``error``: raise InputError.  ``skip``: leave it out.  ``blank``: keep its place (and its id where
 that can be read) with empty sentences, for predictions, which owe a line to every row.

@@ -13,7 +13,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class MaskedTokens(NamedTuple):
-    """What masked language modelling is to predict.
+    """Labels of masked language modelling.
 
     Attributes:
         positions: int64 ``[m]``, the masked tokens among the tokens of the part.
@@ -66,7 +66,7 @@ def empty_task_batch(task: str) -> TaskBatch:
 
 
 class Examples(Protocol):
-    """What batches are drawn from: a split of a task, or the text of an objective."""
+    """Examples that batches are drawn from: a split of a task, or the text of an objective."""
 
     @property
     def task(self) -> str:

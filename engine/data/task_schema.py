@@ -1,4 +1,4 @@
-"""What the data of a task look like: names, columns and the range of a label."""
+"""The schema of a task's data: names, columns and the range of a label."""
 
 import re
 from collections.abc import Mapping

@@ -34,7 +34,7 @@ _BERT_SETTINGS = {
     "strip_accents": "strip_accents",
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
-"""What ``tokenizer_config.json`` says, and what it is called in the normalizer."""
+"""Fields of ``tokenizer_config.json``, and their names in the normalizer."""
 
 _CHUNK = 4096
 """Sentences encoded at a time: bounds the memory of the library's result objects."""
@@ -149,7 +149,7 @@ class Tokenizer:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What ``tokenizer_config.json`` tells transformers of this tokenizer."""
+        """Return the ``tokenizer_config.json`` that describes this tokenizer to transformers."""
         kind: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
         if self._bert_settings is not None:
             kind = {"tokenizer_class": "BertTokenizer"} | self._bert_settings

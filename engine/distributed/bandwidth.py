@@ -1,4 +1,4 @@
-"""How fast the ranks exchange gradients and weights, and what each of them holds in memory."""
+"""Measure the exchange of gradients and weights, and the memory of each rank."""
 
 import time
 from typing import NamedTuple
@@ -33,22 +33,22 @@ class Traffic(NamedTuple):
         )
 
 
-def measure_traffic(exchange: NoSync, parameters: FlatParameters, optimizer: Optimizer) -> Traffic:
+def measure_traffic(sync: NoSync, parameters: FlatParameters, optimizer: Optimizer) -> Traffic:
     """Exchange gradient rows, which are zero before the first step, and weights; all ranks call."""
-    best = min(_once(exchange, parameters.rows) for _ in range(3))
+    best = min(_once(sync, parameters.rows) for _ in range(3))
     own = parameters.own
     tensors = [parameters.rows, parameters.compute, *own[:3], optimizer.exp_avg]
     tensors.append(optimizer.exp_avg_sq)
     held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-    return Traffic(exchange.bytes_a_step, best, sum(held.values()))
+    return Traffic(sync.bytes_a_step, best, sum(held.values()))
 
 
-def _once(exchange: NoSync, rows: Tensor) -> float:
+def _once(sync: NoSync, rows: Tensor) -> float:
     _synchronize(rows)
     begun = time.perf_counter()
-    exchange.begin()
-    exchange.finish()
-    exchange.publish()
+    sync.start()
+    sync.wait()
+    sync.gather_params()
     _synchronize(rows)
     return time.perf_counter() - begun
 

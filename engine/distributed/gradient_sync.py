@@ -1,14 +1,15 @@
-"""What ranks send each other in a step, bucket by bucket.
+"""Synchronise task gradients and weights across ranks, bucket by bucket.
 
-    Alone        one process: nothing
-    Replicated   all-reduce of the gradient rows; every rank holds and updates everything
-    Sharded      reduce-scatter of the gradient rows; every rank updates its part of each bucket,
-                 and the new weights are all-gathered (Rajbhandari et al., "ZeRO", 2020, stage 2)
+    NoSync           one process: nothing
+    ReplicatedSync   all-reduce of the gradient rows; every rank holds and updates everything
+    ShardedSync      reduce-scatter of the gradient rows; every rank updates its shard of each
+                     bucket, and the new weights are all-gathered (Rajbhandari et al., "ZeRO",
+                     2020, stage 2)
 
 A bucket's rows are on their way as soon as the backward pass has left its stage behind: the
 gradient of a stage's input is complete exactly when all of the stage's own are.  The encoder's
 first stage, and biases and norms, which every stage adds to, go last.  Surgery then sees the
-gradients of the whole batch: the Gram matrices of the parts are added up, K x K numbers.
+gradients of the whole batch: the Gram matrices of the shards are added up, K x K numbers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,15 +33,15 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_ga
 
 
 class NoSync:
-    """The exchange of one process, which has none."""
+    """One process: nothing to synchronise."""
 
     rank = 0
     bytes_a_step = 0
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Send each bucket as the step's last backward pass completes it; before its forward."""
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait until ``own.rows`` holds the gradients of all ranks."""
 
     def total(self, losses: Tensor, grams: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
@@ -52,19 +53,19 @@ class NoSync:
         """
         return losses, grams
 
-    def publish(self) -> None:
+    def gather_params(self) -> None:
         """Bring the weights that the model computes with up to date on all ranks."""
 
-    def whole(self, own: Tensor) -> Tensor:
-        """Return the vector ``[P]`` whose part ``own [S]`` each rank holds."""
+    def gather(self, own: Tensor) -> Tensor:
+        """Return the vector ``[P]`` whose shard ``own [S]`` each rank holds."""
         return own
 
 
-class _Exchange(NoSync):
-    """What both ways have in common: when a bucket is sent.
+class _BucketSync(NoSync):
+    """Send each bucket once its gradients are complete; the base of both ways to do so.
 
     Args:
-        model: whose backward pass is listened to.
+        model: whose backward pass gets the hooks.
         parameters: its gradient rows.
     """
 
@@ -82,11 +83,11 @@ class _Exchange(NoSync):
         self._behind = tuple(bucket for bucket in behind if bucket not in within)
         model.encoder.register_forward_hook(self._when_encoded)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Take every bucket as yet to be sent."""
         self._waiting = dict(self._buckets)
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Send the buckets that the backward pass completes last; wait for all."""
         self._send(list(self._waiting))
         for work in self._works:
@@ -94,7 +95,7 @@ class _Exchange(NoSync):
         self._works.clear()
 
     def _send(self, names: Iterable[str]) -> None:
-        """Send buckets that have not been sent; outside ``begin`` ... ``finish`` there are none."""
+        """Send buckets that have not been sent; outside ``start`` ... ``wait`` there are none."""
         for name in names:
             bucket = self._waiting.pop(name, None)
             if bucket is not None:
@@ -104,17 +105,17 @@ class _Exchange(NoSync):
         raise NotImplementedError
 
     def _when_encoded(self, _module: nn.Module, _arguments: Any, hidden: Tensor) -> None:
-        self._listen(hidden, self._behind)
+        self._add_hook(hidden, self._behind)
 
     def _when_entered(self, bucket: str) -> Callable[[nn.Module, Any], None]:
-        return lambda _module, arguments: self._listen(arguments[0], (bucket,))
+        return lambda _module, arguments: self._add_hook(arguments[0], (bucket,))
 
-    def _listen(self, hidden: Tensor, buckets: Iterable[str]) -> None:
+    def _add_hook(self, hidden: Tensor, buckets: Iterable[str]) -> None:
         if self._waiting and hidden.requires_grad:
             hidden.register_hook(lambda _gradient: self._send(buckets))
 
 
-class ReplicatedSync(_Exchange):
+class ReplicatedSync(_BucketSync):
     """All-reduce; every rank computes the same update of everything."""
 
     def __init__(self, model: MultitaskModel, parameters: FlatParameters) -> None:
@@ -131,13 +132,13 @@ class ReplicatedSync(_Exchange):
         dist.all_reduce(losses)
         return losses, grams
 
-    def publish(self) -> None:
+    def gather_params(self) -> None:
         """Zero what other ranks' words left in rows of tables that this rank's batch has not."""
         self._parameters.zero_sparse_rows()
 
 
-class ShardedSync(_Exchange):
-    """Reduce-scatter, an update of one part on each rank, all-gather."""
+class ShardedSync(_BucketSync):
+    """Reduce-scatter, an update of one shard on each rank, all-gather."""
 
     def __init__(self, model: MultitaskModel, parameters: FlatParameters) -> None:
         super().__init__(model, parameters)
@@ -150,27 +151,27 @@ class ShardedSync(_Exchange):
         own = self._parameters.own.rows[:, piece.own : piece.own + piece.size]
         rows = self._parameters.rows[:, bucket.columns]
         return [
-            _reduce_scatter(part, row, async_op=True) for part, row in zip(own, rows, strict=True)
+            _reduce_scatter(shard, row, async_op=True) for shard, row in zip(own, rows, strict=True)
         ]
 
     def total(self, losses: Tensor, grams: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """Add up all of them in one all-reduce of K + G K^2 numbers."""
         numbers = torch.cat([losses, *(gram.flatten() for gram in grams)])
         dist.all_reduce(numbers)
-        losses, *parts = numbers.split([len(losses), *(gram.numel() for gram in grams)])
-        return losses, [part.view_as(gram) for part, gram in zip(parts, grams, strict=True)]
+        losses, *totals = numbers.split([len(losses), *(gram.numel() for gram in grams)])
+        return losses, [total.view_as(gram) for total, gram in zip(totals, grams, strict=True)]
 
-    def publish(self) -> None:
+    def gather_params(self) -> None:
         """All-gather the new weights."""
-        self._gather(self._parameters.own.compute, self._parameters.compute)
+        self._gather_buckets(self._parameters.own.compute, self._parameters.compute)
 
-    def whole(self, own: Tensor) -> Tensor:
+    def gather(self, own: Tensor) -> Tensor:
         """All-gather a vector ``[S]`` to ``[P]``."""
         gathered = own.new_zeros(self._parameters.numel)
-        self._gather(own, gathered)
+        self._gather_buckets(own, gathered)
         return gathered
 
-    def _gather(self, own: Tensor, whole: Tensor) -> None:
+    def _gather_buckets(self, own: Tensor, whole: Tensor) -> None:
         works = [
             _all_gather(
                 whole[bucket.columns], own[piece.own : piece.own + piece.size], async_op=True
@@ -184,7 +185,7 @@ class ShardedSync(_Exchange):
 def build_gradient_sync(
     mode: str, ranks: int, model: MultitaskModel, parameters: FlatParameters
 ) -> NoSync:
-    """Make the exchange of ``ranks`` processes that are connected; ``mode`` is one of MODES."""
+    """Build the synchronisation of ``ranks`` connected processes; ``mode`` is one of MODES."""
     if ranks == 1:
         return NoSync()
     return (ShardedSync if mode == "sharded" else ReplicatedSync)(model, parameters)

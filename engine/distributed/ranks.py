@@ -48,7 +48,7 @@ class Ranks:
         self.group: dist.ProcessGroup | None = None
         self.checkpoint_group: dist.ProcessGroup | None = None
         self._store: Store | None = None
-        self._told = 0
+        self._broadcasts = 0
 
     @classmethod
     def from_environment(cls) -> "Ranks":
@@ -116,8 +116,8 @@ class Ranks:
             self.barrier()
 
     @contextmanager
-    def joined(self, device: torch.device, timeout: float) -> Iterator[None]:
-        """Within the block the processes are connected.
+    def init(self, device: torch.device, timeout: float) -> Iterator[None]:
+        """Connect the processes for the block.
 
         Args:
             device: where gradients are.
@@ -176,12 +176,12 @@ class Ranks:
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
 
-    def tell(self, value: Any) -> Any:
-        """Return on every rank the leader's ``value``, which JSON can hold; all must call."""
+    def broadcast(self, value: Any) -> Any:
+        """Return on every rank the main rank's ``value``, which JSON can hold; all must call."""
         if self._store is None:
             return value
-        key = f"superbert/told/{self._told}"
-        self._told += 1
+        key = f"superbert/broadcast/{self._broadcasts}"
+        self._broadcasts += 1
         if self.is_main:
             self._store.set(key, dump_json(value))
         return json.loads(self._store.get(key))

@@ -67,7 +67,7 @@ class TrainedTasks(NamedTuple):
 
 
 class BalancerInput(NamedTuple):
-    """What a method may look at.
+    """Inputs of a method.
 
     Attributes:
         gram: ``[K, K]`` fp32.
@@ -288,23 +288,25 @@ def _made(weighting: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tens
 
 
 class Balancer:
-    """A method applied to each part of the parameters by itself.
+    """A method applied to each parameter group by itself.
 
     Args:
         method: what decides.
-        owners: for each of the G parts the one task that reaches it, or None where all do; a part
-            with one owner has nothing to balance, its task's gradient is taken as it is.  With one
-            part for the whole model there are no owners.
+        sole_tasks: for each of the G groups the only task that uses it, None where all do; such a
+            group has nothing to balance, and its task's gradient is taken as it is.  The whole
+            model as one group has no sole task.
         device: of the Gram matrices.
 
     Attributes:
         state: what the method remembers, ``[G, ...]`` each; saved with a checkpoint.
     """
 
-    def __init__(self, method: Method, owners: Sequence[int | None], device: torch.device) -> None:
-        self._method, self._owners = method, tuple(owners)
+    def __init__(
+        self, method: Method, sole_tasks: Sequence[int | None], device: torch.device
+    ) -> None:
+        self._method, self._sole_tasks = method, tuple(sole_tasks)
         self.state = {
-            name: first.to(device).expand(len(owners), *first.shape).clone()
+            name: first.to(device).expand(len(sole_tasks), *first.shape).clone()
             for name, first in method.initial_state.items()
         }
 
@@ -314,15 +316,15 @@ class Balancer:
         Where a weight or a loss is not finite the state stays: such a step is skipped.
         """
         return torch.stack(
-            [self._decide(part, gram, order, losses) for part, gram in enumerate(grams.unbind())]
+            [self._decide(group, gram, order, losses) for group, gram in enumerate(grams.unbind())]
         )
 
-    def _decide(self, part: int, gram: Tensor, order: Tensor, losses: Tensor) -> Tensor:
-        owner = self._owners[part]
-        if owner is not None:
-            own = torch.arange(len(gram), device=gram.device) == owner
+    def _decide(self, group: int, gram: Tensor, order: Tensor, losses: Tensor) -> Tensor:
+        task = self._sole_tasks[group]
+        if task is not None:
+            own = torch.arange(len(gram), device=gram.device) == task
             return own.to(gram.dtype)
-        state = {name: tensor[part] for name, tensor in self.state.items()}
+        state = {name: tensor[group] for name, tensor in self.state.items()}
         decision = self._method.decide(BalancerInput(gram, order, losses, state))
         finite = torch.isfinite(losses).all() & torch.isfinite(decision.weights).all()
         for name, new in decision.state.items():

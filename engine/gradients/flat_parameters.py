@@ -2,14 +2,14 @@
 
     compute [P]     what the model computes with, fp32, bf16 or fp16
     rows    [K, P]  the K task gradients, in the dtype of ``compute``
-    own             what this process updates: the same columns, or a rank's part of them, with
+    own             what this process updates: the same columns, or a rank's shard of them, with
                     fp32 masters of the weights
 
 The model describes its parameters (engine/models/parameters.py).  They become views of ``compute``,
 and shared layers get their columns of ``rows``.  What belongs to one task alone (heads, adapters)
 has its part of that task's row as its ``grad``, into which autograd adds.  Where the tasks take
-turns, one a step, there is one row for all.  Where each parameter stands says its
-:class:`~engine.gradients.layout.Layout`.
+turns, one a step, there is one row for all.  :class:`~engine.gradients.layout.Layout` stores the
+parameters' offsets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ from .layout import Layout, Piece, Slot
 
 
 class OwnVectors(NamedTuple):
-    """What one process updates, S columns: all P of them, or the part of one rank.
+    """Columns that one process updates, S of them: all P, or the shard of one rank.
 
     Attributes:
         master: ``[S]`` fp32.
@@ -189,7 +189,7 @@ class FlatParameters:
         """Return the trained tasks whose losses reach a parameter."""
         return self.specs[name].tasks
 
-    def columns_reached_by(self, task: str) -> list[slice]:
+    def columns_used_by(self, task: str) -> list[slice]:
         """Return the columns that a task's gradient may have other values than zero in."""
         columns: list[slice] = []
         ends = [*(slot.offset for slot in self.slots.values()), self.numel][1:]

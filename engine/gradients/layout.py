@@ -1,11 +1,11 @@
-"""Where each parameter stands in the flat vector, and how the vector is parted among ranks.
+"""Store each parameter's place in the flat vector, and each rank's shard of the vector.
 
 Each parameter starts at a multiple of 64 elements; gaps hold zeros everywhere and stay zero.
 Matrices, which weight decay acts on, come first, then biases and norms: ``[0, decayed)`` decays.
 
 Neighbouring parameters form buckets, in the order in which a backward pass leaves them behind it,
 counted from the end: embeddings, each layer, heads; biases and norms are the last bucket.  With N
-ranks a bucket is padded so that each rank owns an equal part of it, its n-th part on rank n.
+ranks a bucket is padded so that each rank owns an equal shard of it, its n-th shard on rank n.
 """
 
 from collections.abc import Iterator, Mapping
@@ -86,7 +86,7 @@ class Layout:
         self.numel = self._place(VECTORS, vectors, end)
 
     def pieces(self, rank: int) -> list[Piece]:
-        """Return what ``rank`` owns: a part of every bucket, in the order of the buckets."""
+        """Return the shard of ``rank``: a piece of every bucket, in the order of the buckets."""
         pieces, own = [], 0
         for bucket in self.buckets:
             size = bucket.size // self.ranks

@@ -1,4 +1,4 @@
-"""What decides whether a setting has an effect: a field, and the phase of a run that it is in."""
+"""Conditions on which a setting has an effect: a field, and the phase of a run that it is in."""
 
 from typing import NamedTuple
 

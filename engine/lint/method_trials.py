@@ -1,4 +1,4 @@
-"""What a balancing method reads and gives, found by trying it out."""
+"""Find out what a balancing method reads and returns, by trying it."""
 
 from collections.abc import Sequence
 from typing import Any, cast

@@ -1,4 +1,4 @@
-"""What is known of a phase once its data are read and its model is built: sizes, steps, sharing."""
+"""Facts about a phase once its data are read and its model is built: sizes, steps, sharing."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Self

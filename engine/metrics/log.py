@@ -1,4 +1,4 @@
-"""What a run writes down as it goes, read off the device only every few steps.
+"""Write a run's metrics as it trains; they are read off the device only every few steps.
 
 metrics.jsonl       a line a step: losses, cosines, conflict rate, …; in pieces when it is long
 evaluations.jsonl   a line an evaluation: the number of steps done, dev scores
@@ -31,7 +31,7 @@ class MetricsLog:
             dropped from its files.
         start: the first step that will be added.
         every: steps between two reads of the device.
-        layers: the names of the parts whose Gram matrices the reports bring along.
+        layers: names of the parameter groups whose Gram matrices the reports hold.
         layers_every: steps between two records of their cosines.
         sinks: what else gets the lines.
         gpu: sensors to read with each block, or None.

@@ -1,4 +1,4 @@
-"""Where metrics go besides the run's own files: TensorBoard, Weights & Biases."""
+"""Send metrics to TensorBoard and Weights & Biases, besides the run's own files."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -45,7 +45,7 @@ class _Line(BaseModel):
 
 
 class _StepLine(_Line):
-    """What a training step came to, as :class:`.log.MetricsLog` writes it."""
+    """A training step's metrics, as :class:`.log.MetricsLog` writes them."""
 
     lr: Number
     tokens: Whole

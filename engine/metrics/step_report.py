@@ -1,4 +1,4 @@
-"""What one training step reports."""
+"""The report of one training step."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,19 @@ from torch import Tensor
 
 
 class StepReport(NamedTuple):
-    """What one step did, as fp32 tensors on its device.
+    """Report of one step, as fp32 tensors on its device.
 
     K is the number of tasks in the step's batch: all, or one where they take turns.
 
     Attributes:
         losses: ``[K]``, each as its task defines it, unweighted.
         gram: ``[K, K]``, the dot products of the task gradients.
-        weights: ``[K]``, by which they were combined; averaged over the parts of the parameters
+        weights: ``[K]``, by which they were combined; averaged over the parameter groups
             where surgery goes by layer or by tensor.
         grad_norm: 0-dim, of the combined gradient before clipping.
         skipped: 0-dim, 1 where a gradient was not finite and nothing was updated.
         tasks: the names of the K tasks.
-        layer_grams: ``[L, K, K]``, those of each watched part, times the loss scale
+        layer_grams: ``[L, K, K]``, those of each watched group, times the loss scale
             squared; None where none are watched.
     """
 

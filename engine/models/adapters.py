@@ -30,10 +30,10 @@ class ProjectedAttention(nn.Module):
     Args:
         config: of the encoder; the heads and the dropout rate of its attention are taken over.
         width: w, of the narrow attention; divisible by the number of heads.
-        first_site: the number of its first dropout site; it has one for each layer.
+        first_dropout_id: of its dropout in the first layer; it has one for each layer.
     """
 
-    def __init__(self, config: EncoderConfig, width: int, *, first_site: int) -> None:
+    def __init__(self, config: EncoderConfig, width: int, *, first_dropout_id: int) -> None:
         super().__init__()
         if width % config.num_attention_heads:
             raise InputError(
@@ -41,7 +41,7 @@ class ProjectedAttention(nn.Module):
                 "attention heads; take a multiple"
             )
         std = config.initializer_range
-        self.heads, self.first_site = config.num_attention_heads, first_site
+        self.heads, self.first_dropout_id = config.num_attention_heads, first_dropout_id
         self.dropout_p = config.attention_probs_dropout_prob
         self.down = Linear(config.hidden_size, width, init_std=std)
         self.qkv = nn.ModuleList(
@@ -67,7 +67,7 @@ class ProjectedAttention(nn.Module):
             context.max_seqlen,
             dropout_p=self.dropout_p if self.training else 0.0,
             seed=context.seed,
-            stream=self.first_site + layer,
+            rng_offset=self.first_dropout_id + layer,
         )
         assert isinstance(attended, Tensor)
         return self.up(attended.flatten(1))

@@ -24,9 +24,9 @@ from .families import FAMILIES, bert_fields, bert_tensors
 from .layers import Embedding, LayerNorm, Linear
 from .spec import ModelSpec, StoredWeights, Weight
 
-# Dropout sites are numbered, so that one seed a step gives every site its own random numbers.
-_EMBEDDING_SITE = 0
-_SITES_PER_LAYER = 3
+# Dropouts are numbered, so that one seed a step gives each of them its own random numbers.
+_EMBEDDING_DROPOUT_ID = 0
+_DROPOUTS_PER_LAYER = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +108,9 @@ class BertEncoder(Encoder):
         return self.embeddings.word
 
     @property
-    def num_sites(self) -> int:
-        """How many dropout sites there are."""
-        return _EMBEDDING_SITE + 1 + _SITES_PER_LAYER * len(self.layers)
+    def num_dropouts(self) -> int:
+        """Number of dropouts."""
+        return _EMBEDDING_DROPOUT_ID + 1 + _DROPOUTS_PER_LAYER * len(self.layers)
 
     def lookups(self, input_ids: Tensor, context: Context) -> Iterable[tuple[Embedding, Tensor]]:
         """Return the three tables, and the entries ``[T]`` that a forward pass looks up in each."""
@@ -147,7 +147,7 @@ class BertEmbeddings(nn.Module):
             eps=self.norm.eps,
             training=self.training,
             seed=context.seed,
-            stream=_EMBEDDING_SITE,
+            rng_offset=_EMBEDDING_DROPOUT_ID,
             rows=None if context.segments is None else self._rows(),
             segments=context.segments,
         )
@@ -167,7 +167,7 @@ class BertLayer(nn.Module):
         super().__init__()
         width, std = config.hidden_size, config.initializer_range
         self.index = index
-        self.first_site = _EMBEDDING_SITE + 1 + _SITES_PER_LAYER * index
+        self.first_dropout_id = _EMBEDDING_DROPOUT_ID + 1 + _DROPOUTS_PER_LAYER * index
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.attention_dropout_p = config.attention_probs_dropout_prob
         self.hidden_dropout_p = config.hidden_dropout_prob
@@ -187,7 +187,7 @@ class BertLayer(nn.Module):
             context.max_seqlen,
             dropout_p=self.attention_dropout_p if self.training else 0.0,
             seed=context.seed,
-            stream=self.first_site,
+            rng_offset=self.first_dropout_id,
         )
         assert isinstance(attended, Tensor)  # statistics, which would make it a tuple, are off
         hidden = self.attention_norm.add(
@@ -195,7 +195,7 @@ class BertLayer(nn.Module):
             x,
             context,
             dropout_p=self.hidden_dropout_p,
-            stream=self.first_site + 1,
+            rng_offset=self.first_dropout_id + 1,
         )
         widened = F.gelu(self.intermediate(hidden, context))
         return self.output_norm.add(
@@ -203,7 +203,7 @@ class BertLayer(nn.Module):
             hidden if adapted is None else hidden + adapted,
             context,
             dropout_p=self.hidden_dropout_p,
-            stream=self.first_site + 2,
+            rng_offset=self.first_dropout_id + 2,
         )
 
 

@@ -1,4 +1,4 @@
-"""What training asks of any encoder's config."""
+"""The interface of every encoder's config."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What the layers of a step know besides their input: every layer is called ``layer(x, context)``.
+"""The context of a step's layers: every layer is called ``layer(x, context)``.
 
 A layer that works row by row needs a :class:`RowContext` at most, or nothing at all outside
 training.  Layers of an encoder work on the token stream of a batch and get its :class:`Context`.
@@ -14,7 +14,7 @@ from .._kernels import kernels
 
 
 class TokenStream(Protocol):
-    """What layers read of a packed batch."""
+    """Description of a packed batch for layers."""
 
     @property
     def cu_seqlens(self) -> Tensor:

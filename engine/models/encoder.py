@@ -1,4 +1,4 @@
-"""What training asks of an encoder.  Each lies in a file of its own, such as engine/models/bert.py.
+"""The interface of an encoder.  Each lies in a file of its own, such as engine/models/bert.py.
 
 An encoder is a sequence of stages.  The first one embeds the tokens, the others map hidden states
 to hidden states, and everything that goes stage by stage (layer-wise balancing, the exchange of
@@ -58,8 +58,8 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     @property
-    def num_sites(self) -> int:
-        """How many dropout sites there are; later ones (heads) count on from here."""
+    def num_dropouts(self) -> int:
+        """Number of dropouts; the ids of later ones (heads) count on from here."""
         raise NotImplementedError
 
     def lookups(self, input_ids: Tensor, context: Context) -> Iterable[tuple[Embedding, Tensor]]:

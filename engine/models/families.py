@@ -32,7 +32,7 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 
 
 class Family(NamedTuple):
-    """How the folders of one model type differ from a BERT's.
+    """Differences of one model type's folders from a BERT's.
 
     Attributes:
         prefix: of the encoder's weights in models that have heads.

@@ -17,7 +17,7 @@ from .context import RowContext
 
 
 class GradientWrite(Enum):
-    """How a step's backward pass leaves its task gradients in the gradient buffer."""
+    """Ways in which a backward pass writes task gradients into the gradient buffer."""
 
     OVERWRITTEN = "overwritten"
     """It overwrites all of them: nothing has to be zeroed."""
@@ -110,7 +110,7 @@ class Embedding(TaskLayer):
         """Zero the task gradients that a backward pass over ``index`` has touched."""
         rows = None if self.rows is None else self.rows.weight
         if rows is not None:
-            kernels.wipe_(rows, index, offsets)
+            kernels.zero_rows_(rows, index, offsets)
 
 
 class LayerNorm(TaskLayer):
@@ -131,9 +131,9 @@ class LayerNorm(TaskLayer):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps, rows=rows, segments=segments)
 
     def add(
-        self, x: Tensor, residual: Tensor, context: RowContext, *, dropout_p: float, stream: int
+        self, x: Tensor, residual: Tensor, context: RowContext, *, dropout_p: float, rng_offset: int
     ) -> Tensor:
-        """Normalise ``residual + dropout(x)``, both ``[T, H]``; ``stream`` is the dropout site."""
+        """Normalise ``residual + dropout(x)``, both ``[T, H]``."""
         rows, segments = self._target(context)
         out = kernels.dropout_add_layer_norm(
             x,
@@ -144,7 +144,7 @@ class LayerNorm(TaskLayer):
             self.eps,
             training=self.training,
             seed=context.seed,
-            stream=stream,
+            rng_offset=rng_offset,
             rows=rows,
             segments=segments,
         )

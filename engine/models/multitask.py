@@ -62,7 +62,7 @@ class MultitaskModel(nn.Module):
                 features=features[task.task],
                 loss=losses.get(task.task, "default"),
                 dropout_p=dropout_p,
-                site=self.encoder.num_sites + position,
+                dropout_id=self.encoder.num_dropouts + position,
             )
             for position, task in enumerate(tasks)
         }
@@ -73,12 +73,12 @@ class MultitaskModel(nn.Module):
         self.heads.update({name: build_head(each) for name, each in of_tasks.items()})
         self.adapters = NamedModules()
         if adapter_width:
-            first_site = self.encoder.num_sites + len(tasks)
+            first_dropout_id = self.encoder.num_dropouts + len(tasks)
             for position, name in enumerate(self.heads):
                 self.adapters[name] = ProjectedAttention(
                     config,
                     adapter_width,
-                    first_site=first_site + position * config.num_hidden_layers,
+                    first_dropout_id=first_dropout_id + position * config.num_hidden_layers,
                 )
         self.heads.update(of_objectives)
 
@@ -91,7 +91,7 @@ class MultitaskModel(nn.Module):
 
     @property
     def shared_layers(self) -> SharedLayers:
-        """What heads may use besides their own layers."""
+        """Layers that heads may use besides their own."""
         return SharedLayers(self.encoder.word_table, self.pair)
 
     def encoder_stages(self) -> list[Stage]:
@@ -217,7 +217,7 @@ class MultitaskModel(nn.Module):
         task_rows: bool,
         accumulate: bool,
     ) -> Tensor:
-        """Return the hidden states ``[T, H]`` of a batch, or those that it brings along."""
+        """Return the hidden states ``[T, H]`` of a batch, or the precomputed ones that it holds."""
         if batch.states is not None:
             return batch.states.to(self.encoder.word_table.weight.dtype)
         of_tasks = [self._adapter(task) for task in tasks]

@@ -1,4 +1,4 @@
-"""What a model says of each of its parameters, so that nothing else has to know it by name."""
+"""Describe each parameter of a model, so that nothing else has to know it by name."""
 
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
@@ -38,7 +38,7 @@ class ParameterSpec(NamedTuple):
 
     @property
     def bucket(self) -> str:
-        """What its gradients are sent with."""
+        """Bucket that its gradients are sent with."""
         return self.stage.bucket or self.stage.name
 
 

@@ -1,4 +1,4 @@
-"""What a task's head gets to see of the encoder's work."""
+"""Inputs of a task head: hidden states, pooled vectors, pairs of them."""
 
 from typing import NamedTuple
 

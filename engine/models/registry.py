@@ -14,7 +14,7 @@ MODELS: dict[str, ModelSpec] = {
 """By the ``model_type`` of config.json."""
 
 FROM_SCRATCH = bert.SPEC
-"""What is trained without a pretrained model, and what a ``config.json`` without a type means."""
+"""The model that is trained from scratch, and that of a ``config.json`` without a type."""
 
 
 def spec_of(config: EncoderConfig) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""What a model type consists of, and how its weights are named in the Hugging Face layout."""
+"""Describe a model type: its classes, and its weights' names in the Hugging Face layout."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

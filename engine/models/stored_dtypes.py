@@ -1,4 +1,4 @@
-"""What the tensors of safetensors files are stored as, read off their headers.
+"""Read the dtypes of the tensors of safetensors files off their headers.
 
 The library does not know every dtype that files have, and what is loaded is converted without a
 word.  Weights are read as F64, F32, F16 and BF16.  A float8 or smaller is refused too: its values

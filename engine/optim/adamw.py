@@ -16,7 +16,7 @@ from ..gradients.groups import Segment
 
 
 class AdamSettings(TypedDict):
-    """What Adam and its relatives are told by name.
+    """Settings of Adam and its relatives.
 
     Attributes:
         betas: decay rates of the two moments.
@@ -48,28 +48,28 @@ class AdamW:
     def step(
         self,
         weights: Tensor,
-        regions: Sequence[Segment],
+        segments: Sequence[Segment],
         *,
         lr: Tensor,
         scale: Tensor,
         skip: Tensor,
     ) -> None:
-        """Update weights and moments with ``scale * sum_k weights[part, k] * rows[k]``.
+        """Update weights and moments with ``scale * sum_k weights[group, k] * rows[k]``.
 
         Args:
-            weights: ``[G, K]`` fp32, for each part of the parameters.
-            regions: which columns belong to which part.
+            weights: ``[G, K]`` fp32, for each parameter group.
+            segments: which columns belong to which group.
             lr: 0-dim fp32.
             scale: 0-dim fp32, the clip factor (and the inverse of a loss scale).
             skip: 0-dim bool; true leaves weights, moments and the count of updates untouched.
         """
         flat = self._own
         self.updates += (~skip).to(self.updates.dtype)
-        for region in regions:
-            for columns, weight_decay in self._by_decay(region.columns):
+        for segment in segments:
+            for columns, weight_decay in self._by_decay(segment.columns):
                 kernels.combine_adamw_(
                     flat.rows[:, columns],
-                    weights[region.part],
+                    weights[segment.group],
                     flat.master[columns],
                     self.exp_avg[columns],
                     self.exp_avg_sq[columns],

@@ -67,7 +67,7 @@ class ApexOptimizer:
     def step(
         self,
         weights: Tensor,
-        regions: Sequence[Segment],
+        segments: Sequence[Segment],
         *,
         lr: Tensor,
         scale: Tensor,
@@ -77,9 +77,9 @@ class ApexOptimizer:
         if skip:
             return
         flat = self._parameters
-        for region in regions:
-            columns = region.columns
-            kernels.combine(flat.rows[:, columns], weights[region.part], self._gradient[columns])
+        for segment in segments:
+            columns = segment.columns
+            kernels.combine(flat.rows[:, columns], weights[segment.group], self._gradient[columns])
         self._gradient *= scale
         for tensor, slot in self._tensors:
             tensor.grad = slot.view(self._gradient)

@@ -15,7 +15,7 @@ OPTIMIZERS = ("adamw", "lamb", *CLASSES)
 
 
 class Optimizer(Protocol):
-    """What a training step and a checkpoint ask of an optimizer.
+    """Interface of an optimizer to a training step and a checkpoint.
 
     Attributes:
         exp_avg: ``[P]`` fp32, the first moment.
@@ -30,7 +30,7 @@ class Optimizer(Protocol):
     def step(
         self,
         weights: Tensor,
-        regions: Sequence[Segment],
+        segments: Sequence[Segment],
         *,
         lr: Tensor,
         scale: Tensor,

@@ -29,14 +29,14 @@ class Lamb(AdamW):
     def step(
         self,
         weights: Tensor,
-        regions: Sequence[Segment],
+        segments: Sequence[Segment],
         *,
         lr: Tensor,
         scale: Tensor,
         skip: Tensor,
     ) -> None:
         """As AdamW's: one pass over the rows for the moments, then one for the weights."""
-        super().step(weights, regions, lr=self._no_rate, scale=scale, skip=skip)
+        super().step(weights, segments, lr=self._no_rate, scale=scale, skip=skip)
         flat = self._own
         kernels.lamb_update_(
             flat.master,

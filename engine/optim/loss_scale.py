@@ -30,7 +30,7 @@ class LossScale:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """State that a checkpoint keeps."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     @property

@@ -1,4 +1,4 @@
-"""Where a model errs: labels against predictions as pictures, counts and worst examples."""
+"""Compare labels and predictions: pictures, counts and worst examples."""
 
 from collections.abc import Mapping
 from typing import Annotated, Self
@@ -24,7 +24,7 @@ _COLUMNS = 6
 
 
 class Findings(BaseModel):
-    """What is to be said of a task's answers, without the answers."""
+    """Summary of a task's answers, without the answers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -37,7 +37,7 @@ class Findings(BaseModel):
     together: Annotated[int, Field(ge=1)] = 1
     """Neighbouring labels that are counted as one row and column."""
     counts: list[list[Count]]
-    """How often each label (row) got each prediction (column)."""
+    """Counts of each label (row) and prediction (column)."""
     over: int
     """Predictions above their label."""
     under: int

@@ -34,7 +34,7 @@ _MACHINES = {"data", "init"}
 
 
 class Outcome(BaseModel):
-    """What one run came to."""
+    """Outcome of one run."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -55,7 +55,7 @@ class Outcome(BaseModel):
     scores: dict[str, float]
     """On dev, of the best epoch, by task and ``overall``."""
     answers: dict[str, Findings] = {}
-    """What is to be said of the dev answers to each task; of the first run of a system."""
+    """Summaries of the dev answers to each task, of the first run of a system."""
 
     @model_validator(mode="after")
     def _is_of_its_recipe(self) -> Self:
@@ -82,7 +82,7 @@ class Outcome(BaseModel):
 
     @property
     def key(self) -> str:
-        """What tells it from other runs: its settings, the seed among them."""
+        """Settings that tell it from other runs, the seed among them."""
         return dump_json([self.system, self.settings], sort_keys=True)
 
 

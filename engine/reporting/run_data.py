@@ -1,4 +1,4 @@
-"""What there is to report of a run: its files, and its answers on the dev data."""
+"""Read what a report shows of a run: its files, and its answers on the dev data."""
 
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple

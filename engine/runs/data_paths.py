@@ -1,4 +1,4 @@
-"""Where the data of a recipe lie."""
+"""Resolve the data paths of a recipe."""
 
 import hashlib
 from os.path import isdir

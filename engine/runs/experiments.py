@@ -51,7 +51,7 @@ class RunSpec(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How a series ended.
+    """End of a series.
 
     Attributes:
         signal: that stopped it, or None.
@@ -63,7 +63,7 @@ class Ending(NamedTuple):
 
 
 class Result(NamedTuple):
-    """How a run of the series ended.
+    """End of a run of the series.
 
     Attributes:
         group: of its spec.

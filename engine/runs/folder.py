@@ -14,7 +14,7 @@ from ..utils.files import explained, is_partial, remove_partial_files
 from .lock import LOCK, held
 
 _BEFORE_RECIPE = re.compile(r"tokenizer(_config)?\.json|vocab\.txt|config\.json|recipe\.toml")
-"""What a run writes first, the recipe last."""
+"""Files that a run writes first, the recipe last."""
 
 _FILES = re.compile(
     rf"{_BEFORE_RECIPE.pattern}|metrics\.jsonl?|evaluations\.jsonl|skipped-\d+(-rank-\d+)?\.json"

@@ -46,7 +46,7 @@ def held(folder: Path, ranks: Ranks | None = None, wait: float = 0.0) -> Iterato
                 stack.enter_context(_held(folder, [], wait))
             except InputError as error:
                 problem = str(error)
-        problem = ranks.tell(problem)
+        problem = ranks.broadcast(problem)
         if problem is not None:
             raise InputError(problem)
         yield

@@ -1,4 +1,4 @@
-"""Go on with a run: what may change between its sessions, and what may not."""
+"""Resume a run, and refuse settings that may not change between its sessions."""
 
 import os
 from collections.abc import Collection, Iterator
@@ -25,7 +25,7 @@ _WITHOUT_EFFECT_ON_SCORES = {
 }
 
 _FREE_TO_CHANGE = _WITHOUT_EFFECT_ON_SCORES | {"max_steps", "data", "init"}
-"""What a run may be resumed with another value of."""
+"""Fields that a run may be resumed with another value of."""
 
 _FOLDERS = ("checkpoints", "tensorboard", "wandb")
 

@@ -1,4 +1,4 @@
-"""What training on a CPU needs: threads, memory that stays, few shapes."""
+"""Prepare a CPU for training: threads, memory that stays, few shapes."""
 
 import _thread
 import ctypes

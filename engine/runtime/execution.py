@@ -1,4 +1,4 @@
-"""How the step is run: call by call, compiled, or recorded as a whole.
+"""Run the step: call by call, compiled, or recorded as a whole.
 
     eager     every operator is called by itself
     compile   torch.compile makes one function of the forward and one of the backward pass, and
@@ -6,8 +6,8 @@
     graphs    that, and a CUDA graph of the whole step, forward to optimizer, for each batch shape:
               one launch instead of a thousand
 
-The first step of a shape runs as it is, which brings everything up that is made on first use; the
-second is recorded.  So no step is done for the sake of warming up, and training is the same.
+The first step of a shape runs as it is, which runs lazy initialisation before capture; the second
+is recorded.  So no step is done for the sake of warming up, and training is the same.
 """
 
 import time
@@ -23,7 +23,7 @@ EXECUTIONS = ("auto", "eager", "compile", "graphs")
 
 
 class Batch(Protocol):
-    """What a step is given: tensors, and numbers on the host that its signature holds."""
+    """Inputs of a step: tensors, and numbers on the host that its signature holds."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class CudaGraphs:
 
 
 class Recorder(Protocol):
-    """What :class:`CudaGraphs` does."""
+    """Interface of :class:`CudaGraphs`."""
 
     def run(self, function: "Function[BatchT, Result]", batches: Sequence[BatchT]) -> Result:
         """Call the function."""

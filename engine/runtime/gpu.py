@@ -1,4 +1,4 @@
-"""What a GPU's own sensors say, by NVIDIA's management library (the package ``nvidia-ml-py``)."""
+"""Read a GPU's own sensors by NVIDIA's management library (the package ``nvidia-ml-py``)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -9,7 +9,7 @@ from ..utils.errors import InputError
 from ..utils.memory import machine_memory
 
 SMALLER_MODEL = "take a smaller encoder, or train fewer tasks"
-"""What to do where there is no room for weights, gradient rows and moments."""
+"""Advice where weights, gradient rows and moments do not fit in memory."""
 
 _GIB = 1 << 30
 
@@ -19,7 +19,7 @@ _SHORTAGES = (
     "could not create a primitive",
     "can't start new thread",
 )
-"""How the CPU's allocator, oneDNN and threads say so, which have no exception of their own."""
+"""Messages of the CPU's allocator, oneDNN and threads, which have no exception of their own."""
 
 
 def smaller_batches(batch_size: int, micro_batches: int) -> str:

@@ -1,4 +1,4 @@
-"""Where a run computes, and in what."""
+"""Choose a run's device and the dtype that it computes in."""
 
 import torch
 

@@ -76,7 +76,7 @@ def build_trainer(
             f"freeze_encoder: nothing is left to train by {', '.join(recipe.train)}; "
             "freeze it in other phases alone (phases.NAME.freeze_encoder=true)"
         )
-    exchange = build_gradient_sync(recipe.distribute, ranks.size, model, parameters)
+    sync = build_gradient_sync(recipe.distribute, ranks.size, model, parameters)
     dev_sets = {task: run.split(task, "dev") for task in recipe.tasks if recipe.scored}
     if not runs_encoder(recipe):
         train_sets = [_frozen(model, examples) for examples in train_sets]
@@ -90,7 +90,7 @@ def build_trainer(
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
     )
-    parts = ParamGroups(parameters, recipe.train, "model" if take_turns else recipe.surgery)
+    groups = ParamGroups(parameters, recipe.train, "model" if take_turns else recipe.surgery)
     watch = recipe.watch_layers > 0 and not take_turns
     return Trainer(
         run=run,
@@ -108,17 +108,17 @@ def build_trainer(
             recipe.train,
             parameters,
             optimizer,
-            parts,
-            Balancer(method, parts.owners, device),
+            groups,
+            Balancer(method, groups.sole_tasks, device),
             watched=ParamGroups(parameters, recipe.train, "layer") if watch else None,
             loss_weights=[recipe.loss_weight(name) for name in recipe.train],
             loss_scale=LossScale(device) if dtype == torch.float16 else None,
             clip_norm=recipe.clip_norm or None,
             seed=recipe.seed,
             execution=Execution(execution_kind(recipe, device, ranks), device, recipe.max_graphs),
-            exchange=exchange,
+            sync=sync,
         ),
-        exchange=exchange,
+        sync=sync,
         ranks=ranks,
         saver=AsyncWriter(run.checkpoints, recipe.keep_checkpoints, ranks),
         schedule=Schedule(
@@ -197,7 +197,7 @@ def has_one_gradient(recipe: Recipe) -> bool:
 def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
     """Return how steps run: as the recipe says, or eagerly where ``auto`` cannot take more.
 
-    The backward pass of several ranks has to be listened to, and a step in which other libraries
+    A step of several ranks needs backward hooks, and one in which other libraries
     wait for the device cannot be recorded.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a frozen encoder makes of a split, computed once instead of at every step."""
+"""Precompute hidden states of a frozen encoder, once instead of at every step."""
 
 from dataclasses import replace
 

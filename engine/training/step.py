@@ -37,16 +37,16 @@ class MultitaskStep:
             there is only one row, one of them.
         parameters: flat storage and gradient rows of ``model``.
         optimizer: updates ``parameters``.
-        parts: what gets weights of its own.
-        balance: from the Gram matrices of the parts to the weights of the sum.
-        watched: parts whose Gram matrices are reported, which costs a further pass over the rows;
+        groups: what gets weights of its own.
+        balance: from the Gram matrices of the groups to the weights of the sum.
+        watched: groups whose Gram matrices are reported, which costs a further pass over the rows;
             None for none.
         loss_weights: for each of ``tasks`` a factor on its loss, and so on its gradient.
         loss_scale: for gradients in fp16; None for other dtypes.
         clip_norm: largest norm of the combined gradient; None for no clipping.
         seed: below 2^31; decides dropout and the order of surgery, together with the step's number.
         execution: eager by default.
-        exchange: with the other ranks; each has dropout masks of its own.
+        sync: with other ranks; each has dropout masks of its own.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MultitaskStep:
         tasks: Sequence[str],
         parameters: FlatParameters,
         optimizer: Optimizer,
-        parts: ParamGroups,
+        groups: ParamGroups,
         balance: Balancer,
         *,
         watched: ParamGroups | None = None,
@@ -64,24 +64,24 @@ class MultitaskStep:
         clip_norm: float | None,
         seed: int,
         execution: Execution | None = None,
-        exchange: NoSync | None = None,
+        sync: NoSync | None = None,
     ) -> None:
         self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
         self.optimizer, self.clip_norm = optimizer, clip_norm
-        self.parts, self.balance, self.loss_scale = parts, balance, loss_scale
+        self.groups, self.balance, self.loss_scale = groups, balance, loss_scale
         self.watched = watched
-        self.exchange = exchange or NoSync()
+        self.sync = sync or NoSync()
         self._first_seed = seed << _SEED_BIT
-        self._of_rank = self.exchange.rank * _RANK_FACTOR % 2**31 << _SEED_BIT
+        self._of_rank = self.sync.rank * _RANK_FACTOR % 2**31 << _SEED_BIT
         device = parameters.master.device
         factors = torch.tensor(loss_weights, device=device)
         self._loss_weights = {self.tasks: factors}
-        self._regions = {self.tasks: parts.regions}
+        self._segments = {self.tasks: groups.segments}
         if len(parameters.rows) < len(self.tasks):
             for number, task in enumerate(self.tasks):
                 self._loss_weights[task,] = factors[number : number + 1]
                 # Moments and weights of the other tasks' heads rest meanwhile.
-                self._regions[task,] = parts.regions_of(parameters.columns_reached_by(task))
+                self._segments[task,] = groups.segments_of(parameters.columns_used_by(task))
         self._lr = torch.zeros((), device=device)
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
         self.execution = execution or Execution("eager", device)
@@ -91,7 +91,7 @@ class MultitaskStep:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside weights and moments, by name."""
+        """State that a checkpoint keeps besides weights and moments, by name."""
         state = {f"balance.{name}": tensor for name, tensor in self.balance.state.items()}
         if self.loss_scale is not None:
             state |= {f"loss_scale.{name}": t for name, t in self.loss_scale.state.items()}
@@ -104,7 +104,7 @@ class MultitaskStep:
 
         Args:
             batch: a batch of each task, or of the one whose turn it is, on the model's device; or
-                the micro-batches that it was parted into, which take less memory one after the
+                the micro-batches that it was split into, which take less memory one after the
                 other.
             step: the step's number, from 0; with the seed it decides all randomness.
             lr: learning rate of this step.
@@ -119,7 +119,7 @@ class MultitaskStep:
         report = self._update(losses, micro_batches[0].tasks)
         for batch in micro_batches:
             self.model.zero_sparse_rows(batch)
-        self.exchange.publish()
+        self.sync.gather_params()
         return report
 
     def _task_gradients(self, micro_batches: Sequence[PackedBatch]) -> Tensor:
@@ -139,12 +139,12 @@ class MultitaskStep:
         for number, batch in enumerate(micro_batches):
             seed = (self._seed ^ self._of_rank) + (number << _MICRO_BATCH_BIT)
             if number == len(micro_batches) - 1:
-                self.exchange.begin()
+                self.sync.start()
             own = self._losses_of(batch, totals, seed, number > 0)
             # Each loss reaches its own part of the stream only, so their sum is all K at once.
             (own * factors).sum().backward()
             losses += own.detach()
-        self.exchange.finish()
+        self.sync.wait()
         return losses
 
     def _losses(
@@ -162,9 +162,9 @@ class MultitaskStep:
 
     def _update(self, losses: Tensor, tasks: tuple[str, ...]) -> StepReport:
         """Balance the task gradients and update the weights."""
-        of_parts = [self.parts, *([] if self.watched is None else [self.watched])]
-        own_grams = [parts.grams(self.parameters.own.rows) for parts in of_parts]
-        losses, (scaled_grams, *watched) = self.exchange.total(losses, own_grams)
+        partitions = [self.groups, *([] if self.watched is None else [self.watched])]
+        own_grams = [groups.grams(self.parameters.own.rows) for groups in partitions]
+        losses, (scaled_grams, *watched) = self.sync.total(losses, own_grams)
         scale: Tensor | float = 1.0
         grams = scaled_grams
         if self.loss_scale is not None:
@@ -179,12 +179,12 @@ class MultitaskStep:
         if self.loss_scale is not None:
             self.loss_scale.update(guard.skip)
         self.optimizer.step(
-            weights, self._regions[tasks], lr=self._lr, scale=guard.scale, skip=guard.skip
+            weights, self._segments[tasks], lr=self._lr, scale=guard.scale, skip=guard.skip
         )
         return StepReport(
             losses,
             grams.sum(0),
-            self.parts.average(weights),
+            self.groups.average(weights),
             guard.norm,
             guard.skip.float(),
             tasks,

@@ -45,7 +45,7 @@ class Trainer:
         parameters: master weights, compute weights, gradient rows.
         optimizer: updates them.
         step: one training step.
-        exchange: what the ranks send each other in a step.
+        sync: what the ranks send each other in a step.
         ranks: the processes that train together.
         saver: writes checkpoints.
         schedule: the learning rate.
@@ -64,7 +64,7 @@ class Trainer:
     parameters: FlatParameters
     optimizer: Optimizer
     step: MultitaskStep
-    exchange: NoSync
+    sync: NoSync
     ranks: Ranks
     saver: AsyncWriter
     schedule: Schedule
@@ -131,7 +131,7 @@ class Trainer:
         if self.ranks.is_main:
             checkpoints.sweep()
             newest = checkpoints.find("step")
-        name = self.ranks.tell(newest and newest.name)
+        name = self.ranks.broadcast(newest and newest.name)
         if name is None:
             return Progress()
         path = checkpoints.folder / name
@@ -148,7 +148,7 @@ class Trainer:
                 f"{path}: weights or moments are no finite numbers, or squares are below zero; "
                 "remove it, and go on from the checkpoint before, or train the run again"
             )
-        self.exchange.publish()
+        self.sync.gather_params()
         check_range(self.parameters)
         return done
 
@@ -159,14 +159,14 @@ class Trainer:
 
     def save_best(self, progress: Progress) -> None:
         """Write the weights as the best so far."""
-        master = self.exchange.whole(self.parameters.master)
+        master = self.sync.gather(self.parameters.master)
         if self.ranks.is_main:
             weights = named_weights(self.parameters, master)
             self.run.checkpoints.save_best(progress, weights)
 
     @property
     def state(self) -> TrainingState:
-        """What a checkpoint holds."""
+        """Contents of a checkpoint."""
         return TrainingState(self.parameters, self.optimizer, self.step.state, self.ranks)
 
 

@@ -29,8 +29,8 @@ class InputError(Exception):
     """Bad input: a file, a recipe, a folder or an option.
 
     The message is one line that says what is wrong, where (file and line, key, option) and what
-    to do.  The doors (``engine.train`` and the others) print it and exit with status 2; any other
-    exception is a defect of the engine.
+    to do.  The commands (``engine.train`` and the others) print it and exit with status 2; any
+    other exception is a defect of the engine.
     """
 
     def __init__(self, message: str) -> None:
@@ -50,6 +50,6 @@ class DivergedError(InputError):
 class LostRankError(Exception):
     """Another process of the run died or hangs; this one cannot go on alone.
 
-    The message is one line that names it.  The door prints it and exits with status 75
+    The message is one line that names it.  The command prints it and exits with status 75
     (``EX_TEMPFAIL``): starting again with ``--resume`` goes on from the last checkpoint.
     """

@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""Tell how much memory this process may use."""
 
 import os
 from pathlib import Path

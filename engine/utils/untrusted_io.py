@@ -1,4 +1,4 @@
-"""Reading what strangers wrote: things that are no files, text that breaks the parser.
+"""Read untrusted files: paths that are no files, text that breaks the parser.
 
 JSON and TOML parsers raise more than their own errors (RecursionError for brackets within brackets,
 a plain ValueError for a number of five thousand digits).  Here all of it is a ValueError.

@@ -39,6 +39,7 @@ from torch import Tensor
 from .. import _extension  # noqa: F401  (registers the operators)
 from ..dropout.dropout import attention_dropout_factors
 from ..registration.backend import declare, register_fake
+from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import differentiable_once, refuse_vmap, register_derivative
 from ..registration.validation import check_data
 from .attention_checks import check_boundaries, check_qkv, check_rows
@@ -104,7 +105,9 @@ def attention_reference(
     probabilities = scores.masked_fill(blind[:, 0], 0).softmax(-1) * seen
     if factors is None and options.seed is not None and options.dropout_p > 0:
         sizes = (q.shape[1], len(q), len(k))
-        factors = attention_dropout_factors(*sizes, options.dropout_p, options.seed, options.stream)
+        factors = attention_dropout_factors(
+            *sizes, options.dropout_p, options.seed, options.rng_offset
+        )
     if factors is not None:
         probabilities = probabilities * factors.to(probabilities.dtype)
     return torch.einsum("hij,jhd->ihd", probabilities, v).masked_fill(blind, 0), lse
@@ -313,7 +316,8 @@ def flash_attn_varlen_func(
     block_table: Tensor | None = None,
     *,
     seed: Tensor | None = None,
-    stream: int = 0,
+    rng_offset: int = 0,
+    stream: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention over packed sequences, with the arguments of flash-attn's function of that name.
 
@@ -336,7 +340,8 @@ def flash_attn_varlen_func(
         return_attn_probs: return the log-sum-exp too.
         block_table: see window_size.
         seed: of dropout; int64, one element, on q's device.  None draws one.
-        stream: tells apart uses that share a seed.
+        rng_offset: tells apart uses that share a seed.
+        stream: the old name of ``rng_offset``, deprecated.
 
     Returns:
         ``[Tq, H, D]`` in q's dtype; with ``return_attn_probs`` also the log-sum-exp ``[H, Tq]``
@@ -348,6 +353,8 @@ def flash_attn_varlen_func(
             where looking into cu_seqlens would wait for the device, see `kernels.checked_values`.
         NotImplementedError: an argument of flash-attn that this function does not support.
     """
+    if stream is not None:
+        rng_offset = renamed_argument("stream", stream, "rng_offset", rng_offset, 0)
     check_qkv(q, k, v)
     check_boundaries("cu_seqlens_q", cu_seqlens_q, q)
     check_boundaries("cu_seqlens_k", cu_seqlens_k, k)
@@ -366,7 +373,7 @@ def flash_attn_varlen_func(
         alibi_slopes,
         block_table,
         seed,
-        stream,
+        rng_offset,
     )
     if q.dtype == torch.float64:
         out, lse = _in_float64(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
@@ -391,7 +398,8 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
     *,
     seed: Tensor | None = None,
-    stream: int = 0,
+    rng_offset: int = 0,
+    stream: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention on one tensor of queries, keys and values; their gradient goes into one, too.
 
@@ -409,7 +417,8 @@ def flash_attn_varlen_qkvpacked_func(
         deterministic: accepted; the backward pass always is.
         return_attn_probs: return the log-sum-exp too.
         seed: of dropout; int64, one element, on qkv's device.  None draws one.
-        stream: tells apart uses that share a seed.
+        rng_offset: tells apart uses that share a seed.
+        stream: the old name of ``rng_offset``, deprecated.
 
     Returns:
         ``[T, H, D]`` in qkv's dtype, or with ``return_attn_probs`` what `flash_attn_varlen_func`
@@ -418,6 +427,8 @@ def flash_attn_varlen_qkvpacked_func(
     Raises:
         ValueError: as `flash_attn_varlen_func`, and so are the other exceptions.
     """
+    if stream is not None:
+        rng_offset = renamed_argument("stream", stream, "rng_offset", rng_offset, 0)
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected [tokens, 3, heads, width], got {list(qkv.shape)}")
     check_rows("qkv", qkv, qkv)
@@ -432,7 +443,7 @@ def flash_attn_varlen_qkvpacked_func(
         alibi_slopes,
         None,
         seed,
-        stream,
+        rng_offset,
     )
     if qkv.dtype == torch.float64:
         check_data(qkv=qkv)

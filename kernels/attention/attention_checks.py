@@ -1,4 +1,4 @@
-"""What the attention functions demand of their tensors, checked before a kernel runs."""
+"""Check the tensors of the attention functions before a kernel runs."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The options of attention: what they are, their defaults and their checks."""
+"""The options of attention, their defaults and their checks."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ _UNUSED = tuple(_UNSUPPORTED.values())
 
 
 class AttentionOptions(NamedTuple):
-    """What attention computes, besides its tensors and boundaries.
+    """Options of attention, besides its tensors and boundaries.
 
     The operators take the fields, in this order, as their last arguments: ``*options`` there, and
     ``AttentionOptions(*arguments)`` back.
@@ -23,7 +23,7 @@ class AttentionOptions(NamedTuple):
         softmax_scale: multiplies the scores, finite.
         causal: whether a query sees only the keys up to its own place.
         dropout_p: probability to drop an attention weight.
-        stream: tells apart uses that share a seed.
+        rng_offset: tells apart uses that share a seed.
         seed: of dropout, int64, one element, or None without dropout.  The only tensor, and last:
             autograd saves it apart from the others.
     """
@@ -31,7 +31,7 @@ class AttentionOptions(NamedTuple):
     softmax_scale: float
     causal: bool = False
     dropout_p: float = 0.0
-    stream: int = 0
+    rng_offset: int = 0
     seed: Tensor | None = None
 
     @classmethod
@@ -46,7 +46,7 @@ class AttentionOptions(NamedTuple):
         alibi_slopes: Tensor | None,
         block_table: Tensor | None,
         seed: Tensor | None,
-        stream: int,
+        rng_offset: int,
     ) -> "AttentionOptions":
         """The options of a call of the public functions on queries ``q [..., D]``.
 
@@ -66,7 +66,7 @@ class AttentionOptions(NamedTuple):
             softmax_scale = float(q.shape[-1] ** -0.5)
         if seed is None and 0 < dropout_p < 1:
             seed = new_seed(q.device)
-        options = cls(softmax_scale, causal, dropout_p, stream, seed)
+        options = cls(softmax_scale, causal, dropout_p, rng_offset, seed)
         options.check(q.device)
         return options
 
@@ -76,6 +76,6 @@ class AttentionOptions(NamedTuple):
         Raises:
             ValueError: one is out of range, or the seed is of the wrong dtype, shape or device.
         """
-        check_dropout(self.dropout_p, self.seed, self.stream, device)
+        check_dropout(self.dropout_p, self.seed, self.rng_offset, device)
         if not abs(self.softmax_scale) < math.inf:
             raise ValueError(f"softmax_scale: expected a finite number, got {self.softmax_scale}")

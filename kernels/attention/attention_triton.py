@@ -142,7 +142,7 @@ def forward(
         _intervals(*boundaries, options, rows_are_keys=False),
         total_q,
         KernelOptions.of(options),
-        options.stream,
+        options.rng_offset,
         **constants,
     )
     return out, lse
@@ -174,7 +174,7 @@ def backward(
     delta = torch.empty_like(lse)
     norm = torch.empty_like(lse) if q.dtype == torch.float32 else None
     shared = (Heads.of(q), Heads.of(k), Heads.of(v), Heads.of(grad_out), lse, delta, norm)
-    numbers = (KernelOptions.of(options), options.stream)
+    numbers = (KernelOptions.of(options), options.rng_offset)
     if total_q > 0:
         constants = _constants("grad_q", q, cu_seqlens_q)
         if q.dtype != torch.float32:

@@ -54,10 +54,10 @@ class Intervals(NamedTuple):
 
 
 class KernelOptions(NamedTuple):
-    """What the three large kernels are told of `AttentionOptions`.
+    """The part of `AttentionOptions` that the three large kernels take.
 
-    Of each value that is None the code is left out.  ``stream`` is an argument of its own, since
-    Triton would compile anew for some integers in a tuple.
+    Of each value that is None the code is left out.  ``rng_offset`` is an argument of its own,
+    since Triton would compile anew for some integers in a tuple.
 
     Attributes:
         scale: multiplies the scores.
@@ -169,7 +169,7 @@ def _store_tile(x, head, rows, total, values, D: tl.constexpr, BLOCK_D: tl.const
 # ---- forward ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["total_q", "stream"])
+@triton.jit(do_not_specialize=["total_q", "rng_offset"])
 def forward_kernel(
     q,
     k,
@@ -179,7 +179,7 @@ def forward_kernel(
     keys_of_queries,
     total_q,
     kernel_options,
-    stream,
+    rng_offset,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -213,7 +213,7 @@ def forward_kernel(
             row_max = new_max
             row_sum = row_sum * rescale + tl.sum(p, 1)
             if kernel_options.seed is not None:
-                p *= attention_factors(rows, block, head, stream, kernel_options, BLOCK_N)
+                p *= attention_factors(rows, block, head, rng_offset, kernel_options, BLOCK_N)
             v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             acc *= rescale[:, None]
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
@@ -271,7 +271,7 @@ def _p_and_dp(
     first,
     last,
     kernel_options,
-    stream,
+    rng_offset,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -285,11 +285,11 @@ def _p_and_dp(
         p = tl.where(seen, p, 0.0)
     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
     if kernel_options.seed is not None:
-        dp *= attention_factors(rows, block, head, stream, kernel_options, BLOCK_N)
+        dp *= attention_factors(rows, block, head, rng_offset, kernel_options, BLOCK_N)
     return p, dp
 
 
-@triton.jit(do_not_specialize=["total_q", "stream"])
+@triton.jit(do_not_specialize=["total_q", "rng_offset"])
 def grad_q_kernel(
     q,
     k,
@@ -302,7 +302,7 @@ def grad_q_kernel(
     keys_of_queries,
     total_q,
     kernel_options,
-    stream,
+    rng_offset,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -332,7 +332,7 @@ def grad_q_kernel(
                 v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
                 p, dp = _p_and_dp(
                     *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
-                    *(kernel_options, stream, part != 1, PRECISION, BLOCK_N),
+                    *(kernel_options, rng_offset, part != 1, PRECISION, BLOCK_N),
                 )
                 weighted += tl.sum(p * dp, 1)
                 total += tl.sum(p, 1)
@@ -351,7 +351,7 @@ def grad_q_kernel(
             v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             p, dp = _p_and_dp(
                 *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
-                *(kernel_options, stream, part != 1, PRECISION, BLOCK_N),
+                *(kernel_options, rng_offset, part != 1, PRECISION, BLOCK_N),
             )
             ds = p * (dp - row_delta[:, None])
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
@@ -361,7 +361,7 @@ def grad_q_kernel(
     _store_tile(grad_q, head, rows, total_q, acc * kernel_options.scale, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["total_q", "total_k", "stream"])
+@triton.jit(do_not_specialize=["total_q", "total_k", "rng_offset"])
 def grad_kv_kernel(
     q,
     k,
@@ -376,7 +376,7 @@ def grad_kv_kernel(
     total_q,
     total_k,
     kernel_options,
-    stream,
+    rng_offset,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -414,7 +414,9 @@ def grad_kv_kernel(
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             dropped = p
             if kernel_options.seed is not None:
-                factors = attention_factors(rows, first_key, head, stream, kernel_options, BLOCK_N)
+                factors = attention_factors(
+                    rows, first_key, head, rng_offset, kernel_options, BLOCK_N
+                )
                 dropped = p * tl.trans(factors)
                 dp *= tl.trans(factors)
             ds = p * (dp - row_delta[None, :])

@@ -21,8 +21,7 @@ A method is one file here, with its paper and equation; what they share is in
 :mod:`.gram_matrix` and :mod:`.solvers`.
 """
 
-import warnings
-
+from ..registration.deprecation import renamed_attribute
 from .aligned_mtl import aligned_mtl
 from .cagrad import cagrad
 from .config import config
@@ -67,6 +66,4 @@ _OLD_NAMES = {"auxiliary_pcgrad": "main_aux", "total": "sum"}
 def __getattr__(name: str) -> object:
     if name not in _OLD_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    new = _OLD_NAMES[name]
-    warnings.warn(f"balancing.{name} is balancing.{new} now", DeprecationWarning, stacklevel=2)
-    return globals()[new]
+    return renamed_attribute(name, globals(), _OLD_NAMES)

@@ -11,7 +11,7 @@ from .gram_matrix import check_gram, directions, in_dtype, is_finite
 
 
 class GradVacStep(NamedTuple):
-    """What :func:`gradvac` returns.
+    """Result of :func:`gradvac`.
 
     Attributes:
         weights: ``[K]`` in the dtype of the Gram matrix.

@@ -1,4 +1,4 @@
-"""What balancing methods ask of a Gram matrix: checks, scaling, directions, dtypes.
+"""Gram matrices of balancing methods: checks, scaling, directions, dtypes.
 
 All is float64 on the matrix's device; nothing waits for it.
 """

@@ -6,7 +6,7 @@ The random word behind ``f_i`` comes from Philox4x32-10 (Salmon et al., "Paralle
 easy as 1, 2, 3", SC 2011), a counter-based generator::
 
     key     = the 64-bit seed
-    counter = (quad, low word), (quad, high word), head, stream
+    counter = (quad, low word), (quad, high word), head, rng_offset
 
 One call gives the words of the four elements of a quad.  Here the quad is ``i // 4`` and head is 0;
 in attention the two words of quad are ``key // 4`` and ``query``, rows of the packed streams.  An
@@ -14,7 +14,7 @@ element is kept when its word is at least ``floor(p * 2**32)``, so the probabili
 exact to 2**-32, and backward passes compute the mask again instead of reading it.
 
 The seed is a tensor on the device: a CUDA graph replays with a new one.  Uses that share a seed
-tell themselves apart by ``stream``, a number below 2**32.
+tell themselves apart by ``rng_offset``, a number below 2**32.
 """
 
 from typing import Any
@@ -25,15 +25,16 @@ from torch import Tensor
 from .. import _extension  # noqa: F401  (registers the operator)
 from ..philox import WORD, philox_words
 from ..registration.backend import declare, register_fake
+from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import register_derivative
 from ..registration.validation import DTYPES, check_data
 
 # ---- reference ----------------------------------------------------------------------------------
 
 
-def dropout_words(quad: Tensor, seed: int, head: Tensor | int, stream: int) -> Tensor:
+def dropout_words(quad: Tensor, seed: int, head: Tensor | int, rng_offset: int) -> Tensor:
     """The four words of each quad, int64 ``[*quad.shape, 4]``."""
-    counter = (quad & WORD, (quad >> 32) & WORD, head + 0 * quad, stream + 0 * quad)
+    counter = (quad & WORD, (quad >> 32) & WORD, head + 0 * quad, rng_offset + 0 * quad)
     return philox_words(counter, seed)
 
 
@@ -41,20 +42,20 @@ def _factors(words: Tensor, p: float) -> Tensor:
     return (words >= int(p * 2**32)) / (1 - p)
 
 
-def dropout_factors(count: int, p: float, seed: Tensor, stream: int) -> Tensor:
+def dropout_factors(count: int, p: float, seed: Tensor, rng_offset: int) -> Tensor:
     """The factors ``f`` of the first ``count`` elements: ``[count]``, float32, on seed's device."""
     quad = torch.arange((count + 3) // 4, device=seed.device)
-    return _factors(dropout_words(quad, int(seed), 0, stream), p).flatten()[:count]
+    return _factors(dropout_words(quad, int(seed), 0, rng_offset), p).flatten()[:count]
 
 
 def attention_dropout_factors(
-    heads: int, queries: int, keys: int, p: float, seed: Tensor, stream: int
+    heads: int, queries: int, keys: int, p: float, seed: Tensor, rng_offset: int
 ) -> Tensor:
     """The factors of all pairs of rows in attention: ``[heads, queries, keys]``, float32."""
     head = torch.arange(heads, device=seed.device)[:, None, None]
     query = torch.arange(queries, device=seed.device)[:, None]
     quad = (query << 32) + torch.arange((keys + 3) // 4, device=seed.device)
-    words = dropout_words(quad.expand(heads, -1, -1), int(seed), head, stream)
+    words = dropout_words(quad.expand(heads, -1, -1), int(seed), head, rng_offset)
     return _factors(words, p).flatten(2)[..., :keys]
 
 
@@ -66,24 +67,24 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.p, seed, ctx.stream = inputs
+    _, ctx.p, seed, ctx.rng_offset = inputs
     ctx.save_for_backward(seed)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (seed,) = ctx.saved_tensors
-    return torch.ops.superbert.dropout(grad, ctx.p, seed, ctx.stream), None, None, None
+    return torch.ops.superbert.dropout(grad, ctx.p, seed, ctx.rng_offset), None, None, None
 
 
 @torch.library.impl("superbert::dropout", "CUDA")
-def _cuda(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+def _cuda(x: Tensor, p: float, seed: Tensor, rng_offset: int) -> Tensor:
     from ..layer_norm import layer_norm_triton
     from ..registration import operator_checks
 
     operator_checks.check_kernel_dtype("x", x)
     check_data(x=x)
-    operator_checks.check_seed(p, seed, stream, x.device)
-    return layer_norm_triton.dropout(x, p, seed, stream)
+    operator_checks.check_seed(p, seed, rng_offset, x.device)
+    return layer_norm_triton.dropout(x, p, seed, rng_offset)
 
 
 register_fake("dropout")(_fake)
@@ -100,12 +101,12 @@ declare("dropout", cpu="cpp", cuda="triton")
 # ---- public -------------------------------------------------------------------------------------
 
 
-def check_dropout(p: float, seed: Tensor | None, stream: int, device: torch.device) -> None:
+def check_dropout(p: float, seed: Tensor | None, rng_offset: int, device: torch.device) -> None:
     """Raise ValueError where a dropout's arguments cannot be used; values stay on the device."""
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability: expected 0 <= p < 1, got {p}")
-    if not 0 <= stream <= WORD:
-        raise ValueError(f"stream: expected 0 <= stream < 2**32, got {stream}")
+    if not 0 <= rng_offset <= WORD:
+        raise ValueError(f"rng_offset: expected 0 <= rng_offset < 2**32, got {rng_offset}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"seed: expected one int64 element, got {seed.dtype} {list(seed.shape)}")
     if seed is not None and seed.device != device:
@@ -118,7 +119,13 @@ def new_seed(device: torch.device) -> Tensor:
 
 
 def dropout(
-    x: Tensor, p: float, *, training: bool = True, seed: Tensor | None = None, stream: int = 0
+    x: Tensor,
+    p: float,
+    *,
+    training: bool = True,
+    seed: Tensor | None = None,
+    rng_offset: int = 0,
+    stream: int | None = None,
 ) -> Tensor:
     """Set elements to zero with probability ``p`` and scale the others by ``1 / (1 - p)``.
 
@@ -127,7 +134,8 @@ def dropout(
         p: probability to drop an element, ``0 <= p < 1``.
         training: without it, ``x`` comes back as it is.
         seed: int64, one element, on x's device; None draws one from torch's default generator.
-        stream: tells apart uses that share a seed.
+        rng_offset: tells apart uses that share a seed.
+        stream: the old name of ``rng_offset``, deprecated.
 
     Returns:
         A tensor like ``x``, contiguous.
@@ -135,14 +143,16 @@ def dropout(
     Raises:
         ValueError: an argument out of range, or x or a seed of the wrong dtype or device.
     """
+    if stream is not None:
+        rng_offset = renamed_argument("stream", stream, "rng_offset", rng_offset, 0)
     if x.dtype not in DTYPES:
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
-    check_dropout(p, seed, stream, x.device)
+    check_dropout(p, seed, rng_offset, x.device)
     if p == 0 or not training:
         return x
     seed = new_seed(x.device) if seed is None else seed
     if x.dtype == torch.float64:
         check_data(x=x, seed=seed)
-        return x * dropout_factors(x.numel(), p, seed, stream).view(x.shape)
-    out: Tensor = torch.ops.superbert.dropout(x, p, seed, stream)
+        return x * dropout_factors(x.numel(), p, seed, rng_offset).view(x.shape)
+    out: Tensor = torch.ops.superbert.dropout(x, p, seed, rng_offset)
     return out

@@ -4,8 +4,8 @@
     dW_k[i] = sum of dy_t over the rows t of task k with i_t = i
 
 A batch touches a few hundred of the word table's 30,522 rows.  The gradient rows are therefore
-only added to, and whoever consumed them wipes what was touched (:func:`wipe_`), which spares
-filling K whole tables with zeros at every step.
+only added to, and their consumer zeroes the ones that were touched (:func:`zero_rows_`), which
+spares filling K whole tables with zeros at every step.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def embedding_task_gradients_(
 # ---- public -------------------------------------------------------------------------------------
 
 
-def wipe_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
+def zero_rows_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
     """Set the table rows that a backward pass touched back to zero.
 
     Args:
@@ -130,7 +130,7 @@ def embedding(
         index: ``[T]``, int64.
         weight: ``[N, H]``, any floating dtype.
         rows: ``rows.weight`` ``[K, N, H]`` is zero before the first backward pass of a step;
-            after use it is wiped with :func:`wipe_`.  ``weight.grad`` stays None.
+            zero it after use with :func:`zero_rows_`.  ``weight.grad`` stays None.
         segments: which rows of the stream belong to which task; needed with ``rows``.
             ``accumulate`` makes no difference here, since rows are always added to.
 

@@ -27,6 +27,7 @@ from ..layer_norm.layer_norm_parameters import (
     save,
 )
 from ..registration.backend import declare, register_fake
+from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import differentiable_once, refuse_vmap, register_derivative
 from ..registration.validation import (
     DTYPES,
@@ -42,11 +43,11 @@ _ops = torch.ops.superbert
 
 
 class EmbeddingRows(NamedTuple):
-    """Where the task gradients of an embedding layer go; all in one buffer.
+    """Task-gradient rows of an embedding layer; all in one buffer.
 
     Attributes:
-        word: of the word table; zero before the first backward pass of a step, added to, and wiped
-            after use by `kernels.wipe_`.  So are the other tables.
+        word: of the word table; zero before the first backward pass of a step, added to, and zeroed
+            after use by `kernels.zero_rows_`.  So are the other tables.
         position: of the position table.
         token_type: of the table of token types.
         norm: of the layer norm's weight and bias.
@@ -105,7 +106,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *ids_and_tables, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.stream = inputs[:12]
+    *ids_and_tables, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.rng_offset = inputs[:12]
     _, mean, rstd = output
     save(ctx, (*ids_and_tables, weight, bias, mean, rstd), list(inputs[12:]))
     ctx.mark_non_differentiable(mean, rstd)
@@ -123,7 +124,7 @@ def _backward(
     norm_arguments = parameter_rows(ctx, weight, bias, mean)
     grad_sum = _ops.embedding_layer_norm_backward(
         *(grad_out, *ids_and_tables, weight, mean, rstd, *norm_arguments),
-        *(ctx.dropout_p, ctx.seed, ctx.stream),
+        *(ctx.dropout_p, ctx.seed, ctx.rng_offset),
     )
     ids, tables = ids_and_tables[:3], ids_and_tables[3:]
     grads: list[Tensor | None] = [None, None, None]
@@ -156,9 +157,9 @@ def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     ids, tables, given = arguments[:3], arguments[3:6], arguments[6:12]
     operator_checks.check_embedded(ids, tables)
-    weight, bias, dropout_p, eps, seed, stream = given
+    weight, bias, dropout_p, eps, seed, rng_offset = given
     word = tables[0]
-    operator_checks.check_norm(word, weight, bias, eps, None, None, dropout_p, seed, stream)
+    operator_checks.check_norm(word, weight, bias, eps, None, None, dropout_p, seed, rng_offset)
     return embedding_layer_norm_triton.forward(ids, tables, *given)
 
 
@@ -220,7 +221,8 @@ def embedding_layer_norm(
     eps: float = 1e-12,
     training: bool = True,
     seed: Tensor | None = None,
-    stream: int = 0,
+    rng_offset: int = 0,
+    stream: int | None = None,
     rows: EmbeddingRows | None = None,
     segments: TaskSegments | None = None,
 ) -> Tensor:
@@ -239,7 +241,8 @@ def embedding_layer_norm(
         eps: added to the variance.
         training: without it there is no dropout.
         seed: of dropout; int64, one element, on the tables' device.  None draws one.
-        stream: tells apart uses that share a seed.
+        rng_offset: tells apart uses that share a seed.
+        stream: the old name of ``rng_offset``, deprecated.
         rows: where task gradients go; ``grad`` of tables, weight and bias then stays None.
         segments: which tokens belong to which task; needed with ``rows``.
 
@@ -251,12 +254,14 @@ def embedding_layer_norm(
             its table; the message names it.  On CUDA tensors, where looking at an index would wait
             for the device, see `kernels.checked_values`.
     """
+    if stream is not None:
+        rng_offset = renamed_argument("stream", stream, "rng_offset", rng_offset, 0)
     ids = {"word_ids": word_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
     tables = {"word": word, "position": position, "token_type": token_type}
     _check_tables(ids, tables, word_ids, word)
     check_parameter("weight", weight, word)
     check_parameter("bias", bias, word)
-    check_dropout(dropout_p, seed, stream, word.device)
+    check_dropout(dropout_p, seed, rng_offset, word.device)
     row_arguments: tuple[Any, ...] = (None, (), (), False)
     if rows is not None:
         if word_ids.dim() != 1 or weight is None:
@@ -278,11 +283,11 @@ def embedding_layer_norm(
             (word, position, token_type),
             *(weight, bias, eps, rows, segments),
         )
-        return dropout(out, p, seed=seed, stream=stream)
+        return dropout(out, p, seed=seed, rng_offset=rng_offset)
     if p > 0 and seed is None:
         seed = new_seed(word.device)
     flat = [index.reshape(-1).contiguous() for index in ids.values()]
     y: Tensor = _ops.embedding_layer_norm(
-        *(*flat, word, position, token_type, weight, bias, p, eps, seed, stream), *row_arguments
+        *(*flat, word, position, token_type, weight, bias, p, eps, seed, rng_offset), *row_arguments
     )[0]
     return y.view(*word_ids.shape, word.shape[1])

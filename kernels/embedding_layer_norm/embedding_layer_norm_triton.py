@@ -53,7 +53,7 @@ def _embed(tables, sizes, ids, rows, columns, row_end, mask, WIDTH: tl.constexpr
     return word + position + kind
 
 
-@triton.jit(do_not_specialize=["num_rows", "stream"])
+@triton.jit(do_not_specialize=["num_rows", "rng_offset"])
 def _forward_kernel(
     tables,
     sizes,
@@ -65,7 +65,7 @@ def _forward_kernel(
     num_rows,
     eps,
     dropout,
-    stream,
+    rng_offset,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -79,11 +79,11 @@ def _forward_kernel(
     tl.store(mean + rows, row_mean, mask=rows < num_rows)
     tl.store(rstd + rows, row_rstd, mask=rows < num_rows)
     if DROPOUT:
-        y *= row_factors(rows, stream, dropout, N, BLOCK_N)
+        y *= row_factors(rows, rng_offset, dropout, N, BLOCK_N)
     tl.store(out + elements, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["row_begin", "row_end", "rows_per_program", "stream"])
+@triton.jit(do_not_specialize=["row_begin", "row_end", "rows_per_program", "rng_offset"])
 def _backward_kernel(
     grad_out,
     tables,
@@ -98,7 +98,7 @@ def _backward_kernel(
     row_end,
     rows_per_program,
     dropout,
-    stream,
+    rng_offset,
     HAS_WEIGHT: tl.constexpr,
     PARTIALS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -119,7 +119,7 @@ def _backward_kernel(
         rows, columns, elements, mask = tile(first_row, end, N, ROWS, BLOCK_N)
         dy = tl.load(grad_out + elements, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
-            dy *= row_factors(rows, stream, dropout, N, BLOCK_N)
+            dy *= row_factors(rows, rng_offset, dropout, N, BLOCK_N)
         h = _embed(tables, sizes, ids, rows, columns, end, mask, N)
         dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, N)
         tl.store(grad_sum + elements, dh.to(grad_sum.dtype.element_ty), mask=mask)
@@ -148,7 +148,7 @@ def forward(
     dropout_p: float,
     eps: float,
     seed: Tensor | None,
-    stream: int,
+    rng_offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, mean and rstd; arguments as of the operator."""
     word_ids, word = ids[0], tables[0]
@@ -167,7 +167,7 @@ def forward(
         num_rows,
         eps,
         DropoutArguments.of(dropout_p, seed),
-        stream,
+        rng_offset,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         **constants,
@@ -188,7 +188,7 @@ def backward(
     accumulate: bool,
     dropout_p: float,
     seed: Tensor | None,
-    stream: int,
+    rng_offset: int,
 ) -> Tensor:
     """Gradient ``[T, H]`` of the sum of the three table rows."""
     grad_out = grad_out.contiguous()
@@ -211,7 +211,7 @@ def backward(
             end,
             triton.cdiv(end - begin, programs),
             dropout,
-            stream,
+            rng_offset,
             HAS_WEIGHT=weight is not None,
             PARTIALS=partials is not None,
             **constants,

@@ -20,7 +20,7 @@ from ..registration.validation import check_data
 from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses, TaskNames
 
-Extent = Literal["model", "group", "tensor"]
+Granularity = Literal["model", "group", "tensor"]
 ParameterGroups = list[dict[str, Any]]
 
 
@@ -91,7 +91,7 @@ class BalancedGradients:
     A copy, or one that was pickled, has the settings and no gradients.
 
     Args:
-        extent: what gets weights of its own: ``"model"``, ``"group"`` or ``"tensor"``.
+        granularity: what gets weights of its own: ``"model"``, ``"group"`` or ``"tensor"``.
         average: divide by the number of tasks that reach a parameter.
         collector: collects the gradients of all tasks in one backward pass.
         tasks: the tasks' names.
@@ -102,19 +102,21 @@ class BalancedGradients:
         awaits_step: whether gradients were combined since the last step.
 
     Raises:
-        ValueError: an unknown ``extent``, or names that are not different.
+        ValueError: an unknown ``granularity``, or names that are not different.
     """
 
     def __init__(
         self,
-        extent: Extent,
+        granularity: Granularity,
         average: bool,
         collector: TaskGradients | None,
         tasks: Sequence[str] | None,
     ) -> None:
-        if extent not in ("model", "group", "tensor"):
-            raise ValueError(f"extent must be 'model', 'group' or 'tensor', not {extent!r}")
-        self._extent: Extent = extent
+        if granularity not in ("model", "group", "tensor"):
+            raise ValueError(
+                f"granularity must be 'model', 'group' or 'tensor', not {granularity!r}"
+            )
+        self._granularity: Granularity = granularity
         self._average, self._collector = average, collector
         self._tasks = TaskNames(tasks)
         self.gram: Tensor | None = None
@@ -135,7 +137,7 @@ class BalancedGradients:
                 "an optimizer with task_gradients cannot be copied or pickled, as those belong to "
                 "one model: make TaskGradients of the other model and wrap its optimizer"
             )
-        return type(self), (self._extent, self._average, None, self._tasks.names)
+        return type(self), (self._granularity, self._average, None, self._tasks.names)
 
     def clear(self) -> None:
         """Forget the task gradients; the parameters' ``grad`` stays."""
@@ -198,7 +200,7 @@ class BalancedGradients:
             for parameter in group["params"]:
                 balanced_with = {"model": 0, "group": group_number, "tensor": position}
                 if parameter.requires_grad:
-                    yield _Trained(position, balanced_with[self._extent], parameter)
+                    yield _Trained(position, balanced_with[self._granularity], parameter)
                     position += 1
 
     # ---- the rows ------------------------------------------------------------------------------
@@ -376,5 +378,5 @@ def _strided_like(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _layout_of(trained: Sequence[_Trained]) -> list[tuple[object, ...]]:
-    """What the rows depend on; buffers keep parameters, and so their `id`, alive."""
+    """Return what the rows depend on; buffers keep parameters, and so their `id`, alive."""
     return [(*numbers, id(p), p.shape, p.dtype, p.device) for *numbers, p in trained]

@@ -18,9 +18,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from ..registration.deprecation import renamed_argument
 from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses
-from .balanced_gradients import BalancedGradients, Extent, SeenGradient
+from .balanced_gradients import BalancedGradients, Granularity, SeenGradient
 from .global_step_hooks import spare_inner, stepping
 
 Method = Callable[[Tensor], Tensor]
@@ -39,19 +40,20 @@ class BalancedOptimizer(torch.optim.Optimizer):
         optimizer: any torch optimizer.
         method: a function of the Gram matrix from :mod:`kernels.balancing`, or a TorchJD weighting
             of Gramians.
-        extent: what gets weights of its own: the whole ``"model"``, each parameter ``"group"`` of
-            the optimizer (a layer, say), or each ``"tensor"``.
+        granularity: what gets weights of its own: the whole ``"model"``, each parameter
+            ``"group"`` of the optimizer (a layer, say), or each ``"tensor"``.
         task_gradients: made of the model whose parameters the optimizer trains; the losses then
             come from a forward pass within its ``batch``, and ``backward`` is one backward pass.
             Hooks of parameters' gradients (``register_hook``) are not called with it.
         tasks: the tasks' names, for losses by name; those of the first losses when None.
+        extent: the old name of ``granularity``, deprecated.
 
     Attributes:
         optimizer: the wrapped one.
 
     Raises:
         TypeError: ``optimizer`` is none, or ``method`` takes more than a Gram matrix.
-        ValueError: an unknown ``extent``, or a name twice.
+        ValueError: an unknown ``granularity``, or a name twice.
     """
 
     _backward_name = "backward"
@@ -62,11 +64,14 @@ class BalancedOptimizer(torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         method: Method,
         *,
-        extent: Extent = "model",
+        granularity: Granularity = "model",
         task_gradients: TaskGradients | None = None,
         tasks: Sequence[str] | None = None,
+        extent: Granularity | None = None,
     ) -> None:
-        self._set_up(optimizer, BalancedGradients(extent, False, task_gradients, tasks))
+        if extent is not None:
+            granularity = renamed_argument("extent", extent, "granularity", granularity, "model")
+        self._set_up(optimizer, BalancedGradients(granularity, False, task_gradients, tasks))
         self._method = _checked(method)
 
     def _set_up(self, optimizer: torch.optim.Optimizer, gradients: BalancedGradients) -> None:

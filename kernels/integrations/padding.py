@@ -13,7 +13,7 @@ from ..registration import validation
 
 
 class Unpadded(NamedTuple):
-    """What :func:`unpad_input` returns; unpacks to flash-attn's five values.
+    """Result of :func:`unpad_input`; unpacks to flash-attn's five values.
 
     Attributes:
         hidden_states: ``[T, ...]``.

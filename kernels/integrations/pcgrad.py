@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..balancing.pcgrad import Reduction, draw_order, pcgrad_weights
+from ..registration.deprecation import renamed_argument
 from ..registration.validation import check_order
 from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses
-from .balanced_gradients import BalancedGradients, Extent
+from .balanced_gradients import BalancedGradients, Granularity
 from .balanced_optimizer import BalancedOptimizer
 
 _DRAWN = "drawn_orders"  # in the first parameter group: all that stores optimizers keeps it there
@@ -38,7 +39,7 @@ class PCGrad(BalancedOptimizer):
         optimizer: any torch optimizer.  The number of orders drawn so far is an entry
             ``drawn_orders`` of its first parameter group.
         reduction: ``"mean"`` or ``"sum"`` of the projected gradients; the paper sums.
-        extent: project over the whole ``"model"`` as the paper does, within each parameter
+        granularity: project over the whole ``"model"`` as the paper does, within each parameter
             ``"group"`` of the optimizer, or within each ``"tensor"``.
         seed: of the random order of projections, which is a function of seed and number of the
             draw alone, so that all ranks of a distributed run draw the same.
@@ -47,10 +48,11 @@ class PCGrad(BalancedOptimizer):
         task_gradients: as for :class:`.BalancedOptimizer`.  A layer that sees several tasks at once
             counts as reached by all of them that have a loss if any loss reaches it.
         tasks: the tasks' names, for losses by name; those of the first losses when None.
+        extent: the old name of ``granularity``, deprecated.
 
     Raises:
         TypeError: ``optimizer`` is none.
-        ValueError: an unknown ``reduction`` or ``extent``, or a name twice.
+        ValueError: an unknown ``reduction`` or ``granularity``, or a name twice.
     """
 
     _backward_name = "pc_backward"
@@ -61,15 +63,18 @@ class PCGrad(BalancedOptimizer):
         optimizer: torch.optim.Optimizer,
         reduction: Reduction = "mean",
         *,
-        extent: Extent = "model",
+        granularity: Granularity = "model",
         seed: int = 0,
         include_self: bool = False,
         task_gradients: TaskGradients | None = None,
         tasks: Sequence[str] | None = None,
+        extent: Granularity | None = None,
     ) -> None:
+        if extent is not None:
+            granularity = renamed_argument("extent", extent, "granularity", granularity, "model")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
-        gradients = BalancedGradients(extent, reduction == "mean", task_gradients, tasks)
+        gradients = BalancedGradients(granularity, reduction == "mean", task_gradients, tasks)
         self._set_up(optimizer, gradients)
         self._seed, self._include_self = seed, include_self
         self._first_group.setdefault(_DRAWN, 0)

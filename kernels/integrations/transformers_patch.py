@@ -46,7 +46,7 @@ FAMILY = frozenset(
 
 
 class Replaced(NamedTuple):
-    """What :func:`accelerate` replaced.
+    """Modules that :func:`accelerate` replaced.
 
     Attributes:
         attention: names of the models whose attention runs on these kernels.
@@ -94,7 +94,7 @@ class _Queries(NamedTuple):
 
 
 class _Packing(NamedTuple):
-    """Where the tokens of a padded batch are; passes through the model as its attention mask."""
+    """Places of the tokens of a padded batch; passes through the model as its attention mask."""
 
     length: int  # S
     indices: Tensor | None  # [T] of [B * S]; None for all
@@ -134,7 +134,7 @@ def _packing(
 
 
 def _places(is_token: Tensor) -> Unpadded:
-    """Where the tokens of ``[B, S]`` are.
+    """Find the tokens of ``[B, S]``.
 
     In a compiled graph, whose shapes cannot depend on values, as many rows as there are places,
     tokens first; attention ignores the others.

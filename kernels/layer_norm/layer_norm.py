@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import _extension  # noqa: F401  (registers the operators)
 from ..dropout.dropout import check_dropout, dropout, new_seed
 from ..registration.backend import declare, register_fake
+from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import (
     differentiable_once,
     refuse_transforms,
@@ -146,7 +147,9 @@ def _layer_norm_backward(
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _x, _residual, x_bias, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.stream, *rest = inputs
+    _x, _residual, x_bias, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.rng_offset, *rest = (
+        inputs
+    )
     _, hidden, mean, rstd = output
     ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
     save(ctx, (hidden, weight, bias, mean, rstd), rest)
@@ -162,7 +165,7 @@ def _add_backward(
     arguments = (grad_out, hidden, weight, mean, rstd, *task_arguments)
     if ctx.dropout_p > 0:
         grad_residual, grad_x = _ops.dropout_add_layer_norm_backward(
-            *arguments, ctx.dropout_p, ctx.seed, ctx.stream
+            *arguments, ctx.dropout_p, ctx.seed, ctx.rng_offset
         )
     else:
         grad_residual = grad_x = _ops.layer_norm_backward(*arguments)
@@ -215,13 +218,13 @@ def _add_cuda(
     dropout_p: float,
     eps: float,
     seed: Tensor | None,
-    stream: int,
+    rng_offset: int,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..registration import operator_checks
     from . import layer_norm_triton
 
-    given = (x, weight, bias, eps, residual, x_bias, dropout_p, seed, stream)
+    given = (x, weight, bias, eps, residual, x_bias, dropout_p, seed, rng_offset)
     operator_checks.check_norm(*given)
     return layer_norm_triton.forward(*given)
 
@@ -303,7 +306,8 @@ def dropout_add_layer_norm(
     x_bias: Tensor | None = None,
     training: bool = True,
     seed: Tensor | None = None,
-    stream: int = 0,
+    rng_offset: int = 0,
+    stream: int | None = None,
     rows: TaskRows | None = None,
     segments: TaskSegments | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -329,7 +333,8 @@ def dropout_add_layer_norm(
         x_bias: ``[N]``, any floating dtype, added to ``x0`` before the dropout.
         training: without it there is no dropout.
         seed: of dropout; int64, one element, on x0's device.  None draws one.
-        stream: tells apart uses that share a seed.
+        rng_offset: tells apart uses that share a seed.
+        stream: the old name of ``rng_offset``, deprecated.
         rows: where task gradients of weight and bias go; their ``grad`` then stays None.
         segments: which rows of ``x0`` belong to which task; needed with ``rows``.
 
@@ -341,10 +346,12 @@ def dropout_add_layer_norm(
         ValueError: a shape, dtype, device or range that does not fit; the message names it.
         NotImplementedError: an argument of flash-attn that this function does not support.
     """
+    if stream is not None:
+        rng_offset = renamed_argument("stream", stream, "rng_offset", rng_offset, 0)
     refuse_given(rowscale=rowscale, layerscale=layerscale, return_dropout_mask=return_dropout_mask)
     tasks = task_arguments(x0, weight, bias, rows, segments, name="x0")
     check_parameter("x_bias", x_bias, x0)
-    check_dropout(dropout_p, seed, stream, x0.device)
+    check_dropout(dropout_p, seed, rng_offset, x0.device)
     p = dropout_p if training else 0.0
     if residual is not None:
         if residual.shape != x0.shape or residual.device != x0.device:
@@ -358,7 +365,7 @@ def dropout_add_layer_norm(
         x0, residual = x0.to(dtype), residual.to(dtype)
     if prenorm or residual is None or x0.dtype == torch.float64:
         check_data(x0=x0, residual=residual, x_bias=x_bias)
-        hidden = dropout(x0 if x_bias is None else x0 + x_bias, p, seed=seed, stream=stream)
+        hidden = dropout(x0 if x_bias is None else x0 + x_bias, p, seed=seed, rng_offset=rng_offset)
         if residual is not None:
             hidden = residual + hidden
         in_float32 = residual_in_fp32 and residual is None and x0.dtype != torch.float64
@@ -369,6 +376,6 @@ def dropout_add_layer_norm(
     if p > 0 and seed is None:
         seed = new_seed(x0.device)
     out: Tensor = _ops.dropout_add_layer_norm(
-        x0, residual, x_bias, weight, bias, p, epsilon, seed, stream, *tasks
+        x0, residual, x_bias, weight, bias, p, epsilon, seed, rng_offset, *tasks
     )[0]
     return out

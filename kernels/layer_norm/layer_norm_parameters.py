@@ -56,7 +56,7 @@ def save(ctx: Any, tensors: tuple[Tensor | None, ...], arguments: list[Any]) -> 
 def parameter_rows(
     ctx: Any, weight: Tensor | None, bias: Tensor | None, mean: Tensor
 ) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
-    """Where the parameters' gradients go: the task rows, or a row of their own for all rows.
+    """Rows of the parameters' gradients: the task rows, or a row of their own for all rows.
 
     A tensor without elements where there are none (`kernels.task_rows.rows_of`).
 
@@ -77,7 +77,7 @@ def parameter_rows(
 def parameter_gradients(
     ctx: Any, weight_rows: Tensor, bias_rows: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What autograd gets for weight and bias: None when the gradients are in the task rows."""
+    """Return autograd's gradients of weight and bias: None when they are in the task rows."""
     if ctx.rows is not None:
         return None, None
     weight, bias = (rows[0] if rows.numel() > 0 else None for rows in (weight_rows, bias_rows))

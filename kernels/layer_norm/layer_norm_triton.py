@@ -43,14 +43,14 @@ def tile(first_row, row_end, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def row_factors(rows, stream, dropout, N: tl.constexpr, BLOCK_N: tl.constexpr):
+def row_factors(rows, rng_offset, dropout, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout factors of whole rows."""
     start = rows.to(tl.int64) * N
     if N % 4 == 0:  # a row starts with a quad
-        factors = element_factors(start, stream, dropout, BLOCK_N)
+        factors = element_factors(start, rng_offset, dropout, BLOCK_N)
     else:
         elements = start[:, None] + tl.arange(0, BLOCK_N)[None, :]
-        factors = scattered_factors(elements, stream, dropout)
+        factors = scattered_factors(elements, rng_offset, dropout)
     return factors
 
 
@@ -88,7 +88,7 @@ def normalize(
     return y, centred, mean, rstd
 
 
-@triton.jit(do_not_specialize=["num_rows", "stream"])
+@triton.jit(do_not_specialize=["num_rows", "rng_offset"])
 def _forward_kernel(
     x,
     residual,
@@ -100,7 +100,7 @@ def _forward_kernel(
     num_rows,
     eps,
     dropout,
-    stream,
+    rng_offset,
     HAS_RESIDUAL: tl.constexpr,
     HAS_X_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -115,7 +115,7 @@ def _forward_kernel(
     if HAS_X_BIAS:
         h += tl.load(parameters.x_bias + columns, mask=columns < N, other=0.0).to(tl.float32)
     if DROPOUT:
-        h *= row_factors(rows, stream, dropout, N, BLOCK_N)
+        h *= row_factors(rows, rng_offset, dropout, N, BLOCK_N)
     if HAS_RESIDUAL:
         h += tl.load(residual + elements, mask=mask, other=0.0).to(tl.float32)
     y, centred, row_mean, row_rstd = normalize(
@@ -151,7 +151,7 @@ def grad_of_rows(dy, h, w, mean, rstd, rows, row_end, mask, N: tl.constexpr):
     return row_rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None]), xhat
 
 
-@triton.jit(do_not_specialize=["row_begin", "row_end", "rows_per_program", "stream"])
+@triton.jit(do_not_specialize=["row_begin", "row_end", "rows_per_program", "rng_offset"])
 def _backward_kernel(
     grad_out,
     hidden,
@@ -165,7 +165,7 @@ def _backward_kernel(
     row_end,
     rows_per_program,
     dropout,
-    stream,
+    rng_offset,
     HAS_WEIGHT: tl.constexpr,
     PARTIALS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -189,7 +189,7 @@ def _backward_kernel(
         dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, N)
         tl.store(grad_hidden + elements, dh.to(grad_hidden.dtype.element_ty), mask=mask)
         if DROPOUT:
-            dx = dh * row_factors(rows, stream, dropout, N, BLOCK_N)
+            dx = dh * row_factors(rows, rng_offset, dropout, N, BLOCK_N)
             tl.store(grad_x + elements, dx.to(grad_x.dtype.element_ty), mask=mask)
         if PARTIALS:
             grad_weight += tl.sum(dy * xhat, 0)
@@ -226,12 +226,12 @@ def _sum_partials_kernel(
 # ---- elementwise dropout ------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["count", "stream"])
-def _dropout_kernel(x, out, count, dropout, stream, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["count", "rng_offset"])
+def _dropout_kernel(x, out, count, dropout, rng_offset, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK + tl.zeros([1], tl.int64)
     elements = first[:, None] + tl.arange(0, BLOCK)[None, :]
     values = tl.load(x + elements, mask=elements < count, other=0.0).to(tl.float32)
-    values *= element_factors(first, stream, dropout, BLOCK)
+    values *= element_factors(first, rng_offset, dropout, BLOCK)
     tl.store(out + elements, values.to(out.dtype.element_ty), mask=elements < count)
 
 
@@ -314,7 +314,7 @@ def forward(
     x_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
+    rng_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, the rows that the backward pass reads, and their mean and rstd.
 
@@ -340,7 +340,7 @@ def forward(
         num_rows,
         eps,
         DropoutArguments.of(dropout_p, seed),
-        stream,
+        rng_offset,
         HAS_RESIDUAL=residual is not None,
         HAS_X_BIAS=x_bias is not None,
         HAS_WEIGHT=weight is not None,
@@ -362,7 +362,7 @@ def backward(
     accumulate: bool,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
+    rng_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the hidden rows and of x; without dropout they are one tensor."""
     hidden, grad_out = hidden.contiguous(), grad_out.contiguous()
@@ -386,7 +386,7 @@ def backward(
             end,
             triton.cdiv(end - begin, programs),
             dropout,
-            stream,
+            rng_offset,
             HAS_WEIGHT=weight is not None,
             PARTIALS=partials is not None,
             **constants,
@@ -397,13 +397,13 @@ def backward(
     return grad_hidden, grad_x
 
 
-def dropout(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Tensor, rng_offset: int) -> Tensor:
     """Elementwise dropout of a tensor of any shape."""
     x = x.contiguous()
     out = torch.empty_like(x)
     count = x.numel()
     if count > 0:
         _dropout_kernel[(triton.cdiv(count, _DROPOUT_BLOCK),)](
-            x, out, count, DropoutArguments.of(p, seed), stream, _DROPOUT_BLOCK
+            x, out, count, DropoutArguments.of(p, seed), rng_offset, _DROPOUT_BLOCK
         )
     return out

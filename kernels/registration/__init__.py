@@ -1,1 +1,1 @@
-"""What registering an operator takes: checks, fakes, derivatives, backends."""
+"""Register operators: checks, fakes, derivatives, backends."""

@@ -1,6 +1,6 @@
-"""Which code runs an operator on a device.
+"""Declare which backend runs an operator on a device.
 
-Every operator has one implementation for each kind of device, chosen when the package is imported
+Every operator has one backend for each kind of device, chosen when the package is imported
 and never silently replaced.  Each kernel file declares its own here.
 """
 
@@ -75,8 +75,8 @@ def _shorten_messages_of_inductor() -> None:
         exc.OperatorIssue.operator_str = staticmethod(_operator_name)  # type: ignore[assignment]
 
 
-def implementation(op: str, device: torch.device | str) -> Kind:
-    """What runs an operator on a device.
+def backend(op: str, device: torch.device | str) -> Kind:
+    """Return the backend that runs an operator on a device.
 
     Args:
         op: the operator's name without namespace, such as ``"gram"``.

@@ -1,4 +1,4 @@
-"""What the operators check whose CUDA side is Python; C++ checks for itself (csrc/check_torch.h).
+"""Check operators whose CUDA side is Python; C++ checks for itself (csrc/check_torch.h).
 
 Anybody can call an operator of ``torch.ops`` with anything, and what autograd saved for a backward
 pass may come back changed.  A kernel that is launched on it would read beyond its tensors.  All
@@ -33,9 +33,9 @@ def check_kernel_dtype(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
 
 
-def check_seed(p: float, seed: Tensor | None, stream: int, device: torch.device) -> None:
+def check_seed(p: float, seed: Tensor | None, rng_offset: int, device: torch.device) -> None:
     """Check the arguments of dropout."""
-    check_dropout(p, seed, stream, device)
+    check_dropout(p, seed, rng_offset, device)
     check_seed_given(p, seed)
 
 
@@ -91,7 +91,7 @@ def check_norm(
     x_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
+    rng_offset: int = 0,
 ) -> None:
     """Check what the forward passes that end in a layer norm are given."""
     _check_hidden("x", x)
@@ -101,7 +101,7 @@ def check_norm(
         check_data(**{name: parameter})
     if residual is not None:
         check_tensor("residual", residual, x.shape, x.dtype, x.device)
-    check_seed(dropout_p, seed, stream, x.device)
+    check_seed(dropout_p, seed, rng_offset, x.device)
 
 
 def _check_hidden(name: str, x: Tensor) -> None:
@@ -122,7 +122,7 @@ def check_norm_backward(
     offsets: Sequence[int],
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-    stream: int = 0,
+    rng_offset: int = 0,
 ) -> None:
     """Check what the backward passes are given; ``hidden`` may be any rows of that shape."""
     _check_hidden("hidden", hidden)
@@ -137,7 +137,7 @@ def check_norm_backward(
     for name, rows in (("weight_rows", weight_rows), ("bias_rows", bias_rows)):
         if rows.numel() > 0:
             _check_rows(name, rows, hidden, len(offsets) - 1)
-    check_seed(dropout_p, seed, stream, hidden.device)
+    check_seed(dropout_p, seed, rng_offset, hidden.device)
 
 
 def _check_rows(name: str, rows: Tensor, hidden: Tensor, tasks: int) -> None:

@@ -1,4 +1,4 @@
-"""What all kernels check: dtypes, freed storages, and values that lie on the device.
+"""Checks of all kernels: dtypes, freed storages, and values that lie on the device.
 
 A tensor whose storage was freed, as FSDP does, has its shape and no memory; torch's own functions
 crash on one.  Values on the device are boundaries and indices.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What every kernel takes; float64 is computed by its reference."""
+"""Dtypes that every kernel takes; float64 is computed by its reference."""
 
 _enabled = False
 

@@ -283,7 +283,7 @@ def combine_adamw_(
 
 
 class UpdateGuard(NamedTuple):
-    """What G says of a combined gradient before it is computed; 0-dim tensors on the device.
+    """Norm, scale and skip flag of a combined gradient, from G; 0-dim tensors on the device.
 
     Attributes:
         norm: its L2 norm, unscaled and before clipping.

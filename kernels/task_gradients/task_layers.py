@@ -26,7 +26,7 @@ from ..task_rows import Columns, TaskRows, TaskSegments
 
 
 class Place(NamedTuple):
-    """Where one parameter's task gradients lie.
+    """Rows of one parameter's task gradients.
 
     Attributes:
         slot: the parameter's columns.
@@ -343,7 +343,7 @@ def _note(out: Tensor, places: Sequence[Place], segments: TaskSegments) -> Tenso
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast makes of a linear layer's input, where it is on."""
+    """Return autocast's dtype of a linear layer's input, where it is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)

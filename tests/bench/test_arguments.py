@@ -1,4 +1,4 @@
-"""What the benchmarks' options take: anything else ends with one line and status 2."""
+"""Options of the benchmarks: a wrong one ends with one line and status 2."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Where a benchmark's record goes: looked at before anything is measured."""
+"""A benchmark's record: its place is checked before anything is measured."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What the trial takes out of the README is what a new user would type."""
+"""The walkthrough takes from the README what a new user would type."""
 
 import json
 import subprocess
@@ -14,12 +14,12 @@ from tests.conftest import REPOSITORY
 
 def test_the_readme_leads_through_everything() -> None:
     found = list(commands((REPOSITORY / "README.md").read_text()))
-    doors = ["train", "evaluate", "predict", "export", "report"]
+    programs = ["train", "evaluate", "predict", "export", "report"]
     order = [
         "make train",
         "make setup-dev",
         ". .venv/bin/activate",
-        *(f"python -m engine.{door} " for door in doors),
+        *(f"python -m engine.{program} " for program in programs),
         "python -m examples.score_exported ",
         "python -m examples.five_tasks ",
         "python -m engine.train ",

@@ -11,7 +11,7 @@ from engine import predict, train
 from ..engine.data.glue import write_glue
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guide-files.md").read_text(encoding="utf-8")
-DOORS = {"train": train.main, "predict": predict.main}
+PROGRAMS = {"train": train.main, "predict": predict.main}
 SMALL = [
     *("encoder.hidden_size=32", "encoder.num_hidden_layers=1", "encoder.num_attention_heads=2"),
     *("encoder.intermediate_size=48", "encoder.vocab_size=256"),
@@ -31,8 +31,10 @@ def test_the_guide_can_be_followed(tmp_path: Path, monkeypatch, capsys) -> None:
             subprocess.run(" ".join(command), shell=True, check=True)
             continue
         _, module, *arguments = shlex.split(command[1])
-        door = module.removeprefix("engine.")
-        assert DOORS[door]([*arguments, *(["--set", *SMALL] if door == "train" else [])]) == 0
+        program = module.removeprefix("engine.")
+        assert (
+            PROGRAMS[program]([*arguments, *(["--set", *SMALL] if program == "train" else [])]) == 0
+        )
 
     shown = capsys.readouterr().out
     assert shown.count("qqp: 1 rows skipped (number of fields)") == 2  # train and dev

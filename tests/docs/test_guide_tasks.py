@@ -11,7 +11,7 @@ from engine import evaluate, predict, train
 from examples import five_tasks
 
 GUIDE = five_tasks.GUIDE.read_text(encoding="utf-8")
-DOORS = {"train": train.main, "evaluate": evaluate.main, "predict": predict.main}
+PROGRAMS = {"train": train.main, "evaluate": evaluate.main, "predict": predict.main}
 SMALL = ["--set", "encoder.hidden_size=32", "encoder.num_hidden_layers=1", "limit=64"]
 
 
@@ -25,10 +25,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_guide_can_be_followed(folder: Path) -> None:
     commands = re.findall(r"^    python -m engine\.(\w+) (.*)$", GUIDE, re.MULTILINE)
-    assert [door for door, _ in commands] == ["train", "evaluate", "predict"]
-    for door, arguments in commands:
-        small = SMALL if door == "train" else []
-        assert DOORS[door]([*shlex.split(arguments), *small]) == 0
+    assert [program for program, _ in commands] == ["train", "evaluate", "predict"]
+    for program, arguments in commands:
+        small = SMALL if program == "train" else []
+        assert PROGRAMS[program]([*shlex.split(arguments), *small]) == 0
 
     tasks = {"reviews", "stars", "duplicates", "similarity", "topics"}
     scores = json.loads((folder / "run" / "metrics.json").read_text())["scores"]

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 def start(
     ranks: int, runs: Sequence[Sequence[str]], log: Path, **environment: str
 ) -> list[subprocess.Popen[bytes]]:
-    """Start ``ranks`` processes that make each of the runs together: the arguments of the door.
+    """Start ``ranks`` processes that make each of the runs together: the arguments of the program.
 
     What they print goes to the file ``log``.
     """

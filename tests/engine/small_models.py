@@ -39,15 +39,15 @@ def build_step(
 ) -> MultitaskStep:
     """A training step around a model, as a recipe would make it."""
     flat = FlatParameters(model, TASKS, device=torch.device(device), compute_dtype=dtype)
-    parts = ParamGroups(flat, TASKS, surgery)
+    groups = ParamGroups(flat, TASKS, surgery)
     method = build_method(balance, TRAINED, settings or BalanceSettings())
     return MultitaskStep(
         model,
         TASKS,
         flat,
         AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY),
-        parts,
-        Balancer(method, parts.owners, torch.device(device)),
+        groups,
+        Balancer(method, groups.sole_tasks, torch.device(device)),
         loss_weights=loss_weights,
         loss_scale=LossScale(flat.master.device) if dtype == torch.float16 else None,
         clip_norm=clip,
@@ -86,7 +86,7 @@ def make_batch() -> Callable[..., PackedBatch]:
 def make_micro_batches(
     seed: int, sizes: tuple[int, ...], count: int, tasks: tuple[str, ...] = TASKS
 ) -> list[PackedBatch]:
-    """A batch of ``sizes`` examples of each task, parted into ``count``."""
+    """A batch of ``sizes`` examples of each task, split into ``count``."""
     splits = [
         random_split(task, size, vocab=97, seed=seed + position)
         for position, (task, size) in enumerate(zip(tasks, sizes, strict=True))

@@ -11,7 +11,7 @@ from ..conftest import REPOSITORY
 
 ENGINE = REPOSITORY / "engine"
 ANYWHERE = ("_kernels", "__version__")
-"""What every folder may import of the package itself."""
+"""Names that every folder may import of the package itself."""
 
 
 def listed_folders() -> list[str]:

@@ -353,10 +353,10 @@ def test_a_card_names_some_of_many_classes(data, tmp_path):
     assert (tmp_path / "run.html").stat().st_size < 1 << 20
 
 
-@pytest.mark.parametrize("door", [train, evaluate, predict, export, report, fill], ids=str)
-def test_two_dashes_are_no_value(door, capsys):
+@pytest.mark.parametrize("program", [train, evaluate, predict, export, report, fill], ids=str)
+def test_two_dashes_are_no_value(program, capsys):
     for option in ("--task", "--to", "--out", "--data", "--device"):
         with pytest.raises(SystemExit) as stop:
-            door.main(["run", f"{option}=--"])
+            program.main(["run", f"{option}=--"])
         assert stop.value.code == 2
         assert capsys.readouterr().err.startswith(f"error: {option}=--: no value; give one")

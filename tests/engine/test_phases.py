@@ -94,9 +94,9 @@ def test_max_steps_ends_each_phase(tiny_run):
 
 def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):
     whole = tiny_run("whole", settings=PHASES)
-    from engine import train as door
+    from engine import train as program
 
-    build = door.Trainer.build
+    build = program.Trainer.build
     arguments = ["demo", "--out", str(tmp_path / "cut"), "--set", *TINY, *PHASES]
 
     def build_or_die(*arguments, phase=0):
@@ -105,7 +105,7 @@ def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):
         return build(*arguments, phase=phase)
 
     with monkeypatch.context() as patch:
-        patch.setattr(door.Trainer, "build", build_or_die)
+        patch.setattr(program.Trainer, "build", build_or_die)
         with pytest.raises(RuntimeError, match="power cut"):
             main(arguments)
     assert main([*arguments, "--resume"]) == 0

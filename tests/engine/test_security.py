@@ -1,4 +1,4 @@
-"""What SECURITY.md promises of files from elsewhere, through whole commands."""
+"""The promises of SECURITY.md about files from elsewhere, through whole commands."""
 
 import csv
 import json

@@ -51,8 +51,8 @@ def test_other_errors_of_torch_are_told_whole():
         run_cli(main)
 
 
-@pytest.mark.parametrize("door", [evaluate, export, predict, report, train])
-def test_files_of_a_run_that_are_too_large(capsys, tiny_run, tmp_path, door):
+@pytest.mark.parametrize("program", [evaluate, export, predict, report, train])
+def test_files_of_a_run_that_are_too_large(capsys, tiny_run, tmp_path, program):
     """Every file in turn: those that a command reads, it refuses."""
     whole, run = tiny_run("whole", "--max-steps", "1"), tmp_path / "run"
     rows, new = tmp_path / "rows.tsv", str(tmp_path / "new")
@@ -63,14 +63,14 @@ def test_files_of_a_run_that_are_too_large(capsys, tiny_run, tmp_path, door):
         predict: [str(run), "--task", "sst", "--input", str(rows), "--output", new, "--force"],
         report: [str(run), "--out", new],
         train: ["demo", "--out", str(run), "--resume", "--max-steps", "1", "--set", *TINY],
-    }[door]
+    }[program]
     refused = set()
     for path in sorted(path for path in whole.rglob("*") if path.is_file()):
         shutil.rmtree(run, ignore_errors=True)
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(whole, run)
         os.truncate(run / path.relative_to(whole), _HOLE)
-        status, said = _ended(capsys, lambda: door.main(arguments))
+        status, said = _ended(capsys, lambda: program.main(arguments))
         if status != 0:
             assert status == 2
             assert f"has {_HOLE:,} bytes" in said.splitlines()[-1]

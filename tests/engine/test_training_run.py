@@ -1,4 +1,4 @@
-"""Whole runs through the front door, small ones."""
+"""Train small whole runs by the command."""
 
 import json
 import signal

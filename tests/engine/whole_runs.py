@@ -1,4 +1,4 @@
-"""What tests of whole runs compare."""
+"""Compare whole runs."""
 
 import json
 from pathlib import Path

@@ -40,7 +40,7 @@ def boundaries(lengths: list[int], device: str = "cpu") -> Tensor:
 
 
 def factors_between(
-    heads: int, queries: range, keys: range, p: float, seed: Tensor, stream: int
+    heads: int, queries: range, keys: range, p: float, seed: Tensor, rng_offset: int
 ) -> Tensor | None:
     """The dropout factors of some rows of the streams: ``[heads, queries, keys + PADDING]``."""
     if p == 0:
@@ -48,7 +48,7 @@ def factors_between(
     query = torch.arange(queries.start, queries.stop)[:, None]
     quad = torch.arange(keys.start // 4, (keys.stop + 3) // 4)
     head = torch.arange(heads)[:, None, None]
-    words = dropout_words(((query << 32) + quad).expand(heads, -1, -1), int(seed), head, stream)
+    words = dropout_words(((query << 32) + quad).expand(heads, -1, -1), int(seed), head, rng_offset)
     of_keys = _factors(words, p).flatten(2)[..., keys.start % 4 :][..., : len(keys)]
     return F.pad(of_keys, (0, PADDING))
 
@@ -60,7 +60,7 @@ def reference_by_sequence(
     causal: bool,
     p: float,
     seed: Tensor,
-    stream: int,
+    rng_offset: int,
 ) -> list[Tensor]:
     """Output, log-sum-exp and gradients of q, k and v by plain torch, a sequence at a time.
 
@@ -77,7 +77,7 @@ def reference_by_sequence(
         query, key = queries.stop, keys.stop
         rows = [slice(own.start, own.stop) for own in (queries, keys, keys)]
         leaves = [x[own].to(dtype).requires_grad_() for x, own in zip((q, k, v), rows, strict=True)]
-        factors = factors_between(q.shape[1], queries, keys, p, seed, stream)
+        factors = factors_between(q.shape[1], queries, keys, p, seed, rng_offset)
         cu_seqlens = boundaries([num_queries]), boundaries([num_keys])
         padded = (leaves[0], *(F.pad(x, (0, 0, 0, 0, 0, PADDING)) for x in leaves[1:]))
         own_out, own_lse = attention_reference(

@@ -186,7 +186,9 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["keys", "tokens", "run_starts"], "*i64"),
         **dict.fromkeys(["cu_own", "cu_other"], "*i32"),
         **dict.fromkeys(["total_q", "total_k", "total", "total_other", "num_rows"], "i32"),
-        **dict.fromkeys(["num_sequences", "search_steps", "programs", "count", "stream"], "i32"),
+        **dict.fromkeys(
+            ["num_sequences", "search_steps", "programs", "count", "rng_offset"], "i32"
+        ),
         **dict.fromkeys(["row_begin", "row_end", "rows_per_program"], "i32"),
         **dict.fromkeys(["row_stride", "num_keys"], "i32"),
         "eps": "fp32",

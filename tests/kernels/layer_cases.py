@@ -108,7 +108,7 @@ def _attention(s: Stream) -> Tensor:
 def _attention_packed(s: Stream) -> Tensor:
     qkv = s.x.view(-1, 3, HEADS, WIDTH // HEADS)
     return kernels.flash_attn_varlen_qkvpacked_func(
-        qkv, s.cu_seqlens, s.longest, 0.1, seed=s.seed, stream=1
+        qkv, s.cu_seqlens, s.longest, 0.1, seed=s.seed, rng_offset=1
     )
 
 
@@ -127,7 +127,7 @@ def _embedding_rows(s: Stream) -> EmbeddingRows:
     return EmbeddingRows(s.table_rows, s.table_rows, s.table_rows, s.vector_rows)
 
 
-DOORS: dict[str, Callable[[Stream], Tensor]] = {
+LAYERS: dict[str, Callable[[Stream], Tensor]] = {
     "flash_attn_varlen_func": _attention,
     "flash_attn_varlen_qkvpacked_func": _attention_packed,
     "dropout": lambda s: kernels.dropout(s.own, 0.1, seed=s.seed),

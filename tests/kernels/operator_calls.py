@@ -11,13 +11,13 @@ import kernels
 from kernels import TaskGradients, TaskSegments, balancing, new_task_rows
 
 from .balancing.methods import SOLVERS
-from .layer_cases import DOORS, Stream
+from .layer_cases import LAYERS, Stream
 from .test_operators import attention, norms, others
 from .test_surgery_weights import operator_samples
 
 NO_TENSOR_ARGUMENTS = {
     *("BalancedOptimizer", "PCGrad", "Columns", "EmbeddingRows", "TaskRows", "TaskSegments"),
-    *("implementation", "checked_values", "accelerate", "restore", "balancing"),
+    *("backend", "checked_values", "accelerate", "restore", "balancing"),
 }
 
 
@@ -89,7 +89,10 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
             lambda x, weight: kernels.linear(x, weight, rows=table, **by_task),
             {"x": x, "weight": matrix},
         ),
-        "wipe_": (kernels.wipe_, {"rows": table.weight, "index": ids, "offsets": (0, 3, 6)}),
+        "zero_rows_": (
+            kernels.zero_rows_,
+            {"rows": table.weight, "index": ids, "offsets": (0, 3, 6)},
+        ),
     }
 
 
@@ -180,7 +183,7 @@ def backward_calls() -> dict[str, Callable[[], Tensor]]:
     torch.manual_seed(0)
     stream = Stream.of(9)
     calls: dict[str, Callable[[], Tensor]] = {
-        name: partial(layer, stream) for name, layer in DOORS.items() if name != "embedding"
+        name: partial(layer, stream) for name, layer in LAYERS.items() if name != "embedding"
     }
     rows = torch.randn(3, 40, requires_grad=True)
     weights = torch.ones(3, requires_grad=True)

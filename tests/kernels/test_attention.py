@@ -85,7 +85,7 @@ def check(
 
     def kernel(qkv: Tensor) -> Tensor:
         return flash_attn_varlen_qkvpacked_func(
-            qkv, cu_seqlens, longest, p, scale, causal, seed=SEED, stream=7
+            qkv, cu_seqlens, longest, p, scale, causal, seed=SEED, rng_offset=7
         )
 
     num_streams = min(12, 2 + 1500 // total)

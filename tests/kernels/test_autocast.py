@@ -7,16 +7,16 @@ from torch.nn import functional as F
 
 import kernels
 
-from .layer_cases import DOORS, WIDTH, Stream
+from .layer_cases import LAYERS, WIDTH, Stream
 from .tolerance import assert_within_twice
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_dtypes_in_and_out(door: str) -> None:
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_dtypes_in_and_out(layer_name: str) -> None:
     stream = Stream.of(21)
     with torch.autocast("cpu", torch.bfloat16):
-        out, *gradients_and_rows = stream.run(DOORS[door])
-    assert out.dtype == (torch.bfloat16 if door.startswith("linear") else torch.float32)
+        out, *gradients_and_rows = stream.run(LAYERS[layer_name])
+    assert out.dtype == (torch.bfloat16 if layer_name.startswith("linear") else torch.float32)
     assert all(tensor.dtype == torch.float32 for tensor in gradients_and_rows)
     assert all(tensor.isfinite().all() for tensor in gradients_and_rows)
     assert any(tensor.count_nonzero() for tensor in gradients_and_rows)

@@ -474,10 +474,10 @@ def test_backward_passes_of_ones_own_are_in_the_rows() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("extent", ["model", "group", "tensor"])
-def test_nothing_waits_for_the_device(extent: str) -> None:
+@pytest.mark.parametrize("granularity", ["model", "group", "tensor"])
+def test_nothing_waits_for_the_device(granularity: str) -> None:
     model = Tasks(torch.float32).cuda()
-    optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=0.1), extent=extent)
+    optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=0.1), granularity=granularity)
     for call in range(5):
         model.zero_grad(set_to_none=call % 2 == 0)
         first, *others = (loss.cuda() for loss in model.losses(call))

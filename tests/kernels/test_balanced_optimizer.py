@@ -72,15 +72,15 @@ def test_what_a_method_returns_is_checked(method, got: str) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("extent", ["group", "tensor"])
-def test_surgery_by_group_and_by_tensor(extent: str) -> None:
+@pytest.mark.parametrize("granularity", ["group", "tensor"])
+def test_surgery_by_group_and_by_tensor(granularity: str) -> None:
     model = Tasks()
     groups = [
         {"params": list(model.trunk.parameters())},
         {"params": [model.temperature, *model.pair.parameters(), *model.heads.parameters()]},
         {"params": [model.frozen, model.empty, model.unreached]},
     ]
-    optimizer = PCGrad(torch.optim.SGD(groups, lr=0.1), "sum", extent=extent)
+    optimizer = PCGrad(torch.optim.SGD(groups, lr=0.1), "sum", granularity=granularity)
     order = draw_order(3, 5)
     rows = task_gradients(model)
     optimizer.pc_backward(model.losses(), order)
@@ -90,7 +90,7 @@ def test_surgery_by_group_and_by_tensor(extent: str) -> None:
     for parameter in (p for p in model.parameters() if p.requires_grad):
         begin, end = end, end + parameter.numel()
         number = next(n for n, g in enumerate(groups) if any(p is parameter for p in g["params"]))
-        key = number if extent == "group" else id(parameter)
+        key = number if granularity == "group" else id(parameter)
         columns.setdefault(key, []).append(torch.arange(begin, end))
     exact = torch.zeros(end, dtype=torch.float64)
     for own in map(torch.cat, columns.values()):
@@ -108,7 +108,7 @@ def test_groups_with_nothing_to_train(frozen: str) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in name)
     groups = [{"params": list(module.parameters())} for module in model.values()]
-    optimizer = PCGrad(torch.optim.SGD(groups, lr=0.1), "sum", extent="group")
+    optimizer = PCGrad(torch.optim.SGD(groups, lr=0.1), "sum", granularity="group")
     order = draw_order(3, 5)
     outputs = model["heads"](model["trunk"](torch.randn(7, 6).double()))
     losses = list((outputs.square().mean(0) * torch.tensor([1, -1, 1])).unbind())
@@ -162,9 +162,9 @@ def test_groups_of_two_dtypes_are_balanced_together() -> None:
 
 
 def test_bad_extent() -> None:
-    with pytest.raises(ValueError, match="extent must be 'model', 'group' or 'tensor'"):
+    with pytest.raises(ValueError, match="granularity must be 'model', 'group' or 'tensor'"):
         BalancedOptimizer(
-            torch.optim.SGD(Tasks().parameters(), lr=0.1), balancing.mgda, extent="layer"
+            torch.optim.SGD(Tasks().parameters(), lr=0.1), balancing.mgda, granularity="layer"
         )
 
 

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from .layer_cases import DOORS, Stream
+from .layer_cases import LAYERS, Stream
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_one_compilation_serves_all_token_counts(door: str) -> None:
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_one_compilation_serves_all_token_counts(layer_name: str) -> None:
     torch._dynamo.reset()
     counters.clear()
-    layer = DOORS[door]
+    layer = LAYERS[layer_name]
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in range(21, 121, 10):
         stream = Stream.of(tokens)
@@ -25,9 +25,9 @@ def test_one_compilation_serves_all_token_counts(door: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_default_compiler_takes_a_model_in_one_graph() -> None:
     def layer(s: Stream) -> Tensor:
-        attended = DOORS["flash_attn_varlen_qkvpacked_func"](s).flatten(1)
-        embedded = DOORS["embedding_layer_norm by task"](s)
-        return attended + 2 * DOORS["linear by task"](s._replace(x=s.x + embedded.repeat(1, 3)))
+        attended = LAYERS["flash_attn_varlen_qkvpacked_func"](s).flatten(1)
+        embedded = LAYERS["embedding_layer_norm by task"](s)
+        return attended + 2 * LAYERS["linear by task"](s._replace(x=s.x + embedded.repeat(1, 3)))
 
     torch._dynamo.reset()
     stream = Stream.of(21)

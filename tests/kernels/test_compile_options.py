@@ -277,9 +277,9 @@ def _guard(s: Stream, **options: object) -> list[Tensor]:
     return [x.float() for x in guard]
 
 
-def _wiped(s: Stream) -> Tensor:
+def _zeroed(s: Stream) -> Tensor:
     rows = torch.ones(2, *s.table.shape)
-    kernels.wipe_(rows, s.ids, s.segments.offsets)
+    kernels.zero_rows_(rows, s.ids, s.segments.offsets)
     return rows
 
 
@@ -306,7 +306,7 @@ SURGERY: dict[str, Call] = {
     "update_guard": _guard,
     "update_guard, clipped": partial(_guard, max_norm=0.5, loss_scale=2.0),
     "new_task_rows": lambda s: kernels.new_task_rows(2, s.weight, fill=1.0).buffer,
-    "wipe_": _wiped,
+    "zero_rows_": _zeroed,
     **{f"balancing: {name}": partial(_weights, method=method) for name, method in METHODS.items()},
 }
 GROUPS = {
@@ -326,7 +326,7 @@ FOR_INDUCTOR = {
     "embedding_layer_norm": ["neither", "by task, frozen positions"],
     "linear, dropout": ["by task, frozen weight", "dropout, no seed"],
     "padding": ["there and back"],
-    "surgery": ["gram", "combine into a tensor", "combine_adamw_", "wipe_", "balancing: mgda"],
+    "surgery": ["gram", "combine into a tensor", "combine_adamw_", "zero_rows_", "balancing: mgda"],
 }
 
 

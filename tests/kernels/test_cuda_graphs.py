@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from .layer_cases import DOORS, Stream
+from .layer_cases import LAYERS, Stream
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_replay_gives_what_a_call_gives(door: str) -> None:
-    layer, stream = DOORS[door], Stream.of(65, "cuda")
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_a_replay_gives_what_a_call_gives(layer_name: str) -> None:
+    layer, stream = LAYERS[layer_name], Stream.of(65, "cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles, and fills the libraries' workspaces

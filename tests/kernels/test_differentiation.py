@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels import balancing
 
-from .layer_cases import DOORS, Stream
+from .layer_cases import LAYERS, Stream
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
@@ -35,11 +35,11 @@ def stream_of(dtype: torch.dtype) -> Stream:
     return Stream(*parts)
 
 
-def function_of(door: str, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def function_of(layer_name: str, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """A layer as a function of its input, or of its table, and a point."""
     stream = stream_of(dtype)
-    field = "table" if door.startswith("embedding") else "x"
-    return lambda x: DOORS[door](stream._replace(**{field: x})), getattr(stream, field)
+    field = "table" if layer_name.startswith("embedding") else "x"
+    return lambda x: LAYERS[layer_name](stream._replace(**{field: x})), getattr(stream, field)
 
 
 def loss_of(f: Callable[[Tensor], Tensor], power: int) -> Callable[[Tensor], Tensor]:
@@ -121,34 +121,36 @@ DERIVATIVES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] =
 REFUSAL = r"(\w+)(?: with task rows)?: cannot .+; use .+"
 
 
-def outcome(kind: str, door: str, dtype: torch.dtype) -> Tensor | str:
+def outcome(kind: str, layer_name: str, dtype: torch.dtype) -> Tensor | str:
     """The derivative, or the message of its refusal."""
     try:
-        return DERIVATIVES[kind](*function_of(door, dtype))
+        return DERIVATIVES[kind](*function_of(layer_name, dtype))
     except NotImplementedError as error:
         return str(error)
 
 
 @pytest.mark.parametrize("kind", DERIVATIVES)
-@pytest.mark.parametrize("door", DOORS)
-def test_a_derivative_is_right_or_refused(door: str, kind: str) -> None:
-    found = outcome(kind, door, torch.float32)
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_a_derivative_is_right_or_refused(layer_name: str, kind: str) -> None:
+    found = outcome(kind, layer_name, torch.float32)
     # torch cannot trace references that look at values, as linearize has to.
-    exact = outcome("jvp" if kind == "linearize" else kind, door, torch.float64)
+    exact = outcome("jvp" if kind == "linearize" else kind, layer_name, torch.float64)
     for result in (found, exact):
         if isinstance(result, str):
             assert re.fullmatch(REFUSAL, result)
             assert result.replace(":", " ").split()[0] in kernels.__all__
-    by_task = door.endswith("by task")
+    by_task = layer_name.endswith("by task")
     assert by_task or isinstance(exact, Tensor)
     if isinstance(found, Tensor) and isinstance(exact, Tensor):
         torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-4)
     assert isinstance(found, Tensor) or kind != "grad" or by_task
 
 
-@pytest.mark.parametrize("door", [door for door in DOORS if not door.endswith("by task")])
-def test_derivatives_in_float64_are_those_of_differences(door: str) -> None:
-    f, x = function_of(door, torch.float64)
+@pytest.mark.parametrize(
+    "layer_name", [layer_name for layer_name in LAYERS if not layer_name.endswith("by task")]
+)
+def test_derivatives_in_float64_are_those_of_differences(layer_name: str) -> None:
+    f, x = function_of(layer_name, torch.float64)
     x = x.clone().requires_grad_()
     torch.autograd.gradcheck(f, x, fast_mode=True, check_forward_ad=True)
     torch.autograd.gradgradcheck(f, x, fast_mode=True)
@@ -180,22 +182,24 @@ def test_a_graph_that_is_not_differentiated_costs_no_refusal() -> None:
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_under_checkpointing_and_hooks_on_saved_tensors(create_graph: bool) -> None:
     """Either lets a saved tensor be unpacked once."""
-    door, x = function_of("dropout_add_layer_norm", torch.float32)
-    expected = torch.func.grad(loss_of(door, 3))(x)
+    layer_name, x = function_of("dropout_add_layer_norm", torch.float32)
+    expected = torch.func.grad(loss_of(layer_name, 3))(x)
     x.requires_grad_()
-    loss = checkpoint(loss_of(door, 3), x, use_reentrant=False)
+    loss = checkpoint(loss_of(layer_name, 3), x, use_reentrant=False)
     (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
     assert torch.equal(grad, expected)
     with torch.autograd.graph.save_on_cpu():
-        loss = loss_of(door, 3)(x)
+        loss = loss_of(layer_name, 3)(x)
     (grad,) = torch.autograd.grad(loss, x, create_graph=create_graph)
     assert torch.equal(grad, expected)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch looks at
-@pytest.mark.parametrize("door", [door for door in DOORS if not door.endswith("by task")])
-def test_under_compiled_autograd(door: str) -> None:
-    f, x = function_of(door, torch.float32)
+@pytest.mark.parametrize(
+    "layer_name", [layer_name for layer_name in LAYERS if not layer_name.endswith("by task")]
+)
+def test_under_compiled_autograd(layer_name: str) -> None:
+    f, x = function_of(layer_name, torch.float32)
     x.requires_grad_()
     (expected,) = torch.autograd.grad(loss_of(f, 3)(x), x)
     loss = loss_of(f, 3)(x)

@@ -19,7 +19,7 @@ SEED = torch.tensor(-0x123456789ABCDEF)
 def test_elements_are_kept_and_scaled_as_the_reference_says(count: int, dtype: torch.dtype) -> None:
     x = torch.randn(count).to(dtype).requires_grad_()
     factors = dropout_factors(count, 0.3, SEED, 5)
-    y = dropout(x, 0.3, seed=SEED, stream=5)
+    y = dropout(x, 0.3, seed=SEED, rng_offset=5)
     y.backward(torch.ones_like(y))
     torch.testing.assert_close(y.detach(), (x.detach().float() * factors).to(dtype), rtol=0, atol=0)
     torch.testing.assert_close(x.grad, factors.to(dtype), rtol=0, atol=0)
@@ -43,7 +43,9 @@ def test_the_probability_to_keep_is_exact(p: float) -> None:
 
 def test_seeds_streams_and_heads_give_masks_of_their_own() -> None:
     x = torch.ones(10_000)
-    masks = [dropout(x, 0.5, seed=torch.tensor(s), stream=t) for s, t in [(0, 0), (1, 0), (0, 1)]]
+    masks = [
+        dropout(x, 0.5, seed=torch.tensor(s), rng_offset=t) for s, t in [(0, 0), (1, 0), (0, 1)]
+    ]
     masks += list(attention_dropout_factors(2, 100, 100, 0.5, torch.tensor(0), 0).flatten(1))
     for i, mask in enumerate(masks):
         for other in masks[:i]:
@@ -77,8 +79,8 @@ def test_float64_takes_the_same_mask() -> None:
     [
         ({"p": 1.0}, "probability"),
         ({"p": -0.1}, "probability"),
-        ({"p": 0.1, "stream": -1}, "stream"),
-        ({"p": 0.1, "stream": 2**32}, "stream"),
+        ({"p": 0.1, "rng_offset": -1}, "rng_offset"),
+        ({"p": 0.1, "rng_offset": 2**32}, "rng_offset"),
         ({"p": 0.1, "seed": torch.tensor(1.0)}, "seed"),
         ({"p": 0.1, "seed": torch.tensor([1, 2])}, "seed"),
     ],

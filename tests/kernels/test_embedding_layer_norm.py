@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import Columns, EmbeddingRows, TaskRows, TaskSegments, embedding_layer_norm, wipe_
+from kernels import Columns, EmbeddingRows, TaskRows, TaskSegments, embedding_layer_norm, zero_rows_
 from kernels.dropout.dropout import dropout_factors
 
 from .tolerance import assert_within_twice
@@ -53,7 +53,7 @@ def test_output_and_gradients(width: int, p: float, dtype: torch.dtype) -> None:
         index, tensors, grad_out = ids(), leaves(width, dtype), torch.randn(TOKENS, width)
 
         def kernel(*tensors: Tensor, index: list[Tensor] = index) -> Tensor:
-            return embedding_layer_norm(*index, *tensors, dropout_p=p, seed=SEED, stream=4)
+            return embedding_layer_norm(*index, *tensors, dropout_p=p, seed=SEED, rng_offset=4)
 
         def torchs(*tensors: Tensor, index: list[Tensor] = index) -> Tensor:
             *tables, weight, bias = tensors
@@ -143,7 +143,7 @@ def test_task_rows_hold_each_tasks_own_gradient(dtype: torch.dtype, p: float) ->
         for result, gradient in zip(found, expected, strict=True):
             torch.testing.assert_close(result[task], gradient, rtol=tolerance, atol=tolerance)
     for table, own_index in zip(rows[:3], index, strict=True):
-        wipe_(table.weight, own_index, OFFSETS)
+        zero_rows_(table.weight, own_index, OFFSETS)
         assert table.weight.count_nonzero() == 0
 
 

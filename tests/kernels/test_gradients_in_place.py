@@ -59,8 +59,10 @@ BETWEEN: dict[str, Callable[[Tasks, Tensor | None], Any]] = {
 @pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("fill", [0.0, 0.5])
-@pytest.mark.parametrize("extent", ["model", "tensor"])
-def test_a_flat_buffer_is_filled(between: str, transposed: bool, fill: float, extent: Any) -> None:
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_a_flat_buffer_is_filled(
+    between: str, transposed: bool, fill: float, granularity: Any
+) -> None:
     """Gradients are those of a model whose gradients are tensors of their own."""
     flat, plain = Tasks(), Tasks()
     buffer = flatten(flat, transposed, fill)
@@ -68,7 +70,7 @@ def test_a_flat_buffer_is_filled(between: str, transposed: bool, fill: float, ex
     for parameter in plain.parameters():
         parameter.grad = torch.full_like(parameter, fill) if parameter.requires_grad else None
     optimizers = [
-        PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), extent=extent)
+        PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), granularity=granularity)
         for model in (flat, plain)
     ]
     for call in range(3):

@@ -86,7 +86,7 @@ def test_dropout_add(width: int, p: float, dtype: torch.dtype) -> None:
 
     def kernel(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
         return dropout_add_layer_norm(
-            x, residual, weight, bias, x_bias=x_bias, dropout_p=p, seed=SEED, stream=4
+            x, residual, weight, bias, x_bias=x_bias, dropout_p=p, seed=SEED, rng_offset=4
         )
 
     def torchs(x: Tensor, residual: Tensor, *parameters: Tensor) -> Tensor:

@@ -163,9 +163,9 @@ def test_a_combination_must_not_overlap_the_rows(shift: int) -> None:
     rows = memory[: 3 * 40].view(3, 40)
     with pytest.raises(ValueError, match="out: written, and so must not overlap rows"):
         kernels.combine(rows, weights, memory[shift : shift + 40])
-    beside = memory[120:160]
+    neighbour = memory[120:160]
     expected = kernels.combine(rows, weights)
-    assert torch.equal(kernels.combine(rows, weights, beside), expected)
+    assert torch.equal(kernels.combine(rows, weights, neighbour), expected)
 
 
 def test_columns_of_one_buffer_are_apart() -> None:
@@ -229,7 +229,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _is_triton(name: str) -> bool:
     try:
-        return kernels.implementation(name, "cuda") == "triton"
+        return kernels.backend(name, "cuda") == "triton"
     except ValueError:
         return False
 

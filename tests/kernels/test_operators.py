@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import implementation
+from kernels import backend
 from kernels.attention.attention_options import AttentionOptions
 
 from .balancing.methods import SOLVERS
-from .layer_cases import DOORS, Stream
+from .layer_cases import LAYERS, Stream
 from .test_surgery_weights import operator_samples
 
 OPS = torch.ops.superbert
@@ -26,7 +26,7 @@ def leaf(*shape: int) -> Tensor:
 
 def attention(p: float) -> dict[str, tuple]:
     """Arguments of the attention operators."""
-    options = AttentionOptions(0.2, True, p, stream=1, seed=SEED if p else None)
+    options = AttentionOptions(0.2, True, p, rng_offset=1, seed=SEED if p else None)
     packed = (CU_SEQLENS, 13, *options)
     apart = (CU_SEQLENS, CU_SEQLENS, 13, *packed[1:])
     streams, qkv = [leaf(TOKENS, 2, 16) for _ in range(3)], leaf(TOKENS, 3, 2, 16)
@@ -103,17 +103,17 @@ def test_every_operator_is_checked_and_tells_what_runs_it() -> None:
     registered = {name.split("::")[1] for name in names if name.startswith("superbert::")}
     assert checked == registered - {"limit_vector_unit"}  # which takes no tensor
     for name in checked:
-        assert implementation(name, "cpu") in ("cpp", "torch")
+        assert backend(name, "cpu") in ("cpp", "torch")
 
 
 @pytest.mark.parametrize(
-    "door",
+    "layer_name",
     ["flash_attn_varlen_func", "layer_norm", "dropout_add_layer_norm", "embedding_layer_norm"],
 )
-def test_a_second_derivative_is_refused_and_not_taken_for_zero(door: str) -> None:
+def test_a_second_derivative_is_refused_and_not_taken_for_zero(layer_name: str) -> None:
     stream = Stream.of(21)
-    parameter = stream.table if door.startswith("embedding") else stream.x
-    out = DOORS[door](stream)
+    parameter = stream.table if layer_name.startswith("embedding") else stream.x
+    out = LAYERS[layer_name](stream)
     (grad,) = torch.autograd.grad(out.square().sum(), parameter, create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"^{door}: cannot differentiate twice"):
+    with pytest.raises(NotImplementedError, match=f"^{layer_name}: cannot differentiate twice"):
         grad.square().sum().backward()

@@ -1,4 +1,4 @@
-"""What torch's documentation and its own tests ask of every optimizer, asked of the wrappers."""
+"""The contract of torch's optimizers, by its documentation and tests, held by the wrappers."""
 
 import copy
 import io

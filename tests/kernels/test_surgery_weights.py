@@ -8,7 +8,7 @@ from kernels.balancing.pcgrad import (
     draw_order,
     pcgrad_weights,
 )
-from kernels.registration.backend import implementation
+from kernels.registration.backend import backend
 from kernels.surgery.surgery import combine, combined_norm, gram, update_guard
 
 
@@ -74,11 +74,11 @@ def test_opcheck(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", operator_samples())
-def test_implementation_is_told(name: str) -> None:
-    assert implementation(name, "cpu") == "cpp"
-    assert implementation(name, "cuda:0") in ("cuda", "torch")
+def test_the_backend_is_told(name: str) -> None:
+    assert backend(name, "cpu") == "cpp"
+    assert backend(name, "cuda:0") in ("cuda", "torch")
 
 
-def test_unknown_implementation() -> None:
+def test_an_unknown_operator_has_no_backend() -> None:
     with pytest.raises(ValueError, match="no operator 'grom'"):
-        implementation("grom", "cpu")
+        backend("grom", "cpu")

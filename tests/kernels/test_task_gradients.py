@@ -409,9 +409,9 @@ def test_rows_that_do_not_fit_are_named() -> None:
         TaskGradients(model, 2)
 
 
-@pytest.mark.parametrize("extent", ["model", "group", "tensor"])
+@pytest.mark.parametrize("granularity", ["model", "group", "tensor"])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_pcgrad_in_one_pass(extent: str, reduction: str) -> None:
+def test_pcgrad_in_one_pass(granularity: str, reduction: str) -> None:
     """Training in one pass against training in K: after three steps of momentum and decay."""
     start = Multitask()
     weights = []
@@ -425,7 +425,7 @@ def test_pcgrad_in_one_pass(extent: str, reduction: str) -> None:
         optimizer = PCGrad(
             torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=0.1),
             reduction,
-            extent=extent,
+            granularity=granularity,
             task_gradients=collector,
         )
         for _ in range(3):

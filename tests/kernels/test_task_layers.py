@@ -84,7 +84,7 @@ def test_embedding(offsets, dtype):
     assert_within_twice(rows, torchs, exact)
     assert torch.equal(y, weight[index])
     assert weight.grad is None
-    kernels.wipe_(rows, index, offsets)
+    kernels.zero_rows_(rows, index, offsets)
     assert not rows.any()
 
 

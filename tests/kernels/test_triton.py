@@ -11,7 +11,7 @@ from kernels.attention.attention import attention_reference
 from kernels.attention.attention_options import AttentionOptions
 
 from ..device_waits import no_wait_for_the_device
-from .layer_cases import DOORS, Stream
+from .layer_cases import LAYERS, Stream
 from .tolerance import assert_within_twice
 from .triton_cases import (  # noqa: F401
     test_attention,
@@ -89,19 +89,25 @@ def test_layer_norm_agrees_with_the_cpu(dtype: torch.dtype) -> None:
         assert_within_twice(*tensors)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_layers_agree_with_the_cpu(door: str) -> None:
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_layers_agree_with_the_cpu(layer_name: str) -> None:
     cpu = Stream.of(65)
     gpu = cpu.to("cuda")
-    for found, expected in zip(gpu.run(DOORS[door]), cpu.run(DOORS[door]), strict=True):
+    for found, expected in zip(
+        gpu.run(LAYERS[layer_name]), cpu.run(LAYERS[layer_name]), strict=True
+    ):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 # The others are torch's own functions.
-@pytest.mark.parametrize("door", [door for door in DOORS if door not in ("embedding", "linear")])
-def test_repeats_to_the_bit(door: str) -> None:
+@pytest.mark.parametrize(
+    "layer_name", [layer_name for layer_name in LAYERS if layer_name not in ("embedding", "linear")]
+)
+def test_repeats_to_the_bit(layer_name: str) -> None:
     stream = Stream.of(65, "cuda")
-    for one, other in zip(stream.run(DOORS[door]), stream.run(DOORS[door]), strict=True):
+    for one, other in zip(
+        stream.run(LAYERS[layer_name]), stream.run(LAYERS[layer_name]), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -113,15 +119,15 @@ def test_values_are_checked_on_demand() -> None:
     stream = Stream.of(9, "cuda")
     stream.ids[3] = 50
     with checked_values(), pytest.raises(ValueError, match="word_ids: expected 0 <= index < 50"):
-        DOORS["embedding_layer_norm"](stream)
+        LAYERS["embedding_layer_norm"](stream)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_no_call_waits_for_the_device(door: str) -> None:
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_no_call_waits_for_the_device(layer_name: str) -> None:
     stream = Stream.of(65, "cuda")
 
     def step() -> None:
-        stream.run(DOORS[door])
+        stream.run(LAYERS[layer_name])
 
     step()  # compiles
     with no_wait_for_the_device():

@@ -78,7 +78,7 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     options = (
         cu_seqlens,
         cu_seqlens,
-        AttentionOptions(0.2, causal=True, dropout_p=0.1, stream=1, seed=seed),
+        AttentionOptions(0.2, causal=True, dropout_p=0.1, rng_offset=1, seed=seed),
     )
     out, lse = attention_triton.forward(q, k, v, *options)
     grads = torch.empty(tokens, 3, 2, 32, dtype=dtype).unbind(1)

@@ -129,7 +129,9 @@ class AttentionCase:
         total_q, total_k = (count + TAIL for count in self.tokens)
         self.cu_seqlens = boundaries(lengths_q, device), boundaries(lengths_k, device)
         self.seed = torch.tensor(-99, device=device)
-        self.options = AttentionOptions(width**-0.5, causal, dropout_p=p, stream=3, seed=self.seed)
+        self.options = AttentionOptions(
+            width**-0.5, causal, dropout_p=p, rng_offset=3, seed=self.seed
+        )
         self.q = torch.randn(total_q, 2, width, device=device).to(dtype)
         # Views of one tensor, and so are their gradients.
         self.kv = torch.randn(total_k, 2, 2, width, device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""Bad days on purpose: killed processes, full disks, damaged and hostile input, other ranks.
+"""Failures on purpose: killed processes, full disks, damaged and hostile input, other ranks.
 
 Inputs are spoilt by content (fuzz, files) and by circumstance: what lies where outputs go, what was
 done before, settings, options, streams, a second process, arguments of operators.

@@ -1,4 +1,4 @@
-"""What cases start from: a small corpus, a run on it, a series, a model folder, papers.json."""
+"""The start of every case: a small corpus, a run on it, a series, a model folder, papers.json."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from engine import evaluate, export, fill, predict, report, sweep, train
 from engine.config import recipe as recipes
 from engine.runs.data_paths import data_folder
 
-DOORS = {
+PROGRAMS = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,

@@ -1,4 +1,4 @@
-"""What must hold however a command ends: its status, its last line, and what is there then."""
+"""Check what must hold however a command ends: its status, its last line, and its files."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ STATUSES = {0} | {
     number for name, number in vars(common).items() if name.isupper() and isinstance(number, int)
 }
 STATUSES |= {common.STOPPED + number for number in (SIGHUP, SIGINT, SIGPIPE, SIGTERM)}
-"""What a command may exit with."""
+"""Exit statuses of a command."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _NOT_FINITE = re.compile(r"(?<![\w/.=\"'-])-?(nan|inf)(?![\w/])", re.IGNORECASE)

@@ -29,7 +29,7 @@ _LEAST_ROOM = 22
 _OUTPUT = 1 << 25
 """Bytes of what a child printed that are looked at."""
 FLUSH_FAILED = 120
-"""What Python itself exits with when stdout cannot be written to at the end."""
+"""Python's own exit status when stdout cannot be written to at the end."""
 
 
 class Ended(NamedTuple):
@@ -123,9 +123,9 @@ def little_room(draw: random.Random) -> int:
     return int(2 ** draw.uniform(_LEAST_ROOM, 30))
 
 
-def command(door, arguments: list[str]) -> Work:
-    """Return the work of a command: its door, from the arguments to the exit status."""
-    return lambda: run_cli(lambda: door.main(arguments))
+def command(program, arguments: list[str]) -> Work:
+    """Return the work of a command: its program, from the arguments to the exit status."""
+    return lambda: run_cli(lambda: program.main(arguments))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import scaling
 
-from .base import DOORS, Base
+from .base import PROGRAMS, Base
 
 _DEVICES = {"null": (1, 3), "full": (1, 7)}
 EMPTY = {"an empty folder", "link to an empty folder", "empty/new/.."}
@@ -26,23 +26,23 @@ _Command = Callable[[Base, Path, Path], tuple[Any, list[str]]]
 
 def _predict(base: Base, trial: Path, target: Path) -> tuple[Any, list[str]]:
     options = ["--task", "sst", "--input", str(trial / "rows.tsv"), "--device", "cpu"]
-    return DOORS["predict"], [str(trial / "run"), *options, "--output", str(target)]
+    return PROGRAMS["predict"], [str(trial / "run"), *options, "--output", str(target)]
 
 
-def _on_run(door: str, *options: str) -> _Command:
+def _on_run(program: str, *options: str) -> _Command:
     """Return a command on the run of the case, whose last option names the target."""
     return lambda base, trial, target: (
-        DOORS[door],
+        PROGRAMS[program],
         [str(trial / "run"), *options, str(target)],
     )
 
 
 def _training(*options: str) -> _Command:
-    return lambda base, trial, target: (DOORS["train"], [*base.training(target), *options])
+    return lambda base, trial, target: (PROGRAMS["train"], [*base.training(target), *options])
 
 
 def _sweep(axis: str) -> _Command:
-    return lambda base, trial, target: (DOORS["sweep"], [*base.training(target), "--grid", axis])
+    return lambda base, trial, target: (PROGRAMS["sweep"], [*base.training(target), "--grid", axis])
 
 
 COMMANDS: dict[str, _Command] = {
@@ -60,7 +60,7 @@ COMMANDS: dict[str, _Command] = {
 
 
 class _Benchmark:
-    """A benchmark as a door: it reads the command line itself."""
+    """A benchmark as a program: it reads the command line itself."""
 
     @staticmethod
     def main(arguments: list[str]) -> int:
@@ -176,10 +176,10 @@ if os.geteuid() != 0:  # devices and folders of others are made by root alone
 
 ON_RUN: dict[str, Callable[[Base, Path], tuple[Any, list[str]]]] = {
     "train --resume": lambda base, run: (
-        DOORS["train"],
+        PROGRAMS["train"],
         [*base.training(run, steps=3), "--resume"],
     ),
-    "evaluate": lambda base, run: (DOORS["evaluate"], [str(run), "--device", "cpu"]),
+    "evaluate": lambda base, run: (PROGRAMS["evaluate"], [str(run), "--device", "cpu"]),
 }
 LINKS = {"a file": "theirs/notes.txt", "a folder": "theirs", "nothing": "theirs/new"}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.cli.common import BAD_INPUT
 
-from .base import DOORS, Base
+from .base import PROGRAMS, Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end, problems_of_files, problems_of_run
 from .children import Child, Ended, call, command
@@ -63,7 +63,7 @@ def _pairs(base: Base, folder: Path) -> dict[str, tuple[tuple[str, list[str]], .
 def _attempt(base: Base, case: Case) -> Tried:
     pairs = _pairs(base, case.folder)
     name = case.draw.choice(list(pairs))
-    first, second = (command(DOORS[door], arguments) for door, arguments in pairs[name])
+    first, second = (command(PROGRAMS[program], arguments) for program, arguments in pairs[name])
     killed = name.startswith("resume") and case.draw.random() < 0.5
     cache = functools.partial(_use_cache, case.folder / "cache")
     places = [case.folder / which for which in ("first", "second")]

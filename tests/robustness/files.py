@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import torch
 
-from .base import DOORS, Base
+from .base import PROGRAMS, Base
 from .cases import Case, Tried, try_cases
 from .checks import (
     changes,
@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[int, Callable[[Base, Path, random.Random], Given]]] = {
     "data set": (1, lead_elsewhere),
     "texts": (1, write_odd_texts),
 }
-"""How often, and by what: of the base, a folder of the case, and what decides."""
+"""Share of each kind among the cases, and the function that makes one."""
 
 
 def try_files(base: Base, folder: Path, count: int, seed: int, only: int | None) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def _attempt(base: Base, case: Case) -> Tried:
     )
     here = case.folder / "here"
     here.mkdir()
-    what, door, arguments = make(base, here, case.draw)
+    what, program, arguments = make(base, here, case.draw)
     for stream in ("stdout", "stderr"):
         (case.folder / stream).touch()
     before = snapshot(case.folder)
     prepare = functools.partial(_prepare, case.folder)
-    ended = call(command(DOORS[door], arguments), case.folder, prepare)
+    ended = call(command(PROGRAMS[program], arguments), case.folder, prepare)
     after = snapshot(case.folder)
     problems = list(problems_of_end(ended))
     if _PICKLE_READ in ended.out + ended.error:
@@ -75,7 +75,7 @@ def _attempt(base: Base, case: Case) -> Tried:
         problems += _problems_of_new(case.folder, set(after) - set(before))
         if make is spoil_tokenizer and not problems:
             problems += _problems_of_repeating(case.folder, arguments, prepare)
-    return Tried(f"{what}, {door}", outcome_of(ended), problems, ended.last_line)
+    return Tried(f"{what}, {program}", outcome_of(ended), problems, ended.last_line)
 
 
 def _problems_of_repeating(
@@ -85,7 +85,7 @@ def _problems_of_repeating(
     new = folder / "here" / "new"
     before = losses(new)
     shutil.rmtree(new)
-    call(command(DOORS["train"], arguments), folder, prepare)
+    call(command(PROGRAMS["train"], arguments), folder, prepare)
     if losses(new) != before:
         yield "done, but the same training has other losses again"
 

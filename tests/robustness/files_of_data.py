@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .base import DOORS, Base
+from .base import PROGRAMS, Base
 from .children import call, command
 from .given import Given
 from .toml_lines import toml_line
@@ -109,8 +109,8 @@ def write_odd_texts(base: Base, here: Path, draw: random.Random) -> Given:
     own = {"features": "single", "source": source | {"label": "label", "files": files}}
     tasks, train = {"sst": {"features": "single"}, "own": own}, ["own", "sst"]
     settings = [f"tasks={toml_line(tasks)}", f"train={train if 'train' in splits else ['sst']}"]
-    door, arguments = draw.choice(_uses(base, here, *files.values(), settings=settings))
-    return f"{len(classes)} classes, {splits}, {' '.join(map(ascii, bad))}", door, arguments
+    program, arguments = draw.choice(_uses(base, here, *files.values(), settings=settings))
+    return f"{len(classes)} classes, {splits}, {' '.join(map(ascii, bad))}", program, arguments
 
 
 def _uses(
@@ -119,7 +119,7 @@ def _uses(
     """Return commands on a run with such settings, which is trained before."""
     run, new = here / "run", here / "new"
     uses = [("train", base.training(new, *settings, steps=1))]
-    trained = call(command(DOORS["train"], base.training(run, *settings, steps=1)), here)
+    trained = call(command(PROGRAMS["train"], base.training(run, *settings, steps=1)), here)
     if trained.status == 0:
         options = ["--task", "own", "--input", rows, "--output", f"{new}.tsv"]
         uses += [

@@ -49,8 +49,8 @@ def spoil_weights(base: Base, here: Path, draw: random.Random) -> Given:
             draw.setstate(state)  # the same in each
             what = _spoil_weights(path, draw)
         seal(folder, manifest)
-    door, arguments = use_run(base, here, draw)
-    return f"checkpoint {what}", door, arguments
+    program, arguments = use_run(base, here, draw)
+    return f"checkpoint {what}", program, arguments
 
 
 _DTYPES = [
@@ -123,6 +123,6 @@ def spoil_config(base: Base, here: Path, draw: random.Random) -> Given:
         shutil.rmtree(here / "model")
         model = base.copy_run(here / "run")
         (model / "config.json").write_text(json.dumps(config))
-        door, arguments = use_run(base, here, draw)
-        return f"a run's {key} = {config[key]}", door, arguments
+        program, arguments = use_run(base, here, draw)
+        return f"a run's {key} = {config[key]}", program, arguments
     return f"{key} = {config[key]}", "train", with_model(base, here, model)

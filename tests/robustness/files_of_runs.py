@@ -1,4 +1,4 @@
-"""What runs write down, with other values: metrics, scores, results of series and papers."""
+"""A run's own files with other values: metrics, scores, results of series and papers."""
 
 import json
 import random
@@ -13,14 +13,14 @@ from .given import Given, use_run
 def spoil_metrics(base: Base, here: Path, draw: random.Random) -> Given:
     """Metrics, evaluations and scores with other values."""
     run = base.copy_run(here / "run")
-    door, arguments = draw.choice(
+    program, arguments = draw.choice(
         [use_run(base, here, draw), ("report", [str(run), "--out", str(here / "new")])]
     )
     name = draw.choice(["metrics.jsonl", "metrics.jsonl", "evaluations.jsonl", "metrics.json"])
     path = run / name
     if path.suffix == ".json":
         path.write_bytes(spoil_json(path.read_bytes(), draw))
-        return name, door, arguments
+        return name, program, arguments
     lines = path.read_bytes().splitlines()
     for number in draw.sample(range(len(lines)), min(len(lines), draw.randint(1, 2))):
         lines[number] = draw.choice(
@@ -33,7 +33,7 @@ def spoil_metrics(base: Base, here: Path, draw: random.Random) -> Given:
             ]
         )(lines[number])
     path.write_bytes(b"\n".join(lines) + draw.choice([b"\n", b""]))
-    return name, door, arguments
+    return name, program, arguments
 
 
 def spoil_results(base: Base, here: Path, draw: random.Random) -> Given:
@@ -46,8 +46,8 @@ def spoil_results(base: Base, here: Path, draw: random.Random) -> Given:
         ("train", [*base.training(here / "run", "seed=3"), "--seeds", "2"]),
         ("report", [str(here / "run"), *draw.choice(names)]),
     ]
-    door, arguments = draw.choice(uses)
-    return "results.json", door, arguments
+    program, arguments = draw.choice(uses)
+    return "results.json", program, arguments
 
 
 def spoil_papers(base: Base, here: Path, draw: random.Random) -> Given:

@@ -173,13 +173,13 @@ def _fresh(trial: Path) -> Iterator[None]:
         shutil.rmtree(trial)
 
 
-def _run(door, *arguments: str) -> int:
-    """Run a command as its door does; return the exit status, its last line being checked."""
+def _run(program, *arguments: str) -> int:
+    """Run a command as its program does; return the exit status, its last line being checked."""
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, as a terminal is
     error = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
-            run_cli(lambda: door.main(list(arguments)))
+            run_cli(lambda: program.main(list(arguments)))
         except SystemExit as stop:
             status = stop.code
         out.flush()

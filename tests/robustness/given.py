@@ -1,4 +1,4 @@
-"""What a case is given: a command on a spoilt run or model, or on data of its own."""
+"""Inputs of a case: a command on a spoilt run or model, or on data of its own."""
 
 import random
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from .base import RECIPE, Base
 
 Given = tuple[str, str, list[str]]
-"""What was spoilt, the command's door, its arguments; what it makes is called ``new``."""
+"""The spoilt thing, the command, its arguments; the command's output is called ``new``."""
 
 
 def use_run(base: Base, here: Path, draw: random.Random) -> tuple[str, list[str]]:
@@ -20,8 +20,8 @@ def use_run(base: Base, here: Path, draw: random.Random) -> tuple[str, list[str]
         "sweep": [*base.training(here / "run"), "--seeds", "2"],
         "fill": [run],
     }
-    door = draw.choice(list(uses))
-    return door, uses[door]
+    program = draw.choice(list(uses))
+    return program, uses[program]
 
 
 def with_model(base: Base, here: Path, model: Path) -> list[str]:

@@ -18,7 +18,7 @@ import kernels
 from kernels import balancing
 
 from ..kernels.balancing.methods import SOLVERS
-from ..kernels.layer_cases import DOORS, Stream
+from ..kernels.layer_cases import LAYERS, Stream
 from ..kernels.test_operators import SAMPLES
 from ..kernels.test_surgery_weights import operator_samples
 from .base import Base
@@ -116,7 +116,7 @@ def _function_calls() -> Iterator[Call]:
 def _layers(draw: random.Random, notes: Path) -> None:
     torch.manual_seed(draw.getrandbits(31))
     for _ in range(_CALLS):
-        name = draw.choice(list(DOORS))
+        name = draw.choice(list(LAYERS))
         stream = Stream.of(21)
         fields = draw.sample(
             [
@@ -145,7 +145,7 @@ def _layers(draw: random.Random, notes: Path) -> None:
         )
         late = "" if of_torch else draw.choice(["", "", "freed", "hooks"])
         notes.write_text(f"{name}: {'; '.join(said)} {late and f'{late} before backward'}")
-        _run(partial(_forward_backward, DOORS[name], stream, late, draw))
+        _run(partial(_forward_backward, LAYERS[name], stream, late, draw))
 
 
 def _forward_backward(

@@ -17,7 +17,7 @@ from unittest import mock
 
 from engine.cli.common import Parser
 
-from .base import DOORS, TINY, Base
+from .base import PROGRAMS, TINY, Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end, problems_of_run
 from .children import ROOM, Child, Ended, command, little_room
@@ -52,7 +52,7 @@ def try_options(
 
 
 def _attempt(base: Base, case: Case) -> Tried:
-    name = case.draw.choice([*DOORS, "train"])
+    name = case.draw.choice([*PROGRAMS, "train"])
     arguments = _good(base, case.folder)[name]
     if case.draw.random() < 0.6:
         arguments = _changed(name, arguments, case)
@@ -127,7 +127,7 @@ def actions(name: str) -> list[argparse.Action]:
         mock.patch.object(Parser, "parse_args", caught),
         contextlib.suppress(SystemExit),
     ):
-        DOORS[name].main([])
+        PROGRAMS[name].main([])
     return parsers[0]._actions
 
 
@@ -189,7 +189,7 @@ def _call(
                 os.dup2(stream.handle, number)
         os.closerange(3, 256)  # the other ends among them
 
-    child = Child(command(DOORS[name], arguments), trial, prepare, room)
+    child = Child(command(PROGRAMS[name], arguments), trial, prepare, room)
     readers = [threading.Thread(target=stream.leave) for stream in streams.values()]
     for stream, reader in zip(streams.values(), readers, strict=True):
         if stream.handle is not None:

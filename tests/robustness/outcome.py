@@ -1,4 +1,4 @@
-"""How a run ended, to the bit."""
+"""Compare the end of runs to the bit."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What lies where an output goes: nothing of anybody's may be changed, and nothing left elsewhere.
+"""Outputs whose place is taken: no other file may change, and nothing be left elsewhere.
 
 A case is a command that writes, and a circumstance at or around the name that it is given.  Some
 hundred cases go through all of them once; links at the names that a run's folder has come too.
@@ -47,7 +47,7 @@ def _attempt(base: Base, grid: list[tuple[str, ...]], seed: int, case: Case) -> 
 
 def _at_target(base: Base, case: Case, trial: Path, name: str, circumstance: str) -> Tried:
     target = CIRCUMSTANCES[circumstance](trial)
-    door, arguments = COMMANDS[name](base, trial, target)
+    program, arguments = COMMANDS[name](base, trial, target)
     real = Path(os.path.realpath(target))
     below = os.path.relpath(real, os.path.realpath(trial))
     is_full = real.is_dir() and any(real.iterdir())
@@ -64,7 +64,7 @@ def _at_target(base: Base, case: Case, trial: Path, name: str, circumstance: str
     is_pipe = circumstance == "pipe"
     with opened(target if is_pipe else trial, os.O_RDONLY | os.O_NONBLOCK) as reader:
         before = snapshot(trial)
-        ended = call(command(door, arguments), case.folder, prepare)
+        ended = call(command(program, arguments), case.folder, prepare)
         after = snapshot(trial)
         came = not is_pipe or ended.status != 0 or os.read(reader, 1)
     problems = _problems(ended, trial, before, after, own, below)
@@ -82,9 +82,9 @@ def _at_name(
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(trial / LINKS[link])
-    door, arguments = ON_RUN[name](base, run)
+    program, arguments = ON_RUN[name](base, run)
     before = snapshot(trial)
-    ended = call(command(door, arguments), case.folder)
+    ended = call(command(program, arguments), case.folder)
     # What lies in the run's folder is the command's own; what its links lead to is not.
     after = snapshot(trial)
     own = {name for name in before if name.startswith("run/")}

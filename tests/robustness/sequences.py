@@ -22,7 +22,7 @@ from engine.metrics.read import read_evaluation_lines
 from engine.runs.experiments import RESULTS
 from engine.runs.run import open_run
 
-from .base import DOORS, RECIPE, Base
+from .base import PROGRAMS, RECIPE, Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end, problems_of_files, problems_of_run
 from .children import Child, Ended, call, command
@@ -86,9 +86,9 @@ class _Folders:
     def new(self) -> Path:
         return self.folder / next(self._names)
 
-    def call(self, what: str, door: str, arguments: list[str]) -> Ended:
+    def call(self, what: str, program: str, arguments: list[str]) -> Ended:
         self.done.append(what)
-        ended = call(command(DOORS[door], arguments), self.folder)
+        ended = call(command(PROGRAMS[program], arguments), self.folder)
         self.last = outcome_of(ended)
         return ended
 
@@ -159,7 +159,7 @@ def _stop(folders: _Folders) -> Iterator[str]:
     run = folders.folder / name
     arguments = folders.base.training(run, "log_every=1", steps=_LONG)
     logged = _logged(run)
-    child = Child(command(DOORS["train"], [*arguments, "--resume"]), folders.folder)
+    child = Child(command(PROGRAMS["train"], [*arguments, "--resume"]), folders.folder)
     time.sleep(folders.draw.uniform(0, 0.6))
     child.kill(number)
     ended = child.wait()
@@ -185,13 +185,13 @@ def _series(folders: _Folders) -> Iterator[str]:
     """Train a series, as seeds or as a sweep, in a folder that may hold one."""
     settings = folders.draw.choice([s for s in _SETTINGS if not s or s[0] != "seed=1"])
     out, count = folders.folder / "series", folders.draw.choice(["1", "2"])
-    door = folders.draw.choice(["train", "sweep"])
+    program = folders.draw.choice(["train", "sweep"])
     arguments = [*folders.base.training(out, *settings), "--seeds", count]
-    ended = folders.call(" ".join([door, "--seeds", count, *settings]), door, arguments)
+    ended = folders.call(" ".join([program, "--seeds", count, *settings]), program, arguments)
     yield from folders.general_problems(ended)
     if ended.status == 0:
         results = json.loads((out / RESULTS).read_text())
-        group = "" if door == "train" else f"{RECIPE}/"
+        group = "" if program == "train" else f"{RECIPE}/"
         for seed in range(int(count)):
             cell = f"{group}seed-{seed}"
             if cell not in results:
@@ -226,14 +226,14 @@ def _use(folders: _Folders) -> Iterator[str]:
         "export": ["--to", str(new)],
         "report": [*folders.draw.choice([[], ["--papers"]]), "--out", str(new)],
     }
-    door = folders.draw.choice(list(given))
-    ended = folders.call(f"{door} {name}", door, [str(run), *given[door]])
+    program = folders.draw.choice(list(given))
+    ended = folders.call(f"{program} {name}", program, [str(run), *given[program]])
     yield from folders.general_problems(ended)
     is_done = name in folders.made and name not in folders.unsure | folders.stopped
     # Scores on the training data are not what the papers' tables hold.
-    if ended.status == BAD_INPUT and is_done and "--papers" not in given[door]:
+    if ended.status == BAD_INPUT and is_done and "--papers" not in given[program]:
         yield f"of a run that is done: {ended.error[-200:]}"
-    if ended.status == 0 and door in ("predict", "export") and not new.exists():
+    if ended.status == 0 and program in ("predict", "export") and not new.exists():
         yield f"done, but there is no {new.name}"
 
 

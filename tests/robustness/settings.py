@@ -15,7 +15,7 @@ from engine.config.recipe import Recipe
 from engine.gradients.balancing import METHODS
 from engine.models.heads.masked_lm import MaskedLmHead
 
-from .base import DOORS, Base
+from .base import PROGRAMS, Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end, problems_of_files, problems_of_run
 from .children import ROOM, call, command, little_room
@@ -51,7 +51,7 @@ WHOLE = {
     "objectives": {"lm": {"kind": "masked_lm"}},
     "phases": {"one": {"lr": 1e-4}, "two": {"lr": 1e-3}},
 }
-"""Where a field of a table in a table is set, the tables around it as they have to be."""
+"""Paths of fields of a table in a table, the tables around it as they have to be."""
 
 
 def try_settings(
@@ -79,7 +79,7 @@ def _attempt(base: Base, grid: list[Setting], seed: int, case: Case) -> Tried:
         settings, room = _MODEST, little_room(case.draw)
     run = case.folder / "run"
     arguments = base.training(run, "epochs=2", *settings)
-    ended = call(command(DOORS["train"], arguments), case.folder, room=room)
+    ended = call(command(PROGRAMS["train"], arguments), case.folder, room=room)
     problems = list(problems_of_end(ended))
     if ended.status == 0:
         problems += [*problems_of_files(run), *problems_of_run(run)]

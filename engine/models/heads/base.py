@@ -21,15 +21,15 @@ from ..pooling import TaskStates
 from .metrics import Metric
 
 LOSSES = ("default", "mse", "cross_entropy")
-"""What a recipe's ``loss`` may name; each kind takes some."""
+"""Names that a recipe's ``loss`` may have; each kind takes some."""
 
 Scores = Tensor | tuple[Tensor, ...]
-"""What a head makes of a batch and its loss reads; of a task that is scored a tensor ``[n, …]``."""
+"""The output of a head that its loss reads; of a task that is scored a tensor ``[n, …]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadSettings:
-    """What a head is built from.
+    """Settings that a head is built from.
 
     Attributes:
         kind: a key of :data:`~engine.models.heads.HEADS`.
@@ -39,7 +39,7 @@ class HeadSettings:
         features: what a task's head reads, as a recipe names it.
         loss: one of LOSSES.
         dropout_p: of the dropout before the output layer, in training.
-        site: the number of its dropout site.
+        dropout_id: of its dropout; the RNG offset.
         temperature: what a contrastive loss divides cosines by.
     """
 
@@ -50,12 +50,12 @@ class HeadSettings:
     features: str = ""
     loss: str = "default"
     dropout_p: float = 0.0
-    site: int = 0
+    dropout_id: int = 0
     temperature: float = 1.0
 
 
 class HeadExport(NamedTuple):
-    """What an export holds of a head.
+    """An export's record of a head.
 
     Attributes:
         layout: its entry in the metadata of ``heads.safetensors``, written as JSON.

@@ -26,10 +26,10 @@ _PRETRAINED = {
 
 
 class MaskedLmHead(Head):
-    """Tells the tokens behind masks; its decoder is the word table itself.
+    """Predicts masked tokens; its decoder is the word table itself.
 
-    Of the kind ``masked_lm_next`` it tells from [CLS], too, whether the second segment follows the
-    first.
+    Of the kind ``masked_lm_next`` it predicts from [CLS], too, whether the second segment follows
+    the first.
     """
 
     is_pretrained = True

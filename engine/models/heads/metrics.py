@@ -1,4 +1,4 @@
-"""What answers are scored by: functions of predictions and labels."""
+"""Metrics: functions of predictions and labels."""
 
 from collections.abc import Callable
 from typing import NamedTuple

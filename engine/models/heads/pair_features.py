@@ -1,4 +1,4 @@
-"""What two sentence vectors ``u`` and ``v`` are turned into before a pair is scored.
+"""Combine two sentence vectors ``u`` and ``v`` into the features that score a pair.
 
 *Joint* features, each followed by a linear output layer:
 

@@ -1,4 +1,4 @@
-"""What heads of whole sentences have in common: what they read, and the output layer above it.
+"""Base of the heads of whole sentences: the features that they read, and the output layer.
 
 A task of one sentence is read off its vector (``single``) or off a BiLSTM over the token states
 joined with that vector (``bilstm``); a task of two by one of the features in
@@ -37,7 +37,7 @@ class SentenceHead(Head):
     def __init__(self, settings: HeadSettings, outputs: int) -> None:
         super().__init__(settings)
         width, bilstm = settings.config.hidden_size, settings.features == "bilstm"
-        self.dropout_p, self.site = settings.dropout_p, settings.site
+        self.dropout_p, self.dropout_id = settings.dropout_p, settings.dropout_id
         self.reads_tokens = bilstm
         self.lstm = BiLstm(width) if bilstm else None
         self.joint = Linear(2 * width, width) if bilstm else None
@@ -90,5 +90,5 @@ class SentenceHead(Head):
             self.dropout_p,
             training=self.training,
             seed=states.seed,
-            stream=self.site,
+            rng_offset=self.dropout_id,
         )

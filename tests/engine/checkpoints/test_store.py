@@ -1,4 +1,4 @@
-"""Checkpoints through bad days: cut off, damaged, a full disk."""
+"""Checkpoints that are cut off or damaged, or meet a full disk."""
 
 import json
 import shutil

@@ -19,10 +19,10 @@ from engine.runs.data_paths import data_folder
 from ..conftest import TINY
 
 
-def refuse(capsys, door, *arguments: str) -> str:
-    """Run a door that must refuse; return its one line."""
+def refuse(capsys, program, *arguments: str) -> str:
+    """Run a program that must refuse; return its one line."""
     with pytest.raises(SystemExit) as stop:
-        run_cli(lambda: door.main(list(arguments)))
+        run_cli(lambda: program.main(list(arguments)))
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
@@ -246,9 +246,9 @@ def test_a_run_whose_tokenizer_has_numbers_beyond_its_table(capsys, tiny_run):
     (folder / "tokenizer.json").write_text(json.dumps(parts))
     resuming = ["demo", "--out", str(folder), "--resume", "--max-steps", "2", "--set", *TINY]
     capsys.readouterr()
-    for door, arguments in ((evaluate, [str(folder)]), (train, resuming)):
+    for program, arguments in ((evaluate, [str(folder)]), (train, resuming)):
         assert "the tokenizer has 13701 entries, the embedding table" in refuse(
-            capsys, door, *arguments
+            capsys, program, *arguments
         )
 
 

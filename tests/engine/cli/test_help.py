@@ -1,4 +1,4 @@
-"""What a user can look up: help, fields, completion, and what a run would need."""
+"""Look-ups of a user: help, fields, completion, and what a run would need."""
 
 import re
 import subprocess
@@ -18,24 +18,24 @@ from engine.train import main
 
 from ..conftest import TINY
 
-DOORS = (train, evaluate, predict, export, report, sweep, fill)
+PROGRAMS = (train, evaluate, predict, export, report, sweep, fill)
 
 
-def parser_of(door, monkeypatch) -> Parser:
+def parser_of(program, monkeypatch) -> Parser:
     """The parser of a command, which is not run."""
     shown: list[Parser] = []
     with monkeypatch.context() as patch:
         patch.setattr(Parser, "parse_args", lambda self, _: shown.append(self) or sys.exit())
         with pytest.raises(SystemExit):
-            door.main([])
+            program.main([])
     (parser,) = shown
     return parser
 
 
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_every_option_stands_in_a_group_and_says_what_happens_without_it(door, monkeypatch):
-    parser = parser_of(door, monkeypatch)
-    assert parser.prog == f"python -m {door.__name__}"
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_every_option_stands_in_a_group_and_says_what_happens_without_it(program, monkeypatch):
+    parser = parser_of(program, monkeypatch)
+    assert parser.prog == f"python -m {program.__name__}"
     for group in parser._action_groups:
         own = [a for a in group._group_actions if a.dest not in ("help", "version")]
         assert not own or group.title not in ("options", "positional arguments")
@@ -47,10 +47,10 @@ def test_every_option_stands_in_a_group_and_says_what_happens_without_it(door, m
                 assert "(default: " in help_, action
 
 
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_no_option_takes_an_empty_value(door, monkeypatch, capsys):
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_no_option_takes_an_empty_value(program, monkeypatch, capsys):
     """As an unset variable of the shell gives it: --init "$MODEL"."""
-    parser = parser_of(door, monkeypatch)
+    parser = parser_of(program, monkeypatch)
     actions = [a for a in parser._actions if a.nargs != 0]
     places = [action for action in actions if not action.option_strings]
     for action in actions:
@@ -66,7 +66,7 @@ def test_no_option_takes_an_empty_value(door, monkeypatch, capsys):
             assert "invalid" in line or "no value" in line or "expected a whole" in line
 
 
-def test_every_door_tells_its_version(capsys):
+def test_every_command_tells_its_version(capsys):
     with pytest.raises(SystemExit) as stop:
         export.main(["--version"])
     assert stop.value.code == 0
@@ -144,7 +144,7 @@ def test_bash_completes_the_tasks_of_ones_own_recipe(tmp_path):
     assert complete(*words[:-1], "tasks.moods.source.kind", "=", "pair_r") == ["pair_regression"]
 
 
-def test_the_script_can_be_had_from_the_door(capsys):
+def test_the_command_prints_the_completion_script(capsys):
     assert main(["--completion", "bash"]) == 0
     assert capsys.readouterr().out == bash_script() + "\n"
 

@@ -83,9 +83,9 @@ def test_a_pipe_that_nobody_reads(run_folder):
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("door", ["train", "sweep"])
-def test_training_into_a_pipe_that_nobody_reads(tmp_path, door):
-    arguments = (door, "demo", "--out", tmp_path / "run", *SHORT)
+@pytest.mark.parametrize("program", ["train", "sweep"])
+def test_training_into_a_pipe_that_nobody_reads(tmp_path, program):
+    arguments = (program, "demo", "--out", tmp_path / "run", *SHORT)
     ended = command(*arguments, stdout=closed_pipe())
     assert (ended.returncode, ended.stderr) == (0, "")
     assert list((tmp_path / "run").rglob("metrics.json"))

@@ -1,4 +1,4 @@
-"""What is suggested for a name that is not known: what is close, and else where to look."""
+"""Suggestions for an unknown name: a close one, or else where to look."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is masked, and which segments stand together."""
+"""Masked tokens, and the segments that are joined."""
 
 import numpy as np
 import pytest

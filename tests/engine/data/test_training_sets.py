@@ -1,4 +1,4 @@
-"""What a recipe trains on: first examples, shares of the labels, sentences of any file."""
+"""Training sets of a recipe: first examples, shares of the labels, sentences of any file."""
 
 import numpy as np
 import pytest

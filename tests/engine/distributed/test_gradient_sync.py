@@ -13,7 +13,7 @@ DURING = ["heads", "pair", "encoder.layers.1", "encoder.layers.0"]
 AT_THE_END = ["encoder.embeddings", "vectors"]
 
 
-class Watched(gradient_sync._Exchange):
+class Watched(gradient_sync._BucketSync):
     """Sends nothing, but notes what every bucket's rows hold when its turn comes."""
 
     def __init__(self, model, parameters) -> None:
@@ -21,13 +21,13 @@ class Watched(gradient_sync._Exchange):
         self.begun, self.sent = False, {}
         self.before_the_end: list[str] = []
 
-    def begin(self) -> None:
-        super().begin()
+    def start(self) -> None:
+        super().start()
         self.begun = True
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         self.before_the_end = list(self.sent)
-        super().finish()
+        super().wait()
 
     def _reduce(self, bucket: Bucket) -> list:
         assert self.begun
@@ -51,7 +51,7 @@ def test_buckets_leave_during_the_backward_pass(
     model = make_model({"sts": "shared"}, dropout=0.1, adapter_width=adapter_width).train()
     model.encoder.checkpoint_layers = checkpointed
     step = build_step(model)
-    step.exchange = watched = Watched(model, step.parameters)
+    step.sync = watched = Watched(model, step.parameters)
     for layer in ("encoder.layers.0", "encoder.layers.1"):  # all of it is yet to be overwritten
         columns(step, layer, step.parameters.rows).fill_(torch.nan)
 
@@ -88,7 +88,7 @@ def test_nothing_is_sent_for_a_frozen_encoder_before_the_end(make_model, monkeyp
     model = make_model().train()
     step = build_step(model)
     watched = Watched(model, step.parameters)
-    watched.begin()
-    watched.finish()
+    watched.start()
+    watched.wait()
     assert watched.before_the_end == []
     assert set(watched.sent) == {bucket.name for bucket in step.parameters.layout.buckets}

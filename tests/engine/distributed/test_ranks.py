@@ -186,7 +186,7 @@ def test_a_first_rank_that_never_comes_is_given_up_in_time(monkeypatch):
     begun = time.monotonic()
     with (
         pytest.raises(LostRankError, match=rf"rank 1: no answer from rank 0 at 127.0.0.1:{port}"),
-        Ranks.from_environment().joined(torch.device("cpu"), timeout=2),
+        Ranks.from_environment().init(torch.device("cpu"), timeout=2),
     ):
         pass
     assert 2 <= time.monotonic() - begun < 5

@@ -1,4 +1,4 @@
-"""Surgery by layer and by tensor against Algorithm 1, run on each part by itself."""
+"""Surgery by layer and by tensor against Algorithm 1, run on each group by itself."""
 
 import pytest
 import torch
@@ -11,76 +11,76 @@ from ...kernels.pcgrad_reference import algorithm1
 from ..small_models import SEED, TASKS, build_step
 
 
-def part_columns(parts: ParamGroups) -> list[torch.Tensor]:
-    columns = [[] for _ in parts.names]
-    for region in parts.regions:
-        columns[region.part].append(torch.arange(region.columns.start, region.columns.stop))
+def group_columns(groups: ParamGroups) -> list[torch.Tensor]:
+    columns = [[] for _ in groups.names]
+    for segment in groups.segments:
+        columns[segment.group].append(torch.arange(segment.columns.start, segment.columns.stop))
     return [torch.cat(pieces) for pieces in columns]
 
 
-@pytest.mark.parametrize("extent", GRANULARITIES)
-def test_parts_cover_every_column_once(make_model, extent):
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_parts_cover_every_column_once(make_model, granularity):
     flat = FlatParameters(
         make_model(), TASKS, device=torch.device("cpu"), compute_dtype=torch.float32
     )
-    parts = ParamGroups(flat, TASKS, extent)
-    columns = torch.cat(part_columns(parts))
+    groups = ParamGroups(flat, TASKS, granularity)
+    columns = torch.cat(group_columns(groups))
     assert torch.equal(columns.sort().values, torch.arange(flat.numel))
     for name, slot in flat.slots.items():
         of_slot = {
-            parts.names[region.part]
-            for region in parts.regions
-            if region.columns.start <= slot.offset < region.columns.stop
+            groups.names[segment.group]
+            for segment in groups.segments
+            if segment.columns.start <= slot.offset < segment.columns.stop
         }
-        (part,) = of_slot
-        assert extent == "model" or name.startswith(part)
+        (group,) = of_slot
+        assert granularity == "model" or name.startswith(group)
 
 
 def test_layers_are_the_embeddings_each_layer_and_each_head(make_model):
     flat = FlatParameters(
         make_model(), TASKS, device=torch.device("cpu"), compute_dtype=torch.float32
     )
-    parts = ParamGroups(flat, TASKS, "layer")
-    assert set(parts.names) == {
+    groups = ParamGroups(flat, TASKS, "layer")
+    assert set(groups.names) == {
         "encoder.embeddings",
         "encoder.layers.0",
         "encoder.layers.1",
         "heads.sst",
         "heads.quora",
     }
-    owners = dict(zip(parts.names, parts.owners, strict=True))
-    assert owners["heads.quora"] == 1
-    assert owners["encoder.layers.0"] is None
+    sole_tasks = dict(zip(groups.names, groups.sole_tasks, strict=True))
+    assert sole_tasks["heads.quora"] == 1
+    assert sole_tasks["encoder.layers.0"] is None
 
 
 def test_a_part_belongs_to_the_one_task_that_reaches_it(make_model):
     model = make_model({"quora": "shared", "sts": "shared"}, adapter_width=24)
     flat = FlatParameters(model, TASKS, device=torch.device("cpu"), compute_dtype=torch.float32)
-    for extent in ("layer", "tensor"):
-        parts = ParamGroups(flat, TASKS, extent)
-        for name, owner in zip(parts.names, parts.owners, strict=True):
+    for granularity in ("layer", "tensor"):
+        groups = ParamGroups(flat, TASKS, granularity)
+        for name, owner in zip(groups.names, groups.sole_tasks, strict=True):
             path = name.split(".")
             expected = TASKS.index(path[1]) if path[0] in ("heads", "adapters") else None
             assert owner == expected, name
     assert "pair" in ParamGroups(flat, TASKS, "layer").names
-    assert ParamGroups(flat, TASKS, "model").owners == (None,)
+    assert ParamGroups(flat, TASKS, "model").sole_tasks == (None,)
 
 
-@pytest.mark.parametrize("extent", GRANULARITIES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("clip", [None, 0.3])
-def test_an_update_is_algorithm_1_on_each_part(make_model, make_batch, extent, clip):
+def test_an_update_is_algorithm_1_on_each_part(make_model, make_batch, granularity, clip):
     """The first moment after one step holds a tenth of the combined gradient."""
-    step = build_step(make_model().train(), surgery=extent, clip=clip)
+    step = build_step(make_model().train(), surgery=granularity, clip=clip)
     report = step(make_batch(), 0, 1e-3)
-    # The step wipes the word rows at its end; the same step again, without that, keeps them.
-    again = build_step(make_model().train(), surgery=extent, clip=clip)
+    # The step zeroes the word rows at its end; the same step again, without that, keeps them.
+    again = build_step(make_model().train(), surgery=granularity, clip=clip)
     again.model.zero_sparse_rows = lambda *_: None
     again(make_batch(), 0, 1e-3)
     rows = again.parameters.rows.double()
 
     order = kernels.draw_order(3, torch.tensor(SEED << 32))
     exact = torch.zeros(rows.shape[1], dtype=torch.float64)
-    for columns in part_columns(step.parts):
+    for columns in group_columns(step.groups):
         exact[columns] = algorithm1(rows[:, columns], order)
     torch.testing.assert_close(report.grad_norm.double(), exact.norm(), rtol=1e-5, atol=0)
     if clip is not None:
@@ -100,7 +100,7 @@ def test_a_head_trains_on_its_own_tasks_gradient(make_model, make_batch, method)
     balance = step.balance
     step.balance = lambda *signals: weights.append(balance(*signals)) or weights[-1]
     step(make_batch(), 0, 1e-3)
-    for part, name in enumerate(step.parts.names):
+    for group, name in enumerate(step.groups.names):
         if name.startswith("heads."):
             own = TASKS.index(name.removeprefix("heads."))
-            assert weights[0][part].tolist() == [float(task == own) for task in range(3)]
+            assert weights[0][group].tolist() == [float(task == own) for task in range(3)]

@@ -97,7 +97,7 @@ def test_micro_batches_add_up(make_model, make_batch):
         torch.testing.assert_close(twice[name], 2 * row, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_wiped_embedding_rows_are_zero(make_model, make_batch):
+def test_embedding_rows_are_zero_after_zeroing(make_model, make_batch):
     batch = make_batch()
     rows, _, model = one_pass_rows(make_model(), batch)
     assert rows["encoder.embeddings.word.weight"].any()

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes, and where else that appears."""
+"""Metrics that a run writes as it trains, and where else they appear."""
 
 import io
 import json

@@ -93,7 +93,7 @@ class PreNormEncoder(Encoder):
         return self.table
 
     @property
-    def num_sites(self) -> int:
+    def num_dropouts(self) -> int:
         return 0
 
     def lookups(self, input_ids: Tensor, context: Context) -> Iterable[tuple[Embedding, Tensor]]:

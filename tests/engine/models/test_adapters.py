@@ -40,7 +40,7 @@ def encoder() -> BertEncoder:
 @pytest.fixture
 def adapters() -> list[ProjectedAttention]:
     torch.manual_seed(1)
-    made = [ProjectedAttention(CONFIG, NARROW, first_site=99).eval() for _ in range(2)]
+    made = [ProjectedAttention(CONFIG, NARROW, first_dropout_id=99).eval() for _ in range(2)]
     for adapter in made:
         adapter.up.weight.data.normal_(0, 0.2)  # past its beginning at zero
     return made
@@ -65,7 +65,7 @@ def attention(qkv: Tensor) -> Tensor:
     return torch.cat(heads, dim=1)
 
 
-def beside(adapter: ProjectedAttention, layer: int, hidden: Tensor) -> Tensor:
+def adapter_output(adapter: ProjectedAttention, layer: int, hidden: Tensor) -> Tensor:
     """What an adapter adds for one sequence, ``[L, WIDTH]``."""
     return adapter.up(attention(adapter.qkv[layer](adapter.down(hidden))))
 
@@ -83,7 +83,7 @@ def test_each_task_has_its_own_attention_beside_every_layer(encoder, adapters, b
         hidden = encoder.embeddings(batch.input_ids, Context.of(batch))
         for number, layer in enumerate(encoder.layers):
             added = [
-                beside(adapters[task], number, hidden[start:end])
+                adapter_output(adapters[task], number, hidden[start:end])
                 for task, (start, end) in zip(task_of, bounds, strict=True)
             ]
             attended = [attention(layer.qkv(hidden[start:end])) for start, end in bounds]
@@ -103,7 +103,7 @@ def test_projections_are_shared_over_the_layers(adapters):
 
 
 def test_training_starts_from_the_plain_encoder(encoder, batch):
-    fresh = [ProjectedAttention(CONFIG, NARROW, first_site=99).eval() for _ in range(2)]
+    fresh = [ProjectedAttention(CONFIG, NARROW, first_dropout_id=99).eval() for _ in range(2)]
     with torch.no_grad():
         plain = encode(encoder, batch)
         adapted = encode(encoder, batch, fresh)

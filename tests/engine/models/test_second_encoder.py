@@ -77,15 +77,15 @@ def build_step(model: MultitaskModel, surgery: str, freeze_encoder: bool) -> Mul
         compute_dtype=torch.float32,
         freeze_encoder=freeze_encoder,
     )
-    parts = ParamGroups(flat, TASKS, surgery)
+    groups = ParamGroups(flat, TASKS, surgery)
     method = build_method("pcgrad", TrainedTasks(TASKS, (6, 4)), BalanceSettings())
     return MultitaskStep(
         model,
         TASKS,
         flat,
         AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY),
-        parts,
-        Balancer(method, parts.owners, device),
+        groups,
+        Balancer(method, groups.sole_tasks, device),
         loss_weights=(1.0, 1.0),
         clip_norm=None,
         seed=SEED,
@@ -176,7 +176,7 @@ def test_steps_equal_the_plain_way(adapter_width, freeze_encoder, surgery, micro
     assert (ours - exactly).norm() <= 2 * (others - exactly).norm()
     if surgery == "layer":
         stages = {stage_of(name) for name in names}
-        assert set(step.parts.names) == stages
+        assert set(step.groups.names) == stages
 
 
 def test_rows_equal_k_backward_passes_beside_a_tied_decoder():
@@ -216,7 +216,7 @@ def test_its_buckets_leave_stage_by_stage(monkeypatch):
     monkeypatch.setattr(gradient_sync.dist, "get_rank", lambda: 0)
     model = build_model(adapter_width=8)
     step = build_step(model, "model", freeze_encoder=False)
-    step.exchange = watched = Watched(model, step.parameters)
+    step.sync = watched = Watched(model, step.parameters)
     step._task_gradients(make_micro_batches(0, SIZES, 1, TASKS))
     assert watched.before_the_end == ["heads", "pair", "encoder.blocks.1", "encoder.blocks.0"]
     assert list(watched.sent)[4:] == ["encoder.table", "vectors"]

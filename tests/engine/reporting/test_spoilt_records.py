@@ -188,7 +188,7 @@ def test_a_page_of_steps_without_numbers(run, tmp_path):
     assert "nan" not in (tmp_path / "pages/run.html").read_text().split("<details>")[0]
 
 
-DOORS: dict[str, Callable[[Path, Path], int]] = {
+PROGRAMS: dict[str, Callable[[Path, Path], int]] = {
     "report": lambda run, out: report.main([str(run), "--out", str(out)]),
     "papers": lambda run, out: report.main([str(run), "--papers", "--out", str(out)]),
     "evaluate": lambda run, out: evaluate.main([str(run)]),
@@ -205,8 +205,10 @@ CONTENTS = (
 )
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_every_command_says_in_one_line_what_it_cannot_read(trained, tmp_path, door, monkeypatch):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_command_says_in_one_line_what_it_cannot_read(
+    trained, tmp_path, program, monkeypatch
+):
     """Whatever stands in a record, a command ends well or refuses it."""
     monkeypatch.setattr(plots, "_svg", lambda _figure: "data:")  # which takes most of the time
     ended_well = 0
@@ -217,7 +219,7 @@ def test_every_command_says_in_one_line_what_it_cannot_read(trained, tmp_path, d
             (run / file).unlink(missing_ok=True)
             (run / file).write_bytes(content)
             with contextlib.suppress(InputError):  # whose message is one line
-                DOORS[door](run, tmp_path / "out" / run.name)
+                PROGRAMS[program](run, tmp_path / "out" / run.name)
                 ended_well += 1
     assert ended_well < len(FILES) * len(CONTENTS) * 0.8
 

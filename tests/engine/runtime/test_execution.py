@@ -1,4 +1,4 @@
-"""What is recorded, and when: with a recorder that replays by calling the function again."""
+"""Recording of steps, with a recorder that replays by calling the function again."""
 
 import itertools
 from collections.abc import Callable, Sequence

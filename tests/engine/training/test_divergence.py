@@ -1,4 +1,4 @@
-"""What a run does when numbers, memory or other ranks fail it."""
+"""A run whose numbers, memory or other ranks fail."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What cannot be recorded or compiled is refused by name, before anything is trained."""
+"""Recording or compiling that is impossible is refused by name, before anything is trained."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What saves memory: micro-batches and checkpointed layers. The training is the same."""
+"""Micro-batches and checkpointed layers save memory.  The training is the same."""
 
 import copy
 

@@ -23,15 +23,15 @@ def build_turns(model, **settings) -> MultitaskStep:
         take_turns=True,
         **settings,
     )
-    parts = ParamGroups(flat, TASKS, "model")
+    groups = ParamGroups(flat, TASKS, "model")
     method = build_method("sum", TrainedTasks(TASKS, (1, 1, 1)), BalanceSettings())
     return MultitaskStep(
         model,
         TASKS,
         flat,
         AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY),
-        parts,
-        Balancer(method, parts.owners, torch.device("cpu")),
+        groups,
+        Balancer(method, groups.sole_tasks, torch.device("cpu")),
         loss_weights=(1.0, 2.0, 1.0),
         clip_norm=None,
         seed=0,
@@ -64,7 +64,7 @@ def test_a_turn_has_the_norm_of_its_own_gradient(make_model):
     assert report.tasks == ("sst",)
     own = [n for n in step.parameters.slots if "sst" in step.parameters.tasks_using(n)]
     views = dict(step.parameters.named_views(step.parameters.rows[0]))
-    # The word table's row is wiped after the step, so its part is missing on the right-hand side.
+    # The word table's row is zeroed after the step, so its part is missing on the right-hand side.
     others = torch.stack([views[n].norm() for n in own]).norm()
     assert not views["pair.weight"].any()
     assert not views["heads.quora.output.weight"].any()

@@ -1,4 +1,4 @@
-"""What a user names to be written: what is there already is not lost, whatever it is."""
+"""Output files that a user names: nothing that is there already is lost."""
 
 import errno
 import json

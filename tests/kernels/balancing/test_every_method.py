@@ -1,4 +1,4 @@
-"""What holds for every balancing method."""
+"""Properties of every balancing method."""
 
 import importlib
 import inspect
