@@ -96,7 +96,7 @@ def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):
     whole = tiny_run("whole", settings=PHASES)
     from engine import train as program
 
-    build = program.Trainer.build
+    build = program.build_trainer
     arguments = ["demo", "--out", str(tmp_path / "cut"), "--set", *TINY, *PHASES]
 
     def build_or_die(*arguments, phase=0):
@@ -105,7 +105,7 @@ def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):
         return build(*arguments, phase=phase)
 
     with monkeypatch.context() as patch:
-        patch.setattr(program.Trainer, "build", build_or_die)
+        patch.setattr(program, "build_trainer", build_or_die)
         with pytest.raises(RuntimeError, match="power cut"):
             main(arguments)
     assert main([*arguments, "--resume"]) == 0
