@@ -55,7 +55,6 @@ class TrainingState:
         if parameters.layout.ranks > 1:
             assert ranks.checkpoint_group is not None, "ranks that share buckets are connected"
             self._mesh = DeviceMesh.from_group(ranks.checkpoint_group, "cpu")
-        self._rank = ranks.rank
 
     @property
     def places(self) -> dict[str, Place]:

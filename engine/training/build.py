@@ -71,10 +71,13 @@ def build_trainer(
         shard=ranks.shard if sharded else (0, 1),
     )
     check_range(parameters)
-    if not parameters.numel:
+    # Alone in a step such a task has no gradient at all; beside others its row is zero.
+    untrainable = [task for task in recipe.train if not parameters.columns_used_by(task)]
+    if len(untrainable) == len(recipe.train) or (take_turns and untrainable):
         raise InputError(
-            f"freeze_encoder: nothing is left to train by {', '.join(recipe.train)}; "
-            "freeze it in other phases alone (phases.NAME.freeze_encoder=true)"
+            f"freeze_encoder: nothing is left to train by {', '.join(untrainable)}; "
+            "leave that out of train, or freeze the encoder in other phases alone "
+            "(phases.NAME.freeze_encoder=true)"
         )
     sync = build_gradient_sync(recipe.distribute, ranks.size, model, parameters)
     dev_sets = {task: run.split(task, "dev") for task in recipe.tasks if recipe.scored}
