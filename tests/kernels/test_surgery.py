@@ -165,7 +165,9 @@ def test_adamw_is_torchs_in_float64() -> None:
     parameter = torch.nn.Parameter(state[0].clone())
     optimizer = torch.optim.AdamW([parameter], lr=3e-3, betas=(0.8, 0.99), eps=1e-6)
     for step in range(1, 6):
-        rows = task_rows(3, columns, torch.float64, seed=step)
+        # Multiples of 2^-20 and powers of two: their sum is exact in any order.  A rounding of it,
+        # where gradients cancel, would come out of AdamW up to lr / eps times as large.
+        rows = task_rows(3, columns, torch.float64, seed=step).mul(2**20).round().div(2**20)
         parameter.grad = 0.125 * (weights @ rows)
         optimizer.step()
         scale = torch.tensor(0.125, dtype=torch.float64)
