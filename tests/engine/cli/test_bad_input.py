@@ -60,7 +60,7 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
             "balancing.preferences: 'imdb' is no trained task",
         ),
         (["cgs", "--set", "balance=main_aux", "balancing.main=cfimdb"], "'cfimdb' is no trained"),
-        (["cgs", "--set", "balance_granularity=layers"], "surgery = 'layers'"),
+        (["cgs", "--set", "balance_granularity=layers"], "balance_granularity = 'layers'"),
         (
             ["mtb-cosine-simcse", "--set", "freeze_encoder=true"],
             "nothing is left to train by simcse",

@@ -92,7 +92,7 @@ def test_what_tells_a_system_from_others(name, settings):
         ("three-phase-lstm", ("bilstm", "shared", "shared")),
     ],
 )
-def test_a_system_has_its_papers_heads(name, features):
+def test_a_system_has_its_papers_heads(name, heads):
     tasks = recipes.load(name).tasks
     assert tuple(tasks[task].head for task in ("sst", "quora", "sts")) == heads
     assert tasks["sts"].loss == ("cross_entropy" if name == "mtl-sbert-ce" else "default")
@@ -117,7 +117,7 @@ def test_the_contrastive_phase():
         assert list(recipe.in_phases) == ["contrast", "finetune"]
         text = recipe.objectives["simcse"]
         assert (text.kind, text.temperature) == ("simcse", 0.05)
-        assert text.limit == text.max_texts == 25_000
+        assert text.max_per_source == text.max_texts == 25_000
 
 
 def test_the_first_quora_pairs_and_all_of_the_rest():

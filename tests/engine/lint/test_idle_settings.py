@@ -370,7 +370,7 @@ def told(tmp_path, capsys):
         ),
         (
             ("max_train_examples=39",),
-            "limit = 39: no effect, no training set has more than 39 examples",
+            "max_train_examples = 39: no effect, no training set has more than 39 examples",
         ),
         (("log_every=2", "checkpoint_every=2"), ""),
         (("log_every=3",), "log_every = 3: no effect, the run has 2 steps"),
@@ -418,7 +418,11 @@ STEPS_EACH = ("epochs=10", "phases.a.max_steps=2", "phases.b.max_steps=2")
 @pytest.mark.parametrize(
     ("settings", "line", "phase"),
     [
-        (("max_train_examples=39", "phases.a.eps=1e-7", "phases.b.eps=1e-7"), "limit = 39", "b"),
+        (
+            ("max_train_examples=39", "phases.a.eps=1e-7", "phases.b.eps=1e-7"),
+            "max_train_examples = 39",
+            "b",
+        ),
         (
             (
                 "max_train_examples=9",
@@ -456,7 +460,7 @@ STEPS_EACH = ("epochs=10", "phases.a.max_steps=2", "phases.b.max_steps=2")
                 "phases.a.train=['text']",
                 "phases.b.train=['sst']",
             ),
-            "limit = 39: no effect, no training set has more than 39",
+            "max_train_examples = 39: no effect, no training set has more than 39",
             "b",
         ),
         (
