@@ -48,25 +48,10 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 OF_A_PHASE = (
-    *(
-        "train",
-        "task_schedule",
-        "epochs",
-        "max_steps",
-        "max_train_examples",
-        "batch_size",
-        "micro_batches",
-    ),
-    *(
-        "checkpoint_layers",
-        "freeze_encoder",
-        "balance",
-        "balancing",
-        "balance_granularity",
-        "optimizer",
-        "lr",
-    ),
-    *("schedule", "warmup", "betas", "eps", "weight_decay", "clip_norm"),
+    *("train", "task_schedule", "epochs", "max_steps", "max_train_examples", "batch_size"),
+    *("micro_batches", "checkpoint_layers", "freeze_encoder", "balance", "balancing"),
+    *("balance_granularity", "optimizer", "lr", "schedule", "warmup", "betas", "eps"),
+    *("weight_decay", "clip_norm"),
 )
 """The settings that a phase may have of its own."""
 
@@ -332,7 +317,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
-    """Do the same without a warning; return the recipe and a line for each old name.
+    """Read a recipe as :func:`load` does; return a line for each old name instead of warning.
 
     Args:
         name: as for :func:`load`.

@@ -43,11 +43,10 @@ def with_new_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
 
     fields = renamed(fields, "", "")
     for group, prefix in _TABLES.items():
-        if isinstance(tables := fields.get(group), dict):
-            fields[group] = {
-                name: renamed(table, prefix, f"{group}.{name}.")
-                if isinstance(table, dict)
-                else table
-                for name, table in tables.items()
+        tables = fields.get(group)
+        if isinstance(tables, dict):
+            own = {name: table for name, table in tables.items() if isinstance(table, dict)}
+            fields[group] = tables | {
+                name: renamed(table, prefix, f"{group}.{name}.") for name, table in own.items()
             }
     return fields, lines

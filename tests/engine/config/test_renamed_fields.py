@@ -142,6 +142,13 @@ def test_both_names(write, old, new, value):
     assert str(raised.value) == expected
 
 
+def test_both_names_in_a_table_that_an_override_gives(write):
+    with pytest.raises(InputError) as raised:
+        recipes.read(write(), ['tasks.sst={features="single", head="single"}'])
+    line = "tasks.sst.features is tasks.sst.head now, and both are given"
+    assert str(raised.value) == f"--set tasks.sst=…: {line}; leave out tasks.sst.features"
+
+
 @GRID
 def test_a_misspelt_old_name_is_led_to_the_new_one(old, new, value):
     known = list(names_of(Recipe))
