@@ -277,7 +277,7 @@ def _made(weighting: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tens
     """Return a TorchJD weighting, or why it cannot be used.
 
     Those that learn from step to step have a state that no checkpoint would hold, and that the
-    groups of ``surgery`` would share; some of them need the gradients themselves, too.
+    groups of ``balance_granularity`` would share; some of them need the gradients themselves, too.
     """
     try:
         made = weighting()

@@ -40,7 +40,7 @@ class PhaseFacts(NamedTuple):
                 if isinstance(text, MaskedText | SentencesTwice)
             },
             training.schedule,
-            training.order.total_steps,
+            training.task_schedule.total_steps,
             all(len(parameters.tasks_using(name)) == 1 for name in parameters.slots),
         )
 

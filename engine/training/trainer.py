@@ -17,7 +17,7 @@ from ..distributed.gradient_sync import NoSync
 from ..distributed.ranks import Ranks
 from ..gradients.flat_parameters import FlatParameters
 from ..metrics.log import MetricsLog
-from ..metrics.loggers import open_sinks
+from ..metrics.loggers import open_loggers
 from ..models.multitask import MultitaskModel
 from ..optim.build import Optimizer
 from ..optim.lr_schedule import Schedule
@@ -49,7 +49,7 @@ class Trainer:
         ranks: the processes that train together.
         saver: writes checkpoints.
         schedule: the learning rate.
-        order: which tasks are trained in which step.
+        task_schedule: which tasks are trained in which step.
         total_steps: steps of all epochs.
     """
 
@@ -68,7 +68,7 @@ class Trainer:
     ranks: Ranks
     saver: AsyncWriter
     schedule: Schedule
-    order: TaskSchedule
+    task_schedule: TaskSchedule
     total_steps: int
 
     def loader(self, start: int) -> TrainingLoader:
@@ -79,7 +79,7 @@ class Trainer:
             self.samplers,
             start,
             self.total_steps,
-            turns=self.order.turns,
+            turns=self.task_schedule.turns,
             micro_batches=self.recipe.micro_batches,
             shard=self.ranks.shard,
             shapes=self.recipe.max_graphs if self.step.execution.kind == "graphs" else 0,
@@ -90,14 +90,14 @@ class Trainer:
     def log(self, start: int) -> MetricsLog:
         """Return where the steps from ``start`` on are written down."""
         recipe, folder, watched = self.recipe, self.run.folder, self.step.watched
-        sinks = recipe.sinks if self.ranks.is_main else ()
+        loggers = recipe.loggers if self.ranks.is_main else ()
         return MetricsLog(
             folder,
             start,
             recipe.log_every,
             layers=() if watched is None else watched.names,
-            layers_every=recipe.watch_layers,
-            sinks=open_sinks(sinks, folder, recipe.model_dump(mode="json"), start),
+            layers_every=recipe.log_layer_cosines_every,
+            loggers=open_loggers(loggers, folder, recipe.model_dump(mode="json"), start),
             gpu=GpuMeter.find(self.device),
             ranks=self.ranks,
             limit=recipe.log_mib << 20,
@@ -112,7 +112,7 @@ class Trainer:
     @property
     def epoch_steps(self) -> int:
         """Steps of an epoch."""
-        return self.order.epoch_steps
+        return self.task_schedule.epoch_steps
 
     def ends_epoch(self, steps_done: int) -> bool:
         """Return whether the phase is at an epoch's end, or at its own."""
