@@ -72,13 +72,15 @@ class Head(nn.Module, ABC):
     Class attributes:
         known_features: what ``features`` may name; empty for an objective.
         known_losses: those of LOSSES that it can be trained by.
+        needs_classes: whether labels have to be classes, not numbers within a range.
         metric: what its answers are scored by; None for an objective, which answers nothing.
         is_pretrained: whether pretrained models have weights for it.
         fills_masks: whether :meth:`word_logits` tells the words behind masks.
         answers_text: what the card of an export says of its ``answers``.
         answers_code: by the name of its ``answers``, the Python expression by which the card's
             example turns the output ``x [1, outputs]`` into an answer; it may use ``low`` and
-            ``span``, and is evaluated for every head, whatever that answers.
+            ``span``.  The example evaluates the expressions of all heads, so none may fail on
+            another's output.
 
     Attributes:
         name: of the task or objective.
@@ -94,6 +96,7 @@ class Head(nn.Module, ABC):
 
     known_features: ClassVar[tuple[str, ...]] = ()
     known_losses: ClassVar[tuple[str, ...]] = ("default",)
+    needs_classes: ClassVar[bool] = False
     metric: ClassVar[Metric | None] = None
     is_pretrained: ClassVar[bool] = False
     fills_masks: ClassVar[bool] = False
@@ -111,23 +114,35 @@ class Head(nn.Module, ABC):
 
     @classmethod
     def check(cls, settings: HeadSettings) -> None:
-        """Refuse features and losses that do not go with the task.
+        """Refuse features, losses and labels that do not go with the task.
+
+        A head that asks for more extends it, and calls this one first.
 
         Raises:
             InputError: the message names the recipe's key.
         """
         if settings.task is None:
             return
+        table = f"tasks.{settings.name}"
+        if cls.needs_classes and not settings.task.whole:
+            raise InputError(
+                f"{table}.source.classes: {settings.kind} needs at least two, by name or as a "
+                "number"
+            )
         allowed = cls.features_for(settings.task)
+        if not allowed:
+            raise InputError(
+                f"{table}.source.text: {len(settings.task.sentences)} given, which no head for "
+                f"{settings.kind} reads; it has {', '.join(cls.known_features)}"
+            )
         if settings.features not in allowed:
             raise InputError(
-                f"tasks.{settings.name}.head = {settings.features!r}: expected "
-                f"{' or '.join(allowed)}"
+                f"{table}.head = {settings.features!r}: expected {' or '.join(allowed)}"
             )
         if settings.loss not in cls.known_losses:
             raise InputError(
-                f"tasks.{settings.name}.loss = {settings.loss!r}: the labels are {settings.kind}; "
-                f"expected {' or '.join(cls.known_losses)}"
+                f"{table}.loss = {settings.loss!r}: a head for {settings.kind} is trained by "
+                f"{' or '.join(cls.known_losses)}"
             )
 
     @classmethod

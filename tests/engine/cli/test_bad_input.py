@@ -30,6 +30,7 @@ def refuse(capsys, program, *arguments: str) -> str:
     return lines[0]
 
 
+NAMED = "kind='classification',text=['x'],files={train='x.csv'}"
 SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
 
 
@@ -39,7 +40,7 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
         ([], "RECIPE is missing"),
         (["cgz"], "did you mean cgs?"),
         (["cgs", "--set", "lrate=1"], "unknown key lrate; did you mean"),
-        (["cgs", "--set", "tasks.sst.featurs=single"], "did you mean features?"),
+        (["cgs", "--set", "tasks.sst.heads=single"], "did you mean head?"),
         (["cgs", "--set", "encoder.hiden_size=8"], "did you mean hidden_size?"),
         (["cgs", "--set", "lr"], "expected key=value"),
         (["cgs", "--set", "lr=fast"], "lr = 'fast'"),
@@ -60,10 +61,27 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
             "balancing.preferences: 'imdb' is no trained task",
         ),
         (["cgs", "--set", "balance=main_aux", "balancing.main=cfimdb"], "'cfimdb' is no trained"),
+        *[
+            (
+                ["cgs", "--set", f"tasks.sst.source={{{NAMED},classes={classes}}}"],
+                f"source.classes = {value}: expected names, such as ['no', 'yes'], or how many",
+            )
+            for classes, value in [
+                *[("1", "1"), ("-3", "-3"), ("2.5", "2.5"), ("true", "True"), ("'yes'", "'yes'")],
+                *[("[1, 2]", "[1, 2]"), ("{a=1}", "{'a': 1}"), ("99999999999", "99999999999")],
+            ]
+        ],
         (["cgs", "--set", "balance_granularity=layers"], "balance_granularity = 'layers'"),
         (
             ["mtb-cosine-simcse", "--set", "freeze_encoder=true"],
             "nothing is left to train by simcse",
+        ),
+        (
+            [
+                *("demo", "--set", "freeze_encoder=true", "task_schedule=cycle"),
+                "tasks.sts.head=cosine",
+            ],
+            "nothing is left to train by sts",
         ),
         (["cgs", "--set", "lr.peak=1"], "lr has no fields"),
         (["cgs", "--set", "train=['imdb']"], "'imdb' is not among tasks"),
