@@ -39,7 +39,7 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
         ([], "RECIPE is missing"),
         (["cgz"], "did you mean cgs?"),
         (["cgs", "--set", "lrate=1"], "unknown key lrate; did you mean"),
-        (["cgs", "--set", "tasks.sst.featurs=single"], "did you mean features?"),
+        (["cgs", "--set", "tasks.sst.haed=single"], "did you mean head?"),
         (["cgs", "--set", "encoder.hiden_size=8"], "did you mean hidden_size?"),
         (["cgs", "--set", "lr"], "expected key=value"),
         (["cgs", "--set", "lr=fast"], "lr = 'fast'"),

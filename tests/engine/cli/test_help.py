@@ -135,7 +135,7 @@ def test_bash_completes(words, expected):
 def test_bash_completes_the_tasks_of_ones_own_recipe(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
-        '[tasks.moods]\nfeatures = "single"\n[tasks.moods.source]\n[tasks]\nduels.weight = 2\n'
+        '[tasks.moods]\nhead = "single"\n[tasks.moods.source]\n[tasks]\nduels.weight = 2\n'
     )
     words = (*TRAIN, str(recipe), "--set", "tasks.")
     names = {word.split(".")[1] for word in complete(*words)}
