@@ -118,7 +118,7 @@ TRAIN = ("python", "-m", "engine.train")
         ((*TRAIN, "cgs", "--max"), ["--max-steps"]),
         ((*TRAIN, "cgs", "--set", "weight_"), ["weight_decay="]),
         ((*TRAIN, "cgs", "--set", "lr", "=", "1", "encoder.vocab"), ["encoder.vocab_size="]),
-        ((*TRAIN, "cgs", "--set", "tasks.sts.fea"), ["tasks.sts.head="]),
+        ((*TRAIN, "cgs", "--set", "tasks.sts.hea"), ["tasks.sts.head="]),
         ((*TRAIN, "cgs", "--set", "tasks.cfimdb.fea"), []),
         ((*TRAIN, "superbert", "--set", "phases.pretrain.lr"), ["phases.pretrain.lr="]),
         ((*TRAIN, "superbert", "--set", "objectives.masked_lm.ki"), ["objectives.masked_lm.kind="]),
