@@ -536,7 +536,7 @@ def write(run: Run, folder: Path) -> Path:
 
 def test_a_data_folder_that_nothing_is_read_from(tmp_path):
     file = tmp_path / "mine.toml"
-    head = 'data = "somewhere"\ntrain = ["mood"]\n[tasks.mood]\nfeatures = "single"\n'
+    head = 'data = "somewhere"\ntrain = ["mood"]\n[tasks.mood]\nhead = "single"\n'
     source = '[tasks.mood.source]\nkind = "regression"\ntext = ["t"]\nfiles = {train = "%s"}\n'
     for name, idle in (("/a.csv", True), ("a.csv", False)):
         file.write_text(head + source % name)
