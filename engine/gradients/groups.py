@@ -1,7 +1,6 @@
 """Parameter groups that are balanced separately: the model, its layers, or its tensors."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +12,7 @@ from .layout import Piece
 
 GRANULARITIES = ("model", "layer", "tensor")
 
-
-class Segment(NamedTuple):
-    """Neighbouring columns of the flat vector that belong to one group."""
-
-    group: int
-    columns: slice
+Segment = kernels.gradient_buffer.Segment
 
 
 class ParamGroups:
