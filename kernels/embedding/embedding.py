@@ -22,6 +22,7 @@ from ..registration.backend import declare, register_fake
 from ..registration.differentiation import differentiable_once, refuse_transforms
 from ..registration.validation import check_data
 from ..task_rows import TaskRows, TaskSegments, rows_at
+from .embedding_checks import check_embedding_gradients
 
 # ---- reference ----------------------------------------------------------------------------------
 
@@ -43,10 +44,9 @@ def _fake(*_arguments: object) -> None:
 
 @torch.library.impl("superbert::embedding_task_gradients_", "CUDA")
 def _cuda(*arguments: Any) -> None:
-    from ..registration import operator_checks
     from . import embedding_triton
 
-    operator_checks.check_embedding_gradients(*arguments)
+    check_embedding_gradients(*arguments)
     embedding_triton.add_task_gradients_(*arguments)
 
 
