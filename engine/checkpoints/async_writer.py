@@ -1,9 +1,9 @@
-"""Checkpoints, written while training goes on, by all ranks together.
+"""Write checkpoints in the background, by all ranks together.
 
 A thread of torch.distributed.checkpoint writes a copy of the state: each rank its own shard into
-one safetensors file.  Once all have done so the leader adds the manifest, gives the folder its
-name, and drops the oldest.  A kill at any moment leaves either the new checkpoint or the ones
-before.  Many machines need a file system that all of them see.
+one safetensors file.  After all ranks are done, the main rank adds the manifest, renames the
+folder, and removes the oldest checkpoint.  A kill at any moment leaves either the new checkpoint or
+the ones before.  Several machines need a shared file system.
 """
 
 import math
@@ -35,7 +35,7 @@ from .store import FILES, Checkpoints, readable
 
 
 class AsyncWriter:
-    """Writes one ``step`` checkpoint at a time in the background, and reads them.
+    """A writer of ``step`` checkpoints in the background, one at a time; it reads them too.
 
     Args:
         checkpoints: where they lie.

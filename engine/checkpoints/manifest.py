@@ -1,6 +1,6 @@
-"""``manifest.json``: what a checkpoint's folder holds, and the checksum of every file in it.
+"""``manifest.json``: the contents of a checkpoint's folder, and the checksum of every file in it.
 
-It is the last file to be written, so a folder that has one was whole when it got its name.
+It is the last file to be written, so a folder that has one is complete.
 """
 
 import hashlib

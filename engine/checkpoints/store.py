@@ -1,6 +1,6 @@
-"""Checkpoints, read: folders that are whole or not there, each file under a checksum.
+"""Find, verify and read the checkpoints of a run.
 
-    checkpoints/step-00000376/   everything that training needs to go on; the newest few are kept
+    checkpoints/step-00000376/   everything that resuming needs; the newest few are kept
     checkpoints/best-00000188/   the weights that scored best on the dev sets
 
 A ``step`` checkpoint holds the flat vectors by bucket, as torch.distributed.checkpoint wrote them

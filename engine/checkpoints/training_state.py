@@ -4,8 +4,8 @@
     step.NAME                           count of updates, balancing method, loss scale; flattened
     frozen.NAME                         weights that are not trained, fp32
 
-Where ranks hold shards of the buckets these are distributed tensors of the whole bucket, the same
-whatever the number of ranks, so that another number can read them.
+With shards of buckets on several ranks, these are distributed tensors of whole buckets, so that
+another number of ranks can read them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from .manifest import Place
 
 
 class TrainingState:
-    """The live tensors of a run that a checkpoint keeps.
+    """The tensors of a run that a checkpoint keeps.
 
     Args:
         parameters: all weights.

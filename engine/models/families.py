@@ -1,7 +1,7 @@
-"""BERT's family: encoders that compute what a BERT computes, laid out in other ways.
+"""Convert encoders that compute what a BERT computes, but are stored in other layouts.
 
-Each is read as the BERT that it is equal to (engine/models/bert.py), so that nothing else has to
-know of it:
+Each is converted to the BERT that it is equal to (engine/models/bert.py), so that no other module
+depends on the layout:
 
 bert                              as it is
 electra                           another prefix; embeddings as wide as the layers

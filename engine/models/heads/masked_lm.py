@@ -26,7 +26,7 @@ _PRETRAINED = {
 
 
 class MaskedLmHead(Head):
-    """Predicts masked tokens; its decoder is the word table itself.
+    """A head that predicts masked tokens; its decoder is the word table.
 
     Of the kind ``masked_lm_next`` it predicts from [CLS], too, whether the second segment follows
     the first.
@@ -47,7 +47,7 @@ class MaskedLmHead(Head):
 
     @classmethod
     def layers_used(cls, _settings: HeadSettings) -> tuple[str, ...]:
-        """Return the word table: every entry of it is decoded with."""
+        """Return the word table, all of whose entries the decoder uses."""
         return ("word",)
 
     def forward(self, states: TaskStates) -> Scores:
