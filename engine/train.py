@@ -72,7 +72,7 @@ def train(trainer: Trainer, console: Console) -> Signals | None:
     progress, stopping = trainer.restore(), False
     with (
         StopRequest() as stop,
-        trainer.saver,
+        trainer.checkpoint_writer,
         closing(trainer.log(progress.step)) as log,
         closing(trainer.loader(progress.phase_step)) as loader,
         ProgressBar(console, progress.phase_step, trainer.total_steps) as bar,

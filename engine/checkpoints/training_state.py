@@ -72,7 +72,7 @@ class TrainingState:
         return places
 
     def check_places(self, checkpoint: Path, stored: Mapping[str, Place]) -> None:
-        """Hold a checkpoint's parameters against these.
+        """Check a checkpoint's parameters against these.
 
         Raises:
             InputError: they are not the same.
@@ -97,7 +97,7 @@ class TrainingState:
 
     @property
     def is_valid(self) -> bool:
-        """Whether training could have come to it: finite, and no square or count below zero."""
+        """Whether training can have made it: finite, and no square or count below zero."""
         not_negative = self._vectors["exp_avg_sq"], self._whole["step.updates"]
         return self.is_finite and all(
             bool(tensor.amin() >= 0) for tensor in not_negative if tensor.numel()
@@ -116,7 +116,7 @@ class TrainingState:
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what was read into the tensors that :meth:`tensors` gave."""
+        """Copy the state back from the tensors of :meth:`tensors`, after they were read into."""
         with torch.no_grad():
             for name, shard, _ in self._shards():
                 read = state[name]

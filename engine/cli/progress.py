@@ -68,7 +68,7 @@ def report_data(
 
 
 def _notes_on(examples: Examples) -> Iterator[str]:
-    """Yield a line for each thing that was found out about the files of a task or objective."""
+    """Yield a line for each note on the files of a task or objective."""
     if isinstance(examples, TokenizedSplit):
         yield from (f"{examples.task}: {note}" for note in examples.notes)
     elif isinstance(examples, MaskedText | SentencesTwice):
@@ -97,7 +97,7 @@ def print_idle_settings(
 
 
 def print_warmup(console: Console, execution: Execution) -> None:
-    """Print what compiling and recording came to, where there was any."""
+    """Print the time of compiling and recording, and the number of graphs, if there were any."""
     if execution.kind == "eager":
         return
     graphs = (
@@ -133,7 +133,7 @@ class ProgressBar:
         self._live = Live(self._bar, console=console)
 
     def show(self, steps_done: int, line: Mapping[str, Any]) -> None:
-        """Bring the display up to date with a line of ``metrics.jsonl``."""
+        """Update the display with a line of ``metrics.jsonl``."""
         rates = f"conflict {line['conflict_rate']:.0%}  {line['tokens_per_s']:,.0f} tokens/s"
         self._bar.update(self._task, completed=steps_done, description=rates)
         losses = [f"{task} {_number(loss)}" for task, loss in line["losses"].items()]

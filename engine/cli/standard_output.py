@@ -78,7 +78,7 @@ class Output:
                 print(f"cannot write to stdout: {self.reason}; going on without", file=sys.stderr)
 
     def _drop_the_rest(self) -> None:
-        """Lead the stream nowhere: Python would try its buffer again, and fail, when it exits."""
+        """Redirect the stream to the null device: Python would flush its buffer again at exit."""
         try:
             number = self._stream.fileno()
         except (OSError, ValueError):  # not a file
@@ -90,7 +90,7 @@ class Output:
 
 
 def train_without_output() -> None:
-    """From here on the process trains: what it prints may get lost without changing its status."""
+    """Declare that the process trains: lost output does not change its exit status any more."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Output):
             stream.needed = False

@@ -35,7 +35,7 @@ class MetricsLog:
         layers_every: steps between two records of their cosines.
         sinks: what else gets the lines.
         gpu: sensors to read with each block, or None.
-        ranks: the processes that train together; the leader writes.
+        ranks: the processes that train together; the main rank writes.
         limit: bytes from which on ``metrics.jsonl`` is put aside; 0: never.
         keep: how many of its pieces stay; 0: all.
     """

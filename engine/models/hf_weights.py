@@ -1,8 +1,8 @@
-"""Weights in and out of the Hugging Face layout.  safetensors only: no pickle is loaded.
+"""Read and write weights in the Hugging Face layout.  safetensors only: no pickle is loaded.
 
-What a folder's config and tensors mean says the :class:`~engine.models.spec.ModelSpec` of its model
-type; here is what all have in common: finding and reading the files, and checking that every weight
-is there, of its shape, and a number.
+The :class:`~engine.models.spec.ModelSpec` of a model type interprets a folder's config and tensors.
+This module finds and reads the files of any type, and checks that every weight is there, has its
+shape, and is a number.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -173,7 +173,7 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
 
 
 def check_weights(folder: Path, config: EncoderConfig) -> None:
-    """Hold the names and shapes of a model's weights against its config.
+    """Check the names and shapes of a model's weights against its config.
 
     Only the files' headers are read, so that a config that asks for a huge model is refused
     before anything of that size is built.
@@ -220,7 +220,7 @@ def _refuse_others(found: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
-    """Return what pretraining left besides the encoder, under BERT's names; often nothing.
+    """Return the weights of the pretraining heads, under BERT's names; often none.
 
     Raises:
         InputError: a weight of masked LM's head is not finite, or the files cannot be read.

@@ -1,7 +1,7 @@
 """Several runs below one folder, one after the other: seeds, points of a grid, recipes.
 
-``results.json`` there has the scores of the runs that came to their end, so that a series that
-was cut off goes on where it was: finished runs are left alone, a half-done one is resumed.
+``results.json`` there has the scores of the finished runs, so that a series that was cut off can be
+resumed: finished runs are not repeated, an unfinished one is resumed.
 """
 
 import math

@@ -120,7 +120,7 @@ def build_trainer(
         ),
         sync=sync,
         ranks=ranks,
-        saver=AsyncWriter(run.checkpoints, recipe.keep_checkpoints, ranks),
+        checkpoint_writer=AsyncWriter(run.checkpoints, recipe.keep_checkpoints, ranks),
         lr_schedule=Schedule(
             peak=recipe.lr,
             kind=recipe.schedule,

@@ -122,7 +122,7 @@ def _remedy(trainer: Trainer) -> str:
 
 def _kept_checkpoints(trainer: Trainer) -> str:
     """Return the names of the checkpoints that are left, for a message."""
-    trainer.saver.wait()
+    trainer.checkpoint_writer.wait()
     checkpoints = trainer.run.checkpoints
     names = [path.name for kind in ("best", "step") for path in checkpoints.all(kind)[:1]]
     return f"kept: {', '.join(names)}" if names else "there is no checkpoint"

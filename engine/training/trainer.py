@@ -48,7 +48,7 @@ class Trainer:
         step: one training step.
         sync: exchanges gradients and weights with other ranks.
         ranks: the processes that train together.
-        saver: writes checkpoints.
+        checkpoint_writer: writes and reads checkpoints.
         lr_schedule: the learning rate of each step.
         task_schedule: the batches of each step.
         total_steps: steps of all epochs.
@@ -67,7 +67,7 @@ class Trainer:
     step: MultitaskStep
     sync: NoSync
     ranks: Ranks
-    saver: AsyncWriter
+    checkpoint_writer: AsyncWriter
     lr_schedule: Schedule
     task_schedule: TaskSchedule
     total_steps: int
@@ -142,7 +142,7 @@ class Trainer:
             return done._replace(phase=self.phase, phase_start=done.step)
         state.check_places(path, manifest.places)
         tensors = state.tensors()
-        self.saver.load(path, tensors)
+        self.checkpoint_writer.load(path, tensors)
         state.restore(tensors)
         if not self.ranks.all(state.is_valid):
             raise InputError(
@@ -156,7 +156,9 @@ class Trainer:
     def save(self, progress: Progress) -> None:
         """Begin to write a checkpoint to resume from."""
         state = self.state
-        self.saver.save(state.tensors(), Manifest(progress=progress, places=state.places))
+        self.checkpoint_writer.save(
+            state.tensors(), Manifest(progress=progress, places=state.places)
+        )
 
     def save_best(self, progress: Progress) -> None:
         """Write the weights of the best score so far."""
