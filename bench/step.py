@@ -61,7 +61,7 @@ class Batches:
 
 
 def first_batches(trainer: Trainer, device: torch.device, count: int) -> list[PackedBatch]:
-    """The first batches of a run, filled up to a few shapes where its steps are recorded."""
+    """The first batches of a run, padded to a few shapes where its steps are recorded."""
     with trainer.loader(0) as loader:
         return [batch.to(device) for batch in itertools.islice(loader, count)]
 

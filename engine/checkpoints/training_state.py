@@ -106,9 +106,9 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Return a copy of the state, on the CPU."""
         state: dict[str, Tensor] = {}
-        for name, shard, rows in self._shards():
+        for name, shard, num_rows in self._shards():
             local = _copy(shard)
-            state[name] = local if self._mesh is None else self._share(local, rows, self._mesh)
+            state[name] = local if self._mesh is None else self._share(local, num_rows, self._mesh)
         for name, tensor in self._whole.items():
             state[name] = _copy(tensor.reshape(-1))
         for name, tensor in self._frozen.items():
@@ -126,7 +126,7 @@ class TrainingState:
         self._parameters.refresh_compute()
 
     def _shards(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Yield each bucket of each vector: name, this rank's rows of it, and how many it has."""
+        """Yield each bucket of each vector: name, shard ``[n, 64]``, and rows of all shards."""
         for kind, vector in self._vectors.items():
             for bucket, piece in zip(
                 self._parameters.layout.buckets, self._parameters.own.pieces, strict=True
@@ -136,13 +136,13 @@ class TrainingState:
                 yield f"{kind}.{bucket.name}", shard, bucket.used // ALIGNMENT
 
     @staticmethod
-    def _share(local: Tensor, rows: int, mesh: DeviceMesh) -> DTensor:
+    def _share(local: Tensor, num_rows: int, mesh: DeviceMesh) -> DTensor:
         return DTensor.from_local(
             local,
             mesh,
             [Shard(0)],
             run_check=False,
-            shape=torch.Size((rows, ALIGNMENT)),
+            shape=torch.Size((num_rows, ALIGNMENT)),
             stride=(ALIGNMENT, 1),
         )
 

@@ -24,14 +24,14 @@ class BatchShape(NamedTuple):
     """The sizes of the batches of one shape.
 
     Attributes:
-        tokens: of each task, the filling included.
+        tokens: of each task, with padding.
         max_seqlen: tokens of the tasks' longest sequence, or more; 0 where batches differ in it.
-        max_filling: tokens of the longest filling, or more.
+        max_padding: tokens of the longest padding sequence, or more.
     """
 
     tokens: tuple[int, ...]
     max_seqlen: int
-    max_filling: int
+    max_padding: int
 
 
 class Shapes(Protocol):
@@ -54,7 +54,7 @@ class RoundedShapes:
     def shape(self, _tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
         """Return the next larger multiples; 0 for a task without tokens."""
         tokens = tuple(-(-count // self._multiple) * self._multiple for count in counts)
-        return BatchShape(tokens, max_seqlen=0, max_filling=self._multiple - 1)
+        return BatchShape(tokens, max_seqlen=0, max_padding=self._multiple - 1)
 
 
 class ShapePlan:
@@ -129,9 +129,9 @@ def merge(counts: Counts, limit: int) -> Counts:
 
 
 def _rounded(counts: Counts, multiple: int = _MULTIPLE) -> Counts:
-    """Round up to multiples, leaving at least one token for the filling."""
+    """Round up to multiples, leaving at least one token of padding."""
     return (counts // multiple + 1) * multiple
 
 
 def _shape(tokens: Counts, max_seqlen: int) -> BatchShape:
-    return BatchShape(tuple(tokens.tolist()), max_seqlen, max_filling=int(tokens.max()))
+    return BatchShape(tuple(tokens.tolist()), max_seqlen, max_padding=int(tokens.max()))

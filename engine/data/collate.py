@@ -17,8 +17,8 @@ from .task_batch import (
     Labels,
     TaskBatch,
     empty_task_batch,
-    fill_labels,
     map_labels,
+    pad_labels,
     ranges,
 )
 
@@ -185,22 +185,22 @@ def join(batches: Sequence[TaskBatch], shape: BatchShape | None = None) -> Packe
     np.cumsum(sizes, out=cu_seqlens[1:])
     states = [one.states for one in padded if one.states is not None]
     longest = max(int(batch.sizes.max(initial=0)) for batch in batches)
-    filling = 0
+    longest_padding = 0
     if shape is not None:
-        longest, filling = max(longest, shape.max_seqlen), shape.max_filling
+        longest, longest_padding = max(longest, shape.max_seqlen), shape.max_padding
     return PackedBatch(
         tasks=tuple(batch.task for batch in batches),
         input_ids=torch.from_numpy(np.concatenate([one.tokens for one in padded])),
         position_ids=torch.from_numpy(np.concatenate([one.positions for one in padded])),
         token_type_ids=torch.from_numpy(np.concatenate([one.token_types for one in padded])),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=max(longest, filling),
+        max_seqlen=max(longest, longest_padding),
         max_own_seqlen=longest,
         task_offsets=_offsets([len(one.sizes) for one in padded]),
         sequences=tuple(len(batch.sizes) for batch in batches),
         token_offsets=_offsets(tokens),
         labels=tuple(
-            batch.labels if shape is None else fill_labels(batch.labels) for batch in batches
+            batch.labels if shape is None else pad_labels(batch.labels) for batch in batches
         ),
         examples=tuple(batch.examples for batch in batches),
         columns=tuple(batch.columns for batch in batches),

@@ -83,7 +83,7 @@ _MASKED_MULTIPLE = 64
 """Masked tokens are padded to a multiple of this where batches have few shapes."""
 
 
-def fill_labels(labels: Labels | None) -> Labels | None:
+def pad_labels(labels: Labels | None) -> Labels | None:
     """Pad masked tokens with ones that do not count: position 0, target -100."""
     if not isinstance(labels, MaskedTokens):
         return labels

@@ -43,13 +43,13 @@ def measure_traffic(sync: NoSync, parameters: FlatParameters, optimizer: Optimiz
     return Traffic(sync.bytes_a_step, best, sum(held.values()))
 
 
-def _once(sync: NoSync, rows: Tensor) -> float:
-    _synchronize(rows)
+def _once(sync: NoSync, buffer: Tensor) -> float:
+    _synchronize(buffer)
     begun = time.perf_counter()
     sync.start()
     sync.wait()
     sync.gather_params()
-    _synchronize(rows)
+    _synchronize(buffer)
     return time.perf_counter() - begun
 
 

@@ -63,7 +63,7 @@ class TaskStates(NamedTuple):
         offsets = (0,) * (self.row + 1) + (count,) * (self.num_rows - self.row)
         return kernels.TaskSegments(offsets, accumulate=True)
 
-    def rows(self, count: int) -> RowContext:
+    def row_context(self, count: int) -> RowContext:
         """Return the context of ``count`` rows that are all of this task, for shared layers."""
         return RowContext(segments=self.segments(count), seed=self.seed)
 

@@ -6,8 +6,8 @@
     dh as in `kernels.layer_norm`, from f dy
     dword_k[i] = sum of dh_t over the rows t of task k with i_t = i, and so for the other tables
 
-Only y and the float32 statistics are kept; the backward pass adds h up again, which reads no more
-than h itself would be.  With task rows the K gradients of tables, weight and bias go there.
+Only y and the float32 statistics are kept; the backward pass computes h again, which reads no more
+memory than a stored h.  With task rows it writes the K gradients of tables, weight and bias there.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def embedding_layer_norm_reference(
     rows: EmbeddingRows | None = None,
     segments: TaskSegments | None = None,
 ) -> Tensor:
-    """The sum and its norm by the layers that do one thing each."""
+    """The sum and its norm by separate layers."""
     *table_rows, norm_rows = (None,) * 4 if rows is None else rows
     word, position, token_type = (
         embedding(index, table, rows=own, segments=segments)

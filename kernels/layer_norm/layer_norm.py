@@ -1,4 +1,4 @@
-"""Layer norm, alone and behind BERT's dropout and residual.
+"""Layer norm, alone and after BERT's dropout and residual.
 
     h = residual + dropout(x + x_bias)        or h = x
     mean, var over the last dimension,  rstd = 1 / sqrt(var + eps),  xhat = (h - mean) rstd
@@ -9,12 +9,12 @@
     dweight_k = sum of dy xhat, dbias_k = sum of dy, over the rows of task k
 
 Rows are computed in float32 whatever their dtype, the variance in two passes, and the statistics
-are kept in float32.  Of a sum, the backward pass gets ``h - mean`` in the rows' dtype with the
-statistics of these rounded rows: it is then the gradient at a point that differs from h by a
-rounding of each deviation, and so it is right for rows that are nearly constant too.
+are kept in float32.  For a sum, the forward pass saves ``h - mean`` in the rows' dtype with the
+statistics of these rounded rows.  The gradient is then that at a point that differs from h by a
+rounding of each deviation, so it is right for rows that are nearly constant too.
 
 With task rows (:class:`TaskRows`) the backward pass writes the K gradients of weight and bias
-there; without, their sum is the usual gradient.
+there; without them it returns their sum, the usual gradient.
 """
 
 from collections.abc import Callable
@@ -281,7 +281,7 @@ def layer_norm(
 
 
 def refuse_given(**unsupported: object) -> None:
-    """Raise NotImplementedError where an argument of flash-attn is given that has no use here."""
+    """Raise NotImplementedError if an argument of flash-attn is given that has no effect here."""
     for name, value in unsupported.items():
         if value is not None and value is not False:
             raise NotImplementedError(f"{name}: not supported by this layer norm")

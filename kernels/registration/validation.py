@@ -32,7 +32,7 @@ _enabled = False
 
 @contextmanager
 def checked_values() -> Iterator[None]:
-    """Within it, every call on CUDA tensors looks at the values of its boundaries and indices.
+    """A context in which calls on CUDA tensors read and check boundaries and indices.
 
     Each look waits for the device.  Code that `torch.compile` has compiled is not checked, nor can
     a CUDA graph be captured.
@@ -46,7 +46,7 @@ def checked_values() -> Iterator[None]:
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether a call on ``x`` may look at values in Python."""
+    """Whether a call on ``x`` may read values in Python."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
         return False
     return _enabled if x.is_cuda else x.device.type == "cpu"
@@ -78,7 +78,7 @@ def check_number(name: str, value: Tensor | float | None, most: float = math.inf
 
 
 def check_rates(betas: Sequence[float], **numbers: Tensor | float) -> None:
-    """Refuse what an optimizer with two moments cannot be told.
+    """Refuse settings that an optimizer with two moments cannot have.
 
     Raises:
         ValueError: the message names it.

@@ -74,7 +74,7 @@ def combine_adamw_reference_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW on the weighted sum of the rows; leaves everything alone where ``skip`` is true.
+    """AdamW on the weighted sum of the rows; changes nothing where ``skip`` is true.
 
     So it does where the step is below 1.
     """
@@ -245,7 +245,7 @@ def combine_adamw_(
     scale: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """One step of AdamW on the combined gradient, which never goes to memory.
+    """One step of AdamW on the combined gradient, which is never stored.
 
     Computes what ``torch.optim.AdamW`` does with ``scale * sum_k weights[k] * rows[k]`` as the
     gradient: decoupled weight decay, bias correction by ``step``.  The 0-dim arguments live on the

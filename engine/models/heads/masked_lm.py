@@ -58,7 +58,7 @@ class MaskedLmHead(Head):
         labels = states.labels
         assert isinstance(labels, MaskedTokens), "the batch has no masks"
         masked = states.tokens[labels.positions]
-        words = self.word_logits(masked, states.shared.word, states.rows(len(masked)))
+        words = self.word_logits(masked, states.shared.word, states.row_context(len(masked)))
         if self.pooler is None or self.follows is None:
             return words
         first = states.tokens[states.cu_seqlens[:-1].long()]

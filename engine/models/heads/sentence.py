@@ -81,7 +81,7 @@ class SentenceHead(Head):
         if self.features == "shared":
             layer = states.shared.pair
             assert layer is not None
-            return layer(joined, states.rows(len(joined))).relu()
+            return layer(joined, states.row_context(len(joined))).relu()
         return joined
 
     def _dropped(self, states: TaskStates) -> Tensor:
