@@ -111,7 +111,7 @@ def train(trainer: Trainer, console: Console) -> Signals | None:
     ended = progress.phase_step >= trainer.total_steps
     if ended and log.skipped and log.skipped[0] == progress.phase_start:
         console.print(
-            "no step was trained: the loss scale for fp16 was still on its way down; train more "
+            "no step was trained: the loss scale for fp16 was still being lowered; train more "
             "steps, or with precision=bf16 or fp32",
             soft_wrap=True,
         )
@@ -198,8 +198,8 @@ def _check_steps(trainer: Trainer, done: Progress) -> None:
     most = sum(recipe.max_steps or math.inf for recipe in before)
     if done.phase_step > trainer.total_steps or done.phase_start > most:
         raise InputError(
-            f"--resume: {run.folder} has trained {done.step} steps, more than it has now; raise "
-            "max_steps, or give it the data that it was made with"
+            f"--resume: {run.folder} has trained {done.step} steps, more than recipe and data give "
+            "now; raise max_steps, or give it the data that it was made with"
         )
     if done.phase_step == trainer.total_steps and done.phase_step % trainer.epoch_steps:
         scored = [line["step"] for line in read_evaluation_lines(run.folder)]

@@ -56,7 +56,7 @@ class EncodedTexts:
 
 
 class Tokenizer:
-    """Splits sentences into token ids.
+    """A tokenizer, from sentences to token ids.
 
     Attributes:
         special_tokens: the five, as the vocabulary spells them.
@@ -279,7 +279,7 @@ def _load_json(path: Path) -> Backend | TokenizerProcess:
     # Of two tokens with one number the library writes either.
     same_vocabulary = backend.get_vocab() == first.get_vocab()
     if not same_vocabulary or parse_json(backend.to_str()) != parse_json(saved):
-        raise InputError(f"another tokenizer once it is saved, {path}; replace it")
+        raise InputError(f"differs after it is saved and loaded again, {path}; replace it")
     refuse_sampling(saved, str(path))
     return backend
 

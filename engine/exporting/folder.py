@@ -57,7 +57,7 @@ def write_model_folder(
     if model.adapters:
         raise InputError(
             f"{run.folder}: trained with adapter_width = {run.recipe.adapter_width}; no BertModel "
-            "has the adapters beside its layers, so that nothing else could load it"
+            "has adapters, so that no other library could load it"
         )
     with whole_folder(Path(realpath(to))) as folder:
         _write_transformers(folder, run, model)

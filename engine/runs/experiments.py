@@ -103,8 +103,8 @@ def check_results(folder: Path, specs: Iterable[RunSpec]) -> None:
         if result.group in recipes:
             if not isfile(folder / name / "recipe.toml"):
                 raise InputError(
-                    f"{folder / name}: is gone, and with it what settings its scores in "
-                    f"{RESULTS} are of; give another --out"
+                    f"{folder / name}: is missing, so that the settings of its scores in "
+                    f"{RESULTS} are unknown; give another --out"
                 )
             check_scores_of(recipes[result.group], folder / name)
 

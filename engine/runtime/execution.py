@@ -61,7 +61,7 @@ class Recording(NamedTuple, Generic[BatchT, Result]):
 
 
 class CudaGraphs:
-    """Records functions as CUDA graphs that share one pool of memory.
+    """A recorder of functions as CUDA graphs that share one pool of memory.
 
     Args:
         device: where they run.

@@ -29,7 +29,7 @@ _RANK_FACTOR = 0x9E3779B1
 
 
 class MultitaskStep:
-    """Trains a model by task gradients.
+    """A training step of a multitask model by task gradients.
 
     Args:
         model: in training mode, its parameters held by ``parameters``.

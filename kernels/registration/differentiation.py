@@ -30,7 +30,7 @@ def in_forward_mode() -> bool:
 
 
 class _Undifferentiable(torch.autograd.Function):
-    """Passes on the first ``count`` tensors; raises when they are differentiated in any way."""
+    """Identity on the first ``count`` tensors; raises when they are differentiated in any way."""
 
     generate_vmap_rule = True
 

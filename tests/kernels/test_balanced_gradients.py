@@ -1,4 +1,4 @@
-"""When task gradients add up, what they are added to, and tasks without a loss."""
+"""Task gradients of several calls, gradients that were there before, and tasks without a loss."""
 
 import copy
 from collections.abc import Callable

@@ -217,7 +217,7 @@ def test_resume_with_fewer_steps_than_trained(capsys, tiny_run, settings, steps)
     arguments = ["demo", "--out", str(folder), "--resume", "--set", *TINY, *settings]
     capsys.readouterr()
     line = refuse(capsys, train, *arguments, "max_steps=3")
-    assert f"has trained {steps} steps, more than it has now; raise max_steps" in line
+    assert f"has trained {steps} steps, more than recipe and data give now; raise max_steps" in line
     assert (folder / "recipe.toml").read_bytes() == recipe
     for same_or_more in (4, 5):
         assert train.main([*arguments, f"max_steps={same_or_more}"]) == 0
