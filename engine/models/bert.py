@@ -241,10 +241,12 @@ def _weights(config: BertConfig) -> Iterator[Weight]:
         yield Weight(f"{ours}.weight", (f"{theirs}.weight",), shapes.get(ours, (width,)))
     yield Weight("embeddings.norm.bias", ("embeddings.LayerNorm.bias",), (width,))
     for index in range(config.num_hidden_layers):
-        for ours, parts in _LAYER.items():
+        for ours, stored_names in _LAYER.items():
             shape = shapes.get(ours, (width,))
             for kind, of_kind in (("weight", shape), ("bias", shape[:1])):
-                names = [f"encoder.layer.{index}.{part}.{kind}" for part in parts]
+                names = [
+                    f"encoder.layer.{index}.{stored_name}.{kind}" for stored_name in stored_names
+                ]
                 yield Weight(f"layers.{index}.{ours}.{kind}", names, of_kind)
 
 

@@ -36,8 +36,8 @@ class Family(NamedTuple):
 
     Attributes:
         prefix: of the encoder's weights in models that have heads.
-        fields: of config.json, what they are called: theirs to BERT's.
-        weights: parts of the weights' names: theirs to BERT's.
+        fields: names of config.json's fields, from theirs to BERT's.
+        weights: parts of the weights' names, from theirs to BERT's.
         counts_from_padding: positions count from ``pad_token_id + 1``, not from 0.
         has_token_types: there is a table of them.
     """
