@@ -44,8 +44,8 @@ def _compute_dtype(rows: Tensor) -> torch.dtype:
 def gram_reference(rows: Tensor, offsets: Sequence[int]) -> Tensor:
     """``[S, K, K]``: dot products of the rows over each segment of columns."""
     rows = rows.to(_compute_dtype(rows))
-    parts = [rows[:, begin:end] for begin, end in pairwise(offsets)]
-    return torch.stack([part @ part.T for part in parts])
+    segments = [rows[:, begin:end] for begin, end in pairwise(offsets)]
+    return torch.stack([segment @ segment.T for segment in segments])
 
 
 def combine_reference(rows: Tensor, weights: Tensor) -> Tensor:
@@ -156,11 +156,11 @@ def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     check_tensor("rows", rows, ctx.shape, rows.dtype, grad.device)
     symmetric = grad + grad.mT
     segments = zip(symmetric, pairwise(ctx.offsets), strict=True)
-    parts = [matrix @ rows[:, begin:end].to(matrix.dtype) for matrix, (begin, end) in segments]
+    gradients = [matrix @ rows[:, begin:end].to(matrix.dtype) for matrix, (begin, end) in segments]
     # Put together, since torch.func.vmap cannot write in place; columns of no segment get zeros.
     before, after = rows[:, : ctx.offsets[0]], rows[:, ctx.offsets[-1] :]
-    parts = [torch.zeros_like(before), *parts, torch.zeros_like(after)]
-    return torch.cat([part.to(rows.dtype) for part in parts], 1), None
+    gradients = [torch.zeros_like(before), *gradients, torch.zeros_like(after)]
+    return torch.cat([gradient.to(rows.dtype) for gradient in gradients], 1), None
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
