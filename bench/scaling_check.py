@@ -1,4 +1,4 @@
-"""``torchrun --nproc-per-node N -m bench.scaling_check``: the arithmetic against a real step.
+"""``torchrun --nproc-per-node N -m bench.scaling_check``: compare prediction and measurement.
 
 All ranks first take steps that exchange nothing, at the same time, so that they share the machine
 as they do later; then exchanges with nothing to hide behind; and from both the prediction of

@@ -1,4 +1,4 @@
-"""``python -m bench.step``: one multitask training step beside what people run today.
+"""``python -m bench.step``: time one multitask training step against its baselines.
 
 The same real batches (32 examples each of SST, Quora and STS) go through this engine, packed, and
 through a plain ``transformers`` loop, padded.  The floor is the time the arithmetic of the step

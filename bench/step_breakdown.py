@@ -1,4 +1,4 @@
-"""Break a training step down: its floor, its phases, its energy."""
+"""Break a training step down into its phases, with its floor and its energy."""
 
 import importlib.util
 import time
