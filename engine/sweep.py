@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from types import FrameType
 
-from .cli.common import Parser, positive, run_cli, terminal
+from .cli.common import Parser, positive, print_warnings, run_cli, terminal
 from .cli.options import add_device, add_settings, overrides
 from .cli.series import train_series
 from .cli.standard_output import train_without_output
@@ -39,13 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("RECIPE is missing; name some, or give --papers")
     if options.minutes is not None and not 0 <= options.minutes <= threading.TIMEOUT_MAX / 60:
         raise InputError(f"--minutes {options.minutes}: expected a number of minutes, at least 0")
-    settings = overrides(options)
-    specs = [
-        spec
-        for group, name in groups(names).items()
-        for point in grid_points(options.grid)
-        for spec in _specs(group, name, point, settings, options.seeds)
-    ]
+    settings, specs, renamed = overrides(options), list[RunSpec](), list[str]()
+    for group, name in groups(names).items():
+        for point in grid_points(options.grid):
+            recipe, lines = recipes.read(name, [*settings, *point])
+            specs += seeds_of(_group_of(group, point), recipe, options.seeds)
+            renamed += lines
+    print_warnings(renamed)
     out = resolved(options.out)
     check_models(out, specs)
     with held(out), _time_limit(options.minutes) as over:
@@ -97,13 +97,9 @@ def _is_file(name: str) -> bool:
     return name.endswith(".toml")
 
 
-def _specs(
-    group: str, name: str, point: tuple[str, ...], settings: Sequence[str], seeds: int
-) -> list[RunSpec]:
-    recipe = recipes.load(name, [*settings, *point])
-    if point:
-        group += "/" + as_file_name(",".join(point))
-    return seeds_of(group, recipe, seeds)
+def _group_of(group: str, point: tuple[str, ...]) -> str:
+    """Return the folder of a recipe's runs at a point of the grid."""
+    return f"{group}/{as_file_name(','.join(point))}" if point else group
 
 
 @contextmanager

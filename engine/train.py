@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from .checkpoints.manifest import Progress
-from .cli.common import STOPPED, print_scores, run_cli, terminal
+from .cli.common import STOPPED, print_scores, print_warnings, run_cli, terminal
 from .cli.completion import bash_script
 from .cli.dry_run import show_plan
 from .cli.help import print_fields
@@ -228,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("several ranks make one run, in the folder that --out names; give it")
     console = terminal(quiet=not ranks.is_main)
     device = ranks.device(pick_device(options.device))
-    recipe = recipes.load(options.recipe, overrides(options))
+    recipe, renamed = recipes.read(options.recipe, overrides(options))
+    print_warnings(renamed if ranks.is_main else ())
     resumes = options.resume or ranks.restarted
     if options.seeds is not None:
         specs = seeds_of("", recipe, options.seeds)

@@ -156,7 +156,8 @@ def test_both_work_in_a_fresh_environment_that_holds_both(environment, tmp_path)
         "bert = BertModel(BertConfig(vocab_size=9, intermediate_size=8, **sizes))\n"
         "assert ours.accelerate(bert).attention == ('',)\n"
         "assert bert(torch.ones(1, 3, dtype=torch.int64)).last_hidden_state.isfinite().all()\n"
-        "tiny = ['limit=32', 'epochs=1', 'encoder.hidden_size=32', 'encoder.num_hidden_layers=1']\n"
+        "tiny = ['max_train_examples=32', 'epochs=1']\n"
+        "tiny += ['encoder.hidden_size=32', 'encoder.num_hidden_layers=1']\n"
         "assert train.main(['demo', '--out', 'run', '--set', *tiny]) == 0\n"
     )
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -178,7 +179,8 @@ def test_both_work_in_a_fresh_environment_that_holds_both(environment, tmp_path)
 def test_the_installed_commands_bring_all_their_files(installed, tmp_path):
     code = (
         "from superbert.engine import export, report, train\n"
-        "tiny = ['limit=32', 'epochs=1', 'encoder.hidden_size=32', 'encoder.num_hidden_layers=1']\n"
+        "tiny = ['max_train_examples=32', 'epochs=1']\n"
+        "tiny += ['encoder.hidden_size=32', 'encoder.num_hidden_layers=1']\n"
         "assert train.main(['demo', '--out', 'run', '--set', *tiny]) == 0\n"
         "assert report.main(['run', '--out', 'pages']) == 0\n"
         "assert export.main(['run', '--to', 'model']) == 0\n"

@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -109,6 +109,12 @@ def _status(main: Callable[[], int]) -> int:
         print(f"error: {error}; start again with --resume", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(LOST_RANK)  # threads may wait for the lost rank, and exiting for them
+
+
+def print_warnings(lines: Iterable[str]) -> None:
+    """Print warnings on stderr, each once."""
+    for line in dict.fromkeys(lines):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def terminal(*, quiet: bool = False) -> Console:

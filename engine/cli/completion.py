@@ -12,7 +12,7 @@ from .help import RecipeField, recipe_fields
 from .options import parser
 
 _SCRIPT = """\
-# The names that recipe $1 gives in table $2: [tasks.NAME], or NAME.features = … within [tasks].
+# The names that recipe $1 gives in table $2: [tasks.NAME], or NAME.head = … within [tasks].
 _superbert_names() {{
     local line within="" name='([A-Za-z0-9_-]+)'
     while read -r line; do

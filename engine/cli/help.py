@@ -19,7 +19,7 @@ class RecipeField(NamedTuple):
     """A field that ``--set`` takes.
 
     Attributes:
-        key: such as ``lr`` or ``tasks.NAME.features``.
+        key: such as ``lr`` or ``tasks.NAME.head``.
         default: as TOML; empty where there is none.
         choices: the values that it can have, where these are few.
         text: what it means.

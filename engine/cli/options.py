@@ -70,7 +70,7 @@ def add_settings(group: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="replace any field of the recipe, such as lr=1e-4 tasks.sts.features=cosine "
+        help="replace any field of the recipe, such as lr=1e-4 tasks.sts.head=cosine "
         "(default: the recipe's own)",
     )
 

@@ -34,7 +34,7 @@ _COUNTING = frozenset(
     ("device", "gpu", "max", "n", "num", "number", "of", "per", "the", "total", "train", "training")
 )
 """First words that names are alike without."""
-_VERBS = frozenset(("checkpoint", "clip", "freeze", "keep", "log", "watch"))
+_VERBS = frozenset(("checkpoint", "clip", "freeze", "keep", "log"))
 """First words of fields that do something to what their last word names."""
 
 

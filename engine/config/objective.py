@@ -22,7 +22,7 @@ class ObjectiveRecipe(Settings):
     files: tuple[FileName, ...] = ()
     """Text files, a sentence or a document a line, plain or compressed (.gz, .bz2, .xz, .zst);
     relative to the data folder."""
-    limit: Count = 0
+    max_per_source: Count = 0
     """Examples of each task (the label distribution is kept) or lines of each file; 0: all."""
     max_texts: Count = 0
     """The most texts in all, taken at even distances from those found; 0: all."""

@@ -7,6 +7,8 @@ MT-DNN and of torch.  Those that :func:`.messages.close` understands by their wo
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from .renamed import RENAMED
+
 _FIELDS = {
     "balance": "balancing_method grad_method gradient_surgery mtl_method",
     "batch_size": "bs bsz micro_batch_size",
@@ -23,12 +25,14 @@ _FIELDS = {
     "init": "bert_model init_checkpoint model_name model_name_or_path pretrained "
     "pretrained_model pretrained_model_name_or_path",
     "keep_checkpoints": "save_total_limit",
-    "limit": "max_samples max_train_examples max_train_samples num_train_examples train_size",
     "log_every": "log_interval log_per_updates log_steps logging_steps",
+    "log_layer_cosines_every": "watch_layer",
+    "loggers": "report_to sink tensorboard wandb",
     "lr": "learning_rate lrate",
     "max_length": "max_seq_len max_seq_length max_sequence_length model_max_length seq_len "
     "sequence_length",
     "max_steps": "num_iterations train_iters",
+    "max_train_examples": "max_samples max_train_samples num_train_examples train_size",
     "micro_batches": "accumulate_grad_batches grad_accum_steps grad_accumulation_step "
     "gradient_accumulation gradient_accumulation_steps mini_batch_size",
     "optimizer": "optim_type optimizer_type",
@@ -36,7 +40,6 @@ _FIELDS = {
     "precision": "amp bf16 fp16 mixed_precision tf32 torch_dtype dtype",
     "schedule": "learning_rate_schedule lr_schedule lr_scheduler lr_scheduler_type scheduler_type",
     "seed": "manual_seed random_seed random_state",
-    "sinks": "logger loggers report_to tensorboard wandb",
     "warmup": "lr_warmup lr_warmup_steps num_warmup_steps warmup_steps",
     "weight_decay": "adam_weight_decay l2 wd",
     "encoder.hidden_size": "d_model dim emb_size embed_dim hidden_dim n_embd width",
@@ -48,9 +51,9 @@ _FIELDS = {
     "encoder.initializer_range": "init_std",
     "objectives.NAME.mask_share": "mask_prob masking_ratio masked_lm_prob mlm_probability",
     "objectives.NAME.temperature": "simcse_temperature tau temp",
-    "objectives.NAME.limit": "objectives.NAME.first",
-    "tasks.NAME.first": "tasks.NAME.limit tasks.NAME.max_samples tasks.NAME.source.limit",
-    "tasks.NAME.features": "tasks.NAME.head tasks.NAME.head_type",
+    "objectives.NAME.max_per_source": "objectives.NAME.first objectives.NAME.first_n",
+    "tasks.NAME.first_n": "tasks.NAME.limit tasks.NAME.max_samples tasks.NAME.source.limit",
+    "tasks.NAME.head": "tasks.NAME.head_type",
     "tasks.NAME.weight": "loss_weight loss_weights task_weight task_weights",
     "tasks.NAME.source.files": "data_files train_file",
     "tasks.NAME.source.classes": "num_labels",
@@ -62,8 +65,11 @@ _FIELDS = {
 
 OTHER_NAMES: Mapping[str, str] = MappingProxyType(
     {name.lower(): field for field, names in _FIELDS.items() for name in names.split()}
+    | {name.lower(): field for name, field in RENAMED.items()}
 )
-"""The field or option that each name stands for; names within a table are dotted."""
+"""The field or option that each name stands for; names within a table are dotted.
+
+Old names are among them, for where they are written otherwise or stand in another table."""
 
 OPTIONS = tuple(field for field in _FIELDS if field.startswith("--"))
 """The options among them."""

@@ -2,10 +2,11 @@
 
 A recipe is a TOML file; the built-in ones lie in ``engine/config/recipes``.  What a file leaves out
 has the default below, and ``--set key=value`` replaces any field, nested ones by a dotted name
-(``tasks.sts.features=cosine``).  An unknown key is an error that names the nearest known one.
+(``tasks.sts.head=cosine``).  An unknown key is an error that names the nearest known one.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from os.path import isfile
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from ..data.task_schedule import ORDERS
+from ..data.task_schedule import TASK_SCHEDULES
 from ..data.task_schema import FORMATS, TaskSchema
 from ..distributed.gradient_sync import MODES
 from ..gradients.balancing import METHODS, TORCHJD, BalanceSettings
 from ..gradients.groups import GRANULARITIES
-from ..metrics.loggers import SINKS
+from ..metrics.loggers import LOGGERS
 from ..models.pooling import POOLINGS
 from ..optim.build import OPTIMIZERS
 from ..runtime.execution import EXECUTIONS
@@ -38,6 +39,7 @@ from ..utils.field_types import (
 from ..utils.untrusted_io import parse_toml, read_bytes
 from .messages import FIELDS, first_problem, nearest
 from .objective import ObjectiveRecipe
+from .renamed import with_new_names
 from .tables import EncoderRecipe, TaskRecipe
 
 _NAME = re.compile(r"[_-]*[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -46,9 +48,10 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 OF_A_PHASE = (
-    *("train", "order", "epochs", "max_steps", "limit", "batch_size", "micro_batches"),
-    *("checkpoint_layers", "freeze_encoder", "balance", "balancing", "surgery", "optimizer", "lr"),
-    *("schedule", "warmup", "betas", "eps", "weight_decay", "clip_norm"),
+    *("train", "task_schedule", "epochs", "max_steps", "max_train_examples", "batch_size"),
+    *("micro_batches", "checkpoint_layers", "freeze_encoder", "balance", "balancing"),
+    *("balance_granularity", "optimizer", "lr", "schedule", "warmup", "betas", "eps"),
+    *("weight_decay", "clip_norm"),
 )
 """The settings that a phase may have of its own."""
 
@@ -92,7 +95,7 @@ class Recipe(Settings):
     """Parts in which a batch goes through the model, one after the other; they save memory."""
     checkpoint_layers: bool = False
     """Compute the inside of each layer again in the backward pass, which saves memory too."""
-    order: Literal[ORDERS] = "together"  # type: ignore[valid-type]
+    task_schedule: Literal[TASK_SCHEDULES] = "together"  # type: ignore[valid-type]
     """together: a step has a batch of every task, their gradients are balanced; or the tasks take
     turns, one a step, which leaves nothing to balance: sequential, cycle, round_robin, annealed
     (engine/data/task_schedule.py)."""
@@ -101,9 +104,9 @@ class Recipe(Settings):
     out (together, cycle), or over every one."""
     max_steps: Count = 0
     """Stop after so many steps (``--max-steps``), or each phase does; 0: after the epochs."""
-    limit: Count = 0
+    max_train_examples: Count = 0
     """Cut every training set to so many examples, keeping the label distribution; 0: all.
-    ``tasks.NAME.first`` cuts one task's to those that come first."""
+    ``tasks.NAME.first_n`` cuts one task's to those that come first."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a malformed row of a data file does: end the run, or be skipped and counted."""
 
@@ -112,7 +115,7 @@ class Recipe(Settings):
     ``torchjd.`` and the name of a TorchJD weighting."""
     balancing: BalanceSettings = BalanceSettings()
     """Settings of those methods that have any."""
-    surgery: Literal[GRANULARITIES] = "model"  # type: ignore[valid-type]
+    balance_granularity: Literal[GRANULARITIES] = "model"  # type: ignore[valid-type]
     """What gets weights of its own: the whole model, each layer, or each tensor."""
     optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
     """adamw: Adam with decoupled weight decay, Adam itself when weight_decay is 0; lamb, for large
@@ -152,9 +155,9 @@ class Recipe(Settings):
     max_skipped: Count = 20
     """Stop after so many steps in a row whose loss or gradient was not finite (each is skipped);
     0: never."""
-    sinks: tuple[Literal[SINKS], ...] = ()  # type: ignore[valid-type]
+    loggers: tuple[Literal[LOGGERS], ...] = ()  # type: ignore[valid-type]
     """Where metrics go besides the run's folder: tensorboard, wandb, wandb_offline."""
-    watch_layers: Count = 0
+    log_layer_cosines_every: Count = 0
     """Steps between records of the cosines in each layer, for a picture of the conflicts; 0: none.
     Their Gram matrices cost every step one more pass over the task gradients."""
     checkpoint_every: Count = 0
@@ -298,12 +301,30 @@ def of_papers() -> list[str]:
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply overrides.
 
+    It warns (DeprecationWarning) of fields that are given by an old name.
+
     Args:
         name: a built-in recipe's name, or the path of a TOML file.
         overrides: ``key=value`` each; the value is read as TOML, or as text when it is none.
 
     Raises:
         InputError: no such recipe, no TOML, an unknown key, or a value out of range.
+    """
+    recipe, lines = read(name, overrides)
+    for line in lines:
+        warnings.warn(line, DeprecationWarning, stacklevel=2)
+    return recipe
+
+
+def read(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """Read a recipe as :func:`load` does; return a line for each old name instead of warning.
+
+    Args:
+        name: as for :func:`load`.
+        overrides: as for :func:`load`.
+
+    Raises:
+        InputError: as :func:`load`.
     """
     is_file = name.endswith(".toml")
     path = Path(name) if is_file else RECIPES / f"{name}.toml"
@@ -316,19 +337,21 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
         fields = parse_toml(read_bytes(path).decode("utf-8"))
     except ValueError as error:
         raise InputError(f"recipe {path}: not TOML ({error})") from None
+    fields, lines = _with_new_names(fields, f"recipe {name}")
     init, given = fields.get("init", ""), dict[str, Any]()
     for override in overrides:
-        _apply(fields, override)
+        lines += _apply(fields, override)
         _apply(given, override)
     try:
         recipe = Recipe.model_validate(fields)
     except ValidationError as error:
         raise InputError(f"recipe {name}: {first_problem(error, Recipe)}") from None
+    lines = list(dict.fromkeys(lines))
     if recipe.init in ("", init):
-        return recipe
+        return recipe, lines
     # The [encoder] of a file describes an encoder from scratch, or that of the file's own init.
     of_file = recipe.encoder.model_fields_set - given.get("encoder", {}).keys()
-    return recipe.model_copy(update={"encoder": recipe.encoder.without_shape(of_file)})
+    return recipe.model_copy(update={"encoder": recipe.encoder.without_shape(of_file)}), lines
 
 
 def override(key: str, value: object) -> str:
@@ -336,8 +359,8 @@ def override(key: str, value: object) -> str:
     return f"{key}={tomli_w.dumps({'v': value}).removeprefix('v = ').strip()}"
 
 
-def _apply(fields: dict[str, Any], override: str) -> None:
-    """Set one field of nested tables from ``a.b.c=value``."""
+def _apply(fields: dict[str, Any], override: str) -> list[str]:
+    """Set one field of nested tables from ``a.b.c=value``; return a line for each old name."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise InputError(f"--set {override}: expected key=value")
@@ -346,12 +369,27 @@ def _apply(fields: dict[str, Any], override: str) -> None:
             f"--set {override}: no value (is a shell variable unset?); give one, or {key}='\"\"' "
             "for an empty text"
         )
+    try:
+        value = parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        value = text.strip()
     *tables, last = key.strip().split(".")
-    for table in tables:
+    given = {last: value}
+    for table in reversed(tables):
+        given = {table: given}
+    given, lines = _with_new_names(given, f"--set {key.strip()}=…")
+    for _ in tables:
+        ((table, given),) = given.items()
         fields = fields.setdefault(table, {})
         if not isinstance(fields, dict):
             raise InputError(f"--set {override}: {table} has no fields of its own")
+    fields.update(given)
+    return lines
+
+
+def _with_new_names(fields: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     try:
-        fields[last] = parse_toml(f"value = {text}")["value"]
-    except ValueError:
-        fields[last] = text.strip()
+        fields, lines = with_new_names(fields)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    return fields, [f"{where}: {line}" for line in lines]

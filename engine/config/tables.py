@@ -19,7 +19,7 @@ CHANGEABLE = frozenset(("initializer_range", "hidden_dropout_prob", "attention_p
 class TaskRecipe(Settings):
     """How one task is read off the encoder."""
 
-    features: Literal[FEATURES]  # type: ignore[valid-type]
+    head: Literal[FEATURES]  # type: ignore[valid-type]
     """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
     difference, shared, cosine, cosine_shifted, pearson, cross
     (engine/models/heads/pair_features.py)."""
@@ -28,7 +28,7 @@ class TaskRecipe(Settings):
     that of a share of their range; mse."""
     weight: PositiveReal = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
-    first: Count = 0
+    first_n: Count = 0
     """Train on the first so many examples of the training set; 0: on all."""
     source: TaskSource | None = None
     """Where the examples come from and what they look like; a built-in task needs none."""

@@ -26,7 +26,7 @@ class Found(NamedTuple):
 
     Attributes:
         largest: examples of the largest task, or lines of the largest file.
-        texts: of all tasks and files, each cut to the objective's ``limit``.
+        texts: of all tasks and files, each cut to the objective's ``max_per_source``.
         notes: warnings about the files, a line each.
     """
 

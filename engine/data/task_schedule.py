@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..utils.rng import uniforms
 from .task_batch import Indices
 
-ORDERS = ("together", "sequential", "cycle", "round_robin", "annealed")
+TASK_SCHEDULES = ("together", "sequential", "cycle", "round_robin", "annealed")
 
 
 class ScheduledBatch(NamedTuple):
@@ -34,7 +34,7 @@ class TaskSchedule:
     """The batches of every step of a run, each of one task.
 
     Args:
-        name: one of ORDERS.
+        name: one of TASK_SCHEDULES.
         sizes: examples of each of the K tasks.
         batch_size: examples in a batch.
         epochs: passes; a pass goes once through the largest set (together, cycle), or once through

@@ -50,9 +50,9 @@ class Case(NamedTuple):
 
     @property
     def most_examples(self) -> int:
-        """Examples of the largest training set, after ``first``."""
+        """Examples of the largest training set, after ``first_n``."""
         return max(
-            min(count, self.recipe.tasks[task].first or count)
+            min(count, self.recipe.tasks[task].first_n or count)
             for task, count in self.facts.examples.items()
         )
 

@@ -109,7 +109,7 @@ def _falls(case: Case) -> bool:
 def _decides_epochs(case: Case) -> bool:
     """Return whether the epochs decide when training ends, or what is drawn."""
     recipe = case.recipe
-    return not 0 < recipe.max_steps < case.facts.epoch_steps or recipe.order == "annealed"
+    return not 0 < recipe.max_steps < case.facts.epoch_steps or recipe.task_schedule == "annealed"
 
 
 def _sums(case: Case) -> bool:
@@ -122,7 +122,7 @@ def _sums(case: Case) -> bool:
 
 def _has_shared(case: Case) -> bool:
     """Return whether balancing differs from the sum, as it does for parameters of several tasks."""
-    return not (case.facts.separate if case.recipe.surgery != "model" else _sums(case))
+    return not (case.facts.separate if case.recipe.balance_granularity != "model" else _sums(case))
 
 
 def _method_reads(case: Case) -> bool:
@@ -151,15 +151,15 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "data": Effect(
             lambda case: reads_data_folder(case.recipe), "no file of a task is looked for there"
         ),
-        "tasks.NAME.features": ALWAYS,
+        "tasks.NAME.head": ALWAYS,
         "tasks.NAME.loss": Effect(_reads_loss, "{case.owner} is not trained", off="default"),
         "tasks.NAME.weight": Effect(_is_trained, "{case.owner} is not trained", off=1),
-        "tasks.NAME.first": Effect(
+        "tasks.NAME.first_n": Effect(
             _is_trained,
             "{case.owner} is not trained",
             off=0,
             also=_of_data(
-                lambda case: case.recipe.tasks[case.owner].first < case.examples,
+                lambda case: case.recipe.tasks[case.owner].first_n < case.examples,
                 "the training set has {case.examples} examples",
             ),
         ),
@@ -181,8 +181,8 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             (f"objectives.NAME.{name}" for name in ("kind", "sentences_of", "files", "weight")),
             ALWAYS,
         ),
-        "objectives.NAME.limit": _cuts_objective(
-            lambda case: case.objective.limit < case.texts.largest,
+        "objectives.NAME.max_per_source": _cuts_objective(
+            lambda case: case.objective.max_per_source < case.texts.largest,
             "no task or file has more than {case.texts.largest}",
         ),
         "objectives.NAME.max_texts": _cuts_objective(
@@ -228,7 +228,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "checkpoint_layers": Effect(
             _differentiates_encoder, "nothing in the encoder is trained", off=False
         ),
-        "order": Effect(
+        "task_schedule": Effect(
             lambda case: len(case.recipe.train) > 1,
             "{case.recipe.train[0]} is trained alone",
             off="together",
@@ -244,12 +244,12 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             "the epochs are over after {case.facts.epoch_steps} steps",
             off=0,
         ),
-        "limit": Effect(
+        "max_train_examples": Effect(
             _trains_tasks,
             "no task is trained; objectives have their own",
             off=0,
             also=_of_data(
-                lambda case: case.recipe.limit < case.most_examples,
+                lambda case: case.recipe.max_train_examples < case.most_examples,
                 "no training set has more than {case.most_examples} examples",
             ),
         ),
@@ -259,7 +259,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "balancing.*": Effect(
             _method_reads, "balance = {case.recipe.balance} does not read it here", also=_SHARED
         ),
-        "surgery": Effect(
+        "balance_granularity": Effect(
             lambda case: _balances(case) and case.recipe.balance != "sum",
             "all weights of the sum are 1",
             off="model",
@@ -281,8 +281,10 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         ),
         "log_every": _of_run_steps(off=Recipe.model_fields["log_every"].default),
         "checkpoint_every": _of_run_steps(off=0),
-        **dict.fromkeys(("seed", "log_mib", "keep_logs", "max_skipped", "sinks"), ALWAYS),
-        "watch_layers": Effect(_balances, "a step has one gradient, so no cosines", off=0),
+        **dict.fromkeys(("seed", "log_mib", "keep_logs", "max_skipped", "loggers"), ALWAYS),
+        "log_layer_cosines_every": Effect(
+            _balances, "a step has one gradient, so no cosines", off=0
+        ),
         **dict.fromkeys(("keep_checkpoints", "phases"), ALWAYS),
         "distribute": _SEVERAL_RANKS,
         "timeout": _SEVERAL_RANKS,

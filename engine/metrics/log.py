@@ -17,7 +17,7 @@ from torch import Tensor
 from ..distributed.ranks import Ranks
 from ..runtime.gpu import GpuMeter
 from .jsonl import StepLines
-from .loggers import Sink
+from .loggers import Logger
 from .step_report import StepReport
 
 STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
@@ -33,7 +33,7 @@ class MetricsLog:
         every: steps between two reads of the device.
         layers: names of the parameter groups whose Gram matrices the reports hold.
         layers_every: steps between two records of their cosines.
-        sinks: what else gets the lines.
+        loggers: what else gets the lines.
         gpu: sensors to read with each block, or None.
         ranks: the processes that train together; the main rank writes.
         limit: bytes from which on ``metrics.jsonl`` is put aside; 0: never.
@@ -48,7 +48,7 @@ class MetricsLog:
         *,
         layers: Sequence[str] = (),
         layers_every: int = 0,
-        sinks: Sequence[Sink] = (),
+        loggers: Sequence[Logger] = (),
         gpu: GpuMeter | None = None,
         ranks: Ranks | None = None,
         limit: int = 0,
@@ -57,7 +57,7 @@ class MetricsLog:
         self._steps = StepLines(folder / STEPS, limit=limit, keep=keep)
         self._evaluations = StepLines(folder / EVALUATIONS)
         self._every, self._layers, self._layers_every = every, tuple(layers), layers_every
-        self._sinks, self._gpu, self._ranks = sinks, gpu, ranks or Ranks()
+        self._loggers, self._gpu, self._ranks = loggers, gpu, ranks or Ranks()
         self.start = start
         """The first step of this log."""
         self._waiting: list[tuple[dict[str, Any], tuple[str, ...], Tensor]] = []
@@ -111,8 +111,8 @@ class MetricsLog:
             own = {task: _or_none(score) for task, score in scores.items()}
             line = {"step": steps_done, "split": "dev", "scores": own}
             self._evaluations.append([line])
-        for sink in self._sinks:
-            sink.log({"dev": scores}, steps_done)
+        for logger in self._loggers:
+            logger.log({"dev": scores}, steps_done)
 
     def flush(self) -> None:
         """Write what is waiting."""
@@ -135,8 +135,8 @@ class MetricsLog:
             lines[-1]["gpu"] = self._gpu.read()
         if self._ranks.is_main:
             self._steps.append(lines)
-        for sink, line in itertools.product(self._sinks, lines):
-            sink.log(line, line["step"])
+        for logger, line in itertools.product(self._loggers, lines):
+            logger.log(line, line["step"])
         self.latest = lines[-1]
         for line in lines:
             self.skipped = [*self.skipped, line["step"]] if line["skipped"] else []
@@ -148,9 +148,9 @@ class MetricsLog:
         self._tokens, self._since = 0, time.perf_counter()
 
     def close(self) -> None:
-        """Close the sinks; steps that wait for a block to fill are dropped."""
-        for sink in self._sinks:
-            sink.close()
+        """Close the loggers; steps that wait for a block to fill are dropped."""
+        for logger in self._loggers:
+            logger.close()
 
 
 def _expand(tasks: Sequence[str], layers: Sequence[str], row: list[float]) -> dict[str, Any]:

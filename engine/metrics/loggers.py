@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from ..utils.errors import InputError
 
-SINKS = ("tensorboard", "wandb", "wandb_offline")
+LOGGERS = ("tensorboard", "wandb", "wandb_offline")
 
 
-class Sink(Protocol):
+class Logger(Protocol):
     """Interface of a logger that takes nested dictionaries of numbers."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
@@ -65,8 +65,8 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def check_sinks(names: Sequence[str]) -> None:
-    """Check that what the sinks need is installed, and that W&B lets one in.
+def check_loggers(names: Sequence[str]) -> None:
+    """Check that what the loggers need is installed, and that W&B lets one in.
 
     Raises:
         InputError: it is not, or does not.
@@ -74,7 +74,7 @@ def check_sinks(names: Sequence[str]) -> None:
     for name in names:
         library = name.removesuffix("_offline")
         if find_spec(library) is None:
-            raise InputError(f"sinks: {name} needs the package {library} (pip install {library})")
+            raise InputError(f"loggers: {name} needs the package {library} (pip install {library})")
     if "wandb" in names:
         import wandb
 
@@ -90,18 +90,18 @@ def _wandb_explained() -> Iterator[None]:
     try:
         yield
     except (wandb.errors.Error, ValueError) as error:
-        raise InputError(f"sinks: wandb: {error}; or set sinks=['wandb_offline']") from None
+        raise InputError(f"loggers: wandb: {error}; or set loggers=['wandb_offline']") from None
 
 
-def open_sinks(
+def open_loggers(
     names: Sequence[str], folder: Path, recipe: Mapping[str, Any], start: int
-) -> list[Sink]:
-    """Open the sinks that a recipe names.
+) -> list[Logger]:
+    """Open the loggers that a recipe names.
 
     Args:
-        names: out of :data:`SINKS`.
+        names: out of :data:`LOGGERS`.
         folder: the run's.
-        recipe: all settings, for sinks that keep them.
+        recipe: all settings, for loggers that keep them.
         start: the first step that will come.
     """
     return [

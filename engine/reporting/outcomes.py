@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..config import recipe as recipes
 from ..config.messages import first_problem
 from ..config.recipe import Recipe
+from ..config.renamed import with_new_names
 from ..data.rows import shorten
 from ..runs.experiments import RESULTS, read_results
 from ..runs.run import Run, open_run
@@ -55,6 +63,11 @@ class Outcome(BaseModel):
     """On dev, of the best epoch, by task and ``overall``."""
     answers: dict[str, Findings] = {}
     """Summaries of the dev answers to each task, of the first run of a system."""
+
+    @field_validator("settings")
+    @classmethod
+    def _has_new_names(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return with_new_names(settings)[0]
 
     @model_validator(mode="after")
     def _is_of_its_recipe(self) -> Self:

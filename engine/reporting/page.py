@@ -102,7 +102,7 @@ def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
     _, rate = series(steps, "tokens_per_s")
     _, conflicts = series(steps, "conflict_rate")
     yield "tasks", ", ".join(recipe.trained)
-    yield "balance", f"{recipe.balance}, by {recipe.surgery}"
+    yield "balance", f"{recipe.balance}, by {recipe.balance_granularity}"
     yield "encoder", f"{run.config.num_hidden_layers} layers of {run.config.hidden_size}"
     yield "steps", f"{len(steps):,}"
     yield "tokens", f"{sum(line['tokens'] for line in steps):,}"
@@ -164,7 +164,10 @@ def _layers(steps: list[Json]) -> Section:
     means = zip(pairs, _mean(cosines), strict=True)
     shown = plots.extremes({pair: mean for pair, mean in means if not np.isnan(mean)})
     if not shown:
-        hint = "Nothing was recorded: that takes two tasks in a step and --set watch_layers=10."
+        hint = (
+            "Nothing was recorded: that takes two tasks in a step and --set "
+            "log_layer_cosines_every=10."
+        )
         return Section("Conflict by layer", hint, [])
     columns = [pairs.index(pair) for pair in shown]
     some = f" ({len(shown)} of {len(pairs):,} pairs)" if len(shown) < len(pairs) else ""

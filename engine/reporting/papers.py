@@ -21,7 +21,7 @@ TASKS = ("sst", "quora", "sts", "cfimdb", "overall")
 _NOT_SETTINGS = {
     *("description", "paper", "data", "init", "seed", "encoder", "log_every", "checkpoint_every"),
     *("keep_checkpoints", "on_bad_row", "precision", "execution", "max_graphs", "distribute"),
-    *("timeout", "sinks", "watch_layers", "max_skipped"),
+    *("timeout", "loggers", "log_layer_cosines_every", "max_skipped"),
 }
 _BERT_BASE = (12, 768)
 """Layers and width of the encoder that all five papers start from."""
@@ -176,7 +176,11 @@ def _from_paper(outcome: Outcome) -> Iterator[str]:
     if not outcome.pretrained:
         yield "encoder from scratch"
     for task in (task for task in _TRAINING_EXAMPLES if task in outcome.examples):
-        most = min(cut for cut in (recipe.limit, recipe.tasks[task].first, sys.maxsize) if cut)
+        most = min(
+            cut
+            for cut in (recipe.max_train_examples, recipe.tasks[task].first_n, sys.maxsize)
+            if cut
+        )
         ours, theirs = (min(of[task], most) for of in (outcome.examples, _TRAINING_EXAMPLES))
         if ours != theirs:
             yield f"{task} {ours:,} training examples ({theirs:,})"

@@ -20,8 +20,8 @@ _WITHOUT_EFFECT_ON_SCORES = {
     "max_skipped",
     "threads",
     "timeout",
-    "sinks",
-    "watch_layers",
+    "loggers",
+    "log_layer_cosines_every",
 }
 
 _FREE_TO_CHANGE = _WITHOUT_EFFECT_ON_SCORES | {"max_steps", "data", "init"}

@@ -106,7 +106,7 @@ class Run(NamedTuple):
             labelled=labelled,
             on_bad_row=on_bad_row or self.recipe.on_bad_row,
         )
-        if split.columns == 2 and self.recipe.tasks[form.task].features == CROSS:
+        if split.columns == 2 and self.recipe.tasks[form.task].head == CROSS:
             return join_pairs(split, self.tokenizer, self.max_length)
         return split
 
@@ -141,7 +141,7 @@ class Run(NamedTuple):
         return MultitaskModel(
             self.config,
             list(self.recipe.formats.values()),
-            {task: settings.features for task, settings in self.recipe.tasks.items()},
+            {task: settings.head for task, settings in self.recipe.tasks.items()},
             pooling=self.recipe.pooling,
             dropout_p=self.recipe.dropout,
             losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
@@ -273,7 +273,7 @@ def open_run(folder: Path) -> Run:
     """
     if not isfile(folder / "recipe.toml"):
         raise InputError(f"{folder}: holds no run (no recipe.toml); give a run's folder")
-    recipe = recipes.load(str(folder / "recipe.toml"))
+    recipe, _ = recipes.read(str(folder / "recipe.toml"))
     config = hf_weights.read_config(folder)
     if recipe.init:
         encoder, _ = EncoderRecipe().of_model(config, str(folder / "config.json"))

@@ -30,7 +30,7 @@ def objective_texts(recipe: Recipe, name: str) -> tuple[list[str], Found]:
     texts, sizes, notes = list[str](), list[int](), list[str]()
     for task in _tasks_of(recipe, name):
         table = training_table(recipe, task)
-        texts += sentences_of(table, task, settings.limit, recipe.seed)
+        texts += sentences_of(table, task, settings.max_per_source, recipe.seed)
         sizes.append(len(table))
         said = lines_on(origin(recipe, task, "train").name, table.notes)
         notes += [f"{task}: {line}" for line in said]
@@ -38,7 +38,7 @@ def objective_texts(recipe: Recipe, name: str) -> tuple[list[str], Found]:
         notes += [f"{name}: {count} rows of {task} skipped ({why})" for why, count in skipped]
     for path in _files_of(recipe, name):
         lines = lines_of(path)
-        texts += lines.texts[: settings.limit or None]
+        texts += lines.texts[: settings.max_per_source or None]
         sizes.append(len(lines.texts))
         notes += [f"{name}: {line}" for line in lines_on(path.name, lines.notes)]
     found = Found(max(sizes), len(texts), tuple(notes))

@@ -15,7 +15,7 @@ from ..distributed.ranks import Ranks
 from ..gradients.balancing import TORCHJD, Balancer, TrainedTasks, build_method
 from ..gradients.flat_parameters import FlatParameters
 from ..gradients.groups import ParamGroups
-from ..metrics.loggers import check_sinks
+from ..metrics.loggers import check_loggers
 from ..models.multitask import MultitaskModel
 from ..optim.apex import CLASSES as APEX
 from ..optim.build import build_optimizer
@@ -40,7 +40,7 @@ def build_trainer(
         InputError: data or weights cannot be used.
     """
     recipe, ranks = list(run.recipe.in_phases.values())[phase], ranks or Ranks()
-    check_sinks(recipe.sinks if ranks.is_main else ())
+    check_loggers(recipe.loggers if ranks.is_main else ())
     sharded = ranks.size > 1 and recipe.distribute == "sharded"
     if sharded and recipe.optimizer != "adamw":
         raise InputError(
@@ -49,13 +49,15 @@ def build_trainer(
     train_sets = [_examples(run, name) for name in recipe.train]
     samplers = [_sampler(examples, recipe) for examples in train_sets]
     sizes = tuple(len(sampler) for sampler in samplers)
-    order = TaskSchedule(recipe.order, sizes, recipe.batch_size, recipe.epochs, recipe.seed)
-    _check_division(recipe, order, ranks.size)
-    take_turns = order.tasks_a_step < len(recipe.train)
+    task_schedule = TaskSchedule(
+        recipe.task_schedule, sizes, recipe.batch_size, recipe.epochs, recipe.seed
+    )
+    _check_division(recipe, task_schedule, ranks.size)
+    take_turns = task_schedule.tasks_a_step < len(recipe.train)
     tasks = TrainedTasks(recipe.train, sizes)
     balance = "sum" if has_one_gradient(recipe) else recipe.balance
     method = build_method(balance, tasks, recipe.balancing)
-    total_steps = min(order.total_steps, recipe.max_steps or sys.maxsize)
+    total_steps = min(task_schedule.total_steps, recipe.max_steps or sys.maxsize)
     model = run.initial_model(phase).train()
     _check_batches(recipe, run.config.hidden_size, device)
     model.encoder.checkpoint_layers = recipe.checkpoint_layers
@@ -90,8 +92,10 @@ def build_trainer(
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
     )
-    groups = ParamGroups(parameters, recipe.train, "model" if take_turns else recipe.surgery)
-    watch = recipe.watch_layers > 0 and not take_turns
+    groups = ParamGroups(
+        parameters, recipe.train, "model" if take_turns else recipe.balance_granularity
+    )
+    watch = recipe.log_layer_cosines_every > 0 and not take_turns
     return Trainer(
         run=run,
         phase=phase,
@@ -127,7 +131,7 @@ def build_trainer(
             warmup_steps=round(recipe.warmup * total_steps),
             total_steps=total_steps,
         ),
-        task_schedule=order,
+        task_schedule=task_schedule,
         total_steps=total_steps,
     )
 
@@ -157,8 +161,10 @@ def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
     subset = None
     if isinstance(examples, TokenizedSplit):
         assert examples.labels is not None, f"training split of {examples.task} has no labels"
-        labels = examples.labels[: recipe.tasks[examples.task].first or None]
-        subset = stratified_subset(labels, recipe.limit or len(labels), examples.task, recipe.seed)
+        labels = examples.labels[: recipe.tasks[examples.task].first_n or None]
+        subset = stratified_subset(
+            labels, recipe.max_train_examples or len(labels), examples.task, recipe.seed
+        )
     return TaskSampler(examples.task, len(examples), recipe.batch_size, recipe.seed, subset)
 
 
@@ -174,13 +180,13 @@ def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:
     check_memory(wanted, smaller_batches(recipe.batch_size, recipe.micro_batches))
 
 
-def _check_division(recipe: Recipe, order: TaskSchedule, ranks: int) -> None:
+def _check_division(recipe: Recipe, task_schedule: TaskSchedule, ranks: int) -> None:
     """Refuse batches with fewer examples than ranks and micro-batches need.
 
     Raises:
         InputError: the batches are too small; the message says what to raise.
     """
-    examples = recipe.batch_size * order.tasks_a_step
+    examples = recipe.batch_size * task_schedule.tasks_a_step
     shares = ranks * recipe.micro_batches
     if examples < ranks or (recipe.micro_batches > 1 and recipe.batch_size < shares):
         raise InputError(
@@ -191,7 +197,7 @@ def _check_division(recipe: Recipe, order: TaskSchedule, ranks: int) -> None:
 
 def has_one_gradient(recipe: Recipe) -> bool:
     """Return whether a step has the gradient of one task alone, so that nothing is balanced."""
-    return recipe.order != "together" or len(recipe.train) == 1
+    return recipe.task_schedule != "together" or len(recipe.train) == 1
 
 
 def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:

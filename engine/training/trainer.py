@@ -17,7 +17,7 @@ from ..distributed.gradient_sync import NoSync
 from ..distributed.ranks import Ranks
 from ..gradients.flat_parameters import FlatParameters
 from ..metrics.log import MetricsLog
-from ..metrics.loggers import open_sinks
+from ..metrics.loggers import open_loggers
 from ..models.multitask import MultitaskModel
 from ..optim.build import Optimizer
 from ..optim.lr_schedule import Schedule
@@ -91,14 +91,14 @@ class Trainer:
     def log(self, start: int) -> MetricsLog:
         """Return the log of the steps from ``start`` on."""
         recipe, folder, watched = self.recipe, self.run.folder, self.step.watched
-        sinks = recipe.sinks if self.ranks.is_main else ()
+        loggers = recipe.loggers if self.ranks.is_main else ()
         return MetricsLog(
             folder,
             start,
             recipe.log_every,
             layers=() if watched is None else watched.names,
-            layers_every=recipe.watch_layers,
-            sinks=open_sinks(sinks, folder, recipe.model_dump(mode="json"), start),
+            layers_every=recipe.log_layer_cosines_every,
+            loggers=open_loggers(loggers, folder, recipe.model_dump(mode="json"), start),
             gpu=GpuMeter.find(self.device),
             ranks=self.ranks,
             limit=recipe.log_mib << 20,

@@ -70,6 +70,16 @@ RETIRED = (
     Retired(
         r"bench[./](?:peers|step_parts|new_user)", "baselines, step_breakdown, readme_walkthrough"
     ),
+    # Fields of a recipe.
+    Retired("watch_layers", "log_layer_cosines_every"),
+    Retired(
+        r"--set (?:\S+ )*['\"]?(?:surgery|order|limit|sinks)=\S+",
+        "balance_granularity, task_schedule, max_train_examples, loggers",
+    ),
+    Retired(
+        r"(?:tasks\.\w+\.(?:features|first(?!_))|objectives\.\w+\.limit)",
+        "tasks.NAME.head, tasks.NAME.first_n, objectives.NAME.max_per_source",
+    ),
     # Identifiers.
     *_names(
         {

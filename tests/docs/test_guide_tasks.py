@@ -12,7 +12,7 @@ from examples import five_tasks
 
 GUIDE = five_tasks.GUIDE.read_text(encoding="utf-8")
 PROGRAMS = {"train": train.main, "evaluate": evaluate.main, "predict": predict.main}
-SMALL = ["--set", "encoder.hidden_size=32", "encoder.num_hidden_layers=1", "limit=64"]
+SMALL = ["--set", "encoder.hidden_size=32", "encoder.num_hidden_layers=1", "max_train_examples=64"]
 
 
 @pytest.fixture

@@ -39,6 +39,11 @@ def test_the_repository_has_none() -> None:
         "kernels/hf.py",
         "python -m bench.peers",
         "tests/faults",
+        "`watch_layers=10`",
+        "--set lr=1e-4 order=cycle",
+        "--set 'sinks=[]'",
+        "tasks.sst.features=single",
+        "objectives.NAME.limit",
     ],
 )
 def test_what_is_found_in_text_and_comments(text: str) -> None:
@@ -62,6 +67,8 @@ def test_what_is_found_in_identifiers(name: str) -> None:
         "regions of an image, published in order",
         "engine.training.trainer and engine/data/collate.py",
         "stands beside the layer",
+        "the order=… of a call, a limit = 3",
+        "--set task_schedule=cycle tasks.sst.first_n=3",
         "by the library implementation",
     ],
 )

@@ -10,7 +10,7 @@ from engine.train import main
 from .small_models import make_batch, make_model  # noqa: F401 (fixtures)
 
 SHORT = [
-    "limit=64",  # two steps an epoch
+    "max_train_examples=64",  # two steps an epoch
     "epochs=3",
     "log_every=1",
     "precision=fp32",  # what the tests compare must not depend on the machine's instructions

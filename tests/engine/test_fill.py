@@ -8,7 +8,7 @@ from engine.utils.errors import InputError
 
 PRETRAIN = (
     "objectives.masked_lm.sentences_of=['sst']",
-    "objectives.masked_lm.limit=1000",
+    "objectives.masked_lm.max_per_source=1000",
     "phases.pretrain.epochs=12",
     "phases.pretrain.batch_size=32",
     "lr=5e-3",

@@ -33,7 +33,7 @@ batch_size = 4
 max_steps = 2
 log_every = 1
 checkpoint_every = 1
-watch_layers = 1
+log_layer_cosines_every = 1
 [encoder]
 hidden_size = 16
 num_hidden_layers = 1
@@ -50,7 +50,7 @@ def task(
     kind, texts, head = ("pair_", ["a", "b"], "shared") if pair else ("", ["a"], "single")
     return f"""
 [tasks.{json.dumps(name)}]
-features = "{head}"
+head = "{head}"
 [tasks.{json.dumps(name)}.source]
 kind = "{kind}classification"
 text = {texts}
@@ -105,7 +105,7 @@ def run(data, tmp_path_factory) -> Path:
     tables = [task(name, pair=n % 2 == 1) for n, name in enumerate(AWKWARD)]
     tables += [objective("pop"), objective("to", "simcse")]
     names = [*AWKWARD, *OBJECTIVES]
-    settings = ["--set", "sinks=['tensorboard']"]
+    settings = ["--set", "loggers=['tensorboard']"]
     assert begin(data, folder, names, *tables, options=["--max-steps", "1", *settings]) == 0
     assert begin(data, folder, names, *tables, options=["--resume", *settings]) == 0
     return folder

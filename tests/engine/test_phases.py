@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.config import recipe as recipes
-from engine.data.task_schedule import ORDERS
+from engine.data.task_schedule import TASK_SCHEDULES
 from engine.metrics.log import MetricsLog
 from engine.runs.run import open_run
 from engine.train import main
@@ -54,7 +54,7 @@ def test_a_phase_goes_on_from_the_last_ones_weights(tiny_run):
 
 
 def test_turns_resume_to_the_bit(tiny_run, monkeypatch):
-    settings = ("order=annealed", "epochs=1")
+    settings = ("task_schedule=annealed", "epochs=1")
     whole = tiny_run("whole", settings=settings)
     lines = metrics(whole)
     assert len(lines) == 6  # two batches of each of three tasks
@@ -64,9 +64,9 @@ def test_turns_resume_to_the_bit(tiny_run, monkeypatch):
     assert_same_run(resumed, whole)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", TASK_SCHEDULES)
 def test_every_order_trains_every_task(tiny_run, order):
-    lines = metrics(tiny_run("run", settings=(f"order={order}", "epochs=1")))
+    lines = metrics(tiny_run("run", settings=(f"task_schedule={order}", "epochs=1")))
     assert [len(line["losses"]) for line in lines] == ([3, 3] if order == "together" else [1] * 6)
     assert {task for line in lines for task in line["losses"]} == {"sst", "quora", "sts"}
     assert not any(line["skipped"] for line in lines)

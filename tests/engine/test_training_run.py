@@ -42,7 +42,9 @@ def test_the_same_seed_gives_the_same_bits(tiny_run):
         pytest.param(0, (), id="before the first checkpoint"),
         pytest.param(3, ("checkpoint_every=1",), id="at a checkpoint"),
         pytest.param(4, (), id="past a checkpoint, its line already written"),
-        pytest.param(4, ("balance=gradvac", "surgery=layer"), id="with a method that remembers"),
+        pytest.param(
+            4, ("balance=gradvac", "balance_granularity=layer"), id="with a method that remembers"
+        ),
         pytest.param(4, ("precision=fp16", "tasks.sst.weight=1e4"), id="with a loss scale"),
         pytest.param(4, ("optimizer=lamb", "lr=0.01"), id="with LAMB"),
     ],
@@ -106,7 +108,9 @@ def test_untrained_heads_stay_as_initialised(tiny_run, precision):
 
 @pytest.mark.parametrize("surgery", ["layer", "tensor"])
 def test_surgery_by_layer_and_by_tensor_runs(tiny_run, surgery):
-    lines = metrics(tiny_run("run", "--max-steps", "2", settings=(f"surgery={surgery}",)))
+    lines = metrics(
+        tiny_run("run", "--max-steps", "2", settings=(f"balance_granularity={surgery}",))
+    )
     whole = metrics(tiny_run("whole", "--max-steps", "2"))
     assert lines[0]["cosines"] == pytest.approx(whole[0]["cosines"], abs=1e-5)
     assert lines[1]["losses"] != whole[1]["losses"]

@@ -70,7 +70,7 @@ def lead_elsewhere(base: Base, here: Path, draw: random.Random) -> Given:
 
 
 def _own_task(source: dict[str, object]) -> list[str]:
-    task = {"own": {"features": "single", "source": source}}
+    task = {"own": {"head": "single", "source": source}}
     return [f"tasks={toml_line(task)}", "train=['own']"]
 
 
@@ -106,8 +106,8 @@ def write_odd_texts(base: Base, here: Path, draw: random.Random) -> Given:
     for file in files.values():
         Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"kind": "classification", "text": ["text"], "id": "id", "classes": classes}
-    own = {"features": "single", "source": source | {"label": "label", "files": files}}
-    tasks, train = {"sst": {"features": "single"}, "own": own}, ["own", "sst"]
+    own = {"head": "single", "source": source | {"label": "label", "files": files}}
+    tasks, train = {"sst": {"head": "single"}, "own": own}, ["own", "sst"]
     settings = [f"tasks={toml_line(tasks)}", f"train={train if 'train' in splits else ['sst']}"]
     program, arguments = draw.choice(_uses(base, here, *files.values(), settings=settings))
     return f"{len(classes)} classes, {splits}, {' '.join(map(ascii, bad))}", program, arguments

@@ -54,7 +54,12 @@ _ROOM = 4 << 30
 
 TINY = [
     *("encoder.hidden_size=32", "encoder.num_hidden_layers=1", "encoder.num_attention_heads=2"),
-    *("encoder.intermediate_size=48", "encoder.vocab_size=256", "limit=32", "precision=fp32"),
+    *(
+        "encoder.intermediate_size=48",
+        "encoder.vocab_size=256",
+        "max_train_examples=32",
+        "precision=fp32",
+    ),
 ]
 _SOURCE = TaskSource(
     kind="pair_classification",
@@ -186,7 +191,7 @@ def _text_kinds(run: Run, folder: Path) -> list[Kind]:
         Kind("JSON line", 5, json_lines.splitlines()[0], _table("intent", "jsonl"), structured),
         Kind("Parquet", 4, table.read_bytes(), _table("intent", "parquet")),
         Kind("recipe", 15, toml, _recipe(folder / "corrupted.toml"), (corrupt_bytes, corrupt_toml)),
-        Kind("override", 8, b"tasks.sts.features=cosine", _override),
+        Kind("override", 8, b"tasks.sts.head=cosine", _override),
         Kind("model config", 12, (model / "config.json").read_bytes(), _config(model), structured),
         Kind("tokenizer", 4, run.tokenizer.to_json().encode(), _tokenizer(model), structured),
         Kind("vocabulary", 2, vocabulary, _vocabulary(folder / "words")),

@@ -23,7 +23,7 @@ WAYS = ("resume", "torchrun")
 
 _SETTINGS = [
     *("encoder.hidden_size=32", "encoder.num_hidden_layers=2", "encoder.num_attention_heads=2"),
-    *("encoder.intermediate_size=48", "encoder.vocab_size=256", "limit=320"),
+    *("encoder.intermediate_size=48", "encoder.vocab_size=256", "max_train_examples=320"),
     *("checkpoint_every=2", "log_every=1", "timeout=30"),
 ]
 

@@ -30,7 +30,7 @@ from .fuzz_commands import corrupt_file
 
 _SETTINGS: list[tuple[str, ...]] = [
     *((), (), ("lr=1e-3",), ("seed=1",), ("batch_size=4",), ("balance=sum",), ("dropout=0",)),
-    *(("train=['sst']",), ("order=cycle",), ("epochs=2",)),
+    *(("train=['sst']",), ("task_schedule=cycle",), ("epochs=2",)),
 ]
 _DIVERGING = ("lr=1e18", "warmup=0", "schedule=constant")
 _SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]

@@ -47,7 +47,7 @@ _SOURCE = {
     "delimiter": "tab",
 }
 WHOLE = {
-    "tasks": {"sst": {"features": "single"}, "own": {"features": "single", "source": _SOURCE}},
+    "tasks": {"sst": {"head": "single"}, "own": {"head": "single", "source": _SOURCE}},
     "objectives": {"lm": {"kind": "masked_lm"}},
     "phases": {"one": {"lr": 1e-4}, "two": {"lr": 1e-3}},
 }
@@ -153,7 +153,7 @@ def _names() -> Iterator[Setting]:
     """Yield tasks, objectives, phases and classes under names that something else has."""
     attributes = sorted({name for module in _MODULES for name in dir(module)} | {"overall", "pair"})
     for name in attributes:
-        task = {name: {"features": "single", "source": _SOURCE}}
+        task = {name: {"head": "single", "source": _SOURCE}}
         yield (f"tasks={toml_line(task)}", f"train={toml_line([name])}")
     for name in [name for name in attributes if not name.startswith("__")][::3]:
         yield (
@@ -166,4 +166,4 @@ def _names() -> Iterator[Setting]:
             f"phases={toml_line(phases)}",
         )
     source = _SOURCE | {"classes": 3000}
-    yield (f"tasks={toml_line({'own': {'features': 'single', 'source': source}})}", "train=['own']")
+    yield (f"tasks={toml_line({'own': {'head': 'single', 'source': source}})}", "train=['own']")

@@ -121,7 +121,7 @@ class Head(nn.Module, ABC):
         allowed = cls.features_for(settings.task)
         if settings.features not in allowed:
             raise InputError(
-                f"tasks.{settings.name}.features = {settings.features!r}: expected "
+                f"tasks.{settings.name}.head = {settings.features!r}: expected "
                 f"{' or '.join(allowed)}"
             )
         if settings.loss not in cls.known_losses:

@@ -50,13 +50,13 @@ def test_no_system_of_a_paper_is_left_out():
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("vgs", {"limit": 6016, "balance": "pcgrad"}),
-        ("cgs", {"limit": 6016, "balance": "pcgrad"}),
-        ("superbert", {"limit": 6016, "balance": "pcgrad"}),
-        ("mtl-sbert-ce", {"limit": 0, "balance": "pcgrad"}),
+        ("vgs", {"max_train_examples": 6016, "balance": "pcgrad"}),
+        ("cgs", {"max_train_examples": 6016, "balance": "pcgrad"}),
+        ("superbert", {"max_train_examples": 6016, "balance": "pcgrad"}),
+        ("mtl-sbert-ce", {"max_train_examples": 0, "balance": "pcgrad"}),
         ("mtl-main-aux", {"balance": "main_aux"}),
-        ("mtb-cosine", {"order": "cycle", "adapter_width": 0, "freeze_encoder": False}),
-        ("mtb-cosine-pals", {"order": "cycle", "adapter_width": 204}),
+        ("mtb-cosine", {"task_schedule": "cycle", "adapter_width": 0, "freeze_encoder": False}),
+        ("mtb-cosine-pals", {"task_schedule": "cycle", "adapter_width": 204}),
         ("sst-linear", {"freeze_encoder": True}),
         ("cfimdb-full", {"freeze_encoder": False}),
         ("bert-frozen", {"freeze_encoder": True}),
@@ -72,7 +72,7 @@ def test_what_tells_a_system_from_others(name, settings):
 
 
 @pytest.mark.parametrize(
-    ("name", "features"),
+    ("name", "heads"),
     [
         ("vgs", ("single", "mean", "mean")),
         ("cgs", ("single", "concat", "cosine")),
@@ -92,9 +92,9 @@ def test_what_tells_a_system_from_others(name, settings):
         ("three-phase-lstm", ("bilstm", "shared", "shared")),
     ],
 )
-def test_a_system_has_its_papers_heads(name, features):
+def test_a_system_has_its_papers_heads(name, heads):
     tasks = recipes.load(name).tasks
-    assert tuple(tasks[task].features for task in ("sst", "quora", "sts")) == features
+    assert tuple(tasks[task].head for task in ("sst", "quora", "sts")) == heads
     assert tasks["sts"].loss == ("cross_entropy" if name == "mtl-sbert-ce" else "default")
 
 
@@ -117,14 +117,14 @@ def test_the_contrastive_phase():
         assert list(recipe.in_phases) == ["contrast", "finetune"]
         text = recipe.objectives["simcse"]
         assert (text.kind, text.temperature) == ("simcse", 0.05)
-        assert text.limit == text.max_texts == 25_000
+        assert text.max_per_source == text.max_texts == 25_000
 
 
 def test_the_first_quora_pairs_and_all_of_the_rest():
     for name in (name for name in recipes.names() if name.startswith("mtb-")):
         recipe = recipes.load(name)
-        first = {task: settings.first for task, settings in recipe.tasks.items()}
-        assert (recipe.limit, first) == (0, {"sst": 0, "quora": 10_000, "sts": 0})
+        first = {task: settings.first_n for task, settings in recipe.tasks.items()}
+        assert (recipe.max_train_examples, first) == (0, {"sst": 0, "quora": 10_000, "sts": 0})
 
 
 def test_three_phases():
@@ -166,9 +166,9 @@ def test_any_field_can_be_set(override, field, value):
 
 
 def test_nested_fields_can_be_set():
-    recipe = recipes.load("cgs", ["tasks.quora.features=difference", "encoder.hidden_size=64"])
-    assert recipe.tasks["quora"].features == "difference"
-    assert recipe.tasks["sts"].features == "cosine"
+    recipe = recipes.load("cgs", ["tasks.quora.head=difference", "encoder.hidden_size=64"])
+    assert recipe.tasks["quora"].head == "difference"
+    assert recipe.tasks["sts"].head == "cosine"
     assert recipe.encoder.hidden_size == 64
 
 

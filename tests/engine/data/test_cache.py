@@ -328,7 +328,7 @@ def test_a_cache_that_does_not_keep_owners(demo, tokenizer, tmp_path, monkeypatc
 
 def test_the_demo_corpus_of_others_is_not_read(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("SUPERBERT_CACHE", str(tmp_path))
-    folder = data_folder(Recipe(tasks={"sst": {"features": "single"}}, train=("sst",)))
+    folder = data_folder(Recipe(tasks={"sst": {"head": "single"}}, train=("sst",)))
     folder.chmod(0o777)
     with pytest.raises(InputError, match=r"the demo corpus is not read from .* remove it"):
-        data_folder(Recipe(tasks={"sst": {"features": "single"}}, train=("sst",)))
+        data_folder(Recipe(tasks={"sst": {"head": "single"}}, train=("sst",)))

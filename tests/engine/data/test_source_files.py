@@ -15,7 +15,7 @@ from ..conftest import TINY
 RECIPE = """
 train = ["films"]
 [tasks.films]
-features = "single"
+head = "single"
 [tasks.films.source]
 kind = "classification"
 text = ["sentence"]

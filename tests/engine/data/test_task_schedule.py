@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.data.task_schedule import ORDERS, ScheduledBatch, TaskSchedule
+from engine.data.task_schedule import TASK_SCHEDULES, ScheduledBatch, TaskSchedule
 
 SIZES = (50, 20, 90)  # 5, 2 and 9 batches of 10
 
@@ -57,7 +57,7 @@ def test_annealed_differs_by_seed_and_not_by_call():
     assert scheduled_batches("annealed")[1] != scheduled_batches("annealed", seed=1)[1]
 
 
-@pytest.mark.parametrize("name", ORDERS[1:])
+@pytest.mark.parametrize("name", TASK_SCHEDULES[1:])
 def test_a_tasks_batches_follow_one_another(name):
     _, drawn = scheduled_batches(name, epochs=3)
     for task in range(3):

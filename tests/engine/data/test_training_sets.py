@@ -26,13 +26,13 @@ def drawn(built: Trainer, task: str) -> np.ndarray:
 
 
 def test_a_task_is_cut_to_the_examples_that_come_first(tmp_path):
-    built = training(tmp_path, "demo", "limit=0", "tasks.quora.first=40")
+    built = training(tmp_path, "demo", "max_train_examples=0", "tasks.quora.first_n=40")
     np.testing.assert_array_equal(drawn(built, "quora"), np.arange(40))
     assert len(drawn(built, "sst")) == len(built.train_sets[0])
 
 
 def test_of_these_a_limit_takes_a_share_of_each_label(tmp_path):
-    built = training(tmp_path, "demo", "limit=10", "tasks.quora.first=40")
+    built = training(tmp_path, "demo", "max_train_examples=10", "tasks.quora.first_n=40")
     chosen = drawn(built, "quora")
     assert len(chosen) == 10
     assert chosen.max() < 40
@@ -41,7 +41,7 @@ def test_of_these_a_limit_takes_a_share_of_each_label(tmp_path):
 
 
 def test_more_than_there_are_is_all(tmp_path):
-    built = training(tmp_path, "demo", "limit=0", "tasks.sts.first=1000000")
+    built = training(tmp_path, "demo", "max_train_examples=0", "tasks.sts.first_n=1000000")
     assert len(drawn(built, "sts")) == len(built.train_sets[2])
 
 
@@ -49,7 +49,7 @@ def test_simcse_takes_the_first_lines_of_any_file(tmp_path):
     lines = [f"the {noun} was {word}" for noun in ("plot", "film") for word in ("good", "bad")]
     (tmp_path / "lines.txt").write_text("\n\n".join(lines))
     files = f"objectives.simcse.files=['{tmp_path}/lines.txt']"
-    built = training(tmp_path, "mtb-cosine-simcse", files, "objectives.simcse.limit=3")
+    built = training(tmp_path, "mtb-cosine-simcse", files, "objectives.simcse.max_per_source=3")
     (sentences,) = built.train_sets
     decode = built.run.tokenizer.decode
     assert [decode(tokens[1:-1].tolist()) for tokens in sentences.sentences] == lines[:3]
@@ -67,6 +67,6 @@ def test_without_a_file_simcse_takes_the_tasks_own_sentences_up_to_its_limit(tmp
 )
 def test_masked_lm_joins_the_short_sentences_of_some_examples(tmp_path, task, short, sequences):
     """In twos: of 100 examples, or the two of each pair; longer texts stay by themselves."""
-    settings = (f"sentences_of=['{task}']", f"short={short}", "limit=100")
+    settings = (f"sentences_of=['{task}']", f"short={short}", "max_train_examples=100")
     built = training(tmp_path, "superbert", *(f"objectives.masked_lm.{s}" for s in settings))
     assert len(built.train_sets[0]) == sequences

@@ -24,7 +24,7 @@ from ..launch import launch
 pytestmark = pytest.mark.long
 
 EXACTLY = (
-    "limit=640",  # one evaluation, at the end
+    "max_train_examples=640",  # one evaluation, at the end
     "schedule=constant",
     "warmup=0",
     "dropout=0",
@@ -33,11 +33,16 @@ EXACTLY = (
 )
 CASES = {
     "sharded": ("max_steps=6",),
-    "replicated": ("distribute=replicated", "surgery=tensor", "max_steps=3"),
+    "replicated": ("distribute=replicated", "balance_granularity=tensor", "max_steps=3"),
     "uneven": ("batch_size=7", "max_steps=3", "clip_norm=0.5", "weight_decay=0.1"),
-    "a task on one rank": ("batch_size=1", "max_steps=3", "surgery=layer", "balance=gradvac"),
+    "a task on one rank": (
+        "batch_size=1",
+        "max_steps=3",
+        "balance_granularity=layer",
+        "balance=gradvac",
+    ),
     "parted": ("micro_batches=3", "checkpoint_layers=true", "max_steps=2"),
-    "in turns": ("order=cycle", "max_steps=4"),
+    "in turns": ("task_schedule=cycle", "max_steps=4"),
 }
 STOPPED = "max_steps=3"
 

@@ -86,7 +86,13 @@ def test_a_full_disk_of_one_rank_stops_all_in_one_line_each(tmp_path):
 
 def test_a_loss_that_is_not_finite_is_skipped_by_all_ranks(tmp_path):
     """At such a rate nothing is finite after the first update; epochs are longer than that."""
-    settings = ("lr=1e18", "schedule=constant", "warmup=0", "max_skipped=2", "limit=512")
+    settings = (
+        "lr=1e18",
+        "schedule=constant",
+        "warmup=0",
+        "max_skipped=2",
+        "max_train_examples=512",
+    )
     processes = start(2, [arguments(tmp_path / "run", *settings)], tmp_path / "log")
     assert [process.wait(timeout=60) for process in processes] == [DIVERGED, DIVERGED]
     for rank in range(2):

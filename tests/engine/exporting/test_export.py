@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 # From wide weights, sentences differ by far more than fp32 rounds, also in their first tokens.
 WIDE = "encoder.initializer_range=0.5"
 LABELS = {"candidate_labels": ["a", "b"]}
-HEADS = ("tasks.sst.features=single", "tasks.quora.features=difference")
+HEADS = ("tasks.sst.head=single", "tasks.quora.head=difference")
 
 # transformers and sentence-transformers warn of what they deprecate themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -174,7 +174,7 @@ READ = {
 @pytest.mark.parametrize("heads", READ)
 def test_the_cards_example_predicts_what_the_engine_does(tiny_run, tmp_path, example_of, heads):
     quora, sts, loss = READ[heads]
-    settings = ("sst.features=single", f"quora.features={quora}", f"sts.features={sts}")
+    settings = ("sst.head=single", f"quora.head={quora}", f"sts.head={sts}")
     settings = tuple(f"tasks.{setting}" for setting in (*settings, f"sts.loss={loss}"))
     run = open_run(tiny_run("run", "--max-steps", "1", settings=(*settings, WIDE)))
     assert export.main([str(run.folder), "--to", str(tmp_path / "model")]) == 0
@@ -196,7 +196,7 @@ def test_the_cards_example_names_named_classes(tmp_path, example_of):
         'files = { train = "rows.csv", dev = "rows.csv" }\n'
     )
     arguments = [str(tmp_path / "moods.toml"), "--data", str(tmp_path), "--max-steps", "30"]
-    settings = [*TINY, "limit=0", "epochs=30", "lr=1e-2"]
+    settings = [*TINY, "max_train_examples=0", "epochs=30", "lr=1e-2"]
     run = tmp_path / "run"
     assert train.main([*arguments, "--out", str(run), "--set", *settings]) == 0
     assert export.main([str(run), "--to", str(tmp_path / "model")]) == 0
@@ -205,7 +205,7 @@ def test_the_cards_example_names_named_classes(tmp_path, example_of):
 
 
 def test_a_bilstm_head_is_laid_out_as_the_card_says(tiny_run, tmp_path):
-    settings = ("tasks.sst.features=bilstm", WIDE)
+    settings = ("tasks.sst.head=bilstm", WIDE)
     run = open_run(tiny_run("run", "--max-steps", "1", settings=settings))
     assert export.main([str(run.folder), "--to", str(tmp_path / "model")]) == 0
     table = read_table(FORMATS["sst"].file(data_folder(run.recipe), "dev"), FORMATS["sst"])
@@ -254,8 +254,8 @@ def test_the_card_says_what_was_trained(exported):
 
 
 def test_every_heads_weights_are_there(tiny_run, tmp_path):
-    heads = ("sst.features=bilstm", "quora.features=shared", "sts.loss=cross_entropy")
-    settings = tuple(f"tasks.{head}" for head in (*heads, "sts.features=concat"))
+    heads = ("sst.head=bilstm", "quora.head=shared", "sts.loss=cross_entropy")
+    settings = tuple(f"tasks.{head}" for head in (*heads, "sts.head=concat"))
     run = tiny_run("run", "--max-steps", "1", settings=settings)
     assert export.main([str(run), "--to", str(tmp_path / "model")]) == 0
     model, _ = open_run(run).trained_model(CPU)

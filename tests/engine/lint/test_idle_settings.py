@@ -32,7 +32,14 @@ from ..conftest import TINY
 CPU = torch.device("cpu")
 ROWS = 39
 """Examples of each training set."""
-SMALL = [*TINY, "limit=16", "batch_size=8", "max_steps=2", "clip_norm=0", "schedule=constant"]
+SMALL = [
+    *TINY,
+    "max_train_examples=16",
+    "batch_size=8",
+    "max_steps=2",
+    "clip_norm=0",
+    "schedule=constant",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,27 +118,37 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 before = cache(attempt)
 
-ALONE, TURNS = ("train=['sst']", "balance=sum"), ("order=cycle",)
+ALONE, TURNS = ("train=['sst']", "balance=sum"), ("task_schedule=cycle",)
 FROZEN = ("freeze_encoder=true",)
 BESIDE = (*FROZEN, "adapter_width=8", "lr=0.1")
-MASKED = ("objectives.text.kind=masked_lm", "objectives.text.limit=16", "train=['text','sst']")
-TWICE = ("objectives.text.kind=simcse", "objectives.text.limit=16", "train=['text','sst']")
+MASKED = (
+    "objectives.text.kind=masked_lm",
+    "objectives.text.max_per_source=16",
+    "train=['text','sst']",
+)
+TWICE = ("objectives.text.kind=simcse", "objectives.text.max_per_source=16", "train=['text','sst']")
 TEXT_ALONE = (*MASKED, "train=['text']")
-ALL_TEXT = (*TEXT_ALONE, "objectives.text.limit=0", "objectives.text.sentences_of=['sts']")
-ALL = ("limit=0", "max_steps=5")  # a pass
+ALL_TEXT = (*TEXT_ALONE, "objectives.text.max_per_source=0", "objectives.text.sentences_of=['sts']")
+ALL = ("max_train_examples=0", "max_steps=5")  # a pass
 STEPS = ("max_steps=0", "epochs=2")  # 4 of them
-DRAWN = ("order=annealed", "limit=0", "tasks.sst.first=2", "max_steps=21", "epochs=2")
-SHARED = (*FROZEN, "tasks.quora.features=shared", "tasks.sts.features=shared")
+DRAWN = (
+    "task_schedule=annealed",
+    "max_train_examples=0",
+    "tasks.sst.first_n=2",
+    "max_steps=21",
+    "epochs=2",
+)
+SHARED = (*FROZEN, "tasks.quora.head=shared", "tasks.sts.head=shared")
 
 EFFECTIVE = [
-    ((), "tasks.sts.features=distance"),
+    ((), "tasks.sts.head=distance"),
     ((), "tasks.sts.weight=3"),
-    ((), "tasks.sts.first=9"),
-    (("tasks.sts.features=distance",), "tasks.sts.loss=cross_entropy"),
+    ((), "tasks.sts.first_n=9"),
+    (("tasks.sts.head=distance",), "tasks.sts.loss=cross_entropy"),
     ((), "train=['sst','sts']"),
     ((), "pooling=cls"),
-    (("tasks.quora.features=cross", "train=['quora']"), "pooling=cls"),
-    (("tasks.sst.features=bilstm", "train=['sst']"), "pooling=cls"),
+    (("tasks.quora.head=cross", "train=['quora']"), "pooling=cls"),
+    (("tasks.sst.head=bilstm", "train=['sst']"), "pooling=cls"),
     ((), "dropout=0.5"),
     (FROZEN, "dropout=0.5"),
     ((), "adapter_width=8"),
@@ -150,13 +167,13 @@ EFFECTIVE = [
     ((), "max_length=5"),
     ((), "batch_size=4"),
     ((), "micro_batches=2"),
-    ((), "order=cycle"),
+    ((), "task_schedule=cycle"),
     (("max_steps=0", "epochs=1"), "epochs=2"),
     ((), "max_steps=1"),
-    ((), "limit=8"),
+    ((), "max_train_examples=8"),
     ((), "balance=mgda"),
-    ((), "surgery=tensor"),
-    (("balance=mean",), "surgery=layer"),  # what belongs to one task is not averaged
+    ((), "balance_granularity=tensor"),
+    (("balance=mean",), "balance_granularity=layer"),  # what belongs to one task is not averaged
     ((), "optimizer=lamb"),
     ((), "lr=1e-2"),
     ((), "schedule=linear"),
@@ -168,11 +185,11 @@ EFFECTIVE = [
     ((), "clip_norm=1e-4"),
     ((), "precision=bf16"),
     ((), "seed=1"),
-    ((), "watch_layers=1"),
+    ((), "log_layer_cosines_every=1"),
     ((), "phases.one.lr=1e-2"),
     (MASKED, "objectives.text.kind=simcse"),
     (MASKED, "objectives.text.sentences_of=['sts']"),
-    (MASKED, "objectives.text.limit=8"),
+    (MASKED, "objectives.text.max_per_source=8"),
     (MASKED, "objectives.text.max_texts=5"),
     (MASKED, "objectives.text.join=3"),
     ((*MASKED, "objectives.text.join=3"), "objectives.text.short=1"),
@@ -180,15 +197,15 @@ EFFECTIVE = [
     (MASKED, "objectives.text.weight=3"),
     (TWICE, "objectives.text.temperature=0.5"),
     ((*MASKED, *FROZEN), "encoder.hidden_dropout_prob=0.5"),
-    (ALL, f"tasks.sst.first={ROWS - 1}"),
-    (ALL, f"limit={ROWS - 1}"),
-    ((*ALL, "tasks.sst.first=8"), "limit=30"),  # the others have more
-    (ALL_TEXT, f"objectives.text.limit={ROWS - 1}"),
+    (ALL, f"tasks.sst.first_n={ROWS - 1}"),
+    (ALL, f"max_train_examples={ROWS - 1}"),
+    ((*ALL, "tasks.sst.first_n=8"), "max_train_examples=30"),  # the others have more
+    (ALL_TEXT, f"objectives.text.max_per_source={ROWS - 1}"),
     (ALL_TEXT, f"objectives.text.max_texts={2 * ROWS - 1}"),
-    ((*ALL_TEXT, "objectives.text.limit=9"), "objectives.text.max_texts=17"),
+    ((*ALL_TEXT, "objectives.text.max_per_source=9"), "objectives.text.max_texts=17"),
     (STEPS, "max_steps=3"),
     (STEPS, "epochs=1"),
-    ((*TURNS, "max_steps=2", "epochs=1"), "order=annealed"),
+    ((*TURNS, "max_steps=2", "epochs=1"), "task_schedule=annealed"),
     (DRAWN, "epochs=3"),
     ((*STEPS, "max_steps=1"), "warmup=0.51"),
     ((*STEPS, "max_steps=3"), "warmup=0.17"),
@@ -197,10 +214,10 @@ EFFECTIVE = [
     (("max_steps=2", "warmup=0.1"), "schedule=linear"),
     (FROZEN, "balance=mgda"),
     (FROZEN, "balance=mean"),
-    ((*FROZEN, "balance=mgda"), "surgery=layer"),  # it becomes the sum
+    ((*FROZEN, "balance=mgda"), "balance_granularity=layer"),  # it becomes the sum
     ((*FROZEN, "train=['sst','quora']", "balance=cagrad"), "balancing.cagrad_c=0.9"),
     (SHARED, "balance=mgda"),
-    ((*SHARED, "surgery=layer"), "balance=mgda"),
+    ((*SHARED, "balance_granularity=layer"), "balance=mgda"),
     (BESIDE, "balance=mgda"),
     (("balance=fixed",), "balancing.fixed={sst=3.0}"),
     (("balance=main_aux",), "balancing.main=sts"),
@@ -214,15 +231,15 @@ EFFECTIVE = [
 WITHOUT = [
     (ALONE, "balance=mgda"),
     (TURNS, "balance=mgda"),
-    (ALONE, "surgery=layer"),
-    (TURNS, "surgery=tensor"),
-    (("balance=sum",), "surgery=layer"),
-    (ALONE, "order=round_robin"),
-    (ALONE, "order=annealed"),
-    (ALONE, "watch_layers=1"),
-    (TURNS, "watch_layers=1"),
+    (ALONE, "balance_granularity=layer"),
+    (TURNS, "balance_granularity=tensor"),
+    (("balance=sum",), "balance_granularity=layer"),
+    (ALONE, "task_schedule=round_robin"),
+    (ALONE, "task_schedule=annealed"),
+    (ALONE, "log_layer_cosines_every=1"),
+    (TURNS, "log_layer_cosines_every=1"),
     (ALONE, "tasks.sts.weight=3"),
-    (ALONE, "tasks.sts.first=9"),
+    (ALONE, "tasks.sts.first_n=9"),
     (ALONE, "tasks.quora.loss=cross_entropy"),
     ((), "balancing.cagrad_c=0.9"),
     ((), "balancing.krum_selected=2"),
@@ -237,19 +254,22 @@ WITHOUT = [
     ((), "distribute=replicated"),
     (("encoder.hidden_dropout_prob=0.2",), "objectives.text.kind=simcse"),
     (TEXT_ALONE, "dropout=0.5"),
-    (TEXT_ALONE, "limit=8"),
+    (TEXT_ALONE, "max_train_examples=8"),
     (MASKED, "objectives.text.temperature=0.5"),
     (MASKED, "objectives.text.short=1"),
     (TWICE, "objectives.text.mask_share=0.5"),
     (TWICE, "objectives.text.join=3"),
     (("phases.one.lr=1e-2",), "lr=1e-5"),
-    (ALL, f"tasks.sst.first={ROWS}"),
-    (ALL, "tasks.sts.first=1000"),
-    (ALL, f"limit={ROWS}"),
-    ((*ALL, *(f"tasks.{task}.first=8" for task in ("sst", "quora", "sts"))), "limit=8"),
-    (ALL_TEXT, f"objectives.text.limit={ROWS}"),
+    (ALL, f"tasks.sst.first_n={ROWS}"),
+    (ALL, "tasks.sts.first_n=1000"),
+    (ALL, f"max_train_examples={ROWS}"),
+    (
+        (*ALL, *(f"tasks.{task}.first_n=8" for task in ("sst", "quora", "sts"))),
+        "max_train_examples=8",
+    ),
+    (ALL_TEXT, f"objectives.text.max_per_source={ROWS}"),
     (ALL_TEXT, f"objectives.text.max_texts={2 * ROWS}"),
-    ((*ALL_TEXT, "objectives.text.limit=9"), "objectives.text.max_texts=18"),
+    ((*ALL_TEXT, "objectives.text.max_per_source=9"), "objectives.text.max_texts=18"),
     (STEPS, "max_steps=4"),
     (STEPS, "max_steps=1000"),
     ((), "epochs=2"),
@@ -261,20 +281,20 @@ WITHOUT = [
     ((), "log_every=3"),
     ((), "checkpoint_every=3"),
     (FROZEN, "balance=gradvac"),
-    (FROZEN, "surgery=layer"),
-    (FROZEN, "surgery=tensor"),
-    ((*FROZEN, "surgery=layer"), "balance=mgda"),
-    ((*FROZEN, "surgery=tensor", "balance=cagrad"), "balancing.cagrad_c=0.9"),
+    (FROZEN, "balance_granularity=layer"),
+    (FROZEN, "balance_granularity=tensor"),
+    ((*FROZEN, "balance_granularity=layer"), "balance=mgda"),
+    ((*FROZEN, "balance_granularity=tensor", "balance=cagrad"), "balancing.cagrad_c=0.9"),
     ((*FROZEN, "balance=gradvac"), "balancing.gradvac_beta=0.9"),
-    ((*BESIDE, "surgery=layer"), "balance=mgda"),
-    (BESIDE, "surgery=tensor"),
-    ((*MASKED, "train=['sst','quora']", *FROZEN, "surgery=layer"), "balance=mean"),
+    ((*BESIDE, "balance_granularity=layer"), "balance=mgda"),
+    (BESIDE, "balance_granularity=tensor"),
+    ((*MASKED, "train=['sst','quora']", *FROZEN, "balance_granularity=layer"), "balance=mean"),
 ]
 
 ELSEWHERE = {
     # what runs say and keep, and how they compute the same: tests of their own
     *("description", "paper", "data", "init", "checkpoint_layers", "on_bad_row", "execution"),
-    *("log_every", "log_mib", "keep_logs", "max_skipped", "sinks", "checkpoint_every"),
+    *("log_every", "log_mib", "keep_logs", "max_skipped", "loggers", "checkpoint_every"),
     *("keep_checkpoints", "max_graphs", "distribute", "timeout", "threads"),
     "objectives.NAME.files",
 }
@@ -348,7 +368,10 @@ def told(tmp_path, capsys):
             ("max_steps=1", "schedule=linear"),
             'schedule = "linear": no effect, the rate would fall after the last step only',
         ),
-        (("limit=39",), "limit = 39: no effect, no training set has more than 39 examples"),
+        (
+            ("max_train_examples=39",),
+            "max_train_examples = 39: no effect, no training set has more than 39 examples",
+        ),
         (("log_every=2", "checkpoint_every=2"), ""),
         (("log_every=3",), "log_every = 3: no effect, the run has 2 steps"),
         (("checkpoint_every=9",), "checkpoint_every = 9: no effect, the run has 2 steps"),
@@ -357,8 +380,8 @@ def told(tmp_path, capsys):
             "max_steps = 2: no effect, the epochs are over after 2 steps",
         ),
         (
-            ("tasks.sst.first=50",),
-            "tasks.sst.first = 50: no effect, the training set has 39 examples",
+            ("tasks.sst.first_n=50",),
+            "tasks.sst.first_n = 50: no effect, the training set has 39 examples",
         ),
         (
             (MASKED[0], MASKED[2], "objectives.text.max_texts=500"),
@@ -380,9 +403,11 @@ def test_a_text_file_has_lines(told, tmp_path):
     (tmp_path / "text").write_text("one two\n\nthree four\nfive\n")
     files = f"objectives.text.files=['{tmp_path / 'text'}']"
     for limit, idle in ((2, False), (3, True)):
-        settings = (*TEXT_ALONE, files, f"objectives.text.limit={limit}", "batch_size=2")
+        settings = (*TEXT_ALONE, files, f"objectives.text.max_per_source={limit}", "batch_size=2")
         found, _ = told(*settings, options=("--dry-run",))
-        said = f"objectives.text.limit = {limit}: no effect, no task or file has more than 3"
+        said = (
+            f"objectives.text.max_per_source = {limit}: no effect, no task or file has more than 3"
+        )
         assert (said in found) == idle
 
 
@@ -393,14 +418,49 @@ STEPS_EACH = ("epochs=10", "phases.a.max_steps=2", "phases.b.max_steps=2")
 @pytest.mark.parametrize(
     ("settings", "line", "phase"),
     [
-        (("limit=39", "phases.a.eps=1e-7", "phases.b.eps=1e-7"), "limit = 39", "b"),
-        (("limit=9", "tasks.sst.first=5", "phases.a.train=['sst']", "phases.b.eps=1e-7"), "", ""),
-        (("limit=9", "tasks.sst.first=5", "phases.a.eps=1e-7", "phases.b.train=['sst']"), "", ""),
-        (("phases.a.limit=39", "phases.b.eps=1e-7"), "phases.a.limit = 39", "a"),
-        (("phases.a.eps=1e-7", "phases.b.limit=39"), "phases.b.limit = 39", "b"),
         (
-            ("limit=39", *MASKED[:2], "phases.a.train=['text']", "phases.b.train=['sst']"),
-            "limit = 39: no effect, no training set has more than 39",
+            ("max_train_examples=39", "phases.a.eps=1e-7", "phases.b.eps=1e-7"),
+            "max_train_examples = 39",
+            "b",
+        ),
+        (
+            (
+                "max_train_examples=9",
+                "tasks.sst.first_n=5",
+                "phases.a.train=['sst']",
+                "phases.b.eps=1e-7",
+            ),
+            "",
+            "",
+        ),
+        (
+            (
+                "max_train_examples=9",
+                "tasks.sst.first_n=5",
+                "phases.a.eps=1e-7",
+                "phases.b.train=['sst']",
+            ),
+            "",
+            "",
+        ),
+        (
+            ("phases.a.max_train_examples=39", "phases.b.eps=1e-7"),
+            "phases.a.max_train_examples = 39",
+            "a",
+        ),
+        (
+            ("phases.a.eps=1e-7", "phases.b.max_train_examples=39"),
+            "phases.b.max_train_examples = 39",
+            "b",
+        ),
+        (
+            (
+                "max_train_examples=39",
+                *MASKED[:2],
+                "phases.a.train=['text']",
+                "phases.b.train=['sst']",
+            ),
+            "max_train_examples = 39: no effect, no training set has more than 39",
             "b",
         ),
         (
@@ -463,7 +523,7 @@ FILES = "files={train='/a.csv',dev='/b.csv'}"
     ],
 )
 def test_sources(source, idle):
-    settings = ("train=['mood']", "tasks.mood.features=single", "limit=0")
+    settings = ("train=['mood']", "tasks.mood.head=single", "max_train_examples=0")
     lines = lines_of(*settings, f"tasks.mood.source={{text=['t'],{source}}}")
     found = [line.partition(" = ")[0] for line in lines if line.startswith("tasks.")]
     assert found == [f"tasks.mood.source.{name}" for name in idle]

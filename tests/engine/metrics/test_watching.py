@@ -92,7 +92,7 @@ def test_a_resumed_run_has_every_evaluation_once(tiny_run, monkeypatch):
 
 
 def test_cosines_of_layers(tiny_run):
-    folder = tiny_run("run", settings=("watch_layers=2", "surgery=layer"))
+    folder = tiny_run("run", settings=("log_layer_cosines_every=2", "balance_granularity=layer"))
     steps = lines(folder / "metrics.jsonl")
     assert ["layer_cosines" in line for line in steps] == [True, False] * 3
     layers = steps[0]["layer_cosines"]
@@ -103,14 +103,15 @@ def test_cosines_of_layers(tiny_run):
     assert set(layers["heads.sst"].values()) == {0.0}
     assert any(layers["encoder.layers.0"].values())
     # What is recorded beside the training does not change it.
-    plain = lines(tiny_run("plain", settings=("surgery=layer",)) / "metrics.jsonl")
+    plain = lines(tiny_run("plain", settings=("balance_granularity=layer",)) / "metrics.jsonl")
     assert [line["losses"] for line in plain] == [line["losses"] for line in steps]
 
 
 def test_the_layers_make_up_the_model(tiny_run):
     """With one layer that holds nearly everything, its cosines are nearly the model's."""
     line = lines(
-        tiny_run("run", "--max-steps", "1", settings=("watch_layers=1",)) / "metrics.jsonl"
+        tiny_run("run", "--max-steps", "1", settings=("log_layer_cosines_every=1",))
+        / "metrics.jsonl"
     )
     of_model, of_layers = line[0]["cosines"], line[0]["layer_cosines"]
     for pair in PAIRS:
@@ -120,7 +121,7 @@ def test_the_layers_make_up_the_model(tiny_run):
 
 
 def test_tensorboard_gets_what_the_file_has(tiny_run):
-    folder = tiny_run("run", settings=('sinks=["tensorboard"]',))
+    folder = tiny_run("run", settings=('loggers=["tensorboard"]',))
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     steps = lines(folder / "metrics.jsonl")
@@ -139,7 +140,7 @@ def test_tensorboard_gets_what_the_file_has(tiny_run):
 # wandb leaves closing some of its streams to the interpreter.
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_works_offline(tiny_run):
-    folder = tiny_run("run", "--max-steps", "2", settings=('sinks=["wandb_offline"]',))
+    folder = tiny_run("run", "--max-steps", "2", settings=('loggers=["wandb_offline"]',))
     (record,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = record.read_bytes()
     for name in (b"losses/sst", b"conflict_rate", b"dev/overall"):
@@ -154,7 +155,7 @@ def test_wandb_gets_the_recipe_and_is_online_unless_told(tiny_run, monkeypatch):
     )
     monkeypatch.setattr("wandb.login", lambda: True)
     monkeypatch.setattr("wandb.init", lambda **options: calls.append(options) or run)
-    folder = tiny_run("run", "--max-steps", "1", settings=('sinks=["wandb"]',))
+    folder = tiny_run("run", "--max-steps", "1", settings=('loggers=["wandb"]',))
     (options,) = calls
     assert (options["mode"], options["name"], options["dir"]) == ("online", "run", folder)
     assert options["config"]["max_steps"] == 1
@@ -169,8 +170,8 @@ def test_wandb_that_lets_nobody_in(tmp_path, monkeypatch, call, left, error):
 
     monkeypatch.setattr("wandb.login", lambda: True)
     monkeypatch.setattr(f"wandb.{call}", refuse)
-    arguments = ["demo", "--out", str(tmp_path / "run"), "--set", *TINY, 'sinks=["wandb"]']
-    expected = f"sinks: wandb: {error}; or set sinks=['wandb_offline']"
+    arguments = ["demo", "--out", str(tmp_path / "run"), "--set", *TINY, 'loggers=["wandb"]']
+    expected = f"loggers: wandb: {error}; or set loggers=['wandb_offline']"
     with pytest.raises(InputError, match=re.escape(expected)):
         main(arguments)
     assert (tmp_path / "run").exists() == left
@@ -178,7 +179,7 @@ def test_wandb_that_lets_nobody_in(tmp_path, monkeypatch, call, left, error):
 
 def test_a_sink_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr("engine.metrics.loggers.find_spec", lambda name: None)
-    arguments = ["demo", "--out", str(tmp_path / "run"), "--set", *TINY, 'sinks=["wandb"]']
+    arguments = ["demo", "--out", str(tmp_path / "run"), "--set", *TINY, 'loggers=["wandb"]']
     with pytest.raises(InputError, match="pip install wandb"):
         main(arguments)
     assert not (tmp_path / "run").exists()

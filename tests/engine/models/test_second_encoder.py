@@ -237,7 +237,13 @@ def test_it_is_read_trained_and_exported(tmp_path):
         hf_weights.to_huggingface_state(state, config), tmp_path / "model" / "model.safetensors"
     )
     arguments = ["demo", "--init", str(tmp_path / "model"), "--out", str(tmp_path / "run")]
-    settings = ["limit=64", "epochs=1", "surgery=layer", "watch_layers=1", "precision=fp32"]
+    settings = [
+        "max_train_examples=64",
+        "epochs=1",
+        "balance_granularity=layer",
+        "log_layer_cosines_every=1",
+        "precision=fp32",
+    ]
     assert train.main([*arguments, "--max-steps", "2", "--set", *settings]) == 0
     assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
     found = load_file(tmp_path / "out" / "model.safetensors")

@@ -46,7 +46,7 @@ def store_as(file: Path, name: str, dtype: str) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dtypes") / "run"
-    objective = ["objectives.lm.kind=masked_lm", "train=['sst','lm']", "tasks.sts.features=cosine"]
+    objective = ["objectives.lm.kind=masked_lm", "train=['sst','lm']", "tasks.sts.head=cosine"]
     arguments = ["demo", "--out", str(folder), "--max-steps", "1", "--set", *TINY, *objective]
     assert train.main(arguments) == 0
     return folder
@@ -155,7 +155,7 @@ def test_a_run_does_not_go_on_from_other_dtypes(run, tmp_path, kind, dtype):
     store_as(file, name, dtype)
     reseal(file.parent)
     arguments = ["demo", "--resume", "--out", str(folder), "--max-steps", "2", "--set", *TINY]
-    settings = ["objectives.lm.kind=masked_lm", "train=['sst','lm']", "tasks.sts.features=cosine"]
+    settings = ["objectives.lm.kind=masked_lm", "train=['sst','lm']", "tasks.sts.head=cosine"]
     with pytest.raises(InputError, match=f"{name} is stored as {dtype}, expected {stored[name]}"):
         train.main([*arguments, *settings])
 

@@ -64,7 +64,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    assert main(["demo", "--out", str(folder), "--set", *TINY, "watch_layers=1"]) == 0
+    assert main(["demo", "--out", str(folder), "--set", *TINY, "log_layer_cosines_every=1"]) == 0
     return folder
 
 
@@ -87,7 +87,7 @@ def test_scores_and_recipe_are_the_runs(page, run_folder):
     scores = json.loads((run_folder / "metrics.json").read_text())["scores"]
     shown = re.findall(r'<div class="card"><b>([\d.]+)</b>', text)
     assert shown == [f"{scores[task]:.3f}" for task in ("sst", "quora", "sts")]
-    assert "watch_layers = 1" in text
+    assert "log_layer_cosines_every = 1" in text
 
 
 def test_sentences_are_shown_as_text(run_folder, tmp_path, monkeypatch):
@@ -177,14 +177,14 @@ def test_a_section_without_records_says_how_to_get_them(run_folder, tmp_path):
         return {key: value for key, value in line.items() if key != "layer_cosines"}
 
     text = changed(run_folder, tmp_path / "bare", bare)
-    assert "--set watch_layers=10" in text
+    assert "--set log_layer_cosines_every=10" in text
     assert text.count("<figure>") == 4 + 4 + 3 + 1
 
 
 @pytest.mark.parametrize("recipe", ["sst-linear", "three-phase"])
 def test_runs_of_one_task_and_of_phases_have_pages(tmp_path, recipe):
     folder = tmp_path / recipe
-    settings = ["--max-steps", "2", "--set", *TINY, "watch_layers=1"]
+    settings = ["--max-steps", "2", "--set", *TINY, "log_layer_cosines_every=1"]
     assert main([recipe, "--out", str(folder), *settings]) == 0
     assert report.main([str(folder), "--out", str(tmp_path / "pages")]) == 0
     assert Page(tmp_path / "pages" / f"{recipe}.html").headings == SECTIONS

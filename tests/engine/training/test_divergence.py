@@ -88,7 +88,11 @@ HUGE = ("warmup=0", "schedule=constant")
         ("demo", ("lr=1e18", "checkpoint_every=1", "keep_checkpoints=1"), "model computes"),
         ("demo", ("lr=1e18", "freeze_encoder=true"), "finite"),
         ("demo", ("lr=1e6", "precision=fp16", "epochs=10"), "finite"),
-        ("demo", ("lr=1e18", "order=round_robin", "micro_batches=2"), "what the model computes"),
+        (
+            "demo",
+            ("lr=1e18", "task_schedule=round_robin", "micro_batches=2"),
+            "what the model computes",
+        ),
         ("superbert", ("lr=1e18", "max_skipped=0"), "phase pretrain, after step"),
         ("demo", ("phases={one={lr=1e-3},two={lr=1e18}}",), "phase two, after step"),
     ],

@@ -16,7 +16,7 @@ from ..whole_runs import metrics, trained_weights
 
 HEADS = (
     "freeze_encoder=true",
-    *("tasks.sst.features=bilstm", "tasks.quora.features=shared", "tasks.sts.features=cross"),
+    *("tasks.sst.head=bilstm", "tasks.quora.head=shared", "tasks.sts.head=cross"),
 )
 
 

@@ -310,7 +310,7 @@ def test_what_stands_for_a_folder_of_a_run_is_refused(run, tmp_path, name, kind)
     KINDS[kind](copy / name)
     before = everything(copy)
     with pytest.raises(InputError, match=f"{name}: is no folder"):
-        train.main(["demo", "--resume", "--out", str(copy), *SETTINGS, 'sinks=["tensorboard"]'])
+        train.main(["demo", "--resume", "--out", str(copy), *SETTINGS, 'loggers=["tensorboard"]'])
     assert everything(copy) == before
 
 
@@ -381,7 +381,16 @@ def test_a_grid_s_values_do_not_lead_out(tmp_path):
     out, data = tmp_path / "x/runs", data_folder(load("demo"))
     grid = f"data={data},{tmp_path}/../{tmp_path.name}/data"
     shutil.copytree(data, tmp_path / "data")
-    arguments = ["demo", "--grid", grid, "--out", str(out), *SETTINGS, "limit=32", "epochs=1"]
+    arguments = [
+        "demo",
+        "--grid",
+        grid,
+        "--out",
+        str(out),
+        *SETTINGS,
+        "max_train_examples=32",
+        "epochs=1",
+    ]
     assert sweep.main(arguments) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "x"]
     assert sorted(os.listdir(out)) == [LOCK, "demo", "results.json"]

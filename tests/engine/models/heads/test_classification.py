@@ -43,12 +43,12 @@ def test_answers_are_the_likeliest_classes_and_their_probabilities():
 
 @pytest.mark.parametrize("features", SIMILARITIES)
 def test_a_similarity_tells_no_classes_apart(features):
-    with pytest.raises(InputError, match=rf"tasks.nli.features = '{features}': expected mean or"):
+    with pytest.raises(InputError, match=rf"tasks.nli.head = '{features}': expected mean or"):
         head_of(CLASSES_OF_PAIRS, features)
 
 
 def test_features_and_losses_of_other_tasks_are_refused():
-    with pytest.raises(InputError, match=r"tasks.sst.features = 'mean': expected single or bilstm"):
+    with pytest.raises(InputError, match=r"tasks.sst.head = 'mean': expected single or bilstm"):
         head_of("sst", "mean")
     with pytest.raises(InputError, match="'mse': the labels are classes; expected default or"):
         head_of("sst", "single", "mse")

@@ -30,7 +30,7 @@ SECTION = PAGE.read_text(encoding="utf-8").partition("## Add a head\n")[2].parti
 FILE, REGISTRY_LINE, TEST = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 (RECIPE,) = re.findall(r"```toml\n(.*?)```", SECTION, re.DOTALL)
 
-SETTINGS = [*TINY, "limit=0", "epochs=8", "lr=1e-2"]
+SETTINGS = [*TINY, "max_train_examples=0", "epochs=8", "lr=1e-2"]
 WORDS = ("awful", "poor", "fair", "good", "superb")  # none to four stars
 
 
