@@ -1,5 +1,5 @@
-// Balancing methods: the operators' schemas and their CPU side.  What they solve stands in
-// balancing_solvers.h, the methods themselves in kernels/balancing/.
+// Balancing methods: the operators' schemas and their CPU side.  balancing_solvers.h has the
+// solvers, kernels/balancing/ the methods themselves.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,5 +1,5 @@
-// Dropout as the CPU kernels are told about it (the generator stands in dropout_simd.h), and the
-// elementwise kernel (dropout_simd.cpp).
+// The dropout arguments of the CPU kernels (dropout_simd.h has the generator), and the elementwise
+// kernel (dropout_simd.cpp).
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // Dropout masks for the *_simd.cpp files, from Philox4x32-10 (Salmon et al., "Parallel random
-// numbers: as easy as 1, 2, 3", SC 2011), a counter-based generator: the mask is a function of
-// where an element stands, so the backward pass computes it again instead of reading it.
+// numbers: as easy as 1, 2, 3", SC 2011), a counter-based generator: the mask is a function of an
+// element's position, so the backward pass computes it again instead of reading it.
 //
 //     key     = the 64-bit seed
 //     counter = (quad, low word), (quad, high word), head, stream

@@ -1,5 +1,5 @@
-// Between torch and the CPU kernels of attention, layer norm and dropout: storage types, dropout
-// arguments and work shared out over torch's thread pool.
+// For the CPU operators of attention, layer norm and dropout: storage types, dropout arguments, and
+// work divided among torch's threads.
 #pragma once
 
 #include <algorithm>

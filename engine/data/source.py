@@ -168,7 +168,7 @@ class TaskSource(Settings):
         return "classes" if self._num_classes > 2 else "binary"
 
     def format(self, task: str) -> TaskSchema:
-        """Return what the data look like."""
+        """Return the schema of the data."""
         low, high = self.range if self.has_range else (0, self._num_classes - 1)
         names = () if self.has_range or isinstance(self.classes, int) else self.classes
         return TaskSchema(

@@ -1,4 +1,4 @@
-"""A trained model as a folder that transformers and sentence-transformers load.
+"""Write a trained model as a folder that transformers and sentence-transformers load.
 
 config.json, model.safetensors, tokenizer…   transformers.AutoModel, AutoTokenizer
 modules.json, 1_Pooling/, …                  sentence_transformers.SentenceTransformer
@@ -40,7 +40,7 @@ _NO_ANSWERS = {
 def write_model_folder(
     run: Run, model: MultitaskModel, progress: Progress, scores: Scores | None, to: Path
 ) -> None:
-    """Write everything; the folder appears when it is whole.
+    """Write the folder; it appears under its name when it is complete.
 
     Args:
         run: what was trained.
@@ -57,7 +57,7 @@ def write_model_folder(
     if model.adapters:
         raise InputError(
             f"{run.folder}: trained with adapter_width = {run.recipe.adapter_width}; no BertModel "
-            "has the adapters beside its layers, so that nothing else could load it"
+            "has adapters, so that no other library could load it"
         )
     with whole_folder(Path(realpath(to))) as folder:
         _write_transformers(folder, run, model)

@@ -1,7 +1,7 @@
-"""The small problems that balancing methods solve: eigenvalues, quadratic programs, fair weights.
+"""Solve the small problems of balancing methods: eigenvalues, quadratic programs, fair weights.
 
-C++ and CUDA from one source, csrc/balancing_solvers.h.  All take and return contiguous float64 on
-one device and never wait for it; K has no limit but memory.
+The solvers are C++ and CUDA from one source, csrc/balancing_solvers.h.  All take and return
+contiguous float64 on one device and never wait for it; K has no limit but memory.
 """
 
 import torch

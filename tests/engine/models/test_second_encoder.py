@@ -35,7 +35,7 @@ from engine.training.step import MultitaskStep
 from engine.utils.json_text import dump_json
 
 from ...conftest import REPOSITORY
-from ...kernels.pcgrad_reference import algorithm1
+from ...kernels.pcgrad_reference import reference_pcgrad
 from ..distributed.test_gradient_sync import Watched
 from ..gradients.test_one_pass_backward import within_twice
 from ..small_models import DECAY, SEED, make_micro_batches, random_split
@@ -142,7 +142,7 @@ def plain_steps(
             parts.setdefault(stage_of(name) if surgery == "layer" else "model", []).append(name)
         for names in parts.values():
             part = torch.cat([rows[name].flatten(1) for name in names], dim=1)
-            combined = algorithm1(part, order).to(dtype)
+            combined = reference_pcgrad(part, order).to(dtype)
             pieces = combined.split([trained[name].numel() for name in names])
             for name, piece in zip(names, pieces, strict=True):
                 trained[name].grad = piece.view_as(trained[name])
