@@ -11,7 +11,7 @@ namespace superbert {
 
 struct Dropout {
   uint64_t seed = 0;
-  uint32_t stream = 0;
+  uint32_t rng_offset = 0;
   uint32_t threshold = 0; // elements whose random word lies below are dropped
   float scale = 1;        // 1 / (1 - p)
 
