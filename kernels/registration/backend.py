@@ -58,6 +58,35 @@ def register_fake(op: str) -> Callable[[Fake], Fake]:
     return register
 
 
+Launch = Callable[..., Any]
+
+
+def register_cuda(op: str) -> Callable[[Launch], Launch]:
+    """Register the Python function that runs ``superbert::op`` on CUDA tensors.
+
+    It runs with the device of the first tensor as the current one: Triton launches there, and
+    torch changes it for operators in C++ alone.
+
+    Args:
+        op: the operator's name without namespace.
+
+    Returns:
+        A decorator of a function of the operator's arguments.
+    """
+
+    def register(launch: Launch) -> Launch:
+        @functools.wraps(launch)
+        def run(*arguments: Any) -> Any:
+            first = next(x for x in arguments if isinstance(x, Tensor))
+            with torch.cuda.device_of(first):
+                return launch(*arguments)
+
+        torch.library.impl(f"superbert::{op}", "CUDA", run)
+        return launch
+
+    return register
+
+
 def _operator_name(target: object, _args: object, _kwargs: object) -> str:
     return f"  target: {target}"
 
