@@ -19,6 +19,9 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes that every kernel takes; float64 is computed by its reference."""
 
+KERNEL_DTYPES = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
+"""Dtypes that the kernels compute in."""
+
 _enabled = False
 
 
@@ -50,6 +53,22 @@ def are_checked(x: Tensor) -> bool:
     The C++ kernels look themselves; the float64 references on a CPU do not.
     """
     return (x.is_cuda or x.dtype == torch.float64) and may_look(x)
+
+
+def check_input(name: str, x: object) -> None:
+    """Refuse what is no dense tensor of a dtype that every kernel takes, or has no data.
+
+    Raises:
+        TypeError: it is no tensor; the message names it.
+        ValueError: it is sparse, of another dtype, or its storage was freed.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got {x.layout}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+    check_data(**{name: x})
 
 
 def check_number(name: str, value: Tensor | float | None, most: float = math.inf) -> None:
@@ -121,6 +140,12 @@ def _needed(x: Tensor) -> int:
 
 def _needed_bytes(x: Tensor) -> int:
     return int((x.storage_offset() + _needed(x)) * x.itemsize) if x.numel() else 0
+
+
+def check_kernel_dtype(name: str, x: Tensor) -> None:
+    """Check a dtype that the kernels, and not the float64 references, compute in."""
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
 
 
 def check_tensor(
