@@ -64,8 +64,8 @@ Launch = Callable[..., Any]
 def register_cuda(op: str) -> Callable[[Launch], Launch]:
     """Register the Python function that runs ``superbert::op`` on CUDA tensors.
 
-    It runs with the device of the first tensor as the current one: Triton launches there, and
-    torch changes it for operators in C++ alone.
+    It runs with the device of the first tensor as the current one: Triton launches on the current
+    device, which torch does not set for an operator in Python.
 
     Args:
         op: the operator's name without namespace.
