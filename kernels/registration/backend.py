@@ -64,8 +64,8 @@ Launch = Callable[..., Any]
 def register_cuda(op: str) -> Callable[[Launch], Launch]:
     """Register the Python function that runs ``superbert::op`` on CUDA tensors.
 
-    It runs with the device of the first tensor as the current one: Triton launches on the current
-    device, which torch does not set for an operator in Python.
+    It runs with the device of the first argument, a tensor, as the current one: Triton launches on
+    the current device, which torch does not set for an operator in Python.
 
     Args:
         op: the operator's name without namespace.
@@ -77,8 +77,7 @@ def register_cuda(op: str) -> Callable[[Launch], Launch]:
     def register(launch: Launch) -> Launch:
         @functools.wraps(launch)
         def run(*arguments: Any) -> Any:
-            first = next(x for x in arguments if isinstance(x, Tensor))
-            with torch.cuda.device_of(first):
+            with torch.cuda.device(arguments[0].get_device()):
                 return launch(*arguments)
 
         torch.library.impl(f"superbert::{op}", "CUDA", run)
