@@ -69,10 +69,11 @@ def test_a_kernel(tmp_path: Path) -> None:
         "tests/device_waits.py",
     ):
         shutil.copy(REPOSITORY / file, tmp_path / file)
-    (tmp_path / "kernels" / "squared_relu").mkdir()
+    (tmp_path / "kernels" / "squared_relu").mkdir(exist_ok=True)
     (tmp_path / "kernels" / "squared_relu" / "__init__.py").write_text('"""Squared ReLU."""\n')
     for name, block in zip(files, blocks, strict=True):
-        with (tmp_path / name).open("a", encoding="utf-8") as file:  # one holds others' cases
+        mode = "a" if name.endswith("triton_cases.py") else "w"
+        with (tmp_path / name).open(mode, encoding="utf-8") as file:
             file.write(block)
 
     for name, block in zip(files, blocks, strict=True):
