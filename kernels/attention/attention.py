@@ -38,7 +38,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (registers the operators)
 from ..dropout.dropout import attention_dropout_factors
-from ..registration.backend import declare, register_fake
+from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import differentiable_once, refuse_vmap, register_derivative
 from ..registration.validation import check_data
@@ -190,7 +190,7 @@ for _name, _fake in _FAKES.items():
     declare(_name, cpu="cpp", cuda="triton")
 
 
-@torch.library.impl("superbert::attention", "CUDA")
+@register_cuda("attention")
 def _cuda(
     q: Tensor,
     k: Tensor,
@@ -208,7 +208,7 @@ def _cuda(
     return attention_triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
 
 
-@torch.library.impl("superbert::attention_backward", "CUDA")
+@register_cuda("attention_backward")
 def _cuda_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -234,7 +234,7 @@ def _cuda_backward(
     return grads
 
 
-@torch.library.impl("superbert::attention_qkvpacked", "CUDA")
+@register_cuda("attention_qkvpacked")
 def _cuda_packed(
     qkv: Tensor, cu_seqlens: Tensor, _max_seqlen: int, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
@@ -247,7 +247,7 @@ def _cuda_packed(
     return attention_triton.forward(q, k, v, cu_seqlens, cu_seqlens, options)
 
 
-@torch.library.impl("superbert::attention_qkvpacked_backward", "CUDA")
+@register_cuda("attention_qkvpacked_backward")
 def _cuda_packed_backward(
     grad_out: Tensor,
     qkv: Tensor,

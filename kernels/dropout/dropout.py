@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (registers the operator)
 from ..philox import WORD, philox_words
-from ..registration.backend import declare, register_fake
+from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import register_derivative
 from ..registration.validation import DTYPES, check_data, check_kernel_dtype
@@ -76,7 +76,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.superbert.dropout(grad, ctx.p, seed, ctx.rng_offset), None, None, None
 
 
-@torch.library.impl("superbert::dropout", "CUDA")
+@register_cuda("dropout")
 def _cuda(x: Tensor, p: float, seed: Tensor, rng_offset: int) -> Tensor:
     from . import dropout_triton
 
@@ -165,6 +165,6 @@ def dropout(
     seed = new_seed(x.device) if seed is None else seed
     if x.dtype == torch.float64:
         check_data(x=x, seed=seed)
-        return x * dropout_factors(x.numel(), p, seed, rng_offset).view(x.shape)
+        return x.contiguous() * dropout_factors(x.numel(), p, seed, rng_offset).view(x.shape)
     out: Tensor = torch.ops.superbert.dropout(x, p, seed, rng_offset)
     return out

@@ -18,7 +18,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from .. import _extension  # noqa: F401  (registers the operator)
-from ..registration.backend import declare, register_fake
+from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.differentiation import differentiable_once, refuse_transforms
 from ..registration.validation import check_data
 from ..task_rows import TaskRows, TaskSegments, rows_at
@@ -42,7 +42,7 @@ def _fake(*_arguments: object) -> None:
     pass
 
 
-@torch.library.impl("superbert::embedding_task_gradients_", "CUDA")
+@register_cuda("embedding_task_gradients_")
 def _cuda(*arguments: Any) -> None:
     from . import embedding_triton
 

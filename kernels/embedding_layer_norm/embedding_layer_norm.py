@@ -28,7 +28,7 @@ from ..layer_norm.layer_norm_parameters import (
     parameter_rows,
     save,
 )
-from ..registration.backend import declare, register_fake
+from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import differentiable_once, refuse_vmap, register_derivative
 from ..registration.validation import (
@@ -152,7 +152,7 @@ for _name, _fake in _FAKES.items():
     declare(_name, cpu="cpp", cuda="triton")
 
 
-@torch.library.impl("superbert::embedding_layer_norm", "CUDA")
+@register_cuda("embedding_layer_norm")
 def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from . import embedding_layer_norm_triton
 
@@ -164,7 +164,7 @@ def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return embedding_layer_norm_triton.forward(ids, tables, *given)
 
 
-@torch.library.impl("superbert::embedding_layer_norm_backward", "CUDA")
+@register_cuda("embedding_layer_norm_backward")
 def _cuda_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
     from . import embedding_layer_norm_triton
 

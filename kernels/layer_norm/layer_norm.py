@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (registers the operators)
 from ..dropout.dropout import check_dropout, dropout, new_seed
-from ..registration.backend import declare, register_fake
+from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import (
     differentiable_once,
@@ -188,7 +188,7 @@ for _name, _fake in _FAKES.items():
     declare(_name, cpu="cpp", cuda="triton")
 
 
-@torch.library.impl("superbert::layer_norm", "CUDA")
+@register_cuda("layer_norm")
 def _layer_norm_cuda(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,7 +199,7 @@ def _layer_norm_cuda(
     return out, mean, rstd
 
 
-@torch.library.impl("superbert::layer_norm_backward", "CUDA")
+@register_cuda("layer_norm_backward")
 def _layer_norm_backward_cuda(*arguments: Any) -> Tensor:
     from . import layer_norm_triton
 
@@ -207,7 +207,7 @@ def _layer_norm_backward_cuda(*arguments: Any) -> Tensor:
     return layer_norm_triton.backward(*arguments)[0]
 
 
-@torch.library.impl("superbert::dropout_add_layer_norm", "CUDA")
+@register_cuda("dropout_add_layer_norm")
 def _add_cuda(
     x: Tensor,
     residual: Tensor,
@@ -227,7 +227,7 @@ def _add_cuda(
     return layer_norm_triton.forward(*given)
 
 
-@torch.library.impl("superbert::dropout_add_layer_norm_backward", "CUDA")
+@register_cuda("dropout_add_layer_norm_backward")
 def _add_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
     from . import layer_norm_triton
 

@@ -58,6 +58,34 @@ def register_fake(op: str) -> Callable[[Fake], Fake]:
     return register
 
 
+Launch = Callable[..., Any]
+
+
+def register_cuda(op: str) -> Callable[[Launch], Launch]:
+    """Register the Python function that runs ``superbert::op`` on CUDA tensors.
+
+    It runs with the device of the first argument, a tensor, as the current one: Triton launches on
+    the current device, which torch does not set for an operator in Python.
+
+    Args:
+        op: the operator's name without namespace.
+
+    Returns:
+        A decorator of a function of the operator's arguments.
+    """
+
+    def register(launch: Launch) -> Launch:
+        @functools.wraps(launch)
+        def run(*arguments: Any) -> Any:
+            with torch.cuda.device(arguments[0].get_device()):
+                return launch(*arguments)
+
+        torch.library.impl(f"superbert::{op}", "CUDA", run)
+        return launch
+
+    return register
+
+
 def _operator_name(target: object, _args: object, _kwargs: object) -> str:
     return f"  target: {target}"
 

@@ -60,6 +60,22 @@ def are_checked(x: Tensor) -> bool:
     return (x.is_cuda or x.dtype == torch.float64) and may_look(x)
 
 
+def check_input(name: str, x: object) -> None:
+    """Refuse what is no dense tensor of a dtype that every kernel takes, or has no data.
+
+    Raises:
+        TypeError: it is no tensor; the message names it.
+        ValueError: it is sparse, of another dtype, or its storage was freed.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got {x.layout}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+    check_data(**{name: x})
+
+
 def check_number(name: str, value: Tensor | float | None, most: float = math.inf) -> None:
     """Refuse a setting that is not a finite number of at least 0.
 

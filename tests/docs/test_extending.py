@@ -52,7 +52,13 @@ def test_a_balancing_method(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_kernel(tmp_path: Path) -> None:
     section = PAGE.split("\n## Add a kernel\n")[1].split("\n## ")[0]
-    operator, launchers, test = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    files = (
+        "kernels/squared_relu/squared_relu.py",
+        "kernels/squared_relu/squared_relu_triton.py",
+        "tests/kernels/test_squared_relu.py",
+        "tests/kernels/triton_cases.py",
+    )
     for folder in ("kernels", "tests/kernels"):
         without_caches = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=without_caches)
@@ -63,20 +69,35 @@ def test_a_kernel(tmp_path: Path) -> None:
         "tests/device_waits.py",
     ):
         shutil.copy(REPOSITORY / file, tmp_path / file)
-    kernel = tmp_path / "kernels" / "squared_relu"
-    kernel.mkdir()
-    (kernel / "__init__.py").write_text('"""Squared ReLU."""\n')
-    (kernel / "squared_relu.py").write_text(operator)
-    (kernel / "squared_relu_triton.py").write_text(launchers)
-    (tmp_path / "tests/kernels/test_squared_relu.py").write_text(test)
+    (tmp_path / "kernels" / "squared_relu").mkdir(exist_ok=True)
+    (tmp_path / "kernels" / "squared_relu" / "__init__.py").write_text('"""Squared ReLU."""\n')
+    for name, block in zip(files, blocks, strict=True):
+        mode = "a" if name.endswith("triton_cases.py") else "w"
+        with (tmp_path / name).open(mode, encoding="utf-8") as file:
+            file.write(block)
 
+    for name, block in zip(files, blocks, strict=True):
+        for command in (["check"], ["format", "--diff"]):
+            _run("ruff", *command, "--stdin-filename", name, "-", cwd=tmp_path, input=block)
+    function = _run("pytest", "-q", files[2], cwd=tmp_path)
+    kernels = _run("pytest", "-q", files[3], "-k", "squared", cwd=tmp_path, interpreted=True)
+    assert re.search(r"\b16 passed", function), function
+    assert re.search(r"\b13 passed", kernels), kernels
+
+
+def _run(
+    module: str, *arguments: str, cwd: Path, input: str = "", interpreted: bool = False
+) -> str:
+    """Run a module as a command; Triton kernels run by its interpreter where ``interpreted``."""
+    variables = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_squared_relu.py"],
-        cwd=tmp_path,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        [sys.executable, "-m", module, *arguments],
+        cwd=cwd,
+        env=variables,
+        input=input,
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"\b26 passed", run.stdout), run.stdout
+    return run.stdout

@@ -4,6 +4,7 @@
 two cores, and fails where a kernel spills or takes too much; test_triton_compile.py does a third.
 """
 
+import importlib
 import multiprocessing
 import os
 import re
@@ -14,12 +15,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import kernels
 from kernels.attention import attention_triton_kernels as attention
 from kernels.attention.attention_triton import DELTA_ROWS, INTERVAL_ROWS, TILES, padded_width
 from kernels.attention.attention_triton_kernels import Heads, Intervals, KernelOptions
@@ -78,6 +81,17 @@ class Needs(NamedTuple):
     def fit(self, case: Case) -> bool:
         """Whether nothing spills and shared memory is within the GPU's limit."""
         return self.spilled_bytes == 0 and self.shared_bytes <= SHARED_LIMIT[case.capability]
+
+
+def triton_modules() -> list[ModuleType]:
+    """Import every module below ``kernels`` that has Triton kernels or their launchers."""
+    paths = sorted(Path(kernels.__file__).parent.glob("*/*_triton*.py"))
+    return [importlib.import_module(f"kernels.{path.parent.name}.{path.stem}") for path in paths]
+
+
+def name_of(kernel: Any) -> str:
+    """Return a kernel's name with its module's: two kernels may have one name."""
+    return f"{kernel.__module__}.{kernel.__name__}"
 
 
 def cases() -> Iterator[Case]:

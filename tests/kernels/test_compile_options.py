@@ -4,8 +4,10 @@ The calls of a group share one graph, forward and backward, since compiling take
 Inductor, which compiles for seconds, takes those that differ in what its operators return.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from kernels import EmbeddingRows, TaskRows
 
 from .balancing.methods import METHODS
 from .layer_cases import HEADS, WIDTH, Stream
+from .operator_calls import public_calls
 
 # Inductor warns of what torch itself has deprecated.
 pytestmark = [
@@ -331,6 +334,14 @@ FOR_INDUCTOR = {
 
 
 # ---- tests ---------------------------------------------------------------------------------------
+
+
+def test_every_function_has_a_case() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    called = {re.split(r"[ .]", name)[0] for name in public_calls()}
+    called -= {"balancing", "check_cu_seqlens", "TaskGradients"}  # methods: in METHODS
+    missing = [name for name in called if not re.search(rf"\bkernels\.{name}\b", text)]
+    assert missing == [], "GROUPS of tests/kernels/test_compile_options.py has a case for each"
 
 
 def run(layers: Callable, streams: list[Stream]) -> list[Tensor]:

@@ -72,6 +72,7 @@ def test_float64_takes_the_same_mask() -> None:
     x = torch.randn(1000, dtype=torch.float64)
     mask = dropout(x, 0.4, seed=SEED) != 0
     assert torch.equal(mask, dropout(x.float(), 0.4, seed=SEED) != 0)
+    assert dropout(x.view(40, 25).t(), 0.4, seed=SEED).is_contiguous()
 
 
 @pytest.mark.parametrize(

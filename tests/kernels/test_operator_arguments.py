@@ -4,9 +4,11 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,15 +16,12 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.attention import attention_triton
-from kernels.dropout import dropout_triton
-from kernels.embedding import embedding_triton
-from kernels.embedding_layer_norm import embedding_layer_norm_triton
-from kernels.layer_norm import layer_norm_triton
 from kernels.surgery.surgery import combine_adamw_reference_
 
 from .argument_fuzz import Case, cases
-from .operator_calls import NO_TENSOR_ARGUMENTS, operator_calls, public_calls
+from .compile_triton import triton_modules
+from .layer_cases import LAYERS
+from .operator_calls import NO_TENSOR_ARGUMENTS, layers, operator_calls, public_calls
 
 RATES = (0.9, 0.999, 1e-8, 0.1)
 ROOT = Path(__file__).parents[2]
@@ -98,7 +97,9 @@ def accepts(one: Told) -> bool:
 def test_every_operator_is_called() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("superbert::")}
-    assert {name.split()[0] for name in operator_calls()} == registered
+    assert {name.split()[0] for name in operator_calls()} == registered, (
+        "others() of tests/kernels/test_operators.py has an entry for each operator, its arguments"
+    )
 
 
 def test_valid_calls_succeed(told: list[Told]) -> None:
@@ -126,7 +127,10 @@ def test_other_shapes_and_dtypes_are_refused(told: list[Told]) -> None:
         for one in of_operators(told)
         if one.kind.startswith(("shape", "dtype")) and not one.outcome.startswith("raised")
     ]
-    assert [one for one in taken if not accepts(one)] == []
+    assert [one for one in taken if not accepts(one)] == [], (
+        "the operator refuses them, or ACCEPTED of tests/kernels/test_operator_arguments.py says "
+        "that they are valid"
+    )
 
 
 def test_freed_storages_and_other_devices_are_refused(told: list[Told]) -> None:
@@ -180,7 +184,17 @@ def test_columns_of_one_buffer_are_apart() -> None:
 
 def test_every_public_function_is_called() -> None:
     called = {re.split(r"[ .]", name)[0] for name in public_calls()}
-    assert called - {"balancing"} == set(kernels.__all__) - NO_TENSOR_ARGUMENTS
+    assert called - {"balancing"} == set(kernels.__all__) - NO_TENSOR_ARGUMENTS, (
+        "tests/kernels/operator_calls.py has a call of each public function, of a layer in layers()"
+    )
+
+
+def test_every_layer_runs_on_a_stream() -> None:
+    called = {re.split(r"[ .]", name)[0] for name in layers(torch.float32)}
+    assert called - {"zero_rows_"} == {name.split()[0] for name in LAYERS}, (
+        "LAYERS of tests/kernels/layer_cases.py has an entry for each function in layers() of "
+        "tests/kernels/operator_calls.py"
+    )
 
 
 def test_public_functions_refuse_freed_storages(told: list[Told]) -> None:
@@ -216,20 +230,15 @@ class LaunchedError(Exception):
 
 @pytest.fixture
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts an exception in the place of every launcher."""
+    """Puts an exception in the place of every launcher: the functions of modules ``*_triton``."""
 
     def launch(*_: Any, **__: Any) -> None:
         raise LaunchedError
 
-    for module in (
-        attention_triton,
-        dropout_triton,
-        embedding_layer_norm_triton,
-        embedding_triton,
-        layer_norm_triton,
-    ):
-        for name in ("forward", "backward", "dropout", "add_task_gradients_"):
-            if hasattr(module, name):
+    for module in triton_modules():
+        for name, function in list(vars(module).items()):
+            is_own = isinstance(function, FunctionType) and function.__module__ == module.__name__
+            if is_own and not name.startswith("_"):
                 monkeypatch.setattr(module, name, launch)
 
 
@@ -265,8 +274,9 @@ def refusal(function: Callable[..., Any], case: Case) -> str | None:
 def test_what_the_cpu_refuses_is_not_launched(name: str) -> None:
     operator = getattr(OPS, name).default
     names = [argument.name for argument in operator._schema.arguments]
+    arguments = list(operator_calls()[name])
     disagreed, refused = [], 0
-    for case in cases(names, list(operator_calls()[name])):
+    for case in cases(names, arguments):
         on_cpu = refusal(operator, case)
         if case.kind.startswith("overlap") or (on_cpu and re.search(UNSEEN, on_cpu)):
             continue
@@ -275,4 +285,29 @@ def test_what_the_cpu_refuses_is_not_launched(name: str) -> None:
         if (on_cuda is None) != (on_cpu is None):
             disagreed.append((case.argument, case.kind, on_cpu, on_cuda))
     assert disagreed == []
-    assert refused > 15
+    assert refused > 10 * sum(isinstance(x, Tensor) for x in arguments)
+
+
+@pytest.mark.usefixtures("no_launch")
+@pytest.mark.parametrize("name", LAUNCHED_FROM_PYTHON)
+def test_launches_on_the_device_of_the_first_argument(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched_within = []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        try:
+            yield
+        except LaunchedError:
+            launched_within.append(index)
+            raise
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(Tensor, "get_device", Tensor.data_ptr)  # each on a device of its own
+    arguments = [x.detach() if isinstance(x, Tensor) else x for x in operator_calls()[name]]
+    with pytest.raises(LaunchedError):
+        getattr(OPS, name).default.redispatch(CUDA, *arguments)
+    assert launched_within == [arguments[0].data_ptr()], (
+        "register_cuda() registers what launches kernels from Python"
+    )

@@ -11,20 +11,14 @@ from kernels.attention.attention import attention_reference
 from kernels.attention.attention_options import AttentionOptions
 
 from ..device_waits import no_wait_for_the_device
+from . import triton_cases
 from .layer_cases import LAYERS, Stream
 from .tolerance import assert_within_twice
-from .triton_cases import (  # noqa: F401
-    test_attention,
-    test_attention_stays_inside_its_tensors,
-    test_attention_with_more_sequences_than_a_grid_has_rows,
-    test_attention_with_offsets_beyond_32_bits,
-    test_dropout,
-    test_embedding_layer_norm,
-    test_embedding_task_gradients,
-    test_layer_norm,
-)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+globals().update(
+    {name: case for name, case in vars(triton_cases).items() if name.startswith("test_")}
+)
 
 
 @pytest.fixture
@@ -95,6 +89,16 @@ def test_layers_agree_with_the_cpu(layer_name: str) -> None:
     gpu = cpu.to("cuda")
     for found, expected in zip(
         gpu.run(LAYERS[layer_name]), cpu.run(LAYERS[layer_name]), strict=True
+    ):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_layers_run_on_the_device_of_their_tensors(layer_name: str) -> None:
+    cpu = Stream.of(65)
+    for found, expected in zip(
+        cpu.to("cuda:1").run(LAYERS[layer_name]), cpu.run(LAYERS[layer_name]), strict=True
     ):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
 
 from kernels.attention import attention_triton
 from kernels.attention.attention_options import AttentionOptions
@@ -16,7 +17,15 @@ from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.layer_norm import layer_norm_triton
 
-from .compile_triton import KERNELS, SHARED_LIMIT, cases, compile_all, covering_cases
+from .compile_triton import (
+    KERNELS,
+    SHARED_LIMIT,
+    cases,
+    compile_all,
+    covering_cases,
+    name_of,
+    triton_modules,
+)
 
 
 @pytest.mark.long
@@ -24,6 +33,19 @@ def test_no_spills_and_shared_memory_within_the_limit() -> None:
     table = compile_all(covering_cases())
     too_much = {case: needs for case, needs in table.items() if not needs.fit(case)}
     assert not too_much
+
+
+def test_every_kernel_is_in_the_table() -> None:
+    named = [x for module in triton_modules() for x in vars(module).items()]
+    kernels = {
+        name_of(kernel)
+        for name, kernel in named
+        if isinstance(kernel, JITFunction) and name.endswith("_kernel")
+    }
+    assert kernels == set(map(name_of, KERNELS.values())), (
+        "KERNELS of tests/kernels/compile_triton.py has an entry for each kernel, and _types() and "
+        "_other() there what it takes"
+    )
 
 
 def test_the_cases_compiled_here_cover_the_table() -> None:
@@ -42,7 +64,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     found = defaultdict(set)
 
     def note(*, key: str, fn: Any, **_: object) -> bool:
-        found[fn.name].add(key)
+        found[name_of(fn.jit_function)].add(key)
         return True  # neither compiled nor launched
 
     gpu = SimpleNamespace(
@@ -61,14 +83,18 @@ def test_one_compilation_serves_all_token_counts(
 ) -> None:
     for tokens in range(1, 200, 20):
         launch_all(tokens, dtype)
-    launched = {kernel.__name__ for kernel in KERNELS.values()}
-    assert variants.keys() == (launched if dtype == torch.bfloat16 else launched - {"delta_kernel"})
+    launched = set(map(name_of, KERNELS.values()))
+    if dtype != torch.bfloat16:
+        launched.remove(name_of(KERNELS["delta"]))
+    assert variants.keys() == launched, (
+        "launch_all() of tests/kernels/test_triton_compile.py calls every launcher"
+    )
     # Intervals of queries and of keys; sums for a weight and for a bias.
-    several = {"intervals_kernel": 2, "_sum_partials_kernel": 2}
-    # The norms' kernels share their names with those behind embeddings.
-    several |= {"_forward_kernel": 2, "_backward_kernel": 2}
+    several = {name_of(KERNELS[kernel]): 2 for kernel in ("intervals", "sum_partials")}
     for kernel, keys in variants.items():
-        assert len(keys) == several.get(kernel, 1), kernel
+        assert len(keys) == several.get(kernel, 1), (
+            f"{kernel}: numbers that differ from call to call belong in do_not_specialize"
+        )
 
 
 def launch_all(tokens: int, dtype: torch.dtype) -> None:
