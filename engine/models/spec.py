@@ -48,17 +48,21 @@ class ModelSpec:
 
     Attributes:
         model_types: of ``config.json``; the first is what folders are written with.
+        name: what the model card of an export calls the model, such as BERT.
         config: the config's class.
         encoder: from a config to an encoder with random weights.
         weights: from a config to the name and shape of every weight.
         sort_weights: from a ``config.json`` and its tensors to the same tensors, sorted and named.
         untrained: from a config to what a folder holds besides the encoder's weights, since
             transformers' class of the model has it.
+        untrained_note: what the model card says of that.
     """
 
     model_types: Sequence[str]
+    name: str
     config: type[EncoderConfig]
     encoder: Callable[[Any], Encoder]
     weights: Callable[[Any], Iterable[Weight]]
     sort_weights: Callable[[Mapping[str, Any], Iterable[tuple[str, Tensor]]], StoredWeights]
     untrained: Callable[[Any], dict[str, Tensor]] = _none
+    untrained_note: str = ""
