@@ -1,4 +1,4 @@
-"""``python -m bench.attention``: packed attention, forward and backward, beside its peers.
+"""``python -m bench.attention``: time packed attention, forward and backward, against its peers.
 
 Length mixes of the four real datasets and three fixed lengths.  Peers, each where it imports: SDPA
 on the padded batch, torch's `varlen_attn`, FlexAttention with a document mask, flash-attn, and

@@ -1,4 +1,4 @@
-"""``python -m bench.attention_tiles``: which tiles the attention kernels are fastest with.
+"""``python -m bench.attention_tiles``: find the fastest tiles of the attention kernels.
 
 Every setting of every kernel is timed on a GPU by graph replay, forward or backward as a whole with
 one kernel's setting replaced, on four mixes of lengths, in bf16 with dropout.  The table's best

@@ -1,4 +1,4 @@
-"""``python -m bench.fusion``: is there anything left to fuse by hand between the kernels?
+"""``python -m bench.fusion``: measure what could be gained by fusing operations between kernels.
 
 What stands between this project's kernels in a step are GELU, pooling and the small losses.  Each
 is timed forward and backward as torch runs it, and as torch.compile makes it; beside them the bytes

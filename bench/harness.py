@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: interleaved timing, the machine's ceilings, records that are kept.
+"""Time contestants in turn, measure the machine's ceilings, and keep records, for all benchmarks.
 
 Contestants of one benchmark run in the same process, in turn, round after round, so that whatever
 else slows the machine slows them alike; figures to compare are ratios of their medians.

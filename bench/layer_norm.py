@@ -1,4 +1,4 @@
-"""``python -m bench.layer_norm``: layer norm, alone and fused with what BERT has around it.
+"""``python -m bench.layer_norm``: time layer norm, alone and fused with BERT's layers around it.
 
 Plain; dropout + residual + norm; embedding sum + norm + dropout.  Forward and backward with the
 gradients of all parameters.  The floor is the bytes that must move at the copy bandwidth of the

@@ -1,4 +1,4 @@
-"""``python -m bench.plot JSON… --out DIR``: draws a record of any benchmark here.
+"""``python -m bench.plot JSON… --out DIR``: draw a record of any benchmark here.
 
 The growth of the step has a picture of its own (bench/plot_growth.py).  For all others there is
 one panel a case, one bar a contestant: its median time as a multiple of the first one's, which is

@@ -1,4 +1,4 @@
-"""The picture of ``bench.step --growth``: where the step stops growing with its arithmetic."""
+"""Draw how the step's time grows with its arithmetic (``bench.step --growth``)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

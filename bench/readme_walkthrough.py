@@ -43,7 +43,7 @@ def fill_in(command: str, data: Path, init: str, steps: int | None) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line; the engine's own needs torch, which is not there yet."""
+    """A parser that answers a mistake with one line; the engine's needs torch, to be installed."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""

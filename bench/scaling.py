@@ -1,4 +1,4 @@
-"""``python -m bench.scaling``: what a step should take on N ranks, by arithmetic.
+"""``python -m bench.scaling``: predict the time of a step on N ranks.
 
     time(N) = compute + exposed + gram + update / N + gather
 

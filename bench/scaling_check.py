@@ -1,4 +1,4 @@
-"""``torchrun --nproc-per-node N -m bench.scaling_check``: the arithmetic against a real step.
+"""``torchrun --nproc-per-node N -m bench.scaling_check``: compare prediction and measurement.
 
 All ranks first take steps that exchange nothing, at the same time, so that they share the machine
 as they do later; then exchanges with nothing to hide behind; and from both the prediction of
@@ -33,18 +33,18 @@ from .scaling import Machine, Model, predict
 _SHARE_OF_BACKWARD = 2 / 3  # of the products of a step: two of three
 
 
-def measure(training: Trainer, steps: int) -> dict[str, float]:
+def measure(trainer: Trainer, steps: int) -> dict[str, float]:
     """Return seconds: of a step ``alone``, of it ``predicted`` with exchange, and ``measured``."""
-    with closing(training.loader(0)) as loader:
+    with closing(trainer.loader(0)) as loader:
         batches = list(itertools.islice(loader, steps))
 
     def take(number: int) -> None:
-        training.step([batches[number]], number, 1e-5)
+        trainer.step([batches[number]], number, 1e-5)
 
-    sync, training.step.sync = training.step.sync, NoSync()
+    sync, trainer.step.sync = trainer.step.sync, NoSync()
     alone = _seconds(take, steps)
-    training.step.sync = sync
-    latency, bandwidth = _link(training.parameters.rows.dtype)
+    trainer.step.sync = sync
+    latency, bandwidth = _link(trainer.parameters.rows.dtype)
     machine = Machine(
         forward=(1 - _SHARE_OF_BACKWARD) * alone,
         backward=_SHARE_OF_BACKWARD * alone,
@@ -52,9 +52,9 @@ def measure(training: Trainer, steps: int) -> dict[str, float]:
         latency=latency,
         bandwidth=bandwidth,
     )
-    replicated = training.recipe.distribute == "replicated"
-    ranks = training.ranks.size
-    of_step = predict(_model(training), machine, ranks, replicated=replicated, weak=True)
+    replicated = trainer.recipe.distribute == "replicated"
+    ranks = trainer.ranks.size
+    of_step = predict(_model(trainer), machine, ranks, replicated=replicated, weak=True)
     return {
         "ranks": ranks,
         "alone": alone,
@@ -65,11 +65,11 @@ def measure(training: Trainer, steps: int) -> dict[str, float]:
     }
 
 
-def _model(training: Trainer) -> Model:
-    sizes = {bucket.name: bucket.size for bucket in training.parameters.layout.buckets}
-    first = training.model.encoder_stages()[0].bucket
+def _model(trainer: Trainer) -> Model:
+    sizes = {bucket.name: bucket.size for bucket in trainer.parameters.layout.buckets}
+    first = trainer.model.encoder_stages()[0].bucket
     late = sum(sizes.pop(name, 0) for name in (first, VECTORS))
-    rows = training.parameters.rows
+    rows = trainer.parameters.rows
     return Model(
         buckets=list(sizes.values())[::-1],
         late=late,
@@ -116,8 +116,8 @@ def main() -> int:
     recipe = recipes.load("demo", [*settings, *(f"encoder.{field}" for field in shape)])
     with ranks.init(device, recipe.timeout), tempfile.TemporaryDirectory() as folder:
         with ranks.main_first():
-            training = build_trainer(begin(recipe, Path(folder) / "run"), device, ranks)
-        result = measure(training, options.steps)
+            trainer = build_trainer(begin(recipe, Path(folder) / "run"), device, ranks)
+        result = measure(trainer, options.steps)
     if ranks.is_main:
         print(dump_json(result, indent=1))
         if options.json is not None:

@@ -1,4 +1,4 @@
-"""``python -m bench.step``: one multitask training step beside what people run today.
+"""``python -m bench.step``: time one multitask training step against its baselines.
 
 The same real batches (32 examples each of SST, Quora and STS) go through this engine, packed, and
 through a plain ``transformers`` loop, padded.  The floor is the time the arithmetic of the step
@@ -49,8 +49,8 @@ _EXECUTIONS = {
 class Batches:
     """The batch of the current round, packed and padded."""
 
-    def __init__(self, training: Trainer, device: torch.device, count: int) -> None:
-        self.packed = first_batches(training, device, count)
+    def __init__(self, trainer: Trainer, device: torch.device, count: int) -> None:
+        self.packed = first_batches(trainer, device, count)
         self._padded = [PaddedBatch(batch, device) for batch in self.packed]
         self.select(0)
 
@@ -60,19 +60,19 @@ class Batches:
         self.padded = self._padded[self.turn]
 
 
-def first_batches(training: Trainer, device: torch.device, count: int) -> list[PackedBatch]:
-    """The first batches of a run, filled up to a few shapes where its steps are recorded."""
-    with training.loader(0) as loader:
+def first_batches(trainer: Trainer, device: torch.device, count: int) -> list[PackedBatch]:
+    """The first batches of a run, padded to a few shapes where its steps are recorded."""
+    with trainer.loader(0) as loader:
         return [batch.to(device) for batch in itertools.islice(loader, count)]
 
 
-def engine_training(
+def engine_trainer(
     options: argparse.Namespace, balance: str, precision: str, execution: str
 ) -> Trainer:
     """Put this engine together as ``engine.train cgs`` does."""
     if execution == "graphs of eager code":
         with mock.patch.object(Execution, "compiled", lambda _, function: function):
-            return engine_training(options, balance, precision, "graphs")
+            return engine_trainer(options, balance, precision, "graphs")
     settings = [f"balance={balance}", f"precision={precision}", f"execution={execution}"]
     settings.append(f"batch_size={options.batch_size}")
     for key, value in (("data", options.data), ("init", options.init)):
@@ -85,14 +85,14 @@ def engine_training(
 class Engine:
     """This engine's step on the current batch."""
 
-    def __init__(self, training: Trainer, batches: Batches, device: torch.device) -> None:
-        self.training = training
+    def __init__(self, trainer: Trainer, batches: Batches, device: torch.device) -> None:
+        self.trainer = trainer
         self._batches, self._numbers = batches, itertools.count()
-        self._own = first_batches(training, device, len(batches.packed))
+        self._own = first_batches(trainer, device, len(batches.packed))
 
     def __call__(self) -> object:
         """Train once."""
-        return self.training.step(self._own[self._batches.turn], next(self._numbers), _LR)
+        return self.trainer.step(self._own[self._batches.turn], next(self._numbers), _LR)
 
 
 def engines(
@@ -107,7 +107,7 @@ def engines(
     variants += [(precisions[0], "pcgrad", kind) for kind in others]
 
     def maker(precision: str, balance: str, kind: str) -> Callable[[], Engine]:
-        return lambda: Engine(engine_training(options, balance, precision, kind), batches, device)
+        return lambda: Engine(engine_trainer(options, balance, precision, kind), batches, device)
 
     return {
         f"this engine, {precision}, {balance}" + ("" if kind == usual else f", {kind}"): maker(
@@ -193,9 +193,9 @@ def main() -> None:
 
     fast = multiplies_bf16_fast(device)
     precisions = ["bf16", "fp32"] if fast else ["fp32"]
-    training = engine_training(options, "pcgrad", precisions[0], "eager")
-    batches = Batches(training, device, options.rounds + 2)
-    config = training.model.encoder.config.to_huggingface()
+    trainer = engine_trainer(options, "pcgrad", precisions[0], "eager")
+    batches = Batches(trainer, device, options.rounds + 2)
+    config = trainer.model.encoder.config.to_huggingface()
     results: dict[str, Any] = {
         "tasks": _TASKS,
         "batch_size": options.batch_size,
@@ -205,7 +205,7 @@ def main() -> None:
         "seconds": {},
     }
     save = harness.Record(options, "step", device).write
-    results["floor_seconds"] = floor_seconds(training, batches.packed[0], device)
+    results["floor_seconds"] = floor_seconds(trainer, batches.packed[0], device)
 
     makers = engines(options, batches, precisions) | peers(options, batches, config)
     contestants = {}
@@ -239,7 +239,7 @@ def main() -> None:
         contestants, device, rounds=options.rounds, setup=batches.select
     )
     save(results)
-    results["phase_seconds"] = phase_seconds(training, batches.packed, device)
+    results["phase_seconds"] = phase_seconds(trainer, batches.packed, device)
     results["joules"] = joules_a_run(contestants, device)
     save(results)
     console.print(_table(results, sum(results["tokens"]) / len(results["tokens"])))

@@ -1,4 +1,4 @@
-"""Break a training step down: its floor, its phases, its energy."""
+"""Break a training step down into its phases, with its floor and its energy."""
 
 import importlib.util
 import time
@@ -15,13 +15,13 @@ from engine.training.trainer import Trainer
 from . import harness
 
 
-def floor_seconds(training: Trainer, batch: PackedBatch, device: torch.device) -> dict[str, float]:
+def floor_seconds(trainer: Trainer, batch: PackedBatch, device: torch.device) -> dict[str, float]:
     """Return the least a PCGrad step can take: its matrix products, then two passes of bytes.
 
     Every weight matrix is multiplied three times: forward, gradient of the input, gradient of the
     weight.  Surgery reads the rows twice; the update reads and writes weights and moments.
     """
-    config, parameters = training.model.encoder.config, training.parameters
+    config, parameters = trainer.model.encoder.config, trainer.parameters
     width, inner = config.hidden_size, config.intermediate_size
     weights = config.num_hidden_layers * (4 * width * width + 2 * width * inner)
     flops = harness.measure_gemm(device, parameters.compute.dtype, batch.num_tokens, inner, width)
@@ -35,16 +35,16 @@ def floor_seconds(training: Trainer, batch: PackedBatch, device: torch.device) -
 
 
 def phase_seconds(
-    training: Trainer, batches: Sequence[PackedBatch], device: torch.device
+    trainer: Trainer, batches: Sequence[PackedBatch], device: torch.device
 ) -> dict[str, float]:
     """Return the mean seconds of each phase; each is waited for, so their sum exceeds a step."""
-    step = training.step
+    step = trainer.step
     phases = {
-        "forward": (training.model, "forward"),
+        "forward": (trainer.model, "forward"),
         "Gram matrix": (step.groups, "grams"),
-        "weights": (step, "balance"),
+        "weights": (step, "balancer"),
         "combine and update": (step.optimizer, "step"),
-        "zero word rows": (training.model, "zero_sparse_rows"),
+        "zero word rows": (trainer.model, "zero_sparse_rows"),
     }
     seconds = dict.fromkeys(phases, 0.0)
 

@@ -1,4 +1,4 @@
-"""``python -m bench.surgery``: gradient surgery beside what people run, against the bandwidth.
+"""``python -m bench.surgery``: time gradient surgery against its baselines and the bandwidth.
 
 Three tables from interleaved rounds on one matrix of task gradients: each operator with the bytes
 that it must move, their rate and its share of the read bandwidth of the same rounds; the whole

@@ -1,5 +1,5 @@
-// What the border to torch (attention_cpu.cpp) and the CPU kernels (attention_simd.cpp) agree on:
-// plain structs, no torch.  Shapes and offsets are checked before they come here.
+// Plain structs, free of torch, that the operators (attention_cpu.cpp) pass to the CPU kernels
+// (attention_simd.cpp).  The operators have checked shapes and offsets.
 #pragma once
 
 #include <cstdint>

@@ -22,13 +22,13 @@ using torch::stable::Tensor;
 
 // The arguments that every op has behind its others, the fields of AttentionOptions in
 // kernels/attention/attention_options.py: in its schema, and in C++.
-#define OPTIONS "float softmax_scale, bool causal, float dropout_p, int stream, Tensor? seed"
+#define OPTIONS "float softmax_scale, bool causal, float dropout_p, int rng_offset, Tensor? seed"
 
-AttentionOptions parse_options(double softmax_scale, bool causal, double dropout_p, int64_t stream,
-                               const std::optional<Tensor>& seed) {
+AttentionOptions parse_options(double softmax_scale, bool causal, double dropout_p,
+                               int64_t rng_offset, const std::optional<Tensor>& seed) {
   check(std::isfinite(softmax_scale), "softmax_scale: expected a finite number, got ",
         softmax_scale);
-  return {static_cast<float>(softmax_scale), causal, make_dropout(dropout_p, seed, stream)};
+  return {static_cast<float>(softmax_scale), causal, make_dropout(dropout_p, seed, rng_offset)};
 }
 
 // Op<body>::call() has the arguments of `body` behind its first, and then those of parse_options().

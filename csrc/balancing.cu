@@ -34,19 +34,18 @@ __global__ void project_kernel(const double* gram, const double* lower, int64_t 
   }
 }
 
-__global__ void minimize_norm_kernel(const double* gram, int64_t k, double* weights,
-                                     double* scratch) {
-  solvers::minimize_norm(gram, k, weights, scratch);
+__global__ void solve_mgda_kernel(const double* gram, int64_t k, double* weights, double* scratch) {
+  solvers::solve_mgda(gram, k, weights, scratch);
 }
 
-__global__ void avoid_conflict_kernel(const double* gram, double c, int64_t k, double* weights,
+__global__ void solve_cagrad_kernel(const double* gram, double c, int64_t k, double* weights,
+                                    double* scratch) {
+  solvers::solve_cagrad(gram, c, k, weights, scratch);
+}
+
+__global__ void solve_fairgrad_kernel(const double* gram, double alpha, int64_t k, double* weights,
                                       double* scratch) {
-  solvers::avoid_conflict(gram, c, k, weights, scratch);
-}
-
-__global__ void bargain_kernel(const double* gram, double alpha, int64_t k, double* weights,
-                               double* scratch) {
-  solvers::bargain(gram, alpha, k, weights, scratch);
+  solvers::solve_fairgrad(gram, alpha, k, weights, scratch);
 }
 
 Tensor scratch_for(const Tensor& gram, int64_t problems) {
@@ -81,35 +80,35 @@ Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
   return result;
 }
 
-Tensor minimize_norm(const Tensor& gram) {
+Tensor solve_mgda(const Tensor& gram) {
   const int64_t k = check_square(gram, "gram");
   const LaunchDevice device(gram);
   Tensor weights = allocate(gram, {k});
   const Tensor scratch = scratch_for(gram, 1);
-  launch(minimize_norm_kernel, 1, 1, device.stream(), data<double>(gram), k, data<double>(weights),
+  launch(solve_mgda_kernel, 1, 1, device.stream(), data<double>(gram), k, data<double>(weights),
          data<double>(scratch));
   return weights;
 }
 
-Tensor avoid_conflict(const Tensor& gram, double c) {
+Tensor solve_cagrad(const Tensor& gram, double c) {
   const int64_t k = check_square(gram, "gram");
   check_number("c", c);
   const LaunchDevice device(gram);
   Tensor weights = allocate(gram, {k});
   const Tensor scratch = scratch_for(gram, 1);
-  launch(avoid_conflict_kernel, 1, 1, device.stream(), data<double>(gram), c, k,
+  launch(solve_cagrad_kernel, 1, 1, device.stream(), data<double>(gram), c, k,
          data<double>(weights), data<double>(scratch));
   return weights;
 }
 
-Tensor bargain(const Tensor& gram, double alpha) {
+Tensor solve_fairgrad(const Tensor& gram, double alpha) {
   const int64_t k = check_square(gram, "gram");
   check_number("alpha", alpha);
   const LaunchDevice device(gram);
   Tensor weights = allocate(gram, {k});
   const Tensor scratch = scratch_for(gram, 1);
-  launch(bargain_kernel, 1, 1, device.stream(), data<double>(gram), alpha, k, data<double>(weights),
-         data<double>(scratch));
+  launch(solve_fairgrad_kernel, 1, 1, device.stream(), data<double>(gram), alpha, k,
+         data<double>(weights), data<double>(scratch));
   return weights;
 }
 
@@ -119,7 +118,7 @@ Tensor bargain(const Tensor& gram, double alpha) {
 STABLE_TORCH_LIBRARY_IMPL(superbert, CUDA, m) {
   m.impl("symmetric_eigen", TORCH_BOX(&superbert::symmetric_eigen));
   m.impl("project_onto_dual_cone", TORCH_BOX(&superbert::project_onto_dual_cone));
-  m.impl("minimize_norm", TORCH_BOX(&superbert::minimize_norm));
-  m.impl("avoid_conflict", TORCH_BOX(&superbert::avoid_conflict));
-  m.impl("bargain", TORCH_BOX(&superbert::bargain));
+  m.impl("solve_mgda", TORCH_BOX(&superbert::solve_mgda));
+  m.impl("solve_cagrad", TORCH_BOX(&superbert::solve_cagrad));
+  m.impl("solve_fairgrad", TORCH_BOX(&superbert::solve_fairgrad));
 }

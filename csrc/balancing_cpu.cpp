@@ -1,5 +1,5 @@
-// Balancing methods: the operators' schemas and their CPU side.  What they solve stands in
-// balancing_solvers.h, the methods themselves in kernels/balancing/.
+// Balancing methods: the operators' schemas and their CPU side.  balancing_solvers.h has the
+// solvers, kernels/balancing/ the methods themselves.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -47,26 +47,27 @@ Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
   return result;
 }
 
-Tensor minimize_norm(const Tensor& gram) {
+Tensor solve_mgda(const Tensor& gram) {
   const int64_t k = check_square(gram, "gram");
   Tensor weights = allocate(gram, {k});
-  solvers::minimize_norm(data<double>(gram), k, data<double>(weights), scratch_for(k).data());
+  solvers::solve_mgda(data<double>(gram), k, data<double>(weights), scratch_for(k).data());
   return weights;
 }
 
-Tensor avoid_conflict(const Tensor& gram, double c) {
+Tensor solve_cagrad(const Tensor& gram, double c) {
   const int64_t k = check_square(gram, "gram");
   check_number("c", c);
   Tensor weights = allocate(gram, {k});
-  solvers::avoid_conflict(data<double>(gram), c, k, data<double>(weights), scratch_for(k).data());
+  solvers::solve_cagrad(data<double>(gram), c, k, data<double>(weights), scratch_for(k).data());
   return weights;
 }
 
-Tensor bargain(const Tensor& gram, double alpha) {
+Tensor solve_fairgrad(const Tensor& gram, double alpha) {
   const int64_t k = check_square(gram, "gram");
   check_number("alpha", alpha);
   Tensor weights = allocate(gram, {k});
-  solvers::bargain(data<double>(gram), alpha, k, data<double>(weights), scratch_for(k).data());
+  solvers::solve_fairgrad(data<double>(gram), alpha, k, data<double>(weights),
+                          scratch_for(k).data());
   return weights;
 }
 
@@ -76,15 +77,15 @@ Tensor bargain(const Tensor& gram, double alpha) {
 STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
   m.def("symmetric_eigen(Tensor matrix) -> (Tensor, Tensor)");
   m.def("project_onto_dual_cone(Tensor gram, Tensor lower) -> Tensor");
-  m.def("minimize_norm(Tensor gram) -> Tensor");
-  m.def("avoid_conflict(Tensor gram, float c) -> Tensor");
-  m.def("bargain(Tensor gram, float alpha) -> Tensor");
+  m.def("solve_mgda(Tensor gram) -> Tensor");
+  m.def("solve_cagrad(Tensor gram, float c) -> Tensor");
+  m.def("solve_fairgrad(Tensor gram, float alpha) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
   m.impl("symmetric_eigen", TORCH_BOX(&superbert::symmetric_eigen));
   m.impl("project_onto_dual_cone", TORCH_BOX(&superbert::project_onto_dual_cone));
-  m.impl("minimize_norm", TORCH_BOX(&superbert::minimize_norm));
-  m.impl("avoid_conflict", TORCH_BOX(&superbert::avoid_conflict));
-  m.impl("bargain", TORCH_BOX(&superbert::bargain));
+  m.impl("solve_mgda", TORCH_BOX(&superbert::solve_mgda));
+  m.impl("solve_cagrad", TORCH_BOX(&superbert::solve_cagrad));
+  m.impl("solve_fairgrad", TORCH_BOX(&superbert::solve_fairgrad));
 }

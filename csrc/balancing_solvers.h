@@ -173,8 +173,7 @@ SUPERBERT_HOST_DEVICE void project_onto_dual_cone(const double* gram, const doub
 }
 
 // Minimizer of |J'w| over w >= 0, sum w = 1.  Where x minimizes x'Gx / 2 - 1'x, w is x / sum x.
-SUPERBERT_HOST_DEVICE void minimize_norm(const double* gram, int64_t k, double* w,
-                                         double* scratch) {
+SUPERBERT_HOST_DEVICE void solve_mgda(const double* gram, int64_t k, double* w, double* scratch) {
   double* ones = scratch + k * k + 2 * k;
   for (int64_t i = 0; i < k; ++i) ones[i] = 1.0;
   solve_nonnegative(gram, ones, k, w, scratch);
@@ -186,8 +185,8 @@ SUPERBERT_HOST_DEVICE void minimize_norm(const double* gram, int64_t k, double* 
 // CAGrad: the d within c |g0| of the mean gradient g0 whose worst <g_i, d> is best.  Its weights
 // are 1/K + y, where y >= 0 minimizes y'Gy / 2 + (G1/K - level)'y for the level at which |J'y| = c
 // |g0|; |J'y| grows with the level, so bisection finds it.
-SUPERBERT_HOST_DEVICE void avoid_conflict(const double* gram, double c, int64_t k, double* weights,
-                                          double* scratch) {
+SUPERBERT_HOST_DEVICE void solve_cagrad(const double* gram, double c, int64_t k, double* weights,
+                                        double* scratch) {
   constexpr int kHalvings = 60;
   double *b = scratch + k * k + 2 * k, *with_mean = b + k;
   double mean_norm = 0.0;
@@ -223,8 +222,8 @@ SUPERBERT_HOST_DEVICE void avoid_conflict(const double* gram, double c, int64_t 
 
 // Newton's method for Gx = x^-power on the convex x'Gx / 2 - sum of utilities, from x on, in steps
 // that keep x positive.  Returns whether x solves it, as far as rounding lets it.
-SUPERBERT_HOST_DEVICE bool bargain_from(const double* gram, double power, int64_t k, int steps,
-                                        double* x, double* scratch) {
+SUPERBERT_HOST_DEVICE bool solve_fairgrad_from(const double* gram, double power, int64_t k,
+                                               int steps, double* x, double* scratch) {
   double *hessian = scratch, *chosen = scratch + k * k, *slope = chosen + k, *step = slope + k;
   bool settled = false;
   for (int round = 0; round < steps; ++round) {
@@ -266,8 +265,9 @@ SUPERBERT_HOST_DEVICE bool bargain_from(const double* gram, double power, int64_
 
 // Of x that solves Gx = x^-power: `ahead`, about what solves it for the power `next`, along the
 // tangent of log x in 1 / power.  Returns whether it is of any use.
-SUPERBERT_HOST_DEVICE bool bargain_ahead(const double* gram, double power, double next, int64_t k,
-                                         const double* x, double* ahead, double* scratch) {
+SUPERBERT_HOST_DEVICE bool solve_fairgrad_ahead(const double* gram, double power, double next,
+                                                int64_t k, const double* x, double* ahead,
+                                                double* scratch) {
   constexpr double kFarthest = 300.0; // e^300 squared is still a number
   double *hessian = scratch, *chosen = scratch + k * k, *slope = chosen + k, *step = slope + k;
   for (int64_t i = 0; i < k; ++i) {
@@ -288,8 +288,8 @@ SUPERBERT_HOST_DEVICE bool bargain_ahead(const double* gram, double power, doubl
 
 // Follows the x > 0 with Gx = x^-power from power 1 to `last` (Allgower and Georg, Introduction to
 // Numerical Continuation Methods, chapter 2), in steps that are halved where they fail.
-SUPERBERT_HOST_DEVICE void bargain_on_path(const double* gram, double last, int64_t k, double* x,
-                                           double* scratch) {
+SUPERBERT_HOST_DEVICE void solve_fairgrad_on_path(const double* gram, double last, int64_t k,
+                                                  double* x, double* scratch) {
   constexpr int kStages = 400, kSteps = 12;
   constexpr double kLargest = 0.75, kSmallest = 1e-6;
   double* ahead = scratch + k * k + 3 * k;
@@ -297,9 +297,9 @@ SUPERBERT_HOST_DEVICE void bargain_on_path(const double* gram, double last, int6
   for (int stage = 0; stage < kStages && power < last && part > kSmallest; ++stage) {
     const double next = power / (1.0 - part) < last ? power / (1.0 - part) : last;
     bool settled = false;
-    if (bargain_ahead(gram, power, next, k, x, ahead, scratch)) {
+    if (solve_fairgrad_ahead(gram, power, next, k, x, ahead, scratch)) {
       for (int step = 0; step < kSteps && !settled; ++step) {
-        settled = bargain_from(gram, next, k, 1, ahead, scratch);
+        settled = solve_fairgrad_from(gram, next, k, 1, ahead, scratch);
       }
     }
     part = !settled ? 0.5 * part : 2.0 * part < kLargest ? 2.0 * part : kLargest;
@@ -314,8 +314,8 @@ SUPERBERT_HOST_DEVICE void bargain_on_path(const double* gram, double last, int6
 //
 // For large powers 1 / alpha the utilities are like walls, over which Newton's method jumps unless
 // it begins nearby.  From 1e8 on x is what it is in the limit, but for a millionth.
-SUPERBERT_HOST_DEVICE void bargain(const double* gram, double alpha, int64_t k, double* x,
-                                   double* scratch) {
+SUPERBERT_HOST_DEVICE void solve_fairgrad(const double* gram, double alpha, int64_t k, double* x,
+                                          double* scratch) {
   constexpr int kSteps = 100;
   constexpr double kSmallest = 1e-8; // alpha
   const double last = 1.0 / (alpha > kSmallest ? alpha : kSmallest);
@@ -326,11 +326,11 @@ SUPERBERT_HOST_DEVICE void bargain(const double* gram, double alpha, int64_t k, 
       // The solution if all gradients were orthogonal.
       x[i] = chosen[i] != 0.0 ? std::pow(gram[i * k + i], -1.0 / (1.0 + power)) : 0.0;
     }
-    return bargain_from(gram, power, k, kSteps, x, scratch);
+    return solve_fairgrad_from(gram, power, k, kSteps, x, scratch);
   };
   if (solve(last) || last <= 1.0) return;
   solve(1.0);
-  bargain_on_path(gram, last, k, x, scratch);
+  solve_fairgrad_on_path(gram, last, k, x, scratch);
 }
 
 } // namespace superbert::solvers

@@ -1,4 +1,4 @@
-// The border to torch of the balancing operators, for the CPU and the CUDA code.
+// Arguments and results of the balancing operators as torch's tensors, for the CPU and CUDA code.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,8 +1,8 @@
-// Checks of arguments at the border to torch.
+// Checks of the operators' arguments.
 //
-// Anybody can call an operator of torch.ops with anything, and what autograd saved for a backward
-// pass may come back changed (torch.autograd.graph.saved_tensors_hooks).  So every operator looks
-// at all that its kernels rely on; nothing that Python checked before is taken for granted.
+// Operators of torch.ops are public, and tensors that autograd saved for a backward pass may have
+// been changed (torch.autograd.graph.saved_tensors_hooks).  So every operator checks everything
+// that its kernels rely on, whatever Python has checked before.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Which vector unit the CPU kernels use; an operator of its own narrows it, so that tests on one
-// machine reach every build.
+// Chooses the vector unit of the CPU kernels; an operator limits it, so that tests on one machine
+// reach every build.
 #include "cpu_isa.h"
 
 #include <torch/csrc/stable/library.h>

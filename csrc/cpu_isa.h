@@ -1,7 +1,7 @@
 // Chooses at run time between the builds of one source for several vector units.
 //
 // CMake compiles every *_simd.cpp once for each instruction set, with SUPERBERT_ISA set to its
-// name, and the code stands in the namespace superbert::SUPERBERT_ISA.  Such a file may include
+// name, and its code is in the namespace superbert::SUPERBERT_ISA.  Such a file may include
 // nothing whose inline functions could end up shared with other files (no torch, no containers):
 // the linker keeps one copy of those, and it might keep the one that needs AVX-512.
 #pragma once

@@ -1,5 +1,5 @@
-// Dropout as the CPU kernels are told about it (the generator stands in dropout_simd.h), and the
-// elementwise kernel (dropout_simd.cpp).
+// The dropout arguments of the CPU kernels (dropout_simd.h has the generator), and the elementwise
+// kernel (dropout_simd.cpp).
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace superbert {
 
 struct Dropout {
   uint64_t seed = 0;
-  uint32_t stream = 0;
+  uint32_t rng_offset = 0;
   uint32_t threshold = 0; // elements whose random word lies below are dropped
   float scale = 1;        // 1 / (1 - p)
 

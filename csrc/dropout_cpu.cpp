@@ -14,8 +14,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 16384;
 
-Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
-  const Dropout dropout = make_dropout(p, seed, stream);
+Tensor dropout(Tensor x, double p, Tensor seed, int64_t rng_offset) {
+  const Dropout dropout = make_dropout(p, seed, rng_offset);
   const Storage storage = storage_of("x", x);
   check_data("x", x);
   const Tensor from = as_contiguous(x);
@@ -31,7 +31,7 @@ Tensor dropout(Tensor x, double p, Tensor seed, int64_t stream) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
-  m.def("dropout(Tensor x, float p, Tensor seed, int stream) -> Tensor");
+  m.def("dropout(Tensor x, float p, Tensor seed, int rng_offset) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) { m.impl("dropout", TORCH_BOX(&dropout)); }

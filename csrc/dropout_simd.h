@@ -1,9 +1,9 @@
 // Dropout masks for the *_simd.cpp files, from Philox4x32-10 (Salmon et al., "Parallel random
-// numbers: as easy as 1, 2, 3", SC 2011), a counter-based generator: the mask is a function of
-// where an element stands, so the backward pass computes it again instead of reading it.
+// numbers: as easy as 1, 2, 3", SC 2011), a counter-based generator: the mask is a function of an
+// element's position, so the backward pass computes it again instead of reading it.
 //
 //     key     = the 64-bit seed
-//     counter = (quad, low word), (quad, high word), head, stream
+//     counter = (quad, low word), (quad, high word), head, rng_offset
 //
 // One call gives the random words of the four elements of a quad.  In an elementwise dropout the
 // quad is element / 4 and head is 0; in attention the words of quad are key row / 4 and query row.
@@ -69,7 +69,7 @@ inline void keep_factors(const Dropout& dropout, const Quads& quads, uint32_t he
     c0[v] = quads.words[v];
     c1[v] = c0[v] >> 32;
     c2[v] = Wide{} + head;
-    c3[v] = Wide{} + dropout.stream;
+    c3[v] = Wide{} + dropout.rng_offset;
   }
   uint32_t key0 = static_cast<uint32_t>(dropout.seed);
   uint32_t key1 = static_cast<uint32_t>(dropout.seed >> 32);

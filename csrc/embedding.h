@@ -1,4 +1,4 @@
-// What the border to torch (embedding_cpu.cpp) and the CPU kernel (embedding_simd.cpp) agree on.
+// Plain structs that the operators (embedding_cpu.cpp) pass to the CPU kernel (embedding_simd.cpp).
 #pragma once
 
 #include <cstdint>

@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor>
 embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,
                      Tensor position, Tensor token_type, std::optional<Tensor> weight,
                      std::optional<Tensor> bias, double dropout_p, double eps,
-                     std::optional<Tensor> seed, int64_t stream, std::optional<Tensor> rows,
+                     std::optional<Tensor> seed, int64_t rng_offset, std::optional<Tensor> rows,
                      Offsets columns, Offsets offsets, bool) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
   check_number("eps", eps);
@@ -171,7 +171,7 @@ embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids
   call.weight = gamma.data();
   call.bias = beta.data();
   call.eps = static_cast<float>(eps);
-  call.out_dropout = make_dropout(dropout_p, seed, stream);
+  call.out_dropout = make_dropout(dropout_p, seed, rng_offset);
   call.out = out.data_ptr();
   call.mean = static_cast<float*>(mean.data_ptr());
   call.rstd = static_cast<float*>(rstd.data_ptr());
@@ -184,7 +184,7 @@ Tensor embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor po
                                      Tensor token_type, std::optional<Tensor> weight, Tensor mean,
                                      Tensor rstd, Tensor weight_rows, Tensor bias_rows,
                                      Offsets offsets, bool accumulate, double dropout_p,
-                                     std::optional<Tensor> seed, int64_t stream) {
+                                     std::optional<Tensor> seed, int64_t rng_offset) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
   const int64_t shape[] = {embedded.rows(), embedded.width()};
   check_shape("grad_out", grad_out, {shape[0], shape[1]});
@@ -216,7 +216,7 @@ Tensor embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor po
   call.weight = gamma.data();
   call.mean = static_cast<const float*>(mean.const_data_ptr());
   call.rstd = static_cast<const float*>(rstd.const_data_ptr());
-  call.out_dropout = make_dropout(dropout_p, seed, stream);
+  call.out_dropout = make_dropout(dropout_p, seed, rng_offset);
   call.grad_hidden = grad_sum.data_ptr();
   run_layer_norm_backward(call, parameters);
   return grad_sum;
@@ -227,13 +227,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
         "SymInt[] offsets) -> ()");
   m.def("embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, "
         "Tensor word, Tensor position, Tensor token_type, Tensor? weight, Tensor? bias, "
-        "float dropout_p, float eps, Tensor? seed, int stream, Tensor? rows, "
+        "float dropout_p, float eps, Tensor? seed, int rng_offset, Tensor? rows, "
         "SymInt[] columns, SymInt[] offsets, bool accumulate) -> (Tensor out, Tensor mean, Tensor "
         "rstd)");
   m.def("embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor position_ids, "
         "Tensor token_type_ids, Tensor word, Tensor position, Tensor token_type, Tensor? weight, "
         "Tensor mean, Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, "
-        "SymInt[] offsets, bool accumulate, float dropout_p, Tensor? seed, int stream) -> Tensor");
+        "SymInt[] offsets, bool accumulate, float dropout_p, Tensor? seed, int rng_offset) -> "
+        "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {

@@ -1,4 +1,4 @@
-// Where a CUDA operator runs: makes the tensor's device the current one, and knows its stream.
+// The device and the stream that a CUDA operator runs on: those of its tensor.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

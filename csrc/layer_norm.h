@@ -1,6 +1,6 @@
-// What the border to torch (layer_norm_cpu.cpp, embedding_cpu.cpp) and the CPU kernels
-// (layer_norm_simd.cpp) agree on: plain structs, no torch.  Shapes are checked before they come
-// here; all rows are contiguous.
+// Plain structs, free of torch, that the operators (layer_norm_cpu.cpp, embedding_cpu.cpp) pass to
+// the CPU kernels (layer_norm_simd.cpp).  The operators have checked shapes; all rows are
+// contiguous.
 #pragma once
 
 #include <cstdint>

@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, std::optional<Tensor> we
 std::tuple<Tensor, Tensor, Tensor, Tensor>
 dropout_add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> x_bias,
                        std::optional<Tensor> weight, std::optional<Tensor> bias, double dropout_p,
-                       double eps, std::optional<Tensor> seed, int64_t stream,
+                       double eps, std::optional<Tensor> seed, int64_t rng_offset,
                        std::optional<Tensor> task_rows, Offsets columns, Offsets offsets, bool) {
   check_hidden("x", x);
   check_beside("residual", residual, "x", x);
@@ -77,7 +77,7 @@ dropout_add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> x_bias,
   call.weight = gamma.data();
   call.bias = beta.data();
   call.eps = static_cast<float>(eps);
-  call.dropout = make_dropout(dropout_p, seed, stream);
+  call.dropout = make_dropout(dropout_p, seed, rng_offset);
   call.out = out.data_ptr();
   call.hidden = hidden.data_ptr();
   call.mean = static_cast<float*>(mean.data_ptr());
@@ -137,14 +137,14 @@ std::tuple<Tensor, Tensor>
 dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Tensor> weight,
                                 Tensor mean, Tensor rstd, Tensor weight_rows, Tensor bias_rows,
                                 Offsets offsets, bool accumulate, double dropout_p, Tensor seed,
-                                int64_t stream) {
+                                int64_t rng_offset) {
   const ParameterRows parameters{weight_rows, bias_rows, offsets, accumulate};
   check_backward(grad_out, hidden, mean, rstd, parameters);
   check_rows_apart(parameters, {{"seed", &seed}});
   Tensor grad_residual = allocate(hidden, hidden.sizes());
   Tensor grad_x = allocate(hidden, hidden.sizes());
   LayerNormGradients call{};
-  call.dropout = make_dropout(dropout_p, seed, stream);
+  call.dropout = make_dropout(dropout_p, seed, rng_offset);
   call.grad_x = grad_x.data_ptr();
   run_backward(call, grad_out, hidden, weight, mean, rstd, grad_residual, parameters);
   return {grad_residual, grad_x};
@@ -158,12 +158,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
         "Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, SymInt[] offsets, "
         "bool accumulate) -> Tensor");
   m.def("dropout_add_layer_norm(Tensor x, Tensor residual, Tensor? x_bias, Tensor? weight, "
-        "Tensor? bias, float dropout_p, float eps, Tensor? seed, int stream, Tensor? rows, "
+        "Tensor? bias, float dropout_p, float eps, Tensor? seed, int rng_offset, Tensor? rows, "
         "SymInt[] columns, SymInt[] offsets, bool accumulate) "
         "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)");
   m.def("dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, Tensor? weight, "
         "Tensor mean, Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, "
-        "SymInt[] offsets, bool accumulate, float dropout_p, Tensor seed, int stream) "
+        "SymInt[] offsets, bool accumulate, float dropout_p, Tensor seed, int rng_offset) "
         "-> (Tensor grad_residual, Tensor grad_x)");
 }
 

@@ -1,5 +1,5 @@
-// Shares the rows of a layer norm out over torch's threads, and brings the sums for weight and bias
-// together by task.
+// Divides the rows of a layer norm among torch's threads, and adds up their sums for weight and
+// bias by task.
 #include <algorithm>
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,5 +1,5 @@
-// What the operators that end in a layer norm share at the border to torch: layer_norm_cpu.cpp,
-// which defines it, and embedding_cpu.cpp.
+// Checks and tensors of the operators that end in a layer norm, for layer_norm_cpu.cpp, which
+// defines them, and embedding_cpu.cpp.
 #pragma once
 
 #include <cstdint>

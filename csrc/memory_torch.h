@@ -1,7 +1,7 @@
-// Tensors and threads as torch gives them, with the exceptions that Python is to see.
+// Allocation and torch's threads, with exceptions for Python.
 //
-// torch's C interface turns whatever is thrown below it into a RuntimeError that names the call.
-// In the calls here it is memory that does not suffice, and that is a MemoryError.
+// torch's C interface turns every exception into a RuntimeError that names the call.  The calls
+// here fail for want of memory alone, so they raise MemoryError.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The CUDA side of the gradient surgery operators: kernels of the small problems and the border to
-// torch.  Schemas are in surgery_cpu.cpp; nothing here waits for the device.
+// The CUDA side of the gradient surgery operators, and the kernels of the small problems.  Schemas
+// are in surgery_cpu.cpp; nothing here waits for the device.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,5 +1,5 @@
-// What the border to torch (surgery_cpu.cpp) and the CPU kernels (surgery_simd.cpp) agree on: plain
-// structs, no torch.  Shapes and strides are checked before they come here.
+// Plain structs, free of torch, that the operators (surgery_cpu.cpp) pass to the CPU kernels
+// (surgery_simd.cpp).  The operators have checked shapes and strides.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // Gradient surgery: the operators' schemas and their CPU side.
 //
-// The mathematics of each operator, in plain torch, stands in kernels/surgery/surgery.py.
+// kernels/surgery/surgery.py has the mathematics of each operator, in plain torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

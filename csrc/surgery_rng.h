@@ -1,6 +1,6 @@
 // Philox4x32-10, the counter-based random generator of Salmon et al., "Parallel random numbers: as
 // easy as 1, 2, 3" (SC 2011), for host and device: a pure function of (counter, key), without
-// state. (philox.inl has the form that makes dropout masks, many counters side by side.)
+// state. (dropout_simd.h has the form that makes dropout masks, many counters at once.)
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The border to torch: schemas' arguments are checked here, once for the CPU and the CUDA code, and
-// turned into the plain structs that the kernels take.
+// Checks the operators' arguments, for the CPU and the CUDA code, and turns them into the plain
+// structs that the kernels take.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

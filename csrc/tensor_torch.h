@@ -1,5 +1,5 @@
-// Between torch and the CPU kernels of attention, layer norm and dropout: storage types, dropout
-// arguments and work shared out over torch's thread pool.
+// For the CPU operators of attention, layer norm and dropout: storage types, dropout arguments, and
+// work divided among torch's threads.
 #pragma once
 
 #include <algorithm>
@@ -32,16 +32,17 @@ inline Storage storage_of(const char* name, const torch::stable::Tensor& x) {
 }
 
 inline Dropout make_dropout(double p, const std::optional<torch::stable::Tensor>& seed,
-                            int64_t stream) {
+                            int64_t rng_offset) {
   check(p >= 0 && p < 1, "dropout_p: expected 0 <= p < 1, got ", p);
-  check(stream >= 0 && stream <= UINT32_MAX, "stream: expected 32 bits, got ", stream);
+  check(rng_offset >= 0 && rng_offset <= UINT32_MAX, "rng_offset: expected 32 bits, got ",
+        rng_offset);
   if (p == 0) return {};
   check(seed.has_value() && seed->numel() == 1 &&
             seed->scalar_type() == torch::headeronly::ScalarType::Long,
         "seed: dropout needs a tensor of one int64");
   check_data("seed", *seed);
   return {static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())),
-          static_cast<uint32_t>(stream), static_cast<uint32_t>(p * 4294967296.0),
+          static_cast<uint32_t>(rng_offset), static_cast<uint32_t>(p * 4294967296.0),
           static_cast<float>(1 / (1 - p))};
 }
 

@@ -2,7 +2,7 @@
 
 In the repository the packages stand at the top (``engine``, ``kernels``); installed they are
 ``superbert.engine`` and ``superbert.kernels``, so that they never shadow Hugging Face's library
-``kernels``.  Either way the two lie side by side, and inside a package every import is relative.
+``kernels``.  Either way both have the same parent, and inside a package every import is relative.
 """
 
 from importlib import import_module

@@ -77,7 +77,7 @@ def likeliest(
     (masks,) = np.nonzero(tokens == tokenizer.mask_id)
     if len(masks) != 1:
         raise InputError(f"{sentence!r}: expected one {_MASK}, found {len(masks)}")
-    part = TaskBatch(
+    task_batch = TaskBatch(
         task=objective,
         tokens=tokens.astype(np.int64),
         sizes=np.array([len(tokens)]),
@@ -86,7 +86,7 @@ def likeliest(
     )
     word = model.encoder.word_table
     with torch.inference_mode():
-        batch = join([part]).to(word.weight.device)
+        batch = join([task_batch]).to(word.weight.device)
         hidden = model.encoder(batch.input_ids, Context.of(batch))
         probabilities = model.head(objective).word_logits(hidden[masks], word).softmax(1)
     shares, ids = probabilities[0].topk(min(count, probabilities.shape[1]))

@@ -1,7 +1,7 @@
 """``python -m engine.train RECIPE``: train one encoder on several tasks.
 
-From here a step goes: the loop below -> training/step.py (forward, one backward, surgery,
-update) -> models/bert.py -> kernels/ -> csrc/.
+To follow a training step, read the loop in :func:`train`, then training/step.py (forward, one
+backward, surgery, update), models/bert.py, kernels/ and csrc/.
 """
 
 import itertools
@@ -48,73 +48,79 @@ from .runtime.cpu import keep_freed_memory, set_threads
 from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.precision import pick_device
 from .training.build import build_trainer
-from .training.divergence import check_skipped, is_sound
+from .training.divergence import check_skipped, is_worth_saving
 from .training.signals import StopRequest
 from .training.trainer import Trainer
 from .utils.errors import InputError
 from .utils.files import resolved
 
 _LEASE = 120.0
-"""Seconds after which a file server has given up a lost machine and its locks."""
+"""Seconds after which a file server releases the locks of a lost machine."""
 
 
-def train(training: Trainer, console: Console) -> Signals | None:
-    """Train one phase from where the run's last checkpoint left it.
+def train(trainer: Trainer, console: Console) -> Signals | None:
+    """Train one phase, from the run's newest checkpoint on.
 
     Returns:
-        The signal (SIGINT, SIGTERM, SIGHUP) that stopped it, a checkpoint to resume from being
+        The signal (SIGINT, SIGTERM, SIGHUP) that stopped it, after a checkpoint to resume from was
         written; None when the phase came to its end.
 
     Raises:
-        DivergedError: loss, weights or what the model computes are not finite any more.
+        DivergedError: loss, weights or outputs of the model are not finite any more.
     """
-    recipe, ranks = training.recipe, training.ranks
-    progress, stopping = training.restore(), False
+    recipe, ranks = trainer.recipe, trainer.ranks
+    progress, stopping = trainer.restore(), False
     with (
         StopRequest() as stop,
-        training.saver,
-        closing(training.log(progress.step)) as log,
-        closing(training.loader(progress.phase_step)) as loader,
-        ProgressBar(console, progress.phase_step, training.total_steps) as bar,
+        trainer.checkpoint_writer,
+        closing(trainer.log(progress.step)) as log,
+        closing(trainer.loader(progress.phase_step)) as loader,
+        ProgressBar(console, progress.phase_step, trainer.total_steps) as bar,
     ):
-        on_device = (batch.to(training.device) for batch in loader)
+        on_device = (micro_batch.to(trainer.device) for micro_batch in loader)
         steps = itertools.count(progress.step)
-        for step, *batch in zip(steps, *[on_device] * recipe.micro_batches, strict=False):
-            lr = training.schedule(progress.phase_step)
-            warmed_up = training.step.execution.warmup_seconds
-            report = training.step(batch, step, lr)
-            warmup = training.step.execution.warmup_seconds - warmed_up
-            tokens = sum(part.num_tokens - part.padding for part in batch)
+        for step, *micro_batches in zip(steps, *[on_device] * recipe.micro_batches, strict=False):
+            lr = trainer.lr_schedule(progress.phase_step)
+            warmed_up = trainer.step.execution.warmup_seconds
+            report = trainer.step(micro_batches, step, lr)
+            warmup = trainer.step.execution.warmup_seconds - warmed_up
+            tokens = sum(each.num_tokens - each.padding for each in micro_batches)
             log.add(step, lr, tokens, report, warmup)
             progress = progress._replace(step=step + 1)
-            epoch_ends = training.ends_epoch(progress.phase_step)
+            epoch_ends = trainer.ends_epoch(progress.phase_step)
             due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
             if epoch_ends or due:
                 log.flush()
             if log.is_written:
                 bar.show(progress.phase_step, log.latest)
-                check_skipped(training, log, progress)
+                check_skipped(trainer, log, progress)
             if log.is_written or ranks.size == 1:  # ranks wait for each other only now and then
                 stopping = ranks.any(bool(stop))
             if epoch_ends or due or stopping:
-                progress = _pause(
-                    training, batch, log, bar, progress, epoch_ends=epoch_ends, stopping=stopping
+                progress = _evaluate_and_save(
+                    trainer,
+                    micro_batches,
+                    log,
+                    bar,
+                    progress,
+                    epoch_ends=epoch_ends,
+                    stopping=stopping,
                 )
             if stopping:
                 break
-    ended = progress.phase_step >= training.total_steps
+    ended = progress.phase_step >= trainer.total_steps
     if ended and log.skipped and log.skipped[0] == progress.phase_start:
         console.print(
-            "no step was trained: the loss scale for fp16 was still on its way down; train more "
+            "no step was trained: the loss scale for fp16 was still being lowered; train more "
             "steps, or with precision=bf16 or fp32",
             soft_wrap=True,
         )
     return None if ended else stop.signal or Signals.SIGTERM
 
 
-def _pause(
-    training: Trainer,
-    batch: Sequence[PackedBatch],
+def _evaluate_and_save(
+    trainer: Trainer,
+    micro_batches: Sequence[PackedBatch],
     log: MetricsLog,
     bar: ProgressBar,
     progress: Progress,
@@ -122,25 +128,25 @@ def _pause(
     epoch_ends: bool,
     stopping: bool,
 ) -> Progress:
-    """Score the model where an epoch ends, and write a checkpoint of what is sound.
+    """Score the model where an epoch ends, and write a checkpoint if the weights are worth one.
 
     Returns:
-        How far the run has come, the best score included.
+        The progress of the run, with the best score.
     """
     log.flush()
-    scores = score_splits(training.model, training.dev_sets, training.ranks) if epoch_ends else {}
+    scores = score_splits(trainer.model, trainer.dev_sets, trainer.ranks) if epoch_ends else {}
     if scores:
         log.add_scores(progress.step, scores)
-    sound = is_sound(training, batch, log, progress, scores, stopping=stopping)
+    worth_saving = is_worth_saving(trainer, micro_batches, log, progress, scores, stopping=stopping)
     if scores and progress.is_beaten_by(scores["overall"]):
         progress = progress._replace(best_score=scores["overall"], best_step=progress.step)
-        training.save_best(progress)
-        if training.ranks.is_main:
-            write_scores(training.run.folder, Scores("dev", progress.step, scores))
+        trainer.save_best(progress)
+        if trainer.ranks.is_main:
+            write_scores(trainer.run.folder, Scores("dev", progress.step, scores))
     if epoch_ends:
-        bar.print_epoch(progress, training.epoch_steps, scores)
-    if sound:
-        training.save(progress)
+        bar.print_epoch(progress, trainer.epoch_steps, scores)
+    if worth_saving:
+        trainer.save(progress)
     log.restart_clock()
     return progress
 
@@ -162,42 +168,42 @@ def train_run(
     for phase in range(done.phase, len(run.recipe.in_phases)):
         # The first on each machine fills the cache of tokenized data.
         with ranks.main_first(), memory_explained(SMALLER_MODEL):
-            training = build_trainer(run, device, ranks, phase=phase)
+            trainer = build_trainer(run, device, ranks, phase=phase)
         if phase == done.phase:
-            _check_steps(training, done)
+            _check_steps(trainer, done)
         if ranks.is_main:
             run.write()  # only now: what cannot be trained leaves no folder behind
-        facts[training.name] = PhaseFacts.of(training)
-        idle = print_idle_settings(console, training, facts, idle)
-        describe(console, training)
-        known = report_data(console, [*training.train_sets, *training.dev_sets.values()], known)
-        recipe = training.recipe
+        facts[trainer.name] = PhaseFacts.of(trainer)
+        idle = print_idle_settings(console, trainer, facts, idle)
+        describe(console, trainer)
+        known = report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()], known)
+        recipe = trainer.recipe
         with memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)):
-            signal = train(training, console)
-        print_warmup(console, training.step.execution)
+            signal = train(trainer, console)
+        print_warmup(console, trainer.step.execution)
         if signal is not None:
             return signal
     return None
 
 
-def _check_steps(training: Trainer, done: Progress) -> None:
-    """Refuse to call a run one of fewer steps than it has trained, or to end it without a score.
+def _check_steps(trainer: Trainer, done: Progress) -> None:
+    """Refuse a run that has trained more steps than it is to have, or would end without a score.
 
     Raises:
-        InputError: it is beyond what the recipe and the data have now, or stands at its end by a
-            checkpoint from before it was to end there.
+        InputError: the run has more steps than recipe and data give now, or exactly as many, but
+            was not scored at the last one.
     """
-    run = training.run
+    run = trainer.run
     before = list(run.recipe.in_phases.values())[: done.phase]
     most = sum(recipe.max_steps or math.inf for recipe in before)
-    if done.phase_step > training.total_steps or done.phase_start > most:
+    if done.phase_step > trainer.total_steps or done.phase_start > most:
         raise InputError(
-            f"--resume: {run.folder} has trained {done.step} steps, more than it has now; raise "
-            "max_steps, or give it the data that it was made with"
+            f"--resume: {run.folder} has trained {done.step} steps, more than recipe and data give "
+            "now; raise max_steps, or give it the data that it was made with"
         )
-    if done.phase_step == training.total_steps and done.phase_step % training.epoch_steps:
+    if done.phase_step == trainer.total_steps and done.phase_step % trainer.epoch_steps:
         scored = [line["step"] for line in read_evaluation_lines(run.folder)]
-        if training.dev_sets and done.step not in scored:
+        if trainer.dev_sets and done.step not in scored:
             raise InputError(
                 f"--resume: {run.folder} has trained these {done.step} steps, in the middle of an "
                 "epoch, where it was not scored; raise max_steps"
@@ -207,7 +213,7 @@ def _check_steps(training: Trainer, done: Progress) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = parser().parse_args(arguments)
-    if _looks_around(options, terminal()):
+    if _showed_information(options, terminal()):
         return 0
     if options.recipe is None:
         raise InputError("RECIPE is missing; --list shows all")
@@ -227,18 +233,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resumes = options.resume or ranks.restarted
     if options.seeds is not None:
         specs = seeds_of("", recipe, options.seeds)
-        with _place(options, held) as out:
+        with _claimed_folder(options, held) as out:
             return train_series(out, specs, lambda run: train_run(run, device, console), console)
     wait = min(_LEASE, recipe.timeout / 2) if ranks.restarted else 0.0
     claim = partial(claimed, ranks=ranks, resumes=resumes, wait=wait)
-    with ranks.init(device, recipe.timeout), _place(options, claim) as out:
+    with ranks.init(device, recipe.timeout), _claimed_folder(options, claim) as out:
         with ranks.main_first():
             run = resume(recipe, out) if resumes else begin(recipe, out)
         if options.dry_run:
-            training = build_trainer(run, device, ranks)
-            report_data(console, [*training.train_sets, *training.dev_sets.values()])
-            show_plan(console, training)
-            print_idle_settings(console, training, {training.name: PhaseFacts.of(training)}, ())
+            trainer = build_trainer(run, device, ranks)
+            report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()])
+            show_plan(console, trainer)
+            print_idle_settings(console, trainer, {trainer.name: PhaseFacts.of(trainer)}, ())
             return 0
         signal = train_run(run, device, console, ranks)
     if signal is not None:
@@ -257,10 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextmanager
-def _place(
+def _claimed_folder(
     options: Namespace, hold: Callable[[Path], AbstractContextManager[None]]
 ) -> Iterator[Path]:
-    """Hold the folder that is trained into: the one named, or the next that is free."""
+    """Hold the run's folder: the one that ``--out`` names, or the next free one."""
     if options.out is not None:
         out = resolved(options.out)
         with nullcontext() if options.dry_run else hold(out):
@@ -271,8 +277,8 @@ def _place(
         yield out
 
 
-def _looks_around(options: Namespace, console: Console) -> bool:
-    """Show what an option asks to see that needs no recipe; return whether one did."""
+def _showed_information(options: Namespace, console: Console) -> bool:
+    """Show what ``--list``, ``--fields`` or ``--completion`` asks for; return whether one did."""
     if options.list:
         list_recipes(console, [(name, recipes.load(name).description) for name in recipes.names()])
     elif options.fields:

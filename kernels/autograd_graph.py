@@ -1,4 +1,4 @@
-"""The autograd graphs of several losses: what they share, and which leaves they depend on."""
+"""The autograd graphs of several losses: nodes that they share, and leaves they depend on."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

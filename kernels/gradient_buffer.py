@@ -1,7 +1,7 @@
-"""The gradients of K tasks in one buffer ``[K, P]``, a task a row.
+"""The gradient buffer ``[K, P]``: row k is the gradient of task k.
 
 Each parameter has a :class:`Slot`, the columns of its gradients.  Layers write them through
-:class:`.TaskRows`; surgery reads whole rows, or segments of columns that have weights of their own.
+:class:`.TaskRows`; surgery reads whole rows, or segments of columns that are balanced separately.
 """
 
 import math
@@ -38,14 +38,14 @@ class Slot(NamedTuple):
         return Columns(self.offset, tuple(self.shape))
 
     def view(self, flat: Tensor) -> Tensor:
-        """Return this parameter's part of ``flat [..., P]`` as ``[..., *shape]``."""
+        """Return the view ``[..., *shape]`` of this parameter's columns in ``flat [..., P]``."""
         return rows_at(flat, self.offset, self.shape)
 
 
 def lay_out(
     shapes: Mapping[str, Sequence[int]], start: int = 0, alignment: int = ALIGNMENT
 ) -> tuple[tuple[Slot, ...], int]:
-    """Lay parameters out one behind the other.
+    """Place parameters one after the other.
 
     Args:
         shapes: of the parameters, by name.
@@ -53,7 +53,7 @@ def lay_out(
         alignment: every parameter takes up a multiple of it; 1 leaves no gaps.
 
     Returns:
-        A slot for each parameter, in their order, and the column behind the last one.
+        A slot for each parameter, in their order, and the first column after the last one.
     """
     slots, end = [], start
     for name, shape in shapes.items():
@@ -68,7 +68,7 @@ def round_up(count: int, multiple: int) -> int:
 
 
 class Segment(NamedTuple):
-    """Neighbouring columns that get the same weights, those of a group of parameters."""
+    """Neighbouring columns of parameters of one group, which get the same weights."""
 
     group: int
     columns: slice
@@ -80,8 +80,8 @@ class GradientBuffer:
     Args:
         slots: of the parameters, ascending.
         rows: ``[K, P]``; gaps between the slots hold zeros.
-        groups: for each slot the number of the group that its weights are those of; None: one
-            group.
+        groups: for each slot the number of its group, whose parameters share their weights; None:
+            one group.
 
     Attributes:
         slots: of the parameters.
@@ -96,13 +96,13 @@ class GradientBuffer:
         self.segments = tuple(_segments(self.slots, groups or (0,) * len(slots)))
 
     def task_rows(self, weight: Slot | None, bias: Slot | None = None) -> TaskRows:
-        """Return what a layer needs to write its gradients; None stands for no such parameter."""
+        """Return the rows for a layer's gradients; None for a parameter that it does not have."""
         return TaskRows(
             self.rows, *(None if slot is None else slot.columns for slot in (weight, bias))
         )
 
     def resize(self, num_tasks: int) -> None:
-        """Hold the gradients of ``num_tasks`` tasks, all zero."""
+        """Make the buffer one of ``num_tasks`` tasks, all zero."""
         if len(self.rows) == num_tasks:
             self.rows.zero_()
         else:

@@ -1,4 +1,4 @@
-"""The update of LAMB on flat parameters: every tensor's step is as long as the tensor, times lr.
+"""The update of LAMB on flat parameters: each tensor's step is as long as the tensor, times lr.
 
     u = m^ / (sqrt(v^) + eps) + decay * x        m^, v^: bias-corrected moments of Adam
     x <- x - lr * |x| / |u| * u                  norms by tensor; factor 1 where one of them is 0
@@ -19,7 +19,7 @@ from .surgery.surgery import gram
 
 
 def _sizes(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    """Bring the sizes of the tensors to the device."""
+    """Copy the sizes of the tensors to the device."""
     return torch.tensor(offsets, device=device).diff()
 
 

@@ -4,12 +4,12 @@
     dx = dy W
     dW_k = dy_k^T x_k,  db_k = sum of dy_k over its rows       (k: the rows of task k)
 
-The K weight products together do the arithmetic of the single ``dy^T x``; each lands in its row
-of the flat gradient buffer, so nothing is copied, summed or zero-filled afterwards.
+The K weight products together do the arithmetic of the single ``dy^T x``; each is written to its
+row of the flat gradient buffer, so nothing is copied, summed or zero-filled afterwards.
 
-Products are torch's own but for one: torch adds the bias of a bfloat16 product on a CPU by writing
-it into the result beforehand.  oneDNN adds it on the way out, at no cost: 70 instead of 79 ms for
-the forward products of MiniLM-L6 (2,701 tokens, two cores of AMD Zen 5).
+All products are torch's but one: for a bfloat16 product on a CPU torch first writes the bias into
+the result.  oneDNN adds it as it stores the result, at no cost: 70 instead of 79 ms for the forward
+products of MiniLM-L6 (2,701 tokens, two cores of AMD Zen 5).
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,8 @@
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: a counter-based generator,
 whose words are a function of the counter and the 64-bit seed.  :mod:`.dropout` and
-:mod:`.balancing.pcgrad` say what they count; C++ and CUDA have the generator in csrc, Triton's own
-is ``tl.philox``.
+:mod:`.balancing.pcgrad` define their counters; C++ and CUDA have the generator in csrc, Triton's
+own is ``tl.philox``.
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,13 @@
-"""Rows that a layer writes its weights' gradients to, one for each task.
+"""The rows and columns of the gradient buffer that a layer writes its task gradients to.
 
-A batch is one stream in which every task's rows lie side by side, so the weight gradient of
-task ``k`` is the part of the usual sum over rows ``offsets[k]:offsets[k + 1]``.  A layer that is
-given :class:`TaskRows` writes these K parts straight into row ``k`` of a flat ``[K, P]`` buffer
-during the one backward pass, instead of their sum into ``weight.grad``.
+A batch is one stream in which each task's tokens are contiguous, so the weight gradient of task
+``k`` is the usual sum, taken over the tokens ``offsets[k]:offsets[k + 1]`` alone.  A layer that is
+given :class:`TaskRows` writes these K sums into the K rows of a flat ``[K, P]`` buffer during the
+one backward pass, instead of their total into ``weight.grad``.
 
-Layers are handed the buffer and their columns, and take their views of it in the backward pass:
-torch.compile then sees one tensor written piece by piece, and leaves it where it is.  Views made
-beforehand would each look like a tensor of their own, to be copied before it is written.
+Layers take the buffer and their columns, and make their views of it in the backward pass:
+torch.compile then sees one tensor that is written piece by piece, and does not copy it.  Views made
+beforehand would each look like a separate tensor, to be copied before it is written.
 """
 
 import math
@@ -25,11 +25,11 @@ NO_COLUMN = -1
 
 
 class TaskSegments(NamedTuple):
-    """Which rows of the stream belong to which task.
+    """The rows of the stream, tokens or pooled vectors, that belong to each task.
 
     Attributes:
         offsets: ``K + 1`` ascending row numbers on the host.  Task ``k`` owns the rows
-            ``offsets[k]:offsets[k + 1]``; rows from ``offsets[-1]`` on are padding of no task.
+            ``offsets[k]:offsets[k + 1]``; rows from ``offsets[-1]`` on are padding.
         accumulate: add to the gradient rows (later micro-batches) instead of overwriting them.
     """
 
@@ -38,7 +38,7 @@ class TaskSegments(NamedTuple):
 
     @property
     def num_tasks(self) -> int:
-        """K, the number of segments."""
+        """The number of tasks, K."""
         return len(self.offsets) - 1
 
 
@@ -60,12 +60,12 @@ class Columns(NamedTuple):
 
 
 class TaskRows(NamedTuple):
-    """The part of a flat gradient buffer that belongs to one layer.
+    """The columns of a flat gradient buffer that belong to one layer.
 
     Attributes:
         buffer: ``[K, P]`` with contiguous rows, in the parameters' dtype.
-        weight_columns: of the weight; None for one that is not trained.
-        bias_columns: of the bias; None for a layer without one, or one that is not trained.
+        weight_columns: of the weight; None for a weight that is not trained.
+        bias_columns: of the bias; None without a bias, or for one that is not trained.
     """
 
     buffer: Tensor
@@ -92,7 +92,7 @@ class TaskRows(NamedTuple):
     def checked(
         self, segments: TaskSegments | None, weight: Tensor, bias: Tensor | None, x: Tensor
     ) -> TaskSegments:
-        """Return ``segments`` after holding them and these rows against the layer's tensors.
+        """Return ``segments`` after checking them and these rows against the layer's tensors.
 
         Args:
             segments: the caller's argument, None included.
@@ -101,7 +101,7 @@ class TaskRows(NamedTuple):
             x: the layer's input; its first dimension is the stream.
 
         Raises:
-            ValueError: something is missing or does not fit; the message names it.
+            ValueError: an argument is missing or does not fit; the message names it.
         """
         if segments is None:
             raise ValueError("segments: needed with rows, to tell which task a row belongs to")
@@ -164,7 +164,7 @@ def new_task_rows(
         num_tasks: K.
         weight: the layer's weight, any shape; the rows have its dtype and device.
         bias: the layer's bias, or None.
-        fill: what the rows hold at first; embedding rows must begin at 0.
+        fill: initial value of the rows; those of an embedding must begin at 0.
 
     Returns:
         Rows over a buffer ``[K, weight.numel() + bias.numel()]``.

@@ -1,9 +1,9 @@
-"""Checkpoints, written while training goes on, by all ranks together.
+"""Write checkpoints in the background, by all ranks together.
 
 A thread of torch.distributed.checkpoint writes a copy of the state: each rank its own shard into
-one safetensors file.  Once all have done so the leader adds the manifest, gives the folder its
-name, and drops the oldest.  A kill at any moment leaves either the new checkpoint or the ones
-before.  Many machines need a file system that all of them see.
+one safetensors file.  After all ranks are done, the main rank adds the manifest, renames the
+folder, and removes the oldest checkpoint.  A kill at any moment leaves either the new checkpoint or
+the ones before.  Several machines need a shared file system.
 """
 
 import math
@@ -35,7 +35,7 @@ from .store import FILES, Checkpoints, readable
 
 
 class AsyncWriter:
-    """Writes one ``step`` checkpoint at a time in the background, and reads them.
+    """A writer of ``step`` checkpoints in the background, one at a time; it reads them too.
 
     Args:
         checkpoints: where they lie.
@@ -71,7 +71,7 @@ class AsyncWriter:
         self._writing = writing
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is whole.
+        """Wait until the checkpoint is written.
 
         Raises:
             InputError: it could not be written; those before it are whole.
@@ -114,7 +114,7 @@ class AsyncWriter:
         return self._path.with_name(partial)
 
     def __enter__(self) -> Self:
-        """Return the saver."""
+        """Return the writer."""
         return self
 
     def __exit__(
@@ -123,7 +123,7 @@ class AsyncWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Complete what is being written, unless that would wait for a rank that is lost."""
+        """Complete the checkpoint, unless that would wait for a lost rank."""
         if kind is None or self._ranks.size == 1:
             self.wait()
 
@@ -161,7 +161,7 @@ class AsyncWriter:
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writes under another name; the leader completes the folder when all ranks are done."""
+    """A writer to a temporary name; the main rank completes the folder when all are done."""
 
     def __init__(
         self, partial: Path, path: Path, manifest: Manifest, checkpoints: Checkpoints, keep: int
@@ -174,7 +174,7 @@ class _Writer(HuggingFaceStorageWriter):
         """Copy nothing: the state is a copy already."""
         return state_dict
 
-    def finish(  # of the leader alone, when all ranks have written
+    def finish(  # of the main rank alone, when all ranks have written
         self,
         metadata: Metadata,  # noqa: ARG002 (torch's signature)
         results: list[list[WriteResult]],  # noqa: ARG002
@@ -185,5 +185,5 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def quiet_when_alone() -> None:
-    """Spare a run of one process torch's warning, at each checkpoint, that it is one."""
+    """Suppress torch's warning, at each checkpoint, that a run has one process."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -1,6 +1,6 @@
-"""``manifest.json``: what a checkpoint's folder holds, and the checksum of every file in it.
+"""``manifest.json``: the contents of a checkpoint's folder, and the checksum of every file in it.
 
-It is the last file to be written, so a folder that has one was whole when it got its name.
+It is the last file to be written, so a folder that has one is complete.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class Progress(NamedTuple):
         return self.step - self.phase_start
 
     def is_beaten_by(self, score: float) -> bool:
-        """Return whether a score is the best so far; one that is not finite never is."""
+        """Return whether a score is finite and better than the best so far."""
         return math.isfinite(score) and (self.best_score is None or score > self.best_score)
 
 
@@ -112,7 +112,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Hold every file of a checkpoint against its checksum; return the manifest.
+    """Check every file of a checkpoint against its checksum; return the manifest.
 
     Raises:
         InputError: a file is missing, added, or not what was written.

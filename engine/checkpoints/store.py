@@ -1,6 +1,6 @@
-"""Checkpoints, read: folders that are whole or not there, each file under a checksum.
+"""Find, verify and read the checkpoints of a run.
 
-    checkpoints/step-00000376/   everything that training needs to go on; the newest few are kept
+    checkpoints/step-00000376/   everything that resuming needs; the newest few are kept
     checkpoints/best-00000188/   the weights that scored best on the dev sets
 
 A ``step`` checkpoint holds the flat vectors by bucket, as torch.distributed.checkpoint wrote them
@@ -90,12 +90,12 @@ class Checkpoints:
         return None
 
     def progress(self) -> Progress:
-        """Return how far the newest checkpoint to go on from has come."""
+        """Return the progress of the newest checkpoint to resume from."""
         path = self.find("step")
         return Progress() if path is None else read_manifest(path).progress
 
     def save_best(self, progress: Progress, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights alone, as the best so far, then drop the ones before."""
+        """Write the weights alone, as the best so far, then remove those before."""
         with whole_folder(self.path("best", progress.step), FILES) as partial:
             save_file(dict(weights), partial / _WEIGHTS)
             seal(partial, Manifest(progress=progress))
@@ -110,7 +110,7 @@ class Checkpoints:
                 log.warning("%s; it stays", error)
 
     def sweep(self) -> None:
-        """Remove what a run that was cut off left half written."""
+        """Remove the incomplete files of a run that was cut off."""
         if self.folder.is_dir():
             for path in list(self.folder.iterdir()):
                 if is_partial(path.name, _NAME):
@@ -149,7 +149,7 @@ def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
 
 @contextmanager
 def readable(checkpoint: Path) -> Iterator[None]:
-    """Say in one line that a checkpoint cannot be read, whatever torch and safetensors raise.
+    """Turn errors of torch and safetensors into one line that a checkpoint cannot be read.
 
     Raises:
         InputError: in place of it.

@@ -4,8 +4,8 @@
     step.NAME                           count of updates, balancing method, loss scale; flattened
     frozen.NAME                         weights that are not trained, fp32
 
-Where ranks hold shards of the buckets these are distributed tensors of the whole bucket, the same
-whatever the number of ranks, so that another number can read them.
+With shards of buckets on several ranks, these are distributed tensors of whole buckets, so that
+another number of ranks can read them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from .manifest import Place
 
 
 class TrainingState:
-    """The live tensors of a run that a checkpoint keeps.
+    """The tensors of a run that a checkpoint keeps.
 
     Args:
         parameters: all weights.
@@ -71,7 +71,7 @@ class TrainingState:
         return places
 
     def check_places(self, checkpoint: Path, stored: Mapping[str, Place]) -> None:
-        """Hold a checkpoint's parameters against these.
+        """Check a checkpoint's parameters against these.
 
         Raises:
             InputError: they are not the same.
@@ -96,7 +96,7 @@ class TrainingState:
 
     @property
     def is_valid(self) -> bool:
-        """Whether training could have come to it: finite, and no square or count below zero."""
+        """Whether training can have made it: finite, and no square or count below zero."""
         not_negative = self._vectors["exp_avg_sq"], self._whole["step.updates"]
         return self.is_finite and all(
             bool(tensor.amin() >= 0) for tensor in not_negative if tensor.numel()
@@ -105,9 +105,9 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Return a copy of the state, on the CPU."""
         state: dict[str, Tensor] = {}
-        for name, shard, rows in self._shards():
+        for name, shard, num_rows in self._shards():
             local = _copy(shard)
-            state[name] = local if self._mesh is None else self._share(local, rows, self._mesh)
+            state[name] = local if self._mesh is None else self._share(local, num_rows, self._mesh)
         for name, tensor in self._whole.items():
             state[name] = _copy(tensor.reshape(-1))
         for name, tensor in self._frozen.items():
@@ -115,7 +115,7 @@ class TrainingState:
         return state
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what was read into the tensors that :meth:`tensors` gave."""
+        """Copy the state back from the tensors of :meth:`tensors`, after they were read into."""
         with torch.no_grad():
             for name, shard, _ in self._shards():
                 read = state[name]
@@ -125,7 +125,7 @@ class TrainingState:
         self._parameters.refresh_compute()
 
     def _shards(self) -> Iterator[tuple[str, Tensor, int]]:
-        """Yield each bucket of each vector: name, this rank's rows of it, and how many it has."""
+        """Yield each bucket of each vector: name, shard ``[n, 64]``, and rows of all shards."""
         for kind, vector in self._vectors.items():
             for bucket, piece in zip(
                 self._parameters.layout.buckets, self._parameters.own.pieces, strict=True
@@ -135,13 +135,13 @@ class TrainingState:
                 yield f"{kind}.{bucket.name}", shard, bucket.used // ALIGNMENT
 
     @staticmethod
-    def _share(local: Tensor, rows: int, mesh: DeviceMesh) -> DTensor:
+    def _share(local: Tensor, num_rows: int, mesh: DeviceMesh) -> DTensor:
         return DTensor.from_local(
             local,
             mesh,
             [Shard(0)],
             run_check=False,
-            shape=torch.Size((rows, ALIGNMENT)),
+            shape=torch.Size((num_rows, ALIGNMENT)),
             stride=(ALIGNMENT, 1),
         )
 

@@ -1,7 +1,7 @@
 """Completion of ``python -m engine.train`` in bash: options, recipes, ``--set`` keys and values.
 
-The script holds all words itself, so that completing starts no Python; the names of tasks,
-objectives and phases it reads in the recipe that the command line names.
+The script has all words in itself, so that completing starts no Python; it reads the names of
+tasks, objectives and phases in the recipe that the command line names.
 """
 
 from collections.abc import Iterator

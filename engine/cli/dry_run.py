@@ -1,4 +1,4 @@
-"""Estimate what a run needs: the memory of what it keeps, and time by a few real steps."""
+"""Estimate the memory and the time of a run, from its tensors and a few real steps."""
 
 import itertools
 import resource
@@ -20,7 +20,7 @@ _STEPS = 3
 _MIB = 1 << 20
 
 
-def show_plan(console: Console, training: Trainer) -> None:
+def show_plan(console: Console, trainer: Trainer) -> None:
     """Print the resolved recipe, and the memory and time that training needs.
 
     The first batches are really trained on, in memory alone: nothing is written.
@@ -28,61 +28,61 @@ def show_plan(console: Console, training: Trainer) -> None:
     Raises:
         InputError: the memory does not suffice.
     """
-    console.print(training.run.recipe.to_toml(), highlight=False, soft_wrap=True)
-    if len(training.run.recipe.in_phases) > 1:
+    console.print(trainer.run.recipe.to_toml(), highlight=False, soft_wrap=True)
+    if len(trainer.run.recipe.in_phases) > 1:
         console.print("Of the first phase; the others begin with its weights.")
     table = Table("what", "needs")
-    recipe = training.recipe
+    recipe = trainer.recipe
     with memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)):
-        for what, needs in _plan(training):
+        for what, needs in _plan(trainer):
             table.add_row(what, needs)
     console.print(table)
 
 
-def _plan(training: Trainer) -> Iterator[tuple[str, str]]:
+def _plan(trainer: Trainer) -> Iterator[tuple[str, str]]:
     kept = {
-        "weights, fp32": training.parameters.own.master,
-        "task gradients": training.parameters.rows,
-        "first moments": training.optimizer.exp_avg,
-        "second moments": training.optimizer.exp_avg_sq,
+        "weights, fp32": trainer.parameters.own.master,
+        "task gradients": trainer.parameters.rows,
+        "first moments": trainer.optimizer.exp_avg,
+        "second moments": trainer.optimizer.exp_avg_sq,
     }
-    if training.parameters.compute.data_ptr() != training.parameters.own.master.data_ptr():
-        kept["weights to compute with"] = training.parameters.compute
+    if trainer.parameters.compute.data_ptr() != trainer.parameters.own.master.data_ptr():
+        kept["weights to compute with"] = trainer.parameters.compute
     for what, tensor in kept.items():
         yield f"{what} {list(tensor.shape)}", _mebibytes(_bytes(tensor))
     before = sum(map(_bytes, kept.values()))
-    seconds, tokens, peak = _try_steps(training)
-    if training.device.type == "cuda":
+    seconds, tokens, peak = _try_steps(trainer)
+    if trainer.device.type == "cuda":
         yield "activations and the like, at the peak", _mebibytes(max(peak - before, 0))
         yield "GPU memory, at the peak", _mebibytes(peak)
     else:
         yield "the whole process, at the peak", _mebibytes(peak)
-    yield "steps", f"{training.total_steps:,}, {training.epoch_steps:,} an epoch"
+    yield "steps", f"{trainer.total_steps:,}, {trainer.epoch_steps:,} an epoch"
     yield "tokens a step", f"{tokens:,.0f}"
     yield "seconds a step", f"{seconds:.3g}"
-    whole = timedelta(seconds=round(seconds * training.total_steps))
-    yield "time, without evaluations and warming up", str(whole)
+    total = timedelta(seconds=round(seconds * trainer.total_steps))
+    yield "time, without evaluations and warming up", str(total)
 
 
-def _try_steps(training: Trainer) -> tuple[float, float, int]:
+def _try_steps(trainer: Trainer) -> tuple[float, float, int]:
     """Train a few steps; return their median seconds, mean tokens, and peak memory in bytes."""
-    on_gpu = training.device.type == "cuda"
-    parts, execution = training.recipe.micro_batches, training.step.execution
+    on_gpu = trainer.device.type == "cuda"
+    micro_batches, execution = trainer.recipe.micro_batches, trainer.step.execution
     seconds, tokens = [], []
-    with closing(training.loader(0)) as loader:
-        batches = (batch.to(training.device) for batch in loader)
+    with closing(trainer.loader(0)) as loader:
+        batches = (batch.to(trainer.device) for batch in loader)
         # The first step touches memory for the first time.
-        steps = zip(range(1 + _STEPS), *[batches] * parts, strict=False)
-        for step, *batch in itertools.islice(steps, min(1 + _STEPS, training.total_steps)):
+        steps = zip(range(1 + _STEPS), *[batches] * micro_batches, strict=False)
+        for step, *batch in itertools.islice(steps, min(1 + _STEPS, trainer.total_steps)):
             start, warmed_up = time.perf_counter(), execution.warmup_seconds
-            training.step(batch, step, training.schedule(step))
+            trainer.step(batch, step, trainer.lr_schedule(step))
             if on_gpu:
-                torch.cuda.synchronize(training.device)
+                torch.cuda.synchronize(trainer.device)
             warmup = execution.warmup_seconds - warmed_up
             seconds.append(time.perf_counter() - start - warmup)
-            tokens.append(sum(part.num_tokens - part.padding for part in batch))
+            tokens.append(sum(each.num_tokens - each.padding for each in batch))
     peak = (
-        torch.cuda.max_memory_allocated(training.device)
+        torch.cuda.max_memory_allocated(trainer.device)
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )

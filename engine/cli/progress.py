@@ -22,23 +22,21 @@ from ..runtime.execution import Execution
 from ..training.trainer import Trainer
 
 
-def describe(console: Console, training: Trainer) -> None:
+def describe(console: Console, trainer: Trainer) -> None:
     """Print what is about to be trained."""
-    recipe, parameters = training.recipe, training.parameters
-    name = training.name
+    recipe, parameters = trainer.recipe, trainer.parameters
+    name = trainer.name
     rows = len(parameters.rows)
     gradients = f"{rows} task gradients, balance {recipe.balance}" if rows > 1 else "one gradient"
     console.print(
         (f"{name}: " if name else "") + f"{parameters.numel / 1e6:.1f} M parameters, {gradients}, "
-        f"{training.total_steps} steps of {recipe.batch_size} examples a task on {training.device} "
+        f"{trainer.total_steps} steps of {recipe.batch_size} examples a task on {trainer.device} "
         f"({str(parameters.compute.dtype).removeprefix('torch.')})",
         soft_wrap=True,
     )
-    if training.ranks.size > 1:
-        traffic = measure_traffic(training.sync, parameters, training.optimizer)
-        console.print(
-            f"{training.ranks.size} ranks, {recipe.distribute}: {traffic}", soft_wrap=True
-        )
+    if trainer.ranks.size > 1:
+        traffic = measure_traffic(trainer.sync, parameters, trainer.optimizer)
+        console.print(f"{trainer.ranks.size} ranks, {recipe.distribute}: {traffic}", soft_wrap=True)
 
 
 def report_data(
@@ -70,7 +68,7 @@ def report_data(
 
 
 def _notes_on(examples: Examples) -> Iterator[str]:
-    """Yield a line for each thing that was found out about the files of a task or objective."""
+    """Yield a line for each note on the files of a task or objective."""
     if isinstance(examples, TokenizedSplit):
         yield from (f"{examples.task}: {note}" for note in examples.notes)
     elif isinstance(examples, MaskedText | SentencesTwice):
@@ -78,20 +76,20 @@ def _notes_on(examples: Examples) -> Iterator[str]:
 
 
 def print_idle_settings(
-    console: Console, training: Trainer, facts: Mapping[str, PhaseFacts], known: Collection[str]
+    console: Console, trainer: Trainer, facts: Mapping[str, PhaseFacts], known: Collection[str]
 ) -> list[str]:
     """Print a line for each setting that the recipe gives and that changes nothing.
 
     Args:
         console: where to.
-        training: of the phase that begins.
+        trainer: of the phase that begins.
         facts: by phase, what its data decide, as far as they are read.
         known: lines that were printed before.
 
     Returns:
         The lines that are known now.
     """
-    lines = lines_on_idle_settings(training.run, training.device, training.ranks, facts)
+    lines = lines_on_idle_settings(trainer.run, trainer.device, trainer.ranks, facts)
     for line in lines:
         if line not in known:
             console.print(line, soft_wrap=True, highlight=False)
@@ -99,7 +97,7 @@ def print_idle_settings(
 
 
 def print_warmup(console: Console, execution: Execution) -> None:
-    """Print what compiling and recording came to, where there was any."""
+    """Print the time of compiling and recording, and the number of graphs, if there were any."""
     if execution.kind == "eager":
         return
     graphs = (
@@ -135,7 +133,7 @@ class ProgressBar:
         self._live = Live(self._bar, console=console)
 
     def show(self, steps_done: int, line: Mapping[str, Any]) -> None:
-        """Bring the display up to date with a line of ``metrics.jsonl``."""
+        """Update the display with a line of ``metrics.jsonl``."""
         rates = f"conflict {line['conflict_rate']:.0%}  {line['tokens_per_s']:,.0f} tokens/s"
         self._bar.update(self._task, completed=steps_done, description=rates)
         losses = [f"{task} {_number(loss)}" for task, loss in line["losses"].items()]

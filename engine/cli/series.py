@@ -1,4 +1,4 @@
-"""Train several runs below one folder, and say how they ended: ``train --seeds`` and ``sweep``."""
+"""Train several runs below one folder and report their ends: ``train --seeds`` and ``sweep``."""
 
 import itertools
 import signal

@@ -1,10 +1,10 @@
-"""Standard output and standard error that a command outlives.
+"""Keep commands running when standard output or standard error fails.
 
-Whoever reads them may leave (``| head -1``, a window that is closed), and the disk that a log goes
-to may be full.  A command then does what it is for all the same, and its exit status tells:
+The reader may close them (``| head -1``, a closed window), or the disk of a log may be full.  The
+command still does its work, and its exit status tells:
 
-    training            goes on without output, and ends with the status of the training
-    other commands      write their files; 141 (as SIGPIPE) if nobody reads, else one line and 2
+    training            continues without output, and ends with the status of the training
+    other commands      write their files; 141 (as SIGPIPE) without a reader, else one line and 2
 """
 
 import errno
@@ -78,7 +78,7 @@ class Output:
                 print(f"cannot write to stdout: {self.reason}; going on without", file=sys.stderr)
 
     def _drop_the_rest(self) -> None:
-        """Lead the stream nowhere: Python would try its buffer again, and fail, when it exits."""
+        """Redirect the stream to the null device: Python would flush its buffer again at exit."""
         try:
             number = self._stream.fileno()
         except (OSError, ValueError):  # not a file
@@ -90,7 +90,7 @@ class Output:
 
 
 def train_without_output() -> None:
-    """From here on the process trains: what it prints may get lost without changing its status."""
+    """Declare that the process trains: lost output does not change its exit status any more."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Output):
             stream.needed = False

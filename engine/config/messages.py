@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in one line, and which known name was probably meant."""
+"""Describe errors of a recipe in one line, with the known name that was probably meant."""
 
 import itertools
 import json

@@ -1,9 +1,9 @@
-"""A few shapes for the batches of a whole run.
+"""Pad the batches of a run to a few shapes.
 
-What is compiled or recorded for a batch serves every batch of its shape.  Batches of short
-sentences differ in every token count, so each task's tokens are filled up to one of a few counts.
-Which counts cost the least filling is known beforehand: a run's batches follow from its seed.
-Where single products are compiled, not whole steps, multiples of a number are few enough.
+Compiled code and recorded graphs serve every batch of one shape.  Batches of short sentences differ
+in every token count, so each task's tokens are padded to one of a few counts.  The counts with the
+least padding are computed beforehand, since the seed determines all batches of a run.  If single
+products are compiled instead of whole steps, multiples of a number are few enough.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,24 +21,24 @@ Counts = npt.NDArray[np.int64]
 
 
 class BatchShape(NamedTuple):
-    """Sizes that batches of one shape have in common.
+    """The sizes of the batches of one shape.
 
     Attributes:
-        tokens: of each task, the filling included.
+        tokens: of each task, with padding.
         max_seqlen: tokens of the tasks' longest sequence, or more; 0 where batches differ in it.
-        max_filling: tokens of the longest filling, or more.
+        max_padding: tokens of the longest padding sequence, or more.
     """
 
     tokens: tuple[int, ...]
     max_seqlen: int
-    max_filling: int
+    max_padding: int
 
 
 class Shapes(Protocol):
-    """Assigns a shape to each batch."""
+    """Interface that assigns a shape to each batch."""
 
     def shape(self, tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
-        """Return what a batch with so many tokens of each task is filled up to."""
+        """Return the shape that a batch with these tokens of each task is padded to."""
 
 
 class RoundedShapes:
@@ -52,9 +52,9 @@ class RoundedShapes:
         self._multiple = multiple
 
     def shape(self, _tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
-        """Return the next larger multiples; those of a task without tokens are 0."""
+        """Return the next larger multiples; 0 for a task without tokens."""
         tokens = tuple(-(-count // self._multiple) * self._multiple for count in counts)
-        return BatchShape(tokens, max_seqlen=0, max_filling=self._multiple - 1)
+        return BatchShape(tokens, max_seqlen=0, max_padding=self._multiple - 1)
 
 
 class ShapePlan:
@@ -84,7 +84,7 @@ class ShapePlan:
     def shape(self, tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
         """Return the smallest planned shape that a batch fits into.
 
-        Where it fits into none, which a plan made from a part of the steps lets happen, it gets a
+        Where it fits into none, which a plan from some of the steps lets happen, it gets a
         shape of its own.
         """
         fitting = [
@@ -129,9 +129,9 @@ def merge(counts: Counts, limit: int) -> Counts:
 
 
 def _rounded(counts: Counts, multiple: int = _MULTIPLE) -> Counts:
-    """Round up to multiples, leaving at least one token for the filling."""
+    """Round up to multiples, leaving at least one token of padding."""
     return (counts // multiple + 1) * multiple
 
 
 def _shape(tokens: Counts, max_seqlen: int) -> BatchShape:
-    return BatchShape(tuple(tokens.tolist()), max_seqlen, max_filling=int(tokens.max()))
+    return BatchShape(tuple(tokens.tolist()), max_seqlen, max_padding=int(tokens.max()))

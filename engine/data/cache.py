@@ -1,11 +1,10 @@
-"""Keep tokenized splits on disk, found by what they were made from.
+"""Cache tokenized splits on disk, under a hash of their inputs.
 
 An entry is a folder named by the hash of everything that decides its content, so it never goes
-stale.  It is written under another name and renamed when whole, so that a reader never sees half
+stale.  It is written under another name and renamed when complete, so that a reader never sees half
 of one and two processes that make the same entry do not disturb each other.  Every file in it is
-checked against its hash when it is opened: an entry that does not hold is made anew.  The hashes
-lie in the entry, so that whoever writes it decides them: one that is not the user's own, or that
-others can write, does not hold.
+checked against its hash when it is opened; a damaged entry is made again.  Since the hashes are in
+the entry too, an entry that is not the user's own, or that others can write, is not used.
 """
 
 import errno
@@ -58,7 +57,7 @@ def load_split(
     on_bad_row: OnBadRow = "error",
     cache: Path | None = None,
 ) -> TokenizedSplit:
-    """Return a file's or data set's examples as tokens, from the cache or, at first, into it.
+    """Return a file's or data set's tokenized examples from the cache, or tokenize and cache them.
 
     Args:
         origin: the file or data set.
@@ -107,7 +106,7 @@ def _with_name(split: TokenizedSplit, name: str) -> TokenizedSplit:
 
 
 class _DamagedEntryError(Exception):
-    """An entry that is not there, or not as it was written."""
+    """A missing or damaged entry."""
 
 
 def _open_entry(entry: Path) -> TokenizedSplit:

@@ -1,4 +1,4 @@
-"""Lay the examples of a step side by side in one stream of tokens, without padding."""
+"""Concatenate the examples of a step to one stream of tokens, without padding."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ from .task_batch import (
     Labels,
     TaskBatch,
     empty_task_batch,
-    fill_labels,
     map_labels,
+    pad_labels,
     ranges,
 )
 
@@ -27,12 +27,12 @@ from .task_batch import (
 class PackedBatch:
     """The S sequences of K tasks as one stream of T tokens.
 
-    A task's sequences lie side by side, tasks in the order in which they were given.  A task of
-    two-sentence examples has all its first sentences and then, in the same order, all its second
-    ones, so that the rows of its pooled states are ``u = rows[:n]`` and ``v = rows[n:]``.
+    Each task's sequences are contiguous, in the order of the tasks.  A task of two-sentence
+    examples has all its first sentences and then, in the same order, all its second ones, so that
+    the rows of its pooled states are ``u = rows[:n]`` and ``v = rows[n:]``.
 
-    A batch that was given a shape may have one sequence of padding tokens more behind each task's
-    own; no head reads it, so that it takes no part in any loss or gradient.
+    A batch that was padded to a shape may have one sequence of padding tokens after those of each
+    task; no head reads it, so it contributes to no loss and no gradient.
 
     Attributes:
         tasks: their names.
@@ -45,18 +45,17 @@ class PackedBatch:
         max_own_seqlen: the same without the padding sequences.
         task_offsets: K + 1 sequence numbers; task k has ``task_offsets[k]:task_offsets[k + 1]``,
             its padding included.
-        sequences: how many of these are a task's own.
+        sequences: the number of each task's sequences, without padding.
         token_offsets: K + 1 token numbers; task k has ``token_offsets[k]:token_offsets[k + 1]``.
         labels: of each task, or None for a task without labels.
-        examples: how many examples n each task has.
-        columns: how many sentences an example of each task has, 1 or 2.
+        examples: the number n of each task's examples.
+        columns: the number of sentences in an example of each task, 1 or 2.
         padding: tokens of the padding sequences.
         padded_tokens: the tokens of the padded batches that this replaces, one for each column of
             each task.
-        step_examples: how many examples each task has in the whole step, in all micro-batches and
-            on all ranks; None where that is not known.
-        states: fp32 ``[T, H]``, hidden states from an encoder that is frozen, or None where it has
-            yet to run.
+        step_examples: the number of each task's examples in the whole step, in all micro-batches
+            and on all ranks; None where that is not known.
+        states: fp32 ``[T, H]``, precomputed hidden states of a frozen encoder, or None.
     """
 
     tasks: tuple[str, ...]
@@ -101,19 +100,19 @@ class PackedBatch:
 
     @property
     def signature(self) -> Hashable:
-        """What two batches have in common that the same recorded work can be done on."""
+        """The same for two batches that one recorded step can run on."""
         host = (self.tasks, self.task_offsets, self.sequences, self.token_offsets, self.max_seqlen)
         return host, self.examples, self.columns, tuple(t.shape for t in self.tensors)
 
     def own_sequences(self) -> list[slice]:
-        """Return for each task its sequences among all, without the padding."""
+        """Return the sequences of each task, without padding, as slices of all sequences."""
         return [
             slice(start, start + count)
             for start, count in zip(self.task_offsets[:-1], self.sequences, strict=True)
         ]
 
     def task_cu_seqlens(self) -> list[Tensor]:
-        """Return for each task where its sequences begin and end among its own tokens."""
+        """Return ``cu_seqlens`` of each task's sequences, counted from its first token."""
         return [
             self.cu_seqlens[own.start : own.stop + 1] - first
             for own, first in zip(self.own_sequences(), self.token_offsets[:-1], strict=True)
@@ -150,10 +149,10 @@ def pack(
 
     Args:
         sources: of K tasks.
-        picks: for each, the indices of its examples, in the order in which they shall stand; not
+        picks: for each, the indices of its examples, in the order that they get in the batch; not
             all are empty.
         step: decides what is random about the examples themselves, such as masks.
-        shapes: one of which the batch is filled up to; None for no padding.
+        shapes: the batch is padded to one of them; None for no padding.
 
     Raises:
         ValueError: there is no task or no example, or not one list of examples for each task.
@@ -162,55 +161,57 @@ def pack(
         raise ValueError(f"picks: expected one for each split, got {len(picks)} for {len(sources)}")
     if not any(len(chosen) for chosen in picks):
         raise ValueError(f"picks: no example of {', '.join(source.task for source in sources)}")
-    parts = [
-        source.part(chosen, step) if len(chosen) else empty_task_batch(source.task)
+    batches = [
+        source.task_batch(chosen, step) if len(chosen) else empty_task_batch(source.task)
         for source, chosen in zip(sources, picks, strict=True)
     ]
     if shapes is None:
-        return join(parts)
-    tasks = tuple(part.task for part in parts)
-    return join(parts, shapes.shape(tasks, [len(part.tokens) for part in parts]))
+        return join(batches)
+    tasks = tuple(batch.task for batch in batches)
+    return join(batches, shapes.shape(tasks, [len(batch.tokens) for batch in batches]))
 
 
-def join(parts: Sequence[TaskBatch], shape: BatchShape | None = None) -> PackedBatch:
-    """Lay the parts of K tasks side by side; either all bring hidden states, or none.
+def join(batches: Sequence[TaskBatch], shape: BatchShape | None = None) -> PackedBatch:
+    """Concatenate the batches of K tasks; either all hold hidden states, or none.
 
     Args:
-        parts: of the tasks.
-        shape: what each is filled up to; None for no padding.
+        batches: of the tasks.
+        shape: tokens that each is padded to; None for no padding.
     """
-    tokens = [len(part.tokens) for part in parts] if shape is None else shape.tokens
-    laid = [_lay(part, room) for part, room in zip(parts, tokens, strict=True)]
-    sizes = np.concatenate([one.sizes for one in laid])
+    tokens = [len(batch.tokens) for batch in batches] if shape is None else shape.tokens
+    padded = [_pad(batch, count) for batch, count in zip(batches, tokens, strict=True)]
+    sizes = np.concatenate([one.sizes for one in padded])
     cu_seqlens = np.zeros(len(sizes) + 1, dtype=np.int32)
     np.cumsum(sizes, out=cu_seqlens[1:])
-    states = [one.states for one in laid if one.states is not None]
-    longest = max(int(part.sizes.max(initial=0)) for part in parts)
-    filling = 0
+    states = [one.states for one in padded if one.states is not None]
+    longest = max(int(batch.sizes.max(initial=0)) for batch in batches)
+    longest_padding = 0
     if shape is not None:
-        longest, filling = max(longest, shape.max_seqlen), shape.max_filling
+        longest, longest_padding = max(longest, shape.max_seqlen), shape.max_padding
     return PackedBatch(
-        tasks=tuple(part.task for part in parts),
-        input_ids=torch.from_numpy(np.concatenate([one.tokens for one in laid])),
-        position_ids=torch.from_numpy(np.concatenate([one.positions for one in laid])),
-        token_type_ids=torch.from_numpy(np.concatenate([one.token_types for one in laid])),
+        tasks=tuple(batch.task for batch in batches),
+        input_ids=torch.from_numpy(np.concatenate([one.tokens for one in padded])),
+        position_ids=torch.from_numpy(np.concatenate([one.positions for one in padded])),
+        token_type_ids=torch.from_numpy(np.concatenate([one.token_types for one in padded])),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=max(longest, filling),
+        max_seqlen=max(longest, longest_padding),
         max_own_seqlen=longest,
-        task_offsets=_offsets([len(one.sizes) for one in laid]),
-        sequences=tuple(len(part.sizes) for part in parts),
+        task_offsets=_offsets([len(one.sizes) for one in padded]),
+        sequences=tuple(len(batch.sizes) for batch in batches),
         token_offsets=_offsets(tokens),
-        labels=tuple(part.labels if shape is None else fill_labels(part.labels) for part in parts),
-        examples=tuple(part.examples for part in parts),
-        columns=tuple(part.columns for part in parts),
-        padding=sum(tokens) - sum(len(part.tokens) for part in parts),
-        padded_tokens=sum(_padded_tokens(part) for part in parts),
+        labels=tuple(
+            batch.labels if shape is None else pad_labels(batch.labels) for batch in batches
+        ),
+        examples=tuple(batch.examples for batch in batches),
+        columns=tuple(batch.columns for batch in batches),
+        padding=sum(tokens) - sum(len(batch.tokens) for batch in batches),
+        padded_tokens=sum(_padded_tokens(batch) for batch in batches),
         states=torch.from_numpy(np.concatenate(states)) if states else None,
     )
 
 
-class _Laid(NamedTuple):
-    """A task's tokens and sequences as they stand in the stream."""
+class _Padded(NamedTuple):
+    """A task's tokens and sequences with the padding behind them."""
 
     tokens: Indices
     positions: Indices
@@ -219,24 +220,24 @@ class _Laid(NamedTuple):
     states: npt.NDArray[np.float32] | None
 
 
-def _lay(part: TaskBatch, tokens: int) -> _Laid:
-    """Number a part's positions; add a sequence of padding where there is room for more tokens."""
-    room = tokens - len(part.tokens)
-    positions = ranges(np.zeros_like(part.sizes), part.sizes)
-    types = np.zeros_like(part.tokens) if part.token_types is None else part.token_types
-    if room == 0:
-        return _Laid(part.tokens, positions, types, part.sizes, part.states)
-    states = None if part.states is None else np.pad(part.states, ((0, room), (0, 0)))
+def _pad(batch: TaskBatch, tokens: int) -> _Padded:
+    """Number the positions of a batch, and pad it to ``tokens`` by one sequence more."""
+    missing = tokens - len(batch.tokens)
+    positions = ranges(np.zeros_like(batch.sizes), batch.sizes)
+    types = np.zeros_like(batch.tokens) if batch.token_types is None else batch.token_types
+    if missing == 0:
+        return _Padded(batch.tokens, positions, types, batch.sizes, batch.states)
+    states = None if batch.states is None else np.pad(batch.states, ((0, missing), (0, 0)))
     filled, positions, types = (
-        np.pad(numbers, (0, room)) for numbers in (part.tokens, positions, types)
+        np.pad(numbers, (0, missing)) for numbers in (batch.tokens, positions, types)
     )
-    return _Laid(filled, positions, types, np.append(part.sizes, room), states)
+    return _Padded(filled, positions, types, np.append(batch.sizes, missing), states)
 
 
-def _padded_tokens(part: TaskBatch) -> int:
-    """Return the tokens of the padded batches, one for each column, that hold the same."""
-    longest = part.sizes.reshape(part.columns, -1).max(axis=1, initial=0)
-    return int(longest.sum()) * part.examples
+def _padded_tokens(batch: TaskBatch) -> int:
+    """Return the tokens of padded batches, one for each column, with the same sequences."""
+    longest = batch.sizes.reshape(batch.columns, -1).max(axis=1, initial=0)
+    return int(longest.sum()) * batch.examples
 
 
 def _offsets(counts: Sequence[int]) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ class Text(NamedTuple):
 def decode(content: bytes, path: Path, dialect: Dialect) -> Text:
     """Return the text of a file.
 
-    Bytes that are not UTF-8 spoil the row that they are in; in any other encoding they are an error
+    Bytes that are not UTF-8 make their row unusable; in any other encoding they are an error
     of the file, since nobody knows where the next row begins.
 
     Args:

@@ -45,7 +45,9 @@ def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:
         for other, beginning in _BEGINNINGS.items():
             if kind == "none" and beginning.match(content):
                 advice = dialect.advice(f'compression = "{other}"', "name it accordingly")
-                raise InputError(f"compressed by {other}, which its ending hides, {path}; {advice}")
+                raise InputError(
+                    f"compressed by {other}, which its ending does not say, {path}; {advice}"
+                )
     if kind == "none":
         if content.startswith(b"PK\3\4"):
             raise InputError(f"a zip archive, {path}; unpack it, or save its table as .csv")

@@ -1,7 +1,7 @@
-"""Rows of delimiter-separated values, read by the rules of csv or without quoting.
+"""Read rows of delimiter-separated values, by the rules of csv or without quoting.
 
 Separated by tabs, or read without quoting, a row is one physical line.  Csv rules apply within it
-(a field may stand in double quotes, a quote inside is doubled), but a quoted field never runs on to
+(a field may be in double quotes, a quote inside is doubled), but a quoted field never runs on to
 the next line: one stray quote would silently swallow the rows up to the next one, and sentences
 have no use for line breaks.  Comma-separated files come from other programs and may have such
 fields.
@@ -24,7 +24,7 @@ _NO_QUOTES = 'quoting = "none" if no quote means anything'
 
 
 class _Record(NamedTuple):
-    """A row with all its fields, or why it has none."""
+    """A row with all its fields, or the reason why it has none."""
 
     place: str
     fields: Sequence[str] | BadRowError

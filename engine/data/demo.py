@@ -1,4 +1,4 @@
-"""A corpus made by a grammar, to train on where there is no other: the CS224N file set in small.
+"""Write a small corpus from a grammar, in the files of CS224N's project.
 
 *Scenes* have five slots (which, who, does, what, where), each filled by a concept that has several
 names.  A paraphrase fills every slot with the same concepts under names drawn anew; similarity is

@@ -1,4 +1,4 @@
-"""Tell how a file of examples is written, by its recipe and its name."""
+"""Describe the format of a file of examples, by its recipe and its name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".xlsx")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """How the files of a task are written, as far as their names do not say."""
+    """The format of a task's files, as far as their names do not decide it."""
 
     delimiter: str = AUTO
     """The character between two fields of a row."""

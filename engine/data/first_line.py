@@ -1,4 +1,4 @@
-"""Tell from a delimited file's first line its columns, or what to set to have them."""
+"""Find the columns in a delimited file's first line, or the settings by which it has them."""
 
 import csv
 import json

@@ -1,7 +1,7 @@
-"""Load a data set by the library ``datasets``: plain formats alone, and files of its own alone.
+"""Load a data set with the library ``datasets``: plain formats only, and its own files only.
 
-A data set's ``README.md`` names its files, which may lie anywhere, and the endings of its files
-choose what reads them, which may unpickle.  Both are checked before a file is read.
+A data set's ``README.md`` names its files, which may be anywhere, and the endings of its files
+choose their readers, some of which unpickle.  Both are checked before a file is read.
 """
 
 import os

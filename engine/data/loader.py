@@ -1,4 +1,4 @@
-"""Batches ahead of time: packed in a background thread while the device works on the last one."""
+"""Pack batches in a background thread while the device works on the one before."""
 
 import queue
 import threading
@@ -21,7 +21,7 @@ _PLANNED = 512
 
 
 class TrainingLoader:
-    """Iterates over the training batches of steps ``start`` to ``stop``.
+    """An iterator over the training batches of steps ``start`` to ``stop``.
 
     A step whose batch is split into micro-batches yields these, one after the other.
 
@@ -36,7 +36,7 @@ class TrainingLoader:
         start: int,
         stop: int,
         *,
-        turns: Callable[[int], Sequence[ScheduledBatch]] | None = None,
+        schedule: Callable[[int], Sequence[ScheduledBatch]] | None = None,
         shapes: int = 0,
         token_multiple: int = 1,
         micro_batches: int = 1,
@@ -47,14 +47,14 @@ class TrainingLoader:
         """Start packing.
 
         Args:
-            sources: what each task is trained on.
-            samplers: what draws its batches.
+            sources: the examples that each task is trained on.
+            samplers: draw each task's batches.
             start: the first step, 0 for a run that begins.
             stop: one past the last step.
-            turns: which tasks have a batch in a step; None for a batch of each.
-            shapes: fill batches up, so that there are at most so many shapes; 0 for any.
-            token_multiple: fill every task's tokens up to a multiple, where ``shapes`` is 0.
-            micro_batches: parts of a step's batch, each with a share of every task.
+            schedule: returns the batches of a step, by its number; None for one of each task.
+            shapes: pad batches, so that there are at most so many shapes; 0 for any.
+            token_multiple: pad every task's tokens to a multiple, where ``shapes`` is 0.
+            micro_batches: how many a step's batch is split into, each with a share of every task.
             shard: (rank, ranks); the examples of a step, task after task, are dealt to the ranks
                 one by one.
             pin_memory: put the batches in pinned memory, for copies that do not block.
@@ -69,9 +69,9 @@ class TrainingLoader:
         def every_task(step: int) -> list[ScheduledBatch]:
             return [ScheduledBatch(task, step) for task in range(len(samplers))]
 
-        turns_of = turns or every_task
+        scheduled = schedule or every_task
         sizes = [sampler.batch_size for sampler in samplers]
-        examples = min(sizes) * len(turns_of(min(start, stop - 1)))
+        examples = min(sizes) * len(scheduled(min(start, stop - 1)))
         if examples < ranks or (micro_batches > 1 and min(sizes) < ranks * micro_batches):
             raise ValueError(
                 f"shard: {examples} examples of a step cannot be divided among {ranks} ranks and "
@@ -79,18 +79,18 @@ class TrainingLoader:
             )
 
         def choose(number: int) -> tuple[list[Examples], list[Indices]]:
-            step, part = divmod(number, micro_batches)
-            of_step = turns_of(step)
-            batches = [samplers[turn.task].batch(turn.batch) for turn in of_step]
+            step, micro_batch = divmod(number, micro_batches)
+            of_step = scheduled(step)
+            batches = [samplers[each.task].batch(each.batch) for each in of_step]
             shares = _deal(batches, rank, ranks)
-            picks = [np.array_split(share, micro_batches)[part] for share in shares]
-            return [sources[turn.task] for turn in of_step], picks
+            picks = [np.array_split(share, micro_batches)[micro_batch] for share in shares]
+            return [sources[each.task] for each in of_step], picks
 
         def make(number: int) -> PackedBatch:
             step = number // micro_batches
             batch = replace(
                 pack(*choose(number), step, self.shapes),
-                step_examples=tuple(samplers[turn.task].batch_size for turn in turns_of(step)),
+                step_examples=tuple(samplers[each.task].batch_size for each in scheduled(step)),
             )
             return batch.pin_memory() if pin_memory else batch
 
@@ -120,7 +120,7 @@ class TrainingLoader:
                 raise item
 
     def close(self) -> None:
-        """End the thread; what is still waiting is dropped."""
+        """End the thread; waiting batches are dropped."""
         self._closing.set()
         while not self._ready.empty():
             self._ready.get_nowait()
@@ -173,7 +173,7 @@ def _deal(batches: Sequence[Indices], rank: int, ranks: int) -> list[Indices]:
 def _plan(
     choose: Callable[[int], tuple[Sequence[Examples], Sequence[Indices]]], batches: int, limit: int
 ) -> ShapePlan:
-    """Plan the shapes of a run's batches from the token counts of some that lie evenly apart.
+    """Plan the shapes of a run's batches from the token counts of evenly spaced ones.
 
     The plan is the same whichever step a run is resumed at.
     """
@@ -181,10 +181,10 @@ def _plan(
     longest = 1
     for number in np.unique(np.linspace(0, batches - 1, min(batches, _PLANNED)).astype(int)):
         sources, picks = choose(int(number))
-        parts = [source.part(chosen, 0) for source, chosen in zip(sources, picks, strict=True)]
-        of_tasks = counts.setdefault(tuple(part.task for part in parts), [])
-        of_tasks.append([len(part.tokens) for part in parts])
-        longest = max(longest, *(int(part.sizes.max()) for part in parts))
+        chosen = [source.task_batch(pick, 0) for source, pick in zip(sources, picks, strict=True)]
+        of_tasks = counts.setdefault(tuple(batch.task for batch in chosen), [])
+        of_tasks.append([len(batch.tokens) for batch in chosen])
+        longest = max(longest, *(int(batch.sizes.max()) for batch in chosen))
     return ShapePlan({tasks: np.array(rows) for tasks, rows in counts.items()}, limit, longest)
 
 

@@ -1,10 +1,10 @@
 """Examples of masked language modelling, with next sentence prediction or without.
 
-Devlin et al. (2019, section 3.1): 15 % of the tokens of a sequence are to be told; of these 80 %
-become [MASK], 10 % a random token, 10 % stay.  With next sentence prediction a sequence is
+Devlin et al. (2019, section 3.1): 15 % of the tokens of a sequence are predicted; of these 80 %
+become [MASK], 10 % a random token, and 10 % stay.  With next sentence prediction a sequence is
 ``[CLS] A [SEP] B [SEP]``, where B follows A in half of the examples and is drawn from another text
-in the others.  What is masked and drawn follows from seed, step and example: every pass over the
-text sees other masks, and a resumed run the same ones.
+in the others.  Masks and draws are functions of seed, step and example: each pass over the text has
+other masks, and a resumed run the same ones.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class MaskedText:
         """Return how many examples there are."""
         return len(self.examples)
 
-    def part(self, chosen: Indices, step: int, /) -> TaskBatch:
+    def task_batch(self, chosen: Indices, step: int, /) -> TaskBatch:
         """Return chosen examples under the masks of ``step``."""
         sequences, types, positions, targets, is_next = [], [], [], [], []
         start = 0
@@ -108,7 +108,7 @@ class MaskedText:
         return sequence, segment
 
     def _mask(self, sequence: Indices, index: int, step: int) -> tuple[Indices, Indices]:
-        """Return the positions whose tokens are to be told, and what stands there instead."""
+        """Return the positions of the predicted tokens, and the tokens that replace them."""
         special = (self.tokenizer.cls_id, self.tokenizer.sep_id)
         candidates = np.flatnonzero(~np.isin(sequence, special))
         order, action, instead = uniforms(

@@ -40,7 +40,7 @@ NOT_KNOWN = Found(0, 0)
 
 
 class Lines(NamedTuple):
-    """The lines of a text file that are not empty, and what was found out about it, as phrases."""
+    """The lines of a text file that are not empty, and phrases on how it was read."""
 
     texts: list[str]
     notes: tuple[str, ...]
@@ -79,7 +79,7 @@ def sentences_of(table: Table, task: str, limit: int, seed: int) -> list[str]:
 
 
 def evenly(texts: Sequence[str], count: int) -> list[str]:
-    """Return ``count`` texts that lie evenly apart, or all where there are no more (0: all)."""
+    """Return ``count`` evenly spaced texts, or all if there are no more (0: all)."""
     if not 0 < count < len(texts):
         return list(texts)
     return [texts[place] for place in np.linspace(0, len(texts) - 1, count).astype(int)]

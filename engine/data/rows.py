@@ -1,4 +1,4 @@
-"""Rows of text: the wanted columns of whatever a file is laid out as."""
+"""Rows of a data file: the texts of the wanted columns, whatever the file's format."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ TWICE = object()
 
 
 class BadRowError(Exception):
-    """A row that cannot be used: ``reason`` is fit for counting, ``detail`` for finding."""
+    """A row that cannot be used: ``reason`` is counted, ``detail`` says which and why."""
 
     def __init__(self, reason: str, detail: str, advice: str = "correct the row") -> None:
         super().__init__(f"{reason}: {detail}")
@@ -28,8 +28,8 @@ class Row(NamedTuple):
     """A row of a file.
 
     Attributes:
-        place: where it stands, for error messages.
-        values: the texts of the wanted columns, or why it has none.
+        place: in the file, for error messages.
+        values: the texts of the wanted columns, or the reason why it has none.
     """
 
     place: str
@@ -40,8 +40,8 @@ class Rows(NamedTuple):
     """The rows of a whole file.
 
     Attributes:
-        rows: they, in order; reading on may raise InputError.
-        notes: what was found out about the file, a phrase each; complete once the rows are read.
+        rows: in the order of the file; reading on may raise InputError.
+        notes: phrases on how the file was read; complete once the rows are read.
     """
 
     rows: Iterable[Row]
@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 
 def typed_row(record: Mapping[str, object], columns: Sequence[str], place: str) -> Row:
-    """Return the row of a record whose values have types: each as the text that spells it."""
+    """Return the row of a record of typed values, each value as text."""
     try:
         return Row(place, [_as_text(name, record) for name in columns])
     except BadRowError as bad:
@@ -64,17 +64,17 @@ def find_columns(
     holder: str = "the header",
     advice: str = "give a file with that column",
 ) -> list[int]:
-    """Return the places of the wanted columns.
+    """Return the numbers of the wanted columns.
 
     Args:
-        names: of all columns; those that are not wanted may stand twice.
-        wanted: those to find.
-        where: the names come from, for error messages.
-        holder: what has the names.
-        advice: what to do when one is missing.
+        names: of all columns; unwanted ones may occur twice.
+        wanted: the columns to find.
+        where: the place of the names, for error messages.
+        holder: what has the names, for error messages.
+        advice: what to do when a column is missing.
 
     Raises:
-        InputError: one is missing, or stands twice.
+        InputError: a wanted column is missing, or occurs twice.
     """
     for name in wanted:
         if name not in names:
@@ -88,12 +88,12 @@ def find_columns(
 
 
 def lines_on(name: str, notes: Iterable[str]) -> tuple[str, ...]:
-    """Return a line for each thing that was found out about a file: how it was read."""
+    """Return a line for each note on how a file was read."""
     return tuple(f"read {name} as {note}" for note in notes)
 
 
 def shorten(text: str, limit: int = 40) -> str:
-    """Return a text that fits into an error message."""
+    """Cut a text to the length of a quotation in an error message."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

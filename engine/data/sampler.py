@@ -1,8 +1,8 @@
-"""Decide which examples make up a batch: by the seed and the step's number alone.
+"""Choose the examples of each batch, as a function of the seed and the step's number.
 
 Nothing here has a state.  An epoch's order is a function of (seed, task, epoch), a batch one of
-(seed, task, step): a run that is resumed needs only the number of its step, and no other random
-draw of the run can disturb the order.
+(seed, task, step): a resumed run needs its step's number alone, and no other random draw of the run
+can change the order.
 """
 
 from functools import lru_cache

@@ -11,7 +11,7 @@ from .task_batch import Indices, TaskBatch
 
 @dataclass(frozen=True, slots=True)
 class SentencesTwice:
-    """Examples of SimCSE, which batches are drawn from.
+    """The examples of SimCSE: n sentences, each of which a batch has twice.
 
     Attributes:
         task: the objective's name.
@@ -27,7 +27,7 @@ class SentencesTwice:
         """Return how many sentences there are."""
         return len(self.sentences)
 
-    def part(self, chosen: Indices, _step: int, /) -> TaskBatch:
+    def task_batch(self, chosen: Indices, _step: int, /) -> TaskBatch:
         """Return chosen sentences, all of them once and then all of them again."""
         once = [self.sentences[index] for index in chosen.tolist()]
         return TaskBatch(

@@ -48,6 +48,14 @@ Column = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is 
 """The name of a column, or its number as text or as it is."""
 
 
+def _names_or_number(classes: Any) -> Any:
+    """Refuse what is neither in one line, where pydantic has one for each of the two."""
+    is_number = type(classes) is int and 2 <= classes < 1 << 31
+    if is_number or (isinstance(classes, list | tuple) and all(type(c) is str for c in classes)):
+        return classes
+    raise ValueError("expected names, such as ['no', 'yes'], or how many there are, from 2 on")
+
+
 def _one_character(delimiter: str) -> str:
     if delimiter in (AUTO, "tab"):
         return delimiter.replace("tab", "\t")
@@ -67,7 +75,7 @@ class TaskSource(Settings):
     """The column of the label."""
     id: Column = ""
     """The column that names an example; empty: rows are numbered from 0."""
-    classes: tuple[str, ...] | Annotated[int, Field(ge=2, lt=1 << 31)] = ()
+    classes: Annotated[tuple[str, ...] | int, BeforeValidator(_names_or_number)] = ()
     """Classification: the names of the classes, or how many there are when labels are numbers."""
     range: tuple[Real, Real] = (0.0, 5.0)
     """Regression: the smallest and the largest label."""
@@ -160,7 +168,7 @@ class TaskSource(Settings):
         return "classes" if self._num_classes > 2 else "binary"
 
     def format(self, task: str) -> TaskSchema:
-        """Return what the data look like."""
+        """Return the schema of the data."""
         low, high = self.range if self.has_range else (0, self._num_classes - 1)
         names = () if self.has_range or isinstance(self.classes, int) else self.classes
         return TaskSchema(

@@ -1,4 +1,4 @@
-"""A split of a task as token ids: what sampling and packing work on."""
+"""A split of a task as token ids, for sampling and packing."""
 
 from dataclasses import dataclass, replace
 
@@ -60,7 +60,7 @@ class TokenizedSplit:
         """Number of rows of the file that were skipped or blanked."""
         return sum(self.bad_rows.values())
 
-    def part(self, chosen: Indices, _step: int, /) -> TaskBatch:
+    def task_batch(self, chosen: Indices, _step: int, /) -> TaskBatch:
         """Return chosen examples; nothing about them is random."""
         columns = np.arange(self.columns)[:, None]
         sequences = (chosen * self.columns + columns).reshape(-1)

@@ -1,4 +1,4 @@
-"""Read sentences and labels into a table, trusting nothing in the file."""
+"""Read sentences and labels of an untrusted file into a table."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

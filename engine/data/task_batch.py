@@ -1,4 +1,4 @@
-"""One task's part of a batch, as numpy arrays, before the tasks are laid side by side."""
+"""One task's share of a batch, as numpy arrays, before the tasks' batches are concatenated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class MaskedTokens(NamedTuple):
     """Labels of masked language modelling.
 
     Attributes:
-        positions: int64 ``[m]``, the masked tokens among the tokens of the part.
+        positions: int64 ``[m]``, the masked tokens among the tokens of the task batch.
         targets: int64 ``[m]``, what stood there; -100 for one that does not count.
         is_next: float32 ``[n]``, 1 where an example's second segment follows its first in the
             text; None without next sentence prediction.
@@ -28,7 +28,7 @@ class MaskedTokens(NamedTuple):
 
 
 Labels = Tensor | MaskedTokens
-"""float32 ``[n]`` for a task; what is behind the masks for masked LM."""
+"""float32 ``[n]`` for a task; the masked tokens for masked LM."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class TaskBatch:
         columns: c, 1 or 2.
         labels: or None.
         token_types: int64 ``[T]``, the segment of each token; None where all are 0.
-        states: fp32 ``[T, H]``, hidden states that a frozen encoder made of the tokens earlier.
+        states: fp32 ``[T, H]``, precomputed hidden states of a frozen encoder.
     """
 
     task: str
@@ -60,7 +60,7 @@ class TaskBatch:
 
 
 def empty_task_batch(task: str) -> TaskBatch:
-    """Return the part of a task that has no example in a batch, as on some ranks."""
+    """Return the batch of a task without examples, as some ranks have."""
     nothing = np.empty(0, dtype=np.int64)
     return TaskBatch(task=task, tokens=nothing, sizes=nothing, columns=1, labels=None)
 
@@ -75,21 +75,21 @@ class Examples(Protocol):
     def __len__(self) -> int:
         """Return how many examples there are."""
 
-    def part(self, chosen: Indices, step: int, /) -> TaskBatch:
+    def task_batch(self, chosen: Indices, step: int, /) -> TaskBatch:
         """Return the chosen examples; ``step`` decides what is random about them."""
 
 
-_MASKED_ROOM = 64
-"""Masked tokens are filled up to a multiple of this where batches have few shapes."""
+_MASKED_MULTIPLE = 64
+"""Masked tokens are padded to a multiple of this where batches have few shapes."""
 
 
-def fill_labels(labels: Labels | None) -> Labels | None:
-    """Fill masked tokens up with ones that do not count: position 0, target -100."""
+def pad_labels(labels: Labels | None) -> Labels | None:
+    """Pad masked tokens with ones that do not count: position 0, target -100."""
     if not isinstance(labels, MaskedTokens):
         return labels
-    room = (0, -len(labels.positions) % _MASKED_ROOM)
+    padding = (0, -len(labels.positions) % _MASKED_MULTIPLE)
     return MaskedTokens(
-        F.pad(labels.positions, room), F.pad(labels.targets, room, value=-100), labels.is_next
+        F.pad(labels.positions, padding), F.pad(labels.targets, padding, value=-100), labels.is_next
     )
 
 

@@ -1,4 +1,4 @@
-"""In what order the tasks take their turns.
+"""Choose the tasks that each step trains.
 
     together      every step has a batch of every task
     sequential    one task a step: all batches of the first, then all of the second, …
@@ -7,8 +7,8 @@
     annealed      one task a step, drawn with probability N^alpha, N the size of its set;
                   alpha = 1 - 0.8 (e - 1) / (E - 1) in epoch e of E (Stickland and Murray 2019)
 
-An order is laid out for the whole run at once, so that any step of it can be looked up: a run that
-is resumed needs nothing but the step's number.
+A schedule is computed for the whole run at once, so that any step can be looked up: a run that is
+resumed needs the step's number alone.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ class ScheduledBatch(NamedTuple):
 
 
 class TaskSchedule:
-    """The turns of every step of a run.
+    """The batches of every step of a run, each of one task.
 
     Args:
         name: one of TASK_SCHEDULES.
         sizes: examples of each of the K tasks.
         batch_size: examples in a batch.
-        epochs: passes; what a pass is follows from the order: once through the largest set
-            (together, cycle), once through every set (the others).
+        epochs: passes; a pass goes once through the largest set (together, cycle), or once through
+            every set (the others).
         seed: decides what is drawn.
 
     Attributes:
@@ -54,19 +54,19 @@ class TaskSchedule:
         together = name == "together"
         self._count = len(sizes)
         self.tasks_a_step = self._count if together else 1
-        self._tasks = None if together else _turns(name, sizes, batches, epochs, seed)
+        self._tasks = None if together else _task_of_each_step(name, sizes, batches, epochs, seed)
         per_epoch = max(batches) if together else len(_rotation(name, batches))
         self.epoch_steps, self.total_steps = per_epoch, per_epoch * epochs
         self._batches = None if self._tasks is None else _running_count(self._tasks, self._count)
 
-    def turns(self, step: int) -> list[ScheduledBatch]:
-        """Return the turns of a step, in the order of the tasks."""
+    def batches(self, step: int) -> list[ScheduledBatch]:
+        """Return the batches of a step, in the order of the tasks."""
         if self._tasks is None or self._batches is None:
             return [ScheduledBatch(task, step) for task in range(self._count)]
         return [ScheduledBatch(int(self._tasks[step]), int(self._batches[step]))]
 
 
-def _turns(
+def _task_of_each_step(
     name: str, sizes: Sequence[int], batches: Sequence[int], epochs: int, seed: int
 ) -> npt.NDArray[np.int64]:
     """Return the task of every step, int64 ``[steps]``."""
@@ -74,11 +74,11 @@ def _turns(
         return np.tile(_rotation(name, batches), epochs)
     steps = sum(batches)
     drawn = []
-    for epoch, part in enumerate(np.split(uniforms(steps * epochs, seed, "annealed"), epochs)):
+    for epoch, draws in enumerate(np.split(uniforms(steps * epochs, seed, "annealed"), epochs)):
         alpha = 1 - 0.8 * epoch / max(1, epochs - 1)
         shares = np.array(sizes, dtype=np.float64) ** alpha
         ends = np.cumsum(shares / shares.sum())[:-1]
-        drawn.append(np.searchsorted(ends, part, side="right"))
+        drawn.append(np.searchsorted(ends, draws, side="right"))
     return np.concatenate(drawn)
 
 
@@ -94,7 +94,7 @@ def _rotation(name: str, batches: Sequence[int]) -> Indices:
 
 
 def _running_count(tasks: Indices, count: int) -> Indices:
-    """Return how often each step's task has had its turn before."""
+    """Return how often each step's task was trained before."""
     before = np.empty_like(tasks)
     for task in range(count):
         own = tasks == task

@@ -75,7 +75,7 @@ class TaskSchema:
         return folder / f"{self.stem}-{SPLITS[split]}.csv"
 
     def layout_of(self, path: Path) -> Layout:
-        """Return how a file of this task is laid out.
+        """Return the layout of a file of this task.
 
         Raises:
             InputError: its ending is that of an archive, or is not known and the recipe gives no

@@ -1,8 +1,8 @@
-"""Token ids: by the tokenizer of a Hugging Face model folder, or by WordPiece trained for the demo.
+"""Tokenize with the tokenizer of a Hugging Face model folder, or with WordPiece for the demo.
 
-The ``tokenizers`` library splits text into pieces; ``[CLS]``, ``[SEP]`` and the limit on the length
-are ours, so that they do not depend on settings that a model folder happens to carry.  What BERT
-calls ``[CLS]`` others call ``<s>``; here the names are BERT's.
+The ``tokenizers`` library splits text into pieces; this module adds ``[CLS]`` and ``[SEP]`` and
+limits the length, so that these do not depend on the settings of a model folder.  The names are
+BERT's, also for models that call ``[CLS]`` ``<s>``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,7 +56,7 @@ class EncodedTexts:
 
 
 class Tokenizer:
-    """Splits sentences into token ids.
+    """A tokenizer, from sentences to token ids.
 
     Attributes:
         special_tokens: the five, as the vocabulary spells them.
@@ -250,7 +250,7 @@ class Tokenizer:
 
 @contextmanager
 def _explained(where: str, what: str = "") -> Iterator[None]:
-    """Turn what the library raises, its panics too, into one line.
+    """Turn the library's exceptions and panics into errors of one line.
 
     Raises:
         InputError: in its place.
@@ -279,7 +279,7 @@ def _load_json(path: Path) -> Backend | TokenizerProcess:
     # Of two tokens with one number the library writes either.
     same_vocabulary = backend.get_vocab() == first.get_vocab()
     if not same_vocabulary or parse_json(backend.to_str()) != parse_json(saved):
-        raise InputError(f"another tokenizer once it is saved, {path}; replace it")
+        raise InputError(f"differs after it is saved and loaded again, {path}; replace it")
     refuse_sampling(saved, str(path))
     return backend
 

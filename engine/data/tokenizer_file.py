@@ -1,7 +1,7 @@
-"""Tell the tokenizer files that are safe to load from those that can crash the library.
+"""Find out whether a tokenizer file is safe to load.
 
-The ``tokenizers`` library aborts the process, or never returns, on some files.  Safe are the
-component types that BERT's and RoBERTa's files are made of, with fields in their usual ranges.
+The ``tokenizers`` library aborts the process, or never returns, on some files.  The component types
+of BERT's and RoBERTa's files are safe, with fields in their usual ranges.
 """
 
 from typing import Annotated, Any, Literal

@@ -37,7 +37,7 @@ class Ids(NamedTuple):
 
 
 class TokenizerProcess:
-    """A tokenizer in a process of its own: what :class:`.Tokenizer` uses of the library's.
+    """A tokenizer in a separate process, with the methods that :class:`.Tokenizer` uses.
 
     Args:
         content: of a ``tokenizer.json``.

@@ -12,11 +12,11 @@ from .gradient_sync import NoSync
 
 
 class Traffic(NamedTuple):
-    """Figures of one rank.
+    """Bytes, seconds and memory of one rank.
 
     Attributes:
         sent: bytes that it sends in a step.
-        seconds: that the exchange of one step takes with nothing to hide behind, best of three.
+        seconds: of one step's exchange without any computation meanwhile, best of three.
         held: bytes of weights, gradient rows and moments.
     """
 
@@ -34,7 +34,7 @@ class Traffic(NamedTuple):
 
 
 def measure_traffic(sync: NoSync, parameters: FlatParameters, optimizer: Optimizer) -> Traffic:
-    """Exchange gradient rows, which are zero before the first step, and weights; all ranks call."""
+    """Time the exchange of gradient rows, zero before the first step, and weights, on all ranks."""
     best = min(_once(sync, parameters.rows) for _ in range(3))
     own = parameters.own
     tensors = [parameters.rows, parameters.compute, *own[:3], optimizer.exp_avg]
@@ -43,13 +43,13 @@ def measure_traffic(sync: NoSync, parameters: FlatParameters, optimizer: Optimiz
     return Traffic(sync.bytes_a_step, best, sum(held.values()))
 
 
-def _once(sync: NoSync, rows: Tensor) -> float:
-    _synchronize(rows)
+def _once(sync: NoSync, buffer: Tensor) -> float:
+    _synchronize(buffer)
     begun = time.perf_counter()
     sync.start()
     sync.wait()
     sync.gather_params()
-    _synchronize(rows)
+    _synchronize(buffer)
     return time.perf_counter() - begun
 
 

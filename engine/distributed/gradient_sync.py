@@ -6,10 +6,11 @@
                      bucket, and the new weights are all-gathered (Rajbhandari et al., "ZeRO",
                      2020, stage 2)
 
-A bucket's rows are on their way as soon as the backward pass has left its stage behind: the
-gradient of a stage's input is complete exactly when all of the stage's own are.  The encoder's
-first stage, and biases and norms, which every stage adds to, go last.  Surgery then sees the
-gradients of the whole batch: the Gram matrices of the shards are added up, K x K numbers.
+A bucket is sent as soon as the backward pass has finished its stage, which a hook on the stage's
+input shows: the input's gradient is computed after those of the stage's parameters.  The buckets of
+the encoder's first stage, and of biases and norms, which every stage adds to, are sent last.
+Surgery then uses the gradients of the whole batch: the Gram matrices of the shards, K x K numbers
+each, are added up.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -49,12 +50,12 @@ class NoSync:
 
         Args:
             losses: shares of the mean losses.
-            grams: of ``own.rows``, by one or several partitions.
+            grams: of ``own.rows``, for one or several divisions into groups.
         """
         return losses, grams
 
     def gather_params(self) -> None:
-        """Bring the weights that the model computes with up to date on all ranks."""
+        """Update the weights that the model computes with on all ranks."""
 
     def gather(self, own: Tensor) -> Tensor:
         """Return the vector ``[P]`` whose shard ``own [S]`` each rank holds."""
@@ -62,11 +63,11 @@ class NoSync:
 
 
 class _BucketSync(NoSync):
-    """Send each bucket once its gradients are complete; the base of both ways to do so.
+    """A synchronisation that sends each bucket once its gradients are complete; a base class.
 
     Args:
         model: whose backward pass gets the hooks.
-        parameters: its gradient rows.
+        parameters: with the gradient rows of the model.
     """
 
     def __init__(self, model: MultitaskModel, parameters: FlatParameters) -> None:
@@ -78,13 +79,13 @@ class _BucketSync(NoSync):
         for stage in stages:
             stage.module.register_forward_pre_hook(self._when_entered(stage.bucket))
         within = {stage.bucket for stage in model.encoder_stages()}
-        # What lies behind the encoder is complete when the backward pass enters it, heads first.
+        # The buckets after the encoder are complete when the backward pass enters it, heads first.
         behind = dict.fromkeys(stage.bucket for stage in reversed(model.stages()))
         self._behind = tuple(bucket for bucket in behind if bucket not in within)
         model.encoder.register_forward_hook(self._when_encoded)
 
     def start(self) -> None:
-        """Take every bucket as yet to be sent."""
+        """Mark all buckets as not sent."""
         self._waiting = dict(self._buckets)
 
     def wait(self) -> None:
@@ -95,7 +96,7 @@ class _BucketSync(NoSync):
         self._works.clear()
 
     def _send(self, names: Iterable[str]) -> None:
-        """Send buckets that have not been sent; outside ``start`` ... ``wait`` there are none."""
+        """Send those buckets that wait to be sent; outside ``start`` ... ``wait`` none does."""
         for name in names:
             bucket = self._waiting.pop(name, None)
             if bucket is not None:
@@ -116,7 +117,7 @@ class _BucketSync(NoSync):
 
 
 class ReplicatedSync(_BucketSync):
-    """All-reduce; every rank computes the same update of everything."""
+    """All-reduce; every rank computes the same update of all parameters."""
 
     def __init__(self, model: MultitaskModel, parameters: FlatParameters) -> None:
         super().__init__(model, parameters)
@@ -133,7 +134,7 @@ class ReplicatedSync(_BucketSync):
         return losses, grams
 
     def gather_params(self) -> None:
-        """Zero what other ranks' words left in rows of tables that this rank's batch has not."""
+        """Zero the gradients of table rows that only other ranks' batches looked up."""
         self._parameters.zero_sparse_rows()
 
 

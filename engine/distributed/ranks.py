@@ -1,9 +1,9 @@
-"""The processes of one run: who they are, and the small things they agree on.
+"""The processes of one run: ranks, flags and values that they share, and the loss of a rank.
 
-``torchrun`` starts them and says in the environment who is who; without it a run is one process
-and nothing here opens a connection.  Three process groups are made: the default one moves gradients
-(NCCL on GPUs, gloo on CPUs); of two of gloo beside it one carries what hosts agree on, the other
-belongs to the thread that writes checkpoints, whose calls come at any time.
+``torchrun`` starts the processes and sets their ranks in the environment; without it a run is one
+process and nothing here opens a connection.  There are three process groups: the default one for
+gradients (NCCL on GPUs, gloo on CPUs), one of gloo for flags and values on the host, and one of
+gloo for the threads that write checkpoints, which call at any time.
 """
 
 import json
@@ -34,10 +34,10 @@ class Ranks:
     Attributes:
         rank: this process, from 0.
         size: N.
-        local_rank: its number on its machine, which is that of its GPU.
-        local_size: processes on its machine.
-        group: of the hosts; None when there is one process only.
-        checkpoint_group: of the threads that write checkpoints, likewise.
+        local_rank: the number of the process on its machine, and of its GPU.
+        local_size: the number of processes on its machine.
+        group: for values on the host; None when there is one process only.
+        checkpoint_group: for the threads that write checkpoints, likewise.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """Return what ``torchrun`` says; one process where it says nothing.
+        """Return the ranks that ``torchrun`` set in the environment; one process without them.
 
         Raises:
             InputError: its variables make no sense.
@@ -155,7 +155,7 @@ class Ranks:
         self.group = self.checkpoint_group = self._store = None
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all ranks."""
         if self.group is not None:
             dist.barrier(self.group)
 
@@ -177,7 +177,7 @@ class Ranks:
             dist.all_reduce(values, group=self.group)
 
     def broadcast(self, value: Any) -> Any:
-        """Return on every rank the main rank's ``value``, which JSON can hold; all must call."""
+        """Return the main rank's ``value`` on every rank; all must call.  JSON must hold it."""
         if self._store is None:
             return value
         key = f"superbert/broadcast/{self._broadcasts}"
@@ -187,7 +187,7 @@ class Ranks:
         return json.loads(self._store.get(key))
 
     def _lost(self, error: Exception) -> LostRankError:
-        """Find out which ranks do not answer: those that do not notice the loss themselves."""
+        """Return the error that names the ranks that do not answer."""
         reason = " ".join(str(error).split())[:160]
         return LostRankError(f"rank {self.rank} of {self.size}: {self._silent_ranks()} ({reason})")
 
@@ -244,6 +244,6 @@ _SIGNS = ("gloo", "timed out", "timeout", "connection", "peer", "pair closure", 
 
 
 def _is_about_a_peer(error: RuntimeError) -> bool:
-    """Tell a broken or silent connection of gloo, which has no exception of its own, from bugs."""
+    """Return whether a connection of gloo broke or timed out, which has no exception class."""
     text = str(error).lower()
     return any(sign in text for sign in _SIGNS)

@@ -1,4 +1,4 @@
-"""A trained model as a folder that transformers and sentence-transformers load.
+"""Write a trained model as a folder that transformers and sentence-transformers load.
 
 config.json, model.safetensors, tokenizer…   transformers.AutoModel, AutoTokenizer
 modules.json, 1_Pooling/, …                  sentence_transformers.SentenceTransformer
@@ -40,7 +40,7 @@ _NO_ANSWERS = {
 def write_model_folder(
     run: Run, model: MultitaskModel, progress: Progress, scores: Scores | None, to: Path
 ) -> None:
-    """Write everything; the folder appears when it is whole.
+    """Write the folder; it appears under its name when it is complete.
 
     Args:
         run: what was trained.

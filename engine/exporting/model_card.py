@@ -123,7 +123,7 @@ def example() -> str:
 
 
 def _answers() -> str:
-    """Return what the card says of what each kind of head answers."""
+    """Return the card's sentences about the answers of each kind of head."""
     known = dict.fromkeys(head.answers_text for head in HEADS.values() if head.answers_text)
     text = f"{'; '.join(known)}."
     return textwrap.fill(

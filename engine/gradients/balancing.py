@@ -1,8 +1,8 @@
-"""From the Gram matrices of the task gradients to the weights of their sum.
+"""Compute the weights of the task gradients from their Gram matrices.
 
 Every method is a function of ``G = J J^T [K, K]`` (kernels/balancing); the update is always
-``sum_k c_k g_k``.  Here the methods get what a training run knows beyond G: the names and sizes of
-the tasks, their losses, the random order of this step, and what they remember from the last one.
+``sum_k c_k g_k``.  This module gives the methods their other inputs: names and sizes of the tasks,
+losses, the random order of the step, and the state that the method returned on the step before.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +73,7 @@ class BalancerInput(NamedTuple):
         gram: ``[K, K]`` fp32.
         order: ``[K, K]`` int64, the order of projections of this step.
         losses: ``[K]`` fp32.
-        state: what the method returned as its state on the last step.
+        state: that the method returned on the step before.
     """
 
     gram: Tensor
@@ -90,7 +90,7 @@ class BalancerOutput(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A balancing method and the tensors ``[..., K]`` that it remembers, by name, as they begin."""
+    """A balancing method, and its initial state: tensors ``[..., K]`` by name."""
 
     decide: Callable[[BalancerInput], BalancerOutput]
     initial_state: Mapping[str, Tensor] = MappingProxyType({})
@@ -100,11 +100,11 @@ Builder = Callable[[TrainedTasks, BalanceSettings], Method]
 
 
 def _of_gram(weigh: Callable[[Tensor], Tensor]) -> Method:
-    return Method(lambda signals: BalancerOutput(weigh(signals.gram)))
+    return Method(lambda inputs: BalancerOutput(weigh(inputs.gram)))
 
 
 def _gram_method(weigh: Callable[..., Tensor], **arguments: str) -> Builder:
-    """Build a method of the Gram matrix alone; ``arguments`` name the settings that it takes."""
+    """Build a method of the Gram matrix alone; ``arguments`` names the settings that it takes."""
 
     def build(_tasks: TrainedTasks, settings: BalanceSettings) -> Method:
         return _of_gram(partial(weigh, **_taken(settings, arguments)))
@@ -153,8 +153,8 @@ def _constant(gram: Tensor, weights: Sequence[float]) -> Tensor:
 def _pcgrad(_tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
     """PCGrad, summed as in Algorithm 1 of Yu et al. (2020)."""
     return Method(
-        lambda signals: BalancerOutput(
-            kernels.balancing.pcgrad(signals.gram, signals.order, reduction="sum")
+        lambda inputs: BalancerOutput(
+            kernels.balancing.pcgrad(inputs.gram, inputs.order, reduction="sum")
         )
     )
 
@@ -165,9 +165,9 @@ def _main_aux(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
 
 
 def _gradvac(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
-    def decide(signals: BalancerInput) -> BalancerOutput:
+    def decide(inputs: BalancerInput) -> BalancerOutput:
         step = kernels.balancing.gradvac(
-            signals.gram, signals.order, signals.state["targets"], settings.gradvac_beta
+            inputs.gram, inputs.order, inputs.state["targets"], settings.gradvac_beta
         )
         return BalancerOutput(step.weights, {"targets": step.targets})
 
@@ -176,13 +176,13 @@ def _gradvac(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
 
 
 def _gradnorm(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
-    def decide(signals: BalancerInput) -> BalancerOutput:
-        first = signals.state["first_losses"]
-        first = torch.where(first == 0, signals.losses, first)
+    def decide(inputs: BalancerInput) -> BalancerOutput:
+        first = inputs.state["first_losses"]
+        first = torch.where(first == 0, inputs.losses, first)
         weights = kernels.balancing.gradnorm(
-            signals.gram,
-            signals.state["weights"],
-            signals.losses / first.clamp(min=torch.finfo(first.dtype).tiny),
+            inputs.gram,
+            inputs.state["weights"],
+            inputs.losses / first.clamp(min=torch.finfo(first.dtype).tiny),
             settings.gradnorm_alpha,
             settings.gradnorm_lr,
         )
@@ -237,7 +237,7 @@ METHODS: Mapping[str, Builder] = MappingProxyType(
 
 
 def build_method(name: str, tasks: TrainedTasks, settings: BalanceSettings) -> Method:
-    """Make the method that a recipe names.
+    """Build the method that a recipe names.
 
     Args:
         name: a key of :data:`METHODS`, or ``torchjd.`` and the name of a TorchJD weighting that
@@ -246,8 +246,8 @@ def build_method(name: str, tasks: TrainedTasks, settings: BalanceSettings) -> M
         settings: of the methods.
 
     Raises:
-        InputError: the method does not fit the tasks, or TorchJD has no such weighting, or it
-            cannot be used.
+        InputError: the method does not fit the tasks, or TorchJD has no such weighting, or the
+            weighting cannot be used.
     """
     if name.startswith(TORCHJD):
         return _of_gram(_torchjd_weighting(name.removeprefix(TORCHJD)))
@@ -274,10 +274,10 @@ def _torchjd_weighting(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _made(weighting: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor] | str:
-    """Return a TorchJD weighting, or why it cannot be used.
+    """Return a TorchJD weighting, or the reason why it cannot be used.
 
-    Those that learn from step to step have a state that no checkpoint would hold, and that the
-    groups of ``balance_granularity`` would share; some of them need the gradients themselves, too.
+    A weighting with a state cannot: no checkpoint would hold the state, and all parameter groups
+    would share it.  Some of them need the gradients themselves, too.
     """
     try:
         made = weighting()
@@ -288,17 +288,16 @@ def _made(weighting: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tens
 
 
 class Balancer:
-    """A method applied to each parameter group by itself.
+    """A method applied to each parameter group separately.
 
     Args:
-        method: what decides.
-        sole_tasks: for each of the G groups the only task that uses it, None where all do; such a
-            group has nothing to balance, and its task's gradient is taken as it is.  The whole
-            model as one group has no sole task.
+        method: computes the weights of a group.
+        sole_tasks: for each of the G groups the only task that uses it; its gradient is taken as it
+            is, with nothing to balance.  None where all tasks use the group, as the whole model.
         device: of the Gram matrices.
 
     Attributes:
-        state: what the method remembers, ``[G, ...]`` each; saved with a checkpoint.
+        state: of the method, ``[G, ...]`` each; saved with a checkpoint.
     """
 
     def __init__(
@@ -313,7 +312,7 @@ class Balancer:
     def __call__(self, grams: Tensor, order: Tensor, losses: Tensor) -> Tensor:
         """Return the weights ``[G, K]`` of Gram matrices ``[G, K, K]``.
 
-        Where a weight or a loss is not finite the state stays: such a step is skipped.
+        The state does not change if a weight or a loss is not finite: such a step is skipped.
         """
         return torch.stack(
             [self._decide(group, gram, order, losses) for group, gram in enumerate(grams.unbind())]
@@ -325,8 +324,8 @@ class Balancer:
             own = torch.arange(len(gram), device=gram.device) == task
             return own.to(gram.dtype)
         state = {name: tensor[group] for name, tensor in self.state.items()}
-        decision = self._method.decide(BalancerInput(gram, order, losses, state))
-        finite = torch.isfinite(losses).all() & torch.isfinite(decision.weights).all()
-        for name, new in decision.state.items():
+        output = self._method.decide(BalancerInput(gram, order, losses, state))
+        finite = torch.isfinite(losses).all() & torch.isfinite(output.weights).all()
+        for name, new in output.state.items():
             state[name].copy_(torch.where(finite, new, state[name]))
-        return decision.weights
+        return output.weights

@@ -1,15 +1,15 @@
-"""All trainable parameters as one vector, and beside it a row of gradients for each task.
+"""Keep all trainable parameters in one vector, and their task gradients in one buffer.
 
-    compute [P]     what the model computes with, fp32, bf16 or fp16
-    rows    [K, P]  the K task gradients, in the dtype of ``compute``
-    own             what this process updates: the same columns, or a rank's shard of them, with
-                    fp32 masters of the weights
+    compute [P]     the weights that the model computes with, fp32, bf16 or fp16
+    rows    [K, P]  the gradient buffer: K task gradients, in the dtype of ``compute``
+    own             the columns that this process updates, all or a rank's shard, with fp32 masters
+                    of the weights
 
 The model describes its parameters (engine/models/parameters.py).  They become views of ``compute``,
-and shared layers get their columns of ``rows``.  What belongs to one task alone (heads, adapters)
-has its part of that task's row as its ``grad``, into which autograd adds.  Where the tasks take
-turns, one a step, there is one row for all.  :class:`~engine.gradients.layout.Layout` stores the
-parameters' offsets.
+and shared layers get their columns of ``rows``.  Parameters of one task alone (heads, adapters)
+have their columns of that task's row as ``grad``, into which autograd adds.  If each step trains
+one task, the buffer has one row.  :class:`~engine.gradients.layout.Layout` stores the parameters'
+offsets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ class OwnVectors(NamedTuple):
         compute: ``[S]``, the master itself for fp32, else its low-precision copy.
         rows: ``[K, S]`` task gradients of the whole step.
         decayed: columns before this one decay.
-        pieces: of each bucket, where its columns come from.
+        pieces: for each bucket, its columns in the whole vector and in this one.
     """
 
     master: Tensor
@@ -45,27 +45,27 @@ class OwnVectors(NamedTuple):
 
 
 class FlatParameters:
-    """Moves a model's trainable parameters into flat storage and hands out gradient rows.
+    """A model's trainable parameters in flat storage, with their gradient buffer.
 
-    Trainable is what the trained tasks reach: the encoder and their own heads.  Heads of other
-    tasks are frozen and have no place in the vector, so that no update and no decay moves them.
+    The trained tasks' encoder and heads are trainable.  Heads of other tasks are frozen and not in
+    the vector, so that no update and no weight decay changes them.
 
     Args:
         model: on any device, fp32.
         tasks: the K tasks that are trained; row k belongs to ``tasks[k]``.
-        device: where everything goes.
+        device: of weights and gradients.
         compute_dtype: fp32, bf16 or fp16.
         freeze_encoder: train all but the encoder.
         take_turns: each step trains one of the tasks, whose gradient goes into the only row.
-        shard: (rank, ranks) among which the update is divided; (0, 1) keeps it whole.
+        shard: (rank, ranks) that the update is divided among; (0, 1) for an undivided one.
 
     Attributes:
-        specs: what the model says of each of its parameters, by name.
-        layout: where each parameter stands.
+        specs: the model's description of each parameter, by name.
+        layout: the offset of each parameter.
         gradients: the buffer of ``rows``.
         compute: ``[P]``.
         rows: ``[K, P]``, written by backward passes of this process.
-        own: what it updates.
+        own: the columns that this process updates.
         frozen: fp32 weights that are not trained, by name; the model computes with a copy.
     """
 
@@ -107,7 +107,7 @@ class FlatParameters:
         self.own = (
             OwnVectors(master, self.compute, self.rows, self.decayed, self.layout.pieces(rank))
             if ranks == 1
-            else self._part_of_rank(rank, master)
+            else self._shard_of(rank, master)
         )
 
         self._to_clear = self._rows_written(trained, GradientWrite.ADDED)
@@ -131,17 +131,17 @@ class FlatParameters:
 
     @property
     def slots(self) -> dict[str, Slot]:
-        """The place of each parameter, by name."""
+        """The columns of each parameter, by name."""
         return self.layout.slots
 
     @property
     def decayed(self) -> int:
-        """Columns before this one belong to matrices, which weight decay acts on."""
+        """The number of columns at the start that weight decay acts on: those of matrices."""
         return self.layout.decayed
 
     @property
     def numel(self) -> int:
-        """P."""
+        """The number of columns, P."""
         return self.layout.numel
 
     @property
@@ -149,7 +149,7 @@ class FlatParameters:
         """The fp32 weights that this process updates, ``[S]``."""
         return self.own.master
 
-    def _part_of_rank(self, rank: int, master: Tensor) -> OwnVectors:
+    def _shard_of(self, rank: int, master: Tensor) -> OwnVectors:
         pieces = self.layout.pieces(rank)
         own = torch.cat([master[piece.start : piece.start + piece.size] for piece in pieces])
         return OwnVectors(
@@ -161,11 +161,11 @@ class FlatParameters:
         )
 
     def _rows_written(self, trained: Sequence[ParameterSpec], write: GradientWrite) -> list[Tensor]:
-        """Return the gradient rows ``[K, *shape]`` of parameters that are written in some way."""
+        """Return the task gradients ``[K, *shape]`` of all parameters that are written this way."""
         return [self.slots[s.name].view(self.rows) for s in trained if s.write is write]
 
     def _attach_rows(self) -> None:
-        """Tell each shared layer where its task gradients go."""
+        """Give each shared layer its columns of the gradient buffer."""
         columns: dict[TaskLayer, dict[str, kernels.Columns]] = {}
         for spec in self.specs.values():
             if spec.layer is not None:
@@ -176,12 +176,12 @@ class FlatParameters:
             layer.attach_rows(self.rows, own)
 
     def clear_partial_gradients(self) -> None:
-        """Zero the gradient rows that a step's backward pass adds to or may not reach at all."""
+        """Zero the task gradients that a step's backward passes add to, or may not reach."""
         if self._to_clear:
             torch._foreach_zero_(self._to_clear)
 
     def zero_sparse_rows(self) -> None:
-        """Zero all gradient rows of tables, whoever has written into them."""
+        """Zero all task gradients of tables, also what other ranks added."""
         if self._sparse:
             torch._foreach_zero_(self._sparse)
 
@@ -190,7 +190,7 @@ class FlatParameters:
         return self.specs[name].tasks
 
     def columns_used_by(self, task: str) -> list[slice]:
-        """Return the columns that a task's gradient may have other values than zero in."""
+        """Return the columns in which a task's gradient can differ from zero."""
         columns: list[slice] = []
         ends = [*(slot.offset for slot in self.slots.values()), self.numel][1:]
         for (name, slot), end in zip(self.slots.items(), ends, strict=True):
@@ -203,11 +203,11 @@ class FlatParameters:
         return columns
 
     def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter's name and its part of a whole vector (a row, all masters)."""
+        """Yield every parameter's name and its view of a vector ``[P]`` (a row, all masters)."""
         return self.layout.named_views(flat)
 
     def refresh_compute(self) -> None:
-        """Bring what the model computes with up to date after fp32 weights were loaded."""
+        """Copy the fp32 weights to those that the model computes with, after loading them."""
         if self.own.compute is not self.own.master:
             self.own.compute.copy_(self.own.master)
         for compute, weight in zip(self._frozen_compute, self.frozen.values(), strict=True):

@@ -1,7 +1,6 @@
 """Parameter groups that are balanced separately: the model, its layers, or its tensors."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +12,11 @@ from .layout import Piece
 
 GRANULARITIES = ("model", "layer", "tensor")
 
-
-class Segment(NamedTuple):
-    """Neighbouring columns of the flat vector that belong to one group."""
-
-    group: int
-    columns: slice
+Segment = kernels.gradient_buffer.Segment
 
 
 class ParamGroups:
-    """The G groups of the parameters that get weights of their own.
+    """The G parameter groups that are balanced separately.
 
     Args:
         parameters: the flat vector.
@@ -33,7 +27,7 @@ class ParamGroups:
     Attributes:
         names: of the G groups.
         sole_tasks: for each group the number of the only task that uses it; None where several do.
-        segments: the groups' columns among those that this process updates, ascending, no gaps.
+        segments: the groups' columns in the vector that this process updates, ascending, no gaps.
     """
 
     def __init__(self, parameters: FlatParameters, tasks: Sequence[str], granularity: str) -> None:
@@ -95,7 +89,7 @@ class ParamGroups:
 
 
 def _own_segments(whole: Sequence[Segment], pieces: Sequence[Piece]) -> tuple[Segment, ...]:
-    """Return the segments as they lie in the vector that the pieces make up, neighbours joined."""
+    """Return the segments in a rank's own vector; neighbours of one group are joined."""
     own: list[Segment] = []
     for piece in pieces:
         for group, columns in whole:

@@ -1,11 +1,11 @@
-"""Store each parameter's place in the flat vector, and each rank's shard of the vector.
+"""Store each parameter's offset in the flat vector, and each rank's shard of the vector.
 
 Each parameter starts at a multiple of 64 elements; gaps hold zeros everywhere and stay zero.
 Matrices, which weight decay acts on, come first, then biases and norms: ``[0, decayed)`` decays.
 
-Neighbouring parameters form buckets, in the order in which a backward pass leaves them behind it,
-counted from the end: embeddings, each layer, heads; biases and norms are the last bucket.  With N
-ranks a bucket is padded so that each rank owns an equal shard of it, its n-th shard on rank n.
+Neighbouring parameters form buckets, in the order of the forward pass: embeddings, each layer,
+heads; a backward pass completes the last ones first.  Biases and norms are the last bucket.  With N
+ranks a bucket is padded so that each rank owns an equal shard of it, rank n the n-th.
 """
 
 from collections.abc import Iterator, Mapping
@@ -46,7 +46,13 @@ class Bucket(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Columns of the whole vector that stand in a rank's own one, ``own`` being the first there."""
+    """Neighbouring columns of a rank's shard.
+
+    Attributes:
+        start: the first column in the whole vector.
+        own: the first column in the shard.
+        size: the number of columns.
+    """
 
     start: int
     own: int
@@ -54,15 +60,15 @@ class Piece(NamedTuple):
 
 
 class Layout:
-    """The places of named parameters.
+    """The offsets of named parameters.
 
     Args:
         shapes: of the parameters, by name, in the model's order.
-        bucket_names: of each matrix's bucket: what its gradient is complete with.
-        ranks: among how many the buckets are divided.
+        bucket_names: the bucket of each matrix: gradients that a backward pass completes together.
+        ranks: the number of ranks that the buckets are divided among.
 
     Attributes:
-        slots: the place of each parameter, by name.
+        slots: the columns of each parameter, by name.
         buckets: all buckets, without gaps between them.
         decayed: columns before this one belong to matrices.
         numel: P, all columns.
@@ -86,7 +92,7 @@ class Layout:
         self.numel = self._place(VECTORS, vectors, end)
 
     def pieces(self, rank: int) -> list[Piece]:
-        """Return the shard of ``rank``: a piece of every bucket, in the order of the buckets."""
+        """Return the shard of ``rank``: one piece of each bucket, in the order of the buckets."""
         pieces, own = [], 0
         for bucket in self.buckets:
             size = bucket.size // self.ranks
@@ -95,7 +101,7 @@ class Layout:
         return pieces
 
     def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter's name and its part of ``flat [..., P]``."""
+        """Yield every parameter's name and its view of ``flat [..., P]``."""
         for name, slot in self.slots.items():
             yield name, slot.view(flat)
 

@@ -1,9 +1,9 @@
-"""Settings that change nothing in the run at hand: each is said in one line as training begins.
+"""Report each setting without effect in the run at hand, in one line as training begins.
 
-A field that a recipe or ``--set`` gives is held against the table below, which says of every field
-of a recipe when it has an effect.  A field of a phase needs it in that phase, one of the whole
-recipe in any phase that has no other value for it.  Where an effect depends on the data of a phase
-whose turn has not come yet, it is assumed.
+Each field that a recipe or ``--set`` gives is looked up in the table below, which says for every
+field of a recipe when it has an effect.  A field of a phase must have one in that phase, a field of
+the whole recipe in any phase that has no other value for it.  An effect that depends on the data of
+a later phase is assumed.
 """
 
 import json
@@ -121,7 +121,7 @@ def _sums(case: Case) -> bool:
 
 
 def _has_shared(case: Case) -> bool:
-    """Return whether balancing differs from the sum: of a part of one task it does not."""
+    """Return whether balancing differs from the sum, as it does for parameters of several tasks."""
     return not (case.facts.separate if case.recipe.balance_granularity != "model" else _sums(case))
 
 

@@ -55,10 +55,10 @@ class _Trial:
 
     def weights(self, lengths: torch.Tensor) -> torch.Tensor:
         """Return the weights ``[K]`` of gradients of squared ``lengths``, losses the same."""
-        signals = BalancerInput(torch.diag(lengths), self._order, lengths, self._state)
-        decision = self._method.decide(signals)
-        self._state = decision.state
-        return decision.weights
+        inputs = BalancerInput(torch.diag(lengths), self._order, lengths, self._state)
+        output = self._method.decide(inputs)
+        self._state = output.state
+        return output.weights
 
 
 class _Reads:

@@ -12,7 +12,7 @@ from ..training.trainer import Trainer
 
 
 class PhaseFacts(NamedTuple):
-    """What decides whether a setting has an effect, besides the recipe.
+    """Facts besides the recipe that decide whether a setting has an effect.
 
     Attributes:
         examples: of the training set of each trained task, before the recipe cuts it.
@@ -29,9 +29,9 @@ class PhaseFacts(NamedTuple):
     separate: bool
 
     @classmethod
-    def of(cls, training: Trainer) -> Self:
-        """Return what is known of a phase that is about to be trained."""
-        sets, parameters = training.train_sets, training.parameters
+    def of(cls, trainer: Trainer) -> Self:
+        """Return the facts about a phase that is about to be trained."""
+        sets, parameters = trainer.train_sets, trainer.parameters
         return cls(
             {split.task: len(split) for split in sets if isinstance(split, TokenizedSplit)},
             {
@@ -39,8 +39,8 @@ class PhaseFacts(NamedTuple):
                 for text in sets
                 if isinstance(text, MaskedText | SentencesTwice)
             },
-            training.schedule,
-            training.task_schedule.total_steps,
+            trainer.lr_schedule,
+            trainer.task_schedule.total_steps,
             all(len(parameters.tasks_using(name)) == 1 for name in parameters.slots),
         )
 

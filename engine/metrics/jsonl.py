@@ -1,7 +1,7 @@
-"""Files of JSON lines, one for each step, in pieces that are never large.
+"""Write a JSON line for each step into files of limited size.
 
-``metrics.jsonl`` is appended to; when it has grown large it becomes ``metrics-STEP.jsonl``, STEP
-being its first, and a new one begins.  One after the other they are what one file would have been.
+``metrics.jsonl`` is appended to; a large one is renamed ``metrics-STEP.jsonl``, STEP being its
+first, and a new one begins.  The files concatenated have the lines of all steps in order.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Write a run's metrics as it trains; they are read off the device only every few steps.
+"""Write a run's metrics while it trains, and read them from the device every few steps only.
 
 metrics.jsonl       a line a step: losses, cosines, conflict rate, …; in pieces when it is long
 evaluations.jsonl   a line an evaluation: the number of steps done, dev scores
@@ -24,7 +24,7 @@ STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 class MetricsLog:
-    """Collects step reports as tensors and writes them in blocks.
+    """A log that collects step reports as tensors and writes them in blocks.
 
     Args:
         folder: the run's; lines of steps from ``start`` on, left by a run that was cut off, are
@@ -35,7 +35,7 @@ class MetricsLog:
         layers_every: steps between two records of their cosines.
         loggers: what else gets the lines.
         gpu: sensors to read with each block, or None.
-        ranks: the processes that train together; the leader writes.
+        ranks: the processes that train together; the main rank writes.
         limit: bytes from which on ``metrics.jsonl`` is put aside; 0: never.
         keep: how many of its pieces stay; 0: all.
     """
@@ -144,11 +144,11 @@ class MetricsLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what was done since the last step (an evaluation) out of the tokens a second."""
+        """Exclude the time since the last step (of an evaluation) from the tokens a second."""
         self._tokens, self._since = 0, time.perf_counter()
 
     def close(self) -> None:
-        """Close the loggers; what is waiting for a block to fill is dropped."""
+        """Close the loggers; steps that wait for a block to fill are dropped."""
         for logger in self._loggers:
             logger.close()
 

@@ -13,7 +13,7 @@ LOGGERS = ("tensorboard", "wandb", "wandb_offline")
 
 
 class Logger(Protocol):
-    """Takes nested dictionaries of numbers."""
+    """Interface of a logger that takes nested dictionaries of numbers."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Record values of a step; steps never go back."""

@@ -1,7 +1,7 @@
-"""The lines of ``metrics.jsonl`` and ``evaluations.jsonl``, read and checked.
+"""Read and check the lines of ``metrics.jsonl`` and ``evaluations.jsonl``.
 
-A file that was written by hand, by another program, or damaged is refused at the line that is
-wrong.  Only the last line of the newest file may be incomplete, which a run that was killed leaves.
+A file from another program, or a damaged one, is refused with the number of the wrong line.  Only
+the last line of the newest file may be incomplete, as a killed run leaves it.
 """
 
 import math

@@ -1,12 +1,12 @@
 """Projected attention layers (Stickland and Murray, "BERT and PALs", 2019, section 3).
 
-Beside every layer of the encoder, each task has a narrow attention of its own:
+Each task has a narrow attention layer in parallel with every layer of the encoder:
 
     h' = LN(h_mid + dropout(FFN(h_mid)) + D attention_l(E h))
 
-``h`` is the layer's input, ``h_mid`` what its own attention made of it.  E ``[w, H]`` and
-D ``[H, w]`` are the task's, shared by all layers; of the attention in between, every layer has its
-own query, key and value.  D begins at zero, so that training starts from the plain encoder.
+``h`` is the layer's input, ``h_mid`` the output of its attention.  E ``[w, H]`` and D ``[H, w]``
+belong to the task and are shared by all layers; query, key and value of the narrow attention belong
+to task and layer.  D begins at zero, so that training starts from the plain encoder.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class ProjectedAttention(nn.Module):
         self.up = Linear(width, config.hidden_size, init_std=0.0)
 
     def forward(self, hidden: Tensor, context: Context, layer: int) -> Tensor:
-        """Return what the adapter adds to the output of layer ``layer``.
+        """Return the adapter's term in the output of layer ``layer``.
 
         Args:
             hidden: ``[T, H]``, the layer's input, of this task's tokens.
@@ -110,7 +110,7 @@ class AdaptersOfBatch:
         return cls(adapters, contexts, batch.token_offsets)
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return what the adapters add to a layer's output, given its input: both ``[T, H]``."""
+        """Map a layer's input to the adapters' term in its output, both ``[T, H]``."""
         added = [
             torch.zeros_like(hidden[start:end])
             if adapter is None

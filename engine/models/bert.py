@@ -1,9 +1,9 @@
 """BERT (Devlin et al. 2019) on packed tokens: no padding, one stream for all tasks.
 
-A batch is a stream of T tokens in which sequences lie end to end; ``cu_seqlens [S + 1]`` marks
-where each begins.  Everything but attention works token by token and never sees a boundary.
+A batch is a stream of T tokens, its sequences concatenated; ``cu_seqlens [S + 1]`` says where each
+begins.  Attention alone uses the boundaries; everything else works token by token.
 
-Its relatives (engine/models/families.py) are read as the BERT that each is equal to.
+Models that compute what a BERT computes (engine/models/families.py) are converted to it.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from .families import FAMILIES, bert_fields, bert_tensors
 from .layers import Embedding, LayerNorm, Linear
 from .spec import ModelSpec, StoredWeights, Weight
 
-# Dropouts are numbered, so that one seed a step gives each of them its own random numbers.
+# Each dropout has an id, so that one seed a step gives each of them its own random numbers.
 _EMBEDDING_DROPOUT_ID = 0
 _DROPOUTS_PER_LAYER = 3
 
@@ -153,7 +153,7 @@ class BertEmbeddings(nn.Module):
         )
 
     def _rows(self) -> kernels.EmbeddingRows | None:
-        """Where the task gradients go; None in a model that has no gradient rows."""
+        """Return the rows for task gradients; None in a model without a gradient buffer."""
         word, position, token_type = self.word.rows, self.position.rows, self.token_type.rows
         if word is None or position is None or token_type is None or self.norm.rows is None:
             return None
@@ -207,8 +207,8 @@ class BertLayer(nn.Module):
         )
 
 
-# Ours to Hugging Face's.  Their layout keeps query, key and value apart; ours has one matrix a
-# layer, since attention reads the three together.
+# Names of ours to Hugging Face's.  Theirs has query, key and value as three matrices; ours has one,
+# since attention reads the three together.
 _EMBEDDINGS = {
     "embeddings.word": "embeddings.word_embeddings",
     "embeddings.position": "embeddings.position_embeddings",
@@ -241,26 +241,28 @@ def _weights(config: BertConfig) -> Iterator[Weight]:
         yield Weight(f"{ours}.weight", (f"{theirs}.weight",), shapes.get(ours, (width,)))
     yield Weight("embeddings.norm.bias", ("embeddings.LayerNorm.bias",), (width,))
     for index in range(config.num_hidden_layers):
-        for ours, parts in _LAYER.items():
+        for ours, stored_names in _LAYER.items():
             shape = shapes.get(ours, (width,))
             for kind, of_kind in (("weight", shape), ("bias", shape[:1])):
-                names = [f"encoder.layer.{index}.{part}.{kind}" for part in parts]
+                names = [
+                    f"encoder.layer.{index}.{stored_name}.{kind}" for stored_name in stored_names
+                ]
                 yield Weight(f"layers.{index}.{ours}.{kind}", names, of_kind)
 
 
 def _sort_weights(
     config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]
 ) -> StoredWeights:
-    """Tell the weights of the encoder from those of the heads that it was pretrained with."""
+    """Separate the encoder's weights from those of its pretraining heads."""
     encoder, others = bert_tensors(config, tensors)
     head = {name: others.pop(name) for name in [*others] if name.startswith("cls.predictions.")}
     return StoredWeights(encoder, head, others)
 
 
 def _pooler(config: BertConfig) -> dict[str, Tensor]:
-    """Return the layer that ``transformers.BertModel`` has above the first token.
+    """Return the pooler of ``transformers.BertModel``, a layer on the first token's state.
 
-    It is not trained here; as the identity it is at least the same on every load.
+    It is not trained here; it is written as the identity, so that every load has the same weights.
     """
     width = config.hidden_size
     return {"pooler.dense.weight": torch.eye(width), "pooler.dense.bias": torch.zeros(width)}

@@ -1,7 +1,7 @@
-"""The context of a step's layers: every layer is called ``layer(x, context)``.
+"""The second argument of every layer: ``layer(x, context)``.
 
-A layer that works row by row needs a :class:`RowContext` at most, or nothing at all outside
-training.  Layers of an encoder work on the token stream of a batch and get its :class:`Context`.
+A layer that works row by row takes a :class:`RowContext`, which it needs in training alone.  Layers
+of an encoder work on the token stream of a batch and take its :class:`Context`.
 """
 
 from collections.abc import Callable
@@ -35,11 +35,11 @@ class TokenStream(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowContext:
-    """Of rows of any kind: tokens, or pooled vectors.
+    """The context of a layer that works row by row; a row is a token or a pooled vector.
 
     Attributes:
-        segments: which rows belong to which task; with them the backward pass writes task
-            gradients.  None where none are collected.
+        segments: the rows of each task; with them the backward pass writes task gradients.  None
+            where no task gradients are collected.
         seed: 0-dim int64, the dropout seed of the step; needed in training mode.
     """
 
@@ -49,15 +49,15 @@ class RowContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context(RowContext):
-    """Of the T tokens of S sequences that lie end to end.
+    """The context of a layer that works on the T tokens of S sequences, concatenated.
 
     Attributes:
         cu_seqlens: ``[S + 1]`` int32; sequence s is tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``.
         max_seqlen: tokens in the longest sequence, or more.
         position_ids: ``[T]`` int64, from 0 in every sequence.
         token_type_ids: ``[T]`` int64.
-        adapters: from a layer's number and its input ``[T, H]`` to what its tasks' adapters add to
-            its output; None without adapters.
+        adapters: maps a layer's number and its input ``[T, H]`` to the sum that its tasks' adapters
+            add to its output; None without adapters.
     """
 
     cu_seqlens: Tensor

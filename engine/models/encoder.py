@@ -1,8 +1,8 @@
-"""The interface of an encoder.  Each lies in a file of its own, such as engine/models/bert.py.
+"""The interface of an encoder.  Each encoder has a file of its own, such as engine/models/bert.py.
 
 An encoder is a sequence of stages.  The first one embeds the tokens, the others map hidden states
-to hidden states, and everything that goes stage by stage (layer-wise balancing, the exchange of
-gradients, checkpointed activations, reports) follows them.
+to hidden states.  Layer-wise balancing, the exchange of gradients, activation checkpointing and
+reports work stage by stage.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,13 +18,13 @@ from .layers import Embedding, GradientWrite, TaskLayer
 
 
 class Stage(NamedTuple):
-    """A part of a model: its gradients are complete at one moment of the backward pass.
+    """A module whose gradients a backward pass completes together.
 
     Attributes:
-        name: the module's name in the model, by which checkpoints and reports call the stage.
+        name: the module's name in the model, in checkpoints and in reports.
         module: in an encoder, called ``module(x, context)``.
         task: the one task that it belongs to; None for a stage that tasks share.
-        bucket: what its gradients are sent with, by default themselves.
+        bucket: the name of the bucket that its gradients are sent in; empty for its own.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Encoder(nn.Module):
         config: shape and constants; the dropout rates act in training mode only.
 
     Attributes:
-        checkpoint_layers: in training, keep the input of each stage alone and compute the rest of
-            what its backward pass needs again.
+        checkpoint_layers: in training, keep only the input of each stage and compute its
+            activations again in the backward pass.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
 
     @property
     def num_dropouts(self) -> int:
-        """Number of dropouts; the ids of later ones (heads) count on from here."""
+        """Number of dropouts; the ids of the heads' dropouts follow theirs."""
         raise NotImplementedError
 
     def lookups(self, input_ids: Tensor, context: Context) -> Iterable[tuple[Embedding, Tensor]]:
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
         hidden: Tensor = first.module(input_ids, context)
         for stage in others:
             if self.checkpoint_layers and self.training:
-                # Dropout follows from the seed: no generator's state to keep.
+                # Dropout depends on the seed alone: there is no generator's state to keep.
                 hidden = checkpoint(
                     stage.module, hidden, context, use_reentrant=False, preserve_rng_state=False
                 )
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
     def zero_sparse_rows(
         self, input_ids: Tensor, context: Context, offsets: tuple[int, ...]
     ) -> None:
-        """Zero the task gradients of tables that this batch's backward pass has touched.
+        """Zero the task gradients of tables that this batch's backward pass wrote.
 
         Args:
             input_ids: ``[T]`` int64.

@@ -1,7 +1,7 @@
-"""BERT's family: encoders that compute what a BERT computes, laid out in other ways.
+"""Convert encoders that compute what a BERT computes, but are stored in other layouts.
 
-Each is read as the BERT that it is equal to (engine/models/bert.py), so that nothing else has to
-know of it:
+Each is converted to the BERT that it is equal to (engine/models/bert.py), so that no other module
+depends on the layout:
 
 bert                              as it is
 electra                           another prefix; embeddings as wide as the layers
@@ -36,8 +36,8 @@ class Family(NamedTuple):
 
     Attributes:
         prefix: of the encoder's weights in models that have heads.
-        fields: of config.json, what they are called: theirs to BERT's.
-        weights: parts of the weights' names: theirs to BERT's.
+        fields: names of config.json's fields, from theirs to BERT's.
+        weights: parts of the weights' names, from theirs to BERT's.
         counts_from_padding: positions count from ``pad_token_id + 1``, not from 0.
         has_token_types: there is a table of them.
     """

@@ -1,8 +1,8 @@
-"""Weights in and out of the Hugging Face layout.  safetensors only: no pickle is loaded.
+"""Read and write weights in the Hugging Face layout.  safetensors only: no pickle is loaded.
 
-What a folder's config and tensors mean says the :class:`~engine.models.spec.ModelSpec` of its model
-type; here is what all have in common: finding and reading the files, and checking that every weight
-is there, of its shape, and a number.
+The :class:`~engine.models.spec.ModelSpec` of a model type interprets a folder's config and tensors.
+This module finds and reads the files of any type, and checks that every weight is there, has its
+shape, and is a number.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -162,18 +162,18 @@ def load_encoder_state(folder: Path, config: EncoderConfig) -> dict[str, Tensor]
     """
     found = _sorted_weights(folder, _tensors(folder)).encoder
     state: dict[str, Tensor] = {}
-    for name, parts, shape in spec_of(config).weights(config):
-        tensors = [_take(found, part, shape, folder) for part in parts]
-        for part, tensor in zip(parts, tensors, strict=True):
-            check_floats(folder, part, tensor)
-        weights = (_in_fp32(folder, *named) for named in zip(parts, tensors, strict=True))
+    for name, stored_names, shape in spec_of(config).weights(config):
+        tensors = [_take(found, stored_name, shape, folder) for stored_name in stored_names]
+        for stored_name, tensor in zip(stored_names, tensors, strict=True):
+            check_floats(folder, stored_name, tensor)
+        weights = (_in_fp32(folder, *named) for named in zip(stored_names, tensors, strict=True))
         state[name] = torch.cat(list(weights))
     _refuse_others(found, folder)
     return state
 
 
 def check_weights(folder: Path, config: EncoderConfig) -> None:
-    """Hold the names and shapes of a model's weights against its config.
+    """Check the names and shapes of a model's weights against its config.
 
     Only the files' headers are read, so that a config that asks for a huge model is refused
     before anything of that size is built.
@@ -186,9 +186,9 @@ def check_weights(folder: Path, config: EncoderConfig) -> None:
         InputError: a weight is missing, unknown or of another shape.
     """
     found = _sorted_weights(folder, _shapes(folder)).encoder
-    for _, parts, shape in spec_of(config).weights(config):
-        for part in parts:
-            _take(found, part, shape, folder)
+    for _, stored_names, shape in spec_of(config).weights(config):
+        for stored_name in stored_names:
+            _take(found, stored_name, shape, folder)
     _refuse_others(found, folder)
 
 
@@ -220,7 +220,7 @@ def _refuse_others(found: dict[str, Tensor], folder: Path) -> None:
 
 
 def load_pretraining_heads(folder: Path) -> dict[str, Tensor]:
-    """Return what pretraining left besides the encoder, under BERT's names; often nothing.
+    """Return the weights of the pretraining heads, under BERT's names; often none.
 
     Raises:
         InputError: a weight of masked LM's head is not finite, or the files cannot be read.
@@ -249,7 +249,10 @@ def _in_fp32(folder: Path, name: str, tensor: Tensor) -> Tensor:
 def to_huggingface_state(state: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """Rename an encoder's state dict back: the inverse of :func:`load_encoder_state`."""
     renamed: dict[str, Tensor] = {}
-    for name, parts, _ in spec_of(config).weights(config):
-        pieces = state[name].chunk(len(parts)) if len(parts) > 1 else (state[name],)
-        renamed.update((part, piece.clone()) for part, piece in zip(parts, pieces, strict=True))
+    for name, stored_names, _ in spec_of(config).weights(config):
+        pieces = state[name].chunk(len(stored_names)) if len(stored_names) > 1 else (state[name],)
+        renamed.update(
+            (stored_name, piece.clone())
+            for stored_name, piece in zip(stored_names, pieces, strict=True)
+        )
     return renamed

@@ -1,8 +1,8 @@
 """Layers that can write a gradient for each task: linear, embedding table, layer norm.
 
-Each is an ordinary layer until :meth:`TaskLayer.attach_rows` gives it its columns of the ``[K, P]``
-gradient buffer, and a forward pass names the ``segments`` of its context, which rows belong to
-which task.  Without segments (evaluation) it is an ordinary layer again.
+A layer writes task gradients if :meth:`TaskLayer.attach_rows` has given it its columns of the
+``[K, P]`` gradient buffer, and the context of a forward pass has ``segments``, which say which rows
+belong to which task.  Otherwise, as in evaluation, it is an ordinary layer.
 """
 
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ class TaskLayer(nn.Module):
     """A layer with a ``weight``, maybe a ``bias``, whose backward pass can write task gradients.
 
     Attributes:
-        gradient_write: how it writes them.
-        rows: where to; None for ordinary gradients.
+        gradient_write: how it writes task gradients.
+        rows: the rows that it writes them to; None for ordinary gradients.
     """
 
     gradient_write: ClassVar[GradientWrite] = GradientWrite.OVERWRITTEN
@@ -43,12 +43,12 @@ class TaskLayer(nn.Module):
         self.rows: kernels.TaskRows | None = None
 
     def attach_rows(self, buffer: Tensor, columns: Mapping[str, kernels.Columns]) -> None:
-        """Take the place of the task gradients.
+        """Set the gradient buffer that task gradients are written to.
 
         Args:
             buffer: ``[K, P]``, in the dtype of the parameters.
-            columns: of the parameters that are trained, by their names in this layer; if there are
-                none, the layer is an ordinary one.
+            columns: of the trained parameters, by their names in this layer; without any the layer
+                is an ordinary one.
         """
         self.rows = (
             kernels.TaskRows(buffer, columns.get("weight"), columns.get("bias"))
@@ -59,7 +59,7 @@ class TaskLayer(nn.Module):
     def _target(
         self, context: RowContext | None
     ) -> tuple[kernels.TaskRows | None, kernels.TaskSegments | None]:
-        """Return where task gradients go in this pass, and by which segments."""
+        """Return the rows that this pass writes task gradients to, and their segments."""
         segments = None if context is None else context.segments
         return (None if segments is None else self.rows), segments
 
@@ -100,14 +100,14 @@ class Embedding(TaskLayer):
     def decode(self, x: Tensor, context: RowContext | None = None) -> Tensor:
         """Return the dot product with every entry: ``[m, H]`` to ``[m, N]``.
 
-        The backward pass reaches the whole table, so that a head that decodes has to say that it
-        uses it (:class:`~engine.models.heads.Head`).
+        The backward pass reaches the whole table, so a head that decodes declares that it uses the
+        table (:class:`~engine.models.heads.Head`).
         """
         rows, segments = self._target(context)
         return kernels.linear(x, self.weight, rows=rows, segments=segments)
 
     def zero_rows(self, index: Tensor, offsets: tuple[int, ...]) -> None:
-        """Zero the task gradients that a backward pass over ``index`` has touched."""
+        """Zero the task gradients that a backward pass over ``index`` wrote."""
         rows = None if self.rows is None else self.rows.weight
         if rows is not None:
             kernels.zero_rows_(rows, index, offsets)

@@ -1,4 +1,4 @@
-"""One encoder, a head for each task."""
+"""A model of one encoder and a head for each task."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -26,14 +26,14 @@ class MultitaskModel(nn.Module):
     """An encoder shared by several tasks.
 
     Args:
-        config: of the encoder, which it decides (engine/models/registry.py).
-        tasks: in order, what each predicts.
+        config: of the encoder; its class decides the encoder's (engine/models/registry.py).
+        tasks: the schema of each task, in order.
         features: by task, see :mod:`engine.models.heads`.
         pooling: ``"cls"`` or ``"mean"``.
         dropout_p: dropout before the heads.
         losses: by task, one of LOSSES (engine/models/heads); the default for those left out.
         adapter_width: of each task's projected attention (engine/models/adapters.py); 0 for none.
-        objectives: by name, what their heads are built from; they have no adapters.
+        objectives: the settings of their heads, by name; objectives have no adapters.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class MultitaskModel(nn.Module):
         objectives: Mapping[str, HeadSettings] | None = None,
     ) -> None:
         super().__init__()
-        # The order in which weights are drawn, and so the order of what follows, never changes.
+        # Weights are drawn from one generator, so the order of these lines must not change.
         of_objectives = {name: build_head(each) for name, each in (objectives or {}).items()}
         self.encoder = spec_of(config).encoder(config)
         self.pooling = pooling
@@ -92,7 +92,7 @@ class MultitaskModel(nn.Module):
 
     @property
     def shared_layers(self) -> SharedLayers:
-        """Layers that heads may use besides their own."""
+        """Shared layers that heads may use."""
         return SharedLayers(self.encoder.word_table, self.pair)
 
     def encoder_stages(self) -> list[Stage]:
@@ -106,8 +106,8 @@ class MultitaskModel(nn.Module):
     def stages(self) -> list[Stage]:
         """Return all stages: the encoder's, the layer that tasks share, heads, adapters.
 
-        Heads are sent together.  Adapters work in every layer, so that their gradients are
-        complete with those of the encoder's first stage.
+        All heads share one bucket.  Adapters work in every layer, so their gradients are complete
+        with those of the encoder's first stage, in whose bucket they are.
         """
         stages = self.encoder_stages()
         first = stages[0].bucket
@@ -125,12 +125,12 @@ class MultitaskModel(nn.Module):
         """Describe every parameter, in the order of :meth:`named_parameters`.
 
         Args:
-            tasks: those that are trained.
+            tasks: the trained tasks.
             freeze_encoder: train all but the encoder.
 
         Raises:
-            TypeError: a parameter of the encoder is in none of its stages, or of no layer that
-                writes task gradients, or the encoder's ``lookups`` leaves out a table.
+            TypeError: a parameter of the encoder is in no stage, or in a layer that does not write
+                task gradients, or ``lookups`` of the encoder leaves out a table.
         """
         self.encoder.check_lookups()
         all_tasks = () if freeze_encoder else tuple(tasks)
@@ -150,7 +150,7 @@ class MultitaskModel(nn.Module):
         return specs
 
     def _users_of_shared_layers(self, tasks: Sequence[str]) -> dict[nn.Module, tuple[str, ...]]:
-        """Return for each layer that heads say they use the tasks of these heads."""
+        """Return the tasks of the heads that use each shared layer."""
         users: dict[nn.Module, tuple[str, ...]] = {}
         for task in tasks:
             for name in cast(Head, self.heads[task]).uses:
@@ -174,7 +174,7 @@ class MultitaskModel(nn.Module):
             setattr(module, name, buffer)
 
     def zero_sparse_rows(self, batch: PackedBatch) -> None:
-        """Zero the task gradients of tables that the backward pass of a batch has touched."""
+        """Zero the task gradients of tables that the backward pass of a batch wrote."""
         self.encoder.zero_sparse_rows(batch.input_ids, Context.of(batch), batch.token_offsets)
 
     def forward(
@@ -189,11 +189,11 @@ class MultitaskModel(nn.Module):
         """Score a packed batch.
 
         Args:
-            batch: its K tasks lie side by side in the stream.
-            tasks: their names, in that order.
+            batch: of K tasks.
+            tasks: their names, in the order of the batch.
             seed: 0-dim int64, the dropout seed of this step; needed in training mode.
             task_rows: let the backward pass write task gradients into the attached rows.
-            accumulate: let it add to them (later micro-batches).
+            accumulate: let it add to the rows (later micro-batches).
 
         Returns:
             For each task the scores of its head, fp32.
@@ -222,8 +222,8 @@ class MultitaskModel(nn.Module):
                 row if task_rows else None,
                 len(tasks),
             )
-            here = tokens[0] < tokens[1]  # another rank may have all of its examples
-            scores.append(self.heads[task](states) if here else hidden.new_zeros(0).float())
+            has_examples = tokens[0] < tokens[1]  # other ranks may have all of them
+            scores.append(self.heads[task](states) if has_examples else hidden.new_zeros(0).float())
         return scores
 
     def _encode(
@@ -234,7 +234,7 @@ class MultitaskModel(nn.Module):
         task_rows: bool,
         accumulate: bool,
     ) -> Tensor:
-        """Return the hidden states ``[T, H]`` of a batch, or the precomputed ones that it holds."""
+        """Return the hidden states ``[T, H]`` of a batch, or its precomputed ones."""
         if batch.states is not None:
             return batch.states.to(self.encoder.word_table.weight.dtype)
         of_tasks = [self._adapter(task) for task in tasks]
@@ -251,9 +251,9 @@ class MultitaskModel(nn.Module):
     def losses(
         self, scores: Sequence[Scores], batch: PackedBatch, tasks: Sequence[str]
     ) -> list[Tensor]:
-        """Return each task's mean loss, 0-dim, from what :meth:`forward` returned.
+        """Return each task's mean loss, 0-dim, from the scores of :meth:`forward`.
 
-        That of a task without an example is 0.
+        A task without an example has loss 0.
 
         Raises:
             ValueError: the batch has no labels of a task.

@@ -1,4 +1,4 @@
-"""Describe each parameter of a model, so that nothing else has to know it by name."""
+"""Describe each parameter of a model, so that no other module depends on parameter names."""
 
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
@@ -15,12 +15,13 @@ class ParameterSpec(NamedTuple):
     Attributes:
         name: in the model's state dict.
         parameter: itself.
-        stage: what it is part of.
-        tasks: those among the trained ones whose losses reach it, in their order; none for one
-            that is not trained.
+        stage: that it belongs to.
+        tasks: the trained tasks whose losses reach it, in their order; none for a parameter that is
+            not trained.
         write: how a backward pass writes its task gradients.
-        layer: what writes them; None for one task's own parameter, which autograd adds up.
-        name_in_layer: as ``layer`` calls it.
+        layer: the layer that writes them; None for one task's own parameter, whose gradient
+            autograd adds up.
+        name_in_layer: its name in ``layer``.
     """
 
     name: str
@@ -33,19 +34,19 @@ class ParameterSpec(NamedTuple):
 
     @property
     def owner(self) -> str | None:
-        """The one task that it belongs to, or None for one that is shared."""
+        """The one task that it belongs to, or None for a shared parameter."""
         return self.stage.task
 
     @property
     def bucket(self) -> str:
-        """Bucket that its gradients are sent with."""
+        """Bucket that its gradients are sent in."""
         return self.stage.bucket or self.stage.name
 
 
 def describe_stage(
     stage: Stage, tasks: tuple[str, ...], used_by_heads: Collection[nn.Module]
 ) -> Iterator[ParameterSpec]:
-    """Yield what there is to say of a stage's parameters, in their order.
+    """Yield the description of each parameter of a stage, in their order.
 
     Args:
         stage: of the model.
@@ -54,7 +55,7 @@ def describe_stage(
             gradients of several tasks are added one after the other.
 
     Raises:
-        TypeError: a parameter that tasks share is none of a :class:`~.layers.TaskLayer`.
+        TypeError: a parameter that tasks share is not in a :class:`~.layers.TaskLayer`.
     """
     for path, module in stage.module.named_modules(prefix=stage.name):
         for name, parameter in module.named_parameters(recurse=False):

@@ -14,7 +14,7 @@ POOLINGS = ("cls", "mean")
 
 
 class SharedLayers(NamedTuple):
-    """Layers outside the heads that a head may use, as other tasks do.
+    """Shared layers that heads of several tasks may use.
 
     A head names those that it uses (``uses`` in :class:`~engine.models.heads.Head`).
 
@@ -28,7 +28,7 @@ class SharedLayers(NamedTuple):
 
 
 class TaskStates(NamedTuple):
-    """One task's part of an encoded batch: S sequences of T tokens.
+    """One task's share of an encoded batch: S sequences of T tokens.
 
     Attributes:
         tokens: ``[T, H]`` hidden states.
@@ -39,7 +39,7 @@ class TaskStates(NamedTuple):
         seed: 0-dim int64, the dropout seed; None outside training.
         shared: layers that are not the head's own.
         row: the gradient row of this task; None when no task gradients are collected.
-        num_rows: how many gradient rows there are.
+        num_rows: the number of gradient rows.
     """
 
     tokens: Tensor
@@ -55,14 +55,15 @@ class TaskStates(NamedTuple):
     def segments(self, count: int) -> kernels.TaskSegments | None:
         """Return the segments of ``count`` rows that are all of this task.
 
-        They are added to gradient rows that began at zero: several tasks may use a layer in turn.
+        Their gradients are added to gradient rows that were zeroed, since several tasks may use a
+        layer one after the other.
         """
         if self.row is None:
             return None
         offsets = (0,) * (self.row + 1) + (count,) * (self.num_rows - self.row)
         return kernels.TaskSegments(offsets, accumulate=True)
 
-    def rows(self, count: int) -> RowContext:
+    def row_context(self, count: int) -> RowContext:
         """Return the context of ``count`` rows that are all of this task, for shared layers."""
         return RowContext(segments=self.segments(count), seed=self.seed)
 
@@ -86,5 +87,5 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Widen bf16; leave fp32, and float64, in which the tests compute their references."""
+    """Return bf16 and fp16 as fp32; fp32, and the float64 of references, as they are."""
     return x.float() if x.element_size() < 4 else x

@@ -1,4 +1,4 @@
-"""The encoders that there are: a line each."""
+"""The registry of encoders, a line each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,12 +18,12 @@ FROM_SCRATCH = bert.SPEC
 
 
 def spec_of(config: EncoderConfig) -> ModelSpec:
-    """Return what a config belongs to."""
+    """Return the model type that a config belongs to."""
     return MODELS[config.model_type]
 
 
 def find_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Return what a ``config.json`` belongs to.
+    """Return the model type that a ``config.json`` belongs to.
 
     Raises:
         InputError: its model type is unknown.

@@ -15,22 +15,23 @@ class Weight(NamedTuple):
 
     Attributes:
         name: in the encoder's state dict.
-        parts: the names of the tensors that, one below the other, make it up.
-        shape: of each of these.
+        stored_names: the names of the stored tensors that it is the concatenation of, along the
+            first dimension.
+        shape: of each stored tensor.
     """
 
     name: str
-    parts: Sequence[str]
+    stored_names: Sequence[str]
     shape: tuple[int, ...]
 
 
 class StoredWeights(NamedTuple):
-    """The tensors of a model folder by the names that :class:`Weight` and heads know.
+    """The tensors of a model folder, by their names in :class:`Weight` and in heads.
 
     Attributes:
-        encoder: the encoder's.
-        pretrained_head: of the decoder that masked LM was pretrained with, under BERT's names.
-        others: that neither needs.
+        encoder: those of the encoder.
+        pretrained_head: those of the head that masked LM was pretrained with, under BERT's names.
+        others: those that neither needs.
     """
 
     encoder: dict[str, Tensor]
@@ -47,15 +48,15 @@ class ModelSpec:
     """An encoder, its config, and its weights from and to Hugging Face.
 
     Attributes:
-        model_types: of ``config.json``; the first is what folders are written with.
-        name: what the model card of an export calls the model, such as BERT.
+        model_types: of ``config.json``; written folders have the first.
+        name: of the model, in the model card of an export, such as BERT.
         config: the config's class.
-        encoder: from a config to an encoder with random weights.
-        weights: from a config to the name and shape of every weight.
-        sort_weights: from a ``config.json`` and its tensors to the same tensors, sorted and named.
-        untrained: from a config to what a folder holds besides the encoder's weights, since
-            transformers' class of the model has it.
-        untrained_note: what the model card says of that.
+        encoder: builds an encoder with random weights from a config.
+        weights: returns the names and shape of every weight, for a config.
+        sort_weights: sorts and names the tensors of a folder, given its ``config.json``.
+        untrained: returns the tensors that a written folder has besides the encoder's weights,
+            because transformers' class of the model has them.
+        untrained_note: describes these tensors in the model card.
     """
 
     model_types: Sequence[str]

@@ -1,8 +1,8 @@
-"""Read the dtypes of the tensors of safetensors files off their headers.
+"""Read the dtypes of the tensors of safetensors files from their headers.
 
-The library does not know every dtype that files have, and what is loaded is converted without a
-word.  Weights are read as F64, F32, F16 and BF16.  A float8 or smaller is refused too: its values
-mean nothing without scales that stand elsewhere.
+The library does not know every dtype that files have, and loading converts silently.  Weights are
+read as F64, F32, F16 and BF16.  A float8 or smaller is refused too: its values mean nothing without
+scales, which are stored elsewhere.
 """
 
 from collections.abc import Callable, Iterable, Mapping

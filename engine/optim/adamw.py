@@ -84,7 +84,7 @@ class AdamW:
                 )
 
     def _by_decay(self, columns: slice) -> Iterator[tuple[slice, float]]:
-        """Part columns into those that decay and those that do not."""
+        """Split columns into those that decay and those that do not."""
         if self.weight_decay == 0:
             yield columns, 0.0
             return

@@ -17,7 +17,7 @@ CLASSES = {"apex_adam": "FusedAdam", "apex_lamb": "FusedLAMB"}
 
 
 class ApexOptimizer:
-    """Feeds the combined gradient to an optimizer of apex; weights and moments stay flat.
+    """An optimizer of apex that gets the combined gradient; weights and moments stay flat.
 
     Unlike this engine's own optimizers it stores the combined gradient, and waits for the device
     to learn whether a step is skipped, since apex cannot be told there.

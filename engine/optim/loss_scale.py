@@ -12,7 +12,7 @@ _FIRST, _SMALLEST, _LARGEST = 2.0**16, 1.0, 2.0**24
 
 
 class LossScale:
-    """A scale that follows what the gradients bear; the host never reads it.
+    """A loss scale as large as the gradients allow; the host never reads it.
 
     Args:
         device: of the training.

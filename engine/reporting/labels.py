@@ -1,4 +1,4 @@
-"""Text in pictures: nothing in a name is a formula, every name has glyphs, and all are short."""
+"""Prepare text for pictures: no formulas, no missing glyphs, short."""
 
 import unicodedata
 from functools import cache

@@ -1,8 +1,7 @@
-"""``papers.json``: what runs came to, in the little that the report on the papers is made from.
+"""``papers.json``: outcomes of runs, all that the report on the papers needs.
 
-It needs no checkpoint and no data, does not say where they lay, and is small enough to be kept
-under version control; the report can be made from it anywhere, and goes on from it when there are
-more runs.
+It refers to no checkpoint, data or path, and is small enough to be kept under version control; the
+report can be made from it anywhere, and more runs can be added to it.
 """
 
 import math
@@ -189,7 +188,7 @@ def signature(recipe: Recipe) -> str:
 
 
 def _outcome(run: Run, system: str, device: torch.device | None) -> Outcome:
-    """Return what a run came to; with a device, and a checkpoint, its answers too."""
+    """Return the outcome of a run; with a device, and a checkpoint, its answers too."""
     scores = read_scores(run.folder, run.recipe.tasks)
     named = (*run.recipe.tasks, "overall")
     if scores.split != "dev":

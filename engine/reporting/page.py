@@ -1,4 +1,4 @@
-"""One self-contained HTML page a run: what was trained, how it went, where it errs."""
+"""Write one self-contained HTML page a run: settings, curves, mistakes."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,7 +41,7 @@ _GPU_READINGS = {
 
 
 class Picture(NamedTuple):
-    """A picture, and what it is called."""
+    """A picture and its caption."""
 
     title: str
     source: str

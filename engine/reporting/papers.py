@@ -1,7 +1,7 @@
-"""Tables of the five papers' systems: their figures beside those of runs.
+"""Tables of the five papers' systems, with their figures and those of runs.
 
 A run belongs to a system when it was made by the system's recipe, whatever settings were replaced;
-those that differ stand in its row.  Runs that differ in nothing but the seed are averaged.
+its row names those that differ.  Runs that differ in the seed alone are averaged.
 """
 
 import sys

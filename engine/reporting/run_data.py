@@ -1,4 +1,4 @@
-"""Read what a report shows of a run: its files, and its answers on the dev data."""
+"""Read a run for a report: its files, and its answers on the dev data."""
 
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class Mistake(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """A task's n dev examples and what the model says of them.
+    """A task's n dev examples and the model's answers.
 
     Attributes:
         form: the task's data.

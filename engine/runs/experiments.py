@@ -1,7 +1,7 @@
 """Several runs below one folder, one after the other: seeds, points of a grid, recipes.
 
-``results.json`` there has the scores of the runs that came to their end, so that a series that
-was cut off goes on where it was: finished runs are left alone, a half-done one is resumed.
+``results.json`` there has the scores of the finished runs, so that a series that was cut off can be
+resumed: finished runs are not repeated, an unfinished one is resumed.
 """
 
 import math
@@ -103,8 +103,8 @@ def check_results(folder: Path, specs: Iterable[RunSpec]) -> None:
         if result.group in recipes:
             if not isfile(folder / name / "recipe.toml"):
                 raise InputError(
-                    f"{folder / name}: is gone, and with it what settings its scores in "
-                    f"{RESULTS} are of; give another --out"
+                    f"{folder / name}: is missing, so that the settings of its scores in "
+                    f"{RESULTS} are unknown; give another --out"
                 )
             check_scores_of(recipes[result.group], folder / name)
 

@@ -32,7 +32,7 @@ def held(folder: Path, ranks: Ranks | None = None, wait: float = 0.0) -> Iterato
 
     Args:
         folder: the folder.
-        ranks: the processes that fill it together; the leader holds it.
+        ranks: the processes that fill it together; the main rank holds it.
         wait: seconds for which to wait for the process that holds it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From the settings of an objective to its examples and its head."""
+"""Build the examples and the head of an objective from its settings."""
 
 from collections.abc import Sequence
 

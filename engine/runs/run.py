@@ -1,4 +1,4 @@
-"""A run: its folder and all that follows from what lies in it.
+"""A run: its folder, and everything that is made from the folder's files.
 
 recipe.toml      every setting, resolved
 config.json      the encoder's shape, as in a Hugging Face model folder

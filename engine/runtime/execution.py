@@ -1,13 +1,13 @@
-"""Run the step: call by call, compiled, or recorded as a whole.
+"""Run the step eagerly, compiled, or as a CUDA graph.
 
     eager     every operator is called by itself
     compile   torch.compile makes one function of the forward and one of the backward pass, and
-              fuses what lies between the kernels; it is done once, for all token counts
-    graphs    that, and a CUDA graph of the whole step, forward to optimizer, for each batch shape:
-              one launch instead of a thousand
+              fuses the operations between the kernels; it compiles once, for all token counts
+    graphs    as compile, with a CUDA graph of the whole step, forward to optimizer, for each batch
+              shape: one launch instead of a thousand
 
-The first step of a shape runs as it is, which runs lazy initialisation before capture; the second
-is recorded.  So no step is done for the sake of warming up, and training is the same.
+The first step of a shape runs without a graph, which runs lazy initialisation before capture; the
+second is recorded.  So there are no extra warm-up steps, and training is the same.
 """
 
 import time
@@ -27,7 +27,7 @@ class Batch(Protocol):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Whose examples these are; other tasks take other ways through the model."""
+        """The tasks of the examples; batches of other tasks run other layers."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ class Recording(NamedTuple, Generic[BatchT, Result]):
 
 
 class CudaGraphs:
-    """Records functions as CUDA graphs that share one pool of memory.
+    """A recorder of functions as CUDA graphs that share one pool of memory.
 
     Args:
         device: where they run.

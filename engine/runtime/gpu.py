@@ -9,7 +9,7 @@ _MIB = 1 << 20
 
 
 class GpuMeter:
-    """Reads the sensors of one GPU; no reading waits for the GPU's work.
+    """A reader of one GPU's sensors; no reading waits for the GPU's work.
 
     Args:
         library: the module ``pynvml``, initialised.

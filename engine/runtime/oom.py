@@ -1,4 +1,4 @@
-"""Out of memory: tell it from other errors, refuse what cannot fit, say what to do."""
+"""Recognise errors of memory, refuse what cannot fit, and say what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_explained(what_to_do: str) -> Iterator[None]:
-    """Turn memory that does not suffice into one line with what to do.
+    """Turn an out-of-memory error into one line with what to do.
 
     Raises:
         InputError: in place of what torch and Python raise.
@@ -53,7 +53,7 @@ def memory_explained(what_to_do: str) -> Iterator[None]:
 
 
 def check_memory(wanted: int, what_to_do: str) -> None:
-    """Refuse what does not fit into the machine's memory, of which no allocation tells.
+    """Refuse tensors larger than the machine's memory, whose allocation would not fail.
 
     Systems promise more memory than there is, and end the process that uses it.
 

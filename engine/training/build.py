@@ -1,4 +1,4 @@
-"""Put a training run together from its recipe: data, model, flat parameters, optimizer, step."""
+"""Build a trainer from a recipe: data, model, flat parameters, optimizer, step."""
 
 import sys
 
@@ -34,7 +34,7 @@ from .trainer import Trainer, check_range
 def build_trainer(
     run: Run, device: torch.device, ranks: Ranks | None = None, *, phase: int = 0
 ) -> Trainer:
-    """Read the data, build the model and everything around it, for one phase of the recipe.
+    """Build the trainer of one phase of the recipe: read the data, build model, optimizer and step.
 
     Raises:
         InputError: data or weights cannot be used.
@@ -127,8 +127,8 @@ def build_trainer(
         ),
         sync=sync,
         ranks=ranks,
-        saver=AsyncWriter(run.checkpoints, recipe.keep_checkpoints, ranks),
-        schedule=Schedule(
+        checkpoint_writer=AsyncWriter(run.checkpoints, recipe.keep_checkpoints, ranks),
+        lr_schedule=Schedule(
             peak=recipe.lr,
             kind=recipe.schedule,
             warmup_steps=round(recipe.warmup * total_steps),
@@ -140,27 +140,27 @@ def build_trainer(
 
 
 def _examples(run: Run, name: str) -> Examples:
-    """Return what a task or an objective is trained on."""
+    """Return the training examples of a task or an objective."""
     return run.objective(name) if name in run.recipe.objectives else run.split(name, "train")
 
 
 def runs_encoder(recipe: Recipe) -> bool:
-    """Return whether training runs the encoder: one that learns, or has adapters, masks or copies.
+    """Return whether steps run the encoder: it is trained, or has adapters or objectives.
 
-    Else its states are computed once, without dropout.
+    Otherwise its hidden states are computed once, without dropout.
     """
     objectives = any(name in recipe.objectives for name in recipe.train)
     return objectives or not recipe.freeze_encoder or recipe.adapter_width > 0
 
 
 def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
-    """Return examples that the encoder need not run for any more."""
+    """Return examples with precomputed hidden states."""
     assert isinstance(examples, TokenizedSplit)
     return precompute_hidden_states(model, examples)
 
 
 def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
-    """Return what draws batches: from all examples, or from those that the recipe cuts them to."""
+    """Return the sampler of a task's batches, from all examples or from the recipe's subset."""
     subset = None
     if isinstance(examples, TokenizedSplit):
         assert examples.labels is not None, f"training split of {examples.task} has no labels"
@@ -172,10 +172,10 @@ def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
 
 
 def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:
-    """Refuse batches whose tokens alone, of which a sentence has three at least, do not fit.
+    """Refuse batches whose tokens alone do not fit into memory, at three tokens a sentence.
 
     Raises:
-        InputError: they do not.
+        InputError: they do not fit.
     """
     tokens = 3 * recipe.batch_size
     states = torch.float32.itemsize * width * tokens // recipe.micro_batches
@@ -184,14 +184,14 @@ def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:
 
 
 def _check_division(recipe: Recipe, task_schedule: TaskSchedule, ranks: int) -> None:
-    """Refuse batches too small for every rank to have a part of each.
+    """Refuse batches with fewer examples than ranks and micro-batches need.
 
     Raises:
-        InputError: the message says what to raise.
+        InputError: the batches are too small; the message says what to raise.
     """
     examples = recipe.batch_size * task_schedule.tasks_a_step
-    parts = ranks * recipe.micro_batches
-    if examples < ranks or (recipe.micro_batches > 1 and recipe.batch_size < parts):
+    shares = ranks * recipe.micro_batches
+    if examples < ranks or (recipe.micro_batches > 1 and recipe.batch_size < shares):
         raise InputError(
             f"batch_size = {recipe.batch_size}: too small for {ranks} ranks with "
             f"{recipe.micro_batches} micro_batches; raise it"
@@ -204,16 +204,16 @@ def has_one_gradient(recipe: Recipe) -> bool:
 
 
 def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
-    """Return how steps run: as the recipe says, or eagerly where ``auto`` cannot take more.
+    """Return how steps run; ``auto`` takes CUDA graphs where they can be used.
 
-    A step of several ranks needs backward hooks, and one in which other libraries
+    Steps of several ranks need backward hooks, which run eagerly; steps in which other libraries
     wait for the device cannot be recorded.
 
     Returns:
         ``eager``, ``compile`` or ``graphs``.
 
     Raises:
-        InputError: the recipe asks for what cannot be.
+        InputError: the recipe asks for a way that this run cannot use.
     """
     refused: dict[str, str] = {}
     if ranks.size > 1:

@@ -1,4 +1,4 @@
-"""Runs whose numbers do not stay finite: find them, write down the batch, end the run."""
+"""End runs whose numbers do not stay finite, and write down the batch at which they began."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,29 +21,29 @@ from ..utils.json_text import dump_json
 from .trainer import Trainer
 
 
-def check_skipped(training: Trainer, log: MetricsLog, progress: Progress) -> None:
-    """Stop the run when too many steps in a row were skipped; write down the first one's batch.
+def check_skipped(trainer: Trainer, log: MetricsLog, progress: Progress) -> None:
+    """Stop a run that skipped too many steps in a row; write down the batch of the first.
 
     Raises:
-        DivergedError: so it is; the message names the file.
+        DivergedError: too many steps were skipped; the message names the file.
     """
-    if not training.recipe.max_skipped or len(log.skipped) < training.recipe.max_skipped:
+    if not trainer.recipe.max_skipped or len(log.skipped) < trainer.recipe.max_skipped:
         return
-    step, ranks = log.skipped[0], training.ranks
+    step, ranks = log.skipped[0], trainer.ranks
     name = f"skipped-{step:08}" + (f"-rank-{ranks.rank}" if ranks.size > 1 else "")
-    path = training.run.folder / f"{name}.json"
-    with closing(training.loader(step - progress.phase_start)) as loader:
-        batches = list(islice(loader, training.recipe.micro_batches))
-    _write_batch(path, batches, training.run.tokenizer, {"step": step})
+    path = trainer.run.folder / f"{name}.json"
+    with closing(trainer.loader(step - progress.phase_start)) as loader:
+        batches = list(islice(loader, trainer.recipe.micro_batches))
+    _write_batch(path, batches, trainer.run.tokenizer, {"step": step})
     raise DivergedError(
         f"loss or gradient not finite in {len(log.skipped)} steps in a row, from step {step} "
-        f"on, whose batch is in {path}; {_remedy(training)}, or see that batch; "
-        f"{_what_stays(training)}"
+        f"on, whose batch is in {path}; {_remedy(trainer)}, or see that batch; "
+        f"{_kept_checkpoints(trainer)}"
     )
 
 
-def is_sound(
-    training: Trainer,
+def is_worth_saving(
+    trainer: Trainer,
     batches: Sequence[PackedBatch],
     log: MetricsLog,
     progress: Progress,
@@ -51,28 +51,28 @@ def is_sound(
     *,
     stopping: bool,
 ) -> bool:
-    """Return whether the state is worth a checkpoint; all ranks find the same.
+    """Return whether the state is worth a checkpoint; all ranks return the same.
 
-    While steps are skipped the weights rest, and the checkpoint of them before is not to be
-    displaced by others of the same; nor is it by weights with which the model computes NaN.
+    Skipped steps leave the weights as they are, so that a checkpoint of them would repeat one that
+    is there and displace an older one.  Weights with which the model computes NaN are not saved.
 
     Args:
-        training: what is trained.
+        trainer: of the run.
         batches: the micro-batches of the last step.
         log: with the last step written.
         progress: after that step.
         scores: on the dev data after it, if they were asked for.
-        stopping: whether the run is about to be left.
+        stopping: whether the run stops after this step.
 
     Raises:
-        DivergedError: the run cannot go on, or must not end, like this.
+        DivergedError: the run cannot go on, or must not end, with such numbers.
     """
-    ends = progress.phase_step == training.total_steps
-    is_last, skips = ends or stopping, _skips(training, log)
+    ends = progress.phase_step == trainer.total_steps
+    is_last, was_skipped = ends or stopping, _was_skipped(trainer, log)
     unscored = [task for task, score in scores.items() if not math.isfinite(score)]
     good = (
-        training.ranks.all(training.state.is_finite),
-        training.ranks.all(_computes_finite(training, batches)),
+        trainer.ranks.all(trainer.state.is_finite),
+        trainer.ranks.all(_computes_finite(trainer, batches)),
     )
     if not good[0]:
         what = "weights or moments are not finite"
@@ -80,21 +80,22 @@ def is_sound(
         what = "what the model computes is not finite"
     elif ends and unscored:
         what = f"what the model computes for the dev data of {unscored[0]} is not finite"
-    elif ends and skips and (len(log.skipped) > 1 or log.skipped[0] == log.start):
+    elif ends and was_skipped and (len(log.skipped) > 1 or log.skipped[0] == log.start):
         what = (
             f"no step since step {log.skipped[0]} could be trained, loss or gradient was not finite"
         )
     else:
-        return good[1] and (is_last or not skips)
-    phase = f"phase {training.name}, " if training.name else ""
+        return good[1] and (is_last or not was_skipped)
+    phase = f"phase {trainer.name}, " if trainer.name else ""
     raise DivergedError(
-        f"{phase}after step {progress.step}: {what}; {_remedy(training)}; {_what_stays(training)}"
+        f"{phase}after step {progress.step}: {what}; {_remedy(trainer)}; "
+        f"{_kept_checkpoints(trainer)}"
     )
 
 
-def _computes_finite(training: Trainer, batches: Sequence[PackedBatch]) -> bool:
+def _computes_finite(trainer: Trainer, batches: Sequence[PackedBatch]) -> bool:
     """Return whether outputs of the model, and losses of objectives, on a batch are finite."""
-    model, batch = training.model.eval(), batches[-1]
+    model, batch = trainer.model.eval(), batches[-1]
     with torch.inference_mode():
         scores = model(batch, batch.tasks)
         losses = model.losses(scores, batch, batch.tasks)
@@ -106,23 +107,23 @@ def _computes_finite(training: Trainer, batches: Sequence[PackedBatch]) -> bool:
     return finite
 
 
-def _skips(training: Trainer, log: MetricsLog) -> bool:
-    """Return whether the last step was skipped, and not for a loss scale on its way down."""
+def _was_skipped(trainer: Trainer, log: MetricsLog) -> bool:
+    """Return whether the last step was skipped, other than to lower the loss scale."""
     if not log.skipped:
         return False
-    scale, losses = training.step.loss_scale, log.latest["losses"].values()
+    scale, losses = trainer.step.loss_scale, log.latest["losses"].values()
     return scale is None or not scale.can_shrink or None in losses
 
 
-def _remedy(training: Trainer) -> str:
-    recipe = training.recipe
+def _remedy(trainer: Trainer) -> str:
+    recipe = trainer.recipe
     return f"lower lr (now {recipe.lr:g}) or raise warmup (now {recipe.warmup:g})"
 
 
-def _what_stays(training: Trainer) -> str:
-    """Say which checkpoint is left, in a message."""
-    training.saver.wait()
-    checkpoints = training.run.checkpoints
+def _kept_checkpoints(trainer: Trainer) -> str:
+    """Return the names of the checkpoints that are left, for a message."""
+    trainer.checkpoint_writer.wait()
+    checkpoints = trainer.run.checkpoints
     names = [path.name for kind in ("best", "step") for path in checkpoints.all(kind)[:1]]
     return f"kept: {', '.join(names)}" if names else "there is no checkpoint"
 
@@ -130,10 +131,10 @@ def _what_stays(training: Trainer) -> str:
 def _write_batch(
     path: Path, batches: Iterable[PackedBatch], tokenizer: Tokenizer, why: dict[str, Any]
 ) -> None:
-    """Write a step's examples as JSON that people read: tokens, text and label of each.
+    """Write a step's examples as readable JSON: tokens, text and label of each.
 
     Raises:
-        InputError: the disk is full, or the like.
+        InputError: the file cannot be written, because the disk is full or the like.
     """
     tasks: dict[str, list[dict[str, Any]]] = {}
     for batch in batches:

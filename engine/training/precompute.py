@@ -16,13 +16,13 @@ _MAX_TOKENS = 8192  # a batch
 
 
 def precompute_hidden_states(model: MultitaskModel, split: TokenizedSplit) -> TokenizedSplit:
-    """Return a split whose examples bring hidden states along, so that the encoder never runs.
+    """Return the split with the hidden states of its examples, so that no step runs the encoder.
 
-    The encoder computes them without dropout.  A head that looks at the tokens gets the states of
-    all; for the others each sequence becomes one token, whose state is the sequence's vector.
+    The encoder computes them without dropout.  A head that reads tokens gets the states of all
+    tokens; for other heads each sequence becomes one token, whose state is the sequence's vector.
 
     Args:
-        model: on any device; its encoder stays as it is from now on.
+        model: on any device; its encoder must not change afterwards.
         split: of a task that the model has a head for.
     """
     device = next(model.parameters()).device

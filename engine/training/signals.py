@@ -1,4 +1,4 @@
-"""Requests to stop: SIGINT (Ctrl-C), SIGTERM (a lost machine), SIGHUP (a closed window)."""
+"""Stop requests: SIGINT (Ctrl-C), SIGTERM (a lost machine) and SIGHUP (a closed window)."""
 
 import signal
 from types import FrameType, TracebackType
@@ -8,11 +8,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """Within its ``with`` block, a first signal only sets it true; a second one acts as usual.
+    """A context manager that is true once a first signal came; a second one acts as usual.
 
-    So a step is never torn: whoever runs the loop looks here after each step, and writes a
-    checkpoint before leaving.  SIGHUP that is ignored (``nohup``) stays so, and once it has come
-    others of it are: a window that closes sends it twice, from the shell and from the terminal.
+    No step is interrupted: the training loop asks after each step, and writes a checkpoint before
+    it ends.  An ignored SIGHUP (``nohup``) stays ignored, and after the first SIGHUP further ones
+    are ignored, since a window that closes sends two: from the shell and from the terminal.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class StopRequest:
         return self.signal is not None
 
     def __enter__(self) -> Self:
-        """Take over the signals."""
+        """Install the handlers."""
         for number in _SIGNALS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
@@ -38,7 +38,7 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Give the signals back."""
+        """Restore the handlers from before."""
         self._restore()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
 """One training step: forward, one backward for K gradients, surgery, update.
 
-Nothing here reads a value back from the device.  What a step needs from the host (rate, seed,
-order of surgery) is written into tensors that stay in place, and what it reports stays a tensor.
+Nothing here reads a value back from the device.  The host writes the learning rate and the seed
+into tensors that stay in place, and the step's report is made of tensors.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from ..runtime.execution import Execution
 
 _MICRO_BATCH_BIT = 24
 _SEED_BIT = 32
-"""Seeds: bits 0-23 count steps, 24-31 micro-batches, from 32 on stands the recipe's seed."""
+"""A seed's bits: 0-23 the step, 24-31 the micro-batch, from 32 on the recipe's seed."""
 _RANK_FACTOR = 0x9E3779B1
 """Odd, so that its multiples modulo 2^31 differ for all ranks; their bits differ everywhere."""
 
 
 class MultitaskStep:
-    """Trains a model by task gradients.
+    """A training step of a multitask model by task gradients.
 
     Args:
         model: in training mode, its parameters held by ``parameters``.
@@ -37,16 +37,16 @@ class MultitaskStep:
             there is only one row, one of them.
         parameters: flat storage and gradient rows of ``model``.
         optimizer: updates ``parameters``.
-        groups: what gets weights of its own.
-        balance: from the Gram matrices of the groups to the weights of the sum.
-        watched: groups whose Gram matrices are reported, which costs a further pass over the rows;
+        groups: parameter groups that are balanced separately.
+        balancer: maps the Gram matrices of the groups to the weights of the task gradients.
+        watched: groups whose Gram matrices are reported, which costs one more pass over the rows;
             None for none.
-        loss_weights: for each of ``tasks`` a factor on its loss, and so on its gradient.
+        loss_weights: a factor on the loss of each of ``tasks``, and so on its gradient.
         loss_scale: for gradients in fp16; None for other dtypes.
         clip_norm: largest norm of the combined gradient; None for no clipping.
-        seed: below 2^31; decides dropout and the order of surgery, together with the step's number.
+        seed: below 2^31; with the step's number it decides dropout and the order of surgery.
         execution: eager by default.
-        sync: with other ranks; each has dropout masks of its own.
+        sync: exchanges gradients with other ranks; each rank has dropout masks of its own.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MultitaskStep:
         parameters: FlatParameters,
         optimizer: Optimizer,
         groups: ParamGroups,
-        balance: Balancer,
+        balancer: Balancer,
         *,
         watched: ParamGroups | None = None,
         loss_weights: Sequence[float],
@@ -68,7 +68,7 @@ class MultitaskStep:
     ) -> None:
         self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
         self.optimizer, self.clip_norm = optimizer, clip_norm
-        self.groups, self.balance, self.loss_scale = groups, balance, loss_scale
+        self.groups, self.balancer, self.loss_scale = groups, balancer, loss_scale
         self.watched = watched
         self.sync = sync or NoSync()
         self._first_seed = seed << _SEED_BIT
@@ -80,7 +80,7 @@ class MultitaskStep:
         if len(parameters.rows) < len(self.tasks):
             for number, task in enumerate(self.tasks):
                 self._loss_weights[task,] = factors[number : number + 1]
-                # Moments and weights of the other tasks' heads rest meanwhile.
+                # Weights and moments of the other tasks' heads do not change.
                 self._segments[task,] = groups.segments_of(parameters.columns_used_by(task))
         self._lr = torch.zeros((), device=device)
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
@@ -91,8 +91,8 @@ class MultitaskStep:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """State that a checkpoint keeps besides weights and moments, by name."""
-        state = {f"balance.{name}": tensor for name, tensor in self.balance.state.items()}
+        """Further state of a checkpoint, besides weights and moments, by name."""
+        state = {f"balance.{name}": tensor for name, tensor in self.balancer.state.items()}
         if self.loss_scale is not None:
             state |= {f"loss_scale.{name}": t for name, t in self.loss_scale.state.items()}
         return state
@@ -103,9 +103,8 @@ class MultitaskStep:
         """Train on one batch.
 
         Args:
-            batch: a batch of each task, or of the one whose turn it is, on the model's device; or
-                the micro-batches that it was split into, which take less memory one after the
-                other.
+            batch: on the model's device, of all tasks or of the one that this step trains; or the
+                micro-batches that it was split into to save memory.
             step: the step's number, from 0; with the seed it decides all randomness.
             lr: learning rate of this step.
         """
@@ -114,7 +113,7 @@ class MultitaskStep:
         return self._run((batch,) if isinstance(batch, PackedBatch) else batch)
 
     def _on_device(self, micro_batches: Sequence[PackedBatch]) -> StepReport:
-        """Do the step; all that changes beside the batches is in tensors that stay in place."""
+        """Run the step; all other inputs than the batches are tensors that stay in place."""
         losses = self._task_gradients(micro_batches)
         report = self._update(losses, micro_batches[0].tasks)
         for batch in micro_batches:
@@ -126,7 +125,7 @@ class MultitaskStep:
         """Fill the K gradient rows by a forward and a backward pass of each micro-batch.
 
         Returns:
-            ``[K]``, what these examples add to the mean losses of the step.
+            ``[K]``, the share of these examples in the mean losses of the step.
         """
         self.parameters.clear_partial_gradients()
         factors = self._loss_weights[micro_batches[0].tasks]
@@ -141,7 +140,8 @@ class MultitaskStep:
             if number == len(micro_batches) - 1:
                 self.sync.start()
             own = self._losses_of(batch, totals, seed, number > 0)
-            # Each loss reaches its own part of the stream only, so their sum is all K at once.
+            # Each loss depends on its own task's tokens alone: one backward pass of the sum gives
+            # all K gradients.
             (own * factors).sum().backward()
             losses += own.detach()
         self.sync.wait()
@@ -150,7 +150,7 @@ class MultitaskStep:
     def _losses(
         self, batch: PackedBatch, totals: Sequence[int], seed: Tensor, accumulate: bool
     ) -> Tensor:
-        """Return ``[K]``, what a batch adds to the mean losses over ``totals`` examples a task."""
+        """Return ``[K]``, a batch's share in the mean losses over ``totals`` examples a task."""
         scores = self.model(batch, batch.tasks, seed=seed, task_rows=True, accumulate=accumulate)
         means = self.model.losses(scores, batch, batch.tasks)
         return torch.stack(
@@ -171,7 +171,7 @@ class MultitaskStep:
             scale = self.loss_scale.scale.clone()  # of this step
             grams = scaled_grams / scale.square()
         order = kernels.draw_order(len(tasks), self._seed)
-        weights = self.balance(grams, order, losses)
+        weights = self.balancer(grams, order, losses)
         guard = kernels.update_guard(
             scaled_grams, weights, max_norm=self.clip_norm, loss_scale=scale
         )

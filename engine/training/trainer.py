@@ -1,4 +1,4 @@
-"""One phase of a training run: its parts, its batches, log and checkpoints."""
+"""One phase of a training run: model, data, optimizer, log and checkpoints."""
 
 from dataclasses import dataclass
 
@@ -31,25 +31,26 @@ from .step import MultitaskStep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
-    """The parts of one training run, or of one phase of it.
+    """A training run, or one phase of it.
 
     Attributes:
         run: its folder and recipe.
         phase: the number of the phase, from 0.
-        recipe: that of the phase.
-        device: where it computes.
-        train_sets: what each trained task or objective learns from, in the order of the rows.
+        recipe: of the phase.
+        device: of the model.
+        train_sets: the examples of each trained task or objective, in the order of the gradient
+            rows.
         dev_sets: the dev split of each evaluated task; none in a phase that trains no task.
-        samplers: what makes up each task's batches.
+        samplers: choose the examples of each task's batches.
         model: encoder and heads, in training mode, on flat parameters.
         parameters: master weights, compute weights, gradient rows.
-        optimizer: updates them.
+        optimizer: updates the weights.
         step: one training step.
-        sync: what the ranks send each other in a step.
+        sync: exchanges gradients and weights with other ranks.
         ranks: the processes that train together.
-        saver: writes checkpoints.
-        schedule: the learning rate.
-        task_schedule: which tasks are trained in which step.
+        checkpoint_writer: writes and reads checkpoints.
+        lr_schedule: the learning rate of each step.
+        task_schedule: the batches of each step.
         total_steps: steps of all epochs.
     """
 
@@ -66,8 +67,8 @@ class Trainer:
     step: MultitaskStep
     sync: NoSync
     ranks: Ranks
-    saver: AsyncWriter
-    schedule: Schedule
+    checkpoint_writer: AsyncWriter
+    lr_schedule: Schedule
     task_schedule: TaskSchedule
     total_steps: int
 
@@ -79,7 +80,7 @@ class Trainer:
             self.samplers,
             start,
             self.total_steps,
-            turns=self.task_schedule.turns,
+            schedule=self.task_schedule.batches,
             micro_batches=self.recipe.micro_batches,
             shard=self.ranks.shard,
             shapes=self.recipe.max_graphs if self.step.execution.kind == "graphs" else 0,
@@ -88,7 +89,7 @@ class Trainer:
         )
 
     def log(self, start: int) -> MetricsLog:
-        """Return where the steps from ``start`` on are written down."""
+        """Return the log of the steps from ``start`` on."""
         recipe, folder, watched = self.recipe, self.run.folder, self.step.watched
         loggers = recipe.loggers if self.ranks.is_main else ()
         return MetricsLog(
@@ -115,16 +116,16 @@ class Trainer:
         return self.task_schedule.epoch_steps
 
     def ends_epoch(self, steps_done: int) -> bool:
-        """Return whether the phase is at an epoch's end, or at its own."""
+        """Return whether the phase is at the end of an epoch, or at its own end."""
         return steps_done % self.epoch_steps == 0 or steps_done == self.total_steps
 
     def restore(self) -> Progress:
-        """Load the newest checkpoint that is whole, if any; return how far the run has come.
+        """Load the newest intact checkpoint, if any; return the run's progress.
 
-        Where it is of the phase before, whose weights are there already, the phase begins.
+        A checkpoint of the phase before is not loaded: the model was built with its weights.
 
         Raises:
-            InputError: it belongs to another model, or none of several is whole.
+            InputError: the checkpoint belongs to another model, or all of several are damaged.
         """
         checkpoints = self.run.checkpoints
         newest = None
@@ -141,7 +142,7 @@ class Trainer:
             return done._replace(phase=self.phase, phase_start=done.step)
         state.check_places(path, manifest.places)
         tensors = state.tensors()
-        self.saver.load(path, tensors)
+        self.checkpoint_writer.load(path, tensors)
         state.restore(tensors)
         if not self.ranks.all(state.is_valid):
             raise InputError(
@@ -153,12 +154,14 @@ class Trainer:
         return done
 
     def save(self, progress: Progress) -> None:
-        """Begin to write a checkpoint to go on from."""
+        """Begin to write a checkpoint to resume from."""
         state = self.state
-        self.saver.save(state.tensors(), Manifest(progress=progress, places=state.places))
+        self.checkpoint_writer.save(
+            state.tensors(), Manifest(progress=progress, places=state.places)
+        )
 
     def save_best(self, progress: Progress) -> None:
-        """Write the weights as the best so far."""
+        """Write the weights of the best score so far."""
         master = self.sync.gather(self.parameters.master)
         if self.ranks.is_main:
             weights = named_weights(self.parameters, master)
@@ -171,10 +174,10 @@ class Trainer:
 
 
 def check_range(parameters: FlatParameters) -> None:
-    """Check that the dtype to compute in holds the weights.
+    """Check that the weights are within the range of the compute dtype.
 
     Raises:
-        InputError: it does not.
+        InputError: they are not.
     """
     dtype = parameters.compute.dtype
     if not all_finite([parameters.compute]):

@@ -1,1 +1,1 @@
-"""Files, errors and text: what knows nothing of training."""
+"""Files, errors and text, independent of training."""

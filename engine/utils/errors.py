@@ -1,4 +1,4 @@
-"""The exceptions that are no defects of the engine."""
+"""Exceptions for bad input, diverged runs and lost ranks."""
 
 import re
 
@@ -40,7 +40,7 @@ class InputError(Exception):
 
 
 class DivergedError(InputError):
-    """Training left the finite numbers: loss, gradients, weights or what the model computes.
+    """Loss, gradients, weights or outputs of the model are not finite any more.
 
     The message is one line that says what, after which step, what to do, and which checkpoint
     stays.  The commands print it and exit with status 3.

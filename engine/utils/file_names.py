@@ -1,4 +1,4 @@
-"""Names for files and folders, short and yet different."""
+"""Short and distinct names for files and folders."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ _LONGEST = 200
 
 
 def distinct_names(paths: Sequence[PurePath]) -> list[str]:
-    """Name paths by their last part, and by as many folders before it as tell them apart.
+    """Name paths by their last part, and by as many folders before it as distinguish them.
 
     Args:
         paths: all different; whole ones, so that they have folders.

@@ -1,8 +1,8 @@
-"""Files and folders that are either whole or not there.
+"""Write files and folders atomically.
 
-They are made under a name of their own in the same folder, ``.NAME-XXXXXXXX.partial`` with eight
-random hexadecimal digits, which takes no existing file and follows no link, and renamed when whole.
-Nothing is removed but what this program wrote.
+They are written under a temporary name in the same folder, ``.NAME-XXXXXXXX.partial`` with eight
+random hexadecimal digits, which replaces no existing file and follows no link, and renamed when
+complete.  Nothing is removed but what this program wrote.
 """
 
 import os
@@ -24,7 +24,7 @@ _PARTIAL = re.compile(r"\.(.+)-[0-9a-f]{8}\.partial", re.DOTALL)
 
 @contextmanager
 def explained(doing: str, path: Path) -> Iterator[None]:
-    """Turn what the system refuses (disk full, no permission) into one clear line.
+    """Turn errors of the system (disk full, no permission) into one clear line.
 
     Raises:
         InputError: in place of an OSError from the body, or of what safetensors makes of one.
@@ -60,7 +60,7 @@ def check_own_file(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under another name and put it in its place when whole.
+    """Write a file under a temporary name, and rename it when complete.
 
     Raises:
         InputError: the system refuses it; ``path`` is what it was, and nothing else is left.
@@ -71,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Give a file to write, and put it in the place of ``path`` when the body is done.
+    """Open a temporary file, and rename it to ``path`` when the body is done.
 
     If the body fails, nothing of it stays and ``path`` is what it was.
 
@@ -103,7 +103,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def whole_folder(path: Path, known: re.Pattern[str] | None = None) -> Iterator[Path]:
-    """Give an empty folder to fill, and put it in the place of ``path`` when the body is done.
+    """Make an empty temporary folder, and rename it to ``path`` when the body is done.
 
     If the body fails, nothing of it stays and ``path`` is what it was.
 
@@ -126,7 +126,7 @@ def whole_folder(path: Path, known: re.Pattern[str] | None = None) -> Iterator[P
 
 
 def new_partial_folder(path: Path) -> Path:
-    """Make a new folder under a name that tells what is to become of it."""
+    """Make a new folder under the temporary name of another."""
     partial = _partial_of(path)
     partial.mkdir()
     return partial
@@ -178,13 +178,13 @@ def remove_folder(path: Path, known: re.Pattern[str]) -> None:
 
 
 def is_partial(name: str, of: re.Pattern[str]) -> bool:
-    """Return whether a name is what one of those would have while it is made."""
+    """Return whether a name is the temporary name of a file or folder."""
     found = _PARTIAL.fullmatch(name)
     return found is not None and of.fullmatch(found[1]) is not None
 
 
 def remove_partial_files(folder: Path, of: re.Pattern[str]) -> None:
-    """Remove what a process that was killed left half written: regular files of such names."""
+    """Remove the temporary files of a killed process: regular files of such names."""
     with explained("look into", folder):
         for entry in list(os.scandir(folder)):
             if is_partial(entry.name, of) and entry.is_file(follow_symlinks=False):

@@ -1,4 +1,4 @@
-"""Tell tensors of finite numbers from others."""
+"""Check tensors for numbers that are not finite."""
 
 from collections.abc import Iterable
 

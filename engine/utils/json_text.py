@@ -1,4 +1,4 @@
-"""Write JSON, which has no NaN and no infinity: where a number has no value stands null."""
+"""Write JSON, which has no NaN and no infinity: null stands for either."""
 
 import json
 import math

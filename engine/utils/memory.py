@@ -1,4 +1,4 @@
-"""Tell how much memory this process may use."""
+"""Find out how much memory this process may use."""
 
 import os
 from pathlib import Path

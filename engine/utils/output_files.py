@@ -1,4 +1,4 @@
-"""Files that a user names to be written: what is there already is not lost unless they say so."""
+"""Write files that a user names, and replace existing ones only if asked to."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Tell files that nobody else can have written: what a cache may be read from."""
+"""Check that nobody else can have written a file, before a cache reads it."""
 
 import grp
 import os

@@ -1,4 +1,4 @@
-"""Write text of unknown origin where signs mean something: terminals, tables, Markdown."""
+"""Quote text of unknown origin for terminals, spreadsheets and Markdown."""
 
 import json
 import re
@@ -25,7 +25,7 @@ _ENTITY = re.compile(r"&(?=#?\w+;)")
 
 
 def printable(text: str) -> str:
-    """Return text in which all that a terminal obeys, but line ends and tabs, is spelt out."""
+    """Spell out all control characters of a text, except line ends and tabs."""
     return escape(text, keep="\n\t")
 
 
@@ -70,7 +70,7 @@ def from_table_cell(cell: str) -> str:
 
 
 class PlainConsole(Console):
-    """A console that spells out what a terminal would obey in the texts that it is given."""
+    """A console that spells out the control characters of the texts that it prints."""
 
     def print(self, *objects: Any, **settings: Any) -> None:
         """Print as rich does."""

@@ -1,8 +1,8 @@
-"""Random numbers of the data side: they follow from names alone, such as seed, task and step.
+"""Random numbers for data, as functions of names such as seed, task and step.
 
 The names are hashed (BLAKE2b) into the key of a Philox generator, whose raw output numpy promises
-never to change.  Nothing here has a state, so no draw disturbs another, and a resumed run draws
-what it would have drawn.
+never to change.  Nothing here has a state, so no draw changes another, and a resumed run draws the
+same numbers.
 """
 
 import hashlib

@@ -50,7 +50,7 @@ def read_bytes(path: Path, limit: int | None = LARGEST_DOCUMENT) -> bytes:
 def parse_json(
     content: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Return what JSON says.
+    """Parse untrusted JSON.
 
     Args:
         content: the JSON.
@@ -66,7 +66,7 @@ def parse_json(
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return what TOML says.
+    """Parse untrusted TOML.
 
     Raises:
         ValueError: it is none, or one that Python cannot hold.

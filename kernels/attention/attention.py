@@ -42,7 +42,14 @@ from ..registration.backend import declare, register_fake
 from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import differentiable_once, refuse_vmap, register_derivative
 from ..registration.validation import check_data
-from .attention_checks import check_boundaries, check_qkv, check_rows
+from .attention_checks import (
+    check_attention,
+    check_attention_backward,
+    check_boundaries,
+    check_packed,
+    check_qkv,
+    check_rows,
+)
 from .attention_options import AttentionOptions
 
 _ops = torch.ops.superbert
@@ -194,11 +201,10 @@ def _cuda(
     _max_seqlen_k: int,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    from ..registration import operator_checks
     from . import attention_triton
 
     options = AttentionOptions(*arguments)
-    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+    check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
     return attention_triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
 
 
@@ -216,12 +222,11 @@ def _cuda_backward(
     _max_seqlen_k: int,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from ..registration import operator_checks
     from . import attention_triton
 
     options = AttentionOptions(*arguments)
-    operator_checks.check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
-    operator_checks.check_attention_backward(grad_out, q, out, lse)
+    check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+    check_attention_backward(grad_out, q, out, lse)
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     attention_triton.backward(
         grad_out, q, k, v, out, lse.contiguous(), cu_seqlens_q, cu_seqlens_k, options, grads=grads
@@ -233,13 +238,12 @@ def _cuda_backward(
 def _cuda_packed(
     qkv: Tensor, cu_seqlens: Tensor, _max_seqlen: int, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    from ..registration import operator_checks
     from . import attention_triton
 
-    operator_checks.check_packed(qkv)
+    check_packed(qkv)
     q, k, v = qkv.unbind(1)
     options = AttentionOptions(*arguments)
-    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options)
+    check_attention(q, k, v, cu_seqlens, cu_seqlens, options)
     return attention_triton.forward(q, k, v, cu_seqlens, cu_seqlens, options)
 
 
@@ -253,14 +257,13 @@ def _cuda_packed_backward(
     _max_seqlen: int,
     *arguments: Any,
 ) -> Tensor:
-    from ..registration import operator_checks
     from . import attention_triton
 
-    operator_checks.check_packed(qkv)
+    check_packed(qkv)
     q, k, v = qkv.unbind(1)
     options = AttentionOptions(*arguments)
-    operator_checks.check_attention(q, k, v, cu_seqlens, cu_seqlens, options)
-    operator_checks.check_attention_backward(grad_out, q, out, lse)
+    check_attention(q, k, v, cu_seqlens, cu_seqlens, options)
+    check_attention_backward(grad_out, q, out, lse)
     grad = qkv.new_empty(qkv.shape)
     lse = lse.contiguous()
     attention_triton.backward(
@@ -340,7 +343,7 @@ def flash_attn_varlen_func(
         return_attn_probs: return the log-sum-exp too.
         block_table: see window_size.
         seed: of dropout; int64, one element, on q's device.  None draws one.
-        rng_offset: tells apart uses that share a seed.
+        rng_offset: distinguishes dropouts that share a seed.
         stream: the old name of ``rng_offset``, deprecated.
 
     Returns:
@@ -417,7 +420,7 @@ def flash_attn_varlen_qkvpacked_func(
         deterministic: accepted; the backward pass always is.
         return_attn_probs: return the log-sum-exp too.
         seed: of dropout; int64, one element, on qkv's device.  None draws one.
-        rng_offset: tells apart uses that share a seed.
+        rng_offset: distinguishes dropouts that share a seed.
         stream: the old name of ``rng_offset``, deprecated.
 
     Returns:

@@ -1,9 +1,14 @@
-"""Check the tensors of the attention functions before a kernel runs."""
+"""Check the tensors of the attention functions, and of the operators whose CUDA side is Python.
+
+All raise ValueError, and name the argument (kernels/registration/validation.py).
+"""
 
 import torch
 from torch import Tensor
 
+from ..dropout.dropout import check_seed_given
 from ..registration import validation
+from .attention_options import AttentionOptions
 
 
 def check_rows(name: str, x: Tensor, like: Tensor) -> None:
@@ -48,3 +53,39 @@ def check_boundaries(name: str, cu_seqlens: Tensor, rows: Tensor) -> None:
         raise ValueError(f"{name}: expected contiguous on {rows.device}, got {cu_seqlens.device}")
     if validation.are_checked(rows):
         validation.check_cu_seqlens(name, cu_seqlens, len(rows))
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: AttentionOptions,
+) -> None:
+    """Check what both passes of attention are given."""
+    validation.check_kernel_dtype("q", q)
+    check_qkv(q, k, v)
+    validation.check_data(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_boundaries("cu_seqlens_q", cu_seqlens_q, q)
+    check_boundaries("cu_seqlens_k", cu_seqlens_k, k)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError("cu_seqlens_k: expected as many sequences as cu_seqlens_q")
+    options.check(q.device)
+    check_seed_given(options.dropout_p, options.seed)
+
+
+def check_attention_backward(grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Check what the backward pass is given besides."""
+    for name, x in (("grad_out", grad_out), ("out", out)):
+        validation.check_tensor(name, x, q.shape, q.dtype, q.device)
+    if out.shape[-1] > 1 and out.stride(-1) != 1:
+        raise ValueError(f"out: expected a contiguous last dimension, got strides {out.stride()}")
+    validation.check_tensor("lse", lse, (q.shape[1], q.shape[0]), torch.float32, q.device)
+
+
+def check_packed(qkv: Tensor) -> None:
+    """Check the shape of one tensor of queries, keys and values."""
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv: expected [tokens, 3, heads, width], got {list(qkv.shape)}")
+    validation.check_data(qkv=qkv)

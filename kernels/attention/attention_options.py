@@ -21,9 +21,9 @@ class AttentionOptions(NamedTuple):
 
     Attributes:
         softmax_scale: multiplies the scores, finite.
-        causal: whether a query sees only the keys up to its own place.
+        causal: whether a query sees only the keys up to its own position.
         dropout_p: probability to drop an attention weight.
-        rng_offset: tells apart uses that share a seed.
+        rng_offset: distinguishes dropouts that share a seed.
         seed: of dropout, int64, one element, or None without dropout.  The only tensor, and last:
             autograd saves it apart from the others.
     """

@@ -1,4 +1,4 @@
-"""Balancing methods: from the Gram matrix of the task gradients to the weights of their sum.
+"""Balancing methods: weights of the task gradients, as functions of their Gram matrix.
 
 Every method here computes weights ``c [K]`` from ``G = J Jᵀ [K, K]``; the update is
 ``sum_k c_k g_k``.  They run where G lies, never wait for the device, and can be part of a CUDA
@@ -17,8 +17,8 @@ a few ``[K, K]`` matrices, or one for each row that :func:`upgrad` solves at a t
 with K³, :func:`upgrad`'s with K⁴; on CUDA a problem is solved by one thread, so that beyond a
 hundred or so tasks G is better taken to the CPU first.
 
-A method is one file here, with its paper and equation; what they share is in
-:mod:`.gram_matrix` and :mod:`.solvers`.
+Each method has one file here, with its paper and equation; :mod:`.gram_matrix` and :mod:`.solvers`
+have what they share.
 """
 
 from ..registration.deprecation import renamed_attribute

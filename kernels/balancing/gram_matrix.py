@@ -14,7 +14,7 @@ from ..registration.validation import check_data, may_look
 
 
 def check_gram(gram: Tensor, **others: tuple[Tensor, int]) -> None:
-    """Refuse a Gram matrix that is none, and others whose dimensions are not all K.
+    """Refuse a Gram matrix that is not ``[K, K]``, and others whose dimensions are not all K.
 
     Raises:
         ValueError: the message names the argument.
@@ -78,7 +78,7 @@ def preferences(gram: Tensor, pref_vector: Tensor | None, *, mean: bool = True) 
 
 
 def check_finite(name: str, values: Tensor) -> None:
-    """Refuse numbers that are not finite, where they may be looked at.
+    """Refuse numbers that are not finite, where values may be read.
 
     Raises:
         ValueError: the message names them.

@@ -1,7 +1,7 @@
-"""The small problems that balancing methods solve: eigenvalues, quadratic programs, fair weights.
+"""Solve the small problems of balancing methods: eigenvalues, quadratic programs, fair weights.
 
-C++ and CUDA from one source, csrc/balancing_solvers.h.  All take and return contiguous float64 on
-one device and never wait for it; K has no limit but memory.
+The solvers are C++ and CUDA from one source, csrc/balancing_solvers.h.  All take and return
+contiguous float64 on one device and never wait for it; K has no limit but memory.
 """
 
 import torch
@@ -16,9 +16,9 @@ _ops = torch.ops.superbert
 for _name in (
     "symmetric_eigen",
     "project_onto_dual_cone",
-    "minimize_norm",
-    "avoid_conflict",
-    "bargain",
+    "solve_mgda",
+    "solve_cagrad",
+    "solve_fairgrad",
 ):
     declare(_name, cpu="cpp", cuda="cuda" if has_kernel(_name, "CUDA") else None)
     refuse_derivative(_name, name=_name, instead="gram.detach()")
@@ -34,9 +34,9 @@ def _(gram: Tensor, lower: Tensor) -> Tensor:
     return torch.empty_like(lower)
 
 
-@register_fake("minimize_norm")
-@register_fake("avoid_conflict")
-@register_fake("bargain")
+@register_fake("solve_mgda")
+@register_fake("solve_cagrad")
+@register_fake("solve_fairgrad")
 def _(gram: Tensor, *_setting: float) -> Tensor:
     return gram.new_empty(gram.shape[0])
 
@@ -70,17 +70,17 @@ def project_onto_dual_cone(gram: Tensor, wanted: Tensor) -> Tensor:
 
 def solve_mgda(gram: Tensor) -> Tensor:
     """Weights ``[K]`` of the shortest convex combination, of ``gram [K, K]``."""
-    weights: Tensor = _ops.minimize_norm(gram)
+    weights: Tensor = _ops.solve_mgda(gram)
     return weights
 
 
 def solve_cagrad(gram: Tensor, c: float) -> Tensor:
     """Weights ``[K]`` of the best worst-case direction within ``c |g0|`` of the mean ``g0``."""
-    weights: Tensor = _ops.avoid_conflict(gram, c)
+    weights: Tensor = _ops.solve_cagrad(gram, c)
     return weights
 
 
 def solve_fairgrad(gram: Tensor, alpha: float) -> Tensor:
     """Weights ``[K]`` with ``G c = c^(-1 / alpha)``, of ``gram [K, K]`` with norm 1."""
-    weights: Tensor = _ops.bargain(gram, alpha)
+    weights: Tensor = _ops.solve_fairgrad(gram, alpha)
     return weights

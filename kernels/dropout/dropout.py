@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of where an element stands.
+"""Dropout whose mask is a function of a seed and each element's position.
 
     y_i = x_i f_i,    f_i = 0 with probability p, else 1 / (1 - p)
 
@@ -13,8 +13,8 @@ in attention the two words of quad are ``key // 4`` and ``query``, rows of the p
 element is kept when its word is at least ``floor(p * 2**32)``, so the probability to keep one is
 exact to 2**-32, and backward passes compute the mask again instead of reading it.
 
-The seed is a tensor on the device: a CUDA graph replays with a new one.  Uses that share a seed
-tell themselves apart by ``rng_offset``, a number below 2**32.
+The seed is a tensor on the device, so that a CUDA graph can replay with another one.  Dropouts that
+share a seed have different ``rng_offset``, numbers below 2**32.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from ..philox import WORD, philox_words
 from ..registration.backend import declare, register_fake
 from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import register_derivative
-from ..registration.validation import DTYPES, check_data
+from ..registration.validation import DTYPES, check_data, check_kernel_dtype
 
 # ---- reference ----------------------------------------------------------------------------------
 
@@ -78,13 +78,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 @torch.library.impl("superbert::dropout", "CUDA")
 def _cuda(x: Tensor, p: float, seed: Tensor, rng_offset: int) -> Tensor:
-    from ..layer_norm import layer_norm_triton
-    from ..registration import operator_checks
+    from . import dropout_triton
 
-    operator_checks.check_kernel_dtype("x", x)
+    check_kernel_dtype("x", x)
     check_data(x=x)
-    operator_checks.check_seed(p, seed, rng_offset, x.device)
-    return layer_norm_triton.dropout(x, p, seed, rng_offset)
+    check_seed(p, seed, rng_offset, x.device)
+    return dropout_triton.dropout(x, p, seed, rng_offset)
 
 
 register_fake("dropout")(_fake)
@@ -113,6 +112,19 @@ def check_dropout(p: float, seed: Tensor | None, rng_offset: int, device: torch.
         raise ValueError(f"seed: expected on {device}, got {seed.device}")
 
 
+def check_seed(p: float, seed: Tensor | None, rng_offset: int, device: torch.device) -> None:
+    """Check the arguments of an operator's dropout."""
+    check_dropout(p, seed, rng_offset, device)
+    check_seed_given(p, seed)
+
+
+def check_seed_given(p: float, seed: Tensor | None) -> None:
+    """Check that dropout has a seed, and that it has data."""
+    if p > 0 and seed is None:
+        raise ValueError("seed: dropout needs a tensor of one int64")
+    check_data(seed=seed)
+
+
 def new_seed(device: torch.device) -> Tensor:
     """Draw a seed from torch's default generator of the device, without waiting for it."""
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
@@ -134,7 +146,7 @@ def dropout(
         p: probability to drop an element, ``0 <= p < 1``.
         training: without it, ``x`` comes back as it is.
         seed: int64, one element, on x's device; None draws one from torch's default generator.
-        rng_offset: tells apart uses that share a seed.
+        rng_offset: distinguishes dropouts that share a seed.
         stream: the old name of ``rng_offset``, deprecated.
 
     Returns:

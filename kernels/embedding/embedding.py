@@ -3,9 +3,9 @@
     y_t = W[i_t]                                               i [T], W [N, H], y [T, H]
     dW_k[i] = sum of dy_t over the rows t of task k with i_t = i
 
-A batch touches a few hundred of the word table's 30,522 rows.  The gradient rows are therefore
-only added to, and their consumer zeroes the ones that were touched (:func:`zero_rows_`), which
-spares filling K whole tables with zeros at every step.
+A batch looks up a few hundred of the word table's 30,522 rows.  So a backward pass adds to the
+gradients of these rows alone, and the caller zeroes them after the step (:func:`zero_rows_`),
+instead of K whole tables.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from ..registration.backend import declare, register_fake
 from ..registration.differentiation import differentiable_once, refuse_transforms
 from ..registration.validation import check_data
 from ..task_rows import TaskRows, TaskSegments, rows_at
+from .embedding_checks import check_embedding_gradients
 
 # ---- reference ----------------------------------------------------------------------------------
 
@@ -43,10 +44,9 @@ def _fake(*_arguments: object) -> None:
 
 @torch.library.impl("superbert::embedding_task_gradients_", "CUDA")
 def _cuda(*arguments: Any) -> None:
-    from ..registration import operator_checks
     from . import embedding_triton
 
-    operator_checks.check_embedding_gradients(*arguments)
+    check_embedding_gradients(*arguments)
     embedding_triton.add_task_gradients_(*arguments)
 
 
@@ -78,7 +78,7 @@ def embedding_task_gradients_(
 
 
 def zero_rows_(rows: Tensor, index: Tensor, offsets: Sequence[int]) -> None:
-    """Set the table rows that a backward pass touched back to zero.
+    """Zero the gradients of the table rows that a backward pass added to.
 
     Args:
         rows: ``[K, N, H]``, any dtype, as given to :func:`embedding`.

@@ -6,8 +6,8 @@
     dh as in `kernels.layer_norm`, from f dy
     dword_k[i] = sum of dh_t over the rows t of task k with i_t = i, and so for the other tables
 
-Only y and the float32 statistics are kept; the backward pass adds h up again, which reads no more
-than h itself would be.  With task rows the K gradients of tables, weight and bias go there.
+Only y and the float32 statistics are kept; the backward pass computes h again, which reads no more
+memory than a stored h.  With task rows it writes the K gradients of tables, weight and bias there.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,9 @@ from torch import Tensor
 from .. import _extension  # noqa: F401  (registers the operators)
 from ..dropout.dropout import check_dropout, dropout, new_seed
 from ..embedding.embedding import embedding, embedding_task_gradients_
+from ..embedding.embedding_checks import check_embedded
 from ..layer_norm.layer_norm import layer_norm
+from ..layer_norm.layer_norm_checks import check_norm, check_norm_backward
 from ..layer_norm.layer_norm_parameters import (
     check_parameter,
     parameter_gradients,
@@ -71,7 +73,7 @@ def embedding_layer_norm_reference(
     rows: EmbeddingRows | None = None,
     segments: TaskSegments | None = None,
 ) -> Tensor:
-    """The sum and its norm by the layers that do one thing each."""
+    """The sum and its norm by separate layers."""
     *table_rows, norm_rows = (None,) * 4 if rows is None else rows
     word, position, token_type = (
         embedding(index, table, rows=own, segments=segments)
@@ -152,28 +154,26 @@ for _name, _fake in _FAKES.items():
 
 @torch.library.impl("superbert::embedding_layer_norm", "CUDA")
 def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ..registration import operator_checks
     from . import embedding_layer_norm_triton
 
     ids, tables, given = arguments[:3], arguments[3:6], arguments[6:12]
-    operator_checks.check_embedded(ids, tables)
+    check_embedded(ids, tables)
     weight, bias, dropout_p, eps, seed, rng_offset = given
     word = tables[0]
-    operator_checks.check_norm(word, weight, bias, eps, None, None, dropout_p, seed, rng_offset)
+    check_norm(word, weight, bias, eps, None, None, dropout_p, seed, rng_offset)
     return embedding_layer_norm_triton.forward(ids, tables, *given)
 
 
 @torch.library.impl("superbert::embedding_layer_norm_backward", "CUDA")
 def _cuda_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
-    from ..registration import operator_checks
     from . import embedding_layer_norm_triton
 
     ids, tables, given = arguments[:3], arguments[3:6], arguments[6:]
-    operator_checks.check_embedded(ids, tables)
+    check_embedded(ids, tables)
     word = tables[0]
     shape = (ids[0].numel(), word.shape[1])
     check_tensor("grad_out", grad_out, shape, word.dtype, word.device)
-    operator_checks.check_norm_backward(grad_out, grad_out, *given[:6], *given[7:])
+    check_norm_backward(grad_out, grad_out, *given[:6], *given[7:])
     return embedding_layer_norm_triton.backward(grad_out, ids, tables, *given)
 
 
@@ -241,7 +241,7 @@ def embedding_layer_norm(
         eps: added to the variance.
         training: without it there is no dropout.
         seed: of dropout; int64, one element, on the tables' device.  None draws one.
-        rng_offset: tells apart uses that share a seed.
+        rng_offset: distinguishes dropouts that share a seed.
         stream: the old name of ``rng_offset``, deprecated.
         rows: where task gradients go; ``grad`` of tables, weight and bias then stays None.
         segments: which tokens belong to which task; needed with ``rows``.

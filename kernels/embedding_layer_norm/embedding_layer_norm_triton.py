@@ -1,7 +1,7 @@
 """Embeddings, layer norm and dropout on the GPU; `kernels.embedding_layer_norm` has the maths.
 
 As in `kernels.layer_norm.layer_norm_triton`, a program takes a few whole rows, and the sums for
-weight and bias are brought together by task in a fixed order.
+weight and bias are added up by task in a fixed order.
 """
 
 # Kernels are Triton's language, not typed Python, and write compile-time constants in capitals.

@@ -1,8 +1,8 @@
-"""Gradients of several tasks, combined into the ``grad`` of the parameters.
+"""Combine the gradients of several tasks into the ``grad`` of the parameters.
 
-The gradients of the single tasks lie in the rows of a buffer ``[K, P]``; a method makes weights out
-of the rows' Gram matrix, and the weighted sum of the rows is added to the parameters' ``grad``.
-The rows take a backward pass for each task, or, with :class:`.TaskGradients`, one for all of them.
+The task gradients are the rows of a gradient buffer ``[K, P]``; a method computes weights from the
+rows' Gram matrix, and the weighted sum of the rows is added to the parameters' ``grad``.  The rows
+take a backward pass for each task, or, with :class:`.TaskGradients`, one for all tasks.
 """
 
 import warnings
@@ -28,7 +28,7 @@ class _Trained(NamedTuple):
     """A parameter that requires a gradient."""
 
     position: int  # among those of the optimizer
-    group: int  # number of the set of parameters that get their weights together
+    group: int  # number of its group, whose parameters share their weights
     parameter: Tensor
 
 
@@ -40,7 +40,7 @@ class _Buffer(NamedTuple):
 
     @classmethod
     def of(cls, trained: Sequence[_Trained]) -> "_Buffer":
-        """Lay parameters out side by side; no rows yet."""
+        """Give each parameter its columns; there are no rows yet."""
         shapes = {str(entry.position): entry.parameter.shape for entry in trained}
         slots, end = lay_out(shapes, alignment=1)
         rows = trained[0].parameter.new_empty(0, end)
@@ -60,7 +60,7 @@ class _Buffer(NamedTuple):
 
 
 class SeenGradient(NamedTuple):
-    """A parameter's gradient as it was at a moment; writes into it make another version."""
+    """A parameter's gradient and the version of its data, which later writes increase."""
 
     parameter: Tensor
     gradient: TensorWeakRef
@@ -68,7 +68,7 @@ class SeenGradient(NamedTuple):
 
     @classmethod
     def of(cls, parameter: Tensor) -> "SeenGradient | None":
-        """Note a parameter's gradient, without keeping it alive; None without one."""
+        """Record a parameter's gradient, without keeping it alive; None without one."""
         gradient = parameter.grad
         if gradient is None:
             return None
@@ -86,12 +86,13 @@ class SeenGradient(NamedTuple):
 
 
 class BalancedGradients:
-    """Makes and combines the gradients of K tasks, for :class:`.BalancedOptimizer`.
+    """The gradients of K tasks and their combination, for :class:`.BalancedOptimizer`.
 
     A copy, or one that was pickled, has the settings and no gradients.
 
     Args:
-        granularity: what gets weights of its own: ``"model"``, ``"group"`` or ``"tensor"``.
+        granularity: the parameters that are balanced together: ``"model"``, ``"group"`` or
+            ``"tensor"``.
         average: divide by the number of tasks that reach a parameter.
         collector: collects the gradients of all tasks in one backward pass.
         tasks: the tasks' names.
@@ -151,7 +152,7 @@ class BalancedGradients:
         """Note that the optimizer has done a step; gradients that follow are of another."""
         self.awaits_step = False
         if self._collector is not None:
-            self._collector.allow_other_gradients(self._forget_what_is_gone)
+            self._collector.allow_other_gradients(self._clear_if_changed)
 
     def are_foreign(self, groups: ParameterGroups) -> bool:
         """Whether there are gradients, and none of them was combined here since the last step.
@@ -178,7 +179,7 @@ class BalancedGradients:
         """
         by_task = self._tasks.sort(losses)
         trained = list(self._trained(groups))
-        if self._goes_on(trained):
+        if self._is_continued(trained):
             self._check_number(len(by_task))
         else:
             self._begin(trained, len(by_task))
@@ -205,19 +206,19 @@ class BalancedGradients:
 
     # ---- the rows ------------------------------------------------------------------------------
 
-    def _goes_on(self, trained: Sequence[_Trained]) -> bool:
-        """Whether to add to the rows: all that came of them is still there, as it was written.
+    def _is_continued(self, trained: Sequence[_Trained]) -> bool:
+        """Whether to add to the rows: every gradient written from them is unchanged.
 
-        Without reading a value back this tells `zero_grad` of the optimizer, of the model and of
-        the optimizer inside, in place or not, and whatever else changes gradients.
+        Without reading a value back this detects `zero_grad` of the optimizer, of the model and of
+        the wrapped optimizer, in place or not, and any other change of gradients.
         """
         return self._is_written() and _layout_of(trained) == self._layout
 
     def _is_written(self) -> bool:
         return self._num_tasks > 0 and all(seen.is_untouched() for seen in self._written)
 
-    def _forget_what_is_gone(self) -> None:
-        """Clear the collected rows, before more of them come, if what came of them is gone."""
+    def _clear_if_changed(self) -> None:
+        """Clear the collected rows before new ones, if the gradients written from them changed."""
         if self._has_filled_rows and not self._is_written():
             self.clear()
 
@@ -232,7 +233,7 @@ class BalancedGradients:
             )
 
     def _begin(self, trained: Sequence[_Trained], num_tasks: int) -> None:
-        """Clear the rows, laid out for the parameters that the optimizer has now."""
+        """Clear the rows, and give columns to the parameters that the optimizer has now."""
         if not trained:
             raise ValueError("the optimizer has no parameter that requires a gradient")
         collector = self._collector
@@ -240,7 +241,7 @@ class BalancedGradients:
             raise ValueError(f"losses must be {collector.num_tasks}, not {num_tasks}")
         layout = _layout_of(trained)
         if layout != self._layout:
-            self._buffers = list(self._lay_out(trained))
+            self._buffers = list(self._new_buffers(trained))
             self._layout = layout
             _warn_of_other_processes()
         if collector is None:
@@ -252,7 +253,7 @@ class BalancedGradients:
         self._reached = [set() for _ in range(num_tasks)]
         self._written, self._before = [], {}
 
-    def _lay_out(self, trained: Sequence[_Trained]) -> Iterator[_Buffer]:
+    def _new_buffers(self, trained: Sequence[_Trained]) -> Iterator[_Buffer]:
         """Yield a buffer for each kind of parameter, or the one that collects task gradients."""
         collector = self._collector
         if collector is not None:
@@ -305,7 +306,7 @@ class BalancedGradients:
         try:
             torch.autograd.backward(losses)
         finally:
-            collector.allow_other_gradients(self._forget_what_is_gone)
+            collector.allow_other_gradients(self._clear_if_changed)
         for entry in self._buffers[0].trained:
             for task in self._present & collector.tasks_reaching(entry.parameter):
                 self._reached[task].add(entry.position)
@@ -313,12 +314,12 @@ class BalancedGradients:
     # ---- their combination ---------------------------------------------------------------------
 
     def _sum_of_grams(self) -> Tensor:
-        """``[G, K, K]``: the Gram matrix of each set that gets weights of its own."""
+        """``[G, K, K]``: the Gram matrix of each group."""
         buffers = [buffer.gradients for buffer in self._buffers]
         members = [segment.group for buffer in buffers for segment in buffer.segments]
-        parts = [buffer.grams() for buffer in buffers]
-        first = max(parts, key=lambda matrix: torch.finfo(matrix.dtype).bits)
-        grams = torch.cat([matrix.to(first) for matrix in parts])
+        grams_of_buffers = [buffer.grams() for buffer in buffers]
+        first = max(grams_of_buffers, key=lambda matrix: torch.finfo(matrix.dtype).bits)
+        grams = torch.cat([matrix.to(first) for matrix in grams_of_buffers])
         if members == [0]:
             return grams
         sets = first.new_zeros(max(members) + 1, *grams.shape[1:])
@@ -344,7 +345,7 @@ class BalancedGradients:
                 hook(parameter)
 
     def _write(self, entry: _Trained, gradient: Tensor, divisor: int) -> None:
-        """Add a gradient to what was there before the first call; like autograd, in place."""
+        """Add a gradient to the one from before the first call; like autograd, in place."""
         if divisor != 1:
             gradient /= divisor
         parameter, position = entry.parameter, entry.position
@@ -362,7 +363,7 @@ class BalancedGradients:
 
 
 def _warn_of_other_processes() -> None:
-    """Say that nothing goes between processes: hooks of wrappers for that are not called."""
+    """Warn that gradients are not synchronised between processes: wrappers' hooks do not run."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(
             f"losses: the gradients are this process's own, of {dist.get_world_size()}, as "

@@ -5,8 +5,8 @@
     optimizer.backward([loss_a, loss_b, loss_c])
     optimizer.step()
 
-How the gradients of the tasks are made and combined is in :mod:`.balanced_gradients`; here is what
-makes it an optimizer.
+:mod:`.balanced_gradients` computes and combines the gradients of the tasks; this module is the
+interface of an optimizer.
 """
 
 import functools
@@ -29,20 +29,20 @@ Method = Callable[[Tensor], Tensor]
 
 
 class BalancedOptimizer(torch.optim.Optimizer):
-    """Wraps an optimizer; its ``backward(losses)`` takes the place of ``loss.backward()``.
+    """A torch optimizer around another; ``backward(losses)`` replaces ``loss.backward()``.
 
-    It is a torch optimizer: parameter groups, state and defaults are those of the wrapped one, and
-    hooks, ``copy.deepcopy``, pickling, learning-rate schedulers and ``torch.amp.GradScaler`` work
-    as with any other.  A parameter that no task reaches keeps its ``grad``, None for one, so that
-    weight decay leaves it alone.
+    Parameter groups, state and defaults are those of the wrapped optimizer, and hooks,
+    ``copy.deepcopy``, pickling, learning-rate schedulers and ``torch.amp.GradScaler`` work as with
+    any other.  A parameter that no task reaches keeps its ``grad``, usually None, so that weight
+    decay does not change it.
 
     Args:
         optimizer: any torch optimizer.
         method: a function of the Gram matrix from :mod:`kernels.balancing`, or a TorchJD weighting
             of Gramians.
-        granularity: what gets weights of its own: the whole ``"model"``, each parameter
-            ``"group"`` of the optimizer (a layer, say), or each ``"tensor"``.
-        task_gradients: made of the model whose parameters the optimizer trains; the losses then
+        granularity: the parameters that are balanced together: the whole ``"model"``, each
+            parameter ``"group"`` of the optimizer (a layer, say), or each ``"tensor"``.
+        task_gradients: of the model whose parameters the optimizer trains; the losses then
             come from a forward pass within its ``batch``, and ``backward`` is one backward pass.
             Hooks of parameters' gradients (``register_hook``) are not called with it.
         tasks: the tasks' names, for losses by name; those of the first losses when None.

@@ -1,7 +1,7 @@
-"""Step hooks that all optimizers share, where one optimizer steps another.
+"""Call global step hooks once where one optimizer steps another.
 
-Torch calls them around the step of every optimizer, so a wrapper's step would call each twice: for
-the wrapper and for the optimizer that it steps.
+Torch calls these hooks around the step of every optimizer, so a wrapper's step would call each
+twice: for the wrapper and for the optimizer that it steps.
 """
 
 from collections.abc import Callable, Iterator

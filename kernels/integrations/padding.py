@@ -1,4 +1,4 @@
-"""Between padded batches and packed streams, under flash-attn's names.
+"""Convert padded batches to packed streams and back, under flash-attn's names.
 
 A padded batch ``[B, S, ...]`` with a mask becomes a stream ``[T, ...]`` of its tokens, sequence
 after sequence, and ``cu_seqlens`` says where each one starts.

@@ -29,11 +29,10 @@ _OLD_KEY = "pcgrad"  # of state dicts before
 
 
 class PCGrad(BalancedOptimizer):
-    """Wraps an optimizer; ``pc_backward`` takes the place of ``backward``.
+    """An optimizer with PCGrad around another; ``pc_backward`` replaces ``backward``.
 
-    What the tasks do not share is left as it is: a parameter that no task reaches keeps its
-    ``grad``, None for one, so that weight decay leaves it alone, and the mean is taken over the
-    tasks that reach a parameter.
+    A parameter that no task reaches keeps its ``grad``, usually None, so that weight decay does not
+    change it, and the mean is taken over the tasks that reach a parameter.
 
     Args:
         optimizer: any torch optimizer.  The number of orders drawn so far is an entry
@@ -43,8 +42,8 @@ class PCGrad(BalancedOptimizer):
             ``"group"`` of the optimizer, or within each ``"tensor"``.
         seed: of the random order of projections, which is a function of seed and number of the
             draw alone, so that all ranks of a distributed run draw the same.
-        include_self: also project each gradient by itself where its turn comes, as the widely
-            copied class does; with its order, this replays its update.
+        include_self: also project each gradient by itself at its place in the order, as the widely
+            copied class does; with that class's order, the update is the same.
         task_gradients: as for :class:`.BalancedOptimizer`.  A layer that sees several tasks at once
             counts as reached by all of them that have a loss if any loss reaches it.
         tasks: the tasks' names, for losses by name; those of the first losses when None.

@@ -1,11 +1,11 @@
-"""Puts these kernels into a BERT of transformers, in place, and takes them out again.
+"""Make a BERT of transformers use these kernels, in place, and undo that.
 
-Attention goes through transformers' own registry (version 5).  Its mask function is asked once for
-each forward pass, where the padded batch's tokens are found; its attention function packs keys and
-values.  Every query attends, those of padding too: heads may read hidden states there, so they are
-what transformers makes of them.  Layer norms stay the modules that they are, of another class.
+Attention goes through transformers' own registry (version 5).  Its mask function is called once in
+each forward pass and finds the tokens of the padded batch; its attention function packs keys and
+values.  Queries of padding attend too, since heads may read their hidden states: these are the same
+as with transformers' attention.  Layer norms stay the same modules and get another class.
 
-All that :func:`restore` has to know lies in the model itself, so copies and pickles carry it along.
+The model itself stores everything that :func:`restore` needs, so copies and pickles have it too.
 """
 
 import copy
@@ -86,7 +86,7 @@ class _LayerNorm(FusedLayerNorm):
 
 
 class _Queries(NamedTuple):
-    """Queries that see their sequence's tokens in the same manner."""
+    """The queries of a batch that are causal, or those that are not."""
 
     indices: Tensor | None  # [Q] of [B * S]; None for all
     cu_seqlens: Tensor  # [B + 1]
@@ -94,7 +94,7 @@ class _Queries(NamedTuple):
 
 
 class _Packing(NamedTuple):
-    """Places of the tokens of a padded batch; passes through the model as its attention mask."""
+    """Positions of the tokens of a padded batch; the model takes it as its attention mask."""
 
     length: int  # S
     indices: Tensor | None  # [T] of [B * S]; None for all
@@ -136,7 +136,7 @@ def _packing(
 def _places(is_token: Tensor) -> Unpadded:
     """Find the tokens of ``[B, S]``.
 
-    In a compiled graph, whose shapes cannot depend on values, as many rows as there are places,
+    In a compiled graph, whose shapes cannot depend on values, the result has all ``B * S`` rows,
     tokens first; attention ignores the others.
     """
     total = is_token.numel() if torch.compiler.is_compiling() else None
@@ -144,10 +144,11 @@ def _places(is_token: Tensor) -> Unpadded:
 
 
 def _causal_queries(is_token: Tensor) -> tuple[_Queries, ...]:
-    """Divide the queries of a decoder, ``is_token`` ``[B, S]``, by what they see.
+    """Divide the queries of a decoder, ``is_token`` ``[B, S]``, into causal and other ones.
 
     The kernels align queries and keys at their ends.  So the queries up to the last token are
-    causal, also those of padding before the first, which see nothing; those behind see all tokens.
+    causal, and those of padding before the first token see none; queries of padding after the last
+    token see all tokens.
     """
     first = is_token & ~nn.functional.pad(is_token, (1, 0))[:, :-1]
     in_one_piece = (first.sum(1) <= 1).all()
@@ -156,8 +157,8 @@ def _causal_queries(is_token: Tensor) -> tuple[_Queries, ...]:
     elif not in_one_piece:
         raise ValueError(_PADDING_BETWEEN)
     behind = is_token.flip(1).cumsum(1).flip(1) == 0
-    parts = ((_places(part), part is not behind) for part in (~behind, behind))
-    return tuple(_Queries(part.indices, part.cu_seqlens, causal) for part, causal in parts)
+    divided = ((_places(is_query), is_query is not behind) for is_query in (~behind, behind))
+    return tuple(_Queries(own.indices, own.cu_seqlens, causal) for own, causal in divided)
 
 
 def _attend(
@@ -188,21 +189,21 @@ def _attend(
         x.to(autocast_dtype(x) or x.dtype).transpose(1, 2).flatten(0, 1)
         for x in (query, key, value)
     )
-    k, v = _taken(k, indices), _taken(v, indices)
+    k, v = _selected(k, indices), _selected(v, indices)
     out = q.new_zeros(())
-    for part in queries:
+    for own in queries:
         rows = flash_attn_varlen_func(
-            *(_taken(q, part.indices), k, v, part.cu_seqlens, cu_seqlens, length, length),
-            *(dropout, scaling, part.causal),
+            *(_selected(q, own.indices), k, v, own.cu_seqlens, cu_seqlens, length, length),
+            *(dropout, scaling, own.causal),
         )
         assert isinstance(rows, Tensor)
-        if part.indices is None:
+        if own.indices is None:
             return rows.unflatten(0, (batch, length)), None
-        out = out + pad_input(rows, part.indices, batch, length)
+        out = out + pad_input(rows, own.indices, batch, length)
     return out, None
 
 
-def _taken(rows: Tensor, indices: Tensor | None) -> Tensor:
+def _selected(rows: Tensor, indices: Tensor | None) -> Tensor:
     return rows if indices is None else rows[indices]
 
 

@@ -1,4 +1,4 @@
-"""Layer norm, alone and behind BERT's dropout and residual.
+"""Layer norm, alone and after BERT's dropout and residual.
 
     h = residual + dropout(x + x_bias)        or h = x
     mean, var over the last dimension,  rstd = 1 / sqrt(var + eps),  xhat = (h - mean) rstd
@@ -9,12 +9,12 @@
     dweight_k = sum of dy xhat, dbias_k = sum of dy, over the rows of task k
 
 Rows are computed in float32 whatever their dtype, the variance in two passes, and the statistics
-are kept in float32.  Of a sum, the backward pass gets ``h - mean`` in the rows' dtype with the
-statistics of these rounded rows: it is then the gradient at a point that differs from h by a
-rounding of each deviation, and so it is right for rows that are nearly constant too.
+are kept in float32.  For a sum, the forward pass saves ``h - mean`` in the rows' dtype with the
+statistics of these rounded rows.  The gradient is then that at a point that differs from h by a
+rounding of each deviation, so it is right for rows that are nearly constant too.
 
 With task rows (:class:`TaskRows`) the backward pass writes the K gradients of weight and bias
-there; without, their sum is the usual gradient.
+there; without them it returns their sum, the usual gradient.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,7 @@ from ..registration.differentiation import (
 )
 from ..registration.validation import check_data, check_number
 from ..task_rows import TaskRows, TaskSegments
+from .layer_norm_checks import check_norm, check_norm_backward
 from .layer_norm_parameters import (
     check_parameter,
     parameter_gradients,
@@ -191,20 +192,18 @@ for _name, _fake in _FAKES.items():
 def _layer_norm_cuda(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from ..registration import operator_checks
     from . import layer_norm_triton
 
-    operator_checks.check_norm(x, weight, bias, eps)
+    check_norm(x, weight, bias, eps)
     out, _hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, eps)
     return out, mean, rstd
 
 
 @torch.library.impl("superbert::layer_norm_backward", "CUDA")
 def _layer_norm_backward_cuda(*arguments: Any) -> Tensor:
-    from ..registration import operator_checks
     from . import layer_norm_triton
 
-    operator_checks.check_norm_backward(*arguments[:8])
+    check_norm_backward(*arguments[:8])
     return layer_norm_triton.backward(*arguments)[0]
 
 
@@ -221,20 +220,18 @@ def _add_cuda(
     rng_offset: int,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..registration import operator_checks
     from . import layer_norm_triton
 
     given = (x, weight, bias, eps, residual, x_bias, dropout_p, seed, rng_offset)
-    operator_checks.check_norm(*given)
+    check_norm(*given)
     return layer_norm_triton.forward(*given)
 
 
 @torch.library.impl("superbert::dropout_add_layer_norm_backward", "CUDA")
 def _add_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from ..registration import operator_checks
     from . import layer_norm_triton
 
-    operator_checks.check_norm_backward(*arguments[:8], *arguments[9:])
+    check_norm_backward(*arguments[:8], *arguments[9:])
     return layer_norm_triton.backward(*arguments)
 
 
@@ -284,7 +281,7 @@ def layer_norm(
 
 
 def refuse_given(**unsupported: object) -> None:
-    """Raise NotImplementedError where an argument of flash-attn is given that has no use here."""
+    """Raise NotImplementedError if an argument of flash-attn is given that has no effect here."""
     for name, value in unsupported.items():
         if value is not None and value is not False:
             raise NotImplementedError(f"{name}: not supported by this layer norm")
@@ -333,7 +330,7 @@ def dropout_add_layer_norm(
         x_bias: ``[N]``, any floating dtype, added to ``x0`` before the dropout.
         training: without it there is no dropout.
         seed: of dropout; int64, one element, on x0's device.  None draws one.
-        rng_offset: tells apart uses that share a seed.
+        rng_offset: distinguishes dropouts that share a seed.
         stream: the old name of ``rng_offset``, deprecated.
         rows: where task gradients of weight and bias go; their ``grad`` then stays None.
         segments: which rows of ``x0`` belong to which task; needed with ``rows``.

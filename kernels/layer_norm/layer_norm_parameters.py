@@ -1,8 +1,8 @@
-"""Weight and bias of a layer norm: what they must look like, and where their gradients go.
+"""Check weight and bias of a layer norm, and write their task gradients.
 
 Every operator that ends in a layer norm takes its task rows as arguments ``rows, columns, offsets,
-accumulate`` (the buffer, and where weight and bias begin in it) and writes them in its backward
-pass; without task rows autograd's gradients are a row of their own, for all rows of the stream.
+accumulate`` (the gradient buffer, and the first columns of weight and bias) and writes them in its
+backward pass.  Without task rows it writes one gradient over the whole stream, which autograd gets.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def task_arguments(
     segments: TaskSegments | None,
     name: str = "x",
 ) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...], bool]:
-    """Check what all the functions share; return the operators' arguments that speak of tasks."""
+    """Check the arguments that all functions share; return the operators' arguments on tasks."""
     if x.dim() == 0 or x.shape[-1] == 0 or x.dtype not in DTYPES:
         raise ValueError(f"{name}: expected floating [..., width], got {x.dtype} {list(x.shape)}")
     check_parameter("weight", weight, x)
@@ -56,9 +56,9 @@ def save(ctx: Any, tensors: tuple[Tensor | None, ...], arguments: list[Any]) -> 
 def parameter_rows(
     ctx: Any, weight: Tensor | None, bias: Tensor | None, mean: Tensor
 ) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
-    """Rows of the parameters' gradients: the task rows, or a row of their own for all rows.
+    """Return the rows for the gradients of weight and bias: the task rows, or a new row for a sum.
 
-    A tensor without elements where there are none (`kernels.task_rows.rows_of`).
+    A tensor without elements stands for a missing parameter (`kernels.task_rows.rows_of`).
 
     Raises:
         ValueError: a hook on saved tensors changed the shape of the bias, which no kernel reads.

@@ -223,18 +223,6 @@ def _sum_partials_kernel(
     tl.store(grad + columns, total.to(grad.dtype.element_ty), mask=columns < N)
 
 
-# ---- elementwise dropout ------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["count", "rng_offset"])
-def _dropout_kernel(x, out, count, dropout, rng_offset, BLOCK: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * BLOCK + tl.zeros([1], tl.int64)
-    elements = first[:, None] + tl.arange(0, BLOCK)[None, :]
-    values = tl.load(x + elements, mask=elements < count, other=0.0).to(tl.float32)
-    values *= element_factors(first, rng_offset, dropout, BLOCK)
-    tl.store(out + elements, values.to(out.dtype.element_ty), mask=elements < count)
-
-
 # ---- launchers ----------------------------------------------------------------------------------
 
 # Elements of a tile, so that each of a warp's threads holds a few vectors of 16 bytes.
@@ -242,7 +230,6 @@ _TILE_ELEMENTS = 4096
 # Partial rows of a task's weight gradient: enough programs for every multiprocessor of today's
 # GPUs, few enough that their sum is cheap.  A constant, so that the sums do not depend on the GPU.
 _MAX_PROGRAMS = 512
-_DROPOUT_BLOCK = 4096
 
 
 def constants_of(width: int, dropout_p: float) -> dict[str, Any]:
@@ -395,15 +382,3 @@ def backward(
     parameters = (weight_rows, bias_rows, offsets, accumulate)
     rows_by_task(launch, num_rows, constants["ROWS"], *parameters, like=hidden)
     return grad_hidden, grad_x
-
-
-def dropout(x: Tensor, p: float, seed: Tensor, rng_offset: int) -> Tensor:
-    """Elementwise dropout of a tensor of any shape."""
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    count = x.numel()
-    if count > 0:
-        _dropout_kernel[(triton.cdiv(count, _DROPOUT_BLOCK),)](
-            x, out, count, DropoutArguments.of(p, seed), rng_offset, _DROPOUT_BLOCK
-        )
-    return out

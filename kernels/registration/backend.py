@@ -17,7 +17,7 @@ _declared: dict[tuple[str, str], Kind] = {}
 
 
 def declare(op: str, *, cpu: Kind, cuda: Kind | None) -> None:
-    """Declare what runs ``superbert::op`` on CPU and on CUDA tensors (None: nothing does)."""
+    """Declare the backends of ``superbert::op`` on CPU and on CUDA tensors (None: no backend)."""
     _declared[op, "cpu"] = cpu
     if cuda is not None:
         _declared[op, "cuda"] = cuda
@@ -27,7 +27,7 @@ Fake = Callable[..., Any]
 
 
 def register_fake(op: str) -> Callable[[Fake], Fake]:
-    """Register what ``superbert::op`` returns for tensors without data, all of one device.
+    """Register the outputs of ``superbert::op`` for tensors without data, all of one device.
 
     torch asks it as well where a tensor of the device ``meta`` is among others, and takes what it
     returns, or leaves as it is, for the result; so that is refused.

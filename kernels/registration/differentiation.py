@@ -1,9 +1,9 @@
-"""First derivatives in reverse mode; a refusal of those that would come out as zero.
+"""Register first derivatives in reverse mode, and refuse derivatives that torch would drop.
 
-torch drops what an operator's registration does not tell: the tangents of forward mode, and the
-second derivatives of a formula that runs without a graph.  Here either is an error that names the
-function.  First derivatives also work within ``torch.func.grad``, ``vjp`` and the like, and
-operators within ``torch.func.vmap``, one call for each entry; only a derivative within it is
+torch silently drops derivatives that an operator does not register: the tangents of forward mode,
+and the second derivatives of a formula that runs without a graph.  Here either is an error that
+names the function.  First derivatives also work within ``torch.func.grad``, ``vjp`` and the like,
+and operators within ``torch.func.vmap``, one call for each entry; only a derivative within it is
 refused.
 """
 
@@ -30,7 +30,7 @@ def in_forward_mode() -> bool:
 
 
 class _Undifferentiable(torch.autograd.Function):
-    """Passes on the first ``count`` tensors; raises when they are differentiated in any way."""
+    """Identity on the first ``count`` tensors; raises when they are differentiated in any way."""
 
     generate_vmap_rule = True
 
@@ -232,7 +232,7 @@ def refuse_vmap(op: str, *, name: str, instead: str) -> None:
 
 
 def refuse_transforms(name: str, *tensors: Tensor | None) -> None:
-    """Refuse what a layer that writes task rows in its backward pass cannot do.
+    """Refuse the transforms that a layer cannot support that writes task rows in its backward pass.
 
     Not said by a ``jvp`` of its `torch.autograd.Function`, which torch.compile cannot trace.
 

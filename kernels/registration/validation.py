@@ -1,4 +1,9 @@
-"""Checks of all kernels: dtypes, freed storages, and values that lie on the device.
+"""Checks of all kernels: dtypes, freed storages, and values on the device.
+
+Operators of ``torch.ops`` are public, and tensors that autograd saved may have been changed, so
+operators check everything that a kernel relies on: in C++ (csrc/check_torch.h), or, where their
+CUDA side is Python, in the ``*_checks.py`` of their folder.  All raise ValueError, and name the
+argument.
 
 A tensor whose storage was freed, as FSDP does, has its shape and no memory; torch's own functions
 crash on one.  Values on the device are boundaries and indices.
@@ -19,12 +24,15 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes that every kernel takes; float64 is computed by its reference."""
 
+KERNEL_DTYPES = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
+"""Dtypes that the kernels compute in."""
+
 _enabled = False
 
 
 @contextmanager
 def checked_values() -> Iterator[None]:
-    """Within it, every call on CUDA tensors looks at the values of its boundaries and indices.
+    """A context in which calls on CUDA tensors read and check boundaries and indices.
 
     Each look waits for the device.  Code that `torch.compile` has compiled is not checked, nor can
     a CUDA graph be captured.
@@ -38,7 +46,7 @@ def checked_values() -> Iterator[None]:
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether a call on ``x`` may look at values in Python."""
+    """Whether a call on ``x`` may read values in Python."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
         return False
     return _enabled if x.is_cuda else x.device.type == "cpu"
@@ -70,7 +78,7 @@ def check_number(name: str, value: Tensor | float | None, most: float = math.inf
 
 
 def check_rates(betas: Sequence[float], **numbers: Tensor | float) -> None:
-    """Refuse what an optimizer with two moments cannot be told.
+    """Refuse settings that an optimizer with two moments cannot have.
 
     Raises:
         ValueError: the message names it.
@@ -121,6 +129,12 @@ def _needed(x: Tensor) -> int:
 
 def _needed_bytes(x: Tensor) -> int:
     return int((x.storage_offset() + _needed(x)) * x.itemsize) if x.numel() else 0
+
+
+def check_kernel_dtype(name: str, x: Tensor) -> None:
+    """Check a dtype that the kernels, and not the float64 references, compute in."""
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
 
 
 def check_tensor(

@@ -44,8 +44,8 @@ def _compute_dtype(rows: Tensor) -> torch.dtype:
 def gram_reference(rows: Tensor, offsets: Sequence[int]) -> Tensor:
     """``[S, K, K]``: dot products of the rows over each segment of columns."""
     rows = rows.to(_compute_dtype(rows))
-    parts = [rows[:, begin:end] for begin, end in pairwise(offsets)]
-    return torch.stack([part @ part.T for part in parts])
+    segments = [rows[:, begin:end] for begin, end in pairwise(offsets)]
+    return torch.stack([segment @ segment.T for segment in segments])
 
 
 def combine_reference(rows: Tensor, weights: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def combine_adamw_reference_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """AdamW on the weighted sum of the rows; leaves everything alone where ``skip`` is true.
+    """AdamW on the weighted sum of the rows; changes nothing where ``skip`` is true.
 
     So it does where the step is below 1.
     """
@@ -156,11 +156,11 @@ def _gram_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     check_tensor("rows", rows, ctx.shape, rows.dtype, grad.device)
     symmetric = grad + grad.mT
     segments = zip(symmetric, pairwise(ctx.offsets), strict=True)
-    parts = [matrix @ rows[:, begin:end].to(matrix.dtype) for matrix, (begin, end) in segments]
+    gradients = [matrix @ rows[:, begin:end].to(matrix.dtype) for matrix, (begin, end) in segments]
     # Put together, since torch.func.vmap cannot write in place; columns of no segment get zeros.
     before, after = rows[:, : ctx.offsets[0]], rows[:, ctx.offsets[-1] :]
-    parts = [torch.zeros_like(before), *parts, torch.zeros_like(after)]
-    return torch.cat([part.to(rows.dtype) for part in parts], 1), None
+    gradients = [torch.zeros_like(before), *gradients, torch.zeros_like(after)]
+    return torch.cat([gradient.to(rows.dtype) for gradient in gradients], 1), None
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -245,7 +245,7 @@ def combine_adamw_(
     scale: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> None:
-    """One step of AdamW on the combined gradient, which never goes to memory.
+    """One step of AdamW on the combined gradient, which is never stored.
 
     Computes what ``torch.optim.AdamW`` does with ``scale * sum_k weights[k] * rows[k]`` as the
     gradient: decoupled weight decay, bias correction by ``step``.  The 0-dim arguments live on the

@@ -13,9 +13,9 @@
     optimizer.pc_backward(losses)                             # one backward pass
     optimizer.step()
 
-Examples do not interact, so the backward signal of all tasks goes through the network together and
-only the weight gradients differ by task.  What counts is how a parameter is used, not which module
-owns it: tied weights, modules called twice and functional calls are seen as well.
+Examples do not interact, so one backward pass computes the input gradients of all tasks, and only
+the weight gradients are computed by task.  Each use of a parameter counts, whatever module owns it:
+tied weights, modules called twice and functional calls are collected too.
 """
 
 import weakref
@@ -30,12 +30,12 @@ from .task_layers import Joined, Place, Single, TaskLayers
 
 
 class TaskGradients:
-    """Collects one gradient for each of K tasks in the rows of a flat buffer.
+    """The gradients of K tasks, which backward passes collect in the rows of a flat buffer.
 
     It follows the parameters that require a gradient when it is made; the others are left to
     autograd.  Task gradients add up over backward passes (micro-batches) until :meth:`clear`; the
-    parameters' own ``grad`` stays as it is.  Under autocast the layers compute as they do without
-    all this, and the rows have the dtype of the parameters.  Activation checkpointing needs
+    parameters' own ``grad`` does not change.  Under autocast the layers compute as usual, and the
+    rows have the dtype of the parameters.  Activation checkpointing needs
     ``checkpoint(…, use_reentrant=False, context_fn=task_gradients.checkpoint_contexts)``.
 
     Args:
@@ -123,10 +123,10 @@ class TaskGradients:
             yield
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], ...]:
-        """Return what ``context_fn`` of ``torch.utils.checkpoint`` returns.
+        """Return the contexts that ``context_fn`` of ``torch.utils.checkpoint`` has to return.
 
-        The layers that run again in the backward pass, which is called after the block, then see
-        the tasks as they lay at this moment.
+        Layers that run again in the backward pass, which is called after the block, then use the
+        division into tasks of this moment.
         """
         tasks = self._layers.tasks
         return nullcontext(), nullcontext() if tasks is None else self._again(tasks)
@@ -156,12 +156,12 @@ class TaskGradients:
             place.tasks.clear()
 
     def named_views(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter's name and its part of the rows, ``[K, *shape]``."""
+        """Yield every parameter's name and its view of the rows, ``[K, *shape]``."""
         for place in self._places.values():
             yield place.name, place.rows
 
     def columns(self, parameter: Tensor) -> slice:
-        """Return which columns of the rows belong to a parameter.
+        """Return the columns of the rows that belong to a parameter.
 
         Args:
             parameter: one of :attr:`parameters`.
@@ -235,7 +235,7 @@ class TaskGradients:
 
 
 def _refusal(name: str, owner: "weakref.ref[TaskGradients]") -> Callable[[Tensor | None], None]:
-    """Make the hook that catches a gradient which went past the task rows."""
+    """Make the hook that refuses a gradient of a parameter that was used outside any task."""
 
     def refuse(gradient: Tensor | None) -> None:
         task_gradients = owner()

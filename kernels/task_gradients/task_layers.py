@@ -1,10 +1,10 @@
-"""The layers of any model, as they run while task gradients are collected.
+"""Replace the layers of any model by ones that write task gradients.
 
 :class:`TaskLayers` is a torch function mode: within its ``with`` block every torch call passes
-through it.  Calls of linear, layer norm and embedding that take a followed parameter run as the
-functions of this package that write task rows.  Any other call is given stand-ins for the followed
-parameters if it sees one task, whose row then gets what autograd makes of them; if it sees all
-tasks, it is refused by name, since their gradients could not be told apart.
+through it.  Calls of linear, layer norm and embedding on a followed parameter run as the functions
+of this package that write task rows.  Any other call on inputs of one task gets stand-ins for the
+followed parameters, whose gradients by autograd go into that task's row; on inputs of all tasks it
+is refused by name, since their gradients could not be separated.
 """
 
 import math
@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """All tasks side by side along the first dimension.
+    """A batch of all tasks, one after the other along the first dimension.
 
     Attributes:
         examples: K + 1 offsets.
@@ -83,7 +83,7 @@ class Joined(NamedTuple):
 
 
 class Single(NamedTuple):
-    """One task has every row."""
+    """A batch of one task."""
 
     task: int
     num_tasks: int
@@ -94,13 +94,13 @@ class Single(NamedTuple):
 
 
 class TaskLayers(TorchFunctionMode):
-    """Runs the calls of a ``with`` block so that their backward pass fills task rows.
+    """A torch function mode whose calls write task rows in their backward pass.
 
     Args:
         places: of the followed parameters, by ``id``.
 
     Attributes:
-        tasks: how the tasks lie in what the layers see at the moment.
+        tasks: the tasks of the layers' inputs at the moment.
     """
 
     def __init__(self, places: Mapping[int, Place]) -> None:
@@ -299,7 +299,7 @@ def _spread(bias: Tensor, place: Place, count: int, segments: TaskSegments) -> T
 
 
 class _StandIn(torch.autograd.Function):
-    """Shares a parameter's memory; its gradient goes into a task's row and no further."""
+    """A view of a parameter whose gradient goes into a task's row, and not to autograd."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, place: Place, task: int, writable: bool) -> Tensor:
@@ -317,7 +317,7 @@ class _StandIn(torch.autograd.Function):
 
 
 class _Note(torch.autograd.Function):
-    """Passes a layer's output through; when its gradient comes, a loss has reached the layer."""
+    """Identity on a layer's output; its backward pass records that a loss reached the layer."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, places: Sequence[Place], tasks: set[int]) -> Tensor:

@@ -12,7 +12,7 @@ Losses = Iterable[Loss] | Mapping[str, Loss]
 
 
 class TaskNames:
-    """Brings losses into the order of the tasks.
+    """The names of the tasks, by which losses are put into their order.
 
     Args:
         names: of all tasks; those of the first mapping when None.

@@ -13,7 +13,7 @@ def test_the_numbers_stay_the_same_for_ever():
     assert found == ["0x1.8a3b719d7de60p-3", "0x1.b1bc1b6e11bf0p-5", "0x1.aeb25dd42f558p-2"]
     assert permutation(8, 7, "sst", 2).tolist() == [5, 1, 3, 4, 2, 7, 6, 0]
     drawn = TaskSchedule("annealed", (100, 900, 50), 50, 2, 3)
-    assert [drawn.turns(step)[0].task for step in range(12)] == ANNEALED
+    assert [drawn.batches(step)[0].task for step in range(12)] == ANNEALED
 
 
 def test_a_prefix_is_drawn_alike_and_other_names_differ():

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from kernels.attention import attention_triton_kernels as attention
 from kernels.attention.attention_triton import DELTA_ROWS, INTERVAL_ROWS, TILES, padded_width
 from kernels.attention.attention_triton_kernels import Heads, Intervals, KernelOptions
+from kernels.dropout import dropout_triton
 from kernels.dropout.philox_triton import DropoutArguments
 from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
@@ -45,7 +46,7 @@ OTHERS = {
     "intervals": attention.intervals_kernel,
     "delta": attention.delta_kernel,
     "sum_partials": layer_norm_triton._sum_partials_kernel,
-    "dropout": layer_norm_triton._dropout_kernel,
+    "dropout": dropout_triton._dropout_kernel,
     "embedding_pieces": embedding_triton._pieces_kernel,
     "embedding_long_runs": embedding_triton._long_runs_kernel,
 }
@@ -163,7 +164,7 @@ def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
         "intervals": {"ROWS_ARE_KEYS": True, "CAUSAL": True, "BLOCK": INTERVAL_ROWS},
         "delta": {"D": width, "BLOCK_D": padded_width(width), "BLOCK": DELTA_ROWS},
         "sum_partials": {"ACCUMULATE": True, "WHICH": 0, "N": width, "BLOCK_P": 32, "BLOCK_N": 64},
-        "dropout": {"BLOCK": layer_norm_triton._DROPOUT_BLOCK},
+        "dropout": {"BLOCK": dropout_triton._BLOCK},
         "embedding_pieces": of_table,
         "embedding_long_runs": of_table,
     }

@@ -1,4 +1,4 @@
-"""A valid call of every operator and of every public function, for tests that spoil arguments."""
+"""A valid call of every operator and of every public function, for tests that corrupt arguments."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

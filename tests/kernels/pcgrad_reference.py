@@ -17,6 +17,6 @@ def projected_gradients(rows: Tensor, order: Tensor) -> Tensor:
     return projected
 
 
-def algorithm1(rows: Tensor, order: Tensor) -> Tensor:
+def reference_pcgrad(rows: Tensor, order: Tensor) -> Tensor:
     """``[P]``: the update, the sum of the projected gradients."""
     return projected_gradients(rows, order).sum(0)

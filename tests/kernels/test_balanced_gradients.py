@@ -1,4 +1,4 @@
-"""When task gradients add up, what they are added to, and tasks without a loss."""
+"""Task gradients of several calls, gradients that were there before, and tasks without a loss."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
 from kernels.balancing.pcgrad import draw_order
 
 from ..device_waits import no_wait_for_the_device
-from .pcgrad_reference import algorithm1
+from .pcgrad_reference import reference_pcgrad
 from .test_pcgrad import Tasks, task_gradients, written_gradients
 
 ORDER = draw_order(3, 5)
@@ -64,7 +64,7 @@ def test_cleared_gradients_start_afresh(
     for seed in range(4):
         if seed:
             CLEAR[how](model, optimizer)
-        expected = algorithm1(task_gradients(model, seed), ORDER)
+        expected = reference_pcgrad(task_gradients(model, seed), ORDER)
         if regularized:
             regularize(model).backward()
             expected = expected + torch.cat(
@@ -87,7 +87,7 @@ def test_changed_gradients_are_added_to(model: Tasks, optimizer: PCGrad, change:
         model.trunk.weight.grad = model.trunk.weight.grad / 2
     before = written_gradients(model)
     optimizer.pc_backward(model.losses(2), ORDER)
-    combined = algorithm1(task_gradients(model, 2), ORDER)
+    combined = reference_pcgrad(task_gradients(model, 2), ORDER)
     assert_close(written_gradients(model), before + combined)
 
 
@@ -97,7 +97,7 @@ def test_a_step_clears_nothing(model: Tasks, optimizer: PCGrad) -> None:
     optimizer.step()
     rows += task_gradients(model, 2)
     optimizer.pc_backward(model.losses(2), ORDER)
-    assert_close(written_gradients(model), algorithm1(rows, ORDER))
+    assert_close(written_gradients(model), reference_pcgrad(rows, ORDER))
 
 
 def test_what_is_unfrozen_between_two_calls_is_trained(model: Tasks, optimizer: PCGrad) -> None:
@@ -106,7 +106,7 @@ def test_what_is_unfrozen_between_two_calls_is_trained(model: Tasks, optimizer: 
     model.trunk.requires_grad_(True)
     before = written_gradients(model)
     optimizer.pc_backward(model.losses(2), ORDER)
-    combined = algorithm1(task_gradients(model, 2), ORDER)
+    combined = reference_pcgrad(task_gradients(model, 2), ORDER)
     assert_close(written_gradients(model), before + combined)
 
 
@@ -117,7 +117,7 @@ def test_a_failed_call_leaves_nothing_behind(model: Tasks, optimizer: PCGrad) ->
     with pytest.raises(RuntimeError, match="second time"):
         optimizer.pc_backward(losses, ORDER)
     optimizer.pc_backward(model.losses(), ORDER)
-    assert_close(written_gradients(model), algorithm1(task_gradients(model), ORDER))
+    assert_close(written_gradients(model), reference_pcgrad(task_gradients(model), ORDER))
 
 
 # ---- gradients of other origin -------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_gradients_that_stood_there_are_kept_over_accumulation(
     for seed in (1, 2):
         optimizer.pc_backward(model.losses(seed), ORDER)
     rows = task_gradients(model, 1) + task_gradients(model, 2)
-    assert_close(written_gradients(model), before + algorithm1(rows, ORDER))
+    assert_close(written_gradients(model), before + reference_pcgrad(rows, ORDER))
     assert_close(model.unreached.grad, 2 * model.unreached.detach())
 
 
@@ -144,7 +144,7 @@ def test_a_gradient_that_came_between_two_calls_is_kept(model: Tasks, optimizer:
     optimizer.pc_backward([*model.losses(2)[:2], losses[2]], ORDER)
     rows = task_gradients(model, 1)
     rows[:2] += task_gradients(model, 2)[:2]
-    combined = algorithm1(rows, ORDER)
+    combined = reference_pcgrad(rows, ORDER)
     written = written_gradients(model)
     last.grad -= 1
     assert_close(written_gradients(model), combined)
@@ -174,7 +174,7 @@ def test_hooks_are_called_as_in_backward(model: Tasks, optimizer: PCGrad) -> Non
     seen.clear()
     optimizer.pc_backward(model.losses(), ORDER)
     assert len(seen) == 3
-    assert_close(written_gradients(model), algorithm1(rows, ORDER))
+    assert_close(written_gradients(model), reference_pcgrad(rows, ORDER))
     assert len(posted) == 1
     assert_close(posted[0], bias.grad)
 
@@ -191,7 +191,7 @@ def test_an_optimizer_in_hooks(model: Tasks, optimizer: PCGrad) -> None:
         parameter.register_post_accumulate_grad_hook(step)
     before = nn.utils.parameters_to_vector(trained).detach()
     for seed in (1, 2):
-        before = before - 0.1 * algorithm1(task_gradients(model, seed), ORDER)
+        before = before - 0.1 * reference_pcgrad(task_gradients(model, seed), ORDER)
         optimizer.pc_backward(model.losses(seed), ORDER)
         assert_close(nn.utils.parameters_to_vector(trained).detach(), before)
 
@@ -219,7 +219,7 @@ def test_a_task_without_a_loss(model: Tasks, absent: str, task: int) -> None:
     losses = list(model.losses())
     losses[task] = ABSENT[absent]
     summed.pc_backward(losses, ORDER)
-    assert_close(written_gradients(model), algorithm1(rows, ORDER))
+    assert_close(written_gradients(model), reference_pcgrad(rows, ORDER))
     for name, gradient in mean.items():
         divisor = reaching.get(name.split(".")[0], 2 if name == "temperature" else 1)
         assert_close(gradient * divisor, model.get_parameter(name).grad)
@@ -228,7 +228,7 @@ def test_a_task_without_a_loss(model: Tasks, absent: str, task: int) -> None:
 def test_a_task_that_comes_later_in_the_accumulation(model: Tasks, optimizer: PCGrad) -> None:
     optimizer.pc_backward([*model.losses(1)[:2], None], ORDER)
     optimizer.pc_backward([None, None, model.losses(1)[2]], ORDER)
-    assert_close(written_gradients(model), algorithm1(task_gradients(model), ORDER))
+    assert_close(written_gradients(model), reference_pcgrad(task_gradients(model), ORDER))
 
 
 @pytest.mark.parametrize(
@@ -267,14 +267,14 @@ def test_losses_by_name(model: Tasks) -> None:
     a, b, c = model.losses()
     optimizer.pc_backward({"c": c, "a": a, "b": b}, ORDER)
     rows = task_gradients(model)
-    assert_close(written_gradients(model), algorithm1(rows, ORDER))
+    assert_close(written_gradients(model), reference_pcgrad(rows, ORDER))
     optimizer.zero_grad()
     for name, loss in zip("bca", (model.losses()[k] for k in (1, 2, 0)), strict=True):
         optimizer.pc_backward({name: loss}, ORDER)  # one by one
-    assert_close(written_gradients(model), algorithm1(rows, ORDER))
+    assert_close(written_gradients(model), reference_pcgrad(rows, ORDER))
     optimizer.zero_grad()
     optimizer.pc_backward(model.losses(), ORDER)  # by position, too
-    assert_close(written_gradients(model), algorithm1(rows, ORDER))
+    assert_close(written_gradients(model), reference_pcgrad(rows, ORDER))
     with pytest.raises(ValueError, match=r"expected 3, for \['a', 'b', 'c'\], got 2"):
         optimizer.pc_backward(model.losses()[:2])
 
@@ -334,7 +334,7 @@ def test_losses_in_anything_that_has_an_order(
 ) -> None:
     optimizer = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), "sum", tasks=tasks)
     optimizer.pc_backward(given(model.losses()), ORDER)
-    assert_close(written_gradients(model), algorithm1(task_gradients(model), ORDER))
+    assert_close(written_gradients(model), reference_pcgrad(task_gradients(model), ORDER))
     with pytest.raises(ValueError, match=r"losses must be 3|expected 3, for .*, got 2"):
         optimizer.pc_backward(given(model.losses()[:2]))
     optimizer.zero_grad()

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
 from kernels.balancing.pcgrad import draw_order
 
-from .pcgrad_reference import algorithm1
+from .pcgrad_reference import reference_pcgrad
 from .test_pcgrad import Tasks, task_gradients, written_gradients
 
 
@@ -94,7 +94,7 @@ def test_surgery_by_group_and_by_tensor(granularity: str) -> None:
         columns.setdefault(key, []).append(torch.arange(begin, end))
     exact = torch.zeros(end, dtype=torch.float64)
     for own in map(torch.cat, columns.values()):
-        exact[own] = algorithm1(rows[:, own], order)
+        exact[own] = reference_pcgrad(rows[:, own], order)
     torch.testing.assert_close(written_gradients(model), exact, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(optimizer.gram, rows @ rows.T)
     assert model.unreached.grad is None
@@ -122,7 +122,7 @@ def test_groups_with_nothing_to_train(frozen: str) -> None:
                 for loss in losses
             ]
         )
-        group["exact"] = algorithm1(rows, order)
+        group["exact"] = reference_pcgrad(rows, order)
     optimizer.pc_backward(losses, order)
     for group in groups:
         if "exact" in group:
@@ -156,7 +156,7 @@ def test_groups_of_two_dtypes_are_balanced_together() -> None:
         [(single.double() @ row[:5]) + (double @ row[5:]) for row in directions], order
     )
     rows = torch.cat([directions[:, :5].float().double(), directions[:, 5:]], dim=1)
-    exact = algorithm1(rows, order)
+    exact = reference_pcgrad(rows, order)
     torch.testing.assert_close(single.grad.double(), exact[:5], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(double.grad, exact[5:], rtol=1e-6, atol=1e-6)
 
@@ -255,6 +255,6 @@ def test_parameters_of_another_optimizer_get_the_gradient_of_the_sum() -> None:
         for parameter, exact in zip(others, sums, strict=True):
             torch.testing.assert_close(parameter.grad, call * exact)
         written = torch.cat([p.grad.flatten() for p in shared])
-        torch.testing.assert_close(written, algorithm1(call * rows, order))
+        torch.testing.assert_close(written, reference_pcgrad(call * rows, order))
     assert len(hooked) == 2
     assert model.unreached.grad is None

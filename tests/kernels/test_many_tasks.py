@@ -19,7 +19,7 @@ from kernels.surgery.surgery import (
 
 from .balancing.methods import METHODS, gradients, update
 from .conftest import exact_projector
-from .pcgrad_reference import algorithm1
+from .pcgrad_reference import reference_pcgrad
 from .test_surgery import DTYPES, task_rows
 from .tolerance import assert_within_twice
 
@@ -89,7 +89,7 @@ def test_pcgrad_is_algorithm_1(num_tasks: int) -> None:
         weights, pcgrad_weights_reference(gram(rows), order, False, False), rtol=1e-9, atol=1e-9
     )
     if num_tasks == 65:
-        exact = algorithm1(rows, order)
+        exact = reference_pcgrad(rows, order)
         torch.testing.assert_close(combine(rows, weights), exact, rtol=1e-9, atol=1e-9)
 
 

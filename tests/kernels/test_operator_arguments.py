@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kernels
 from kernels.attention import attention_triton
+from kernels.dropout import dropout_triton
 from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.layer_norm import layer_norm_triton
@@ -220,8 +221,13 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(*_: Any, **__: Any) -> None:
         raise LaunchedError
 
-    modules = (attention_triton, layer_norm_triton, embedding_layer_norm_triton, embedding_triton)
-    for module in modules:
+    for module in (
+        attention_triton,
+        dropout_triton,
+        embedding_layer_norm_triton,
+        embedding_triton,
+        layer_norm_triton,
+    ):
         for name in ("forward", "backward", "dropout", "add_task_gradients_"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, launch)

@@ -30,9 +30,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SOLVERS = {
     "symmetric_eigen": (),
     "project_onto_dual_cone": (torch.eye(5).double(),),
-    "minimize_norm": (),
-    "avoid_conflict": (0.5,),
-    "bargain": (2.0,),
+    "solve_mgda": (),
+    "solve_cagrad": (0.5,),
+    "solve_fairgrad": (2.0,),
 }
 NAMES = ["gram", "pcgrad_weights", "draw_order", "combine", "combine_out", "combine_adamw_"]
 
@@ -261,7 +261,7 @@ def test_solvers_of_many_tasks(device: Device, columns: int) -> None:
     rows = torch.randn(70, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     matrix = rows @ rows.T + 1e-9 * torch.eye(70).double()
     lower = torch.eye(70).double()[:66] / 70  # more problems than a block has threads
-    for name, arguments in (("minimize_norm", ()), ("project_onto_dual_cone", (lower,))):
+    for name, arguments in (("solve_mgda", ()), ("project_onto_dual_cone", (lower,))):
         on_device = [device.put(argument) for argument in arguments]
         result = getattr(device.ops, name)(device.put(matrix), *on_device).cpu()
         expected = getattr(torch.ops.superbert, name)(matrix, *arguments)

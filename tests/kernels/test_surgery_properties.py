@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.balancing.pcgrad import draw_order, pcgrad_weights
 from kernels.surgery.surgery import combine, gram
 
-from .pcgrad_reference import algorithm1, projected_gradients
+from .pcgrad_reference import projected_gradients, reference_pcgrad
 
 # Exponents of two: a scale that is no power of two would round the gradients.
 scales = st.integers(-40, 40).map(lambda exponent: 2.0**exponent)
@@ -40,7 +40,7 @@ def update(rows: Tensor, order: Tensor) -> Tensor:
 def test_pcgrad_is_algorithm_1_at_any_scale(problem: tuple[Tensor, Tensor], scale: float) -> None:
     rows, order = problem
     rows = rows * scale
-    exact = algorithm1(rows, order)
+    exact = reference_pcgrad(rows, order)
     # An equal or opposite pair makes dot products that are zero but for rounding: whether such a
     # pair conflicts is open, and what it changes is of the size of that rounding.
     torch.testing.assert_close(update(rows, order), exact, rtol=0, atol=1e-10 * float(rows.norm()))

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 
 from kernels.attention import attention_triton
 from kernels.attention.attention_options import AttentionOptions
+from kernels.dropout import dropout_triton
 from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.layer_norm import layer_norm_triton
@@ -89,7 +90,7 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     add = (x, bias, 0.1, seed, 1)
     _, hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, 1e-12, *add)
     layer_norm_triton.backward(x, hidden, weight, mean, rstd, *rows, *add[2:])
-    layer_norm_triton.dropout(x, 0.1, seed, 1)
+    dropout_triton.dropout(x, 0.1, seed, 1)
 
     index, table = torch.arange(tokens) % 7, torch.zeros(7, width, dtype=dtype)
     embedded = ((index,) * 3, (table,) * 3)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from kernels.attention import attention_triton
 from kernels.attention.attention import attention_reference
 from kernels.attention.attention_options import AttentionOptions
+from kernels.dropout import dropout_triton
 from kernels.dropout.dropout import dropout_factors
 from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
@@ -325,7 +326,7 @@ def test_embedding_task_gradients(tokens: int, table_rows: int, width: int, devi
 def test_dropout(count: int, device: str) -> None:
     x, seed = torch.randn(count, device=device), torch.tensor(-3, device=device)
     expected = x * dropout_factors(count, 0.3, seed, 2**32 - 1)
-    assert torch.equal(layer_norm_triton.dropout(x, 0.3, seed, 2**32 - 1), expected)
+    assert torch.equal(dropout_triton.dropout(x, 0.3, seed, 2**32 - 1), expected)
 
 
 # Row sums of constants that are rounded, and a few columns.

@@ -38,11 +38,15 @@ _RAW = ("allowed", "differences", "samples", "problems")
 
 CASES = {
     "outputs": (try_outputs, 700, "commands that write, with something at or around their output"),
-    "sequences": (try_sequences, 100, "sequences of commands, killed and spoilt between"),
+    "sequences": (try_sequences, 100, "sequences of commands, killed and corrupted between"),
     "settings": (try_settings, 2000, "fields of a recipe at the edges of their types, then pairs"),
     "options": (try_options, 300, "command lines at the edges, and stdout and stderr that fail"),
     "concurrent": (try_concurrent, 40, "pairs of processes on one folder"),
-    "files": (try_files, 500, "tokenizers, weights, records, data sets spoilt in their structure"),
+    "files": (
+        try_files,
+        500,
+        "tokenizers, weights, records, data sets corrupted in their structure",
+    ),
     "operators": (try_operators, 500, "children that call operators with wrong arguments"),
 }
 """Parts made of cases that repeat by themselves: what tries them, how many, what they are."""
@@ -128,7 +132,7 @@ def main() -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.robustness", description=__doc__)
     add = parser.add_argument
-    add("--inputs", type=int, default=10_000, help="spoilt inputs")
+    add("--inputs", type=int, default=10_000, help="corrupted inputs")
     for name, (_, count, what) in CASES.items():
         add(f"--{name}", type=int, default=count, metavar="N", help=f"{what} (default: {count})")
     add("--full-disks", type=int, default=50, help="runs that a full disk stops")

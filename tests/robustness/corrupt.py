@@ -1,4 +1,4 @@
-"""Ways to spoil a good input at random: its bytes, or values in the structure that it has."""
+"""Ways to corrupt a good input at random: its bytes, or values in the structure that it has."""
 
 import copy
 import json
@@ -20,29 +20,29 @@ VALUES: list[Any] = [
 ]
 
 
-def spoil_bytes(content: bytes, draw: random.Random) -> bytes:
+def corrupt_bytes(content: bytes, draw: random.Random) -> bytes:
     """Return the content with one to four faults: bits turned, pieces cut out, doubled, put in."""
-    spoilt = bytearray(content)
+    corrupted = bytearray(content)
     for _ in range(draw.randint(1, 4)):
-        at = draw.randrange(len(spoilt) + 1)
-        length = min(draw.choice([1, 2, 8, 64, 1000]), len(spoilt) - at)
+        at = draw.randrange(len(corrupted) + 1)
+        length = min(draw.choice([1, 2, 8, 64, 1000]), len(corrupted) - at)
         match draw.randrange(6):
-            case 0 if at < len(spoilt):
-                spoilt[at] ^= 1 << draw.randrange(8)
+            case 0 if at < len(corrupted):
+                corrupted[at] ^= 1 << draw.randrange(8)
             case 1:
-                del spoilt[at : at + length]
+                del corrupted[at : at + length]
             case 2:
-                spoilt[at:at] = spoilt[at : at + length]
+                corrupted[at:at] = corrupted[at : at + length]
             case 3:
-                spoilt[at:at] = draw.choice(UGLY)
+                corrupted[at:at] = draw.choice(UGLY)
             case 4:
-                del spoilt[at:]
+                del corrupted[at:]
             case _:
-                spoilt[at : at + length] = draw.choice(UGLY)
-    return bytes(spoilt)
+                corrupted[at : at + length] = draw.choice(UGLY)
+    return bytes(corrupted)
 
 
-def spoil_json(content: bytes, draw: random.Random) -> bytes:
+def corrupt_json(content: bytes, draw: random.Random) -> bytes:
     """Exchange, remove or rename one to three values anywhere in a JSON document."""
     document = json.loads(content)
     for _ in range(draw.randint(1, 3)):
@@ -62,17 +62,19 @@ def spoil_json(content: bytes, draw: random.Random) -> bytes:
     return json.dumps(document).encode()
 
 
-def spoil_safetensors(content: bytes, draw: random.Random) -> bytes:
-    """Spoil the header of a safetensors file, whose length in front is made to fit."""
+def corrupt_safetensors(content: bytes, draw: random.Random) -> bytes:
+    """Corrupt the header of a safetensors file, whose length in front is made to fit."""
     length = int.from_bytes(content[:8], "little")
     header, body = content[8 : 8 + length], content[8 + length :]
-    spoilt = spoil_json(header, draw)
+    corrupted = corrupt_json(header, draw)
     if draw.random() < 0.3:
-        spoilt = spoilt.replace(b"F32", draw.choice([b"I32", b"U32", b"F64", b"BF16", b"F8_E4M3"]))
-    return len(spoilt).to_bytes(8, "little") + spoilt + body
+        corrupted = corrupted.replace(
+            b"F32", draw.choice([b"I32", b"U32", b"F64", b"BF16", b"F8_E4M3"])
+        )
+    return len(corrupted).to_bytes(8, "little") + corrupted + body
 
 
-def spoil_toml(content: bytes, draw: random.Random) -> bytes:
+def corrupt_toml(content: bytes, draw: random.Random) -> bytes:
     """Exchange the values of one to three lines of a TOML file."""
     lines = content.split(b"\n")
     settings = [number for number, line in enumerate(lines) if re.match(rb"[\w.-]+ = .", line)]

@@ -1,4 +1,4 @@
-"""Files of kinds that training makes or meets, spoilt in their structure, through whole commands.
+"""Corrupt the structure of files that training reads or writes, and run whole commands on them.
 
 Tokenizers of every model of the library, what a run writes down, weights in other dtypes and with
 gaps, configs with huge numbers, data set folders that lead elsewhere or hold pickles, texts that a
@@ -30,19 +30,19 @@ from .checks import (
 from .children import call, command
 from .compare import losses
 from .files_of_data import SECRET, lead_elsewhere, write_odd_texts
-from .files_of_models import spoil_config, spoil_tokenizer, spoil_weights
-from .files_of_runs import spoil_metrics, spoil_papers, spoil_results
+from .files_of_models import corrupt_config, corrupt_tokenizer, corrupt_weights
+from .files_of_runs import corrupt_metrics, corrupt_papers, corrupt_results
 from .given import Given
 
 _PICKLE_READ = "torch.load was called"
 
 KINDS: dict[str, tuple[int, Callable[[Base, Path, random.Random], Given]]] = {
-    "tokenizer": (3, spoil_tokenizer),
-    "weights": (2, spoil_weights),
-    "config": (1, spoil_config),
-    "metrics": (2, spoil_metrics),
-    "results": (1, spoil_results),
-    "papers": (1, spoil_papers),
+    "tokenizer": (3, corrupt_tokenizer),
+    "weights": (2, corrupt_weights),
+    "config": (1, corrupt_config),
+    "metrics": (2, corrupt_metrics),
+    "results": (1, corrupt_results),
+    "papers": (1, corrupt_papers),
     "data set": (1, lead_elsewhere),
     "texts": (1, write_odd_texts),
 }
@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[int, Callable[[Base, Path, random.Random], Given]]] = {
 
 
 def try_files(base: Base, folder: Path, count: int, seed: int, only: int | None) -> dict[str, Any]:
-    """Try ``count`` spoilt files: :func:`.try_cases`."""
+    """Try ``count`` corrupted files: :func:`.try_cases`."""
     return try_cases("files", folder, functools.partial(_attempt, base), count, seed, only)
 
 
@@ -73,7 +73,7 @@ def _attempt(base: Base, case: Case) -> Tried:
     problems += changes(before, after, before, "here")
     if ended.status == 0:
         problems += _problems_of_new(case.folder, set(after) - set(before))
-        if make is spoil_tokenizer and not problems:
+        if make is corrupt_tokenizer and not problems:
             problems += _problems_of_repeating(case.folder, arguments, prepare)
     return Tried(f"{what}, {program}", outcome_of(ended), problems, ended.last_line)
 

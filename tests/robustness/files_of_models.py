@@ -1,4 +1,4 @@
-"""Model folders and checkpoints spoilt: tokenizers, weights in other dtypes, configs."""
+"""Model folders and checkpoints corrupted: tokenizers, weights in other dtypes, configs."""
 
 import json
 import random
@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoints.manifest import read_manifest, seal
 
 from .base import Base
-from .corrupt import spoil_json
+from .corrupt import corrupt_json
 from .given import Given, use_run, with_model
 from .tokenizers_of_all_kinds import graft, whole_tokenizers
 
 
-def spoil_tokenizer(base: Base, here: Path, draw: random.Random) -> Given:
+def corrupt_tokenizer(base: Base, here: Path, draw: random.Random) -> Given:
     model = Path(shutil.copytree(base.model, here / "model"))
     for name in ("vocab.txt", "tokenizer_config.json"):
         (model / name).unlink(missing_ok=True)
@@ -24,7 +24,7 @@ def spoil_tokenizer(base: Base, here: Path, draw: random.Random) -> Given:
     if draw.random() < 0.9:
         document, how = graft(document, draw)
     if draw.random() < 0.3:
-        document = json.loads(spoil_json(json.dumps(document).encode(), draw))
+        document = json.loads(corrupt_json(json.dumps(document).encode(), draw))
         how += " and values"
     (model / "tokenizer.json").write_text(json.dumps(document))
     return f"{name} {how}", "train", with_model(base, here, model)
@@ -34,11 +34,11 @@ def _vocab_size(base: Base) -> int:
     return int(json.loads((base.model / "config.json").read_text())["vocab_size"])
 
 
-def spoil_weights(base: Base, here: Path, draw: random.Random) -> Given:
+def corrupt_weights(base: Base, here: Path, draw: random.Random) -> Given:
     """Weights of a model, or of a checkpoint whose checksums are forged."""
     if draw.random() < 0.5:
         model = Path(shutil.copytree(base.model, here / "model"))
-        what = _spoil_weights(model / "model.safetensors", draw)
+        what = _corrupt_weights(model / "model.safetensors", draw)
         return f"model weights {what}", "train", with_model(base, here, model)
     run = base.copy_run(here / "run")
     for folder in sorted((run / "checkpoints").iterdir()):
@@ -47,7 +47,7 @@ def spoil_weights(base: Base, here: Path, draw: random.Random) -> Given:
         state = draw.getstate()
         for path in sorted(folder.glob("*.safetensors")):
             draw.setstate(state)  # the same in each
-            what = _spoil_weights(path, draw)
+            what = _corrupt_weights(path, draw)
         seal(folder, manifest)
     program, arguments = use_run(base, here, draw)
     return f"checkpoint {what}", program, arguments
@@ -59,16 +59,16 @@ _DTYPES = [
 ]
 
 
-def _spoil_weights(path: Path, draw: random.Random) -> str:
+def _corrupt_weights(path: Path, draw: random.Random) -> str:
     how = draw.choice(["not finite", "too large", "dtype", "same size", "gap", "header"])
     if how in ("not finite", "too large"):
         state = load_file(path)
         floating = [name for name, tensor in state.items() if tensor.is_floating_point()]
         name = draw.choice(floating)
-        spoilt = state[name].double() if how == "too large" else state[name].clone()
+        corrupted = state[name].double() if how == "too large" else state[name].clone()
         value = 1e300 if how == "too large" else draw.choice([float("nan"), float("inf")])
-        spoilt.view(-1)[draw.randrange(max(1, spoilt.numel()))] = value
-        save_file(state | {name: spoilt}, path)
+        corrupted.view(-1)[draw.randrange(max(1, corrupted.numel()))] = value
+        save_file(state | {name: corrupted}, path)
         return f"{how}: {name}"
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -91,12 +91,12 @@ def _spoil_weights(path: Path, draw: random.Random) -> str:
             entry[key] = draw.choice(
                 [[], [0], [-1, 4], [2**62, 2], [2**31, 2**33], [0, 0], [4, 0], "x", [1.5, 2]]
             )
-    spoilt = json.dumps(header).encode()
-    path.write_bytes(len(spoilt).to_bytes(8, "little") + spoilt + body)
+    corrupted = json.dumps(header).encode()
+    path.write_bytes(len(corrupted).to_bytes(8, "little") + corrupted + body)
     return f"{how}: {name}"
 
 
-def spoil_config(base: Base, here: Path, draw: random.Random) -> Given:
+def corrupt_config(base: Base, here: Path, draw: random.Random) -> Given:
     """A model's config with huge numbers, beside weights that have others."""
     model = Path(shutil.copytree(base.model, here / "model"))
     config = json.loads((model / "config.json").read_text())

@@ -1,6 +1,6 @@
 """Damaged and hostile input: an error line or a right result, never another exception or a hang.
 
-Each kind of input starts from a good one and is spoilt at random (tests/robustness/corrupt.py).
+Each kind of input starts from a good one and is corrupted at random (tests/robustness/corrupt.py).
 Most are given to what reads them; some go through a whole command
 (tests/robustness/fuzz_commands.py).  What is read all the same is held against what its kind
 promises.
@@ -45,12 +45,12 @@ from engine.runs.run import Run, begin, open_run
 from engine.train import main
 from engine.utils.errors import InputError
 
-from .corrupt import spoil_bytes, spoil_json, spoil_safetensors, spoil_toml
+from .corrupt import corrupt_bytes, corrupt_json, corrupt_safetensors, corrupt_toml
 from .progress import say
 
 _SLOW, _HANGS = 20.0, 120.0
 _ROOM = 4 << 30
-"""Bytes that a spoilt input may ask for beyond what is there, before it is out of memory."""
+"""Bytes that a corrupted input may ask for beyond what is there, before it is out of memory."""
 
 TINY = [
     *("encoder.hidden_size=32", "encoder.num_hidden_layers=1", "encoder.num_attention_heads=2"),
@@ -73,7 +73,7 @@ _INTENTS = _SOURCE.format("intent")
 _PLAIN_ROWS = b'a\t"fine film\tdull\tmusic\nb\train, soon\tso "on"\tweather\n'
 _NUMBERED = {"text": ("2", "3"), "label": "4", "id": "1", "header": False}
 
-Spoil = Callable[[bytes, random.Random], bytes]
+Corrupt = Callable[[bytes, random.Random], bytes]
 
 
 class Kind(NamedTuple):
@@ -84,18 +84,18 @@ class Kind(NamedTuple):
         share: how often it is tried, out of all shares.
         good: what it is when nothing is wrong with it.
         read: what reads it; an AssertionError says that the result is wrong.
-        spoil: the ways to spoil it.
+        corrupt: the ways to corrupt it.
     """
 
     name: str
     share: int
     good: bytes
     read: Callable[[bytes], object]
-    spoil: Sequence[Spoil] = (spoil_bytes,)
+    corrupt: Sequence[Corrupt] = (corrupt_bytes,)
 
 
 def fuzz(folder: Path, inputs: int, seed: int) -> dict[str, object]:
-    """Try ``inputs`` spoilt inputs of all kinds.
+    """Try ``inputs`` corrupted inputs of all kinds.
 
     Returns:
         Counts by kind (``refused``, ``read``), and ``unhandled``: a traceback each.
@@ -112,7 +112,7 @@ def fuzz(folder: Path, inputs: int, seed: int) -> dict[str, object]:
         for number, kind in enumerate(chosen):
             if number % 500 == 0:
                 say(f"fuzz: {number:,} of {inputs:,} inputs, {len(unhandled)} unhandled")
-            content = draw.choice(kind.spoil)(kind.good, draw)
+            content = draw.choice(kind.corrupt)(kind.good, draw)
             faulthandler.dump_traceback_later(_HANGS, exit=True)
             outcome, problem = _try(kind, content)
             faulthandler.cancel_dump_traceback_later()
@@ -181,7 +181,7 @@ def _text_kinds(run: Run, folder: Path) -> list[Kind]:
     index = {"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}
     vocabulary = (model / "vocab.txt").read_bytes()
     toml = recipes.load("cgs").to_toml().encode()
-    structured = (spoil_bytes, spoil_json)
+    structured = (corrupt_bytes, corrupt_json)
     return [
         Kind("tab-separated", 20, _lines_of("quora"), _table("quora", "csv")),
         Kind("tab-separated scores", 10, _lines_of("sts"), _table("sts", "tsv")),
@@ -190,7 +190,7 @@ def _text_kinds(run: Run, folder: Path) -> list[Kind]:
         Kind("JSON lines", 5, json_lines, _table("intent", "jsonl")),
         Kind("JSON line", 5, json_lines.splitlines()[0], _table("intent", "jsonl"), structured),
         Kind("Parquet", 4, table.read_bytes(), _table("intent", "parquet")),
-        Kind("recipe", 15, toml, _recipe(folder / "spoilt.toml"), (spoil_bytes, spoil_toml)),
+        Kind("recipe", 15, toml, _recipe(folder / "corrupted.toml"), (corrupt_bytes, corrupt_toml)),
         Kind("override", 8, b"tasks.sts.head=cosine", _override),
         Kind("model config", 12, (model / "config.json").read_bytes(), _config(model), structured),
         Kind("tokenizer", 4, run.tokenizer.to_json().encode(), _tokenizer(model), structured),
@@ -213,7 +213,7 @@ def _dialect_kinds(commas: bytes, json_lines: bytes) -> list[Kind]:
         Kind("tabs in .csv", 3, tabs + _PLAIN_ROWS.replace(b'"', b""), _as(found_out, "csv")),
         Kind("semicolons", 3, commas.replace(b",", b";"), _as(_source(delimiter=";"), "txt")),
         Kind("semicolons, unsaid", 1, commas.replace(b",", b";"), _as(found_out, "csv")),
-        Kind("JSON array", 3, array, _as(found_out, "json"), (spoil_bytes, spoil_json)),
+        Kind("JSON array", 3, array, _as(found_out, "json"), (corrupt_bytes, corrupt_json)),
         Kind("UTF-16 with a mark", 3, wide, _as(found_out, "csv")),
         Kind("UTF-16 without", 2, text.encode("utf-16-be"), _as(unmarked, "csv")),
         Kind("Latin-1", 2, latin, _as(_source(encoding="latin-1"), "csv")),
@@ -227,7 +227,7 @@ def _dialect_kinds(commas: bytes, json_lines: bytes) -> list[Kind]:
             4,
             json.dumps(_SOURCE.model_dump()).encode(),
             _described(commas),
-            (spoil_json,),
+            (corrupt_json,),
         ),
     ]
 
@@ -366,9 +366,9 @@ def _weight_kinds(run: Run, folder: Path) -> list[Kind]:
     weights.mkdir()
     fresh = run.new_model()
     save_file(_huggingface_state(run), weights / "model.safetensors")
-    spoilt = folder / "spoilt"
+    corrupted = folder / "corrupted"
     step = run.checkpoints.all("step")[0]
-    target = Checkpoints(spoilt).path("step", 1)
+    target = Checkpoints(corrupted).path("step", 1)
     (shard,) = step.glob("*.safetensors")
     good, manifest_ = shard.read_bytes(), (step / "manifest.json").read_bytes()
 
@@ -385,7 +385,7 @@ def _weight_kinds(run: Run, folder: Path) -> list[Kind]:
     def manifest(content: bytes) -> object:
         fresh_copy()
         (target / "manifest.json").write_bytes(content)
-        found = Checkpoints(spoilt).find("step")
+        found = Checkpoints(corrupted).find("step")
         assert read_manifest(target) == read_manifest(step), "another manifest under its checksum"
         return found
 
@@ -405,10 +405,10 @@ def _weight_kinds(run: Run, folder: Path) -> list[Kind]:
         seal(target, known)
         return load_weights(target, fresh)
 
-    structured = (spoil_bytes, spoil_safetensors)
+    structured = (corrupt_bytes, corrupt_safetensors)
     return [
         Kind("model weights", 6, (weights / "model.safetensors").read_bytes(), init, structured),
-        Kind("manifest", 3, manifest_, manifest, (spoil_bytes, spoil_json)),
+        Kind("manifest", 3, manifest_, manifest, (corrupt_bytes, corrupt_json)),
         Kind("checkpoint", 2, good, checkpoint, structured),
         Kind("checkpoint, forged checksums", 4, good, forged, structured),
     ]

@@ -1,4 +1,4 @@
-"""Spoilt input through whole commands: exit status, one line, and nothing half written."""
+"""Corrupted input through whole commands: exit status, one line, and nothing half written."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from engine.runs.data_paths import data_folder
 from engine.runs.run import Run, open_run
 from engine.utils.errors import InputError
 
-from .corrupt import UGLY, spoil_bytes, spoil_json, spoil_safetensors, spoil_toml
+from .corrupt import UGLY, corrupt_bytes, corrupt_json, corrupt_safetensors, corrupt_toml
 from .fuzz import TINY, Kind
 
 _NAMES = [
@@ -35,10 +35,10 @@ def command_kinds(run: Run, folder: Path) -> list[Kind]:
     whole = {path.name: path for path in run.folder.rglob("*") if path.is_file()}
     assert {"recipe.toml", "manifest.json", "model.safetensors"} <= whole.keys()
     return [
-        Kind("a run's folder, resumed", 2, b"", _spoilt_run(run, trial, _resume), (_seed,)),
-        Kind("a run's folder, used", 2, b"", _spoilt_run(run, trial, _use), (_seed,)),
-        Kind("a model's folder", 2, b"", _spoilt_model(run, folder, trial), (_seed,)),
-        Kind("data files", 2, b"", _spoilt_data(run, trial), (_seed,)),
+        Kind("a run's folder, resumed", 2, b"", _corrupted_run(run, trial, _resume), (_seed,)),
+        Kind("a run's folder, used", 2, b"", _corrupted_run(run, trial, _use), (_seed,)),
+        Kind("a model's folder", 2, b"", _corrupted_model(run, folder, trial), (_seed,)),
+        Kind("data files", 2, b"", _corrupted_data(run, trial), (_seed,)),
         Kind("names on the command line", 2, b"", _names(trial), (_seed,)),
     ]
 
@@ -51,22 +51,22 @@ def _seed(_good: bytes, draw: random.Random) -> bytes:
 Command = Callable[[Path, random.Random], int]
 
 
-def _spoilt_run(run: Run, trial: Path, command: Command) -> Callable[[bytes], object]:
+def _corrupted_run(run: Run, trial: Path, command: Command) -> Callable[[bytes], object]:
     def read(content: bytes) -> object:
         draw = random.Random(content)
         with _fresh(trial):
             folder = shutil.copytree(run.folder, trial / "run")
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             for path in draw.sample(files, draw.choice([1, 1, 1, 2])):
-                spoil_file(path, draw)
+                corrupt_file(path, draw)
             return _ended(command(folder, draw), folder)
 
     return read
 
 
-def spoil_file(path: Path, draw: random.Random) -> None:
-    fitting = {".json": spoil_json, ".toml": spoil_toml, ".safetensors": spoil_safetensors}
-    spoil = draw.choice([spoil_bytes, fitting.get(path.suffix, spoil_bytes)])
+def corrupt_file(path: Path, draw: random.Random) -> None:
+    fitting = {".json": corrupt_json, ".toml": corrupt_toml, ".safetensors": corrupt_safetensors}
+    corrupt = draw.choice([corrupt_bytes, fitting.get(path.suffix, corrupt_bytes)])
     match draw.randrange(20):
         case 0:
             path.unlink()
@@ -82,7 +82,7 @@ def spoil_file(path: Path, draw: random.Random) -> None:
         case 4:
             os.truncate(path, 1 << 40)  # a hole, which takes no room on the disk
         case _:
-            path.write_bytes(spoil(path.read_bytes(), draw))
+            path.write_bytes(corrupt(path.read_bytes(), draw))
 
 
 def _resume(folder: Path, _draw: random.Random) -> int:
@@ -102,7 +102,7 @@ def _use(folder: Path, draw: random.Random) -> int:
     return _run(predict, str(folder), *options, "--device", "cpu")
 
 
-def _spoilt_model(run: Run, folder: Path, trial: Path) -> Callable[[bytes], object]:
+def _corrupted_model(run: Run, folder: Path, trial: Path) -> Callable[[bytes], object]:
     good = folder / "good model"
     good.mkdir()
     run.tokenizer.save(good)
@@ -114,7 +114,7 @@ def _spoilt_model(run: Run, folder: Path, trial: Path) -> Callable[[bytes], obje
         draw = random.Random(content)
         with _fresh(trial):
             model = shutil.copytree(good, trial / "model")
-            spoil_file(draw.choice(sorted(model.iterdir())), draw)
+            corrupt_file(draw.choice(sorted(model.iterdir())), draw)
             options = ["--init", str(model), "--out", str(trial / "run"), "--device", "cpu"]
             status = _run(train, "demo", *options, "--max-steps", "1", "--set", *TINY)
             return _ended(status, trial / "run")
@@ -122,7 +122,7 @@ def _spoilt_model(run: Run, folder: Path, trial: Path) -> Callable[[bytes], obje
     return read
 
 
-def _spoilt_data(run: Run, trial: Path) -> Callable[[bytes], object]:
+def _corrupted_data(run: Run, trial: Path) -> Callable[[bytes], object]:
     good = data_folder(run.recipe)
 
     def read(content: bytes) -> object:
@@ -133,7 +133,7 @@ def _spoilt_data(run: Run, trial: Path) -> Callable[[bytes], object]:
             for path in sorted(good.iterdir()):
                 lines = path.read_bytes().splitlines(keepends=True)
                 (data / path.name).write_bytes(b"".join(lines[:40]))
-            spoil_file(draw.choice(sorted(data.iterdir())), draw)
+            corrupt_file(draw.choice(sorted(data.iterdir())), draw)
             bad_row = draw.choice(["skip", "error"])
             options = ["--data", str(data), "--out", str(trial / "run"), "--on-bad-row", bad_row]
             status = _run(train, "demo", *options, "--max-steps", "1", "--set", *TINY)

@@ -1,4 +1,4 @@
-"""Inputs of a case: a command on a spoilt run or model, or on data of its own."""
+"""Inputs of a case: a command on a corrupted run or model, or on data of its own."""
 
 import random
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from .base import RECIPE, Base
 
 Given = tuple[str, str, list[str]]
-"""The spoilt thing, the command, its arguments; the command's output is called ``new``."""
+"""The corrupted thing, the command, its arguments; the command's output is called ``new``."""
 
 
 def use_run(base: Base, here: Path, draw: random.Random) -> tuple[str, list[str]]:

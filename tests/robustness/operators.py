@@ -25,7 +25,7 @@ from .base import Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end
 from .children import call
-from .wrong_arguments import guarded, spoilt
+from .wrong_arguments import corrupted, guarded
 
 Call = tuple[str, Callable[..., object], Sequence[Any]]
 """Name, what is called, and arguments that are right."""
@@ -65,7 +65,7 @@ def _operators(draw: random.Random, notes: Path) -> None:
         chosen = draw.sample(range(len(wrong)), min(len(wrong), draw.choice([1, 1, 2, 2, 3])))
         said = []
         for place in chosen:
-            wrong[place], how = spoilt(wrong[place], draw)
+            wrong[place], how = corrupted(wrong[place], draw)
             said.append(f"{place} {how}")
         wrong = [guarded(value) if draw.random() < 0.7 else value for value in wrong]
         notes.write_text(f"{name}: {'; '.join(said)}")
@@ -137,7 +137,7 @@ def _layers(draw: random.Random, notes: Path) -> None:
         said = []
         changed = {}
         for field in fields:
-            changed[field], how = spoilt(getattr(stream, field), draw)
+            changed[field], how = corrupted(getattr(stream, field), draw)
             said.append(f"{field} {how}")
         stream = stream._replace(**changed)
         of_torch = name in _OF_TORCH or any(
@@ -154,7 +154,7 @@ def _forward_backward(
     """Call a layer and its backward, with storages freed or saved tensors changed between."""
 
     def unpack(saved: Tensor) -> Tensor:
-        return spoilt(saved, draw)[0] if draw.random() < 0.5 else saved
+        return corrupted(saved, draw)[0] if draw.random() < 0.5 else saved
 
     if late == "hooks":
         with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack):

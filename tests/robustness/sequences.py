@@ -1,8 +1,8 @@
-"""Commands one after the other on the same folders, killed and spoilt between: no case is alone.
+"""Run commands one after the other on the same folders, with kills and corrupted files between.
 
-What a folder was last made with is written down, so that what a later command shows can be held
-against it; once something was spoilt or was not finite, a refusal is right as well.  A run that was
-stopped goes on under the same settings.
+The settings of each folder are noted, and the output of later commands is checked against them;
+once something was corrupted or was not finite, a refusal is right as well.  A run that was stopped
+goes on under the same settings.
 """
 
 import functools
@@ -26,7 +26,7 @@ from .base import PROGRAMS, RECIPE, Base
 from .cases import Case, Tried, try_cases
 from .checks import outcome_of, problems_of_end, problems_of_files, problems_of_run
 from .children import Child, Ended, call, command
-from .fuzz_commands import spoil_file
+from .fuzz_commands import corrupt_file
 
 _SETTINGS: list[tuple[str, ...]] = [
     *((), (), ("lr=1e-3",), ("seed=1",), ("batch_size=4",), ("balance=sum",), ("dropout=0",)),
@@ -63,9 +63,9 @@ class _Folders:
 
     Attributes:
         made: the settings that each run was made with.
-        unsure: runs that may be refused: spoilt or not finite.
+        unsure: runs that may be refused: corrupted or not finite.
         stopped: runs that may have no checkpoint.
-        spoilt: whether any file was.
+        corrupted: whether any file was.
         done: the commands so far, as a person would write them.
         last: how the last one ended.
     """
@@ -75,7 +75,7 @@ class _Folders:
         self.made: dict[str, tuple[str, ...]] = {}
         self.unsure: set[str] = set()
         self.stopped: set[str] = set()
-        self.spoilt = False
+        self.corrupted = False
         self.done: list[str] = []
         self.last = "none"
         self._names = (f"new-{number}" for number in itertools.count())
@@ -97,7 +97,7 @@ class _Folders:
 
     def general_problems(self, ended: Ended) -> Iterator[str]:
         yield from problems_of_end(ended)
-        if not self.spoilt:
+        if not self.corrupted:
             yield from problems_of_files(self.folder)
 
 
@@ -247,17 +247,17 @@ def _report_two(folders: _Folders) -> Iterator[str]:
         yield "done, but two runs have one page"
 
 
-def _spoil(folders: _Folders) -> Iterator[str]:
-    """Spoil a file of a run or a series; whatever comes, it comes in one line."""
+def _corrupt(folders: _Folders) -> Iterator[str]:
+    """Corrupt a file of a run or a series; whatever comes, it comes in one line."""
     files = sorted(path for path in folders.folder.rglob("*") if path.is_file())
     files = [path for path in files if path.parent != folders.folder]
     if files:
         path = folders.draw.choice(files)
-        spoil_file(path, folders.draw)
+        corrupt_file(path, folders.draw)
         relative = path.relative_to(folders.folder)
-        folders.done.append(f"spoil {relative}")
+        folders.done.append(f"corrupt {relative}")
         folders.unsure.add(relative.parts[0])
-        folders.spoilt = True
+        folders.corrupted = True
     yield from ()
 
 
@@ -281,6 +281,6 @@ _ACTIONS: dict[Callable[[_Folders], Iterator[str]], int] = {
     _two_recipes: 1,
     _use: 4,
     _report_two: 1,
-    _spoil: 2,
+    _corrupt: 2,
     _copy_within: 1,
 }

@@ -42,7 +42,7 @@ def test_no_case_has_a_problem(base: Base, tmp_path: Path, part: str) -> None:
 
 
 @pytest.mark.parametrize("table", ["tasks", "objectives"])
-def test_a_recipe_can_be_trained_before_one_of_its_fields_is_spoilt(
+def test_a_recipe_can_be_trained_before_one_of_its_fields_is_corrupted(
     base: Base, tmp_path: Path, table: str
 ) -> None:
     around = tables_around((table, "a field"))
@@ -77,7 +77,7 @@ def test_a_changed_file_is_seen(tmp_path: Path) -> None:
     assert list(changes(before, snapshot(tmp_path), ["a"], "c")) == []
 
 
-def test_spoilt_inputs_are_refused_or_read(tmp_path):
+def test_corrupted_inputs_are_refused_or_read(tmp_path):
     result = fuzz(tmp_path, 400, seed=1)
     assert result["unhandled"] == []
     assert all("refused" in counts or "read" in counts for counts in result["by_kind"].values())

@@ -118,17 +118,17 @@ def _part(kind: str, draw: random.Random, depth: int = 0) -> Any:
 
 def graft(document: dict[str, Any], draw: random.Random) -> tuple[dict[str, Any], str]:
     """Return a tokenizer with one to three of its parts replaced, and which."""
-    spoilt, said = copy.deepcopy(document), []
+    corrupted, said = copy.deepcopy(document), []
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         kind = draw.choice(
             ["normalizer", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"]
         )
         if kind == "model":
-            said.append(f"model {_graft_model(spoilt['model'], draw)}")
+            said.append(f"model {_graft_model(corrupted['model'], draw)}")
         else:
-            spoilt[kind] = _part(kind, draw)
-            said.append(f"{kind} {spoilt[kind]['type']}")
-    return spoilt, " and ".join(said)
+            corrupted[kind] = _part(kind, draw)
+            said.append(f"{kind} {corrupted[kind]['type']}")
+    return corrupted, " and ".join(said)
 
 
 def _graft_model(model: dict[str, Any], draw: random.Random) -> str:

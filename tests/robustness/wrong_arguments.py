@@ -30,10 +30,10 @@ _DTYPES = [
 _PAGE = mmap.PAGESIZE
 
 
-def spoilt(value: Any, draw: random.Random) -> tuple[Any, str]:
+def corrupted(value: Any, draw: random.Random) -> tuple[Any, str]:
     """Return a value of about the same kind that is wrong, and what is wrong with it."""
     if isinstance(value, Tensor):
-        return _spoilt_tensor(value, draw)
+        return _corrupted_tensor(value, draw)
     if value is None:
         value = torch.zeros(draw.choice([(), (0,), (1,), (32,), (3, 3)]))
         return value, f"{list(value.shape)} for none"
@@ -42,11 +42,11 @@ def spoilt(value: Any, draw: random.Random) -> tuple[Any, str]:
     return wrong, repr(wrong)
 
 
-def _spoilt_tensor(value: Tensor, draw: random.Random) -> tuple[Any, str]:
-    how = draw.choice(list(_SPOILING))
+def _corrupted_tensor(value: Tensor, draw: random.Random) -> tuple[Any, str]:
+    how = draw.choice(list(_CORRUPTING))
     with torch.no_grad():
         try:
-            return _SPOILING[how](value, draw), how
+            return _CORRUPTING[how](value, draw), how
         except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError):
             return value.new_zeros(0), "empty"
 
@@ -72,10 +72,10 @@ def _freed_view(value: Tensor, draw: random.Random) -> Tensor:
 
 def _wild(value: Tensor, draw: random.Random) -> Tensor:
     """Return whole numbers out of all bounds, or numbers that are not finite."""
-    spoilt = value.detach().clone()
+    corrupted = value.detach().clone()
     wild = _FLOATS if value.is_floating_point() else [-1, 2**31 - 1, -(2**31), 50, 10**6]
-    spoilt.view(-1)[draw.randrange(max(1, value.numel()))] = draw.choice(wild)
-    return spoilt
+    corrupted.view(-1)[draw.randrange(max(1, value.numel()))] = draw.choice(wild)
+    return corrupted
 
 
 def _cut(value: Tensor, draw: random.Random) -> Tensor:
@@ -87,7 +87,7 @@ def _longer(value: Tensor, draw: random.Random) -> Tensor:
     return torch.cat([value.detach(), value.detach()], draw.randrange(value.dim()))
 
 
-_SPOILING: dict[str, Callable[[Tensor, random.Random], Any]] = {
+_CORRUPTING: dict[str, Callable[[Tensor, random.Random], Any]] = {
     "freed": _freed,
     "freed view": _freed_view,
     "wild": _wild,

@@ -1,7 +1,8 @@
-"""Heads: from what the encoder made of a task's sentences to losses and answers, a file a kind.
+"""Heads, one file a kind: they map hidden states of a task's sentences to losses and answers.
 
-``HEADS`` is the one registry: a :class:`~engine.data.task_schema.TaskSchema` or an objective names
-its kind, and everything that depends on it asks the head (:mod:`~engine.models.heads.base`).
+``HEADS`` is the registry: a :class:`~engine.data.task_schema.TaskSchema` or an objective names its
+kind, and everything that depends on the kind is a method of the head
+(:mod:`~engine.models.heads.base`).
 """
 
 from ...data.source import FURTHER_KINDS

@@ -1,7 +1,7 @@
-"""The interface of a head: all that the rest of the engine asks of a task's or objective's kind.
+"""The interface of a head: everything in the engine that depends on a task's or objective's kind.
 
-A head is one task's alone, so autograd adds its gradients into that task's row directly
-(engine/gradients/flat_parameters.py); only shared layers have to tell tasks apart.
+A head belongs to one task, so autograd adds its gradients into that task's row
+(engine/gradients/flat_parameters.py); only shared layers have to separate the tasks.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ LOSSES = ("default", "mse", "cross_entropy")
 """Names that a recipe's ``loss`` may have; each kind takes some."""
 
 Scores = Tensor | tuple[Tensor, ...]
-"""The output of a head that its loss reads; of a task that is scored a tensor ``[n, …]``."""
+"""The output of a head, which its loss takes; for a task with a metric a tensor ``[n, …]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +35,12 @@ class HeadSettings:
         kind: a key of :data:`~engine.models.heads.HEADS`.
         name: of the task or objective.
         config: of the encoder.
-        task: what the data look like; None for an objective.
-        features: what a task's head reads, as a recipe names it.
+        task: the schema of its data; None for an objective.
+        features: the recipe's name for the inputs of a task's head.
         loss: one of LOSSES.
         dropout_p: of the dropout before the output layer, in training.
         dropout_id: of its dropout; the RNG offset.
-        temperature: what a contrastive loss divides cosines by.
+        temperature: that a contrastive loss divides cosines by.
     """
 
     kind: str
@@ -67,33 +67,36 @@ class HeadExport(NamedTuple):
 
 
 class Head(nn.Module, ABC):
-    """Scores one task's share of a batch, and knows what follows from the task's kind.
+    """A head of one task or objective: scores, loss, answers and export.
 
     Class attributes:
-        known_features: what ``features`` may name; empty for an objective.
+        known_features: the values that ``features`` may have; empty for an objective.
         known_losses: those of LOSSES that it can be trained by.
-        metric: what its answers are scored by; None for an objective, which answers nothing.
+        needs_classes: whether labels have to be classes, not numbers within a range.
+        metric: for its answers; None for an objective, which has none.
         is_pretrained: whether pretrained models have weights for it.
-        fills_masks: whether :meth:`word_logits` tells the words behind masks.
-        answers_text: what the card of an export says of its ``answers``.
+        fills_masks: whether :meth:`word_logits` predicts masked words.
+        answers_text: the sentence about its ``answers`` in the model card of an export.
         answers_code: by the name of its ``answers``, the Python expression by which the card's
             example turns the output ``x [1, outputs]`` into an answer; it may use ``low`` and
-            ``span``, and is evaluated for every head, whatever that answers.
+            ``span``.  The example evaluates the expressions of all heads, so none may fail on
+            another's output.
 
     Attributes:
         name: of the task or objective.
-        task: what the task's data look like; None for an objective.
-        features: what it reads.
-        uses: the layers outside the head that it uses, by their names in SharedLayers.
-        answers: what an export calls its last numbers, a key of ``answers_code``.
+        task: the schema of its data; None for an objective.
+        features: the recipe's name for its inputs.
+        uses: the shared layers that it uses, by their names in SharedLayers.
+        answers: an export's name for its outputs, a key of ``answers_code``.
         reads_tokens: whether it reads the tokens' states, not the sentence vectors alone.
 
     Raises:
-        InputError: the settings do not go together; the message names the recipe's key.
+        InputError: the settings contradict each other; the message names the recipe's key.
     """
 
     known_features: ClassVar[tuple[str, ...]] = ()
     known_losses: ClassVar[tuple[str, ...]] = ("default",)
+    needs_classes: ClassVar[bool] = False
     metric: ClassVar[Metric | None] = None
     is_pretrained: ClassVar[bool] = False
     fills_masks: ClassVar[bool] = False
@@ -111,41 +114,53 @@ class Head(nn.Module, ABC):
 
     @classmethod
     def check(cls, settings: HeadSettings) -> None:
-        """Refuse features and losses that do not go with the task.
+        """Refuse features, losses and labels that the task cannot have.
+
+        A head with further conditions extends it, and calls this one first.
 
         Raises:
             InputError: the message names the recipe's key.
         """
         if settings.task is None:
             return
+        table = f"tasks.{settings.name}"
+        if cls.needs_classes and not settings.task.whole:
+            raise InputError(
+                f"{table}.source.classes: {settings.kind} needs at least two, by name or as a "
+                "number"
+            )
         allowed = cls.features_for(settings.task)
+        if not allowed:
+            raise InputError(
+                f"{table}.source.text: {len(settings.task.sentences)} given, which no head for "
+                f"{settings.kind} reads; it has {', '.join(cls.known_features)}"
+            )
         if settings.features not in allowed:
             raise InputError(
-                f"tasks.{settings.name}.head = {settings.features!r}: expected "
-                f"{' or '.join(allowed)}"
+                f"{table}.head = {settings.features!r}: expected {' or '.join(allowed)}"
             )
         if settings.loss not in cls.known_losses:
             raise InputError(
-                f"tasks.{settings.name}.loss = {settings.loss!r}: the labels are {settings.kind}; "
-                f"expected {' or '.join(cls.known_losses)}"
+                f"{table}.loss = {settings.loss!r}: a head for {settings.kind} is trained by "
+                f"{' or '.join(cls.known_losses)}"
             )
 
     @classmethod
     def features_for(cls, _task: TaskSchema) -> tuple[str, ...]:
-        """Return the features that a task can be read by."""
+        """Return the features that a task's head can take."""
         return cls.known_features
 
     @classmethod
     def layers_used(cls, _settings: HeadSettings) -> tuple[str, ...]:
-        """Return the layers outside a head that it uses: fields of SharedLayers.
+        """Return the shared layers that a head uses: fields of SharedLayers.
 
-        It is asked before the head is built, since a shared layer is drawn before.
+        It is called before the head is built, since shared layers are built first.
         """
         return ()
 
     @property
     def is_scored(self) -> bool:
-        """Whether it answers, and its answers are scored: that of a task, not of an objective."""
+        """Whether it has answers to score: a task's head has, an objective's has not."""
         return self.metric is not None
 
     @abstractmethod
@@ -157,23 +172,23 @@ class Head(nn.Module, ABC):
         """Return the mean loss over the examples, 0-dim.
 
         Args:
-            scores: what :meth:`forward` returned.
+            scores: from :meth:`forward`.
             labels: of the batch.
 
         Raises:
-            ValueError: there are no labels, and it needs some.
+            ValueError: there are no labels, and the loss needs some.
         """
 
     def predict(self, scores: Tensor) -> Tensor:
-        """Return the answers ``[n]`` in the labels' own terms: class numbers or values."""
+        """Return the answers ``[n]`` as labels are: class numbers or values."""
         raise TypeError(f"{self.name}: an objective answers nothing, got {tuple(scores.shape)}")
 
     def certainty(self, scores: Tensor) -> Tensor:
-        """Return the probability ``[n]`` of each answer by the scores; 1 where it has none."""
+        """Return the probability ``[n]`` of each answer; 1 for a head without probabilities."""
         return scores.new_ones(len(scores))
 
     def exported(self) -> HeadExport | None:
-        """Return what an export holds of it; None for an objective, whose head stays behind."""
+        """Return its record in an export; None for an objective, whose head is not exported."""
         task = self.task
         if task is None:
             return None
@@ -182,10 +197,10 @@ class Head(nn.Module, ABC):
         return HeadExport(layout | span | {"classes": task.classes}, self.state_dict())
 
     def load_pretrained(self, _tensors: Mapping[str, Tensor]) -> bool:
-        """Take over the weights that a Hugging Face model has for it; return whether it did.
+        """Load the weights that a Hugging Face model has for it; return whether there were any.
 
         Args:
-            tensors: what pretraining left beside the encoder, under BERT's names.
+            tensors: weights of the pretraining heads, under BERT's names.
         """
         return False
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class BiLstm(nn.Module):
-    """Reads the tokens behind [CLS] from both ends; the last states of the two, joined.
+    """An LSTM in each direction over the tokens after [CLS]; its output joins both last states.
 
     Args:
         width: of the tokens, H; each direction has H / 2 units.

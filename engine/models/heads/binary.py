@@ -24,6 +24,7 @@ class BinaryHead(SentenceHead):
     """
 
     known_losses = ("default", "cross_entropy")
+    needs_classes = True
     metric = ACCURACY
     answers = "binary"
     answers_text = "`binary`, one logit, yes above 0"

@@ -20,6 +20,7 @@ class ClassificationHead(SentenceHead):
 
     known_features = tuple(name for name in FEATURES if name not in SIMILARITIES)
     known_losses = ("default", "cross_entropy")
+    needs_classes = True
     metric = ACCURACY
     answers = "classes"
     answers_text = "`classes`, their logits"

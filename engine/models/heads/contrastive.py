@@ -1,8 +1,7 @@
 """SimCSE without supervision (Gao et al. 2021, arXiv:2104.08821, equation 4).
 
-Every sentence goes through the encoder twice in one batch (engine/data/sentences_twice.py).
-Dropout draws other masks for the second copy, and each copy has to be told from those of the other
-sentences:
+Every sentence goes through the encoder twice in one batch (engine/data/sentences_twice.py), with
+different dropout masks; the loss is that of finding a sentence's second copy among all of them:
 
     loss_i = -log( exp(cos(u_i, v_i) / t) / sum_j exp(cos(u_i, v_j) / t) )
 """
@@ -17,7 +16,7 @@ from .base import Head, HeadSettings
 
 
 class ContrastiveHead(Head):
-    """Compares the two copies of each of n sentences; it has no weights."""
+    """A head without weights that compares the two copies of n sentences."""
 
     def __init__(self, settings: HeadSettings) -> None:
         super().__init__(settings)

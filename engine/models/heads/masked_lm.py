@@ -26,7 +26,7 @@ _PRETRAINED = {
 
 
 class MaskedLmHead(Head):
-    """Predicts masked tokens; its decoder is the word table itself.
+    """A head that predicts masked tokens; its decoder is the word table.
 
     Of the kind ``masked_lm_next`` it predicts from [CLS], too, whether the second segment follows
     the first.
@@ -47,7 +47,7 @@ class MaskedLmHead(Head):
 
     @classmethod
     def layers_used(cls, _settings: HeadSettings) -> tuple[str, ...]:
-        """Return the word table: every entry of it is decoded with."""
+        """Return the word table, all of whose entries the decoder uses."""
         return ("word",)
 
     def forward(self, states: TaskStates) -> Scores:
@@ -58,7 +58,7 @@ class MaskedLmHead(Head):
         labels = states.labels
         assert isinstance(labels, MaskedTokens), "the batch has no masks"
         masked = states.tokens[labels.positions]
-        words = self.word_logits(masked, states.shared.word, states.rows(len(masked)))
+        words = self.word_logits(masked, states.shared.word, states.row_context(len(masked)))
         if self.pooler is None or self.follows is None:
             return words
         first = states.tokens[states.cu_seqlens[:-1].long()]

@@ -15,8 +15,8 @@ weights; for a yes or no it has a learnt scale and threshold:
     cosine_shifted   (cos(u, v) + 1) / 2    of those it is 2.5 (cos + 1)
     pearson          sigmoid(r(u, v))       r: correlation over the H components
 
-With ``cross`` there are no two vectors: both sentences stand in one sequence, which is read like a
-single one, by a linear output layer (:func:`~engine.data.split.join_pairs`; Devlin et al. 2019).
+With ``cross`` both sentences are in one sequence, whose one vector is scored like a single
+sentence's, by a linear output layer (:func:`~engine.data.split.join_pairs`; Devlin et al. 2019).
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ SHARED_INPUT = 2
 
 
 def joint(first: Tensor, second: Tensor, features: str) -> Tensor:
-    """Join the vectors of each pair, ``[n, H]`` each; for ``shared``, what its layer reads."""
+    """Join the vectors of each pair, ``[n, H]`` each; for ``shared``, return its layer's input."""
     if features == "mean":
         return (first + second) / 2
     if features == "distance":

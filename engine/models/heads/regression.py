@@ -50,7 +50,7 @@ class RegressionHead(SentenceHead):
         if settings.loss == "cross_entropy" and settings.features in SIMILARITIES:
             raise InputError(
                 f"tasks.{settings.name}.loss = 'cross_entropy': {settings.features} has no output "
-                f"layer to train by it; take features with one ({', '.join(JOINT_WIDTHS)})"
+                f"layer to train by it; take a head with one ({', '.join(JOINT_WIDTHS)})"
             )
 
     def forward(self, states: TaskStates) -> Tensor:

@@ -1,7 +1,7 @@
-"""Base of the heads of whole sentences: the features that they read, and the output layer.
+"""Base of the heads of whole sentences: their features, and the output layer.
 
-A task of one sentence is read off its vector (``single``) or off a BiLSTM over the token states
-joined with that vector (``bilstm``); a task of two by one of the features in
+The features of a single sentence are its vector (``single``), or that vector joined with a BiLSTM's
+output over the token states (``bilstm``); those of a pair are in
 :mod:`~engine.models.heads.pair_features`.
 """
 
@@ -47,13 +47,13 @@ class SentenceHead(Head):
 
     @classmethod
     def features_for(cls, task: TaskSchema) -> tuple[str, ...]:
-        """Return those of one sentence, or of two."""
+        """Return the features of one sentence, or of two."""
         allowed = SINGLE if len(task.sentences) == 1 else PAIRS
         return tuple(name for name in cls.known_features if name in allowed)
 
     @classmethod
     def layers_used(cls, settings: HeadSettings) -> tuple[str, ...]:
-        """Return the layer that all tasks with the features ``shared`` have in common."""
+        """Return the layer that all tasks with the features ``shared`` share."""
         return ("pair",) if settings.features == "shared" else ()
 
     def forward(self, states: TaskStates) -> Tensor:
@@ -81,7 +81,7 @@ class SentenceHead(Head):
         if self.features == "shared":
             layer = states.shared.pair
             assert layer is not None
-            return layer(joined, states.rows(len(joined))).relu()
+            return layer(joined, states.row_context(len(joined))).relu()
         return joined
 
     def _dropped(self, states: TaskStates) -> Tensor:

@@ -186,7 +186,7 @@ def test_tensors_come_back_and_others_are_missed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "corrupt",
     [
         lambda content: content | {"version": 99},
         lambda content: content | {"progress": ["x"]},
@@ -196,12 +196,12 @@ def test_tensors_come_back_and_others_are_missed(tmp_path):
         lambda content: [content],
     ],
 )
-def test_a_manifest_of_another_kind(tmp_path, spoil):
+def test_a_manifest_of_another_kind(tmp_path, corrupt):
     save_file({"x": torch.ones(3)}, tmp_path / "x.safetensors")
     seal(tmp_path, Manifest(progress=Progress(step=3, best_score=0.5, best_step=2)))
     assert verify(tmp_path).progress == Progress(3, 0.5, 2)
     file = tmp_path / "manifest.json"
-    file.write_text(json.dumps(spoil(json.loads(file.read_text()))))
+    file.write_text(json.dumps(corrupt(json.loads(file.read_text()))))
     with pytest.raises(InputError, match="damaged"):
         verify(tmp_path)
 

@@ -30,6 +30,7 @@ def refuse(capsys, program, *arguments: str) -> str:
     return lines[0]
 
 
+NAMED = "kind='classification',text=['x'],files={train='x.csv'}"
 SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
 
 
@@ -39,7 +40,7 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
         ([], "RECIPE is missing"),
         (["cgz"], "did you mean cgs?"),
         (["cgs", "--set", "lrate=1"], "unknown key lrate; did you mean"),
-        (["cgs", "--set", "tasks.sst.featurs=single"], "did you mean features?"),
+        (["cgs", "--set", "tasks.sst.heads=single"], "did you mean head?"),
         (["cgs", "--set", "encoder.hiden_size=8"], "did you mean hidden_size?"),
         (["cgs", "--set", "lr"], "expected key=value"),
         (["cgs", "--set", "lr=fast"], "lr = 'fast'"),
@@ -60,10 +61,27 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
             "balancing.preferences: 'imdb' is no trained task",
         ),
         (["cgs", "--set", "balance=main_aux", "balancing.main=cfimdb"], "'cfimdb' is no trained"),
+        *[
+            (
+                ["cgs", "--set", f"tasks.sst.source={{{NAMED},classes={classes}}}"],
+                f"source.classes = {value}: expected names, such as ['no', 'yes'], or how many",
+            )
+            for classes, value in [
+                *[("1", "1"), ("-3", "-3"), ("2.5", "2.5"), ("true", "True"), ("'yes'", "'yes'")],
+                *[("[1, 2]", "[1, 2]"), ("{a=1}", "{'a': 1}"), ("99999999999", "99999999999")],
+            ]
+        ],
         (["cgs", "--set", "balance_granularity=layers"], "balance_granularity = 'layers'"),
         (
             ["mtb-cosine-simcse", "--set", "freeze_encoder=true"],
             "nothing is left to train by simcse",
+        ),
+        (
+            [
+                *("demo", "--set", "freeze_encoder=true", "task_schedule=cycle"),
+                "tasks.sts.head=cosine",
+            ],
+            "nothing is left to train by sts",
         ),
         (["cgs", "--set", "lr.peak=1"], "lr has no fields"),
         (["cgs", "--set", "train=['imdb']"], "'imdb' is not among tasks"),
@@ -153,7 +171,7 @@ def test_a_recipe_that_is_no_toml(capsys, tmp_path):
 
 @pytest.fixture
 def demo_copy(tmp_path: Path) -> Path:
-    """A copy of the demo data set to spoil."""
+    """A copy of the demo data set to corrupt."""
     return shutil.copytree(data_folder(load("demo")), tmp_path / "data")
 
 
@@ -217,7 +235,7 @@ def test_resume_with_fewer_steps_than_trained(capsys, tiny_run, settings, steps)
     arguments = ["demo", "--out", str(folder), "--resume", "--set", *TINY, *settings]
     capsys.readouterr()
     line = refuse(capsys, train, *arguments, "max_steps=3")
-    assert f"has trained {steps} steps, more than it has now; raise max_steps" in line
+    assert f"has trained {steps} steps, more than recipe and data give now; raise max_steps" in line
     assert (folder / "recipe.toml").read_bytes() == recipe
     for same_or_more in (4, 5):
         assert train.main([*arguments, f"max_steps={same_or_more}"]) == 0
@@ -254,7 +272,7 @@ def test_a_run_whose_tokenizer_has_numbers_beyond_its_table(capsys, tiny_run):
 
 @pytest.fixture
 def small_model(tiny_run, tmp_path: Path) -> Path:
-    """A model folder in the Hugging Face layout, to spoil."""
+    """A model folder in the Hugging Face layout, to corrupt."""
     from engine.models.hf_weights import to_huggingface_state
     from engine.runs.run import open_run
 
@@ -303,52 +321,52 @@ def test_a_model_folder_trains(small_model, tiny_run):
     tiny_run("from-model", "--init", str(small_model))
 
 
-def spoil_shape(folder: Path) -> None:
+def corrupt_shape(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     state["encoder.layer.0.output.dense.weight"] = torch.zeros(3, 3)
     save_file(state, folder / "model.safetensors")
 
 
-def spoil_missing(folder: Path) -> None:
+def corrupt_missing(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     del state["encoder.layer.0.attention.self.key.bias"]
     save_file(state, folder / "model.safetensors")
 
 
-def spoil_nan(folder: Path) -> None:
+def corrupt_nan(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     state["embeddings.LayerNorm.weight"][0] = float("nan")
     save_file(state, folder / "model.safetensors")
 
 
-def spoil_value(value: float, dtype: torch.dtype) -> Callable[[Path], None]:
+def corrupt_value(value: float, dtype: torch.dtype) -> Callable[[Path], None]:
     """Put a value into a weight that is stored in another dtype."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         state = load_file(folder / "model.safetensors")
         weight = state["encoder.layer.0.output.dense.weight"].to(dtype)
         weight[0, 0] = value
         state["encoder.layer.0.output.dense.weight"] = weight
         save_file(state, folder / "model.safetensors")
 
-    return spoil
+    return corrupt
 
 
-def spoil_index(*names: object) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
+def corrupt_index(*names: object) -> Callable[[Path], None]:
+    def corrupt(folder: Path) -> None:
         index = {"weight_map": dict(zip("abc", names, strict=False))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    return spoil
+    return corrupt
 
 
-def spoil_config(folder: Path) -> None:
+def corrupt_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "expected"),
+    ("corrupt", "expected"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: not found"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "not a readable"),
@@ -357,23 +375,26 @@ def spoil_config(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
         (lambda folder: (folder / "config.json").write_text("[" * 5000), "brackets within"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff"), "not a JSON object"),
-        (spoil_config, "model_type = 'gpt2'"),
-        (spoil_index("../../x.safetensors"), "'../../x.safetensors' is not the name of a file in"),
-        (spoil_index("/etc/passwd"), "'/etc/passwd' is not the name of a file in"),
-        (spoil_index(3), "3 is not the name of a file in"),
-        (spoil_index(), "no weight_map"),
-        (spoil_shape, "encoder.layer.0.output.dense.weight has shape [3, 3]"),
-        (spoil_missing, "encoder.layer.0.attention.self.key.bias is missing"),
-        (spoil_nan, "no finite numbers"),
-        (spoil_value(1e300, torch.float64), "no finite numbers"),
-        (spoil_value(float("-inf"), torch.float16), "no finite numbers"),
-        (spoil_value(0, torch.float8_e4m3fn), "is stored as F8_E4M3, expected F64"),
-        (spoil_value(0, torch.int64), "is stored as I64, expected F64"),
+        (corrupt_config, "model_type = 'gpt2'"),
+        (
+            corrupt_index("../../x.safetensors"),
+            "'../../x.safetensors' is not the name of a file in",
+        ),
+        (corrupt_index("/etc/passwd"), "'/etc/passwd' is not the name of a file in"),
+        (corrupt_index(3), "3 is not the name of a file in"),
+        (corrupt_index(), "no weight_map"),
+        (corrupt_shape, "encoder.layer.0.output.dense.weight has shape [3, 3]"),
+        (corrupt_missing, "encoder.layer.0.attention.self.key.bias is missing"),
+        (corrupt_nan, "no finite numbers"),
+        (corrupt_value(1e300, torch.float64), "no finite numbers"),
+        (corrupt_value(float("-inf"), torch.float16), "no finite numbers"),
+        (corrupt_value(0, torch.float8_e4m3fn), "is stored as F8_E4M3, expected F64"),
+        (corrupt_value(0, torch.int64), "is stored as I64, expected F64"),
     ],
 )
-def test_model_folders(capsys, tmp_path, small_model, spoil, expected):
+def test_model_folders(capsys, tmp_path, small_model, corrupt, expected):
     capsys.readouterr()
-    spoil(small_model)
+    corrupt(small_model)
     arguments = ["demo", "--init", str(small_model), "--out", str(tmp_path / "run")]
     assert expected in refuse(capsys, train, *arguments, "--set", *TINY)
     assert not (tmp_path / "run").exists()

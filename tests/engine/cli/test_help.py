@@ -118,7 +118,7 @@ TRAIN = ("python", "-m", "engine.train")
         ((*TRAIN, "cgs", "--max"), ["--max-steps"]),
         ((*TRAIN, "cgs", "--set", "weight_"), ["weight_decay="]),
         ((*TRAIN, "cgs", "--set", "lr", "=", "1", "encoder.vocab"), ["encoder.vocab_size="]),
-        ((*TRAIN, "cgs", "--set", "tasks.sts.fea"), ["tasks.sts.head="]),
+        ((*TRAIN, "cgs", "--set", "tasks.sts.hea"), ["tasks.sts.head="]),
         ((*TRAIN, "cgs", "--set", "tasks.cfimdb.fea"), []),
         ((*TRAIN, "superbert", "--set", "phases.pretrain.lr"), ["phases.pretrain.lr="]),
         ((*TRAIN, "superbert", "--set", "objectives.masked_lm.ki"), ["objectives.masked_lm.kind="]),
@@ -135,7 +135,7 @@ def test_bash_completes(words, expected):
 def test_bash_completes_the_tasks_of_ones_own_recipe(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
-        '[tasks.moods]\nfeatures = "single"\n[tasks.moods.source]\n[tasks]\nduels.weight = 2\n'
+        '[tasks.moods]\nhead = "single"\n[tasks.moods.source]\n[tasks]\nduels.weight = 2\n'
     )
     words = (*TRAIN, str(recipe), "--set", "tasks.")
     names = {word.split(".")[1] for word in complete(*words)}

@@ -102,7 +102,12 @@ def test_the_masked_lm_of_superbert():
     recipe = recipes.load("superbert")
     text, pretrain = recipe.objectives["masked_lm"], recipe.in_phases["pretrain"]
     assert text.sentences_of == ("sst", "quora", "sts", "cfimdb")
-    assert (text.kind, text.mask_share, text.limit, text.join) == ("masked_lm", 0.15, 6016, 2)
+    assert (text.kind, text.mask_share, text.max_per_source, text.join) == (
+        "masked_lm",
+        0.15,
+        6016,
+        2,
+    )
     assert (pretrain.batch_size, pretrain.lr) == (8, 1e-5)
 
 

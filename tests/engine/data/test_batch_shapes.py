@@ -1,4 +1,4 @@
-"""Few shapes for many batches: every batch fits into one, and little is filled up."""
+"""Few shapes for many batches: every batch fits into one, with little padding."""
 
 import numpy as np
 import pytest

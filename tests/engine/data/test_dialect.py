@@ -162,7 +162,7 @@ def test_truth_as_json_spells_it(value: bool, classes) -> None:
     assert table.labels.tolist() == [float(value)]
 
 
-def test_a_byte_that_is_not_utf8_spoils_its_row_alone() -> None:
+def test_a_byte_that_is_not_utf8_corrupts_its_row_alone() -> None:
     for name, delimiter in {"f.csv": ",", "f.tsv": "\t"}.items():
         table = read(LATIN.replace(b",", delimiter.encode()), name, on_bad_row="skip")
         assert (table.sentences, table.bad_rows) == ((["fine"],), {"not UTF-8": 1})

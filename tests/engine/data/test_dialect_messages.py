@@ -192,7 +192,7 @@ ASK = "correct the row or see --on-bad-row"
             bz2.compress(GOOD.encode()),
             "f.csv",
             {},
-            "compressed by bz2, which its ending hides, f.csv; "
+            "compressed by bz2, which its ending does not say, f.csv; "
             'set tasks.t.source.compression = "bz2", or name it accordingly',
         ),
         (
@@ -219,7 +219,7 @@ ASK = "correct the row or see --on-bad-row"
             GZIP,
             "f.csv",
             {},
-            "compressed by gzip, which its ending hides, f.csv; "
+            "compressed by gzip, which its ending does not say, f.csv; "
             'set tasks.t.source.compression = "gzip", or name it accordingly',
         ),
         (

@@ -29,15 +29,15 @@ def test_a_share_of_the_tokens_is_told_and_most_of_it_masked(tokenizer):
     text = masked(single_segments(TEXTS, tokenizer, 128, 1, 128), tokenizer)
     instead, told, candidates = [], [], 0
     for step in range(40):
-        part = text.part(np.arange(len(text)), step)
+        batch = text.task_batch(np.arange(len(text)), step)
         whole = np.concatenate([text._frame(e.first, None)[0] for e in text.examples])
         candidates += len(whole) - 2 * len(text)
-        positions = part.labels.positions.numpy()
+        positions = batch.labels.positions.numpy()
         assert len(set(positions)) == len(positions)
-        np.testing.assert_array_equal(part.labels.targets.numpy(), whole[positions])
-        untouched = np.delete(part.tokens, positions)
+        np.testing.assert_array_equal(batch.labels.targets.numpy(), whole[positions])
+        untouched = np.delete(batch.tokens, positions)
         np.testing.assert_array_equal(untouched, np.delete(whole, positions))
-        instead.append(part.tokens[positions])
+        instead.append(batch.tokens[positions])
         told.append(whole[positions])
     instead, told = np.concatenate(instead), np.concatenate(told)
     assert not np.isin(told, [tokenizer.cls_id, tokenizer.sep_id]).any()
@@ -50,10 +50,10 @@ def test_a_share_of_the_tokens_is_told_and_most_of_it_masked(tokenizer):
 
 def test_masks_follow_from_step_and_example_alone(tokenizer):
     text = masked(single_segments(TEXTS, tokenizer, 128, 1, 128), tokenizer)
-    both, second = text.part(np.array([4, 9]), 7), text.part(np.array([9]), 7)
+    both, second = text.task_batch(np.array([4, 9]), 7), text.task_batch(np.array([9]), 7)
     first = both.sizes[0]
     np.testing.assert_array_equal(both.tokens[first:], second.tokens)
-    assert not np.array_equal(text.part(np.array([9]), 8).tokens, second.tokens)
+    assert not np.array_equal(text.task_batch(np.array([9]), 8).tokens, second.tokens)
 
 
 def test_the_second_segment_follows_in_half_of_the_examples(tokenizer):
@@ -71,13 +71,13 @@ def test_the_second_segment_follows_in_half_of_the_examples(tokenizer):
                 assert all(second is not other.second for other in pairs if other.text == own.text)
     deviation = 4 * 0.5 / len(follows) ** 0.5
     assert np.mean(follows) == pytest.approx(0.5, abs=deviation)
-    part = text.part(np.arange(len(text)), 0)
-    assert part.sizes.max() <= 40
+    task_batch = text.task_batch(np.arange(len(text)), 0)
+    assert task_batch.sizes.max() <= 40
     batch = pack([text], [np.arange(len(text))], 0)
     starts = batch.cu_seqlens[:-1].long()
     assert not batch.token_type_ids[starts].any()
     assert (batch.token_type_ids[batch.cu_seqlens[1:].long() - 1] == 1).all()
-    assert part.labels.is_next.shape == (len(text),)
+    assert task_batch.labels.is_next.shape == (len(text),)
 
 
 def test_neighbouring_segments_come_from_one_text_in_its_order(tokenizer):

@@ -1,4 +1,4 @@
-"""Which examples make up a batch: every one once an epoch, decided by seed and step alone."""
+"""The examples of each batch: every one once an epoch, as a function of seed and step."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Whose turn it is: every order against what its name promises."""
+"""Every task schedule against the definition of its name."""
 
 import numpy as np
 import pytest
@@ -8,38 +8,44 @@ from engine.data.task_schedule import TASK_SCHEDULES, ScheduledBatch, TaskSchedu
 SIZES = (50, 20, 90)  # 5, 2 and 9 batches of 10
 
 
-def turns(name: str, epochs: int = 2, seed: int = 0) -> tuple[TaskSchedule, list[ScheduledBatch]]:
+def scheduled_batches(
+    name: str, epochs: int = 2, seed: int = 0
+) -> tuple[TaskSchedule, list[ScheduledBatch]]:
     order = TaskSchedule(name, SIZES, 10, epochs, seed)
-    return order, [order.turns(step)[0] for step in range(order.total_steps)]
+    return order, [order.batches(step)[0] for step in range(order.total_steps)]
 
 
 def test_together_has_a_batch_of_every_task():
     order = TaskSchedule("together", SIZES, 10, 2, 0)
     assert (order.tasks_a_step, order.epoch_steps, order.total_steps) == (3, 9, 18)
-    assert order.turns(17) == [ScheduledBatch(0, 17), ScheduledBatch(1, 17), ScheduledBatch(2, 17)]
+    assert order.batches(17) == [
+        ScheduledBatch(0, 17),
+        ScheduledBatch(1, 17),
+        ScheduledBatch(2, 17),
+    ]
 
 
 def test_sequential_finishes_a_task_before_the_next():
-    order, drawn = turns("sequential")
+    order, drawn = scheduled_batches("sequential")
     epoch = [0] * 5 + [1] * 2 + [2] * 9
-    assert [turn.task for turn in drawn] == epoch * 2
+    assert [batch.task for batch in drawn] == epoch * 2
     assert order.epoch_steps == 16
 
 
 def test_cycle_goes_round_as_often_as_the_largest_set_needs():
-    order, drawn = turns("cycle")
-    assert [turn.task for turn in drawn] == [0, 1, 2] * 18
+    order, drawn = scheduled_batches("cycle")
+    assert [batch.task for batch in drawn] == [0, 1, 2] * 18
     assert order.epoch_steps == 27
 
 
 def test_round_robin_leaves_out_what_is_used_up():
-    _, drawn = turns("round_robin", epochs=1)
-    assert [turn.task for turn in drawn] == [0, 1, 2] * 2 + [0, 2] * 3 + [2] * 4
+    _, drawn = scheduled_batches("round_robin", epochs=1)
+    assert [batch.task for batch in drawn] == [0, 1, 2] * 2 + [0, 2] * 3 + [2] * 4
 
 
 def test_annealed_draws_by_size_at_first_and_more_evenly_at_last():
     order = TaskSchedule("annealed", (100, 900), 1, 5, 0)
-    tasks = np.array([order.turns(step)[0].task for step in range(order.total_steps)])
+    tasks = np.array([order.batches(step)[0].task for step in range(order.total_steps)])
     shares = tasks.reshape(5, 1000).mean(axis=1)
     expected = [9**alpha / (1 + 9**alpha) for alpha in (1, 0.8, 0.6, 0.4, 0.2)]
     # A share of 1000 draws has a standard deviation of at most 0.016.
@@ -47,13 +53,13 @@ def test_annealed_draws_by_size_at_first_and_more_evenly_at_last():
 
 
 def test_annealed_differs_by_seed_and_not_by_call():
-    assert turns("annealed")[1] == turns("annealed")[1]
-    assert turns("annealed")[1] != turns("annealed", seed=1)[1]
+    assert scheduled_batches("annealed")[1] == scheduled_batches("annealed")[1]
+    assert scheduled_batches("annealed")[1] != scheduled_batches("annealed", seed=1)[1]
 
 
 @pytest.mark.parametrize("name", TASK_SCHEDULES[1:])
 def test_a_tasks_batches_follow_one_another(name):
-    _, drawn = turns(name, epochs=3)
+    _, drawn = scheduled_batches(name, epochs=3)
     for task in range(3):
-        batches = [turn.batch for turn in drawn if turn.task == task]
+        batches = [batch.batch for batch in drawn if batch.task == task]
         assert batches == list(range(len(batches)))

@@ -64,9 +64,9 @@ def test_pairs_in_one_sequence_are_those_of_transformers(
     assert [row.tolist() for row in rows[0]] == expected["input_ids"]
     assert [row.tolist() for row in rows[1]] == expected["token_type_ids"]
     assert (found.truncated > 0) == (max_length < 64)
-    part = found.part(np.array([7, 3]), 0)
-    assert part.tokens.tolist() == [*rows[0][7], *rows[0][3]]
-    assert part.token_types.tolist() == [*rows[1][7], *rows[1][3]]
+    batch = found.task_batch(np.array([7, 3]), 0)
+    assert batch.tokens.tolist() == [*rows[0][7], *rows[0][3]]
+    assert batch.token_types.tolist() == [*rows[1][7], *rows[1][3]]
     with pytest.raises(InputError, match="max_length = 4: expected 5 or more"):
         join_pairs(split, tokenizer, 4)
 

@@ -67,6 +67,6 @@ def test_without_a_file_simcse_takes_the_tasks_own_sentences_up_to_its_limit(tmp
 )
 def test_masked_lm_joins_the_short_sentences_of_some_examples(tmp_path, task, short, sequences):
     """In twos: of 100 examples, or the two of each pair; longer texts stay by themselves."""
-    settings = (f"sentences_of=['{task}']", f"short={short}", "max_train_examples=100")
+    settings = (f"sentences_of=['{task}']", f"short={short}", "max_per_source=100")
     built = training(tmp_path, "superbert", *(f"objectives.masked_lm.{s}" for s in settings))
     assert len(built.train_sets[0]) == sequences

@@ -1,4 +1,4 @@
-"""When a bucket is sent: as soon as its gradients are complete, while those below are not yet."""
+"""A bucket is sent as soon as its gradients are complete, while those below are not yet."""
 
 import pytest
 import torch

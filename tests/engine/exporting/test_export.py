@@ -191,7 +191,7 @@ def test_the_cards_example_names_named_classes(tmp_path, example_of):
     rows = ["the film was good,fine", "the plot was bad,poor"] * 8
     (tmp_path / "rows.csv").write_text("\n".join(["text,mood", *rows]) + "\n")
     (tmp_path / "moods.toml").write_text(
-        'train = ["moods"]\n[tasks.moods]\nfeatures = "single"\n[tasks.moods.source]\n'
+        'train = ["moods"]\n[tasks.moods]\nhead = "single"\n[tasks.moods.source]\n'
         'kind = "classification"\ntext = ["text"]\nlabel = "mood"\nclasses = ["poor", "fine"]\n'
         'files = { train = "rows.csv", dev = "rows.csv" }\n'
     )

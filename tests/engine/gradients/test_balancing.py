@@ -79,11 +79,11 @@ def test_settings_of_methods_are_their_arguments(make_model, make_batch):
 
 def test_equal_preferences_are_the_default():
     gram = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
-    signals = BalancerInput(gram @ gram.T, torch.zeros(3, 3), torch.ones(3), {})
+    inputs = BalancerInput(gram @ gram.T, torch.zeros(3, 3), torch.ones(3), {})
     equal = BalanceSettings(preferences=dict.fromkeys(TASKS, 1.0))
     for name in ("upgrad", "dual_projection", "config", "aligned_mtl"):
         plain, same = (
-            build_method(name, TRAINED, settings).decide(signals).weights
+            build_method(name, TRAINED, settings).decide(inputs).weights
             for settings in (BalanceSettings(), equal)
         )
         torch.testing.assert_close(plain, same, msg=name)
@@ -97,14 +97,14 @@ def test_gradvac_remembers_cosines(make_model, make_batch):
         order = kernels.draw_order(3, torch.tensor((SEED << 32) + number))
         weights, targets = balancing.gradvac(report.gram, order, targets)
         torch.testing.assert_close(report.weights, weights)
-        torch.testing.assert_close(step.balance.state["targets"][0], targets)
+        torch.testing.assert_close(step.balancer.state["targets"][0], targets)
     assert (targets != 0).any()
 
 
 def test_gradnorm_starts_from_equal_weights_and_the_first_losses(make_model, make_batch):
     step = build_step(make_model().train(), balance="gradnorm")
     first = step(make_batch(seed=0), 0, LR)
-    assert torch.equal(step.balance.state["first_losses"][0], first.losses)
+    assert torch.equal(step.balancer.state["first_losses"][0], first.losses)
     second = step(make_batch(seed=1), 1, LR)
     expected = balancing.gradnorm(second.gram, first.weights, second.losses / first.losses)
     torch.testing.assert_close(second.weights, expected)
@@ -112,7 +112,7 @@ def test_gradnorm_starts_from_equal_weights_and_the_first_losses(make_model, mak
 
 def test_gradnorm_forgets_nothing_where_a_loss_has_no_ratio(make_model) -> None:
     """A negative one: its weights are none, and the next step begins from those before."""
-    balance = build_step(make_model().train(), balance="gradnorm").balance
+    balance = build_step(make_model().train(), balance="gradnorm").balancer
     order = torch.arange(3).repeat(3, 1)
     for losses in ([1.0, 1.0, 1.0], [0.5, 2.0, 1.0]):
         balance(torch.eye(3)[None], order, torch.tensor(losses))
@@ -125,17 +125,17 @@ def test_gradnorm_forgets_nothing_where_a_loss_has_no_ratio(make_model) -> None:
 def test_a_skipped_step_leaves_no_trace_in_what_is_remembered(make_model, make_batch, name):
     step = build_step(make_model().train(), balance=name)
     step(make_batch(seed=0), 0, LR)
-    before = {key: tensor.clone() for key, tensor in step.balance.state.items()}
+    before = {key: tensor.clone() for key, tensor in step.balancer.state.items()}
     batch = make_batch(seed=1)
     batch.labels[2].fill_(torch.nan)
     assert step(batch, 1, LR).skipped == 1
-    for key, tensor in step.balance.state.items():
+    for key, tensor in step.balancer.state.items():
         assert torch.equal(tensor, before[key])
 
 
 def test_a_loss_that_is_not_finite_is_not_remembered(make_model):
     """Its gradient may be finite all the same."""
-    balance = build_step(make_model().train(), balance="gradnorm").balance
+    balance = build_step(make_model().train(), balance="gradnorm").balancer
     gram = torch.eye(3).expand(1, 3, 3)
     for losses in ([1.0, torch.nan, 1.0], [torch.inf, 1.0, 1.0]):
         balance(gram, torch.arange(3).expand(3, 3), torch.tensor(losses))

@@ -7,7 +7,7 @@ import kernels
 from engine.gradients.flat_parameters import FlatParameters
 from engine.gradients.groups import GRANULARITIES, ParamGroups
 
-from ...kernels.pcgrad_reference import algorithm1
+from ...kernels.pcgrad_reference import reference_pcgrad
 from ..small_models import SEED, TASKS, build_step
 
 
@@ -81,7 +81,7 @@ def test_an_update_is_algorithm_1_on_each_part(make_model, make_batch, granulari
     order = kernels.draw_order(3, torch.tensor(SEED << 32))
     exact = torch.zeros(rows.shape[1], dtype=torch.float64)
     for columns in group_columns(step.groups):
-        exact[columns] = algorithm1(rows[:, columns], order)
+        exact[columns] = reference_pcgrad(rows[:, columns], order)
     torch.testing.assert_close(report.grad_norm.double(), exact.norm(), rtol=1e-5, atol=0)
     if clip is not None:
         exact *= clip / exact.norm()
@@ -97,8 +97,8 @@ def test_a_head_trains_on_its_own_tasks_gradient(make_model, make_batch, method)
     """By layer, a balancing method must not weigh a head's gradient against others' zeros."""
     step = build_step(make_model().train(), balance=method, surgery="layer")
     weights = []
-    balance = step.balance
-    step.balance = lambda *signals: weights.append(balance(*signals)) or weights[-1]
+    balance = step.balancer
+    step.balancer = lambda *inputs: weights.append(balance(*inputs)) or weights[-1]
     step(make_batch(), 0, 1e-3)
     for group, name in enumerate(step.groups.names):
         if name.startswith("heads."):

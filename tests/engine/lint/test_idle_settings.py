@@ -100,15 +100,15 @@ class Trial(NamedTuple):
 
 def attempt(*settings: str) -> Trial:
     run = begin(recipes.load("demo", [*SMALL, *settings]), Path("not-written"))
-    training = build_trainer(run, CPU)
-    with training.loader(0) as loader:
-        steps = enumerate(zip(*[iter(loader)] * training.recipe.micro_batches, strict=False))
-        reports = [training.step(batch, step, training.schedule(step)) for step, batch in steps]
+    trainer = build_trainer(run, CPU)
+    with trainer.loader(0) as loader:
+        steps = enumerate(zip(*[iter(loader)] * trainer.recipe.micro_batches, strict=False))
+        reports = [trainer.step(batch, step, trainer.lr_schedule(step)) for step, batch in steps]
     grams = [r.layer_grams for r in reports if r.layer_grams is not None and len(r.tasks) > 1]
-    numbers = torch.tensor([len(reports), training.total_steps])
+    numbers = torch.tensor([len(reports), trainer.total_steps])
     losses = [report.losses for report in reports]
-    weights = training.model.state_dict().values()
-    lines = lines_on_idle_settings(run, CPU, facts={"": PhaseFacts.of(training)})
+    weights = trainer.model.state_dict().values()
+    lines = lines_on_idle_settings(run, CPU, facts={"": PhaseFacts.of(trainer)})
     return Trial(lines, [numbers, *losses, *grams, *weights])
 
 
@@ -536,7 +536,7 @@ def write(run: Run, folder: Path) -> Path:
 
 def test_a_data_folder_that_nothing_is_read_from(tmp_path):
     file = tmp_path / "mine.toml"
-    head = 'data = "somewhere"\ntrain = ["mood"]\n[tasks.mood]\nfeatures = "single"\n'
+    head = 'data = "somewhere"\ntrain = ["mood"]\n[tasks.mood]\nhead = "single"\n'
     source = '[tasks.mood.source]\nkind = "regression"\ntext = ["t"]\nfiles = {train = "%s"}\n'
     for name, idle in (("/a.csv", True), ("a.csv", False)):
         file.write_text(head + source % name)

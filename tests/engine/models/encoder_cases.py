@@ -33,7 +33,7 @@ from engine.runs.run import open_run
 from engine.training.step import MultitaskStep
 from engine.utils.json_text import dump_json
 
-from ...kernels.pcgrad_reference import algorithm1
+from ...kernels.pcgrad_reference import reference_pcgrad
 from ..small_models import DECAY, SEED, make_micro_batches
 
 TASKS = ("quora", "sts")
@@ -153,6 +153,13 @@ def gradients(model: MultitaskModel, batch: PackedBatch, tasks: Sequence[str]) -
     return rows
 
 
+def assert_every_weight_is_reached(model: MultitaskModel, batch: PackedBatch) -> None:
+    """Some task has a gradient for each weight; adapters work in every layer."""
+    rows = gradients(model, batch, TASKS)
+    unreached = [name for name, row in rows.items() if not row.any()]
+    assert not unreached, f"no gradient reaches {', '.join(unreached)}"
+
+
 def plain_steps(
     case: EncoderCase,
     model: MultitaskModel,
@@ -182,7 +189,7 @@ def plain_steps(
             parts.setdefault(part, []).append(name)
         for names in parts.values():
             part_rows = torch.cat([rows[name].flatten(1) for name in names], dim=1)
-            combined = algorithm1(part_rows, order).to(dtype)
+            combined = reference_pcgrad(part_rows, order).to(dtype)
             pieces = combined.split([trained[name].numel() for name in names])
             for name, piece in zip(names, pieces, strict=True):
                 trained[name].grad = piece.view_as(trained[name])
@@ -196,6 +203,7 @@ def assert_steps_equal_the_plain_way(case: EncoderCase, training: Training) -> N
     assert [stage.name for stage in model.encoder.stages()] == list(case.stages)
     model.encoder.checkpoint_layers = training.micro_batches > 1
     batches = [make_micro_batches(10 * n, SIZES, 1, TASKS)[0] for n in range(STEPS)]
+    assert_every_weight_is_reached(model, batches[0])
     exact, torchs = (
         plain_steps(case, model, batches, dtype, training)
         for dtype in (torch.float64, torch.float32)

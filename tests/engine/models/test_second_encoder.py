@@ -200,6 +200,21 @@ def test_a_tensor_that_an_export_lacks_is_found(monkeypatch, tmp_path):
         cases.assert_exported_as_it_was_read(CASE, file.parent, tmp_path)
 
 
+class OneAdapter(prenorm.PreNormEncoder):
+    """With the first layer's adapters in both layers."""
+
+    def __init__(self, config: prenorm.PreNormConfig) -> None:
+        super().__init__(config)
+        self.blocks[1].number = 0
+
+
+def test_adapters_that_a_layer_leaves_out_are_found(monkeypatch):
+    monkeypatch.setitem(MODELS, "prenorm", replace(SPEC, encoder=OneAdapter))
+    training = cases.Training("model", 1, freeze_encoder=False, adapter_width=8)
+    with pytest.raises(AssertionError, match=r"no gradient reaches adapters\.quora\.qkv\.1\."):
+        cases.assert_steps_equal_the_plain_way(CASE, training)
+
+
 class Buffered(prenorm.PreNormEncoder):
     """With values that are not trained."""
 

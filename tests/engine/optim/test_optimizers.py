@@ -12,7 +12,7 @@ import kernels
 from engine.optim.build import build_optimizer
 from engine.utils.errors import InputError
 
-from ...kernels.pcgrad_reference import algorithm1
+from ...kernels.pcgrad_reference import reference_pcgrad
 from ..gradients.test_one_pass_backward import pass_by_pass
 from ..small_models import DECAY, SEED, build_step
 from ..training.test_step import flatten
@@ -120,7 +120,7 @@ def plain_steps(model, batches, kind: type, dtype: torch.dtype) -> dict[str, Ten
     for number, batch in enumerate(batches):
         seed = torch.tensor((SEED << 32) + number)
         rows = flatten(pass_by_pass(model, batch, seed=seed), list(trained))
-        combined = algorithm1(rows, kernels.draw_order(3, seed)).to(dtype)
+        combined = reference_pcgrad(rows, kernels.draw_order(3, seed)).to(dtype)
         pieces = combined.split([p.numel() for p in trained.values()])
         for parameter, piece in zip(trained.values(), pieces, strict=True):
             parameter.grad = piece.view_as(parameter)

@@ -95,8 +95,8 @@ def test_sentences_are_shown_as_text(run_folder, tmp_path, monkeypatch):
     answers = dev_answers(open_run(run_folder), pick_device("cpu"), 2)
     evil = "<script>alert('x')</script>"
     mistakes = [m._replace(sentences=(evil,)) for m in answers["sst"].mistakes]
-    spoilt = answers | {"sst": answers["sst"]._replace(mistakes=mistakes)}
-    monkeypatch.setattr("engine.reporting.page.dev_answers", lambda *_: spoilt)
+    corrupted = answers | {"sst": answers["sst"]._replace(mistakes=mistakes)}
+    monkeypatch.setattr("engine.reporting.page.dev_answers", lambda *_: corrupted)
     assert report.main([str(run_folder), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "tiny.html").read_text()
     assert "<script" not in text

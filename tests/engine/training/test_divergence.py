@@ -28,20 +28,20 @@ from ..conftest import TINY, tiny_run  # noqa: F401 (a fixture)
 from ..launch import REPOSITORY, start
 
 
-def spoil_labels(monkeypatch, is_spoilt) -> None:
+def corrupt_labels(monkeypatch, is_corrupted) -> None:
     """Let the labels of some steps be NaN, so that they are skipped."""
     run = MultitaskStep.__call__
 
-    def spoilt(self, batch, step, lr):
-        if is_spoilt(step):
+    def corrupted(self, batch, step, lr):
+        if is_corrupted(step):
             batch[0].labels[2].fill_(torch.nan)
         return run(self, batch, step, lr)
 
-    monkeypatch.setattr(MultitaskStep, "__call__", spoilt)
+    monkeypatch.setattr(MultitaskStep, "__call__", corrupted)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny_run, monkeypatch, tmp_path):  # noqa: F811
-    spoil_labels(monkeypatch, lambda step: step >= 1)
+    corrupt_labels(monkeypatch, lambda step: step >= 1)
     settings = ("max_skipped=3", "epochs=20")
     with pytest.raises(DivergedError, match=r"not finite in 3 steps in a row, from step 1 on"):
         tiny_run("run", settings=settings)
@@ -60,14 +60,14 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tiny_run, monkeyp
 
 
 def test_skipped_steps_count_where_epochs_are_shorter_than_a_block(tiny_run, monkeypatch):  # noqa: F811
-    spoil_labels(monkeypatch, lambda step: step >= 1)
+    corrupt_labels(monkeypatch, lambda step: step >= 1)
     settings = ("max_skipped=3", "epochs=20", "log_every=10")
     with pytest.raises(DivergedError, match=r"not finite in [34] steps in a row, from step 1 on"):
         tiny_run("run", settings=settings)
 
 
 def test_a_few_skipped_steps_do_not_end_a_run(tiny_run, monkeypatch):  # noqa: F811
-    spoil_labels(monkeypatch, lambda step: step in (1, 2, 4))
+    corrupt_labels(monkeypatch, lambda step: step in (1, 2, 4))
     folder = tiny_run("run", settings=("max_skipped=3",))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 1, 1, 0, 1, 0]
@@ -116,7 +116,7 @@ def test_a_run_that_diverges_is_not_done(tiny_run, tmp_path, recipe, settings, r
 
 
 def test_what_was_good_before_stays(tiny_run, monkeypatch, tmp_path, capsys):  # noqa: F811
-    """The weights are spoilt between the second and the third epoch."""
+    """The weights are corrupted between the second and the third epoch."""
     rate = Schedule.__call__
     monkeypatch.setattr(
         Schedule, "__call__", lambda self, step: 1e18 if step == 4 else rate(self, step)

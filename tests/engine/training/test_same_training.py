@@ -23,7 +23,7 @@ from engine.runs import run as runs
 from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
 
-from ...kernels.pcgrad_reference import algorithm1
+from ...kernels.pcgrad_reference import reference_pcgrad
 
 transformers = pytest.importorskip("transformers")
 
@@ -70,11 +70,11 @@ def build(data: Path, folder: Path, balance: str, layers: int, execution: str) -
     return build_trainer(runs.begin(recipes.load("cgs", settings), folder), torch.device("cpu"))
 
 
-def one_pass(training: Trainer, shapes: int) -> Tensor:
-    sources = (training.train_sets, training.samplers)
-    with TrainingLoader(*sources, 0, training.total_steps, shapes=shapes) as loader:
+def one_pass(trainer: Trainer, shapes: int) -> Tensor:
+    sources = (trainer.train_sets, trainer.samplers)
+    with TrainingLoader(*sources, 0, trainer.total_steps, shapes=shapes) as loader:
         reports = [
-            training.step(batch, step, training.schedule(step)).losses
+            trainer.step(batch, step, trainer.lr_schedule(step)).losses
             for step, batch in enumerate(loader)
         ]
     return torch.stack(reports)
@@ -83,17 +83,17 @@ def one_pass(training: Trainer, shapes: int) -> Tensor:
 class Plain(nn.Module):
     """The same weights in transformers' BERT and torch's linear layers."""
 
-    def __init__(self, training: Trainer, dtype: torch.dtype) -> None:
+    def __init__(self, trainer: Trainer, dtype: torch.dtype) -> None:
         super().__init__()
-        config = training.run.config
+        config = trainer.run.config
         self.bert = transformers.BertModel(
             transformers.BertConfig(**config.to_huggingface()), add_pooling_layer=False
         )
-        state = to_huggingface_state(training.model.encoder.state_dict(), config)
+        state = to_huggingface_state(trainer.model.encoder.state_dict(), config)
         self.bert.load_state_dict(state)
         self.heads = nn.ModuleDict()
         for task in ("sst", "quora"):
-            output = training.model.head(task).output
+            output = trainer.model.head(task).output
             self.heads[task] = nn.Linear(output.weight.shape[1], output.weight.shape[0])
             self.heads[task].load_state_dict(output.state_dict())
         self.to(dtype)
@@ -121,8 +121,8 @@ class Plain(nn.Module):
         ]
 
 
-def plain(training: Trainer, model: Plain) -> Tensor:
-    recipe = training.run.recipe
+def plain(trainer: Trainer, model: Plain) -> Tensor:
+    recipe = trainer.run.recipe
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
@@ -130,12 +130,12 @@ def plain(training: Trainer, model: Plain) -> Tensor:
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
     curve = []
-    with training.loader(0) as loader:
+    with trainer.loader(0) as loader:
         for step, batch in enumerate(loader):
             losses = model.losses(batch)
             rows = torch.stack([flat_gradient(loss, parameters) for loss in losses])
             order = kernels.draw_order(3, torch.tensor(step))  # the recipe's seed is 0
-            combined = algorithm1(rows, order) if recipe.balance == "pcgrad" else rows.sum(0)
+            combined = reference_pcgrad(rows, order) if recipe.balance == "pcgrad" else rows.sum(0)
             pieces = combined.to(rows).split([p.numel() for p in parameters])
             for parameter, piece in zip(parameters, pieces, strict=True):
                 parameter.grad = piece.view_as(parameter)
@@ -162,10 +162,10 @@ def flat_gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
     [("pcgrad", 2, "compile", 4), ("sum", 1, "eager", 0)],
 )
 def test_losses_of_200_steps(data, tmp_path, balance, layers, execution, shapes):
-    training = build(data, tmp_path / "run", balance, layers, execution)
-    torchs = plain(training, Plain(training, torch.float32))
-    exact = plain(training, Plain(training, torch.float64))
-    ours = one_pass(training, shapes)
+    trainer = build(data, tmp_path / "run", balance, layers, execution)
+    torchs = plain(trainer, Plain(trainer, torch.float32))
+    exact = plain(trainer, Plain(trainer, torch.float64))
+    ours = one_pass(trainer, shapes)
     repeated = one_pass(build(data, tmp_path / "again", balance, layers, execution), shapes)
     assert ours.shape == (STEPS, 3)
     assert torch.equal(ours, repeated)

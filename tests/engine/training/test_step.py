@@ -12,7 +12,7 @@ from engine.data.batch_shapes import ShapePlan
 from engine.data.collate import pack
 from engine.optim.lr_schedule import Schedule
 
-from ...kernels.pcgrad_reference import algorithm1
+from ...kernels.pcgrad_reference import reference_pcgrad
 from ..gradients.test_one_pass_backward import pass_by_pass
 from ..small_models import DECAY, SEED, TASKS, build_step, random_split
 
@@ -36,7 +36,7 @@ def plain_steps(model, batches, *, clip: float | None, dtype: torch.dtype) -> di
         seed = torch.tensor((SEED << 32) + number)
         rows = pass_by_pass(model, batch, seed=seed)
         order = kernels.draw_order(len(TASKS), seed)
-        combined = algorithm1(flatten(rows, list(trained)), order).to(dtype)
+        combined = reference_pcgrad(flatten(rows, list(trained)), order).to(dtype)
         pieces = combined.split([p.numel() for p in trained.values()])
         for parameter, piece in zip(trained.values(), pieces, strict=True):
             parameter.grad = piece.view_as(parameter)

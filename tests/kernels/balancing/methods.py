@@ -69,9 +69,9 @@ VARIANTS: dict[str, Method] = METHODS | {
 SOLVERS = {
     "symmetric_eigen": (),
     "project_onto_dual_cone": (torch.eye(4).double(),),
-    "minimize_norm": (),
-    "avoid_conflict": (0.5,),
-    "bargain": (1.0,),
+    "solve_mgda": (),
+    "solve_cagrad": (0.5,),
+    "solve_fairgrad": (1.0,),
 }
 
 

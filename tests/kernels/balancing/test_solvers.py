@@ -31,4 +31,4 @@ def test_symmetric_eigen() -> None:
 def test_bad_arguments() -> None:
     matrix = torch.eye(3)
     with pytest.raises(ValueError, match="gram must be a contiguous float64"):
-        torch.ops.superbert.minimize_norm(matrix)
+        torch.ops.superbert.solve_mgda(matrix)

@@ -40,5 +40,5 @@ def test_a_similarity_begins_with_its_threshold_at_a_half(features):
 
 
 def test_it_has_no_squared_error():
-    with pytest.raises(InputError, match="'mse': the labels are binary; expected default or"):
+    with pytest.raises(InputError, match="'mse': a head for binary is trained by default or"):
         head_of("quora", "mean", "mse")

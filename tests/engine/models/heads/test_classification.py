@@ -50,7 +50,7 @@ def test_a_similarity_tells_no_classes_apart(features):
 def test_features_and_losses_of_other_tasks_are_refused():
     with pytest.raises(InputError, match=r"tasks.sst.head = 'mean': expected single or bilstm"):
         head_of("sst", "mean")
-    with pytest.raises(InputError, match="'mse': the labels are classes; expected default or"):
+    with pytest.raises(InputError, match="'mse': a head for classes is trained by default or"):
         head_of("sst", "single", "mse")
 
 

@@ -21,6 +21,7 @@ from engine.models import heads
 from engine.models.heads import HEADS, PEARSON, Head, register
 from engine.models.pooling import at_least_fp32
 from engine.runs.run import open_run
+from engine.utils.errors import InputError
 
 from ....conftest import REPOSITORY
 from ...conftest import TINY
@@ -156,6 +157,22 @@ def test_a_head_of_tokens_and_of_any_number(no_other_kinds, reviews):
     with safe_open(reviews / "model" / "heads.safetensors", "pt") as file:
         assert list(file.keys()) == ["stars.direction"]
         assert json.loads(file.metadata()["stars"])["answers"] == "brightest"
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "expected"),
+    [
+        ("classes = 5", "range = [0, 4]", "source.classes: ordinal needs at least two, by name"),
+        ("classes = 5", "classes = []", "source.classes: ordinal needs at least two, by name"),
+        ('["review"]', '["review", "stars"]', "text: 2 given, which no head for ordinal reads"),
+        ('head = "single"', 'head = "cosine"', "head = 'cosine': expected single or bilstm"),
+        ('head = "single"', 'head = "single"\nloss = "mse"', "a head for ordinal is trained by"),
+    ],
+)
+def test_what_does_not_fit_the_kind_is_one_line(ordinal, reviews, line, instead, expected):
+    (reviews / "stars.toml").write_text(RECIPE.replace(line, instead))
+    with pytest.raises(InputError, match=re.escape(expected)):
+        done(reviews)
 
 
 def test_a_kind_is_registered_once_and_named_only_then(ordinal):

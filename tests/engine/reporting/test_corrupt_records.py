@@ -1,4 +1,4 @@
-"""Records of a run that are spoilt: what reads them says which line is wrong, or reads on."""
+"""Records of a run that are corrupted: what reads them says which line is wrong, or reads on."""
 
 import contextlib
 import json
@@ -65,7 +65,7 @@ def with_value(line: dict, key: str, value: str) -> str:
     return json.dumps(line | {key: "HERE"}).replace('"HERE"', value)
 
 
-def spoilt_lines(line: dict) -> Iterator[str | bytes]:
+def corrupted_lines(line: dict) -> Iterator[str | bytes]:
     for key in line:
         yield json.dumps({name: value for name, value in line.items() if name != key})
         yield from (with_value(line, key, value) for value in WRONG)
@@ -89,7 +89,7 @@ def test_a_wrong_line_is_named(tmp_path, name, line, read):
     good, last = json.dumps(line | {"step": 0}), json.dumps(line | {"step": 2})
     tables = {key for key, value in line.items() if isinstance(value, dict)}
     allowed = {with_value(line, key, "{}") for key in tables}
-    for wrong in spoilt_lines(line):
+    for wrong in corrupted_lines(line):
         folder = written(tmp_path / name, good, wrong, last)
         if wrong in allowed:
             read(folder)
@@ -141,7 +141,7 @@ def test_line_ends_of_other_systems_are_read(tmp_path):
 
 def test_damaged_lines_are_dropped_when_a_run_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for wrong in (*spoilt_lines(LINE), b'{"step": 1, "\xed\xa0\x80": 1}'):
+    for wrong in (*corrupted_lines(LINE), b'{"step": 1, "\xed\xa0\x80": 1}'):
         written(path, json.dumps(LINE | {"step": 0}), wrong, json.dumps(LINE | {"step": 9}))
         StepLines(path).cut(5)
         assert path.read_text().startswith('{"step": 0')
@@ -150,7 +150,7 @@ def test_damaged_lines_are_dropped_when_a_run_goes_on(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("spoilt") / "run"
+    folder = tmp_path_factory.mktemp("corrupted") / "run"
     assert train.main(["demo", "--out", str(folder), "--max-steps", "2", "--set", *TINY]) == 0
     return folder
 
@@ -239,7 +239,7 @@ def _link(source: str, target: str) -> None:
         *('{"a": {"group": 1, "scores": {}, "seconds": 1}}', "null", "\0", '{"a": null}', "1e400"),
     ],
 )
-def test_spoilt_results_of_a_series(tmp_path, content):
+def test_corrupted_results_of_a_series(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(InputError, match=r"results\.json: not the results of a series"):
         read_results(tmp_path)
@@ -285,7 +285,7 @@ def outcome(trained) -> dict:
     ],
     ids=str,
 )
-def test_spoilt_outcomes(tmp_path, outcome, change):
+def test_corrupted_outcomes(tmp_path, outcome, change):
     path = tmp_path / "papers.json"
     path.write_text(json.dumps([outcome | change]))
     with pytest.raises(InputError) as refused:
