@@ -91,7 +91,7 @@ class EncoderCase(NamedTuple):
         return stage
 
 
-class Training(NamedTuple):
+class TrainingVariant(NamedTuple):
     """A way of training.
 
     Attributes:
@@ -107,15 +107,15 @@ class Training(NamedTuple):
     adapter_width: int
 
 
-every_training = pytest.mark.parametrize(
-    "training",
+every_training_variant = pytest.mark.parametrize(
+    "variant",
     [
-        Training(*balanced, freeze_encoder, adapter_width)
+        TrainingVariant(*balanced, freeze_encoder, adapter_width)
         for balanced in (("model", 1), ("layer", 1), ("layer", 2))
         for freeze_encoder in (False, True)
         for adapter_width in (0, 8)
     ],
-    ids=lambda training: "-".join(map(str, training)),
+    ids=lambda variant: "-".join(map(str, variant)),
 )
 
 
@@ -165,14 +165,14 @@ def plain_steps(
     model: MultitaskModel,
     batches: Sequence[PackedBatch],
     dtype: torch.dtype,
-    training: Training,
+    variant: TrainingVariant,
 ) -> dict[str, Tensor]:
     """Train by K backward passes, Algorithm 1 on each part, torch's AdamW; return all weights."""
     model = copy.deepcopy(model).to(dtype)
     trained = {
         name: p
         for name, p in model.named_parameters()
-        if not (training.freeze_encoder and name.startswith("encoder."))
+        if not (variant.freeze_encoder and name.startswith("encoder."))
     }
     groups = [
         {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": DECAY},
@@ -185,7 +185,7 @@ def plain_steps(
         order = kernels.draw_order(len(TASKS), torch.tensor((SEED << 32) + number))
         parts: dict[str, list[str]] = {}
         for name in trained:
-            part = case.stage_of(name) if training.granularity == "layer" else "model"
+            part = case.stage_of(name) if variant.granularity == "layer" else "model"
             parts.setdefault(part, []).append(name)
         for names in parts.values():
             part_rows = torch.cat([rows[name].flatten(1) for name in names], dim=1)
@@ -197,31 +197,31 @@ def plain_steps(
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def assert_steps_equal_the_plain_way(case: EncoderCase, training: Training) -> None:
+def assert_steps_equal_the_plain_way(case: EncoderCase, variant: TrainingVariant) -> None:
     """Distances of all weights from float64 by the 2x rule, against the plain way's in fp32."""
-    model = case.model(adapter_width=training.adapter_width)
+    model = case.model(adapter_width=variant.adapter_width)
     assert [stage.name for stage in model.encoder.stages()] == list(case.stages)
-    model.encoder.checkpoint_layers = training.micro_batches > 1
+    model.encoder.checkpoint_layers = variant.micro_batches > 1
     batches = [make_micro_batches(10 * n, SIZES, 1, TASKS)[0] for n in range(STEPS)]
     assert_every_weight_is_reached(model, batches[0])
     exact, torchs = (
-        plain_steps(case, model, batches, dtype, training)
+        plain_steps(case, model, batches, dtype, variant)
         for dtype in (torch.float64, torch.float32)
     )
     before = copy.deepcopy(model.encoder.state_dict())
-    step = build_step(model, training.granularity, training.freeze_encoder)
+    step = build_step(model, variant.granularity, variant.freeze_encoder)
     for number in range(STEPS):
-        micro_batches = make_micro_batches(10 * number, SIZES, training.micro_batches, TASKS)
+        micro_batches = make_micro_batches(10 * number, SIZES, variant.micro_batches, TASKS)
         step(micro_batches, number, LR)
     moved = [name for name, p in model.encoder.named_parameters() if not p.equal(before[name])]
-    assert bool(moved) != training.freeze_encoder
+    assert bool(moved) != variant.freeze_encoder
     names = list(step.parameters.slots)
     ours, others, exactly = (
         torch.cat([weights[name].flatten().double() for name in names])
         for weights in (dict(model.named_parameters()), torchs, exact)
     )
     assert (ours - exactly).norm() <= 2 * (others - exactly).norm()
-    if training.granularity == "layer":
+    if variant.granularity == "layer":
         assert set(step.groups.names) == {case.stage_of(name) for name in names}
 
 

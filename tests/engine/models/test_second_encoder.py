@@ -210,9 +210,9 @@ class OneAdapter(prenorm.PreNormEncoder):
 
 def test_adapters_that_a_layer_leaves_out_are_found(monkeypatch):
     monkeypatch.setitem(MODELS, "prenorm", replace(SPEC, encoder=OneAdapter))
-    training = cases.Training("model", 1, freeze_encoder=False, adapter_width=8)
+    variant = cases.TrainingVariant("model", 1, freeze_encoder=False, adapter_width=8)
     with pytest.raises(AssertionError, match=r"no gradient reaches adapters\.quora\.qkv\.1\."):
-        cases.assert_steps_equal_the_plain_way(CASE, training)
+        cases.assert_steps_equal_the_plain_way(CASE, variant)
 
 
 class Buffered(prenorm.PreNormEncoder):
