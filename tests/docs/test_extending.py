@@ -20,6 +20,24 @@ from tests.kernels.balancing import methods, test_edges, test_every_method
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("title", ["Add an encoder", "Add a head", "Add a balancing method"])
+def test_files_are_formatted_and_linted(title: str) -> None:
+    found = files(section(title))
+    assert len(found) == 2  # the file and its test
+    ours = 'lint.isort.known-first-party=["engine","kernels","tests"]'  # that are not there, too
+    for path, code in found.items():
+        for command in (("check", "--config", ours), ("format", "--diff")):
+            run = subprocess.run(
+                [sys.executable, "-m", "ruff", *command, "--stdin-filename", path, "-"],
+                cwd=REPOSITORY,
+                input=code,
+                capture_output=True,
+                encoding="utf-8",
+                check=False,
+            )
+            assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_a_balancing_method(monkeypatch: pytest.MonkeyPatch) -> None:
     section = PAGE.split("\n## Add a balancing method\n")[1].split("\n## ")[0]
     method, test, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
@@ -81,21 +99,3 @@ def test_a_kernel(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"\b26 passed", run.stdout), run.stdout
-
-
-@pytest.mark.parametrize("title", ["Add an encoder", "Add a head", "Add a balancing method"])
-def test_files_are_formatted_and_linted(title: str) -> None:
-    found = files(section(title))
-    assert len(found) == 2  # the file and its test
-    ours = 'lint.isort.known-first-party=["engine","kernels","tests"]'  # that are not there, too
-    for path, code in found.items():
-        for command in (("check", "--config", ours), ("format", "--diff")):
-            run = subprocess.run(
-                [sys.executable, "-m", "ruff", *command, "--stdin-filename", path, "-"],
-                cwd=REPOSITORY,
-                input=code,
-                capture_output=True,
-                encoding="utf-8",
-                check=False,
-            )
-            assert run.returncode == 0, run.stdout + run.stderr
