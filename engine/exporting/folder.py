@@ -50,14 +50,13 @@ def write_model_folder(
         to: the folder, new or empty.
 
     Raises:
-        InputError: ``to`` holds something already or cannot be written, or the model is no plain
-            BERT with heads.
+        InputError: ``to`` holds something already or cannot be written, or the model has adapters.
     """
     check_free(to)
     if model.adapters:
         raise InputError(
-            f"{run.folder}: trained with adapter_width = {run.recipe.adapter_width}; no BertModel "
-            "has adapters, so that no other library could load it"
+            f"{run.folder}: trained with adapter_width = {run.recipe.adapter_width}; no model of "
+            "transformers has adapters, so that no other library could load it"
         )
     with whole_folder(Path(realpath(to))) as folder:
         _write_transformers(folder, run, model)

@@ -11,6 +11,7 @@ from ..config.recipe import Recipe
 from ..data.source import TaskSource
 from ..data.task_schema import TaskSchema
 from ..models.heads import HEADS
+from ..models.registry import spec_of
 from ..runs.run import Run
 from ..runs.scoring import metric_name
 from ..utils.quoting import fence, markdown_text, printable
@@ -20,18 +21,17 @@ _LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")
 _CARD = """\
 ---
 library_name: sentence-transformers
-tags: [bert, multi-task, sentence-transformers, sentence-similarity]
+tags: [{model_type}, multi-task, sentence-transformers, sentence-similarity]
 ---
 
 # {title}
 
-One BERT encoder trained on {tasks}{together}, with a head for
+One {model} encoder trained on {tasks}{together}, with a head for
 each task.  Trained with superbert-engine {version}; the weights are those of step {step}.
 
 ## Use
 
-The encoder, by transformers (`last_hidden_state`; the pooler above it is the identity, it was not
-trained) or by sentence-transformers (sentence vectors, {pooling} pooling):
+{libraries}
 
     model = transformers.AutoModel.from_pretrained(folder)
     model = sentence_transformers.SentenceTransformer(folder)
@@ -147,7 +147,9 @@ def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
         together=_together(recipe),
         version=__version__,
         step=progress.step,
-        pooling=recipe.pooling,
+        model_type=run.config.model_type,
+        model=spec_of(run.config).name,
+        libraries=_libraries(run),
         answers=_answers(),
         example=example(),
         scores=_scores(run, scores),
@@ -156,6 +158,16 @@ def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
         fence=fence(settings),
         versions=_versions(),
     )
+
+
+def _libraries(run: Run) -> str:
+    """Return how other libraries load the encoder."""
+    note = spec_of(run.config).untrained_note
+    text = (
+        f"The encoder, by transformers (`last_hidden_state`{note and f'; {note}'}) or by "
+        f"sentence-transformers (sentence vectors, {run.recipe.pooling} pooling):"
+    )
+    return textwrap.fill(text, _WIDTH, break_on_hyphens=False)
 
 
 def _together(recipe: Recipe) -> str:

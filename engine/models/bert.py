@@ -270,9 +270,11 @@ def _pooler(config: BertConfig) -> dict[str, Tensor]:
 
 SPEC = ModelSpec(
     model_types=tuple(FAMILIES),
+    name="BERT",
     config=BertConfig,
     encoder=BertEncoder,
     weights=_weights,
     sort_weights=_sort_weights,
     untrained=_pooler,
+    untrained_note="the pooler above it is the identity, it was not trained",
 )

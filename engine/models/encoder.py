@@ -8,12 +8,13 @@ reports work stage by stage.
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import EncoderConfig
 from .context import Context
-from .layers import Embedding
+from .layers import Embedding, GradientWrite, TaskLayer
 
 
 class Stage(NamedTuple):
@@ -87,6 +88,29 @@ class Encoder(nn.Module):
             else:
                 hidden = stage.module(hidden, context)
         return hidden
+
+    def check_lookups(self) -> None:
+        """Check that :meth:`lookups` returns every table.
+
+        Raises:
+            TypeError: one is left out.
+        """
+        device = self.word_table.weight.device
+        token = torch.zeros(1, dtype=torch.int64, device=device)
+        context = Context(
+            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32, device=device),
+            max_seqlen=1,
+            position_ids=token,
+            token_type_ids=token,
+        )
+        returned = {table for table, _ in self.lookups(token, context)}
+        for name, layer in self.named_modules():
+            is_table = isinstance(layer, TaskLayer) and layer.gradient_write is GradientWrite.SPARSE
+            if is_table and layer not in returned:
+                raise TypeError(
+                    f"{type(self).__name__}.lookups leaves out {name}, whose gradient rows would "
+                    "never be zeroed; yield it with the entries that a forward pass looks up"
+                )
 
     def zero_sparse_rows(
         self, input_ids: Tensor, context: Context, offsets: tuple[int, ...]

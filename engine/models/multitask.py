@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .._kernels import kernels
@@ -129,8 +130,9 @@ class MultitaskModel(nn.Module):
 
         Raises:
             TypeError: a parameter of the encoder is in no stage, or in a layer that does not write
-                task gradients.
+                task gradients, or ``lookups`` of the encoder leaves out a table.
         """
+        self.encoder.check_lookups()
         all_tasks = () if freeze_encoder else tuple(tasks)
         users = self._users_of_shared_layers(tasks)
         specs: list[ParameterSpec] = []
@@ -155,6 +157,21 @@ class MultitaskModel(nn.Module):
                 layer = getattr(self.shared_layers, name)
                 users[layer] = (*users.get(layer, ()), task)
         return users
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Cast all weights; buffers, such as sines of positions, keep their dtype, as in training.
+
+        Args:
+            dtype: of the weights from here on.
+        """
+        buffers = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        self.to(dtype)
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
 
     def zero_sparse_rows(self, batch: PackedBatch) -> None:
         """Zero the task gradients of tables that the backward pass of a batch wrote."""

@@ -49,17 +49,21 @@ class ModelSpec:
 
     Attributes:
         model_types: of ``config.json``; written folders have the first.
+        name: of the model, in the model card of an export, such as BERT.
         config: the config's class.
         encoder: builds an encoder with random weights from a config.
         weights: returns the names and shape of every weight, for a config.
         sort_weights: sorts and names the tensors of a folder, given its ``config.json``.
         untrained: returns the tensors that a written folder has besides the encoder's weights,
             because transformers' class of the model has them.
+        untrained_note: describes these tensors in the model card.
     """
 
     model_types: Sequence[str]
+    name: str
     config: type[EncoderConfig]
     encoder: Callable[[Any], Encoder]
     weights: Callable[[Any], Iterable[Weight]]
     sort_weights: Callable[[Mapping[str, Any], Iterable[tuple[str, Tensor]]], StoredWeights]
     untrained: Callable[[Any], dict[str, Tensor]] = _none
+    untrained_note: str = ""

@@ -189,7 +189,8 @@ class Run(NamedTuple):
         model = self.new_model()
         checkpoint, progress = self._load_best(model)
         dtype = dtype or pick_dtype(self.recipe.precision, device)
-        model = model.to(device, dtype).eval()
+        model = model.to(device).eval()
+        model.cast(dtype)
         if not all_finite(model.parameters()):
             raise InputError(
                 f"{checkpoint}: weights are beyond the range of {dtype}, in which the run "

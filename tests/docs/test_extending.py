@@ -14,9 +14,28 @@ from torch import Tensor
 from engine.gradients import balancing as recipe_methods
 from kernels import balancing
 from tests.conftest import REPOSITORY
+from tests.docs.extending import files, section
 from tests.kernels.balancing import methods, test_edges, test_every_method
 
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("title", ["Add an encoder", "Add a head", "Add a balancing method"])
+def test_files_are_formatted_and_linted(title: str) -> None:
+    found = files(section(title))
+    assert len(found) == 2  # the file and its test
+    ours = 'lint.isort.known-first-party=["engine","kernels","tests"]'  # that are not there, too
+    for path, code in found.items():
+        for command in (("check", "--config", ours), ("format", "--diff")):
+            run = subprocess.run(
+                [sys.executable, "-m", "ruff", *command, "--stdin-filename", path, "-"],
+                cwd=REPOSITORY,
+                input=code,
+                capture_output=True,
+                encoding="utf-8",
+                check=False,
+            )
+            assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_a_balancing_method(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,182 +1,87 @@
-"""Another encoder than BERT trains, is exchanged, stored and exported: no name is known outside."""
+"""Another encoder than BERT trains, is exchanged, stored and exported: no name is known outside.
+
+It is the one of docs/extending.md, as it stands there, and so are the tests of its file.
+"""
 
 import ast
 import copy
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-import kernels
-from engine import export, train
 from engine.config.objective import ObjectiveRecipe
 from engine.data.collate import pack
-from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
 from engine.distributed import gradient_sync
-from engine.gradients.balancing import Balancer, BalanceSettings, TrainedTasks, build_method
 from engine.gradients.flat_parameters import FlatParameters
-from engine.gradients.groups import ParamGroups
-from engine.models import hf_weights
 from engine.models.context import Context
-from engine.models.multitask import MultitaskModel
+from engine.models.layers import Embedding
 from engine.models.registry import MODELS
-from engine.optim.adamw import AdamW
+from engine.models.spec import StoredWeights
 from engine.runs.objectives import build_examples, head_settings
-from engine.runs.run import open_run
-from engine.training.step import MultitaskStep
-from engine.utils.json_text import dump_json
+from engine.utils.errors import InputError
 
 from ...conftest import REPOSITORY
-from ...kernels.pcgrad_reference import reference_pcgrad
+from ...docs.extending import files, run_as, section
 from ..distributed.test_gradient_sync import Watched
 from ..gradients.test_one_pass_backward import within_twice
-from ..small_models import DECAY, SEED, make_micro_batches, random_split
-from . import second_encoder
-from .second_encoder import SPEC, PreNormConfig, PreNormEncoder, PreNormLayer
+from ..small_models import make_micro_batches, random_split
+from . import encoder_cases as cases
+from .encoder_cases import SIZES, TASKS
 
-TASKS = ("quora", "sts")
-LR, SIZES, STEPS = 1e-3, (6, 4), 3
+SECTION = section("Add an encoder")
+FILE, TEST = files(SECTION)
+prenorm = run_as(files(SECTION)[FILE], FILE)
+with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sys.modules, prenorm.__name__, prenorm)
+    tests_of_the_page = run_as(files(SECTION)[TEST], TEST)
+globals().update({n: test for n, test in vars(tests_of_the_page).items() if n.startswith("test_")})
+CASE, SPEC = tests_of_the_page.CASE, prenorm.SPEC
 
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for model_type in SPEC.model_types:
-        monkeypatch.setitem(MODELS, model_type, SPEC)
+    (line,) = re.findall(r"\*\*The line in the registry.*?```python\n(.*?)```", SECTION, re.DOTALL)
+    added = {}
+    exec(line, {"MODELS": added, "prenorm": prenorm})
+    for model_type, spec in added.items():
+        monkeypatch.setitem(MODELS, model_type, spec)
 
 
-def build_model(*, adapter_width: int = 0, objectives=None) -> MultitaskModel:
-    torch.manual_seed(0)
-    model = MultitaskModel(
-        PreNormConfig(),
-        [FORMATS[task] for task in TASKS],
-        dict.fromkeys(TASKS, "shared"),
-        pooling="mean",
-        dropout_p=0.0,
-        adapter_width=adapter_width,
-        objectives=objectives,
-    )
-    for adapter in model.adapters.values():
-        adapter.up.weight.data.normal_(0, 0.2)
-    return model.train()
+def test_the_page_is_followed():
+    assert (FILE, TEST) == ("engine/models/prenorm.py", "tests/engine/models/test_prenorm.py")
+    assert MODELS["prenorm"] is SPEC
+    names = {name for name in globals() if getattr(tests_of_the_page, name, None)}
+    assert len([name for name in names if name.startswith("test_")]) == 4
 
 
-def build_step(model: MultitaskModel, surgery: str, freeze_encoder: bool) -> MultitaskStep:
-    device = torch.device("cpu")
-    flat = FlatParameters(
-        model,
-        TASKS,
-        device=device,
-        compute_dtype=torch.float32,
-        freeze_encoder=freeze_encoder,
-    )
-    groups = ParamGroups(flat, TASKS, surgery)
-    method = build_method("pcgrad", TrainedTasks(TASKS, (6, 4)), BalanceSettings())
-    return MultitaskStep(
-        model,
-        TASKS,
-        flat,
-        AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY),
-        groups,
-        Balancer(method, groups.sole_tasks, device),
-        loss_weights=(1.0, 1.0),
-        clip_norm=None,
-        seed=SEED,
-    )
-
-
-def gradients(model, batch, names) -> dict[str, Tensor]:
-    """``{name: [K, *shape]}`` from K ordinary backward passes."""
-    parameters = dict(model.named_parameters())
-    rows = {name: torch.zeros(len(names), *p.shape).to(p) for name, p in parameters.items()}
-    for k, loss in enumerate(model.losses(model(batch, names), batch, names)):
-        found = torch.autograd.grad(
-            loss, list(parameters.values()), retain_graph=True, allow_unused=True
-        )
-        for name, gradient in zip(parameters, found, strict=True):
-            if gradient is not None:
-                rows[name][k] = gradient
-    return rows
-
-
-def in_dtype(batch, dtype: torch.dtype):
-    return replace(batch, labels=tuple(labels.to(dtype) for labels in batch.labels))
-
-
-STAGES = ("encoder.table", "encoder.blocks.0", "encoder.blocks.1", "encoder.last")
-OWN = tuple(f"{kind}.{task}" for kind in ("heads", "adapters") for task in TASKS)
-
-
-def stage_of(name: str) -> str:
-    (stage,) = (one for one in (*STAGES, "pair", *OWN) if name.startswith(f"{one}."))
-    return stage
-
-
-def plain_steps(
-    model, batches, dtype: torch.dtype, surgery: str, freeze_encoder: bool
-) -> dict[str, Tensor]:
-    """Train by K backward passes, Algorithm 1 on each part, torch's AdamW; return all weights."""
-    model = copy.deepcopy(model).to(dtype)
-    trained = {
-        name: p
-        for name, p in model.named_parameters()
-        if not (freeze_encoder and name.startswith("encoder."))
-    }
-    groups = [
-        {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": DECAY},
-        {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0},
+def test_tensors_are_sorted_as_the_page_says():
+    (loop,) = re.findall(r"^  ```python\n(.*?)^  ```", SECTION, re.DOTALL | re.MULTILINE)
+    names = ("embeddings.a", "roformer.encoder.layer.0.b", "cls.predictions.c", "classifier.d")
+    tensors, found = {name: torch.ones(1) for name in names}, StoredWeights({}, {}, {})
+    exec(textwrap.dedent(loop), {"tensors": tensors.items(), "found": found})
+    assert [list(kind) for kind in found] == [
+        ["embeddings.a", "encoder.layer.0.b"],
+        ["cls.predictions.c"],
+        ["classifier.d"],
     ]
-    optimizer = torch.optim.AdamW(groups, lr=LR)
-    for number, batch in enumerate(batches):
-        rows = gradients(model, in_dtype(batch, dtype), TASKS)
-        order = kernels.draw_order(len(TASKS), torch.tensor((SEED << 32) + number))
-        parts: dict[str, list[str]] = {}
-        for name in trained:
-            parts.setdefault(stage_of(name) if surgery == "layer" else "model", []).append(name)
-        for names in parts.values():
-            part = torch.cat([rows[name].flatten(1) for name in names], dim=1)
-            combined = reference_pcgrad(part, order).to(dtype)
-            pieces = combined.split([trained[name].numel() for name in names])
-            for name, piece in zip(names, pieces, strict=True):
-                trained[name].grad = piece.view_as(trained[name])
-        optimizer.step()
-    return {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("adapter_width", [0, 8])
-@pytest.mark.parametrize("freeze_encoder", [False, True])
-@pytest.mark.parametrize(("surgery", "micro_batches"), [("model", 1), ("layer", 1), ("layer", 2)])
-def test_steps_equal_the_plain_way(adapter_width, freeze_encoder, surgery, micro_batches):
-    """Distances from float64 by the 2x rule, against the plain way's in fp32."""
-    model = build_model(adapter_width=adapter_width)
-    model.encoder.checkpoint_layers = micro_batches > 1
-    batches = [make_micro_batches(10 * n, SIZES, 1, TASKS)[0] for n in range(STEPS)]
-    exact, torchs = (
-        plain_steps(model, batches, dtype, surgery, freeze_encoder)
-        for dtype in (torch.float64, torch.float32)
-    )
-    before = copy.deepcopy(model.encoder.state_dict())
-    step = build_step(model, surgery, freeze_encoder)
-    for number in range(STEPS):
-        step(make_micro_batches(10 * number, SIZES, micro_batches, TASKS), number, LR)
-    moved = [name for name, p in model.encoder.named_parameters() if not p.equal(before[name])]
-    assert bool(moved) != freeze_encoder
-    names = list(step.parameters.slots)
-    ours, others, exactly = (
-        torch.cat([weights[name].flatten().double() for name in names])
-        for weights in (dict(model.named_parameters()), torchs, exact)
-    )
-    assert (ours - exactly).norm() <= 2 * (others - exactly).norm()
-    if surgery == "layer":
-        stages = {stage_of(name) for name in names}
-        assert set(step.groups.names) == stages
+def test_other_configs_are_refused():
+    config = CASE.config.to_huggingface()
+    assert SPEC.config.from_huggingface(config) == CASE.config
+    with pytest.raises(InputError, match="hidden_act = 'relu': expected 'gelu'"):
+        SPEC.config.from_huggingface({**config, "hidden_act": "relu"})
+    del config["d_model"]
+    with pytest.raises(InputError, match="missing hidden_size"):
+        SPEC.config.from_huggingface(config)
 
 
 def test_rows_equal_k_backward_passes_beside_a_tied_decoder():
@@ -184,11 +89,10 @@ def test_rows_equal_k_backward_passes_beside_a_tied_decoder():
     texts = [f"the film {n} was fine. i saw it {n} times. it is {n * n}!" for n in range(12)]
     settings = ObjectiveRecipe(kind="masked_lm")
     torch.manual_seed(1)
-    model = build_model(objectives={"lm": head_settings("lm", settings, PreNormConfig())})
+    model = CASE.model(objectives={"lm": head_settings("lm", settings, CASE.config)})
     names = ("lm", "sts")
     exact, same = copy.deepcopy(model).double(), copy.deepcopy(model)
-    device = torch.device("cpu")
-    flat = FlatParameters(model, names, device=device, compute_dtype=torch.float32)
+    flat = FlatParameters(model, names, device=cases.CPU, compute_dtype=torch.float32)
     examples = build_examples("lm", settings, texts, Tokenizer.train(texts, 90), 64, 0)
     for number in range(2):
         sources = [examples, random_split("sts", 5, vocab=97, seed=number)]
@@ -196,26 +100,17 @@ def test_rows_equal_k_backward_passes_beside_a_tied_decoder():
         flat.clear_partial_gradients()
         scores = model(batch, names, task_rows=True)
         torch.stack(model.losses(scores, batch, names)).sum().backward()
-        references, plain = (gradients(m, batch, names) for m in (exact, same))
+        references, plain = (cases.gradients(m, batch, names) for m in (exact, same))
         scale = max(row.norm() for row in references.values())
         for name, row in flat.named_views(flat.rows):
             assert within_twice(row, plain[name], references[name], scale), (number, name)
         model.zero_sparse_rows(batch)
 
 
-def test_no_row_of_its_table_lingers():
-    model = build_model()
-    step = build_step(model, "model", freeze_encoder=False)
-    step(make_micro_batches(0, SIZES, 1, TASKS), 0, LR)
-    rows = dict(step.parameters.named_views(step.parameters.rows))
-    assert not rows["encoder.table.weight"].any()
-    assert rows["encoder.blocks.0.qkv.weight"].any()
-
-
 def test_its_buckets_leave_stage_by_stage(monkeypatch):
     monkeypatch.setattr(gradient_sync.dist, "get_rank", lambda: 0)
-    model = build_model(adapter_width=8)
-    step = build_step(model, "model", freeze_encoder=False)
+    model = CASE.model(adapter_width=8)
+    step = cases.build_step(model, "model", freeze_encoder=False)
     step.sync = watched = Watched(model, step.parameters)
     step._task_gradients(make_micro_batches(0, SIZES, 1, TASKS))
     assert watched.before_the_end == ["heads", "pair", "encoder.blocks.1", "encoder.blocks.0"]
@@ -225,49 +120,27 @@ def test_its_buckets_leave_stage_by_stage(monkeypatch):
         assert torch.equal(watched.sent[bucket.name][:, bucket.columns], rows[:, bucket.columns])
 
 
-def test_it_is_read_trained_and_exported(tmp_path):
-    config = PreNormConfig(vocab_size=256)
-    torch.manual_seed(0)
-    state = PreNormEncoder(config).state_dict()
-    texts = [f"the film {n} was fine, i saw it {n} times" for n in range(40)]
-    (tmp_path / "model").mkdir()
-    Tokenizer.train(texts, 256).save(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(dump_json(config.to_huggingface()))
-    save_file(
-        hf_weights.to_huggingface_state(state, config), tmp_path / "model" / "model.safetensors"
-    )
-    arguments = ["demo", "--init", str(tmp_path / "model"), "--out", str(tmp_path / "run")]
-    settings = [
-        "max_train_examples=64",
-        "epochs=1",
-        "balance_granularity=layer",
-        "log_layer_cosines_every=1",
-        "precision=fp32",
-    ]
-    assert train.main([*arguments, "--max-steps", "2", "--set", *settings]) == 0
-    assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    trained, _ = open_run(tmp_path / "run").trained_model(torch.device("cpu"))
-    assert hf_weights.read_config(tmp_path / "out").hidden_size == 32
-    assert found.keys() == {f"model.{name}" for name in state}
-    for name, tensor in trained.encoder.state_dict().items():
-        assert torch.equal(found[f"model.{name}"], tensor)
-        assert not torch.equal(tensor, state[name]), name
-
-
-class Bare(PreNormEncoder):
+class Bare(prenorm.PreNormEncoder):
     """With a parameter that no layer of this engine holds."""
 
-    def __init__(self, config: PreNormConfig) -> None:
+    def __init__(self, config: prenorm.PreNormConfig) -> None:
         super().__init__(config)
         self.blocks[0].gain = torch.nn.Parameter(torch.ones(1))
 
 
-class Stray(PreNormEncoder):
+class Stray(prenorm.PreNormEncoder):
     """With a parameter that is in no stage."""
 
     def stages(self):
         return super().stages()[:-1]
+
+
+class Forgetful(prenorm.PreNormEncoder):
+    """With a table that its lookups leave out."""
+
+    def __init__(self, config: prenorm.PreNormConfig) -> None:
+        super().__init__(config)
+        self.blocks[0].positions = Embedding(config.max_position_embeddings, config.hidden_size)
 
 
 @pytest.mark.parametrize(
@@ -275,23 +148,98 @@ class Stray(PreNormEncoder):
     [
         (Bare, r"encoder\.blocks\.0\.gain: a parameter that tasks share, of a PreNormLayer"),
         (Stray, r"encoder\.last\.weight: in no stage"),
+        (Forgetful, r"Forgetful\.lookups leaves out blocks\.0\.positions, whose gradient rows"),
     ],
 )
 def test_parameters_without_a_description_are_refused(monkeypatch, encoder, message):
     monkeypatch.setitem(MODELS, "prenorm", replace(SPEC, encoder=encoder))
     with pytest.raises(TypeError, match=message):
-        build_model().parameter_specs(TASKS)
+        CASE.model().parameter_specs(TASKS)
+
+
+class FewDropouts(prenorm.PreNormEncoder):
+    """With one dropout more than it says."""
+
+    @property
+    def num_dropouts(self):
+        return super().num_dropouts - 1
+
+
+class OneId(prenorm.PreNormEncoder):
+    """With the same ids in both layers."""
+
+    def __init__(self, config: prenorm.PreNormConfig) -> None:
+        super().__init__(config)
+        self.blocks[1].dropout_id = 0
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        (FewDropouts, r"beyond num_dropouts: \[0, 1, 2, 3, 4, 5\]"),
+        (OneId, r"shared dropout ids: \[0, 0, 1, 1, 2, 2\]"),
+    ],
+)
+def test_dropouts_that_share_an_id_are_found(monkeypatch, encoder, message):
+    monkeypatch.setitem(MODELS, "prenorm", replace(SPEC, encoder=encoder))
+    with pytest.raises(AssertionError, match=message):
+        cases.assert_dropouts_have_ids_of_their_own(CASE)
+
+
+def test_a_tensor_that_an_export_lacks_is_found(monkeypatch, tmp_path):
+    """The folder has a pooler, of which the spec says nothing in ``untrained``."""
+
+    def sort_weights(_config, tensors):
+        encoder = dict(tensors)
+        return StoredWeights(encoder, {}, {"pooler.weight": encoder.pop("pooler.weight")})
+
+    monkeypatch.setitem(MODELS, "prenorm", replace(SPEC, sort_weights=sort_weights))
+    file = cases.write_folder(CASE, tmp_path / "model") / "model.safetensors"
+    save_file(load_file(file) | {"pooler.weight": torch.ones(1)}, file)
+    with pytest.raises(AssertionError, match=r"without \['pooler.weight'\]"):
+        cases.assert_exported_as_it_was_read(CASE, file.parent, tmp_path)
+
+
+class OneAdapter(prenorm.PreNormEncoder):
+    """With the first layer's adapters in both layers."""
+
+    def __init__(self, config: prenorm.PreNormConfig) -> None:
+        super().__init__(config)
+        self.blocks[1].number = 0
+
+
+def test_adapters_that_a_layer_leaves_out_are_found(monkeypatch):
+    monkeypatch.setitem(MODELS, "prenorm", replace(SPEC, encoder=OneAdapter))
+    variant = cases.TrainingVariant("model", 1, freeze_encoder=False, adapter_width=8)
+    with pytest.raises(AssertionError, match=r"no gradient reaches adapters\.quora\.qkv\.1\."):
+        cases.assert_steps_equal_the_plain_way(CASE, variant)
+
+
+class Buffered(prenorm.PreNormEncoder):
+    """With values that are not trained."""
+
+    def __init__(self, config: prenorm.PreNormConfig) -> None:
+        super().__init__(config)
+        self.blocks[0].register_buffer("sines", torch.arange(9.0).sin(), persistent=False)
+
+
+def test_buffers_keep_their_dtype_when_weights_are_cast(monkeypatch):
+    monkeypatch.setitem(MODELS, "prenorm", replace(SPEC, encoder=Buffered))
+    model = CASE.model()
+    model.cast(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.encoder.blocks[0].sines, torch.arange(9.0).sin())
 
 
 def test_checkpointing_runs_every_stage_but_the_first_twice():
-    model = build_model()
+    model = CASE.model()
     (batch,) = make_micro_batches(0, SIZES, 1, TASKS)
     calls = []
     for stage in model.encoder_stages():
         stage.module.register_forward_pre_hook(lambda module, _: calls.append(type(module)))
     model.encoder.checkpoint_layers = True
     model.encoder(batch.input_ids, Context.of(batch)).sum().backward()
-    assert calls.count(PreNormLayer) == 4
+    assert calls.count(prenorm.PreNormLayer) == 4
     assert calls[0] is type(model.encoder.word_table)
     assert calls.count(calls[0]) == 1
 
@@ -337,26 +285,3 @@ def test_nothing_outside_the_models_knows_their_parts_by_name():
         if "models" not in path.relative_to(engine).parts
     }
     assert {path: names for path, names in found.items() if names} == _NAMES_IN_FILES
-
-
-def test_the_page_on_extending_shows_this_encoder(monkeypatch):
-    page = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
-    section = page.partition("\n## Add an encoder\n")[2].partition("\n## ")[0]
-    file, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    shown, here = (
-        _without_imports(text) for text in (file, Path(second_encoder.__file__).read_text())
-    )
-    assert shown == here
-    module = ModuleType("engine.models.prenorm")
-    module.__package__ = "engine.models"
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(file, "engine/models/prenorm.py", "exec"), vars(module))
-    models = {}
-    exec(line, {"MODELS": models, "prenorm": module})
-    assert models == {"prenorm": module.SPEC}
-
-
-def _without_imports(code: str) -> list[str]:
-    """Return the statements of a module but its docstring and imports."""
-    imports = (ast.Import, ast.ImportFrom)
-    return [ast.unparse(node) for node in ast.parse(code).body[1:] if not isinstance(node, imports)]
