@@ -357,7 +357,7 @@ def test_scores_of_other_settings_are_not_shown(run, tmp_path, changed, expected
     assert train.main(options) == 0
     assert "0.500" in capsys.readouterr().out
     shutil.rmtree(series / "seed-0")
-    with pytest.raises(InputError, match="is gone"):
+    with pytest.raises(InputError, match="is missing"):
         train.main(options)
 
 
