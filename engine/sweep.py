@@ -15,6 +15,7 @@ from .cli.options import add_device, add_settings, overrides
 from .cli.series import train_series
 from .cli.standard_output import train_without_output
 from .config import recipe as recipes
+from .config.renamed import new_name
 from .runs.experiments import (
     MOST_RUNS,
     RunSpec,
@@ -59,13 +60,16 @@ def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
         axes: ``key=value,value,…`` each.
 
     Raises:
-        InputError: an axis names no values, or there are too many points.
+        InputError: an axis names no values, two name one field, or there are too many points.
     """
-    choices = []
+    choices, fields = [], set[str]()
     for axis in axes:
         key, separator, values = axis.partition("=")
         if not separator or not all(value.strip() for value in values.split(",")):
             raise InputError(f"--grid {axis}: expected key=value,value,…")
+        if (field := new_name(key.strip())) in fields:
+            raise InputError(f"--grid {axis}: {field} is given already; name each field once")
+        fields.add(field)
         choices.append([f"{key.strip()}={value.strip()}" for value in values.split(",")])
     count = math.prod(map(len, choices))
     if count > MOST_RUNS:

@@ -22,6 +22,19 @@ _TABLES = {"phases": "", "tasks": "tasks.NAME.", "objectives": "objectives.NAME.
 """How fields of the tables below each of these begin in RENAMED."""
 
 
+def new_name(key: str) -> str:
+    """Return the new name of a field that is given by a dotted key, such as ``tasks.sst.first``."""
+    nested: dict[str, Any] = {}
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    fields, _ = with_new_names(nested)
+    parts = []
+    for _ in key.split("."):
+        ((part, fields),) = fields.items()
+        parts.append(part)
+    return ".".join(parts)
+
+
 def with_new_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the fields of a recipe under their new names, and a line for each old one.
 

@@ -59,6 +59,8 @@ def build_trainer(
     method = build_method(balance, tasks, recipe.balancing)
     total_steps = min(task_schedule.total_steps, recipe.max_steps or sys.maxsize)
     model = run.initial_model(phase).train()
+    for later in list(run.recipe.in_phases)[phase:]:
+        _check_trainable(run.recipe, later, model)
     _check_batches(recipe, run.config.hidden_size, device)
     model.encoder.checkpoint_layers = recipe.checkpoint_layers
     set_matmul_precision(recipe.precision, device)
@@ -73,14 +75,6 @@ def build_trainer(
         shard=ranks.shard if sharded else (0, 1),
     )
     check_range(parameters)
-    # Alone in a step such a task has no gradient at all; beside others its row is zero.
-    untrainable = [task for task in recipe.train if not parameters.columns_used_by(task)]
-    if len(untrainable) == len(recipe.train) or (take_turns and untrainable):
-        raise InputError(
-            f"freeze_encoder: nothing is left to train by {', '.join(untrainable)}; "
-            "leave that out of train, or freeze the encoder in other phases alone "
-            "(phases.NAME.freeze_encoder=true)"
-        )
     sync = build_gradient_sync(recipe.distribute, ranks.size, model, parameters)
     dev_sets = {task: run.split(task, "dev") for task in recipe.tasks if recipe.scored}
     if not runs_encoder(recipe):
@@ -142,6 +136,27 @@ def build_trainer(
 def _examples(run: Run, name: str) -> Examples:
     """Return the training examples of a task or an objective."""
     return run.objective(name) if name in run.recipe.objectives else run.split(name, "train")
+
+
+def _check_trainable(recipe: Recipe, phase: str, model: MultitaskModel) -> None:
+    """Refuse a phase with nothing to train, before earlier phases are trained for nothing.
+
+    A task without trained parameters has a row of zeros beside other tasks, and no gradient at all
+    in a step of its own.
+
+    Raises:
+        InputError: the message names the tasks, and the phase if there are several.
+    """
+    settings = recipe.in_phases[phase]
+    specs = model.parameter_specs(settings.train, freeze_encoder=settings.freeze_encoder)
+    untrainable = [task for task in settings.train if not any(task in spec.tasks for spec in specs)]
+    is_alone = settings.task_schedule != "together"
+    if len(untrainable) == len(settings.train) or (is_alone and untrainable):
+        where = f"phases.{phase}: " if phase else ""
+        raise InputError(
+            f"{where}nothing is left to train by {', '.join(untrainable)}, since freeze_encoder is "
+            "true; take it out of train, or set freeze_encoder=false"
+        )
 
 
 def runs_encoder(recipe: Recipe) -> bool:

@@ -39,9 +39,9 @@ def renamed_argument(old: str, old_value: T, new: str, new_value: T, default: T)
         default: of the argument.
 
     Raises:
-        TypeError: the argument was given by both names.
+        TypeError: the argument was given by both names, and is not the default by the new one.
     """
-    if new_value != default:
+    if type(new_value) is not type(default) or new_value != default:
         raise TypeError(f"{old}: the old name of {new}, which was given as well")
     _warn(f"the argument {old} is {new} now")
     return old_value

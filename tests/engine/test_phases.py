@@ -87,6 +87,16 @@ def test_a_phase_that_makes_no_sense(override, expected):
         recipes.load("demo", [override])
 
 
+def test_a_later_phase_with_nothing_to_train_ends_the_run_before_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turns = ("task_schedule=cycle", "tasks.sts.head=cosine")
+    settings = [*turns, "phases.a.max_steps=1", "phases.b.freeze_encoder=true"]
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(InputError, match=r"^phases\.b: nothing is left to train by sts, since"):
+            main(["demo", "--out", "run", *dry, "--set", *TINY, *settings])
+    assert not list(tmp_path.iterdir())
+
+
 def test_max_steps_ends_each_phase(tiny_run):
     folder = tiny_run("run", "--max-steps", "1", settings=PHASES)
     assert len(metrics(folder)) == 2

@@ -56,13 +56,28 @@ def test_an_axis_without_values(axis):
         sweep.grid_points([axis])
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "field"),
+    [
+        ("lr=1,2", "lr=3", "lr"),
+        ("surgery=layer", "balance_granularity=model,tensor", "balance_granularity"),
+        ("tasks.sst.first_n=1", "tasks.sst.first=2", "tasks.sst.first_n"),
+        ("phases.a.order=cycle", "phases.a.task_schedule=cycle", "phases.a.task_schedule"),
+    ],
+)
+def test_a_field_by_two_axes(one, other, field):
+    """By either name: its last value alone would be trained, under the labels of both."""
+    with pytest.raises(InputError, match=f"--grid {other}: {field} is given already"):
+        sweep.grid_points([one, other])
+
+
 def test_more_runs_than_anybody_waits_for(tmp_path):
     """A series is planned as a whole: a huge one would fill the memory."""
     for arguments in (["--seeds", "1000000000"], ["--seed", "2147483647", "--seeds", "2"]):
         with pytest.raises(InputError, match=r"--seeds \d+: expected at most (10000|1), "):
             train.main(["demo", *arguments, "--out", str(tmp_path / "runs")])
     with pytest.raises(InputError, match=r"--grid: 1000000000000 points; give at most 10000"):
-        sweep.grid_points(["a=0,1,2,3,4,5,6,7,8,9"] * 12)
+        sweep.grid_points([f"{key}=0,1,2,3,4,5,6,7,8,9" for key in "abcdefghijkl"])
     assert not any(tmp_path.iterdir())
 
 

@@ -46,6 +46,8 @@ def test_stream_is_the_rng_offset(name: str, dtype: str) -> None:
     assert not torch.equal(found, function(**arguments))
     with pytest.raises(TypeError, match="stream: the old name of rng_offset"):
         function(**arguments, rng_offset=5, stream=5)
+    with pytest.raises(TypeError, match="stream: the old name of rng_offset"):
+        function(**arguments, rng_offset=torch.tensor([1, 2]), stream=5)
     with (
         pytest.warns(DeprecationWarning, match="stream"),
         pytest.raises(ValueError, match="rng_offset"),
