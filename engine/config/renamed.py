@@ -23,7 +23,7 @@ _TABLES = {"phases": "", "tasks": "tasks.NAME.", "objectives": "objectives.NAME.
 
 
 def new_name(key: str) -> str:
-    """Return the new name of a field that is given by a dotted key, such as ``tasks.sst.first``."""
+    """Return the dotted key of a field under its new name."""
     nested: dict[str, Any] = {}
     for part in reversed(key.split(".")):
         nested = {part: nested}
