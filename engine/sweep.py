@@ -15,7 +15,7 @@ from .cli.options import add_device, add_settings, overrides
 from .cli.series import train_series
 from .cli.standard_output import train_without_output
 from .config import recipe as recipes
-from .config.renamed import new_name
+from .config.renamed import with_new_name
 from .runs.experiments import (
     MOST_RUNS,
     RunSpec,
@@ -67,7 +67,8 @@ def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
         key, separator, values = axis.partition("=")
         if not separator or not all(value.strip() for value in values.split(",")):
             raise InputError(f"--grid {axis}: expected key=value,value,…")
-        if (field := new_name(key.strip())) in fields:
+        field, _, _ = with_new_name(key.strip())
+        if field in fields:
             raise InputError(f"--grid {axis}: {field} is given already; name each field once")
         fields.add(field)
         choices.append([f"{key.strip()}={value.strip()}" for value in values.split(",")])

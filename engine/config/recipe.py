@@ -39,7 +39,7 @@ from ..utils.field_types import (
 from ..utils.untrusted_io import parse_toml, read_bytes
 from .messages import FIELDS, first_problem, nearest
 from .objective import ObjectiveRecipe
-from .renamed import with_new_names
+from .renamed import with_new_name, with_new_names
 from .tables import EncoderRecipe, TaskRecipe
 
 _NAME = re.compile(r"[_-]*[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -337,7 +337,11 @@ def read(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
         fields = parse_toml(read_bytes(path).decode("utf-8"))
     except ValueError as error:
         raise InputError(f"recipe {path}: not TOML ({error})") from None
-    fields, lines = _with_new_names(fields, f"recipe {name}")
+    try:
+        fields, lines = with_new_names(fields)
+    except ValueError as error:
+        raise InputError(f"recipe {name}: {error}") from None
+    lines = [f"recipe {name}: {line}" for line in lines]
     init, given = fields.get("init", ""), dict[str, Any]()
     for override in overrides:
         lines += _apply(fields, override)
@@ -373,23 +377,15 @@ def _apply(fields: dict[str, Any], override: str) -> list[str]:
         value = parse_toml(f"value = {text}")["value"]
     except ValueError:
         value = text.strip()
-    *tables, last = key.strip().split(".")
-    given = {last: value}
-    for table in reversed(tables):
-        given = {table: given}
-    given, lines = _with_new_names(given, f"--set {key.strip()}=…")
-    for _ in tables:
-        ((table, given),) = given.items()
+    where = f"--set {key.strip()}=…"
+    try:
+        key, value, lines = with_new_name(key.strip(), value)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    *tables, last = key.split(".")
+    for table in tables:
         fields = fields.setdefault(table, {})
         if not isinstance(fields, dict):
             raise InputError(f"--set {override}: {table} has no fields of its own")
-    fields.update(given)
-    return lines
-
-
-def _with_new_names(fields: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    try:
-        fields, lines = with_new_names(fields)
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
-    return fields, [f"{where}: {line}" for line in lines]
+    fields[last] = value
+    return [f"{where}: {line}" for line in lines]

@@ -22,19 +22,6 @@ _TABLES = {"phases": "", "tasks": "tasks.NAME.", "objectives": "objectives.NAME.
 """How fields of the tables below each of these begin in RENAMED."""
 
 
-def new_name(key: str) -> str:
-    """Return the dotted key of a field under its new name."""
-    nested: dict[str, Any] = {}
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    fields, _ = with_new_names(nested)
-    parts = []
-    for _ in key.split("."):
-        ((part, fields),) = fields.items()
-        parts.append(part)
-    return ".".join(parts)
-
-
 def with_new_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the fields of a recipe under their new names, and a line for each old one.
 
@@ -63,3 +50,18 @@ def with_new_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
                 name: renamed(table, prefix, f"{group}.{name}.") for name, table in own.items()
             }
     return fields, lines
+
+
+def with_new_name(key: str, value: Any = None) -> tuple[str, Any, list[str]]:
+    """Return a field's dotted key and its value, maybe a table, as :func:`with_new_names` does.
+
+    Raises:
+        ValueError: a table in ``value`` has a field by both names.
+    """
+    names = key.split(".")
+    for name in reversed(names):
+        value = {name: value}
+    value, lines = with_new_names(value)
+    for depth in range(len(names)):
+        ((names[depth], value),) = value.items()
+    return ".".join(names), value, lines
