@@ -28,27 +28,35 @@ DEFAULT_FEATURES = {"sst": "single", "quora": "concat", "sts": "cosine", "cfimdb
 def build_step(
     model: MultitaskModel,
     *,
+    trained: TrainedTasks = TRAINED,
     balance: str = "pcgrad",
     settings: BalanceSettings | None = None,
     surgery: str = "model",
-    loss_weights: tuple[float, ...] = (1.0, 1.0, 1.0),
+    loss_weights: tuple[float, ...] | None = None,
     clip: float | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     execution: str = "eager",
+    **flat_settings: bool,
 ) -> MultitaskStep:
-    """A training step around a model, as a recipe would make it."""
-    flat = FlatParameters(model, TASKS, device=torch.device(device), compute_dtype=dtype)
-    groups = ParamGroups(flat, TASKS, surgery)
-    method = build_method(balance, TRAINED, settings or BalanceSettings())
+    """A training step around a model, as a recipe would make it.
+
+    ``flat_settings`` are freeze_encoder and take_turns, of the flat parameters.
+    """
+    tasks = trained.names
+    flat = FlatParameters(
+        model, tasks, device=torch.device(device), compute_dtype=dtype, **flat_settings
+    )
+    groups = ParamGroups(flat, tasks, surgery)
+    method = build_method(balance, trained, settings or BalanceSettings())
     return MultitaskStep(
         model,
-        TASKS,
+        tasks,
         flat,
         AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY),
         groups,
         Balancer(method, groups.sole_tasks, torch.device(device)),
-        loss_weights=loss_weights,
+        loss_weights=loss_weights or (1.0,) * len(tasks),
         loss_scale=LossScale(flat.master.device) if dtype == torch.float16 else None,
         clip_norm=clip,
         seed=SEED,

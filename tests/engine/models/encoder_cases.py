@@ -17,9 +17,7 @@ from engine import export, train
 from engine.data.collate import PackedBatch
 from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
-from engine.gradients.balancing import Balancer, BalanceSettings, TrainedTasks, build_method
-from engine.gradients.flat_parameters import FlatParameters
-from engine.gradients.groups import ParamGroups
+from engine.gradients.balancing import TrainedTasks
 from engine.models import hf_weights
 from engine.models.config import EncoderConfig
 from engine.models.context import Context
@@ -28,15 +26,14 @@ from engine.models.heads import HeadSettings
 from engine.models.layers import Embedding
 from engine.models.multitask import MultitaskModel
 from engine.models.registry import spec_of
-from engine.optim.adamw import AdamW
 from engine.runs.run import open_run
-from engine.training.step import MultitaskStep
 from engine.utils.json_text import dump_json
 
 from ...kernels.pcgrad_reference import reference_pcgrad
-from ..small_models import DECAY, SEED, make_micro_batches
+from ..small_models import DECAY, SEED, build_step, make_micro_batches
 
 TASKS = ("quora", "sts")
+TRAINED = TrainedTasks(TASKS, (6, 4))
 LR, SIZES, STEPS = 1e-3, (6, 4), 3
 CPU = torch.device("cpu")
 
@@ -119,26 +116,6 @@ every_training_variant = pytest.mark.parametrize(
 )
 
 
-def build_step(model: MultitaskModel, granularity: str, freeze_encoder: bool) -> MultitaskStep:
-    """A training step of both tasks with PCGrad."""
-    flat = FlatParameters(
-        model, TASKS, device=CPU, compute_dtype=torch.float32, freeze_encoder=freeze_encoder
-    )
-    groups = ParamGroups(flat, TASKS, granularity)
-    method = build_method("pcgrad", TrainedTasks(TASKS, (6, 4)), BalanceSettings())
-    return MultitaskStep(
-        model,
-        TASKS,
-        flat,
-        AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY),
-        groups,
-        Balancer(method, groups.sole_tasks, CPU),
-        loss_weights=(1.0, 1.0),
-        clip_norm=None,
-        seed=SEED,
-    )
-
-
 def gradients(model: MultitaskModel, batch: PackedBatch, tasks: Sequence[str]) -> dict[str, Tensor]:
     """``{name: [K, *shape]}`` from K ordinary backward passes."""
     parameters = dict(model.named_parameters())
@@ -209,7 +186,12 @@ def assert_steps_equal_the_plain_way(case: EncoderCase, variant: TrainingVariant
         for dtype in (torch.float64, torch.float32)
     )
     before = copy.deepcopy(model.encoder.state_dict())
-    step = build_step(model, variant.granularity, variant.freeze_encoder)
+    step = build_step(
+        model,
+        trained=TRAINED,
+        surgery=variant.granularity,
+        freeze_encoder=variant.freeze_encoder,
+    )
     for number in range(STEPS):
         micro_batches = make_micro_batches(10 * number, SIZES, variant.micro_batches, TASKS)
         step(micro_batches, number, LR)
@@ -230,7 +212,7 @@ def assert_no_gradient_row_lingers(case: EncoderCase) -> None:
     model = case.model()
     tables = {n for n, module in model.encoder.named_modules() if isinstance(module, Embedding)}
     assert tables == set(case.tables)
-    step = build_step(model, "model", freeze_encoder=False)
+    step = build_step(model, trained=TRAINED)
     step(make_micro_batches(0, SIZES, 1, TASKS), 0, LR)
     rows = dict(step.parameters.named_views(step.parameters.rows))
     zero = {name for name, row in rows.items() if name.startswith("encoder.") and not row.any()}

@@ -32,7 +32,7 @@ from ...conftest import REPOSITORY
 from ...docs.extending import files, run_as, section
 from ..distributed.test_gradient_sync import Watched
 from ..gradients.test_one_pass_backward import within_twice
-from ..small_models import make_micro_batches, random_split
+from ..small_models import build_step, make_micro_batches, random_split
 from . import encoder_cases as cases
 from .encoder_cases import SIZES, TASKS
 
@@ -110,7 +110,7 @@ def test_rows_equal_k_backward_passes_beside_a_tied_decoder():
 def test_its_buckets_leave_stage_by_stage(monkeypatch):
     monkeypatch.setattr(gradient_sync.dist, "get_rank", lambda: 0)
     model = CASE.model(adapter_width=8)
-    step = cases.build_step(model, "model", freeze_encoder=False)
+    step = build_step(model, trained=cases.TRAINED)
     step.sync = watched = Watched(model, step.parameters)
     step._task_gradients(make_micro_batches(0, SIZES, 1, TASKS))
     assert watched.before_the_end == ["heads", "pair", "encoder.blocks.1", "encoder.blocks.0"]

@@ -2,39 +2,17 @@
 
 import torch
 
-from engine.gradients.balancing import Balancer, BalanceSettings, TrainedTasks, build_method
-from engine.gradients.flat_parameters import FlatParameters
-from engine.gradients.groups import ParamGroups
-from engine.optim.adamw import AdamW
 from engine.training.step import MultitaskStep
 
-from ..small_models import TASKS, make_micro_batches
+from ..small_models import TASKS, build_step, make_micro_batches
 
-LR, DECAY = 1e-3, 0.1
+LR = 1e-3
 SHARING = {"quora": "shared", "sts": "shared"}
 
 
 def build_turns(model, **settings) -> MultitaskStep:
-    flat = FlatParameters(
-        model,
-        TASKS,
-        device=torch.device("cpu"),
-        compute_dtype=torch.float32,
-        take_turns=True,
-        **settings,
-    )
-    groups = ParamGroups(flat, TASKS, "model")
-    method = build_method("sum", TrainedTasks(TASKS, (1, 1, 1)), BalanceSettings())
-    return MultitaskStep(
-        model,
-        TASKS,
-        flat,
-        AdamW(flat, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY),
-        groups,
-        Balancer(method, groups.sole_tasks, torch.device("cpu")),
-        loss_weights=(1.0, 2.0, 1.0),
-        clip_norm=None,
-        seed=0,
+    return build_step(
+        model, balance="sum", loss_weights=(1.0, 2.0, 1.0), take_turns=True, **settings
     )
 
 
