@@ -210,9 +210,9 @@ def test_under_compiled_autograd(layer_name: str) -> None:
 
 def test_nodes_of_the_graph_have_names() -> None:
     x = torch.randn(4, 8, requires_grad=True)
-    node = kernels.layer_norm(x).grad_fn
-    assert node is not None
-    assert "layer_norm" in node.name()
+    y = kernels.layer_norm(x)  # kept: in torch 2.11 a node has no name without its output
+    assert y.grad_fn is not None
+    assert "layer_norm" in y.grad_fn.name()
 
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
