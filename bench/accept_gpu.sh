@@ -4,30 +4,58 @@
 #   bash bench/accept_gpu.sh FOLDER OUTDIR PART...
 #
 # FOLDER is what bench/gather_gpu.sh gathered; OUTDIR gets a log and a record for each part, and
-# after each part OUTDIR.tar.gz holds all so far.  Parts run in the order given: probe tests step
-# training surgery attention tiles layer_norm memcheck racecheck.  A part that fails is named at
-# the end, and the others still run; what does not fit into SUPERBERT_SECONDS (540) is named too.
-# SUPERBERT_STEP and SUPERBERT_ATTENTION choose contestants (a pattern of their names).  The Python of
-# such a machine has torch with CUDA, triton, transformers and pytest.
+# after each part OUTDIR.tar.gz holds all so far.  Parts run in the order given.  Two names stand for
+# several parts each, which fit into one run of eight minutes:
+#
+#   run1   probe tests step surgery attention training
+#   run2   kernel_tests tiles layer_norm step_compiled ncu memcheck racecheck
+#
+# A part that fails is named at the end, and the others still run; what does not fit into
+# SUPERBERT_SECONDS (470) is named too.  SUPERBERT_STEP and SUPERBERT_ATTENTION choose contestants (a
+# pattern of their names).  The Python of such a machine has torch with CUDA, triton, transformers and
+# pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 usage="usage: bash bench/accept_gpu.sh FOLDER OUTDIR PART..."
 folder=$(realpath "${1:?$usage}") out=${2:?$usage}
 : "${3:?$usage}"
 shift 2
+run1=(probe tests step surgery attention training)
+run2=(kernel_tests tiles layer_norm step_compiled ncu memcheck racecheck)
+parts=()
+for name in "$@"; do
+    case $name in
+    run1) parts+=("${run1[@]}") ;;
+    run2) parts+=("${run2[@]}") ;;
+    *) parts+=("$name") ;;
+    esac
+done
+for name in "${parts[@]}"; do
+    if [[ " ${run1[*]} ${run2[*]} " != *" $name "* ]]; then
+        echo "$name: no such part" >&2
+        exit 2
+    fi
+done
 mkdir -p "$out"
 if compgen -G "$out/*.log" >/dev/null || compgen -G "$out/*.json" >/dev/null; then
     echo "$out: holds logs or records already; give another folder" >&2
     exit 2
 fi
-deadline=$((SECONDS + ${SUPERBERT_SECONDS:-540}))
+deadline=$((SECONDS + ${SUPERBERT_SECONDS:-470}))
 failed=()
+work=${SUPERBERT_WORK:-/tmp/superbert}
+mkdir -p "$work"
 python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-    --target /tmp/superbert-site "$folder"/wheels/*.whl || exit 2
+    --target "$work/site" "$folder"/wheels/*.whl || exit 2
 cp "$folder/libsuperbert.so" kernels/
-PYTHONPATH=/tmp/superbert-site${PYTHONPATH:+:$PYTHONPATH}
+PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 SUPERBERT_COMMIT=$(cat "$folder/commit")
 export PYTHONPATH SUPERBERT_COMMIT PYTHONUNBUFFERED=1 SUPERBERT_DATA="$folder/data" COLUMNS=160
+# Figures of torch's fallbacks would look like ours.
+python3 -c 'import kernels; exit(kernels.implementation("gram", "cuda") != "cuda")' || {
+    echo "kernels/libsuperbert.so: has no CUDA code, or cannot be loaded; gather again" >&2
+    exit 2
+}
 
 part() {  # part NAME MOST_SECONDS COMMAND...
     local name=$1 limit=$2 left=$((deadline - SECONDS)) start=$SECONDS
@@ -45,18 +73,55 @@ part() {  # part NAME MOST_SECONDS COMMAND...
     tar -czf "$out.tar.gz" -C "$(dirname "$out")" "$(basename "$out")"
 }
 
-gpu_tests=(tests/kernels/test_triton.py tests/kernels/test_surgery_cuda.py
-    tests/kernels/test_cuda_graphs.py tests/kernels/test_balanced_gradients.py
-    tests/engine/training/test_step_gpu.py tests/engine/optim/test_loss_scale.py
+# Of the engine and of the update first: what a run trains with.
+tests=(tests/engine/training/test_step_gpu.py tests/kernels/test_surgery_cuda.py
+    tests/kernels/test_balanced_gradients.py tests/engine/optim/test_loss_scale.py
     tests/engine/runtime/test_gpu_meter.py tests/engine/data/test_collate.py)
+kernel_tests=(tests/kernels/test_triton.py tests/kernels/test_cuda_graphs.py)
+# Small launches of each kind of kernel, since tools that watch every access are slow.
+watched='agree_with_the_cpu or test_adamw_skips or test_gram_by_segment or test_combine_rounding'
 # Warnings of other versions' libraries are no failures here.
 pytest=(python3 -m pytest -q -m gpu -o filterwarnings=default -p no:cacheprovider)
-base=(--device cuda --data "$folder/data" --init /tmp/superbert-base)
+usual='^this engine, bf16, (pcgrad|sum)$|^transformers, bf16(, (packed|recorded|compiled layers))*, sum$'
+compiled='^this engine, bf16, pcgrad$|bf16.*compile'
+base=(--device cuda --data "$folder/data" --init "$work/base")
 
-for name in "$@"; do
+step() {  # step NAME MOST_SECONDS PATTERN
+    if [ ! -d "$work/base" ]; then
+        python3 -m bench.random_bert "$work/base" --vocabulary "$folder/model/vocab.txt"
+    fi
+    part "$1" "$2" python3 -m bench.step "${base[@]}" --rounds 10 --warmup-seconds 60 \
+        --json "$out/$1.json" --only "$3"
+}
+
+profile() {  # the profiler's figures of a few kernels, as CSV
+    command -v ncu >/dev/null || PATH=$PATH:/usr/local/cuda/bin
+    if ! command -v ncu >/dev/null; then
+        echo "ncu: not installed"
+        return 1
+    fi
+    local csv=$out/ncu.csv
+    ncu --version
+    ncu --profile-from-start off --target-processes all --csv --page details \
+        --section SpeedOfLight --section Occupancy --section MemoryWorkloadAnalysis \
+        --section LaunchStats --log-file "$csv" \
+        python3 -m bench.kernels_once gram combine attention --runs 1
+    local status=$?
+    cut -c1-200 "$csv" | tail -n 40
+    if grep -q -e ERR_NVGPUCTRPERM -e "No kernels were profiled" "$csv"; then
+        echo "ncu: measured nothing; it may lack the permission to read the GPU's counters"
+        return 1
+    fi
+    return "$status"
+}
+export -f profile
+export out
+
+for name in "${parts[@]}"; do
     case $name in
     probe)
-        part probe 60 python3 - <<'END'
+        part probe 60 python3 - <<'PROBE'
+import shutil
 import subprocess
 
 import torch
@@ -64,47 +129,44 @@ import torch
 import kernels
 
 print(torch.__version__, torch.cuda.get_device_name(), torch.cuda.get_device_properties(0))
-print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
+if shutil.which("nvidia-smi"):
+    print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
 operators = ("gram", "combine", "attention", "layer_norm")
-found = {name: kernels.implementation(name, "cuda") for name in operators}
-print(found)
-assert found["gram"] == "cuda", "the library was built without CUDA"
+print({name: kernels.implementation(name, "cuda") for name in operators})
 x = torch.randn(3, 1_000_003, device="cuda")
 error = (kernels.gram(x).double() - x.double() @ x.double().T).abs().max().item()
 print("gram is off by", error)
 assert error < 1
-END
+PROBE
         ;;
-    tests) part tests 240 "${pytest[@]}" -n 8 --dist load --durations 15 "${gpu_tests[@]}" ;;
+    tests) part tests 120 "${pytest[@]}" -n 8 --dist load --durations 15 "${tests[@]}" ;;
+    kernel_tests)
+        part kernel_tests 150 "${pytest[@]}" -n 8 --dist load --durations 15 "${kernel_tests[@]}"
+        ;;
     step)
-        if [ ! -d /tmp/superbert-base ]; then
-            python3 -m bench.random_bert /tmp/superbert-base --vocabulary "$folder/model/vocab.txt"
-        fi
-        part step "${SUPERBERT_STEP_SECONDS:-300}" python3 -m bench.step "${base[@]}" \
-            --rounds 10 --json "$out/step.json" --only "${SUPERBERT_STEP:-bf16}"
+        step step 150 "${SUPERBERT_STEP:-$usual}"
         ;;
-    tiles) part tiles 120 python3 -m bench.attention_tiles --json "$out/attention_tiles.json" ;;
+    step_compiled) step step_compiled 150 "${SUPERBERT_STEP:-$compiled}" ;;
+    tiles) part tiles 60 python3 -m bench.attention_tiles --json "$out/attention_tiles.json" ;;
     training)
-        part training 120 python3 -m engine.train cgs --data "$folder/data" \
-            --init "$folder/model" --out /tmp/superbert-run --max-steps 300
+        part training 90 python3 -m engine.train cgs --data "$folder/data" \
+            --init "$folder/model" --out "$work/run-$$" --max-steps 300
+        cp "$work/run-$$/metrics.jsonl" "$out/training.jsonl" 2>/dev/null
         ;;
     surgery) part surgery 60 python3 -m bench.surgery --device cuda --json "$out/surgery.json" ;;
     attention)
-        part attention 120 python3 -m bench.attention --device cuda --dtype bf16 \
+        part attention 90 python3 -m bench.attention --device cuda --dtype bf16 \
             --only "${SUPERBERT_ATTENTION:-varlen}" --json "$out/attention.json"
         ;;
     layer_norm)
-        part layer_norm 60 python3 -m bench.layer_norm --device cuda --json "$out/layer_norm.json"
+        part layer_norm 90 python3 -m bench.layer_norm --device cuda --json "$out/layer_norm.json"
         ;;
+    ncu) part ncu 90 bash -c profile ;;
     memcheck | racecheck)
         # PyTorch's caching would hide accesses past a tensor's end.
-        part "$name" 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$name" \
+        part "$name" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$name" \
             --error-exitcode 1 "${pytest[@]}" -x tests/kernels/test_triton.py \
-            tests/kernels/test_surgery_cuda.py -k "not graph and not many and not compile"
-        ;;
-    *)
-        echo "$name: no such part" >&2
-        exit 2
+            tests/kernels/test_surgery_cuda.py -k "$watched"
         ;;
     esac
 done

@@ -8,12 +8,14 @@ import argparse
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,11 +75,37 @@ def interleave(
     return samples
 
 
-def graph_replay(run: Contestant, device: torch.device) -> Contestant:
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raise a TimeoutError where the block takes longer: one contestant must not take all the time.
+
+    It is raised between two Python instructions; a compiler that runs is waited for.
+    """
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def graph_replay(
+    run: Contestant, device: torch.device, pool: tuple[int, int] | None = None
+) -> Contestant:
     """Return what replays a contestant's work as a CUDA graph.
 
     A replay holds the device's time alone: the host's time to launch hundreds of kernels, which is
     longer than small kernels take, is left out alike for every contestant.
+
+    Args:
+        run: the contestant.
+        device: a GPU.
+        pool: memory that it shares with other graphs, none of which is replayed at the same time.
 
     Raises:
         RuntimeError: the contestant does what cannot be recorded, such as waiting for the device.
@@ -89,7 +117,7 @@ def graph_replay(run: Contestant, device: torch.device) -> Contestant:
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool):
         kept = run()
 
     def replay(_kept: object = kept) -> None:

@@ -1,14 +1,17 @@
 """``python -m bench.layer_norm``: time layer norm, alone and fused with BERT's layers around it.
 
 Plain; dropout + residual + norm; embedding sum + norm + dropout.  Forward and backward with the
-gradients of all parameters.  The floor is the bytes that must move at the copy bandwidth of the
+gradients of all parameters: called by the host, and on a GPU replayed as a graph, too, which is
+what counts in a recorded step.  The floor is the bytes that must move at the copy bandwidth of the
 same rounds.  Peers, each where it imports: torch's layer norm, the plain code compiled by
 `torch.compile`, Liger, apex, flash-attn's Triton norm.
 """
 
+import argparse
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -43,6 +46,14 @@ class Inputs:
         self.seed = torch.tensor(0, device=device)
         self.ids = [torch.randint(0, count, (rows,), device=device) for count in _TABLE_ROWS]
         self.tables = [tensor(count, width).requires_grad_() for count in _TABLE_ROWS]
+
+    def copies_beyond_cache(self, cache_bytes: int = 64 << 20) -> int:
+        """Return how many of these are larger than any GPU's cache."""
+        return min(16, 1 + cache_bytes // (3 * self.x.nbytes))
+
+    def another(self) -> "Inputs":
+        """Inputs of the same shape elsewhere in memory."""
+        return Inputs(*self.x.shape, self.x.dtype, str(self.x.device))
 
     def plain(self, norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
         """``norm(x)``, forward and backward."""
@@ -159,26 +170,64 @@ _KINDS = {
 }
 
 
-def _add_rows(
-    table: Table,
-    case: str,
-    samples: dict[str, list[float]],
-    nbytes: int,
-    copy: float,
-    memory: dict[str, int],
-) -> None:
-    ours = harness.median(samples["this project"])
-    for name, seconds in samples.items():
-        rate = nbytes / harness.median(seconds)
-        table.add_row(
-            case if name == "this project" else "",
+OURS = "this project"
+
+
+def measure(
+    kind: str, inputs: Inputs, options: argparse.Namespace, failures: dict[str, str], case: str
+) -> dict[str, Any]:
+    """Time one case's contestants: called by the host, and on a GPU replayed as graphs, too."""
+    torch._dynamo.reset()
+    make, tensors, tables = _KINDS[kind]
+    device, failed = torch.device(options.device), dict[str, str]()
+    found = make(inputs, options.device)
+    runs = harness.surviving({name: lambda run=run: run for name, run in found.items()}, failed)
+    if OURS not in runs:
+        raise SystemExit(f"{case}: {failed[OURS]}")
+    samples = harness.interleave(runs, device, rounds=options.rounds)
+    measured = {
+        # The tables' gradients are written whole, and the rows that were looked up read.
+        "bytes": tensors * inputs.x.nbytes + tables * sum(t.nbytes for t in inputs.tables),
+        "peak_bytes": {name: harness.peak_memory(run, device) for name, run in runs.items()},
+        "seconds": samples,
+        "quantiles": {name: harness.summary(s) for name, s in samples.items()},
+    }
+    if device.type == "cuda":
+        # Each call of a graph has inputs of its own, together more than the cache holds.
+        copies = [inputs, *(inputs.another() for _ in range(inputs.copies_beyond_cache() - 1))]
+        calls = [make(each, options.device) for each in copies]
+
+        def replay(name: str) -> harness.Contestant:
+            return harness.graph_replay(lambda: [made[name]() for made in calls], device)
+
+        graphs = harness.surviving({name: lambda name=name: replay(name) for name in runs}, failed)
+        replayed = harness.device_seconds(graphs, device, rounds=5, replays=4)
+        measured["replayed_seconds"] = {
+            name: [each / len(copies) for each in seconds] for name, seconds in replayed.items()
+        }
+    failures.update({f"{name}, {case}": text for name, text in failed.items()})
+    return measured
+
+
+def _rows(case: str, measured: dict[str, Any], copy: float) -> Iterator[list[str]]:
+    replayed = measured.get("replayed_seconds", {})
+    ours = harness.median(measured["seconds"][OURS])
+    for name, seconds in measured["seconds"].items():
+        best = harness.median(replayed.get(name, seconds))
+        cells = [
+            case if name == OURS else "",
             name,
             f"{harness.median(seconds) * 1e3:.3f}",
-            f"{rate / 1e9:.1f}",
-            f"{rate / copy:.0%}",
-            f"{memory[name] / 2**20:.0f}",
-            "" if name == "this project" else f"{harness.median(seconds) / ours:.2f}x",
-        )
+            f"{measured['bytes'] / best / 1e9:.1f}",
+            f"{measured['bytes'] / best / copy:.0%}",
+            f"{measured['peak_bytes'][name] / 2**20:.0f}",
+            "" if name == OURS else f"{harness.median(seconds) / ours:.2f}x",
+        ]
+        if name in replayed:
+            cells.append(f"{best * 1e3:.4f}")
+            if name != OURS and OURS in replayed:
+                cells.append(f"{best / harness.median(replayed[OURS]):.2f}x")
+        yield cells
 
 
 def main() -> None:
@@ -195,33 +244,28 @@ def main() -> None:
     device, console = torch.device(options.device), Console(width=110)
     row_counts = options.rows or ([2560] if device.type == "cpu" else [2560, 32768])
 
-    results: dict[str, object] = {}
+    results: dict[str, Any] = {"failures": {}}
+    record = harness.Record(options, "layer_norm", device)
     for dtype_name in options.dtype:
         copy = harness.measure_bandwidth(device)["copy"]
+        results[f"copy_bytes_per_s, {dtype_name}"] = copy
         table = Table(title=f"layer norm forward + backward, {dtype_name}")
-        for heading in ("shape", "contestant", "ms", "GB/s", "of copy", "peak MiB", "ours is"):
+        headings = ["shape", "contestant", "ms", "GB/s", "of copy", "peak MiB", "ours is"]
+        for heading in [*headings, *(["replayed ms", "ours is"] if device.type == "cuda" else [])]:
             table.add_column(heading, justify="left" if heading == "contestant" else "right")
         for rows, width in itertools.product(row_counts, options.width):
             inputs = Inputs(rows, width, _DTYPES[dtype_name], options.device)
             verify(inputs)
-            for kind, (make, tensors, tables) in _KINDS.items():
-                runs = make(inputs, options.device)
-                # The tables' gradients are written whole, and the rows that were looked up read.
-                nbytes = tensors * inputs.x.nbytes + tables * sum(t.nbytes for t in inputs.tables)
-                memory = {name: harness.peak_memory(run, device) for name, run in runs.items()}
-                samples = harness.interleave(runs, device, rounds=options.rounds)
+            for kind in _KINDS:
                 case = f"[{rows}, {width}] {kind}"
-                _add_rows(table, case, samples, nbytes, copy, memory)
-                results[f"{case}, {dtype_name}"] = {
-                    "bytes": nbytes,
-                    "peak_bytes": memory,
-                    "seconds": samples,
-                    "quantiles": {name: harness.summary(s) for name, s in samples.items()},
-                }
-        results[f"copy_bytes_per_s, {dtype_name}"] = copy
+                name = f"{case}, {dtype_name}"
+                results[name] = measured = measure(kind, inputs, options, results["failures"], name)
+                record.write(results)
+                for cells in _rows(case, measured, copy):
+                    table.add_row(*cells)
         console.print(table)
-    if options.json:
-        harness.write_record(options.json, "layer_norm", device, results, replace=options.force)
+    if results["failures"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """``python -m bench.step``: time one multitask training step against its baselines.
 
 The same real batches (32 examples each of SST, Quora and STS) go through this engine, packed, and
-through a plain ``transformers`` loop, padded.  The floor is the time the arithmetic of the step
-takes at the GEMM rate, plus the bytes of surgery and update at the copy bandwidth, both measured in
-the same run.  ``--growth`` measures how this engine's step grows with tasks, shapes and examples.
+through a plain ``transformers`` loop, padded; on a GPU as its eager code, which mostly waits for
+Python, and recorded as a CUDA graph of each batch.  The floor is the time of the step's matrix
+products, replayed, plus the bytes of surgery and update at the copy bandwidth, measured in the same
+run.  ``--growth`` measures how this engine's step grows with tasks, shapes and examples.
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import re
@@ -15,7 +17,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -27,7 +28,7 @@ from engine.config import recipe as recipes
 from engine.data.collate import PackedBatch
 from engine.runs.run import begin
 from engine.runtime.cpu import keep_freed_memory
-from engine.runtime.execution import Execution
+from engine.runtime.execution import COMPILED, RECORDED
 from engine.runtime.precision import multiplies_bf16_fast
 from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
@@ -41,7 +42,7 @@ _TASKS = ("sst", "quora", "sts")
 _LR = 1e-5
 _EXECUTIONS = {
     "cpu": ("eager", ("compile",)),
-    "cuda": ("graphs", ("eager", "graphs of eager code", "compile")),
+    "cuda": ("graphs", ("eager", "compiled_graphs", "compile")),
 }
 """The usual one of a device, and others to set beside it."""
 
@@ -70,9 +71,6 @@ def engine_trainer(
     options: argparse.Namespace, balance: str, precision: str, execution: str
 ) -> Trainer:
     """Put this engine together as ``engine.train cgs`` does."""
-    if execution == "graphs of eager code":
-        with mock.patch.object(Execution, "compiled", lambda _, function: function):
-            return engine_trainer(options, balance, precision, "graphs")
     settings = [f"balance={balance}", f"precision={precision}", f"execution={execution}"]
     settings.append(f"batch_size={options.batch_size}")
     for key, value in (("data", options.data), ("init", options.init)):
@@ -80,6 +78,23 @@ def engine_trainer(
             settings.append(recipes.override(key, str(value.absolute())))
     run = begin(recipes.load("cgs", settings), Path("not-written"))
     return build_trainer(run, torch.device(options.device))
+
+
+class RecordedLoop:
+    """A transformers loop whose whole steps, forward to optimizer, are CUDA graphs: one a batch."""
+
+    def __init__(self, loop: HuggingFaceLoop, batches: Batches, device: torch.device) -> None:
+        self._loop, self._batches, self._device = loop, batches, device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[int, harness.Contestant] = {}
+
+    def __call__(self) -> object:
+        """Train once; a batch's first step records it."""
+        turn = self._batches.turn
+        if turn not in self._graphs:
+            step = functools.partial(self._loop.step, self._batches.padded)
+            self._graphs[turn] = harness.graph_replay(step, self._device, self._pool)
+        return self._graphs[turn]()
 
 
 class Engine:
@@ -102,7 +117,7 @@ def engines(
     device = torch.device(options.device)
     usual, others = _EXECUTIONS[device.type]
     if not options.compile:
-        others = tuple(kind for kind in others if kind != "compile")
+        others = tuple(kind for kind in others if kind not in COMPILED)
     variants = [(p, balance, usual) for p in precisions for balance in ("pcgrad", "sum")]
     variants += [(precisions[0], "pcgrad", kind) for kind in others]
 
@@ -155,23 +170,31 @@ def peers(
                 autocast=precision == "bf16",
                 device=device,
                 config=config,
-                **dict.fromkeys(ways, True),
+                **{way.replace(" ", "_"): True for way in ways},
             )
+            if "recorded" in ways:
+                return RecordedLoop(loop, batches, device)
             return lambda: loop.step(batches.padded)
 
         return make
 
-    loops: list[tuple[str, str, tuple[str, ...]]] = []
-    for balance in ("sum", "pcgrad"):
-        loops += [(precision, balance, ()) for precision in ("bf16", "fp32")]
+    loops: list[tuple[str, str, tuple[str, ...]]] = [("bf16", "sum", ())]
+    if device.type == "cuda":
+        loops += [("bf16", "sum", ("recorded",))]
+        # varlen_attn has no kernel elsewhere
+        loops += [("bf16", "sum", ways) for ways in (("packed",), ("packed", "recorded"))]
+        if options.compile:
+            loops.append(("bf16", "sum", ("compiled layers", "recorded")))
+    loops += [("fp32", "sum", ())]
+    loops += [(precision, "pcgrad", ()) for precision in ("bf16", "fp32")]
     if importlib.util.find_spec("torchjd"):
         loops.append(("fp32", "torchjd", ()))
+    loops.append(("bf16", "sum", ("accelerated",)))
+    if device.type == "cuda":
+        loops.append(("bf16", "pcgrad", ("packed",)))
     if options.compile:
         loops += [(precision, "sum", ("compiled",)) for precision in ("bf16", "fp32")]
-    loops.append(("bf16", "sum", ("accelerated",)))
-    if device.type == "cuda":  # varlen_attn has no other kernel
-        loops += [("bf16", balance, ("packed",)) for balance in ("sum", "pcgrad")]
-        if options.compile:
+        if device.type == "cuda":
             loops.append(("bf16", "sum", ("packed", "compiled")))
     return {
         f"transformers, {precision}{''.join(f', {way}' for way in ways)}, {names[balance]}": maker(
@@ -207,7 +230,10 @@ def main() -> None:
     save = harness.Record(options, "step", device).write
     results["floor_seconds"] = floor_seconds(trainer, batches.packed[0], device)
 
+    # The most valuable first: a run may be cut off.
     makers = engines(options, batches, precisions) | peers(options, batches, config)
+    usual = [name for name in makers if len(name.split(", ")) == 3]
+    makers = {name: makers[name] for name in [*usual, *makers]}
     contestants = {}
     results["peak_bytes"], results["failures"] = {}, {}
     results["warmup_seconds"] = {}
@@ -217,10 +243,12 @@ def main() -> None:
         console.print(f"{name} ...")
         start = time.perf_counter()
         try:
-            run, peak = warmed_up(make, batches, device)
+            with harness.at_most(options.warmup_seconds):
+                run, peak = warmed_up(make, batches, device)
         except Exception as error:  # a peer may fail in any way; the others go on
             results["failures"][name] = f"{type(error).__name__}: {error}"[:2000]
             traceback.print_exc()
+            save(results)
             console.print(f"{name} failed: {results['failures'][name]}", soft_wrap=True)
             continue
         contestants[name], results["peak_bytes"][name] = run, peak
@@ -239,6 +267,16 @@ def main() -> None:
         contestants, device, rounds=options.rounds, setup=batches.select
     )
     save(results)
+    recorded = {
+        name: run
+        for name, run in contestants.items()
+        if isinstance(run, RecordedLoop)
+        or (isinstance(run, Engine) and run.trainer.step.execution.kind in RECORDED)
+    }
+    batches.select(0)
+    if recorded:
+        results["replayed_seconds"] = harness.device_seconds(recorded, device, rounds=5)
+        save(results)
     results["phase_seconds"] = phase_seconds(trainer, batches.packed, device)
     results["joules"] = joules_a_run(contestants, device)
     save(results)
@@ -253,6 +291,8 @@ def main() -> None:
         console.print(_kernel_table(name, rows))
     if options.json:
         console.print(f"wrote {options.json}")
+    for name, text in results["failures"].items():
+        console.print(f"{name} failed: {text[:300]}", soft_wrap=True)
     if results["failures"]:
         raise SystemExit(1)
 
@@ -274,8 +314,9 @@ def _table(results: dict, tokens: float) -> Table:  # type: ignore[type-arg]
     reference, least = harness.median(samples[ours]), sum(floor.values())
     table = Table(title=f"one step, {tokens:.0f} tokens (padded: {results['padded_tokens'][0]})")
     headings = ["", "median s", "p20 to p80", "tokens/s", "against ours", "against floor", "MiB"]
-    joules = results["joules"]
-    for column in [*headings, *(["joules"] if joules else [])]:
+    joules, replayed = results["joules"], results.get("replayed_seconds", {})
+    headings += [*(["joules"] if joules else []), *(["replayed ms"] if replayed else [])]
+    for column in headings:
         table.add_column(column, justify="left" if not column else "right")
     for name, seconds in samples.items():
         quantiles = harness.summary(seconds)
@@ -287,7 +328,11 @@ def _table(results: dict, tokens: float) -> Table:  # type: ignore[type-arg]
             f"{quantiles['p50'] / least:.2f}",
             f"{results['peak_bytes'][name] / 2**20:,.0f}",
         ]
-        table.add_row(name, *cells, *([f"{joules[name]:.2f}"] if joules else []))
+        if joules:
+            cells.append(f"{joules[name]:.2f}")
+        if name in replayed:
+            cells.append(f"{1e3 * harness.median(replayed[name]):.2f}")
+        table.add_row(name, *cells)
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in floor.items())
     table.add_row(f"floor ({parts})", f"{least:.3f}", "", "", f"{least / reference:.2f}", "1.00")
     return table
@@ -301,6 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--init", type=Path, help="model folder (default: a small BERT, random)")
     add("--batch-size", type=harness.whole(1), default=32, help="examples a task")
     add("--rounds", type=harness.whole(2), default=5)
+    add("--warmup-seconds", type=harness.whole(1, 3600), default=600, help="most of a contestant")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--only", default=".", metavar="PATTERN", help="only contestants whose names match")
     add("--growth", action="store_true", help="tasks, shapes and examples instead of peers")

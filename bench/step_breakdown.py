@@ -1,6 +1,7 @@
 """Break a training step down into its phases, with its floor and its energy."""
 
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,19 +20,55 @@ def floor_seconds(trainer: Trainer, batch: PackedBatch, device: torch.device) ->
     """Return the least a PCGrad step can take: its matrix products, then two passes of bytes.
 
     Every weight matrix is multiplied three times: forward, gradient of the input, gradient of the
-    weight.  Surgery reads the rows twice; the update reads and writes weights and moments.
+    weight, which is a product for each task.  On a GPU exactly these products are replayed as a
+    graph.  Surgery reads the rows twice; the update reads and writes weights and moments.
     """
-    config, parameters = trainer.model.encoder.config, trainer.parameters
-    width, inner = config.hidden_size, config.intermediate_size
-    weights = config.num_hidden_layers * (4 * width * width + 2 * width * inner)
-    flops = harness.measure_gemm(device, parameters.compute.dtype, batch.num_tokens, inner, width)
+    parameters = trainer.parameters
+    run = encoder_products(trainer, batch, device)
+    if device.type == "cuda":
+        replay = harness.graph_replay(run, device)
+        samples = harness.device_seconds({"products": replay}, device, rounds=3)
+    else:
+        samples = harness.interleave({"products": run}, device, rounds=3, warmup=1)
     bandwidth = harness.measure_bandwidth(device)["copy"]
     state = 3 * parameters.master.nbytes
     copy = 0 if parameters.compute is parameters.master else parameters.compute.nbytes
     return {
-        "matrix products": 6 * weights * batch.num_tokens / flops,
+        "matrix products": harness.median(samples["products"]),
         "surgery and update": (2 * parameters.rows.nbytes + 2 * state + copy) / bandwidth,
     }
+
+
+def encoder_products(
+    trainer: Trainer, batch: PackedBatch, device: torch.device
+) -> Callable[[], None]:
+    """Return what computes all matrix products of the encoder's layers in one step.
+
+    Each layer has weights of its own, as in the step: none is in the cache from the layer before.
+    """
+    config, dtype = trainer.model.encoder.config, trainer.parameters.compute.dtype
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes = [(3 * width, width), (width, width), (inner, width), (width, inner)]
+    layers = [
+        [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+        for _ in range(config.num_hidden_layers)
+    ]
+    tokens = batch.num_tokens
+    streams = {
+        size: torch.randn(tokens, size, device=device).to(dtype)
+        for size in {side for shape in shapes for side in shape}
+    }
+    tasks = list(itertools.pairwise(batch.token_offsets))
+
+    def run() -> None:
+        for weight in itertools.chain.from_iterable(layers):
+            outputs, inputs = (streams[side] for side in weight.shape)
+            inputs @ weight.T
+            outputs @ weight
+            for start, end in tasks:
+                outputs[start:end].T @ inputs[start:end]
+
+    return run
 
 
 def phase_seconds(
@@ -87,22 +124,21 @@ def joules_a_run(
         return {}
     import pynvml
 
+    joules = {}
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError:
-        return {}
-    joules = {}
-    for name, run in contestants.items():
-        harness.synchronize(device)
-        before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # millijoules
-        start, runs = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            run()
+        for name, run in contestants.items():
             harness.synchronize(device)
-            runs += 1
-        after = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        joules[name] = (after - before) / 1e3 / runs
-    pynvml.nvmlShutdown()
+            before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # millijoules
+            start, runs = time.perf_counter(), 0
+            while time.perf_counter() - start < seconds:
+                run()
+                harness.synchronize(device)
+                runs += 1
+            after = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            joules[name] = (after - before) / 1e3 / runs
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:  # no meter, or one that stopped: a record without joules
+        return {}
     return joules

@@ -8,8 +8,8 @@ AdamW; and the growth of both passes with the number of tasks and of parameters.
 
 import argparse
 import importlib.util
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -186,7 +186,7 @@ def main() -> None:
     options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
 
-    results: dict[str, object] = {"tasks": options.tasks, "columns": options.columns}
+    results: dict[str, Any] = {"tasks": options.tasks, "columns": options.columns}
     record = harness.Record(options, "surgery", device)
     for name in options.dtype:
         dtype = _DTYPES[name]
@@ -203,15 +203,17 @@ def main() -> None:
                 results["read_bandwidth"] = cases["read (torch.dot)"].nbytes / read
             record.write(results)
         del update, cases
-    results["growth"] = growth(device, options, console)
-    record.write(results)
+    results["growth"] = []
+    for shape in growth(device, options, console):
+        results["growth"].append(shape)
+        record.write(results)
     if options.json:
         console.print(f"wrote {options.json}")
 
 
 def growth(
     device: torch.device, options: argparse.Namespace, console: Console
-) -> list[dict[str, object]]:
+) -> Iterator[dict[str, object]]:
     """Time both passes over more tasks at the same size of matrix, and over more parameters."""
     budget = options.tasks * options.columns // 2
     shapes = [(tasks, budget // tasks) for tasks in (2, 4, 8, 16, 32, 64)]
@@ -219,7 +221,6 @@ def growth(
     table = Table(title="growth, fp32")
     for column in ("tasks", "parameters", "gram GB/s", "combine + AdamW GB/s"):
         table.add_column(column, justify="right")
-    records: list[dict[str, object]] = []
     for tasks, columns in shapes:
         update = Update(tasks, columns, torch.float32, options.device)
         cases = {
@@ -228,14 +229,13 @@ def growth(
         }
         samples = _time(cases, device, options.rounds)
         record = _record(cases, samples)
-        records.append({"tasks": tasks, "columns": columns} | record)
         rates = [
             f"{case.nbytes / harness.median(samples[name]) / 1e9:.1f}"
             for name, case in cases.items()
         ]
         table.add_row(str(tasks), f"{columns:,}", *rates)
+        yield {"tasks": tasks, "columns": columns} | record
     console.print(table)
-    return records
 
 
 def _time(cases: dict[str, Case], device: torch.device, rounds: int) -> dict[str, list[float]]:

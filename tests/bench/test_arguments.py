@@ -21,8 +21,12 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         **dict.fromkeys(("--forward", "--backward", "--update", "--latency", "--bandwidth"), REALS),
         **dict.fromkeys(("--tasks", "--ranks"), COUNTS),
     },
+    "kernels_once": {"--columns": COUNTS, "--runs": COUNTS, "--case": ("sst",)},
     "scaling_check": {"--steps": ONE},
-    "step": {"--batch-size": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
+    "step": {
+        **{"--batch-size": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
+        "--warmup-seconds": COUNTS,
+    },
     "surgery": {"--tasks": COUNTS, "--columns": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
     "readme_walkthrough": {"--steps": COUNTS[:-1]},
     "argument_checks": {"no.so": ("--",), "--json": ("",)},

@@ -2,13 +2,15 @@
 
 import argparse
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import harness
+from bench import harness, kernels_once, layer_norm
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
@@ -42,3 +44,44 @@ def test_a_record_is_not_written_over_another(
     assert json.loads(record.read_text())["benchmark"] == "one"
     harness.write_record(record, "other", cpu, {}, replace=True)
     assert json.loads(record.read_text())["benchmark"] == "other"
+
+
+def test_a_contestant_that_takes_too_long_is_stopped() -> None:
+    with pytest.raises(TimeoutError, match="more than 1 s"), harness.at_most(1):
+        time.sleep(30)
+    with harness.at_most(1):
+        pass
+    assert signal.alarm(0) == 0
+
+
+def test_layer_norm_is_kept_case_by_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> object:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(layer_norm._KINDS, "plain", (with_a_peer_that(fails), 5, 0))
+    monkeypatch.setattr(layer_norm.torch, "compile", lambda function, **_: function)
+    record = tmp_path / "record.json"
+    sizes = ["--rows", "8", "--width", "16", "--rounds", "2", "--dtype", "fp32"]
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", *sizes, "--json", str(record)])
+    with pytest.raises(SystemExit):  # one failed, by its name; the others were measured
+        layer_norm.main()
+    results = json.loads(record.read_text())["results"]
+    assert results["failures"] == {
+        "broken, [8, 16] plain, fp32": "RuntimeError: no such kernel",
+    }
+    assert results["[8, 16] plain, fp32"]["seconds"].keys() == {"this project", "torch"}
+    assert len(results["[8, 16] embedding, fp32"]["seconds"]["this project"]) == 2
+
+
+def with_a_peer_that(fails: layer_norm.Run) -> object:
+    def runs(inputs: layer_norm.Inputs, device: str) -> dict[str, layer_norm.Run]:
+        found = layer_norm.plain_runs(inputs, device)
+        return {"this project": found["this project"], "torch": found["torch"], "broken": fails}
+
+    return runs
+
+
+def test_kernels_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ["gram", "combine", "attention", "--columns", "100", "--case", "sst x 32"]
+    monkeypatch.setattr(sys, "argv", ["x", *parts, "--device", "cpu"])
+    kernels_once.main()
