@@ -177,10 +177,13 @@ def train_run(
         idle = print_idle_settings(console, trainer, facts, idle)
         describe(console, trainer)
         known = report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()], known)
-        recipe = trainer.recipe
-        with memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)):
+        recipe, execution = trainer.recipe, trainer.step.execution
+        with (
+            closing(execution),
+            memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)),
+        ):
             signal = train(trainer, console)
-        print_warmup(console, trainer.step.execution)
+        print_warmup(console, execution)
         if signal is not None:
             return signal
     return None
@@ -243,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             trainer = build_trainer(run, device, ranks)
             report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()])
-            show_plan(console, trainer)
+            with closing(trainer.step.execution):
+                show_plan(console, trainer)
             print_idle_settings(console, trainer, {trainer.name: PhaseFacts.of(trainer)}, ())
             return 0
         signal = train_run(run, device, console, ranks)

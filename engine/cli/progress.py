@@ -18,7 +18,7 @@ from ..data.task_batch import Examples
 from ..distributed.bandwidth import measure_traffic
 from ..lint.idle_settings import lines_on_idle_settings
 from ..lint.phase_facts import PhaseFacts
-from ..runtime.execution import Execution
+from ..runtime.execution import RECORDED, Execution
 from ..training.trainer import Trainer
 
 
@@ -105,7 +105,7 @@ def print_warmup(console: Console, execution: Execution) -> None:
         f"{execution.steps_beyond_limit} steps beyond them run as they are, "
     )
     console.print(
-        f"execution {execution.kind}: {graphs if execution.kind == 'graphs' else ''}"
+        f"execution {execution.kind}: {graphs if execution.kind in RECORDED else ''}"
         f"{execution.warmup_seconds:.1f} s of warm-up, not counted in tokens a second",
         soft_wrap=True,
     )

@@ -139,8 +139,9 @@ class Recipe(Settings):
     """What the model computes in, beside fp32 master weights; auto: bf16 where the hardware
     multiplies it fast; tf32: fp32 whose products are rounded; fp16: with a dynamic loss scale."""
     execution: Literal[EXECUTIONS] = "auto"  # type: ignore[valid-type]
-    """eager; compile: by torch.compile; graphs: that, and the whole step as a CUDA graph; auto:
-    graphs on a GPU, eager on a CPU."""
+    """eager; compile: by torch.compile; graphs: the whole eager step as a CUDA graph;
+    compiled_graphs: both, which costs half a minute at first; auto: graphs on a GPU, eager on a
+    CPU."""
     max_graphs: Positive = 8
     """The most CUDA graphs, and so the shapes that batches are filled up to for them."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

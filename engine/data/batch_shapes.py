@@ -57,6 +57,21 @@ class RoundedShapes:
         return BatchShape(tokens, max_seqlen=0, max_padding=self._multiple - 1)
 
 
+class OneShape:
+    """The same shape for every batch.
+
+    Args:
+        shape: with room for all of them.
+    """
+
+    def __init__(self, shape: BatchShape) -> None:
+        self._shape = shape
+
+    def shape(self, _tasks: tuple[str, ...], _counts: Sequence[int], /) -> BatchShape:
+        """Return it."""
+        return self._shape
+
+
 class ShapePlan:
     """The shapes of a run's batches.
 

@@ -5,15 +5,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from .batch_shapes import RoundedShapes, ShapePlan, Shapes
+from .batch_shapes import OneShape, RoundedShapes, ShapePlan, Shapes
 from .collate import PackedBatch, pack
 from .sampler import TaskSampler
 from .split import TokenizedSplit
-from .task_batch import Examples, Indices
+from .task_batch import Examples, Indices, empty_task_batch
 from .task_schedule import ScheduledBatch
 
 _PLANNED = 512
@@ -52,7 +52,8 @@ class TrainingLoader:
             start: the first step, 0 for a run that begins.
             stop: one past the last step.
             schedule: returns the batches of a step, by its number; None for one of each task.
-            shapes: pad batches, so that there are at most so many shapes; 0 for any.
+            shapes: pad batches, so that there are at most so many shapes; 0 for any.  The batches
+                of all ranks in one step get the same.
             token_multiple: pad every task's tokens to a multiple, where ``shapes`` is 0.
             micro_batches: how many a step's batch is split into, each with a share of every task.
             shard: (rank, ranks); the examples of a step, task after task, are dealt to the ranks
@@ -78,7 +79,7 @@ class TrainingLoader:
                 f"{micro_batches} micro-batches"
             )
 
-        def choose(number: int) -> tuple[list[Examples], list[Indices]]:
+        def choose(number: int, rank: int = rank) -> tuple[list[Examples], list[Indices]]:
             step, micro_batch = divmod(number, micro_batches)
             of_step = scheduled(step)
             batches = [samplers[each.task].batch(each.batch) for each in of_step]
@@ -86,10 +87,22 @@ class TrainingLoader:
             picks = [np.array_split(share, micro_batches)[micro_batch] for share in shares]
             return [sources[each.task] for each in of_step], picks
 
+        def measure(number: int) -> _Sizes:
+            step = number // micro_batches
+            return _largest([_measure(*choose(number, each), step) for each in range(ranks)])
+
+        def shapes_of(number: int) -> Shapes | None:
+            """The shapes for a batch: of several ranks, one with room for each rank's batch."""
+            if not isinstance(self.shapes, ShapePlan) or ranks == 1:
+                return self.shapes
+            sizes = measure(number)
+            shape = self.shapes.shape(sizes.tasks, sizes.tokens)
+            return OneShape(shape._replace(max_seqlen=max(shape.max_seqlen, sizes.longest)))
+
         def make(number: int) -> PackedBatch:
             step = number // micro_batches
             batch = replace(
-                pack(*choose(number), step, self.shapes),
+                pack(*choose(number), step, shapes_of(number)),
                 step_examples=tuple(samplers[each.task].batch_size for each in scheduled(step)),
             )
             return batch.pin_memory() if pin_memory else batch
@@ -97,7 +110,7 @@ class TrainingLoader:
         self.shapes: Shapes | None = RoundedShapes(token_multiple) if token_multiple > 1 else None
         """The shapes of all batches; None where there is no padding."""
         if shapes:  # micro-batches come in sequence, so several shapes would make many sequences
-            self.shapes = _plan(choose, stop * micro_batches, shapes if micro_batches == 1 else 1)
+            self.shapes = _plan(measure, stop * micro_batches, shapes if micro_batches == 1 else 1)
         self._ready: queue.Queue[PackedBatch | BaseException | None] = queue.Queue(depth)
         self._closing = threading.Event()
         self._thread = threading.Thread(
@@ -170,21 +183,44 @@ def _deal(batches: Sequence[Indices], rank: int, ranks: int) -> list[Indices]:
     return shares
 
 
-def _plan(
-    choose: Callable[[int], tuple[Sequence[Examples], Sequence[Indices]]], batches: int, limit: int
-) -> ShapePlan:
+class _Sizes(NamedTuple):
+    """The tasks of a batch, the tokens of each, and those of the longest sequence."""
+
+    tasks: tuple[str, ...]
+    tokens: list[int]
+    longest: int
+
+
+def _measure(sources: Sequence[Examples], picks: Sequence[Indices], step: int) -> _Sizes:
+    """Return the sizes of a batch."""
+    chosen = [
+        source.task_batch(pick, step) if len(pick) else empty_task_batch(source.task)
+        for source, pick in zip(sources, picks, strict=True)
+    ]
+    return _Sizes(
+        tuple(batch.task for batch in chosen),
+        [len(batch.tokens) for batch in chosen],
+        max(int(batch.sizes.max(initial=1)) for batch in chosen),
+    )
+
+
+def _largest(sizes: Sequence[_Sizes]) -> _Sizes:
+    """Return sizes with room for several batches of the same tasks."""
+    tokens = np.array([each.tokens for each in sizes]).max(axis=0).tolist()
+    return _Sizes(sizes[0].tasks, tokens, max(each.longest for each in sizes))
+
+
+def _plan(measure: Callable[[int], _Sizes], batches: int, limit: int) -> ShapePlan:
     """Plan the shapes of a run's batches from the token counts of evenly spaced ones.
 
-    The plan is the same whichever step a run is resumed at.
+    The plan is the same whichever step a run is resumed at, and on all ranks.
     """
     counts: dict[tuple[str, ...], list[list[int]]] = {}
     longest = 1
     for number in np.unique(np.linspace(0, batches - 1, min(batches, _PLANNED)).astype(int)):
-        sources, picks = choose(int(number))
-        chosen = [source.task_batch(pick, 0) for source, pick in zip(sources, picks, strict=True)]
-        of_tasks = counts.setdefault(tuple(batch.task for batch in chosen), [])
-        of_tasks.append([len(batch.tokens) for batch in chosen])
-        longest = max(longest, *(int(batch.sizes.max()) for batch in chosen))
+        sizes = measure(int(number))
+        counts.setdefault(sizes.tasks, []).append(sizes.tokens)
+        longest = max(longest, sizes.longest)
     return ShapePlan({tasks: np.array(rows) for tasks, rows in counts.items()}, limit, longest)
 
 

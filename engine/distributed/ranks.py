@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -24,6 +24,7 @@ from ..utils.errors import InputError, LostRankError
 from ..utils.json_text import dump_json
 
 _MOST_RANKS = 1 << 16
+_GLANCE = 1e-3  # seconds between two looks at an event
 _PAUSE = 0.1  # seconds between attempts to reach the first process
 _GRACE = 3.0  # seconds for ranks that notice a loss a little later than this one
 
@@ -49,6 +50,7 @@ class Ranks:
         self.checkpoint_group: dist.ProcessGroup | None = None
         self._store: Store | None = None
         self._broadcasts = 0
+        self._timeout = 0.0
 
     @classmethod
     def from_environment(cls) -> "Ranks":
@@ -129,7 +131,7 @@ class Ranks:
         if self.size == 1:
             yield
             return
-        patience = timedelta(seconds=timeout)
+        patience, self._timeout = timedelta(seconds=timeout), timeout
         # NCCL's watchdog aborts the process without a word of which rank it waits for, so gloo's
         # groups, whose errors can be caught, give up first.
         backend, longer = ("gloo", 1) if device.type == "cpu" else ("cpu:gloo,cuda:nccl", 2)
@@ -175,6 +177,38 @@ class Ranks:
         """Add up a CPU tensor over all ranks, in place."""
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
+
+    def agree(self, number: int) -> None:
+        """Check that all ranks call this with the same number; a defect if they do not."""
+        if self.group is not None:
+            bounds = torch.tensor([number, -number])
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group)
+            if bounds[0] != -bounds[1]:
+                raise AssertionError(f"rank {self.rank}: batches of a step differ in shape")
+
+    def mark(self, device: torch.device) -> torch.cuda.Event | None:
+        """Return an event at the end of the device's work so far, for :meth:`wait_for`."""
+        if self.group is None or device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def wait_for(self, events: Iterable[torch.cuda.Event | None]) -> None:
+        """Wait until the device has come to each of some events, one after the other.
+
+        NCCL's watchdog does not see the exchanges of a CUDA graph, and the device waits forever for
+        a rank that died within one.
+
+        Raises:
+            LostRankError: it took longer than the ranks' timeout from one event to the next.
+        """
+        for event in events:
+            end = time.monotonic() + self._timeout
+            while event is not None and not event.query():
+                if time.monotonic() > end:
+                    raise self._lost(TimeoutError("the device waits for an exchange"))
+                time.sleep(_GLANCE)
 
     def broadcast(self, value: Any) -> Any:
         """Return the main rank's ``value`` on every rank; all must call.  JSON must hold it."""

@@ -19,6 +19,7 @@ from ..data.rows import shorten
 from ..distributed.ranks import Ranks
 from ..runs.data_paths import reads_data_folder
 from ..runs.run import Run
+from ..runtime.execution import RECORDED
 from ..training.build import has_one_gradient, runs_encoder
 from ..utils.field_types import Settings
 from .cases import Case
@@ -276,7 +277,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         ),
         **dict.fromkeys(("clip_norm", "precision", "execution"), ALWAYS),
         "max_graphs": Effect(
-            lambda case: case.execution == "graphs",
+            lambda case: case.execution in RECORDED,
             "execution {case.execution} records no CUDA graphs",
         ),
         "log_every": _of_run_steps(off=Recipe.model_fields["log_every"].default),

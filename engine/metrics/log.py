@@ -61,6 +61,7 @@ class MetricsLog:
         self.start = start
         """The first step of this log."""
         self._waiting: list[tuple[dict[str, Any], tuple[str, ...], Tensor]] = []
+        self._marks: list[torch.cuda.Event | None] = []
         self._tokens, self._since = 0, time.perf_counter()
         self.latest: dict[str, Any] = {}
         """The line of the last step that was written."""
@@ -93,6 +94,7 @@ class MetricsLog:
             numbers.append(report.layer_grams.flatten())
         known = {"step": step, "lr": lr, "tokens": num_tokens}
         self._waiting.append((known, report.tasks, torch.cat(numbers)))
+        self._marks.append(self._ranks.mark(report.losses.device))
         if warmup > 0:
             self._since += warmup
         else:
@@ -122,6 +124,7 @@ class MetricsLog:
         # The hosts agree first: of a rank that is lost, gloo tells at once, and the device may
         # never come to the end of an exchange with it.
         self._ranks.sum_(tokens)
+        self._ranks.wait_for(self._marks)
         of_block, *of_steps = tokens.tolist()
         # One copy from the device, whatever the lengths.
         values = iter(torch.cat([numbers for *_, numbers in self._waiting]).tolist())
@@ -141,6 +144,7 @@ class MetricsLog:
         for line in lines:
             self.skipped = [*self.skipped, line["step"]] if line["skipped"] else []
         self._waiting.clear()
+        self._marks.clear()
         self.restart_clock()
 
     def restart_clock(self) -> None:

@@ -1,13 +1,22 @@
 """Run the step eagerly, compiled, or as a CUDA graph.
 
-    eager     every operator is called by itself
-    compile   torch.compile makes one function of the forward and one of the backward pass, and
-              fuses the operations between the kernels; it compiles once, for all token counts
-    graphs    as compile, with a CUDA graph of the whole step, forward to optimizer, for each batch
-              shape: one launch instead of a thousand
+    eager             every operator is called by itself
+    compile           torch.compile makes one function of the forward and one of the backward pass,
+                      and fuses the operations between the kernels; it compiles once, for all token
+                      counts
+    graphs            as eager, with a CUDA graph of the whole step, forward to optimizer, for each
+                      batch shape: one launch instead of a thousand
+    compiled_graphs   both
 
 The first step of a shape runs without a graph, which runs lazy initialisation before capture; the
 second is recorded.  So there are no extra warm-up steps, and training is the same.
+
+A step of several ranks holds calls of NCCL, which asks that all ranks record a call, or none, and
+that they replay the graphs that they recorded together.  So the ranks' batches of one step have one
+shape (data/loader.py), every rank takes the same decision at each step, and `agree` checks it
+whenever a signature is new or recorded.  NCCL has connected the ranks by then, since the first step
+of a shape makes the same calls.  NCCL waits for the end of graphs that hold its calls before it
+closes a connection: :meth:`Execution.close` comes before the end of the process group.
 """
 
 import time
@@ -19,7 +28,9 @@ from torch import Tensor
 
 from ..utils.errors import InputError
 
-EXECUTIONS = ("auto", "eager", "compile", "graphs")
+EXECUTIONS = ("auto", "eager", "compile", "graphs", "compiled_graphs")
+COMPILED = ("compile", "compiled_graphs")
+RECORDED = ("graphs", "compiled_graphs")
 
 
 class Batch(Protocol):
@@ -53,11 +64,13 @@ class Recording(NamedTuple, Generic[BatchT, Result]):
         batches: whose tensors it reads; new values are copied there.
         result: whose tensors it writes.
         replay: does its work again.
+        release: frees what it holds; it is not replayed any more.
     """
 
     batches: Sequence[BatchT]
     result: Result
     replay: Callable[[], None]
+    release: Callable[[], None] = lambda: None
 
 
 class CudaGraphs:
@@ -86,11 +99,12 @@ class CudaGraphs:
         """Record the function, without running it, on copies of the batches."""
         own = [batch.map(Tensor.clone) for batch in batches]
         graph = torch.cuda.CUDAGraph()
-        # Other threads (the one that pins batches) may go on calling CUDA meanwhile.
+        # Other threads (the one that pins batches, NCCL's watchdog) may go on calling CUDA
+        # meanwhile.
         mode = "thread_local"
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
             result = function(own)
-        return Recording(own, result, graph.replay)
+        return Recording(own, result, graph.replay, graph.reset)
 
 
 class Recorder(Protocol):
@@ -115,6 +129,8 @@ class Recorded(Generic[BatchT, Result]):
             in tensors that stay where they are.
         recorder: runs and records it.
         limit: the most recordings; batches of further signatures are run as they are.
+        agree: is given a number for each signature that is new, and for each recording; several
+            ranks must make these calls alike.
 
     Attributes:
         recordings: by the signatures of the batches.
@@ -122,10 +138,15 @@ class Recorded(Generic[BatchT, Result]):
     """
 
     def __init__(
-        self, function: "Function[BatchT, Result]", recorder: Recorder, limit: int
+        self,
+        function: "Function[BatchT, Result]",
+        recorder: Recorder,
+        limit: int,
+        agree: Callable[[int], None] = lambda _number: None,
     ) -> None:
         self._function, self._recorder, self._limit = function, recorder, limit
-        self._seen: set[Hashable] = set()
+        self._agree = agree
+        self._seen: dict[Hashable, int] = {}
         self.recordings: dict[Hashable, Recording[BatchT, Result]] = {}
         self.beyond_limit = 0
 
@@ -139,8 +160,10 @@ class Recorded(Generic[BatchT, Result]):
                 if full:
                     self.beyond_limit += 1
                 else:
-                    self._seen.add(key)
+                    self._seen[key] = len(self._seen)
+                    self._agree(2 * self._seen[key])
                 return self._recorder.run(self._function, batches)
+            self._agree(2 * self._seen[key] + 1)
             recording = self._recorder.record(self._function, batches)
             self.recordings[key] = recording
         for own, batch in zip(recording.batches, batches, strict=True):
@@ -148,6 +171,13 @@ class Recorded(Generic[BatchT, Result]):
                 target.copy_(source, non_blocking=True)
         recording.replay()
         return recording.result
+
+    def release(self) -> None:
+        """Free all recordings."""
+        for recording in self.recordings.values():
+            recording.release()
+        self.recordings.clear()
+        self._seen.clear()
 
 
 class Execution:
@@ -157,6 +187,7 @@ class Execution:
         kind: ``auto`` is ``graphs`` on a GPU and ``eager`` on a CPU.
         device: where steps run.
         max_graphs: the most CUDA graphs.
+        agree: of :class:`Recorded`, for steps of several ranks.
 
     Attributes:
         kind: never ``auto``.
@@ -167,21 +198,29 @@ class Execution:
         InputError: graphs without a GPU.
     """
 
-    def __init__(self, kind: str, device: torch.device, max_graphs: int = 8) -> None:
+    def __init__(
+        self,
+        kind: str,
+        device: torch.device,
+        max_graphs: int = 8,
+        agree: Callable[[int], None] = lambda _number: None,
+    ) -> None:
         if kind == "auto":
             kind = "graphs" if device.type == "cuda" else "eager"
-        if kind == "graphs" and device.type != "cuda":
-            raise InputError("execution = graphs: needs a GPU; take compile or eager")
+        if kind in RECORDED and device.type != "cuda":
+            raise InputError(f"execution = {kind}: needs a GPU; take compile or eager")
         self.kind, self.warmup_seconds = kind, 0.0
-        self.max_graphs = max_graphs
-        self._recorder = CudaGraphs(device) if kind == "graphs" else None
+        self.max_graphs, self._agree = max_graphs, agree
+        self._recorder = CudaGraphs(device) if kind in RECORDED else None
         self._recorded: list[Recorded] = []  # type: ignore[type-arg]
         self._compiled_for: set[tuple[str, ...]] = set()
+        self.num_graphs = 0
+        """CUDA graphs so far, those that were freed since included."""
 
-    @property
-    def num_graphs(self) -> int:
-        """CUDA graphs so far."""
-        return sum(len(recorded.recordings) for recorded in self._recorded)
+    def close(self) -> None:
+        """Free all CUDA graphs."""
+        for recorded in self._recorded:
+            recorded.release()
 
     @property
     def steps_beyond_limit(self) -> int:
@@ -190,25 +229,26 @@ class Execution:
 
     def keep_static(self, tensor: Tensor) -> None:
         """Tell the compiler that a tensor's sizes never change."""
-        if self.kind != "eager":
+        if self.kind in COMPILED:
             torch._dynamo.mark_static(tensor)
 
     def compiled(self, function: Callable[..., Result]) -> Callable[..., Result]:
-        """Return the function, compiled once for all sizes unless steps are eager."""
-        return function if self.kind == "eager" else torch.compile(function, dynamic=True)
+        """Return the function, compiled once for all sizes where steps are compiled."""
+        return torch.compile(function, dynamic=True) if self.kind in COMPILED else function
 
     def recorded(self, function: "Function[BatchT, Result]") -> "Function[BatchT, Result]":
         """Return the function of the whole step, recorded where steps are; its warm-up is timed."""
         if self.kind == "eager":
             return function
         if self._recorder is not None:
-            recorded = Recorded(function, self._recorder, self.max_graphs)
+            recorded = Recorded(function, self._recorder, self.max_graphs, self._agree)
             self._recorded.append(recorded)
             function = recorded
 
         def timed(batches: Sequence[BatchT]) -> Result:
             start, graphs, tasks = time.perf_counter(), self.num_graphs, batches[0].tasks
             result = function(batches)
+            self.num_graphs = sum(len(recorded.recordings) for recorded in self._recorded)
             if self.num_graphs > graphs or tasks not in self._compiled_for:
                 self._compiled_for.add(tasks)
                 self.warmup_seconds += time.perf_counter() - start

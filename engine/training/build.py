@@ -22,7 +22,7 @@ from ..optim.build import build_optimizer
 from ..optim.loss_scale import LossScale
 from ..optim.lr_schedule import Schedule
 from ..runs.run import Run
-from ..runtime.execution import Execution
+from ..runtime.execution import COMPILED, RECORDED, Execution
 from ..runtime.oom import check_memory, smaller_batches
 from ..runtime.precision import pick_dtype, set_matmul_precision
 from ..utils.errors import InputError
@@ -116,7 +116,9 @@ def build_trainer(
             loss_scale=LossScale(device) if dtype == torch.float16 else None,
             clip_norm=recipe.clip_norm or None,
             seed=recipe.seed,
-            execution=Execution(execution_kind(recipe, device, ranks), device, recipe.max_graphs),
+            execution=Execution(
+                execution_kind(recipe, device, ranks), device, recipe.max_graphs, ranks.agree
+            ),
             sync=sync,
         ),
         sync=sync,
@@ -221,23 +223,28 @@ def has_one_gradient(recipe: Recipe) -> bool:
 def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
     """Return how steps run; ``auto`` takes CUDA graphs where they can be used.
 
-    Steps of several ranks need backward hooks, which run eagerly; steps in which other libraries
-    wait for the device cannot be recorded.
+    Steps of several ranks send each layer's gradients by a hook within the backward pass, which
+    torch.compile makes one function of; a recording of eager code holds the hooks' work.  Graphs of
+    several ranks need batches of one shape on all of them, and the masked tokens of an objective
+    differ in number.  Steps in which other libraries wait for the device cannot be recorded.
 
     Returns:
-        ``eager``, ``compile`` or ``graphs``.
+        One of ``EXECUTIONS`` except ``auto``.
 
     Raises:
         InputError: the recipe asks for a way that this run cannot use.
     """
     refused: dict[str, str] = {}
+    if recipe.optimizer in APEX or recipe.balance.startswith(TORCHJD):
+        waits = "apex's optimizers and TorchJD's weightings wait for the device"
+        refused = dict.fromkeys(RECORDED, waits)
+    elif ranks.size > 1 and any(name in recipe.objectives for name in recipe.train):
+        refused = dict.fromkeys(RECORDED, "batches of objectives differ in shape between ranks")
     if ranks.size > 1:
-        refused = dict.fromkeys(("compile", "graphs"), "several ranks train eagerly")
-    elif recipe.optimizer in APEX or recipe.balance.startswith(TORCHJD):
-        refused = {"graphs": "apex's optimizers and TorchJD's weightings wait for the device"}
+        refused |= dict.fromkeys(COMPILED, "several ranks do not compile their steps")
     kind = recipe.execution
     if kind in refused:
         raise InputError(f"execution = {kind}: {refused[kind]}; set execution=eager")
     if kind == "auto":
-        return "graphs" if device.type == "cuda" and not refused else "eager"
+        return "graphs" if device.type == "cuda" and "graphs" not in refused else "eager"
     return kind

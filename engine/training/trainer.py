@@ -23,6 +23,7 @@ from ..optim.build import Optimizer
 from ..optim.lr_schedule import Schedule
 from ..runs.run import Run
 from ..runtime.cpu import token_multiple
+from ..runtime.execution import RECORDED
 from ..runtime.gpu import GpuMeter
 from ..utils.errors import InputError
 from ..utils.finite import all_finite
@@ -83,7 +84,7 @@ class Trainer:
             schedule=self.task_schedule.batches,
             micro_batches=self.recipe.micro_batches,
             shard=self.ranks.shard,
-            shapes=self.recipe.max_graphs if self.step.execution.kind == "graphs" else 0,
+            shapes=self.recipe.max_graphs if self.step.execution.kind in RECORDED else 0,
             token_multiple=token_multiple(self.parameters.compute.dtype) if on_cpu else 1,
             pin_memory=self.device.type == "cuda",
         )

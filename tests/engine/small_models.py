@@ -9,6 +9,7 @@ import torch
 from engine.data.collate import PackedBatch, pack
 from engine.data.split import TokenizedSplit
 from engine.data.task_schema import FORMATS
+from engine.distributed.gradient_sync import NoSync
 from engine.gradients.balancing import Balancer, BalanceSettings, TrainedTasks, build_method
 from engine.gradients.flat_parameters import FlatParameters
 from engine.gradients.groups import ParamGroups
@@ -37,10 +38,12 @@ def build_step(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     execution: str = "eager",
+    sync: Callable[[MultitaskModel, FlatParameters], NoSync] | None = None,
     **flat_settings: bool,
 ) -> MultitaskStep:
     """A training step around a model, as a recipe would make it.
 
+    ``sync`` makes the exchange with other ranks from the model and its parameters;
     ``flat_settings`` are freeze_encoder and take_turns, of the flat parameters.
     """
     tasks = trained.names
@@ -61,6 +64,7 @@ def build_step(
         clip_norm=clip,
         seed=SEED,
         execution=Execution(execution, torch.device(device)),
+        sync=None if sync is None else sync(model, flat),
     )
 
 

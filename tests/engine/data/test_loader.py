@@ -43,6 +43,26 @@ def test_shards_make_up_the_batch(splits: list[TokenizedSplit]) -> None:
         TrainingLoader(splits, samplers, 0, 1, shard=(0, 25))
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_batches_of_all_ranks_have_one_shape(
+    splits: list[TokenizedSplit], micro_batches: int
+) -> None:
+    """A step is new on all ranks or on none, and recorded on all or on none."""
+    arguments = (splits, samplers_of(splits, 7), 0, 40)
+    batches = []
+    for rank in range(3):
+        settings = {"shapes": 3, "micro_batches": micro_batches, "shard": (rank, 3)}
+        with TrainingLoader(*arguments, **settings) as loader:
+            batches.append(list(loader))
+    for own in zip(*batches, strict=True):
+        assert len({(batch.token_offsets, batch.max_seqlen) for batch in own}) == 1
+        assert len({batch.num_tokens - batch.padding for batch in own}) > 1 or micro_batches == 2
+    signatures = [[batch.signature for batch in own] for own in batches]
+    assert len(set(signatures[0])) == (3 if micro_batches == 1 else 2)
+    firsts = [[own.index(signature) for signature in own] for own in signatures]
+    assert firsts == firsts[:1] * 3
+
+
 def test_micro_batches_make_up_the_batch(splits: list[TokenizedSplit]) -> None:
     samplers = samplers_of(splits)
     with TrainingLoader(splits, samplers, 4, 6, micro_batches=3) as loader:

@@ -151,6 +151,26 @@ def test_what_ranks_cannot_share(runs, settings, expected):
         build_trainer(run._replace(recipe=recipe), torch.device("cpu"), Ranks(0, 4))
 
 
+class Unfinished:
+    """An event that the device comes to after so many looks."""
+
+    def __init__(self, looks: float) -> None:
+        self.looks = looks
+
+    def query(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_device_that_never_comes_to_its_end_is_given_up() -> None:
+    ranks = Ranks(0, 2)
+    ranks._timeout = 0.2
+    assert ranks.mark(torch.device("cpu")) is None
+    ranks.wait_for([None, Unfinished(0), Unfinished(20)])
+    with pytest.raises(LostRankError, match="the device waits for an exchange"):
+        ranks.wait_for([Unfinished(3), Unfinished(float("inf"))])
+
+
 def test_ranks_from_the_environment(monkeypatch):
     assert Ranks.from_environment().shard == (0, 1)
     for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "x"}.items():

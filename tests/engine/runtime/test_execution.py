@@ -49,7 +49,7 @@ class Tape:
             self.log.append("replay")
             result.copy_(function(own))
 
-        return Recording(own, result, replay)
+        return Recording(own, result, replay, lambda: self.log.append("release"))
 
 
 def total(batches: Sequence[Numbers]) -> Tensor:
@@ -97,9 +97,32 @@ def test_eager_leaves_functions_as_they_are() -> None:
     assert execution.recorded(total) is total
 
 
-def test_graphs_need_a_gpu() -> None:
-    with pytest.raises(InputError, match="execution = graphs: needs a GPU"):
-        Execution("graphs", torch.device("cpu"))
+def test_ranks_agree_on_what_is_new_and_on_what_is_recorded() -> None:
+    asked: list[int] = []
+    function = Recorded(total, Tape(), limit=2, agree=asked.append)
+    for size in (4, 5, 4, 4, 5, 5, 6, 6):
+        function([numbers(size, 1.0)])
+    assert asked == [0, 2, 1, 3]  # 6 comes beyond the limit: it is not going to be recorded
+
+
+def test_a_closed_execution_frees_its_recordings() -> None:
+    execution, tape = Execution("eager", torch.device("cpu")), Tape()
+    execution.kind, execution._recorder = "graphs", tape
+    function = execution.recorded(total)
+    for size in (4, 5, 4, 5):
+        function([numbers(size, 1.0)])
+    execution.close()
+    execution.close()
+    assert tape.log[-2:] == ["release", "release"]
+    assert tape.log.count("release") == 2
+    assert execution.num_graphs == 2  # what a run says of itself at its end
+    assert function([numbers(4, 7.0)]) == 28
+
+
+@pytest.mark.parametrize("kind", ["graphs", "compiled_graphs"])
+def test_graphs_need_a_gpu(kind: str) -> None:
+    with pytest.raises(InputError, match=f"execution = {kind}: needs a GPU"):
+        Execution(kind, torch.device("cpu"))
 
 
 def test_the_first_step_of_a_set_of_tasks_is_warm_up() -> None:

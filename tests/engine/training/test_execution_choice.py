@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from engine.config import recipe as recipes
+from engine.distributed.ranks import Ranks
 from engine.runs import run as runs
-from engine.training.build import build_trainer
+from engine.runtime.execution import EXECUTIONS
+from engine.training.build import build_trainer, execution_kind
 from engine.training.trainer import Trainer
 from engine.utils.errors import InputError
 
-pytest.importorskip("torchjd")
+GPU, ALONE, TWO = torch.device("cuda"), Ranks(), Ranks(rank=0, size=2)
 
 
 def build(folder: Path, *settings: str) -> Trainer:
@@ -19,7 +21,34 @@ def build(folder: Path, *settings: str) -> Trainer:
     return build_trainer(runs.begin(recipe, folder), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("ranks", [ALONE, TWO])
+def test_a_gpu_records_eager_code_unless_it_is_told_otherwise(ranks: Ranks) -> None:
+    assert execution_kind(recipes.load("demo", []), GPU, ranks) == "graphs"
+    assert execution_kind(recipes.load("demo", []), torch.device("cpu"), ranks) == "eager"
+    asked = [kind for kind in EXECUTIONS if kind != "auto"]
+    if ranks.size > 1:
+        asked = ["eager", "graphs"]
+    for kind in asked:
+        assert execution_kind(recipes.load("demo", [f"execution={kind}"]), GPU, ranks) == kind
+
+
+@pytest.mark.parametrize("kind", ["compile", "compiled_graphs"])
+def test_several_ranks_do_not_compile(kind: str) -> None:
+    recipe = recipes.load("demo", [f"execution={kind}"])
+    with pytest.raises(InputError, match=f"execution = {kind}: several ranks do not compile"):
+        execution_kind(recipe, GPU, TWO)
+
+
+def test_objectives_of_several_ranks_are_not_recorded() -> None:
+    text = ["objectives.text.kind=masked_lm", "train=['sst','text']"]
+    assert execution_kind(recipes.load("demo", text), GPU, TWO) == "eager"
+    assert execution_kind(recipes.load("demo", text), GPU, ALONE) == "graphs"
+    with pytest.raises(InputError, match=r"execution = graphs: batches of objectives differ"):
+        execution_kind(recipes.load("demo", [*text, "execution=graphs"]), GPU, TWO)
+
+
 def test_what_waits_for_the_device_is_not_recorded(tmp_path: Path) -> None:
+    pytest.importorskip("torchjd")
     torchjd = "balance=torchjd.MeanWeighting"
     assert build(tmp_path / "auto", torchjd).step.execution.kind == "eager"
     with pytest.raises(InputError, match=r"execution = graphs: apex's .* wait for the device"):

@@ -1,19 +1,29 @@
 """The step on a GPU: the same training, and no wait for the device."""
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from engine.data.batch_shapes import ShapePlan
-from engine.data.collate import pack
+from engine.data.collate import PackedBatch, pack
+from engine.distributed.gradient_sync import ReplicatedSync, ShardedSync
 from engine.optim.lamb import Lamb
 
 from ...device_waits import no_wait_for_the_device
 from ..small_models import TASKS, build_step, make_micro_batches, random_split
 
 pytestmark = pytest.mark.gpu
+
+
+def planned_batch(seed: int) -> PackedBatch:
+    """A batch of eight examples a task, all of one shape."""
+    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
+    splits = [random_split(task, 8, vocab=97, seed=seed + n) for n, task in enumerate(TASKS)]
+    return pack(splits, [np.arange(8)] * len(TASKS), 0, plan)
 
 
 def test_first_losses_and_gram_equal_the_cpus(make_model, make_batch):
@@ -70,16 +80,11 @@ def test_steps_repeat_to_the_bit(make_model, make_batch):
     assert torch.equal(*masters)
 
 
-@pytest.mark.parametrize("execution", ["compile", "graphs"])
+@pytest.mark.parametrize("execution", ["compile", "graphs", "compiled_graphs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_compiled_and_recorded_steps_train_as_eager_ones(make_model, execution, dtype):
     model = make_model(dropout=0.1).train()
-    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
-    picks = [np.arange(8)] * len(TASKS)
-    batches = []
-    for seed in range(6):
-        splits = [random_split(task, 8, vocab=97, seed=seed + n) for n, task in enumerate(TASKS)]
-        batches.append(pack(splits, picks, 0, plan).to("cuda"))
+    batches = [planned_batch(seed).to("cuda") for seed in range(6)]
     curves, steps = [], []
     for kind in ("eager", execution):
         step = build_step(
@@ -88,16 +93,51 @@ def test_compiled_and_recorded_steps_train_as_eager_ones(make_model, execution, 
         # Six steps; from the third on graphs are replayed.
         curves.append(torch.stack([step(b, n, 1e-3).losses.clone() for n, b in enumerate(batches)]))
         steps.append(step)
-    assert steps[1].execution.num_graphs == (1 if execution == "graphs" else 0)
+    assert steps[1].execution.num_graphs == (0 if execution == "compile" else 1)
+    if execution == "graphs":  # the same kernels
+        assert torch.equal(*curves)
+        assert torch.equal(*(step.parameters.master for step in steps))
     # Fused operators round otherwise, and each step builds on the last: some roundings a step.
     tolerance = 64 * torch.finfo(dtype).eps
     torch.testing.assert_close(*curves, rtol=tolerance, atol=tolerance)
 
 
+@pytest.fixture
+def nccl() -> Iterator[None]:
+    """A process group of this process alone, as torchrun would make it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sync", [ShardedSync, ReplicatedSync])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exchanges_are_recorded_with_the_step(make_model, nccl, sync, dtype):
+    """NCCL's calls, buckets during the backward pass included, give the bits of the eager step."""
+    batches = [planned_batch(seed).to("cuda") for seed in range(6)]
+    outcomes = []
+    for kind in ("eager", "graphs"):
+        step = build_step(
+            make_model(dropout=0.1).train(),
+            device="cuda",
+            clip=1.0,
+            dtype=dtype,
+            execution=kind,
+            sync=sync,
+        )
+        losses = [step(batch, n, 1e-3).losses.clone() for n, batch in enumerate(batches)]
+        outcomes.append([*losses, step.parameters.master.clone()])
+        assert step.execution.num_graphs == (1 if kind == "graphs" else 0)
+        step.execution.close()  # NCCL would wait for the graph's end
+    for eager, recorded in zip(*outcomes, strict=True):
+        assert torch.equal(eager, recorded)
+
+
 def test_a_replayed_step_never_waits_for_the_device(make_model):
-    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
-    splits = [random_split(task, 8, vocab=97, seed=n) for n, task in enumerate(TASKS)]
-    batch = pack(splits, [np.arange(8)] * len(TASKS), 0, plan).to("cuda")
+    batch = planned_batch(0).to("cuda")
     step = build_step(make_model(dropout=0.1).train(), device="cuda", clip=1.0, execution="graphs")
     for number in range(2):
         step(batch, number, 1e-3)
