@@ -192,7 +192,7 @@ Tensor embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor po
   check_data("grad_out", grad_out);
   check_statistic("mean", mean, Sizes(shape, 2));
   check_statistic("rstd", rstd, Sizes(shape, 2));
-  const ParameterRows parameters{weight_rows, bias_rows, offsets, accumulate};
+  const ParameterRows parameters{weight_rows, bias_rows, nullptr, offsets, accumulate};
   check_parameter_rows(parameters, embedded.width());
   const Tensor grad_rows = as_contiguous(grad_out);
   const Parameter gamma("weight", weight, embedded.width());

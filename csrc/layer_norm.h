@@ -47,7 +47,8 @@ struct LayerNormGradients {
   const float* rstd;
   Dropout dropout, out_dropout; // not both
   void* grad_hidden;
-  void* grad_x; // or null
+  void* grad_x; // or null: it is grad_hidden
+  int64_t sums; // of a partial: 2, for weight and bias, or 3, for x_bias too
 };
 
 // A parameter's gradient: element i of the row is data[i].
@@ -61,7 +62,7 @@ struct GradientRow {
 struct LayerNormKernels {
   int64_t (*scratch_floats)(int64_t width);
   void (*forward)(const LayerNormCall& call, int64_t begin, int64_t end, float* scratch);
-  // `partial`, when not null, receives these rows' sums for weight and bias: [2, width].
+  // `partial`, when not null, receives these rows' sums for weight, bias and x_bias: [sums, width].
   void (*backward)(const LayerNormGradients& call, int64_t begin, int64_t end, float* partial,
                    float* scratch);
   // Sums `count` partials, `stride` floats apart, in their order.

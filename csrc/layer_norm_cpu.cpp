@@ -60,7 +60,7 @@ dropout_add_layer_norm(Tensor x, Tensor residual, std::optional<Tensor> x_bias,
   check_beside("residual", residual, "x", x);
   check_number("eps", eps);
   const int64_t width = x.size(x.dim() - 1);
-  check_task_rows(task_rows, columns, offsets, x.numel() / width, {width, width});
+  check_task_rows(task_rows, columns, offsets, x.numel() / width, {width, width, width});
   const Tensor rows = as_contiguous(x);
   const Tensor residual_rows = as_contiguous(residual);
   const Parameter offset("x_bias", x_bias, width);
@@ -124,8 +124,8 @@ void run_backward(LayerNormGradients& call, const Tensor& grad_out, const Tensor
 
 Tensor layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Tensor> weight,
                            Tensor mean, Tensor rstd, Tensor weight_rows, Tensor bias_rows,
-                           Offsets offsets, bool accumulate) {
-  const ParameterRows parameters{weight_rows, bias_rows, offsets, accumulate};
+                           Tensor x_bias_rows, Offsets offsets, bool accumulate) {
+  const ParameterRows parameters{weight_rows, bias_rows, &x_bias_rows, offsets, accumulate};
   check_backward(grad_out, hidden, mean, rstd, parameters);
   Tensor grad_hidden = allocate(hidden, hidden.sizes());
   LayerNormGradients call{};
@@ -136,9 +136,9 @@ Tensor layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Tensor>
 std::tuple<Tensor, Tensor>
 dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, std::optional<Tensor> weight,
                                 Tensor mean, Tensor rstd, Tensor weight_rows, Tensor bias_rows,
-                                Offsets offsets, bool accumulate, double dropout_p, Tensor seed,
-                                int64_t rng_offset) {
-  const ParameterRows parameters{weight_rows, bias_rows, offsets, accumulate};
+                                Tensor x_bias_rows, Offsets offsets, bool accumulate,
+                                double dropout_p, Tensor seed, int64_t rng_offset) {
+  const ParameterRows parameters{weight_rows, bias_rows, &x_bias_rows, offsets, accumulate};
   check_backward(grad_out, hidden, mean, rstd, parameters);
   check_rows_apart(parameters, {{"seed", &seed}});
   Tensor grad_residual = allocate(hidden, hidden.sizes());
@@ -155,15 +155,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
         "SymInt[] columns, SymInt[] offsets, bool accumulate) "
         "-> (Tensor out, Tensor mean, Tensor rstd)");
   m.def("layer_norm_backward(Tensor grad_out, Tensor hidden, Tensor? weight, Tensor mean, "
-        "Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, SymInt[] offsets, "
-        "bool accumulate) -> Tensor");
+        "Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, Tensor(c!) x_bias_rows, "
+        "SymInt[] offsets, bool accumulate) -> Tensor");
   m.def("dropout_add_layer_norm(Tensor x, Tensor residual, Tensor? x_bias, Tensor? weight, "
         "Tensor? bias, float dropout_p, float eps, Tensor? seed, int rng_offset, Tensor? rows, "
         "SymInt[] columns, SymInt[] offsets, bool accumulate) "
         "-> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)");
   m.def("dropout_add_layer_norm_backward(Tensor grad_out, Tensor hidden, Tensor? weight, "
         "Tensor mean, Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, "
-        "SymInt[] offsets, bool accumulate, float dropout_p, Tensor seed, int rng_offset) "
+        "Tensor(c!) x_bias_rows, SymInt[] offsets, bool accumulate, float dropout_p, Tensor seed, "
+        "int rng_offset) "
         "-> (Tensor grad_residual, Tensor grad_x)");
 }
 

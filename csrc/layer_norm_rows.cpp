@@ -1,5 +1,5 @@
-// Divides the rows of a layer norm among torch's threads, and adds up their sums for weight and
-// bias by task.
+// Divides the rows of a layer norm among torch's threads, and adds up their sums for its parameters
+// by task.
 #include <algorithm>
 
 #include <torch/csrc/stable/tensor.h>
@@ -37,10 +37,9 @@ std::vector<Chunk> make_chunks(int64_t rows, const Offsets& offsets) {
   return chunks;
 }
 
-// Sums the partials of each task into its rows.
-void write_rows(const std::vector<Chunk>& chunks, const float* partials, int64_t width,
-                int64_t num_tasks, const Tensor& rows, bool accumulate) {
-  if (rows.numel() == 0) return;
+// Sums the partials of each task, `stride` floats apart, into its rows.
+void write_rows(const std::vector<Chunk>& chunks, const float* partials, int64_t stride,
+                int64_t width, int64_t num_tasks, const Tensor& rows, bool accumulate) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == num_tasks && rows.size(1) == width &&
                       rows.stride(1) == 1,
                   "rows: expected [", num_tasks, ", ", width, "] with contiguous columns");
@@ -53,8 +52,7 @@ void write_rows(const std::vector<Chunk>& chunks, const float* partials, int64_t
     while (last < chunks.size() && chunks[last].task == task) ++last;
     const GradientRow row = {storage, static_cast<char*>(rows.data_ptr()) + task * row_bytes,
                              accumulate};
-    layer_norm_kernels().sum_partials(partials + first * 2 * width, last - first, 2 * width, width,
-                                      row);
+    layer_norm_kernels().sum_partials(partials + first * stride, last - first, stride, width, row);
     first = last;
   }
 }
@@ -80,11 +78,13 @@ void run_layer_norm(const LayerNormCall& call) {
                  });
 }
 
-void run_layer_norm_backward(const LayerNormGradients& call, const ParameterRows& parameters) {
+void run_layer_norm_backward(LayerNormGradients call, const ParameterRows& parameters) {
   check_offsets(parameters.offsets, call.rows);
-  const bool wanted = parameters.weight.numel() > 0 || parameters.bias.numel() > 0;
+  const auto all = parameters.all();
+  const bool wanted = std::any_of(all.begin(), all.end(), [](auto& own) { return own.wanted(); });
   const std::vector<Chunk> chunks = make_chunks(call.rows, parameters.offsets);
-  const int64_t stride = 2 * call.width;
+  call.sums = all.back().wanted() ? 3 : 2;
+  const int64_t stride = call.sums * call.width;
   const Tensor sums = new_floats(wanted ? static_cast<int64_t>(chunks.size()) * stride : 0);
   float* const partials = static_cast<float*>(sums.data_ptr());
   const auto& kernels = layer_norm_kernels();
@@ -95,9 +95,11 @@ void run_layer_norm_backward(const LayerNormGradients& call, const ParameterRows
                    kernels.backward(call, chunk.begin, chunk.end, partial, scratch);
                  });
   const int64_t num_tasks = static_cast<int64_t>(parameters.offsets.size()) - 1;
-  write_rows(chunks, partials, call.width, num_tasks, parameters.weight, parameters.accumulate);
-  write_rows(chunks, partials + call.width, call.width, num_tasks, parameters.bias,
-             parameters.accumulate);
+  for (size_t sum = 0; sum < all.size(); ++sum) {
+    if (all[sum].wanted())
+      write_rows(chunks, partials + sum * call.width, stride, call.width, num_tasks, *all[sum].rows,
+                 parameters.accumulate);
+  }
 }
 
 } // namespace superbert

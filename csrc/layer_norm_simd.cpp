@@ -10,9 +10,14 @@
 namespace superbert::SUPERBERT_ISA {
 namespace {
 
-// The scratch of a thread: a row, and then dropout factors.
+// The scratch of a thread: a row, dropout factors, and the sums of a few rows.
 int64_t row_floats(int64_t width) { return width + kWidth; }
-int64_t scratch_floats(int64_t width) { return row_floats(width) + element_factor_floats(width); }
+int64_t before_sums(int64_t width) { return row_floats(width) + element_factor_floats(width); }
+int64_t scratch_floats(int64_t width) { return before_sums(width) + 3 * width; }
+
+// Rows that are summed one after the other, so that rounding errors grow with the number of these
+// blocks and not with that of rows.
+constexpr int64_t kSummedRows = 8;
 
 // x[i], x null standing for `missing`.
 template <typename Lanes>
@@ -151,10 +156,14 @@ void forward(const LayerNormCall& call, int64_t begin, int64_t end, float* scrat
 
 // With xhat = (h - mean) * rstd and g = dy * weight, means taken over the row:
 //     dh = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dx = dropout factor * dh
-// H is the type in which the row of h is given.
+// H is the type in which the row of h is given; the row's terms are added to `all_sums`, when not
+// null, for weight, bias and x_bias.
 template <typename T, typename H>
-void backward_row(const LayerNormGradients& call, int64_t row, const H* hidden, float* grad_weight,
-                  float* grad_bias, float* factor_buffer) {
+void backward_row(const LayerNormGradients& call, int64_t row, const H* hidden, float* all_sums,
+                  float* factor_buffer) {
+  float* grad_weight = all_sums;
+  float* grad_bias = all_sums == nullptr ? nullptr : all_sums + call.width;
+  float* grad_x_bias = all_sums == nullptr || call.sums < 3 ? nullptr : all_sums + 2 * call.width;
   const int64_t start = row * call.width;
   const T* dy = static_cast<const T*>(call.grad_out) + start;
   const float mean = call.mean[row], rstd = call.rstd[row];
@@ -185,25 +194,33 @@ void backward_row(const LayerNormGradients& call, int64_t row, const H* hidden, 
     const Floats g = load_grad(i, lanes) * load_or(1, call.weight, i, lanes);
     const Floats grad = (g - mean_g - xhat * mean_gx) * rstd;
     lanes.store(grad_hidden + i, grad);
-    if (grad_x != nullptr) {
-      lanes.store(grad_x + i, factors == nullptr ? grad : grad * lanes.load(factors + i));
-    }
+    const Floats own = factors == nullptr ? grad : grad * lanes.load(factors + i);
+    if (grad_x != nullptr) lanes.store(grad_x + i, own);
+    if (grad_x_bias != nullptr) lanes.store(grad_x_bias + i, lanes.load(grad_x_bias + i) + own);
   });
 }
 
 void backward(const LayerNormGradients& call, int64_t begin, int64_t end, float* partial,
               float* scratch) {
-  if (partial != nullptr) fill(partial, 2 * call.width, 0);
-  float* grad_bias = partial == nullptr ? nullptr : partial + call.width;
   float* factor_buffer = scratch + row_floats(call.width);
+  float* sums = partial == nullptr ? nullptr : scratch + before_sums(call.width);
+  const int64_t num_sums = call.sums * call.width;
+  if (partial != nullptr) fill(partial, num_sums, 0);
   with_storage(call.storage, [&]<typename T>(const T*) {
     for (int64_t row = begin; row < end; ++row) {
+      if (sums != nullptr && (row - begin) % kSummedRows == 0) fill(sums, num_sums, 0);
       if (call.embedding != nullptr) {
         embed_row<T>(*call.embedding, row, call.width, scratch);
-        backward_row<T>(call, row, scratch, partial, grad_bias, factor_buffer);
+        backward_row<T>(call, row, scratch, sums, factor_buffer);
       } else {
         const T* hidden = static_cast<const T*>(call.hidden) + row * call.width;
-        backward_row<T>(call, row, hidden, partial, grad_bias, factor_buffer);
+        backward_row<T>(call, row, hidden, sums, factor_buffer);
+      }
+      const bool last = row + 1 == end || (row + 1 - begin) % kSummedRows == 0;
+      if (sums != nullptr && last) {
+        for_row(num_sums, [&](int64_t i, auto lanes) {
+          lanes.store(partial + i, lanes.load(partial + i) + lanes.load(sums + i));
+        });
       }
     }
   });

@@ -2,6 +2,7 @@
 // defines them, and embedding_cpu.cpp.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -41,14 +42,27 @@ class Parameter {
   std::optional<torch::stable::Tensor> tensor_;
 };
 
-// Where the gradients of weight and bias go: row k of [K, width] gets those of the rows
+// Where the gradients of the parameters go: row k of [K, width] gets those of the rows
 // offsets[k] .. offsets[k + 1].  A tensor without elements stands for one that is not wanted, since
 // Inductor cannot compile an operator whose outputs are all None.
 struct ParameterRows {
+  struct Named {
+    const char* name;
+    const torch::stable::Tensor* rows;
+    bool wanted() const { return rows != nullptr && rows->numel() > 0; }
+  };
+  static constexpr int kParameters = 3;
+
   const torch::stable::Tensor& weight;
   const torch::stable::Tensor& bias;
+  const torch::stable::Tensor* x_bias; // null for an operator that has none
   const Offsets& offsets;
   bool accumulate;
+
+  // In the order of a partial's sums.
+  std::array<Named, kParameters> all() const {
+    return {{{"weight_rows", &weight}, {"bias_rows", &bias}, {"x_bias_rows", x_bias}}};
+  }
 };
 
 // ---- checks -------------------------------------------------------------------------------------
@@ -80,7 +94,6 @@ inline void check_statistic(const char* name, const torch::stable::Tensor& x, Si
 inline void check_parameter_rows(const ParameterRows& parameters, int64_t width) {
   const int64_t tasks = static_cast<int64_t>(parameters.offsets.size()) - 1;
   const auto check_rows = [&](const char* name, const torch::stable::Tensor& rows) {
-    if (rows.numel() == 0) return;
     check(tasks >= 1, "offsets: expected tasks + 1 row numbers");
     check_shape(name, rows, {tasks, width});
     storage_of(name, rows);
@@ -88,13 +101,20 @@ inline void check_parameter_rows(const ParameterRows& parameters, int64_t width)
           ": expected rows that lie apart, with contiguous columns");
     check_data(name, rows);
   };
-  check_rows("weight_rows", parameters.weight);
-  check_rows("bias_rows", parameters.bias);
-  // One parameter may be both weight and bias: its rows then get the sum.
-  const bool one = parameters.accumulate &&
-                   parameters.weight.const_data_ptr() == parameters.bias.const_data_ptr();
-  if (parameters.weight.numel() > 0 && parameters.bias.numel() > 0 && !one)
-    check_apart("weight_rows", runs_of(parameters.weight), "bias_rows", runs_of(parameters.bias));
+  const auto all = parameters.all();
+  for (const auto& own : all)
+    if (own.wanted()) check_rows(own.name, *own.rows);
+  for (size_t first = 0; first < all.size(); ++first) {
+    for (size_t second = first + 1; second < all.size(); ++second) {
+      if (!all[first].wanted() || !all[second].wanted()) continue;
+      // One parameter may be weight and bias at once: its rows then get the sum.
+      const bool one = parameters.accumulate &&
+                       all[first].rows->const_data_ptr() == all[second].rows->const_data_ptr();
+      if (!one)
+        check_apart(all[first].name, runs_of(*all[first].rows), all[second].name,
+                    runs_of(*all[second].rows));
+    }
+  }
 }
 
 // Refuses gradient rows in the memory of what the kernels read.
@@ -103,10 +123,8 @@ check_rows_apart(const ParameterRows& parameters,
                  std::initializer_list<std::pair<const char*, const torch::stable::Tensor*>> read) {
   for (const auto& [name, tensor] : read) {
     if (tensor == nullptr) continue;
-    for (const torch::stable::Tensor* rows : {&parameters.weight, &parameters.bias}) {
-      if (rows->numel() > 0)
-        check_apart(rows == &parameters.weight ? "weight_rows" : "bias_rows", runs_of(*rows), name,
-                    runs_of(*tensor));
+    for (const auto& own : parameters.all()) {
+      if (own.wanted()) check_apart(own.name, runs_of(*own.rows), name, runs_of(*tensor));
     }
   }
 }
@@ -138,6 +156,6 @@ inline void check_task_rows(const std::optional<torch::stable::Tensor>& rows,
 
 // Both share the rows of a call out over torch's threads.
 void run_layer_norm(const LayerNormCall& call);
-void run_layer_norm_backward(const LayerNormGradients& call, const ParameterRows& parameters);
+void run_layer_norm_backward(LayerNormGradients call, const ParameterRows& parameters);
 
 } // namespace superbert

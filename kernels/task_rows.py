@@ -66,11 +66,13 @@ class TaskRows(NamedTuple):
         buffer: ``[K, P]`` with contiguous rows, in the parameters' dtype.
         weight_columns: of the weight; None for a weight that is not trained.
         bias_columns: of the bias; None without a bias, or for one that is not trained.
+        x_bias_columns: of the bias that a layer norm adds to its input, likewise.
     """
 
     buffer: Tensor
     weight_columns: Columns | None
     bias_columns: Columns | None = None
+    x_bias_columns: Columns | None = None
 
     @property
     def weight(self) -> Tensor | None:
@@ -83,14 +85,22 @@ class TaskRows(NamedTuple):
         return rows_at(self.buffer, *self.bias_columns) if self.bias_columns else None
 
     @property
+    def x_bias(self) -> Tensor | None:
+        """The gradients of the bias of a layer norm's input, a view ``[K, *x_bias.shape]``."""
+        return rows_at(self.buffer, *self.x_bias_columns) if self.x_bias_columns else None
+
+    @property
     def starts(self) -> tuple[int, int]:
         """The first columns of weight and bias, as operators take them."""
-        return tuple(  # type: ignore[return-value]
-            NO_COLUMN if columns is None else columns.start for columns in self[1:]
-        )
+        return first_column(self.weight_columns), first_column(self.bias_columns)
 
     def checked(
-        self, segments: TaskSegments | None, weight: Tensor, bias: Tensor | None, x: Tensor
+        self,
+        segments: TaskSegments | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        x_bias: Tensor | None = None,
     ) -> TaskSegments:
         """Return ``segments`` after checking them and these rows against the layer's tensors.
 
@@ -99,6 +109,7 @@ class TaskRows(NamedTuple):
             weight: the layer's weight, any dtype, of the shape of its columns.
             bias: the layer's bias, likewise, or None.
             x: the layer's input; its first dimension is the stream.
+            x_bias: what the layer adds to its input, likewise, or None.
 
         Raises:
             ValueError: an argument is missing or does not fit; the message names it.
@@ -114,6 +125,7 @@ class TaskRows(NamedTuple):
         check_data(**{"rows.buffer": buffer})
         self._check("weight", self.weight_columns, weight)
         self._check("bias", self.bias_columns, bias)
+        self._check("x_bias", self.x_bias_columns, x_bias)
         if any(end < start for start, end in pairwise((0, *segments.offsets, x.shape[0]))):
             raise ValueError(
                 f"segments.offsets: expected to ascend from 0 to {x.shape[0]} at most, "
@@ -137,6 +149,11 @@ class TaskRows(NamedTuple):
                 f"rows.{name}_columns: {columns.start} to {columns.stop} are not within the "
                 f"{self.buffer.shape[1]} columns of the buffer"
             )
+
+
+def first_column(columns: Columns | None) -> int:
+    """Return the first of a parameter's columns, as operators take it."""
+    return NO_COLUMN if columns is None else columns.start
 
 
 def rows_at(buffer: Tensor, start: int, shape: Sequence[int]) -> Tensor:

@@ -191,19 +191,21 @@ class BertLayer(nn.Module):
         )
         assert isinstance(attended, Tensor)  # statistics, which would make it a tuple, are off
         hidden = self.attention_norm.add(
-            self.attention_output(attended.flatten(1), context),
+            self.attention_output.product(attended.flatten(1), context),
             x,
             context,
             dropout_p=self.hidden_dropout_p,
             rng_offset=self.first_dropout_id + 1,
+            bias_of=self.attention_output,
         )
         widened = F.gelu(self.intermediate(hidden, context))
         return self.output_norm.add(
-            self.output(widened, context),
+            self.output.product(widened, context),
             hidden if adapted is None else hidden + adapted,
             context,
             dropout_p=self.hidden_dropout_p,
             rng_offset=self.first_dropout_id + 2,
+            bias_of=self.output,
         )
 
 

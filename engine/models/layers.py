@@ -82,6 +82,12 @@ class Linear(TaskLayer):
         rows, segments = self._target(context)
         return kernels.linear(x, self.weight, self.bias, rows=rows, segments=segments)
 
+    def product(self, x: Tensor, context: RowContext | None = None) -> Tensor:
+        """Map ``[T, I]`` to ``x W^T [T, O]``, for a norm that adds the bias (`LayerNorm.add`)."""
+        rows, segments = self._target(context)
+        of_weight = None if rows is None else kernels.TaskRows(rows.buffer, rows.weight_columns)
+        return kernels.linear(x, self.weight, rows=of_weight, segments=segments)
+
 
 class Embedding(TaskLayer):
     """A table ``[N, H]`` looked up by index; entries ~ N(0, ``init_std``)."""
@@ -131,10 +137,30 @@ class LayerNorm(TaskLayer):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps, rows=rows, segments=segments)
 
     def add(
-        self, x: Tensor, residual: Tensor, context: RowContext, *, dropout_p: float, rng_offset: int
+        self,
+        x: Tensor,
+        residual: Tensor,
+        context: RowContext,
+        *,
+        dropout_p: float,
+        rng_offset: int,
+        bias_of: Linear | None = None,
     ) -> Tensor:
-        """Normalise ``residual + dropout(x)``, both ``[T, H]``."""
+        """Normalise ``residual + dropout(x)``, both ``[T, H]``.
+
+        Args:
+            x: ``[T, H]``.
+            residual: ``[T, H]``.
+            context: of the tokens.
+            dropout_p: probability to drop an element of ``x``, in training mode.
+            rng_offset: the dropout's id.
+            bias_of: the layer whose :meth:`Linear.product` is ``x``: its bias, where it has one, is
+                added to ``x`` before the dropout.  The norm's backward pass, which holds the rows
+                that the bias's gradients are sums of, writes these to the layer's columns.
+        """
         rows, segments = self._target(context)
+        if bias_of is not None and segments is not None:
+            rows = _with_bias(rows, bias_of.rows)
         out = kernels.dropout_add_layer_norm(
             x,
             residual,
@@ -142,6 +168,7 @@ class LayerNorm(TaskLayer):
             self.bias,
             dropout_p,
             self.eps,
+            x_bias=None if bias_of is None else bias_of.bias,
             training=self.training,
             seed=context.seed,
             rng_offset=rng_offset,
@@ -150,3 +177,13 @@ class LayerNorm(TaskLayer):
         )
         assert isinstance(out, Tensor)
         return out
+
+
+def _with_bias(
+    norm: kernels.TaskRows | None, linear: kernels.TaskRows | None
+) -> kernels.TaskRows | None:
+    """Return a norm's rows with those of a linear layer's bias; either may have none."""
+    if linear is None or linear.bias_columns is None:
+        return norm
+    columns = (None, None) if norm is None else (norm.weight_columns, norm.bias_columns)
+    return kernels.TaskRows(linear.buffer, *columns, linear.bias_columns)

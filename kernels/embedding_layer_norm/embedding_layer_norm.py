@@ -123,7 +123,7 @@ def _backward(
     ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
     *ids_and_tables, weight, bias, mean, rstd = saved
-    norm_arguments = parameter_rows(ctx, weight, bias, mean)
+    norm_arguments = parameter_rows(ctx, weight, bias, mean, first=3)
     grad_sum = _ops.embedding_layer_norm_backward(
         *(grad_out, *ids_and_tables, weight, mean, rstd, *norm_arguments),
         *(ctx.dropout_p, ctx.seed, ctx.rng_offset),
@@ -173,7 +173,9 @@ def _cuda_backward(grad_out: Tensor, *arguments: Any) -> Tensor:
     word = tables[0]
     shape = (ids[0].numel(), word.shape[1])
     check_tensor("grad_out", grad_out, shape, word.dtype, word.device)
-    check_norm_backward(grad_out, grad_out, *given[:6], *given[7:])
+    weight, mean, rstd, weight_rows, bias_rows, offsets, _accumulate, *dropout_arguments = given
+    statistics, rows = (weight, mean, rstd), (weight_rows, bias_rows, None)
+    check_norm_backward(grad_out, grad_out, *statistics, *rows, offsets, *dropout_arguments)
     return embedding_layer_norm_triton.backward(grad_out, ids, tables, *given)
 
 

@@ -8,6 +8,7 @@ weight and bias are added up by task in a fixed order.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, ignore-missing-imports
 # ruff: noqa: N803
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,17 @@ from torch import Tensor
 
 from ..dropout.philox_triton import DropoutArguments
 from ..layer_norm.layer_norm_triton import (
+    BackwardGrid,
+    GradientRows,
     Parameters,
+    backward_constants_of,
     constants_of,
     grad_of_rows,
     normalize,
     row_factors,
     rows_by_task,
+    rows_of_program,
+    store_partial,
     tile,
 )
 
@@ -83,7 +89,7 @@ def _forward_kernel(
     tl.store(out + elements, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["row_begin", "row_end", "rows_per_program", "rng_offset"])
+@triton.jit(do_not_specialize=["log_rows", "rng_offset"])
 def _backward_kernel(
     grad_out,
     tables,
@@ -93,22 +99,20 @@ def _backward_kernel(
     mean,
     rstd,
     grad_sum,
-    partials,  # [programs, 2, N]
-    row_begin,
-    row_end,
-    rows_per_program,
+    partials,  # [programs, SUMS, N]
+    boundaries,
+    log_rows,
     dropout,
     rng_offset,
     HAS_WEIGHT: tl.constexpr,
-    PARTIALS: tl.constexpr,
+    SUMS: tl.constexpr,  # 0: none, 2: for weight and bias
     DROPOUT: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    begin = row_begin + program * rows_per_program
-    end = tl.minimum(begin + rows_per_program, row_end)
+    begin, end = rows_of_program(tl.program_id(0), boundaries, log_rows, SEGMENTS)
     columns = tl.arange(0, BLOCK_N)
     grad_weight = tl.zeros([BLOCK_N], tl.float32)
     grad_bias = tl.zeros([BLOCK_N], tl.float32)
@@ -123,13 +127,12 @@ def _backward_kernel(
         h = _embed(tables, sizes, ids, rows, columns, end, mask, N)
         dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, N)
         tl.store(grad_sum + elements, dh.to(grad_sum.dtype.element_ty), mask=mask)
-        if PARTIALS:
+        if SUMS > 0:
             grad_weight += tl.sum(dy * xhat, 0)
             grad_bias += tl.sum(dy, 0)
-    if PARTIALS:
-        partial = partials + program.to(tl.int64) * 2 * N + columns
-        tl.store(partial, grad_weight, mask=columns < N)
-        tl.store(partial + N, grad_bias, mask=columns < N)
+    if SUMS > 0:
+        store_partial(partials, grad_weight, 0, columns, N, SUMS)
+        store_partial(partials, grad_bias, 1, columns, N, SUMS)
 
 
 # ---- launchers ----------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ def backward(
     rstd: Tensor,
     weight_rows: Tensor,
     bias_rows: Tensor,
-    offsets: tuple[int, ...],
+    offsets: Sequence[int],
     accumulate: bool,
     dropout_p: float,
     seed: Tensor | None,
@@ -194,29 +197,28 @@ def backward(
     grad_out = grad_out.contiguous()
     num_rows, width = grad_out.shape
     grad_sum = torch.empty_like(grad_out)
-    constants = constants_of(width, dropout_p)
     sources = _sources(tables, ids)
     dropout = DropoutArguments.of(dropout_p, seed)
+    gradient_rows = GradientRows(weight_rows, bias_rows, mean.new_empty(0))
+    constants = backward_constants_of(width, dropout_p, gradient_rows)
 
-    def launch(programs: int, begin: int, end: int, partials: Tensor | None) -> None:
-        _backward_kernel[(programs,)](
+    def launch(grid: BackwardGrid) -> None:
+        _backward_kernel[(grid.programs,)](
             grad_out,
             *sources,
             weight,
             mean,
             rstd,
             grad_sum,
-            partials,
-            begin,
-            end,
-            triton.cdiv(end - begin, programs),
+            grid.partials,
+            grid.boundaries,
+            grid.log_rows,
             dropout,
             rng_offset,
             HAS_WEIGHT=weight is not None,
-            PARTIALS=partials is not None,
             **constants,
         )
 
-    parameters = (weight_rows, bias_rows, offsets, accumulate)
+    parameters = (gradient_rows, offsets, accumulate)
     rows_by_task(launch, num_rows, constants["ROWS"], *parameters, like=grad_sum)
     return grad_sum

@@ -6,15 +6,16 @@
 
     g = dy weight
     dh = rstd (g - mean(g) - xhat mean(g xhat)),  dx = dropout factor * dh
-    dweight_k = sum of dy xhat, dbias_k = sum of dy, over the rows of task k
+    dweight_k = sum of dy xhat, dbias_k = sum of dy, dx_bias_k = sum of dx, over the rows of task k
 
 Rows are computed in float32 whatever their dtype, the variance in two passes, and the statistics
 are kept in float32.  For a sum, the forward pass saves ``h - mean`` in the rows' dtype with the
 statistics of these rounded rows.  The gradient is then that at a point that differs from h by a
 rounding of each deviation, so it is right for rows that are nearly constant too.
 
-With task rows (:class:`TaskRows`) the backward pass writes the K gradients of weight and bias
-there; without them it returns their sum, the usual gradient.
+With task rows (:class:`TaskRows`) the backward pass writes the K gradients of weight, bias and
+x_bias there; without them it returns their sum, the usual gradient.  The bias of a linear layer
+before the norm can be its x_bias: the gradients are sums of rows that this pass holds anyway.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (registers the operators)
 from ..dropout.dropout import check_dropout, dropout, new_seed
+from ..linear import linear_task_gradients_
 from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import (
@@ -35,14 +37,16 @@ from ..registration.differentiation import (
     register_derivative,
 )
 from ..registration.validation import check_data, check_number
-from ..task_rows import TaskRows, TaskSegments
+from ..task_rows import TaskRows, TaskSegments, first_column, rows_at
 from .layer_norm_checks import check_norm, check_norm_backward
 from .layer_norm_parameters import (
-    check_parameter,
     parameter_gradients,
     parameter_rows,
     save,
+    save_x_bias,
     task_arguments,
+    x_bias_gradient,
+    x_bias_rows,
 )
 
 _ops = torch.ops.superbert
@@ -85,6 +89,46 @@ class _TaskAffine(torch.autograd.Function):
                     row = own[task]
                     row.copy_(term[begin:end].sum(0) + (row if accumulate else 0))
         return grad * weight, None, None, None, None
+
+
+class _TaskBias(torch.autograd.Function):
+    """``x + x_bias`` whose backward writes task rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_bias: Tensor,
+        buffer: Tensor,
+        start: int,
+        offsets: tuple[int, ...],
+        accumulate: bool,
+    ) -> Tensor:
+        ctx.x_dtype, ctx.shape = x.dtype, x_bias.shape
+        # Not a saved tensor: each backward overwrites it, which is its purpose.
+        ctx.rows, ctx.segments = (buffer, start), (offsets, accumulate)
+        return x + x_bias
+
+    @staticmethod
+    @differentiable_once("dropout_add_layer_norm with task rows", "the layer without rows")
+    def backward(ctx: Any, _saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        buffer, start = ctx.rows
+        bias_rows = rows_at(buffer, start, ctx.shape)
+        linear_task_gradients_(grad, grad, grad.new_empty(0), bias_rows, *ctx.segments)
+        return grad.to(ctx.x_dtype), None, None, None, None, None
+
+
+def _with_x_bias(
+    x: Tensor, x_bias: Tensor | None, rows: TaskRows | None, segments: TaskSegments | None
+) -> Tensor:
+    """``x + x_bias``, whose gradients go into the rows where these have columns for them."""
+    if x_bias is None:
+        return x
+    if rows is None or segments is None or rows.x_bias_columns is None:
+        return x + x_bias
+    refuse_transforms("dropout_add_layer_norm", x, x_bias)
+    start = rows.x_bias_columns.start
+    return _TaskBias.apply(x, x_bias, rows.buffer, start, *segments)  # type: ignore[no-untyped-call]
 
 
 def layer_norm_reference(
@@ -143,8 +187,10 @@ def _layer_norm_backward(
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = saved
     task_arguments = parameter_rows(ctx, weight, bias, mean)
-    grad = _ops.layer_norm_backward(grad_out, hidden, weight, mean, rstd, *task_arguments)
-    return grad, *parameter_gradients(ctx, *task_arguments[:2]), *[None] * 5
+    gradient_rows, segments = task_arguments[:2], task_arguments[2:]
+    arguments = (grad_out, hidden, weight, mean, rstd, *gradient_rows, mean.new_empty(0), *segments)
+    grad = _ops.layer_norm_backward(*arguments)
+    return grad, *parameter_gradients(ctx, *gradient_rows), *[None] * 5
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -152,7 +198,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inputs
     )
     _, hidden, mean, rstd = output
-    ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
+    save_x_bias(ctx, x_bias)
     save(ctx, (hidden, weight, bias, mean, rstd), rest)
     ctx.mark_non_differentiable(hidden, mean, rstd)
 
@@ -163,18 +209,17 @@ def _add_backward(
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = saved
     task_arguments = parameter_rows(ctx, weight, bias, mean)
-    arguments = (grad_out, hidden, weight, mean, rstd, *task_arguments)
+    gradient_rows, segments = task_arguments[:2], task_arguments[2:]
+    own_rows = x_bias_rows(ctx, mean)
+    arguments = (grad_out, hidden, weight, mean, rstd, *gradient_rows, own_rows, *segments)
     if ctx.dropout_p > 0:
         grad_residual, grad_x = _ops.dropout_add_layer_norm_backward(
             *arguments, ctx.dropout_p, ctx.seed, ctx.rng_offset
         )
     else:
         grad_residual = grad_x = _ops.layer_norm_backward(*arguments)
-    grad_x_bias = None
-    if ctx.x_bias_dtype is not None:
-        grad_x_bias = grad_x.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.x_bias_dtype)
-    gradients = parameter_gradients(ctx, *task_arguments[:2])
-    return grad_x, grad_residual, grad_x_bias, *gradients, *[None] * 8
+    gradients = x_bias_gradient(ctx, own_rows), *parameter_gradients(ctx, *gradient_rows)
+    return grad_x, grad_residual, *gradients, *[None] * 8
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -203,7 +248,7 @@ def _layer_norm_cuda(
 def _layer_norm_backward_cuda(*arguments: Any) -> Tensor:
     from . import layer_norm_triton
 
-    check_norm_backward(*arguments[:8])
+    check_norm_backward(*arguments[:9])
     return layer_norm_triton.backward(*arguments)[0]
 
 
@@ -231,7 +276,7 @@ def _add_cuda(
 def _add_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
     from . import layer_norm_triton
 
-    check_norm_backward(*arguments[:8], *arguments[9:])
+    check_norm_backward(*arguments[:9], *arguments[10:])
     return layer_norm_triton.backward(*arguments)
 
 
@@ -327,12 +372,13 @@ def dropout_add_layer_norm(
         residual_in_fp32: keep the sum in float32 where there is no residual, whose dtype it has
             otherwise.
         return_dropout_mask: see rowscale.
-        x_bias: ``[N]``, any floating dtype, added to ``x0`` before the dropout.
+        x_bias: ``[N]``, any floating dtype, added to ``x0`` before the dropout: the bias of the
+            linear layer that ``x0`` comes from, say.
         training: without it there is no dropout.
         seed: of dropout; int64, one element, on x0's device.  None draws one.
         rng_offset: distinguishes dropouts that share a seed.
         stream: the old name of ``rng_offset``, deprecated.
-        rows: where task gradients of weight and bias go; their ``grad`` then stays None.
+        rows: where task gradients of weight, bias and x_bias go; their ``grad`` then stays None.
         segments: which rows of ``x0`` belong to which task; needed with ``rows``.
 
     Returns:
@@ -346,8 +392,9 @@ def dropout_add_layer_norm(
     if stream is not None:
         rng_offset = renamed_argument("stream", stream, "rng_offset", rng_offset, 0)
     refuse_given(rowscale=rowscale, layerscale=layerscale, return_dropout_mask=return_dropout_mask)
-    tasks = task_arguments(x0, weight, bias, rows, segments, name="x0")
-    check_parameter("x_bias", x_bias, x0)
+    buffer, columns, *own_segments = task_arguments(
+        x0, weight, bias, rows, segments, x_bias, name="x0"
+    )
     check_dropout(dropout_p, seed, rng_offset, x0.device)
     p = dropout_p if training else 0.0
     if residual is not None:
@@ -362,16 +409,21 @@ def dropout_add_layer_norm(
         x0, residual = x0.to(dtype), residual.to(dtype)
     if prenorm or residual is None or x0.dtype == torch.float64:
         check_data(x0=x0, residual=residual, x_bias=x_bias)
-        hidden = dropout(x0 if x_bias is None else x0 + x_bias, p, seed=seed, rng_offset=rng_offset)
+        biased = _with_x_bias(x0, x_bias, rows, segments)
+        hidden = dropout(biased, p, seed=seed, rng_offset=rng_offset)
         if residual is not None:
             hidden = residual + hidden
         in_float32 = residual_in_fp32 and residual is None and x0.dtype != torch.float64
         hidden = hidden.to(torch.float32 if in_float32 else x0.dtype)
-        normalised = layer_norm(hidden, weight, bias, epsilon, rows=rows, segments=segments)
+        norm_rows = None if rows is None else rows._replace(x_bias_columns=None)
+        normalised = layer_norm(hidden, weight, bias, epsilon, rows=norm_rows, segments=segments)
         normalised = normalised.to(x0.dtype)
         return (normalised, hidden) if prenorm else normalised
     if p > 0 and seed is None:
         seed = new_seed(x0.device)
+    if rows is not None:
+        columns = (*columns, first_column(rows.x_bias_columns))
+    tasks = (buffer, columns, *own_segments)
     out: Tensor = _ops.dropout_add_layer_norm(
         x0, residual, x_bias, weight, bias, p, epsilon, seed, rng_offset, *tasks
     )[0]

@@ -46,12 +46,16 @@ def check_norm_backward(
     rstd: Tensor,
     weight_rows: Tensor,
     bias_rows: Tensor,
+    x_bias_rows: Tensor | None,
     offsets: Sequence[int],
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     rng_offset: int = 0,
 ) -> None:
-    """Check what the backward passes are given; ``hidden`` may be any rows of that shape."""
+    """Check what the backward passes are given; ``hidden`` may be any rows of that shape.
+
+    ``x_bias_rows`` is None for an operator that has none.
+    """
     _check_hidden("hidden", hidden)
     check_tensor("grad_out", grad_out, hidden.shape, hidden.dtype, hidden.device)
     check_parameter("weight", weight, hidden)
@@ -61,8 +65,9 @@ def check_norm_backward(
         if not statistic.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor")
     check_offsets("offsets", offsets, mean.numel())
-    for name, rows in (("weight_rows", weight_rows), ("bias_rows", bias_rows)):
-        if rows.numel() > 0:
+    given = {"weight_rows": weight_rows, "bias_rows": bias_rows, "x_bias_rows": x_bias_rows}
+    for name, rows in given.items():
+        if rows is not None and rows.numel() > 0:
             _check_rows(name, rows, hidden, len(offsets) - 1)
     check_seed(dropout_p, seed, rng_offset, hidden.device)
 

@@ -1,16 +1,17 @@
-"""Check weight and bias of a layer norm, and write their task gradients.
+"""Check the parameters of a layer norm, and write their task gradients.
 
 Every operator that ends in a layer norm takes its task rows as arguments ``rows, columns, offsets,
-accumulate`` (the gradient buffer, and the first columns of weight and bias) and writes them in its
+accumulate`` (the gradient buffer, and the first columns of its parameters) and writes them in its
 backward pass.  Without task rows it writes one gradient over the whole stream, which autograd gets.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..registration.validation import DTYPES
-from ..task_rows import TaskRows, TaskSegments, rows_of
+from ..task_rows import NO_COLUMN, TaskRows, TaskSegments, rows_at, rows_of
 
 
 def check_parameter(name: str, parameter: Tensor | None, x: Tensor) -> None:
@@ -31,6 +32,7 @@ def task_arguments(
     bias: Tensor | None,
     rows: TaskRows | None,
     segments: TaskSegments | None,
+    x_bias: Tensor | None = None,
     name: str = "x",
 ) -> tuple[Tensor | None, tuple[int, ...], tuple[int, ...], bool]:
     """Check the arguments that all functions share; return the operators' arguments on tasks."""
@@ -38,11 +40,12 @@ def task_arguments(
         raise ValueError(f"{name}: expected floating [..., width], got {x.dtype} {list(x.shape)}")
     check_parameter("weight", weight, x)
     check_parameter("bias", bias, x)
+    check_parameter("x_bias", x_bias, x)
     if rows is None:
         return None, (), (), False
     if weight is None or x.dim() != 2:
         raise ValueError(f"rows: task gradients need a weight and {name} of [tokens, width]")
-    segments = rows.checked(segments, weight, bias, x)
+    segments = rows.checked(segments, weight, bias, x, x_bias)
     return rows.buffer, rows.starts, segments.offsets, segments.accumulate
 
 
@@ -54,11 +57,12 @@ def save(ctx: Any, tensors: tuple[Tensor | None, ...], arguments: list[Any]) -> 
 
 
 def parameter_rows(
-    ctx: Any, weight: Tensor | None, bias: Tensor | None, mean: Tensor
+    ctx: Any, weight: Tensor | None, bias: Tensor | None, mean: Tensor, *, first: int = 0
 ) -> tuple[Tensor, Tensor, tuple[int, ...], bool]:
     """Return the rows for the gradients of weight and bias: the task rows, or a new row for a sum.
 
-    A tensor without elements stands for a missing parameter (`kernels.task_rows.rows_of`).
+    ``first`` is the place of the weight's column among the operator's columns.  A tensor without
+    elements stands for a missing parameter (`kernels.task_rows.rows_of`).
 
     Raises:
         ValueError: a hook on saved tensors changed the shape of the bias, which no kernel reads.
@@ -68,7 +72,8 @@ def parameter_rows(
     ):
         raise ValueError(f"bias: expected the shape of weight, got {list(bias.shape)}")
     if ctx.rows is not None:
-        weight_rows, bias_rows = map(rows_of, (ctx.rows,) * 2, ctx.columns[-2:], (weight, bias))
+        columns = ctx.columns[first : first + 2]
+        weight_rows, bias_rows = map(rows_of, (ctx.rows,) * 2, columns, (weight, bias))
         return weight_rows, bias_rows, ctx.offsets, ctx.accumulate
     fresh = [mean.new_empty(0) if p is None else p.new_empty((1, len(p))) for p in (weight, bias)]
     return fresh[0], fresh[1], (0, mean.numel()), False
@@ -82,3 +87,28 @@ def parameter_gradients(
         return None, None
     weight, bias = (rows[0] if rows.numel() > 0 else None for rows in (weight_rows, bias_rows))
     return weight, bias
+
+
+def save_x_bias(ctx: Any, x_bias: Tensor | None) -> None:
+    """Keep what tells the gradients of the bias of x; no kernel needs its values."""
+    ctx.x_bias = None if x_bias is None else (x_bias.shape, x_bias.dtype)
+
+
+def x_bias_rows(ctx: Any, mean: Tensor) -> Tensor:
+    """Return the rows for the gradients of the bias of x, as :func:`parameter_rows` does."""
+    if ctx.x_bias is None:
+        return mean.new_empty(0)
+    shape, dtype = ctx.x_bias
+    if ctx.rows is not None:
+        column = ctx.columns[2]
+        return mean.new_empty(0) if column == NO_COLUMN else rows_at(ctx.rows, column, shape)
+    if not ctx.needs_input_grad[2]:
+        return mean.new_empty(0)
+    return mean.new_empty((1, *shape), dtype=torch.float32 if dtype == torch.float64 else dtype)
+
+
+def x_bias_gradient(ctx: Any, rows: Tensor) -> Tensor | None:
+    """Return autograd's gradient of the bias of x: None when it is in the task rows."""
+    if ctx.rows is not None or rows.numel() == 0:
+        return None
+    return rows[0].to(ctx.x_bias[1])

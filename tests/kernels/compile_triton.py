@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -32,7 +33,13 @@ from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.embedding_layer_norm.embedding_layer_norm_triton import Tables
 from kernels.layer_norm import layer_norm_triton
-from kernels.layer_norm.layer_norm_triton import Parameters, constants_of
+from kernels.layer_norm.layer_norm_triton import (
+    SEGMENTS,
+    GradientRows,
+    Parameters,
+    backward_constants_of,
+    constants_of,
+)
 
 ATTENTION = {
     "forward": attention.forward_kernel,
@@ -164,8 +171,12 @@ def _attention(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
 
 def _norm(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     constants = constants_of(case.width, 0.1)
+    if case.kernel.endswith("backward"):
+        some, none = torch.empty(1), torch.empty(0)
+        x_bias = none if case.kernel.startswith("embedding") else some
+        constants = backward_constants_of(case.width, 0.1, GradientRows(some, some, x_bias))
     options = {"num_warps": constants.pop("num_warps")}
-    flags = ["HAS_RESIDUAL", "HAS_X_BIAS", "HAS_WEIGHT", "HAS_BIAS", "PARTIALS"]
+    flags = ["HAS_RESIDUAL", "HAS_X_BIAS", "HAS_WEIGHT", "HAS_BIAS"]
     constants |= {flag: True for flag in flags if flag in NORMS[case.kernel].arg_names}
     return constants, options
 
@@ -177,7 +188,12 @@ def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     constants = {
         "intervals": {"ROWS_ARE_KEYS": True, "CAUSAL": True, "BLOCK": INTERVAL_ROWS},
         "delta": {"D": width, "BLOCK_D": padded_width(width), "BLOCK": DELTA_ROWS},
-        "sum_partials": {"ACCUMULATE": True, "WHICH": 0, "N": width, "BLOCK_P": 32, "BLOCK_N": 64},
+        "sum_partials": {
+            **dict.fromkeys(["ACCUMULATE", "HAS_WEIGHT", "HAS_BIAS", "HAS_X_BIAS"], True),
+            **{"SUMS": 3, "N": width, "SEGMENTS": SEGMENTS},
+            "BLOCK_P": layer_norm_triton._SUMMED_PROGRAMS,
+            "BLOCK_N": layer_norm_triton._SUMMED_COLUMNS,
+        },
         "dropout": {"BLOCK": dropout_triton._BLOCK},
         "embedding_pieces": of_table,
         "embedding_long_runs": of_table,
@@ -190,6 +206,7 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
     row = f"*{dtype}"
     heads, intervals = Heads(row, "i32", "i32"), Intervals("*i32", "*i32")
     rows = ["x", "residual", "hidden", "grad_hidden", "grad_x", "grad_sum", "grad", "rows"]
+    rows += ["weight_rows", "bias_rows", "x_bias_rows"]
     return {
         **dict.fromkeys(["q", "k", "v", "grad_q", "grad_k", "grad_v"], heads),
         **dict.fromkeys(["out", "grad_out"], heads if in_heads else row),
@@ -201,11 +218,11 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["keys", "tokens", "run_starts"], "*i64"),
         **dict.fromkeys(["cu_own", "cu_other"], "*i32"),
         **dict.fromkeys(["total_q", "total_k", "total", "total_other", "num_rows"], "i32"),
-        **dict.fromkeys(
-            ["num_sequences", "search_steps", "programs", "count", "rng_offset"], "i32"
-        ),
-        **dict.fromkeys(["row_begin", "row_end", "rows_per_program"], "i32"),
+        **dict.fromkeys(["num_sequences", "search_steps", "count", "rng_offset"], "i32"),
+        **dict.fromkeys(["log_rows", "first_segment", "first_task"], "i32"),
+        **dict.fromkeys(["weight_stride", "bias_stride", "x_bias_stride"], "i32"),
         **dict.fromkeys(["row_stride", "num_keys"], "i32"),
+        "boundaries": ("i32",) * (SEGMENTS + 1),
         "eps": "fp32",
         "parameters": Parameters("*fp32", "*fp32", "*fp32"),
         "tables": Tables(row, row, row),

@@ -63,6 +63,11 @@ class Stream(NamedTuple):
         return TaskRows(self.buffer, *self.columns[:2])
 
     @property
+    def biased_rows(self) -> TaskRows:
+        """Of a layer norm that adds a bias to its input."""
+        return TaskRows(self.buffer, *self.columns[:2], self.columns[3])
+
+    @property
     def matrix_rows(self) -> TaskRows:
         """Of a linear layer."""
         return TaskRows(self.buffer, *self.columns[2:4])
@@ -138,7 +143,7 @@ LAYERS: dict[str, Callable[[Stream], Tensor]] = {
     "layer_norm_fn": lambda s: kernels.layer_norm_fn(s.own, s.weight, s.bias, s.other),
     "dropout_add_layer_norm": _add_norm,
     "dropout_add_layer_norm by task": lambda s: _add_norm(
-        s, rows=s.vector_rows, segments=s.segments
+        s, rows=s.biased_rows, segments=s.segments
     ),
     "embedding_layer_norm": _embedding_norm,
     "embedding_layer_norm by task": lambda s: _embedding_norm(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import TaskGradients, TaskSegments, balancing, new_task_rows
+from kernels import Columns, TaskGradients, TaskRows, TaskSegments, balancing, new_task_rows
 
 from .balancing.methods import SOLVERS
 from .layer_cases import LAYERS, Stream
@@ -44,6 +44,8 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
     heads = dict(zip(("q", "k", "v"), qkv.unbind(1), strict=True))
     norm = {"weight": weight, "bias": weight.clone()}
     rows, table = new_task_rows(2, weight, weight), new_task_rows(2, matrix)
+    wide = new_task_rows(2, torch.ones(24, dtype=dtype)).buffer
+    biased = TaskRows(wide, *(Columns(start, (8,)) for start in (0, 8, 16)))
     by_task = {"segments": TaskSegments((0, 3, 6))}
     dropped = {"dropout_p": 0.1, "seed": seed}
     stream = {"x0": x, "residual": x.clone(), **norm, "x_bias": weight.clone(), **dropped}
@@ -69,6 +71,12 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
         ),
         "layer_norm_fn": (kernels.layer_norm_fn, {"x": x, **norm, "residual": x.clone()}),
         "dropout_add_layer_norm": (kernels.dropout_add_layer_norm, stream),
+        "dropout_add_layer_norm by task": (
+            lambda buffer, **given: kernels.dropout_add_layer_norm(
+                **stream, rows=biased._replace(buffer=buffer), **given
+            ),
+            {"buffer": biased.buffer, **by_task},
+        ),
         "dropout_add_layer_norm before the norm": (
             kernels.dropout_add_layer_norm,
             stream | {"prenorm": True},

@@ -188,6 +188,87 @@ def test_task_rows_without_a_bias(dtype: torch.dtype, residual: bool, prenorm: b
     assert not torch.equal(found[0][1], found[1][1])
 
 
+def biased_rows(num_tasks: int, width: int, dtype: torch.dtype) -> TaskRows:
+    """Views for weight, bias and x_bias into a longer buffer, poisoned."""
+    buffer = torch.full((num_tasks, 3 * width + 5), torch.nan, dtype=dtype)
+    return TaskRows(buffer, *(Columns(n * (width + 1), (width,)) for n in (1, 0, 2)))
+
+
+@pytest.mark.usefixtures("vector_unit")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_task_rows_of_the_bias_of_x(dtype: torch.dtype, p: float, prenorm: bool) -> None:
+    """Those of an ordinary gradient for each task; overwritten, then added to."""
+    tensors = {name: x.to(dtype) for name, x in inputs(ROWS, 40, dtype).items()}
+    leaves = [tensors[n].requires_grad_() for n in ("x", "weight", "bias", "x_bias")]
+    x, weight, bias, x_bias = leaves
+
+    def function(rows: TaskRows | None = None, segments: TaskSegments | None = None) -> Tensor:
+        out = dropout_add_layer_norm(
+            *(x, tensors["residual"], weight, bias, p),
+            **{"x_bias": x_bias, "seed": SEED, "rows": rows, "segments": segments},
+            prenorm=prenorm,
+        )
+        return out[0] if prenorm else out
+
+    rows = biased_rows(4, 40, dtype)
+    for accumulate in (False, True):
+        out = function(rows, TaskSegments(OFFSETS, accumulate))
+        grads = torch.autograd.grad(out, leaves, tensors["grad_out"], allow_unused=True)
+        assert grads[1:] == (None, None, None)
+        for task, (begin, end) in enumerate(pairwise(OFFSETS)):
+            own = torch.zeros_like(tensors["grad_out"])
+            own[begin:end] = tensors["grad_out"][begin:end]
+            expected = torch.autograd.grad(function(), leaves[1:], own)
+            tolerance = 150 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+            tolerance = max(tolerance, 4 * torch.finfo(dtype).eps)
+            for name, exact in zip(("weight", "bias", "x_bias"), expected, strict=True):
+                found = getattr(rows, name)[task] / (2 if accumulate else 1)
+                torch.testing.assert_close(found, exact, rtol=tolerance, atol=4 * tolerance)
+    assert rows.buffer[:, 40::41].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("prenorm", [False, True])
+@pytest.mark.parametrize("frozen", ["x_bias", "weight", "bias", "all but x_bias"])
+def test_rows_without_columns_for_a_frozen_parameter(
+    frozen: str, prenorm: bool, dtype: torch.dtype
+) -> None:
+    x, residual = torch.randn(2, 10, 8, dtype=dtype)
+    weight, bias, x_bias = torch.randn(3, 8, dtype=dtype)
+    names = ("weight", "bias") if frozen == "all but x_bias" else (frozen,)
+    whole = biased_rows(2, 8, dtype)
+    part = biased_rows(2, 8, dtype)._replace(**{f"{name}_columns": None for name in names})
+    for rows in (whole, part):
+        own = {"weight": weight.clone(), "bias": bias.clone(), "x_bias": x_bias.clone()}
+        for name, parameter in own.items():
+            parameter.requires_grad_(rows is whole or name not in names)
+        options = {"rows": rows, "segments": TaskSegments((0, 4, 10)), "prenorm": prenorm}
+        out = dropout_add_layer_norm(
+            x, residual, own["weight"], own["bias"], x_bias=own["x_bias"], **options
+        )
+        (out[0] if prenorm else out).square().sum().backward()
+    for name in ("weight", "bias", "x_bias"):
+        if name in names:
+            start = getattr(whole, f"{name}_columns").start
+            assert part.buffer[:, start : start + 8].isnan().all()
+        else:
+            assert torch.equal(getattr(part, name), getattr(whole, name))
+
+
+def test_the_bias_of_x_may_have_another_dtype() -> None:
+    x, residual = torch.randn(2, 10, 8).bfloat16()
+    grads = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x_bias = torch.linspace(-1, 1, 8).bfloat16().to(dtype).requires_grad_()
+        dropout_add_layer_norm(x, residual, None, None, x_bias=x_bias).square().sum().backward()
+        assert x_bias.grad.dtype == dtype
+        grads.append(x_bias.grad)
+    assert torch.equal(grads[0].double(), grads[1])
+    assert torch.equal(grads[0].bfloat16(), grads[2])
+
+
 def test_rows_of_bfloat16_are_rounded_once() -> None:
     x = torch.randn(300, 24, dtype=torch.bfloat16, requires_grad=True)
     weight, bias = torch.randn(2, 24).bfloat16().unbind(0)
@@ -436,6 +517,23 @@ X = torch.randn(4, 8)
         (
             lambda: layer_norm(X, torch.ones(8), torch.ones(8), rows=task_rows(1, 8)),
             "segments: needed",
+        ),
+        (
+            lambda: dropout_add_layer_norm(
+                *(X, X, torch.ones(8), torch.ones(8)),
+                x_bias=torch.ones(8, requires_grad=True),
+                rows=task_rows(1, 8),
+                segments=TaskSegments((0, 4)),
+            ),
+            "rows.x_bias_columns: None, but the layer's x_bias is trained",
+        ),
+        (
+            lambda: layer_norm(
+                *(X, torch.ones(8), torch.ones(8)),
+                rows=biased_rows(1, 8, torch.float32),
+                segments=TaskSegments((0, 4)),
+            ),
+            "rows.x_bias_columns: expected the shape of the layer's x_bias, None",
         ),
     ],
 )

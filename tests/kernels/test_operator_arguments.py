@@ -63,20 +63,20 @@ ACCEPTED: Mapping[str, str] = {
     "lr|scale|skip": r"dtype: torch.(float32|float64|int64|bool)",
     "combine_adamw_.step": r"dtype: torch.(float32|float64|bool)",
     "dropout.x": r"shape: .*",
-    "x|qkv|rows|out|low_precision|(weight|bias)_rows": r"dtype: torch.(bfloat16|float16)",
+    "x|qkv|rows|out|low_precision|(weight|bias|x_bias)_rows": r"dtype: torch.(bfloat16|float16)",
     "attention.q": r"shape: dimension 0 of 2[35]",
     "attention_qkvpacked.qkv": r"shape: dimension (0 of 2[35]|2 of \d+|3 of (1|15|17))",
     "cu_seqlens": r"shape: dimension 0 of [13]",  # fewer sequences, or an empty one more
     "x": r"shape: ((a dimension|two) more|dimension 0 of \d+)",
     "weight|bias|x_bias": r"dtype: torch.(float32|float64|bfloat16|float16)",
-    "(weight|bias)_rows": r"shape: (empty|dimension \d of 0)",  # not wanted
-    r"\w+ alone.(weight|bias)_rows": r".*",  # without elements, whatever they are
+    "(weight|bias|x_bias)_rows": r"shape: (empty|dimension \d of 0)",  # not wanted
+    r"\w+ alone.(weight|bias|x_bias)_rows": r".*",  # without elements, whatever they are
     "word|position|token_type": r"shape: dimension 0 of (8|10)",
     "embedding_task_gradients_.rows": r"shape: dimension 1 of 4",
     "gram.rows": r"shape: dimension (0 of \d|1 of 41)|dtype: torch.float64",
     "pcgrad_weights.gram": r"dtype: torch.float64",
     "combine.rows": r"shape: dimension 1 of \d+",
-    r"(\w*layer_norm).rows": r"shape: dimension 1 of 929",
+    r"(\w*layer_norm).rows": r"shape: dimension 1 of 961",
     "lower": r"shape: dimension 0 of \d",
     "linear_task_gradients_.(weight|bias)_rows": r"dtype: torch.float64",
 }

@@ -48,24 +48,28 @@ def norms(by_task: bool) -> dict[str, tuple]:
     x, residual, weight, bias = leaf(TOKENS, WIDTH), leaf(TOKENS, WIDTH), leaf(WIDTH), leaf(WIDTH)
     ids = torch.randint(0, TABLE_ROWS, (3, TOKENS)).unbind(0)
     tables = [leaf(TABLE_ROWS, WIDTH) for _ in range(3)]
-    *starts, end = range(0, (3 * TABLE_ROWS + 2) * WIDTH + 1, WIDTH)
-    starts = [*starts[: 3 * TABLE_ROWS : TABLE_ROWS], *starts[-2:]]  # of tables, weight, bias
-    of_all: tuple = (torch.zeros(2, end), starts, OFFSETS, False)
-    of_norm: tuple = (of_all[0], starts[3:], OFFSETS, False)
+    *starts, end = range(0, (3 * TABLE_ROWS + 3) * WIDTH + 1, WIDTH)
+    starts = [*starts[: 3 * TABLE_ROWS : TABLE_ROWS], *starts[-3:]]  # of tables, weight, biases
+    buffer = torch.zeros(2, end)
+    of_all: tuple = (buffer, starts[:5], OFFSETS, False)
+    of_norm: tuple = (buffer, starts[3:5], OFFSETS, False)
+    of_add: tuple = (buffer, starts[3:], OFFSETS, False)
     if not by_task:
-        of_all = of_norm = (None, [], [], False)
+        of_all = of_norm = of_add = (None, [], [], False)
     grad, hidden, mean, rstd = (*torch.randn(2, TOKENS, WIDTH), *torch.ones(2, TOKENS))
-    gradient_rows = torch.zeros(2, 2, WIDTH) if by_task else (torch.zeros(0), torch.zeros(0))
-    saved = (weight.detach(), mean, rstd, *gradient_rows, OFFSETS, False)
+    gradient_rows = [torch.zeros(2, WIDTH) if by_task else torch.zeros(0) for _ in range(3)]
+    statistics = (weight.detach(), mean, rstd)
+    saved = (*statistics, *gradient_rows, OFFSETS, False)
+    saved_by_embedding = (*statistics, *gradient_rows[:2], OFFSETS, False)
     looked_up = (*ids, *(table.detach() for table in tables))
     options = (0.1, 1e-12, SEED, 0)
     return {
         "layer_norm": (x, weight, bias, 1e-12, *of_norm),
         "layer_norm_backward": (grad, hidden, *saved),
-        "dropout_add_layer_norm": (x, residual, bias, weight, bias, *options, *of_norm),
+        "dropout_add_layer_norm": (x, residual, bias, weight, bias, *options, *of_add),
         "dropout_add_layer_norm_backward": (grad, hidden, *saved, 0.1, SEED, 0),
         "embedding_layer_norm": (*ids, *tables, weight, bias, *options, *of_all),
-        "embedding_layer_norm_backward": (grad, *looked_up, *saved, 0.1, SEED, 0),
+        "embedding_layer_norm_backward": (*(grad, *looked_up, *saved_by_embedding, 0.1, SEED, 0),),
     }
 
 

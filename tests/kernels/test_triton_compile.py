@@ -89,7 +89,7 @@ def test_one_compilation_serves_all_token_counts(
     assert variants.keys() == launched, (
         "launch_all() of tests/kernels/test_triton_compile.py calls every launcher"
     )
-    # Intervals of queries and of keys; sums for a weight and for a bias.
+    # Intervals of queries and of keys; sums with and without one for a bias of x.
     several = {name_of(KERNELS[kernel]): 2 for kernel in ("intervals", "sum_partials")}
     for kernel, keys in variants.items():
         assert len(keys) == several.get(kernel, 1), (
@@ -112,15 +112,15 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     attention_triton.backward(out, q, k, v, out, lse, *options, grads=grads)
 
     x, weight, bias = torch.zeros(tokens, width, dtype=dtype), *torch.zeros(2, width)
-    rows = (*torch.zeros(2, 2, width), offsets, False)
+    rows, of_tasks = torch.zeros(3, 2, width).unbind(0), (offsets, False)
     add = (x, bias, 0.1, seed, 1)
     _, hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, 1e-12, *add)
-    layer_norm_triton.backward(x, hidden, weight, mean, rstd, *rows, *add[2:])
+    layer_norm_triton.backward(x, hidden, weight, mean, rstd, *rows, *of_tasks, *add[2:])
     dropout_triton.dropout(x, 0.1, seed, 1)
 
     index, table = torch.arange(tokens) % 7, torch.zeros(7, width, dtype=dtype)
     embedded = ((index,) * 3, (table,) * 3)
     norm = embedding_layer_norm_triton
     norm.forward(*embedded, weight, bias, 0.1, 1e-12, seed, 1)
-    norm.backward(x, *embedded, weight, mean, rstd, *rows, 0.1, seed, 1)
+    norm.backward(x, *embedded, weight, mean, rstd, *rows[:2], *of_tasks, 0.1, seed, 1)
     embedding_triton.add_task_gradients_(x, index, torch.zeros(2, 7, width, dtype=dtype), offsets)

@@ -1,0 +1,85 @@
+"""A bias that a norm adds for the linear layer before it: the same results and task gradients."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine._kernels import kernels
+from engine.models.context import RowContext
+from engine.models.layers import LayerNorm, Linear
+
+WIDTHS, OFFSETS = (6, 8), (0, 5, 5, 12)
+
+
+def modules(*, bias: bool = True) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    layers = nn.ModuleDict(
+        {"linear": Linear(*WIDTHS, bias=bias, init_std=0.5), "norm": LayerNorm(8, eps=1e-5)}
+    )
+    for parameter in layers.parameters():
+        nn.init.normal_(parameter)
+    return layers
+
+
+def attach(layers: nn.ModuleDict, frozen: set[str]) -> dict[str, Tensor]:
+    """Give the layers rows for all but the frozen parameters; return the rows by name."""
+    shapes = {name: parameter.shape for name, parameter in layers.named_parameters()}
+    slots, end = kernels.gradient_buffer.lay_out(shapes)
+    buffer = torch.full((len(OFFSETS) - 1, end), torch.nan)
+    columns: dict[str, dict[str, kernels.Columns]] = {"linear": {}, "norm": {}}
+    for slot in slots:
+        layer_name, name = slot.name.split(".")
+        layers.get_parameter(slot.name).requires_grad_(slot.name not in frozen)
+        if slot.name not in frozen:
+            columns[layer_name][name] = slot.columns
+    for layer_name, own in columns.items():
+        layers[layer_name].attach_rows(buffer, own)
+    return {slot.name: slot.view(buffer) for slot in slots}
+
+
+def run(layers: nn.ModuleDict, context: RowContext, *, by_norm: bool) -> tuple[Tensor, Tensor]:
+    """The output, and the gradient of the input."""
+    torch.manual_seed(1)
+    x = torch.randn(14, 6, requires_grad=True)
+    residual, grad = torch.randn(2, 14, 8)
+    options = {"dropout_p": 0.3, "rng_offset": 2}
+    if by_norm:
+        product = layers["linear"].product(x, context)
+        out = layers["norm"].add(product, residual, context, bias_of=layers["linear"], **options)
+    else:
+        out = layers["norm"].add(layers["linear"](x, context), residual, context, **options)
+    out.backward(grad)
+    assert x.grad is not None
+    return out.detach(), x.grad
+
+
+NAMES = ["linear.weight", "linear.bias", "norm.weight", "norm.bias"]
+
+
+@pytest.mark.parametrize(
+    "frozen", [[], *([name] for name in NAMES), NAMES[:2], NAMES[2:], NAMES[:1] + NAMES[2:]]
+)
+def test_task_gradients(frozen: list[str]) -> None:
+    context = RowContext(segments=kernels.TaskSegments(OFFSETS), seed=torch.tensor(5))
+    found = []
+    for by_norm in (False, True):
+        layers = modules()
+        rows = attach(layers, set(frozen))
+        found.append((*run(layers, context, by_norm=by_norm), *rows.values()))
+        for name, own in rows.items():
+            assert own.isnan().all() if name in frozen else own.isfinite().all()
+        assert all(parameter.grad is None for parameter in layers.parameters())
+    for plain, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, equal_nan=True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_ordinary_gradients(bias: bool) -> None:
+    context = RowContext(seed=torch.tensor(5))
+    found = []
+    for by_norm in (False, True):
+        layers = modules(bias=bias)
+        results = run(layers, context, by_norm=by_norm)
+        found.append([*results, *(parameter.grad for parameter in layers.parameters())])
+    for plain, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain)
