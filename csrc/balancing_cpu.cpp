@@ -22,53 +22,71 @@ std::vector<double> scratch_for(int64_t k) {
   return std::vector<double>(solvers::solver_scratch(k));
 }
 
+// Calls solve(problem, scratch) for every problem, each of which takes about K^3 operations.
+template <typename Solve>
+void for_problems(int64_t count, int64_t k, const Solve& solve) {
+  const int64_t grain = std::max<int64_t>(1, kGrainOperations / (k * k * k));
+  parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    std::vector<double> scratch = scratch_for(k);
+    for (int64_t problem = first; problem < last; ++problem) solve(problem, scratch.data());
+  });
+}
+
 std::tuple<Tensor, Tensor> symmetric_eigen(const Tensor& matrix) {
-  const int64_t k = check_square(matrix, "matrix");
-  const double* source = data<double>(matrix);
-  std::vector<double> work(source, source + k * k);
-  Tensor values = allocate(matrix, {k});
-  Tensor vectors = allocate(matrix, {k, k});
-  solvers::symmetric_eigen(work.data(), k, data<double>(values), data<double>(vectors));
+  const Problems problems = check_square(matrix, "matrix");
+  const int64_t k = problems.k;
+  Tensor values = allocate(matrix, problems.shape(1));
+  Tensor vectors = allocate(matrix, problems.shape(2));
+  for_problems(problems.count, k, [&](int64_t g, double*) {
+    const double* source = data<double>(matrix) + g * k * k;
+    std::vector<double> work(source, source + k * k);
+    solvers::symmetric_eigen(work.data(), k, data<double>(values) + g * k,
+                             data<double>(vectors) + g * k * k);
+  });
   return {values, vectors};
 }
 
 Tensor project_onto_dual_cone(const Tensor& gram, const Tensor& lower) {
-  const int64_t k = check_square(gram, "gram");
+  const int64_t k = check_square(gram, "gram").k;
   check_lower(lower, gram);
   Tensor result = allocate_like(lower);
-  const int64_t grain = std::max<int64_t>(1, kGrainOperations / (k * k * k));
-  parallel_for(0, lower.size(0), grain, [&](int64_t first, int64_t last) {
-    std::vector<double> scratch = scratch_for(k);
-    for (int64_t row = first; row < last; ++row) {
-      solvers::project_onto_dual_cone(data<double>(gram), data<double>(lower) + row * k, k,
-                                      data<double>(result) + row * k, scratch.data());
-    }
+  const int64_t rows = lower.size(-2);
+  for_problems(lower.numel() / k, k, [&](int64_t row, double* scratch) {
+    solvers::project_onto_dual_cone(data<double>(gram) + row / rows * k * k,
+                                    data<double>(lower) + row * k, k,
+                                    data<double>(result) + row * k, scratch);
   });
   return result;
 }
 
-Tensor solve_mgda(const Tensor& gram) {
-  const int64_t k = check_square(gram, "gram");
-  Tensor weights = allocate(gram, {k});
-  solvers::solve_mgda(data<double>(gram), k, data<double>(weights), scratch_for(k).data());
+// Weights of every problem, by solve(gram, k, weights, scratch).
+template <typename Solve>
+Tensor solve_weights(const Tensor& gram, const Solve& solve) {
+  const Problems problems = check_square(gram, "gram");
+  const int64_t k = problems.k;
+  Tensor weights = allocate(gram, problems.shape(1));
+  for_problems(problems.count, k, [&](int64_t g, double* scratch) {
+    solve(data<double>(gram) + g * k * k, k, data<double>(weights) + g * k, scratch);
+  });
   return weights;
 }
 
+Tensor solve_mgda(const Tensor& gram) { return solve_weights(gram, solvers::solve_mgda); }
+
 Tensor solve_cagrad(const Tensor& gram, double c) {
-  const int64_t k = check_square(gram, "gram");
   check_number("c", c);
-  Tensor weights = allocate(gram, {k});
-  solvers::solve_cagrad(data<double>(gram), c, k, data<double>(weights), scratch_for(k).data());
-  return weights;
+  return solve_weights(gram,
+                       [c](const double* matrix, int64_t k, double* weights, double* scratch) {
+                         solvers::solve_cagrad(matrix, c, k, weights, scratch);
+                       });
 }
 
 Tensor solve_fairgrad(const Tensor& gram, double alpha) {
-  const int64_t k = check_square(gram, "gram");
   check_number("alpha", alpha);
-  Tensor weights = allocate(gram, {k});
-  solvers::solve_fairgrad(data<double>(gram), alpha, k, data<double>(weights),
-                          scratch_for(k).data());
-  return weights;
+  return solve_weights(gram,
+                       [alpha](const double* matrix, int64_t k, double* weights, double* scratch) {
+                         solvers::solve_fairgrad(matrix, alpha, k, weights, scratch);
+                       });
 }
 
 } // namespace

@@ -5,12 +5,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <tuple>
 
 #include "launch_device_torch.cuh"
 #include "memory_torch.h"
 #include "surgery_combine.cuh"
 #include "surgery_gram.cuh"
 #include "surgery_pcgrad.cuh"
+#include "surgery_summary.cuh"
 #include "surgery_torch.h"
 
 namespace superbert {
@@ -49,36 +51,35 @@ Tensor gram(const Tensor& rows, std::vector<int64_t> offsets) {
   const int64_t k = matrix.num_rows;
   Tensor result = allocate(rows, {num_segments, k, k}, compute_type(rows));
   with_type(matrix.type, [&]<typename T>(T*) {
-    const DeviceRows<T> on_device = device_rows<T>(matrix);
-    for (int64_t s = 0; s < num_segments; ++s) {
-      std::optional<Tensor> scratch;
-      const auto new_scratch = [&](int64_t count) {
-        scratch = allocate(rows, {count}, ScalarType::Double);
-        return data<double>(*scratch);
-      };
-      compute_gram(on_device, offsets[s], offsets[s + 1], device.num_processors(), new_scratch,
-                   data<Compute<T>>(result) + s * k * k, device.stream());
-    }
+    std::optional<Tensor> scratch;
+    const auto new_scratch = [&](int64_t count) {
+      scratch = allocate(rows, {count}, ScalarType::Double);
+      return data<double>(*scratch);
+    };
+    compute_gram(device_rows<T>(matrix), offsets, device.num_processors(), new_scratch,
+                 data<Compute<T>>(result), device.stream());
   });
   return result;
 }
 
 Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool include_self) {
-  check_gram_and_order(gram, order);
+  const int64_t groups = check_gram_and_order(gram, order);
   const LaunchDevice device(gram);
-  const int64_t k = gram.size(0);
-  Tensor weights = allocate(gram, {k}, gram.scalar_type());
+  const int64_t k = gram.size(-1);
+  Tensor weights = allocate(gram, gram.sizes().slice(0, gram.dim() - 1), gram.scalar_type());
+  if (groups == 0) return weights;
   const auto run = [&]<typename T>(T* result) {
     if (k <= kSolveThreads) {
-      launch(pcgrad_kernel<T>, 1, kSolveThreads, device.stream(), data<T>(gram), k,
+      launch(pcgrad_kernel<T>, groups, kSolveThreads, device.stream(), data<T>(gram), k,
              data<int64_t>(order), mean, include_self, result);
       return;
     }
-    const Tensor coefficients = allocate(gram, {k, k}, ScalarType::Double);
-    launch(pcgrad_project_kernel<T>, solve_blocks(k), kSolveThreads, device.stream(), data<T>(gram),
-           k, data<int64_t>(order), include_self, data<double>(coefficients));
-    launch(pcgrad_sum_kernel<T>, solve_blocks(k), kSolveThreads, device.stream(),
-           data<double>(coefficients), k, mean, result);
+    const Tensor coefficients = allocate(gram, {groups, k, k}, ScalarType::Double);
+    const int64_t blocks = groups * solve_blocks(k);
+    launch(pcgrad_project_kernel<T>, blocks, kSolveThreads, device.stream(), data<T>(gram), k,
+           data<int64_t>(order), include_self, data<double>(coefficients));
+    launch(pcgrad_sum_kernel<T>, blocks, kSolveThreads, device.stream(), data<double>(coefficients),
+           k, mean, result);
   };
   if (gram.scalar_type() == ScalarType::Double) {
     run(data<double>(weights));
@@ -115,8 +116,8 @@ void combine_out(const Tensor& rows, const Tensor& weights, Tensor out) {
       if constexpr (std::is_same_v<Compute<T>, Compute<Out>>) {
         const DeviceRows<T> on_device = device_rows<T>(matrix);
         const StoreSum<Compute<T>, Out> use{data<Out>(out)};
-        launch_combine(on_device, data<Compute<T>>(weights), rows.size(1),
-                       aligned_with(on_device, use.out), device.num_processors(), use,
+        launch_combine(on_device, data<Compute<T>>(weights), 1, 0, rows.size(1),
+                       aligned_with(on_device, use.out), OneSegment{}, device.num_processors(), use,
                        device.stream());
       }
     });
@@ -145,12 +146,15 @@ DeviceScalar device_scalar_or(const std::optional<Tensor>& value, double fallbac
   return {DeviceScalar::Type::kFloat64, nullptr, fallback};
 }
 
-void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Tensor exp_avg,
-                    Tensor exp_avg_sq, std::optional<Tensor> low_precision, const Tensor& lr,
-                    const Tensor& step, std::optional<Tensor> scale, std::optional<Tensor> skip,
-                    double beta1, double beta2, double eps, double weight_decay) {
+void combine_adamw_segments_(const Tensor& rows, const Tensor& weights, Tensor master,
+                             Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> low_precision,
+                             std::vector<int64_t> ends, std::vector<int64_t> groups,
+                             int64_t decayed, const Tensor& lr, const Tensor& step,
+                             std::optional<Tensor> scale, std::optional<Tensor> skip, double beta1,
+                             double beta2, double eps, double weight_decay) {
   const Rows matrix = check_rows(rows);
-  check_weights(weights, rows);
+  const int64_t num_groups = check_group_weights(weights, rows);
+  check_segments(ends, groups, num_groups, rows);
   const AdamWState state = check_adamw(rows, master, exp_avg, exp_avg_sq, low_precision);
   check_scalars(rows, lr, step, scale, skip);
   check_rates(beta1, beta2, eps, weight_decay);
@@ -175,13 +179,14 @@ void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Te
                                      std::log(beta1),
                                      std::log(beta2),
                                      eps,
-                                     weight_decay};
+                                     weight_decay,
+                                     decayed};
       const bool aligned = aligned_with(on_device, use.master) &&
                            aligned_with(on_device, use.exp_avg) &&
                            aligned_with(on_device, use.exp_avg_sq) &&
                            (copy == nullptr || aligned_with(on_device, copy));
-      launch_combine(on_device, data<C>(weights), rows.size(1), aligned, device.num_processors(),
-                     use, device.stream());
+      launch_combine_segments(on_device, data<C>(weights), num_groups, {ends, groups}, decayed,
+                              aligned, device.num_processors(), use, device.stream());
     };
     if (state.low_precision == nullptr) return run(static_cast<NoCopy*>(nullptr));
     if constexpr (std::is_same_v<C, float>) {
@@ -191,6 +196,42 @@ void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Te
       return run(static_cast<__half*>(state.low_precision));
     }
   });
+}
+
+void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Tensor exp_avg,
+                    Tensor exp_avg_sq, std::optional<Tensor> low_precision, const Tensor& lr,
+                    const Tensor& step, std::optional<Tensor> scale, std::optional<Tensor> skip,
+                    double beta1, double beta2, double eps, double weight_decay) {
+  check_rows(rows);
+  check_weights(weights, rows);
+  combine_adamw_segments_(rows, weights, master, exp_avg, exp_avg_sq, low_precision, {rows.size(1)},
+                          {0}, rows.size(1), lr, step, scale, skip, beta1, beta2, eps,
+                          weight_decay);
+}
+
+// ---- the summary of an update -----------------------------------------------------------------
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+update_summary(const Tensor& gram, const Tensor& weights, const Tensor& losses,
+               const Tensor& shares, double max_norm, std::optional<Tensor> loss_scale) {
+  check_summary(gram, weights, losses, shares, max_norm, loss_scale);
+  const LaunchDevice device(gram);
+  const int64_t k = gram.size(1);
+  const SummaryTensors results{
+      allocate(gram, {}), allocate(gram, {}),     allocate(gram, {}, ScalarType::Bool),
+      allocate(gram, {}), allocate(gram, {k, k}), allocate(gram, {k})};
+  const auto run = [&]<typename T>(T*) {
+    const SummaryInputs<T> in =
+        summary_inputs<T>(gram, weights, losses, shares, max_norm, loss_scale);
+    const SummaryOutputs<T> out = summary_outputs<T>(results);
+    launch(summary_kernel<T>, 1, kSummaryThreads, device.stream(), in, out);
+  };
+  if (gram.scalar_type() == ScalarType::Double) {
+    run(static_cast<double*>(nullptr));
+  } else {
+    run(static_cast<float*>(nullptr));
+  }
+  return {results.norm,    results.scale, results.skip,
+          results.skipped, results.gram,  results.weights};
 }
 
 } // namespace
@@ -203,4 +244,6 @@ STABLE_TORCH_LIBRARY_IMPL(superbert, CUDA, m) {
   m.impl("combine", TORCH_BOX(&superbert::combine));
   m.impl("combine_out", TORCH_BOX(&superbert::combine_out));
   m.impl("combine_adamw_", TORCH_BOX(&superbert::combine_adamw_));
+  m.impl("combine_adamw_segments_", TORCH_BOX(&superbert::combine_adamw_segments_));
+  m.impl("update_summary", TORCH_BOX(&superbert::update_summary));
 }

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "memory_torch.h"
 #include "surgery.h"
@@ -163,14 +164,17 @@ void check_permutations(const int64_t* order, int64_t k) {
 }
 
 Tensor pcgrad_weights(const Tensor& gram, const Tensor& order, bool mean, bool include_self) {
-  check_gram_and_order(gram, order);
-  const int64_t k = gram.size(0);
+  const int64_t groups = check_gram_and_order(gram, order);
+  const int64_t k = gram.size(-1);
   const int64_t* tasks = static_cast<const int64_t*>(order.data_ptr());
   check_permutations(tasks, k);
-  Tensor weights = allocate(gram, {k}, gram.scalar_type());
+  Tensor weights = allocate(gram, gram.sizes().slice(0, gram.dim() - 1), gram.scalar_type());
   const auto run = [&](auto* result) {
     using T = std::remove_pointer_t<decltype(result)>;
-    solve_pcgrad(static_cast<const T*>(gram.data_ptr()), k, tasks, mean, include_self, result);
+    const T* matrices = static_cast<const T*>(gram.data_ptr());
+    for (int64_t g = 0; g < groups; ++g) {
+      solve_pcgrad(matrices + g * k * k, k, tasks, mean, include_self, result + g * k);
+    }
   };
   if (gram.scalar_type() == ScalarType::Double) {
     run(static_cast<double*>(weights.data_ptr()));
@@ -211,12 +215,15 @@ Tensor combine(const Tensor& rows, const Tensor& weights) {
   return out;
 }
 
-void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Tensor exp_avg,
-                    Tensor exp_avg_sq, std::optional<Tensor> low_precision, const Tensor& lr,
-                    const Tensor& step, std::optional<Tensor> scale, std::optional<Tensor> skip,
-                    double beta1, double beta2, double eps, double weight_decay) {
+void combine_adamw_segments_(const Tensor& rows, const Tensor& weights, Tensor master,
+                             Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> low_precision,
+                             std::vector<int64_t> ends, std::vector<int64_t> groups,
+                             int64_t decayed, const Tensor& lr, const Tensor& step,
+                             std::optional<Tensor> scale, std::optional<Tensor> skip, double beta1,
+                             double beta2, double eps, double weight_decay) {
   const Rows matrix = check_rows(rows);
-  check_weights(weights, rows);
+  const int64_t num_groups = check_group_weights(weights, rows);
+  check_segments(ends, groups, num_groups, rows);
   const AdamWState state = check_adamw(rows, master, exp_avg, exp_avg_sq, low_precision);
   check_scalars(rows, lr, step, scale, skip);
   check_rates(beta1, beta2, eps, weight_decay);
@@ -226,17 +233,73 @@ void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Te
 
   const double rate = scalar_value(lr), count = scalar_value(step);
   check(count >= 1, "step must be at least 1, the number of the first step, not ", count);
-  const AdamWStep update{.gradient_scale = scale ? scalar_value(*scale) : 1.0,
-                         .beta1 = beta1,
-                         .beta2 = beta2,
-                         .eps = eps,
-                         .weight_factor = 1.0 - rate * weight_decay,
-                         .step_size = rate / (1.0 - std::pow(beta1, count)),
-                         .second_moment_factor = 1.0 / std::sqrt(1.0 - std::pow(beta2, count))};
+  const AdamWStep with_decay{.gradient_scale = scale ? scalar_value(*scale) : 1.0,
+                             .beta1 = beta1,
+                             .beta2 = beta2,
+                             .eps = eps,
+                             .weight_factor = 1.0 - rate * weight_decay,
+                             .step_size = rate / (1.0 - std::pow(beta1, count)),
+                             .second_moment_factor = 1.0 / std::sqrt(1.0 - std::pow(beta2, count))};
+  AdamWStep without_decay = with_decay;
+  without_decay.weight_factor = 1.0;
   const std::vector<double> values = weight_values(weights);
   parallel_for(0, rows.size(1), kGrainColumns, [&](int64_t begin, int64_t end) {
-    surgery_kernels().combine_adamw(matrix, values.data(), begin, end, update, state);
+    size_t segment = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (int64_t from = begin; from < end;) {
+      while (ends[segment] <= from) ++segment;
+      const bool decays = from < decayed;
+      int64_t to = std::min(end, ends[segment]);
+      if (decays) to = std::min(to, decayed);
+      if (groups[segment] >= 0) {
+        const double* own = values.data() + groups[segment] * matrix.num_rows;
+        surgery_kernels().combine_adamw(matrix, own, from, to, decays ? with_decay : without_decay,
+                                        state);
+      }
+      from = to;
+    }
   });
+}
+
+void combine_adamw_(const Tensor& rows, const Tensor& weights, Tensor master, Tensor exp_avg,
+                    Tensor exp_avg_sq, std::optional<Tensor> low_precision, const Tensor& lr,
+                    const Tensor& step, std::optional<Tensor> scale, std::optional<Tensor> skip,
+                    double beta1, double beta2, double eps, double weight_decay) {
+  check_rows(rows);
+  check_weights(weights, rows);
+  combine_adamw_segments_(rows, weights, master, exp_avg, exp_avg_sq, low_precision, {rows.size(1)},
+                          {0}, rows.size(1), lr, step, scale, skip, beta1, beta2, eps,
+                          weight_decay);
+}
+
+// ---- the summary of an update -----------------------------------------------------------------
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+update_summary(const Tensor& gram, const Tensor& weights, const Tensor& losses,
+               const Tensor& shares, double max_norm, std::optional<Tensor> loss_scale) {
+  check_summary(gram, weights, losses, shares, max_norm, loss_scale);
+  const int64_t k = gram.size(1);
+  const SummaryTensors results{
+      allocate(gram, {}), allocate(gram, {}),     allocate(gram, {}, ScalarType::Bool),
+      allocate(gram, {}), allocate(gram, {k, k}), allocate(gram, {k})};
+  const auto run = [&]<typename T>(T*) {
+    const SummaryInputs<T> in =
+        summary_inputs<T>(gram, weights, losses, shares, max_norm, loss_scale);
+    const SummaryOutputs<T> out = summary_outputs<T>(results);
+    double square = 0.0, known = 0.0;
+    for (int64_t row = 0; row < in.groups * k; ++row) {
+      square += summary_square(in, row);
+      known += summary_known(in, row);
+    }
+    for (int64_t entry = 0; entry < k * k; ++entry) out.gram[entry] = summary_gram(in, entry);
+    for (int64_t task = 0; task < k; ++task) out.weights[task] = summary_weight(in, task);
+    summarize(in, square, known, out);
+  };
+  if (gram.scalar_type() == ScalarType::Double) {
+    run(static_cast<double*>(nullptr));
+  } else {
+    run(static_cast<float*>(nullptr));
+  }
+  return {results.norm,    results.scale, results.skip,
+          results.skipped, results.gram,  results.weights};
 }
 
 } // namespace
@@ -251,6 +314,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
   m.def("combine_adamw_(Tensor rows, Tensor weights, Tensor(a!) master, Tensor(b!) exp_avg, "
         "Tensor(c!) exp_avg_sq, Tensor(d!)? low_precision, Tensor lr, Tensor step, Tensor? scale, "
         "Tensor? skip, float beta1, float beta2, float eps, float weight_decay) -> ()");
+  m.def("combine_adamw_segments_(Tensor rows, Tensor weights, Tensor(a!) master, "
+        "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? low_precision, int[] ends, "
+        "int[] groups, int decayed, Tensor lr, Tensor step, Tensor? scale, Tensor? skip, "
+        "float beta1, float beta2, float eps, float weight_decay) -> ()");
+  m.def("update_summary(Tensor gram, Tensor weights, Tensor losses, Tensor shares, "
+        "float max_norm, Tensor? loss_scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
@@ -260,4 +329,6 @@ STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
   m.impl("combine", TORCH_BOX(&superbert::combine));
   m.impl("combine_out", TORCH_BOX(&superbert::combine_out));
   m.impl("combine_adamw_", TORCH_BOX(&superbert::combine_adamw_));
+  m.impl("combine_adamw_segments_", TORCH_BOX(&superbert::combine_adamw_segments_));
+  m.impl("update_summary", TORCH_BOX(&superbert::update_summary));
 }

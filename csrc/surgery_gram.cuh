@@ -4,12 +4,16 @@
 // sums; a second kernel adds up the blocks in a fixed order.  So the error does not grow with P,
 // and the same launch gives the same bits.
 //
-//   K <= 8   every thread keeps all K (K + 1) / 2 sums in registers (gram_kernel)
+//   K <= 8   every thread keeps all K (K + 1) / 2 sums in registers (gram_kernel); the segments of
+//            surgery by layer or by tensor share one launch
 //   K <= 64  square tiles of sums are dealt out to threads, rows pass through shared memory
 //            (gram_tiles_kernel, surgery_gram_tiles.cuh)
 //   more     every 64 rows for themselves as above, the products between them in pairs of 32 rows
 //            (gram_tiles_kernel too, all pairs in one launch)
 #pragma once
+
+#include <algorithm>
+#include <vector>
 
 #include "cuda_launch.cuh"
 #include "cuda_pack.cuh"
@@ -31,6 +35,30 @@ __device__ __forceinline__ T sum_of_warp(T value) {
   return value;
 }
 
+// ---- segments of columns -----------------------------------------------------------------------
+
+// Segments that share a launch, and the blocks of each.  It is passed by value, so that a launch
+// needs no copy to the device: a CUDA graph holds it.
+struct GramTable {
+  static constexpr int kMost = 256; // 3 KB of the 4 KB that a kernel's arguments may have
+  int64_t columns[kMost + 1];       // segment s is columns[s]:columns[s + 1]
+  int32_t blocks[kMost + 1];        // its blocks are blocks[s]:blocks[s + 1]
+  int32_t count;
+
+  __device__ __forceinline__ int segment_of(int block) const {
+    int first = 0, beyond = count; // the last segment that begins at or before the block
+    while (beyond - first > 1) {
+      const int middle = (first + beyond) / 2;
+      if (blocks[middle] <= block) {
+        first = middle;
+      } else {
+        beyond = middle;
+      }
+    }
+    return first;
+  }
+};
+
 // ---- up to eight rows --------------------------------------------------------------------------
 template <int K, int N, typename T>
 __device__ __forceinline__ void add_products(const DeviceRows<T>& rows, int64_t column,
@@ -48,13 +76,19 @@ __device__ __forceinline__ void add_products(const DeviceRows<T>& rows, int64_t 
   }
 }
 
-// Partial sums are laid out [entry][block].
+// Partial sums are laid out [entry][block].  `aligned`: the first aligned column of all.
 template <typename T, int K, int N>
 __global__ void __launch_bounds__(kGramThreads, 2)
-    gram_kernel(DeviceRows<T> rows, Columns columns, double* partial) {
+    gram_kernel(DeviceRows<T> rows, int64_t aligned, const __grid_constant__ GramTable table,
+                double* partial) {
+  const int segment = table.segment_of(blockIdx.x);
+  const int64_t block = static_cast<int>(blockIdx.x) - table.blocks[segment];
+  const int64_t begin = table.columns[segment];
+  const Columns columns =
+      cut_columns(begin, table.columns[segment + 1], begin + ((aligned - begin) & (N - 1)), N);
   constexpr int kUnroll = K <= 2 ? 4 : K <= 4 ? 2 : 1; // so that 8 loads or so are under way
   Compute<T> sums[K][K] = {};
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kGramThreads * kGramSteps + threadIdx.x;
+  const int64_t first = block * kGramThreads * kGramSteps + threadIdx.x;
   const int64_t left = (columns.packs - first + kGramThreads - 1) / kGramThreads;
   const int steps = left < kGramSteps ? static_cast<int>(left) : kGramSteps;
 #pragma unroll kUnroll
@@ -62,7 +96,7 @@ __global__ void __launch_bounds__(kGramThreads, 2)
     const int64_t pack = first + static_cast<int64_t>(step) * kGramThreads;
     add_products<K, N>(rows, columns.of_pack<N>(pack), sums);
   }
-  if (blockIdx.x == 0) {
+  if (block == 0) {
     for (int64_t edge = threadIdx.x; edge < columns.head + columns.tail; edge += kGramThreads) {
       add_products<K, 1>(rows, columns.of_edge<N>(edge), sums);
     }
@@ -88,13 +122,17 @@ __global__ void __launch_bounds__(kGramThreads, 2)
 }
 
 // ---- adding up the blocks ----------------------------------------------------------------------
-// One block for each entry.
+// One block for each entry of each segment; result is [segment][row][column].
 template <typename C>
 __global__ void __launch_bounds__(kGramThreads)
-    gram_reduce_kernel(const double* partial, int64_t parts, int64_t part_stride,
-                       int64_t entry_stride, int tile, int tiles, int64_t num_rows, C* result,
-                       int64_t result_stride) {
-  const int entry = blockIdx.x;
+    gram_reduce_kernel(const double* partial, const __grid_constant__ GramTable table,
+                       int64_t part_stride, int64_t entry_stride, int tile, int tiles,
+                       int64_t num_rows, C* result, int64_t result_stride) {
+  const int entries = gridDim.x / table.count;
+  const int entry = blockIdx.x % entries, segment = blockIdx.x / entries;
+  const int64_t parts = table.blocks[segment + 1] - table.blocks[segment];
+  partial += table.blocks[segment] * part_stride;
+  result += segment * result_stride * result_stride;
   const TilePair pair = tile_pair(entry / (tile * tile), tiles);
   const int64_t row = pair.row * tile + entry / tile % tile;
   const int64_t column = pair.column * tile + entry % tile;
@@ -149,10 +187,6 @@ GramPlan plan_gram(const DeviceRows<T>& rows, int64_t begin, int64_t end, int nu
   const bool packed = aligned >= 0;
   const int64_t pack = packed ? 16 / sizeof(T) : 1;
   const Columns columns = cut_columns(begin, end, packed ? aligned : begin, pack);
-  if (rows.num_rows <= kDirectRows<T>) {
-    const int64_t blocks = columns.packs / (kGramThreads * kGramSteps) + 1;
-    return {columns, packed, blocks, rows.num_rows * rows.num_rows};
-  }
   const GramTiles<Compute<T>, 1, false> shape(rows.num_rows); // the same for any pack
   const int64_t chains = columns.packs * pack / shape.chain() + 1;
   const int64_t resident = num_processors * (kThreadsPerProcessor / shape.threads());
@@ -161,14 +195,41 @@ GramPlan plan_gram(const DeviceRows<T>& rows, int64_t begin, int64_t end, int nu
 }
 
 template <typename T, int K>
-void launch_gram_direct(const DeviceRows<T>& rows, const GramPlan& plan, double* scratch,
+void launch_gram_direct(const DeviceRows<T>& rows, const GramTable& table, double* scratch,
                         cudaStream_t stream) {
   if (rows.num_rows != K) {
-    if constexpr (K > 1) launch_gram_direct<T, K - 1>(rows, plan, scratch, stream);
+    if constexpr (K > 1) launch_gram_direct<T, K - 1>(rows, table, scratch, stream);
     return;
   }
-  const auto kernel = plan.packed ? gram_kernel<T, K, 16 / sizeof(T)> : gram_kernel<T, K, 1>;
-  launch(kernel, plan.blocks, kGramThreads, stream, rows, plan.columns, scratch);
+  const int64_t aligned = first_aligned_column(rows, 0);
+  const auto kernel = aligned >= 0 ? gram_kernel<T, K, 16 / sizeof(T)> : gram_kernel<T, K, 1>;
+  launch(kernel, table.blocks[table.count], kGramThreads, stream, rows, aligned, table, scratch);
+}
+
+// Writes [S, K, K] of the segments `offsets` of up to kDirectRows rows.
+template <typename T, typename Allocate>
+void compute_gram_direct(const DeviceRows<T>& rows, const std::vector<int64_t>& offsets,
+                         const Allocate& allocate, Compute<T>* result, cudaStream_t stream) {
+  const int64_t k = rows.num_rows, count = static_cast<int64_t>(offsets.size()) - 1;
+  const int64_t aligned = first_aligned_column(rows, 0), pack = aligned >= 0 ? 16 / sizeof(T) : 1;
+  for (int64_t first = 0; first < count; first += GramTable::kMost) {
+    GramTable table{};
+    table.count = static_cast<int32_t>(std::min<int64_t>(count - first, GramTable::kMost));
+    table.columns[0] = offsets[first];
+    for (int s = 0; s < table.count; ++s) {
+      const int64_t begin = offsets[first + s], end = offsets[first + s + 1];
+      const int64_t packs =
+          cut_columns(begin, end, begin + ((aligned - begin) & (pack - 1)), pack).packs;
+      table.columns[s + 1] = end;
+      table.blocks[s + 1] =
+          table.blocks[s] + static_cast<int32_t>(packs / (kGramThreads * kGramSteps) + 1);
+    }
+    const int64_t parts = table.blocks[table.count];
+    double* scratch = allocate(parts * k * k);
+    launch_gram_direct<T, kDirectRows<T>>(rows, table, scratch, stream);
+    launch(gram_reduce_kernel<Compute<T>>, table.count * k * k, kGramThreads, stream, scratch,
+           table, 1, parts, k, 1, k, result + first * k * k, k);
+  }
 }
 
 // Adds the products of the columns of the plan to the partial sums of `pairs` pairs of half panels,
@@ -195,24 +256,19 @@ void launch_gram_tiles(const DeviceRows<T>& rows, const GramPlan& plan, int64_t 
   run(single, last, last + columns.tail, 1);
 }
 
-// Writes result [K, K] of up to kPanelRows rows, whose rows lie `result_stride` apart; `scratch`
-// has plan.scratch() elements.
+// Writes result [K, K] of up to kPanelRows rows by tiles, whose rows lie `result_stride` apart;
+// `scratch` has plan.scratch() elements.
 template <typename T>
 void launch_gram(const DeviceRows<T>& rows, const GramPlan& plan, double* scratch,
                  Compute<T>* result, int64_t result_stride, cudaStream_t stream) {
   using C = Compute<T>;
-  const auto reduce = [&](int64_t part_stride, int64_t entry_stride, int64_t tile, int64_t tiles) {
-    launch(gram_reduce_kernel<C>, plan.entries, kGramThreads, stream, scratch, plan.blocks,
-           part_stride, entry_stride, tile, tiles, rows.num_rows, result, result_stride);
-  };
-  if constexpr (kDirectRows<T> > 0) {
-    if (rows.num_rows <= kDirectRows<T>) {
-      launch_gram_direct<T, kDirectRows<T>>(rows, plan, scratch, stream);
-      return reduce(1, plan.blocks, rows.num_rows, 1);
-    }
-  }
   launch_gram_tiles<false>(rows, plan, 1, scratch, stream);
-  reduce(plan.entries, 1, kTileRows<C>, (rows.num_rows + kTileRows<C> - 1) / kTileRows<C>);
+  GramTable table{};
+  table.count = 1;
+  table.blocks[1] = static_cast<int32_t>(plan.blocks);
+  launch(gram_reduce_kernel<C>, plan.entries, kGramThreads, stream, scratch, table, plan.entries, 1,
+         kTileRows<C>, (rows.num_rows + kTileRows<C> - 1) / kTileRows<C>, rows.num_rows, result,
+         result_stride);
 }
 
 // The products between half panels: the blocks of a processor are shared out to all pairs.
@@ -229,11 +285,12 @@ GramPlan plan_gram_between(const DeviceRows<T>& rows, int64_t begin, int64_t end
   return {columns, aligned >= 0, chains < of_pair ? chains : of_pair, shape.entries()};
 }
 
-// Writes result [K, K] of the columns [begin, end) for any K.  `allocate(n)` gives n float64
-// numbers of scratch, which the launches up to the next call use.
+// Writes result [K, K] of the columns [begin, end) for any K by tiles.  `allocate(n)` gives n
+// float64 numbers of scratch, which the launches up to the next call use.
 template <typename T, typename Allocate>
-void compute_gram(const DeviceRows<T>& rows, int64_t begin, int64_t end, int num_processors,
-                  const Allocate& allocate, Compute<T>* result, cudaStream_t stream) {
+void compute_gram_by_tiles(const DeviceRows<T>& rows, int64_t begin, int64_t end,
+                           int num_processors, const Allocate& allocate, Compute<T>* result,
+                           cudaStream_t stream) {
   using C = Compute<T>;
   const int64_t k = rows.num_rows;
   for (int64_t first = 0; first < k; first += kPanelRows) {
@@ -249,6 +306,22 @@ void compute_gram(const DeviceRows<T>& rows, int64_t begin, int64_t end, int num
   launch_gram_tiles<true>(rows, plan, pairs, scratch, stream);
   launch(gram_reduce_between_kernel<C>, pairs * plan.entries / kGramThreads, kGramThreads, stream,
          scratch, plan.blocks, k, result);
+}
+
+// Writes result [S, K, K] of the segments of columns `offsets`.
+template <typename T, typename Allocate>
+void compute_gram(const DeviceRows<T>& rows, const std::vector<int64_t>& offsets,
+                  int num_processors, const Allocate& allocate, Compute<T>* result,
+                  cudaStream_t stream) {
+  if constexpr (kDirectRows<T> > 0) {
+    if (rows.num_rows <= kDirectRows<T>) {
+      return compute_gram_direct(rows, offsets, allocate, result, stream);
+    }
+  }
+  for (size_t s = 0; s + 1 < offsets.size(); ++s) {
+    compute_gram_by_tiles(rows, offsets[s], offsets[s + 1], num_processors, allocate,
+                          result + s * rows.num_rows * rows.num_rows, stream);
+  }
 }
 
 } // namespace superbert

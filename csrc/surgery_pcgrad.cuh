@@ -35,13 +35,26 @@ __device__ void sum_coefficients(const double* coefficients, int64_t stride, int
   weights[task] = static_cast<T>(mean ? sum / num_tasks : sum);
 }
 
-// Up to kSolveThreads tasks: one block does it all.
+// The task of a thread where solve_blocks(num_tasks) blocks work on each parameter group, and the
+// group.
+struct GroupTask {
+  int64_t group, task;
+};
+
+__device__ inline GroupTask group_task(int64_t num_tasks) {
+  const int64_t blocks = (num_tasks + kSolveThreads - 1) / kSolveThreads;
+  return {blockIdx.x / blocks, blockIdx.x % blocks * kSolveThreads + threadIdx.x};
+}
+
+// Up to kSolveThreads tasks: one block for each group does it all.
 template <typename T>
 __global__ void __launch_bounds__(kSolveThreads)
     pcgrad_kernel(const T* gram, int64_t num_tasks, const int64_t* order, bool mean,
                   bool include_self, T* weights) {
   __shared__ double coefficients[kSolveThreads][kSolveThreads];
   const int64_t task = threadIdx.x;
+  gram += blockIdx.x * num_tasks * num_tasks;
+  weights += blockIdx.x * num_tasks;
   if (task < num_tasks) {
     project_task(gram, num_tasks, order, task, include_self, coefficients[task]);
   }
@@ -56,19 +69,20 @@ template <typename T>
 __global__ void __launch_bounds__(kSolveThreads)
     pcgrad_project_kernel(const T* gram, int64_t num_tasks, const int64_t* order, bool include_self,
                           double* coefficients) {
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * kSolveThreads + threadIdx.x;
-  if (task < num_tasks) {
-    project_task(gram, num_tasks, order, task, include_self, coefficients + task * num_tasks);
-  }
+  const auto [group, task] = group_task(num_tasks);
+  if (task >= num_tasks) return;
+  const int64_t matrix = group * num_tasks * num_tasks;
+  project_task(gram + matrix, num_tasks, order, task, include_self,
+               coefficients + matrix + task * num_tasks);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kSolveThreads)
     pcgrad_sum_kernel(const double* coefficients, int64_t num_tasks, bool mean, T* weights) {
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * kSolveThreads + threadIdx.x;
-  if (task < num_tasks) {
-    sum_coefficients(coefficients, num_tasks, num_tasks, task, mean, weights);
-  }
+  const auto [group, task] = group_task(num_tasks);
+  if (task >= num_tasks) return;
+  sum_coefficients(coefficients + group * num_tasks * num_tasks, num_tasks, num_tasks, task, mean,
+                   weights + group * num_tasks);
 }
 
 static __global__ void __launch_bounds__(kSolveThreads)

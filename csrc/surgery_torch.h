@@ -13,6 +13,7 @@
 
 #include "check_torch.h"
 #include "surgery.h"
+#include "surgery_summary.h"
 
 namespace superbert {
 
@@ -64,6 +65,35 @@ inline void check_weights(const Tensor& weights, const Tensor& rows) {
   check(weights.is_contiguous(), "weights must be contiguous");
   check(same_device(weights, rows), "weights must be on the device of rows");
   check_data("weights", weights);
+}
+
+// Weights of one group, [K], or of G, [G, K]; returns G.
+inline int64_t check_group_weights(const Tensor& weights, const Tensor& rows) {
+  if (weights.dim() == 1) {
+    check_weights(weights, rows);
+    return 1;
+  }
+  check(weights.dim() == 2 && weights.size(1) == rows.size(0),
+        "weights must have the shape [G, K] with K = ", rows.size(0));
+  check(weights.scalar_type() == compute_type(rows),
+        "weights must be float32, or float64 where rows are float64");
+  check(weights.is_contiguous(), "weights must be contiguous");
+  check(same_device(weights, rows), "weights must be on the device of rows");
+  check_data("weights", weights);
+  return weights.size(0);
+}
+
+// Segment s is the columns ends[s - 1]:ends[s], with the weights of groups[s]; -1: left alone.
+inline void check_segments(const std::vector<int64_t>& ends, const std::vector<int64_t>& groups,
+                           int64_t num_groups, const Tensor& rows) {
+  check(!ends.empty() && ends.size() == groups.size(),
+        "ends and groups must have one number for each segment, at least one");
+  check(ends.front() >= 0 && ends.back() == rows.size(1), "ends must end with P = ", rows.size(1));
+  for (size_t s = 1; s < ends.size(); ++s) check(ends[s - 1] <= ends[s], "ends must ascend");
+  for (const int64_t group : groups) {
+    check(group >= -1 && group < num_groups && group <= INT32_MAX,
+          "groups must be numbers of rows of weights, or -1, not ", group);
+  }
 }
 
 // A [P] tensor beside the rows: contiguous, on their device.
@@ -118,18 +148,20 @@ inline void check_offsets(const std::vector<int64_t>& offsets, const Tensor& row
   }
 }
 
-inline void check_gram_and_order(const Tensor& gram, const Tensor& order) {
-  check(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= 1 &&
-            gram.is_contiguous(),
-        "gram must be a contiguous [K, K] matrix with K at least 1");
+// Refuses what is no matrix [K, K], or G of them, [G, K, K], or no order for them; returns G.
+inline int64_t check_gram_and_order(const Tensor& gram, const Tensor& order) {
+  check((gram.dim() == 2 || gram.dim() == 3) && gram.size(-1) == gram.size(-2) &&
+            gram.size(-1) >= 1 && gram.is_contiguous(),
+        "gram must be a contiguous [K, K] matrix with K at least 1, or [G, K, K]");
   check(gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double,
         "gram must be float32 or float64");
-  check(order.dim() == 2 && order.size(0) == gram.size(0) && order.size(1) == gram.size(0) &&
+  check(order.dim() == 2 && order.size(0) == gram.size(-1) && order.size(1) == gram.size(-1) &&
             order.is_contiguous() && order.scalar_type() == ScalarType::Long,
-        "order must be a contiguous int64 [K, K] matrix with K = ", gram.size(0));
+        "order must be a contiguous int64 [K, K] matrix with K = ", gram.size(-1));
   check(same_device(gram, order), "order must be on the device of gram");
   check_data("gram", gram);
   check_data("order", order);
+  return gram.dim() == 2 ? 1 : gram.size(0);
 }
 
 // A bounded draw of 32 random bits serves no more, and a [K, K] matrix no memory.
@@ -144,6 +176,58 @@ inline void check_counters(const Tensor& seed, const Tensor& step, int64_t num_t
   check_data("step", step);
   check(num_tasks >= 1, "num_tasks must be at least 1, not ", num_tasks);
   check(num_tasks <= kMostTasks, "num_tasks must be at most ", kMostTasks, ", not ", num_tasks);
+}
+
+struct SummaryTensors {
+  Tensor norm, scale, skip, skipped, gram, weights;
+};
+
+// Checks what the summary of an update is made of: gram [G, K, K] and weights [G, K].
+inline void check_summary(const Tensor& gram, const Tensor& weights, const Tensor& losses,
+                          const Tensor& shares, double max_norm,
+                          const std::optional<Tensor>& loss_scale) {
+  check(gram.dim() == 3 && gram.size(1) == gram.size(2) && gram.size(1) >= 1 && gram.size(0) >= 1 &&
+            gram.is_contiguous(),
+        "gram must be contiguous [G, K, K] with G and K at least 1");
+  check(gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double,
+        "gram must be float32 or float64");
+  check_data("gram", gram);
+  const auto check_one = [&](const Tensor& x, const char* name,
+                             std::initializer_list<int64_t> shape) {
+    check_shape(name, x, shape);
+    check(x.scalar_type() == gram.scalar_type(), name, " must have the dtype of gram");
+    check(x.is_contiguous(), name, " must be contiguous");
+    check(same_device(x, gram), name, " must be on the device of gram");
+    check_data(name, x);
+  };
+  check_one(weights, "weights", {gram.size(0), gram.size(1)});
+  check_one(losses, "losses", {gram.size(1)});
+  check_one(shares, "shares", {gram.size(0)});
+  if (loss_scale) check_one(*loss_scale, "loss_scale", {});
+  check(max_norm >= 0, "max_norm: expected a number of at least 0, got ", max_norm);
+}
+
+template <typename T>
+SummaryInputs<T> summary_inputs(const Tensor& gram, const Tensor& weights, const Tensor& losses,
+                                const Tensor& shares, double max_norm,
+                                const std::optional<Tensor>& loss_scale) {
+  const auto data = [](const Tensor& x) { return static_cast<const T*>(x.data_ptr()); };
+  return {data(gram),
+          data(weights),
+          data(losses),
+          data(shares),
+          loss_scale ? data(*loss_scale) : nullptr,
+          gram.size(0),
+          gram.size(1),
+          max_norm};
+}
+
+template <typename T>
+SummaryOutputs<T> summary_outputs(const SummaryTensors& results) {
+  const auto data = [](const Tensor& x) { return static_cast<T*>(x.data_ptr()); };
+  return {data(results.norm),    data(results.scale),
+          data(results.skipped), static_cast<bool*>(results.skip.data_ptr()),
+          data(results.gram),    data(results.weights)};
 }
 
 // Scalars that change from step to step (learning rate, step, loss scale, skip flag) are tensors,

@@ -27,7 +27,14 @@ from .linear import linear
 from .registration.backend import backend
 from .registration.deprecation import renamed_attribute
 from .registration.validation import check_cu_seqlens, checked_values
-from .surgery.surgery import combine, combine_adamw_, gram, update_guard
+from .surgery.surgery import (
+    combine,
+    combine_adamw_,
+    combine_adamw_segments_,
+    gram,
+    update_guard,
+)
+from .surgery.update_summary import update_summary
 from .task_gradients.task_gradients import TaskGradients
 from .task_rows import Columns, TaskRows, TaskSegments, new_task_rows
 
@@ -47,6 +54,7 @@ __all__ = [
     "checked_values",
     "combine",
     "combine_adamw_",
+    "combine_adamw_segments_",
     "draw_order",
     "dropout",
     "dropout_add_layer_norm",
@@ -65,6 +73,7 @@ __all__ = [
     "restore",
     "unpad_input",
     "update_guard",
+    "update_summary",
     "zero_rows_",
 ]
 

@@ -3,6 +3,7 @@
 Every method is a function of ``G = J J^T [K, K]`` (kernels/balancing); the update is always
 ``sum_k c_k g_k``.  This module gives the methods their other inputs: names and sizes of the tasks,
 losses, the random order of the step, and the state that the method returned on the step before.
+The matrices of all parameter groups are computed with at once, as ``[G, K, K]``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -70,10 +71,10 @@ class BalancerInput(NamedTuple):
     """Inputs of a method.
 
     Attributes:
-        gram: ``[K, K]`` fp32.
+        gram: ``[K, K]`` fp32, or ``[G, K, K]`` of several groups.
         order: ``[K, K]`` int64, the order of projections of this step.
         losses: ``[K]`` fp32.
-        state: that the method returned on the step before.
+        state: that the method returned on the step before; of several groups, ``[G, ...]``.
     """
 
     gram: Tensor
@@ -83,7 +84,7 @@ class BalancerInput(NamedTuple):
 
 
 class BalancerOutput(NamedTuple):
-    """The weights ``[K]``, and the state for the next step."""
+    """The weights ``[K]`` or ``[G, K]``, and the state for the next step."""
 
     weights: Tensor
     state: Mapping[str, Tensor] = MappingProxyType({})
@@ -138,7 +139,7 @@ def _fixed(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
     for name in settings.fixed:
         _index(tasks, name, "fixed")
     weights = [settings.fixed.get(name, 1.0) for name in tasks.names]
-    return _of_gram(lambda gram: _constant(gram, weights))
+    return _of_gram(lambda gram: _constant(gram, weights).expand(gram.shape[:-1]))
 
 
 def _proportional(tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
@@ -147,7 +148,7 @@ def _proportional(tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
 
 def _constant(gram: Tensor, weights: Sequence[float]) -> Tensor:
     """Put constants on the device without a copy from the host, which a graph could not replay."""
-    return torch.stack([torch.full_like(gram[0, 0], weight) for weight in weights])
+    return torch.stack([gram.new_full((), weight) for weight in weights])
 
 
 def _pcgrad(_tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
@@ -250,8 +251,13 @@ def build_method(name: str, tasks: TrainedTasks, settings: BalanceSettings) -> M
             weighting cannot be used.
     """
     if name.startswith(TORCHJD):
-        return _of_gram(_torchjd_weighting(name.removeprefix(TORCHJD)))
+        return _of_gram(partial(_of_each, _torchjd_weighting(name.removeprefix(TORCHJD))))
     return METHODS[name](tasks, settings)
+
+
+def _of_each(weigh: Callable[[Tensor], Tensor], gram: Tensor) -> Tensor:
+    """Call a weighting that takes one matrix on each of them."""
+    return weigh(gram) if gram.dim() == 2 else torch.stack([weigh(one) for one in gram])
 
 
 def _torchjd_weighting(name: str) -> Callable[[Tensor], Tensor]:
@@ -288,7 +294,7 @@ def _made(weighting: Callable[[], Callable[[Tensor], Tensor]]) -> Callable[[Tens
 
 
 class Balancer:
-    """A method applied to each parameter group separately.
+    """A method applied to each parameter group separately, in one call for all of them.
 
     Args:
         method: computes the weights of a group.
@@ -303,7 +309,11 @@ class Balancer:
     def __init__(
         self, method: Method, sole_tasks: Sequence[int | None], device: torch.device
     ) -> None:
-        self._method, self._sole_tasks = method, tuple(sole_tasks)
+        self._method = method
+        shared = [group for group, task in enumerate(sole_tasks) if task is None]
+        self._shared = None if len(shared) == len(sole_tasks) else torch.tensor(shared).to(device)
+        own = [-1 if task is None else task for task in sole_tasks]
+        self._sole_tasks = torch.tensor(own).to(device)
         self.state = {
             name: first.to(device).expand(len(sole_tasks), *first.shape).clone()
             for name, first in method.initial_state.items()
@@ -314,18 +324,35 @@ class Balancer:
 
         The state does not change if a weight or a loss is not finite: such a step is skipped.
         """
-        return torch.stack(
-            [self._decide(group, gram, order, losses) for group, gram in enumerate(grams.unbind())]
-        )
+        if self._shared is None:
+            weights, state = self._decide(grams, order, losses, self.state)
+            for name, new in state.items():
+                self.state[name].copy_(new)
+            return weights
+        tasks = torch.arange(grams.shape[-1], device=grams.device)
+        weights = (tasks == self._sole_tasks[:, None]).to(grams.dtype)
+        if len(self._shared) == 0:
+            return weights
+        present = {name: tensor[self._shared] for name, tensor in self.state.items()}
+        of_shared, state = self._decide(grams[self._shared], order, losses, present)
+        for name, new in state.items():
+            self.state[name].index_copy_(0, self._shared, new)
+        return weights.index_copy_(0, self._shared, of_shared)
 
-    def _decide(self, group: int, gram: Tensor, order: Tensor, losses: Tensor) -> Tensor:
-        task = self._sole_tasks[group]
-        if task is not None:
-            own = torch.arange(len(gram), device=gram.device) == task
-            return own.to(gram.dtype)
-        state = {name: tensor[group] for name, tensor in self.state.items()}
-        output = self._method.decide(BalancerInput(gram, order, losses, state))
-        finite = torch.isfinite(losses).all() & torch.isfinite(output.weights).all()
-        for name, new in output.state.items():
-            state[name].copy_(torch.where(finite, new, state[name]))
-        return output.weights
+    def _decide(
+        self, grams: Tensor, order: Tensor, losses: Tensor, state: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weights ``[G, K]`` of groups that tasks share, and their state."""
+        if len(grams) == 1:  # a matrix alone takes fewer copies than a batch of one
+            of_one = {name: tensor[0] for name, tensor in state.items()}
+            output = self._method.decide(BalancerInput(grams[0], order, losses, of_one))
+            weights, new = output.weights[None], {n: t[None] for n, t in output.state.items()}
+        else:
+            weights, new = self._method.decide(BalancerInput(grams, order, losses, state))
+        if new:
+            finite = torch.isfinite(losses).all() & torch.isfinite(weights).all(-1)
+            new = {
+                name: torch.where(finite.view(-1, *[1] * (tensor.dim() - 1)), tensor, state[name])
+                for name, tensor in new.items()
+            }
+        return weights.contiguous(), dict(new)

@@ -28,6 +28,7 @@ class ParamGroups:
         names: of the G groups.
         sole_tasks: for each group the number of the only task that uses it; None where several do.
         segments: the groups' columns in the vector that this process updates, ascending, no gaps.
+        shares: ``[G]`` fp32, of all parameters.
     """
 
     def __init__(self, parameters: FlatParameters, tasks: Sequence[str], granularity: str) -> None:
@@ -62,7 +63,7 @@ class ParamGroups:
         sizes = torch.zeros(len(numbers))
         for segment in self._whole:
             sizes[segment.group] += segment.columns.stop - segment.columns.start
-        self._shares = (sizes / parameters.numel).to(device)
+        self.shares = (sizes / parameters.numel).to(device)
 
     def segments_of(self, columns: Sequence[slice]) -> tuple[Segment, ...]:
         """Return the segments of some columns of the whole vector, which are ascending."""
@@ -82,10 +83,6 @@ class ParamGroups:
             return of_segments
         of_groups = of_segments.new_zeros(len(self.names), *of_segments.shape[1:])
         return of_groups.index_add_(0, self._members, of_segments)
-
-    def average(self, weights: Tensor) -> Tensor:
-        """Return the mean ``[K]`` of weights ``[G, K]``, each group counted by its parameters."""
-        return self._shares @ weights
 
 
 def _own_segments(whole: Sequence[Segment], pieces: Sequence[Piece]) -> tuple[Segment, ...]:

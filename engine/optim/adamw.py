@@ -1,10 +1,10 @@
 """AdamW on flat parameters, fed with the task gradients and their weights.
 
 The combined gradient ``sum_k c_k g_k`` is never stored: combining it and updating weights and
-moments is one pass over memory (``kernels.combine_adamw_``).
+moments is one pass over memory for all parameter groups (``kernels.combine_adamw_segments_``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 import torch
@@ -64,32 +64,37 @@ class AdamW:
             skip: 0-dim bool; true leaves weights, moments and the count of updates untouched.
         """
         flat = self._own
-        self.updates += (~skip).to(self.updates.dtype)
-        for segment in segments:
-            for columns, weight_decay in self._by_decay(segment.columns):
-                kernels.combine_adamw_(
-                    flat.rows[:, columns],
-                    weights[segment.group],
-                    flat.master[columns],
-                    self.exp_avg[columns],
-                    self.exp_avg_sq[columns],
-                    None if flat.compute is flat.master else flat.compute[columns],
-                    lr=lr,
-                    step=self.updates,
-                    betas=self.betas,
-                    eps=self.eps,
-                    weight_decay=weight_decay,
-                    scale=scale,
-                    skip=skip,
-                )
+        self.updates += ~skip
+        ends, groups = _ends_and_groups(segments, len(flat.master))
+        kernels.combine_adamw_segments_(
+            flat.rows,
+            weights,
+            flat.master,
+            self.exp_avg,
+            self.exp_avg_sq,
+            None if flat.compute is flat.master else flat.compute,
+            ends=ends,
+            groups=groups,
+            decayed=flat.decayed,
+            lr=lr,
+            step=self.updates,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            scale=scale,
+            skip=skip,
+        )
 
-    def _by_decay(self, columns: slice) -> Iterator[tuple[slice, float]]:
-        """Split columns into those that decay and those that do not."""
-        if self.weight_decay == 0:
-            yield columns, 0.0
-            return
-        border = min(max(columns.start, self._own.decayed), columns.stop)
-        if columns.start < border:
-            yield slice(columns.start, border), self.weight_decay
-        if border < columns.stop:
-            yield slice(border, columns.stop), 0.0
+
+def _ends_and_groups(segments: Sequence[Segment], total: int) -> tuple[list[int], list[int]]:
+    """Return the ends of ascending segments and their groups; -1 for columns of no segment."""
+    ends, groups, end = [], [], 0
+    for group, columns in (*segments, Segment(-1, slice(total, total))):
+        if end < columns.start:
+            ends.append(columns.start)
+            groups.append(-1)
+        if columns.start < columns.stop:
+            ends.append(columns.stop)
+            groups.append(group)
+        end = columns.stop
+    return ends, groups

@@ -84,6 +84,7 @@ class MultitaskStep:
                 self._segments[task,] = groups.segments_of(parameters.columns_used_by(task))
         self._lr = torch.zeros((), device=device)
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
+        self._order_step = torch.zeros_like(self._seed)  # the seed holds the step's number
         self.execution = execution or Execution("eager", device)
         self.execution.keep_static(parameters.rows)
         self._losses_of = self.execution.compiled(self._losses)
@@ -165,28 +166,29 @@ class MultitaskStep:
         partitions = [self.groups, *([] if self.watched is None else [self.watched])]
         own_grams = [groups.grams(self.parameters.own.rows) for groups in partitions]
         losses, (scaled_grams, *watched) = self.sync.total(losses, own_grams)
-        scale: Tensor | float = 1.0
-        grams = scaled_grams
-        if self.loss_scale is not None:
-            scale = self.loss_scale.scale.clone()  # of this step
-            grams = scaled_grams / scale.square()
-        order = kernels.draw_order(len(tasks), self._seed)
+        scale = None if self.loss_scale is None else self.loss_scale.scale
+        grams = scaled_grams if scale is None else scaled_grams / scale.square()
+        order = kernels.draw_order(len(tasks), self._seed, self._order_step)
         weights = self.balancer(grams, order, losses)
-        guard = kernels.update_guard(
-            scaled_grams, weights, max_norm=self.clip_norm, loss_scale=scale
+        summary = kernels.update_summary(
+            scaled_grams,
+            weights,
+            losses,
+            self.groups.shares,
+            max_norm=self.clip_norm,
+            loss_scale=scale,
         )
-        guard = guard._replace(skip=guard.skip | ~torch.isfinite(losses).all())
         if self.loss_scale is not None:
-            self.loss_scale.update(guard.skip)
+            self.loss_scale.update(summary.skip)
         self.optimizer.step(
-            weights, self._segments[tasks], lr=self._lr, scale=guard.scale, skip=guard.skip
+            weights, self._segments[tasks], lr=self._lr, scale=summary.scale, skip=summary.skip
         )
         return StepReport(
             losses,
-            grams.sum(0),
-            self.groups.average(weights),
-            guard.norm,
-            guard.skip.float(),
+            summary.gram,
+            summary.weights,
+            summary.norm,
+            summary.skipped,
             tasks,
             watched[0] if watched else None,
         )

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .gram_matrix import in_dtype, nan_unless_finite, preferences, rounding
+from .gram_matrix import in_dtype, left_times, nan_unless_finite, preferences, rounding, times
 from .solvers import eigen
 
 ScaleMode = Literal["min", "median", "rmse"]
@@ -37,22 +37,23 @@ def aligned_mtl(
         raise ValueError(f"scale_mode: expected min, median or rmse, got {scale_mode!r}")
     wanted = preferences(gram, pref_vector)
     values, counts, vectors = eigen(gram.double(), rounding(gram))
-    scale = _SCALES[scale_mode](torch.where(counts, values, torch.inf), counts.sum())
-    balance = torch.where(counts, (scale / values).sqrt(), 0.0)
-    coordinates = vectors.mean(0) if pref_vector is None else wanted @ vectors
-    return in_dtype(vectors @ (balance * coordinates), gram.dtype)
+    scale = _SCALES[scale_mode](torch.where(counts, values, torch.inf), counts.sum(-1))
+    balance = torch.where(counts, (scale[..., None] / values).sqrt(), 0.0)
+    coordinates = vectors.mean(-2) if pref_vector is None else left_times(wanted, vectors)
+    return in_dtype(times(vectors, balance * coordinates), gram.dtype)
 
 
 def _median(values: Tensor, rank: Tensor) -> Tensor:
-    return values.sort().values.gather(0, ((rank - 1).clamp(min=0) // 2)[None])[0]
+    middle = (rank - 1).clamp(min=0) // 2
+    return values.sort().values.gather(-1, middle[..., None])[..., 0]
 
 
 def _mean_of_finite(values: Tensor, rank: Tensor) -> Tensor:
-    return torch.where(values.isfinite(), values, 0.0).sum() / rank.clamp(min=1)
+    return torch.where(values.isfinite(), values, 0.0).sum(-1) / rank.clamp(min=1)
 
 
 _SCALES: Mapping[ScaleMode, Callable[[Tensor, Tensor], Tensor]] = {
-    "min": lambda values, _rank: values.min(),
+    "min": lambda values, _rank: values.amin(-1),
     "median": _median,
     "rmse": _mean_of_finite,
 }

@@ -4,7 +4,17 @@ import torch
 from torch import Tensor
 
 from ..registration.validation import check_number
-from .gram_matrix import LARGEST, in_dtype, nan_unless_finite, preferences, rounding, scaled
+from .gram_matrix import (
+    LARGEST,
+    diagonal,
+    dot,
+    in_dtype,
+    left_times,
+    nan_unless_finite,
+    preferences,
+    rounding,
+    scaled,
+)
 from .solvers import project_onto_dual_cone, solve_cagrad, solve_mgda
 
 
@@ -31,13 +41,14 @@ def cagrad(gram: Tensor, c: float = 0.5) -> Tensor:
     if c >= 1:
         # Where the gradients' hull holds zero, the best that no task is worsened by is the
         # projection of g0; going on until c |g0| is reached would follow rounding errors.
-        mean_projected = project_onto_dual_cone(matrix, preferences(gram, None)[None])[0]
-        weights = torch.where(_hull_holds_zero(matrix, rounding(gram)), mean_projected, weights)
+        mean_projected = project_onto_dual_cone(matrix, preferences(gram, None)[..., None, :])
+        holds_zero = _hull_holds_zero(matrix, rounding(gram))[..., None]
+        weights = torch.where(holds_zero, mean_projected[..., 0, :], weights)
     return in_dtype(weights, gram.dtype)
 
 
 def _hull_holds_zero(matrix: Tensor, relative: float) -> Tensor:
     """Whether the shortest convex combination of the gradients is zero but for rounding."""
     shortest = solve_mgda(matrix)
-    longest = shortest @ matrix.diagonal().sqrt()  # had the gradients one direction
-    return shortest @ matrix @ shortest <= 4 * relative * longest**2
+    longest = dot(shortest, diagonal(matrix).sqrt())  # had the gradients one direction
+    return dot(left_times(shortest, matrix), shortest) <= 4 * relative * longest**2

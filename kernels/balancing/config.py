@@ -3,7 +3,16 @@
 import torch
 from torch import Tensor
 
-from .gram_matrix import directions, in_dtype, nan_unless_finite, preferences, rounding
+from .gram_matrix import (
+    diagonal,
+    directions,
+    dot,
+    in_dtype,
+    left_times,
+    nan_unless_finite,
+    preferences,
+    rounding,
+)
 from .solvers import solve_least_squares
 
 
@@ -27,8 +36,8 @@ def config(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
     cosines, inverse_norms = directions(gram)
     wanted = torch.where(inverse_norms > 0, preferences(gram, pref_vector, mean=False), 0.0)
     units = solve_least_squares(cosines, wanted, rounding(gram))
-    norm_squared = units @ cosines @ units
-    reach = gram.diagonal().double().sqrt() @ cosines @ units
+    norm_squared = dot(left_times(units, cosines), units)
+    reach = dot(left_times(diagonal(gram).double().sqrt(), cosines), units)
     exists = norm_squared > 0
     scale = torch.where(exists, reach / torch.where(exists, norm_squared, 1.0), 0.0)
-    return in_dtype(scale * inverse_norms * units, gram.dtype)
+    return in_dtype(scale[..., None] * inverse_norms * units, gram.dtype)

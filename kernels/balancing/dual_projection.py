@@ -23,4 +23,5 @@ def dual_projection(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
         ValueError: an argument is not as above.
     """
     wanted = preferences(gram, pref_vector)
-    return in_dtype(project_onto_dual_cone(scaled(gram), wanted[None])[0], gram.dtype)
+    projected = project_onto_dual_cone(scaled(gram), wanted[..., None, :])
+    return in_dtype(projected[..., 0, :], gram.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..registration.validation import check_number
-from .gram_matrix import in_dtype, nan_unless_finite, scaled
+from .gram_matrix import diagonal, in_dtype, nan_unless_finite, scaled
 from .mean import mean
 from .solvers import solve_fairgrad
 
@@ -34,6 +34,6 @@ def fairgrad(gram: Tensor, alpha: float = 1.0) -> Tensor:
 def fair_weights(gram: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """FairGrad's weights in float64, and what G was divided by."""
     matrix = scaled(gram)
-    norm = matrix.norm()
-    weights = solve_fairgrad(matrix / torch.where(norm > 0, norm, 1.0), alpha)
-    return weights, norm * gram.diagonal().double().mean()
+    norm = torch.linalg.vector_norm(matrix, dim=(-2, -1))
+    weights = solve_fairgrad(matrix / torch.where(norm > 0, norm, 1.0)[..., None, None], alpha)
+    return weights, norm * diagonal(gram).double().mean(-1)

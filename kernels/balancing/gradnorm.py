@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..registration.validation import check_number
-from .gram_matrix import LARGEST, check_gram, nan_unless_finite
+from .gram_matrix import LARGEST, check_gram, diagonal, nan_unless_finite
 
 
 @nan_unless_finite
@@ -34,14 +34,15 @@ def gradnorm(
     check_gram(gram, weights=(weights, 1), loss_ratios=(loss_ratios, 1))
     check_number("alpha", alpha)
     check_number("lr", lr, LARGEST)
-    norms = gram.diagonal().double().sqrt()
+    norms = diagonal(gram).double().sqrt()
     present, ratios = weights.double(), loss_ratios.double()
     weighted = present * norms
-    average, mean_ratio = weighted.mean(), ratios.mean()
+    average, mean_ratio = weighted.mean(-1, keepdim=True), ratios.mean(-1, keepdim=True)
     rates = torch.where(mean_ratio == 0, 1.0, ratios / mean_ratio)
     wanted = torch.where(average > 0, average * rates**alpha, 0.0)
     slope = norms * (weighted - wanted).sign() / torch.where(average > 0, average, 1.0)
     new = (present - lr * slope).clamp(min=0)
-    new = torch.where(new.sum() == 0, present, new)
-    new = torch.where(((ratios >= 0) & ratios.isfinite()).all(), new, torch.nan)
-    return (new * (len(gram) / new.sum())).to(weights.dtype)
+    new = torch.where(new.sum(-1, keepdim=True) == 0, present, new)
+    known = ((ratios >= 0) & ratios.isfinite()).all(-1, keepdim=True)
+    new = torch.where(known, new, torch.nan)
+    return (new * (gram.shape[-1] / new.sum(-1, keepdim=True))).to(weights.dtype)

@@ -1,6 +1,7 @@
-"""Gram matrices of balancing methods: checks, scaling, directions, dtypes.
+"""Gram matrices of balancing methods: checks, scaling, directions, dtypes, small products.
 
-All is float64 on the matrix's device; nothing waits for it.
+All is float64 on the matrix's device; nothing waits for it.  A matrix is ``[K, K]``; ``[G, K, K]``
+are those of G parameter groups, each a problem of its own.
 """
 
 import functools
@@ -16,17 +17,20 @@ from ..registration.validation import check_data, may_look
 def check_gram(gram: Tensor, **others: tuple[Tensor, int]) -> None:
     """Refuse a Gram matrix that is not ``[K, K]``, and others whose dimensions are not all K.
 
+    Of G matrices the others may have a first dimension G too.
+
     Raises:
         ValueError: the message names the argument.
     """
-    if gram.dim() != 2 or not gram.numel() or gram.shape[0] != gram.shape[1]:
+    if gram.dim() not in (2, 3) or not gram.numel() or gram.shape[-1] != gram.shape[-2]:
         raise ValueError(f"gram: expected [K, K], got {list(gram.shape)}")
     if not gram.is_floating_point():
         raise ValueError(f"gram: expected floating point, got {gram.dtype}")
     check_data(gram=gram, **{name: tensor for name, (tensor, _) in others.items()})
     for name, (tensor, dims) in others.items():
-        if list(tensor.shape) != [len(gram)] * dims:
-            raise ValueError(f"{name}: expected {[len(gram)] * dims}, got {list(tensor.shape)}")
+        expected = [gram.shape[-1]] * dims
+        if list(tensor.shape) not in (expected, [*gram.shape[:-2], *expected]):
+            raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
 
 
 LARGEST = torch.finfo(torch.float32).max
@@ -45,25 +49,45 @@ def nan_unless_finite(method: Method) -> Method:
     @functools.wraps(method)
     def run(gram: Tensor, *arguments: Any, **options: Any) -> Tensor:
         weights = method(gram, *arguments, **options)
-        return torch.where(is_finite(gram), weights, torch.nan)
+        return torch.where(is_finite(gram)[..., None], weights, torch.nan)
 
     return run  # type: ignore[return-value]
 
 
 def is_finite(gram: Tensor) -> Tensor:
-    """Whether all gradients are finite and no longer than their Gram matrix can say; 0-dim."""
-    return gram.diagonal().isfinite().all()
+    """Whether all gradients are finite and no longer than their Gram matrix can say: ``[...]``."""
+    return diagonal(gram).isfinite().all(-1)
+
+
+def diagonal(matrix: Tensor) -> Tensor:
+    """``[..., K]``, a view."""
+    return matrix.diagonal(dim1=-2, dim2=-1)
+
+
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """``matrix @ vector`` of ``[..., K]``."""
+    return matrix @ vector if matrix.dim() == 2 else (matrix @ vector[..., None])[..., 0]
+
+
+def left_times(vector: Tensor, matrix: Tensor) -> Tensor:
+    """``vector @ matrix`` of ``[..., K]``."""
+    return vector @ matrix if matrix.dim() == 2 else (vector[..., None, :] @ matrix)[..., 0, :]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of ``[..., K]``: ``[...]``."""
+    return a @ b if a.dim() == 1 else (a * b).sum(-1)
 
 
 def in_dtype(weights: Tensor, dtype: torch.dtype) -> Tensor:
     """Round weights to a dtype; where it cannot hold the largest, all are made smaller alike."""
     most = torch.finfo(dtype).max
-    largest = weights.abs().max()
+    largest = weights.abs().amax(-1, keepdim=True)
     return torch.where(largest > most, weights * (most / largest), weights).to(dtype)
 
 
 def preferences(gram: Tensor, pref_vector: Tensor | None, *, mean: bool = True) -> Tensor:
-    """``[K]`` in float64: the preferences given, or equal ones: ``1 / K`` each, or 1.
+    """``[..., K]`` in float64: the preferences given, or equal ones: ``1 / K`` each, or 1.
 
     Raises:
         ValueError: ``gram`` is no Gram matrix, or ``pref_vector`` not ``[K]``, or, on a CPU, not
@@ -71,10 +95,11 @@ def preferences(gram: Tensor, pref_vector: Tensor | None, *, mean: bool = True) 
     """
     if pref_vector is None:
         check_gram(gram)
-        return torch.full_like(gram[0], 1 / len(gram) if mean else 1.0, dtype=torch.float64)
+        share = 1 / gram.shape[-1] if mean else 1.0
+        return torch.full_like(gram[..., 0, :], share, dtype=torch.float64)
     check_gram(gram, pref_vector=(pref_vector, 1))
     check_finite("pref_vector", pref_vector)
-    return pref_vector.to(gram.device, torch.float64)
+    return pref_vector.to(gram.device, torch.float64).expand(gram.shape[:-1])
 
 
 def check_finite(name: str, values: Tensor) -> None:
@@ -89,16 +114,16 @@ def check_finite(name: str, values: Tensor) -> None:
 
 def rounding(gram: Tensor) -> float:
     """Relative error that the entries of a Gram matrix may have together."""
-    return len(gram) * torch.finfo(gram.dtype).eps
+    return gram.shape[-1] * torch.finfo(gram.dtype).eps
 
 
 def scaled(gram: Tensor) -> Tensor:
     """G in float64 with a mean diagonal of 1, made definite beyond its own rounding errors."""
     check_gram(gram)
     matrix = gram.double()
-    mean = matrix.diagonal().mean()
+    mean = diagonal(matrix).mean(-1)[..., None, None]
     matrix = matrix / torch.where(mean > 0, mean, 1.0)
-    return matrix + torch.diag(rounding(gram) * matrix.diagonal())
+    return matrix + torch.diag_embed(rounding(gram) * diagonal(matrix))
 
 
 class Directions(NamedTuple):
@@ -111,6 +136,6 @@ class Directions(NamedTuple):
 def directions(gram: Tensor) -> Directions:
     """Divide all gradients by their norms."""
     check_gram(gram)
-    squares = gram.diagonal().double()
+    squares = diagonal(gram).double()
     inverse = torch.where(squares > 0, squares.rsqrt(), 0.0)
-    return Directions(inverse[:, None] * gram.double() * inverse, inverse)
+    return Directions(inverse[..., None] * gram.double() * inverse[..., None, :], inverse)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .gram_matrix import check_gram, nan_unless_finite
+from .gram_matrix import check_gram, diagonal, nan_unless_finite
 
 
 @nan_unless_finite
@@ -24,15 +24,17 @@ def krum(gram: Tensor, num_byzantine: int = 0, num_selected: int = 1) -> Tensor:
         ValueError: an argument is not as above.
     """
     check_gram(gram)
-    neighbours = len(gram) - num_byzantine - 2
-    if num_byzantine not in range(len(gram) - 2) or num_selected not in range(1, len(gram) + 1):
+    count = gram.shape[-1]
+    neighbours = count - num_byzantine - 2
+    if num_byzantine not in range(count - 2) or num_selected not in range(1, count + 1):
         raise ValueError(
-            f"Krum of {len(gram)} gradients needs at least num_byzantine + 3 of them, "
-            f"num_byzantine from 0 and num_selected from 1 to {len(gram)}"
+            f"Krum of {count} gradients needs at least num_byzantine + 3 of them, "
+            f"num_byzantine from 0 and num_selected from 1 to {count}"
         )
-    squares = gram.diagonal().double()
-    distances = (squares[:, None] + squares - 2 * gram.double()).clamp(min=0).sqrt()
-    distances.fill_diagonal_(torch.inf)
-    scores = distances.topk(neighbours, largest=False).values.sum(1)
+    squares = diagonal(gram).double()
+    sums = squares[..., None] + squares[..., None, :]
+    distances = (sums - 2 * gram.double()).clamp(min=0).sqrt()
+    diagonal(distances).fill_(torch.inf)
+    scores = distances.topk(neighbours, largest=False).values.sum(-1)
     selected = scores.topk(num_selected, largest=False).indices
-    return torch.zeros_like(gram[0]).index_fill(0, selected, 1 / num_selected)
+    return torch.zeros_like(gram[..., 0, :]).scatter(-1, selected, 1 / num_selected)

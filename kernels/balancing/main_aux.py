@@ -28,13 +28,14 @@ def main_aux(gram: Tensor, main: int = 0, auxiliary_weight: float = 0.3) -> Tens
     """
     check_gram(gram)
     check_number("auxiliary_weight", auxiliary_weight, LARGEST)
-    if main not in range(len(gram)):
-        raise ValueError(f"main: expected 0 to {len(gram) - 1}, got {main}")
+    count = gram.shape[-1]
+    if main not in range(count):
+        raise ValueError(f"main: expected 0 to {count - 1}, got {main}")
     matrix = gram.double()
-    members = matrix.new_full((2, len(gram)), auxiliary_weight)
-    members[0] = 1.0
-    is_main = torch.arange(len(gram), device=gram.device) == main
-    members = torch.where(torch.stack([is_main, ~is_main]), members, 0.0)
-    order = torch.tensor([0, 1], device=gram.device).expand(2, 2).contiguous()
-    weights = pcgrad_weights(members @ matrix @ members.T, order) @ members
+    is_main = torch.arange(count, device=gram.device) == main
+    members = torch.stack([is_main.double(), auxiliary_weight * (~is_main).double()])
+    # Not a tensor of a list, whose copy from the host a CUDA graph could not replay.
+    order = torch.arange(2, device=gram.device).repeat(2, 1)
+    of_two = (members @ matrix @ members.T).contiguous()
+    weights = pcgrad_weights(of_two, order) @ members
     return in_dtype(weights, gram.dtype)

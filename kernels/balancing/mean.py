@@ -20,4 +20,4 @@ def mean(gram: Tensor) -> Tensor:
         ValueError: ``gram`` is not as above.
     """
     check_gram(gram)
-    return torch.full_like(gram[0], 1 / len(gram))
+    return torch.full_like(gram[..., 0, :], 1 / gram.shape[-1])

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ..registration.validation import check_number
-from ..surgery.surgery import combined_norm
 from .fairgrad import fair_weights
 from .gram_matrix import in_dtype, nan_unless_finite
 
@@ -31,8 +30,9 @@ def nash_mtl(gram: Tensor, max_norm: float | None = None) -> Tensor:
     weights, scale = fair_weights(gram, alpha=1.0)
     if max_norm is None:
         return in_dtype(weights, gram.dtype)
-    weights = weights / torch.where(scale > 0, scale, 1.0).sqrt()
+    weights = weights / torch.where(scale > 0, scale, 1.0).sqrt()[..., None]
     if max_norm > 0:
-        norm = combined_norm(gram.double(), weights)
+        square = (weights[..., None, :] @ gram.double() @ weights[..., None])[..., 0]
+        norm = square.clamp(min=0).sqrt()
         weights = weights * (max_norm / torch.where(norm > 0, norm, 1.0)).clamp(max=1.0)
     return in_dtype(weights, gram.dtype)

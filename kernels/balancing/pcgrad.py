@@ -15,6 +15,7 @@ from ..philox import WORD, philox_words
 from ..registration.backend import register_fake
 from ..registration.differentiation import refuse_derivative
 from ..surgery.surgery import declare_operators
+from .gram_matrix import diagonal, is_finite
 
 Reduction = Literal["sum", "mean"]
 
@@ -25,21 +26,23 @@ _ops = torch.ops.superbert
 
 
 def pcgrad_weights_reference(gram: Tensor, order: Tensor, mean: bool, include_self: bool) -> Tensor:
-    """``[K]``: Algorithm 1 on coefficients, all K projected gradients side by side."""
-    num_tasks = len(gram)
+    """``[..., K]``: Algorithm 1 on coefficients, all K projected gradients side by side."""
+    num_tasks = gram.shape[-1]
     products = gram.double()
-    norms_squared = products.diagonal()
+    norms_squared = diagonal(products)
     task = torch.arange(num_tasks, device=gram.device)
-    coefficients = torch.eye(num_tasks, dtype=torch.float64, device=gram.device)
+    identity = torch.eye(num_tasks, dtype=torch.float64, device=gram.device)
+    coefficients = identity.expand(gram.shape)
     for other in order.unbind(1):  # row i is projected by task other[i]
-        dot = (coefficients * products[other]).sum(1)
-        conflict = (dot < 0) & (norms_squared[other] > 0)
+        dot = (coefficients * products[..., other, :]).sum(-1)
+        conflict = (dot < 0) & (norms_squared[..., other] > 0)
         if not include_self:
             conflict &= other != task
-        step = torch.where(conflict, dot / norms_squared[other], 0.0)
-        coefficients = coefficients.scatter_add(1, other[:, None], -step[:, None])
-    weights = coefficients.mean(0) if mean else coefficients.sum(0)
-    return torch.where(norms_squared.isfinite().all(), weights, torch.nan).to(gram.dtype)
+        step = torch.where(conflict, dot / norms_squared[..., other], 0.0)
+        column = other[:, None].expand(*gram.shape[:-1], 1)
+        coefficients = coefficients.scatter_add(-1, column, -step[..., None])
+    weights = coefficients.mean(-2) if mean else coefficients.sum(-2)
+    return torch.where(is_finite(gram)[..., None], weights, torch.nan).to(gram.dtype)
 
 
 def draw_order_reference(seed: Tensor, step: Tensor, num_tasks: int) -> Tensor:
@@ -65,7 +68,7 @@ refuse_derivative("pcgrad_weights", name="pcgrad_weights", instead="gram.detach(
 
 @register_fake("pcgrad_weights")
 def _(gram: Tensor, order: Tensor, mean: bool, include_self: bool) -> Tensor:
-    return gram.new_empty(gram.shape[0])
+    return gram.new_empty(gram.shape[:-1])
 
 
 @register_fake("draw_order")
@@ -107,7 +110,8 @@ def pcgrad_weights(
     """PCGrad's weights of the task gradients, solved on the device.
 
     Args:
-        gram: ``[K, K]`` from :func:`gram`, float32 or float64.
+        gram: ``[K, K]`` from :func:`gram`, float32 or float64, or ``[G, K, K]`` of G groups that
+            are projected separately, each in the same order.
         order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by, each of
             them once, which a CPU checks.  Task i itself is passed over.  Drawn at random when
             None.
@@ -117,7 +121,7 @@ def pcgrad_weights(
             with the same order this replays that code's update.
 
     Returns:
-        ``[K]`` weights c in the dtype of ``gram``: the combined gradient is ``sum_k c_k g_k``.  All
+        ``[K]`` weights c in the dtype of ``gram``, or ``[G, K]``: the combined gradient is ``sum_k c_k g_k``.  All
         are NaN where the diagonal of ``gram`` is not finite.
 
     Raises:
@@ -128,5 +132,5 @@ def pcgrad_weights(
     if order is None:
         device = gram.device if generator is None else generator.device
         seed = torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device)
-        order = draw_order(gram.shape[0], seed).to(gram.device, non_blocking=True)
+        order = draw_order(gram.shape[-1], seed).to(gram.device, non_blocking=True)
     return _ops.pcgrad_weights(gram, order, reduction == "mean", include_self)

@@ -20,4 +20,4 @@ def sum(gram: Tensor) -> Tensor:
         ValueError: ``gram`` is not as above.
     """
     check_gram(gram)
-    return torch.ones_like(gram[0])
+    return torch.ones_like(gram[..., 0, :])

@@ -23,5 +23,5 @@ def upgrad(gram: Tensor, pref_vector: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: an argument is not as above.
     """
-    each = torch.diag(preferences(gram, pref_vector))
-    return in_dtype(project_onto_dual_cone(scaled(gram), each).sum(0), gram.dtype)
+    each = torch.diag_embed(preferences(gram, pref_vector))
+    return in_dtype(project_onto_dual_cone(scaled(gram), each).sum(-2), gram.dtype)

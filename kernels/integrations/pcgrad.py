@@ -116,6 +116,4 @@ class PCGrad(BalancedOptimizer):
     def _project(self, order: Tensor, grams: Tensor) -> Tensor:
         """Make weights ``[G, K]`` out of ``[G, K, K]``."""
         order = order.to(grams.device, non_blocking=True)
-        return torch.stack(
-            [pcgrad_weights(gram, order, include_self=self._include_self) for gram in grams]
-        )
+        return pcgrad_weights(grams, order, include_self=self._include_self)

@@ -96,6 +96,38 @@ def combine_adamw_reference_(
         low_precision.copy_(torch.where(skipped, low_precision, copy))
 
 
+def combine_adamw_segments_reference_(
+    rows: Tensor,
+    weights: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_precision: Tensor | None,
+    ends: Sequence[int],
+    groups: Sequence[int],
+    decayed: int,
+    lr: Tensor,
+    step: Tensor,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """:func:`combine_adamw_reference_` on each segment, cut where the decay ends."""
+    state = (master, exp_avg, exp_avg_sq, low_precision)
+    for (begin, end), group in zip(pairwise([0, *ends]), groups, strict=True):
+        border = min(max(begin, decayed), end)
+        for first, last, decay in ((begin, border, weight_decay), (border, end, 0.0)):
+            if group >= 0 and first < last:
+                combine_adamw_reference_(
+                    *(rows[:, first:last], weights.view(-1, len(rows))[group]),
+                    *(None if vector is None else vector[first:last] for vector in state),
+                    *(lr, step, scale, skip, beta1, beta2, eps, decay),
+                )
+
+
 # ---- registration ------------------------------------------------------------------------------
 
 
@@ -114,6 +146,7 @@ declare_operators(
         "combine": combine_reference,
         "combine_out": combine_out_reference,
         "combine_adamw_": combine_adamw_reference_,
+        "combine_adamw_segments_": combine_adamw_segments_reference_,
     }
 )
 
@@ -135,6 +168,7 @@ def _(rows: Tensor, weights: Tensor, out: Tensor) -> None:
 
 
 @register_fake("combine_adamw_")
+@register_fake("combine_adamw_segments_")
 def _(*arguments: object) -> None:
     pass
 
@@ -278,6 +312,66 @@ def combine_adamw_(
         step = torch.full((), step, dtype=torch.int64, device=rows.device)
     _ops.combine_adamw_(
         *(rows, weights, master, exp_avg, exp_avg_sq, low_precision),
+        *(lr, step, scale, skip, betas[0], betas[1], eps, weight_decay),
+    )
+
+
+def combine_adamw_segments_(
+    rows: Tensor,
+    weights: Tensor,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_precision: Tensor | None = None,
+    *,
+    ends: Sequence[int],
+    groups: Sequence[int],
+    decayed: int | None = None,
+    lr: Tensor | float,
+    step: Tensor | int,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    scale: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """:func:`combine_adamw_` on segments of columns that have weights of their own, in one pass.
+
+    On a GPU up to 256 segments are one launch.  It moves 16 bytes of a row at a time if the segments
+    and ``decayed`` begin at multiples of 16 bytes in every tensor, as parameters of a gradient
+    buffer do, and elsewhere one element.
+
+    Args:
+        rows: ``[K, P]`` as for :func:`gram`.
+        weights: ``[G, K]``, or ``[K]`` for one group, float32 (float64 for float64 rows).
+        master: ``[P]``, as for :func:`combine_adamw_`, as are the other tensors.
+        exp_avg: ``[P]`` first moment.
+        exp_avg_sq: ``[P]`` second moment.
+        low_precision: ``[P]`` copy of the weights.
+        ends: S ascending column numbers, the last of them P; segment s is the columns
+            ``ends[s - 1]:ends[s]``, the first one from 0 on.
+        groups: S numbers of rows of ``weights``; -1 for columns that are left as they are.
+        decayed: so many columns decay, from the first; None: all.
+        lr: learning rate.
+        step: number of this step, the first being 1.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay.
+        scale: multiplies the combined gradient.
+        skip: where true, nothing is written.
+
+    Raises:
+        ValueError: if a shape, dtype, stride, device or number is not as above, or something that
+            is written overlaps another argument.
+    """
+    check_number("lr", lr)
+    if not isinstance(lr, Tensor):
+        lr = torch.full((), lr, dtype=torch.float64, device=rows.device)
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=rows.device)
+    _ops.combine_adamw_segments_(
+        *(rows, weights, master, exp_avg, exp_avg_sq, low_precision),
+        *(ends, groups, rows.shape[-1] if decayed is None else decayed),
         *(lr, step, scale, skip, betas[0], betas[1], eps, weight_decay),
     )
 

@@ -127,11 +127,25 @@ def surgery() -> dict[str, Call]:
             kernels.combine_adamw_,
             {**of_rows, **state, **scalars, "low_precision": vector.half()},
         ),
+        "combine_adamw_segments_": (
+            kernels.combine_adamw_segments_,
+            {
+                **({"rows": rows, "weights": torch.ones(2, 3)} | state | scalars),
+                **{"low_precision": vector.half(), "ends": (16, 40), "groups": (1, 0)},
+            },
+        ),
         "lamb_update_": (
             kernels.lamb_update_,
             {**state, **scalars, "offsets": (0, 10, 40), "low_precision": vector.half()},
         ),
         "update_guard": (kernels.update_guard, {"gram": matrix, "weights": weights}),
+        "update_summary": (
+            kernels.update_summary,
+            {
+                **{"gram": matrix[None], "weights": weights[None], "losses": torch.ones(3)},
+                **{"shares": torch.ones(1), "loss_scale": torch.tensor(2.0)},
+            },
+        ),
     }
     for name in ("sum", "mean", "upgrad", "dual_projection", "config", "mgda", "aligned_mtl"):
         calls[f"balancing.{name}"] = (getattr(balancing, name), {"gram": matrix})

@@ -263,6 +263,12 @@ def _adamw(s: Stream, **options: object) -> list[Tensor]:
     return _updated(partial(kernels.combine_adamw_, rows, torch.ones(3)), **options)
 
 
+def _adamw_segments(s: Stream, **options: object) -> list[Tensor]:
+    rows, weights = _rows(s).detach()[:, :12].contiguous(), torch.tensor([[1.0] * 3, [0.5] * 3])
+    update = partial(kernels.combine_adamw_segments_, rows, weights)
+    return _updated(update, ends=(5, 7, 12), groups=(1, -1, 0), **options)
+
+
 def _lamb(s: Stream, **options: object) -> list[Tensor]:
     def update(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *copy: Tensor, **own: object):
         kernels.lamb_update_(master, exp_avg, exp_avg_sq, (0, 5, 12), *copy, **own)
@@ -278,6 +284,14 @@ def _combined_into(s: Stream) -> Tensor:
 def _guard(s: Stream, **options: object) -> list[Tensor]:
     guard = kernels.update_guard(kernels.gram(_rows(s)).detach(), torch.ones(3), **options)
     return [x.float() for x in guard]
+
+
+def _summary(s: Stream, **options: object) -> list[Tensor]:
+    gram = kernels.gram(_rows(s)).detach()[None]
+    summary = kernels.update_summary(
+        gram, torch.ones(1, 3), torch.ones(3), torch.ones(1), **options
+    )
+    return [x.float() for x in summary]
 
 
 def _zeroed(s: Stream) -> Tensor:
@@ -300,6 +314,8 @@ SURGERY: dict[str, Call] = {
     "combine_adamw_, copied": partial(_adamw, copied=True),
     "combine_adamw_, scaled": lambda s: _adamw(s, scale=torch.tensor(0.5)),
     "combine_adamw_, skipped": lambda s: _adamw(s, skip=torch.tensor(True)),
+    "combine_adamw_segments_": _adamw_segments,
+    "combine_adamw_segments_, copied": partial(_adamw_segments, copied=True, decayed=9),
     "lamb_update_": _lamb,
     "lamb_update_, copied": partial(_lamb, copied=True),
     "lamb_update_, skipped": lambda s: _lamb(s, skip=torch.tensor(True)),
@@ -308,6 +324,8 @@ SURGERY: dict[str, Call] = {
     "pcgrad_weights": lambda s: _weights(s, kernels.pcgrad_weights),
     "update_guard": _guard,
     "update_guard, clipped": partial(_guard, max_norm=0.5, loss_scale=2.0),
+    "update_summary": _summary,
+    "update_summary, scaled": partial(_summary, max_norm=0.5, loss_scale=torch.tensor(2.0)),
     "new_task_rows": lambda s: kernels.new_task_rows(2, s.weight, fill=1.0).buffer,
     "zero_rows_": _zeroed,
     **{f"balancing: {name}": partial(_weights, method=method) for name, method in METHODS.items()},

@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "loss_scale": (0.0, *NUMBERS),
         "weights": (torch.ones(2), torch.ones(4), torch.ones(1, 3), torch.ones(3, 1)),
     },
+    "update_summary": {"max_norm": (math.nan, -1.0, -math.inf)},
     "balancing.cagrad": {"c": (*NUMBERS, 1e39)},
     "balancing.nash_mtl": {"max_norm": NUMBERS},
     "balancing.fairgrad": {"alpha": NUMBERS},
@@ -44,6 +45,10 @@ SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "balancing.config": {"pref_vector": (torch.tensor([1.0, math.inf, 1.0]),)},
 }
 SETTINGS["lamb_update_"] = SETTINGS["combine_adamw_"]
+SETTINGS["combine_adamw_segments_"] = SETTINGS["combine_adamw_"] | {
+    "ends": ((), (16,), (40,), (16, 41), (41, 40), (-1, 40)),
+    "groups": ((), (0,), (0, 2), (-2, 0)),
+}
 LAYERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "layer_norm": {"eps": NUMBERS},
     "layer_norm_fn": {"eps": NUMBERS, "dropout_p": RATES},

@@ -61,7 +61,7 @@ def of_operators(told: list[Told]) -> list[Told]:
 ACCEPTED: Mapping[str, str] = {
     "seed|lr|step|scale|skip": r"shape: (a dimension|two) more",
     "lr|scale|skip": r"dtype: torch.(float32|float64|int64|bool)",
-    "combine_adamw_.step": r"dtype: torch.(float32|float64|bool)",
+    "combine_adamw_(segments_)?.step": r"dtype: torch.(float32|float64|bool)",
     "dropout.x": r"shape: .*",
     "x|qkv|rows|out|low_precision|(weight|bias|x_bias)_rows": r"dtype: torch.(bfloat16|float16)",
     "attention.q": r"shape: dimension 0 of 2[35]",

@@ -16,6 +16,7 @@ from kernels.balancing.pcgrad import draw_order, pcgrad_weights, pcgrad_weights_
 from kernels.surgery.surgery import (
     combine_adamw_,
     combine_adamw_reference_,
+    combine_adamw_segments_reference_,
     combine_reference,
     gram,
     gram_reference,
@@ -24,6 +25,7 @@ from kernels.surgery.surgery import (
 
 from ..device_waits import no_wait_for_the_device
 from .tolerance import assert_within_twice
+from .test_surgery_weights import summary_cases
 
 REPOSITORY = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,6 +37,7 @@ SOLVERS = {
     "solve_fairgrad": (2.0,),
 }
 NAMES = ["gram", "pcgrad_weights", "draw_order", "combine", "combine_out", "combine_adamw_"]
+NAMES += ["combine_adamw_segments_", "update_summary"]
 
 
 class Device:
@@ -216,6 +219,91 @@ def test_adamw(device: Device, dtype: torch.dtype, copy: torch.dtype | None) -> 
             assert torch.equal(ours[3].cpu(), ours[0].to(copy).cpu())
 
 
+@pytest.mark.parametrize("case", summary_cases())
+def test_summary_is_the_cpus(device: Device, case: str) -> None:
+    """But for the order in which the groups' squares are added up, in float64."""
+    arguments = summary_cases()[case]
+    on_device = [device.put(a) if isinstance(a, Tensor) else a for a in arguments]
+    ours = device.ops.update_summary(*on_device)
+    theirs = torch.ops.superbert.update_summary(*arguments)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.cpu(), other, rtol=1e-6, atol=0, equal_nan=True)
+
+
+# Ends of segments: at 16 bytes and between them; empty ones; more than a launch's table holds.
+SEGMENTS = {
+    "one": ([1024], [1], 1024),
+    "by 64 columns": ([64, 448, 448, 512, 1024], [1, 0, 0, -1, 2], 512),
+    "a border of decay within a segment": ([128, 1024], [0, 2], 704),
+    "odd": ([3, 70, 1021, 1024], [2, 0, 1, 1], 77),
+    "many": ([*range(2, 602, 2), 1024], [n % 4 - 1 for n in range(301)], 0),
+    "many by 64 bytes": ([*range(0, 32 * 300, 32), 9600], [n % 4 - 1 for n in range(301)], 1600),
+}
+
+
+@pytest.mark.parametrize("many_tasks", [False, True])
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_adamw_by_segments_is_adamw_of_each(
+    device: Device, segments: str, many_tasks: bool
+) -> None:
+    """To the bit, also where the weights of all groups are beyond shared memory."""
+    ends, groups, decayed = SEGMENTS[segments]
+    num_tasks, columns = 400 if many_tasks else 3, ends[-1]
+    for dtype, offset in ((torch.bfloat16, 0), (torch.float32, 3)):
+        rows = device.put(task_rows(num_tasks, columns, dtype, offset, 8 - offset))
+        weights = device.put(torch.randn(3, num_tasks))
+        first = [torch.randn(columns), torch.zeros(columns), torch.zeros(columns)]
+        first.append(torch.zeros(columns, dtype=torch.bfloat16))
+        scalars = [torch.tensor(1e-2), torch.tensor(2), torch.tensor(0.5), torch.tensor(False)]
+        scalars = [device.put(scalar) for scalar in scalars]
+        ours, expected = ([device.put(s) for s in first] for _ in range(2))
+        settings = (0.9, 0.999, 1e-8, 0.1)
+        device.ops.combine_adamw_segments_(
+            *(rows, weights, *ours, ends, groups, decayed, *scalars, *settings)
+        )
+        for begin, end, group in zip([0, *ends], ends, groups, strict=False):
+            border = min(max(begin, decayed), end)
+            for own, decay in ((slice(begin, border), 0.1), (slice(border, end), 0.0)):
+                if group >= 0:
+                    device.ops.combine_adamw_(
+                        *(rows[:, own], weights[group], *(s[own] for s in expected)),
+                        *(*scalars, *settings[:3], decay),
+                    )
+        for mine, other, before in zip(ours, expected, first, strict=True):
+            assert torch.equal(mine, other)
+            assert not torch.equal(mine.cpu(), before)
+
+
+def test_adamw_by_segments(device: Device) -> None:
+    ends, groups, decayed = SEGMENTS["by 64 columns"]
+    rows, weights = torch.randn(3, 1024), torch.randn(3, 3)
+    state = [torch.randn(1024), torch.zeros(1024), torch.zeros(1024)]
+    ours, exact = [device.put(s) for s in state], [s.double() for s in state]
+    scalars = [torch.tensor(1e-2), torch.tensor(2), None, None]
+    options = (ends, groups, decayed)
+    on_device = [None if s is None else device.put(s) for s in scalars]
+    settings = (0.9, 0.999, 1e-8, 0.1)
+    device.ops.combine_adamw_segments_(
+        *(device.put(rows), device.put(weights), *ours, None, *options, *on_device, *settings)
+    )
+    combine_adamw_segments_reference_(rows, weights, *state, None, *options, *scalars, *settings)
+    combine_adamw_segments_reference_(
+        *(rows.double(), weights.double(), *exact, None, *options, *scalars, *settings)
+    )
+    for mine, plain, true in zip(ours, state, exact, strict=True):
+        assert_within_twice(mine.cpu(), plain, true)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram_by_segments_is_gram_of_each(device: Device, dtype: torch.dtype) -> None:
+    """To the bit: aligned segments and others, empty ones, one of several blocks, many."""
+    for offsets in ([0, 64, 64, 40_000, 40_003], [5, 7, 12, 41_000], [*range(0, 3000, 10)]):
+        rows = device.put(task_rows(3, offsets[-1] + 2, dtype, 3, 5))
+        grams = device.ops.gram(rows, offsets)
+        for begin, end, ours in zip(offsets, offsets[1:], grams, strict=False):
+            assert torch.equal(ours, device.ops.gram(rows, [begin, end])[0])
+
+
 def test_adamw_in_float64(device: Device) -> None:
     settings = (0.9, 0.999, 1e-8, 0.1)
     rows = task_rows(3, 515, torch.float64, 0, 1)
@@ -266,6 +354,31 @@ def test_solvers_of_many_tasks(device: Device, columns: int) -> None:
         result = getattr(device.ops, name)(device.put(matrix), *on_device).cpu()
         expected = getattr(torch.ops.superbert, name)(matrix, *arguments)
         torch.testing.assert_close(result @ rows, expected @ rows, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "pcgrad_weights", "pcgrad_weights of 70 tasks"])
+def test_matrices_of_all_groups_are_solved_in_one_call(device: Device, name: str) -> None:
+    """As each is by itself, to the bit, on the device and on the CPU."""
+    name, num_tasks = name.split()[0], 70 if name.endswith("tasks") else 5
+    rows = torch.randn(4, num_tasks, 9, dtype=torch.float64)
+    matrices = rows @ rows.mT
+    for ops, put in ((device.ops, device.put), (torch.ops.superbert, lambda tensor: tensor)):
+        operator, arguments = getattr(ops, name), SOLVERS.get(name, ())
+        of_all, of_one = arguments, arguments
+        if name == "pcgrad_weights":
+            order = put(torch.stack([torch.randperm(num_tasks) for _ in range(num_tasks)]))
+            of_all = of_one = (order, False, False)
+        elif name == "project_onto_dual_cone":
+            of_one = (put(torch.eye(5).double()),)
+            of_all = (put(torch.eye(5).double().expand(4, 5, 5).contiguous()),)
+        together = operator(put(matrices), *of_all)
+        each = [operator(put(matrix), *of_one) for matrix in matrices]
+        if isinstance(together, Tensor):
+            together, each = (together,), [(one,) for one in each]
+        for ours, alone in zip(together, zip(*each, strict=True), strict=True):
+            assert torch.equal(ours, torch.stack(alone))
+        empty = operator(put(matrices[:0]), *(a[:0] if name[:7] == "project" else a for a in of_all))
+        assert (empty if isinstance(empty, Tensor) else empty[0]).shape[0] == 0
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -1,5 +1,7 @@
 """The update guard, and the registration of the operators on task gradients."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from kernels.balancing.pcgrad import (
 )
 from kernels.registration.backend import backend
 from kernels.surgery.surgery import combine, combined_norm, gram, update_guard
+from kernels.surgery.update_summary import UpdateSummary, update_summary_reference
 
 
 def conflicting_rows(num_tasks: int, columns: int, seed: int = 0) -> Tensor:
@@ -53,6 +56,47 @@ def test_guard_sees_what_is_not_finite(value: float) -> None:
     assert update_guard(gram(rows), pcgrad_weights(gram(rows), draw_order(3, 1))).skip
 
 
+def summary_cases() -> dict[str, tuple]:
+    """Arguments of the summary of an update."""
+    rows = torch.randn(4, 3, 50, generator=torch.Generator().manual_seed(1))
+    grams, shares = rows @ rows.mT, torch.tensor([0.1, 0.2, 0.3, 0.4])
+    weights, losses = torch.linspace(-1, 2, 12).view(4, 3), torch.tensor([0.5, 2.0, 0.0])
+    many = torch.randn(300, 2, 9, generator=torch.Generator().manual_seed(2)).double()
+    no_number, infinite, overflown = (grams.clone() for _ in range(3))
+    no_number[2, 1, 1], infinite[3, 0, 0] = torch.nan, torch.inf
+    overflown *= 1e38  # the norm is beyond float32 where G is not
+    scale = torch.tensor(1024.0)
+    return {
+        "plain": (grams, weights, losses, shares, math.inf, None),
+        "one group": (grams[:1], weights[:1], losses, torch.ones(1), 0.25, None),
+        "clipped, scaled": (grams * scale**2, weights, losses, shares, 0.25, scale),
+        "within the limit": (grams, weights, losses, shares, 1e4, None),
+        "a limit of 0": (grams, weights, losses, shares, 0.0, None),
+        "zero": (grams * 0, weights, losses, shares, 1.0, None),
+        "one task": (grams[:, :1, :1].contiguous(), weights[:, :1].contiguous(), losses[:1], shares)
+        + (1.0, None),
+        "many groups": (many @ many.mT, many[:, :, 0].contiguous(), many[0, :, 0].contiguous())
+        + (many[:, 0, 0].contiguous().abs(), 1.0, None),
+        "NaN": (no_number, weights, losses, shares, 1.0, None),
+        "infinite": (infinite, weights, losses, shares, 1.0, None),
+        "a norm that overflows": (overflown, 1e3 * weights, losses, shares, 1.0, None),
+        "NaN as a loss": (grams, weights, losses * torch.nan, shares, 1.0, None),
+        "NaN as a weight": (grams, weights * torch.nan, losses, shares, 1.0, None),
+    }
+
+
+@pytest.mark.parametrize("case", summary_cases())
+def test_summary(case: str) -> None:
+    arguments = summary_cases()[case]
+    ours, plain = torch.ops.superbert.update_summary(*arguments), update_summary_reference(*arguments)
+    for name, mine, expected in zip(UpdateSummary._fields, ours, plain, strict=True):
+        assert mine.dtype == expected.dtype
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=0, equal_nan=True, msg=name)
+    skips = case.startswith(("NaN", "infinite", "a norm"))
+    assert bool(ours[2]) == skips
+    assert float(ours[3]) == skips
+
+
 def operator_samples() -> dict[str, tuple]:
     rows, weights = torch.randn(3, 40), torch.ones(3)
     state = [torch.zeros(40) for _ in range(3)]
@@ -65,6 +109,14 @@ def operator_samples() -> dict[str, tuple]:
         "combine": (rows.clone().requires_grad_(), weights.clone().requires_grad_()),
         "combine_out": (rows, weights, torch.zeros(40)),
         "combine_adamw_": (rows, weights, *state, torch.zeros(40).half(), *scalars, *settings),
+        "combine_adamw_segments_": (
+            *(rows, torch.ones(2, 3), *state, torch.zeros(40).half()),
+            *([16, 40], [1, 0], 32, *scalars, *settings),
+        ),
+        "update_summary": (
+            *(gram(rows, [0, 10, 40]), torch.ones(2, 3), weights, torch.tensor([0.25, 0.75])),
+            *(0.5, torch.tensor(2.0)),
+        ),
     }
 
 

@@ -93,6 +93,7 @@ def _function_calls() -> Iterator[Call]:
         "pcgrad_weights": (gram, order, None, "sum", False),
         "combine": (rows, weights, torch.zeros(40)),
         "update_guard": (gram, weights),
+        "update_summary": (gram[None], weights[None], weights, torch.ones(1)),
         "check_cu_seqlens": ("x", torch.tensor([0, 3, 5], dtype=torch.int32), 5),
         "unpad_input": (hidden, mask, None),
         "pad_input": (hidden.flatten(0, 1), torch.arange(10), 2, 5),
@@ -101,6 +102,9 @@ def _function_calls() -> Iterator[Call]:
         yield name, getattr(kernels, name), given
     settings = {"lr": 1e-3, "step": torch.tensor(1)}
     yield "combine_adamw_", partial(kernels.combine_adamw_, **settings), (rows, weights, *state)
+    segments = {"ends": (10, 40), "groups": (0, -1)}
+    update = partial(kernels.combine_adamw_segments_, **settings, **segments)
+    yield "combine_adamw_segments_", update, (rows, weights, *state)
     yield "lamb_update_", partial(kernels.lamb_update_, **settings), (*state, [0, 10, 40])
     methods = {
         **dict.fromkeys(("sum", "mean", "mgda", "imtl_g", "dual_projection", "upgrad"), ()),

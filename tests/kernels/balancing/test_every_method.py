@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import balancing, gram
+from kernels import balancing, draw_order, gram
+from kernels.balancing.pcgrad import pcgrad_weights_reference
 
 from .methods import (
     METHODS,
     SCALE_MODES,
     SCALES,
     SYMMETRIC,
+    VARIANTS,
     Method,
     gradients,
     update,
@@ -146,3 +148,49 @@ def test_functions_come_before_the_files_of_their_names() -> None:
         assert callable(getattr(balancing, name)), name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         balancing.nonsense  # noqa: B018
+
+
+def of_all_groups() -> dict[str, Method]:
+    """Every method and its settings on ``[K, K]`` or ``[G, K, K]`` for five tasks."""
+    order, given = draw_order(5, 3), torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0])
+    own_order = {
+        "pcgrad": lambda gram: balancing.pcgrad(gram, order),
+        "the reference of pcgrad": lambda gram: pcgrad_weights_reference(gram, order, False, False),
+        "gradvac": lambda gram: balancing.gradvac(gram, order, torch.full((5, 5), 0.1)).weights,
+        "targets of gradvac": lambda gram: (
+            balancing.gradvac(gram, order, torch.full_like(gram, 0.1)).targets.flatten(-2)
+        ),
+        "proportional": lambda gram: balancing.proportional(gram, torch.arange(1, 6)),
+        "gradnorm": lambda gram: balancing.gradnorm(
+            gram, torch.ones_like(gram[..., 0, :]), torch.linspace(0.5, 1.5, 5)
+        ),
+    }
+    with_preferences = {
+        f"{name}, preferences": partial(getattr(balancing, name), pref_vector=given)
+        for name in ("upgrad", "dual_projection", "config", "aligned_mtl")
+    }
+    return VARIANTS | own_order | with_preferences
+
+
+@pytest.mark.parametrize("name", of_all_groups())
+def test_groups_are_balanced_as_each_by_itself(name: str) -> None:
+    """Ugly ones among them do not touch the others."""
+    rows = torch.stack([gradients(5, seed, 9) for seed in range(7)]).float()
+    rows[1, 2] = rows[4] = 0
+    rows[2, 1], rows[5, 1] = rows[2, 0], -rows[5, 0]
+    rows[3, 0, 0] = torch.nan
+    grams, method = rows @ rows.mT, of_all_groups()[name]
+    each = torch.stack([method(gram) for gram in grams])
+    assert each[3].isnan().all() or name == "targets of gradvac"
+    torch.testing.assert_close(method(grams), each, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(method(grams[:1]), each[:1], rtol=1e-6, atol=0)
+
+
+def test_arguments_of_groups_may_be_their_own() -> None:
+    grams = torch.stack([rows @ rows.T for rows in (gradients(4, 1), gradients(4, 2))])
+    weights, ratios = torch.rand(2, 4).double(), torch.rand(2, 4).double()
+    together = balancing.gradnorm(grams, weights, ratios)
+    for ours, *arguments in zip(together, grams, weights, ratios, strict=True):
+        torch.testing.assert_close(ours, balancing.gradnorm(*arguments))
+    with pytest.raises(ValueError, match=r"weights: expected \[4\], got \[3, 4\]"):
+        balancing.gradnorm(grams, torch.ones(3, 4), ratios)

@@ -27,6 +27,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __maxnreg__(...)
+#define __grid_constant__
 #define __shared__ static
 
 using std::expm1;
