@@ -8,7 +8,7 @@
 # several parts each, which fit into one run of eight minutes:
 #
 #   run1   probe tests step surgery attention training
-#   run2   kernel_tests tiles layer_norm step_compiled ncu memcheck racecheck
+#   run2   kernel_tests tiles linear linear_tiles layer_norm step_compiled ncu memcheck racecheck
 #
 # A part that fails is named at the end, and the others still run; what does not fit into
 # SUPERBERT_SECONDS (470) is named too.  SUPERBERT_STEP and SUPERBERT_ATTENTION choose contestants (a
@@ -21,7 +21,7 @@ folder=$(realpath "${1:?$usage}") out=${2:?$usage}
 : "${3:?$usage}"
 shift 2
 run1=(probe tests step surgery attention training)
-run2=(kernel_tests tiles layer_norm step_compiled ncu memcheck racecheck)
+run2=(kernel_tests tiles linear linear_tiles layer_norm step_compiled ncu memcheck racecheck)
 parts=()
 for name in "$@"; do
     case $name in
@@ -148,6 +148,10 @@ PROBE
         ;;
     step_compiled) step step_compiled 150 "${SUPERBERT_STEP:-$compiled}" ;;
     tiles) part tiles 60 python3 -m bench.attention_tiles --json "$out/attention_tiles.json" ;;
+    linear) part linear 40 python3 -m bench.linear --device cuda --json "$out/linear.json" ;;
+    linear_tiles)
+        part linear_tiles 60 python3 -m bench.linear_tiles --json "$out/linear_tiles.json"
+        ;;
     training)
         part training 90 python3 -m engine.train cgs --data "$folder/data" \
             --init "$folder/model" --out "$work/run-$$" --max-steps 300

@@ -7,16 +7,13 @@ rows are what ``TILES`` in kernels/attention/attention_triton.py should hold.
 
 import argparse
 import itertools
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from engine.cli.common import Parser
 from engine.cli.standard_output import exit_with
@@ -24,7 +21,7 @@ from kernels.attention import attention_triton
 from kernels.attention.attention_options import AttentionOptions
 from kernels.attention.attention_triton import Tiles
 
-from . import harness
+from . import harness, tile_sweep
 from .attention import HEADS, cases
 
 CASES = ("sst x 32", "sst x 256", "cfimdb x 256", "4 x 2048")
@@ -85,16 +82,16 @@ class Call:
 
 
 def compile_one(kernel: str, tiles: Tiles, width: int) -> str:
-    """Compile in a process of its own, for Triton's cache on disk; return what went wrong."""
-    try:
-        with replaced(kernel, tiles, width):
-            call = Call([20, 70], width)
-            call.forward()
-            call.backward()
-            torch.cuda.synchronize()
-    except Exception as error:  # too much shared memory, for one
-        return f"{type(error).__name__}: {error}"[:300]
-    return ""
+    """Compile one setting; return what went wrong."""
+
+    def launch() -> None:
+        call = Call([20, 70], width)
+        call.forward()
+        call.backward()
+        torch.cuda.synchronize()
+
+    with replaced(kernel, tiles, width):
+        return tile_sweep.attempt(launch)
 
 
 def main() -> None:
@@ -107,11 +104,8 @@ def main() -> None:
     device, console, width = torch.device("cuda"), Console(width=110), options.width
 
     settings = [(kernel, tiles) for kernel, all_tiles in SETTINGS.items() for tiles in all_tiles]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(12, mp_context=spawn) as pool:
-        names, tiles = zip(*settings, strict=True)
-        wrong = list(pool.map(compile_one, names, tiles, [width] * len(settings)))
-    broken = {setting: text for setting, text in zip(settings, wrong, strict=True) if text}
+    wrong = tile_sweep.broken(compile_one, [(*setting, width) for setting in settings])
+    broken = {setting[:2]: text for setting, text in wrong.items()}
 
     lengths = cases()
     calls = {case: Call(lengths[case], width) for case in CASES}
@@ -130,18 +124,8 @@ def main() -> None:
             seconds[case] = harness.device_seconds(graphs, device, rounds=5)
         results[kernel] = {"usual": str(tuple(usual)), "seconds": seconds}
         record.write(results)
-        table = Table(title=f"{kernel}, us; now {tuple(usual)}")
-        for column in ("queries, keys, warps, stages", *CASES):
-            table.add_column(column, justify="right")
-        for name in seconds[CASES[0]]:
-            times = [harness.median(seconds[case][name]) for case in CASES]
-            best = [min(map(harness.median, seconds[case].values())) for case in CASES]
-            cells = [
-                f"{1e6 * t:.1f}" + (" *" if t == least else "")
-                for t, least in zip(times, best, strict=True)
-            ]
-            table.add_row(name, *cells)
-        console.print(table)
+        title, heading = f"{kernel}, us; now {tuple(usual)}", "queries, keys, warps, stages"
+        console.print(tile_sweep.table_of(title, heading, seconds))
     for setting, text in broken.items():
         console.print(f"{setting}: {text}")
 

@@ -23,7 +23,7 @@ from .integrations.pcgrad import PCGrad
 from .integrations.transformers_patch import accelerate, restore
 from .lamb import lamb_update_
 from .layer_norm.layer_norm import dropout_add_layer_norm, layer_norm
-from .linear import linear
+from .linear.linear import linear
 from .registration.backend import backend
 from .registration.deprecation import renamed_attribute
 from .registration.validation import check_cu_seqlens, checked_values

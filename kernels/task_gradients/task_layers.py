@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from ..embedding.embedding import embedding
 from ..gradient_buffer import Slot
 from ..layer_norm.layer_norm import layer_norm
-from ..linear import linear
+from ..linear.linear import linear
 from ..task_rows import Columns, TaskRows, TaskSegments
 
 

@@ -17,6 +17,8 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"--width": COUNTS, "--rounds": ONE, "--device": ("gpu", ""), "--case": ("sst",)},
     "fusion": {"--tokens": (*ONE, "159"), "--width": COUNTS, "--rounds": COUNTS},
     "layer_norm": {"--rows": COUNTS, "--width": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
+    "linear": {"--tokens": COUNTS, "--tasks": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
+    "linear_tiles": {"--tokens": COUNTS, "--tasks": COUNTS},
     "scaling": {
         **dict.fromkeys(("--forward", "--backward", "--update", "--latency", "--bandwidth"), REALS),
         **dict.fromkeys(("--tasks", "--ranks"), COUNTS),

@@ -40,6 +40,7 @@ from kernels.layer_norm.layer_norm_triton import (
     backward_constants_of,
     constants_of,
 )
+from kernels.linear import linear_triton
 
 ATTENTION = {
     "forward": attention.forward_kernel,
@@ -60,7 +61,21 @@ OTHERS = {
     "embedding_pieces": embedding_triton._pieces_kernel,
     "embedding_long_runs": embedding_triton._long_runs_kernel,
 }
-KERNELS = ATTENTION | NORMS | OTHERS
+# Widths are numbers like others to these: one compilation serves all that are multiples of 16, and
+# of those that are not, which have small tiles, one each of the rest.
+LINEAR = {
+    "linear_large": linear_triton.gradients_kernel,
+    "linear_narrow": linear_triton.gradients_kernel,
+    "linear_thin": linear_triton.gradients_kernel,
+    "linear_bias": linear_triton.bias_kernel,
+}
+MULTIPLES_OF_16 = {
+    "linear_large": [
+        *("grad_stride", "grad_columns", "x_stride", "x_columns"),
+        *("weight_stride", "bias_stride", "outputs", "inputs"),
+    ],
+}
+KERNELS = ATTENTION | NORMS | LINEAR | OTHERS
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_WIDTHS = [32, 64, 96, 128]
 # BERT's widths and the largest that is allowed.
@@ -139,6 +154,8 @@ def compile_kernel(case: Case) -> Needs:
         constants, options = _attention(case)
     elif case.kernel in NORMS:
         constants, options = _norm(case)
+    elif case.kernel in LINEAR:
+        constants, options = _linear(case)
     else:
         constants, options = _other(case)
     types = _types(case.dtype, in_heads=case.kernel in [*ATTENTION, "delta"])
@@ -147,7 +164,7 @@ def compile_kernel(case: Case) -> Needs:
         for argument in kernel.arg_names
     }
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, _divisible(signature)),
+        ASTSource(kernel, signature, constants, _divisible(signature, case.kernel)),
         target=GPUTarget("cuda", case.capability, 32),
         options=options,
     )
@@ -179,6 +196,31 @@ def _norm(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     flags = ["HAS_RESIDUAL", "HAS_X_BIAS", "HAS_WEIGHT", "HAS_BIAS"]
     constants |= {flag: True for flag in flags if flag in NORMS[case.kernel].arg_names}
     return constants, options
+
+
+def _linear(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    element_bytes, kind = ELEMENT_BYTES[case.dtype], case.kernel.removeprefix("linear_")
+    constants = {
+        "ACCUMULATE": True,
+        "MAX_TASKS": linear_triton.MAX_TASKS,
+        "BIAS_O": linear_triton.BIAS_COLUMNS,
+    }
+    if kind == "bias":
+        warps = linear_triton.BIAS_WARPS
+        tokens = linear_triton.bias_tokens(warps, element_bytes)
+        return constants | {"BIAS_T": tokens}, {"num_warps": warps}
+    tiles = linear_triton.TILES[element_bytes, kind]
+    constants |= {
+        "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
+        "GROUP": linear_triton.GROUP,
+        "BLOCK_O": tiles.outputs,
+        "BLOCK_I": tiles.inputs,
+        "BLOCK_T": tiles.tokens,
+        "BIAS_T": linear_triton.bias_tokens(tiles.num_warps, element_bytes),
+    }
+    if kind == "thin":  # Triton compiles 1 into a kernel
+        constants |= dict.fromkeys(["outputs", "grad_stride", "grad_columns"], 1)
+    return constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
 
 def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
@@ -223,6 +265,9 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["weight_stride", "bias_stride", "x_bias_stride"], "i32"),
         **dict.fromkeys(["row_stride", "num_keys"], "i32"),
         "boundaries": ("i32",) * (SEGMENTS + 1),
+        **dict.fromkeys(["grad_stride", "grad_columns", "x_stride", "x_columns"], "i32"),
+        **dict.fromkeys(["outputs", "inputs", "tasks"], "i32"),
+        **dict.fromkeys(linear_triton.STARTS, "i32"),
         "eps": "fp32",
         "parameters": Parameters("*fp32", "*fp32", "*fp32"),
         "tables": Tables(row, row, row),
@@ -233,15 +278,17 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
     }
 
 
-def _divisible(signature: dict[str, Any]) -> dict[tuple[int, ...], list[list[object]]]:
+def _divisible(
+    signature: dict[str, Any], case_kernel: str
+) -> dict[tuple[int, ...], list[list[object]]]:
     """Pointers and strides are multiples of 16, as those of real tensors are."""
-    paths = []
-    for i, kind in enumerate(signature.values()):
+    paths: list[tuple[int, ...]] = []
+    for i, (name, kind) in enumerate(signature.items()):
         if isinstance(kind, Heads):
             paths += [(i, 0), (i, 1), (i, 2)]
         elif isinstance(kind, tuple):
             paths += [(i, j) for j, part in enumerate(kind) if part.startswith("*")]
-        elif kind.startswith("*"):
+        elif kind.startswith("*") or name in MULTIPLES_OF_16.get(case_kernel, []):
             paths.append((i,))
     return {path: [["tt.divisibility", 16]] for path in paths}
 

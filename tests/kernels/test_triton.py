@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from kernels import checked_values, dropout_add_layer_norm, flash_attn_varlen_qkvpacked_func
 from kernels.attention.attention import attention_reference
 from kernels.attention.attention_options import AttentionOptions
@@ -13,6 +14,7 @@ from kernels.attention.attention_options import AttentionOptions
 from ..device_waits import no_wait_for_the_device
 from . import triton_cases
 from .layer_cases import LAYERS, Stream
+from .test_task_layers import task_gradients
 from .tolerance import assert_within_twice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
@@ -83,6 +85,56 @@ def test_layer_norm_agrees_with_the_cpu(dtype: torch.dtype) -> None:
         assert_within_twice(*tensors)
 
 
+# BERT's layers, a regression head, a vocabulary (an odd one: its rows are copied), widths that no
+# tile divides; several programs of every kind, tasks of several blocks of tokens.
+@pytest.mark.parametrize(
+    ("outputs", "inputs"),
+    [(768, 768), (3072, 768), (768, 3072), (1, 768), (5, 100), (1001, 384), (97, 131)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_linear_task_gradients_through_its_function(
+    outputs: int, inputs: int, dtype: torch.dtype, accumulate: bool
+) -> None:
+    offsets = (0, 700, 700, 701, 1000, 1000, 1013, 1100, 1101, 1102, 1500)
+    x = torch.randn(1510, inputs, device="cuda").to(dtype)
+    dy = torch.randn(1510, outputs, device="cuda").to(dtype)
+    x[1500:] = dy[1500:] = torch.nan
+    weight = torch.zeros(outputs, inputs, device="cuda", dtype=dtype, requires_grad=True)
+    bias = torch.zeros(outputs, device="cuda", dtype=dtype, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        fill = 4 if accumulate else torch.nan
+        rows = kernels.new_task_rows(len(offsets) - 1, weight, bias, fill=fill)
+        segments = kernels.TaskSegments(offsets, accumulate)
+        kernels.linear(x, weight, bias, rows=rows, segments=segments).backward(dy)
+        return [rows.weight, rows.bias]
+
+    found = run()
+    start = 4 if accumulate else 0
+    torchs = [(start + grad).to(dtype) for grad in task_gradients(x, dy, offsets)]
+    exact = [start + grad for grad in task_gradients(x.double(), dy.double(), offsets)]
+    for tensors in zip(found, torchs, exact, strict=True):
+        assert_within_twice(*tensors)
+    for one, other in zip(found, run(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_linear_task_gradients_under_autocast() -> None:
+    x = torch.randn(300, 96, device="cuda")
+    weight = torch.randn(80, 96, device="cuda", requires_grad=True)
+    bias, offsets = torch.zeros(80, device="cuda", requires_grad=True), (0, 100, 300)
+    rows, segments = kernels.new_task_rows(2, weight, bias), kernels.TaskSegments(offsets)
+    dy = torch.randn(300, 80, device="cuda").bfloat16()
+    with torch.autocast("cuda", torch.bfloat16):
+        kernels.linear(x, weight, bias, rows=rows, segments=segments).backward(dy)
+    exact = task_gradients(x.bfloat16().double(), dy.double(), offsets)
+    torchs = task_gradients(x.bfloat16(), dy, offsets)
+    assert rows.weight.dtype == torch.float32
+    for tensors in zip((rows.weight, rows.bias), torchs, exact, strict=True):
+        assert_within_twice(*tensors)
+
+
 @pytest.mark.parametrize("layer_name", LAYERS)
 def test_layers_agree_with_the_cpu(layer_name: str) -> None:
     cpu = Stream.of(65)
@@ -103,7 +155,7 @@ def test_layers_run_on_the_device_of_their_tensors(layer_name: str) -> None:
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
-# The others are torch's own functions.
+# The others are torch's own functions; linear layers by task are, but for biases, in float32.
 @pytest.mark.parametrize(
     "layer_name", [layer_name for layer_name in LAYERS if layer_name not in ("embedding", "linear")]
 )

@@ -16,6 +16,7 @@ from kernels.dropout import dropout_triton
 from kernels.embedding import embedding_triton
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.layer_norm import layer_norm_triton
+from kernels.linear import linear_triton
 
 from .compile_triton import (
     KERNELS,
@@ -124,3 +125,9 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     norm.forward(*embedded, weight, bias, 0.1, 1e-12, seed, 1)
     norm.backward(x, *embedded, weight, mean, rstd, *rows[:2], *of_tasks, 0.1, seed, 1)
     embedding_triton.add_task_gradients_(x, index, torch.zeros(2, 7, width, dtype=dtype), offsets)
+
+    matrix_rows, bias_rows = torch.zeros(2, width, width), torch.zeros(2, width)
+    for tasks in (offsets, (0, tokens)):
+        own = (matrix_rows[: len(tasks) - 1], bias_rows[: len(tasks) - 1])
+        linear_triton.write_gradients_(x, x, *own, tasks, False)
+        linear_triton.write_bias_gradients_(x, own[1], tasks, False)

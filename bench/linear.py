@@ -1,0 +1,175 @@
+"""``python -m bench.linear``: time the weight and bias gradients of linear layers, by task.
+
+The matrices of BERT-base's layers, and three tasks of equally many tokens.  Peers: torch's product
+and sum for each task, written to the same rows, and, as a floor that no task gradients are had for,
+one product and one sum over all tokens.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from engine.cli.common import Parser
+from engine.cli.standard_output import exit_with
+from kernels.linear.linear import linear_task_gradients_, linear_task_gradients_reference_
+
+from . import harness
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = ((768, 768), (2304, 768), (3072, 768), (768, 3072))
+"""Outputs and inputs: attention's output and input, the two of the feed-forward layer."""
+OURS, PEER, FLOOR = "this project", "torch, by task", "torch, all tokens"
+Runs = dict[str, Callable[[], object]]
+
+
+class Inputs:
+    """One layer's streams, and rows of a gradient buffer."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        tokens: int,
+        tasks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._arguments = (shape, tokens, tasks, dtype, device)
+        outputs, inputs = self.shape = shape
+        self.grad = torch.randn(tokens, outputs, device=device).to(dtype)
+        self.x = torch.randn(tokens, inputs, device=device).to(dtype)
+        buffer = torch.zeros(tasks, outputs * (inputs + 1), dtype=dtype, device=device)
+        self.rows = buffer[:, : outputs * inputs].unflatten(1, shape)
+        self.bias_rows = buffer[:, outputs * inputs :]
+        self.offsets = [tokens * task // tasks for task in range(tasks + 1)]
+
+    def another(self) -> "Inputs":
+        """Inputs of the same shapes elsewhere in memory."""
+        return Inputs(*self._arguments)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the products."""
+        return 2 * len(self.x) * self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read or written at least once."""
+        return sum(x.nbytes for x in (self.grad, self.x, self.rows, self.bias_rows))
+
+    def copies_beyond_cache(self, cache_bytes: int = 64 << 20) -> int:
+        """Return how many of these are larger than any GPU's cache."""
+        return min(16, 1 + cache_bytes // self.nbytes)
+
+
+def runs(inputs: Inputs) -> Runs:
+    """Ours and its peers."""
+    streams = (inputs.grad, inputs.x)
+    arguments = (*streams, inputs.rows, inputs.bias_rows, inputs.offsets, False)
+
+    def all_tokens() -> tuple[Tensor, Tensor]:
+        return inputs.grad.t().mm(inputs.x), inputs.grad.sum(0)
+
+    return {
+        OURS: lambda: linear_task_gradients_(*arguments),
+        PEER: lambda: linear_task_gradients_reference_(*arguments),
+        FLOOR: all_tokens,
+    }
+
+
+def verify(inputs: Inputs) -> None:
+    """Check our gradients against torch's before anything is timed."""
+    results = []
+    for name in (OURS, PEER):
+        inputs.rows.fill_(torch.nan)
+        inputs.bias_rows.fill_(torch.nan)
+        runs(inputs)[name]()
+        results.append((inputs.rows.clone(), inputs.bias_rows.clone()))
+    for ours, torchs in zip(*results, strict=True):
+        # Sums over all tokens of a task, rounded in another order.
+        tolerance = 64 * torch.finfo(ours.dtype).eps * torchs.abs().max().item()
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=tolerance)
+
+
+def measure(inputs: Inputs, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Time the contestants: called by the host, and on a GPU replayed as graphs, too."""
+    verify(inputs)
+    contestants = runs(inputs)
+    samples = harness.interleave(contestants, device, rounds=rounds)
+    measured = {
+        "flops": inputs.flops,
+        "bytes": inputs.nbytes,
+        "peak_bytes": {name: harness.peak_memory(run, device) for name, run in contestants.items()},
+        "seconds": samples,
+        "quantiles": {name: harness.summary(s) for name, s in samples.items()},
+    }
+    if device.type == "cuda":
+        # Each call of a graph has inputs of its own, together more than the cache holds.
+        copies = [inputs, *(inputs.another() for _ in range(inputs.copies_beyond_cache() - 1))]
+        calls = [runs(each) for each in copies]
+
+        def replay(name: str) -> harness.Contestant:
+            return harness.graph_replay(lambda: [made[name]() for made in calls], device)
+
+        graphs = {name: replay(name) for name in contestants}
+        replayed = harness.device_seconds(graphs, device, rounds=5, replays=4)
+        measured["replayed_seconds"] = {
+            name: [each / len(copies) for each in seconds] for name, seconds in replayed.items()
+        }
+    return measured
+
+
+def add_rows(table: Table, case: str, measured: dict[str, Any], peak: float) -> None:
+    """Add a line for each contestant; on a GPU of replays."""
+    seconds = measured.get("replayed_seconds", measured["seconds"])
+    ours = harness.median(seconds[OURS])
+    for name, own in seconds.items():
+        rate = measured["flops"] / harness.median(own)
+        table.add_row(
+            case if name == OURS else "",
+            name,
+            f"{harness.median(own) * 1e6:.1f}",
+            f"{rate / 1e12:.3f}",
+            f"{rate / peak:.0%}",
+            "" if name == OURS else f"{harness.median(own) / ours:.2f}x",
+        )
+
+
+def main() -> None:
+    """Run the benchmark and print a table for each dtype."""
+    parser = Parser(prog="python -m bench.linear", description=__doc__)
+    parser.add_argument(
+        "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--tokens", type=harness.whole(1), default=2746)
+    parser.add_argument("--tasks", type=harness.whole(1), default=3)
+    parser.add_argument("--rounds", type=harness.whole(2), default=20)
+    options: argparse.Namespace = harness.parse(parser)
+    device, console = torch.device(options.device), Console(width=110)
+
+    sizes = (options.tokens, options.tasks)
+    results: dict[str, Any] = {"tokens": options.tokens, "tasks": options.tasks}
+    record = harness.Record(options, "linear", device)
+    for dtype_name in options.dtype:
+        dtype = _DTYPES[dtype_name]
+        peak = harness.measure_gemm(device, dtype, options.tokens, 3072, 768)
+        results[f"gemm_flops_per_s, {dtype_name}"] = peak
+        table = Table(title=f"weight gradients of {options.tasks} tasks, {dtype_name}")
+        for heading in ("O, I", "contestant", "us", "TFLOP/s", "of GEMM", "ours is"):
+            table.add_column(heading, justify="left" if heading == "contestant" else "right")
+        for shape in SHAPES:
+            case = f"{shape[0]}, {shape[1]}"
+            measured = measure(Inputs(shape, *sizes, dtype, device), device, options.rounds)
+            results[f"{case}, {dtype_name}"] = measured
+            add_rows(table, case, measured, peak)
+            record.write(results)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    exit_with(main)

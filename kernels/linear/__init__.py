@@ -1,0 +1,1 @@
+"""Linear layers that write task gradients."""
