@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, device: torch.device, console: Console)
         table.add_column("us a token", justify="right")
         records = results.setdefault(kind, [])
         for case in cases:
-            batches = [_batch(case, splits, turn).to(device) for turn in range(_BATCHES)]
+            batches = [_batch(case, splits, turn) for turn in range(_BATCHES)]
             samples = _samples(case, batches, vocab_size, device, options.rounds)
             tokens = sum(batch.num_tokens for batch in batches) / len(batches)
             records.append(case._asdict() | {"tokens": tokens, "seconds": samples})
@@ -118,6 +118,9 @@ def _samples(
     torch.manual_seed(0)
     numbers = itertools.count()
     steps = _steps(case, vocab_size, device)
+    if device.type == "cuda":  # as batches of a training run are prepared
+        batches = [steps["sum"].model.with_lookup_plan(batch) for batch in batches]
+    batches = [batch.to(device) for batch in batches]
     current = [batches[0]]
     return harness.interleave(
         {

@@ -147,18 +147,25 @@ class Embedded {
   EmbeddingSum sum_;
 };
 
+// A plan of the lookups is handed on to the backward pass, which checks its length and values.
+void check_plan(const Tensor& plan) {
+  check(plan.dim() == 1 && plan.scalar_type() == ScalarType::Long, "plan: expected int64 [n]");
+  check_data("plan", plan);
+}
+
 std::tuple<Tensor, Tensor, Tensor>
 embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,
                      Tensor position, Tensor token_type, std::optional<Tensor> weight,
                      std::optional<Tensor> bias, double dropout_p, double eps,
                      std::optional<Tensor> seed, int64_t rng_offset, std::optional<Tensor> rows,
-                     Offsets columns, Offsets offsets, bool) {
+                     Offsets columns, Offsets offsets, bool, std::optional<Tensor> plan) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
   check_number("eps", eps);
   check_task_rows(
       rows, columns, offsets, embedded.rows(),
       {word.numel(), position.numel(), token_type.numel(), embedded.width(), embedded.width()});
   if (rows) embedded.check_apart_from(*rows);
+  if (plan) check_plan(*plan);
   const Parameter gamma("weight", weight, embedded.width()), beta("bias", bias, embedded.width());
   Tensor out = allocate(word, {embedded.rows(), embedded.width()});
   Tensor mean = allocate(word, {embedded.rows()}, ScalarType::Float);
@@ -228,8 +235,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
   m.def("embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, "
         "Tensor word, Tensor position, Tensor token_type, Tensor? weight, Tensor? bias, "
         "float dropout_p, float eps, Tensor? seed, int rng_offset, Tensor? rows, "
-        "SymInt[] columns, SymInt[] offsets, bool accumulate) -> (Tensor out, Tensor mean, Tensor "
-        "rstd)");
+        "SymInt[] columns, SymInt[] offsets, bool accumulate, Tensor? plan) -> (Tensor out, "
+        "Tensor mean, Tensor rstd)");
   m.def("embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor position_ids, "
         "Tensor token_type_ids, Tensor word, Tensor position, Tensor token_type, Tensor? weight, "
         "Tensor mean, Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, "

@@ -15,6 +15,7 @@ from .attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpa
 from .balancing.pcgrad import draw_order, pcgrad_weights
 from .dropout.dropout import dropout
 from .embedding.embedding import embedding, zero_rows_
+from .embedding.lookup_plan import LookupPlan, plan_lookups, zero_planned_rows_
 from .embedding_layer_norm.embedding_layer_norm import EmbeddingRows, embedding_layer_norm
 from .integrations.balanced_optimizer import BalancedOptimizer
 from .integrations.layer_norm_compat import FusedLayerNorm, layer_norm_fn
@@ -35,6 +36,7 @@ from .surgery.surgery import (
     update_guard,
 )
 from .surgery.update_summary import update_summary
+from .take_rows.take_rows import take_rows
 from .task_gradients.task_gradients import TaskGradients
 from .task_rows import Columns, TaskRows, TaskSegments, new_task_rows
 
@@ -43,6 +45,7 @@ __all__ = [
     "Columns",
     "EmbeddingRows",
     "FusedLayerNorm",
+    "LookupPlan",
     "PCGrad",
     "TaskGradients",
     "TaskRows",
@@ -70,10 +73,13 @@ __all__ = [
     "new_task_rows",
     "pad_input",
     "pcgrad_weights",
+    "plan_lookups",
     "restore",
+    "take_rows",
     "unpad_input",
     "update_guard",
     "update_summary",
+    "zero_planned_rows_",
     "zero_rows_",
 ]
 

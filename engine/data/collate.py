@@ -56,6 +56,8 @@ class PackedBatch:
         step_examples: the number of each task's examples in the whole step, in all micro-batches
             and on all ranks; None where that is not known.
         states: fp32 ``[T, H]``, precomputed hidden states of a frozen encoder, or None.
+        lookup_plan: int64 ``[n]``, the order in which a step adds up the gradients of tables; None
+            where it finds that order itself.
     """
 
     tasks: tuple[str, ...]
@@ -75,6 +77,7 @@ class PackedBatch:
     padded_tokens: int
     step_examples: tuple[int, ...] | None = None
     states: Tensor | None = None
+    lookup_plan: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -136,6 +139,7 @@ class PackedBatch:
             cu_seqlens=move(self.cu_seqlens),
             labels=tuple(map_labels(labels, move) for labels in self.labels),
             states=None if self.states is None else move(self.states),
+            lookup_plan=None if self.lookup_plan is None else move(self.lookup_plan),
         )
 
 

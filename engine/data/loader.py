@@ -41,6 +41,7 @@ class TrainingLoader:
         token_multiple: int = 1,
         micro_batches: int = 1,
         shard: tuple[int, int] = (0, 1),
+        plan_lookups: Callable[[PackedBatch], PackedBatch] | None = None,
         pin_memory: bool = False,
         depth: int = 4,
     ) -> None:
@@ -58,6 +59,7 @@ class TrainingLoader:
             micro_batches: how many a step's batch is split into, each with a share of every task.
             shard: (rank, ranks); the examples of a step, task after task, are dealt to the ranks
                 one by one.
+            plan_lookups: adds to a batch the plan of its lookups; None where steps need none.
             pin_memory: put the batches in pinned memory, for copies that do not block.
             depth: the most batches that wait.
 
@@ -105,6 +107,8 @@ class TrainingLoader:
                 pack(*choose(number), step, shapes_of(number)),
                 step_examples=tuple(samplers[each.task].batch_size for each in scheduled(step)),
             )
+            if plan_lookups is not None:
+                batch = plan_lookups(batch)
             return batch.pin_memory() if pin_memory else batch
 
         self.shapes: Shapes | None = RoundedShapes(token_multiple) if token_multiple > 1 else None

@@ -16,7 +16,8 @@ class MaskedTokens(NamedTuple):
     """Labels of masked language modelling.
 
     Attributes:
-        positions: int64 ``[m]``, the masked tokens among the tokens of the task batch.
+        positions: int64 ``[m]``, the masked tokens among the tokens of the task batch, each once;
+            -1 for one that does not count.
         targets: int64 ``[m]``, what stood there; -100 for one that does not count.
         is_next: float32 ``[n]``, 1 where an example's second segment follows its first in the
             text; None without next sentence prediction.
@@ -84,12 +85,14 @@ _MASKED_MULTIPLE = 64
 
 
 def pad_labels(labels: Labels | None) -> Labels | None:
-    """Pad masked tokens with ones that do not count: position 0, target -100."""
+    """Pad masked tokens with ones that do not count: position -1, target -100."""
     if not isinstance(labels, MaskedTokens):
         return labels
     padding = (0, -len(labels.positions) % _MASKED_MULTIPLE)
     return MaskedTokens(
-        F.pad(labels.positions, padding), F.pad(labels.targets, padding, value=-100), labels.is_next
+        F.pad(labels.positions, padding, value=-1),
+        F.pad(labels.targets, padding, value=-100),
+        labels.is_next,
     )
 
 

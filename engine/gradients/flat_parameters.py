@@ -128,6 +128,7 @@ class FlatParameters:
                 row = self.rows[0 if take_turns else tasks.index(spec.owner)]
                 spec.parameter.grad = slot.view(row)
         self._attach_rows()
+        model.encoder.choose_planned()
 
     @property
     def slots(self) -> dict[str, Slot]:

@@ -59,7 +59,11 @@ class ParamGroups:
         device = parameters.rows.device
         members = [segment.group for segment in self.segments]
         self._in_order = members == list(range(len(numbers)))
-        self._members = torch.tensor(members, device=device)
+        # The segments of each group, filled up with the number of a segment of zeros.
+        own = [[n for n, g in enumerate(members) if g == group] for group in numbers.values()]
+        longest = max(map(len, own), default=0)
+        padded = [each + [len(members)] * (longest - len(each)) for each in own]
+        self._members = torch.tensor(padded, dtype=torch.int64, device=device)
         sizes = torch.zeros(len(numbers))
         for segment in self._whole:
             sizes[segment.group] += segment.columns.stop - segment.columns.start
@@ -81,8 +85,9 @@ class ParamGroups:
         of_segments = kernels.gram(rows, self._offsets)
         if self._in_order:
             return of_segments
-        of_groups = of_segments.new_zeros(len(self.names), *of_segments.shape[1:])
-        return of_groups.index_add_(0, self._members, of_segments)
+        # A sum in the same order each time, which index_add_ has not on a GPU.
+        zeros = of_segments.new_zeros(1, *of_segments.shape[1:])
+        return torch.cat([of_segments, zeros])[self._members].sum(1)
 
 
 def _own_segments(whole: Sequence[Segment], pieces: Sequence[Piece]) -> tuple[Segment, ...]:

@@ -134,6 +134,7 @@ class BertEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor, context: Context) -> Tensor:
         """Embed the stream's tokens ``[T]``: ``[T, H]``."""
+        rows = None if context.segments is None else self._rows()
         return kernels.embedding_layer_norm(
             input_ids,
             context.position_ids,
@@ -148,8 +149,9 @@ class BertEmbeddings(nn.Module):
             training=self.training,
             seed=context.seed,
             rng_offset=_EMBEDDING_DROPOUT_ID,
-            rows=None if context.segments is None else self._rows(),
+            rows=rows,
             segments=context.segments,
+            plan=None if rows is None else context.lookup_plan,
         )
 
     def _rows(self) -> kernels.EmbeddingRows | None:

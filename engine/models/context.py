@@ -58,6 +58,8 @@ class Context(RowContext):
         token_type_ids: ``[T]`` int64.
         adapters: maps a layer's number and its input ``[T, H]`` to the sum that its tasks' adapters
             add to its output; None without adapters.
+        lookup_plan: the order in which gradients are added to the rows of tables; None where the
+            backward pass finds it, or collects no task gradients.
     """
 
     cu_seqlens: Tensor
@@ -65,6 +67,7 @@ class Context(RowContext):
     position_ids: Tensor
     token_type_ids: Tensor
     adapters: Callable[[int, Tensor], Tensor] | None = None
+    lookup_plan: kernels.LookupPlan | None = None
 
     @classmethod
     def of(
@@ -74,6 +77,7 @@ class Context(RowContext):
         segments: kernels.TaskSegments | None = None,
         seed: Tensor | None = None,
         adapters: Callable[[int, Tensor], Tensor] | None = None,
+        lookup_plan: kernels.LookupPlan | None = None,
     ) -> "Context":
         """Return the context of a packed batch."""
         return cls(
@@ -84,4 +88,5 @@ class Context(RowContext):
             segments=segments,
             seed=seed,
             adapters=adapters,
+            lookup_plan=lookup_plan,
         )

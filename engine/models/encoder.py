@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._kernels import kernels
 from .config import EncoderConfig
 from .context import Context
 from .layers import Embedding, GradientWrite, TaskLayer
@@ -42,12 +43,14 @@ class Encoder(nn.Module):
     Attributes:
         checkpoint_layers: in training, keep only the input of each stage and compute its
             activations again in the backward pass.
+        planned: the tables whose lookups are planned (:meth:`choose_planned`).
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_layers = False
+        self.planned: tuple[Embedding, ...] = ()
 
     def stages(self) -> Sequence[Stage]:
         """Return the stages in the order of the forward pass; every parameter is in one of them."""
@@ -64,7 +67,11 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def lookups(self, input_ids: Tensor, context: Context) -> Iterable[tuple[Embedding, Tensor]]:
-        """Return every table, and the entries ``[T]`` int64 that a forward pass looks up in it."""
+        """Return every table, and the entries ``[T]`` int64 that a forward pass looks up in it.
+
+        Entry t is what token t looks up: the backward pass adds the token's gradient there.  It is
+        called with tensors on the CPU, too, by the thread that prepares batches for a GPU.
+        """
         raise NotImplementedError
 
     def forward(self, input_ids: Tensor, context: Context) -> Tensor:
@@ -95,6 +102,17 @@ class Encoder(nn.Module):
         Raises:
             TypeError: one is left out.
         """
+        returned = set(self._tables())
+        for name, layer in self.named_modules():
+            is_table = isinstance(layer, TaskLayer) and layer.gradient_write is GradientWrite.SPARSE
+            if is_table and layer not in returned:
+                raise TypeError(
+                    f"{type(self).__name__}.lookups leaves out {name}, whose gradient rows would "
+                    "never be zeroed; yield it with the entries that a forward pass looks up"
+                )
+
+    def _tables(self) -> list[Embedding]:
+        """Return the table of each lookup."""
         device = self.word_table.weight.device
         token = torch.zeros(1, dtype=torch.int64, device=device)
         context = Context(
@@ -103,14 +121,45 @@ class Encoder(nn.Module):
             position_ids=token,
             token_type_ids=token,
         )
-        returned = {table for table, _ in self.lookups(token, context)}
-        for name, layer in self.named_modules():
-            is_table = isinstance(layer, TaskLayer) and layer.gradient_write is GradientWrite.SPARSE
-            if is_table and layer not in returned:
-                raise TypeError(
-                    f"{type(self).__name__}.lookups leaves out {name}, whose gradient rows would "
-                    "never be zeroed; yield it with the entries that a forward pass looks up"
-                )
+        return [table for table, _ in self.lookups(token, context)]
+
+    def choose_planned(self) -> None:
+        """Choose the tables whose lookups are planned: all that gradient rows are attached to.
+
+        It is none where a table is looked up twice or widths differ: a backward pass then finds the
+        order of the lookups itself.
+        """
+        tables = [table for table in self._tables() if table.columns is not None]
+        is_simple = len(set(tables)) == len(tables)
+        one_width = len({table.weight.shape[1] for table in tables}) == 1
+        self.planned = tuple(tables) if is_simple and one_width else ()
+
+    def plan_lookups(
+        self, input_ids: Tensor, context: Context, offsets: tuple[int, ...]
+    ) -> Tensor | None:
+        """Return the data of a plan of a batch's lookups, on the CPU; None if none are planned.
+
+        Args:
+            input_ids: ``[T]`` int64, on the CPU.
+            context: of these tokens, on the CPU.
+            offsets: ``K + 1`` token numbers, where tasks begin.
+
+        Raises:
+            ValueError: a token looks up what no table has.
+        """
+        if not self.planned:
+            return None
+        entries = dict(self.lookups(input_ids, context))
+        indices = [entries[table] for table in self.planned]
+        return kernels.plan_lookups(indices, self._planned_columns, offsets).data
+
+    def lookup_plan(self, data: Tensor | None) -> kernels.LookupPlan | None:
+        """Return the plan of a batch from what :meth:`plan_lookups` returned."""
+        return None if data is None else kernels.LookupPlan(data, self._planned_columns)
+
+    @property
+    def _planned_columns(self) -> tuple[kernels.Columns, ...]:
+        return tuple(table.columns for table in self.planned if table.columns is not None)
 
     def zero_sparse_rows(
         self, input_ids: Tensor, context: Context, offsets: tuple[int, ...]
@@ -122,5 +171,9 @@ class Encoder(nn.Module):
             context: of these tokens.
             offsets: ``K + 1`` token numbers, where tasks begin.
         """
+        plan = context.lookup_plan
+        if plan is not None and (rows := self.planned[0].rows) is not None:
+            kernels.zero_planned_rows_(rows.buffer, plan, offsets)
+            return
         for table, index in self.lookups(input_ids, context):
             table.zero_rows(index, offsets)

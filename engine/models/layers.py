@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._kernels import kernels
-from .context import RowContext
+from .context import Context, RowContext
 
 
 class GradientWrite(Enum):
@@ -98,10 +98,16 @@ class Embedding(TaskLayer):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_embeddings, width).normal_(0, init_std))
 
+    @property
+    def columns(self) -> kernels.Columns | None:
+        """The columns of its task gradients in the gradient buffer; None where it has none."""
+        return None if self.rows is None else self.rows.weight_columns
+
     def forward(self, index: Tensor, context: RowContext | None = None) -> Tensor:
         """Map ``[T]`` int64 to ``[T, H]``."""
         rows, segments = self._target(context)
-        return kernels.embedding(index, self.weight, rows=rows, segments=segments)
+        plan = context.lookup_plan if rows and isinstance(context, Context) else None
+        return kernels.embedding(index, self.weight, rows=rows, segments=segments, plan=plan)
 
     def decode(self, x: Tensor, context: RowContext | None = None) -> Tensor:
         """Return the dot product with every entry: ``[m, H]`` to ``[m, N]``.

@@ -1,6 +1,7 @@
 """A model of one encoder and a head for each task."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
@@ -173,9 +174,19 @@ class MultitaskModel(nn.Module):
         for module, name, buffer in buffers:
             setattr(module, name, buffer)
 
+    def with_lookup_plan(self, batch: PackedBatch) -> PackedBatch:
+        """Return a batch, on the CPU, with the plan of its lookups if its step can use one."""
+        if batch.states is not None:
+            return batch
+        context = Context.of(batch)
+        plan = self.encoder.plan_lookups(batch.input_ids, context, batch.token_offsets)
+        return replace(batch, lookup_plan=plan)
+
     def zero_sparse_rows(self, batch: PackedBatch) -> None:
         """Zero the task gradients of tables that the backward pass of a batch wrote."""
-        self.encoder.zero_sparse_rows(batch.input_ids, Context.of(batch), batch.token_offsets)
+        plan = self.encoder.lookup_plan(batch.lookup_plan)
+        context = Context.of(batch, lookup_plan=plan)
+        self.encoder.zero_sparse_rows(batch.input_ids, context, batch.token_offsets)
 
     def forward(
         self,
@@ -244,6 +255,7 @@ class MultitaskModel(nn.Module):
             segments=kernels.TaskSegments(batch.token_offsets, accumulate) if task_rows else None,
             seed=seed,
             adapters=AdaptersOfBatch.of(of_tasks, batch, seed) if has_adapters else None,
+            lookup_plan=self.encoder.lookup_plan(batch.lookup_plan) if task_rows else None,
         )
         hidden: Tensor = self.encoder(batch.input_ids, context)
         return hidden

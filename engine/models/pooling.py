@@ -80,7 +80,7 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
         ``[S, H]`` in the dtype of ``hidden``; the mean is taken in fp32.
     """
     if pooling == "cls":
-        return hidden[cu_seqlens[:-1].long()]
+        return kernels.take_rows(hidden, cu_seqlens[:-1].long())
     offsets = cu_seqlens.long()
     mean = torch.segment_reduce(at_least_fp32(hidden), "mean", offsets=offsets, axis=0)
     return mean.to(hidden.dtype)

@@ -86,6 +86,7 @@ class Trainer:
             shard=self.ranks.shard,
             shapes=self.recipe.max_graphs if self.step.execution.kind in RECORDED else 0,
             token_multiple=token_multiple(self.parameters.compute.dtype) if on_cpu else 1,
+            plan_lookups=None if on_cpu else self.model.with_lookup_plan,
             pin_memory=self.device.type == "cuda",
         )
 

@@ -5,7 +5,7 @@
 
 A batch looks up a few hundred of the word table's 30,522 rows.  So a backward pass adds to the
 gradients of these rows alone, and the caller zeroes them after the step (:func:`zero_rows_`),
-instead of K whole tables.
+instead of K whole tables.  :mod:`~kernels.embedding.lookup_plan` sorts them beforehand.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from ..registration.differentiation import differentiable_once, refuse_transform
 from ..registration.validation import check_data
 from ..task_rows import TaskRows, TaskSegments, rows_at
 from .embedding_checks import check_embedding_gradients
+from .lookup_plan import LookupPlan, add_planned_gradients_
 
 # ---- reference ----------------------------------------------------------------------------------
 
@@ -102,19 +103,31 @@ class _TaskEmbedding(torch.autograd.Function):
         buffer: Tensor,
         start: int,
         offsets: tuple[int, ...],
+        plan: Tensor | None,
+        planned_before: tuple[int, ...],
+        planned_after: tuple[int, ...],
     ) -> Tensor:
-        ctx.save_for_backward(index, weight)
+        ctx.save_for_backward(index if plan is None else plan, weight)
         ctx.rows, ctx.offsets = (buffer, start), offsets  # type: ignore[attr-defined]
+        # Of the other planned tables: torch.compile loses a number that is a shape of a tensor, too.
+        others = None if plan is None else (planned_before, planned_after)
+        ctx.others = others  # type: ignore[attr-defined]
         return F.embedding(index, weight)
 
     @staticmethod
     @differentiable_once("embedding with task rows", "the layer without rows")
     def backward(ctx: Any, saved: tuple[Tensor, Tensor], grad_output: Tensor) -> tuple[None, ...]:
-        index, weight = saved
+        index_or_plan, weight = saved
         buffer, start = ctx.rows
-        rows = rows_at(buffer, start, weight.shape)
-        embedding_task_gradients_(grad_output, index, rows, ctx.offsets)
-        return None, None, None, None, None
+        if ctx.others is None:
+            rows = rows_at(buffer, start, weight.shape)
+            embedding_task_gradients_(grad_output, index_or_plan, rows, ctx.offsets)
+        else:
+            before, after = ctx.others
+            entries = (*before, weight.shape[0], *after)
+            numbers = (entries, ctx.offsets, len(before))
+            add_planned_gradients_(grad_output, index_or_plan, buffer, *numbers)
+        return (None,) * 8
 
 
 def embedding(
@@ -123,6 +136,7 @@ def embedding(
     *,
     rows: TaskRows | None = None,
     segments: TaskSegments | None = None,
+    plan: LookupPlan | None = None,
 ) -> Tensor:
     """Look up ``weight[index]``; with ``rows``, the backward pass adds the K gradients there.
 
@@ -133,20 +147,33 @@ def embedding(
             zero it after use with :func:`zero_rows_`.  ``weight.grad`` stays None.
         segments: which rows of the stream belong to which task; needed with ``rows``.
             ``accumulate`` makes no difference here, since rows are always added to.
+        plan: of this index, by `kernels.plan_lookups` for the columns of ``rows`` and maybe more;
+            on a GPU the backward pass then need not sort.  The gradients are the same.
 
     Returns:
         ``[T, H]`` in the dtype of ``weight``.
 
     Raises:
-        ValueError: ``rows`` without ``segments``, shapes of the two that disagree, or a storage
-            that was freed.
+        ValueError: ``rows`` without ``segments``, shapes of the two that disagree, a plan of other
+            tables, or a storage that was freed.
     """
     check_data(index=index, weight=weight)
     if rows is None:
+        if plan is not None:
+            raise ValueError("plan: of no use without rows")
         return F.embedding(index, weight)
     if index.dim() != 1:
         raise ValueError(f"rows: task gradients need an index [T], got {list(index.shape)}")
     refuse_transforms("embedding", weight)
     segments = rows.checked(segments, weight, None, index)
     start, _ = rows.starts
-    return _TaskEmbedding.apply(index, weight, rows.buffer, start, segments.offsets)  # type: ignore[no-untyped-call]
+    planned: tuple[Any, ...] = (None, (), ())
+    if plan is not None:
+        if rows.weight_columns not in plan.columns:
+            raise ValueError(
+                f"plan: expected one for {rows.weight_columns}, got one for {plan.columns}"
+            )
+        check_data(plan=plan.data)
+        number, entries = plan.columns.index(rows.weight_columns), plan.entries
+        planned = plan.data, entries[:number], entries[number + 1 :]
+    return _TaskEmbedding.apply(index, weight, rows.buffer, start, segments.offsets, *planned)  # type: ignore[no-untyped-call]

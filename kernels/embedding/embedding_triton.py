@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens of a piece and columns of a program: 32 elements for each thread of four warps.
-_PIECE = 32
-_COLUMNS = 128
+from .lookup_plan import PIECE
+
+# Columns of a program: 32 elements of a piece for each thread of four warps.
+COLUMNS = 128
 
 
 @triton.jit
@@ -117,8 +118,8 @@ def add_task_gradients_(
     total = keys.numel()
     run_starts = torch.searchsorted(keys, keys)
     pieces = grad.new_empty((total, width), dtype=torch.float32)
-    grid = (total, triton.cdiv(width, _COLUMNS))
+    grid = (total, triton.cdiv(width, COLUMNS))
     num_keys = len(rows) * table_rows
-    numbers = (total, rows.stride(0), num_keys, table_rows, width, _PIECE, _COLUMNS)
+    numbers = (total, rows.stride(0), num_keys, table_rows, width, PIECE, COLUMNS)
     _pieces_kernel[grid](grad, keys, tokens, run_starts, pieces, rows, *numbers)
     _long_runs_kernel[grid](keys, run_starts, pieces, rows, *numbers)

@@ -20,6 +20,7 @@ from .. import _extension  # noqa: F401  (registers the operators)
 from ..dropout.dropout import check_dropout, dropout, new_seed
 from ..embedding.embedding import embedding, embedding_task_gradients_
 from ..embedding.embedding_checks import check_embedded
+from ..embedding.lookup_plan import LookupPlan, add_planned_gradients_
 from ..layer_norm.layer_norm import layer_norm
 from ..layer_norm.layer_norm_checks import check_norm, check_norm_backward
 from ..layer_norm.layer_norm_parameters import (
@@ -72,11 +73,18 @@ def embedding_layer_norm_reference(
     eps: float,
     rows: EmbeddingRows | None = None,
     segments: TaskSegments | None = None,
+    plan: LookupPlan | None = None,
 ) -> Tensor:
     """The sum and its norm by separate layers."""
     *table_rows, norm_rows = (None,) * 4 if rows is None else rows
     word, position, token_type = (
-        embedding(index, table, rows=own, segments=segments)
+        embedding(
+            index,
+            table,
+            rows=own,
+            segments=segments,
+            plan=plan if own is not None and own.weight_columns else None,
+        )
         for index, table, own in zip(ids, tables, table_rows, strict=True)
     )
     return layer_norm(
@@ -109,8 +117,9 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *ids_and_tables, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.rng_offset = inputs[:12]
+    *row_arguments, plan = inputs[12:]
     _, mean, rstd = output
-    save(ctx, (*ids_and_tables, weight, bias, mean, rstd), list(inputs[12:]))
+    save(ctx, (*ids_and_tables, weight, bias, mean, rstd, plan), row_arguments)
     ctx.mark_non_differentiable(mean, rstd)
 
 
@@ -122,7 +131,7 @@ _INSTEAD = "torch.nn.functional.embedding and layer_norm, or float64"
 def _backward(
     ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
-    *ids_and_tables, weight, bias, mean, rstd = saved
+    *ids_and_tables, weight, bias, mean, rstd, plan = saved
     norm_arguments = parameter_rows(ctx, weight, bias, mean, first=3)
     grad_sum = _ops.embedding_layer_norm_backward(
         *(grad_out, *ids_and_tables, weight, mean, rstd, *norm_arguments),
@@ -130,17 +139,23 @@ def _backward(
     )
     ids, tables = ids_and_tables[:3], ids_and_tables[3:]
     grads: list[Tensor | None] = [None, None, None]
-    for i, (index, table) in enumerate(zip(ids, tables, strict=True)):
-        if ctx.rows is not None:
-            if ctx.columns[i] != NO_COLUMN:
-                rows = rows_at(ctx.rows, ctx.columns[i], table.shape)
+    if ctx.rows is not None and plan is not None:
+        pairs = zip(tables, ctx.columns[:3], strict=True)
+        entries = [len(table) for table, column in pairs if column != NO_COLUMN]
+        add_planned_gradients_(grad_sum, plan, ctx.rows, entries, ctx.offsets)
+    elif ctx.rows is not None:
+        for index, table, column in zip(ids, tables, ctx.columns[:3], strict=True):
+            if column != NO_COLUMN:
+                rows = rows_at(ctx.rows, column, table.shape)
                 embedding_task_gradients_(grad_sum, index, rows, ctx.offsets)
-        elif ctx.needs_input_grad[3 + i]:
-            grad = table.new_zeros((1, *table.shape))
-            embedding_task_gradients_(grad_sum, index, grad, (0, index.shape[0]))
-            grads[i] = grad[0]
+    else:
+        for i, (index, table) in enumerate(zip(ids, tables, strict=True)):
+            if ctx.needs_input_grad[3 + i]:
+                grad = table.new_zeros((1, *table.shape))
+                embedding_task_gradients_(grad_sum, index, grad, (0, index.shape[0]))
+                grads[i] = grad[0]
     parameters = parameter_gradients(ctx, *norm_arguments[:2])
-    return None, None, None, *grads, *parameters, *[None] * 8
+    return None, None, None, *grads, *parameters, *[None] * 9
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -156,8 +171,10 @@ for _name, _fake in _FAKES.items():
 def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from . import embedding_layer_norm_triton
 
-    ids, tables, given = arguments[:3], arguments[3:6], arguments[6:12]
+    ids, tables, given, plan = arguments[:3], arguments[3:6], arguments[6:12], arguments[16]
     check_embedded(ids, tables)
+    if plan is not None:
+        check_tensor("plan", plan, (plan.numel(),), torch.int64, tables[0].device)
     weight, bias, dropout_p, eps, seed, rng_offset = given
     word = tables[0]
     check_norm(word, weight, bias, eps, None, None, dropout_p, seed, rng_offset)
@@ -209,6 +226,16 @@ def _check_tables(
             raise ValueError(f"{name}: expected on {word.device}, got {table.device}")
 
 
+def _planned(plan: LookupPlan | None, rows: EmbeddingRows) -> Tensor | None:
+    """Return the data of a plan for these rows."""
+    if plan is None:
+        return None
+    columns = tuple(own.weight_columns for own in rows[:3] if own.weight_columns is not None)
+    if plan.columns != columns:
+        raise ValueError(f"plan: expected one for {columns}, got one for {plan.columns}")
+    return plan.data
+
+
 def embedding_layer_norm(
     word_ids: Tensor,
     position_ids: Tensor,
@@ -227,6 +254,7 @@ def embedding_layer_norm(
     stream: int | None = None,
     rows: EmbeddingRows | None = None,
     segments: TaskSegments | None = None,
+    plan: LookupPlan | None = None,
 ) -> Tensor:
     """BERT's embedding layer: ``dropout(layer_norm(word + position + token type))``.
 
@@ -247,6 +275,8 @@ def embedding_layer_norm(
         stream: the old name of ``rng_offset``, deprecated.
         rows: where task gradients go; ``grad`` of tables, weight and bias then stays None.
         segments: which tokens belong to which task; needed with ``rows``.
+        plan: of these ids, by `kernels.plan_lookups` for the columns of all tables that have some;
+            on a GPU the backward pass then need not sort.  The gradients are the same.
 
     Returns:
         ``[..., H]`` in the tables' dtype.
@@ -264,7 +294,9 @@ def embedding_layer_norm(
     check_parameter("weight", weight, word)
     check_parameter("bias", bias, word)
     check_dropout(dropout_p, seed, rng_offset, word.device)
-    row_arguments: tuple[Any, ...] = (None, (), (), False)
+    row_arguments: tuple[Any, ...] = (None, (), (), False, None)
+    if rows is None and plan is not None:
+        raise ValueError("plan: of no use without rows")
     if rows is not None:
         if word_ids.dim() != 1 or weight is None:
             raise ValueError("rows: task gradients need ids of shape [tokens] and a weight")
@@ -274,7 +306,7 @@ def embedding_layer_norm(
             own.checked(segments, table, None, word_ids)
         segments = rows.norm.checked(segments, weight, bias, word_ids)
         starts = (*(own.starts[0] for own in rows[:3]), *rows.norm.starts)
-        row_arguments = (rows.norm.buffer, starts, *segments)
+        row_arguments = (rows.norm.buffer, starts, *segments, _planned(plan, rows))
     p = dropout_p if training else 0.0
     check_data(**ids)
     if word.dtype == torch.float64:
@@ -283,7 +315,7 @@ def embedding_layer_norm(
         out = embedding_layer_norm_reference(
             (word_ids, position_ids, token_type_ids),
             (word, position, token_type),
-            *(weight, bias, eps, rows, segments),
+            *(weight, bias, eps, rows, segments, plan),
         )
         return dropout(out, p, seed=seed, rng_offset=rng_offset)
     if p > 0 and seed is None:

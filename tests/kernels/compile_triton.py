@@ -29,7 +29,8 @@ from kernels.attention.attention_triton import DELTA_ROWS, INTERVAL_ROWS, TILES,
 from kernels.attention.attention_triton_kernels import Heads, Intervals, KernelOptions
 from kernels.dropout import dropout_triton
 from kernels.dropout.philox_triton import DropoutArguments
-from kernels.embedding import embedding_triton
+from kernels.embedding import embedding_triton, lookup_plan_triton
+from kernels.embedding.lookup_plan import PIECE
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.embedding_layer_norm.embedding_layer_norm_triton import Tables
 from kernels.layer_norm import layer_norm_triton
@@ -41,6 +42,7 @@ from kernels.layer_norm.layer_norm_triton import (
     constants_of,
 )
 from kernels.linear import linear_triton
+from kernels.take_rows import take_rows_triton
 
 ATTENTION = {
     "forward": attention.forward_kernel,
@@ -60,6 +62,11 @@ OTHERS = {
     "dropout": dropout_triton._dropout_kernel,
     "embedding_pieces": embedding_triton._pieces_kernel,
     "embedding_long_runs": embedding_triton._long_runs_kernel,
+    "planned_pieces": lookup_plan_triton.planned_pieces_kernel,
+    "planned_runs": lookup_plan_triton.planned_runs_kernel,
+    "zero_planned_rows": lookup_plan_triton.zero_planned_rows_kernel,
+    "take_rows": take_rows_triton.take_rows_kernel,
+    "write_rows": take_rows_triton.write_rows_kernel,
 }
 # Widths are numbers like others to these: one compilation serves all that are multiples of 16, and
 # of those that are not, which have small tiles, one each of the rest.
@@ -225,8 +232,7 @@ def _linear(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
 
 def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     width = case.width
-    piece, columns = embedding_triton._PIECE, embedding_triton._COLUMNS
-    of_table = {"N": 30_522, "WIDTH": width, "PIECE": piece, "COLUMNS": columns}
+    of_table = {"WIDTH": width, "PIECE": PIECE, "COLUMNS": embedding_triton.COLUMNS}
     constants = {
         "intervals": {"ROWS_ARE_KEYS": True, "CAUSAL": True, "BLOCK": INTERVAL_ROWS},
         "delta": {"D": width, "BLOCK_D": padded_width(width), "BLOCK": DELTA_ROWS},
@@ -237,9 +243,19 @@ def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
             "BLOCK_N": layer_norm_triton._SUMMED_COLUMNS,
         },
         "dropout": {"BLOCK": dropout_triton._BLOCK},
-        "embedding_pieces": of_table,
-        "embedding_long_runs": of_table,
+        "embedding_pieces": {"N": 30_522, **of_table},
+        "embedding_long_runs": {"N": 30_522, **of_table},
+        "planned_pieces": of_table,
+        "planned_runs": of_table,
+        "zero_planned_rows": {
+            "WIDTH": width,
+            "RECORDS": lookup_plan_triton.ZEROED_RECORDS,
+            "COLUMNS": lookup_plan_triton.ZEROED_COLUMNS,
+        },
     }
+    constants |= dict.fromkeys(
+        ["take_rows", "write_rows"], {"WIDTH": width, "BLOCK": take_rows_triton.BLOCK}
+    )
     return constants[case.kernel], {}
 
 
@@ -249,15 +265,17 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
     heads, intervals = Heads(row, "i32", "i32"), Intervals("*i32", "*i32")
     rows = ["x", "residual", "hidden", "grad_hidden", "grad_x", "grad_sum", "grad", "rows"]
     rows += ["weight_rows", "bias_rows", "x_bias_rows"]
+    of_plan = ["first_record", "num_tokens", "num_places", "num_records", "first_slot"]
     return {
         **dict.fromkeys(["q", "k", "v", "grad_q", "grad_k", "grad_v"], heads),
         **dict.fromkeys(["out", "grad_out"], heads if in_heads else row),
-        **dict.fromkeys(rows, row),
+        **dict.fromkeys([*rows, "buffer"], row),
         **dict.fromkeys(["keys_of_queries", "queries_of_keys"], intervals),
         "intervals": intervals,
         **dict.fromkeys(["lse", "delta", "norm"], "*fp32"),
-        **dict.fromkeys(["mean", "rstd", "weight", "partials", "pieces"], "*fp32"),
-        **dict.fromkeys(["keys", "tokens", "run_starts"], "*i64"),
+        **dict.fromkeys(["mean", "rstd", "weight", "partials", "pieces", "slots"], "*fp32"),
+        **dict.fromkeys(["keys", "tokens", "run_starts", "plan", "index"], "*i64"),
+        **dict.fromkeys([*of_plan, "num_slots", "num_columns"], "i32"),
         **dict.fromkeys(["cu_own", "cu_other"], "*i32"),
         **dict.fromkeys(["total_q", "total_k", "total", "total_other", "num_rows"], "i32"),
         **dict.fromkeys(["num_sequences", "search_steps", "count", "rng_offset"], "i32"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import Columns, EmbeddingRows, TaskRows, TaskSegments
+from kernels import Columns, EmbeddingRows, LookupPlan, TaskRows, TaskSegments
 
 WIDTH, HEADS, TABLE_ROWS = 64, 2, 50
 
@@ -28,6 +28,7 @@ class Stream(NamedTuple):
     table: Tensor  # [TABLE_ROWS, WIDTH]
     buffer: Tensor  # [2, P], the gradient rows of all layers
     columns: tuple[Columns, ...]
+    planned: Tensor  # the data of a plan of the table's lookups
 
     @classmethod
     def of(cls, tokens: int, device: str = "cpu") -> "Stream":
@@ -42,19 +43,22 @@ class Stream(NamedTuple):
         shapes = [weight.shape, bias.shape, matrix.shape, bias.shape, table.shape]
         starts = accumulate((shape.numel() for shape in shapes), initial=0)
         *columns, of_table = map(Columns, starts, shapes)
+        x = leaf(tokens, 3 * WIDTH)
+        ids, offsets = torch.randint(0, TABLE_ROWS, (tokens,)), (0, half, tokens - 1)
         return cls(
-            x=leaf(tokens, 3 * WIDTH),
-            ids=torch.randint(0, TABLE_ROWS, (tokens,)).to(device),
+            x=x,
+            ids=ids.to(device),
             cu_seqlens=torch.tensor([0, half, tokens - 1], dtype=torch.int32, device=device),
             longest=half,
             seed=torch.tensor(5, device=device),
-            segments=TaskSegments((0, half, tokens - 1)),
+            segments=TaskSegments(offsets),
             weight=weight,
             bias=bias,
             matrix=matrix,
             table=table,
             buffer=torch.zeros(2, of_table.stop, device=device),
             columns=(*columns, of_table),
+            planned=kernels.plan_lookups([ids], [of_table], offsets).data.to(device),
         )
 
     @property
@@ -76,6 +80,11 @@ class Stream(NamedTuple):
     def table_rows(self) -> TaskRows:
         """Of an embedding."""
         return TaskRows(self.buffer, self.columns[4])
+
+    @property
+    def plan(self) -> LookupPlan:
+        """Of the lookups in the table."""
+        return LookupPlan(self.planned, self.columns[4:])
 
     def to(self, device: str) -> "Stream":
         """The same stream on another device."""
@@ -153,6 +162,10 @@ LAYERS: dict[str, Callable[[Stream], Tensor]] = {
     "embedding by task": lambda s: kernels.embedding(
         s.ids, s.table, rows=s.table_rows, segments=s.segments
     ),
+    "embedding by task and plan": lambda s: kernels.embedding(
+        s.ids, s.table, rows=s.table_rows, segments=s.segments, plan=s.plan
+    ),
+    "take_rows": lambda s: kernels.take_rows(s.own, s.cu_seqlens[:-1].long()),
     "linear": lambda s: kernels.linear(s.own, s.matrix, s.bias),
     "linear by task": lambda s: kernels.linear(
         s.own, s.matrix, s.bias, rows=s.matrix_rows, segments=s.segments

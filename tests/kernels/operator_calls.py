@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import Columns, TaskGradients, TaskRows, TaskSegments, balancing, new_task_rows
+from kernels import (
+    Columns,
+    LookupPlan,
+    TaskGradients,
+    TaskRows,
+    TaskSegments,
+    balancing,
+    new_task_rows,
+)
 
 from .balancing.methods import SOLVERS
 from .layer_cases import LAYERS, Stream
@@ -16,7 +24,8 @@ from .test_operators import attention, norms, others
 from .test_surgery_weights import operator_samples
 
 NO_TENSOR_ARGUMENTS = {
-    *("BalancedOptimizer", "PCGrad", "Columns", "EmbeddingRows", "TaskRows", "TaskSegments"),
+    *("BalancedOptimizer", "PCGrad", "Columns", "EmbeddingRows", "LookupPlan", "TaskRows"),
+    "TaskSegments",
     *("backend", "checked_values", "accelerate", "restore", "balancing"),
 }
 
@@ -47,6 +56,8 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
     wide = new_task_rows(2, torch.ones(24, dtype=dtype)).buffer
     biased = TaskRows(wide, *(Columns(start, (8,)) for start in (0, 8, 16)))
     by_task = {"segments": TaskSegments((0, 3, 6))}
+    of_table = table.weight_columns
+    plan = kernels.plan_lookups([ids], [of_table], (0, 3, 6))
     dropped = {"dropout_p": 0.1, "seed": seed}
     stream = {"x0": x, "residual": x.clone(), **norm, "x_bias": weight.clone(), **dropped}
     tables = {"word": matrix, "position": matrix.clone(), "token_type": matrix.clone()}
@@ -92,6 +103,13 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
             ),
             {"index": ids, "weight": matrix, "buffer": table.buffer},
         ),
+        "embedding by task and plan": (
+            lambda index, weight, plan: kernels.embedding(
+                index, weight, rows=table, **by_task, plan=LookupPlan(plan, (of_table,))
+            ),
+            {"index": ids, "weight": matrix, "plan": plan.data},
+        ),
+        "take_rows": (kernels.take_rows, {"x": x, "index": torch.tensor([5, 0, -1])}),
         "linear": (kernels.linear, {"x": x, "weight": matrix, "bias": weight}),
         "linear by task": (
             lambda x, weight: kernels.linear(x, weight, rows=table, **by_task),
@@ -159,6 +177,8 @@ def padding_and_modules() -> dict[str, Call]:
     hidden, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]])
     stream, indices, *_ = kernels.unpad_input(hidden, mask)
     cu, weight = torch.tensor([0, 2], dtype=torch.int32), torch.randn(4, 4)
+    ids, columns = torch.tensor([0, 1, 2, 3, 1, 0]), (Columns(2, (4, 4)),)
+    plan = kernels.plan_lookups([ids], columns, (0, 3, 6))
     return {
         "unpad_input": (
             kernels.unpad_input,
@@ -171,6 +191,16 @@ def padding_and_modules() -> dict[str, Call]:
         "check_cu_seqlens": (
             partial(kernels.check_cu_seqlens, "cu_seqlens"),
             {"cu_seqlens": cu, "total": 2},
+        ),
+        "plan_lookups": (
+            lambda indices: kernels.plan_lookups([indices], columns, (0, 3, 6)),
+            {"indices": ids},
+        ),
+        "zero_planned_rows_": (
+            lambda buffer, plan: kernels.zero_planned_rows_(
+                buffer, LookupPlan(plan, columns), (0, 3, 6)
+            ),
+            {"buffer": torch.zeros(2, 20), "plan": plan.data},
         ),
         "new_task_rows": (partial(kernels.new_task_rows, 2), {"weight": weight}),
         "FusedLayerNorm": (_fused_layer_norm, {"weight": weight[0].clone()}),

@@ -171,15 +171,18 @@ def _embedded(s: Stream, *parameters: Tensor | None, **options: object) -> Tenso
     return kernels.embedding_layer_norm(s.ids, s.ids, s.ids, *tables, *parameters, **options)
 
 
-def _embedded_by_task(s: Stream, frozen: str = "") -> Tensor:
+def _embedded_by_task(s: Stream, *frozen: str, planned: bool = False) -> Tensor:
     rows = {"word": s.table_rows, "position": s.table_rows, "token_type": s.table_rows}
     tables = dict.fromkeys(rows, s.table)
-    if frozen:
-        rows[frozen] = rows[frozen]._replace(weight_columns=None)
-        tables[frozen] = tables[frozen].detach()
+    for name in frozen:
+        rows[name] = rows[name]._replace(weight_columns=None)
+        tables[name] = tables[name].detach()
     of_all = EmbeddingRows(**rows, norm=s.vector_rows)
     return kernels.embedding_layer_norm(
-        *(s.ids, s.ids, s.ids, *tables.values(), s.weight, s.bias), rows=of_all, segments=s.segments
+        *(s.ids, s.ids, s.ids, *tables.values(), s.weight, s.bias),
+        rows=of_all,
+        segments=s.segments,
+        plan=s.plan if planned else None,
     )
 
 
@@ -193,10 +196,14 @@ EMBEDDING: dict[str, Call] = {
     "no seed": lambda s: _embedded(s, s.weight, s.bias, dropout_p=0.1),
     "frozen tables": lambda s: _embedded(s._replace(table=s.table.detach()), s.weight, s.bias),
     "by task": _embedded_by_task,
-    "by task, frozen positions": partial(_embedded_by_task, frozen="position"),
+    "by task, frozen positions": lambda s: _embedded_by_task(s, "position"),
     "table": lambda s: kernels.embedding(s.ids, s.table),
     "table by task": lambda s: kernels.embedding(
         s.ids, s.table, rows=s.table_rows, segments=s.segments
+    ),
+    "by task and plan": lambda s: _embedded_by_task(s, "position", "token_type", planned=True),
+    "table by task and plan": lambda s: kernels.embedding(
+        s.ids, s.table, rows=s.table_rows, segments=s.segments, plan=s.plan
     ),
 }
 
@@ -215,6 +222,8 @@ LINEAR: dict[str, Call] = {
     "by task, of a constant": lambda s: kernels.linear(
         s.own.detach(), s.matrix, s.bias, rows=s.matrix_rows, segments=s.segments
     ),
+    "rows": lambda s: kernels.take_rows(s.own, s.cu_seqlens[:-1].long()),
+    "rows of a constant": lambda s: kernels.take_rows(s.own.detach(), s.cu_seqlens.long() - 1),
     "dropout": lambda s: kernels.dropout(s.own, 0.1, seed=s.seed),
     "dropout, no seed": lambda s: kernels.dropout(s.own, 0.1),
     "no dropout": lambda s: kernels.dropout(s.own, 0.0),
@@ -300,6 +309,12 @@ def _zeroed(s: Stream) -> Tensor:
     return rows
 
 
+def _zeroed_as_planned(s: Stream) -> Tensor:
+    buffer = torch.ones_like(s.buffer)
+    kernels.zero_planned_rows_(buffer, s.plan, s.segments.offsets)
+    return buffer
+
+
 def _weights(s: Stream, method: Callable[[Tensor], Tensor]) -> Tensor:
     return method(kernels.gram(_rows(s)).detach())
 
@@ -328,6 +343,7 @@ SURGERY: dict[str, Call] = {
     "update_summary, scaled": partial(_summary, max_norm=0.5, loss_scale=torch.tensor(2.0)),
     "new_task_rows": lambda s: kernels.new_task_rows(2, s.weight, fill=1.0).buffer,
     "zero_rows_": _zeroed,
+    "zero_planned_rows_": _zeroed_as_planned,
     **{f"balancing: {name}": partial(_weights, method=method) for name, method in METHODS.items()},
 }
 GROUPS = {
@@ -344,8 +360,8 @@ FOR_INDUCTOR = {
     "layer_norm": ["neither", "bias", "by task, frozen bias"],
     "dropout_add_layer_norm": ["neither", "prenorm, sum alone"],
     "attention": ["gradient of v", "log-sum-exp alone"],
-    "embedding_layer_norm": ["neither", "by task, frozen positions"],
-    "linear, dropout": ["by task, frozen weight", "dropout, no seed"],
+    "embedding_layer_norm": ["neither", "by task, frozen positions", "by task and plan"],
+    "linear, dropout": ["by task, frozen weight", "dropout, no seed", "rows"],
     "padding": ["there and back"],
     "surgery": ["gram", "combine into a tensor", "combine_adamw_", "zero_rows_", "balancing: mgda"],
 }
@@ -357,7 +373,8 @@ FOR_INDUCTOR = {
 def test_every_function_has_a_case() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     called = {re.split(r"[ .]", name)[0] for name in public_calls()}
-    called -= {"balancing", "check_cu_seqlens", "TaskGradients"}  # methods: in METHODS
+    # Methods are in METHODS; the others run outside of graphs.
+    called -= {"balancing", "check_cu_seqlens", "plan_lookups", "TaskGradients"}
     missing = [name for name in called if not re.search(rf"\bkernels\.{name}\b", text)]
     assert missing == [], "GROUPS of tests/kernels/test_compile_options.py has a case for each"
 

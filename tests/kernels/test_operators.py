@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import backend
+from kernels import Columns, backend, plan_lookups
 from kernels.attention.attention_options import AttentionOptions
 
 from .balancing.methods import SOLVERS
@@ -51,11 +51,13 @@ def norms(by_task: bool) -> dict[str, tuple]:
     *starts, end = range(0, (3 * TABLE_ROWS + 3) * WIDTH + 1, WIDTH)
     starts = [*starts[: 3 * TABLE_ROWS : TABLE_ROWS], *starts[-3:]]  # of tables, weight, biases
     buffer = torch.zeros(2, end)
-    of_all: tuple = (buffer, starts[:5], OFFSETS, False)
+    plan = plan_lookups(ids, [Columns(start, (TABLE_ROWS, WIDTH)) for start in starts[:3]], OFFSETS)
+    of_all: tuple = (buffer, starts[:5], OFFSETS, False, plan.data)
     of_norm: tuple = (buffer, starts[3:5], OFFSETS, False)
     of_add: tuple = (buffer, starts[3:], OFFSETS, False)
     if not by_task:
-        of_all = of_norm = of_add = (None, [], [], False)
+        of_norm = of_add = (None, [], [], False)
+        of_all = (*of_norm, None)
     grad, hidden, mean, rstd = (*torch.randn(2, TOKENS, WIDTH), *torch.ones(2, TOKENS))
     gradient_rows = [torch.zeros(2, WIDTH) if by_task else torch.zeros(0) for _ in range(3)]
     statistics = (weight.detach(), mean, rstd)
@@ -77,11 +79,20 @@ def others() -> dict[str, tuple]:
     """Arguments of dropout and of the gradients by task."""
     x, grad, index = torch.randn(TOKENS, 4), torch.randn(TOKENS, 5), torch.arange(TOKENS) % 3
     rows, bias_rows = torch.zeros(2, 5, 4), torch.zeros(2, 5)
+    # A row that more tokens look up than a piece has, and a table of other rows.
+    long_offsets, tables = [0, 5, 45], [Columns(1, (1, 4)), Columns(8, (3, 4))]
+    indices = (torch.zeros(45, dtype=torch.int64), torch.arange(45) % 3)
+    plan, buffer = plan_lookups(indices, tables, long_offsets).data, torch.ones(2, 21)
+    planned = (plan, buffer, [1, 3], long_offsets)
     return {
         "dropout": (leaf(7, 5), 0.2, SEED, 3),
         "onednn_linear": (x, grad.t() @ x, grad.sum(0)),
         "linear_task_gradients_": (grad, x, rows, bias_rows, OFFSETS, True),
         "embedding_task_gradients_": (x, index, torch.zeros(2, 3, 4), OFFSETS),
+        "add_planned_gradients_": (torch.randn(45, 4), *planned, -1),
+        "take_rows": (leaf(7, 5), torch.tensor([6, 0, -1])),
+        "take_rows_backward": (torch.randn(3, 5), torch.tensor([6, 0, -1]), 7),
+        "zero_planned_rows_": (buffer, plan, *planned[2:], 4),
     }
 
 

@@ -13,10 +13,13 @@ from triton.runtime import JITFunction
 from kernels.attention import attention_triton
 from kernels.attention.attention_options import AttentionOptions
 from kernels.dropout import dropout_triton
-from kernels.embedding import embedding_triton
+from kernels import Columns, plan_lookups
+from kernels.embedding import embedding_triton, lookup_plan_triton
+from kernels.embedding.lookup_plan import ALL_TABLES, Layout
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.layer_norm import layer_norm_triton
 from kernels.linear import linear_triton
+from kernels.take_rows import take_rows_triton
 
 from .compile_triton import (
     KERNELS,
@@ -131,3 +134,12 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
         own = (matrix_rows[: len(tasks) - 1], bias_rows[: len(tasks) - 1])
         linear_triton.write_gradients_(x, x, *own, tasks, False)
         linear_triton.write_bias_gradients_(x, own[1], tasks, False)
+
+    buffer = torch.zeros(2, 8 * width, dtype=dtype)
+    tables = Columns(0, (7, width)), Columns(7 * width, (1, width))
+    plan = plan_lookups((index, torch.zeros_like(index)), tables, offsets)
+    planned = (plan.data, buffer, Layout.of(plan.entries, offsets))
+    lookup_plan_triton.add_planned_gradients_(x, *planned, ALL_TABLES)
+    lookup_plan_triton.zero_planned_rows_(buffer, plan.data, planned[2], width)
+    take_rows_triton.forward(x, index[:7])
+    take_rows_triton.backward(x, index, 7)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..._kernels import kernels
+
 
 class BiLstm(nn.Module):
     """An LSTM in each direction over the tokens after [CLS]; its output joins both last states.
@@ -30,14 +32,16 @@ class BiLstm(nn.Module):
         first, end = cu_seqlens[:-1].long() + 1, cu_seqlens[1:].long()
         place = torch.arange(max(1, max_seqlen - 1), device=tokens.device)
         lengths = (end - first)[:, None]
-        inside = (place < lengths)[..., None]
-        last = (lengths - 1).clamp(min=0)[..., None]
+        inside = place < lengths
+        last = (lengths - 1).clamp(min=0).squeeze(1)
+        last += torch.arange(len(last), device=tokens.device) * len(place)
         states = []
         for lstm, index in (
             (self.forwards, first[:, None] + place),
             (self.backwards, end[:, None] - 1 - place),
         ):
-            padded = tokens[index.clamp(0, len(tokens) - 1)] * inside
-            output, _ = lstm(padded)
-            states.append(output.gather(1, last.expand(-1, -1, output.shape[2])).squeeze(1))
+            # -1 stands for zeros.
+            padded = kernels.take_rows(tokens, index.where(inside, -1).flatten())
+            output, _ = lstm(padded.unflatten(0, index.shape))
+            states.append(kernels.take_rows(output.flatten(0, 1), last))
         return torch.cat(states, dim=1)

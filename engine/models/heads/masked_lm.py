@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..._kernels import kernels
 from ...data.task_batch import Labels, MaskedTokens
 from ..context import RowContext
 from ..layers import Embedding, LayerNorm, Linear
@@ -57,11 +58,11 @@ class MaskedLmHead(Head):
         """
         labels = states.labels
         assert isinstance(labels, MaskedTokens), "the batch has no masks"
-        masked = states.tokens[labels.positions]
+        masked = kernels.take_rows(states.tokens, labels.positions)
         words = self.word_logits(masked, states.shared.word, states.row_context(len(masked)))
         if self.pooler is None or self.follows is None:
             return words
-        first = states.tokens[states.cu_seqlens[:-1].long()]
+        first = kernels.take_rows(states.tokens, states.cu_seqlens[:-1].long())
         return words, at_least_fp32(self.follows(self.pooler(first).tanh())).squeeze(1)
 
     def loss(self, scores: Scores, labels: Labels | None) -> Tensor:
