@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "attention.h"
+#include "attention_torch.h"
 #include "check_torch.h"
 #include "tensor_torch.h"
 
@@ -20,45 +21,40 @@ using torch::stable::Tensor;
 
 // ---- options ------------------------------------------------------------------------------------
 
-// The arguments that every op has behind its others, the fields of AttentionOptions in
-// kernels/attention/attention_options.py: in its schema, and in C++.
-#define OPTIONS "float softmax_scale, bool causal, float dropout_p, int rng_offset, Tensor? seed"
+// The arguments that every op has behind its others: in its schema, and in C++.  They are the
+// fields of AttentionOptions in kernels/attention/attention_options.py, and the plan of a GPU's
+// kernels.
+#define OPTIONS                                                                                    \
+  "float softmax_scale, bool causal, float dropout_p, int rng_offset, Tensor? seed, "              \
+  "Tensor? runs=None, Tensor? bounds=None"
 
-AttentionOptions parse_options(double softmax_scale, bool causal, double dropout_p,
-                               int64_t rng_offset, const std::optional<Tensor>& seed) {
+struct Arguments : AttentionOptions {
+  std::optional<Tensor> runs, bounds;
+};
+
+Arguments parse_arguments(double softmax_scale, bool causal, double dropout_p, int64_t rng_offset,
+                          const std::optional<Tensor>& seed, const std::optional<Tensor>& runs,
+                          const std::optional<Tensor>& bounds) {
   check(std::isfinite(softmax_scale), "softmax_scale: expected a finite number, got ",
         softmax_scale);
-  return {static_cast<float>(softmax_scale), causal, make_dropout(dropout_p, seed, rng_offset)};
+  return {{static_cast<float>(softmax_scale), causal, make_dropout(dropout_p, seed, rng_offset)},
+          runs,
+          bounds};
 }
 
-// Op<body>::call() has the arguments of `body` behind its first, and then those of parse_options().
-template <auto body, auto parse = parse_options>
+// Op<body>::call() has the arguments of `body` behind its first, then those of parse_arguments().
+template <auto body, auto parse = parse_arguments>
 struct Op;
 
-template <typename Result, typename... Inputs, Result (*body)(const AttentionOptions&, Inputs...),
-          typename... Arguments, AttentionOptions (*parse)(Arguments...)>
+template <typename Result, typename... Inputs, Result (*body)(const Arguments&, Inputs...),
+          typename... Others, Arguments (*parse)(Others...)>
 struct Op<body, parse> {
-  static Result call(Inputs... inputs, Arguments... arguments) {
-    return body(parse(arguments...), inputs...);
+  static Result call(Inputs... inputs, Others... others) {
+    return body(parse(others...), inputs...);
   }
 };
 
 // ---- checks -------------------------------------------------------------------------------------
-
-void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total) {
-  check(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1 && cu_seqlens.is_contiguous() &&
-            cu_seqlens.scalar_type() == ScalarType::Int,
-        name, ": expected contiguous int32 [sequences + 1]");
-  check_data(name, cu_seqlens);
-  const auto* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-  const int64_t sequences = cu_seqlens.numel() - 1;
-  check(cu[0] == 0, name, ": expected to start at 0, got ", cu[0]);
-  for (int64_t s = 0; s < sequences; ++s)
-    check(cu[s] <= cu[s + 1], name, ": expected ascending offsets, got ", cu[s], " before ",
-          cu[s + 1], " at position ", s);
-  check(cu[sequences] <= total, name, ": expected to end within the ", total, " rows, got ",
-        cu[sequences]);
-}
 
 // Checks a stream [rows, heads, width] against q.
 void check_heads(const char* name, const Tensor& x, const Tensor& q, int64_t rows) {
@@ -75,6 +71,13 @@ void check_streams(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dims("k", k, 3, "[tokens, heads, width]");
   check_heads("k", k, q, k.size(0));
   check_heads("v", v, q, k.size(0));
+}
+
+// The kernels here have no use for a plan.
+void check_given_plan(const Arguments& arguments, const Tensor& q, const Tensor& k) {
+  check_plan(arguments.runs, arguments.bounds, q.size(0));
+  check(!arguments.runs.has_value() || k.size(0) == q.size(0),
+        "runs: a plan is of self-attention; expected as many rows of k as of q");
 }
 
 void check_packed(const Tensor& qkv) {
@@ -137,13 +140,14 @@ void run(const AttentionCall& call, const Kernel& kernel) {
                  [&](float* scratch, int64_t item) { kernel(item, scratch); });
 }
 
-std::tuple<Tensor, Tensor> run_forward(const AttentionOptions& options, const Tensor& q,
-                                       const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+std::tuple<Tensor, Tensor> run_forward(const Arguments& arguments, const Tensor& q, const Tensor& k,
+                                       const Tensor& v, const Tensor& cu_seqlens_q,
                                        const Tensor& cu_seqlens_k) {
   check_streams(q, k, v);
+  check_given_plan(arguments, q, k);
   Tensor out = empty_heads(q);
   Tensor lse = allocate(q, {q.size(1), q.size(0)}, ScalarType::Float);
-  const AttentionCall call = make_call(options, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k);
+  const AttentionCall call = make_call(arguments, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k);
   fill_rows_after(cu_seqlens_q, out, 0);
   fill_rows_after(cu_seqlens_q, torch::stable::transpose(lse, 0, 1), -INFINITY);
   const auto& kernels = attention_kernels();
@@ -151,10 +155,11 @@ std::tuple<Tensor, Tensor> run_forward(const AttentionOptions& options, const Te
   return {out, lse};
 }
 
-void run_backward(const AttentionOptions& options, const Tensor& grad_out, const Tensor& q,
+void run_backward(const Arguments& arguments, const Tensor& grad_out, const Tensor& q,
                   const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const Tensor& grad_q,
                   const Tensor& grad_k, const Tensor& grad_v) {
+  check_given_plan(arguments, q, k);
   check_shape("grad_out", grad_out, {q.size(0), q.size(1), q.size(2)});
   check_dtype("grad_out", grad_out, q.scalar_type(), "the dtype of q");
   check_data("grad_out", grad_out);
@@ -163,7 +168,8 @@ void run_backward(const AttentionOptions& options, const Tensor& grad_out, const
   check_dtype("lse", lse, ScalarType::Float, "float32");
   check_data("lse", lse);
   const Tensor row_lse = as_contiguous(lse);
-  const AttentionCall call = make_call(options, q, k, v, out, row_lse, cu_seqlens_q, cu_seqlens_k);
+  const AttentionCall call =
+      make_call(arguments, q, k, v, out, row_lse, cu_seqlens_q, cu_seqlens_k);
   fill_rows_after(cu_seqlens_q, grad_q, 0);
   fill_rows_after(cu_seqlens_k, grad_k, 0);
   fill_rows_after(cu_seqlens_k, grad_v, 0);
@@ -177,38 +183,38 @@ void run_backward(const AttentionOptions& options, const Tensor& grad_out, const
 
 // ---- ops ----------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> attention(const AttentionOptions& options, const Tensor& q,
-                                     const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+std::tuple<Tensor, Tensor> attention(const Arguments& arguments, const Tensor& q, const Tensor& k,
+                                     const Tensor& v, const Tensor& cu_seqlens_q,
                                      const Tensor& cu_seqlens_k, int64_t, int64_t) {
-  return run_forward(options, q, k, v, cu_seqlens_q, cu_seqlens_k);
+  return run_forward(arguments, q, k, v, cu_seqlens_q, cu_seqlens_k);
 }
 
 std::tuple<Tensor, Tensor, Tensor>
-attention_backward(const AttentionOptions& options, const Tensor& grad_out, const Tensor& q,
+attention_backward(const Arguments& arguments, const Tensor& grad_out, const Tensor& q,
                    const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                    const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t, int64_t) {
   check_streams(q, k, v);
   Tensor grad_q = empty_heads(q), grad_k = empty_heads(k), grad_v = empty_heads(v);
-  run_backward(options, grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, grad_q, grad_k,
+  run_backward(arguments, grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, grad_q, grad_k,
                grad_v);
   return {grad_q, grad_k, grad_v};
 }
 
-std::tuple<Tensor, Tensor> attention_qkvpacked(const AttentionOptions& options, const Tensor& qkv,
+std::tuple<Tensor, Tensor> attention_qkvpacked(const Arguments& arguments, const Tensor& qkv,
                                                const Tensor& cu_seqlens, int64_t) {
   check_packed(qkv);
-  return run_forward(options, select(qkv, 1, 0), select(qkv, 1, 1), select(qkv, 1, 2), cu_seqlens,
+  return run_forward(arguments, select(qkv, 1, 0), select(qkv, 1, 1), select(qkv, 1, 2), cu_seqlens,
                      cu_seqlens);
 }
 
-Tensor attention_qkvpacked_backward(const AttentionOptions& options, const Tensor& grad_out,
+Tensor attention_qkvpacked_backward(const Arguments& arguments, const Tensor& grad_out,
                                     const Tensor& qkv, const Tensor& out, const Tensor& lse,
                                     const Tensor& cu_seqlens, int64_t) {
   check_packed(qkv);
   Tensor grad = allocate(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
   const Tensor q = select(qkv, 1, 0), k = select(qkv, 1, 1), v = select(qkv, 1, 2);
   check_streams(q, k, v);
-  run_backward(options, grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, select(grad, 1, 0),
+  run_backward(arguments, grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, select(grad, 1, 0),
                select(grad, 1, 1), select(grad, 1, 2));
   return grad;
 }

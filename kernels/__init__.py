@@ -12,6 +12,7 @@ from . import balancing
 from . import gradient_buffer as gradient_buffer
 from ._namesake import namesake_attribute
 from .attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
+from .attention.attention_plan import AttentionPlan, attention_plan
 from .balancing.pcgrad import draw_order, pcgrad_weights
 from .dropout.dropout import dropout
 from .embedding.embedding import embedding, zero_rows_
@@ -41,6 +42,7 @@ from .task_gradients.task_gradients import TaskGradients
 from .task_rows import Columns, TaskRows, TaskSegments, new_task_rows
 
 __all__ = [
+    "AttentionPlan",
     "BalancedOptimizer",
     "Columns",
     "EmbeddingRows",
@@ -51,6 +53,7 @@ __all__ = [
     "TaskRows",
     "TaskSegments",
     "accelerate",
+    "attention_plan",
     "backend",
     "balancing",
     "check_cu_seqlens",

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .._kernels import kernels
 from .batch_shapes import BatchShape, Shapes
 from .task_batch import (
     Examples,
@@ -58,6 +59,7 @@ class PackedBatch:
         states: fp32 ``[T, H]``, precomputed hidden states of a frozen encoder, or None.
         lookup_plan: int64 ``[n]``, the order in which a step adds up the gradients of tables; None
             where it finds that order itself.
+        attention_plan: of ``cu_seqlens``; None on a CPU, whose attention needs none.
     """
 
     tasks: tuple[str, ...]
@@ -78,6 +80,7 @@ class PackedBatch:
     step_examples: tuple[int, ...] | None = None
     states: Tensor | None = None
     lookup_plan: Tensor | None = None
+    attention_plan: kernels.AttentionPlan | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -123,11 +126,19 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Return the batch on ``device``; from pinned memory the copy does not block."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+        batch = self.planned() if torch.device(device).type == "cuda" else self
+        return batch.map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self) -> "PackedBatch":
-        """Return the batch in pinned host memory."""
-        return self.map(Tensor.pin_memory)
+        """Return the batch in pinned host memory, from which a GPU copies it."""
+        return self.planned().map(Tensor.pin_memory)
+
+    def planned(self) -> "PackedBatch":
+        """Return the batch with what a GPU's layers need to know of its sequences."""
+        if self.attention_plan is not None:
+            return self
+        plan = kernels.attention_plan(self.cu_seqlens, len(self.input_ids))
+        return replace(self, attention_plan=plan)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
         """Return the batch with ``move`` applied to every tensor."""
@@ -140,6 +151,9 @@ class PackedBatch:
             labels=tuple(map_labels(labels, move) for labels in self.labels),
             states=None if self.states is None else move(self.states),
             lookup_plan=None if self.lookup_plan is None else move(self.lookup_plan),
+            attention_plan=None
+            if self.attention_plan is None
+            else kernels.AttentionPlan(*map(move, self.attention_plan)),
         )
 
 

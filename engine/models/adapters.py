@@ -68,6 +68,7 @@ class ProjectedAttention(nn.Module):
             dropout_p=self.dropout_p if self.training else 0.0,
             seed=context.seed,
             rng_offset=self.first_dropout_id + layer,
+            plan=context.attention_plan,
         )
         assert isinstance(attended, Tensor)
         return self.up(attended.flatten(1))
@@ -101,6 +102,9 @@ class AdaptersOfBatch:
                 max_seqlen=batch.max_own_seqlen,
                 position_ids=batch.position_ids[start:end],
                 token_type_ids=batch.token_type_ids[start:end],
+                attention_plan=kernels.attention_plan(cu_seqlens, end - start)
+                if cu_seqlens.is_cuda
+                else None,
                 seed=seed,
             )
             for (start, end), cu_seqlens in zip(

@@ -190,6 +190,7 @@ class BertLayer(nn.Module):
             dropout_p=self.attention_dropout_p if self.training else 0.0,
             seed=context.seed,
             rng_offset=self.first_dropout_id,
+            plan=context.attention_plan,
         )
         assert isinstance(attended, Tensor)  # statistics, which would make it a tuple, are off
         hidden = self.attention_norm.add(

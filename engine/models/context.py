@@ -25,6 +25,10 @@ class TokenStream(Protocol):
         """Tokens in the longest sequence, or more."""
 
     @property
+    def attention_plan(self) -> kernels.AttentionPlan | None:
+        """Of ``cu_seqlens``, or None, with which each call of attention makes its own on a GPU."""
+
+    @property
     def position_ids(self) -> Tensor:
         """``[T]`` int64, from 0 in every sequence."""
 
@@ -56,6 +60,7 @@ class Context(RowContext):
         max_seqlen: tokens in the longest sequence, or more.
         position_ids: ``[T]`` int64, from 0 in every sequence.
         token_type_ids: ``[T]`` int64.
+        attention_plan: of ``cu_seqlens``, made once for all layers; None on a CPU.
         adapters: maps a layer's number and its input ``[T, H]`` to the sum that its tasks' adapters
             add to its output; None without adapters.
         lookup_plan: the order in which gradients are added to the rows of tables; None where the
@@ -66,6 +71,7 @@ class Context(RowContext):
     max_seqlen: int
     position_ids: Tensor
     token_type_ids: Tensor
+    attention_plan: kernels.AttentionPlan | None = None
     adapters: Callable[[int, Tensor], Tensor] | None = None
     lookup_plan: kernels.LookupPlan | None = None
 
@@ -85,6 +91,7 @@ class Context(RowContext):
             max_seqlen=batch.max_seqlen,
             position_ids=batch.position_ids,
             token_type_ids=batch.token_type_ids,
+            attention_plan=batch.attention_plan,
             segments=segments,
             seed=seed,
             adapters=adapters,

@@ -26,8 +26,12 @@ A new option enters here:
 - the reference: ``visible_keys`` if it is about the mask, else ``attention_reference``;
 - C++: ``AttentionOptions`` in csrc/attention.h; ``OPTIONS`` and ``parse_options`` in
   csrc/attention_cpu.cpp, one above the other; where csrc/attention_simd.cpp uses it;
-- Triton: ``KernelOptions`` in attention_triton_kernels.py and where the kernels use it; a mask that
-  every query has one interval in is all in ``intervals_kernel``.
+- Triton: ``KernelOptions`` in attention_tiles_triton.py and where the kernels of runs and of tiles
+  use it; a mask that every query has one interval in is ``intervals_kernel`` and
+  ``_load_intervals`` for tiles, and the mask of a run's tile.
+
+What is known of a batch before any layer runs is its plan (attention_plan.py), the last two
+arguments of the operators.
 """
 
 from collections.abc import Callable
@@ -46,11 +50,13 @@ from .attention_checks import (
     check_attention,
     check_attention_backward,
     check_boundaries,
+    check_longest,
     check_packed,
     check_qkv,
     check_rows,
 )
 from .attention_options import AttentionOptions
+from .attention_plan import AttentionPlan, attention_plan, check_plan
 
 _ops = torch.ops.superbert
 
@@ -133,14 +139,20 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _with_plan(inputs: tuple[Any, ...], without: int) -> tuple[Any, ...]:
+    """The inputs of an operator; a plan, its last two, may be left out."""
+    return (*inputs, *_NO_PLAN) if len(inputs) == without else inputs
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed, runs, bounds = _with_plan(inputs, 12)
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, runs, bounds)
     ctx.mark_non_differentiable(lse)
 
 
-_NO_GRADIENTS = (None,) * len(AttentionOptions._fields)
+_NO_PLAN = (None, None)
+_NO_GRADIENTS = (None,) * (len(AttentionOptions._fields) + len(AttentionPlan._fields))
 _INSTEAD = "torch.nn.functional.scaled_dot_product_attention, or float64"
 
 
@@ -148,8 +160,8 @@ _INSTEAD = "torch.nn.functional.scaled_dot_product_attention, or float64"
 def _backward(
     ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, _grad_lse: Tensor
 ) -> tuple[Tensor | None, ...]:
-    *tensors, seed = saved
-    grads = _ops.attention_backward(grad_out, *tensors, *ctx.numbers, seed)
+    *tensors, seed, runs, bounds = saved
+    grads = _ops.attention_backward(grad_out, *tensors, *ctx.numbers, seed, runs, bounds)
     return *grads, None, None, None, None, *_NO_GRADIENTS
 
 
@@ -164,9 +176,9 @@ def _packed_backward_fake(_grad_out: Tensor, qkv: Tensor, *_: object) -> Tensor:
 
 
 def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    qkv, cu_seqlens, *ctx.numbers, seed = inputs
+    qkv, cu_seqlens, *ctx.numbers, seed, runs, bounds = _with_plan(inputs, 8)
     out, lse = output
-    ctx.save_for_backward(qkv, out, lse, cu_seqlens, seed)
+    ctx.save_for_backward(qkv, out, lse, cu_seqlens, seed, runs, bounds)
     ctx.mark_non_differentiable(lse)
 
 
@@ -174,8 +186,9 @@ def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> Non
 def _packed_backward(
     ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, _grad_lse: Tensor
 ) -> tuple[Tensor | None, ...]:
-    *tensors, seed = saved
-    grad = _ops.attention_qkvpacked_backward(grad_out, *tensors, *ctx.numbers, seed)
+    *tensors, seed, runs, bounds = saved
+    arguments = (*ctx.numbers, seed, runs, bounds)
+    grad = _ops.attention_qkvpacked_backward(grad_out, *tensors, *arguments)
     return grad, None, None, *_NO_GRADIENTS
 
 
@@ -190,6 +203,23 @@ for _name, _fake in _FAKES.items():
     declare(_name, cpu="cpp", cuda="triton")
 
 
+def _parse(
+    q: Tensor, k: Tensor, arguments: tuple[Any, ...]
+) -> tuple[AttentionOptions, AttentionPlan | None]:
+    """The options and the plan that the last arguments of an operator are."""
+    *numbers, runs, bounds = _with_plan(arguments, len(AttentionOptions._fields))
+    options = AttentionOptions(*numbers)
+    check_plan(runs, bounds, len(q), q)
+    if runs is None:
+        return options, None
+    if len(k) != len(q):
+        raise ValueError(
+            "runs: a plan is of self-attention; expected as many rows of k as of q, "
+            f"{len(q)}, got {len(k)}"
+        )
+    return options, AttentionPlan(runs, bounds)
+
+
 @register_cuda("attention")
 def _cuda(
     q: Tensor,
@@ -197,15 +227,17 @@ def _cuda(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    _max_seqlen_q: int,
-    _max_seqlen_k: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     from . import attention_triton
 
-    options = AttentionOptions(*arguments)
-    check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
-    return attention_triton.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+    boundaries, longest = (cu_seqlens_q, cu_seqlens_k), max(max_seqlen_q, max_seqlen_k)
+    options, plan = _parse(q, k, arguments)
+    check_attention(q, k, v, *boundaries, options)
+    check_longest(cu_seqlens_q, longest)
+    return attention_triton.forward(q, k, v, *boundaries, options, plan=plan, max_seqlen=longest)
 
 
 @register_cuda("attention_backward")
@@ -218,33 +250,36 @@ def _cuda_backward(
     lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    _max_seqlen_q: int,
-    _max_seqlen_k: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import attention_triton
 
-    options = AttentionOptions(*arguments)
-    check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+    boundaries, longest = (cu_seqlens_q, cu_seqlens_k), max(max_seqlen_q, max_seqlen_k)
+    options, plan = _parse(q, k, arguments)
+    check_attention(q, k, v, *boundaries, options)
     check_attention_backward(grad_out, q, out, lse)
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    attention_triton.backward(
-        grad_out, q, k, v, out, lse.contiguous(), cu_seqlens_q, cu_seqlens_k, options, grads=grads
-    )
+    saved = (grad_out, q, k, v, out, lse.contiguous(), *boundaries)
+    attention_triton.backward(*saved, options, grads=grads, plan=plan, max_seqlen=longest)
     return grads
 
 
 @register_cuda("attention_qkvpacked")
 def _cuda_packed(
-    qkv: Tensor, cu_seqlens: Tensor, _max_seqlen: int, *arguments: Any
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     from . import attention_triton
 
     check_packed(qkv)
     q, k, v = qkv.unbind(1)
-    options = AttentionOptions(*arguments)
+    options, plan = _parse(q, k, arguments)
     check_attention(q, k, v, cu_seqlens, cu_seqlens, options)
-    return attention_triton.forward(q, k, v, cu_seqlens, cu_seqlens, options)
+    check_longest(cu_seqlens, max_seqlen)
+    return attention_triton.forward(
+        q, k, v, cu_seqlens, cu_seqlens, options, plan=plan, max_seqlen=max_seqlen
+    )
 
 
 @register_cuda("attention_qkvpacked_backward")
@@ -254,20 +289,20 @@ def _cuda_packed_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
-    _max_seqlen: int,
+    max_seqlen: int,
     *arguments: Any,
 ) -> Tensor:
     from . import attention_triton
 
     check_packed(qkv)
     q, k, v = qkv.unbind(1)
-    options = AttentionOptions(*arguments)
+    options, plan = _parse(q, k, arguments)
     check_attention(q, k, v, cu_seqlens, cu_seqlens, options)
     check_attention_backward(grad_out, q, out, lse)
     grad = qkv.new_empty(qkv.shape)
-    lse = lse.contiguous()
+    saved = (grad_out, q, k, v, out, lse.contiguous(), cu_seqlens, cu_seqlens)
     attention_triton.backward(
-        grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, options, grads=grad.unbind(1)
+        *saved, options, grads=grad.unbind(1), plan=plan, max_seqlen=max_seqlen
     )
     return grad
 
@@ -300,6 +335,13 @@ def _in_float64(
     return out, lse.detach()  # as the kernels': no gradient
 
 
+def _plan_for(x: Tensor, cu_seqlens: Tensor, plan: AttentionPlan | None) -> AttentionPlan | None:
+    """The plan that the operator is given: on a GPU, where both passes use it, there is one."""
+    if plan is None and x.is_cuda:
+        return attention_plan(cu_seqlens, x.shape[0])
+    return plan
+
+
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -320,6 +362,7 @@ def flash_attn_varlen_func(
     *,
     seed: Tensor | None = None,
     rng_offset: int = 0,
+    plan: AttentionPlan | None = None,
     stream: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention over packed sequences, with the arguments of flash-attn's function of that name.
@@ -331,8 +374,9 @@ def flash_attn_varlen_func(
         v: ``[Tk, H, D]``, dtype of ``q``.
         cu_seqlens_q: int32 ``[S + 1]``, from 0 ascending to Tq at most; later rows give zeros.
         cu_seqlens_k: int32 ``[S + 1]``, from 0 ascending to Tk at most.
-        max_seqlen_q: length of the longest query sequence.
-        max_seqlen_k: length of the longest key sequence.
+        max_seqlen_q: length of the longest query sequence, or more.  Of fewer a GPU may leave rows
+            of longer ones unwritten.
+        max_seqlen_k: the same of key sequences.
         dropout_p: probability to drop an attention weight; 0 outside training.
         softmax_scale: multiplies the scores, finite; ``D ** -0.5`` when None.
         causal: a query sees only the keys up to its own place, sequences aligned at their ends.
@@ -344,6 +388,9 @@ def flash_attn_varlen_func(
         block_table: see window_size.
         seed: of dropout; int64, one element, on q's device.  None draws one.
         rng_offset: distinguishes dropouts that share a seed.
+        plan: `kernels.attention_plan` of these boundaries, made once for several calls; None makes
+            one where a GPU needs it.  Of self-attention alone: ``cu_seqlens_q`` and
+            ``cu_seqlens_k`` are one tensor.
         stream: the old name of ``rng_offset``, deprecated.
 
     Returns:
@@ -366,6 +413,10 @@ def flash_attn_varlen_func(
             f"cu_seqlens_k: expected as many sequences as cu_seqlens_q, {len(cu_seqlens_q) - 1}, "
             f"got {len(cu_seqlens_k) - 1}"
         )
+    if plan is not None and cu_seqlens_q is not cu_seqlens_k:
+        raise ValueError(
+            "plan: is of self-attention; expected one tensor as cu_seqlens_q and cu_seqlens_k"
+        )
     options = AttentionOptions.of(
         q,
         dropout_p,
@@ -381,9 +432,10 @@ def flash_attn_varlen_func(
     if q.dtype == torch.float64:
         out, lse = _in_float64(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
     else:
-        out, lse = _ops.attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options
-        )
+        if cu_seqlens_q is cu_seqlens_k and q.shape[0] == k.shape[0]:
+            plan = _plan_for(q, cu_seqlens_q, plan)
+        sizes = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        out, lse = _ops.attention(q, k, v, *sizes, *options, *(plan or _NO_PLAN))
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -402,6 +454,7 @@ def flash_attn_varlen_qkvpacked_func(
     *,
     seed: Tensor | None = None,
     rng_offset: int = 0,
+    plan: AttentionPlan | None = None,
     stream: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention on one tensor of queries, keys and values; their gradient goes into one, too.
@@ -410,7 +463,8 @@ def flash_attn_varlen_qkvpacked_func(
         qkv: ``[T, 3, H, D]``, float32, bfloat16, float16 or float64; any strides but a contiguous
             last dimension.
         cu_seqlens: int32 ``[S + 1]``, from 0 ascending to T at most; later rows give zeros.
-        max_seqlen: length of the longest sequence.
+        max_seqlen: length of the longest sequence, or more.  Of fewer a GPU may leave rows of
+            longer ones unwritten.
         dropout_p: as in `flash_attn_varlen_func`, and so are the arguments after it.
         softmax_scale: multiplies the scores, finite; ``D ** -0.5`` when None.
         causal: a query sees only the keys up to its own place.
@@ -421,6 +475,8 @@ def flash_attn_varlen_qkvpacked_func(
         return_attn_probs: return the log-sum-exp too.
         seed: of dropout; int64, one element, on qkv's device.  None draws one.
         rng_offset: distinguishes dropouts that share a seed.
+        plan: `kernels.attention_plan` of these boundaries, made once for several calls; None makes
+            one where a GPU needs it.
         stream: the old name of ``rng_offset``, deprecated.
 
     Returns:
@@ -453,5 +509,7 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v = qkv.unbind(1)
         out, lse = _in_float64(q, k, v, cu_seqlens, cu_seqlens, options)
     else:
-        out, lse = _ops.attention_qkvpacked(qkv, cu_seqlens, max_seqlen, *options)
+        plan = _plan_for(qkv, cu_seqlens, plan)
+        arguments = (*options, *(plan or _NO_PLAN))
+        out, lse = _ops.attention_qkvpacked(qkv, cu_seqlens, max_seqlen, *arguments)
     return (out, lse, None) if return_attn_probs else out

@@ -55,6 +55,15 @@ def check_boundaries(name: str, cu_seqlens: Tensor, rows: Tensor) -> None:
         validation.check_cu_seqlens(name, cu_seqlens, len(rows))
 
 
+def check_longest(cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """Check that no sequence is longer than said, where values on a GPU may be looked at."""
+    if not (cu_seqlens.is_cuda and validation.may_look(cu_seqlens)) or len(cu_seqlens) == 1:
+        return
+    longest = int(cu_seqlens.diff().max())
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen: expected at least the longest, {longest}, got {max_seqlen}")
+
+
 def check_attention(
     q: Tensor,
     k: Tensor,

@@ -1,12 +1,15 @@
-"""Attention over packed sequences on the GPU; `kernels.attention.attention` has the maths.
+"""Attention on the GPU, tile by tile; `kernels.attention.attention` has the maths.
 
-A program takes a tile of the packed stream, whatever sequences stand in it, so that short sequences
-share a tile.  Every query row sees one interval of keys (its sequence's, cut off at its own place
-when causal), and every key row is seen by one interval of queries.  A first kernel finds these
-intervals by binary search in cu_seqlens; a tile then visits the blocks from the start of its first
-row's interval to the end of its last row's.  Blocks that all of its rows see in whole, which are
-nearly all in a long sequence, need no mask in the 16-bit formats; float32's products, which no
-tensor core computes, cost so much more than a mask that telling these blocks apart gains nothing.
+A program takes a tile of the packed stream, whatever sequences stand in it.  Every query row sees
+one interval of keys (its sequence's, cut off at its own place when causal), and every key row is
+seen by one interval of queries.  In self-attention the bounds of a row's sequence, from the plan
+(`kernels.attention.attention_plan`), are its interval, and tiles leave alone the rows of sequences
+that are in runs, which other kernels compute (attention_runs_triton.py).  Where queries and keys
+have boundaries of their own, a first kernel finds the intervals by binary search in cu_seqlens.  A
+tile then visits the blocks from the start of its first row's interval to the end of its last row's.
+Blocks that all of its rows see in whole, which are nearly all in a long sequence, need no mask in
+the 16-bit formats; float32's products, which no tensor core computes, cost so much more than a mask
+that telling these blocks apart gains nothing.
 
 Backward recomputes P by tiles of queries for dQ and by tiles of keys for dK and dV: each gradient
 is written once, by one program, without atomics and with the same bits every time.  Rows that see
@@ -20,62 +23,23 @@ launcher puts zeros in its place.
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, ignore-missing-imports
 # ruff: noqa: N803, N806
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..dropout.philox_triton import DropoutArguments, attention_factors
-from .attention_options import AttentionOptions
+from ..dropout.philox_triton import attention_factors
+from .attention_plan import RUN_ALIGNMENT
+from .attention_plan_triton import sequences_that_end_behind
+from .attention_tiles_triton import (
+    LN_2,
+    LOG2_E,
+    load_bounds,
+    load_row_numbers,
+    load_tile,
+    store_row_numbers,
+    store_tile,
+)
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-
-
-class Heads(NamedTuple):
-    """A packed stream ``[T, H, D]``: its data and the strides of rows and heads."""
-
-    data: Any
-    row: int
-    head: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Heads":
-        """The stream as a kernel argument."""
-        return cls(x, x.stride(0), x.stride(1))
-
-
-class Intervals(NamedTuple):
-    """For every row, the rows ``first <= other < last`` of the other stream that it meets."""
-
-    first: Any
-    last: Any
-
-
-class KernelOptions(NamedTuple):
-    """The part of `AttentionOptions` that the three large kernels take.
-
-    Of each value that is None the code is left out.  ``rng_offset`` is an argument of its own,
-    since Triton would compile anew for some integers in a tuple.
-
-    Attributes:
-        scale: multiplies the scores.
-        seed: of dropout, whose arguments (`DropoutArguments`) these three are; None without it.
-        threshold: see seed.
-        keep_scale: see seed.
-    """
-
-    scale: Any
-    seed: Any
-    threshold: Any
-    keep_scale: Any
-
-    @classmethod
-    def of(cls, options: AttentionOptions) -> "KernelOptions":
-        """The options as a kernel argument."""
-        seed = options.seed if options.dropout_p > 0 else None
-        return cls(options.softmax_scale, *DropoutArguments.of(options.dropout_p, seed))
+_RUN_ALIGNMENT = tl.constexpr(RUN_ALIGNMENT)
 
 
 # ---- intervals ----------------------------------------------------------------------------------
@@ -85,7 +49,7 @@ class KernelOptions(NamedTuple):
 def intervals_kernel(
     cu_own,  # [S + 1], boundaries in the stream of the rows that ask
     cu_other,  # [S + 1], boundaries in the stream that they meet
-    intervals,
+    intervals,  # [2, total]
     total,
     total_other,  # rows of the other stream: no interval leaves it, whatever the boundaries say
     num_sequences,
@@ -96,15 +60,7 @@ def intervals_kernel(
 ):
     """For every row, which rows of the other stream it meets."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # A row's sequence is the number of sequences that end at or before it.
-    low = tl.zeros([BLOCK], tl.int32)
-    high = low + num_sequences
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        searching = low < high
-        end = tl.load(cu_own + middle + 1, mask=searching, other=0)
-        low = tl.where(searching & (end <= row), middle + 1, low)
-        high = tl.where(searching & (end > row), middle, high)
+    low = sequences_that_end_behind(row, tl.zeros_like(row), cu_own, num_sequences, search_steps)
     inside = low < num_sequences
     own_end = tl.load(cu_own + low + 1, mask=inside, other=0)
     first = tl.load(cu_other + low, mask=inside, other=0)
@@ -116,15 +72,39 @@ def intervals_kernel(
         else:
             last = tl.maximum(first, tl.minimum(last, same_place + 1))
     first, last = tl.maximum(first, 0), tl.minimum(last, total_other)
-    tl.store(intervals.first + row, first, mask=row < total)
-    tl.store(intervals.last + row, last, mask=row < total)
+    tl.store(intervals + row, first, mask=row < total)
+    tl.store(intervals + total + row, last, mask=row < total)
 
 
 @triton.jit
-def _load_intervals(intervals, rows, total):
-    first = tl.load(intervals.first + rows, mask=rows < total, other=0)
-    last = tl.load(intervals.last + rows, mask=rows < total, other=0)
-    return first, last
+def _load_intervals(
+    intervals,
+    rows,
+    total,
+    ROWS_ARE_KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LONGER_THAN: tl.constexpr,
+):
+    """Which rows of the other stream these rows meet, and which of them this kernel writes.
+
+    With LONGER_THAN the intervals are the bounds of sequences, of which this kernel computes those
+    that do not fit into a run of so many tokens, 0 for all; None for intervals as they are.
+    """
+    inside = rows < total
+    first, last = load_bounds(intervals, rows, total, inside)
+    if LONGER_THAN is not None:
+        is_long = last - first // _RUN_ALIGNMENT * _RUN_ALIGNMENT > LONGER_THAN
+        # Nothing outside of the stream is loaded, whatever a plan says.
+        first, last = tl.maximum(first, 0), tl.minimum(last, total)
+        if CAUSAL:
+            if ROWS_ARE_KEYS:
+                first = tl.maximum(first, rows)
+            else:
+                last = tl.minimum(last, rows + 1)
+        first, last = tl.where(is_long, first, 0), tl.where(is_long, last, 0)
+        if LONGER_THAN > 0:
+            inside &= is_long
+    return first, last, inside
 
 
 @triton.jit
@@ -143,29 +123,6 @@ def _visits(first, last, BLOCK: tl.constexpr, PARTS: tl.constexpr):
         return start, whole_start, whole_stop, stop
 
 
-@triton.jit
-def _tile_pointers(x, head, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if BLOCK_D > D:
-        mask &= (d < D)[None, :]
-    base = x.data + head.to(tl.int64) * x.head
-    return base + rows.to(tl.int64)[:, None] * x.row + d[None, :], mask
-
-
-@triton.jit
-def _load_tile(x, head, rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows that are ``inside``, zeros in place of the others."""
-    pointers, mask = _tile_pointers(x, head, rows, inside, D, BLOCK_D)
-    return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_tile(x, head, rows, total, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    pointers, mask = _tile_pointers(x, head, rows, rows < total, D, BLOCK_D)
-    tl.store(pointers, values.to(x.data.dtype.element_ty), mask=mask)
-
-
 # ---- forward ------------------------------------------------------------------------------------
 
 
@@ -180,6 +137,8 @@ def forward_kernel(
     total_q,
     kernel_options,
     rng_offset,
+    CAUSAL: tl.constexpr,
+    LONGER_THAN: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -189,8 +148,10 @@ def forward_kernel(
     """Output and log-sum-exp of a tile of queries."""
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, last = _load_intervals(keys_of_queries, rows, total_q)
-    q_tile = _load_tile(q, head, rows, rows < total_q, D, BLOCK_D)
+    first, last, written = _load_intervals(
+        keys_of_queries, rows, total_q, False, CAUSAL, LONGER_THAN
+    )
+    q_tile = load_tile(q, head, rows, written, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -200,9 +161,9 @@ def forward_kernel(
     for part in tl.static_range(PARTS):
         for block in range(bounds[part], bounds[part + 1], BLOCK_N):
             keys = block + tl.arange(0, BLOCK_N)
-            k_tile = _load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
+            k_tile = load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-            scores *= kernel_options.scale * _LOG2_E
+            scores *= kernel_options.scale * LOG2_E
             if part != 1:
                 seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
                 scores = tl.where(seen, scores, float("-inf"))
@@ -214,48 +175,16 @@ def forward_kernel(
             row_sum = row_sum * rescale + tl.sum(p, 1)
             if kernel_options.seed is not None:
                 p *= attention_factors(rows, block, head, rng_offset, kernel_options, BLOCK_N)
-            v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
+            v_tile = load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             acc *= rescale[:, None]
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no key seen: acc is 0, row_max is -inf
-    _store_tile(out, head, rows, total_q, acc / row_sum[:, None], D, BLOCK_D)
-    row_lse = row_max * _LN_2 + tl.log(row_sum)
-    _store_row_numbers(lse, head, rows, total_q, row_lse)
+    store_tile(out, head, rows, written, acc / row_sum[:, None], D, BLOCK_D)
+    store_row_numbers(lse, head, rows, total_q, written, row_max * LN_2 + tl.log(row_sum))
 
 
 # ---- backward -----------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["total_q"])
-def delta_kernel(
-    out,
-    grad_out,
-    delta,  # [H, total_q]
-    total_q,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``delta_i``, the product of the rows of dO and O."""
-    head = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    out_tile = _load_tile(out, head, rows, rows < total_q, D, BLOCK_D).to(tl.float32)
-    grad_tile = _load_tile(grad_out, head, rows, rows < total_q, D, BLOCK_D).to(tl.float32)
-    _store_row_numbers(delta, head, rows, total_q, tl.sum(out_tile * grad_tile, 1))
-
-
-@triton.jit
-def _load_row_numbers(numbers, head, rows, total, inside):
-    """Of the rows that are ``inside``, zeros in place of the others."""
-    pointers = numbers + head.to(tl.int64) * total + rows
-    return tl.load(pointers, mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_row_numbers(numbers, head, rows, total, values):
-    pointers = numbers + head.to(tl.int64) * total + rows
-    tl.store(pointers, values, mask=rows < total)
 
 
 @triton.jit
@@ -279,7 +208,7 @@ def _p_and_dp(
     """P and f dP of a tile of queries and the block of keys from ``block`` on."""
     keys = block + tl.arange(0, BLOCK_N)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    p = tl.exp2(scores * (kernel_options.scale * _LOG2_E) - row_lse[:, None])
+    p = tl.exp2(scores * (kernel_options.scale * LOG2_E) - row_lse[:, None])
     if MASKED:
         seen = (keys[None, :] >= first[:, None]) & (keys[None, :] < last[:, None])
         p = tl.where(seen, p, 0.0)
@@ -294,28 +223,33 @@ def grad_q_kernel(
     q,
     k,
     v,
+    out,
     grad_out,
     lse,
-    delta,  # read, or with float32 written
+    delta,  # written
     norm,  # written with float32, else None
     grad_q,
     keys_of_queries,
     total_q,
     kernel_options,
     rng_offset,
+    CAUSAL: tl.constexpr,
+    LONGER_THAN: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradient of a tile of queries; in float32 delta and norm too."""
+    """Gradient of a tile of queries, and their delta and norm."""
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first, last = _load_intervals(keys_of_queries, rows, total_q)
-    q_tile = _load_tile(q, head, rows, first < last, D, BLOCK_D)
-    do_tile = _load_tile(grad_out, head, rows, first < last, D, BLOCK_D)
-    row_lse = _load_row_numbers(lse, head, rows, total_q, first < last) * _LOG2_E
+    first, last, written = _load_intervals(
+        keys_of_queries, rows, total_q, False, CAUSAL, LONGER_THAN
+    )
+    q_tile = load_tile(q, head, rows, first < last, D, BLOCK_D)
+    do_tile = load_tile(grad_out, head, rows, first < last, D, BLOCK_D)
+    row_lse = load_row_numbers(lse, head, rows, total_q, first < last) * LOG2_E
     PARTS: tl.constexpr = 1 if PRECISION == "ieee" else 3
     bounds = _visits(first, last, BLOCK_N, PARTS)
 
@@ -328,8 +262,8 @@ def grad_q_kernel(
         for part in tl.static_range(PARTS):
             for block in range(bounds[part], bounds[part + 1], BLOCK_N):
                 keys = block + tl.arange(0, BLOCK_N)
-                k_tile = _load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
-                v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
+                k_tile = load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
+                v_tile = load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
                 p, dp = _p_and_dp(
                     *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
                     *(kernel_options, rng_offset, part != 1, PRECISION, BLOCK_N),
@@ -338,17 +272,19 @@ def grad_q_kernel(
                 total += tl.sum(p, 1)
         row_norm = 1.0 / tl.where(total == 0.0, 1.0, total)
         row_delta = weighted * row_norm
-        _store_row_numbers(norm, head, rows, total_q, row_norm)
-        _store_row_numbers(delta, head, rows, total_q, row_delta)
+        store_row_numbers(norm, head, rows, total_q, rows < total_q, row_norm)
     else:
-        row_delta = _load_row_numbers(delta, head, rows, total_q, first < last)
+        out_tile = load_tile(out, head, rows, first < last, D, BLOCK_D)
+        row_delta = tl.sum(out_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    # Of all rows: keys meet blocks that rows of others stand in, and 0 times NaN would count.
+    store_row_numbers(delta, head, rows, total_q, rows < total_q, row_delta)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in tl.static_range(PARTS):
         for block in range(bounds[part], bounds[part + 1], BLOCK_N):
             keys = block + tl.arange(0, BLOCK_N)
-            k_tile = _load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
-            v_tile = _load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
+            k_tile = load_tile(k, head, keys, keys < bounds[PARTS], D, BLOCK_D)
+            v_tile = load_tile(v, head, keys, keys < bounds[PARTS], D, BLOCK_D)
             p, dp = _p_and_dp(
                 *(q_tile, do_tile, k_tile, v_tile, row_lse, rows, block, head, first, last),
                 *(kernel_options, rng_offset, part != 1, PRECISION, BLOCK_N),
@@ -358,7 +294,7 @@ def grad_q_kernel(
 
     if PRECISION == "ieee":
         acc *= row_norm[:, None]
-    _store_tile(grad_q, head, rows, total_q, acc * kernel_options.scale, D, BLOCK_D)
+    store_tile(grad_q, head, rows, written, acc * kernel_options.scale, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["total_q", "total_k", "rng_offset"])
@@ -377,6 +313,8 @@ def grad_kv_kernel(
     total_k,
     kernel_options,
     rng_offset,
+    CAUSAL: tl.constexpr,
+    LONGER_THAN: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -387,9 +325,11 @@ def grad_kv_kernel(
     head = tl.program_id(1)
     first_key = tl.program_id(0) * BLOCK_N
     keys = first_key + tl.arange(0, BLOCK_N)
-    first, last = _load_intervals(queries_of_keys, keys, total_k)
-    k_tile = _load_tile(k, head, keys, first < last, D, BLOCK_D)
-    v_tile = _load_tile(v, head, keys, first < last, D, BLOCK_D)
+    first, last, written = _load_intervals(
+        queries_of_keys, keys, total_k, True, CAUSAL, LONGER_THAN
+    )
+    k_tile = load_tile(k, head, keys, first < last, D, BLOCK_D)
+    v_tile = load_tile(v, head, keys, first < last, D, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -399,18 +339,18 @@ def grad_kv_kernel(
         for block in range(bounds[part], bounds[part + 1], BLOCK_M):
             rows = block + tl.arange(0, BLOCK_M)
             inside = rows < bounds[PARTS]
-            q_tile = _load_tile(q, head, rows, inside, D, BLOCK_D)
-            do_tile = _load_tile(grad_out, head, rows, inside, D, BLOCK_D)
-            row_lse = _load_row_numbers(lse, head, rows, total_q, inside) * _LOG2_E
-            row_delta = _load_row_numbers(delta, head, rows, total_q, inside)
+            q_tile = load_tile(q, head, rows, inside, D, BLOCK_D)
+            do_tile = load_tile(grad_out, head, rows, inside, D, BLOCK_D)
+            row_lse = load_row_numbers(lse, head, rows, total_q, inside) * LOG2_E
+            row_delta = load_row_numbers(delta, head, rows, total_q, inside)
             # Transposed, [keys, queries], which is how the last two products need P and dS.
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-            p = tl.exp2(scores * (kernel_options.scale * _LOG2_E) - row_lse[None, :])
+            p = tl.exp2(scores * (kernel_options.scale * LOG2_E) - row_lse[None, :])
             if part != 1:
                 seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
                 p = tl.where(seen, p, 0.0)
             if PRECISION == "ieee":
-                p *= _load_row_numbers(norm, head, rows, total_q, inside)[None, :]
+                p *= load_row_numbers(norm, head, rows, total_q, inside)[None, :]
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
             dropped = p
             if kernel_options.seed is not None:
@@ -423,5 +363,5 @@ def grad_kv_kernel(
             dv = tl.dot(dropped.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
             dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
 
-    _store_tile(grad_k, head, keys, total_k, dk * kernel_options.scale, D, BLOCK_D)
-    _store_tile(grad_v, head, keys, total_k, dv, D, BLOCK_D)
+    store_tile(grad_k, head, keys, written, dk * kernel_options.scale, D, BLOCK_D)
+    store_tile(grad_v, head, keys, written, dv, D, BLOCK_D)

@@ -24,9 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
+from kernels.attention import attention_plan_triton, attention_runs_triton
 from kernels.attention import attention_triton_kernels as attention
-from kernels.attention.attention_triton import DELTA_ROWS, INTERVAL_ROWS, TILES, padded_width
-from kernels.attention.attention_triton_kernels import Heads, Intervals, KernelOptions
+from kernels.attention.attention_plan import RUN_TOKENS
+from kernels.attention.attention_runs_triton import WARPS
+from kernels.attention.attention_tiles_triton import Heads, KernelOptions, padded_width
+from kernels.attention.attention_triton import INTERVAL_ROWS, TILES
 from kernels.dropout import dropout_triton
 from kernels.dropout.philox_triton import DropoutArguments
 from kernels.embedding import embedding_triton, lookup_plan_triton
@@ -49,6 +52,10 @@ ATTENTION = {
     "grad_q": attention.grad_q_kernel,
     "grad_kv": attention.grad_kv_kernel,
 }
+RUNS = {
+    "forward_runs": attention_runs_triton.forward_runs_kernel,
+    "backward_runs": attention_runs_triton.backward_runs_kernel,
+}
 NORMS = {
     "layer_norm": layer_norm_triton._forward_kernel,
     "layer_norm_backward": layer_norm_triton._backward_kernel,
@@ -57,7 +64,8 @@ NORMS = {
 }
 OTHERS = {
     "intervals": attention.intervals_kernel,
-    "delta": attention.delta_kernel,
+    "plan_bounds": attention_plan_triton.bounds_kernel,
+    "plan_runs": attention_plan_triton.runs_kernel,
     "sum_partials": layer_norm_triton._sum_partials_kernel,
     "dropout": dropout_triton._dropout_kernel,
     "embedding_pieces": embedding_triton._pieces_kernel,
@@ -82,7 +90,7 @@ MULTIPLES_OF_16 = {
         *("weight_stride", "bias_stride", "outputs", "inputs"),
     ],
 }
-KERNELS = ATTENTION | NORMS | LINEAR | OTHERS
+KERNELS = ATTENTION | RUNS | NORMS | LINEAR | OTHERS
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_WIDTHS = [32, 64, 96, 128]
 # BERT's widths and the largest that is allowed.
@@ -125,10 +133,14 @@ def name_of(kernel: Any) -> str:
 
 def cases() -> Iterator[Case]:
     """Every kernel, dtype and width that matters, for every GPU generation."""
-    widths = dict.fromkeys([*ATTENTION, "delta"], HEAD_WIDTHS) | dict.fromkeys(NORMS, ROW_WIDTHS)
+    widths = dict.fromkeys(ATTENTION | RUNS, HEAD_WIDTHS) | dict.fromkeys(NORMS, ROW_WIDTHS)
     for kernel in KERNELS:
-        for case in product(ELEMENT_BYTES, widths.get(kernel, [768]), SHARED_LIMIT):
-            yield Case(kernel, *case)
+        for dtype, width, capability in product(
+            ELEMENT_BYTES, widths.get(kernel, [768]), SHARED_LIMIT
+        ):
+            has_settings = (kernel, ELEMENT_BYTES[dtype], padded_width(width)) in WARPS
+            if kernel not in RUNS or has_settings:  # wide heads of float32 have no runs
+                yield Case(kernel, dtype, width, capability)
 
 
 def covering_cases() -> Iterator[Case]:
@@ -159,13 +171,15 @@ def compile_kernel(case: Case) -> Needs:
     kernel = KERNELS[case.kernel]
     if case.kernel in ATTENTION:
         constants, options = _attention(case)
+    elif case.kernel in RUNS:
+        constants, options = _runs(case)
     elif case.kernel in NORMS:
         constants, options = _norm(case)
     elif case.kernel in LINEAR:
         constants, options = _linear(case)
     else:
         constants, options = _other(case)
-    types = _types(case.dtype, in_heads=case.kernel in [*ATTENTION, "delta"])
+    types = _types(case.dtype, in_heads=case.kernel in ATTENTION | RUNS)
     signature = {
         argument: "constexpr" if argument in constants else types[argument]
         for argument in kernel.arg_names
@@ -183,6 +197,8 @@ def _attention(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     block_d = padded_width(case.width)
     tiles = TILES[case.kernel, ELEMENT_BYTES[case.dtype], block_d]
     constants = {
+        "CAUSAL": True,
+        "LONGER_THAN": RUN_TOKENS,
         "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
         "D": case.width,
         "BLOCK_D": block_d,
@@ -191,6 +207,18 @@ def _attention(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     }
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     return constants, options
+
+
+def _runs(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    block_d = padded_width(case.width)
+    constants = {
+        "CAUSAL": True,
+        "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
+        "D": case.width,
+        "BLOCK_D": block_d,
+        "BLOCK": RUN_TOKENS,
+    }
+    return constants, {"num_warps": WARPS[case.kernel, ELEMENT_BYTES[case.dtype], block_d]}
 
 
 def _norm(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
@@ -235,13 +263,14 @@ def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     of_table = {"WIDTH": width, "PIECE": PIECE, "COLUMNS": embedding_triton.COLUMNS}
     constants = {
         "intervals": {"ROWS_ARE_KEYS": True, "CAUSAL": True, "BLOCK": INTERVAL_ROWS},
-        "delta": {"D": width, "BLOCK_D": padded_width(width), "BLOCK": DELTA_ROWS},
         "sum_partials": {
             **dict.fromkeys(["ACCUMULATE", "HAS_WEIGHT", "HAS_BIAS", "HAS_X_BIAS"], True),
             **{"SUMS": 3, "N": width, "SEGMENTS": SEGMENTS},
             "BLOCK_P": layer_norm_triton._SUMMED_PROGRAMS,
             "BLOCK_N": layer_norm_triton._SUMMED_COLUMNS,
         },
+        "plan_bounds": {"BLOCK": attention_plan_triton.BLOCK},
+        "plan_runs": {"BLOCK": attention_plan_triton.BLOCK},
         "dropout": {"BLOCK": dropout_triton._BLOCK},
         "embedding_pieces": {"N": 30_522, **of_table},
         "embedding_long_runs": {"N": 30_522, **of_table},
@@ -262,7 +291,7 @@ def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
 def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
     """Types of all arguments that any of the kernels has."""
     row = f"*{dtype}"
-    heads, intervals = Heads(row, "i32", "i32"), Intervals("*i32", "*i32")
+    heads = Heads(row, "i32", "i32")
     rows = ["x", "residual", "hidden", "grad_hidden", "grad_x", "grad_sum", "grad", "rows"]
     rows += ["weight_rows", "bias_rows", "x_bias_rows"]
     of_plan = ["first_record", "num_tokens", "num_places", "num_records", "first_slot"]
@@ -270,8 +299,8 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["q", "k", "v", "grad_q", "grad_k", "grad_v"], heads),
         **dict.fromkeys(["out", "grad_out"], heads if in_heads else row),
         **dict.fromkeys([*rows, "buffer"], row),
-        **dict.fromkeys(["keys_of_queries", "queries_of_keys"], intervals),
-        "intervals": intervals,
+        **dict.fromkeys(["keys_of_queries", "queries_of_keys", "intervals"], "*i32"),
+        **dict.fromkeys(["cu_seqlens", "runs", "bounds", "following"], "*i32"),
         **dict.fromkeys(["lse", "delta", "norm"], "*fp32"),
         **dict.fromkeys(["mean", "rstd", "weight", "partials", "pieces", "slots"], "*fp32"),
         **dict.fromkeys(["keys", "tokens", "run_starts", "plan", "index"], "*i64"),
@@ -281,6 +310,7 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["num_sequences", "search_steps", "count", "rng_offset"], "i32"),
         **dict.fromkeys(["log_rows", "first_segment", "first_task"], "i32"),
         **dict.fromkeys(["weight_stride", "bias_stride", "x_bias_stride"], "i32"),
+        **dict.fromkeys(["num_heads", "num_runs"], "i32"),
         **dict.fromkeys(["row_stride", "num_keys"], "i32"),
         "boundaries": ("i32",) * (SEGMENTS + 1),
         **dict.fromkeys(["grad_stride", "grad_columns", "x_stride", "x_columns"], "i32"),

@@ -24,8 +24,16 @@ from .test_operators import attention, norms, others
 from .test_surgery_weights import operator_samples
 
 NO_TENSOR_ARGUMENTS = {
-    *("BalancedOptimizer", "PCGrad", "Columns", "EmbeddingRows", "LookupPlan", "TaskRows"),
-    "TaskSegments",
+    *(
+        "AttentionPlan",
+        "BalancedOptimizer",
+        "PCGrad",
+        "Columns",
+        "EmbeddingRows",
+        "LookupPlan",
+        "TaskRows",
+        "TaskSegments",
+    ),
     *("backend", "checked_values", "accelerate", "restore", "balancing"),
 }
 
@@ -188,6 +196,7 @@ def padding_and_modules() -> dict[str, Call]:
             kernels.pad_input,
             {"hidden_states": stream, "indices": indices, "batch": 2, "seqlen": 3},
         ),
+        "attention_plan": (kernels.attention_plan, {"cu_seqlens": cu, "total": 2}),
         "check_cu_seqlens": (
             partial(kernels.check_cu_seqlens, "cu_seqlens"),
             {"cu_seqlens": cu, "total": 2},

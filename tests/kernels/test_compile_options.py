@@ -149,6 +149,10 @@ def _packed(s: Stream, p: float = 0.1, **options: object) -> object:
     return kernels.flash_attn_varlen_qkvpacked_func(qkv, s.cu_seqlens, s.longest, p, **options)
 
 
+def _plan(s: Stream) -> kernels.AttentionPlan:
+    return kernels.attention_plan(s.cu_seqlens, s.x.shape[0])
+
+
 ATTENTION: dict[str, Call] = {
     "plain": lambda s: _attention(s, p=0.0),
     "dropout": _attention,
@@ -161,6 +165,9 @@ ATTENTION: dict[str, Call] = {
     "packed": lambda s: _packed(s, p=0.0),
     "packed, dropout": lambda s: _packed(s, seed=s.seed),
     "packed, no seed": _packed,
+    "packed, dropout, plan": lambda s: _packed(s, seed=s.seed, plan=_plan(s)),
+    "dropout, plan": lambda s: _attention(s, plan=_plan(s)),
+    "plan alone": lambda s: [x.float() for x in _plan(s)],
     "packed, causal": lambda s: _packed(s, 0.0, causal=True),
     "packed, log-sum-exp alone": lambda s: _packed(s, 0.0, return_attn_probs=True)[1],
 }
@@ -359,7 +366,7 @@ GROUPS = {
 FOR_INDUCTOR = {
     "layer_norm": ["neither", "bias", "by task, frozen bias"],
     "dropout_add_layer_norm": ["neither", "prenorm, sum alone"],
-    "attention": ["gradient of v", "log-sum-exp alone"],
+    "attention": ["packed, dropout, plan", "gradient of v", "log-sum-exp alone"],
     "embedding_layer_norm": ["neither", "by task, frozen positions", "by task and plan"],
     "linear, dropout": ["by task, frozen weight", "dropout, no seed", "rows"],
     "padding": ["there and back"],

@@ -25,9 +25,10 @@ def leaf(*shape: int) -> Tensor:
 
 
 def attention(p: float) -> dict[str, tuple]:
-    """Arguments of the attention operators."""
+    """Arguments of the attention operators; with dropout they are given a plan, too."""
     options = AttentionOptions(0.2, True, p, rng_offset=1, seed=SEED if p else None)
-    packed = (CU_SEQLENS, 13, *options)
+    plan = OPS.attention_plan(CU_SEQLENS, TOKENS) if p else ()
+    packed = (CU_SEQLENS, 13, *options, *plan)
     apart = (CU_SEQLENS, CU_SEQLENS, 13, *packed[1:])
     streams, qkv = [leaf(TOKENS, 2, 16) for _ in range(3)], leaf(TOKENS, 3, 2, 16)
     grad_out, inputs = torch.randn(TOKENS, 2, 16), qkv.detach()
@@ -85,6 +86,7 @@ def others() -> dict[str, tuple]:
     plan, buffer = plan_lookups(indices, tables, long_offsets).data, torch.ones(2, 21)
     planned = (plan, buffer, [1, 3], long_offsets)
     return {
+        "attention_plan": (CU_SEQLENS, TOKENS),
         "dropout": (leaf(7, 5), 0.2, SEED, 3),
         "onednn_linear": (x, grad.t() @ x, grad.sum(0)),
         "linear_task_gradients_": (grad, x, rows, bias_rows, OFFSETS, True),
