@@ -141,7 +141,7 @@ def _task_gradients_cuda(
 
     _check_gradients(grad_output, x, weight_rows, bias_rows, offsets)
     if grad_output.dtype != x.dtype:  # under autocast
-        dtype = torch.get_autocast_dtype("cuda")
+        dtype = torch.get_autocast_dtype(x.device.type)
         grad_output, x = grad_output.to(dtype), x.to(dtype)
     streams, segments = (grad_output, x), (offsets, accumulate)
     written = [rows.dtype for rows in (weight_rows, bias_rows) if rows.numel() > 0]
