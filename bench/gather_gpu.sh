@@ -29,7 +29,8 @@ done
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
     --implementation cp "${platforms[@]}" --dest "$folder/wheels" \
     pydantic==2.14.3 pydantic_core==2.50.4 annotated-types==0.8.0 typing-inspection==0.4.5 \
-    tomli_w==1.2.0 torchjd==0.18.0 liger-kernel==0.8.5 filelock==4.3.1
+    tomli_w==1.2.0 torchjd==0.18.0 liger-kernel==0.8.5 filelock==4.3.1 hypothesis==6.170.15 \
+    sortedcontainers==2.4.0 pytest-xdist==3.8.0 execnet==2.1.2
 
 cp "$data"/ids-sst-{train,dev}.csv "$data"/quora-{train,dev}.csv "$data"/sts-{train,dev}.csv \
     "$folder/data/"
@@ -51,3 +52,7 @@ END
 fi
 git rev-parse HEAD >"$folder/commit"
 du -sh "$folder"
+if [ "$(du -sb "$folder" | cut -f1)" -gt $((64 << 20)) ]; then
+    echo "$folder: larger than 64 MiB; leave the model out" >&2
+    exit 1
+fi
