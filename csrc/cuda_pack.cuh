@@ -101,7 +101,8 @@ struct Columns {
   }
 };
 
-__host__ __device__ inline Columns cut_columns(int64_t begin, int64_t end, int64_t first_aligned, int64_t pack) {
+__host__ __device__ inline Columns cut_columns(int64_t begin, int64_t end, int64_t first_aligned,
+                                               int64_t pack) {
   const int64_t head = first_aligned < end ? first_aligned - begin : end - begin;
   const int64_t packs = (end - begin - head) / pack;
   return {begin, head, packs, end - begin - head - packs * pack};

@@ -6,8 +6,9 @@
 //
 //   K <= 8   every thread keeps all K (K + 1) / 2 sums in registers (gram_kernel); the segments of
 //            surgery by layer or by tensor share one launch
-//   K <= 64  square tiles of sums are dealt out to threads, rows pass through shared memory
-//            (gram_tiles_kernel, surgery_gram_tiles.cuh)
+//   K <= 64  in 16 bits: tensor cores multiply (gram_mma_kernel, surgery_gram_mma.cuh), in one
+//            launch for all segments too; in others: square tiles of sums are dealt out to threads,
+//            rows pass through shared memory (gram_tiles_kernel, surgery_gram_tiles.cuh)
 //   more     every 64 rows for themselves as above, the products between them in pairs of 32 rows
 //            (gram_tiles_kernel too, all pairs in one launch)
 #pragma once
@@ -17,6 +18,7 @@
 
 #include "cuda_launch.cuh"
 #include "cuda_pack.cuh"
+#include "surgery_gram_mma.cuh"
 #include "surgery_gram_tiles.cuh"
 
 namespace superbert {
@@ -122,21 +124,39 @@ __global__ void __launch_bounds__(kGramThreads, 2)
 }
 
 // ---- adding up the blocks ----------------------------------------------------------------------
-// One block for each entry of each segment; result is [segment][row][column].
-template <typename C>
+// Where the entries of the partial sums belong: in square tiles of the upper triangle, or in those
+// of tensor cores.
+struct SquareTiles {
+  int tile, tiles;
+
+  __device__ __forceinline__ MmaPlace place(int entry) const {
+    const TilePair pair = tile_pair(entry / (tile * tile), tiles);
+    return {pair.row * tile + entry / tile % tile, pair.column * tile + entry % tile};
+  }
+};
+
+struct MmaTiles {
+  int groups;
+
+  __device__ __forceinline__ MmaPlace place(int entry) const {
+    const MmaPlace first = mma_place(entry / kMmaTile, groups);
+    return {first.row + entry % kMmaTile / 8, first.column + entry % 8};
+  }
+};
+
+// One block for each entry of each segment; the segments' results lie `result_size` apart.
+template <typename C, typename Tiles>
 __global__ void __launch_bounds__(kGramThreads)
     gram_reduce_kernel(const double* partial, const __grid_constant__ GramTable table,
-                       int64_t part_stride, int64_t entry_stride, int tile, int tiles,
-                       int64_t num_rows, C* result, int64_t result_stride) {
+                       int64_t part_stride, int64_t entry_stride, Tiles tiles, int64_t num_rows,
+                       C* result, int64_t result_stride, int64_t result_size) {
   const int entries = gridDim.x / table.count;
   const int entry = blockIdx.x % entries, segment = blockIdx.x / entries;
   const int64_t parts = table.blocks[segment + 1] - table.blocks[segment];
-  partial += table.blocks[segment] * part_stride;
-  result += segment * result_stride * result_stride;
-  const TilePair pair = tile_pair(entry / (tile * tile), tiles);
-  const int64_t row = pair.row * tile + entry / tile % tile;
-  const int64_t column = pair.column * tile + entry % tile;
+  const auto [row, column] = tiles.place(entry);
   if (row > column || column >= num_rows) return;
+  partial += table.blocks[segment] * part_stride;
+  result += segment * result_size;
 
   double sum = 0.0;
   for (int64_t part = threadIdx.x; part < parts; part += kGramThreads) {
@@ -206,30 +226,79 @@ void launch_gram_direct(const DeviceRows<T>& rows, const GramTable& table, doubl
   launch(kernel, table.blocks[table.count], kGramThreads, stream, rows, aligned, table, scratch);
 }
 
-// Writes [S, K, K] of the segments `offsets` of up to kDirectRows rows.
-template <typename T, typename Allocate>
-void compute_gram_direct(const DeviceRows<T>& rows, const std::vector<int64_t>& offsets,
-                         const Allocate& allocate, Compute<T>* result, cudaStream_t stream) {
-  const int64_t k = rows.num_rows, count = static_cast<int64_t>(offsets.size()) - 1;
-  const int64_t aligned = first_aligned_column(rows, 0), pack = aligned >= 0 ? 16 / sizeof(T) : 1;
+// Calls use(table, first) for the segments in as few launches as the table's size allows; `first`
+// is the number of the first one, `blocks(begin, end)` gives the blocks of a segment.
+template <typename Blocks, typename Use>
+void for_tables(const std::vector<int64_t>& offsets, const Blocks& blocks, const Use& use) {
+  const int64_t count = static_cast<int64_t>(offsets.size()) - 1;
   for (int64_t first = 0; first < count; first += GramTable::kMost) {
     GramTable table{};
     table.count = static_cast<int32_t>(std::min<int64_t>(count - first, GramTable::kMost));
     table.columns[0] = offsets[first];
     for (int s = 0; s < table.count; ++s) {
       const int64_t begin = offsets[first + s], end = offsets[first + s + 1];
-      const int64_t packs =
-          cut_columns(begin, end, begin + ((aligned - begin) & (pack - 1)), pack).packs;
       table.columns[s + 1] = end;
-      table.blocks[s + 1] =
-          table.blocks[s] + static_cast<int32_t>(packs / (kGramThreads * kGramSteps) + 1);
+      table.blocks[s + 1] = table.blocks[s] + static_cast<int32_t>(blocks(begin, end));
     }
+    use(table, first);
+  }
+}
+
+// Writes [S, K, K] of the segments `offsets` of up to kDirectRows rows.
+template <typename T, typename Allocate>
+void compute_gram_direct(const DeviceRows<T>& rows, const std::vector<int64_t>& offsets,
+                         const Allocate& allocate, Compute<T>* result, cudaStream_t stream) {
+  const int64_t k = rows.num_rows;
+  const int64_t aligned = first_aligned_column(rows, 0), pack = aligned >= 0 ? 16 / sizeof(T) : 1;
+  const auto blocks = [&](int64_t begin, int64_t end) {
+    const int64_t first = begin + ((aligned - begin) & (pack - 1));
+    return cut_columns(begin, end, first, pack).packs / (kGramThreads * kGramSteps) + 1;
+  };
+  for_tables(offsets, blocks, [&](const GramTable& table, int64_t first) {
     const int64_t parts = table.blocks[table.count];
     double* scratch = allocate(parts * k * k);
     launch_gram_direct<T, kDirectRows<T>>(rows, table, scratch, stream);
-    launch(gram_reduce_kernel<Compute<T>>, table.count * k * k, kGramThreads, stream, scratch,
-           table, 1, parts, k, 1, k, result + first * k * k, k);
-  }
+    const SquareTiles tiles{static_cast<int>(k), 1};
+    launch(gram_reduce_kernel<Compute<T>, SquareTiles>, table.count * k * k, kGramThreads, stream,
+           scratch, table, 1, parts, tiles, k, result + first * k * k, k, k * k);
+  });
+}
+
+// Writes the matrices of the segments `offsets` of up to kPanelRows rows in 16 bits: rows of a
+// result lie `result_stride` apart, results `result_size`.
+template <typename T, typename Allocate>
+void compute_gram_mma(const DeviceRows<T>& rows, const std::vector<int64_t>& offsets,
+                      const Allocate& allocate, float* result, int64_t result_stride,
+                      int64_t result_size, cudaStream_t stream) {
+  const int64_t aligned = first_aligned_column(rows, 0), first_pack = aligned >= 0 ? aligned : 0;
+  const auto blocks = [&](int64_t begin, int64_t end) {
+    const int64_t columns = end - begin + ((begin - first_pack) & 7);
+    return columns < 1 ? 1 : (columns + kMmaBlockColumns - 1) / kMmaBlockColumns;
+  };
+  const int groups = static_cast<int>((rows.num_rows + 15) / 16);
+  for_tables(offsets, blocks, [&](const GramTable& table, int64_t first) {
+    const auto run = [&](auto num_groups) {
+      constexpr int kGroups = num_groups, kEntries = kMmaTiles<kGroups> * kMmaTile;
+      const int64_t parts = table.blocks[table.count];
+      double* scratch = allocate(parts * kEntries);
+      const auto kernel = aligned >= 0 ? gram_mma_kernel<T, kGroups, true, GramTable>
+                                       : gram_mma_kernel<T, kGroups, false, GramTable>;
+      launch(kernel, parts, kMmaThreads, stream, rows, first_pack, table, scratch);
+      launch(gram_reduce_kernel<float, MmaTiles>, table.count * kEntries, kGramThreads, stream,
+             scratch, table, 1, parts, MmaTiles{kGroups}, rows.num_rows,
+             result + first * result_size, result_stride, result_size);
+    };
+    switch (groups) {
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 3:
+      return run(std::integral_constant<int, 3>{});
+    default:
+      return run(std::integral_constant<int, 4>{});
+    }
+  });
 }
 
 // Adds the products of the columns of the plan to the partial sums of `pairs` pairs of half panels,
@@ -266,9 +335,10 @@ void launch_gram(const DeviceRows<T>& rows, const GramPlan& plan, double* scratc
   GramTable table{};
   table.count = 1;
   table.blocks[1] = static_cast<int32_t>(plan.blocks);
-  launch(gram_reduce_kernel<C>, plan.entries, kGramThreads, stream, scratch, table, plan.entries, 1,
-         kTileRows<C>, (rows.num_rows + kTileRows<C> - 1) / kTileRows<C>, rows.num_rows, result,
-         result_stride);
+  const SquareTiles tiles{kTileRows<C>,
+                          static_cast<int>((rows.num_rows + kTileRows<C> - 1) / kTileRows<C>)};
+  launch(gram_reduce_kernel<C, SquareTiles>, plan.entries, kGramThreads, stream, scratch, table,
+         plan.entries, 1, tiles, rows.num_rows, result, result_stride, 0);
 }
 
 // The products between half panels: the blocks of a processor are shared out to all pairs.
@@ -296,8 +366,12 @@ void compute_gram_by_tiles(const DeviceRows<T>& rows, int64_t begin, int64_t end
   for (int64_t first = 0; first < k; first += kPanelRows) {
     const int64_t count = k - first < kPanelRows ? k - first : kPanelRows;
     const DeviceRows<T> panel{rows.data + first * rows.stride, count, rows.stride};
-    const GramPlan plan = plan_gram(panel, begin, end, num_processors);
-    launch_gram(panel, plan, allocate(plan.scratch()), result + first * (k + 1), k, stream);
+    if constexpr (sizeof(T) == 2) {
+      compute_gram_mma(panel, {begin, end}, allocate, result + first * (k + 1), k, 0, stream);
+    } else {
+      const GramPlan plan = plan_gram(panel, begin, end, num_processors);
+      launch_gram(panel, plan, allocate(plan.scratch()), result + first * (k + 1), k, stream);
+    }
   }
   if (k <= kPanelRows) return;
   const GramPlan plan = plan_gram_between(rows, begin, end, num_processors);
@@ -316,6 +390,12 @@ void compute_gram(const DeviceRows<T>& rows, const std::vector<int64_t>& offsets
   if constexpr (kDirectRows<T> > 0) {
     if (rows.num_rows <= kDirectRows<T>) {
       return compute_gram_direct(rows, offsets, allocate, result, stream);
+    }
+  }
+  if constexpr (sizeof(T) == 2) {
+    const int64_t k = rows.num_rows;
+    if (k <= kPanelRows) {
+      return compute_gram_mma(rows, offsets, allocate, result, k, k * k, stream);
     }
   }
   for (size_t s = 0; s + 1 < offsets.size(); ++s) {

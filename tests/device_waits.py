@@ -24,7 +24,7 @@ def _set(mode: str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-class NotRecordable(RuntimeError):
+class NotRecordableError(RuntimeError):
     """A call that a CUDA graph cannot hold."""
 
 
@@ -51,13 +51,13 @@ class RecordableOnly(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.calls.append(str(func))
         if name in ("lift_fresh", "lift_fresh_copy"):
-            raise NotRecordable("a tensor is made of numbers of the host")
+            raise NotRecordableError("a tensor is made of numbers of the host")
         if name in _READS:
-            raise NotRecordable(f"{func} reads the device")
+            raise NotRecordableError(f"{func} reads the device")
         if name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         ):
-            raise NotRecordable(f"{func} by a mask reads the device")
+            raise NotRecordableError(f"{func} by a mask reads the device")
         if name == "repeat_interleave" and (kwargs or {}).get("output_size") is None:
-            raise NotRecordable(f"{func} without output_size reads the device")
+            raise NotRecordableError(f"{func} without output_size reads the device")
         return func(*args, **(kwargs or {}))

@@ -341,8 +341,9 @@ class Balancer:
 
     def _decide(
         self, grams: Tensor, order: Tensor, losses: Tensor, state: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the weights ``[G, K]`` of groups that tasks share, and their state."""
+        new: Mapping[str, Tensor]
         if len(grams) == 1:  # a matrix alone takes fewer copies than a batch of one
             of_one = {name: tensor[0] for name, tensor in state.items()}
             output = self._method.decide(BalancerInput(grams[0], order, losses, of_one))
@@ -355,4 +356,4 @@ class Balancer:
                 name: torch.where(finite.view(-1, *[1] * (tensor.dim() - 1)), tensor, state[name])
                 for name, tensor in new.items()
             }
-        return weights.contiguous(), dict(new)
+        return weights.contiguous(), new

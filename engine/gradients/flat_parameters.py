@@ -21,7 +21,6 @@ from torch import Tensor
 from .._kernels import kernels
 from ..models.layers import GradientWrite, TaskLayer
 from ..models.multitask import MultitaskModel
-from ..models.parameters import ParameterSpec
 from ..runtime.oom import SMALLER_MODEL, check_memory
 from .layout import Layout, Piece, Slot
 
@@ -110,8 +109,8 @@ class FlatParameters:
             else self._shard_of(rank, master)
         )
 
-        self._to_clear = self._rows_written(trained, GradientWrite.ADDED)
-        self._sparse = self._rows_written(trained, GradientWrite.SPARSE)
+        self._to_clear = self._rows_written(GradientWrite.ADDED)
+        self._sparse = self._rows_written(GradientWrite.SPARSE)
         self.frozen: dict[str, Tensor] = {}
         self._frozen_compute: list[Tensor] = []
         for spec in specs:
@@ -161,9 +160,19 @@ class FlatParameters:
             pieces,
         )
 
-    def _rows_written(self, trained: Sequence[ParameterSpec], write: GradientWrite) -> list[Tensor]:
-        """Return the task gradients ``[K, *shape]`` of all parameters that are written this way."""
-        return [self.slots[s.name].view(self.rows) for s in trained if s.write is write]
+    def _rows_written(self, write: GradientWrite) -> list[Tensor]:
+        """Return the columns ``[K, n]`` of all parameters that are written this way.
+
+        Neighbours are joined, with the gaps between them, which hold zeros: a launch for all.
+        """
+        joined: list[slice] = []
+        ends = [*(slot.offset for slot in self.slots.values()), self.numel][1:]
+        for (name, slot), end in zip(self.slots.items(), ends, strict=True):
+            if self.specs[name].write is not write:
+                continue
+            start = joined.pop().start if joined and joined[-1].stop == slot.offset else slot.offset
+            joined.append(slice(start, end))
+        return [self.rows[:, columns] for columns in joined]
 
     def _attach_rows(self) -> None:
         """Give each shared layer its columns of the gradient buffer."""

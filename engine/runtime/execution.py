@@ -166,9 +166,10 @@ class Recorded(Generic[BatchT, Result]):
             self._agree(2 * self._seen[key] + 1)
             recording = self._recorder.record(self._function, batches)
             self.recordings[key] = recording
-        for own, batch in zip(recording.batches, batches, strict=True):
-            for target, source in zip(own.tensors, batch.tensors, strict=True):
-                target.copy_(source, non_blocking=True)
+        _copy(
+            [tensor for batch in batches for tensor in batch.tensors],
+            [tensor for batch in recording.batches for tensor in batch.tensors],
+        )
         recording.replay()
         return recording.result
 
@@ -178,6 +179,16 @@ class Recorded(Generic[BatchT, Result]):
             recording.release()
         self.recordings.clear()
         self._seen.clear()
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy tensors into others like them, on a GPU in one launch for each dtype."""
+    of_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        of_dtype.setdefault(target.dtype, []).append((target, source))
+    for pairs in of_dtype.values():
+        own, given = (list(tensors) for tensors in zip(*pairs, strict=True))
+        torch._foreach_copy_(own, given, non_blocking=True)
 
 
 class Execution:

@@ -135,16 +135,20 @@ class MultitaskStep:
         totals = micro_batches[0].step_examples or [
             sum(counts) for counts in zip(*(b.examples for b in micro_batches), strict=True)
         ]
-        losses = torch.zeros_like(factors)
+        losses: Tensor | None = None
         for number, batch in enumerate(micro_batches):
-            seed = (self._seed ^ self._of_rank) + (number << _MICRO_BATCH_BIT)
+            # Of rank 0 and the first micro-batch as it is: each operation is a launch.
+            seed = self._seed ^ self._of_rank if self._of_rank else self._seed
+            if number:
+                seed = seed + (number << _MICRO_BATCH_BIT)
             if number == len(micro_batches) - 1:
                 self.sync.start()
             own = self._losses_of(batch, totals, seed, number > 0)
-            # Each loss depends on its own task's tokens alone: one backward pass of the sum gives
-            # all K gradients.
-            (own * factors).sum().backward()
-            losses += own.detach()
+            # Each loss depends on its own task's tokens alone: one backward pass of the sum of all,
+            # times their factors, gives all K gradients.
+            own.backward(factors)
+            losses = own.detach() if losses is None else losses + own.detach()
+        assert losses is not None  # there is a micro-batch
         self.sync.wait()
         return losses
 

@@ -3,9 +3,9 @@
 Every method here computes weights ``c [K]`` from ``G = J Jᵀ [K, K]``; the update is
 ``sum_k c_k g_k``.  Of the Gram matrices ``[G, K, K]`` of several parameter groups they compute the
 weights ``[G, K]`` of each, all at once; other arguments are one for all groups or, with a first
-dimension of their own, one for each.  They run where G lies, never wait for the device, and can be part of a CUDA
-graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same weights (with
-:func:`nash_mtl`'s ``max_norm``: the same update).
+dimension of their own, one for each.  They run where G lies, never wait for the device, and can be
+part of a CUDA graph.  None has an absolute epsilon: gradients times 1e-12 or 1e12 give the same
+weights (with :func:`nash_mtl`'s ``max_norm``: the same update).
 A method that divides by a task's norm gives a task with zero gradient the weight 0; where all are
 zero the weights are finite.  Weights that the dtype of G cannot hold are all made smaller alike,
 until it holds the largest.  Where the diagonal of G is not finite (a gradient holds a NaN or an

@@ -121,8 +121,8 @@ def pcgrad_weights(
             with the same order this replays that code's update.
 
     Returns:
-        ``[K]`` weights c in the dtype of ``gram``, or ``[G, K]``: the combined gradient is ``sum_k c_k g_k``.  All
-        are NaN where the diagonal of ``gram`` is not finite.
+        ``[K]`` weights c in the dtype of ``gram``, or ``[G, K]``: the combined gradient is
+        ``sum_k c_k g_k``.  All are NaN where the diagonal of ``gram`` is not finite.
 
     Raises:
         ValueError: if a shape, a dtype or an order is not as above, or the reduction is unknown.

@@ -77,7 +77,7 @@ def solve_mgda(gram: Tensor) -> Tensor:
 
 
 def solve_cagrad(gram: Tensor, c: float) -> Tensor:
-    """Weights ``[..., K]`` of the best worst-case direction within ``c |g0|`` of the mean ``g0``."""
+    """Weights ``[..., K]`` of the best worst-case direction within ``c |g0|`` of the mean."""
     weights: Tensor = _ops.solve_cagrad(gram, c)
     return weights
 

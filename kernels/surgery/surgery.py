@@ -116,22 +116,32 @@ def combine_adamw_segments_reference_(
     weight_decay: float,
 ) -> None:
     """:func:`combine_adamw_reference_` on each segment, cut where the decay ends."""
-    state = (master, exp_avg, exp_avg_sq, low_precision)
     for (begin, end), group in zip(pairwise([0, *ends]), groups, strict=True):
         border = min(max(begin, decayed), end)
-        for first, last, decay in ((begin, border, weight_decay), (border, end, 0.0)):
-            if group >= 0 and first < last:
+        for own, decay in ((slice(begin, border), weight_decay), (slice(border, end), 0.0)):
+            if group >= 0 and own.start < own.stop:
                 combine_adamw_reference_(
-                    *(rows[:, first:last], weights.view(-1, len(rows))[group]),
-                    *(None if vector is None else vector[first:last] for vector in state),
-                    *(lr, step, scale, skip, beta1, beta2, eps, decay),
+                    rows[:, own],
+                    weights.view(-1, len(rows))[group],
+                    master[own],
+                    exp_avg[own],
+                    exp_avg_sq[own],
+                    None if low_precision is None else low_precision[own],
+                    lr,
+                    step,
+                    scale,
+                    skip,
+                    beta1,
+                    beta2,
+                    eps,
+                    decay,
                 )
 
 
 # ---- registration ------------------------------------------------------------------------------
 
 
-def declare_operators(references: Mapping[str, Callable[..., Tensor | None]]) -> None:
+def declare_operators(references: Mapping[str, Callable[..., object]]) -> None:
     """Declare operators that are C++ on the CPU and, without the CUDA part, torch on a GPU."""
     for name, reference in references.items():
         has_cuda = has_kernel(name, "CUDA")
@@ -337,9 +347,9 @@ def combine_adamw_segments_(
 ) -> None:
     """:func:`combine_adamw_` on segments of columns that have weights of their own, in one pass.
 
-    On a GPU up to 256 segments are one launch.  It moves 16 bytes of a row at a time if the segments
-    and ``decayed`` begin at multiples of 16 bytes in every tensor, as parameters of a gradient
-    buffer do, and elsewhere one element.
+    On a GPU up to 256 segments are one launch.  It moves 16 bytes of a row at a time if segments
+    and ``decayed`` are multiples of 16 bytes, as parameters of a gradient buffer are, and the
+    tensors alike aligned; elsewhere one element.
 
     Args:
         rows: ``[K, P]`` as for :func:`gram`.

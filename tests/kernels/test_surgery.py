@@ -10,6 +10,7 @@ from kernels.surgery.surgery import (
     combine,
     combine_adamw_,
     combine_adamw_reference_,
+    combine_adamw_segments_,
     combine_reference,
     gram,
     gram_reference,
@@ -213,6 +214,36 @@ def test_adamw_on_slices_of_columns() -> None:
         part = [None if s is None else s[columns] for s in parts]
         combine_adamw_(rows[:, columns], weights, *part, lr=1e-2, step=1, weight_decay=0.0)
     assert all(torch.equal(a, b) for a, b in zip(whole[:3], parts[:3], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("ends", "groups", "decayed"),
+    [
+        ([70_001], [1], None),
+        ([64, 40_000, 40_000, 70_001], [1, -1, 0, 2], 50_000),
+        ([1, 3, 35_003, 70_001], [0, 2, 0, 1], 0),
+        ([*range(0, 70_000, 1000), 70_001], [n % 4 - 1 for n in range(71)], 12_345),
+    ],
+)
+def test_adamw_by_segments_is_adamw_of_each(
+    dtype: torch.dtype, ends: list[int], groups: list[int], decayed: int | None
+) -> None:
+    """To the bit, however threads share the columns; those of group -1 stay as they are."""
+    rows, weights = task_rows(3, 70_001, dtype), torch.randn(3, 3)
+    together, each = (fresh_state(70_001, torch.float32, None) for _ in range(2))
+    options = {"lr": 1e-2, "step": 2, "scale": torch.tensor(0.5)}
+    combine_adamw_segments_(
+        *(rows, weights, *together),
+        **{"ends": ends, "groups": groups, "decayed": decayed, "weight_decay": 0.1, **options},
+    )
+    for begin, end, group in zip([0, *ends], ends, groups, strict=False):
+        border = end if decayed is None else min(max(begin, decayed), end)
+        for own, decay in ((slice(begin, border), 0.1), (slice(border, end), 0.0)):
+            if group >= 0:
+                part = [None if s is None else s[own] for s in each]
+                combine_adamw_(rows[:, own], weights[group], *part, weight_decay=decay, **options)
+    assert all(torch.equal(a, b) for a, b in zip(together[:3], each[:3], strict=True))
 
 
 @pytest.mark.parametrize("flag", [torch.tensor(True), torch.tensor(1.0)])

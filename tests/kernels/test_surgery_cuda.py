@@ -24,8 +24,8 @@ from kernels.surgery.surgery import (
 )
 
 from ..device_waits import no_wait_for_the_device
-from .tolerance import assert_within_twice
 from .test_surgery_weights import summary_cases
+from .tolerance import assert_within_twice
 
 REPOSITORY = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -138,6 +138,24 @@ def test_gram_of_many_blocks(device: Device) -> None:
         exact = rows.double() @ rows.double().T
         assert_within_twice(result, gram_reference(rows, [0, columns])[0], exact)
         assert torch.equal(result, result.T)
+
+
+@pytest.mark.parametrize("num_tasks", [9, 16, 17, 32, 45, 64, 70])
+def test_gram_of_16_bits_by_tensor_cores(device: Device, num_tasks: int) -> None:
+    """Several blocks, edges, rows that are aligned and others; the same bits each time."""
+    generator = torch.Generator().manual_seed(3)
+    for dtype, columns, gap in (
+        (torch.bfloat16, 16_384 + 67 if num_tasks < 17 else 200, 5),
+        (torch.float16, 700, 4),
+        (torch.bfloat16, 150, 3),
+    ):
+        wide = torch.randn(num_tasks, columns + gap, generator=generator).to(dtype)
+        rows = wide[:, gap:]
+        result = device.ops.gram(device.put(rows), [0, columns])[0]
+        exact = rows.double() @ rows.double().T
+        assert_within_twice(result.cpu(), gram_reference(rows, [0, columns])[0], exact)
+        assert torch.equal(result, result.T)
+        assert torch.equal(result, device.ops.gram(device.put(rows), [0, columns])[0])
 
 
 @pytest.mark.parametrize("num_tasks", [3, 16])
@@ -294,11 +312,15 @@ def test_adamw_by_segments(device: Device) -> None:
         assert_within_twice(mine.cpu(), plain, true)
 
 
+@pytest.mark.parametrize("num_tasks", [3, 20])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gram_by_segments_is_gram_of_each(device: Device, dtype: torch.dtype) -> None:
+def test_gram_by_segments_is_gram_of_each(
+    device: Device, dtype: torch.dtype, num_tasks: int
+) -> None:
     """To the bit: aligned segments and others, empty ones, one of several blocks, many."""
-    for offsets in ([0, 64, 64, 40_000, 40_003], [5, 7, 12, 41_000], [*range(0, 3000, 10)]):
-        rows = device.put(task_rows(3, offsets[-1] + 2, dtype, 3, 5))
+    several = 40_000 if num_tasks == 3 else 17_000
+    for offsets in ([0, 64, 64, several, several + 3], [5, 7, 12, 990], [*range(0, 900, 3)]):
+        rows = device.put(task_rows(num_tasks, offsets[-1] + 2, dtype, 3, 5))
         grams = device.ops.gram(rows, offsets)
         for begin, end, ours in zip(offsets, offsets[1:], grams, strict=False):
             assert torch.equal(ours, device.ops.gram(rows, [begin, end])[0])
@@ -377,7 +399,9 @@ def test_matrices_of_all_groups_are_solved_in_one_call(device: Device, name: str
             together, each = (together,), [(one,) for one in each]
         for ours, alone in zip(together, zip(*each, strict=True), strict=True):
             assert torch.equal(ours, torch.stack(alone))
-        empty = operator(put(matrices[:0]), *(a[:0] if name[:7] == "project" else a for a in of_all))
+        if name == "project_onto_dual_cone":
+            of_all = (of_all[0][:0],)
+        empty = operator(put(matrices[:0]), *of_all)
         assert (empty if isinstance(empty, Tensor) else empty[0]).shape[0] == 0
 
 

@@ -73,10 +73,14 @@ def summary_cases() -> dict[str, tuple]:
         "within the limit": (grams, weights, losses, shares, 1e4, None),
         "a limit of 0": (grams, weights, losses, shares, 0.0, None),
         "zero": (grams * 0, weights, losses, shares, 1.0, None),
-        "one task": (grams[:, :1, :1].contiguous(), weights[:, :1].contiguous(), losses[:1], shares)
-        + (1.0, None),
-        "many groups": (many @ many.mT, many[:, :, 0].contiguous(), many[0, :, 0].contiguous())
-        + (many[:, 0, 0].contiguous().abs(), 1.0, None),
+        "one task": (
+            *(grams[:, :1, :1].contiguous(), weights[:, :1].contiguous(), losses[:1], shares),
+            *(1.0, None),
+        ),
+        "many groups": (
+            *(many @ many.mT, many[:, :, 0].contiguous(), many[0, :, 0].contiguous()),
+            *(many[:, 0, 0].contiguous().abs(), 1.0, None),
+        ),
         "NaN": (no_number, weights, losses, shares, 1.0, None),
         "infinite": (infinite, weights, losses, shares, 1.0, None),
         "a norm that overflows": (overflown, 1e3 * weights, losses, shares, 1.0, None),
@@ -88,7 +92,10 @@ def summary_cases() -> dict[str, tuple]:
 @pytest.mark.parametrize("case", summary_cases())
 def test_summary(case: str) -> None:
     arguments = summary_cases()[case]
-    ours, plain = torch.ops.superbert.update_summary(*arguments), update_summary_reference(*arguments)
+    ours, plain = (
+        torch.ops.superbert.update_summary(*arguments),
+        update_summary_reference(*arguments),
+    )
     for name, mine, expected in zip(UpdateSummary._fields, ours, plain, strict=True):
         assert mine.dtype == expected.dtype
         torch.testing.assert_close(mine, expected, rtol=1e-6, atol=0, equal_nan=True, msg=name)

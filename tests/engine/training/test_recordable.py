@@ -13,7 +13,7 @@ from engine.gradients.balancing import METHODS, BalanceSettings
 from engine.gradients.groups import GRANULARITIES
 from engine.optim.lamb import Lamb
 
-from ...device_waits import NotRecordable, RecordableOnly
+from ...device_waits import NotRecordableError, RecordableOnly
 from ..small_models import TASKS, build_step, make_micro_batches
 
 SETTINGS = {
@@ -111,5 +111,5 @@ def test_the_update_is_a_few_launches(make_model, make_batch):
 )
 def test_what_a_graph_cannot_hold_is_found(call):
     x = torch.ones(2)
-    with RecordableOnly(), pytest.raises(NotRecordable):
+    with RecordableOnly(), pytest.raises(NotRecordableError):
         call(x)

@@ -157,9 +157,9 @@ def of_all_groups() -> dict[str, Method]:
         "pcgrad": lambda gram: balancing.pcgrad(gram, order),
         "the reference of pcgrad": lambda gram: pcgrad_weights_reference(gram, order, False, False),
         "gradvac": lambda gram: balancing.gradvac(gram, order, torch.full((5, 5), 0.1)).weights,
-        "targets of gradvac": lambda gram: (
-            balancing.gradvac(gram, order, torch.full_like(gram, 0.1)).targets.flatten(-2)
-        ),
+        "targets of gradvac": lambda gram: balancing.gradvac(
+            gram, order, torch.full_like(gram, 0.1)
+        ).targets.flatten(-2),
         "proportional": lambda gram: balancing.proportional(gram, torch.arange(1, 6)),
         "gradnorm": lambda gram: balancing.gradnorm(
             gram, torch.ones_like(gram[..., 0, :]), torch.linspace(0.5, 1.5, 5)

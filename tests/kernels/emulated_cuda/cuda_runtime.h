@@ -105,6 +105,19 @@ class Block {
     return received;
   }
 
+  // Calls use(values) with those of all lanes of the warp.
+  template <typename T, typename Use>
+  void with_warp(const T& value, const Use& use) {
+    static_assert(sizeof(T) <= sizeof(Warp::wide[0]));
+    Warp& warp = warps_[running_ / 32];
+    std::memcpy(&warp.wide[running_ % 32], &value, sizeof value);
+    wait(warp.barrier, 32);
+    T values[32];
+    for (int lane = 0; lane < 32; ++lane) std::memcpy(&values[lane], &warp.wide[lane], sizeof(T));
+    wait(warp.barrier, 32);
+    use(values);
+  }
+
   static inline Block* current = nullptr;
 
  private:
@@ -116,7 +129,7 @@ class Block {
   };
   struct Warp {
     Barrier barrier;
-    double slots[32];
+    double slots[32], wide[32][4];
   };
 
   static void enter() {
@@ -164,6 +177,36 @@ template <typename T>
 const T* aligned(const T* p) {
   if (reinterpret_cast<uintptr_t>(p) % alignof(T) != 0) fail("misaligned access");
   return p;
+}
+
+// m16n8k16 of tensor cores (csrc/cuda_mma.cuh), with one rounding where those cut off bits.
+template <typename T, typename Widen>
+void multiply_add(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2],
+                  const Widen& widen) {
+  struct Registers {
+    unsigned a[4], b[2];
+  } own;
+  std::copy_n(a, 4, own.a);
+  std::copy_n(b, 2, own.b);
+  const int group = static_cast<int>(threadIdx.x % 32) / 4, quad = threadIdx.x % 4;
+  Block::current->with_warp(own, [&](const Registers(&all)[32]) {
+    // Numbers of a row or column, from the lanes 4 * line .. 4 * line + 3 in the given registers.
+    const auto number = [&](const unsigned& word, int place) {
+      T element;
+      std::memcpy(&element, reinterpret_cast<const char*>(&word) + place * sizeof(T), sizeof(T));
+      return static_cast<double>(widen(element));
+    };
+    for (int n = 0; n < 4; ++n) {
+      const int row = group, below = n / 2, column = 2 * quad + n % 2;
+      double total = sum[n];
+      for (int k = 0; k < 16; ++k) {
+        const int from = k % 8 / 2, beyond = k / 8;
+        total += number(all[4 * row + from].a[2 * beyond + below], k % 2) *
+                 number(all[4 * column + from].b[beyond], k % 2);
+      }
+      sum[n] = static_cast<float>(total);
+    }
+  });
 }
 
 } // namespace emulated
