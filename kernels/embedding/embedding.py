@@ -107,26 +107,28 @@ class _TaskEmbedding(torch.autograd.Function):
         planned_before: tuple[int, ...],
         planned_after: tuple[int, ...],
     ) -> Tensor:
-        ctx.save_for_backward(index if plan is None else plan, weight)
+        if plan is None:
+            ctx.save_for_backward(index, weight)
+        else:
+            ctx.save_for_backward(plan)
         ctx.rows, ctx.offsets = (buffer, start), offsets  # type: ignore[attr-defined]
-        # Of the other planned tables: torch.compile loses a number that is a shape of a tensor, too.
-        others = None if plan is None else (planned_before, planned_after)
-        ctx.others = others  # type: ignore[attr-defined]
+        # Of this table and the others: torch.compile loses an argument that a tensor has as a size.
+        planned = (planned_before, weight.shape[0], planned_after)
+        ctx.planned = planned  # type: ignore[attr-defined]
         return F.embedding(index, weight)
 
     @staticmethod
     @differentiable_once("embedding with task rows", "the layer without rows")
-    def backward(ctx: Any, saved: tuple[Tensor, Tensor], grad_output: Tensor) -> tuple[None, ...]:
-        index_or_plan, weight = saved
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_output: Tensor) -> tuple[None, ...]:
         buffer, start = ctx.rows
-        if ctx.others is None:
-            rows = rows_at(buffer, start, weight.shape)
-            embedding_task_gradients_(grad_output, index_or_plan, rows, ctx.offsets)
+        if len(saved) == 1:
+            before, own, after = ctx.planned
+            numbers = ((*before, own, *after), ctx.offsets, len(before))
+            add_planned_gradients_(grad_output, saved[0], buffer, *numbers)
         else:
-            before, after = ctx.others
-            entries = (*before, weight.shape[0], *after)
-            numbers = (entries, ctx.offsets, len(before))
-            add_planned_gradients_(grad_output, index_or_plan, buffer, *numbers)
+            index, weight = saved
+            rows = rows_at(buffer, start, weight.shape)
+            embedding_task_gradients_(grad_output, index, rows, ctx.offsets)
         return (None,) * 8
 
 

@@ -250,9 +250,7 @@ def add_planned_gradients_reference_(
         buffer[place] = (buffer[place].to(wide) + values).to(buffer.dtype)
 
 
-def zero_planned_rows_reference_(
-    buffer: Tensor, plan: Tensor, layout: Layout, width: int
-) -> None:
+def zero_planned_rows_reference_(buffer: Tensor, plan: Tensor, layout: Layout, width: int) -> None:
     """Zero the gradient rows that a plan adds to."""
     _, count, task, column = plan[layout.places :].view(_FIELDS, -1)
     written = (count > 0) & (task != _IN_SLOT)
@@ -470,6 +468,4 @@ def zero_planned_rows_(buffer: Tensor, plan: LookupPlan, offsets: Sequence[int])
         layout = Layout.of(plan.entries, offsets)
         zero_planned_rows_reference_(buffer, plan.data, layout, plan.width)
     else:
-        torch.ops.superbert.zero_planned_rows_(
-            buffer, plan.data, plan.entries, offsets, plan.width
-        )
+        torch.ops.superbert.zero_planned_rows_(buffer, plan.data, plan.entries, offsets, plan.width)

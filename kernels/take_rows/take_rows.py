@@ -94,7 +94,7 @@ def _backward_cuda(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     return take_rows_triton.backward(grad, index, num_rows)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     x, index = inputs
     ctx.num_rows = x.shape[0]
     ctx.save_for_backward(index)

@@ -1,14 +1,14 @@
 """Rows of a matrix on the GPU; `kernels.take_rows.take_rows` has the maths.
 
-A program copies up to 1,024 columns of one row.  An index outside of the matrix, which the host must
-not wait for, reads zeros and is written nowhere.
+A program copies up to 1,024 columns of one row.  An index outside of the matrix, which the host
+must not wait for, reads zeros and is written nowhere.
 """
 
 # Kernels are Triton's language, not typed Python, and write compile-time constants in capitals.
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators, ignore-missing-imports
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: allow-untyped-decorators, ignore-missing-imports
 # ruff: noqa: N803
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

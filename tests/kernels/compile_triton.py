@@ -260,6 +260,7 @@ def _linear(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
 
 def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     width = case.width
+    of_rows = {"WIDTH": width, "BLOCK": take_rows_triton.BLOCK}
     of_table = {"WIDTH": width, "PIECE": PIECE, "COLUMNS": embedding_triton.COLUMNS}
     constants = {
         "intervals": {"ROWS_ARE_KEYS": True, "CAUSAL": True, "BLOCK": INTERVAL_ROWS},
@@ -276,15 +277,14 @@ def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
         "embedding_long_runs": {"N": 30_522, **of_table},
         "planned_pieces": of_table,
         "planned_runs": of_table,
+        "take_rows": of_rows,
+        "write_rows": of_rows,
         "zero_planned_rows": {
             "WIDTH": width,
             "RECORDS": lookup_plan_triton.ZEROED_RECORDS,
             "COLUMNS": lookup_plan_triton.ZEROED_COLUMNS,
         },
     }
-    constants |= dict.fromkeys(
-        ["take_rows", "write_rows"], {"WIDTH": width, "BLOCK": take_rows_triton.BLOCK}
-    )
     return constants[case.kernel], {}
 
 

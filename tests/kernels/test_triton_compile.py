@@ -10,10 +10,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
+from kernels import Columns, plan_lookups
 from kernels.attention import attention_triton
 from kernels.attention.attention_options import AttentionOptions
 from kernels.dropout import dropout_triton
-from kernels import Columns, plan_lookups
 from kernels.embedding import embedding_triton, lookup_plan_triton
 from kernels.embedding.lookup_plan import ALL_TABLES, Layout
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
