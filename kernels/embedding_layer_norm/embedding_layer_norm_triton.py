@@ -116,15 +116,15 @@ def _backward_kernel(
     columns = tl.arange(0, BLOCK_N)
     grad_weight = tl.zeros([BLOCK_N], tl.float32)
     grad_bias = tl.zeros([BLOCK_N], tl.float32)
-    w = tl.full([BLOCK_N], 1.0, tl.float32)
-    if HAS_WEIGHT:
-        w = tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)
     for first_row in range(begin, end, ROWS):
         rows, columns, elements, mask = tile(first_row, end, N, ROWS, BLOCK_N)
         dy = tl.load(grad_out + elements, mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             dy *= row_factors(rows, rng_offset, dropout, N, BLOCK_N)
         h = _embed(tables, sizes, ids, rows, columns, end, mask, N)
+        w = tl.full([BLOCK_N], 1.0, tl.float32)
+        if HAS_WEIGHT:  # read for each tile: held between them, it would make some widths spill
+            w = tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)
         dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, N)
         tl.store(grad_sum + elements, dh.to(grad_sum.dtype.element_ty), mask=mask)
         if SUMS > 0:

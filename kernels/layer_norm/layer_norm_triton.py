@@ -56,13 +56,16 @@ def row_factors(rows, rng_offset, dropout, N: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def mean_of(sums, N: tl.constexpr):
-    """``sums / N``, rounded as the CPU rounds it: plain ``/`` is a GPU's approximation."""
-    return tl.div_rn(sums, tl.full(sums.shape, N, tl.float32))
+    """Give ``sums / N`` within two roundings: ``/`` is a GPU's approximation, `tl.div_rn` slow."""
+    return sums * (1.0 / N)
 
 
 @triton.jit
 def rstd_of(variance, eps):
-    """Inverse deviation of a variance that rounding may have made negative; a NaN stays one."""
+    """Inverse deviation of a variance that rounding may have made negative; a NaN stays one.
+
+    Rounded as the CPU rounds it: ``tl.sqrt``, ``/`` and ``tl.rsqrt`` are a GPU's approximations.
+    """
     deviation = tl.sqrt_rn(tl.where(variance < 0.0, 0.0, variance) + eps)
     return tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), deviation)
 
@@ -155,9 +158,8 @@ def grad_of_rows(dy, h, w, mean, rstd, rows, row_end, mask, N: tl.constexpr):
     row_rstd = tl.load(rstd + rows, mask=rows < row_end, other=0.0)
     xhat = tl.where(mask, (h - row_mean[:, None]) * row_rstd[:, None], 0.0)
     g = dy * w[None, :]
-    # Not mean_of: the widest rows have no register left for a division.
-    mean_g = tl.sum(g, 1) * (1.0 / N)
-    mean_gx = tl.sum(g * xhat, 1) * (1.0 / N)
+    mean_g = mean_of(tl.sum(g, 1), N)
+    mean_gx = mean_of(tl.sum(g * xhat, 1), N)
     return row_rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None]), xhat
 
 
