@@ -2,7 +2,9 @@
 
 Length mixes of the four real datasets and three fixed lengths.  Peers, each where it imports: SDPA
 on the padded batch, torch's `varlen_attn`, FlexAttention with a document mask, flash-attn, and
-plain padded attention compiled by `torch.compile`.  All contestants of a case compute from the same
+plain padded attention compiled by `torch.compile`.  On a GPU ours runs twice more: with a plan that
+was made before, as the layers of a model share one, and by tiles alone, without the kernels for
+runs of short sequences.  All contestants of a case compute from the same
 q, k and v; padded ones from their padded copy.
 """
 
@@ -12,6 +14,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -36,6 +39,7 @@ DECILES = {
 FIXED = {"128": (128, 64), "512": (512, 16), "2048": (2048, 4)}  # length, sequences
 HEADS = 12
 OURS = "this project"
+PLANNED, TILES_ALONE = f"{OURS}, planned before", f"{OURS}, tiles alone"
 
 
 def mix(name: str, sequences: int) -> list[int]:
@@ -65,6 +69,7 @@ class Inputs:
         self.grad = torch.randn(sum(lengths), HEADS, width, generator=generator).to(device, dtype)
         self.cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], device=device).int()
         starts = torch.arange(self.longest)[None, :]
+        self.plan = kernels.attention_plan(self.cu_seqlens, sum(lengths))
         self.mask = (starts < torch.tensor(lengths)[:, None]).to(device)
         self.whole = len(set(lengths)) == 1
         self._rows = self.mask.flatten().nonzero()[:, 0]
@@ -96,10 +101,21 @@ class Inputs:
         return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
 
 
-def _ours(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    out = kernels.flash_attn_varlen_qkvpacked_func(inputs.qkv, inputs.cu_seqlens, inputs.longest)
+def _ours(inputs: Inputs, plan: kernels.AttentionPlan | None = None) -> tuple[Tensor, Tensor]:
+    out = kernels.flash_attn_varlen_qkvpacked_func(
+        inputs.qkv, inputs.cu_seqlens, inputs.longest, plan=plan
+    )
     assert isinstance(out, Tensor)
     return inputs.backward(out, inputs.qkv, inputs.grad)
+
+
+def _planned(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return _ours(inputs, inputs.plan)
+
+
+def _tiles_alone(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    with mock.patch("kernels.attention.attention_runs_triton.WARPS", {}):  # no heads have runs
+        return _planned(inputs)
 
 
 def _sdpa_padded(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -167,6 +183,8 @@ def contestants(
 ) -> dict[str, Callable[[], Callable[[], tuple[Tensor, Tensor]]]]:
     """What makes ours and the peers that can run here."""
     runs = {OURS: _ours, "SDPA, padded": _sdpa_padded, "torch.compile, padded": _compiled}
+    if device == "cuda":
+        runs |= {PLANNED: _planned, TILES_ALONE: _tiles_alone}
     if device == "cuda" and inputs.qkv.dtype != torch.float32:  # there is no other kernel
         if importlib.util.find_spec("torch.nn.attention.varlen"):
             runs["varlen_attn"] = _varlen_attn

@@ -1,8 +1,10 @@
-"""``python -m bench.attention_tiles``: find the fastest tiles of the attention kernels.
+"""``python -m bench.attention_tiles``: find the fastest settings of the attention kernels.
 
 Every setting of every kernel is timed on a GPU by graph replay, forward or backward as a whole with
-one kernel's setting replaced, on four mixes of lengths, in bf16 with dropout.  The table's best
-rows are what ``TILES`` in kernels/attention/attention_triton.py should hold.
+one kernel's setting replaced, on four mixes of lengths, in bf16 with dropout.  Tiles take all
+sequences while theirs are timed, and runs all short ones while those are.  The table's best rows
+are what ``TILES`` in attention_triton.py and ``WARPS`` in attention_runs_triton.py, both in
+kernels/attention, should hold.
 """
 
 import argparse
@@ -17,15 +19,19 @@ from rich.console import Console
 
 from engine.cli.common import Parser
 from engine.cli.standard_output import exit_with
-from kernels.attention import attention_triton
+from kernels import attention_plan
+from kernels.attention import attention_runs_triton, attention_triton
 from kernels.attention.attention_options import AttentionOptions
+from kernels.attention.attention_tiles_triton import padded_width
 from kernels.attention.attention_triton import Tiles
 
 from . import harness, tile_sweep
 from .attention import HEADS, cases
 
 CASES = ("sst x 32", "sst x 256", "cfimdb x 256", "4 x 2048")
-SETTINGS = {
+SETTINGS: dict[str, list[Tiles] | list[int]] = {
+    "forward_runs": [1, 2, 4, 8],  # warps
+    "backward_runs": [2, 4, 8],
     "forward": [
         *(Tiles(16, 32, 1, 2), Tiles(32, 32, 2, 2), Tiles(32, 32, 4, 2), Tiles(32, 64, 4, 2)),
         *(Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3), Tiles(64, 64, 8, 2)),
@@ -45,14 +51,32 @@ SETTINGS = {
 
 
 @contextmanager
-def replaced(kernel: str, tiles: Tiles, width: int, element_bytes: int = 2) -> Iterator[None]:
-    """Let one kernel have these tiles, for sequences of all lengths."""
-    key = {(kernel, element_bytes, attention_triton.padded_width(width)): tiles}
+def replaced(
+    kernel: str, setting: Tiles | int, width: int, element_bytes: int = 2
+) -> Iterator[None]:
+    """Let one kernel have this setting: tiles, for sequences of all lengths, or warps."""
+    key: dict[tuple[str, int, int], Any] = {(kernel, element_bytes, padded_width(width)): setting}
+    if isinstance(setting, int):
+        with mock.patch.dict(attention_runs_triton.WARPS, key):
+            yield
+        return
     with (
         mock.patch.dict(attention_triton.TILES, key),
         mock.patch.dict(attention_triton.LONG_TILES, key),
+        mock.patch.dict(attention_runs_triton.WARPS, clear=True),
     ):
         yield
+
+
+def usual(kernel: str, width: int) -> Tiles | int:
+    """The setting that a kernel has."""
+    key = (kernel, 2, padded_width(width))
+    return attention_runs_triton.WARPS.get(key) or attention_triton.TILES[key]
+
+
+def text_of(setting: Tiles | int) -> str:
+    """A setting in a table."""
+    return str(setting) if isinstance(setting, int) else str(tuple(setting))
 
 
 class Call:
@@ -67,21 +91,25 @@ class Call:
         options = AttentionOptions(width**-0.5, dropout_p=0.1, rng_offset=1, seed=seed)
         self._inputs = (*qkv.unbind(1),)
         self._others = (boundaries, boundaries, options)
+        self._known = {
+            "plan": attention_plan(boundaries, len(qkv)),
+            "max_seqlen": max(lengths),
+        }
         self._grads = tuple(torch.empty_like(qkv).unbind(1))
         self._saved = self.forward()
         self._grad_out = torch.randn_like(self._saved[0])
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and log-sum-exp."""
-        return attention_triton.forward(*self._inputs, *self._others)
+        return attention_triton.forward(*self._inputs, *self._others, **self._known)
 
     def backward(self) -> None:
         """Gradients."""
         saved = (*self._inputs, *self._saved, *self._others)
-        attention_triton.backward(self._grad_out, *saved, grads=self._grads)
+        attention_triton.backward(self._grad_out, *saved, grads=self._grads, **self._known)
 
 
-def compile_one(kernel: str, tiles: Tiles, width: int) -> str:
+def compile_one(kernel: str, setting: Tiles | int, width: int) -> str:
     """Compile one setting; return what went wrong."""
 
     def launch() -> None:
@@ -90,7 +118,7 @@ def compile_one(kernel: str, tiles: Tiles, width: int) -> str:
         call.backward()
         torch.cuda.synchronize()
 
-    with replaced(kernel, tiles, width):
+    with replaced(kernel, setting, width):
         return tile_sweep.attempt(launch)
 
 
@@ -103,7 +131,7 @@ def main() -> None:
         parser.error("needs a GPU")
     device, console, width = torch.device("cuda"), Console(width=110), options.width
 
-    settings = [(kernel, tiles) for kernel, all_tiles in SETTINGS.items() for tiles in all_tiles]
+    settings = [(kernel, each) for kernel, all_of_it in SETTINGS.items() for each in all_of_it]
     wrong = tile_sweep.broken(compile_one, [(*setting, width) for setting in settings])
     broken = {setting[:2]: text for setting, text in wrong.items()}
 
@@ -111,21 +139,21 @@ def main() -> None:
     calls = {case: Call(lengths[case], width) for case in CASES}
     results: dict[str, Any] = {"width": width, "broken": {str(k): v for k, v in broken.items()}}
     record = harness.Record(options, "attention_tiles", device)
-    for kernel, all_tiles in SETTINGS.items():
-        usual = attention_triton.TILES[kernel, 2, attention_triton.padded_width(width)]
+    for kernel, all_of_it in SETTINGS.items():
+        now = text_of(usual(kernel, width))
         seconds: dict[str, dict[str, list[float]]] = {}
         for case, call in calls.items():
-            run = call.forward if kernel == "forward" else call.backward
+            run = call.forward if kernel.startswith("forward") else call.backward
             graphs = {}
-            for each in all_tiles:
+            for each in all_of_it:
                 if (kernel, each) not in broken:
                     with replaced(kernel, each, width):
-                        graphs[str(tuple(each))] = harness.graph_replay(run, device)
+                        graphs[text_of(each)] = harness.graph_replay(run, device)
             seconds[case] = harness.device_seconds(graphs, device, rounds=5)
-        results[kernel] = {"usual": str(tuple(usual)), "seconds": seconds}
+        results[kernel] = {"usual": now, "seconds": seconds}
         record.write(results)
-        title, heading = f"{kernel}, us; now {tuple(usual)}", "queries, keys, warps, stages"
-        console.print(tile_sweep.table_of(title, heading, seconds))
+        heading = "warps" if kernel.endswith("runs") else "queries, keys, warps, stages"
+        console.print(tile_sweep.table_of(f"{kernel}, us; now {now}", heading, seconds))
     for setting, text in broken.items():
         console.print(f"{setting}: {text}")
 

@@ -13,6 +13,16 @@ EDGES = [0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 193, 2
 # More queries than keys: flash-attn's own cases, and those on both sides of the first block.
 FEW_KEYS = [(76, 1), (34, 1), (146, 1), (65, 1), (76, 2), (300, 20), (64, 1), (40, 20)]
 EMPTY = [(0, 0), (1, 3), (0, 0), (1, 5), (70, 0), (0, 130)]
+# Sequences of self-attention on both sides of a run's 64 rows, counted from a multiple of 4.
+RUNS = {
+    "ones": [1] * 70,
+    "about to fill a run": [61, 62, 63, 64, 65],
+    "from the second of four rows": [1, 60, 1, 61, 1, 62, 5, 63],
+    "long and short": [70, 3, 61, 130, 1, 0, 5, 64, 20],
+    "empty ones between": [0, 0, 7, 0, 57, 0, 0, 64, 0, 62],
+    "one": [33],
+    "none": [],
+}
 # Keys behind a sequence that nobody sees, as in a padded batch of torch's: with one key, too, its
 # products are then those of matrices, which sum as the kernels do.
 PADDING = 8

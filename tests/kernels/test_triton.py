@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import checked_values, dropout_add_layer_norm, flash_attn_varlen_qkvpacked_func
+from kernels import (
+    attention_plan,
+    checked_values,
+    dropout_add_layer_norm,
+    flash_attn_varlen_qkvpacked_func,
+)
 from kernels.attention.attention import attention_reference
 from kernels.attention.attention_options import AttentionOptions
 
@@ -29,19 +34,25 @@ def device() -> str:
 
 
 LENGTHS = [18, 1, 0, 23, 17, 300, 3]
+SHORT_LENGTHS = [18, 1, 0, 23, 17, 61, 3, 9]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
-def test_attention_through_its_function(width: int, causal: bool, dtype: torch.dtype) -> None:
-    total = sum(LENGTHS) + 5
-    cu_seqlens = torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).to(torch.int32)
+@pytest.mark.parametrize("lengths", [LENGTHS, SHORT_LENGTHS])
+def test_attention_through_its_function(
+    lengths: list[int], width: int, causal: bool, dtype: torch.dtype
+) -> None:
+    total, longest = sum(lengths) + 5, max(lengths)
+    cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
     seed = torch.tensor(5, device="cuda")
     options = AttentionOptions(width**-0.5, causal, 0.1, seed=seed)
 
     def ours(qkv: Tensor) -> Tensor:
-        out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 300, 0.1, causal=causal, seed=seed)
+        out = flash_attn_varlen_qkvpacked_func(
+            qkv, cu_seqlens, longest, 0.1, causal=causal, seed=seed
+        )
         assert isinstance(out, Tensor)
         return out
 
@@ -64,6 +75,45 @@ def test_attention_through_its_function(width: int, causal: bool, dtype: torch.d
     torchs, exact = run(plain, dtype), run(plain, torch.float64)
     for tensors in zip(run(ours, dtype), torchs, exact, strict=True):
         assert_within_twice(*tensors)
+
+
+def test_a_recorded_attention_serves_every_batch_of_its_shape() -> None:
+    """With a plan that was made before and copied, and with one that the recording makes."""
+    batches = [[18, 1, 40, 5], [1, 2, 3, 58], [61, 1, 1, 1]]
+    qkv = torch.randn(64, 3, 2, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    grad_out = torch.randn(64, 2, 64, device="cuda", dtype=torch.bfloat16)
+    boundaries = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in batches]
+    cu_seqlens = boundaries[0].cuda()
+    plan = attention_plan(cu_seqlens, 64)
+
+    def run() -> list[Tensor]:
+        results = []
+        for given in (plan, None):
+            out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 61, plan=given)
+            assert isinstance(out, Tensor)
+            results += [out.detach(), *torch.autograd.grad(out, qkv, grad_out)]
+        return results
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    for own in boundaries:
+        cu_seqlens.copy_(own)
+        for target, tensor in zip(plan, attention_plan(own, 64), strict=True):
+            target.copy_(tensor)
+        graph.replay()
+        for found, expected in zip(recorded, run(), strict=True):
+            assert torch.equal(found, expected)
+        assert all(map(torch.equal, recorded[:2], recorded[2:]))
+
+
+def test_a_sequence_longer_than_said_is_refused_on_demand() -> None:
+    qkv = torch.randn(70, 3, 2, 32, device="cuda")
+    boundaries = torch.tensor([0, 70], dtype=torch.int32, device="cuda")
+    with checked_values(), pytest.raises(ValueError, match="max_seqlen: expected at least"):
+        flash_attn_varlen_qkvpacked_func(qkv, boundaries, 60)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -22,6 +22,7 @@ from kernels.linear import linear_triton
 from kernels.take_rows import take_rows_triton
 
 from .compile_triton import (
+    ATTENTION,
     KERNELS,
     SHARED_LIMIT,
     cases,
@@ -88,13 +89,13 @@ def test_one_compilation_serves_all_token_counts(
     for tokens in range(1, 200, 20):
         launch_all(tokens, dtype)
     launched = set(map(name_of, KERNELS.values()))
-    if dtype != torch.bfloat16:
-        launched.remove(name_of(KERNELS["delta"]))
     assert variants.keys() == launched, (
         "launch_all() of tests/kernels/test_triton_compile.py calls every launcher"
     )
-    # Intervals of queries and of keys; sums with and without one for a bias of x.
-    several = {name_of(KERNELS[kernel]): 2 for kernel in ("intervals", "sum_partials")}
+    # Intervals of queries and of keys; sums with and without one for a bias of x; tiles of sequences
+    # that are in no run, and of queries with boundaries of their own.
+    several = dict.fromkeys(["intervals", "sum_partials", *ATTENTION], 2)
+    several = {name_of(KERNELS[kernel]): count for kernel, count in several.items()}
     for kernel, keys in variants.items():
         assert len(keys) == several.get(kernel, 1), (
             f"{kernel}: numbers that differ from call to call belong in do_not_specialize"
@@ -106,14 +107,12 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     width, seed, offsets = 64, torch.tensor(1), (0, tokens // 2, tokens)
     cu_seqlens = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32)
     q, k, v = torch.zeros(tokens, 3, 2, 32, dtype=dtype).unbind(1)
-    options = (
-        cu_seqlens,
-        cu_seqlens,
-        AttentionOptions(0.2, causal=True, dropout_p=0.1, rng_offset=1, seed=seed),
-    )
-    out, lse = attention_triton.forward(q, k, v, *options)
-    grads = torch.empty(tokens, 3, 2, 32, dtype=dtype).unbind(1)
-    attention_triton.backward(out, q, k, v, out, lse, *options, grads=grads)
+    options = AttentionOptions(0.2, causal=True, dropout_p=0.1, rng_offset=1, seed=seed)
+    for of_keys in (cu_seqlens, cu_seqlens.clone()):
+        arguments = (cu_seqlens, of_keys, options)
+        out, lse = attention_triton.forward(q, k, v, *arguments)
+        grads = torch.empty(tokens, 3, 2, 32, dtype=dtype).unbind(1)
+        attention_triton.backward(out, q, k, v, out, lse, *arguments, grads=grads)
 
     x, weight, bias = torch.zeros(tokens, width, dtype=dtype), *torch.zeros(2, width)
     rows, of_tasks = torch.zeros(3, 2, width).unbind(0), (offsets, False)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from engine.data.collate import PackedBatch, pack
 from engine.data.split import TokenizedSplit
+from kernels import attention_plan
 
 
 def made_split(columns: int, lengths: list[int], labelled: bool = True) -> TokenizedSplit:
@@ -102,6 +103,26 @@ def test_moved_to_another_device(batch: PackedBatch) -> None:
     assert all(tensor.is_meta for tensor in [*tensors, moved.labels[1]])
     assert moved.labels[0] is None
     assert moved.task_offsets == batch.task_offsets
+
+
+def test_a_plan_of_its_sequences(batch: PackedBatch) -> None:
+    """What is made once for a GPU, of a shape that the batch's decides."""
+    assert batch.attention_plan is None
+    planned = batch.planned()
+    expected = attention_plan(batch.cu_seqlens, batch.num_tokens)
+    assert planned.attention_plan is not None
+    assert all(map(torch.equal, planned.attention_plan, expected))
+    assert planned.planned() is planned
+    assert len(planned.tensors) == len(batch.tensors) + 2
+    moved = planned.to("meta")
+    assert moved.attention_plan is not None
+    assert all(tensor.is_meta for tensor in moved.attention_plan)
+
+    splits = [made_split(1, [3, 5, 2], labelled=False), made_split(2, [4, 2, 2, 8])]
+    other = pack(splits, [np.array([2, 0]), np.array([0, 1])])
+    assert other.cu_seqlens.tolist() != batch.cu_seqlens.tolist()
+    shapes = [tuple(t.shape for t in one.planned().tensors) for one in (batch, other)]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.gpu

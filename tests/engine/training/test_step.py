@@ -70,6 +70,19 @@ def test_steps_equal_the_plain_way(make_model, make_batch, clip):
     assert error <= allowed
 
 
+@pytest.mark.parametrize("execution", ["eager", "compile"])
+def test_batches_with_a_plan_train_the_same(make_model, make_batch, execution):
+    weights = []
+    for planned in (False, True):
+        model = make_model(dropout=0.2).train()
+        step = build_step(model, execution=execution)
+        for number in range(2):
+            batch = make_batch(seed=10 * number)
+            step(batch.planned() if planned else batch, number, LR)
+        weights.append(step.parameters.master.clone())
+    assert torch.equal(*weights)
+
+
 def test_the_report_is_that_of_the_gradients(make_model, make_batch):
     model, batch = make_model().train(), make_batch()
     rows = pass_by_pass(model, batch, seed=torch.tensor(SEED << 32))
