@@ -92,8 +92,8 @@ def test_one_compilation_serves_all_token_counts(
     assert variants.keys() == launched, (
         "launch_all() of tests/kernels/test_triton_compile.py calls every launcher"
     )
-    # Intervals of queries and of keys; sums with and without one for a bias of x; tiles of sequences
-    # that are in no run, and of queries with boundaries of their own.
+    # Intervals of queries and of keys; sums with and without one for a bias of x; tiles of
+    # sequences that are in no run, and of queries with boundaries of their own.
     several = dict.fromkeys(["intervals", "sum_partials", *ATTENTION], 2)
     several = {name_of(KERNELS[kernel]): count for kernel, count in several.items()}
     for kernel, keys in variants.items():
