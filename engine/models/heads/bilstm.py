@@ -1,4 +1,8 @@
-"""A bidirectional LSTM over packed sequences, without asking the host for their lengths."""
+"""A bidirectional LSTM over packed sequences, without asking the host for their lengths.
+
+On a GPU torch's LSTM is cuDNN's.  By torch's documentation its gradients repeat to the bit only
+with ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the environment.
+"""
 
 import torch
 from torch import Tensor, nn

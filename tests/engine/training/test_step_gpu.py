@@ -102,6 +102,7 @@ def test_compiled_and_recorded_steps_train_as_eager_ones(make_model, execution, 
     torch.testing.assert_close(*curves, rtol=tolerance, atol=tolerance)
 
 
+<<<<<<< ours
 @pytest.fixture
 def nccl() -> Iterator[None]:
     """A process group of this process alone, as torchrun would make it."""
@@ -134,6 +135,38 @@ def test_exchanges_are_recorded_with_the_step(make_model, nccl, sync, dtype):
         step.execution.close()  # NCCL would wait for the graph's end
     for eager, recorded in zip(*outcomes, strict=True):
         assert torch.equal(eager, recorded)
+=======
+@pytest.mark.parametrize("execution", ["eager", "compile", "graphs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_steps_are_the_same_and_never_wait(make_model, execution, dtype):
+    """To the bit, since the device sorts as the host does; each replay has a plan of its own.
+
+    Code that is compiled twice may be fused otherwise, and so round otherwise.
+    """
+    model = make_model(dropout=0.1).train()
+    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
+    losses, masters = [], []
+    for is_planned in (False, True):
+        step = build_step(copy.deepcopy(model), device="cuda", dtype=dtype, execution=execution)
+        batches = []
+        for seed in range(6):
+            drawn = [random_split(task, 8, vocab=97, seed=seed + n) for n, task in enumerate(TASKS)]
+            batch = pack(drawn, [np.arange(8)] * len(TASKS), 0, plan)
+            batches.append(step.model.with_lookup_plan(batch) if is_planned else batch)
+        batches = [batch.to("cuda") for batch in batches]
+        for number, batch in enumerate(batches[:3]):  # compiles and records
+            step(batch, number, 1e-3)
+        with no_wait_for_the_device():
+            for number, batch in enumerate(batches[3:], 3):
+                report = step(batch, number, 1e-3)
+        losses.append(report.losses.clone())
+        rows = [table.rows.weight for table in step.model.encoder.planned]
+        assert not any(row.any() for row in rows)
+        masters.append(step.parameters.master.clone())
+    tolerance = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance)
+    assert execution != "eager" or torch.equal(*masters)
+>>>>>>> theirs
 
 
 def test_a_replayed_step_never_waits_for_the_device(make_model):
