@@ -70,12 +70,11 @@ def test_steps_equal_the_plain_way(make_model, make_batch, clip):
     assert error <= allowed
 
 
-@pytest.mark.parametrize("execution", ["eager", "compile"])
-def test_batches_with_a_plan_train_the_same(make_model, make_batch, execution):
+def test_batches_with_a_plan_train_the_same(make_model, make_batch):
     weights = []
     for planned in (False, True):
         model = make_model(dropout=0.2).train()
-        step = build_step(model, execution=execution)
+        step = build_step(model)
         for number in range(2):
             batch = make_batch(seed=10 * number)
             step(batch.planned() if planned else batch, number, LR)
