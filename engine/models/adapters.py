@@ -74,7 +74,7 @@ class ProjectedAttention(nn.Module):
         return self.up(attended.flatten(1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # torch 2.11 hashes it before its fields are set
 class AdaptersOfBatch:
     """The adapters of a batch's tasks, as the layers of the encoder call them.
 
