@@ -156,8 +156,8 @@ def backward_runs_kernel(
         if PRECISION == "ieee":  # lse is rounded, so that P's sums are not quite 1
             row_sum = tl.sum(p, 0)
             p *= (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[None, :]
-        # The order saves registers: with all tiles loaded above an sm_80 spills, and with dV last an
-        # sm_90 holds two programs at a time instead of three.
+        # The order saves registers: with all tiles loaded above an sm_80 spills, and with dV last
+        # an sm_90 holds two programs at a time instead of three.
         do_tile = load_tile(grad_out, head, rows, sees, D, BLOCK_D)
         dropped = p
         if kernel_options.seed is not None:
