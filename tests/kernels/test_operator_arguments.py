@@ -81,7 +81,9 @@ ACCEPTED: Mapping[str, str] = {
     "take_rows.index": r"shape: (empty|dimension 0 of \d)",
     "take_rows_backward.grad": r"shape: dimension 1 of \d|dtype: torch.(bfloat16|float16)",
     "gram.rows": r"shape: dimension (0 of \d|1 of 41)|dtype: torch.float64",
-    "pcgrad_weights.gram": r"dtype: torch.float64",
+    "pcgrad_weights.gram": r"dtype: torch.float64|shape: a dimension more",
+    "symmetric_eigen.matrix|solve_(mgda|cagrad|fairgrad).gram": r"shape: a dimension more",
+    "combine_adamw_segments_.weights": r"shape: dimension 0 of \d",
     "combine.rows": r"shape: dimension 1 of \d+",
     "dropout_add_layer_norm.rows": r"shape: dimension 1 of 961",
     # Which have no column for a bias of x.
