@@ -34,6 +34,9 @@ from ..registration.validation import (
 )
 from ..task_rows import TaskRows, TaskSegments, rows_of
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether oneDNN has bfloat16 products for this processor."""
+
 
 @torch.library.custom_op("superbert::onednn_linear", mutates_args=(), device_types="cpu")
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -49,6 +52,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     width = x.shape[-1]
     if x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"x: expected bfloat16 or float32, got {x.dtype}")
+    if x.dtype == torch.bfloat16 and not HAS_ONEDNN:
+        raise ValueError("x: oneDNN has no bfloat16 product for this processor; use float32")
     check_tensor("x", x, x.shape, x.dtype, x.device)
     check_tensor("weight", weight, (len(weight), width), x.dtype, x.device)
     check_tensor("bias", bias, weight.shape[:1], x.dtype, x.device)
@@ -61,12 +66,9 @@ def _onednn_fake(x: Tensor, weight: Tensor, _bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x W^T + b``, dtype of all three the same, without a graph for autograd."""
-    if bias is not None and _HAS_ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.bfloat16:
+    if bias is not None and HAS_ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.bfloat16:
         return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 

@@ -17,6 +17,7 @@ from kernels import (
     balancing,
     new_task_rows,
 )
+from kernels.linear.linear import HAS_ONEDNN
 
 from .balancing.methods import SOLVERS
 from .layer_cases import LAYERS, Stream
@@ -46,7 +47,8 @@ def operator_calls() -> dict[str, tuple]:
     calls |= {f"{name} alone": arguments for name, arguments in norms(by_task=False).items()}
     calls |= {name: (rows @ rows.T, *given) for name, given in SOLVERS.items()}
     calls["limit_vector_unit"] = (64,)
-    calls["onednn_linear"] = tuple(x.bfloat16() for x in calls["onednn_linear"])
+    if HAS_ONEDNN:
+        calls["onednn_linear"] = tuple(x.bfloat16() for x in calls["onednn_linear"])
     return calls
 
 
