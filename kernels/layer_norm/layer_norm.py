@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import _extension  # noqa: F401  (registers the operators)
 from ..dropout.dropout import check_dropout, dropout, new_seed
-from ..linear import linear_task_gradients_
+from ..linear.linear import linear_task_gradients_
 from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.deprecation import renamed_argument
 from ..registration.differentiation import (
