@@ -46,7 +46,7 @@ __device__ __forceinline__ TilePair half_pair(int index, int64_t num_rows) {
 
 constexpr int kTileThreads = 160; // most of a block
 constexpr int kFewestTileThreads = 96;
-constexpr int kTileChain = 256;                        // columns that a thread adds up in float32
+constexpr int kTileChain = 128;                        // columns that a thread adds up in float32
 constexpr int kTileRegisters = 200;                    // of a thread, so that
 constexpr int kThreadsPerProcessor = 2 * kTileThreads; // find room in 65536
 constexpr int kBetweenRegisters = 240;                 // likewise, for blocks of 128 threads
