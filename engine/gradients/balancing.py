@@ -312,6 +312,9 @@ class Balancer:
         self._method = method
         shared = [group for group, task in enumerate(sole_tasks) if task is None]
         self._shared = None if len(shared) == len(sole_tasks) else torch.tensor(shared).to(device)
+        # Of each group the place among those that tasks share; 0 for the others.
+        places = [shared.index(group) if group in shared else 0 for group in range(len(sole_tasks))]
+        self._places = torch.tensor(places).to(device)
         own = [-1 if task is None else task for task in sole_tasks]
         self._sole_tasks = torch.tensor(own).to(device)
         self.state = {
@@ -330,14 +333,19 @@ class Balancer:
                 self.state[name].copy_(new)
             return weights
         tasks = torch.arange(grams.shape[-1], device=grams.device)
-        weights = (tasks == self._sole_tasks[:, None]).to(grams.dtype)
+        alone = (tasks == self._sole_tasks[:, None]).to(grams.dtype)
         if len(self._shared) == 0:
-            return weights
+            return alone
         present = {name: tensor[self._shared] for name, tensor in self.state.items()}
         of_shared, state = self._decide(grams[self._shared], order, losses, present)
         for name, new in state.items():
-            self.state[name].index_copy_(0, self._shared, new)
-        return weights.index_copy_(0, self._shared, of_shared)
+            self.state[name].copy_(self._merged(new, self.state[name]))
+        return self._merged(of_shared, alone)
+
+    def _merged(self, of_shared: Tensor, others: Tensor) -> Tensor:
+        """Return values ``[G, ...]``: of groups that tasks share, and those of all the others."""
+        is_shared = (self._sole_tasks < 0).view(-1, *[1] * (others.dim() - 1))
+        return torch.where(is_shared, of_shared[self._places], others)
 
     def _decide(
         self, grams: Tensor, order: Tensor, losses: Tensor, state: Mapping[str, Tensor]
