@@ -94,7 +94,8 @@ def test_the_update_is_a_few_launches(make_model, make_batch):
         step = build_step(make_model().train(), surgery=granularity, clip=1.0)
         launches = launches_of_update(step, make_batch())
         assert [name for name in launches if name in expected] == expected
-        assert len(launches) <= len(expected) + 8, granularity  # of groups that one task uses
+        # At most four to add up a group's segments, and seven for groups that one task uses.
+        assert len(launches) <= len(expected) + 11, (granularity, launches)
         assert granularity != "model" or launches == expected
 
 
