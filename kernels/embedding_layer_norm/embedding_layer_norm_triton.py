@@ -137,6 +137,10 @@ def _backward_kernel(
 
 # ---- launchers ----------------------------------------------------------------------------------
 
+# Elements of a tile of the forward pass, 8 of each of three tables for a thread: of more, one width
+# or another spills on one GPU or another.
+TILE_ELEMENTS = 1024
+
 
 def _sources(tables: tuple[Tensor, ...], ids: tuple[Tensor, ...]) -> tuple[Tables, ...]:
     contiguous = Tables(*(table.contiguous() for table in tables))
@@ -160,7 +164,7 @@ def forward(
     mean, rstd = (word.new_empty((num_rows,), dtype=torch.float32) for _ in range(2))
     if num_rows == 0:
         return out, mean, rstd
-    constants = constants_of(width, dropout_p)
+    constants = constants_of(width, dropout_p, TILE_ELEMENTS)
     _forward_kernel[(triton.cdiv(num_rows, constants["ROWS"]),)](
         *_sources(tables, ids),
         Parameters(weight, bias, None),

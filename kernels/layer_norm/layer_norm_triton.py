@@ -360,9 +360,11 @@ class BackwardGrid(NamedTuple):
     partials: Tensor | None
 
 
-def constants_of(width: int, dropout_p: float) -> dict[str, Any]:
+def constants_of(
+    width: int, dropout_p: float, tile_elements: int = _TILE_ELEMENTS
+) -> dict[str, Any]:
     """Constexpr arguments and launch settings of a forward pass over rows of ``width`` columns."""
-    constants = _constants_of(width, dropout_p, _TILE_ELEMENTS)
+    constants = _constants_of(width, dropout_p, tile_elements)
     return {**constants, "num_warps": 8 if constants["BLOCK_N"] >= 2048 else 4}
 
 

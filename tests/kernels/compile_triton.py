@@ -223,6 +223,8 @@ def _runs(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
 
 def _norm(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     constants = constants_of(case.width, 0.1)
+    if case.kernel == "embedding_layer_norm":
+        constants = constants_of(case.width, 0.1, embedding_layer_norm_triton.TILE_ELEMENTS)
     if case.kernel.endswith("backward"):
         some, none = torch.empty(1), torch.empty(0)
         x_bias = none if case.kernel.startswith("embedding") else some
