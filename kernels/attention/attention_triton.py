@@ -48,7 +48,7 @@ TILES: dict[tuple[str, int, int], Tiles] = {
     ("grad_q", 2, 32): Tiles(64, 64, 4, 2),
     ("grad_q", 2, 64): Tiles(64, 32, 4, 3),
     ("grad_q", 2, 128): Tiles(64, 32, 8, 2),
-    ("grad_q", 4, 32): Tiles(64, 32, 4, 2),
+    ("grad_q", 4, 32): Tiles(64, 32, 8, 2),
     ("grad_q", 4, 64): Tiles(64, 32, 8, 2),
     ("grad_q", 4, 128): Tiles(32, 16, 4, 2),
     ("grad_kv", 2, 32): Tiles(64, 64, 8, 2),
