@@ -61,7 +61,7 @@ class OneShape:
     """The same shape for every batch.
 
     Args:
-        shape: with room for all of them.
+        shape: that all of them fit into.
     """
 
     def __init__(self, shape: BatchShape) -> None:

@@ -94,7 +94,7 @@ class TrainingLoader:
             return _largest([_measure(*choose(number, each), step) for each in range(ranks)])
 
         def shapes_of(number: int) -> Shapes | None:
-            """The shapes for a batch: of several ranks, one with room for each rank's batch."""
+            """The shapes for a batch: of several ranks, one that each rank's batch fits into."""
             if not isinstance(self.shapes, ShapePlan) or ranks == 1:
                 return self.shapes
             sizes = measure(number)
@@ -209,7 +209,7 @@ def _measure(sources: Sequence[Examples], picks: Sequence[Indices], step: int) -
 
 
 def _largest(sizes: Sequence[_Sizes]) -> _Sizes:
-    """Return sizes with room for several batches of the same tasks."""
+    """Return sizes that several batches of the same tasks fit into."""
     tokens = np.array([each.tokens for each in sizes]).max(axis=0).tolist()
     return _Sizes(sizes[0].tasks, tokens, max(each.longest for each in sizes))
 

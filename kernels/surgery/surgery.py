@@ -315,15 +315,21 @@ def combine_adamw_(
         ValueError: if a shape, dtype, stride, device or number is not as above, or something that
             is written overlaps another argument.
     """
+    lr, step = _on_device(lr, step, rows)
+    _ops.combine_adamw_(
+        *(rows, weights, master, exp_avg, exp_avg_sq, low_precision),
+        *(lr, step, scale, skip, betas[0], betas[1], eps, weight_decay),
+    )
+
+
+def _on_device(lr: Tensor | float, step: Tensor | int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Check a learning rate; return it and a step's number as tensors on the rows' device."""
     check_number("lr", lr)
     if not isinstance(lr, Tensor):
         lr = torch.full((), lr, dtype=torch.float64, device=rows.device)
     if not isinstance(step, Tensor):
         step = torch.full((), step, dtype=torch.int64, device=rows.device)
-    _ops.combine_adamw_(
-        *(rows, weights, master, exp_avg, exp_avg_sq, low_precision),
-        *(lr, step, scale, skip, betas[0], betas[1], eps, weight_decay),
-    )
+    return lr, step
 
 
 def combine_adamw_segments_(
@@ -374,11 +380,7 @@ def combine_adamw_segments_(
         ValueError: if a shape, dtype, stride, device or number is not as above, or something that
             is written overlaps another argument.
     """
-    check_number("lr", lr)
-    if not isinstance(lr, Tensor):
-        lr = torch.full((), lr, dtype=torch.float64, device=rows.device)
-    if not isinstance(step, Tensor):
-        step = torch.full((), step, dtype=torch.int64, device=rows.device)
+    lr, step = _on_device(lr, step, rows)
     _ops.combine_adamw_segments_(
         *(rows, weights, master, exp_avg, exp_avg_sq, low_precision),
         *(ends, groups, rows.shape[-1] if decayed is None else decayed),
