@@ -53,10 +53,7 @@ def check_folder(folder: Path, *, resumes: bool) -> None:
     if resumes and isfile(folder / "recipe.toml"):
         return
     with explained("look into", folder):
-        if not folder.is_dir():
-            found = [""] if folder.exists() else []
-        else:
-            found = [path.name for path in folder.iterdir()]
+        found = _names(folder)
     if resumes and LOCK in found:
         found = [name for name in found if not _is_of_beginning(name)]
     if not set(found) <= {LOCK}:
@@ -68,6 +65,16 @@ def check_folder(folder: Path, *, resumes: bool) -> None:
         holds = "a run" if (folder / "recipe.toml").exists() else "something"
         hint = " or pass --resume to go on with it" if holds == "a run" else ""
         raise InputError(f"--out {folder}: holds {holds} already; give another folder{hint}")
+
+
+def _names(folder: Path) -> list[str]:
+    """List a folder in one call: another rank may make it at this very moment."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:  # a file, or below one
+        return [""] if folder.exists() else []
 
 
 def _is_of_beginning(name: str) -> bool:

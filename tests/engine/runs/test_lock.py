@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine import sweep, train
-from engine.runs.folder import claimed, free_folders
+from engine.runs.folder import check_folder, claimed, free_folders
 from engine.runs.lock import LOCK, held, held_first
 from engine.utils.errors import InputError
 
@@ -98,6 +98,31 @@ def test_a_block_that_adds_nothing_leaves_nothing(tmp_path):
         with claimed(folder, resumes=True):
             assert (folder / LOCK).exists()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "recipe.toml", "theirs"]
+
+
+def test_a_folder_made_by_another_rank_meanwhile_is_free(tmp_path):
+    folder, ends = tmp_path / "run", threading.Event()
+
+    def make_again_and_again() -> None:
+        while not ends.is_set():
+            folder.mkdir()
+            folder.rmdir()
+
+    thread = threading.Thread(target=make_again_and_again)
+    thread.start()
+    try:
+        for _ in range(20000):
+            check_folder(folder, resumes=False)
+    finally:
+        ends.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_file_is_no_folder_of_a_run(tmp_path, resumes):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"holds (something|no run)"):
+        check_folder(tmp_path / "file", resumes=resumes)
 
 
 def test_what_a_killed_process_began_is_gone_on_with(tmp_path):
