@@ -2,7 +2,7 @@
 
 The wheel has 0.5 GB and the libraries that it loads 2 GB, of which nothing is called on a machine
 without a GPU.  Small libraries of their names, in ``TORCH/lib``, define what torch leaves to them:
-functions that return 100, which is ``cudaErrorNoDevice``, so that torch finds no GPU.
+functions that return 100, which is ``cudaErrorNoDevice``, so that torch finds no GPU, or a text.
 """
 
 import re
@@ -12,6 +12,9 @@ from collections import defaultdict
 from pathlib import Path
 
 _CUDA = re.compile(r"(lib)?(cu[A-Za-z]|__cuda|nccl|nvrtc|nvshmem)")
+_TEXT = re.compile(r"[a-z]+GetError(String|Name)|ncclGetLastError")
+"""Functions that return a text, with which torch words its exceptions."""
+
 _LIBRARY_OF = {"NVSHMEM": "libnvshmem_host.so.3", "": "libnccl.so.2"}
 """Libraries of versions that are not named after them; any may define what has no version."""
 
@@ -23,9 +26,11 @@ def lines(*command: str) -> list[list[str]]:
 
 
 def compile_library(path: Path, functions: set[str], version: str) -> None:
-    """Build a library whose functions return 100, and have a version if it is not empty."""
+    """Build a library whose functions have a version if it is not empty."""
     source, script = path.with_suffix(".c"), path.with_suffix(".map")
-    source.write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in functions))
+    text, number = 'const char *{}(void) {{ return "no GPU"; }}', "int {}(void) {{ return 100; }}"
+    form = {name: text if _TEXT.fullmatch(name) else number for name in functions}
+    source.write_text("\n".join(form[name].format(name) for name in functions))
     options = ["-shared", "-fPIC", "-w", f"-Wl,-soname,{path.name}"]
     if version:
         script.write_text(f"{version} {{ global: *; }};\n")
