@@ -143,7 +143,8 @@ class Recipe(Settings):
     compiled_graphs: both, which costs half a minute at first; auto: graphs on a GPU, eager on a
     CPU."""
     max_graphs: Positive = 8
-    """The most CUDA graphs, and so the shapes that batches are filled up to for them."""
+    """The most token counts that batches are filled up to for CUDA graphs; each has a graph, or two
+    where some of its batches have sequences of more than 61 tokens and others not."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides initial weights, batches, dropout and the order of surgery."""
     log_every: Positive = 10

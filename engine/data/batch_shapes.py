@@ -4,6 +4,11 @@ Compiled code and recorded graphs serve every batch of one shape.  Batches of sh
 in every token count, so each task's tokens are padded to one of a few counts.  The counts with the
 least padding are computed beforehand, since the seed determines all batches of a run.  If single
 products are compiled instead of whole steps, multiples of a number are few enough.
+
+Padding is cut into sequences of ``PADDING_TOKENS`` at most, which attention computes together with
+short sentences.  How many there are is part of the shape, so that a batch that lacks fewer tokens
+has empty ones.  A bound of its longest sequence is part of it, too: a step whose sequences are all
+short launches no kernels for long ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +17,20 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .._kernels import kernels
+
 _MULTIPLE = 32
 """Counts are rounded up to it before they are merged; tensor cores like such sizes too."""
 _MOST_SHAPES = 256
 """That merging starts from: it compares all pairs."""
+PADDING_TOKENS = 32
+"""The most tokens of a padding sequence.
+
+A divisor of ``_MULTIPLE``: behind the first one of a task all are whole and begin at multiples of
+it, so that two of them fill a run of attention.
+"""
+SHORT: int = kernels.attention.attention_plan.SURELY_SHORT
+"""The most tokens of a sentence that needs no kernels for long ones."""
 
 Counts = npt.NDArray[np.int64]
 
@@ -25,20 +40,28 @@ class BatchShape(NamedTuple):
 
     Attributes:
         tokens: of each task, with padding.
-        max_seqlen: tokens of the tasks' longest sequence, or more; 0 where batches differ in it.
+        max_seqlen: tokens of the tasks' longest sequence, or more; less where batches differ in it.
         max_padding: tokens of the longest padding sequence, or more.
+        padding_sequences: of each task that lacks tokens; some may be empty.
     """
 
     tokens: tuple[int, ...]
     max_seqlen: int
     max_padding: int
+    padding_sequences: tuple[int, ...]
 
 
 class Shapes(Protocol):
     """Interface that assigns a shape to each batch."""
 
-    def shape(self, tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
-        """Return the shape that a batch with these tokens of each task is padded to."""
+    def shape(self, tasks: tuple[str, ...], counts: Sequence[int], longest: int, /) -> BatchShape:
+        """Return the shape that a batch is padded to.
+
+        Args:
+            tasks: of the batch.
+            counts: the tokens of each.
+            longest: the tokens of its longest sequence.
+        """
 
 
 class RoundedShapes:
@@ -51,10 +74,16 @@ class RoundedShapes:
     def __init__(self, multiple: int) -> None:
         self._multiple = multiple
 
-    def shape(self, _tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
+    def shape(self, _tasks: tuple[str, ...], counts: Sequence[int], _longest: int, /) -> BatchShape:
         """Return the next larger multiples; 0 for a task without tokens."""
         tokens = tuple(-(-count // self._multiple) * self._multiple for count in counts)
-        return BatchShape(tokens, max_seqlen=0, max_padding=self._multiple - 1)
+        most = self._multiple - 1
+        return BatchShape(
+            tokens,
+            max_seqlen=0,
+            max_padding=min(most, PADDING_TOKENS),
+            padding_sequences=(-(-most // PADDING_TOKENS),) * len(tokens),
+        )
 
 
 class OneShape:
@@ -67,7 +96,9 @@ class OneShape:
     def __init__(self, shape: BatchShape) -> None:
         self._shape = shape
 
-    def shape(self, _tasks: tuple[str, ...], _counts: Sequence[int], /) -> BatchShape:
+    def shape(
+        self, _tasks: tuple[str, ...], _counts: Sequence[int], _longest: int, /
+    ) -> BatchShape:
         """Return it."""
         return self._shape
 
@@ -78,38 +109,52 @@ class ShapePlan:
     Args:
         counts: for each set of tasks that steps train together, int64 ``[steps, K]`` tokens of
             each task in each of these steps.
-        limit: the most shapes of all sets together; each set has at least one.
+        limit: the most token counts of all sets together; each set has at least one.
         max_seqlen: tokens of the longest sequence of the run.
+        by_length: whether batches whose sequences are all short have shapes of their own, with
+            the same token counts, where the run has longer ones.
     """
 
     def __init__(
-        self, counts: Mapping[tuple[str, ...], Counts], limit: int, max_seqlen: int
+        self,
+        counts: Mapping[tuple[str, ...], Counts],
+        limit: int,
+        max_seqlen: int,
+        *,
+        by_length: bool = True,
     ) -> None:
         own = max(1, limit // max(1, len(counts)))
-        self._shapes = {
-            tasks: [_shape(row, max_seqlen) for row in merge(of_steps, own)]
+        self._tokens = {
+            tasks: [tuple(row) for row in merge(of_steps, own).tolist()]
             for tasks, of_steps in counts.items()
         }
         self._max_seqlen = max_seqlen
+        self._short = min(max_seqlen, SHORT) if by_length else max_seqlen
 
     def __len__(self) -> int:
         """Return how many shapes there are."""
-        return sum(map(len, self._shapes.values()))
+        kinds = 1 if self._short == self._max_seqlen else 2
+        return kinds * sum(map(len, self._tokens.values()))
 
-    def shape(self, tasks: tuple[str, ...], counts: Sequence[int], /) -> BatchShape:
+    def shape(self, tasks: tuple[str, ...], counts: Sequence[int], longest: int, /) -> BatchShape:
         """Return the smallest planned shape that a batch fits into.
 
         Where it fits into none, which a plan from some of the steps lets happen, it gets a
         shape of its own.
         """
         fitting = [
-            shape
-            for shape in self._shapes.get(tasks, [])
-            if all(count < room for count, room in zip(counts, shape.tokens, strict=True))
+            tokens
+            for tokens in self._tokens.get(tasks, [])
+            if all(count < room for count, room in zip(counts, tokens, strict=True))
         ]
-        if fitting:
-            return min(fitting, key=lambda shape: sum(shape.tokens))
-        return _shape(_rounded(np.array(counts)), self._max_seqlen)
+        own = tuple(_rounded(np.array(counts)).tolist())
+        tokens = min(fitting, key=sum, default=own)
+        return BatchShape(
+            tokens,
+            max_seqlen=self._short if longest <= self._short else self._max_seqlen,
+            max_padding=PADDING_TOKENS,
+            padding_sequences=tuple(count // PADDING_TOKENS for count in tokens),
+        )
 
 
 def merge(counts: Counts, limit: int) -> Counts:
@@ -146,7 +191,3 @@ def merge(counts: Counts, limit: int) -> Counts:
 def _rounded(counts: Counts, multiple: int = _MULTIPLE) -> Counts:
     """Round up to multiples, leaving at least one token of padding."""
     return (counts // multiple + 1) * multiple
-
-
-def _shape(tokens: Counts, max_seqlen: int) -> BatchShape:
-    return BatchShape(tuple(tokens.tolist()), max_seqlen, max_padding=int(tokens.max()))

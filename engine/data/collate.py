@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._kernels import kernels
-from .batch_shapes import BatchShape, Shapes
+from .batch_shapes import PADDING_TOKENS, BatchShape, Shapes
 from .task_batch import (
     Examples,
     Indices,
@@ -32,13 +32,13 @@ class PackedBatch:
     examples has all its first sentences and then, in the same order, all its second ones, so that
     the rows of its pooled states are ``u = rows[:n]`` and ``v = rows[n:]``.
 
-    A batch that was padded to a shape may have one sequence of padding tokens after those of each
-    task; no head reads it, so it contributes to no loss and no gradient.
+    A batch that was padded to a shape may have sequences of padding tokens after those of each
+    task, some of them empty; no head reads them, so they contribute to no loss and no gradient.
 
     Attributes:
         tasks: their names.
         input_ids: int64 ``[T]``.
-        position_ids: int64 ``[T]``, from 0 in every sequence.
+        position_ids: int64 ``[T]``, from 0 in every sequence; 0 in padding.
         token_type_ids: int64 ``[T]``; zeros for the tasks, whose sentences are encoded each by
             itself.
         cu_seqlens: int32 ``[S + 1]``; sequence s is tokens ``cu_seqlens[s]:cu_seqlens[s + 1]``.
@@ -107,8 +107,10 @@ class PackedBatch:
     @property
     def signature(self) -> Hashable:
         """The same for two batches that one recorded step can run on."""
-        host = (self.tasks, self.task_offsets, self.sequences, self.token_offsets, self.max_seqlen)
-        return host, self.examples, self.columns, tuple(t.shape for t in self.tensors)
+        offsets = (self.task_offsets, self.sequences, self.token_offsets)
+        longest = (self.max_seqlen, self.max_own_seqlen)
+        host = (self.tasks, *offsets, *longest, self.examples, self.columns)
+        return host, tuple(t.shape for t in self.tensors)
 
     def own_sequences(self) -> list[slice]:
         """Return the sequences of each task, without padding, as slices of all sequences."""
@@ -186,7 +188,8 @@ def pack(
     if shapes is None:
         return join(batches)
     tasks = tuple(batch.task for batch in batches)
-    return join(batches, shapes.shape(tasks, [len(batch.tokens) for batch in batches]))
+    counts = [len(batch.tokens) for batch in batches]
+    return join(batches, shapes.shape(tasks, counts, _longest(batches)))
 
 
 def join(batches: Sequence[TaskBatch], shape: BatchShape | None = None) -> PackedBatch:
@@ -197,13 +200,13 @@ def join(batches: Sequence[TaskBatch], shape: BatchShape | None = None) -> Packe
         shape: tokens that each is padded to; None for no padding.
     """
     tokens = [len(batch.tokens) for batch in batches] if shape is None else shape.tokens
-    padded = [_pad(batch, count) for batch, count in zip(batches, tokens, strict=True)]
+    sequences = [0] * len(batches) if shape is None else shape.padding_sequences
+    padded = [_pad(*each) for each in zip(batches, tokens, sequences, strict=True)]
     sizes = np.concatenate([one.sizes for one in padded])
     cu_seqlens = np.zeros(len(sizes) + 1, dtype=np.int32)
     np.cumsum(sizes, out=cu_seqlens[1:])
     states = [one.states for one in padded if one.states is not None]
-    longest = max(int(batch.sizes.max(initial=0)) for batch in batches)
-    longest_padding = 0
+    longest, longest_padding = _longest(batches), 0
     if shape is not None:
         longest, longest_padding = max(longest, shape.max_seqlen), shape.max_padding
     return PackedBatch(
@@ -238,8 +241,8 @@ class _Padded(NamedTuple):
     states: npt.NDArray[np.float32] | None
 
 
-def _pad(batch: TaskBatch, tokens: int) -> _Padded:
-    """Number the positions of a batch, and pad it to ``tokens`` by one sequence more."""
+def _pad(batch: TaskBatch, tokens: int, sequences: int) -> _Padded:
+    """Number the positions of a batch, and pad it to ``tokens`` by so many sequences more."""
     missing = tokens - len(batch.tokens)
     positions = ranges(np.zeros_like(batch.sizes), batch.sizes)
     types = np.zeros_like(batch.tokens) if batch.token_types is None else batch.token_types
@@ -249,7 +252,28 @@ def _pad(batch: TaskBatch, tokens: int) -> _Padded:
     filled, positions, types = (
         np.pad(numbers, (0, missing)) for numbers in (batch.tokens, positions, types)
     )
-    return _Padded(filled, positions, types, np.append(batch.sizes, missing), states)
+    sizes = np.append(batch.sizes, padding_sizes(missing, sequences))
+    return _Padded(filled, positions, types, sizes, states)
+
+
+def padding_sizes(missing: int, sequences: int) -> Indices:
+    """Divide padding into sequences of ``PADDING_TOKENS`` at most.
+
+    Args:
+        missing: tokens of padding, at most ``PADDING_TOKENS`` for each sequence.
+        sequences: how many.
+
+    Returns:
+        int64 ``[sequences]``, the tokens of each: empty ones, one of the rest, and whole ones, so
+        that these begin at the same places however much is missing.
+    """
+    behind = np.arange(sequences - 1, -1, -1) * PADDING_TOKENS
+    return np.diff(np.maximum(missing - behind, 0), prepend=0)
+
+
+def _longest(batches: Sequence[TaskBatch]) -> int:
+    """Return the tokens of the longest sequence."""
+    return max(int(batch.sizes.max(initial=0)) for batch in batches)
 
 
 def _padded_tokens(batch: TaskBatch) -> int:

@@ -73,16 +73,18 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, pooling: str) -> Tensor:
 
     Args:
         hidden: ``[T, H]``.
-        cu_seqlens: ``[S + 1]`` int32; no sequence is empty.
+        cu_seqlens: ``[S + 1]`` int32; an empty sequence gives zeros.
         pooling: ``"cls"`` (first token) or ``"mean"`` (over all tokens, [CLS] and [SEP] included).
 
     Returns:
         ``[S, H]`` in the dtype of ``hidden``; the mean is taken in fp32.
     """
     if pooling == "cls":
-        return kernels.take_rows(hidden, cu_seqlens[:-1].long())
+        first, end = cu_seqlens[:-1], cu_seqlens[1:]
+        return kernels.take_rows(hidden, first.where(first < end, -1).long())
     offsets = cu_seqlens.long()
-    mean = torch.segment_reduce(at_least_fp32(hidden), "mean", offsets=offsets, axis=0)
+    # A sum that begins at 0, with which an empty sequence gives it and not NaN.
+    mean = torch.segment_reduce(at_least_fp32(hidden), "mean", offsets=offsets, axis=0, initial=0)
     return mean.to(hidden.dtype)
 
 

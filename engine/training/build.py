@@ -117,7 +117,10 @@ def build_trainer(
             clip_norm=recipe.clip_norm or None,
             seed=recipe.seed,
             execution=Execution(
-                execution_kind(recipe, device, ranks), device, recipe.max_graphs, ranks.agree
+                execution_kind(recipe, device, ranks),
+                device,
+                2 * recipe.max_graphs,  # of short sequences, and with long ones
+                ranks.agree,
             ),
             sync=sync,
         ),
