@@ -147,7 +147,10 @@ PROBE
         step step 150 "${SUPERBERT_STEP:-$usual}"
         ;;
     step_compiled) step step_compiled 150 "${SUPERBERT_STEP:-$compiled}" ;;
-    tiles) part tiles 60 python3 -m bench.attention_tiles --json "$out/attention_tiles.json" ;;
+    tiles)  # ends with the lines to paste
+        SUPERBERT_LINES=${SUPERBERT_LINES:-24} \
+            part tiles 60 python3 -m bench.attention_tiles --json "$out/attention_tiles.json"
+        ;;
     linear) part linear 40 python3 -m bench.linear --device cuda --json "$out/linear.json" ;;
     linear_tiles)
         part linear_tiles 60 python3 -m bench.linear_tiles --json "$out/linear_tiles.json"

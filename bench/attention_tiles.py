@@ -2,15 +2,18 @@
 
 Every setting of every kernel is timed on a GPU by graph replay, forward or backward as a whole with
 one kernel's setting replaced, on four mixes of lengths, in bf16 with dropout.  Tiles take all
-sequences while theirs are timed, and runs all short ones while those are.  The table's best rows
-are what ``TILES`` in attention_triton.py and ``WARPS`` in attention_runs_triton.py, both in
-kernels/attention, should hold.
+sequences while theirs are timed, and runs all short ones while those are.  At the end it prints the
+lines of ``TILES`` and ``LONG_TILES`` in attention_triton.py and of ``WARPS`` in
+attention_runs_triton.py, both in kernels/attention, as they are and as they should be.
+
+Settings are compiled beforehand, in processes of their own.  What ``--seconds`` do not suffice for
+is named as not measured; each kernel's current setting comes first.
 """
 
 import argparse
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -22,8 +25,9 @@ from engine.cli.standard_output import exit_with
 from kernels import attention_plan
 from kernels.attention import attention_runs_triton, attention_triton
 from kernels.attention.attention_options import AttentionOptions
+from kernels.attention.attention_plan import SURELY_SHORT
 from kernels.attention.attention_tiles_triton import padded_width
-from kernels.attention.attention_triton import Tiles
+from kernels.attention.attention_triton import LONG, Tiles
 
 from . import harness, tile_sweep
 from .attention import HEADS, cases
@@ -68,15 +72,47 @@ def replaced(
         yield
 
 
-def usual(kernel: str, width: int) -> Tiles | int:
-    """The setting that a kernel has."""
+def candidates(kernel: str, width: int) -> list[Any]:
+    """The settings to try: those that the kernel has, and the list."""
     key = (kernel, 2, padded_width(width))
-    return attention_runs_triton.WARPS.get(key) or attention_triton.TILES[key]
+    tables = (attention_runs_triton.WARPS, attention_triton.TILES, attention_triton.LONG_TILES)
+    own = [table[key] for table in tables if key in table]
+    return list(dict.fromkeys([*own, *SETTINGS[kernel]]))
 
 
-def text_of(setting: Tiles | int) -> str:
-    """A setting in a table."""
-    return str(setting) if isinstance(setting, int) else str(tuple(setting))
+def choices(
+    kernel: str, width: int, seconds: tile_sweep.Samples, lengths: dict[str, list[int]]
+) -> list[tile_sweep.Choice]:
+    """The lines of a kernel in its tables, and what was found for them.
+
+    Each is chosen by the cases that it serves: runs by those with short sequences, tiles by those
+    whose mean length chooses the table.
+    """
+    key = (kernel, 2, padded_width(width))
+    settings = candidates(kernel, width)
+
+    def chosen(table: str, usual: Any, cases: list[str]) -> tile_sweep.Choice:
+        own = {case: seconds.get(case, {}) for case in cases}
+        found = tile_sweep.fastest(settings, usual, own)
+        return tile_sweep.Choice(f"kernels/attention/{table}", key, usual, found)
+
+    if kernel.endswith("runs"):
+        usual = attention_runs_triton.WARPS[key]
+        short = [case for case, own in lengths.items() if min(own) <= SURELY_SHORT]
+        return [chosen("attention_runs_triton.py WARPS", usual, short)]
+    is_long = {case: sum(own) > LONG * len(own) for case, own in lengths.items()}
+    file, usual = "attention_triton.py", attention_triton.TILES[key]
+    short = [case for case in lengths if not is_long[case]]
+    tiles = chosen(f"{file} TILES", usual, short)
+    usual = attention_triton.LONG_TILES.get(key, usual)
+    long = chosen(f"{file} LONG_TILES", usual, [case for case in lengths if is_long[case]])
+    if key in attention_triton.LONG_TILES:
+        return [tiles, long]
+    # A line of its own where another setting than all lengths' is faster.
+    is_other = (
+        long.found is not None and tiles.found is not None and long.found[0] != tiles.found[0]
+    )
+    return [tiles, *([long._replace(usual=None)] if is_other else [])]
 
 
 class Call:
@@ -109,53 +145,96 @@ class Call:
         attention_triton.backward(self._grad_out, *saved, grads=self._grads, **self._known)
 
 
+class _Nothing:
+    """A kernel that is not launched."""
+
+    def __getitem__(self, _grid: object) -> Any:
+        return lambda *_arguments, **_constants: None
+
+
+_KERNELS = {
+    **dict.fromkeys(("forward_runs", "backward_runs"), attention_runs_triton),
+    **dict.fromkeys(("forward", "grad_q", "grad_kv"), attention_triton),
+}
+
+
 def compile_one(kernel: str, setting: Tiles | int, width: int) -> str:
-    """Compile one setting; return what went wrong."""
+    """Compile one setting, and no other kernel; return what went wrong."""
 
     def launch() -> None:
-        call = Call([20, 70], width)
-        call.forward()
-        call.backward()
-        torch.cuda.synchronize()
+        with ExitStack() as stack:
+            for name, module in _KERNELS.items():
+                if name != kernel:
+                    stack.enter_context(mock.patch.object(module, f"{name}_kernel", _Nothing()))
+            call = Call([20, 70], width)
+            call.forward()
+            call.backward()
+            torch.cuda.synchronize()
 
     with replaced(kernel, setting, width):
         return tile_sweep.attempt(launch)
 
 
 def main() -> None:
-    """Time all settings, and print a table for each kernel."""
+    """Time all settings; print a table for each kernel, and the lines to paste."""
     parser = Parser(prog="python -m bench.attention_tiles", description=__doc__)
     parser.add_argument("--width", type=harness.whole(1, 128), default=64, help="columns of a head")
+    parser.add_argument(
+        "--seconds", type=harness.whole(1), default=25, help="to compile and measure in"
+    )
     options: argparse.Namespace = harness.parse(parser)
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     device, console, width = torch.device("cuda"), Console(width=110), options.width
+    budget = tile_sweep.Budget(options.seconds)
 
-    settings = [(kernel, each) for kernel, all_of_it in SETTINGS.items() for each in all_of_it]
-    wrong = tile_sweep.broken(compile_one, [(*setting, width) for setting in settings])
-    broken = {setting[:2]: text for setting, text in wrong.items()}
+    # The first of each kernel, then the second: what is late is not all of one kernel.
+    tried = {kernel: candidates(kernel, width) for kernel in SETTINGS}
+    tries = [
+        (kernel, own[place])
+        for place in range(max(map(len, tried.values())))
+        for kernel, own in tried.items()
+        if place < len(own)
+    ]
+    arguments = [(*setting, width) for setting in tries]
+    compiled = tile_sweep.compile_all(compile_one, arguments, budget)
+    late = [f"{kernel} {tile_sweep.text_of(each)}" for kernel, each, _ in compiled.late]
+    left_out = {setting[:2] for setting in (*compiled.broken, *compiled.late)}
+    broken = {
+        f"{kernel} {tile_sweep.text_of(each)}": text
+        for (kernel, each, _), text in compiled.broken.items()
+    }
 
-    lengths = cases()
-    calls = {case: Call(lengths[case], width) for case in CASES}
-    results: dict[str, Any] = {"width": width, "broken": {str(k): v for k, v in broken.items()}}
+    all_lengths = cases()
+    lengths = {case: all_lengths[case] for case in CASES}
+    calls = {case: Call(own, width) for case, own in lengths.items()}
+    results: dict[str, Any] = {"width": width, "broken": broken, "not_measured": late}
     record = harness.Record(options, "attention_tiles", device)
-    for kernel, all_of_it in SETTINGS.items():
-        now = text_of(usual(kernel, width))
+    found: list[tile_sweep.Choice] = []
+    to_come = len(SETTINGS) * len(calls)
+    for kernel, settings in tried.items():
+        own = [each for each in settings if (kernel, each) not in left_out]
         seconds: dict[str, dict[str, list[float]]] = {}
         for case, call in calls.items():
             run = call.forward if kernel.startswith("forward") else call.backward
-            graphs = {}
-            for each in all_of_it:
-                if (kernel, each) not in broken:
-                    with replaced(kernel, each, width):
-                        graphs[text_of(each)] = harness.graph_replay(run, device)
-            seconds[case] = harness.device_seconds(graphs, device, rounds=5)
+            seconds[case], missing = tile_sweep.measure(
+                run,
+                own,
+                lambda each, kernel=kernel: replaced(kernel, each, width),
+                device,
+                budget.share(min(1, 2 / to_come)),  # the first ones take longer
+            )
+            to_come -= 1
+            late += [f"{kernel} {tile_sweep.text_of(each)} in {case}" for each in missing]
+        lines = choices(kernel, width, seconds, lengths)
+        found += lines
+        now = " and ".join(tile_sweep.text_of(each.usual) for each in lines if each.usual)
         results[kernel] = {"usual": now, "seconds": seconds}
-        record.write(results)
         heading = "warps" if kernel.endswith("runs") else "queries, keys, warps, stages"
         console.print(tile_sweep.table_of(f"{kernel}, us; now {now}", heading, seconds))
-    for setting, text in broken.items():
-        console.print(f"{setting}: {text}")
+        results["to_paste"] = tile_sweep.report(found).splitlines()
+        record.write(results)
+    tile_sweep.print_end(broken, late, budget, found)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """``python -m bench.linear_tiles``: find the fastest tiles of the weight gradients of all tasks.
 
 Every setting of the large tiles is timed on a GPU by graph replay, biases included, on the matrices
-of BERT-base's layers, in bf16 and with three tasks.  The table's best row is what ``TILES`` in
-kernels/linear/linear_triton.py should hold.
+of BERT-base's layers, in bf16 and with three tasks.  At the end it prints the line of ``TILES`` in
+kernels/linear/linear_triton.py as it is and as it should be.  What ``--seconds`` do not suffice for
+is named as not measured; the current setting comes first.
 """
 
 import argparse
@@ -30,10 +31,13 @@ SETTINGS = [
 ]
 
 
+KEY = (2, "large")
+
+
 @contextmanager
 def replaced(tiles: Tiles) -> Iterator[None]:
     """Let large matrices have these tiles."""
-    with mock.patch.dict(linear_triton.TILES, {(2, "large"): tiles}):
+    with mock.patch.dict(linear_triton.TILES, {KEY: tiles}):
         yield
 
 
@@ -53,23 +57,34 @@ def compile_one(tiles: Tiles) -> str:
 
 
 def main() -> None:
-    """Time all settings, and print a table."""
+    """Time all settings; print a table, and the line to paste."""
     parser = Parser(prog="python -m bench.linear_tiles", description=__doc__)
     parser.add_argument("--tokens", type=harness.whole(1), default=2746)
     parser.add_argument("--tasks", type=harness.whole(1), default=3)
+    parser.add_argument(
+        "--seconds", type=harness.whole(1), default=15, help="to compile and measure in"
+    )
     options: argparse.Namespace = harness.parse(parser)
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     device, console = torch.device("cuda"), Console(width=110)
+    budget = tile_sweep.Budget(options.seconds)
 
-    wrong = tile_sweep.broken(compile_one, [(tiles,) for tiles in SETTINGS])
-    broken = {tiles: text for (tiles,), text in wrong.items()}
-    usual = tuple(linear_triton.TILES[2, "large"])
+    usual = linear_triton.TILES[KEY]
+    settings = list(dict.fromkeys([usual, *SETTINGS]))
+    compiled = tile_sweep.compile_all(compile_one, [(tiles,) for tiles in settings], budget)
+    broken = {tile_sweep.text_of(tiles): text for (tiles,), text in compiled.broken.items()}
+    late = [tile_sweep.text_of(tiles) for (tiles,) in compiled.late]
+    own = [each for each in settings if (each,) not in (*compiled.broken, *compiled.late)]
     seconds: dict[str, dict[str, list[float]]] = {}
-    results: dict[str, Any] = {"usual": str(usual), "seconds": seconds}
-    results["broken"] = {str(tuple(tiles)): text for tiles, text in broken.items()}
+    results: dict[str, Any] = {
+        "usual": tile_sweep.text_of(usual),
+        "seconds": seconds,
+        "broken": broken,
+        "not_measured": late,
+    }
     record = harness.Record(options, "linear_tiles", device)
-    for shape in SHAPES:
+    for number, shape in enumerate(SHAPES):
         inputs = _inputs(shape, options.tokens, options.tasks)
         copies = [inputs, *(inputs.another() for _ in range(inputs.copies_beyond_cache() - 1))]
         calls = [runs(each)[OURS] for each in copies]
@@ -78,20 +93,21 @@ def main() -> None:
             for call in calls:
                 call()
 
-        graphs = {}
-        for tiles in SETTINGS:
-            if tiles not in broken:
-                with replaced(tiles):
-                    graphs[str(tuple(tiles))] = harness.graph_replay(run, device)
-        samples = harness.device_seconds(graphs, device, rounds=5)
+        share = budget.share(min(1, 2 / (len(SHAPES) - number)))  # the first one takes longer
+        samples, missing = tile_sweep.measure(run, own, replaced, device, share)
+        late += [f"{tile_sweep.text_of(each)} in {shape}" for each in missing]
         seconds[str(shape)] = {
-            name: [each / len(copies) for each in own] for name, own in samples.items()
+            name: [each / len(copies) for each in times] for name, times in samples.items()
         }
         record.write(results)
+    name = "kernels/linear/linear_triton.py TILES"
+    found = tile_sweep.Choice(name, KEY, usual, tile_sweep.fastest(settings, usual, seconds))
+    results["to_paste"] = tile_sweep.report([found]).splitlines()
+    record.write(results)
     heading = "outputs, inputs, tokens, warps, stages"
-    console.print(tile_sweep.table_of(f"linear, us; now {usual}", heading, seconds))
-    for tiles, text in broken.items():
-        console.print(f"{tuple(tiles)}: {text}")
+    now = tile_sweep.text_of(usual)
+    console.print(tile_sweep.table_of(f"linear, us; now {now}", heading, seconds))
+    tile_sweep.print_end(broken, late, budget, [found])
 
 
 if __name__ == "__main__":

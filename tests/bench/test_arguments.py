@@ -18,7 +18,8 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "fusion": {"--tokens": (*ONE, "159"), "--width": COUNTS, "--rounds": COUNTS},
     "layer_norm": {"--rows": COUNTS, "--width": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
     "linear": {"--tokens": COUNTS, "--tasks": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
-    "linear_tiles": {"--tokens": COUNTS, "--tasks": COUNTS},
+    "linear_tiles": {"--tokens": COUNTS, "--tasks": COUNTS, "--seconds": COUNTS},
+    "attention_tiles": {"--width": COUNTS, "--seconds": COUNTS},
     "scaling": {
         **dict.fromkeys(("--forward", "--backward", "--update", "--latency", "--bandwidth"), REALS),
         **dict.fromkeys(("--tasks", "--ranks"), COUNTS),
