@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout.philox_triton import DropoutArguments, element_factors, scattered_factors
+from ..token_offsets_triton import decode_offset, encode_offsets
 
 
 class Parameters(NamedTuple):
@@ -166,8 +167,8 @@ def grad_of_rows(dy, h, w, mean, rstd, rows, row_end, mask, N: tl.constexpr):
 @triton.jit
 def _programs_of(boundaries, segment: tl.constexpr, log_rows):
     """First row, end, and number of programs of a segment."""
-    begin = (boundaries[segment] >> 1) - 1
-    end = (boundaries[segment + 1] >> 1) - 1
+    begin = decode_offset(boundaries, segment)
+    end = decode_offset(boundaries, segment + 1)
     return begin, end, (end - begin + (1 << log_rows) - 1) >> log_rows
 
 
@@ -348,8 +349,7 @@ class BackwardGrid(NamedTuple):
 
     Attributes:
         programs: of the launch.
-        boundaries: row numbers ``b`` of ``SEGMENTS + 1`` boundaries, as ``2 b + 3``: for a 1 in a
-            tuple, or a multiple of 16, Triton would compile anew.
+        boundaries: row numbers of ``SEGMENTS + 1`` boundaries, encoded.
         log_rows: a program has ``2**log_rows`` rows of one segment, or what is left of it.
         partials: where each program leaves its sums, ``[programs, sums, N]``; None: nowhere.
     """
@@ -411,8 +411,7 @@ def rows_by_task(
     for first in range(0, len(ends) - 1, SEGMENTS):
         own = ends[first : first + SEGMENTS + 1]
         programs = sum(triton.cdiv(end - begin, 1 << log_rows) for begin, end in pairwise(own))
-        own += own[-1:] * (SEGMENTS + 1 - len(own))
-        boundaries = tuple(2 * end + 3 for end in own)
+        boundaries = encode_offsets(own, SEGMENTS + 1)
         partials = like.new_empty((programs, sums, width), dtype=torch.float32) if sums else None
         grid = BackwardGrid(programs, boundaries, log_rows, partials)
         if programs > 0:

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..token_offsets_triton import decode_offset, encode_offsets
+
 # Tasks of one launch.
 MAX_TASKS = 8
-# Arguments by themselves: Triton would compile anew for some integers in a tuple.
-STARTS = tuple(f"start_{number}" for number in range(MAX_TASKS + 1))
 
 
 class Tiles(NamedTuple):
@@ -79,11 +79,12 @@ def _is_aligned(x: Tensor, width: int) -> bool:
 
 
 @triton.jit
-def _tokens_of(task, starts, MAX_TASKS: tl.constexpr):
-    begin, end = starts[0], starts[1]
+def _tokens_of(task, offsets, MAX_TASKS: tl.constexpr):
+    """First token of a task, and the one behind its last."""
+    begin, end = decode_offset(offsets, 0), decode_offset(offsets, 1)
     for number in tl.static_range(1, MAX_TASKS):
-        begin = tl.where(task == number, starts[number], begin)
-        end = tl.where(task == number, starts[number + 1], end)
+        begin = tl.where(task == number, decode_offset(offsets, number), begin)
+        end = tl.where(task == number, decode_offset(offsets, number + 1), end)
     return begin, end
 
 
@@ -95,7 +96,7 @@ def _sum_columns(
     rows,
     row_stride,
     outputs,
-    starts,
+    offsets,
     ACCUMULATE: tl.constexpr,
     MAX_TASKS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -104,7 +105,7 @@ def _sum_columns(
     """Write the sums of a block of columns of one task's dy."""
     blocks = tl.cdiv(outputs, BLOCK_O)
     task = program // blocks
-    begin, end = _tokens_of(task, starts, MAX_TASKS)
+    begin, end = _tokens_of(task, offsets, MAX_TASKS)
     columns = program % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     tokens = tl.arange(0, BLOCK_T)
     sums = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
@@ -133,7 +134,7 @@ def _multiply(
     row_stride,
     outputs,
     inputs,
-    starts,
+    offsets,
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     MAX_TASKS: tl.constexpr,
@@ -151,7 +152,7 @@ def _multiply(
     o = (group * GROUP + place % height) * BLOCK_O + tl.arange(0, BLOCK_O)
     i = place // height * BLOCK_I + tl.arange(0, BLOCK_I)
 
-    begin, end = _tokens_of(task, starts, MAX_TASKS)
+    begin, end = _tokens_of(task, offsets, MAX_TASKS)
     tokens = tl.arange(0, BLOCK_T)
     places = (begin + tokens).to(tl.int64)[:, None]
     grad_pointers = grad + places * grad_stride + o[None, :]
@@ -176,7 +177,7 @@ def _multiply(
     tl.store(pointers, acc.to(rows.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tasks", *STARTS])
+@triton.jit(do_not_specialize=["tasks"])
 def gradients_kernel(
     grad,  # [T, outputs]
     grad_stride,
@@ -191,15 +192,7 @@ def gradients_kernel(
     outputs,
     inputs,
     tasks,
-    start_0,  # the first token of each task, and the end of the last one, over and over
-    start_1,
-    start_2,
-    start_3,
-    start_4,
-    start_5,
-    start_6,
-    start_7,
-    start_8,
+    offsets,  # MAX_TASKS + 1, encoded
     ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     MAX_TASKS: tl.constexpr,
@@ -212,48 +205,38 @@ def gradients_kernel(
 ):
     """Weight gradients, and bias gradients by the first programs."""
     program = tl.program_id(0)
-    starts = (start_0, start_1, start_2, start_3, start_4, start_5, start_6, start_7, start_8)
     sums = 0
     if bias_rows is not None:
         sums = tasks * tl.cdiv(outputs, BIAS_O)
         if program < sums:
             _sum_columns(
-                *(program, grad, grad_stride, bias_rows, bias_stride, outputs, starts),
+                *(program, grad, grad_stride, bias_rows, bias_stride, outputs, offsets),
                 *(ACCUMULATE, MAX_TASKS, BIAS_T, BIAS_O),
             )
     if program >= sums:
         _multiply(
             *(program - sums, grad, grad_stride, grad_columns, x, x_stride, x_columns),
-            *(weight_rows, weight_stride, outputs, inputs, starts),
+            *(weight_rows, weight_stride, outputs, inputs, offsets),
             *(ACCUMULATE, PRECISION, MAX_TASKS, GROUP, BLOCK_O, BLOCK_I, BLOCK_T),
         )
 
 
-@triton.jit(do_not_specialize=STARTS)
+@triton.jit
 def bias_kernel(
     grad,
     grad_stride,
     bias_rows,
     bias_stride,
     outputs,
-    start_0,
-    start_1,
-    start_2,
-    start_3,
-    start_4,
-    start_5,
-    start_6,
-    start_7,
-    start_8,
+    offsets,
     ACCUMULATE: tl.constexpr,
     MAX_TASKS: tl.constexpr,
     BIAS_T: tl.constexpr,
     BIAS_O: tl.constexpr,
 ):
     """Bias gradients alone."""
-    starts = (start_0, start_1, start_2, start_3, start_4, start_5, start_6, start_7, start_8)
     _sum_columns(
-        *(tl.program_id(0), grad, grad_stride, bias_rows, bias_stride, outputs, starts),
+        *(tl.program_id(0), grad, grad_stride, bias_rows, bias_stride, outputs, offsets),
         *(ACCUMULATE, MAX_TASKS, BIAS_T, BIAS_O),
     )
 
@@ -261,8 +244,10 @@ def bias_kernel(
 # ---- launchers ----------------------------------------------------------------------------------
 
 
-def _launches(offsets: Sequence[int], accumulate: bool) -> Iterator[tuple[int, int, list[int]]]:
-    """Yield the first task of each launch, how many there are, and the arguments ``start_…``."""
+def _launches(
+    offsets: Sequence[int], accumulate: bool
+) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Yield the first task of each launch, how many there are, and their encoded offsets."""
     first, last = 0, len(offsets) - 1
     if accumulate:  # to tasks without tokens at either end, of which `task` has many, nothing
         while first < last and offsets[first + 1] == offsets[first]:
@@ -271,8 +256,7 @@ def _launches(offsets: Sequence[int], accumulate: bool) -> Iterator[tuple[int, i
             last -= 1
     for begin in range(first, last, MAX_TASKS):
         end = min(begin + MAX_TASKS, last)
-        starts = list(offsets[begin : end + 1])
-        yield begin, end - begin, starts + starts[-1:] * (MAX_TASKS + 1 - len(starts))
+        yield begin, end - begin, encode_offsets(offsets[begin : end + 1], MAX_TASKS + 1)
 
 
 def _with_dense_rows(stream: Tensor) -> Tensor:
@@ -317,13 +301,13 @@ def write_gradients_(
     sums = triton.cdiv(outputs, BIAS_COLUMNS) if bias_rows.numel() > 0 else 0
     grad, grad_columns = _with_aligned_rows(grad_output)
     x, x_columns = _with_aligned_rows(x)
-    for first, tasks, starts in _launches(offsets, accumulate):
+    for first, tasks, encoded in _launches(offsets, accumulate):
         gradients_kernel[(tasks * (sums + products),)](
             *(grad, grad.stride(0), grad_columns),
             *(x, x.stride(0), x_columns),
             *(weight_rows[first:], weight_rows.stride(0)),
             *((bias_rows[first:], bias_rows.stride(0)) if sums else (None, 0)),
-            *(outputs, inputs, tasks, *starts),
+            *(outputs, inputs, tasks, encoded),
             ACCUMULATE=accumulate,
             # float32 is computed as float32, not as TF32.
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
@@ -347,9 +331,9 @@ def write_bias_gradients_(
         return
     outputs = bias_rows.shape[1]
     grad = _with_dense_rows(grad_output)
-    for first, tasks, starts in _launches(offsets, accumulate):
+    for first, tasks, encoded in _launches(offsets, accumulate):
         bias_kernel[(tasks * triton.cdiv(outputs, BIAS_COLUMNS),)](
-            *(grad, grad.stride(0), bias_rows[first:], bias_rows.stride(0), outputs, *starts),
+            *(grad, grad.stride(0), bias_rows[first:], bias_rows.stride(0), outputs, encoded),
             ACCUMULATE=accumulate,
             MAX_TASKS=MAX_TASKS,
             BIAS_T=bias_tokens(BIAS_WARPS, grad.element_size()),

@@ -317,7 +317,7 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         "boundaries": ("i32",) * (SEGMENTS + 1),
         **dict.fromkeys(["grad_stride", "grad_columns", "x_stride", "x_columns"], "i32"),
         **dict.fromkeys(["outputs", "inputs", "tasks"], "i32"),
-        **dict.fromkeys(linear_triton.STARTS, "i32"),
+        "offsets": ("i32",) * (linear_triton.MAX_TASKS + 1),
         "eps": "fp32",
         "parameters": Parameters("*fp32", "*fp32", "*fp32"),
         "tables": Tables(row, row, row),
