@@ -1,7 +1,7 @@
 """Embeddings, layer norm and dropout on the GPU; `kernels.embedding_layer_norm` has the maths.
 
-As in `kernels.layer_norm.layer_norm_triton`, a program takes a few whole rows, and the sums for
-weight and bias are added up by task in a fixed order.
+As in `kernels.layer_norm.layer_norm_triton_kernels`, a program takes a few whole rows, and the sums
+for weight and bias are added up by task in a fixed order.
 """
 
 # Kernels are Triton's language, not typed Python, and write compile-time constants in capitals.
@@ -17,20 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout.philox_triton import DropoutArguments
-from ..layer_norm.layer_norm_triton import (
+from ..layer_norm.layer_norm_sums_triton import (
     BackwardGrid,
     GradientRows,
-    Parameters,
-    backward_constants_of,
-    constants_of,
-    grad_of_rows,
-    normalize,
-    row_factors,
     rows_by_task,
     rows_of_program,
     store_partial,
+)
+from ..layer_norm.layer_norm_tiles_triton import (
+    Parameters,
+    grad_of_rows,
+    normalize,
+    row_factors,
     tile,
 )
+from ..layer_norm.layer_norm_triton import backward_constants_of, constants_of
 
 
 class Tables(NamedTuple):

@@ -36,14 +36,11 @@ from kernels.embedding import embedding_triton, lookup_plan_triton
 from kernels.embedding.lookup_plan import PIECE
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.embedding_layer_norm.embedding_layer_norm_triton import Tables
-from kernels.layer_norm import layer_norm_triton
-from kernels.layer_norm.layer_norm_triton import (
-    SEGMENTS,
-    GradientRows,
-    Parameters,
-    backward_constants_of,
-    constants_of,
-)
+from kernels.layer_norm import layer_norm_sums_triton
+from kernels.layer_norm import layer_norm_triton_kernels as layer_norm
+from kernels.layer_norm.layer_norm_sums_triton import SEGMENTS, GradientRows
+from kernels.layer_norm.layer_norm_tiles_triton import Parameters
+from kernels.layer_norm.layer_norm_triton import backward_constants_of, constants_of
 from kernels.linear import linear_triton
 from kernels.take_rows import take_rows_triton
 
@@ -57,8 +54,8 @@ RUNS = {
     "backward_runs": attention_runs_triton.backward_runs_kernel,
 }
 NORMS = {
-    "layer_norm": layer_norm_triton._forward_kernel,
-    "layer_norm_backward": layer_norm_triton._backward_kernel,
+    "layer_norm": layer_norm.layer_norm_forward_kernel,
+    "layer_norm_backward": layer_norm.layer_norm_backward_kernel,
     "embedding_layer_norm": embedding_layer_norm_triton._forward_kernel,
     "embedding_layer_norm_backward": embedding_layer_norm_triton._backward_kernel,
 }
@@ -66,7 +63,7 @@ OTHERS = {
     "intervals": attention.intervals_kernel,
     "plan_bounds": attention_plan_triton.bounds_kernel,
     "plan_runs": attention_plan_triton.runs_kernel,
-    "sum_partials": layer_norm_triton._sum_partials_kernel,
+    "sum_partials": layer_norm_sums_triton.sum_partials_kernel,
     "dropout": dropout_triton._dropout_kernel,
     "embedding_pieces": embedding_triton._pieces_kernel,
     "embedding_long_runs": embedding_triton._long_runs_kernel,
@@ -269,8 +266,8 @@ def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
         "sum_partials": {
             **dict.fromkeys(["ACCUMULATE", "HAS_WEIGHT", "HAS_BIAS", "HAS_X_BIAS"], True),
             **{"SUMS": 3, "N": width, "SEGMENTS": SEGMENTS},
-            "BLOCK_P": layer_norm_triton._SUMMED_PROGRAMS,
-            "BLOCK_N": layer_norm_triton._SUMMED_COLUMNS,
+            "BLOCK_P": layer_norm_sums_triton.SUMMED_PROGRAMS,
+            "BLOCK_N": layer_norm_sums_triton.SUMMED_COLUMNS,
         },
         "plan_bounds": {"BLOCK": attention_plan_triton.BLOCK},
         "plan_runs": {"BLOCK": attention_plan_triton.BLOCK},
