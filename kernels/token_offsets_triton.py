@@ -12,7 +12,7 @@ goes as ``2 b + 3``, which is odd and never 1.
 from collections.abc import Sequence
 
 import triton
-import triton.language as tl
+import triton.language as tl  # noqa: F401 (the interpreter wants it beside every function)
 
 
 def encode_offsets(offsets: Sequence[int], length: int) -> tuple[int, ...]:
@@ -22,8 +22,17 @@ def encode_offsets(offsets: Sequence[int], length: int) -> tuple[int, ...]:
 
 
 @triton.jit
-def decode_offset(encoded, number: tl.constexpr):
-    """The offset of this number."""
-    # Not (… >> 1) - 1: LLVM would see that it has 31 bits, conclude that a sum with it cannot
-    # overflow, and count in 64 bits in loops that begin there: linear layers' kernels would spill.
-    return encoded[number] - (encoded[number] >> 1) - 2
+def decode_offset(encoded):
+    """An offset of the tuple, decoded."""
+    return (encoded >> 1) - 1
+
+
+@triton.jit
+def decode_opaque_offset(encoded):
+    """The same, of which LLVM does not see that it has 31 bits.
+
+    Where it does, it knows that sums with the offset do not overflow, and counts in 64 bits in a
+    loop that begins there.  Layer norm's kernels then take fewer registers, but linear layers'
+    spill them.
+    """
+    return encoded - (encoded >> 1) - 2

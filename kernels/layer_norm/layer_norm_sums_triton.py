@@ -38,8 +38,8 @@ SUMMED_PROGRAMS, SUMMED_COLUMNS = 128, 32
 @triton.jit
 def _programs_of(boundaries, segment: tl.constexpr, log_rows):
     """First row, end, and number of programs of a segment."""
-    begin = decode_offset(boundaries, segment)
-    end = decode_offset(boundaries, segment + 1)
+    begin = decode_offset(boundaries[segment])
+    end = decode_offset(boundaries[segment + 1])
     return begin, end, (end - begin + (1 << log_rows) - 1) >> log_rows
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..token_offsets_triton import decode_offset, encode_offsets
+from ..token_offsets_triton import decode_opaque_offset, encode_offsets
 
 # Tasks of one launch.
 MAX_TASKS = 8
@@ -81,11 +81,11 @@ def _is_aligned(x: Tensor, width: int) -> bool:
 @triton.jit
 def _tokens_of(task, offsets, MAX_TASKS: tl.constexpr):
     """First token of a task, and the one behind its last."""
-    begin, end = decode_offset(offsets, 0), decode_offset(offsets, 1)
+    begin, end = offsets[0], offsets[1]
     for number in tl.static_range(1, MAX_TASKS):
-        begin = tl.where(task == number, decode_offset(offsets, number), begin)
-        end = tl.where(task == number, decode_offset(offsets, number + 1), end)
-    return begin, end
+        begin = tl.where(task == number, offsets[number], begin)
+        end = tl.where(task == number, offsets[number + 1], end)
+    return decode_opaque_offset(begin), decode_opaque_offset(end)
 
 
 @triton.jit
