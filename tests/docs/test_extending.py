@@ -76,7 +76,8 @@ def test_a_kernel(tmp_path: Path) -> None:
         "kernels/squared_relu/squared_relu.py",
         "kernels/squared_relu/squared_relu_triton.py",
         "tests/kernels/test_squared_relu.py",
-        "tests/kernels/triton_cases.py",
+        "tests/kernels/triton_cases/squared_relu.py",
+        "tests/kernels/triton_interpreter/test_squared_relu.py",
     )
     for folder in ("kernels", "tests/kernels"):
         without_caches = shutil.ignore_patterns("__pycache__")
@@ -91,15 +92,20 @@ def test_a_kernel(tmp_path: Path) -> None:
     (tmp_path / "kernels" / "squared_relu").mkdir(exist_ok=True)
     (tmp_path / "kernels" / "squared_relu" / "__init__.py").write_text('"""Squared ReLU."""\n')
     for name, block in zip(files, blocks, strict=True):
-        mode = "a" if name.endswith("triton_cases.py") else "w"
-        with (tmp_path / name).open(mode, encoding="utf-8") as file:
-            file.write(block)
+        (tmp_path / name).write_text(block, encoding="utf-8")
 
     for name, block in zip(files, blocks, strict=True):
         for command in (["check"], ["format", "--diff"]):
             _run("ruff", *command, "--stdin-filename", name, "-", cwd=tmp_path, input=block)
     function = _run("pytest", "-q", files[2], cwd=tmp_path)
-    kernels = _run("pytest", "-q", files[3], "-k", "squared", cwd=tmp_path, interpreted=True)
+    kernels = _run("pytest", "-q", files[3], cwd=tmp_path, interpreted=True)
+    _run(
+        "pytest",
+        "-q",
+        files[4],
+        "tests/kernels/triton_interpreter/test_every_file.py",
+        cwd=tmp_path,
+    )
     assert re.search(r"\b16 passed", function), function
     assert re.search(r"\b13 passed", kernels), kernels
 

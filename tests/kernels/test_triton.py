@@ -1,5 +1,6 @@
 """The Triton kernels on a GPU, in all dtypes, beside the CPU kernels under the same names."""
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -23,9 +24,11 @@ from .test_task_layers import task_gradients
 from .tolerance import assert_within_twice
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
-globals().update(
-    {name: case for name, case in vars(triton_cases).items() if name.startswith("test_")}
-)
+for _file in triton_cases.NAMES:
+    _module = importlib.import_module(f"{triton_cases.__name__}.{_file}")
+    _cases = {name: case for name, case in vars(_module).items() if name.startswith("test_")}
+    assert not _cases.keys() & globals().keys()
+    globals().update(_cases)
 
 
 @pytest.fixture
