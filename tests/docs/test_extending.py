@@ -99,13 +99,8 @@ def test_a_kernel(tmp_path: Path) -> None:
             _run("ruff", *command, "--stdin-filename", name, "-", cwd=tmp_path, input=block)
     function = _run("pytest", "-q", files[2], cwd=tmp_path)
     kernels = _run("pytest", "-q", files[3], cwd=tmp_path, interpreted=True)
-    _run(
-        "pytest",
-        "-q",
-        files[4],
-        "tests/kernels/triton_interpreter/test_every_file.py",
-        cwd=tmp_path,
-    )
+    every_file = "tests/kernels/triton_interpreter/test_every_file.py"
+    _run("pytest", "-q", files[4], every_file, cwd=tmp_path)
     assert re.search(r"\b16 passed", function), function
     assert re.search(r"\b13 passed", kernels), kernels
 
