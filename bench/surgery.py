@@ -2,8 +2,9 @@
 
 Three tables from interleaved rounds on one matrix of task gradients: each operator with the bytes
 that it must move, their rate and its share of the read bandwidth of the same rounds; the whole
-update, from task gradients to new weights, beside the published loop and TorchJD, each with a fused
-AdamW; and the growth of both passes with the number of tasks and of parameters.
+update, from task gradients to new weights, by the operators that a training step calls, beside the
+published loop and TorchJD, each with a fused AdamW; and the growth of both passes with the number
+of tasks and of parameters.
 """
 
 import argparse
@@ -50,6 +51,10 @@ class Update:
         self.count = torch.ones((), device=device)
         self.lr = torch.tensor(_LR, device=device)
         self.weights = torch.ones(num_tasks, device=device)
+        # One parameter group, as a step has that balances the model as a whole.
+        self.losses, self.shares = torch.ones(num_tasks, device=device), self.count[None]
+        # Biases and norms, a thousandth of a BERT, do not decay.
+        self.decayed = columns * 999 // 1000 // 16 * 16
 
     def gram(self) -> Tensor:
         """Read all rows once."""
@@ -63,9 +68,12 @@ class Update:
         self, weights: Tensor | None = None, scale: Tensor | None = None, skip: Tensor | None = None
     ) -> None:
         """Read all rows and the state once, write the state."""
-        kernels.combine_adamw_(
+        kernels.combine_adamw_segments_(
             *(self.rows, self.weights if weights is None else weights, self.master),
             *(self.exp_avg, self.exp_avg_sq, self.low_precision),
+            ends=[len(self.master)],
+            groups=[0],
+            decayed=self.decayed,
             lr=self.lr,
             step=self.count,
             scale=scale,
@@ -74,11 +82,11 @@ class Update:
 
     def __call__(self) -> None:
         """PCGrad, clipped, into AdamW."""
-        gram = self.gram()
+        grams = self.gram()[None]
         order = kernels.draw_order(len(self.rows), self.seed)
-        weights = kernels.pcgrad_weights(gram, order)
-        guard = kernels.update_guard(gram, weights, max_norm=1.0)
-        self.combine_adamw(weights, guard.scale, guard.skip)
+        weights = kernels.pcgrad_weights(grams, order)
+        summary = kernels.update_summary(grams, weights, self.losses, self.shares, max_norm=1.0)
+        self.combine_adamw(weights, summary.scale, summary.skip)
 
     def bytes_of_gram(self) -> int:
         """The rows."""
