@@ -81,11 +81,11 @@ def _is_aligned(x: Tensor, width: int) -> bool:
 @triton.jit
 def _tokens_of(task, offsets, MAX_TASKS: tl.constexpr):
     """First token of a task, and the one behind its last."""
-    begin, end = offsets[0], offsets[1]
+    begin, end = decode_opaque_offset(offsets[0]), decode_opaque_offset(offsets[1])
     for number in tl.static_range(1, MAX_TASKS):
-        begin = tl.where(task == number, offsets[number], begin)
-        end = tl.where(task == number, offsets[number + 1], end)
-    return decode_opaque_offset(begin), decode_opaque_offset(end)
+        begin = tl.where(task == number, decode_opaque_offset(offsets[number]), begin)
+        end = tl.where(task == number, decode_opaque_offset(offsets[number + 1]), end)
+    return begin, end
 
 
 @triton.jit
