@@ -51,6 +51,12 @@ def _load_starts(cu_seqlens, sequences, mask, total):
     return tl.minimum(tl.maximum(starts, 0), total)
 
 
+@triton.jit
+def _store_run(runs, run, begin, end, mask):
+    tl.store(runs + 2 * run, begin, mask=mask)
+    tl.store(runs + 2 * run + 1, end, mask=mask)
+
+
 @triton.jit(do_not_specialize=["total", "num_sequences", "search_steps"])
 def bounds_kernel(
     cu_seqlens,  # [S + 1]
@@ -99,8 +105,7 @@ def runs_kernel(
         begin = _load_starts(cu_seqlens, sequence, True, total)
         end = _load_starts(cu_seqlens, next_sequence, True, total)
         is_run = (next_sequence > sequence) & (begin < end)
-        tl.store(runs + 2 * found, begin, mask=is_run)
-        tl.store(runs + 2 * found + 1, end, mask=is_run)
+        _store_run(runs, found, begin, end, is_run)
         found += is_run.to(tl.int32)
         sequence = tl.maximum(next_sequence, sequence + 1)
 
@@ -114,8 +119,8 @@ def runs_kernel(
         end = tl.minimum(begin + _RUN_TOKENS, total)
         begin = tl.maximum(begin, tokens)
         is_run = begin < end
-        tl.store(runs + 2 * run, tl.where(is_run, begin, 0), mask=run < num_runs)
-        tl.store(runs + 2 * run + 1, tl.where(is_run, end, 0), mask=run < num_runs)
+        begin, end = tl.where(is_run, begin, 0), tl.where(is_run, end, 0)
+        _store_run(runs, run, begin, end, run < num_runs)
 
 
 def make_plan(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:

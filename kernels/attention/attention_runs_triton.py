@@ -56,11 +56,22 @@ _RUN_ALIGNMENT = tl.constexpr(RUN_ALIGNMENT)
 
 
 @triton.jit
-def _load_run(runs, run, total):
-    """The first row of a run and the row behind its last, inside the stream whatever they say."""
+def _load_run(runs, num_heads, total):
+    """Head, first row and end of the run of this program, inside the stream whatever it says."""
+    run, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     begin = tl.load(runs + 2 * run)
     end = tl.load(runs + 2 * run + 1)
-    return tl.maximum(begin, 0), tl.minimum(end, total)
+    return head, tl.maximum(begin, 0), tl.minimum(end, total)
+
+
+@triton.jit
+def _load_rows(bounds, begin, end, total, BLOCK: tl.constexpr):
+    """The block of rows that a run lies in, which of them are in it, and the bounds of each."""
+    block = begin // _RUN_ALIGNMENT * _RUN_ALIGNMENT
+    rows = block + tl.arange(0, BLOCK)
+    inside = (rows >= begin) & (rows < end)
+    first, last = load_bounds(bounds, rows, total, inside)
+    return block, rows, inside, first, last
 
 
 @triton.jit(do_not_specialize=["total", "num_heads", "rng_offset"])
@@ -83,13 +94,9 @@ def forward_runs_kernel(
     BLOCK: tl.constexpr,
 ):
     """Output and log-sum-exp of a run's rows."""
-    run, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
-    begin, end = _load_run(runs, run, total)
+    head, begin, end = _load_run(runs, num_heads, total)
     if begin < end:  # there are fewer runs than programs
-        block = begin // _RUN_ALIGNMENT * _RUN_ALIGNMENT
-        rows = block + tl.arange(0, BLOCK)
-        inside = (rows >= begin) & (rows < end)
-        first, last = load_bounds(bounds, rows, total, inside)
+        block, rows, inside, first, last = _load_rows(bounds, begin, end, total, BLOCK)
         sees = first < last
         q_tile = load_tile(q, head, rows, sees, D, BLOCK_D)
         k_tile = load_tile(k, head, rows, sees, D, BLOCK_D)
@@ -134,13 +141,9 @@ def backward_runs_kernel(
     BLOCK: tl.constexpr,
 ):
     """All gradients of a run's rows."""
-    run, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
-    begin, end = _load_run(runs, run, total)
+    head, begin, end = _load_run(runs, num_heads, total)
     if begin < end:
-        block = begin // _RUN_ALIGNMENT * _RUN_ALIGNMENT
-        rows = block + tl.arange(0, BLOCK)
-        inside = (rows >= begin) & (rows < end)
-        first, last = load_bounds(bounds, rows, total, inside)
+        block, rows, inside, first, last = _load_rows(bounds, begin, end, total, BLOCK)
         sees = first < last
         q_tile = load_tile(q, head, rows, sees, D, BLOCK_D)
         k_tile = load_tile(k, head, rows, sees, D, BLOCK_D)

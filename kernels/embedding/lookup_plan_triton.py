@@ -26,6 +26,22 @@ ZEROED_COLUMNS = 256
 
 
 @triton.jit
+def _record_of_program(plan, first_record, num_places, num_records):
+    """Where the record of this program is, and its count."""
+    record = plan + num_places + first_record + tl.program_id(0).to(tl.int64)
+    return record, tl.load(record + num_records)
+
+
+@triton.jit
+def _load_fields(record, num_records):
+    """The other fields of a record: its first place or slot, its task, its column or slot."""
+    first = tl.load(record)
+    task = tl.load(record + 2 * num_records)
+    column = tl.load(record + 3 * num_records)
+    return first, task, column
+
+
+@triton.jit
 def _add_to_row(
     buffer, task, column, sums, columns, num_rows, row_stride, num_columns, WIDTH: tl.constexpr
 ):
@@ -61,12 +77,9 @@ def planned_pieces_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Add up the tokens of a piece."""
-    record = plan + num_places + first_record + tl.program_id(0).to(tl.int64)
-    count = tl.load(record + num_records)
+    record, count = _record_of_program(plan, first_record, num_places, num_records)
     if count > 0:
-        first = tl.load(record)
-        task = tl.load(record + 2 * num_records)
-        column = tl.load(record + 3 * num_records)
+        first, task, column = _load_fields(record, num_records)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         number = tl.arange(0, PIECE)
         places = first + number
@@ -108,12 +121,11 @@ def planned_runs_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Add up the pieces of a long run."""
-    record = plan + num_places + first_record + tl.program_id(0).to(tl.int64)
-    count = tl.minimum(tl.load(record + num_records), num_slots)
+    record, count = _record_of_program(plan, first_record, num_places, num_records)
+    count = tl.minimum(count, num_slots)
     if count > 0:
-        first = tl.load(record) - first_slot
-        task = tl.load(record + 2 * num_records)
-        column = tl.load(record + 3 * num_records)
+        first, task, column = _load_fields(record, num_records)
+        first -= first_slot
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         sums = tl.zeros([COLUMNS], tl.float32)
         for begin in range(0, count, PIECE):
