@@ -10,6 +10,7 @@ give is in bfloat16, and a norm whose residual is float32 stays in float32.
 
 from . import balancing
 from . import gradient_buffer as gradient_buffer
+from . import gradient_queue as gradient_queue
 from ._namesake import namesake_attribute
 from .attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from .attention.attention_plan import AttentionPlan, attention_plan

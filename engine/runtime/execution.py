@@ -17,6 +17,9 @@ shape (data/loader.py), every rank takes the same decision at each step, and `ag
 whenever a signature is new or recorded.  NCCL has connected the ranks by then, since the first step
 of a shape makes the same calls.  NCCL waits for the end of graphs that hold its calls before it
 closes a connection: :meth:`Execution.close` comes before the end of the process group.
+
+Recorded steps have a side stream for weight gradients (kernels/gradient_queue.py): a graph holds
+the order that they really need, and no call of the host.
 """
 
 import time
@@ -26,6 +29,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .._kernels import kernels
 from ..utils.errors import InputError
 
 EXECUTIONS = ("auto", "eager", "compile", "graphs", "compiled_graphs")
@@ -199,10 +203,12 @@ class Execution:
         device: where steps run.
         max_graphs: the most CUDA graphs.
         agree: of :class:`Recorded`, for steps of several ranks.
+        side_stream: whether recorded steps have one for weight gradients.
 
     Attributes:
         kind: never ``auto``.
         max_graphs: the most CUDA graphs.
+        gradient_queue: for the weight gradients of a backward pass; None to launch them at once.
         warmup_seconds: spent in calls that compiled or recorded, so far.
 
     Raises:
@@ -215,6 +221,7 @@ class Execution:
         device: torch.device,
         max_graphs: int = 8,
         agree: Callable[[int], None] = lambda _number: None,
+        side_stream: bool = True,
     ) -> None:
         if kind == "auto":
             kind = "graphs" if device.type == "cuda" else "eager"
@@ -223,6 +230,9 @@ class Execution:
         self.kind, self.warmup_seconds = kind, 0.0
         self.max_graphs, self._agree = max_graphs, agree
         self._recorder = CudaGraphs(device) if kind in RECORDED else None
+        self.gradient_queue: kernels.gradient_queue.GradientQueue | None = None
+        if kind in RECORDED and side_stream:
+            self.gradient_queue = kernels.gradient_queue.SideStream(device)
         self._recorded: list[Recorded] = []  # type: ignore[type-arg]
         self._compiled_for: set[tuple[str, ...]] = set()
         self.num_graphs = 0
@@ -245,7 +255,10 @@ class Execution:
 
     def compiled(self, function: Callable[..., Result]) -> Callable[..., Result]:
         """Return the function, compiled once for all sizes where steps are compiled."""
-        return torch.compile(function, dynamic=True) if self.kind in COMPILED else function
+        if self.kind not in COMPILED:
+            return function
+        kept = None if self.gradient_queue is None else kernels.gradient_queue.UNCHANGED_OPERANDS
+        return torch.compile(function, dynamic=True, options=kept)
 
     def recorded(self, function: "Function[BatchT, Result]") -> "Function[BatchT, Result]":
         """Return the function of the whole step, recorded where steps are; its warm-up is timed."""

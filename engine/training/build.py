@@ -32,9 +32,16 @@ from .trainer import Trainer, check_range
 
 
 def build_trainer(
-    run: Run, device: torch.device, ranks: Ranks | None = None, *, phase: int = 0
+    run: Run,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    *,
+    phase: int = 0,
+    side_stream: bool = True,
 ) -> Trainer:
     """Build the trainer of one phase of the recipe: read the data, build model, optimizer and step.
+
+    ``side_stream`` is that of :class:`~engine.runtime.execution.Execution`, for benchmarks.
 
     Raises:
         InputError: data or weights cannot be used.
@@ -119,8 +126,9 @@ def build_trainer(
             execution=Execution(
                 execution_kind(recipe, device, ranks),
                 device,
-                2 * recipe.max_graphs,  # of short sequences, and with long ones
+                recipe.max_graphs,
                 ranks.agree,
+                side_stream,
             ),
             sync=sync,
         ),

@@ -86,6 +86,9 @@ class MultitaskStep:
         self._seed = torch.zeros((), dtype=torch.int64, device=device)
         self._order_step = torch.zeros_like(self._seed)  # the seed holds the step's number
         self.execution = execution or Execution("eager", device)
+        # Other exchanges read gradients during the backward pass.
+        is_alone = type(self.sync) is NoSync
+        self._gradient_queue = self.execution.gradient_queue if is_alone else None
         self.execution.keep_static(parameters.rows)
         self._losses_of = self.execution.compiled(self._losses)
         self._run = self.execution.recorded(self._on_device)
@@ -146,7 +149,8 @@ class MultitaskStep:
             own = self._losses_of(batch, totals, seed, number > 0)
             # Each loss depends on its own task's tokens alone: one backward pass of the sum of all,
             # times their factors, gives all K gradients.
-            own.backward(factors)
+            with kernels.gradient_queue.queued(self.parameters.rows, self._gradient_queue):
+                own.backward(factors)
             losses = own.detach() if losses is None else losses + own.detach()
         assert losses is not None  # there is a micro-batch
         self.sync.wait()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..gradient_queue import enqueue
 from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.differentiation import differentiable_once, in_forward_mode, refuse_transforms
 from ..registration.validation import (
@@ -126,11 +127,12 @@ def linear_task_gradients_(
         offsets: K + 1 ascending row numbers.
         accumulate: add to what the rows hold.
     """
-    _check_gradients(grad_output, x, weight_rows, bias_rows, offsets)
-    linear_task_gradients_reference_(grad_output, x, weight_rows, bias_rows, offsets, accumulate)
+    tensors = (grad_output, x, weight_rows, bias_rows)
+    _check_gradients(*tensors, offsets)
+    enqueue(linear_task_gradients_reference_, (*tensors, offsets, accumulate))
 
 
-@register_cuda("linear_task_gradients_")
+@register_cuda("linear_task_gradients_", only_rows=True)
 def _task_gradients_cuda(
     grad_output: Tensor,
     x: Tensor,

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..gradient_queue import enqueue, join_for
+
 Kind = Literal["cpp", "cuda", "triton", "torch"]
 
 _declared: dict[tuple[str, str], Kind] = {}
@@ -61,14 +63,19 @@ def register_fake(op: str) -> Callable[[Fake], Fake]:
 Launch = Callable[..., Any]
 
 
-def register_cuda(op: str) -> Callable[[Launch], Launch]:
+def register_cuda(op: str, *, only_rows: bool = False) -> Callable[[Launch], Launch]:
     """Register the Python function that runs ``superbert::op`` on CUDA tensors.
 
     It runs with the device of the first argument, a tensor, as the current one: Triton launches on
     the current device, which torch does not set for an operator in Python.
 
+    Within :func:`~kernels.gradient_queue.queued` it waits for the gradient rows among its arguments
+    that are still being written.
+
     Args:
         op: the operator's name without namespace.
+        only_rows: it writes gradient rows and nothing else, so that it can run beside the rest of a
+            backward pass.
 
     Returns:
         A decorator of a function of the operator's arguments.
@@ -78,6 +85,9 @@ def register_cuda(op: str) -> Callable[[Launch], Launch]:
         @functools.wraps(launch)
         def run(*arguments: Any) -> Any:
             with torch.cuda.device(arguments[0].get_device()):
+                if only_rows:
+                    return enqueue(launch, arguments)
+                join_for(arguments)
                 return launch(*arguments)
 
         torch.library.impl(f"superbert::{op}", "CUDA", run)

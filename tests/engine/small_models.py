@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 from engine.data.collate import PackedBatch, pack
 from engine.data.split import TokenizedSplit
 from engine.data.task_schema import FORMATS
@@ -38,12 +39,15 @@ def build_step(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     execution: str = "eager",
+    side_stream: bool = True,
+    gradient_queue: kernels.gradient_queue.GradientQueue | None = None,
     sync: Callable[[MultitaskModel, FlatParameters], NoSync] | None = None,
     **flat_settings: bool,
 ) -> MultitaskStep:
     """A training step around a model, as a recipe would make it.
 
-    ``sync`` makes the exchange with other ranks from the model and its parameters;
+    ``gradient_queue`` takes the place of that of the execution; ``sync`` makes the exchange with
+    other ranks from the model and its parameters;
     ``flat_settings`` are freeze_encoder and take_turns, of the flat parameters.
     """
     tasks = trained.names
@@ -51,6 +55,8 @@ def build_step(
         model, tasks, device=torch.device(device), compute_dtype=dtype, **flat_settings
     )
     groups = ParamGroups(flat, tasks, surgery)
+    how = Execution(execution, torch.device(device), side_stream=side_stream)
+    how.gradient_queue = gradient_queue or how.gradient_queue
     method = build_method(balance, trained, settings or BalanceSettings())
     return MultitaskStep(
         model,
@@ -63,7 +69,7 @@ def build_step(
         loss_scale=LossScale(flat.master.device) if dtype == torch.float16 else None,
         clip_norm=clip,
         seed=SEED,
-        execution=Execution(execution, torch.device(device)),
+        execution=how,
         sync=None if sync is None else sync(model, flat),
     )
 
