@@ -82,7 +82,7 @@ kernel_tests=(tests/kernels/test_triton.py tests/kernels/test_cuda_graphs.py)
 watched='agree_with_the_cpu or test_adamw_skips or test_gram_by_segment or test_combine_rounding'
 # Warnings of other versions' libraries are no failures here.
 pytest=(python3 -m pytest -q -m gpu -o filterwarnings=default -p no:cacheprovider)
-usual='^this engine, bf16, (pcgrad|sum)$|^transformers, bf16(, (packed|recorded|compiled layers))*, sum$'
+usual='^this engine, bf16, (pcgrad|pcgrad, one stream|sum)$|^transformers, bf16(, (packed|recorded|compiled layers))*, sum$'
 compiled='^this engine, bf16, pcgrad$|bf16.*compile'
 base=(--device cuda --data "$folder/data" --init "$work/base")
 

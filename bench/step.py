@@ -2,9 +2,10 @@
 
 The same real batches (32 examples each of SST, Quora and STS) go through this engine, packed, and
 through a plain ``transformers`` loop, padded; on a GPU as its eager code, which mostly waits for
-Python, and recorded as a CUDA graph of each batch.  The floor is the time of the step's matrix
-products, replayed, plus the bytes of surgery and update at the copy bandwidth, measured in the same
-run.  ``--growth`` measures how this engine's step grows with tasks, shapes and examples.
+Python, and recorded as a CUDA graph of each batch.  This engine's recorded step runs with a side
+stream for weight gradients and without (``one stream``).  The floor is the time of the step's
+matrix products, replayed, plus the bytes of surgery and update at the copy bandwidth, measured in
+the same run.  ``--growth`` measures how this engine's step grows with tasks, shapes and examples.
 """
 
 import argparse
@@ -68,7 +69,12 @@ def first_batches(trainer: Trainer, device: torch.device, count: int) -> list[Pa
 
 
 def engine_trainer(
-    options: argparse.Namespace, balance: str, precision: str, execution: str
+    options: argparse.Namespace,
+    balance: str,
+    precision: str,
+    execution: str,
+    *,
+    side_stream: bool = True,
 ) -> Trainer:
     """Put this engine together as ``engine.train cgs`` does."""
     settings = [f"balance={balance}", f"precision={precision}", f"execution={execution}"]
@@ -77,7 +83,7 @@ def engine_trainer(
         if value is not None:
             settings.append(recipes.override(key, str(value.absolute())))
     run = begin(recipes.load("cgs", settings), Path("not-written"))
-    return build_trainer(run, torch.device(options.device))
+    return build_trainer(run, torch.device(options.device), side_stream=side_stream)
 
 
 class RecordedLoop:
@@ -121,15 +127,26 @@ def engines(
     variants = [(p, balance, usual) for p in precisions for balance in ("pcgrad", "sum")]
     variants += [(precisions[0], "pcgrad", kind) for kind in others]
 
-    def maker(precision: str, balance: str, kind: str) -> Callable[[], Engine]:
-        return lambda: Engine(engine_trainer(options, balance, precision, kind), batches, device)
+    def maker(
+        precision: str, balance: str, kind: str, *, side_stream: bool = True
+    ) -> Callable[[], Engine]:
+        def make() -> Engine:
+            trainer = engine_trainer(options, balance, precision, kind, side_stream=side_stream)
+            return Engine(trainer, batches, device)
 
-    return {
+        return make
+
+    makers = {
         f"this engine, {precision}, {balance}" + ("" if kind == usual else f", {kind}"): maker(
             precision, balance, kind
         )
         for precision, balance, kind in variants
     }
+    if usual in RECORDED:
+        makers[f"this engine, {precisions[0]}, pcgrad, one stream"] = maker(
+            precisions[0], "pcgrad", usual, side_stream=False
+        )
+    return makers
 
 
 def warmed_up(

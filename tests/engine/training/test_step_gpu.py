@@ -7,13 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.data.batch_shapes import ShapePlan
 from engine.data.collate import PackedBatch, pack
+from engine.data.tokenizer import Tokenizer
 from engine.distributed.gradient_sync import ReplicatedSync, ShardedSync
+from engine.gradients.balancing import TrainedTasks
 from engine.optim.lamb import Lamb
+from kernels.gradient_queue import SideStream
 
 from ...device_waits import no_wait_for_the_device
+from ..models.heads.cases import OBJECTIVES, TEXTS, batch_of, model_of_objectives
 from ..small_models import TASKS, build_step, make_micro_batches, random_split
 
 pytestmark = pytest.mark.gpu
@@ -100,6 +105,91 @@ def test_compiled_and_recorded_steps_train_as_eager_ones(make_model, execution, 
     # Fused operators round otherwise, and each step builds on the last: some roundings a step.
     tolerance = 64 * torch.finfo(dtype).eps
     torch.testing.assert_close(*curves, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("execution", ["graphs", "compiled_graphs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("most", [1, 8])
+def test_the_side_stream_changes_no_bit(make_model, execution, dtype, most, monkeypatch):
+    """First steps, recorded ones and replays of two micro-batches, planned or not."""
+    submitted = []
+    submit = SideStream.submit
+    monkeypatch.setattr(
+        SideStream, "submit", lambda *given: submitted.append(given[1]) or submit(*given)
+    )
+    model = make_model({"quora": "shared", "sts": "shared"}, dropout=0.1).train()
+    masters, losses = [], []
+    for side_stream in (False, True):
+        torch._dynamo.reset()
+        how = {"dtype": dtype, "execution": execution, "side_stream": side_stream}
+        step = build_step(copy.deepcopy(model), device="cuda", **how)
+        if side_stream:
+            step.execution.gradient_queue._most = most
+        for number in range(6):
+            seeds = (20 * number, 20 * number + 10)
+            batch = [step.model.with_lookup_plan(planned_batch(seed)) for seed in seeds]
+            report = step([each.to("cuda") for each in batch], number, 1e-3)
+        losses.append(report.losses.clone())
+        assert step.execution.num_graphs == 1
+        masters.append(step.parameters.master.clone())
+        assert bool(submitted) == side_stream
+    # In the first step and in the recording, not in replays.
+    assert len(submitted) == 2 * 2 * (2 * 4 + 2)
+    # Compiled with other options, code may be fused otherwise, and so round otherwise.
+    assert execution == "compiled_graphs" or torch.equal(*masters)
+    tolerance = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("execution", ["graphs", "compiled_graphs"])
+def test_steps_with_a_side_stream_repeat_to_the_bit(make_model, execution):
+    model, masters = make_model(dropout=0.1).train(), []
+    for _ in range(2):
+        step = build_step(copy.deepcopy(model), device="cuda", execution=execution)
+        for number in range(8):
+            step(planned_batch(10 * number).to("cuda"), number, 1e-3)
+        masters.append(step.parameters.master.clone())
+    assert torch.equal(*masters)
+
+
+def test_a_tied_decoder_beside_a_side_stream():
+    """The decoder's gradient and the embeddings' are added to the word table in one order."""
+    names = ("sst", *OBJECTIVES)
+    trained, tokenizer = TrainedTasks(names, (5,) * len(names)), Tokenizer.train(TEXTS, 90)
+    plan = ShapePlan({names: np.array([[400, 400, 400, 400]])}, 1, 64)
+    masters = []
+    for side_stream in (False, True):
+        step = build_step(
+            model_of_objectives().train(),
+            trained=trained,
+            device="cuda",
+            execution="graphs",
+            side_stream=side_stream,
+        )
+        for number in range(6):
+            step(batch_of(tokenizer, names, number, plan).to("cuda"), number, 1e-3)
+        masters.append(step.parameters.master.clone())
+    assert torch.equal(*masters)
+
+
+def test_a_recording_that_fails_leaves_nothing_behind(make_model):
+    """The side stream is joined, so that the recording ends and the next one succeeds."""
+    model, batch = make_model().train(), planned_batch(0).to("cuda")
+    step = build_step(model, device="cuda", execution="graphs")
+    step(batch, 0, 1e-3)
+
+    def fail(_gradient: Tensor) -> None:
+        raise FloatingPointError
+
+    layer = model.encoder.stages()[1].module
+    handle = layer.register_forward_pre_hook(lambda _, given: given[0].register_hook(fail) and None)
+    with pytest.raises(FloatingPointError):
+        step(batch, 1, 1e-3)
+    handle.remove()
+    assert list(step.execution.gradient_queue.operands) == []
+    for number in range(1, 4):
+        assert step(batch, number, 1e-3).losses.isfinite().all()
+    assert step.execution.num_graphs == 1
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from engine.data.tokenizer import Tokenizer
 from engine.models.bert import BertConfig
 from engine.models.heads import Head, HeadSettings, build_head
 from engine.models.layers import Embedding, Linear
+from engine.models.multitask import MultitaskModel
 from engine.models.pooling import SharedLayers, TaskStates
-from engine.runs.objectives import build_examples
+from engine.runs.objectives import build_examples, head_settings
 
 from ...small_models import random_split
 
@@ -92,3 +93,31 @@ def batch_of(
         for name in names
     ]
     return pack(sources, [np.arange(5)] * len(names), step, plan)
+
+
+def model_of_objectives() -> MultitaskModel:
+    """A small model of ``sst`` and all objectives, with dropout and an adapter."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=97,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=80,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.2,
+        attention_probs_dropout_prob=0.2,
+        initializer_range=0.2,
+    )
+    objectives = {
+        kind: head_settings(kind, ObjectiveRecipe(kind=kind), config) for kind in OBJECTIVES
+    }
+    return MultitaskModel(
+        config,
+        [FORMATS["sst"]],
+        {"sst": "single"},
+        pooling="mean",
+        dropout_p=0.1,
+        adapter_width=12,
+        objectives=objectives,
+    )
