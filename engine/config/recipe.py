@@ -142,9 +142,9 @@ class Recipe(Settings):
     """eager; compile: by torch.compile; graphs: the whole eager step as a CUDA graph;
     compiled_graphs: both, which costs half a minute at first; auto: graphs on a GPU, eager on a
     CPU."""
-    max_graphs: Positive = 8
-    """The most token counts that batches are filled up to for CUDA graphs; each has a graph, or two
-    where some of its batches have sequences of more than 61 tokens and others not."""
+    max_graphs: Positive = 16
+    """The most CUDA graphs, and so the shapes that batches are filled up to for them.  Where some
+    sequences have more than 61 tokens, batches with and without them have graphs of their own."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides initial weights, batches, dropout and the order of surgery."""
     log_every: Positive = 10

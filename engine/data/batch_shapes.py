@@ -109,27 +109,23 @@ class ShapePlan:
     Args:
         counts: for each set of tasks that steps train together, int64 ``[steps, K]`` tokens of
             each task in each of these steps.
-        limit: the most token counts of all sets together; each set has at least one.
+        limit: the most shapes of all sets together; each set has at least one.  Where the run has
+            long sequences and there are enough, every token count has two: for batches whose
+            sequences are all short, and for others.
         max_seqlen: tokens of the longest sequence of the run.
-        by_length: whether batches whose sequences are all short have shapes of their own, with
-            the same token counts, where the run has longer ones.
     """
 
     def __init__(
-        self,
-        counts: Mapping[tuple[str, ...], Counts],
-        limit: int,
-        max_seqlen: int,
-        *,
-        by_length: bool = True,
+        self, counts: Mapping[tuple[str, ...], Counts], limit: int, max_seqlen: int
     ) -> None:
+        self._max_seqlen = self._short = max_seqlen
+        if max_seqlen > SHORT and limit >= 2 * len(counts):
+            self._short, limit = SHORT, limit // 2
         own = max(1, limit // max(1, len(counts)))
         self._tokens = {
             tasks: [tuple(row) for row in merge(of_steps, own).tolist()]
             for tasks, of_steps in counts.items()
         }
-        self._max_seqlen = max_seqlen
-        self._short = min(max_seqlen, SHORT) if by_length else max_seqlen
 
     def __len__(self) -> int:
         """Return how many shapes there are."""

@@ -53,9 +53,8 @@ class TrainingLoader:
             start: the first step, 0 for a run that begins.
             stop: one past the last step.
             schedule: returns the batches of a step, by its number; None for one of each task.
-            shapes: pad batches to at most so many token counts, each for batches of short sequences
-                and for those with long ones; 0 for any count.  The batches of all ranks in one step
-                get the same shape.
+            shapes: pad batches, so that there are at most so many shapes; 0 for any.  The batches
+                of all ranks in one step get the same.
             token_multiple: pad every task's tokens to a multiple, where ``shapes`` is 0.
             micro_batches: how many a step's batch is split into, each with a share of every task.
             shard: (rank, ranks); the examples of a step, task after task, are dealt to the ranks
@@ -115,9 +114,7 @@ class TrainingLoader:
         self.shapes: Shapes | None = RoundedShapes(token_multiple) if token_multiple > 1 else None
         """The shapes of all batches; None where there is no padding."""
         if shapes:  # micro-batches come in sequence, so several shapes would make many sequences
-            whole = micro_batches == 1
-            number = stop * micro_batches
-            self.shapes = _plan(measure, number, shapes if whole else 1, by_length=whole)
+            self.shapes = _plan(measure, stop * micro_batches, shapes if micro_batches == 1 else 1)
         self._ready: queue.Queue[PackedBatch | BaseException | None] = queue.Queue(depth)
         self._closing = threading.Event()
         self._thread = threading.Thread(
@@ -217,9 +214,7 @@ def _largest(sizes: Sequence[_Sizes]) -> _Sizes:
     return _Sizes(sizes[0].tasks, tokens, max(each.longest for each in sizes))
 
 
-def _plan(
-    measure: Callable[[int], _Sizes], batches: int, limit: int, *, by_length: bool
-) -> ShapePlan:
+def _plan(measure: Callable[[int], _Sizes], batches: int, limit: int) -> ShapePlan:
     """Plan the shapes of a run's batches from the sizes of evenly spaced ones.
 
     The plan is the same whichever step a run is resumed at, and on all ranks.
@@ -230,8 +225,7 @@ def _plan(
         sizes = measure(int(number))
         counts.setdefault(sizes.tasks, []).append(sizes.tokens)
         longest = max(longest, sizes.longest)
-    planned = {tasks: np.array(rows) for tasks, rows in counts.items()}
-    return ShapePlan(planned, limit, longest, by_length=by_length)
+    return ShapePlan({tasks: np.array(rows) for tasks, rows in counts.items()}, limit, longest)
 
 
 def evaluation_batches(

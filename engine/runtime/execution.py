@@ -219,7 +219,7 @@ class Execution:
         self,
         kind: str,
         device: torch.device,
-        max_graphs: int = 8,
+        max_graphs: int = 16,
         agree: Callable[[int], None] = lambda _number: None,
         side_stream: bool = True,
     ) -> None:

@@ -62,14 +62,14 @@ def test_a_batch_beyond_the_plan_gets_a_shape_of_its_own() -> None:
 
 def test_long_sequences_have_shapes_of_their_own() -> None:
     counts = {TASKS: np.array([[150, 250, 200], [500, 600, 700]])}
-    plan = ShapePlan(counts, 2, 95)
+    plan = ShapePlan(counts, 5, 95)
     assert len(plan) == 4
     for own in ([140, 240, 190], [490, 600, 700], [900, 1, 1]):  # beyond the plan, too
         shapes = [plan.shape(TASKS, own, longest) for longest in (5, 61, 62, 95, 96)]
         assert [shape.max_seqlen for shape in shapes] == [61, 61, 95, 95, 95]
         assert len({shape._replace(max_seqlen=0) for shape in shapes}) == 1
-    one_kind = ShapePlan(counts, 2, 95, by_length=False)
-    assert len(one_kind) == 2
+    one_kind = ShapePlan(counts, 1, 95)
+    assert len(one_kind) == 1
     assert one_kind.shape(TASKS, [9, 9, 9], 5).max_seqlen == 95
     short = ShapePlan(counts, 2, 50)
     assert len(short) == 2
@@ -87,19 +87,18 @@ LENGTHS = st.lists(st.integers(1, 90), max_size=12)
 
 @given(
     st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=6),
-    st.integers(1, 3),
-    st.booleans(),
+    st.integers(1, 5),
 )
 @settings(deadline=None, max_examples=100)
 def test_padding_sequences_cover_the_padding(
-    steps: list[tuple[list[int], list[int]]], limit: int, by_length: bool
+    steps: list[tuple[list[int], list[int]]], limit: int
 ) -> None:
     """Of every batch, among them those that the plan does not know."""
     tasks = ("sst", "sts")
     counts = np.array([[sum(lengths) for lengths in step] for step in steps])
     longest = [max([*step[0], *step[1], 1]) for step in steps]
     known = slice(0, (len(steps) + 1) // 2)
-    plan = ShapePlan({tasks: counts[known]}, limit, max(longest[known]), by_length=by_length)
+    plan = ShapePlan({tasks: counts[known]}, limit, max(longest[known]))
     signatures: dict[tuple[object, ...], set[object]] = {}
     for step, own, most in zip(steps, counts.tolist(), longest, strict=True):
         shape = plan.shape(tasks, own, most)

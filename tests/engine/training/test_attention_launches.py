@@ -110,7 +110,7 @@ def split_of(task: str, seed: int, longest: int) -> TokenizedSplit:
 
 
 def launches_of_recordings(
-    launched: Counter[str], longest: int, micro_batches: int = 1
+    launched: Counter[str], longest: int, shapes: int, micro_batches: int = 1
 ) -> list[tuple[int, dict[str, int]]]:
     config = BertConfig(
         vocab_size=97,
@@ -129,7 +129,7 @@ def launches_of_recordings(
     step._run = Recorded(step._on_device, tape, limit=8)
     splits = [split_of(task, n, longest) for n, task in enumerate(TASKS)]
     samplers = [TaskSampler(task, EXAMPLES, 8, seed=5) for task in TASKS]
-    options = {"shapes": 1, "micro_batches": micro_batches}
+    options = {"shapes": shapes, "micro_batches": micro_batches}
     with TrainingLoader(splits, samplers, 0, STEPS, **options) as loader:
         batches = [batch.planned() for batch in loader]
     for number in range(STEPS):
@@ -140,7 +140,7 @@ def launches_of_recordings(
 
 def test_short_sentences_take_two_launches_a_layer(launched: Counter[str]) -> None:
     """Padding, which all batches have, is cut short enough."""
-    ((longest, launches),) = launches_of_recordings(launched, 61)
+    ((longest, launches),) = launches_of_recordings(launched, 61, 1)
     assert longest == 61
     assert launches == BY_RUNS
     assert sum(launches.values()) == 24
@@ -149,7 +149,7 @@ def test_short_sentences_take_two_launches_a_layer(launched: Counter[str]) -> No
 def test_a_long_sentence_has_a_recording_with_five_launches_a_layer(
     launched: Counter[str],
 ) -> None:
-    of_short, of_long = launches_of_recordings(launched, 62)
+    of_short, of_long = launches_of_recordings(launched, 62, 2)
     assert of_short == (61, BY_RUNS)
     assert of_long == (62, BY_RUNS | BY_TILES)
     assert sum(of_long[1].values()) == 60
@@ -158,4 +158,4 @@ def test_a_long_sentence_has_a_recording_with_five_launches_a_layer(
 def test_micro_batches_share_a_bound(launched: Counter[str]) -> None:
     """Each order of short and long ones would be another recording."""
     twice = {name: 2 * count for name, count in (BY_RUNS | BY_TILES).items()}
-    assert launches_of_recordings(launched, 62, 2) == [(62, twice)]
+    assert launches_of_recordings(launched, 62, 2, 2) == [(62, twice)]
