@@ -5,7 +5,7 @@
 #
 # FOLDER is what bench/gather_gpu.sh gathered; OUTDIR gets a log and a record for each part, and
 # after each part OUTDIR.tar.gz holds all so far.  Parts run in the order given.  Two names stand for
-# several parts each, which fit into one run of eight minutes:
+# several parts each, of which what counts most fits into one run of eight minutes:
 #
 #   run1   probe tests step surgery attention training
 #   run2   kernel_tests tiles linear linear_tiles layer_norm step_compiled ncu memcheck racecheck
@@ -163,7 +163,7 @@ PROBE
     surgery) part surgery 60 python3 -m bench.surgery --device cuda --json "$out/surgery.json" ;;
     attention)
         part attention 90 python3 -m bench.attention --device cuda --dtype bf16 \
-            --only "${SUPERBERT_ATTENTION:-varlen}" --json "$out/attention.json"
+            --only "${SUPERBERT_ATTENTION:-varlen|planned before|tiles alone}" --json "$out/attention.json"
         ;;
     layer_norm)
         part layer_norm 90 python3 -m bench.layer_norm --device cuda --json "$out/layer_norm.json"

@@ -202,14 +202,19 @@ def report(choices: Sequence[Choice]) -> str:
 
 def print_end(
     broken: Mapping[str, str], late: Sequence[str], budget: Budget, choices: Sequence[Choice]
-) -> None:
-    """Print what was not measured, and the lines to paste, which come last."""
+) -> int:
+    """Print what was not measured, and the lines to paste, which come last.
+
+    Returns:
+        The status to exit with: 1 where nothing was found for a line.
+    """
     for name, text in broken.items():
         print(f"{name}: {text}")
     if late:
         print(f"not measured, since {budget.seconds:g} s did not suffice: {'; '.join(late)}")
     print(f"{budget.seconds - budget.left:.0f} s of {budget.seconds:g}")
     print(report(choices))
+    return int(any(each.found is None for each in choices))
 
 
 def table_of(title: str, heading: str, seconds: Samples) -> Table:

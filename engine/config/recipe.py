@@ -143,8 +143,8 @@ class Recipe(Settings):
     compiled_graphs: both, which costs half a minute at first; auto: graphs on a GPU, eager on a
     CPU."""
     max_graphs: Positive = 16
-    """The most CUDA graphs, and so the shapes that batches are filled up to for them.  Where some
-    sequences have more than 61 tokens, batches with and without them have graphs of their own."""
+    """The most CUDA graphs, and so the shapes that batches are filled up to for them.  Batches with
+    and without sequences of more than 61 tokens have graphs of their own, if there are enough."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides initial weights, batches, dropout and the order of surgery."""
     log_every: Positive = 10

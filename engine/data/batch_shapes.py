@@ -109,17 +109,16 @@ class ShapePlan:
     Args:
         counts: for each set of tasks that steps train together, int64 ``[steps, K]`` tokens of
             each task in each of these steps.
-        limit: the most shapes of all sets together; each set has at least one.  Where the run has
-            long sequences and there are enough, every token count has two: for batches whose
-            sequences are all short, and for others.
-        max_seqlen: tokens of the longest sequence of the run.
+        limit: the most shapes of all sets together; each set has at least one.  Where some batches
+            have long sequences and others not, and there are enough, every token count has two.
+        longest: tokens of the longest sequence of each batch, of at least one.
     """
 
     def __init__(
-        self, counts: Mapping[tuple[str, ...], Counts], limit: int, max_seqlen: int
+        self, counts: Mapping[tuple[str, ...], Counts], limit: int, longest: Sequence[int]
     ) -> None:
-        self._max_seqlen = self._short = max_seqlen
-        if max_seqlen > SHORT and limit >= 2 * len(counts):
+        self._max_seqlen = self._short = max(longest)
+        if min(longest) <= SHORT < max(longest) and limit >= 2 * len(counts):
             self._short, limit = SHORT, limit // 2
         own = max(1, limit // max(1, len(counts)))
         self._tokens = {

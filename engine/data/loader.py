@@ -220,11 +220,11 @@ def _plan(measure: Callable[[int], _Sizes], batches: int, limit: int) -> ShapePl
     The plan is the same whichever step a run is resumed at, and on all ranks.
     """
     counts: dict[tuple[str, ...], list[list[int]]] = {}
-    longest = 1
+    longest: list[int] = []
     for number in np.unique(np.linspace(0, batches - 1, min(batches, _PLANNED)).astype(int)):
         sizes = measure(int(number))
         counts.setdefault(sizes.tasks, []).append(sizes.tokens)
-        longest = max(longest, sizes.longest)
+        longest.append(sizes.longest)
     return ShapePlan({tasks: np.array(rows) for tasks, rows in counts.items()}, limit, longest)
 
 

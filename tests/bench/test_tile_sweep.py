@@ -190,7 +190,7 @@ def test_the_lines_of_attention_to_paste(
     width: int, sweep: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", "--width", str(width)])
-    attention_tiles.main()
+    assert attention_tiles.main() == 0
     text = capsys.readouterr().out
     assert "not measured" not in text
     found = printed_tables(text)
@@ -227,17 +227,18 @@ def test_the_lines_of_attention_to_paste(
 def test_what_attention_had_no_time_for_is_named(
     sweep: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    usual = attention_triton.TILES["grad_q", 2, 64]  # measured, however late it was compiled
     sweep._recording = 0.5  # 172 recordings in 25 s
-    monkeypatch.setattr(sys, "argv", ["bench"])
+    monkeypatch.setattr(sys, "argv", ["bench", "--seconds", "25"])
     monkeypatch.setattr(
         tile_sweep,
         "compile_all",
         lambda *_: Compiled(
             {("grad_q", Tiles(16, 32, 2, 2), 64): "OutOfResources: shared memory"},
-            [("forward", Tiles(64, 64, 4, 2), 64)],
+            [("forward", Tiles(64, 64, 4, 2), 64), ("grad_q", usual, 64)],
         ),
     )
-    attention_tiles.main()
+    assert attention_tiles.main() == 0
     text = capsys.readouterr().out
     assert "grad_q Tiles(16, 32, 2, 2): OutOfResources: shared memory" in text
     assert "not measured, since 25 s did not suffice: forward Tiles(64, 64, 4, 2); " in text
@@ -269,7 +270,7 @@ def test_the_line_of_linear_to_paste(
     monkeypatch.setattr(linear_tiles, "runs", lambda _: {linear_tiles.OURS: list})
     monkeypatch.setattr(tile_sweep, "compile_all", lambda *_: Compiled({}, []))
     monkeypatch.setattr(sys, "argv", ["bench"])
-    linear_tiles.main()
+    assert linear_tiles.main() == 0
     found = printed_tables(capsys.readouterr().out)
     name = "kernels/linear/linear_triton.py TILES"
     now, pasted = (
@@ -277,6 +278,12 @@ def test_the_line_of_linear_to_paste(
     )
     assert now == {(2, "large"): linear_triton.TILES[2, "large"]}
     assert pasted == {(2, "large"): linear_triton.Tiles(128, 128, 32, 8, 4)}
+
+
+def test_a_sweep_that_finds_nothing_for_a_line_fails() -> None:
+    found = Choice("file TABLE", ("forward", 2, 32), 2, (3, 0.9))
+    assert tile_sweep.print_end({}, [], Budget(1), [found]) == 0
+    assert tile_sweep.print_end({}, [], Budget(1), [found, found._replace(found=None)]) == 1
 
 
 def test_a_line_that_is_not_there_now_is_reported_alone() -> None:

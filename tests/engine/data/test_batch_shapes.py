@@ -36,7 +36,7 @@ def test_more_shapes_fill_less() -> None:
     counts = rng.normal((660, 960, 830), (62, 80, 70), (2000, 3)).astype(np.int64)
     shares = []
     for limit in (1, 4, 8, 16):
-        plan = ShapePlan({TASKS: counts}, limit, 61)
+        plan = ShapePlan({TASKS: counts}, limit, [61])
         assert len(plan) <= limit
         filled = sum(sum(plan.shape(TASKS, row, 61).tokens) for row in counts.tolist())
         shares.append(filled / counts.sum() - 1)
@@ -46,7 +46,7 @@ def test_more_shapes_fill_less() -> None:
 
 def test_sets_of_tasks_share_the_limit() -> None:
     counts = {(task,): np.arange(100, 2000, 7)[:, None] for task in TASKS}
-    plan = ShapePlan(counts, 8, 61)
+    plan = ShapePlan(counts, 8, [61])
     assert len(plan) == 6
     assert plan.shape(("sst",), [90], 20).tokens == min(
         plan.shape(("sst",), [size], 20).tokens for size in range(100, 2000, 7)
@@ -54,7 +54,7 @@ def test_sets_of_tasks_share_the_limit() -> None:
 
 
 def test_a_batch_beyond_the_plan_gets_a_shape_of_its_own() -> None:
-    plan = ShapePlan({TASKS: np.array([[10, 10, 10]])}, 4, 80)
+    plan = ShapePlan({TASKS: np.array([[10, 10, 10]])}, 4, [80])
     assert plan.shape(TASKS, [9, 9, 9], 9).tokens == (32, 32, 32)
     assert plan.shape(TASKS, [10, 10, 64], 9).tokens == (32, 32, 96)
     assert plan.shape(("cfimdb",), [5], 5).tokens == (32,)
@@ -62,16 +62,18 @@ def test_a_batch_beyond_the_plan_gets_a_shape_of_its_own() -> None:
 
 def test_long_sequences_have_shapes_of_their_own() -> None:
     counts = {TASKS: np.array([[150, 250, 200], [500, 600, 700]])}
-    plan = ShapePlan(counts, 5, 95)
+    plan = ShapePlan(counts, 5, [30, 95])
     assert len(plan) == 4
     for own in ([140, 240, 190], [490, 600, 700], [900, 1, 1]):  # beyond the plan, too
         shapes = [plan.shape(TASKS, own, longest) for longest in (5, 61, 62, 95, 96)]
         assert [shape.max_seqlen for shape in shapes] == [61, 61, 95, 95, 95]
         assert len({shape._replace(max_seqlen=0) for shape in shapes}) == 1
-    one_kind = ShapePlan(counts, 1, 95)
+    all_long = ShapePlan(counts, 5, [62, 95])
+    assert len(all_long) == 2
+    one_kind = ShapePlan(counts, 1, [30, 95])
     assert len(one_kind) == 1
     assert one_kind.shape(TASKS, [9, 9, 9], 5).max_seqlen == 95
-    short = ShapePlan(counts, 2, 50)
+    short = ShapePlan(counts, 2, [30, 50])
     assert len(short) == 2
     assert short.shape(TASKS, [9, 9, 9], 5).max_seqlen == 50
 
@@ -98,7 +100,7 @@ def test_padding_sequences_cover_the_padding(
     counts = np.array([[sum(lengths) for lengths in step] for step in steps])
     longest = [max([*step[0], *step[1], 1]) for step in steps]
     known = slice(0, (len(steps) + 1) // 2)
-    plan = ShapePlan({tasks: counts[known]}, limit, max(longest[known]))
+    plan = ShapePlan({tasks: counts[known]}, limit, longest[known])
     signatures: dict[tuple[object, ...], set[object]] = {}
     for step, own, most in zip(steps, counts.tolist(), longest, strict=True):
         shape = plan.shape(tasks, own, most)
@@ -139,7 +141,7 @@ def test_sizes_of_padding(missing: int, sequences: int, sizes: list[int]) -> Non
 
 @pytest.fixture
 def plan() -> ShapePlan:
-    return ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
+    return ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, [20])
 
 
 def test_batches_of_one_shape_have_one_signature(plan: ShapePlan) -> None:
@@ -153,7 +155,7 @@ def test_batches_of_one_shape_have_one_signature(plan: ShapePlan) -> None:
 
 def test_a_longer_sequence_has_another_signature() -> None:
     """Also one that is shorter than the longest padding: heads are recorded for a length."""
-    shape = ShapePlan({TASKS[:1]: np.array([[50]])}, 1, 20).shape(TASKS[:1], [50], 20)
+    shape = ShapePlan({TASKS[:1]: np.array([[50]])}, 1, [20]).shape(TASKS[:1], [50], 20)
     batches = [join([task_batch("sst", [10, longest])], shape) for longest in (15, 20, 25, 30, 40)]
     assert [batch.max_seqlen for batch in batches] == [32, 32, 32, 32, 40]
     assert len({batch.signature for batch in batches}) == 4

@@ -25,7 +25,7 @@ from ..runtime.test_execution import Tape
 from ..small_models import TASKS, build_step, make_micro_batches, random_split
 
 LR = 1e-3
-SHAPES = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
+SHAPES = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, [20])
 
 
 def weights_after(

@@ -167,7 +167,7 @@ def test_padding_takes_no_part_in_the_gradients(make_model, pooling):
     features = {"sst": "bilstm", "quora": "shared", "sts": "difference"}
     model = make_model(features, pooling=pooling, adapter_width=24).train()
     splits = [random_split(task, 6, vocab=97, seed=n) for n, task in enumerate(TASKS)]
-    plan = ShapePlan({TASKS: np.array([[100, 170, 140]])}, 1, 20)
+    plan = ShapePlan({TASKS: np.array([[100, 170, 140]])}, 1, [20])
     grams, losses = [], []
     for use in (None, plan):
         step = build_step(copy.deepcopy(model))

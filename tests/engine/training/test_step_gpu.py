@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu
 
 def planned_batch(seed: int) -> PackedBatch:
     """A batch of eight examples a task, all of one shape."""
-    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, 20)
+    plan = ShapePlan({TASKS: np.array([[150, 250, 200]])}, 1, [20])
     splits = [random_split(task, 8, vocab=97, seed=seed + n) for n, task in enumerate(TASKS)]
     return pack(splits, [np.arange(8)] * len(TASKS), 0, plan)
 
@@ -156,7 +156,7 @@ def test_a_tied_decoder_beside_a_side_stream():
     """The decoder's gradient and the embeddings' are added to the word table in one order."""
     names = ("sst", *OBJECTIVES)
     trained, tokenizer = TrainedTasks(names, (5,) * len(names)), Tokenizer.train(TEXTS, 90)
-    plan = ShapePlan({names: np.array([[400, 400, 400, 400]])}, 1, 64)
+    plan = ShapePlan({names: np.array([[400, 400, 400, 400]])}, 1, [64])
     masters = []
     for side_stream in (False, True):
         step = build_step(

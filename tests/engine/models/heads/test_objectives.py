@@ -54,7 +54,7 @@ def test_filled_batches_have_the_same_losses(model, tokenizer):
     model.eval()
     plain = batch_of(tokenizer, names)
     counts = np.diff(plain.token_offsets)[None] + np.array([[3, 40, 1, 9]])
-    filled = batch_of(tokenizer, names, plan=ShapePlan({names: counts}, 1, 64))
+    filled = batch_of(tokenizer, names, plan=ShapePlan({names: counts}, 1, [64]))
     assert filled.num_tokens > plain.num_tokens
     for masked in (1, 2):
         assert len(filled.labels[masked].targets) % 64 == 0
