@@ -3,7 +3,6 @@
 A sweep has a budget of seconds.  Settings that it does not suffice for are named as not measured.
 """
 
-import json
 import math
 import multiprocessing
 import time
@@ -137,7 +136,7 @@ def text_of(setting: Setting) -> str:
 
 def line_of(key: tuple[Any, ...], setting: Setting) -> str:
     """Return the line of a table's source with this key and setting."""
-    texts = ", ".join(json.dumps(part) for part in key)
+    texts = ", ".join(f'"{part}"' if isinstance(part, str) else str(part) for part in key)
     return f"    ({texts}): {text_of(setting)},"
 
 
