@@ -1,4 +1,4 @@
-"""Weight gradients on a second stream, beside the rest of the backward pass.
+"""Weight gradients on a side stream, beside the rest of the backward pass.
 
 Nothing in a backward pass reads a weight gradient, so a GPU can compute it while the chain of input
 gradients goes on.  An operator that writes gradient rows and nothing else is registered as one

@@ -140,7 +140,7 @@ class ShapePlan:
         fitting = [
             tokens
             for tokens in self._tokens.get(tasks, [])
-            if all(count < room for count, room in zip(counts, tokens, strict=True))
+            if all(count < size for count, size in zip(counts, tokens, strict=True))
         ]
         own = tuple(_rounded(np.array(counts)).tolist())
         tokens = min(fitting, key=sum, default=own)
