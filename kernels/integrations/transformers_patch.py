@@ -11,7 +11,7 @@ The model itself stores everything that :func:`restore` needs, so copies and pic
 import copy
 import sys
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,23 +57,13 @@ class Replaced(NamedTuple):
     layer_norms: tuple[str, ...]
 
 
-class _Implementation(str):
-    """The name of this attention in a model's config; unpickling it registers the attention.
+class _AttentionBefore(str):
+    """The name of a module's attention before :func:`accelerate`; unpickling it registers ours."""
 
-    Attributes:
-        replaced: the name that it stands in for.
-    """
-
-    __slots__ = ("replaced",)
-    replaced: str
-
-    def __new__(cls, replaced: str) -> Self:
-        name = super().__new__(cls, IMPLEMENTATION)
-        name.replaced = replaced
-        return name
+    __slots__ = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _registered, (self.replaced,)
+        return _registered, (str(self),)
 
 
 class _LayerNorm(FusedLayerNorm):
@@ -218,9 +208,9 @@ def _register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, _packing)
 
 
-def _registered(replaced: str) -> _Implementation:
+def _registered(attention: str) -> _AttentionBefore:
     _register()
-    return _Implementation(replaced)
+    return _AttentionBefore(attention)
 
 
 # Configs may name this attention already.  Where transformers comes later, or is just on its way
@@ -279,9 +269,11 @@ def accelerate(model: nn.Module) -> Replaced:
     if not attention and not norms:
         raise ValueError("model: accelerated already; `restore` it first")
     before = _give_own_configs(model, attention.values())
+    replaced: dict[int, _AttentionBefore] = {}
     for name, bert in attention.items():
         if bert.config._attn_implementation != IMPLEMENTATION:
-            bert.set_attn_implementation(_Implementation(bert.config._attn_implementation))
+            replaced[id(bert.config)] = _AttentionBefore(bert.config._attn_implementation)
+            bert.set_attn_implementation(IMPLEMENTATION)
         if bert.config._attn_implementation != IMPLEMENTATION:
             for module, config in before:
                 module.config = config
@@ -289,6 +281,9 @@ def accelerate(model: nn.Module) -> Replaced:
                 f"model: {name or type(bert).__name__} has an attention of its own code, which "
                 "cannot be replaced"
             )
+    for module, config in _configs(model):
+        if id(config) in replaced:
+            module._attention_before = replaced[id(config)]
     for norm in norms.values():
         norm.__class__ = _LayerNorm
     return Replaced(tuple(attention), tuple(norms))
@@ -316,11 +311,11 @@ def restore(model: nn.Module) -> None:
     for module, config in holders:
         key = id(config)
         if key not in plain:
-            # A config that was given this name by hand does not say what it replaced.
-            name = getattr(config._attn_implementation, "replaced", "sdpa")
             plain[key] = copy.deepcopy(config) if key in of_models else config
-            plain[key]._attn_implementation = name
+            # A model made from a config with this name replaced nothing.
+            plain[key]._attn_implementation = str(getattr(module, "_attention_before", "sdpa"))
         module.config = plain[key]
+        vars(module).pop("_attention_before", None)
 
 
 def _berts(model: nn.Module) -> dict[str, Any]:

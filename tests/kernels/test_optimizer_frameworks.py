@@ -170,6 +170,7 @@ def test_automatic_optimization_in_lightning_is_one_clear_line(tmp_path: Path) -
 @pytest.mark.parametrize("method", ["pc_backward", "loss"])
 def test_trainer(tmp_path: Path, accumulate: int, method: str) -> None:
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # transformers' Trainer needs it
 
     class Trainer(transformers.Trainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
