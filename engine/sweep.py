@@ -29,6 +29,8 @@ from .utils.errors import InputError
 from .utils.file_names import as_file_name, distinct_names
 from .utils.files import explained, resolved
 
+_ENDING = ".toml"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
@@ -90,16 +92,14 @@ def groups(names: Sequence[str]) -> dict[str, str]:
 def _groups(names: Sequence[str]) -> dict[str, str]:
     once = {os.path.realpath(name) if _is_file(name) else name: name for name in reversed(names)}
     asked = list(reversed(once.values()))
-    paths = [
-        Path(os.path.abspath(name)).with_suffix("") if _is_file(name) else PurePath(name)
-        for name in asked
-    ]
-    found = map(as_file_name, distinct_names(paths))
+    # Not `with_suffix`: of "..toml" Python 3.12 leaves the name of the folder.
+    paths = [PurePath(os.path.abspath(name) if _is_file(name) else name) for name in asked]
+    found = map(as_file_name, distinct_names(paths, ending=_ENDING))
     return dict(zip(found, asked, strict=True))
 
 
 def _is_file(name: str) -> bool:
-    return name.endswith(".toml")
+    return name.endswith(_ENDING)
 
 
 def _group_of(group: str, point: tuple[str, ...]) -> str:

@@ -11,11 +11,12 @@ _LONGEST = 200
 """Bytes of a name, before its ending; a file system allows 255 in all."""
 
 
-def distinct_names(paths: Sequence[PurePath]) -> list[str]:
+def distinct_names(paths: Sequence[PurePath], ending: str = "") -> list[str]:
     """Name paths by their last part, and by as many folders before it as distinguish them.
 
     Args:
         paths: all different; whole ones, so that they have folders.
+        ending: what to leave out at the end of a name, as ``.toml``.
 
     Returns:
         The names, joined by hyphens, in the order of the paths.
@@ -23,7 +24,10 @@ def distinct_names(paths: Sequence[PurePath]) -> list[str]:
     Raises:
         InputError: two cannot be told apart so.
     """
-    parts = [path.relative_to(path.anchor).parts for path in paths]
+    parts = [
+        (*path.relative_to(path.anchor).parts[:-1], path.name.removesuffix(ending) or path.name)
+        for path in paths
+    ]
     used = [1] * len(paths)
     while True:
         names = ["-".join(own[-count:]) for own, count in zip(parts, used, strict=True)]

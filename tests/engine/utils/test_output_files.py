@@ -374,7 +374,7 @@ def test_recipes_are_told_apart(tmp_path, monkeypatch):
         "demo": "demo",
     }
     assert sweep.groups(["a/demo.toml", "demo"]) == {"a-demo": "a/demo.toml", "demo": "demo"}
-    assert list(sweep.groups(["...toml", "..toml"])) == ["%2E%2E", "%2E"]
+    assert list(sweep.groups(["...toml", "..toml", ".toml"])) == ["%2E%2E", "%2E", ".toml"]
 
 
 def test_a_grid_s_values_do_not_lead_out(tmp_path):
