@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace pictures that are there")
     options = parser.parse_args()
     once = {Path(os.path.realpath(path)): path for path in options.records}
-    names = distinct_names([path.with_suffix("") for path in once])
+    names = distinct_names(list(once), ending=".json")
     pictures = {options.out / f"{name}.png": path for name, path in zip(names, once, strict=True)}
     try:
         replace = check_outputs(pictures, force=options.force)
