@@ -1,11 +1,9 @@
-"""Make a BERT of transformers use these kernels, in place, and undo that.
+"""Make a BERT of transformers run packed on these kernels, in place, and undo that.
 
-Attention goes through transformers' own registry (version 5).  Its mask function is called once in
-each forward pass and finds the tokens of the padded batch; its attention function packs keys and
-values.  Queries of padding attend too, since heads may read their hidden states: these are the same
-as with transformers' attention.  Layer norms stay the same modules and get another class.
-
-The model itself stores everything that :func:`restore` needs, so copies and pickles have it too.
+Modules stay the same and get other classes (class_exchange.py): the encoder packs its inputs and
+pads its outputs (transformers_packing.py), layers compute on the packed stream
+(transformers_layers.py).  Where a layer keeps its own code, attention goes through transformers'
+registry, to which these kernels are known as ``superbert``.
 """
 
 import copy
@@ -13,43 +11,25 @@ import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from ..attention.attention import flash_attn_varlen_func
-from ..task_gradients.task_layers import autocast_dtype
-from .layer_norm_compat import FusedLayerNorm
-from .padding import Unpadded, pad_input, unpad_input
+from . import transformers_families  # noqa: F401  (fills FAMILIES)
+from .class_exchange import exchange_class, is_exchanged, restore_class
+from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, attention
+from .transformers_packing import FAMILIES, PackedModel, PackedOutput, Packing, PaddedEncoder
 
 IMPLEMENTATION = "superbert"
-# Encoders whose attention is BERT's and goes through the registry.
-FAMILY = frozenset(
-    {
-        "albert",
-        "bert",
-        "bert-generation",
-        "camembert",
-        "data2vec-text",
-        "distilbert",
-        "electra",
-        "ernie",
-        "nomic_bert",
-        "roberta",
-        "roberta-prelayernorm",
-        "roc_bert",
-        "splinter",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xmod",
-    }
-)
+FAMILY = frozenset(FAMILIES)
+"""``model_type`` of the encoders that can be accelerated."""
+# Heads that read hidden states token by token; others look at places of a padded batch.
+_TOKEN_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel")
 
 
 class Replaced(NamedTuple):
     """Modules that :func:`accelerate` replaced.
 
     Attributes:
-        attention: names of the models whose attention runs on these kernels.
+        attention: names of the models that run packed, with attention on these kernels.
         layer_norms: names of the layer norms.
     """
 
@@ -57,147 +37,33 @@ class Replaced(NamedTuple):
     layer_norms: tuple[str, ...]
 
 
-class _AttentionBefore(str):
-    """The name of a module's attention before :func:`accelerate`; unpickling it registers ours."""
-
-    __slots__ = ()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _registered, (str(self),)
+# ---- registration -------------------------------------------------------------------------------
 
 
-class _LayerNorm(FusedLayerNorm):
-    """The class of a `torch.nn.LayerNorm` while it runs on these kernels."""
-
-    memory_efficient = False
-
-
-# ---- attention ----------------------------------------------------------------------------------
-
-
-class _Queries(NamedTuple):
-    """The queries of a batch that are causal, or those that are not."""
-
-    indices: Tensor | None  # [Q] of [B * S]; None for all
-    cu_seqlens: Tensor  # [B + 1]
-    causal: bool
-
-
-class _Packing(NamedTuple):
-    """Positions of the tokens of a padded batch; the model takes it as its attention mask."""
-
-    length: int  # S
-    indices: Tensor | None  # [T] of [B * S]; None for all
-    cu_seqlens: Tensor  # [B + 1]
-    queries: tuple[_Queries, ...]
-
-
-_PADDING_BETWEEN = (
-    "attention_mask: padding between tokens is not supported in a decoder, expected it before the "
-    "first or behind the last"
-)
-
-
-def _packing(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **_: object,
-) -> _Packing:
+def _mask(mask_function: Callable[..., Any], **_: object) -> Mask:
+    """Make the attention mask of a packed model's layers."""
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     if mask_function not in (bidirectional_mask_function, causal_mask_function):
         raise ValueError("attention: masks other than padding and causality are not supported")
-    causal = mask_function is causal_mask_function
-    # Whether keys are as many as queries, `_attend` checks on their tensors: of two equal numbers
-    # Inductor may pass one to a graph and compute with the other's name.
-    full = q_length * torch.arange(batch_size + 1, dtype=torch.int32, device=device)
-    if attention_mask is None:
-        return _Packing(kv_length, None, full, (_Queries(None, full, causal),))
-    is_token = attention_mask != 0
-    tokens = _places(is_token)
-    queries = _causal_queries(is_token) if causal else (_Queries(None, full, False),)
-    return _Packing(kv_length, tokens.indices, tokens.cu_seqlens, queries)
-
-
-def _places(is_token: Tensor) -> Unpadded:
-    """Find the tokens of ``[B, S]``.
-
-    In a compiled graph, whose shapes cannot depend on values, the result has all ``B * S`` rows,
-    tokens first; attention ignores the others.
-    """
-    total = is_token.numel() if torch.compiler.is_compiling() else None
-    return unpad_input(is_token, is_token, total=total, max_seqlen=is_token.shape[1])
-
-
-def _causal_queries(is_token: Tensor) -> tuple[_Queries, ...]:
-    """Divide the queries of a decoder, ``is_token`` ``[B, S]``, into causal and other ones.
-
-    The kernels align queries and keys at their ends.  So the queries up to the last token are
-    causal, and those of padding before the first token see none; queries of padding after the last
-    token see all tokens.
-    """
-    first = is_token & ~nn.functional.pad(is_token, (1, 0))[:, :-1]
-    in_one_piece = (first.sum(1) <= 1).all()
-    if torch.compiler.is_compiling():
-        torch._assert_async(in_one_piece, _PADDING_BETWEEN)
-    elif not in_one_piece:
-        raise ValueError(_PADDING_BETWEEN)
-    behind = is_token.flip(1).cumsum(1).flip(1) == 0
-    divided = ((_places(is_query), is_query is not behind) for is_query in (~behind, behind))
-    return tuple(_Queries(own.indices, own.cu_seqlens, causal) for own, causal in divided)
+    return Mask(mask_function is causal_mask_function)
 
 
 def _attend(
-    module: nn.Module,
+    _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: _Packing | None,
+    attention_mask: object,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
-    output_attentions: bool = False,
+    packing: Packing | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Attention on ``[B, H, S, D]``, in autocast's dtype where it is on; returns ``[B, S, H, D]``.
-
-    A query that sees no token gives zeros, as in torch's attention.
-    """
-    if output_attentions:
-        raise ValueError("output_attentions: the probabilities are never stored here")
-    batch, _heads, length, _width = query.shape
-    if not isinstance(attention_mask, _Packing):
-        raise ValueError("attention_mask: expected [batch, length]; other masks are not supported")
-    mask_length, indices, cu_seqlens, queries = attention_mask
-    if key.shape != query.shape or mask_length != length:
-        raise ValueError("attention: keys of other lengths than the queries are not supported")
-    q, k, v = (
-        x.to(autocast_dtype(x) or x.dtype).transpose(1, 2).flatten(0, 1)
-        for x in (query, key, value)
-    )
-    k, v = _selected(k, indices), _selected(v, indices)
-    out = q.new_zeros(())
-    for own in queries:
-        rows = flash_attn_varlen_func(
-            *(_selected(q, own.indices), k, v, own.cu_seqlens, cu_seqlens, length, length),
-            *(dropout, scaling, own.causal),
-        )
-        assert isinstance(rows, Tensor)
-        if own.indices is None:
-            return rows.unflatten(0, (batch, length)), None
-        out = out + pad_input(rows, own.indices, batch, length)
-    return out, None
-
-
-def _selected(rows: Tensor, indices: Tensor | None) -> Tensor:
-    return rows if indices is None else rows[indices]
-
-
-# ---- registration -------------------------------------------------------------------------------
+    """Attention on ``[1, heads, T, width]``; returns ``[1, T, heads, width]``."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attention(q, k, v, attention_mask, packing, dropout, scaling)[None], None
 
 
 def _register() -> None:
@@ -205,12 +71,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, _attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, _packing)
-
-
-def _registered(attention: str) -> _AttentionBefore:
-    _register()
-    return _AttentionBefore(attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
 # Configs may name this attention already.  Where transformers comes later, or is just on its way
@@ -222,27 +83,39 @@ if hasattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface")
 # ---- public -------------------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module) -> Replaced:
-    """Run a transformers BERT's attention and layer norms on these kernels, in place.
+def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
+    """Run a transformers BERT on packed tokens and on these kernels, in place.
 
-    All outputs stay what transformers gives (its "sdpa" attention), at padding as well, for every
-    head.  Each BERT gets a config of its own, since others that share it, within ``model`` or
-    outside, are left alone; one inside another, as in a model with a head, shares that one's.  What
-    runs on these kernels already, such as a child that was accelerated before its parent, stays so.
+    A padded batch is packed once, before the embeddings, and its hidden states are padded once,
+    behind the last layer.  Outputs are what transformers gives for every token and for the first
+    place of every row, for every head; hidden states at other padding are zeros, and logits there
+    what a head makes of zeros.  A question answering head gives padding the lowest logit, so that
+    no answer lies there.
 
-    A copy, a pickle and what `torch.save` makes of the model stay accelerated, in other processes
-    too.  ``save_pretrained`` writes a plain model.
+    Packed inputs, as transformers' flash attention takes them (``input_ids [1, T]`` with
+    ``position_ids`` and ``cu_seq_lens_q``), give packed hidden states ``[1, T, H]``, and pooled
+    outputs ``[S, H]``, a row for each sequence.  Under heads that look at places of a batch they
+    are padded.
+
+    Each BERT gets a config of its own, since others that share it, within ``model`` or outside, are
+    left alone; one inside another, as in a model with a head, shares that one's.  What was
+    accelerated already, such as a child before its parent, stays so.  Parameters, their names and
+    hooks stay.  A copy, a pickle and what `torch.save` makes of the model stay accelerated, in
+    other processes too.  ``save_pretrained`` writes a plain model.
 
     Args:
         model: a BERT of transformers (see ``FAMILY``), or a module that holds one, such as a
             sentence-transformers model.
+        packed: leave hidden states packed, ``[1, T, H]``, for padded inputs too; the output's
+            attributes ``cu_seqlens`` and ``max_seqlen`` say where sequences begin.
 
     Returns:
         The names of what was replaced, within ``model``.
 
     Raises:
         ValueError: no such BERT inside, one with cross attention or with an attention of its own
-            code, or all is accelerated already.
+            code, all is accelerated already, or ``packed`` with a head that looks at places of a
+            padded batch.
     """
     berts = _berts(model)
     if not berts:
@@ -255,67 +128,68 @@ def accelerate(model: nn.Module) -> Replaced:
             raise ValueError(
                 f"model: {name or type(bert).__name__} has cross attention, which is not supported"
             )
+    forms = _output_forms(berts, packed)
     _register()
-    attention = {
-        name: bert
-        for name, bert in berts.items()
-        if bert.config._attn_implementation != IMPLEMENTATION
-    }
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
-    }
-    if not attention and not norms:
+    fresh = {name: bert for name, bert in berts.items() if not _is_accelerated(bert)}
+    norms = [name for name, module in model.named_modules() if _is_norm(module)]
+    if not fresh and not norms:
         raise ValueError("model: accelerated already; `restore` it first")
-    before = _give_own_configs(model, attention.values())
-    replaced: dict[int, _AttentionBefore] = {}
-    for name, bert in attention.items():
-        if bert.config._attn_implementation != IMPLEMENTATION:
-            replaced[id(bert.config)] = _AttentionBefore(bert.config._attn_implementation)
-            bert.set_attn_implementation(IMPLEMENTATION)
-        if bert.config._attn_implementation != IMPLEMENTATION:
-            for module, config in before:
-                module.config = config
-            raise ValueError(
-                f"model: {name or type(bert).__name__} has an attention of its own code, which "
-                "cannot be replaced"
-            )
-    for module, config in _configs(model):
-        if id(config) in replaced:
-            module._attention_before = replaced[id(config)]
-    for norm in norms.values():
-        norm.__class__ = _LayerNorm
-    return Replaced(tuple(attention), tuple(norms))
+    _name_attention(model, fresh)
+    for encoder in (bert for bert in berts.values() if _is_encoder(bert)):
+        if not is_exchanged(encoder):
+            _exchange_layers(encoder)
+        encoder.packed_output = forms[id(encoder)]
+    for module in model.modules():
+        if _is_norm(module):
+            module.__class__ = LayerNorm
+        elif type(module) is nn.Dropout:
+            module.__class__ = Dropout
+    for bert in berts.values():
+        spans = getattr(bert, "qa_outputs", None)
+        if type(spans) is nn.Linear:
+            exchange_class(spans, SpanLogits)
+    return Replaced(tuple(fresh), tuple(norms))
 
 
 def restore(model: nn.Module) -> None:
     """Undo :func:`accelerate` in a model and all that it holds.
 
     Args:
-        model: the module that was given to it, a copy, a parent or a child.
+        model: the module that was given to it, a copy, a parent, or an encoder inside.
 
     Raises:
-        ValueError: nothing in it is accelerated.
+        ValueError: nothing in it is accelerated, or it is a part of an encoder.
     """
-    norms = [module for module in model.modules() if type(module) is _LayerNorm]
-    holders = [(module, config) for module, config in _configs(model) if _is_accelerated(config)]
-    if not norms and not holders:
+    within = {id(part) for bert in _berts(model).values() for part in bert.modules()}
+    ours = [module for module in model.modules() if type(module) in _PLAIN or is_exchanged(module)]
+    holders = [(module, config) for module, config in _configs(model) if _names_ours(config)]
+    if not ours and not holders:
         raise ValueError("model: not accelerated")
-    for norm in norms:
-        norm.__class__ = nn.LayerNorm  # type: ignore[assignment]
-    # Models outside may share a config, so that theirs stays.  But where only layers are restored,
-    # it is that of the model around them, which makes their masks.
-    of_models = {id(bert.config) for bert in _berts(model).values()}
-    plain: dict[int, Any] = {}
+    if any(id(module) not in within for module in ours if is_exchanged(module)):
+        raise ValueError(
+            f"model: a {type(model).__name__} is a part of an accelerated encoder, which cannot be "
+            "restored alone; give the encoder, or what holds it"
+        )
+    for module in ours:
+        if is_exchanged(module):
+            restore_class(module)
+            vars(module).pop("packed_output", None)
+        else:
+            module.__class__ = _PLAIN[type(module)]
+    plain: dict[int, Any] = {}  # others may share a config, so that theirs stays
     for module, config in holders:
-        key = id(config)
-        if key not in plain:
-            plain[key] = copy.deepcopy(config) if key in of_models else config
+        if id(config) not in plain:
+            plain[id(config)] = copy.deepcopy(config)
             # A model made from a config with this name replaced nothing.
-            plain[key]._attn_implementation = str(getattr(module, "_attention_before", "sdpa"))
-        module.config = plain[key]
+            before = getattr(module, "_attention_before", "sdpa")
+            plain[id(config)]._attn_implementation = str(before)
+        module.config = plain[id(config)]
         vars(module).pop("_attention_before", None)
+
+
+# ---- modules ------------------------------------------------------------------------------------
+
+_PLAIN: dict[type, type] = {LayerNorm: nn.LayerNorm, Dropout: nn.Dropout}
 
 
 def _berts(model: nn.Module) -> dict[str, Any]:
@@ -329,14 +203,100 @@ def _berts(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def _is_encoder(bert: nn.Module) -> bool:
+    """Whether a model is an encoder itself, and not an encoder with a head."""
+    return isinstance(getattr(bert, "embeddings", None), nn.Module)
+
+
+def _is_accelerated(bert: Any) -> bool:
+    encoders = [part for part in _berts(bert).values() if _is_encoder(part)]
+    return _names_ours(bert.config) and all(map(is_exchanged, encoders))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
+
+
+def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, PackedOutput]:
+    """Return the form of the hidden states that each encoder, by its id, gives its head."""
+    forms: dict[int, PackedOutput] = {}
+    for bert in berts.values():  # those inside others come last
+        form = PackedOutput.ALWAYS if packed else PackedOutput.AS_GIVEN
+        if _is_encoder(bert):
+            forms.setdefault(id(bert), form)
+            continue
+        head = type(bert).__name__
+        if not head.endswith(_TOKEN_HEADS):
+            if packed:
+                raise ValueError(
+                    f"packed: a {head} looks at places of a padded batch; accelerate its encoder "
+                    "with packed=True, or the whole without"
+                )
+            is_choice = head.endswith("MultipleChoice")
+            form = PackedOutput.REFUSED if is_choice else PackedOutput.NEVER
+        forms.update((id(part), form) for part in bert.modules())
+    return forms
+
+
+def _exchange_layers(encoder: Any) -> None:
+    """Give an encoder and its layers the classes of packed ones."""
+    family = FAMILIES[encoder.config.model_type]
+    for module in list(encoder.modules()):
+        if instead := family.layers.get(type(module).__name__):
+            exchange_class(module, instead)
+    exchange_class(family.encoder(encoder), PaddedEncoder)
+    exchange_class(encoder, PackedModel)
+
+
+# ---- configs ------------------------------------------------------------------------------------
+
+
+class _AttentionBefore(str):
+    """The name of a module's attention before :func:`accelerate`; unpickling it registers ours."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, (str(self),)
+
+
+def _registered(attention: str) -> _AttentionBefore:
+    _register()
+    return _AttentionBefore(attention)
+
+
 def _configs(model: nn.Module) -> list[tuple[Any, Any]]:
     """The modules of ``model`` that have a config, and these."""
     pairs = ((module, vars(module).get("config")) for module in model.modules())
     return [(module, config) for module, config in pairs if config is not None]
 
 
-def _is_accelerated(config: object) -> bool:
+def _names_ours(config: object) -> bool:
     return getattr(config, "_attn_implementation", None) == IMPLEMENTATION
+
+
+def _name_attention(model: nn.Module, berts: dict[str, Any]) -> None:
+    """Give each of the models a config of its own that names our attention.
+
+    Raises:
+        ValueError: a model's attention is code of its own; nothing is changed then.
+    """
+    before = _give_own_configs(model, [b for b in berts.values() if not _names_ours(b.config)])
+    replaced: dict[int, _AttentionBefore] = {}
+    for name, bert in berts.items():
+        if not _names_ours(bert.config):
+            replaced[id(bert.config)] = _AttentionBefore(bert.config._attn_implementation)
+            bert.set_attn_implementation(IMPLEMENTATION)
+        if not _names_ours(bert.config):
+            for module, config in before:
+                module.config = config
+            raise ValueError(
+                f"model: {name or type(bert).__name__} has an attention of its own code, which "
+                "cannot be replaced"
+            )
+    for module, config in _configs(model):
+        if id(config) in replaced:
+            module._attention_before = replaced[id(config)]
 
 
 def _give_own_configs(model: nn.Module, berts: Collection[Any]) -> list[tuple[Any, Any]]:

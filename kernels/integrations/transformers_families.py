@@ -1,0 +1,52 @@
+"""The encoders of transformers that :func:`.accelerate` knows, by their ``model_type``."""
+
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from .transformers_layers import PostNorm, SelfAttention
+from .transformers_packing import FAMILIES, Family, count_tokens
+
+
+def _bert_layers(prefix: str) -> dict[str, type]:
+    """The layers of a model whose code is a copy of BERT's, its classes called ``prefix…``."""
+    return {
+        f"{prefix}SelfAttention": SelfAttention,
+        f"{prefix}SelfOutput": PostNorm,
+        f"{prefix}Output": PostNorm,
+    }
+
+
+def _attention(prefix: str) -> dict[str, type]:
+    """The attention of a model that has BERT's, but norms of its own."""
+    return {f"{prefix}SelfAttention": SelfAttention}
+
+
+def _last_layer(model: Any) -> nn.Module:
+    last: nn.Module = model.layers[-1]
+    return last
+
+
+FAMILIES.update(
+    {
+        "albert": Family(),
+        "bert": Family(layers=_bert_layers("Bert")),
+        "bert-generation": Family(layers=_bert_layers("BertGeneration")),
+        "camembert": Family(count_tokens, layers=_bert_layers("Camembert")),
+        "data2vec-text": Family(count_tokens, layers=_bert_layers("Data2VecText")),
+        "distilbert": Family(encoder=attrgetter("transformer")),
+        "electra": Family(layers=_bert_layers("Electra")),
+        "ernie": Family(inputs=("task_type_ids",), layers=_bert_layers("Ernie")),
+        "nomic_bert": Family(encoder=_last_layer),
+        "roberta": Family(count_tokens, layers=_bert_layers("Roberta")),
+        "roberta-prelayernorm": Family(count_tokens, layers=_attention("RobertaPreLayerNorm")),
+        "roc_bert": Family(
+            inputs=("input_shape_ids", "input_pronunciation_ids"), layers=_bert_layers("RoCBert")
+        ),
+        "splinter": Family(layers=_bert_layers("Splinter")),
+        "xlm-roberta": Family(count_tokens, layers=_bert_layers("XLMRoberta")),
+        "xlm-roberta-xl": Family(count_tokens, layers=_attention("XLMRobertaXL")),
+        "xmod": Family(count_tokens, inputs=("lang_ids",), layers=_attention("Xmod")),
+    }
+)

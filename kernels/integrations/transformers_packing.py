@@ -1,0 +1,376 @@
+"""Run an encoder of transformers on the tokens of a batch, without its padding.
+
+A model is called with a padded batch ``[B, S]`` and gives padded outputs.  In between, all that it
+computes is on one stream ``[1, T]`` of the batch's tokens: :class:`PackedModel` takes the tokens
+out of the padded inputs, and :class:`PaddedEncoder` puts its hidden states back, once.  The
+:class:`Packing` says which places they come from.  It goes down to the layers as the argument
+``packing``, which transformers' models hand on, as they do with those of flash attention.
+
+Hidden states at padding are zeros.  The first place of a row is computed even where it is padding,
+since poolers and classifiers read it: a query that is no key.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.attention_plan import AttentionPlan, attention_plan
+from .class_exchange import Exchanged
+from .padding import pad_input
+
+
+class Packing(NamedTuple):
+    """The tokens of a batch in one stream of T rows, sequence after sequence.
+
+    Attributes:
+        cu_seqlens: int32 ``[B + 1]``; sequence s is rows ``cu_seqlens[s]:cu_seqlens[s + 1]``.
+        max_seqlen: rows of the longest sequence, or more.
+        batch_size: B.
+        length: S, of the padded outputs.
+        indices: int64 ``[T]``, the places of the rows in ``[B * S]``; None where all are taken.
+        keys: int64, the rows that are tokens; None where all are.
+        cu_seqlens_k: int32 ``[B + 1]``, boundaries of the sequences among the keys.
+        plan: of attention, on a GPU.
+        is_given: whether the inputs came packed.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    batch_size: int
+    length: int
+    indices: Tensor | None
+    keys: Tensor | None
+    cu_seqlens_k: Tensor
+    plan: AttentionPlan | None
+    is_given: bool
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Take the rows of the stream out of ``[B, S, ...]``, or of what all sequences share.
+
+        Returns:
+            ``[1, T, ...]``.
+        """
+        shape = (self.batch_size, self.length)
+        flat = padded.expand(*shape, *padded.shape[2:]).flatten(0, 1)
+        return (flat if self.indices is None else flat[self.indices])[None]
+
+    def pad(self, stream: Tensor) -> Tensor:
+        """Put ``[1, T, ...]`` into ``[B, S, ...]``, zeros elsewhere."""
+        shape = (self.batch_size, self.length)
+        if self.indices is None:
+            return stream[0].unflatten(0, shape)
+        if not self.is_given:
+            return pad_input(stream[0], self.indices, *shape)
+        # Rows behind the last sequence, whose place is one behind the batch, come to nothing.
+        places = self.batch_size * self.length
+        return pad_input(stream[0], self.indices, 1, places + 1)[0, :places].unflatten(0, shape)
+
+
+# ---- how a batch is packed ----------------------------------------------------------------------
+
+
+def _boundaries(lengths: Tensor) -> Tensor:
+    return nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _packing_of_all(batch_size: int, length: int, device: torch.device) -> Packing:
+    """Every place is a token."""
+    cu_seqlens = length * torch.arange(batch_size + 1, dtype=torch.int32, device=device)
+    shape = (length, batch_size, length)
+    return Packing(
+        cu_seqlens, *shape, None, None, cu_seqlens, _plan(cu_seqlens, batch_size * length), False
+    )
+
+
+@torch.compiler.disable(
+    reason="how many tokens a mask has is known on the host alone; with packed inputs, which "
+    "PackingCollator makes, the model is one graph"
+)
+def _packing_of_mask(attention_mask: Tensor) -> Packing:
+    """Find the tokens of a mask ``[B, S]``; on a GPU this waits for the device, once."""
+    batch_size, length = attention_mask.shape
+    if attention_mask.numel() == 0:
+        return _packing_of_all(batch_size, length, attention_mask.device)
+    is_token = attention_mask != 0
+    lengths = is_token.sum(1, dtype=torch.int32)
+    numbers = torch.stack([lengths.sum(), (~is_token[:, 0]).sum()])
+    num_tokens, num_blank_firsts = numbers.tolist()
+    if num_tokens == is_token.numel():
+        return _packing_of_all(batch_size, length, attention_mask.device)
+    keys, is_row, row_lengths = None, is_token, lengths
+    total = num_tokens + num_blank_firsts
+    if num_blank_firsts:
+        is_row = is_token.clone()
+        is_row[:, 0] = True
+        row_lengths = is_row.sum(1, dtype=torch.int32)
+    indices = _places(is_row.flatten(), total)
+    cu_seqlens = cu_seqlens_k = _boundaries(row_lengths)
+    if num_blank_firsts:
+        keys = _places(is_token.flatten()[indices], num_tokens)
+        cu_seqlens_k = _boundaries(lengths)
+    torch._dynamo.maybe_mark_dynamic(indices, 0)
+    plan = None if num_blank_firsts else _plan(cu_seqlens, total)
+    shape = (length, batch_size, length)
+    return Packing(cu_seqlens, *shape, indices, keys, cu_seqlens_k, plan, False)
+
+
+def _places(chosen: Tensor, count: int) -> Tensor:
+    """Return where ``[N]`` is true; the count is known, so that nothing waits for a GPU."""
+    return torch.nonzero_static(chosen, size=count).squeeze(1)
+
+
+def _plan(cu_seqlens: Tensor, total: int) -> AttentionPlan | None:
+    return attention_plan(cu_seqlens, total) if cu_seqlens.is_cuda else None
+
+
+def _packing_of_given(cu_seqlens: Tensor, max_seqlen: int, total: int) -> Packing:
+    """Packed inputs: where each row would be in a batch that is padded on the right."""
+    batch_size = cu_seqlens.shape[0] - 1
+    rows = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
+    sequence = torch.bucketize(rows, cu_seqlens[1:], right=True)
+    place = sequence * max_seqlen + (rows - cu_seqlens[sequence])
+    indices = place.clamp(max=batch_size * max_seqlen)
+    shape = (max_seqlen, batch_size, max_seqlen)
+    plan = _plan(cu_seqlens, total)
+    return Packing(cu_seqlens, *shape, indices, None, cu_seqlens, plan, True)
+
+
+@torch.compiler.disable(reason="where position_ids begin anew is known on the host alone")
+def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
+    """Find the sequences that ``position_ids`` ``[1, T]`` count one after the other.
+
+    Returns:
+        ``cu_seqlens`` and the longest length; None if all count a single sequence, or none.
+    """
+    positions = position_ids[0]
+    is_start = positions == positions.min()
+    counts_up = positions.diff() == 1
+    if not counts_up.any() or not (counts_up | is_start[1:]).all() or not is_start[0]:
+        return None
+    starts = is_start.nonzero().squeeze(1)
+    if len(starts) < 2:
+        return None
+    cu_seqlens = nn.functional.pad(starts, (0, 1), value=len(positions)).int()
+    return cu_seqlens, int(cu_seqlens.diff().max())
+
+
+# ---- families -----------------------------------------------------------------------------------
+
+
+def count_from_zero(_embeddings: nn.Module, inputs: Tensor) -> Tensor:
+    """BERT's positions of a padded batch: ``[1, S]``, from 0."""
+    return torch.arange(inputs.shape[1], device=inputs.device)[None]
+
+
+def count_tokens(embeddings: nn.Module, inputs: Tensor) -> Tensor:
+    """RoBERTa's positions: tokens other than padding are counted from ``padding_idx + 1``.
+
+    Args:
+        embeddings: whose ``padding_idx`` it is.
+        inputs: ids ``[B, S]``, or embedded ones ``[B, S, H]``, whose places are all counted.
+    """
+    padding = embeddings.padding_idx
+    assert isinstance(padding, int)
+    if inputs.dim() == 3:
+        return count_from_zero(embeddings, inputs) + padding + 1
+    is_token = (inputs != padding).int()
+    return (is_token.cumsum(1) * is_token).long() + padding
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one ``model_type`` are packed.
+
+    Attributes:
+        positions: makes the position ids that a model gives a padded batch, of its embeddings and
+            its input ids or embedded inputs.
+        encoder: returns the module within a model whose output is the last hidden state.
+        inputs: arguments ``[B, S]`` or ``[B]`` of the model, besides the usual ones, that are of
+            tokens.
+        layers: for classes of modules, by name, those that stand in for them.
+    """
+
+    positions: Callable[[nn.Module, Tensor], Tensor] = count_from_zero
+    encoder: Callable[[Any], nn.Module] = attrgetter("encoder")
+    inputs: tuple[str, ...] = ()
+    layers: Mapping[str, type[Exchanged]] = field(default_factory=dict)
+
+
+class PackedOutput(Enum):
+    """When an encoder's hidden states stay packed."""
+
+    ALWAYS = "always"
+    AS_GIVEN = "where the inputs are packed"
+    NEVER = "never"
+    REFUSED = "never, and packed inputs are refused"
+
+
+FAMILIES: dict[str, Family] = {}
+"""By ``model_type``; transformers_families.py fills it."""
+
+_TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
+_OF_PADDING = (
+    "attention_mask",
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+)
+
+
+def _by_name(model: Exchanged, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = model.argument_names
+    if len(args) > len(names):
+        raise TypeError(f"{type(model).__name__}: expected {len(names)} arguments, got {len(args)}")
+    named = dict(zip(names, args, strict=False))
+    if twice := named.keys() & kwargs.keys():
+        raise TypeError(f"{type(model).__name__}: {min(twice)} is given twice")
+    return {**named, **kwargs}
+
+
+def _refuse(inputs: Mapping[str, Any], config: Any) -> None:
+    """Raise ValueError for what an accelerated model does not do."""
+    if inputs.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise ValueError("output_attentions: the probabilities are never stored here")
+    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
+        raise ValueError("past_key_values, use_cache: caches are not supported by accelerate")
+    for name in ("encoder_hidden_states", "encoder_attention_mask"):
+        if inputs.get(name) is not None:
+            raise ValueError(f"{name}: cross attention is not supported by accelerate")
+
+
+def _check_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        what = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask: expected {list(shape)}, of padding alone, got {what}; other masks "
+            "are not supported"
+        )
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask: expected {list(shape)}, got {list(mask.shape)}")
+    return mask.to(device)
+
+
+def _packing_of(inputs: Mapping[str, Any], given: Tensor) -> Packing:
+    """Find the tokens of the inputs ``given`` ``[B, S]`` or ``[B, S, H]``."""
+    shape, device = (given.shape[0], given.shape[1]), given.device
+    cu_seqlens, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if cu_seqlens is None and mask is None and positions is not None and shape[0] == 1:
+        cu_seqlens, longest = _restarts(positions) or (None, None)
+    if cu_seqlens is None:
+        if mask is None:
+            return _packing_of_all(*shape, device)
+        return _packing_of_mask(_check_mask(mask, shape, device))
+    if shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q: expected packed inputs [1, tokens], got {list(shape)}")
+    if mask is not None and not (mask.shape == shape and mask.all()):
+        raise ValueError("attention_mask: packed inputs have no padding; leave it out")
+    if longest is None:
+        longest = int(cu_seqlens.diff().max())
+    return _packing_of_given(cu_seqlens.to(torch.int32), int(longest), shape[1])
+
+
+def _positions(family: Family, embeddings: nn.Module, given: Tensor, packing: Packing) -> Tensor:
+    """Return the positions of inputs that come without: ``[B or 1, S]``, or ``[1, T]`` packed."""
+    if not packing.is_given:
+        return family.positions(embeddings, given)
+    assert packing.indices is not None
+    of_any = family.positions(embeddings, given.new_empty(1, packing.max_seqlen, 0))
+    return of_any[:, packing.indices % max(packing.max_seqlen, 1)]
+
+
+class PackedModel(Exchanged):
+    """An encoder of transformers, such as a `BertModel`, that runs on packed tokens.
+
+    Attributes:
+        packed_output: when hidden states stay packed, ``[1, T, H]``.
+    """
+
+    packed_output: PackedOutput
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the tokens; arguments and outputs are transformers'.
+
+        Raises:
+            ValueError: a mask other than ``[B, S]``, or what is not supported: attention
+                probabilities, caches, cross attention.
+        """
+        inputs = _by_name(self, args, kwargs)
+        config: Any = self.config
+        _refuse(inputs, config)
+        given = inputs.get("input_ids")
+        if given is None:
+            given = inputs.get("inputs_embeds")
+        elif inputs.get("inputs_embeds") is not None:
+            given = None
+        if given is None or given.dim() < 2:
+            return super().forward(**inputs)  # transformers' error
+        family = FAMILIES[config.model_type]
+        packing = _packing_of(inputs, given)
+        if packing.is_given and self.packed_output is PackedOutput.REFUSED:
+            raise ValueError(
+                "input_ids: packed inputs do not say which sequences are choices of one question; "
+                "expected [batch, choices, length]"
+            )
+        if inputs.get("position_ids") is None:
+            embeddings: Any = self.embeddings
+            inputs["position_ids"] = _positions(family, embeddings, given, packing)
+        return_dict = inputs.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = getattr(config, "return_dict", True)
+        outputs = super().forward(
+            **self._on_stream(inputs, packing, family), packing=packing, return_dict=True
+        )
+        stays_packed = self.packed_output is PackedOutput.ALWAYS or (
+            self.packed_output is PackedOutput.AS_GIVEN and packing.is_given
+        )
+        _convert_outputs(outputs, packing, stays_packed)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def _on_stream(
+        self, inputs: Mapping[str, Any], packing: Packing, family: Family
+    ) -> dict[str, Any]:
+        """Return the arguments of a forward pass on the stream."""
+        packed = {name: x for name, x in inputs.items() if name not in _OF_PADDING}
+        if "use_cache" in self.argument_names:
+            packed["use_cache"] = False
+        if packing.is_given:
+            return packed
+        for name in (*_TOKEN_INPUTS, *family.inputs):
+            value = packed.get(name)
+            if value is not None:
+                packed[name] = packing.pack(value[:, None] if value.dim() == 1 else value)
+        return packed
+
+
+def _convert_outputs(outputs: Any, packing: Packing, stays_packed: bool) -> None:
+    """Give all hidden states the same form; the last one comes padded from the encoder."""
+    last = outputs.last_hidden_state
+    if stays_packed:
+        outputs.last_hidden_state = packing.pack(last)
+        outputs.cu_seqlens, outputs.max_seqlen = packing.cu_seqlens, packing.max_seqlen
+    states = outputs.get("hidden_states")
+    if states is not None:
+        outputs.hidden_states = tuple(
+            outputs.last_hidden_state
+            if state is last
+            else (state if stays_packed or state is None else packing.pad(state))
+            for state in states
+        )
+
+
+class PaddedEncoder(Exchanged):
+    """The module within an encoder that gives the last hidden state, which it pads."""
+
+    def forward(self, *args: Any, packing: Packing | None = None, **kwargs: Any) -> Any:
+        """Run on the stream ``[1, T, H]`` and put the hidden states back into the batch."""
+        outputs = super().forward(*args, packing=packing, **kwargs)
+        if packing is None:
+            return outputs
+        if isinstance(outputs, Tensor):
+            return packing.pad(outputs)
+        outputs.last_hidden_state = packing.pad(outputs.last_hidden_state)
+        return outputs
