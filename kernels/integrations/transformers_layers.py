@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from ..dropout.dropout import dropout
 from ..layer_norm.layer_norm import dropout_add_layer_norm
-from ..linear.linear import linear
+from ..linear.linear import joint_linear, linear
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged
 from .layer_norm_compat import FusedLayerNorm
@@ -108,8 +108,11 @@ class SelfAttention(Exchanged):
         width, p = module.attention_head_size, module.dropout.p if self.training else 0.0
         layers = [getattr(self, name) for name in self.names]
         x = hidden_states[0]
-        if packing.keys is None and all(is_plain(layer, nn.Linear) for layer in layers):
-            qkv = _joint_product(x, layers).unflatten(1, (3, -1, width))
+        is_joint = all(is_plain(layer, nn.Linear) for layer in layers)
+        has_bias = {layer.bias is not None for layer in layers} if is_joint else {True, False}
+        if packing.keys is None and len(has_bias) == 1:
+            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+            qkv = joint_linear(x, weights, biases).unflatten(1, (3, -1, width))
             out = flash_attn_varlen_qkvpacked_func(
                 qkv,
                 packing.cu_seqlens,
@@ -124,13 +127,6 @@ class SelfAttention(Exchanged):
             q, k, v = (layer(x).unflatten(1, (-1, width)) for layer in layers)
             out = attention(q, k, v, mask, packing, p, module.scaling)
         return out.flatten(1)[None], None
-
-
-def _joint_product(x: Tensor, layers: list[nn.Linear]) -> Tensor:
-    """Return the outputs ``[T, 3 H]`` of linear layers on ``x [T, H]``, side by side."""
-    weights: list[Tensor] = [layer.weight for layer in layers]
-    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    return linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
 
 # ---- norms --------------------------------------------------------------------------

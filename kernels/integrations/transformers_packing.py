@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.attention_plan import AttentionPlan, attention_plan
+from ..task_gradients.task_layers import announce_stream
 from .class_exchange import Exchanged
 from .padding import pad_input
 
@@ -321,6 +322,7 @@ class PackedModel(Exchanged):
         return_dict = inputs.pop("return_dict", None)
         if return_dict is None:
             return_dict = getattr(config, "return_dict", True)
+        announce_stream(packing.cu_seqlens)
         outputs = super().forward(
             **self._on_stream(inputs, packing, family), packing=packing, return_dict=True
         )

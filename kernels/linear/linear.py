@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..gradient_queue import enqueue
 from ..registration.backend import declare, register_cuda, register_fake
@@ -271,3 +272,29 @@ def linear(
     refuse_transforms("linear", x, weight, bias)
     segments = rows.checked(segments, weight, bias, x)
     return _TaskLinear.apply(x, weight, bias, rows.buffer, rows.starts, *segments)  # type: ignore[no-untyped-call]
+
+
+def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """Apply several linear layers to one input, in one product.
+
+    A torch function mode sees this call itself, with the parameters as they are.
+
+    Args:
+        x: ``[..., I]``, any floating dtype.
+        weights: of each layer, ``[O, I]``, dtype of ``x``.
+        biases: of each layer, ``[O]``, or None; of all layers or of none.
+
+    Returns:
+        ``[..., sum of O]``, side by side, in the dtype of ``x`` or autocast's.
+
+    Raises:
+        ValueError: biases of some layers alone, or as `linear`.
+    """
+    tensors = (x, *weights, *biases)
+    if has_torch_function(tensors):
+        out: Tensor = handle_torch_function(joint_linear, tensors, x, weights, biases)
+        return out
+    given = [bias for bias in biases if bias is not None]
+    if len(given) not in (0, len(weights)) or len(biases) != len(weights):
+        raise ValueError(f"biases: expected {len(weights)} or none, got {len(given)}")
+    return linear(x, torch.cat(list(weights)), torch.cat(given) if given else None)

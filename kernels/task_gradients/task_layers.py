@@ -16,12 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import (
+    TorchFunctionMode,
+    handle_torch_function,
+    has_torch_function,
+    resolve_name,
+)
 
 from ..embedding.embedding import embedding
 from ..gradient_buffer import Slot
-from ..layer_norm.layer_norm import layer_norm
-from ..linear.linear import linear
+from ..layer_norm.layer_norm import dropout_add_layer_norm, layer_norm
+from ..linear.linear import joint_linear, linear
 from ..task_rows import Columns, TaskRows, TaskSegments
 
 
@@ -73,6 +78,9 @@ class Joined(NamedTuple):
             if stream is not None and shape and shape[0] == stream[-1]:
                 inner = math.prod(shape[1:])
                 return tuple(inner * offset for offset in stream)
+        if self.is_stream(shape):
+            assert self.tokens is not None
+            return self.tokens
         known = f"{self.examples[-1]} examples"
         if self.tokens is not None:
             known += f" or {self.tokens[-1]} tokens"
@@ -80,6 +88,10 @@ class Joined(NamedTuple):
             f"input of {list(shape)} rows, expected {known} along the first dimension; "
             "a layer that sees one task only is called within `task`"
         )
+
+    def is_stream(self, shape: Sequence[int]) -> bool:
+        """Whether rows of this shape are all tokens, as a stream ``[1, T]``."""
+        return self.tokens is not None and tuple(shape) == (1, self.tokens[-1])
 
 
 class Single(NamedTuple):
@@ -91,6 +103,16 @@ class Single(NamedTuple):
     def offsets(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return where each task begins in the flattened rows of a layer's input."""
         return (0,) * (self.task + 1) + (math.prod(shape),) * (self.num_tasks - self.task)
+
+
+def announce_stream(cu_seqlens: Tensor) -> None:
+    """Tell task gradients, where they are collected, of a packed stream before its layers run.
+
+    Args:
+        cu_seqlens: int32 ``[S + 1]``, the boundaries of its sequences, an example each.
+    """
+    if has_torch_function((cu_seqlens,)):
+        handle_torch_function(announce_stream, (cu_seqlens,), cu_seqlens)
 
 
 class TaskLayers(TorchFunctionMode):
@@ -116,6 +138,9 @@ class TaskLayers(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is announce_stream:
+            self._divide_stream(*args)
+            return None
         place = next(self._places_among([*args, *kwargs.values()]), None)
         if place is None or not torch.is_grad_enabled() or not _uses_values(func):
             return func(*args, **kwargs)
@@ -128,6 +153,19 @@ class TaskLayers(TorchFunctionMode):
         if layer is not None:
             return layer(self, *args, **kwargs)
         return self._other(place, func, *args, **kwargs)
+
+    def _divide_stream(self, cu_seqlens: Tensor) -> None:
+        """Find the tokens of each task in the stream that follows, whose sequences are examples."""
+        if not isinstance(self.tasks, Joined):
+            return
+        examples, sequences = self.tasks.examples, cu_seqlens.shape[0] - 1
+        if sequences != examples[-1]:
+            raise ValueError(
+                f"examples: the model got {sequences} sequences, expected the {examples[-1]} of "
+                "`batch`; give it all examples in one call, or those of one task within `task`"
+            )
+        starts = cu_seqlens.tolist()
+        self.tasks = self.tasks._replace(tokens=tuple(starts[example] for example in examples))
 
     def _other(self, place: Place, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a call that no layer of this package stands for."""
@@ -195,6 +233,16 @@ class TaskLayers(TorchFunctionMode):
                 out = out + bias
         return _note(out, places, segments).view(*input.shape[:-1], out.shape[-1])
 
+    def _joint_linear(
+        self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Apply layers one by one, since each has columns of its own."""
+        outputs = []
+        for weight, bias in zip(weights, biases, strict=True):
+            is_followed = any(self._places_among([weight, bias]))
+            outputs.append((self._linear if is_followed else F.linear)(x, weight, bias))
+        return torch.cat(outputs, -1)
+
     def _layer_norm(
         self,
         input: Tensor,
@@ -224,6 +272,36 @@ class TaskLayers(TorchFunctionMode):
     ) -> tuple[Tensor | None, ...]:
         """Run this package's operator, which also returns statistics that nobody reads here."""
         return self._layer_norm(x, x.shape[-1:], weight, bias, eps), None, None
+
+    def _add_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        x_bias: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        dropout_p: float,
+        eps: float,
+        seed: Tensor | None,
+        rng_offset: int,
+        *_tasks: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """Run this package's post-norm, which also returns what nobody reads here."""
+        parameters = (weight, bias, x_bias)
+        own = [self._places.get(id(parameter)) for parameter in parameters]
+        places = [place for place in own if place is not None]
+        segments = self._segments(places[0], x.shape[:-1])
+        columns = (None if place is None else place.slot.columns for place in own)
+        out = dropout_add_layer_norm(
+            *(_flat(x), _flat(residual), weight, bias, dropout_p, eps),
+            x_bias=x_bias,
+            seed=seed,
+            rng_offset=rng_offset,
+            rows=TaskRows(places[0].buffer, *columns),
+            segments=segments,
+        )
+        assert isinstance(out, Tensor)
+        return _note(out, places, segments).view(x.shape), None, None, None
 
     def _embedding(
         self,
@@ -265,6 +343,8 @@ class TaskLayers(TorchFunctionMode):
                 f"{place.name}: an index of one dimension may be examples, or positions that all "
                 "examples share; give it two: [examples, 1] or [1, positions]"
             )
+        if self.tasks.is_stream(index.shape):
+            return index
         if index.dim() > 1 and len(index) == 1:
             return index.expand(self.tasks.examples[-1], *index.shape[1:])
         return index
@@ -274,7 +354,9 @@ _LAYERS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.linear: TaskLayers._linear,
     F.layer_norm: TaskLayers._layer_norm,
     F.embedding: TaskLayers._embedding,
+    joint_linear: TaskLayers._joint_linear,
     torch.ops.superbert.layer_norm: TaskLayers._fused_layer_norm,
+    torch.ops.superbert.dropout_add_layer_norm: TaskLayers._add_norm,
 }
 
 
