@@ -18,10 +18,12 @@ the weight gradients are computed by task.  Each use of a parameter counts, what
 tied weights, modules called twice and functional calls are collected too.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,7 +38,8 @@ class TaskGradients:
     autograd.  Task gradients add up over backward passes (micro-batches) until :meth:`clear`; the
     parameters' own ``grad`` does not change.  Under autocast the layers compute as usual, and the
     rows have the dtype of the parameters.  Activation checkpointing needs
-    ``checkpoint(…, use_reentrant=False, context_fn=task_gradients.checkpoint_contexts)``.
+    ``checkpoint(…, use_reentrant=False, context_fn=task_gradients.checkpoint_contexts)``; that of
+    transformers' models, ``gradient_checkpointing_enable()``, gets it by itself.
 
     Args:
         model: any module.  Within :meth:`batch` its trained parameters are used by linear, layer
@@ -74,6 +77,7 @@ class TaskGradients:
             self._places[id(parameter)] = Place(slot, self.rows.data, set())
             parameter.register_hook(_refusal(slot.name, weakref.ref(self)))
         self._layers = TaskLayers(self._places)
+        self._model = weakref.ref(model)
         self._collecting = False
         self._before_next: weakref.WeakMethod[Callable[[], None]] | None = None
 
@@ -215,10 +219,15 @@ class TaskGradients:
         outer, self._layers.tasks = self._layers.tasks, tasks
         self._begin_collecting()
         try:
-            with self._layers if outer is None else nullcontext():
+            with self._outermost() if outer is None else nullcontext():
                 yield
         finally:
             self._layers.tasks = outer
+
+    @contextmanager
+    def _outermost(self) -> Iterator[None]:
+        with self._layers, following_checkpoints(self._model(), self.checkpoint_contexts):
+            yield
 
     def _begin_collecting(self) -> None:
         before = None if self._collecting or self._before_next is None else self._before_next()
@@ -232,6 +241,31 @@ class TaskGradients:
             raise RuntimeError("with activation checkpointing, call backward after the block")
         with self._seen_as(tasks):
             yield
+
+
+@contextmanager
+def following_checkpoints(model: nn.Module | None, contexts: Callable[[], Any]) -> Iterator[None]:
+    """Let the layers that transformers' models checkpoint run again in the contexts of now.
+
+    Args:
+        model: whose modules may checkpoint, as ``gradient_checkpointing_enable()`` sets them up.
+        contexts: the ``context_fn`` that their calls of ``torch.utils.checkpoint`` get within the
+            block, where they have none.
+    """
+    before: list[tuple[Any, Any]] = []
+    for module in () if model is None else model.modules():
+        run = vars(module).get("_gradient_checkpointing_func")
+        if not isinstance(run, functools.partial) or run.keywords.get("use_reentrant", True):
+            continue
+        if "context_fn" not in run.keywords:
+            before.append((module, run))
+    for module, run in before:
+        module._gradient_checkpointing_func = functools.partial(run, context_fn=contexts)
+    try:
+        yield
+    finally:
+        for module, run in before:
+            module._gradient_checkpointing_func = run
 
 
 def _refusal(name: str, owner: "weakref.ref[TaskGradients]") -> Callable[[Tensor | None], None]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from kernels import FusedLayerNorm, PCGrad, TaskGradients
-from kernels.integrations.transformers_patch import accelerate
+from kernels.integrations.transformers_patch import accelerate, restore
 
 SIZES = (3, 2, 4)
 LENGTH = 7
@@ -123,18 +123,72 @@ def test_rows_equal_k_backward_passes() -> None:
     assert not collector.rows[:, gaps].any()
 
 
-def test_accelerated_model() -> None:
-    model = Multitask()
+def accelerated(freeze: str = "") -> tuple[Multitask, dict[str, Tensor]]:
+    """A packed model, and the gradients of each task by transformers, pass by pass."""
+    model, plain = Multitask(), Multitask()
+    plain.load_state_dict(model.state_dict())
+    for both in (model, plain):
+        for name, parameter in both.named_parameters():
+            parameter.requires_grad_(not freeze or freeze not in name)
     accelerate(model)
     assert isinstance(model.bert.embeddings.LayerNorm, FusedLayerNorm)
-    plain = Multitask()
-    plain.load_state_dict(model.state_dict())
-    expected = pass_by_pass(plain, plain.losses())
-    collector = TaskGradients(model, 3)
-    torch.autograd.backward(model.losses(collector))
+    return model, pass_by_pass(plain, plain.losses())
+
+
+def assert_same_rows(collector: TaskGradients, expected: dict[str, Tensor]) -> None:
     for name, view in collector.named_views():
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(view, expected[name], rtol=1e-4, atol=1e-5 * (1 + scale))
+
+
+@pytest.mark.parametrize("freeze", ["", "query", "key.bias", "LayerNorm.weight", "output.dense"])
+def test_accelerated_model(freeze: str) -> None:
+    """Its fused layers have parameters of several modules, of which some may be frozen."""
+    model, expected = accelerated(freeze)
+    collector = TaskGradients(model, 3)
+    torch.autograd.backward(model.losses(collector))
+    assert_same_rows(collector, expected)
+    assert all(p.grad is None for p in model.parameters())
+    assert collector.tasks_reaching(model.bert.embeddings.word_embeddings.weight) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_transformers_own_activation_checkpointing(packs: bool) -> None:
+    model, expected = accelerated()
+    if not packs:
+        restore(model)
+    # Of two names, transformers 5.17 has the second and later versions warn of it.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    getattr(model.bert.train(), next(name for name in names if hasattr(model.bert, name)))()
+    collector = TaskGradients(model, 3)
+    torch.autograd.backward(model.losses(collector))
+    assert_same_rows(collector, expected)
+    layer = model.bert.encoder.layer[0]
+    assert "context_fn" not in layer._gradient_checkpointing_func.keywords
+
+
+def test_packed_inputs() -> None:
+    model, expected = accelerated()
+    ids, mask = joined_batch()
+    lengths = mask.sum(1)
+    stream = {
+        "input_ids": ids[mask.bool()][None],
+        "cu_seq_lens_q": F.pad(lengths.cumsum(0), (1, 0)).int(),
+        "max_length_q": int(lengths.max()),
+    }
+    collector = TaskGradients(model, 3)
+    with collector.batch(SIZES):
+        pooled = model.bert(**stream).pooler_output
+        encoded = model.twice(torch.tanh(model.twice(pooled))).split(SIZES)
+        losses = []
+        for k, own in enumerate(encoded):
+            with collector.task(k):
+                losses.append(model.heads[k](own).square().mean())
+    torch.autograd.backward(losses)
+    assert_same_rows(collector, expected)
+    refused = pytest.raises(ValueError, match="the model got 9 sequences, expected the 10")
+    with refused, collector.batch((4, 2, 4)):
+        model.bert(**stream)
 
 
 @pytest.mark.parametrize(
