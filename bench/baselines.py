@@ -16,6 +16,9 @@ from torch.nn import functional as F
 import kernels
 from engine.data.collate import PackedBatch
 
+_TASKS = ("sst", "quora", "sts")
+_VARLEN = ("cu_seqlens", "max_seqlen")  # what register_varlen_attention takes
+
 
 def published_pcgrad(gradients: Sequence[Tensor]) -> Tensor:
     """Combine flat task gradients ``[P]`` each: clone, shuffle, project in a loop, sum.
@@ -41,7 +44,8 @@ class HuggingFaceLoop:
     Args:
         model_folder: a Hugging Face BERT, or None for random weights of ``config``.
         balance: ``"sum"`` (one backward of the summed loss), ``"pcgrad"`` (one per task, then
-            :func:`published_pcgrad`) or ``"torchjd"`` (its Jacobians and its PCGrad).
+            :func:`published_pcgrad`), ``"torchjd"`` (its Jacobians and its PCGrad) or, accelerated,
+            ``"task gradients"`` (all sentences in one forward pass, then this project's PCGrad).
         autocast: compute in bf16 under torch's autocast.
         device: where to run.
         compiled: run the BERT through ``torch.compile``.
@@ -93,10 +97,16 @@ class HuggingFaceLoop:
             self.parameters, lr=lr, weight_decay=0.0, fused=True, capturable=recorded
         )
         self.balance, self.autocast, self.device = balance, autocast, device
-        self.packed = packed
+        self.packed, self.accelerated = packed, accelerated
+        if balance == "task gradients":
+            trained = nn.ModuleList([self.bert, self.heads])
+            self.task_gradients = kernels.TaskGradients(trained, len(_TASKS))
+            self.pcgrad = kernels.PCGrad(self.optimizer, task_gradients=self.task_gradients)
 
     def step(self, padded: "PaddedBatch") -> Tensor:
         """Train on one batch of each task; return the losses ``[3]``."""
+        if self.balance == "task gradients":
+            return self._step_with_task_gradients(padded)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             losses = self._losses(padded)
@@ -108,24 +118,43 @@ class HuggingFaceLoop:
         self.optimizer.step()
         return torch.stack([loss.detach().float() for loss in losses])
 
+    def _step_with_task_gradients(self, padded: "PaddedBatch") -> Tensor:
+        batch = padded.packed
+        sequences = [n * columns for n, columns in zip(batch.examples, batch.columns, strict=True)]
+        self.pcgrad.zero_grad()
+        losses = []
+        with (
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast),
+            self.task_gradients.batch(sequences),
+        ):
+            for task, sentences in enumerate(self._embed_packed(batch)):
+                with self.task_gradients.task(task):
+                    losses.append(self._loss(_TASKS[task], sentences, padded.labels[task]))
+        self.pcgrad.pc_backward(losses)
+        self.pcgrad.step()
+        return torch.stack([loss.detach().float() for loss in losses])
+
     def _losses(self, padded: "PaddedBatch") -> list[Tensor]:
         if self.packed:
-            (sst,), (first, second), (left, right) = self._embed_packed(padded.packed)
+            embedded = self._embed_packed(padded.packed)
         else:
-            (sst,), (first, second), (left, right) = (
+            embedded = [
                 [self._embed(ids, mask) for ids, mask in sentences]
                 for sentences in padded.sentences
-            )
-        sst_labels, quora_labels, sts_labels = padded.labels
-        logits = self.heads["sst"](F.dropout(sst, 0.5))
-        joined = torch.cat([F.dropout(first, 0.5), F.dropout(second, 0.5)], dim=1)
-        duplicate = self.heads["quora"](joined).squeeze(1)
-        cosine = F.cosine_similarity(F.dropout(left, 0.5), F.dropout(right, 0.5))
-        return [
-            F.cross_entropy(logits.float(), sst_labels.long()),
-            F.binary_cross_entropy_with_logits(duplicate.float(), quora_labels),
-            F.mse_loss(5 * cosine.float(), sts_labels),
-        ]
+            ]
+        each = zip(_TASKS, embedded, padded.labels, strict=True)
+        return [self._loss(task, sentences, labels) for task, sentences, labels in each]
+
+    def _loss(self, task: str, sentences: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Return the loss of a task; ``sentences`` are those of its columns, ``[n, H]`` each."""
+        dropped = [F.dropout(sentence, 0.5) for sentence in sentences]
+        if task == "sts":
+            cosine = F.cosine_similarity(*dropped)
+            return F.mse_loss(5 * cosine.float(), labels)
+        logits = self.heads[task](torch.cat(dropped, dim=1))
+        if task == "sst":
+            return F.cross_entropy(logits.float(), labels.long())
+        return F.binary_cross_entropy_with_logits(logits.squeeze(1).float(), labels)
 
     def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         hidden = self._encode(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -134,11 +163,11 @@ class HuggingFaceLoop:
 
     def _embed_packed(self, batch: PackedBatch) -> list[Sequence[Tensor]]:
         """Mean-pooled sentences of each task and column, from one row of tokens."""
+        names = ("cu_seq_lens_q", "max_length_q") if self.accelerated else _VARLEN
         hidden = self._encode(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
+            **dict(zip(names, (batch.cu_seqlens, batch.max_seqlen), strict=True)),
         ).last_hidden_state[0]
         lengths = batch.cu_seqlens.diff()
         sentence = torch.repeat_interleave(lengths, output_size=len(hidden))

@@ -177,7 +177,12 @@ def peers(
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """What makes the steps of transformers loops, by name."""
     device = torch.device(options.device)
-    names = {"sum": "sum", "pcgrad": "published PCGrad", "torchjd": "TorchJD PCGrad"}
+    names = {
+        "sum": "sum",
+        "pcgrad": "published PCGrad",
+        "torchjd": "TorchJD PCGrad",
+        "task gradients": "TaskGradients, PCGrad",
+    }
 
     def maker(precision: str, balance: str, ways: tuple[str, ...]) -> Callable[..., Any]:
         def make() -> Callable[[], object]:
@@ -206,7 +211,11 @@ def peers(
     loops += [(precision, "pcgrad", ()) for precision in ("bf16", "fp32")]
     if importlib.util.find_spec("torchjd"):
         loops.append(("fp32", "torchjd", ()))
-    loops.append(("bf16", "sum", ("accelerated",)))
+    loops += [
+        (precision, balance, ("accelerated",))
+        for precision in ("bf16", "fp32")
+        for balance in ("sum", "task gradients")
+    ]
     if device.type == "cuda":
         loops.append(("bf16", "pcgrad", ("packed",)))
     if options.compile:
