@@ -2,7 +2,7 @@
 
 import pytest
 
-from examples import finetune_sentence_transformers, pcgrad_lightning, pcgrad_loop
+from examples import finetune_sentence_transformers, pcgrad_lightning, pcgrad_loop, three_tasks
 
 # The trainers warn of what their own libraries deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -10,6 +10,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def test_pcgrad_in_a_loop_learns() -> None:
     totals = pcgrad_loop.main(["--steps", "12"])
+    assert sum(totals[-3:]) < sum(totals[:3])
+
+
+def test_three_tasks_in_one_packed_pass_learn() -> None:
+    totals = three_tasks.main(["--steps", "15"])
     assert sum(totals[-3:]) < sum(totals[:3])
 
 
