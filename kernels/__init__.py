@@ -21,6 +21,7 @@ from .embedding.lookup_plan import LookupPlan, plan_lookups, zero_planned_rows_
 from .embedding_layer_norm.embedding_layer_norm import EmbeddingRows, embedding_layer_norm
 from .integrations.balanced_optimizer import BalancedOptimizer
 from .integrations.layer_norm_compat import FusedLayerNorm, layer_norm_fn
+from .integrations.packing_collator import PackingCollator
 from .integrations.padding import pad_input, unpad_input
 from .integrations.pcgrad import PCGrad
 from .integrations.transformers_patch import accelerate, restore
@@ -50,6 +51,7 @@ __all__ = [
     "FusedLayerNorm",
     "LookupPlan",
     "PCGrad",
+    "PackingCollator",
     "TaskGradients",
     "TaskRows",
     "TaskSegments",

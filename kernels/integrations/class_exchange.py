@@ -3,8 +3,12 @@
 The new class is made of two: a subclass of :class:`Exchanged`, whose methods come first, and the
 module's own class, so that `isinstance`, names and all else that other libraries look at stay.
 Parameters, hooks and submodules are untouched.  Copies and pickles have the new class too.
+
+An abstract class must come first, or Python refuses the exchange.  Methods for it call the
+module's own by ``self.before`` instead of ``super()``, which does not lead there.
 """
 
+import abc
 import functools
 import inspect
 from typing import Any, ClassVar
@@ -68,7 +72,10 @@ def _join(instead: type[Exchanged], before: type[nn.Module]) -> type[Exchanged]:
         **{name: getattr(before, name) for name in ("__module__", "__qualname__", "__doc__")},
         **{"forward": forward, "before": before, "instead": instead, "argument_names": names[1:]},
     }
-    return type(before.__name__, (instead, before), members)
+    if not isinstance(before, abc.ABCMeta):
+        return type(before.__name__, (instead, before), members)
+    methods = {name: value for name, value in vars(instead).items() if inspect.isfunction(value)}
+    return type(before.__name__, (before, instead), {**methods, **members})
 
 
 def _new(instead: type[Exchanged], before: type[nn.Module]) -> nn.Module:

@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 from . import transformers_families  # noqa: F401  (fills FAMILIES)
 from .class_exchange import exchange_class, is_exchanged, restore_class
+from .sentence_transformers_inputs import (
+    PackedInputs,
+    give_packed,
+    give_padded,
+    padded_transformers,
+)
 from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, attention
 from .transformers_packing import FAMILIES, PackedModel, PackedOutput, Packing, PaddedEncoder
 
@@ -95,7 +101,8 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
     Packed inputs, as transformers' flash attention takes them (``input_ids [1, T]`` with
     ``position_ids`` and ``cu_seq_lens_q``), give packed hidden states ``[1, T, H]``, and pooled
     outputs ``[S, H]``, a row for each sequence.  Under heads that look at places of a batch they
-    are padded.
+    are padded.  `PackingCollator` makes them.  A sentence-transformers model is made to give its
+    BERT packed inputs by itself, where all of its modules take them.
 
     Each BERT gets a config of its own, since others that share it, within ``model`` or outside, are
     left alone; one inside another, as in a model with a head, shares that one's.  What was
@@ -114,8 +121,8 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
 
     Raises:
         ValueError: no such BERT inside, one with cross attention or with an attention of its own
-            code, all is accelerated already, or ``packed`` with a head that looks at places of a
-            padded batch.
+            code, all is accelerated already, ``packed`` with a head that looks at places of a
+            padded batch, or a sentence-transformers model that scores places of padding.
     """
     berts = _berts(model)
     if not berts:
@@ -129,10 +136,11 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
                 f"model: {name or type(bert).__name__} has cross attention, which is not supported"
             )
     forms = _output_forms(berts, packed)
+    padded = padded_transformers(model)
     _register()
     fresh = {name: bert for name, bert in berts.items() if not _is_accelerated(bert)}
     norms = [name for name, module in model.named_modules() if _is_norm(module)]
-    if not fresh and not norms:
+    if not fresh and not norms and not padded:
         raise ValueError("model: accelerated already; `restore` it first")
     _name_attention(model, fresh)
     for encoder in (bert for bert in berts.values() if _is_encoder(bert)):
@@ -148,6 +156,8 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
         spans = getattr(bert, "qa_outputs", None)
         if type(spans) is nn.Linear:
             exchange_class(spans, SpanLogits)
+    for transformer in padded:
+        give_packed(transformer)
     return Replaced(tuple(fresh), tuple(norms))
 
 
@@ -161,6 +171,8 @@ def restore(model: nn.Module) -> None:
         ValueError: nothing in it is accelerated, or it is a part of an encoder.
     """
     within = {id(part) for bert in _berts(model).values() for part in bert.modules()}
+    transformers = [module for module in model.modules() if isinstance(module, PackedInputs)]
+    within |= set(map(id, transformers))
     ours = [module for module in model.modules() if type(module) in _PLAIN or is_exchanged(module)]
     holders = [(module, config) for module, config in _configs(model) if _names_ours(config)]
     if not ours and not holders:
@@ -185,6 +197,8 @@ def restore(model: nn.Module) -> None:
             plain[id(config)]._attn_implementation = str(before)
         module.config = plain[id(config)]
         vars(module).pop("_attention_before", None)
+    for transformer in transformers:
+        give_padded(transformer)
 
 
 # ---- modules ------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ NO_TENSOR_ARGUMENTS = {
         "AttentionPlan",
         "BalancedOptimizer",
         "PCGrad",
+        "PackingCollator",
         "Columns",
         "EmbeddingRows",
         "LookupPlan",

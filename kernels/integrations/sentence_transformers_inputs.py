@@ -1,0 +1,143 @@
+"""Let sentence-transformers give an accelerated model packed inputs.
+
+For flash attention its `Transformer` module can leave padding out: a collator joins the texts of a
+batch, and poolings read ``cu_seq_lens_q``.  :class:`PackedInputs` turns this on.  Inputs stay
+padded, for the model to pack them itself, in versions of sentence-transformers without it and where
+a module behind reads places of a padded batch.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .class_exchange import Exchanged, exchange_class, is_exchanged, restore_class
+from .packing_collator import PackingCollator
+from .transformers_packing import FAMILIES, PackedModel
+
+# A model's outputs are those of its tokens in the first two, of its sequences in the last one.
+_TASKS = ("feature-extraction", "fill-mask", "sequence-classification")
+# Modules of sentence-transformers that take packed features, or look at one token at a time.
+_TAKE_PACKED = frozenset(
+    {
+        *("Pooling", "Normalize", "Dense", "Dropout", "LayerNorm", "MultiVectorMask"),
+        *("SpladePooling", "SparseAutoEncoder"),
+    }
+)
+_ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+
+class TextCollator(PackingCollator):
+    """Packs texts; ``seq_idx`` ``[1, T]`` spares poolings a wait for the device."""
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate tokenized texts."""
+        batch = super().__call__(features)
+        lengths = batch["cu_seq_lens_q"].diff()
+        numbers = torch.arange(len(lengths), dtype=torch.int32)
+        return {**batch, "seq_idx": numbers.repeat_interleave(lengths)[None]}
+
+
+class PackedInputs(Exchanged):
+    """sentence-transformers' `Transformer`, whose model is accelerated."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self.before.forward(self, *args, **kwargs)
+
+    def _can_flatten_inputs(self) -> bool:
+        """Get ready to pack texts; the module asks when its ``unpad_inputs`` is set."""
+        module: Any = self
+        methods = [how["method"] for how in module.modality_config.values()]
+        if (
+            module.transformer_task not in _TASKS
+            or "text" not in module.modality_config
+            or any(method != "forward" for method in methods)
+        ):
+            return False
+        module.data_collator = TextCollator()
+        module._flatten_position_offset = 0  # positions are left to the model
+        if module.model_forward_params is not None:
+            module.model_forward_params |= _ARGUMENTS
+        return True
+
+    def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether to pack a batch: not while the model alone is restored."""
+        module: Any = self
+        if not any(isinstance(part, PackedModel) for part in module.model.modules()):
+            return False
+        return bool(module.before._should_flatten_inputs(self, *args, **kwargs))
+
+
+def padded_transformers(model: nn.Module) -> list[nn.Module]:
+    """The modules in ``model`` that could give accelerated models packed inputs.
+
+    Raises:
+        ValueError: a module looks at the hidden states of padding.
+    """
+    base = sys.modules.get("sentence_transformers.base.model")
+    whole = getattr(base, "BaseModel", ())
+    found = []
+    for outer in model.modules():
+        if not isinstance(outer, whole):
+            continue
+        stages = list(_stages(outer))
+        transformers = [stage for stage in stages if _is_transformer(stage)]
+        for stage in transformers:
+            expansion = getattr(stage, "query_expansion", None)
+            if expansion is not None and not expansion["attend"]:
+                raise ValueError(
+                    "model: query_expansion with attend=False scores places of padding, which are "
+                    "not computed here; use attend=True, or do not accelerate it"
+                )
+        others = [stage for stage in stages if not _is_transformer(stage)]
+        if all(_takes_packed(stage) for stage in others):
+            found += [stage for stage in transformers if not is_exchanged(stage)]
+    return found
+
+
+def give_packed(transformer: Any) -> None:
+    """Let a module give its model packed inputs, unless its ``unpad_inputs`` is False."""
+    exchange_class(transformer, PackedInputs)
+    transformer.unpad_inputs = transformer.unpad_inputs  # looks again at what it can do
+
+
+def give_padded(transformer: Any) -> None:
+    """Undo :func:`give_packed`, once the model names its own attention again."""
+    restore_class(transformer)
+    for name in ("data_collator", "_flatten_position_offset"):
+        vars(transformer).pop(name, None)
+    if transformer.model_forward_params is not None:
+        transformer.model_forward_params -= _ARGUMENTS
+    transformer.unpad_inputs = transformer.unpad_inputs
+
+
+def _stages(outer: nn.Module) -> Iterator[nn.Module]:
+    """What runs one after the other in a model of sentence-transformers, of each of its routes."""
+    for stage in outer.children():
+        is_container = isinstance(stage, nn.Sequential | nn.ModuleDict)
+        if is_container or _is_theirs(stage, frozenset({"Router"})):
+            yield from _stages(stage)
+        else:
+            yield stage
+
+
+def _is_theirs(stage: nn.Module, names: frozenset[str]) -> bool:
+    kind = type(stage)
+    return kind.__name__ in names and kind.__module__.startswith("sentence_transformers.")
+
+
+def _takes_packed(stage: nn.Module) -> bool:
+    return _is_theirs(stage, _TAKE_PACKED)
+
+
+def _is_transformer(stage: Any) -> bool:
+    """Whether it is a module, of a version that can leave padding out, with a model we know."""
+    return (
+        _is_theirs(stage, frozenset({"Transformer", "MLMTransformer"}))
+        and hasattr(type(stage), "unpad_inputs")
+        and hasattr(type(stage), "_should_flatten_inputs")
+        and getattr(stage.config, "model_type", None) in FAMILIES
+    )
