@@ -32,10 +32,10 @@ class PackingCollator:
         padded = DataCollatorForLanguageModeling(tokenizer)(features)
         batch = PackingCollator()([dict(zip(padded, row)) for row in zip(*padded.values())])
 
-    accelerate must not cut the batches apart: an iterable dataset needs ``dispatch_batches=False``
-    (of the Trainer, ``accelerator_config={"dispatch_batches": False}``).  The Trainer's evaluation
-    counts a batch with labels of tokens as one example.  `torch.nn.DataParallel` is refused by the
-    model; start a process for each GPU instead.
+    accelerate cannot cut these batches apart, which it does with iterable datasets unless it is
+    given ``dispatch_batches=False`` (``TrainingArguments(accelerator_config=...)``); it then raises
+    a TypeError about batch sizes.  The model refuses `torch.nn.DataParallel`; start a process for
+    each GPU instead.  The Trainer's evaluation counts a batch with labels of tokens as one example.
     """
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -52,11 +52,11 @@ class PackingCollator:
                 for those of tokens if all are as long as their examples.
 
         Returns:
-            First values of examples, so that trainers see how many there are: ``[S, ...]``, labels
-            in int64 or float32.  Then values of tokens: ``input_ids`` ``[1, T]`` in int64 and
-            others ``[1, T, ...]``.  ``cu_seq_lens_q`` and ``cu_seq_lens_k``, one tensor
-            ``[S + 1]`` in int32; ``max_length_q`` and ``max_length_k``, the tokens of the longest
-            example as an int.
+            ``max_length_q`` and ``max_length_k``, the tokens of the longest example as an int.  Of
+            the tensors first those of examples, in which the Trainer sees how many there are:
+            ``[S, ...]``, labels in int64 or float32.  Then those of tokens: ``input_ids``
+            ``[1, T]`` in int64 and others ``[1, T, ...]``.  At last ``cu_seq_lens_q`` and
+            ``cu_seq_lens_k``, one tensor ``[S + 1]`` in int32.
 
         Raises:
             ValueError: no examples, examples without tokens or with other keys than the first one,
@@ -90,10 +90,11 @@ class PackingCollator:
             _check_shapes(key, values, 1)
         cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return {
+            # First, for accelerate to refuse to cut the batch apart instead of doing it wrongly.
+            **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
             **examples,
             **{key: torch.cat(values)[None] for key, values in tokens.items()},
             **{"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens},
-            **{"max_length_q": max(lengths), "max_length_k": max(lengths)},
         }
 
 

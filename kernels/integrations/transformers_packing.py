@@ -265,11 +265,8 @@ def _packing_of(inputs: Mapping[str, Any], given: Tensor) -> Packing:
         if mask is None:
             return _packing_of_all(*shape, device)
         return _packing_of_mask(_check_mask(mask, shape, device))
-    if shape[0] != 1 or (shape[1] and cu_seqlens.shape[0] < 2):
-        raise ValueError(
-            "cu_seq_lens_q: expected packed inputs [1, tokens] and [sequences + 1], got "
-            f"{list(shape)} and {list(cu_seqlens.shape)}; accelerate needs dispatch_batches=False"
-        )
+    if shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q: expected packed inputs [1, tokens], got {list(shape)}")
     if mask is not None and not (mask.shape == shape and mask.all()):
         raise ValueError("attention_mask: packed inputs have no padding; leave it out")
     if longest is None:
