@@ -1,4 +1,4 @@
-"""Fine-tune a sentence-transformers model by its own trainer, its BERT on our kernels.
+"""Fine-tune a sentence-transformers model by its own trainer, on our kernels, without padding.
 
     python -m examples.finetune_sentence_transformers [--model FOLDER] [--steps N]
 
@@ -46,14 +46,15 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         rows = Dataset.from_dict({"first": first, "second": second, "score": scores})
         (first, second), scores = tables["dev"].sentences, tables["dev"].labels / 5
         evaluator = EmbeddingSimilarityEvaluator(first, second, scores.tolist())
-        print(accelerate(model[0].model))
+        print(accelerate(model))
         settings = st.SentenceTransformerTrainingArguments(
             folder, max_steps=options.steps, learning_rate=5e-4, report_to="none"
         )
         loss = CosineSimilarityLoss(model)
         st.SentenceTransformerTrainer(model, settings, rows, loss=loss).train()
-        restore(model[0].model)  # what sentence-transformers saves is its own again
-        return evaluator(model)
+        scores = evaluator(model)
+        restore(model)  # a plain model again
+        return scores
 
 
 if __name__ == "__main__":

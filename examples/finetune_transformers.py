@@ -1,4 +1,4 @@
-"""Fine-tune a transformers BERT with its own Trainer, its attention and norms on our kernels.
+"""Fine-tune a transformers BERT with its own Trainer, on our kernels and without padding.
 
     python -m examples.finetune_transformers [--model FOLDER] [--steps N]
 
@@ -16,7 +16,7 @@ from engine.data.demo import write_demo
 from engine.data.table import read_table
 from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
-from kernels import accelerate, restore
+from kernels import PackingCollator, accelerate, restore
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -49,10 +49,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         print(accelerate(model))
         settings = hf.TrainingArguments(folder, max_steps=options.steps, report_to="none")
         sets = {"train_dataset": rows["train"], "eval_dataset": rows["dev"]}
-        trainer = hf.Trainer(model, settings, processing_class=tokenizer, **sets)
+        trainer = hf.Trainer(model, settings, PackingCollator(), processing_class=tokenizer, **sets)
         trainer.train()
-        restore(model)  # what transformers saves is its own again
-        return trainer.evaluate()
+        scores = trainer.evaluate()
+        restore(model)  # a plain model again, which takes padded batches alone
+        return scores
 
 
 if __name__ == "__main__":

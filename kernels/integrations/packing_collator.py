@@ -36,6 +36,7 @@ class PackingCollator:
     given ``dispatch_batches=False`` (``TrainingArguments(accelerator_config=...)``); it then raises
     a TypeError about batch sizes.  The model refuses `torch.nn.DataParallel`; start a process for
     each GPU instead.  The Trainer's evaluation counts a batch with labels of tokens as one example.
+    A model that was restored takes such a batch for one long sequence, so evaluate before that.
     """
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -121,12 +122,13 @@ def _columns(features: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
                 "all or to none"
             )
     if "input_ids" not in rows[0]:
-        raise ValueError(f"features: expected 'input_ids', got {', '.join(map(repr, rows[0]))}")
+        keys = ", ".join(map(repr, rows[0]))
+        raise ValueError(f"features: expected 'input_ids', got {keys or 'nothing'}")
     labels = [key for key in _LABELS if key in rows[0]]
     if len(labels) > 1:
         raise ValueError(f"features: {' and '.join(map(repr, labels))} both are labels; keep one")
-    keys = [*labels, *(key for key in rows[0] if key not in _LABELS)]
-    return {"labels" if key in _LABELS else key: [row[key] for row in rows] for key in keys}
+    order = [*labels, *(key for key in rows[0] if key not in _LABELS)]
+    return {"labels" if key in _LABELS else key: [row[key] for row in rows] for key in order}
 
 
 # ---- values -------------------------------------------------------------------------------------

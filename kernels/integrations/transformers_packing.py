@@ -314,7 +314,7 @@ class PackedModel(Exchanged):
         if packing.is_given and getattr(self, "_is_replica", False):
             raise ValueError(
                 "input_ids: torch.nn.DataParallel cuts packed inputs apart; start a process for "
-                "each GPU, or show this one a single GPU"
+                "each GPU, show this one a single GPU, or give padded inputs"
             )
         if packing.is_given and self.packed_output is PackedOutput.REFUSED:
             raise ValueError(
