@@ -5,7 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from .transformers_layers import PostNorm, SelfAttention
+from .transformers_layers import (
+    AlbertAttention,
+    AlbertLayer,
+    DistilBertAttention,
+    DistilBertBlock,
+    DistilBertFeedForward,
+    LastNomicBertLayer,
+    NomicBertLayer,
+    PostNorm,
+    SelfAttention,
+)
 from .transformers_packing import FAMILIES, Family, count_tokens
 
 
@@ -30,15 +40,26 @@ def _last_layer(model: Any) -> nn.Module:
 
 FAMILIES.update(
     {
-        "albert": Family(),
+        "albert": Family(layers={"AlbertAttention": AlbertAttention, "AlbertLayer": AlbertLayer}),
         "bert": Family(layers=_bert_layers("Bert")),
         "bert-generation": Family(layers=_bert_layers("BertGeneration")),
         "camembert": Family(count_tokens, layers=_bert_layers("Camembert")),
         "data2vec-text": Family(count_tokens, layers=_bert_layers("Data2VecText")),
-        "distilbert": Family(encoder=attrgetter("transformer")),
+        "distilbert": Family(
+            encoder=attrgetter("transformer"),
+            layers={
+                "DistilBertSelfAttention": DistilBertAttention,
+                "TransformerBlock": DistilBertBlock,
+                "FFN": DistilBertFeedForward,
+            },
+        ),
         "electra": Family(layers=_bert_layers("Electra")),
         "ernie": Family(inputs=("task_type_ids",), layers=_bert_layers("Ernie")),
-        "nomic_bert": Family(encoder=_last_layer),
+        "nomic_bert": Family(
+            encoder=_last_layer,
+            layers={"NomicBertLayer": NomicBertLayer},
+            padded=LastNomicBertLayer,
+        ),
         "roberta": Family(count_tokens, layers=_bert_layers("Roberta")),
         "roberta-prelayernorm": Family(count_tokens, layers=_attention("RobertaPreLayerNorm")),
         "roc_bert": Family(

@@ -18,7 +18,7 @@ from ..linear.linear import joint_linear, linear
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged
 from .layer_norm_compat import FusedLayerNorm
-from .transformers_packing import Packing
+from .transformers_packing import Packing, PaddedEncoder
 
 
 class Mask(NamedTuple):
@@ -90,9 +90,15 @@ def attention(
 
 
 class SelfAttention(Exchanged):
-    """BERT's self-attention: one product gives queries, keys and values, which attention reads."""
+    """BERT's self-attention: one product gives queries, keys and values, which attention reads.
 
-    names = ("query", "key", "value")
+    Attributes:
+        projections: names of the linear layers that make queries, keys and values.
+        probability_dropout: name of the dropout of attention probabilities.
+    """
+
+    projections = ("query", "key", "value")
+    probability_dropout = "dropout"
 
     def forward(
         self,
@@ -103,33 +109,46 @@ class SelfAttention(Exchanged):
         **__: object,
     ) -> tuple[Tensor, None]:
         """Map hidden states ``[1, T, H]`` to ``[1, T, heads * width]``."""
+        return self.attend(hidden_states, attention_mask, packing), None
+
+    def attend(
+        self, hidden_states: Tensor, attention_mask: object, packing: Packing | None
+    ) -> Tensor:
+        """Return the heads' outputs, side by side, ``[1, T, heads * width]``."""
         mask, packing = check_attention(attention_mask, packing)
         module: Any = self
-        width, p = module.attention_head_size, module.dropout.p if self.training else 0.0
-        layers = [getattr(self, name) for name in self.names]
+        width, scale = module.attention_head_size, module.scaling
+        p = getattr(self, self.probability_dropout).p if self.training else 0.0
+        layers = [getattr(self, name) for name in self.projections]
         x = hidden_states[0]
-        is_joint = all(is_plain(layer, nn.Linear) for layer in layers)
-        has_bias = {layer.bias is not None for layer in layers} if is_joint else {True, False}
-        if packing.keys is None and len(has_bias) == 1:
-            weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-            qkv = joint_linear(x, weights, biases).unflatten(1, (3, -1, width))
+        qkv = None if packing.keys is not None else joint_product(x, layers)
+        if qkv is not None:
             out = flash_attn_varlen_qkvpacked_func(
-                qkv,
-                packing.cu_seqlens,
-                packing.max_seqlen,
-                p,
-                module.scaling,
-                mask.causal,
+                *(qkv.unflatten(1, (3, -1, width)), packing.cu_seqlens, packing.max_seqlen),
+                *(p, scale, mask.causal),
                 plan=packing.plan,
             )
             assert isinstance(out, Tensor)
         else:
             q, k, v = (layer(x).unflatten(1, (-1, width)) for layer in layers)
-            out = attention(q, k, v, mask, packing, p, module.scaling)
-        return out.flatten(1)[None], None
+            out = attention(q, k, v, mask, packing, p, scale)
+        return out.flatten(1)[None]
 
 
-# ---- norms --------------------------------------------------------------------------
+def joint_product(x: Tensor, layers: list[Any]) -> Tensor | None:
+    """Return the outputs ``[T, 3 H]`` of three linear layers on ``x [T, H]``, side by side.
+
+    None where one is not plain, or not all have a bias or all none.
+    """
+    if not all(is_plain(layer, nn.Linear) for layer in layers):
+        return None
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if len({bias is None for bias in biases}) != 1:
+        return None
+    return joint_linear(x, weights, biases)
+
+
+# ---- norms --------------------------------------------------------------------------------------
 
 
 class PostNorm(Exchanged):
@@ -144,24 +163,144 @@ class PostNorm(Exchanged):
 
 
 def add_and_norm(x: Tensor, residual: Tensor, dense: Any, drop: Any, norm: Any) -> Tensor:
-    """Return ``norm(residual + drop(dense(x)))``, modules that are not plain being called."""
-    if not (is_plain(norm, LayerNorm) and is_plain(drop, Dropout)):
-        added: Tensor = norm(drop(dense(x)) + residual)
+    """Return ``norm(residual + drop(dense(x)))``, modules that are not plain being called.
+
+    Without ``dense`` or ``drop``, None, their input goes on as it is.
+    """
+    if not (is_plain(norm, LayerNorm) and (drop is None or is_plain(drop, Dropout))):
+        product = x if dense is None else dense(x)
+        added: Tensor = norm((product if drop is None else drop(product)) + residual)
         return added
-    is_linear = is_plain(dense, nn.Linear)
-    product = linear(x, dense.weight) if is_linear else dense(x)
+    is_linear = dense is not None and is_plain(dense, nn.Linear)
+    product = x
+    if dense is not None:
+        product = linear(x, dense.weight) if is_linear else dense(x)
     out = dropout_add_layer_norm(
         product,
         residual,
         norm.weight,
         norm.bias,
-        drop.p,
+        0.0 if drop is None else drop.p,
         norm.eps,
         x_bias=dense.bias if is_linear else None,
-        training=drop.training,
+        training=drop is not None and drop.training,
     )
     assert isinstance(out, Tensor)
     return out
+
+
+# ---- layers whose norms are their own -----------------------------------------------------------
+
+
+class DistilBertAttention(SelfAttention):
+    """Self-attention with the linear layer behind it."""
+
+    projections = ("q_lin", "k_lin", "v_lin")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: object = None,
+        *_: object,
+        packing: Packing | None = None,
+        **__: object,
+    ) -> tuple[Tensor, None]:
+        """Map hidden states ``[1, T, H]`` to ``[1, T, H]``."""
+        module: Any = self
+        return module.out_lin(self.attend(hidden_states, attention_mask, packing)), None
+
+
+class DistilBertFeedForward(Exchanged):
+    """Transformers' feed-forward network, whose steps :class:`DistilBertBlock` takes if it may."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``[1, T, H]`` to ``[1, T, H]``."""
+        output: Tensor = super().forward(input)
+        return output
+
+
+class DistilBertBlock(Exchanged):
+    """DistilBERT's layer, each norm with what is added before it in one pass."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: object = None, **kwargs: object
+    ) -> Tensor:
+        """Map hidden states ``[1, T, H]`` to ``[1, T, H]``."""
+        module: Any = self
+        attended, _ = module.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        attended = add_and_norm(attended, hidden_states, None, None, module.sa_layer_norm)
+        ffn, norm = module.ffn, module.output_layer_norm
+        if ffn.chunk_size_feed_forward or not is_unwatched(ffn, DistilBertFeedForward):
+            return add_and_norm(ffn(attended), attended, None, None, norm)
+        inner = ffn.activation(ffn.lin1(attended))
+        return add_and_norm(inner, attended, ffn.lin2, ffn.dropout, norm)
+
+
+class AlbertAttention(SelfAttention):
+    """Self-attention with the linear layer, the residual and the norm behind it."""
+
+    probability_dropout = "attention_dropout"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: object = None,
+        *_: object,
+        packing: Packing | None = None,
+        **__: object,
+    ) -> tuple[Tensor, None]:
+        """Map hidden states ``[1, T, H]`` to ``[1, T, H]``."""
+        module: Any = self
+        attended = self.attend(hidden_states, attention_mask, packing)
+        last = (module.dense, module.output_dropout, module.LayerNorm)
+        return add_and_norm(attended, hidden_states, *last), None
+
+
+class AlbertLayer(Exchanged):
+    """ALBERT's layer, the last product, residual and norm as one."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: object = None, **kwargs: object
+    ) -> Tensor:
+        """Map hidden states ``[1, T, H]`` to ``[1, T, H]``."""
+        module: Any = self
+        if module.chunk_size_feed_forward:
+            chunked: Tensor = super().forward(hidden_states, attention_mask, **kwargs)
+            return chunked
+        attended, _ = module.attention(hidden_states, attention_mask, **kwargs)
+        inner = module.activation(module.ffn(attended))
+        return add_and_norm(inner, attended, module.ffn_output, None, module.full_layer_layer_norm)
+
+
+class NomicBertLayer(Exchanged):
+    """NomicBERT's layer, each dropout, residual and norm in one pass."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: object = None,
+        position_embeddings: object = None,
+        **kwargs: object,
+    ) -> Tensor:
+        """Map hidden states ``[1, T, H]`` to ``[1, T, H]``."""
+        module: Any = self
+        attended, _ = module.self_attn(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        drop, norm = module.post_attention_dropout, module.post_attention_layernorm
+        attended = add_and_norm(attended, hidden_states, None, drop, norm)
+        drop, norm = module.post_mlp_dropout, module.post_mlp_layernorm
+        return add_and_norm(module.mlp(attended), attended, None, drop, norm)
+
+
+class LastNomicBertLayer(PaddedEncoder, NomicBertLayer):  # type: ignore[misc]
+    """The same, its hidden states padded."""
+
+
+# ---- heads --------------------------------------------------------------------------------------
 
 
 class SpanLogits(Exchanged):
@@ -174,9 +313,17 @@ class SpanLogits(Exchanged):
         return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
 
 
+# ---- plain modules ------------------------------------------------------------------------------
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of this very class and nothing listens to its calls."""
-    return type(module) is kind and not (
+    return type(module) is kind and is_unwatched(module, kind)
+
+
+def is_unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this class, or one made of it, and nothing listens to its calls."""
+    return isinstance(module, kind) and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

@@ -38,6 +38,8 @@ class Packing(NamedTuple):
         cu_seqlens_k: int32 ``[B + 1]``, boundaries of the sequences among the keys.
         plan: of attention, on a GPU.
         is_given: whether the inputs came packed.
+        blank: bool ``[T]``, padding that is computed for others to see, and is zeros in outputs;
+            None where there is none.
     """
 
     cu_seqlens: Tensor
@@ -49,16 +51,21 @@ class Packing(NamedTuple):
     cu_seqlens_k: Tensor
     plan: AttentionPlan | None
     is_given: bool
+    blank: Tensor | None = None
 
     def pack(self, padded: Tensor) -> Tensor:
         """Take the rows of the stream out of ``[B, S, ...]``, or of what all sequences share.
 
         Returns:
-            ``[1, T, ...]``.
+            ``[1, T, ...]``; zeros behind the last sequence.
         """
         shape = (self.batch_size, self.length)
         flat = padded.expand(*shape, *padded.shape[2:]).flatten(0, 1)
-        return (flat if self.indices is None else flat[self.indices])[None]
+        if self.indices is None:
+            return flat[None]
+        if self.is_given:
+            flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+        return flat.index_select(0, self.indices)[None]
 
     def pad(self, stream: Tensor) -> Tensor:
         """Put ``[1, T, ...]`` into ``[B, S, ...]``, zeros elsewhere."""
@@ -70,6 +77,20 @@ class Packing(NamedTuple):
         # Rows behind the last sequence, whose place is one behind the batch, come to nothing.
         places = self.batch_size * self.length
         return pad_input(stream[0], self.indices, 1, places + 1)[0, :places].unflatten(0, shape)
+
+    def cleared(self, stream: Tensor) -> Tensor:
+        """Return hidden states ``[1, T, H]`` with zeros in the rows that are blank."""
+        return stream if self.blank is None else stream.masked_fill(self.blank[:, None], 0)
+
+    def is_token(self) -> Tensor:
+        """Return which places of the batch, bool ``[B, S]``, are tokens."""
+        device = self.cu_seqlens.device
+        if self.indices is None:
+            return torch.ones(self.batch_size, self.length, dtype=torch.bool, device=device)
+        rows = torch.ones(1, len(self.indices), dtype=torch.bool, device=device)
+        if self.keys is not None:
+            rows = torch.zeros_like(rows).index_fill(1, self.keys, True)
+        return self.pad(rows)
 
 
 # ---- how a batch is packed ----------------------------------------------------------------------
@@ -92,32 +113,29 @@ def _packing_of_all(batch_size: int, length: int, device: torch.device) -> Packi
     reason="how many tokens a mask has is known on the host alone; with packed inputs, which "
     "PackingCollator makes, the model is one graph"
 )
-def _packing_of_mask(attention_mask: Tensor) -> Packing:
+def _packing_of_mask(attention_mask: Tensor, whole_rows: bool) -> Packing:
     """Find the tokens of a mask ``[B, S]``; on a GPU this waits for the device, once."""
     batch_size, length = attention_mask.shape
     if attention_mask.numel() == 0:
         return _packing_of_all(batch_size, length, attention_mask.device)
     is_token = attention_mask != 0
-    lengths = is_token.sum(1, dtype=torch.int32)
-    numbers = torch.stack([lengths.sum(), (~is_token[:, 0]).sum()])
-    num_tokens, num_blank_firsts = numbers.tolist()
+    is_output = is_token.clone()
+    is_output[:, 0] = True
+    is_row = is_token | ~is_token[:, :1] if whole_rows else is_output
+    num_tokens, total = torch.stack([is_token.sum(), is_row.sum()]).tolist()
     if num_tokens == is_token.numel():
         return _packing_of_all(batch_size, length, attention_mask.device)
-    keys, is_row, row_lengths = None, is_token, lengths
-    total = num_tokens + num_blank_firsts
-    if num_blank_firsts:
-        is_row = is_token.clone()
-        is_row[:, 0] = True
-        row_lengths = is_row.sum(1, dtype=torch.int32)
     indices = _places(is_row.flatten(), total)
-    cu_seqlens = cu_seqlens_k = _boundaries(row_lengths)
-    if num_blank_firsts:
+    cu_seqlens = cu_seqlens_k = _boundaries(is_row.sum(1, dtype=torch.int32))
+    keys = blank = None
+    if total > num_tokens:
         keys = _places(is_token.flatten()[indices], num_tokens)
-        cu_seqlens_k = _boundaries(lengths)
+        cu_seqlens_k = _boundaries(is_token.sum(1, dtype=torch.int32))
+        blank = ~is_output.flatten()[indices] if whole_rows else None
     torch._dynamo.maybe_mark_dynamic(indices, 0)
-    plan = None if num_blank_firsts else _plan(cu_seqlens, total)
+    plan = _plan(cu_seqlens, total) if keys is None else None
     shape = (length, batch_size, length)
-    return Packing(cu_seqlens, *shape, indices, keys, cu_seqlens_k, plan, False)
+    return Packing(cu_seqlens, *shape, indices, keys, cu_seqlens_k, plan, False, blank)
 
 
 def _places(chosen: Tensor, count: int) -> Tensor:
@@ -160,7 +178,7 @@ def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
     return cu_seqlens, int(cu_seqlens.diff().max())
 
 
-# ---- families -----------------------------------------------------------------------------------
+# ---- positions ----------------------------------------------------------------------------------
 
 
 def count_from_zero(_embeddings: nn.Module, inputs: Tensor) -> Tensor:
@@ -183,23 +201,7 @@ def count_tokens(embeddings: nn.Module, inputs: Tensor) -> Tensor:
     return (is_token.cumsum(1) * is_token).long() + padding
 
 
-@dataclass(frozen=True)
-class Family:
-    """How the models of one ``model_type`` are packed.
-
-    Attributes:
-        positions: makes the position ids that a model gives a padded batch, of its embeddings and
-            its input ids or embedded inputs.
-        encoder: returns the module within a model whose output is the last hidden state.
-        inputs: arguments ``[B, S]`` or ``[B]`` of the model, besides the usual ones, that are of
-            tokens.
-        layers: for classes of modules, by name, those that stand in for them.
-    """
-
-    positions: Callable[[nn.Module, Tensor], Tensor] = count_from_zero
-    encoder: Callable[[Any], nn.Module] = attrgetter("encoder")
-    inputs: tuple[str, ...] = ()
-    layers: Mapping[str, type[Exchanged]] = field(default_factory=dict)
+# ---- models -------------------------------------------------------------------------------------
 
 
 class PackedOutput(Enum):
@@ -210,9 +212,6 @@ class PackedOutput(Enum):
     NEVER = "never"
     REFUSED = "never, and packed inputs are refused"
 
-
-FAMILIES: dict[str, Family] = {}
-"""By ``model_type``; transformers_families.py fills it."""
 
 _TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 _OF_PADDING = (
@@ -254,7 +253,7 @@ def _check_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tens
     return mask.to(device)
 
 
-def _packing_of(inputs: Mapping[str, Any], given: Tensor) -> Packing:
+def _packing_of(inputs: Mapping[str, Any], given: Tensor, whole_rows: bool) -> Packing:
     """Find the tokens of the inputs ``given`` ``[B, S]`` or ``[B, S, H]``."""
     shape, device = (given.shape[0], given.shape[1]), given.device
     cu_seqlens, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
@@ -264,7 +263,7 @@ def _packing_of(inputs: Mapping[str, Any], given: Tensor) -> Packing:
     if cu_seqlens is None:
         if mask is None:
             return _packing_of_all(*shape, device)
-        return _packing_of_mask(_check_mask(mask, shape, device))
+        return _packing_of_mask(_check_mask(mask, shape, device), whole_rows)
     if shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q: expected packed inputs [1, tokens], got {list(shape)}")
     if mask is not None and not (mask.shape == shape and mask.all()):
@@ -274,7 +273,7 @@ def _packing_of(inputs: Mapping[str, Any], given: Tensor) -> Packing:
     return _packing_of_given(cu_seqlens.to(torch.int32), int(longest), shape[1])
 
 
-def _positions(family: Family, embeddings: nn.Module, given: Tensor, packing: Packing) -> Tensor:
+def _positions(family: "Family", embeddings: nn.Module, given: Tensor, packing: Packing) -> Tensor:
     """Return the positions of inputs that come without: ``[B or 1, S]``, or ``[1, T]`` packed."""
     if not packing.is_given:
         return family.positions(embeddings, given)
@@ -310,7 +309,7 @@ class PackedModel(Exchanged):
         if given is None or given.dim() < 2:
             return super().forward(**inputs)  # transformers' error
         family = FAMILIES[config.model_type]
-        packing = _packing_of(inputs, given)
+        packing = _packing_of(inputs, given, family.whole_rows)
         if packing.is_given and getattr(self, "_is_replica", False):
             raise ValueError(
                 "input_ids: torch.nn.DataParallel cuts packed inputs apart; start a process for "
@@ -318,8 +317,8 @@ class PackedModel(Exchanged):
             )
         if packing.is_given and self.packed_output is PackedOutput.REFUSED:
             raise ValueError(
-                "input_ids: packed inputs do not say which sequences are choices of one question; "
-                "expected [batch, choices, length]"
+                "input_ids: expected a padded batch; packed inputs do not say which sequences are "
+                "choices of one question, nor of which places a head takes the mean"
             )
         if inputs.get("position_ids") is None:
             embeddings: Any = self.embeddings
@@ -328,17 +327,19 @@ class PackedModel(Exchanged):
         if return_dict is None:
             return_dict = getattr(config, "return_dict", True)
         announce_stream(packing.cu_seqlens)
-        outputs = super().forward(
-            **self._on_stream(inputs, packing, family), packing=packing, return_dict=True
-        )
+        outputs = self.run(self._on_stream(inputs, packing, family), packing)
         stays_packed = self.packed_output is PackedOutput.ALWAYS or (
             self.packed_output is PackedOutput.AS_GIVEN and packing.is_given
         )
-        _convert_outputs(outputs, packing, stays_packed)
+        _convert_outputs(outputs, packing, family.encoder is not None, stays_packed)
         return outputs if return_dict else outputs.to_tuple()
 
+    def run(self, inputs: dict[str, Any], packing: Packing) -> Any:
+        """Run on the stream, with arguments ``[1, T, ...]``, and return transformers' outputs."""
+        return super().forward(**inputs, packing=packing, return_dict=True)
+
     def _on_stream(
-        self, inputs: Mapping[str, Any], packing: Packing, family: Family
+        self, inputs: Mapping[str, Any], packing: Packing, family: "Family"
     ) -> dict[str, Any]:
         """Return the arguments of a forward pass on the stream."""
         packed = {name: x for name, x in inputs.items() if name not in _OF_PADDING}
@@ -353,18 +354,26 @@ class PackedModel(Exchanged):
         return packed
 
 
-def _convert_outputs(outputs: Any, packing: Packing, stays_packed: bool) -> None:
-    """Give all hidden states the same form; the last one comes padded from the encoder."""
+def _convert_outputs(outputs: Any, packing: Packing, is_padded: bool, stays_packed: bool) -> None:
+    """Give all hidden states the same form; the last one may come padded from the encoder."""
+
+    def converted(stream: Tensor) -> Tensor:
+        cleared = packing.cleared(stream)
+        return cleared if stays_packed else packing.pad(cleared)
+
     last = outputs.last_hidden_state
-    if stays_packed:
+    if not is_padded:
+        outputs.last_hidden_state = converted(last)
+    elif stays_packed:
         outputs.last_hidden_state = packing.pack(last)
+    if stays_packed:
         outputs.cu_seqlens, outputs.max_seqlen = packing.cu_seqlens, packing.max_seqlen
     states = outputs.get("hidden_states")
     if states is not None:
         outputs.hidden_states = tuple(
             outputs.last_hidden_state
             if state is last
-            else (state if stays_packed or state is None else packing.pad(state))
+            else (state if state is None else converted(state))
             for state in states
         )
 
@@ -378,6 +387,43 @@ class PaddedEncoder(Exchanged):
         if packing is None:
             return outputs
         if isinstance(outputs, Tensor):
-            return packing.pad(outputs)
-        outputs.last_hidden_state = packing.pad(outputs.last_hidden_state)
+            return packing.pad(packing.cleared(outputs))
+        outputs.last_hidden_state = packing.pad(packing.cleared(outputs.last_hidden_state))
         return outputs
+
+
+# ---- families -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one ``model_type`` are packed.
+
+    Attributes:
+        positions: makes the position ids that a model gives a padded batch, of its embeddings and
+            its input ids or embedded inputs.
+        encoder: returns the module within a model whose output is the last hidden state, to be
+            padded there, since the model goes on with it; None where that is the model's output.
+        inputs: arguments ``[B, S]`` or ``[B]`` of the model, besides the usual ones, that are of
+            tokens.
+        layers: for classes of modules, by name, those that stand in for them.
+        model: stands in for the class of the model.
+        padded: stands in for the class of ``encoder``.
+        own_attention: whether the model does not look up its attention in transformers' registry,
+            so that one of ``layers`` has to be it.
+        whole_rows: whether rows that begin with padding are computed whole, since their first place
+            sees padding.
+    """
+
+    positions: Callable[[nn.Module, Tensor], Tensor] = count_from_zero
+    encoder: Callable[[Any], nn.Module] | None = attrgetter("encoder")
+    inputs: tuple[str, ...] = ()
+    layers: Mapping[str, type[Exchanged]] = field(default_factory=dict)
+    model: type[PackedModel] = PackedModel
+    padded: type[PaddedEncoder] = PaddedEncoder
+    own_attention: bool = False
+    whole_rows: bool = False
+
+
+FAMILIES: dict[str, Family] = {}
+"""By ``model_type``; transformers_families.py fills it."""

@@ -22,7 +22,7 @@ from .sentence_transformers_inputs import (
     padded_transformers,
 )
 from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, attention
-from .transformers_packing import FAMILIES, PackedModel, PackedOutput, Packing, PaddedEncoder
+from .transformers_packing import FAMILIES, PackedOutput, Packing
 
 IMPLEMENTATION = "superbert"
 FAMILY = frozenset(FAMILIES)
@@ -142,7 +142,7 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
     norms = [name for name, module in model.named_modules() if _is_norm(module)]
     if not fresh and not norms and not padded:
         raise ValueError("model: accelerated already; `restore` it first")
-    _name_attention(model, fresh)
+    _name_attention(model, {k: v for k, v in fresh.items() if not _has_own_attention(v)})
     for encoder in (bert for bert in berts.values() if _is_encoder(bert)):
         if not is_exchanged(encoder):
             _exchange_layers(encoder)
@@ -224,7 +224,12 @@ def _is_encoder(bert: nn.Module) -> bool:
 
 def _is_accelerated(bert: Any) -> bool:
     encoders = [part for part in _berts(bert).values() if _is_encoder(part)]
-    return _names_ours(bert.config) and all(map(is_exchanged, encoders))
+    names_ours = _has_own_attention(bert) or _names_ours(bert.config)
+    return names_ours and all(map(is_exchanged, encoders))
+
+
+def _has_own_attention(bert: Any) -> bool:
+    return FAMILIES[bert.config.model_type].own_attention
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -255,11 +260,13 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, PackedOutput
 def _exchange_layers(encoder: Any) -> None:
     """Give an encoder and its layers the classes of packed ones."""
     family = FAMILIES[encoder.config.model_type]
+    if family.encoder is not None:
+        exchange_class(family.encoder(encoder), family.padded)
     for module in list(encoder.modules()):
-        if instead := family.layers.get(type(module).__name__):
+        instead = family.layers.get(type(module).__name__)
+        if instead is not None and not is_exchanged(module):
             exchange_class(module, instead)
-    exchange_class(family.encoder(encoder), PaddedEncoder)
-    exchange_class(encoder, PackedModel)
+    exchange_class(encoder, family.model)
 
 
 # ---- configs ------------------------------------------------------------------------------------
