@@ -16,6 +16,7 @@ from .transformers_layers import (
     PostNorm,
     SelfAttention,
 )
+from .transformers_mpnet import MPNET
 from .transformers_packing import FAMILIES, Family, count_tokens
 
 
@@ -55,6 +56,7 @@ FAMILIES.update(
         ),
         "electra": Family(layers=_bert_layers("Electra")),
         "ernie": Family(inputs=("task_type_ids",), layers=_bert_layers("Ernie")),
+        "mpnet": MPNET,
         "nomic_bert": Family(
             encoder=_last_layer,
             layers={"NomicBertLayer": NomicBertLayer},

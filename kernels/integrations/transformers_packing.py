@@ -408,7 +408,7 @@ class Family:
             tokens.
         layers: for classes of modules, by name, those that stand in for them.
         model: stands in for the class of the model.
-        padded: stands in for the class of ``encoder``.
+        padded: stands in for the class of ``encoder``, and pads.
         own_attention: whether the model does not look up its attention in transformers' registry,
             so that one of ``layers`` has to be it.
         whole_rows: whether rows that begin with padding are computed whole, since their first place
@@ -420,7 +420,7 @@ class Family:
     inputs: tuple[str, ...] = ()
     layers: Mapping[str, type[Exchanged]] = field(default_factory=dict)
     model: type[PackedModel] = PackedModel
-    padded: type[PaddedEncoder] = PaddedEncoder
+    padded: type[Exchanged] = PaddedEncoder
     own_attention: bool = False
     whole_rows: bool = False
 

@@ -1,6 +1,7 @@
 """Compare an accelerated model of transformers with the same one before."""
 
 import copy
+import importlib
 import pickle
 from collections.abc import Mapping
 from typing import Any
@@ -183,3 +184,56 @@ def flat_outputs(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
         for i, tensor in enumerate(value if isinstance(value, tuple) else [value]):
             flat[f"{name}.{i}"] = tensor
     return flat
+
+
+def _module_of(kind: str) -> Any:
+    config = type(AutoConfig.for_model(kind)).__module__
+    return importlib.import_module(config.replace(".configuration_", ".modeling_"))
+
+
+def heads_of(kind: str) -> list[str]:
+    """Names of transformers' model classes of a type, without encoders."""
+    module = _module_of(kind)
+    models = [name for name in module.__all__ if issubclass(getattr(module, name), PreTrainedModel)]
+    return [name for name in models if not name.endswith(("PreTrainedModel", "Model"))]
+
+
+def head_of(kind: str, name: str, **options: Any) -> PreTrainedModel:
+    """A small model with a head."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SIZES, **options})
+    return with_random_vectors(getattr(_module_of(kind), name)(config).eval())
+
+
+def assert_same_heads(model: PreTrainedModel) -> None:
+    """Compare what a head gives where its place is a token, and its gradients.
+
+    Padding is on the right, since heads look at the first place; logits of spans are compared with
+    padding masked.
+    """
+    inputs = inputs_of("right")
+    name = type(model).__name__
+    mask = inputs["attention_mask"].bool()
+    if name.endswith("MultipleChoice"):
+        inputs = {key: torch.stack([x, x.roll(1, 0)], 1) for key, x in inputs.items()}
+
+    def outputs_and_gradients() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model.zero_grad()
+        outputs = dict(model(**inputs).items())
+        per_token = {k: x[mask] if x.shape[:2] == mask.shape else x for k, x in outputs.items()}
+        torch.stack([x.square().sum() for x in per_token.values()]).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return {k: x.detach() for k, x in per_token.items()}, gradients
+
+    expected, gradients = outputs_and_gradients()
+    accelerate(model)
+    found, found_gradients = outputs_and_gradients()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        scale = 1 + value.abs().max().item()
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5 * scale)
+    assert_same_gradients(found_gradients, gradients)
+    if name.endswith("QuestionAnswering"):
+        logits = model(**inputs).start_logits
+        assert (logits[~mask] == torch.finfo(logits.dtype).min).all()
+    restore(model)
