@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from .transformers_deberta import DEBERTA_V2
 from .transformers_layers import (
     AlbertAttention,
     AlbertLayer,
@@ -46,6 +47,7 @@ FAMILIES.update(
         "bert-generation": Family(layers=_bert_layers("BertGeneration")),
         "camembert": Family(count_tokens, layers=_bert_layers("Camembert")),
         "data2vec-text": Family(count_tokens, layers=_bert_layers("Data2VecText")),
+        "deberta-v2": DEBERTA_V2,
         "distilbert": Family(
             encoder=attrgetter("transformer"),
             layers={
