@@ -17,6 +17,7 @@ from .transformers_layers import (
     PostNorm,
     SelfAttention,
 )
+from .transformers_modernbert import MODERNBERT
 from .transformers_mpnet import MPNET
 from .transformers_packing import FAMILIES, Family, count_tokens
 
@@ -58,6 +59,7 @@ FAMILIES.update(
         ),
         "electra": Family(layers=_bert_layers("Electra")),
         "ernie": Family(inputs=("task_type_ids",), layers=_bert_layers("Ernie")),
+        "modernbert": MODERNBERT,
         "mpnet": MPNET,
         "nomic_bert": Family(
             encoder=_last_layer,

@@ -22,9 +22,15 @@ from .transformers_packing import Packing, PaddedEncoder
 
 
 class Mask(NamedTuple):
-    """What transformers' layers take as their attention mask; padding is known of the packing."""
+    """What transformers' layers take as their attention mask; padding is known of the packing.
+
+    Attributes:
+        causal: whether queries see no later keys.
+        window: places to each side of its own that a query sees; None for all.
+    """
 
     causal: bool
+    window: int | None = None
 
 
 class LayerNorm(FusedLayerNorm):
@@ -76,6 +82,8 @@ def attention(
     mask, packing = check_attention(mask, packing)
     dtype = autocast_dtype(q) or q.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if mask.window is not None and packing.length - 1 > mask.window:
+        return windowed_attention(q, k, v, mask.window, packing, dropout_p, scale)
     cu_seqlens_k = packing.cu_seqlens
     if packing.keys is not None:
         k, v, cu_seqlens_k = k[packing.keys], v[packing.keys], packing.cu_seqlens_k
@@ -87,6 +95,41 @@ def attention(
     )
     assert isinstance(out, Tensor)
     return out
+
+
+def windowed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    packing: Packing,
+    dropout_p: float,
+    scale: float | None,
+) -> Tensor:
+    """Attention to keys at most ``window`` places away, on padded tensors.
+
+    Args:
+        q: ``[T, heads, width]``, likewise k and v.
+        k: see q.
+        v: see q.
+        window: places to each side; those of padding between tokens count.
+        packing: of the stream.
+        dropout_p: probability to drop a probability.
+        scale: of the products; None for ``width ** -0.5``.
+
+    Returns:
+        ``[T, heads, width]``, zeros for a query that sees no token.
+    """
+    padded_q, padded_k, padded_v = (packing.pad(x[None]).transpose(1, 2) for x in (q, k, v))
+    places = torch.arange(packing.length, device=q.device)
+    is_near = (places[:, None] - places).abs() <= window
+    sees = is_near & packing.is_token()[:, None, None]
+    # Not every kernel of torch's has a gradient where nothing is seen.
+    sees_none = ~sees.any(-1, keepdim=True)
+    out = nn.functional.scaled_dot_product_attention(
+        padded_q, padded_k, padded_v, sees | sees_none, dropout_p, scale=scale
+    )
+    return packing.pack(out.masked_fill(sees_none, 0).transpose(1, 2))[0]
 
 
 class SelfAttention(Exchanged):
@@ -301,6 +344,15 @@ class LastNomicBertLayer(PaddedEncoder, NomicBertLayer):  # type: ignore[misc]
 
 
 # ---- heads --------------------------------------------------------------------------------------
+
+
+class SpanStates(Exchanged):
+    """What a question answering head makes of hidden states: zeros of zeros."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map ``[B, S, H]`` to ``[B, S, H]``."""
+        states: Tensor = super().forward(hidden_states)
+        return states.masked_fill(~hidden_states.any(-1, keepdim=True), 0)
 
 
 class SpanLogits(Exchanged):

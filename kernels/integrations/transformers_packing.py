@@ -413,6 +413,9 @@ class Family:
             so that one of ``layers`` has to be it.
         whole_rows: whether rows that begin with padding are computed whole, since their first place
             sees padding.
+        span_logits: name of the linear layer that gives a question answering head's logits.
+        span_states: name of the module that makes its inputs of hidden states; None where it takes
+            these.
     """
 
     positions: Callable[[nn.Module, Tensor], Tensor] = count_from_zero
@@ -423,6 +426,8 @@ class Family:
     padded: type[Exchanged] = PaddedEncoder
     own_attention: bool = False
     whole_rows: bool = False
+    span_logits: str = "qa_outputs"
+    span_states: str | None = None
 
 
 FAMILIES: dict[str, Family] = {}

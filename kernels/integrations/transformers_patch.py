@@ -21,7 +21,7 @@ from .sentence_transformers_inputs import (
     give_padded,
     padded_transformers,
 )
-from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, attention
+from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, SpanStates, attention
 from .transformers_packing import FAMILIES, PackedOutput, Packing
 
 IMPLEMENTATION = "superbert"
@@ -153,9 +153,8 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
         elif type(module) is nn.Dropout:
             module.__class__ = Dropout
     for bert in berts.values():
-        spans = getattr(bert, "qa_outputs", None)
-        if type(spans) is nn.Linear:
-            exchange_class(spans, SpanLogits)
+        if type(bert).__name__.endswith("QuestionAnswering"):
+            _exchange_spans(bert)
     for transformer in padded:
         give_packed(transformer)
     return Replaced(tuple(fresh), tuple(norms))
@@ -251,8 +250,10 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, PackedOutput
                     f"packed: a {head} looks at places of a padded batch; accelerate its encoder "
                     "with packed=True, or the whole without"
                 )
-            is_choice = head.endswith("MultipleChoice")
-            form = PackedOutput.REFUSED if is_choice else PackedOutput.NEVER
+            takes_mean = getattr(bert.config, "classifier_pooling", None) == "mean"
+            needs_mask = head.endswith("SequenceClassification") and takes_mean
+            is_refused = needs_mask or head.endswith("MultipleChoice")
+            form = PackedOutput.REFUSED if is_refused else PackedOutput.NEVER
         forms.update((id(part), form) for part in bert.modules())
     return forms
 
@@ -267,6 +268,16 @@ def _exchange_layers(encoder: Any) -> None:
         if instead is not None and not is_exchanged(module):
             exchange_class(module, instead)
     exchange_class(encoder, family.model)
+
+
+def _exchange_spans(bert: Any) -> None:
+    """Let a question answering head give padding the lowest logit."""
+    family = FAMILIES[bert.config.model_type]
+    logits = getattr(bert, family.span_logits, None)
+    if type(logits) is nn.Linear:
+        exchange_class(logits, SpanLogits)
+        if family.span_states is not None:
+            exchange_class(getattr(bert, family.span_states), SpanStates)
 
 
 # ---- configs ------------------------------------------------------------------------------------
