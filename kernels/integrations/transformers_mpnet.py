@@ -13,12 +13,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged
-from .transformers_layers import PostNorm, add_and_norm, joint_product
+from .transformers_layers import PostNorm, add_and_norm, is_plain, joint_product
 from .transformers_packing import Family, PackedModel, Packing, count_tokens
 
 
@@ -143,9 +143,10 @@ class MPNetEncoder(Exchanged):
         module: Any = self
         distances = torch.arange(1 - length, length, device=device)
         buckets = module.relative_position_bucket(distances)
+        table = module.relative_attention_bias
         # Not by torch's embedding: these are no tokens, for whose tasks it would be taken.
-        weight: Tensor = module.relative_attention_bias.weight
-        return weight[buckets].T
+        values: Tensor = table.weight[buckets] if is_plain(table, nn.Embedding) else table(buckets)
+        return values.T
 
 
 class MPNetModel(PackedModel):

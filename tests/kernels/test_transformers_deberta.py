@@ -62,17 +62,8 @@ def test_positions_types_and_embedded_inputs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["v3", "convolution"])
-def test_packed_inputs(kind: str) -> None:
-    """Rows behind the last sequence come to nothing."""
-    model = _model(kind)
-    inputs = cases.inputs_of("right")
-    tokens = inputs["attention_mask"].bool()
-    expected = model(**inputs).last_hidden_state[tokens]
-    accelerate(model)
-    lengths = torch.nn.functional.pad(inputs["attention_mask"].sum(1).cumsum(0), (1, 0)).int()
-    ids = torch.nn.functional.pad(inputs["input_ids"][tokens], (0, 2))[None]
-    found = model(input_ids=ids, cu_seq_lens_q=lengths, max_length_q=cases.LENGTH)
-    torch.testing.assert_close(found.last_hidden_state[0, :-2], expected, rtol=1e-5, atol=1e-5)
+def test_packed_outputs(kind: str) -> None:
+    cases.assert_same_packed_outputs(_model(kind))
 
 
 @pytest.mark.parametrize("mask", ["both", "empty"])
@@ -120,3 +111,9 @@ def test_parts_of_an_accelerated_model_are_not_called_alone() -> None:
         model.encoder(hidden, mask)
     with pytest.raises(ValueError, match="call the model itself"):
         model.encoder.layer[0](hidden, mask)
+
+
+def test_task_gradients_of_several_tasks_are_refused() -> None:
+    """Those of its positions are no tokens of a task."""
+    with pytest.raises((ValueError, NotImplementedError), match="encoder"):
+        cases.assert_same_task_gradients(_model())

@@ -126,6 +126,11 @@ def test_hidden_states_of_all_layers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_packed_outputs(kind: str) -> None:
+    cases.assert_same_packed_outputs(_model(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_under_autocast(kind: str) -> None:
     cases.assert_same_under_autocast(_model(kind), cases.inputs_of("right"))
 
@@ -152,3 +157,8 @@ def test_dropout_follows_the_mode_of_the_model(kind: str) -> None:
         evaluation = [model.eval()(**inputs).last_hidden_state for _ in range(2)]
     assert not torch.equal(*train)
     assert torch.equal(*evaluation)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_task_gradients(kind: str) -> None:
+    cases.assert_same_task_gradients(_model(kind))

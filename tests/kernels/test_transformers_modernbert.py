@@ -56,17 +56,8 @@ def test_positions_and_embedded_inputs() -> None:
     cases.assert_same(model, {**inputs, "inputs_embeds": embedded})
 
 
-def test_packed_inputs() -> None:
-    """Windows end where a sequence does; rows behind the last sequence come to nothing."""
-    model = _model()
-    inputs = cases.inputs_of("right")
-    tokens = inputs["attention_mask"].bool()
-    expected = model(**inputs).last_hidden_state[tokens]
-    accelerate(model)
-    lengths = torch.nn.functional.pad(inputs["attention_mask"].sum(1).cumsum(0), (1, 0)).int()
-    ids = torch.nn.functional.pad(inputs["input_ids"][tokens], (0, 2))[None]
-    found = model(input_ids=ids, cu_seq_lens_q=lengths, max_length_q=cases.LENGTH)
-    torch.testing.assert_close(found.last_hidden_state[0, :-2], expected, rtol=1e-5, atol=1e-5)
+def test_packed_outputs() -> None:
+    cases.assert_same_packed_outputs(_model())
 
 
 @pytest.mark.parametrize("mask", ["both", "empty"])
@@ -126,3 +117,7 @@ def test_masks_of_the_callers_own_are_refused() -> None:
     accelerate(model)
     with pytest.raises(ValueError, match="attention_mask: expected"):
         model(**cases.inputs_of("none"), attention_mask={"full_attention": None})
+
+
+def test_task_gradients() -> None:
+    cases.assert_same_task_gradients(_model(**BIASES))

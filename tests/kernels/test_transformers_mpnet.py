@@ -32,6 +32,16 @@ def test_the_biases_have_a_gradient() -> None:
     assert gradients["encoder.relative_attention_bias.weight"].abs().max() > 0
 
 
+def test_a_table_of_biases_that_is_watched_is_called() -> None:
+    model = _model()
+    inputs = cases.inputs_of("right")
+    model.encoder.relative_attention_bias.register_forward_hook(lambda _m, _a, output: -2 * output)
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        accelerate(model)
+        cases.assert_same_hidden(model(**inputs).last_hidden_state, expected, inputs)
+
+
 def test_positions_and_embedded_inputs() -> None:
     model = _model()
     inputs = cases.inputs_of("both")
@@ -49,18 +59,8 @@ def test_padding_tokens_without_a_mask() -> None:
     cases.assert_same(_model(), {"input_ids": ids})
 
 
-def test_packed_inputs() -> None:
-    """Rows behind the last sequence come to nothing."""
-    model = _model()
-    inputs = cases.inputs_of("right")
-    tokens = inputs["attention_mask"].bool()
-    expected = model(**inputs).last_hidden_state[tokens]
-    accelerate(model)
-    lengths = torch.nn.functional.pad(inputs["attention_mask"].sum(1).cumsum(0), (1, 0)).int()
-    ids = torch.nn.functional.pad(inputs["input_ids"][tokens], (0, 2))[None]
-    found = model(input_ids=ids, cu_seq_lens_q=lengths, max_length_q=cases.LENGTH)
-    torch.testing.assert_close(found.last_hidden_state[0, :-2], expected, rtol=1e-5, atol=1e-5)
-    assert found.pooler_output.shape == (3, 32)
+def test_packed_outputs() -> None:
+    cases.assert_same_packed_outputs(_model())
 
 
 @pytest.mark.parametrize("mask", ["both", "empty"])
@@ -115,3 +115,9 @@ def test_the_config_stays() -> None:
     restore(one)
     with pytest.raises(ValueError, match="not accelerated"):
         restore(one)
+
+
+def test_task_gradients_of_several_tasks_are_refused() -> None:
+    """Those of its positions are no tokens of a task."""
+    with pytest.raises((ValueError, NotImplementedError), match="encoder"):
+        cases.assert_same_task_gradients(_model())

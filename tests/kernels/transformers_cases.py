@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from kernels import accelerate, restore
+from kernels import TaskGradients, accelerate, restore
 
 from .tolerance import assert_within_twice
 
@@ -131,6 +131,27 @@ def assert_same_hidden_states_of_all_layers(
     assert torch.equal(as_tuple[0], found.last_hidden_state)
 
 
+def assert_same_packed_outputs(model: PreTrainedModel) -> None:
+    """Padded inputs, and packed ones with rows behind the last sequence, which come to nothing."""
+    inputs = inputs_of("right")
+    is_token = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True)
+    accelerate(model, packed=True)
+    lengths = nn.functional.pad(inputs["attention_mask"].sum(1).cumsum(0), (1, 0)).int()
+    ids = nn.functional.pad(inputs["input_ids"][is_token], (0, 2))[None]
+    packed = {"input_ids": ids, "cu_seq_lens_q": lengths, "max_length_q": LENGTH}
+    for given in (inputs, packed):
+        with torch.no_grad():
+            found = model(**given, output_hidden_states=True)
+        assert torch.equal(found.cu_seqlens, lengths)
+        assert found.max_seqlen == LENGTH
+        for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+            tokens = ours[0, : lengths[-1]]
+            scale = 1 + theirs[is_token].abs().max().item()
+            torch.testing.assert_close(tokens, theirs[is_token], rtol=1e-5, atol=1e-5 * scale)
+
+
 def assert_same_under_autocast(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     """Not further from float64 than twice what transformers makes in bfloat16."""
     places = seen(inputs)
@@ -177,13 +198,29 @@ def assert_copies_stay_accelerated(model: PreTrainedModel, inputs: Mapping[str, 
             assert [type(m) for m in copied.modules()] == [type(m) for m in plain.modules()]
 
 
-def flat_outputs(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor that a forward pass returns."""
-    flat: dict[str, Tensor] = {}
-    for name, value in outputs.items():
-        for i, tensor in enumerate(value if isinstance(value, tuple) else [value]):
-            flat[f"{name}.{i}"] = tensor
-    return flat
+def assert_same_task_gradients(model: PreTrainedModel) -> None:
+    """Two tasks, of one example and of two, in one batch: each has the gradients of its own."""
+    inputs, sizes = inputs_of("right"), (1, 2)
+
+    def losses(hidden: Tensor) -> list[Tensor]:
+        return [part[:, 0].square().sum() for part in hidden.split(sizes)]
+
+    expected = []
+    for task in range(2):
+        model.zero_grad()
+        losses(model(**inputs).last_hidden_state)[task].backward()
+        expected.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+    model.zero_grad()
+    accelerate(model)
+    collector = TaskGradients(model, 2)
+    with collector.batch(sizes):
+        hidden = model(**inputs).last_hidden_state
+    torch.autograd.backward(losses(hidden))
+    views = dict(collector.named_views())
+    for task, gradients in enumerate(expected):
+        assert_same_gradients({name: views[name][task] for name in gradients}, gradients)
 
 
 def _module_of(kind: str) -> Any:
