@@ -19,7 +19,7 @@ from .transformers_layers import (
 )
 from .transformers_modernbert import MODERNBERT
 from .transformers_mpnet import MPNET
-from .transformers_packing import FAMILIES, Family, count_tokens
+from .transformers_packing import FAMILIES, Family, NormedModel, count_tokens
 
 
 def _bert_layers(prefix: str) -> dict[str, type]:
@@ -67,7 +67,9 @@ FAMILIES.update(
             padded=LastNomicBertLayer,
         ),
         "roberta": Family(count_tokens, layers=_bert_layers("Roberta")),
-        "roberta-prelayernorm": Family(count_tokens, layers=_attention("RobertaPreLayerNorm")),
+        "roberta-prelayernorm": Family(
+            count_tokens, layers=_attention("RobertaPreLayerNorm"), model=NormedModel
+        ),
         "roc_bert": Family(
             inputs=("input_shape_ids", "input_pronunciation_ids"), layers=_bert_layers("RoCBert")
         ),

@@ -378,6 +378,23 @@ def _convert_outputs(outputs: Any, packing: Packing, is_padded: bool, stays_pack
         )
 
 
+class NormedModel(PackedModel):
+    """A model with a norm behind its encoder, which makes its bias of the zeros at padding."""
+
+    def run(self, inputs: dict[str, Any], packing: Packing) -> Any:
+        """Run on the stream, and give padding zeros."""
+        outputs = super().run(inputs, packing)
+        last = outputs.last_hidden_state
+        if packing.indices is not None:
+            outputs.last_hidden_state = packing.pad(packing.pack(last))
+        states = outputs.get("hidden_states")
+        if states is not None:
+            outputs.hidden_states = tuple(
+                outputs.last_hidden_state if state is last else state for state in states
+            )
+        return outputs
+
+
 class PaddedEncoder(Exchanged):
     """The module within an encoder that gives the last hidden state, which it pads."""
 
