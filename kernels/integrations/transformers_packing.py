@@ -7,7 +7,8 @@ out of the padded inputs, and :class:`PaddedEncoder` puts its hidden states back
 ``packing``, which transformers' models hand on, as they do with those of flash attention.
 
 Hidden states at padding are zeros.  The first place of a row is computed even where it is padding,
-since poolers and classifiers read it: a query that is no key.
+since poolers and classifiers read it: a query that is no key.  Question answering heads read tokens
+alone, and tell them by their hidden states, so that theirs is padding like any other.
 """
 
 from collections.abc import Callable, Mapping
@@ -113,14 +114,15 @@ def _packing_of_all(batch_size: int, length: int, device: torch.device) -> Packi
     reason="how many tokens a mask has is known on the host alone; with packed inputs, which "
     "PackingCollator makes, the model is one graph"
 )
-def _packing_of_mask(attention_mask: Tensor, whole_rows: bool) -> Packing:
+def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: bool) -> Packing:
     """Find the tokens of a mask ``[B, S]``; on a GPU this waits for the device, once."""
     batch_size, length = attention_mask.shape
     if attention_mask.numel() == 0:
         return _packing_of_all(batch_size, length, attention_mask.device)
     is_token = attention_mask != 0
     is_output = is_token.clone()
-    is_output[:, 0] = True
+    if first_places:
+        is_output[:, 0] = True
     is_row = is_token | ~is_token[:, :1] if whole_rows else is_output
     num_tokens, total = torch.stack([is_token.sum(), is_row.sum()]).tolist()
     if num_tokens == is_token.numel():
@@ -253,7 +255,9 @@ def _check_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tens
     return mask.to(device)
 
 
-def _packing_of(inputs: Mapping[str, Any], given: Tensor, whole_rows: bool) -> Packing:
+def _packing_of(
+    inputs: Mapping[str, Any], given: Tensor, whole_rows: bool, first_places: bool
+) -> Packing:
     """Find the tokens of the inputs ``given`` ``[B, S]`` or ``[B, S, H]``."""
     shape, device = (given.shape[0], given.shape[1]), given.device
     cu_seqlens, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
@@ -263,7 +267,7 @@ def _packing_of(inputs: Mapping[str, Any], given: Tensor, whole_rows: bool) -> P
     if cu_seqlens is None:
         if mask is None:
             return _packing_of_all(*shape, device)
-        return _packing_of_mask(_check_mask(mask, shape, device), whole_rows)
+        return _packing_of_mask(_check_mask(mask, shape, device), whole_rows, first_places)
     if shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q: expected packed inputs [1, tokens], got {list(shape)}")
     if mask is not None and not (mask.shape == shape and mask.all()):
@@ -287,9 +291,11 @@ class PackedModel(Exchanged):
 
     Attributes:
         packed_output: when hidden states stay packed, ``[1, T, H]``.
+        with_first_places: whether the first place of a row is computed where it is padding.
     """
 
     packed_output: PackedOutput
+    with_first_places: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the tokens; arguments and outputs are transformers'.
@@ -309,7 +315,7 @@ class PackedModel(Exchanged):
         if given is None or given.dim() < 2:
             return super().forward(**inputs)  # transformers' error
         family = FAMILIES[config.model_type]
-        packing = _packing_of(inputs, given, family.whole_rows)
+        packing = _packing_of(inputs, given, family.whole_rows, self.with_first_places)
         if packing.is_given and getattr(self, "_is_replica", False):
             raise ValueError(
                 "input_ids: torch.nn.DataParallel cuts packed inputs apart; start a process for "

@@ -95,8 +95,8 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
     A padded batch is packed once, before the embeddings, and its hidden states are padded once,
     behind the last layer.  Outputs are what transformers gives for every token and for the first
     place of every row, for every head; hidden states at other padding are zeros, and logits there
-    what a head makes of zeros.  A question answering head gives padding the lowest logit, so that
-    no answer lies there.
+    what a head makes of zeros.  A question answering head gives padding, first places too, the
+    lowest logit, so that no answer lies there.
 
     Packed inputs, as transformers' flash attention takes them (``input_ids [1, T]`` with
     ``position_ids`` and ``cu_seq_lens_q``), give packed hidden states ``[1, T, H]``, and pooled
@@ -146,7 +146,7 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
     for encoder in (bert for bert in berts.values() if _is_encoder(bert)):
         if not is_exchanged(encoder):
             _exchange_layers(encoder)
-        encoder.packed_output = forms[id(encoder)]
+        encoder.packed_output, encoder.with_first_places = forms[id(encoder)]
     for module in model.modules():
         if _is_norm(module):
             module.__class__ = LayerNorm
@@ -184,7 +184,8 @@ def restore(model: nn.Module) -> None:
     for module in ours:
         if is_exchanged(module):
             restore_class(module)
-            vars(module).pop("packed_output", None)
+            for name in ("packed_output", "with_first_places"):
+                vars(module).pop(name, None)
         else:
             module.__class__ = _PLAIN[type(module)]
     plain: dict[int, Any] = {}  # others may share a config, so that theirs stays
@@ -235,13 +236,17 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
 
 
-def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, PackedOutput]:
-    """Return the form of the hidden states that each encoder, by its id, gives its head."""
-    forms: dict[int, PackedOutput] = {}
+def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, tuple[PackedOutput, bool]]:
+    """Return the form of the hidden states that each encoder, by its id, gives its head.
+
+    Returns:
+        When they stay packed, and whether first places are computed where they are padding.
+    """
+    forms: dict[int, tuple[PackedOutput, bool]] = {}
     for bert in berts.values():  # those inside others come last
         form = PackedOutput.ALWAYS if packed else PackedOutput.AS_GIVEN
         if _is_encoder(bert):
-            forms.setdefault(id(bert), form)
+            forms.setdefault(id(bert), (form, True))
             continue
         head = type(bert).__name__
         if not head.endswith(_TOKEN_HEADS):
@@ -252,9 +257,11 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, PackedOutput
                 )
             takes_mean = getattr(bert.config, "classifier_pooling", None) == "mean"
             needs_mask = head.endswith("SequenceClassification") and takes_mean
-            is_refused = needs_mask or head.endswith("MultipleChoice")
+            is_choice = head.endswith("MultipleChoice") or head.startswith("Splinter")
+            is_refused = needs_mask or is_choice
             form = PackedOutput.REFUSED if is_refused else PackedOutput.NEVER
-        forms.update((id(part), form) for part in bert.modules())
+        reads_firsts = not hasattr(bert, "qa_outputs")
+        forms.update((id(part), (form, reads_firsts)) for part in bert.modules())
     return forms
 
 
