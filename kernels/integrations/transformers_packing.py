@@ -58,7 +58,7 @@ class Packing(NamedTuple):
         """Take the rows of the stream out of ``[B, S, ...]``, or of what all sequences share.
 
         Returns:
-            ``[1, T, ...]``; zeros behind the last sequence.
+            ``[1, T, ...]``, zeros behind the last sequence.
         """
         shape = (self.batch_size, self.length)
         flat = padded.expand(*shape, *padded.shape[2:]).flatten(0, 1)

@@ -29,9 +29,12 @@ from transformers import (
 from kernels import FusedLayerNorm, accelerate, restore
 from kernels.integrations import transformers_patch
 
-from .test_hf import IDS, MASK, SIZES
+from .transformers_cases import KINDS, SIZES, base_model, flat, head_model
 
 ROOT = Path(__file__).parents[2]
+IDS = torch.randint(4, 50, (3, 11), generator=torch.Generator().manual_seed(0))
+# Padding on the right, none, and on the left.
+MASK = torch.tensor([[1] * 4 + [0] * 7, [1] * 11, [0] * 5 + [1] * 6])
 
 
 def python(script: str, folder: Path) -> None:

@@ -1,0 +1,280 @@
+"""Packed inputs and packed outputs of every model class, against each sequence by itself."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kernels import accelerate
+from kernels.integrations.transformers_packing import PackedModel
+
+from .transformers_cases import (
+    KINDS,
+    MASKS,
+    SEQUENCES,
+    assert_close,
+    assert_same_gradients,
+    base_model,
+    batch,
+    classes,
+    flat,
+    gradients_of,
+    head_model,
+    input_ids,
+    is_choice,
+    is_splinter_head,
+    mask_of,
+    places,
+    run,
+    takes,
+)
+
+BOUNDARIES = torch.tensor((0, *SEQUENCES)).cumsum(0).int()
+TOTAL, LONGEST = sum(SEQUENCES), max(SEQUENCES)
+_TOKEN_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel")
+
+
+def sequences() -> list[Tensor]:
+    """Ids ``[1, length]`` of each of the sequences."""
+    random = torch.Generator().manual_seed(4)
+    return [torch.randint(4, 50, (1, length), generator=random) for length in SEQUENCES]
+
+
+def packed_inputs(**besides: Any) -> dict[str, Any]:
+    return {
+        "input_ids": torch.cat(sequences(), 1),
+        "cu_seq_lens_q": BOUNDARIES,
+        "cu_seq_lens_k": BOUNDARIES,
+        "max_length_q": LONGEST,
+        "max_length_k": LONGEST,
+        **besides,
+    }
+
+
+def restarting_positions(model: PreTrainedModel) -> Tensor:
+    """The positions ``[1, T]`` of the sequences, as a model counts them itself."""
+    first = getattr(getattr(model, model.base_model_prefix, model), "embeddings", None)
+    padding = getattr(first, "padding_idx", None)
+    start = 0 if padding is None else padding + 1
+    return start + torch.cat([torch.arange(length) for length in SEQUENCES])[None]
+
+
+def parts_of(name: str, value: Tensor, packed: bool) -> list[Tensor]:
+    """What an output of packed inputs says of each of the sequences."""
+    if packed and value.shape[:2] == (1, TOTAL):
+        return list(value[0].split(SEQUENCES))
+    assert len(value) == len(SEQUENCES), (name, value.shape)
+    is_of_places = value.shape[1] == LONGEST
+    rows = zip(value, SEQUENCES, strict=True)
+    return [row[:length] if is_of_places else row for row, length in rows]
+
+
+def run_each(model: PreTrainedModel) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Outputs of each sequence by itself, and the gradients of their losses' sum."""
+    model.zero_grad()
+    found = [flat(model(ids, output_hidden_states=True)) for ids in sequences()]
+    found = [{name: value[0] for name, value in outputs.items()} for outputs in found]
+    loss_of(found).backward()
+    return found, gradients_of(model)
+
+
+def run_packed(
+    model: PreTrainedModel, arguments: dict[str, Any], packed: bool
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The same of packed inputs."""
+    model.zero_grad()
+    outputs = flat(model(**arguments, output_hidden_states=True))
+    outputs.pop("cu_seqlens.0", None)
+    outputs.pop("max_seqlen.0", None)
+    parts = {name: parts_of(name, value, packed) for name, value in outputs.items()}
+    found = [{name: of[i] for name, of in parts.items()} for i in range(len(SEQUENCES))]
+    loss_of(found).backward()
+    return found, gradients_of(model)
+
+
+def loss_of(found: list[dict[str, Tensor]]) -> Tensor:
+    values = [value.double().flatten() for outputs in found for value in outputs.values()]
+    losses = [(x * torch.linspace(-1, 1, len(x))).sum() + x.square().sum() for x in values]
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize(("kind", "name"), list(classes()))
+def test_packed_inputs_of_every_class(kind: str, name: str) -> None:
+    model = head_model(kind, name)
+    if is_choice(model) or is_splinter_head(model):
+        accelerate(model)
+        with pytest.raises(ValueError, match="packed inputs are refused under this head"):
+            model(torch.full((1, TOTAL), 50), cu_seq_lens_q=BOUNDARIES, max_length_q=LONGEST)
+        return
+    expected, expected_gradients = run_each(model)
+    accelerate(model)
+    is_base = isinstance(model, PackedModel)
+    cases = {"boundaries": packed_inputs()}
+    if takes(model, "position_ids"):
+        positions = {"position_ids": restarting_positions(model)}
+        cases["both"] = packed_inputs(**positions)
+        cases["positions"] = {"input_ids": cases["both"]["input_ids"], **positions}
+    for case, arguments in cases.items():
+        found, gradients = run_packed(
+            model, arguments, packed=is_base or name.endswith(_TOKEN_HEADS)
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            for output, value in theirs.items():
+                assert_close(ours[output], value, what=f"{case}, {output}")
+        assert_same_gradients(gradients, expected_gradients, case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_outputs_of_padded_inputs(kind: str) -> None:
+    """Rows are the tokens, and first places; under a head that reads tokens, logits too."""
+    model = base_model(kind)
+    expected = {case: run(model, batch(model, case), places(model, case))[0] for case in MASKS}
+    accelerate(model, packed=True)
+    for case in MASKS:
+        outputs = model(**batch(model, case), output_hidden_states=True)
+        where = places(model, case).computed
+        if where[:, 0].all() and not torch.equal(where, places(model, case).compared):
+            continue  # a row without tokens, under eager attention
+        lengths = where.sum(1)
+        assert outputs.cu_seqlens.dtype == torch.int32
+        assert outputs.cu_seqlens.diff().tolist() == lengths.tolist()
+        assert outputs.max_seqlen >= lengths.max()
+        for i, state in enumerate([*outputs.hidden_states, outputs.last_hidden_state]):
+            name = f"hidden_states.{i}" if i < 3 else "last_hidden_state.0"
+            assert_close(state[0], expected[case][name][where], what=f"{case}, {name}")
+        if "pooler_output.0" in expected[case]:
+            assert_close(outputs.pooler_output, expected[case]["pooler_output.0"], what=case)
+
+
+def test_packed_logits_of_padded_inputs() -> None:
+    model = head_model("bert", "BertForTokenClassification")
+    expected = model(**batch(model, "between")).logits
+    accelerate(model, packed=True)
+    found = model(**batch(model, "between")).logits
+    assert_close(found[0], expected[places(model, "between").computed])
+
+
+def test_packed_outputs_under_a_head_of_places_are_refused() -> None:
+    for name in ("BertForSequenceClassification", "BertForQuestionAnswering"):
+        model = head_model("bert", name)
+        with pytest.raises(ValueError, match=f"packed: a {name} looks at places of a padded"):
+            accelerate(model, packed=True)
+        assert not isinstance(model.bert, PackedModel)
+
+
+def test_packed_inputs_as_tuples_and_without_boundaries_of_keys() -> None:
+    model = base_model("bert")
+    expected = [model(ids)[0][0] for ids in sequences()]
+    accelerate(model)
+    ids, boundaries = torch.cat(sequences(), 1), BOUNDARIES
+    for arguments in (
+        {"cu_seq_lens_q": boundaries, "max_length_q": LONGEST},
+        {"cu_seq_lens_q": boundaries},
+        {"cu_seq_lens_q": boundaries.long(), "attention_mask": torch.ones_like(ids)},
+    ):
+        hidden, pooled = model(ids, **arguments, return_dict=False)
+        assert_close(hidden[0], torch.cat(expected))
+        assert pooled.shape == (len(SEQUENCES), 32)
+
+
+def test_embedded_packed_inputs_and_types() -> None:
+    for kind in ("bert", "roberta"):
+        model = base_model(kind)
+        embedded = torch.randn(1, TOTAL, 32)
+        types = torch.randint(2, (1, TOTAL))
+        pairs = zip(embedded.split(SEQUENCES, 1), types.split(SEQUENCES, 1), strict=True)
+        expected = [model(inputs_embeds=x, token_type_ids=y)[0][0] for x, y in pairs]
+        accelerate(model)
+        found = model(
+            inputs_embeds=embedded,
+            token_type_ids=types,
+            cu_seq_lens_q=BOUNDARIES,
+            max_length_q=LONGEST,
+        )
+        assert_close(found[0][0], torch.cat(expected))
+
+
+def test_rows_behind_the_last_sequence() -> None:
+    """A stream of a fixed size, as a collator fills it up: what is behind changes nothing."""
+    model = base_model("bert")
+    expected = run_each(model)
+    accelerate(model)
+    ids = torch.cat([*sequences(), torch.full((1, 5), 7)], 1)
+    model.zero_grad()
+    outputs = model(ids, cu_seq_lens_q=BOUNDARIES, max_length_q=LONGEST)
+    assert outputs.last_hidden_state.shape == (1, TOTAL + 5, 32)
+    hidden = outputs.last_hidden_state[:, :TOTAL]
+    assert_close(hidden[0], torch.cat([x["last_hidden_state.0"] for x in expected[0]]))
+    assert not outputs.last_hidden_state[:, TOTAL:].any()
+    assert_close(outputs.pooler_output, torch.stack([x["pooler_output.0"] for x in expected[0]]))
+
+
+def test_positions_that_count_one_sequence() -> None:
+    """Positions from elsewhere than the first one, of a single row, are no packed input."""
+    model = base_model("bert")
+    counts = [range(11), range(3, 14), [0] * 11, range(11, 0, -1)]
+    cases = [
+        {"input_ids": sequences()[1], "position_ids": torch.tensor([*count])[None]}
+        for count in counts
+    ]
+    expected = [model(**arguments).last_hidden_state for arguments in cases]
+    accelerate(model)
+    for arguments, hidden in zip(cases, expected, strict=True):
+        assert_close(model(**arguments).last_hidden_state, hidden)
+
+
+def test_positions_restart_in_a_decoder() -> None:
+    model = head_model("bert", "BertLMHeadModel")
+    expected = [model(ids).logits[0] for ids in sequences()]
+    accelerate(model)
+    found = model(torch.cat(sequences(), 1), position_ids=restarting_positions(model)).logits
+    assert_close(found[0], torch.cat(expected))
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+def test_what_is_not_supported_is_refused() -> None:
+    model = head_model("bert", "BertLMHeadModel")
+    ids, mask = input_ids(model, "left"), mask_of("left")
+    cache = model(ids, use_cache=True).past_key_values
+    accelerate(model)
+    hidden = torch.randn(3, 11, 32)
+    refused = {
+        "output_attentions: the prob": {"output_attentions": True},
+        "past_key_values, use_cache: caches": {"use_cache": True},
+        "caches are not": {"past_key_values": cache},
+        "encoder_hidden_states: cross": {"encoder_hidden_states": hidden},
+        "encoder_attention_mask: cross": {"encoder_attention_mask": mask},
+        r"expected \[3, 11\], of padding alone, got \[3, 1, 11, 11\]": {
+            "attention_mask": torch.ones(3, 1, 11, 11)
+        },
+        "of padding alone, got dict": {"attention_mask": {"full_attention": mask}},
+        r"expected \[3, 11\], got \[3, 9\]": {"attention_mask": mask[:, :9]},
+        r"cu_seq_lens_q: expected packed inputs \[1, tokens\], got \[3, 11\]": {
+            "cu_seq_lens_q": BOUNDARIES
+        },
+    }
+    for message, arguments in refused.items():
+        with pytest.raises(ValueError, match=message):
+            model(ids, **arguments)
+    with pytest.raises(ValueError, match="attention_mask: packed inputs have no padding"):
+        model(**packed_inputs(attention_mask=torch.zeros(1, TOTAL)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_of_wrong_inputs_are_transformers(kind: str) -> None:
+    model = base_model(kind)
+    accelerate(model)
+    ids = torch.full((2, 5), 7)
+    embedded = torch.randn(2, 5, 32)
+    for arguments in ({}, {"input_ids": ids, "inputs_embeds": embedded}):
+        with pytest.raises(ValueError, match="(?i)input_ids"):
+            model(**arguments)
+    with pytest.raises(TypeError, match="is given twice"):
+        model(ids, input_ids=ids)
+    with pytest.raises(TypeError, match="arguments, got 30"):
+        model(*[None] * 30)
