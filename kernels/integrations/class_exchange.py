@@ -2,7 +2,8 @@
 
 The new class is made of two: a subclass of :class:`Exchanged`, whose methods come first, and the
 module's own class, so that `isinstance`, names and all else that other libraries look at stay.
-Parameters, hooks and submodules are untouched.  Copies and pickles have the new class too.
+Parameters, hooks and submodules are untouched.  Copies and pickles have the new class too; what the
+new class itself makes, as in ``type(model).from_pretrained``, is of the module's own class.
 
 An abstract class must come first, or Python refuses the exchange.  Methods for it call the
 module's own by ``self.before`` instead of ``super()``, which does not lead there.
@@ -66,11 +67,22 @@ def _join(instead: type[Exchanged], before: type[nn.Module]) -> type[Exchanged]:
     def forward(self: Exchanged, *args: Any, **kwargs: Any) -> Any:
         return instead.forward(self, *args, **kwargs)
 
+    @functools.wraps(before.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.__class__ = before
+        before.__init__(self, *args, **kwargs)
+
     parameters = inspect.signature(before.forward).parameters.values()
     names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     members = {
         **{name: getattr(before, name) for name in ("__module__", "__qualname__", "__doc__")},
-        **{"forward": forward, "before": before, "instead": instead, "argument_names": names[1:]},
+        **{
+            "__init__": init,
+            "forward": forward,
+            "before": before,
+            "instead": instead,
+            "argument_names": names[1:],
+        },
     }
     if not isinstance(before, abc.ABCMeta):
         return type(before.__name__, (instead, before), members)

@@ -29,7 +29,7 @@ from transformers import (
 from kernels import FusedLayerNorm, accelerate, restore
 from kernels.integrations import transformers_patch
 
-from .transformers_cases import KINDS, SIZES, base_model, flat, head_model
+from .transformers_cases import KINDS, SIZES, assert_close, base_model, flat, head_model
 
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(4, 50, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -69,20 +69,35 @@ def is_accelerated(model: nn.Module) -> bool:
     return found.pop()
 
 
-def test_a_saved_model_in_another_process(tmp_path: Path) -> None:
-    model = classifier()
-    expected = logits(model)
-    accelerate(model)
-    torch.save((model, IDS, MASK), tmp_path / "saved")
+def test_saved_models_in_another_process(tmp_path: Path) -> None:
+    """One of each family, and a head, in a process that imports nothing of ours itself."""
+    models = [base_model(kind) for kind in KINDS] + [head_model("bert", "BertForQuestionAnswering")]
+    with torch.no_grad():
+        expected = [flat(model(IDS, attention_mask=MASK)) for model in models]
+    for model in models:
+        accelerate(model)
+    torch.save((models, IDS, MASK), tmp_path / "saved")
     script = (
-        "import torch, transformers; torch.set_num_threads(1)\n"
-        "model, ids, mask = torch.load('saved', weights_only=False)\n"
-        "config = model.config\n"
-        "assert transformers.AutoModel.from_config(config)(ids).pooler_output.isfinite().all()\n"
-        "torch.save(model(input_ids=ids, attention_mask=mask).logits, 'out')"
+        "import torch; torch.set_num_threads(1)\n"
+        "models, ids, mask = torch.load('saved', weights_only=False)\n"
+        "import kernels\n"
+        "with torch.no_grad():\n"
+        "    outs = [dict(model(ids, attention_mask=mask)) for model in models]\n"
+        "    for model in models: kernels.restore(model)\n"
+        "    plain = [dict(model(ids, attention_mask=mask)) for model in models]\n"
+        "assert not any('packed' in name for name in vars(models[0]))\n"
+        "torch.save((outs, plain), 'out')"
     )
     python(script, tmp_path)
-    torch.testing.assert_close(torch.load(tmp_path / "out"), expected)
+    found, plain = torch.load(tmp_path / "out")
+    for model, outs, again, outputs in zip(models, found, plain, expected, strict=True):
+        for name, value in outputs.items():
+            label = f"{type(model).__name__}, {name}"
+            assert_close(again[name[:-2]], value, what=label)
+            if name.startswith(("start_logits", "end_logits", "last_hidden_state")):
+                assert_close(outs[name[:-2]][MASK == 1], value[MASK == 1], what=label)
+            else:
+                assert_close(outs[name[:-2]], value, what=label)
 
 
 @pytest.mark.parametrize("part", ["model", "layer"])
@@ -93,7 +108,7 @@ def test_unpickling_registers(part: str, monkeypatch: pytest.MonkeyPatch) -> Non
     saved = pickle.dumps(model if part == "model" else model.bert.encoder.layer[0])
     for registry in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.delitem(registry._global_mapping, transformers_patch.IMPLEMENTATION)
-    with pytest.raises(KeyError, match=transformers_patch.IMPLEMENTATION):
+    with pytest.raises((KeyError, ValueError), match=transformers_patch.IMPLEMENTATION):
         logits(model)
     pickle.loads(saved)
     logits(model)
@@ -110,12 +125,13 @@ def test_importing_registers_where_transformers_is(monkeypatch: pytest.MonkeyPat
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert [registry[transformers_patch.IMPLEMENTATION] for registry in registries] == [
-        *(module._attend, module._packing)
+        *(module._attend, module._mask)
     ]
     model = BertModel(
         BertConfig(**SIZES, attn_implementation=transformers_patch.IMPLEMENTATION)
     ).eval()
-    model(input_ids=IDS)
+    with pytest.raises(ValueError, match="accelerate the model"):
+        model(input_ids=IDS)
     restore(model)
     assert model.config._attn_implementation == "sdpa"
 
@@ -158,6 +174,85 @@ def test_a_copy_is_restored_by_itself(again: Callable[[nn.Module], nn.Module]) -
         restore(other)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_of_every_family(kind: str) -> None:
+    """They give the same bits, as what they are copied from does afterwards, and learn alone."""
+    model = base_model(kind)
+    accelerate(model)
+    expected = flat(model(IDS, attention_mask=MASK))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert {n: type(m) for n, m in other.named_modules()} == {
+            n: type(m) for n, m in model.named_modules()
+        }
+        found = flat(other(IDS, attention_mask=MASK))
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+    again = flat(model(IDS, attention_mask=MASK))
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_folders_of_every_family(kind: str, tmp_path: Path) -> None:
+    model = base_model(kind)
+    with torch.no_grad():
+        expected = flat(model(IDS, attention_mask=MASK))
+    name = type(model).__name__
+    accelerate(model)
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / "config.json").read_text()
+    assert transformers_patch.IMPLEMENTATION not in written
+    assert json.loads(written)["architectures"] == [name]
+    loaded = type(model).before.from_pretrained(tmp_path).eval()
+    assert type(loaded).__name__ == name
+    with torch.no_grad():
+        found = flat(loaded(IDS, attention_mask=MASK))
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+        accelerate(loaded)
+        again, here = loaded(IDS, attention_mask=MASK)[0], model(IDS, attention_mask=MASK)[0]
+    assert torch.equal(again, here)
+
+
+def test_what_the_class_of_an_accelerated_model_makes_is_plain(tmp_path: Path) -> None:
+    model = base_model("bert")
+    expected, plain = model(IDS)[0], type(model)
+    accelerate(model)
+    model.save_pretrained(tmp_path)
+    config = BertConfig(**SIZES)
+    others = [
+        type(model)(config),
+        type(model)(config, add_pooling_layer=False),
+        type(model)._from_config(config),
+        type(model).from_pretrained(tmp_path),
+    ]
+    for other in others:
+        assert type(other) is plain
+        assert not is_accelerated(other)
+    assert others[1].pooler is None
+    assert torch.equal(others[-1].eval()(IDS)[0], expected)
+
+
+def test_a_replica_of_data_parallel_training() -> None:
+    model = base_model("bert")
+    accelerate(model)
+    replica = model._replicate_for_data_parallel()
+    assert torch.equal(replica(IDS, MASK)[0], model(IDS, MASK)[0])
+
+
+def test_states_go_between_plain_and_accelerated_models() -> None:
+    model, other = classifier(), classifier()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    expected = logits(model)
+    accelerate(model)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), expected)
+    accelerate(other)
+    assert torch.equal(logits(other), logits(model))
+
+
 def test_a_child_and_then_its_parent() -> None:
     model = nn.Module()
     model.inner = classifier()
@@ -184,8 +279,17 @@ def test_a_parent_and_then_its_child() -> None:
     accelerate(model)
     with pytest.raises(ValueError, match="accelerated already"):
         accelerate(model.bert)
-    restore(model.bert.encoder)
-    assert not is_accelerated(model.bert.encoder)
+    expected = logits(model)
+    for part in (model.bert.encoder, model.bert.encoder.layer[0], model.bert.encoder.layer):
+        with pytest.raises(ValueError, match="is a part of an accelerated encoder"):
+            restore(part)
+    assert is_accelerated(model)
+    restore(model.bert)
+    assert not is_accelerated(model.bert)
+    assert model.config._attn_implementation == transformers_patch.IMPLEMENTATION
+    torch.testing.assert_close(logits(model), expected)
+    assert accelerate(model).attention == ("", "bert")
+    assert torch.equal(logits(model), expected)
     restore(model)
     assert not is_accelerated(model)
 
@@ -346,9 +450,12 @@ def test_a_config_that_names_this_attention() -> None:
     model = classifier()
     accelerate(model)
     other = AutoModel.from_config(model.config).eval()
+    with pytest.raises(ValueError, match="accelerate the model"):
+        other(IDS)
     report = accelerate(other)
-    assert report.attention == ()
+    assert report.attention == ("",)
     assert len(report.layer_norms) == 5
+    assert other(IDS).pooler_output.isfinite().all()
     restore(other)
     assert other.config._attn_implementation == "sdpa"
 

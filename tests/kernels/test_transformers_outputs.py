@@ -148,7 +148,9 @@ def test_forms_of_the_outputs(kind: str) -> None:
         assert type(ours) is type(theirs)
         if isinstance(theirs, tuple):
             assert len(ours) == len(theirs)
-            ours, theirs = ({f"hidden_states_{i}": x for i, x in enumerate(o)} for o in (ours, theirs))
+            ours, theirs = (
+                {f"hidden_states_{i}": x for i, x in enumerate(o)} for o in (ours, theirs)
+            )
         # The pooled output of a tuple has no name.
         named = [{n: x for n, x in flat(o).items() if x.dim() == 3} for o in (ours, theirs)]
         assert_same_outputs(*named, where, "")

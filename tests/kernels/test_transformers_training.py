@@ -343,7 +343,9 @@ def test_hooks_are_called_once() -> None:
     """Those of linear layers, norms, dropouts, attention and layers, with what they change."""
     model = base_model("bert")
     modules = dict(model.named_modules())
-    hooked = [name for name, module in modules.items() if name and type(module) is not nn.ModuleList]
+    hooked = [
+        name for name, module in modules.items() if name and type(module) is not nn.ModuleList
+    ]
     calls: dict[str, int] = {}
 
     def count(name: str) -> Callable[..., None]:
