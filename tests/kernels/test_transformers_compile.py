@@ -1,11 +1,12 @@
-"""An accelerated model under torch.compile: batches of several sizes, in one graph or in pieces."""
+"""An accelerated model under torch.compile: batches of several sizes, in one graph or in two."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import BertConfig, BertLMHeadModel, BertModel
 
 from kernels import accelerate
@@ -30,26 +31,53 @@ SIZES = {
 BATCHES = [(6, 20), (6, 13), (3, 13), (5, 5)]
 
 
-def accelerated(causal: bool) -> nn.Module:
-    config = BertConfig(**SIZES, is_decoder=causal, use_cache=False)
+@pytest.fixture(autouse=True)
+def compiles_anew() -> None:
+    torch._dynamo.reset()
+
+
+def accelerated(causal: bool = False) -> nn.Module:
+    config = BertConfig(**SIZES, is_decoder=causal)
     model = BertLMHeadModel(config) if causal else BertModel(config, add_pooling_layer=False)
     accelerate(model)
     return model
 
 
-def mask_of(sequences: int, length: int) -> Tensor:
-    """Padding on the left and on the right."""
-    mask = torch.ones(sequences, length, dtype=torch.int64)
-    mask[0, :2] = 0
-    mask[sequences // 2, length // 2 :] = 0
-    return mask
+def padded(sequences: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """Padding on the left and on the right, in some batches at a row's first place."""
+    lengths = torch.randint(1, length + 1, (sequences, 1))
+    mask = (torch.arange(length) < lengths).long()
+    if seed % 2:
+        mask[0] = mask[0].flip(0)
+    return {"input_ids": torch.randint(5, 60, (sequences, length)), "attention_mask": mask}
 
 
-def outputs_and_gradients(run: nn.Module, model: nn.Module, ids: Tensor, mask: Tensor | None):
+def full(sequences: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(5, 60, (sequences, length))}
+
+
+def packed(sequences: int, length: int, seed: int = 0) -> dict[str, Any]:
+    lengths = torch.randint(2, length + 1, (sequences,))
+    return {
+        "input_ids": torch.randint(5, 60, (1, int(lengths.sum()))),
+        "cu_seq_lens_q": nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
+        "max_length_q": int(lengths.max()),
+    }
+
+
+def restarting(sequences: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    lengths = torch.randint(2, length + 1, (sequences,)).tolist()
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return {"input_ids": torch.randint(5, 60, (1, sum(lengths))), "position_ids": positions}
+
+
+def outputs_and_gradients(
+    run: nn.Module, model: nn.Module, arguments: dict[str, Any]
+) -> list[Tensor]:
     """With gradients where the model trains."""
     model.zero_grad()
     with torch.set_grad_enabled(model.training):
-        out = run(ids, attention_mask=mask)[0]
+        out = run(**arguments)[0]
     if not model.training:
         return [out]
     out.float().square().mul(torch.linspace(0, 1, out.shape[-1])).sum().backward()
@@ -59,80 +87,96 @@ def outputs_and_gradients(run: nn.Module, model: nn.Module, ids: Tensor, mask: T
 def compare(
     model: nn.Module,
     compiled: nn.Module,
-    masked: bool,
+    make: Any,
     batches: Sequence[tuple[int, int]] = BATCHES,
     tolerance: float = 1e-5,
 ) -> None:
     """The compiled model gives what the plain one does, errors relative to a tensor's largest."""
-    for sequences, length in batches:
-        ids = torch.randint(5, 60, (sequences, length))
-        mask = mask_of(sequences, length) if masked else None
-        pair = [outputs_and_gradients(run, model, ids, mask) for run in (compiled, model)]
+    for seed, (sequences, length) in enumerate(batches):
+        arguments = make(sequences, length, seed)
+        pair = [outputs_and_gradients(run, model, arguments) for run in (compiled, model)]
         for found, expected in zip(*pair, strict=True):
             atol = tolerance * (1 + expected.abs().max().item())
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
 
 
 @pytest.mark.parametrize(
-    ("causal", "masked", "training", "dynamic"),
+    ("make", "causal", "training", "dynamic"),
     [
-        (False, True, True, None),
-        (False, False, True, True),
-        (True, True, True, True),
-        (True, False, False, None),
+        (packed, False, True, True),
+        (packed, True, False, None),
+        (full, False, False, None),
     ],
 )
-def test_in_one_graph(causal: bool, masked: bool, training: bool, dynamic: bool | None) -> None:
-    torch._dynamo.reset()
-    counters.clear()
+def test_in_one_graph(make: Any, causal: bool, training: bool, dynamic: bool | None) -> None:
+    """Without padding, and with packed inputs, as `PackingCollator` makes them."""
     model = accelerated(causal).train(training)
-    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    compare(model, compiled, masked)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
+    compare(model, compiled, make)
     # Of the first batch, then of another length, then of another number of sequences.
-    assert counters["stats"]["unique_graphs"] <= (1 if dynamic else 3)
+    assert counter.frame_count <= (2 if dynamic else 3)
+    before = counter.frame_count
+    compare(model, compiled, make, [(7, 9), (4, 11), (2, 30)])
+    assert counter.frame_count == before
+
+
+@pytest.mark.parametrize(
+    ("make", "training", "dynamic"),
+    [(padded, True, None), (padded, False, True), (restarting, False, True)],
+)
+def test_in_pieces(make: Any, training: bool, dynamic: bool | None) -> None:
+    """How many tokens a mask has is known on the host alone, where the graph breaks."""
+    model = accelerated().train(training)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, dynamic=dynamic, backend=counter)
+    # The model itself is compiled for a batch without, and with, padding at a row's first place.
+    compare(model, compiled, make, [*BATCHES, (4, 17), (8, 6)])
+    before = counter.frame_count
+    assert before <= 2 * (2 if dynamic else 4)
+    # Batches of other shapes and with other numbers of tokens compile nothing.
+    compare(model, compiled, make, [(7, 9), (4, 11), (2, 30), (7, 9), (3, 24)])
+    assert counter.frame_count == before
 
 
 def test_in_bfloat16() -> None:
-    torch._dynamo.reset()
-    model = accelerated(causal=False).train().to(torch.bfloat16)
+    model = accelerated().train().to(torch.bfloat16)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    compare(model, compiled, True, BATCHES[:3], tolerance=0.0)
+    compare(model, compiled, packed, BATCHES[:2], tolerance=0.0)
 
 
 def test_under_inductor() -> None:
-    torch._dynamo.reset()
-    model = accelerated(causal=False).eval()
-    compare(model, torch.compile(model), True, BATCHES[:3])
+    model = accelerated().eval()
+    compare(model, torch.compile(model, dynamic=True), packed, BATCHES[:3])
 
 
 def test_under_inductor_in_pieces() -> None:
-    """A graph that is broken before and within the making of the mask, by hooks of a user's."""
+    """A graph that is broken by hooks of a user's, too."""
 
     def break_graph(*_: object) -> None:
         torch._dynamo.graph_break()
 
-    torch._dynamo.reset()
-    model = accelerated(causal=False).eval()
+    model = accelerated().eval()
     model.embeddings.register_forward_hook(break_graph)
     model.encoder.layer[0].attention.self.register_forward_pre_hook(break_graph)
-    compare(model, torch.compile(model), True, BATCHES[:2])
+    compare(model, torch.compile(model, dynamic=True), padded, BATCHES[:2])
 
 
-def test_padding_between_tokens_in_a_compiled_decoder_is_an_error() -> None:
-    torch._dynamo.reset()
-    model = accelerated(causal=True).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    mask = torch.tensor([[1, 1, 0, 1, 1]])
-    for run, error in ((model, ValueError), (compiled, RuntimeError)):
-        with torch.no_grad(), pytest.raises(error, match="padding between tokens"):
-            run(torch.full((1, 5), 7), attention_mask=mask)
+def test_with_hooks() -> None:
+    """What listens to a linear layer is called in the compiled model."""
+    model = accelerated().eval()
+    counted: list[int] = []
+    model.encoder.layer[0].attention.self.query.register_forward_hook(lambda *_: counted.append(1))
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    compare(model, compiled, packed, BATCHES[:2])
+    assert len(counted) == 2 * 2
 
 
 @pytest.mark.parametrize("compiles", [False, True])
 def test_a_mask_of_another_length_is_an_error(compiles: bool) -> None:
-    torch._dynamo.reset()
-    model = accelerated(causal=False).eval()
+    model = accelerated().eval()
     run = torch.compile(model, backend="eager") if compiles else model
     for length in (9, 11, 7):
-        with torch.no_grad(), pytest.raises(ValueError, match="keys of other lengths"):
-            run(torch.full((2, 10), 7), attention_mask=mask_of(2, length))
+        mask = torch.ones(2, length)
+        with torch.no_grad(), pytest.raises(ValueError, match=r"expected \[2, 10\], got"):
+            run(torch.full((2, 10), 7), attention_mask=mask)

@@ -272,7 +272,7 @@ def test_errors_of_wrong_inputs_are_transformers(kind: str) -> None:
     ids = torch.full((2, 5), 7)
     embedded = torch.randn(2, 5, 32)
     for arguments in ({}, {"input_ids": ids, "inputs_embeds": embedded}):
-        with pytest.raises(ValueError, match="(?i)input_ids"):
+        with pytest.raises(ValueError, match=r"(?i)input_ids"):
             model(**arguments)
     with pytest.raises(TypeError, match="is given twice"):
         model(ids, input_ids=ids)
