@@ -154,6 +154,7 @@ class DebertaV2Model(PackedModel):
 
 
 DEBERTA_V2 = Family(
+    padded_heads=True,
     encoder=None,
     layers={
         "DisentangledSelfAttention": DisentangledSelfAttention,

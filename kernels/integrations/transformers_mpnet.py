@@ -176,6 +176,7 @@ class MPNetModel(PackedModel):
 
 MPNET = Family(
     count_tokens,
+    padded_heads=True,
     layers={
         "MPNetSelfAttention": MPNetSelfAttention,
         "MPNetAttention": MPNetAttention,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.attention_plan import AttentionPlan, attention_plan
+from ..registration import validation
 from ..task_gradients.task_layers import announce_stream
 from .class_exchange import Exchanged
 from .padding import pad_input
@@ -82,6 +83,10 @@ class Packing(NamedTuple):
     def cleared(self, stream: Tensor) -> Tensor:
         """Return hidden states ``[1, T, H]`` with zeros in the rows that are blank."""
         return stream if self.blank is None else stream.masked_fill(self.blank[:, None], 0)
+
+    def tokens(self, stream: Tensor) -> Tensor:
+        """Take the rows of ``[1, T, ...]`` that are tokens."""
+        return stream if self.keys is None else stream[:, self.keys]
 
     def is_token(self) -> Tensor:
         """Return which places of the batch, bool ``[B, S]``, are tokens."""
@@ -216,10 +221,8 @@ class PackedOutput(Enum):
 
 
 _TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
-_OF_PADDING = (
-    "attention_mask",
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
-)
+_OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_OF_PADDING = ("attention_mask", *_OF_PACKED)
 
 
 def _by_name(model: Exchanged, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -272,6 +275,13 @@ def _packing_of(
         raise ValueError(f"cu_seq_lens_q: expected packed inputs [1, tokens], got {list(shape)}")
     if mask is not None and not (mask.shape == shape and mask.all()):
         raise ValueError("attention_mask: packed inputs have no padding; leave it out")
+    if validation.may_look(cu_seqlens):
+        validation.check_cu_seqlens("cu_seq_lens_q", cu_seqlens, shape[1])
+        needed = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+        if longest is not None and int(longest) < needed:
+            raise ValueError(
+                f"max_length_q: expected at least the longest, {needed}, got {longest}"
+            )
     if longest is None:
         longest = int(cu_seqlens.diff().max())
     return _packing_of_given(cu_seqlens.to(torch.int32), int(longest), shape[1])
@@ -323,8 +333,9 @@ class PackedModel(Exchanged):
             )
         if packing.is_given and self.packed_output is PackedOutput.REFUSED:
             raise ValueError(
-                "input_ids: expected a padded batch; packed inputs do not say which sequences are "
-                "choices of one question, nor of which places a head takes the mean"
+                "input_ids: packed inputs are refused under this head, which looks at places of "
+                "the padded ones or takes their mean; expected [batch, length], for multiple "
+                "choice [batch, choices, length]"
             )
         if inputs.get("position_ids") is None:
             embeddings: Any = self.embeddings
@@ -364,16 +375,15 @@ def _convert_outputs(outputs: Any, packing: Packing, is_padded: bool, stays_pack
     """Give all hidden states the same form; the last one may come padded from the encoder."""
 
     def converted(stream: Tensor) -> Tensor:
-        cleared = packing.cleared(stream)
-        return cleared if stays_packed else packing.pad(cleared)
+        return packing.tokens(stream) if stays_packed else packing.pad(packing.cleared(stream))
 
     last = outputs.last_hidden_state
     if not is_padded:
         outputs.last_hidden_state = converted(last)
     elif stays_packed:
-        outputs.last_hidden_state = packing.pack(last)
+        outputs.last_hidden_state = packing.tokens(packing.pack(last))
     if stays_packed:
-        outputs.cu_seqlens, outputs.max_seqlen = packing.cu_seqlens, packing.max_seqlen
+        outputs.cu_seqlens, outputs.max_seqlen = packing.cu_seqlens_k, packing.max_seqlen
     states = outputs.get("hidden_states")
     if states is not None:
         outputs.hidden_states = tuple(
@@ -399,6 +409,23 @@ class NormedModel(PackedModel):
                 outputs.last_hidden_state if state is last else state for state in states
             )
         return outputs
+
+
+class PaddedHead(Exchanged):
+    """A model with a head whose code does not hand the boundaries of packed inputs on."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on padded inputs.
+
+        Raises:
+            ValueError: inputs are packed, which the encoder would not hear of.
+        """
+        if given := [name for name in _OF_PACKED if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"{given[0]}: transformers' {self.before.__name__} does not hand it on to its "
+                "encoder; give padded inputs, or packed ones to the encoder itself"
+            )
+        return super().forward(*args, **kwargs)
 
 
 class PaddedEncoder(Exchanged):
@@ -436,6 +463,8 @@ class Family:
             so that one of ``layers`` has to be it.
         whole_rows: whether rows that begin with padding are computed whole, since their first place
             sees padding.
+        padded_heads: whether models with a head take padded inputs alone, since their code does
+            not hand the boundaries of packed ones on.
         span_logits: name of the linear layer that gives a question answering head's logits.
         span_states: name of the module that makes its inputs of hidden states; None where it takes
             these.
@@ -449,6 +478,7 @@ class Family:
     padded: type[Exchanged] = PaddedEncoder
     own_attention: bool = False
     whole_rows: bool = False
+    padded_heads: bool = False
     span_logits: str = "qa_outputs"
     span_states: str | None = None
 

@@ -22,7 +22,7 @@ from .sentence_transformers_inputs import (
     padded_transformers,
 )
 from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, SpanStates, attention
-from .transformers_packing import FAMILIES, PackedOutput, Packing
+from .transformers_packing import FAMILIES, PackedOutput, Packing, PaddedHead
 
 IMPLEMENTATION = "superbert"
 FAMILY = frozenset(FAMILIES)
@@ -155,6 +155,9 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
     for bert in berts.values():
         if type(bert).__name__.endswith("QuestionAnswering"):
             _exchange_spans(bert)
+        takes_padded = FAMILIES[bert.config.model_type].padded_heads and not _is_encoder(bert)
+        if takes_padded and not is_exchanged(bert):
+            exchange_class(bert, PaddedHead)
     for transformer in padded:
         give_packed(transformer)
     return Replaced(tuple(fresh), tuple(norms))

@@ -7,7 +7,7 @@ import torch
 
 from kernels import accelerate
 
-from . import transformers_cases as cases
+from . import family_cases as cases
 
 OPTIONS: dict[str, dict[str, Any]] = {
     # Version 3's, with fewer buckets than there are distances.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from . import transformers_cases as cases
+from . import family_cases as cases
 
 KIND = "roberta-prelayernorm"
 

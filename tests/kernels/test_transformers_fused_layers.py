@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kernels import accelerate
 from kernels.integrations import transformers_layers
 
-from . import transformers_cases as cases
+from . import family_cases as cases
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 16},  # hidden states are wider than embeddings

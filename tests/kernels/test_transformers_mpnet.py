@@ -9,7 +9,7 @@ from transformers import MPNetConfig
 
 from kernels import accelerate, restore
 
-from . import transformers_cases as cases
+from . import family_cases as cases
 
 LONG = 37
 """Distances beyond 8, which share a bias with others, and padding of many rows."""

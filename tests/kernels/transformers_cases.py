@@ -32,6 +32,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "distilbert": {"hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0},
     "electra": {"embedding_size": 16},
     "ernie": {"use_task_id": True},
+    "modernbert": {
+        **{f"{name}_token_id": 1 for name in ("bos", "cls", "eos", "sep")},  # within SIZES
+        "pad_token_id": 0,
+        "local_attention": 8,  # fewer tokens than a row's
+        "mlp_dropout": 0.0,
+        "embedding_dropout": 0.0,
+    },
     "roc_bert": {"shape_vocab_size": 20, "pronunciation_vocab_size": 20},
     "splinter": {"question_token_id": 50},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
