@@ -153,8 +153,7 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
         elif type(module) is nn.Dropout:
             module.__class__ = Dropout
     for bert in berts.values():
-        if type(bert).__name__.endswith("QuestionAnswering"):
-            _exchange_spans(bert)
+        _exchange_spans(bert)
         takes_padded = FAMILIES[bert.config.model_type].padded_heads and not _is_encoder(bert)
         if takes_padded and not is_exchanged(bert):
             exchange_class(bert, PaddedHead)
@@ -263,7 +262,7 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, tuple[Packed
             is_choice = head.endswith("MultipleChoice") or head.startswith("Splinter")
             is_refused = needs_mask or is_choice
             form = PackedOutput.REFUSED if is_refused else PackedOutput.NEVER
-        reads_firsts = not hasattr(bert, "qa_outputs")
+        reads_firsts = _span_logits(bert) is None
         forms.update((id(part), (form, reads_firsts)) for part in bert.modules())
     return forms
 
@@ -280,14 +279,21 @@ def _exchange_layers(encoder: Any) -> None:
     exchange_class(encoder, family.model)
 
 
+def _span_logits(bert: Any) -> nn.Module | None:
+    """Return the layer that gives a question answering head's logits; None in other models."""
+    if not type(bert).__name__.endswith("QuestionAnswering"):
+        return None
+    found = getattr(bert, FAMILIES[bert.config.model_type].span_logits, None)
+    return found if isinstance(found, nn.Linear) else None
+
+
 def _exchange_spans(bert: Any) -> None:
     """Let a question answering head give padding the lowest logit."""
-    family = FAMILIES[bert.config.model_type]
-    logits = getattr(bert, family.span_logits, None)
+    logits, states = _span_logits(bert), FAMILIES[bert.config.model_type].span_states
     if type(logits) is nn.Linear:
         exchange_class(logits, SpanLogits)
-        if family.span_states is not None:
-            exchange_class(getattr(bert, family.span_states), SpanStates)
+        if states is not None:
+            exchange_class(getattr(bert, states), SpanStates)
 
 
 # ---- configs ------------------------------------------------------------------------------------

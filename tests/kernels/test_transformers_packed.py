@@ -107,7 +107,7 @@ def test_packed_inputs_of_every_class(kind: str, name: str) -> None:
     if is_choice(model) or is_splinter_head(model):
         accelerate(model)
         with pytest.raises(
-            ValueError, match="packed inputs are refused under|not hand it on to its"
+            ValueError, match=r"packed inputs are refused under|not hand it on to its"
         ):
             model(torch.full((1, TOTAL), 50), cu_seq_lens_q=BOUNDARIES, max_length_q=LONGEST)
         return

@@ -173,7 +173,8 @@ def places(model: PreTrainedModel, case: str) -> Places:
     if is_choice(model):
         tokens = torch.stack([tokens, tokens.roll(1, 0)], 1).flatten(0, 1)
     computed = tokens.clone()
-    if not hasattr(model, "qa_outputs"):
+    name = type(model).__name__
+    if not name.endswith("QuestionAnswering") or is_splinter_head(model):
         computed[:, 0] = True
     return Places(tokens, computed, computed & has_tokens(model, tokens)[:, None])
 
