@@ -362,12 +362,14 @@ class PackedModel(Exchanged):
         packed = {name: x for name, x in inputs.items() if name not in _OF_PADDING}
         if "use_cache" in self.argument_names:
             packed["use_cache"] = False
-        if packing.is_given:
-            return packed
         for name in (*_TOKEN_INPUTS, *family.inputs):
             value = packed.get(name)
-            if value is not None:
-                packed[name] = packing.pack(value[:, None] if value.dim() == 1 else value)
+            if value is None:
+                continue
+            if value.dim() == 1:  # of whole sequences
+                packed[name] = packing.pack(value[:, None])
+            elif not packing.is_given:
+                packed[name] = packing.pack(value)
         return packed
 
 

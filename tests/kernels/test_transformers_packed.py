@@ -241,6 +241,17 @@ def test_positions_restart_in_a_decoder() -> None:
     assert_close(found[0], torch.cat(expected))
 
 
+def test_inputs_of_whole_sequences() -> None:
+    """X-MOD's languages, one for each sequence."""
+    model = base_model("xmod")
+    languages = torch.tensor([0, 1, 1, 0])
+    each = zip(sequences(), languages.split(1), strict=True)
+    expected = [model(ids, lang_ids=own).last_hidden_state[0] for ids, own in each]
+    accelerate(model)
+    found = model(**packed_inputs(lang_ids=languages)).last_hidden_state[0]
+    assert_close(found, torch.cat(expected), what="last hidden state")
+
+
 # ---- errors -------------------------------------------------------------------------------------
 
 
