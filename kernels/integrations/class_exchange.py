@@ -40,6 +40,18 @@ def exchange_class(module: nn.Module, instead: type[Exchanged]) -> None:
     module.__class__ = _joined(instead, type(module))
 
 
+def is_called_by_class(module: nn.Module) -> bool:
+    """Whether a call runs the forward pass of the module's class, and not one set on the module."""
+    return "forward" not in vars(module)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether somebody gave an exchanged module another class since, as FSDP2 does."""
+    return isinstance(module, Exchanged) and type(module) is not _joined(
+        module.instead, module.before
+    )
+
+
 def is_exchanged(module: nn.Module) -> bool:
     """Whether another class stands in for the module's own."""
     return isinstance(module, Exchanged)

@@ -15,7 +15,7 @@ from torch import nn
 
 from .class_exchange import Exchanged, exchange_class, is_exchanged, restore_class
 from .packing_collator import PackingCollator
-from .transformers_packing import FAMILIES, PackedModel
+from .transformers_packing import FAMILIES, PackedModel, PackedOutput, PaddedHead
 
 # A model's outputs are those of its tokens in the first two, of its sequences in the last one.
 _TASKS = ("feature-extraction", "fill-mask", "sequence-classification")
@@ -53,6 +53,7 @@ class PackedInputs(Exchanged):
         methods = [how["method"] for how in module.modality_config.values()]
         if (
             module.transformer_task not in _TASKS
+            or any(map(_refuses_packed, module.model.modules()))
             or "text" not in module.modality_config
             or any(method != "forward" for method in methods)
         ):
@@ -69,6 +70,34 @@ class PackedInputs(Exchanged):
         if not any(isinstance(part, PackedModel) for part in module.model.modules()):
             return False
         return bool(module.before._should_flatten_inputs(self, *args, **kwargs))
+
+
+class SentenceTransformer(Exchanged):
+    """sentence-transformers' model, some of whose results are of padded texts."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self.before.forward(self, *args, **kwargs)
+
+    def _inference(self, inputs: list[Any], *, output_value: str | None, **kwargs: Any) -> Any:
+        """Encode texts; those whose tokens are asked for are padded, and packed by the model."""
+        module: Any = self
+        packing: list[Any] = [part for part in self.modules() if isinstance(part, PackedInputs)]
+        before = [part.unpad_inputs for part in packing]
+        try:
+            for part in packing if output_value != "sentence_embedding" else ():
+                part.unpad_inputs = False
+            return module.before._inference(self, inputs, output_value=output_value, **kwargs)
+        finally:
+            for part, unpads in zip(packing, before, strict=True):
+                if part.unpad_inputs is not unpads:
+                    part.unpad_inputs = unpads
+
+
+def _refuses_packed(part: nn.Module) -> bool:
+    """Whether it is a model, or an encoder under a head, that takes padded inputs alone."""
+    output = getattr(part, "packed_output", None)
+    return isinstance(part, PaddedHead) or output is PackedOutput.REFUSED
 
 
 def padded_transformers(model: nn.Module) -> list[nn.Module]:
@@ -96,6 +125,17 @@ def padded_transformers(model: nn.Module) -> list[nn.Module]:
         if all(_takes_packed(stage) for stage in others):
             found += [stage for stage in transformers if not is_exchanged(stage)]
     return found
+
+
+def encoding_models(model: nn.Module) -> list[nn.Module]:
+    """The models in ``model`` that encode texts, and may be asked for those of their tokens."""
+    name = "sentence_transformers.sentence_transformer.model"
+    whole = getattr(sys.modules.get(name), "SentenceTransformer", ())
+    return [
+        outer
+        for outer in model.modules()
+        if isinstance(outer, whole) and hasattr(outer, "_inference") and not is_exchanged(outer)
+    ]
 
 
 def give_packed(transformer: Any) -> None:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from ..attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from ..dropout.dropout import dropout
 from ..layer_norm.layer_norm import dropout_add_layer_norm
 from ..linear.linear import joint_linear, linear
 from ..task_gradients.task_layers import autocast_dtype
-from .class_exchange import Exchanged
+from .class_exchange import Exchanged, is_called_by_class
 from .layer_norm_compat import FusedLayerNorm
 from .transformers_packing import Packing, PaddedEncoder
 
@@ -358,9 +359,9 @@ class SpanStates(Exchanged):
 class SpanLogits(Exchanged):
     """The last layer of a question answering head: no answer begins or ends at padding."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map ``[B, S, H]`` to ``[B, S, 2]``, the lowest number where hidden states are zeros."""
-        logits: Tensor = super().forward(hidden_states)
+        logits: Tensor = super().forward(hidden_states, *args, **kwargs)
         is_padding = ~hidden_states.any(-1, keepdim=True)
         return logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
 
@@ -374,10 +375,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of this class, or one made of it, and nothing listens to its calls."""
-    return isinstance(module, kind) and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    """Whether a module is of this class, or one made of it, and a call would run that code alone.
+
+    A hook, of the module or of all modules, and a forward pass set on the module are called.
+    """
+    return (
+        isinstance(module, kind)
+        and is_called_by_class(module)
+        and not any(getattr(module, name) for name in _HOOKS)
+        and not any(getattr(all_modules, f"_global{name}") for name in _HOOKS)
     )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -166,8 +166,14 @@ def _packing_of_given(cu_seqlens: Tensor, max_seqlen: int, total: int) -> Packin
     return Packing(cu_seqlens, *shape, indices, None, cu_seqlens, plan, True)
 
 
+def _restarts(position_ids: Tensor | None) -> tuple[Tensor, int] | None:
+    if position_ids is None or position_ids.dim() != 2 or position_ids.numel() == 0:
+        return None
+    return _restarts_of(position_ids)
+
+
 @torch.compiler.disable(reason="where position_ids begin anew is known on the host alone")
-def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | None:
+def _restarts_of(position_ids: Tensor) -> tuple[Tensor, int] | None:
     """Find the sequences that ``position_ids`` ``[1, T]`` count one after the other.
 
     Returns:
@@ -237,7 +243,10 @@ def _by_name(model: Exchanged, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _refuse(inputs: Mapping[str, Any], config: Any) -> None:
     """Raise ValueError for what an accelerated model does not do."""
-    if inputs.get("output_attentions", getattr(config, "output_attentions", False)):
+    probabilities = inputs.get("output_attentions")
+    if probabilities is None:
+        probabilities = getattr(config, "output_attentions", False)
+    if probabilities:
         raise ValueError("output_attentions: the probabilities are never stored here")
     if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
         raise ValueError("past_key_values, use_cache: caches are not supported by accelerate")
@@ -265,7 +274,7 @@ def _packing_of(
     shape, device = (given.shape[0], given.shape[1]), given.device
     cu_seqlens, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    if cu_seqlens is None and mask is None and positions is not None and shape[0] == 1:
+    if cu_seqlens is None and mask is None and shape[0] == 1:
         cu_seqlens, longest = _restarts(positions) or (None, None)
     if cu_seqlens is None:
         if mask is None:
@@ -281,6 +290,11 @@ def _packing_of(
         if longest is not None and int(longest) < needed:
             raise ValueError(
                 f"max_length_q: expected at least the longest, {needed}, got {longest}"
+            )
+        if inputs.get("input_ids") is None and cu_seqlens[-1] != shape[1]:
+            raise ValueError(
+                f"cu_seq_lens_q: expected to end at the {shape[1]} rows of inputs_embeds, got "
+                f"{int(cu_seqlens[-1])}; rows put before them, such as prompts, move the sequences"
             )
     if longest is None:
         longest = int(cu_seqlens.diff().max())
@@ -366,8 +380,10 @@ class PackedModel(Exchanged):
             value = packed.get(name)
             if value is None:
                 continue
-            if value.dim() == 1:  # of whole sequences
+            if value.dim() == 1 and name in family.inputs:  # of whole sequences
                 packed[name] = packing.pack(value[:, None])
+            elif value.dim() == 1:  # of places, in all rows
+                packed[name] = value[None] if packing.is_given else packing.pack(value[None])
             elif not packing.is_given:
                 packed[name] = packing.pack(value)
         return packed
@@ -420,7 +436,7 @@ class PaddedHead(Exchanged):
         """Run on padded inputs.
 
         Raises:
-            ValueError: inputs are packed, which the encoder would not hear of.
+            ValueError: inputs are packed, of which the encoder would not know.
         """
         if given := [name for name in _OF_PACKED if kwargs.get(name) is not None]:
             raise ValueError(
@@ -428,6 +444,31 @@ class PaddedHead(Exchanged):
                 "encoder; give padded inputs, or packed ones to the encoder itself"
             )
         return super().forward(*args, **kwargs)
+
+
+class CausalHead(Exchanged):
+    """A language model whose labels are of the next tokens: none is the first of a sequence."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, without the labels that the last token of another sequence would predict."""
+        inputs = _by_name(self, args, kwargs)
+        labels, given = inputs.get("labels"), inputs.get("input_ids")
+        if given is None:
+            given = inputs.get("inputs_embeds")
+        if labels is not None and given is not None and given.shape[0] == 1:
+            cu_seqlens = inputs.get("cu_seq_lens_q")
+            if cu_seqlens is None and inputs.get("attention_mask") is None:
+                cu_seqlens, _ = _restarts(inputs.get("position_ids")) or (None, None)
+            if cu_seqlens is not None:
+                # One place more, since sequences without tokens may begin behind the last.
+                longer = nn.functional.pad(labels, (0, 1))
+                longer = longer.index_fill(1, cu_seqlens[1:].long(), _NO_LABEL)
+                inputs["labels"] = longer[:, :-1]
+        return super().forward(**inputs)
+
+
+_NO_LABEL = -100
+"""What transformers' losses leave out."""
 
 
 class PaddedEncoder(Exchanged):

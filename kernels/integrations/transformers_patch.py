@@ -14,21 +14,30 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from . import transformers_families  # noqa: F401  (fills FAMILIES)
-from .class_exchange import exchange_class, is_exchanged, restore_class
+from .class_exchange import (
+    exchange_class,
+    is_called_by_class,
+    is_exchanged,
+    is_wrapped,
+    restore_class,
+)
 from .sentence_transformers_inputs import (
     PackedInputs,
+    SentenceTransformer,
+    encoding_models,
     give_packed,
     give_padded,
     padded_transformers,
 )
 from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, SpanStates, attention
-from .transformers_packing import FAMILIES, PackedOutput, Packing, PaddedHead
+from .transformers_packing import FAMILIES, CausalHead, PackedOutput, Packing, PaddedHead
 
 IMPLEMENTATION = "superbert"
 FAMILY = frozenset(FAMILIES)
 """``model_type`` of the encoders that can be accelerated."""
 # Heads that read hidden states token by token; others look at places of a padded batch.
-_TOKEN_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel")
+_CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "GenerationDecoder")
+_TOKEN_HEADS = ("ForTokenClassification", "ForMaskedLM", "ElectraForPreTraining", *_CAUSAL_HEADS)
 
 
 class Replaced(NamedTuple):
@@ -131,12 +140,13 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
             f"model of type {', '.join(sorted(FAMILY))}"
         )
     for name, bert in berts.items():
-        if getattr(bert.config, "add_cross_attention", False):  # which not every config has
-            raise ValueError(
-                f"model: {name or type(bert).__name__} has cross attention, which is not supported"
-            )
+        _check(bert, name or type(bert).__name__)
     forms = _output_forms(berts, packed)
     padded = padded_transformers(model)
+    if packed and padded:
+        raise ValueError(
+            "packed: a sentence-transformers model packs its texts itself; accelerate it without"
+        )
     _register()
     fresh = {name: bert for name, bert in berts.items() if not _is_accelerated(bert)}
     norms = [name for name, module in model.named_modules() if _is_norm(module)]
@@ -146,17 +156,19 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
     for encoder in (bert for bert in berts.values() if _is_encoder(bert)):
         if not is_exchanged(encoder):
             _exchange_layers(encoder)
-        encoder.packed_output, encoder.with_first_places = forms[id(encoder)]
+            encoder.packed_output, encoder.with_first_places = forms[id(encoder)]
+        elif forms[id(encoder)][0] is not PackedOutput.AS_GIVEN:
+            encoder.packed_output, encoder.with_first_places = forms[id(encoder)]
     for module in model.modules():
         if _is_norm(module):
             module.__class__ = LayerNorm
         elif type(module) is nn.Dropout:
             module.__class__ = Dropout
     for bert in berts.values():
-        _exchange_spans(bert)
-        takes_padded = FAMILIES[bert.config.model_type].padded_heads and not _is_encoder(bert)
-        if takes_padded and not is_exchanged(bert):
-            exchange_class(bert, PaddedHead)
+        if not _is_encoder(bert) and not is_exchanged(bert):
+            _exchange_head(bert)
+    for outer in encoding_models(model) if padded else ():
+        exchange_class(outer, SentenceTransformer)
     for transformer in padded:
         give_packed(transformer)
     return Replaced(tuple(fresh), tuple(norms))
@@ -173,11 +185,17 @@ def restore(model: nn.Module) -> None:
     """
     within = {id(part) for bert in _berts(model).values() for part in bert.modules()}
     transformers = [module for module in model.modules() if isinstance(module, PackedInputs)]
-    within |= set(map(id, transformers))
+    outer = [module for module in model.modules() if isinstance(module, SentenceTransformer)]
+    within |= set(map(id, [*transformers, *outer]))
     ours = [module for module in model.modules() if type(module) in _PLAIN or is_exchanged(module)]
     holders = [(module, config) for module, config in _configs(model) if _names_ours(config)]
     if not ours and not holders:
         raise ValueError("model: not accelerated")
+    if any(map(is_wrapped, ours)):
+        raise ValueError(
+            "model: a module of it has got another class since it was accelerated, as fully_shard "
+            "gives; restore it before that"
+        )
     if any(id(module) not in within for module in ours if is_exchanged(module)):
         raise ValueError(
             f"model: a {type(model).__name__} is a part of an accelerated encoder, which cannot be "
@@ -238,6 +256,46 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
 
 
+def _is_transformers(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.")
+
+
+def _check(bert: Any, name: str) -> None:
+    """Check that a model is one that can run packed.
+
+    Raises:
+        ValueError: it is not; nothing was changed.
+    """
+    if getattr(bert.config, "add_cross_attention", False):  # which not every config has
+        raise ValueError(f"model: {name} has cross attention, which is not supported")
+    if not _is_encoder(bert) or is_exchanged(bert):
+        return
+    family = FAMILIES[bert.config.model_type]
+    if not type(bert).forward.__module__.startswith("transformers."):
+        raise ValueError(
+            f"model: {name} has a forward pass of its own code, which is not supported"
+        )
+    if not is_called_by_class(bert):
+        raise ValueError(
+            f"model: {name} has a forward pass that was set on it, as accelerate's `prepare` does; "
+            "accelerate it before, or unwrap it"
+        )
+    if getattr(bert.config, "chunk_size_feed_forward", 0) > 1:
+        raise ValueError(
+            f"model: {name} has chunk_size_feed_forward = {bert.config.chunk_size_feed_forward}, "
+            "of which a packed batch is no multiple; set it to 0 when you load the model"
+        )
+    if not family.own_attention:
+        return
+    for module in bert.modules():
+        kinds = {base.__name__ for base in type(module).__mro__ if _is_transformers(base)}
+        if kinds & family.layers.keys() and not _is_transformers(type(module)):
+            raise ValueError(
+                f"model: {name} has a {type(module).__name__} of its own code, which cannot be "
+                "replaced"
+            )
+
+
 def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, tuple[PackedOutput, bool]]:
     """Return the form of the hidden states that each encoder, by its id, gives its head.
 
@@ -245,6 +303,7 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, tuple[Packed
         When they stay packed, and whether first places are computed where they are padding.
     """
     forms: dict[int, tuple[PackedOutput, bool]] = {}
+    heads: dict[int, Any] = {}  # around each encoder, the innermost so far
     for bert in berts.values():  # those inside others come last
         form = PackedOutput.ALWAYS if packed else PackedOutput.AS_GIVEN
         if _is_encoder(bert):
@@ -262,8 +321,22 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, tuple[Packed
             is_choice = head.endswith("MultipleChoice") or head.startswith("Splinter")
             is_refused = needs_mask or is_choice
             form = PackedOutput.REFUSED if is_refused else PackedOutput.NEVER
-        reads_firsts = _span_logits(bert) is None
-        forms.update((id(part), (form, reads_firsts)) for part in bert.modules())
+        own = form, _span_logits(bert) is None
+        for part in filter(_is_encoder, bert.modules()):
+            outer = heads.setdefault(id(part), bert)
+            is_inside = any(inner is bert for inner in outer.modules())
+            if not is_inside and forms[id(part)] != own:
+                raise ValueError(
+                    f"model: a {head} and a {type(outer).__name__} share an encoder, but need "
+                    "different forms of its output; give each its own, or accelerate the encoder"
+                )
+            heads[id(part)], forms[id(part)] = bert, own
+            was_packed = getattr(part, "packed_output", None) is PackedOutput.ALWAYS
+            if was_packed and form in (PackedOutput.NEVER, PackedOutput.REFUSED):
+                raise ValueError(
+                    f"model: the encoder of a {head}, which looks at places of a padded batch, was "
+                    "accelerated with packed=True; restore it first"
+                )
     return forms
 
 
@@ -274,7 +347,8 @@ def _exchange_layers(encoder: Any) -> None:
         exchange_class(family.encoder(encoder), family.padded)
     for module in list(encoder.modules()):
         instead = family.layers.get(type(module).__name__)
-        if instead is not None and not is_exchanged(module):
+        is_theirs = _is_transformers(type(module)) and is_called_by_class(module)
+        if instead is not None and is_theirs and not is_exchanged(module):
             exchange_class(module, instead)
     exchange_class(encoder, family.model)
 
@@ -284,16 +358,20 @@ def _span_logits(bert: Any) -> nn.Module | None:
     if not type(bert).__name__.endswith("QuestionAnswering"):
         return None
     found = getattr(bert, FAMILIES[bert.config.model_type].span_logits, None)
-    return found if isinstance(found, nn.Linear) else None
+    return found if isinstance(found, nn.Module) else None
 
 
-def _exchange_spans(bert: Any) -> None:
-    """Let a question answering head give padding the lowest logit."""
-    logits, states = _span_logits(bert), FAMILIES[bert.config.model_type].span_states
-    if type(logits) is nn.Linear:
+def _exchange_head(bert: Any) -> None:
+    """Give a model with a head, or a layer of its head, the class that packed tokens ask for."""
+    family, logits = FAMILIES[bert.config.model_type], _span_logits(bert)
+    if logits is not None and not is_exchanged(logits):
         exchange_class(logits, SpanLogits)
-        if states is not None:
-            exchange_class(getattr(bert, states), SpanStates)
+        if family.span_states is not None:
+            exchange_class(getattr(bert, family.span_states), SpanStates)
+    if family.padded_heads:
+        exchange_class(bert, PaddedHead)
+    elif type(bert).__name__.endswith(_CAUSAL_HEADS):
+        exchange_class(bert, CausalHead)
 
 
 # ---- configs ------------------------------------------------------------------------------------

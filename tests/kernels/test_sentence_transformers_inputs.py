@@ -201,17 +201,55 @@ def test_losses(roberta: str, loss: Any) -> None:
     assert_close_gradients(found_gradients, gradients)
 
 
-@pytest.mark.parametrize("kind", ["roberta", "bert"])
-def test_a_cross_encoder(tmp_path: Path, kind: str) -> None:
-    """A head for sequences takes packed pairs, with their token types."""
-    model = st.CrossEncoder(save_tiny(tmp_path, kind, num_labels=1), device="cpu")
+SPECIAL = {f"{name}_token_id": 0 for name in ("bos", "cls", "eos", "sep")}  # in the vocabulary
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "packs"),
+    [
+        ("roberta", {}, True),
+        ("bert", {}, True),
+        ("modernbert", SPECIAL, True),
+        ("modernbert", {**SPECIAL, "classifier_pooling": "mean"}, False),
+        ("mpnet", {}, False),  # whose heads do not hand boundaries on
+        ("deberta-v2", {}, False),
+    ],
+)
+def test_a_cross_encoder(tmp_path: Path, kind: str, options: dict[str, Any], packs: bool) -> None:
+    """A head for sequences takes packed pairs, with their token types, where it can."""
+    folder = save_tiny(tmp_path, kind, num_labels=1, **options)
+    model = st.CrossEncoder(folder, device="cpu")
     pairs = [("it is raining", "now"), ("green hill", "the green hill again"), ("it", "it")]
     expected = model.predict(pairs)
     accelerate(model)
-    assert "cu_seq_lens_q" in model.preprocess(pairs)
+    assert ("cu_seq_lens_q" in model.preprocess(pairs)) == packs
     assert model.predict(pairs) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     restore(model)
     assert model.predict(pairs) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("output", ["token_embeddings", None])
+def test_results_of_tokens(roberta: str, output: str | None) -> None:
+    model = st.SentenceTransformer(roberta, device="cpu").eval()
+
+    def tokens() -> list[Tensor]:
+        found = model.encode(TEXTS, output_value=output)
+        if output is None:
+            found = [of["token_embeddings"][of["attention_mask"].bool()] for of in found]
+        return found
+
+    expected = tokens()
+    accelerate(model)
+    for found, own in zip(tokens(), expected, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
+    assert takes_packed(model)  # again
+    restore(model)
+    assert type(model).__dict__.get("before") is None
+
+
+def test_packed_outputs_are_refused(roberta: str) -> None:
+    with pytest.raises(ValueError, match="packed: a sentence-transformers model packs its texts"):
+        accelerate(st.SentenceTransformer(roberta, device="cpu"), packed=True)
 
 
 def test_a_sparse_encoder(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from kernels.integrations.transformers_packing import FAMILIES, PackedModel
 
 from .transformers_cases import (
     KINDS,
+    LENGTH,
     MASKS,
+    ROWS,
     SEQUENCES,
     assert_close,
     assert_same_gradients,
@@ -34,7 +36,10 @@ from .transformers_cases import (
 
 BOUNDARIES = torch.tensor((0, *SEQUENCES)).cumsum(0).int()
 TOTAL, LONGEST = sum(SEQUENCES), max(SEQUENCES)
-_TOKEN_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel")
+_TOKEN_HEADS = (
+    *("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel"),
+    *("ElectraForPreTraining", "GenerationDecoder"),
+)
 
 
 def sequences() -> list[Tensor]:
@@ -252,6 +257,46 @@ def test_inputs_of_whole_sequences() -> None:
     assert_close(found, torch.cat(expected), what="last hidden state")
 
 
+@pytest.mark.parametrize("kind", ["boundaries", "positions"])
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM", "BertGenerationDecoder"])
+def test_losses_of_next_tokens_do_not_cross_sequences(name: str, kind: str) -> None:
+    family = {"B": "bert", "R": "roberta"}[name[0]] if "Gen" not in name else "bert-generation"
+    model = head_model(family, name)
+    total = 0
+    for ids in sequences():
+        if ids.shape[1] > 1:  # one token predicts none
+            total = total + model(ids, labels=ids).loss * (ids.shape[1] - 1)
+    expected = total / (TOTAL - len(SEQUENCES))
+    expected.backward()
+    gradients = gradients_of(model)
+    accelerate(model)
+    arguments = packed_inputs()
+    if kind == "positions":
+        arguments = {
+            "input_ids": arguments["input_ids"],
+            "position_ids": restarting_positions(model),
+        }
+    model.zero_grad()
+    loss = model(**arguments, labels=arguments["input_ids"]).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    assert_same_gradients(gradients_of(model), gradients, kind)
+
+
+def test_inputs_of_one_dimension() -> None:
+    """Transformers takes positions and token types ``[S]`` for those of every row."""
+    model = base_model("bert")
+    arguments = batch(model, "right") | {
+        "position_ids": torch.arange(LENGTH).flip(0),
+        "token_type_ids": torch.arange(LENGTH) % 2,
+    }
+    assert ROWS != LENGTH
+    expected = model(**arguments).last_hidden_state
+    accelerate(model)
+    where = mask_of("right").bool()
+    assert_close(model(**arguments).last_hidden_state[where], expected[where], what="tokens")
+
+
 # ---- errors -------------------------------------------------------------------------------------
 
 
@@ -284,6 +329,10 @@ def test_what_is_not_supported_is_refused() -> None:
         "cu_seq_lens_q: expected ascending": {"cu_seq_lens_q": BOUNDARIES[[0, 2, 1, 3, 4]]},
         "cu_seq_lens_q: expected to end within": {"cu_seq_lens_q": 2 * BOUNDARIES},
         "max_length_q: expected at least the longest, 11, got 10": {"max_length_q": 10},
+        "cu_seq_lens_q: expected to end at the 27 rows of inputs_embeds, got 25": {
+            "input_ids": None,
+            "inputs_embeds": torch.randn(1, TOTAL + 2, 32),
+        },
     }
     for message, arguments in wrong.items():
         with pytest.raises(ValueError, match=message):
