@@ -6,7 +6,7 @@ Parameters, hooks and submodules are untouched.  Copies and pickles have the new
 new class itself makes, as in ``type(model).from_pretrained``, is of the module's own class.
 
 An abstract class must come first, or Python refuses the exchange.  Methods for it call the
-module's own by ``self.before`` instead of ``super()``, which does not lead there.
+module's own by ``self.original_class`` instead of ``super()``, which does not lead there.
 """
 
 import abc
@@ -21,23 +21,23 @@ class Exchanged(nn.Module):
     """Base of the classes that stand in for others.
 
     Attributes:
-        before: the module's own class.
-        instead: the class that stands in for it.
+        original_class: the module's own class.
+        replacement_class: the class that stands in for it.
         argument_names: of the module's own forward pass, those that have a place.
     """
 
-    before: ClassVar[type[nn.Module]]
-    instead: ClassVar[type["Exchanged"]]
+    original_class: ClassVar[type[nn.Module]]
+    replacement_class: ClassVar[type["Exchanged"]]
     argument_names: ClassVar[tuple[str, ...]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        return _new, (self.instead, self.before), *reduced[2:]
+        return _new, (self.replacement_class, self.original_class), *reduced[2:]
 
 
-def exchange_class(module: nn.Module, instead: type[Exchanged]) -> None:
-    """Let ``instead`` stand in for a module's class."""
-    module.__class__ = _joined(instead, type(module))
+def exchange_class(module: nn.Module, replacement_class: type[Exchanged]) -> None:
+    """Let ``replacement_class`` stand in for a module's class."""
+    module.__class__ = _joined(replacement_class, type(module))
 
 
 def is_called_by_class(module: nn.Module) -> bool:
@@ -48,7 +48,7 @@ def is_called_by_class(module: nn.Module) -> bool:
 def is_wrapped(module: nn.Module) -> bool:
     """Whether somebody gave an exchanged module another class since, as FSDP2 does."""
     return isinstance(module, Exchanged) and type(module) is not _joined(
-        module.instead, module.before
+        module.replacement_class, module.original_class
     )
 
 
@@ -61,48 +61,58 @@ def restore_class(module: nn.Module) -> None:
     """Give a module its own class back."""
     if isinstance(module, Exchanged):
         exchanged: Any = module
-        exchanged.__class__ = module.before
+        exchanged.__class__ = module.original_class
 
 
 _classes: dict[tuple[type, type], type[Exchanged]] = {}
 
 
-def _joined(instead: type[Exchanged], before: type[nn.Module]) -> type[Exchanged]:
-    """Return a class, always the same one, that other libraries take for ``before``."""
-    if (instead, before) not in _classes:
-        _classes[instead, before] = _join(instead, before)
-    return _classes[instead, before]
+def _joined(replacement_class: type[Exchanged], original_class: type[nn.Module]) -> type[Exchanged]:
+    """Return a class, always the same one, that other libraries take for ``original_class``."""
+    if (replacement_class, original_class) not in _classes:
+        _classes[replacement_class, original_class] = _join(replacement_class, original_class)
+    return _classes[replacement_class, original_class]
 
 
-def _join(instead: type[Exchanged], before: type[nn.Module]) -> type[Exchanged]:
-    @functools.wraps(before.forward)  # whose signature trainers look at
+def _join(replacement_class: type[Exchanged], original_class: type[nn.Module]) -> type[Exchanged]:
+    is_original = replacement_class.forward is Exchanged.forward
+    run = original_class.forward if is_original else replacement_class.forward
+
+    @functools.wraps(original_class.forward)  # whose signature trainers look at
     def forward(self: Exchanged, *args: Any, **kwargs: Any) -> Any:
-        return instead.forward(self, *args, **kwargs)
+        return run(self, *args, **kwargs)
 
-    @functools.wraps(before.__init__)
+    @functools.wraps(original_class.__init__)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.__class__ = before
-        before.__init__(self, *args, **kwargs)
+        self.__class__ = original_class
+        original_class.__init__(self, *args, **kwargs)
 
-    parameters = inspect.signature(before.forward).parameters.values()
+    parameters = inspect.signature(original_class.forward).parameters.values()
     names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     members = {
-        **{name: getattr(before, name) for name in ("__module__", "__qualname__", "__doc__")},
+        **{
+            name: getattr(original_class, name)
+            for name in ("__module__", "__qualname__", "__doc__")
+        },
         **{
             "__init__": init,
             "forward": forward,
-            "before": before,
-            "instead": instead,
+            "original_class": original_class,
+            "replacement_class": replacement_class,
             "argument_names": names[1:],
         },
     }
-    if not isinstance(before, abc.ABCMeta):
-        return type(before.__name__, (instead, before), members)
-    methods = {name: value for name, value in vars(instead).items() if inspect.isfunction(value)}
-    return type(before.__name__, (before, instead), {**methods, **members})
+    if not isinstance(original_class, abc.ABCMeta):
+        return type(original_class.__name__, (replacement_class, original_class), members)
+    methods = {
+        name: value for name, value in vars(replacement_class).items() if inspect.isfunction(value)
+    }
+    return type(
+        original_class.__name__, (original_class, replacement_class), {**methods, **members}
+    )
 
 
-def _new(instead: type[Exchanged], before: type[nn.Module]) -> nn.Module:
+def _new(replacement_class: type[Exchanged], original_class: type[nn.Module]) -> nn.Module:
     """Make an instance for the unpickler, which then sets its state."""
-    joined = _joined(instead, before)
+    joined = _joined(replacement_class, original_class)
     return joined.__new__(joined)

@@ -43,10 +43,6 @@ class TextCollator(PackingCollator):
 class PackedInputs(Exchanged):
     """sentence-transformers' `Transformer`, whose model is accelerated."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        return self.before.forward(self, *args, **kwargs)
-
     def _can_flatten_inputs(self) -> bool:
         """Get ready to pack texts; the module asks when its ``unpad_inputs`` is set."""
         module: Any = self
@@ -69,15 +65,11 @@ class PackedInputs(Exchanged):
         module: Any = self
         if not any(isinstance(part, PackedModel) for part in module.model.modules()):
             return False
-        return bool(module.before._should_flatten_inputs(self, *args, **kwargs))
+        return bool(module.original_class._should_flatten_inputs(self, *args, **kwargs))
 
 
 class SentenceTransformer(Exchanged):
     """sentence-transformers' model, some of whose results are of padded texts."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        return self.before.forward(self, *args, **kwargs)
 
     def _inference(self, inputs: list[Any], *, output_value: str | None, **kwargs: Any) -> Any:
         """Encode texts; those whose tokens are asked for are padded, and packed by the model."""
@@ -87,7 +79,9 @@ class SentenceTransformer(Exchanged):
         try:
             for part in packing if output_value != "sentence_embedding" else ():
                 part.unpad_inputs = False
-            return module.before._inference(self, inputs, output_value=output_value, **kwargs)
+            return module.original_class._inference(
+                self, inputs, output_value=output_value, **kwargs
+            )
         finally:
             for part, unpads in zip(packing, before, strict=True):
                 if part.unpad_inputs is not unpads:

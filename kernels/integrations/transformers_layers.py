@@ -2,8 +2,8 @@
 
 Each class stands in for one of transformers' (class_exchange.py) and uses the parameters of the
 modules that it holds.  What one of these modules does is done without calling it only while it is
-plain: torch's own class, without hooks.  An adapter in the place of a linear layer, a norm that
-somebody watches, a parametrised weight: they are called.
+plain: torch's own class, without hooks.  An adapter in the place of a linear layer, a norm with a
+hook, a parametrised weight: they are called.
 """
 
 from typing import Any, NamedTuple
@@ -255,12 +255,7 @@ class DistilBertAttention(SelfAttention):
 
 
 class DistilBertFeedForward(Exchanged):
-    """Transformers' feed-forward network, whose steps :class:`DistilBertBlock` takes if it may."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map ``[1, T, H]`` to ``[1, T, H]``."""
-        output: Tensor = super().forward(input)
-        return output
+    """Marks transformers' feed-forward network, whose steps :class:`DistilBertBlock` may take."""
 
 
 class DistilBertBlock(Exchanged):

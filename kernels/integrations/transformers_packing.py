@@ -39,9 +39,9 @@ class Packing(NamedTuple):
         keys: int64, the rows that are tokens; None where all are.
         cu_seqlens_k: int32 ``[B + 1]``, boundaries of the sequences among the keys.
         plan: of attention, on a GPU.
-        is_given: whether the inputs came packed.
-        blank: bool ``[T]``, padding that is computed for others to see, and is zeros in outputs;
-            None where there is none.
+        from_packed_inputs: whether the inputs came packed.
+        hidden_padding: bool ``[T]``, padding that is computed since other rows depend on it, and is
+            zeros in outputs; None where there is none.
     """
 
     cu_seqlens: Tensor
@@ -52,8 +52,8 @@ class Packing(NamedTuple):
     keys: Tensor | None
     cu_seqlens_k: Tensor
     plan: AttentionPlan | None
-    is_given: bool
-    blank: Tensor | None = None
+    from_packed_inputs: bool
+    hidden_padding: Tensor | None = None
 
     def pack(self, padded: Tensor) -> Tensor:
         """Take the rows of the stream out of ``[B, S, ...]``, or of what all sequences share.
@@ -65,7 +65,7 @@ class Packing(NamedTuple):
         flat = padded.expand(*shape, *padded.shape[2:]).flatten(0, 1)
         if self.indices is None:
             return flat[None]
-        if self.is_given:
+        if self.from_packed_inputs:
             flat = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
         return flat.index_select(0, self.indices)[None]
 
@@ -74,15 +74,19 @@ class Packing(NamedTuple):
         shape = (self.batch_size, self.length)
         if self.indices is None:
             return stream[0].unflatten(0, shape)
-        if not self.is_given:
+        if not self.from_packed_inputs:
             return pad_input(stream[0], self.indices, *shape)
         # Rows behind the last sequence, whose place is one behind the batch, come to nothing.
         places = self.batch_size * self.length
         return pad_input(stream[0], self.indices, 1, places + 1)[0, :places].unflatten(0, shape)
 
     def cleared(self, stream: Tensor) -> Tensor:
-        """Return hidden states ``[1, T, H]`` with zeros in the rows that are blank."""
-        return stream if self.blank is None else stream.masked_fill(self.blank[:, None], 0)
+        """Return hidden states ``[1, T, H]`` with zeros in the rows of hidden padding."""
+        return (
+            stream
+            if self.hidden_padding is None
+            else stream.masked_fill(self.hidden_padding[:, None], 0)
+        )
 
     def tokens(self, stream: Tensor) -> Tensor:
         """Take the rows of ``[1, T, ...]`` that are tokens."""
@@ -134,15 +138,15 @@ def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: boo
         return _packing_of_all(batch_size, length, attention_mask.device)
     indices = _places(is_row.flatten(), total)
     cu_seqlens = cu_seqlens_k = _boundaries(is_row.sum(1, dtype=torch.int32))
-    keys = blank = None
+    keys = hidden_padding = None
     if total > num_tokens:
         keys = _places(is_token.flatten()[indices], num_tokens)
         cu_seqlens_k = _boundaries(is_token.sum(1, dtype=torch.int32))
-        blank = ~is_output.flatten()[indices] if whole_rows else None
+        hidden_padding = ~is_output.flatten()[indices] if whole_rows else None
     torch._dynamo.maybe_mark_dynamic(indices, 0)
     plan = _plan(cu_seqlens, total) if keys is None else None
     shape = (length, batch_size, length)
-    return Packing(cu_seqlens, *shape, indices, keys, cu_seqlens_k, plan, False, blank)
+    return Packing(cu_seqlens, *shape, indices, keys, cu_seqlens_k, plan, False, hidden_padding)
 
 
 def _places(chosen: Tensor, count: int) -> Tensor:
@@ -154,7 +158,7 @@ def _plan(cu_seqlens: Tensor, total: int) -> AttentionPlan | None:
     return attention_plan(cu_seqlens, total) if cu_seqlens.is_cuda else None
 
 
-def _packing_of_given(cu_seqlens: Tensor, max_seqlen: int, total: int) -> Packing:
+def _packing_of_boundaries(cu_seqlens: Tensor, max_seqlen: int, total: int) -> Packing:
     """Packed inputs: where each row would be in a batch that is padded on the right."""
     batch_size = cu_seqlens.shape[0] - 1
     rows = torch.arange(total, dtype=torch.int32, device=cu_seqlens.device)
@@ -227,8 +231,8 @@ class PackedOutput(Enum):
 
 
 _TOKEN_INPUTS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
-_OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-_OF_PADDING = ("attention_mask", *_OF_PACKED)
+_BOUNDARY_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_DROPPED_ARGUMENTS = ("attention_mask", *_BOUNDARY_ARGUMENTS)
 
 
 def _by_name(model: Exchanged, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -298,12 +302,12 @@ def _packing_of(
             )
     if longest is None:
         longest = int(cu_seqlens.diff().max())
-    return _packing_of_given(cu_seqlens.to(torch.int32), int(longest), shape[1])
+    return _packing_of_boundaries(cu_seqlens.to(torch.int32), int(longest), shape[1])
 
 
 def _positions(family: "Family", embeddings: nn.Module, given: Tensor, packing: Packing) -> Tensor:
     """Return the positions of inputs that come without: ``[B or 1, S]``, or ``[1, T]`` packed."""
-    if not packing.is_given:
+    if not packing.from_packed_inputs:
         return family.positions(embeddings, given)
     assert packing.indices is not None
     of_any = family.positions(embeddings, given.new_empty(1, packing.max_seqlen, 0))
@@ -340,12 +344,12 @@ class PackedModel(Exchanged):
             return super().forward(**inputs)  # transformers' error
         family = FAMILIES[config.model_type]
         packing = _packing_of(inputs, given, family.whole_rows, self.with_first_places)
-        if packing.is_given and getattr(self, "_is_replica", False):
+        if packing.from_packed_inputs and getattr(self, "_is_replica", False):
             raise ValueError(
                 "input_ids: torch.nn.DataParallel cuts packed inputs apart; start a process for "
                 "each GPU, show this one a single GPU, or give padded inputs"
             )
-        if packing.is_given and self.packed_output is PackedOutput.REFUSED:
+        if packing.from_packed_inputs and self.packed_output is PackedOutput.REFUSED:
             raise ValueError(
                 "input_ids: packed inputs are refused under this head, which looks at places of "
                 "the padded ones or takes their mean; expected [batch, length], for multiple "
@@ -360,7 +364,7 @@ class PackedModel(Exchanged):
         announce_stream(packing.cu_seqlens)
         outputs = self.run(self._on_stream(inputs, packing, family), packing)
         stays_packed = self.packed_output is PackedOutput.ALWAYS or (
-            self.packed_output is PackedOutput.AS_GIVEN and packing.is_given
+            self.packed_output is PackedOutput.AS_GIVEN and packing.from_packed_inputs
         )
         _convert_outputs(outputs, packing, family.encoder is not None, stays_packed)
         return outputs if return_dict else outputs.to_tuple()
@@ -373,7 +377,7 @@ class PackedModel(Exchanged):
         self, inputs: Mapping[str, Any], packing: Packing, family: "Family"
     ) -> dict[str, Any]:
         """Return the arguments of a forward pass on the stream."""
-        packed = {name: x for name, x in inputs.items() if name not in _OF_PADDING}
+        packed = {name: x for name, x in inputs.items() if name not in _DROPPED_ARGUMENTS}
         if "use_cache" in self.argument_names:
             packed["use_cache"] = False
         for name in (*_TOKEN_INPUTS, *family.inputs):
@@ -383,8 +387,10 @@ class PackedModel(Exchanged):
             if value.dim() == 1 and name in family.inputs:  # of whole sequences
                 packed[name] = packing.pack(value[:, None])
             elif value.dim() == 1:  # of places, in all rows
-                packed[name] = value[None] if packing.is_given else packing.pack(value[None])
-            elif not packing.is_given:
+                packed[name] = (
+                    value[None] if packing.from_packed_inputs else packing.pack(value[None])
+                )
+            elif not packing.from_packed_inputs:
                 packed[name] = packing.pack(value)
         return packed
 
@@ -438,9 +444,9 @@ class PaddedHead(Exchanged):
         Raises:
             ValueError: inputs are packed, of which the encoder would not know.
         """
-        if given := [name for name in _OF_PACKED if kwargs.get(name) is not None]:
+        if given := [name for name in _BOUNDARY_ARGUMENTS if kwargs.get(name) is not None]:
             raise ValueError(
-                f"{given[0]}: transformers' {self.before.__name__} does not hand it on to its "
+                f"{given[0]}: transformers' {type(self).__name__} does not hand it on to its "
                 "encoder; give padded inputs, or packed ones to the encoder itself"
             )
         return super().forward(*args, **kwargs)

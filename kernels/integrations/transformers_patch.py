@@ -116,8 +116,9 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
     Each BERT gets a config of its own, since others that share it, within ``model`` or outside, are
     left alone; one inside another, as in a model with a head, shares that one's.  What was
     accelerated already, such as a child before its parent, stays so.  Parameters, their names and
-    hooks stay.  A copy, a pickle and what `torch.save` makes of the model stay accelerated, in
-    other processes too.  ``save_pretrained`` writes a plain model.
+    hooks stay; hooks inside the encoder get ``[1, T, H]``.  A copy, a pickle and what `torch.save`
+    makes of the model stay accelerated, in other processes too.  ``save_pretrained`` writes a plain
+    model.
 
     Args:
         model: a BERT of transformers (see ``FAMILY``), or a module that holds one, such as a

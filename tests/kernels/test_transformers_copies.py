@@ -204,7 +204,7 @@ def test_saved_folders_of_every_family(kind: str, tmp_path: Path) -> None:
     written = (tmp_path / "config.json").read_text()
     assert transformers_patch.IMPLEMENTATION not in written
     assert json.loads(written)["architectures"] == [name]
-    loaded = type(model).before.from_pretrained(tmp_path).eval()
+    loaded = type(model).original_class.from_pretrained(tmp_path).eval()
     assert type(loaded).__name__ == name
     with torch.no_grad():
         found = flat(loaded(IDS, attention_mask=MASK))
