@@ -182,11 +182,14 @@ class SelfAttention(Exchanged):
 def joint_product(x: Tensor, layers: list[Any]) -> Tensor | None:
     """Return the outputs ``[T, 3 H]`` of three linear layers on ``x [T, H]``, side by side.
 
-    None where one is not plain, or not all have a bias or all none.
+    None where one is not plain, has a weight of another kind (as quantization gives it), or not all
+    have a bias or all none.
     """
     if not all(is_plain(layer, nn.Linear) for layer in layers):
         return None
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights):
+        return None
     if len({bias is None for bias in biases}) != 1:
         return None
     return joint_linear(x, weights, biases)
