@@ -171,7 +171,7 @@ def _packing_of_boundaries(cu_seqlens: Tensor, max_seqlen: int, total: int) -> P
 
 
 def _restarts(position_ids: Tensor | None) -> tuple[Tensor, int] | None:
-    if position_ids is None or position_ids.dim() != 2 or position_ids.numel() == 0:
+    if position_ids is None or position_ids.dim() != 2:
         return None
     return _restarts_of(position_ids)
 
@@ -183,6 +183,8 @@ def _restarts_of(position_ids: Tensor) -> tuple[Tensor, int] | None:
     Returns:
         ``cu_seqlens`` and the longest length; None if all count a single sequence, or none.
     """
+    if position_ids.numel() == 0:
+        return None
     positions = position_ids[0]
     is_start = positions == positions.min()
     counts_up = positions.diff() == 1

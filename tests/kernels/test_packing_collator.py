@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -192,6 +190,7 @@ def test_tokens_masked_by_transformers(tmp_path: Path) -> None:
 
 
 def test_a_trainer_trains_and_evaluates_as_with_padding(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")  # which the Trainer needs
     rows = [{**with_label(one, i), "text": "unused"} for i, one in enumerate(examples(14))]
     plain = model_of(hf.BertForSequenceClassification)
 
@@ -241,13 +240,14 @@ class Stream(IterableDataset[dict[str, Any]]):
 
 
 def test_accelerate_passes_whole_batches() -> None:
+    library = pytest.importorskip("accelerate")
     expected = PackingCollator()(list(Stream()))
     for data in (list(Stream()), Stream()):
         loader = DataLoader(data, batch_size=4, collate_fn=PackingCollator())
-        config = DataLoaderConfiguration(dispatch_batches=False)
-        (batch,) = Accelerator(cpu=True, dataloader_config=config).prepare(loader)
+        config = library.utils.DataLoaderConfiguration(dispatch_batches=False)
+        (batch,) = library.Accelerator(cpu=True, dataloader_config=config).prepare(loader)
         assert_equal(batch, expected)
-    loader = Accelerator(cpu=True).prepare(loader)  # an iterable one, by default cut apart
+    loader = library.Accelerator(cpu=True).prepare(loader)  # an iterable one, by default cut apart
     with pytest.raises(TypeError, match="batch size"):
         next(iter(loader))
 

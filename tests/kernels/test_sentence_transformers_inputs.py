@@ -6,16 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentence_transformers as st
 import torch
 import transformers as hf
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    CosineSimilarityLoss,
-)
-from sentence_transformers.sentence_transformer.modules import CNN, Normalize, Pooling
-from sentence_transformers.sparse_encoder.modules import SpladePooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -23,6 +15,20 @@ from kernels import accelerate, restore
 from kernels.integrations.class_exchange import is_exchanged
 
 from .test_packing_collator import SIZES, gradients_of
+
+st = pytest.importorskip("sentence_transformers")
+
+from sentence_transformers.base.modules import Transformer  # noqa: E402
+from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
+    CachedMultipleNegativesRankingLoss,
+    CosineSimilarityLoss,
+)
+from sentence_transformers.sentence_transformer.modules import (  # noqa: E402
+    CNN,
+    Normalize,
+    Pooling,
+)
+from sentence_transformers.sparse_encoder.modules import SpladePooling  # noqa: E402
 
 WORDS = [
     "<s>",
