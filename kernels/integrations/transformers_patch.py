@@ -155,11 +155,11 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
         raise ValueError("model: accelerated already; `restore` it first")
     _name_attention(model, {k: v for k, v in fresh.items() if not _has_own_attention(v)})
     for encoder in (bert for bert in berts.values() if _is_encoder(bert)):
-        if not is_exchanged(encoder):
+        is_fresh, form = not is_exchanged(encoder), forms[id(encoder)]
+        if is_fresh:
             _exchange_layers(encoder)
-            encoder.packed_output, encoder.with_first_places = forms[id(encoder)]
-        elif forms[id(encoder)][0] is not PackedOutput.AS_GIVEN:
-            encoder.packed_output, encoder.with_first_places = forms[id(encoder)]
+        if is_fresh or form[0] is not PackedOutput.AS_GIVEN:  # which asks for nothing
+            encoder.packed_output, encoder.with_first_places = form
     for module in model.modules():
         if _is_norm(module):
             module.__class__ = LayerNorm
