@@ -15,7 +15,7 @@ from torch import nn
 
 from .class_exchange import Exchanged, exchange_class, is_exchanged, restore_class
 from .packing_collator import PackingCollator
-from .transformers_packing import FAMILIES, PackedModel, PackedOutput, PaddedHead
+from .transformers_models import FAMILIES, PackedModel, PackedOutput, PaddedHead
 
 # A model's outputs are those of its tokens in the first two, of its sequences in the last one.
 _TASKS = ("feature-extraction", "fill-mask", "sequence-classification")

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from .class_exchange import Exchanged
 from .transformers_layers import PostNorm, joint_product
-from .transformers_packing import Family, PackedModel, Packing
+from .transformers_models import Family, PackedModel
+from .transformers_packing import Packing
 
 
 class AttentionMask(NamedTuple):

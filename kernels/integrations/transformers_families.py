@@ -17,9 +17,9 @@ from .transformers_layers import (
     PostNorm,
     SelfAttention,
 )
+from .transformers_models import FAMILIES, Family, NormedModel, count_tokens
 from .transformers_modernbert import MODERNBERT
 from .transformers_mpnet import MPNET
-from .transformers_packing import FAMILIES, Family, NormedModel, count_tokens
 
 
 def _bert_layers(prefix: str) -> dict[str, type]:

@@ -19,7 +19,8 @@ from ..linear.linear import joint_linear, linear
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged, is_called_by_class
 from .layer_norm_compat import FusedLayerNorm
-from .transformers_packing import Packing, PaddedEncoder
+from .transformers_models import PaddedEncoder
+from .transformers_packing import Packing
 
 
 class Mask(NamedTuple):

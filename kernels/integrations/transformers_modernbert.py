@@ -8,7 +8,8 @@ its masks from here, since a window's is not recognised when transformers makes 
 from typing import Any
 
 from .transformers_layers import Mask
-from .transformers_packing import Family, PackedModel, Packing
+from .transformers_models import Family, PackedModel
+from .transformers_packing import Packing
 
 
 class ModernBertModel(PackedModel):

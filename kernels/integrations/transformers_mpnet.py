@@ -19,7 +19,8 @@ from torch.nn import functional
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged
 from .transformers_layers import PostNorm, add_and_norm, is_plain, joint_product
-from .transformers_packing import Family, PackedModel, Packing, count_tokens
+from .transformers_models import Family, PackedModel, count_tokens
+from .transformers_packing import Packing
 
 
 def biased_attention(

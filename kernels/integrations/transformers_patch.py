@@ -1,7 +1,7 @@
 """Make a BERT of transformers run packed on these kernels, in place, and undo that.
 
 Modules stay the same and get other classes (class_exchange.py): the encoder packs its inputs and
-pads its outputs (transformers_packing.py), layers compute on the packed stream
+pads its outputs (transformers_models.py), layers compute on the packed stream
 (transformers_layers.py).  Where a layer keeps its own code, attention goes through transformers'
 registry, to which these kernels are known as ``superbert``.
 """
@@ -30,7 +30,8 @@ from .sentence_transformers_inputs import (
     padded_transformers,
 )
 from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, SpanStates, attention
-from .transformers_packing import FAMILIES, CausalHead, PackedOutput, Packing, PaddedHead
+from .transformers_models import FAMILIES, CausalHead, PackedOutput, PaddedHead
+from .transformers_packing import Packing
 
 IMPLEMENTATION = "superbert"
 FAMILY = frozenset(FAMILIES)

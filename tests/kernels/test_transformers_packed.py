@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kernels import accelerate
-from kernels.integrations.transformers_packing import FAMILIES, PackedModel
+from kernels.integrations.transformers_models import FAMILIES, PackedModel
 
 from .transformers_cases import (
     KINDS,

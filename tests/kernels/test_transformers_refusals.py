@@ -12,7 +12,7 @@ from transformers.models.mpnet import modeling_mpnet
 
 from kernels import accelerate, restore
 from kernels.integrations.class_exchange import is_exchanged
-from kernels.integrations.transformers_packing import PackedOutput
+from kernels.integrations.transformers_models import PackedOutput
 
 from .transformers_cases import base_model, batch, config_of, head_model, mask_of
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from kernels.integrations.transformers_packing import FAMILIES
+from kernels.integrations.transformers_models import FAMILIES
 
 SIZES = {
     "vocab_size": 60,
