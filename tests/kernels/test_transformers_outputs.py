@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForQuestionAnswering, BertModel, PreTrainedModel
 
-from kernels import accelerate, restore
+from kernels import accelerate
 
 from .transformers_cases import (
     KINDS,
@@ -15,6 +15,8 @@ from .transformers_cases import (
     MASKS,
     ROWS,
     SIZES,
+    VARIANTS,
+    assert_accelerated_runs_are_the_same,
     assert_close,
     assert_same_gradients,
     assert_same_outputs,
@@ -34,18 +36,20 @@ from .transformers_cases import (
 
 @pytest.mark.parametrize(("kind", "name"), list(classes()))
 def test_outputs_of_every_class(kind: str, name: str) -> None:
-    model = head_model(kind, name)
-    where = {case: places(model, case) for case in MASKS}
-    expected = {case: run(model, batch(model, case), where[case]) for case in MASKS}
-    accelerate(model)
-    for case in MASKS:
-        outputs, gradients = run(model, batch(model, case), where[case])
-        assert any(key.startswith("hidden_states") for key in outputs)
-        assert_same_outputs(outputs, expected[case][0], where[case], case)
-        assert_same_gradients(gradients, expected[case][1], case)
-    restore(model)
-    again, _ = run(model, batch(model, "both"), where["both"])
-    assert all(torch.equal(value, again[key]) for key, value in expected["both"][0].items())
+    assert_accelerated_runs_are_the_same(head_model(kind, name))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_outputs_of_other_configs(variant: str) -> None:
+    kind, options = VARIANTS[variant]
+    assert_accelerated_runs_are_the_same(base_model(kind, **options))
+
+
+def test_a_head_that_takes_the_mean_of_tokens() -> None:
+    name = "ModernBertForSequenceClassification"
+    model = head_model("modernbert", name, classifier_pooling="mean")
+    # That of no tokens is no number.
+    assert_accelerated_runs_are_the_same(model, [case for case in MASKS if case != "empty row"])
 
 
 def test_the_family_has_heads() -> None:

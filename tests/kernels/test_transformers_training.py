@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -248,20 +249,30 @@ def test_under_autocast_and_with_checkpointed_layers() -> None:
         )
 
 
-def test_dropout_follows_the_mode_of_the_model() -> None:
-    sizes = SIZES | {"attention_probs_dropout_prob": 0.1}
-    ids = torch.randint(4, 50, (3, 11))
-    for options in ({}, {"hidden_dropout_prob": 0.1}):
-        model = BertModel(BertConfig(**sizes | options))
-        accelerate(model)
-        train = [model.train()(ids)[0] for _ in range(2)]
-        assert not torch.equal(*train)
-        evaluation = [model.eval()(ids)[0] for _ in range(2)]
-        assert torch.equal(*evaluation)
-        torch.manual_seed(5)
-        first = model.train()(ids)[0]
-        torch.manual_seed(5)
-        assert torch.equal(model(ids)[0], first)
+def dropouts() -> list[tuple[str, str]]:
+    """Every dropout of every family's encoder, by the name of its probability in the config."""
+    of_heads = ("classifier", "pooler", "qa", "seq_classif", "summary")
+    return [
+        (kind, name)
+        for kind in KINDS
+        for name, value in vars(AutoConfig.for_model(kind)).items()
+        if "dropout" in name and value is not None and not name.startswith(of_heads)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "name"), dropouts())
+def test_dropout_follows_the_mode_of_the_model(kind: str, name: str) -> None:
+    model = base_model(kind, **{name: 0.3})
+    accelerate(model)
+    arguments = batch(model, "right")
+    train = [model.train()(**arguments)[0] for _ in range(2)]
+    assert not torch.equal(*train)
+    evaluation = [model.eval()(**arguments)[0] for _ in range(2)]
+    assert torch.equal(*evaluation)
+    torch.manual_seed(5)
+    first = model.train()(**arguments)[0]
+    torch.manual_seed(5)
+    assert torch.equal(model(**arguments)[0], first)
 
 
 def test_dropout_drops_as_often_as_it_says() -> None:

@@ -5,13 +5,14 @@ A batch has :data:`LENGTH` places in each of its rows; a case of padding says wh
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from kernels import accelerate, restore
 from kernels.integrations.transformers_models import FAMILIES
 
 SIZES = {
@@ -29,6 +30,13 @@ SIZES = {
 # What members of the family ask for besides.
 OPTIONS: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 16},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_buckets": 4,  # fewer than there are distances
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+    },
     "distilbert": {"hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0},
     "electra": {"embedding_size": 16},
     "ernie": {"use_task_id": True},
@@ -42,6 +50,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "roc_bert": {"shape_vocab_size": 20, "pronunciation_vocab_size": 20},
     "splinter": {"question_token_id": 50},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+}
+_BIASES = {"norm_bias": True, "attention_bias": True, "mlp_bias": True, "classifier_bias": True}
+# Other configs with which a family's encoder computes otherwise.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DeBERTa v3": ("deberta-v2", {"position_biased_input": False, "type_vocab_size": 0}),
+    "DeBERTa v2": (
+        "deberta-v2",
+        {
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": -1,
+            "max_relative_positions": 6,
+            "norm_rel_ebd": "none",
+            "share_att_key": False,
+        },
+    ),
+    "DeBERTa of absolute positions": (
+        "deberta-v2",
+        {"relative_attention": False, "pos_att_type": [], "embedding_size": 16},
+    ),
+    "DeBERTa with a convolution": (
+        "deberta-v2",
+        {"pos_att_type": ["c2p"], "conv_kernel_size": 3, "conv_act": "gelu"},
+    ),
+    "ModernBERT with biases": ("modernbert", _BIASES),
+    # As far as the farthest place of a row, and one less.
+    "ModernBERT of wide windows": ("modernbert", {"local_attention": 20}),
+    "ModernBERT of narrower windows": ("modernbert", {"local_attention": 18}),
 }
 KINDS = sorted(FAMILIES)
 LENGTH = 11
@@ -62,9 +97,12 @@ SEQUENCES = (4, 11, 1, 9)
 """Lengths of the sequences of packed inputs."""
 
 
-def mask_of(case: str) -> Tensor | None:
+def mask_of(case: str, length: int = LENGTH) -> Tensor | None:
+    """A mask ``[ROWS, length]``; in longer rows each of its places is repeated."""
     rows = MASKS[case]
-    return None if rows is None else torch.tensor(rows)
+    if rows is None:
+        return None
+    return torch.tensor(rows).repeat_interleave(-(-length // LENGTH), 1)[:, :length]
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -93,10 +131,11 @@ def config_of(kind: str, **options: Any) -> Any:
     return AutoConfig.for_model(kind, **SIZES | OPTIONS.get(kind, {}) | options)
 
 
-def head_model(kind: str, name: str) -> PreTrainedModel:
+def head_model(kind: str, name: str, **options: Any) -> PreTrainedModel:
     """A model of a class, in evaluation mode, with biases and norms that are not the first ones."""
     torch.manual_seed(0)
-    model = getattr(_module(kind), name)(config_of(kind, is_decoder=is_decoder(name))).eval()
+    config = config_of(kind, is_decoder=is_decoder(name), **options)
+    model = getattr(_module(kind), name)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -104,9 +143,9 @@ def head_model(kind: str, name: str) -> PreTrainedModel:
     return model
 
 
-def base_model(kind: str) -> PreTrainedModel:
+def base_model(kind: str, **options: Any) -> PreTrainedModel:
     """The encoder of a family without a head: the first of its classes."""
-    return head_model(kind, next(name for found, name in classes() if found == kind))
+    return head_model(kind, next(name for found, name in classes() if found == kind), **options)
 
 
 def takes(model: nn.Module, argument: str) -> bool:
@@ -124,10 +163,10 @@ def is_choice(model: nn.Module) -> bool:
 # ---- batches ------------------------------------------------------------------------------------
 
 
-def input_ids(model: PreTrainedModel, case: str) -> Tensor:
-    """Ids ``[ROWS, LENGTH]``."""
-    ids = torch.randint(4, 50, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-    mask = mask_of(case)
+def input_ids(model: PreTrainedModel, case: str, length: int = LENGTH) -> Tensor:
+    """Ids ``[ROWS, length]``."""
+    ids = torch.randint(4, 50, (ROWS, length), generator=torch.Generator().manual_seed(1))
+    mask = mask_of(case, length)
     if is_splinter_head(model):  # spans are selected for these tokens
         first = ids.new_zeros(ROWS, 1) if mask is None else mask.argmax(1, keepdim=True)
         ids.scatter_(1, first, model.config.question_token_id)
@@ -136,9 +175,10 @@ def input_ids(model: PreTrainedModel, case: str) -> Tensor:
     return ids
 
 
-def batch(model: PreTrainedModel, case: str) -> dict[str, Any]:
+def batch(model: PreTrainedModel, case: str, length: int = LENGTH) -> dict[str, Any]:
     """The arguments of a forward pass; for multiple choice two choices a question."""
-    arguments = {"input_ids": input_ids(model, case), "attention_mask": mask_of(case)}
+    mask = mask_of(case, length)
+    arguments = {"input_ids": input_ids(model, case, length), "attention_mask": mask}
     return as_choices(arguments) if is_choice(model) else arguments
 
 
@@ -167,9 +207,9 @@ class Places(NamedTuple):
     compared: Tensor
 
 
-def places(model: PreTrainedModel, case: str) -> Places:
-    mask = mask_of(case)
-    tokens = torch.ones(ROWS, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+def places(model: PreTrainedModel, case: str, length: int = LENGTH) -> Places:
+    mask = mask_of(case, length)
+    tokens = torch.ones(ROWS, length, dtype=torch.bool) if mask is None else mask.bool()
     if is_choice(model):
         tokens = torch.stack([tokens, tokens.roll(1, 0)], 1).flatten(0, 1)
     computed = tokens.clone()
@@ -280,3 +320,21 @@ def run(
     outputs = flat(model(**arguments, output_hidden_states=True))
     loss_of(outputs, where).backward()
     return {name: value.detach() for name, value in outputs.items()}, gradients_of(model)
+
+
+def assert_accelerated_runs_are_the_same(
+    model: PreTrainedModel, cases: Iterable[str] = MASKS, length: int = LENGTH
+) -> None:
+    """Run every case of padding, accelerate, and run them again; then restore."""
+    where = {case: places(model, case, length) for case in cases}
+    expected = {case: run(model, batch(model, case, length), where[case]) for case in where}
+    accelerate(model)
+    for case, (outputs, gradients) in expected.items():
+        found, found_gradients = run(model, batch(model, case, length), where[case])
+        assert any(key.startswith("hidden_states") for key in found)
+        assert_same_outputs(found, outputs, where[case], case)
+        assert_same_gradients(found_gradients, gradients, case)
+    restore(model)
+    last = next(reversed(where))
+    again, _ = run(model, batch(model, last, length), where[last])
+    assert all(torch.equal(value, again[key]) for key, value in expected[last][0].items())
