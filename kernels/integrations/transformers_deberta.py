@@ -155,7 +155,7 @@ class DebertaV2Model(PackedModel):
 
 
 DEBERTA_V2 = Family(
-    padded_heads=True,
+    drops_boundaries=True,
     encoder=None,
     layers={
         "DisentangledSelfAttention": DisentangledSelfAttention,

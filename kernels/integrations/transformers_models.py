@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..task_gradients.task_layers import announce_stream
 from .class_exchange import Exchanged
-from .transformers_packing import Packing, packing_of, restarts
+from .transformers_packing import Boundaries, Packing, packing_of, restarts
 
 # ---- positions ----------------------------------------------------------------------------------
 
@@ -215,19 +215,38 @@ class NormedModel(PackedModel):
         return outputs
 
 
+class BoundaryHead(Exchanged):
+    """A model with a head whose code hands its encoder a mask, but no boundaries of sequences."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, with the boundaries of packed inputs in place of a mask.
+
+        Raises:
+            ValueError: there is a mask, too.
+        """
+        inputs = _by_name(self, args, kwargs)
+        given = {name: inputs.pop(name, None) for name in _BOUNDARY_ARGUMENTS}
+        boundaries = given["cu_seq_lens_q"]
+        if boundaries is not None:
+            if inputs.get("attention_mask") is not None:
+                raise ValueError("attention_mask: packed inputs have no padding; leave it out")
+            inputs["attention_mask"] = Boundaries(boundaries, given["max_length_q"])
+        return super().forward(**inputs)
+
+
 class PaddedHead(Exchanged):
-    """A model with a head whose code does not hand the boundaries of packed inputs on."""
+    """A model with a head whose code makes padded inputs of its encoder's."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run on padded inputs.
 
         Raises:
-            ValueError: inputs are packed, of which the encoder would not know.
+            ValueError: inputs are packed.
         """
         if given := [name for name in _BOUNDARY_ARGUMENTS if kwargs.get(name) is not None]:
             raise ValueError(
-                f"{given[0]}: transformers' {type(self).__name__} does not hand it on to its "
-                "encoder; give padded inputs, or packed ones to the encoder itself"
+                f"{given[0]}: packed inputs are refused by {type(self).__name__}, whose code takes "
+                "padded ones; give these, or packed ones to the encoder itself"
             )
         return super().forward(*args, **kwargs)
 
@@ -292,8 +311,8 @@ class Family:
             so that one of ``layers`` has to be it.
         whole_rows: whether rows that begin with padding are computed whole, since their first place
             sees padding.
-        padded_heads: whether models with a head take padded inputs alone, since their code does
-            not hand the boundaries of packed ones on.
+        drops_boundaries: whether the code of models with a head hands their encoder no boundaries
+            of packed inputs.
         span_logits: name of the linear layer that gives a question answering head's logits.
         span_states: name of the module that makes its inputs of hidden states; None where it takes
             these.
@@ -307,7 +326,7 @@ class Family:
     padded: type[Exchanged] = PaddedEncoder
     own_attention: bool = False
     whole_rows: bool = False
-    padded_heads: bool = False
+    drops_boundaries: bool = False
     span_logits: str = "qa_outputs"
     span_states: str | None = None
 

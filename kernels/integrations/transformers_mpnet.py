@@ -177,7 +177,7 @@ class MPNetModel(PackedModel):
 
 MPNET = Family(
     count_tokens,
-    padded_heads=True,
+    drops_boundaries=True,
     layers={
         "MPNetSelfAttention": MPNetSelfAttention,
         "MPNetAttention": MPNetAttention,

@@ -94,6 +94,20 @@ class Packing(NamedTuple):
         return self.pad(rows)
 
 
+class Boundaries(NamedTuple):
+    """The sequences of packed inputs, by the names of flash attention's arguments.
+
+    It stands in for an attention mask where a model's code hands on nothing else to its encoder.
+
+    Attributes:
+        cu_seq_lens_q: int32 ``[S + 1]``.
+        max_length_q: rows of the longest, or more; None where it is to be found.
+    """
+
+    cu_seq_lens_q: Tensor
+    max_length_q: int | None
+
+
 # ---- how a batch is packed ----------------------------------------------------------------------
 
 
@@ -216,8 +230,10 @@ def packing_of(
         ValueError: a mask other than ``[B, S]``, or boundaries of sequences that are none.
     """
     shape, device = (given.shape[0], given.shape[1]), given.device
-    cu_seqlens, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    cu_seqlens, longest = inputs.get("cu_seq_lens_q"), inputs.get("max_length_q")
+    if isinstance(mask, Boundaries):
+        (cu_seqlens, longest), mask = mask, None
     if cu_seqlens is None and mask is None and shape[0] == 1:
         cu_seqlens, longest = restarts(positions) or (None, None)
     if cu_seqlens is None:

@@ -30,7 +30,13 @@ from .sentence_transformers_inputs import (
     padded_transformers,
 )
 from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, SpanStates, attention
-from .transformers_models import FAMILIES, CausalHead, PackedOutput, PaddedHead
+from .transformers_models import (
+    FAMILIES,
+    BoundaryHead,
+    CausalHead,
+    PackedOutput,
+    PaddedHead,
+)
 from .transformers_packing import Packing
 
 IMPLEMENTATION = "superbert"
@@ -370,8 +376,9 @@ def _exchange_head(bert: Any) -> None:
         exchange_class(logits, SpanLogits)
         if family.span_states is not None:
             exchange_class(getattr(bert, family.span_states), SpanStates)
-    if family.padded_heads:
-        exchange_class(bert, PaddedHead)
+    if family.drops_boundaries:
+        is_choice = type(bert).__name__.endswith("MultipleChoice")
+        exchange_class(bert, PaddedHead if is_choice else BoundaryHead)
     elif type(bert).__name__.endswith(_CAUSAL_HEADS):
         exchange_class(bert, CausalHead)
 

@@ -217,8 +217,8 @@ SPECIAL = {f"{name}_token_id": 0 for name in ("bos", "cls", "eos", "sep")}  # in
         ("bert", {}, True),
         ("modernbert", SPECIAL, True),
         ("modernbert", {**SPECIAL, "classifier_pooling": "mean"}, False),
-        ("mpnet", {}, False),  # whose heads do not hand boundaries on
-        ("deberta-v2", {}, False),
+        ("mpnet", {}, True),
+        ("deberta-v2", {}, True),
     ],
 )
 def test_a_cross_encoder(tmp_path: Path, kind: str, options: dict[str, Any], packs: bool) -> None:
