@@ -42,9 +42,9 @@ from .transformers_packing import Packing
 IMPLEMENTATION = "superbert"
 FAMILY = frozenset(FAMILIES)
 """``model_type`` of the encoders that can be accelerated."""
-# Heads that read hidden states token by token; others look at places of a padded batch.
+# Heads that read each token's hidden state, and what is pooled; others look at places of a batch.
 _CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel", "GenerationDecoder")
-_TOKEN_HEADS = ("ForTokenClassification", "ForMaskedLM", "ElectraForPreTraining", *_CAUSAL_HEADS)
+_TOKEN_HEADS = ("ForTokenClassification", "ForMaskedLM", "ForPreTraining", *_CAUSAL_HEADS)
 
 
 class Replaced(NamedTuple):
@@ -318,7 +318,8 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, tuple[Packed
             forms.setdefault(id(bert), (form, True))
             continue
         head = type(bert).__name__
-        if not head.endswith(_TOKEN_HEADS):
+        is_splinter = head.startswith("Splinter")  # which selects the tokens of questions
+        if is_splinter or not head.endswith(_TOKEN_HEADS):
             if packed:
                 raise ValueError(
                     f"packed: a {head} looks at places of a padded batch; accelerate its encoder "
@@ -326,8 +327,7 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, tuple[Packed
                 )
             takes_mean = getattr(bert.config, "classifier_pooling", None) == "mean"
             needs_mask = head.endswith("SequenceClassification") and takes_mean
-            is_choice = head.endswith("MultipleChoice") or head.startswith("Splinter")
-            is_refused = needs_mask or is_choice
+            is_refused = needs_mask or is_splinter or head.endswith("MultipleChoice")
             form = PackedOutput.REFUSED if is_refused else PackedOutput.NEVER
         own = form, _span_logits(bert) is None
         for part in filter(_is_encoder, bert.modules()):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import accelerate
@@ -38,7 +38,7 @@ BOUNDARIES = torch.tensor((0, *SEQUENCES)).cumsum(0).int()
 TOTAL, LONGEST = sum(SEQUENCES), max(SEQUENCES)
 _TOKEN_HEADS = (
     *("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "LMHeadModel"),
-    *("ElectraForPreTraining", "GenerationDecoder"),
+    *("ForPreTraining", "GenerationDecoder"),
 )
 
 
@@ -131,6 +131,22 @@ def test_packed_inputs_of_every_class(kind: str, name: str) -> None:
             for output, value in theirs.items():
                 assert_close(ours[output], value, what=f"{case}, {output}")
         assert_same_gradients(gradients, expected_gradients, case)
+
+
+def test_losses_of_pretraining() -> None:
+    """Labels of packed tokens, and one of each sequence."""
+    model = head_model("bert", "BertForPreTraining")
+    labels = torch.randint(4, 50, (1, TOTAL))
+    is_next = torch.tensor([0, 1, 1, 0])
+    of_tokens = zip(sequences(), labels.split(SEQUENCES, 1), is_next.split(1), strict=True)
+    logits = [(model(ids), own, label) for ids, own, label in of_tokens]
+    tokens = torch.cat([out.prediction_logits[0] for out, _, _ in logits])
+    pairs = torch.cat([out.seq_relationship_logits for out, _, _ in logits])
+    expected = nn.functional.cross_entropy(tokens, labels[0])
+    expected = expected + nn.functional.cross_entropy(pairs, is_next)
+    accelerate(model)
+    found = model(**packed_inputs(), labels=labels, next_sentence_label=is_next).loss
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
