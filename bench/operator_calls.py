@@ -29,6 +29,9 @@ def calls() -> dict[str, Callable[[], object]]:
     options = [unused[a.type.kind()] for a in ops.attention.default._schema.arguments[7:]]
     packed = (cu_seqlens, cu_seqlens, 1, 1, *options)
     embedded = (ids, ids, ids, table, table, table, vector, vector, 0.0, 1e-12, None, 0, *by_all)
+    last = {"plan": None, "padding": [-1, -1, -1]}
+    last_names = [a.name for a in ops.embedding_layer_norm.default._schema.arguments[16:]]
+    embedded = (*embedded, *(last[name] for name in last_names))
     return {
         "dropout": lambda: ops.dropout(rows, 0.1, seed, 0),
         "layer_norm": lambda: ops.layer_norm(rows, *norm),

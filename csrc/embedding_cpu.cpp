@@ -125,6 +125,16 @@ class Embedded {
   int64_t rows() const { return indices_[0].numel(); }
   int64_t width() const { return tables_[0].size(1); }
 
+  // The rows whose lookups give no gradient, -1 for none, are for the backward pass in Python.
+  void check_padding(const Offsets& padding) const {
+    check(padding.size() == EmbeddingSum::kTables, "padding: expected a row of each table, or -1");
+    for (int table = 0; table < EmbeddingSum::kTables; ++table) {
+      const int64_t rows = tables_[table].size(0);
+      check(-1 <= padding[table] && padding[table] < rows, "padding: expected -1 <= row < ", rows,
+            ", got ", padding[table], " for table ", table);
+    }
+  }
+
   // Refuses rows for the tables' gradients in the memory of the tables.
   void check_apart_from(const Tensor& rows) const {
     const Runs written = runs_of(rows);
@@ -153,13 +163,13 @@ void check_plan(const Tensor& plan) {
   check_data("plan", plan);
 }
 
-std::tuple<Tensor, Tensor, Tensor>
-embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, Tensor word,
-                     Tensor position, Tensor token_type, std::optional<Tensor> weight,
-                     std::optional<Tensor> bias, double dropout_p, double eps,
-                     std::optional<Tensor> seed, int64_t rng_offset, std::optional<Tensor> rows,
-                     Offsets columns, Offsets offsets, bool, std::optional<Tensor> plan) {
+std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm(
+    Tensor word_ids, Tensor position_ids, Tensor token_type_ids, Tensor word, Tensor position,
+    Tensor token_type, std::optional<Tensor> weight, std::optional<Tensor> bias, double dropout_p,
+    double eps, std::optional<Tensor> seed, int64_t rng_offset, std::optional<Tensor> rows,
+    Offsets columns, Offsets offsets, bool, std::optional<Tensor> plan, Offsets padding) {
   const Embedded embedded(word_ids, position_ids, token_type_ids, word, position, token_type);
+  embedded.check_padding(padding);
   check_number("eps", eps);
   check_task_rows(
       rows, columns, offsets, embedded.rows(),
@@ -235,8 +245,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
   m.def("embedding_layer_norm(Tensor word_ids, Tensor position_ids, Tensor token_type_ids, "
         "Tensor word, Tensor position, Tensor token_type, Tensor? weight, Tensor? bias, "
         "float dropout_p, float eps, Tensor? seed, int rng_offset, Tensor? rows, "
-        "SymInt[] columns, SymInt[] offsets, bool accumulate, Tensor? plan) -> (Tensor out, "
-        "Tensor mean, Tensor rstd)");
+        "SymInt[] columns, SymInt[] offsets, bool accumulate, Tensor? plan, int[] padding) -> "
+        "(Tensor out, Tensor mean, Tensor rstd)");
   m.def("embedding_layer_norm_backward(Tensor grad_out, Tensor word_ids, Tensor position_ids, "
         "Tensor token_type_ids, Tensor word, Tensor position, Tensor token_type, Tensor? weight, "
         "Tensor mean, Tensor rstd, Tensor(a!) weight_rows, Tensor(b!) bias_rows, "

@@ -27,6 +27,17 @@ def check_embedded(ids: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
         _check_ids(f"{name}_ids", index, ids[0].numel(), table)
 
 
+def check_padding(padding: Sequence[int], tables: Sequence[Tensor]) -> None:
+    """Check the row of each table whose lookups give no gradient, -1 for none."""
+    if len(padding) != len(tables):
+        raise ValueError("padding: expected a row of each table, or -1")
+    for number, (row, table) in enumerate(zip(padding, tables, strict=True)):
+        if not -1 <= row < len(table):
+            raise ValueError(
+                f"padding: expected -1 <= row < {len(table)}, got {row} for table {number}"
+            )
+
+
 def check_embedding_gradients(
     grad_output: Tensor, index: Tensor, rows: Tensor, offsets: Sequence[int]
 ) -> None:

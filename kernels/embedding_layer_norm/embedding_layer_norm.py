@@ -8,6 +8,10 @@
 
 Only y and the float32 statistics are kept; the backward pass computes h again, which reads no more
 memory than a stored h.  With task rows it writes the K gradients of tables, weight and bias there.
+
+The lookups of a table's padding row give no gradient.  In a gradient of this layer's own the row is
+zeroed; task rows may hold a gradient of another layer there, as those of a word table do that a
+decoder shares, so zeros are added to them instead.
 """
 
 from collections.abc import Callable
@@ -15,11 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _extension  # noqa: F401  (registers the operators)
 from ..dropout.dropout import check_dropout, dropout, new_seed
 from ..embedding.embedding import embedding, embedding_task_gradients_
-from ..embedding.embedding_checks import check_embedded
+from ..embedding.embedding_checks import check_embedded, check_padding
 from ..embedding.lookup_plan import LookupPlan, add_planned_gradients_
 from ..layer_norm.layer_norm import layer_norm
 from ..layer_norm.layer_norm_checks import check_norm, check_norm_backward
@@ -62,6 +67,13 @@ class EmbeddingRows(NamedTuple):
     norm: TaskRows
 
 
+PaddingRows = tuple[int | None, int | None, int | None]
+"""Of words, positions and token types: the row whose lookups give no gradient; None for none."""
+
+NO_ROW = -1
+"""In the operator's argument: the table has no padding row."""
+
+
 # ---- reference ----------------------------------------------------------------------------------
 
 
@@ -74,19 +86,20 @@ def embedding_layer_norm_reference(
     rows: EmbeddingRows | None = None,
     segments: TaskSegments | None = None,
     plan: LookupPlan | None = None,
+    padding: PaddingRows = (None, None, None),
 ) -> Tensor:
     """The sum and its norm by separate layers."""
     *table_rows, norm_rows = (None,) * 4 if rows is None else rows
-    word, position, token_type = (
-        embedding(
-            index,
-            table,
-            rows=own,
-            segments=segments,
-            plan=plan if own is not None and own.weight_columns else None,
-        )
-        for index, table, own in zip(ids, tables, table_rows, strict=True)
-    )
+
+    def looked_up(index: Tensor, table: Tensor, own: TaskRows | None, row: int | None) -> Tensor:
+        planned = plan if own is not None and own.weight_columns else None
+        out = embedding(index, table, rows=own, segments=segments, plan=planned)
+        if row is None:
+            return out
+        return torch.where((index == row % len(table))[..., None], out.detach(), out)
+
+    lookups = zip(ids, tables, table_rows, padding, strict=True)
+    word, position, token_type = (looked_up(*lookup) for lookup in lookups)
     return layer_norm(
         word + position + token_type, weight, bias, eps, rows=norm_rows, segments=segments
     )
@@ -117,7 +130,7 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *ids_and_tables, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.rng_offset = inputs[:12]
-    *row_arguments, plan = inputs[12:]
+    *row_arguments, plan, ctx.padding = inputs[12:]
     _, mean, rstd = output
     save(ctx, (*ids_and_tables, weight, bias, mean, rstd, plan), row_arguments)
     ctx.mark_non_differentiable(mean, rstd)
@@ -139,23 +152,42 @@ def _backward(
     )
     ids, tables = ids_and_tables[:3], ids_and_tables[3:]
     grads: list[Tensor | None] = [None, None, None]
-    if ctx.rows is not None and plan is not None:
-        pairs = zip(tables, ctx.columns[:3], strict=True)
-        entries = [len(table) for table, column in pairs if column != NO_COLUMN]
-        add_planned_gradients_(grad_sum, plan, ctx.rows, entries, ctx.offsets)
-    elif ctx.rows is not None:
-        for index, table, column in zip(ids, tables, ctx.columns[:3], strict=True):
-            if column != NO_COLUMN:
-                rows = rows_at(ctx.rows, column, table.shape)
-                embedding_task_gradients_(grad_sum, index, rows, ctx.offsets)
+    if ctx.rows is not None:
+        _add_task_gradients(ctx, grad_sum, ids, tables, plan)
     else:
         for i, (index, table) in enumerate(zip(ids, tables, strict=True)):
             if ctx.needs_input_grad[3 + i]:
                 grad = table.new_zeros((1, *table.shape))
                 embedding_task_gradients_(grad_sum, index, grad, (0, index.shape[0]))
+                if ctx.padding[i] != NO_ROW:
+                    grad[0, ctx.padding[i]].zero_()
                 grads[i] = grad[0]
     parameters = parameter_gradients(ctx, *norm_arguments[:2])
-    return None, None, None, *grads, *parameters, *[None] * 9
+    return None, None, None, *grads, *parameters, *[None] * 10
+
+
+def _add_task_gradients(
+    ctx: Any,
+    grad_sum: Tensor,
+    ids: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    plan: Tensor | None,
+) -> None:
+    """Add the gradient of the sum ``[T, H]`` to the task rows of the tables that have some."""
+    trained = [i for i, column in enumerate(ctx.columns[:3]) if column != NO_COLUMN]
+    entries = [len(tables[i]) for i in trained]
+    if plan is not None and all(ctx.padding[i] == NO_ROW for i in trained):
+        add_planned_gradients_(grad_sum, plan, ctx.rows, entries, ctx.offsets)
+        return
+    for number, i in enumerate(trained):
+        grad = grad_sum
+        if ctx.padding[i] != NO_ROW:
+            grad = grad_sum.masked_fill((ids[i] == ctx.padding[i])[:, None], 0)
+        if plan is not None:
+            add_planned_gradients_(grad, plan, ctx.rows, entries, ctx.offsets, number)
+        else:
+            rows = rows_at(ctx.rows, ctx.columns[i], tables[i].shape)
+            embedding_task_gradients_(grad, ids[i], rows, ctx.offsets)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -171,8 +203,10 @@ for _name, _fake in _FAKES.items():
 def _cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from . import embedding_layer_norm_triton
 
-    ids, tables, given, plan = arguments[:3], arguments[3:6], arguments[6:12], arguments[16]
+    ids, tables, given = arguments[:3], arguments[3:6], arguments[6:12]
+    plan, padding = arguments[16:]
     check_embedded(ids, tables)
+    check_padding(padding, tables)
     if plan is not None:
         check_tensor("plan", plan, (plan.numel(),), torch.int64, tables[0].device)
     weight, bias, dropout_p, eps, seed, rng_offset = given
@@ -236,6 +270,21 @@ def _planned(plan: LookupPlan | None, rows: EmbeddingRows) -> Tensor | None:
     return plan.data
 
 
+def _padding_rows(given: PaddingRows, tables: dict[str, Tensor]) -> PaddingRows:
+    """Return the padding rows, counted from the first row of their tables."""
+    if not isinstance(given, tuple | list) or len(given) != len(tables):
+        raise ValueError(f"padding_idx: expected a row of each table or None, got {given!r}")
+    rows: list[int | None] = []
+    for row, (name, table) in zip(given, tables.items(), strict=True):
+        if row is not None and not (isinstance(row, int) and -len(table) <= row < len(table)):
+            raise ValueError(
+                f"padding_idx: expected a row of {name}, {-len(table)} to {len(table) - 1}, or "
+                f"None, got {row!r}"
+            )
+        rows.append(row + len(table) if row is not None and row < 0 else row)
+    return rows[0], rows[1], rows[2]
+
+
 def embedding_layer_norm(
     word_ids: Tensor,
     position_ids: Tensor,
@@ -255,8 +304,11 @@ def embedding_layer_norm(
     rows: EmbeddingRows | None = None,
     segments: TaskSegments | None = None,
     plan: LookupPlan | None = None,
+    padding_idx: PaddingRows = (None, None, None),
 ) -> Tensor:
     """BERT's embedding layer: ``dropout(layer_norm(word + position + token type))``.
+
+    A torch function mode sees this call itself, with the parameters as they are.
 
     Args:
         word_ids: ``[...]`` int64, rows of ``word``; ``[T]`` with rows.
@@ -277,6 +329,9 @@ def embedding_layer_norm(
         segments: which tokens belong to which task; needed with ``rows``.
         plan: of these ids, by `kernels.plan_lookups` for the columns of all tables that have some;
             on a GPU the backward pass then need not sort.  The gradients are the same.
+        padding_idx: of word, position and token type, as of `torch.nn.Embedding`: the row whose
+            lookups give no gradient, counted from the end where it is negative; None for none.
+            What other layers add to the gradient of that row, in task rows too, stays.
 
     Returns:
         ``[..., H]`` in the tables' dtype.
@@ -288,9 +343,17 @@ def embedding_layer_norm(
     """
     if stream is not None:
         rng_offset = renamed_argument("stream", stream, "rng_offset", rng_offset, 0)
+    tensors = (word_ids, position_ids, token_type_ids, word, position, token_type, weight, bias)
+    if has_torch_function(tensors):
+        settings = {"dropout_p": dropout_p, "eps": eps, "training": training, "seed": seed}
+        of_rows = {"rows": rows, "segments": segments, "plan": plan}
+        options = {**settings, "rng_offset": rng_offset, **of_rows, "padding_idx": padding_idx}
+        out: Tensor = handle_torch_function(embedding_layer_norm, tensors, *tensors, **options)
+        return out
     ids = {"word_ids": word_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
     tables = {"word": word, "position": position, "token_type": token_type}
     _check_tables(ids, tables, word_ids, word)
+    padding = _padding_rows(padding_idx, tables)
     check_parameter("weight", weight, word)
     check_parameter("bias", bias, word)
     check_dropout(dropout_p, seed, rng_offset, word.device)
@@ -315,13 +378,14 @@ def embedding_layer_norm(
         out = embedding_layer_norm_reference(
             (word_ids, position_ids, token_type_ids),
             (word, position, token_type),
-            *(weight, bias, eps, rows, segments, plan),
+            *(weight, bias, eps, rows, segments, plan, padding),
         )
         return dropout(out, p, seed=seed, rng_offset=rng_offset)
     if p > 0 and seed is None:
         seed = new_seed(word.device)
     flat = [index.reshape(-1).contiguous() for index in ids.values()]
     y: Tensor = _ops.embedding_layer_norm(
-        *(*flat, word, position, token_type, weight, bias, p, eps, seed, rng_offset), *row_arguments
+        *(*flat, word, position, token_type, weight, bias, p, eps, seed, rng_offset),
+        *(*row_arguments, [NO_ROW if row is None else row for row in padding]),
     )[0]
     return y.view(*word_ids.shape, word.shape[1])

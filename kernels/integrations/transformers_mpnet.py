@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged
-from .transformers_layers import PostNorm, add_and_norm, is_plain, joint_product
+from .transformers_layers import PlaceEmbeddings, PostNorm, add_and_norm, is_plain, joint_product
 from .transformers_models import Family, PackedModel, count_tokens
 from .transformers_packing import Packing
 
@@ -179,6 +179,7 @@ MPNET = Family(
     count_tokens,
     drops_boundaries=True,
     layers={
+        "MPNetEmbeddings": PlaceEmbeddings,
         "MPNetSelfAttention": MPNetSelfAttention,
         "MPNetAttention": MPNetAttention,
         "MPNetOutput": PostNorm,

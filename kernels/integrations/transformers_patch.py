@@ -29,7 +29,15 @@ from .sentence_transformers_inputs import (
     give_padded,
     padded_transformers,
 )
-from .transformers_layers import Dropout, LayerNorm, Mask, SpanLogits, SpanStates, attention
+from .transformers_layers import (
+    Dropout,
+    Embeddings,
+    LayerNorm,
+    Mask,
+    SpanLogits,
+    SpanStates,
+    attention,
+)
 from .transformers_models import (
     FAMILIES,
     BoundaryHead,
@@ -295,9 +303,11 @@ def _check(bert: Any, name: str) -> None:
         )
     if not family.own_attention:
         return
+    # Embeddings of their own code stay as they are.
+    needed = {name for name, kind in family.layers.items() if not issubclass(kind, Embeddings)}
     for module in bert.modules():
         kinds = {base.__name__ for base in type(module).__mro__ if _is_transformers(base)}
-        if kinds & family.layers.keys() and not _is_transformers(type(module)):
+        if kinds & needed and not _is_transformers(type(module)):
             raise ValueError(
                 f"model: {name} has a {type(module).__name__} of its own code, which cannot be "
                 "replaced"

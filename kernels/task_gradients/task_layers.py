@@ -23,7 +23,13 @@ from torch.overrides import (
     resolve_name,
 )
 
+from ..dropout.dropout import dropout
 from ..embedding.embedding import embedding
+from ..embedding_layer_norm.embedding_layer_norm import (
+    EmbeddingRows,
+    embedding_layer_norm,
+    embedding_layer_norm_reference,
+)
 from ..gradient_buffer import Slot
 from ..layer_norm.layer_norm import dropout_add_layer_norm, layer_norm
 from ..linear.linear import joint_linear, linear
@@ -331,6 +337,57 @@ class TaskLayers(TorchFunctionMode):
             out.register_hook(lambda gradient: gradient.masked_fill(padding, 0))
         return _note(out, [place], segments).view(*index.shape, out.shape[-1])
 
+    def _embedding_norm(
+        self, *arguments: Tensor | None, rows: object = None, **options: Any
+    ) -> Tensor:
+        """Run this package's embedding layer: three indices, their tables, weight and bias."""
+        ids: Any = arguments[:3]
+        tables: Any = arguments[3:6]
+        weight, bias = parameters = arguments[6:]
+        own = [self._places.get(id(parameter)) for parameter in (*tables, *parameters)]
+        places = [place for place in own if place is not None]
+        if rows is not None:
+            return self._other(places[0], embedding_layer_norm, *arguments, rows=rows, **options)
+        given = zip((*tables, *parameters), own, strict=True)
+        if any(p is not None and p.requires_grad and place is None for p, place in given):
+            return self._embedding_norm_by_layers(ids, tables, weight, bias, **options)
+        segments = self._segments(places[0], ids[0].shape)
+        if weight is None:
+            weight = torch.ones_like(tables[0][0], requires_grad=False)
+        buffer = places[0].buffer
+        columns = [None if place is None else place.slot.columns for place in own]
+        of_tables = (TaskRows(buffer, of_table) for of_table in columns[:3])
+        out = embedding_layer_norm(
+            *(index.reshape(-1) for index in ids),
+            *(*tables, weight, bias),
+            **{**options, "segments": segments},
+            rows=EmbeddingRows(*of_tables, TaskRows(buffer, *columns[3:])),
+        )
+        return _note(out, places, segments).view(*ids[0].shape, out.shape[-1])
+
+    def _embedding_norm_by_layers(
+        self,
+        ids: tuple[Tensor, Tensor, Tensor],
+        tables: tuple[Tensor, Tensor, Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        dropout_p: float,
+        eps: float,
+        training: bool,
+        seed: Tensor | None,
+        rng_offset: int,
+        padding_idx: Any,
+        **_: object,
+    ) -> Tensor:
+        """Run layer after layer where autograd gets the gradients of some parameters."""
+        with self:
+            out = embedding_layer_norm_reference(
+                *(ids, tables, weight, bias, eps), padding=padding_idx
+            )
+        p = dropout_p if training else 0.0
+        return dropout(out, p, seed=seed, rng_offset=rng_offset)
+
     def _index_of_each(self, place: Place, index: Tensor) -> Tensor:
         """Give each example its own index where all share one, as positions ``[1, S]`` do.
 
@@ -354,6 +411,7 @@ _LAYERS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.linear: TaskLayers._linear,
     F.layer_norm: TaskLayers._layer_norm,
     F.embedding: TaskLayers._embedding,
+    embedding_layer_norm: TaskLayers._embedding_norm,
     joint_linear: TaskLayers._joint_linear,
     torch.ops.superbert.layer_norm: TaskLayers._fused_layer_norm,
     torch.ops.superbert.dropout_add_layer_norm: TaskLayers._add_norm,

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import Columns, EmbeddingRows, TaskRows, TaskSegments, embedding_layer_norm, zero_rows_
+from kernels import (
+    Columns,
+    EmbeddingRows,
+    TaskRows,
+    TaskSegments,
+    embedding_layer_norm,
+    plan_lookups,
+    zero_rows_,
+)
 from kernels.dropout.dropout import dropout_factors
 
 from .tolerance import assert_within_twice
@@ -147,6 +155,64 @@ def test_task_rows_hold_each_tasks_own_gradient(dtype: torch.dtype, p: float) ->
         assert table.weight.count_nonzero() == 0
 
 
+PADDING = (3, None, -1)
+"""Of words, positions and token types; the last is counted from the end."""
+PADDING_ROWS = (3, None, 1)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_lookups_of_padding_give_no_gradient(dtype: torch.dtype) -> None:
+    index, tensors, grad_out = ids(), leaves(40, dtype), torch.randn(TOKENS, 40)
+
+    def kernel(padding: tuple) -> Callable[..., Tensor]:
+        return lambda *tensors: embedding_layer_norm(*index, *tensors, padding_idx=padding)
+
+    def torchs(*tensors: Tensor) -> Tensor:
+        *tables, weight, bias = tensors
+        rows = zip(index, tables, PADDING, strict=True)
+        total = sum(F.embedding(i, table, row) for i, table, row in rows)
+        return F.layer_norm(total, (40,), weight, bias, 1e-12)
+
+    found = results(kernel(PADDING), tensors, grad_out)
+    without = results(kernel((None, None, None)), tensors, grad_out)
+    exact = results(torchs, [tensor.double() for tensor in tensors], grad_out)
+    for number, (own, other, expected) in enumerate(zip(found, without, exact, strict=True)):
+        row = PADDING_ROWS[number - 1] if 1 <= number <= 3 else None
+        if row is not None:
+            assert other[row].count_nonzero() > 0
+            assert own[row].count_nonzero() == expected[row].count_nonzero() == 0
+            other[row] = 0
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_task_rows_keep_what_others_write_at_padding(dtype: torch.dtype, planned: bool) -> None:
+    """As the decoder of a language model does that shares the word table."""
+    index, tensors = ids(), [tensor.to(dtype).requires_grad_() for tensor in leaves(40, dtype)]
+    found = []
+    for padding in ((None, None, None), PADDING):
+        rows = embedding_rows(4, 40, dtype)
+        for own in rows[:3]:
+            own.weight[:, -1], own.weight[:, 3:4] = 5, 7
+        columns = [own.weight_columns for own in rows[:3]]
+        options = {
+            "segments": TaskSegments(OFFSETS),
+            "plan": plan_lookups(index, columns, OFFSETS) if planned else None,
+        }
+        out = embedding_layer_norm(*index, *tensors, rows=rows, padding_idx=padding, **options)
+        out.square().sum().backward()
+        found.append([*(own.weight for own in rows), rows.norm.bias])
+    for number, (other, own) in enumerate(zip(*found, strict=True)):
+        row = PADDING_ROWS[number] if number < 3 else None
+        if row is not None:
+            before = 5 if row == own.shape[1] - 1 else 7
+            assert not (other[:, row] == before).all()
+            assert (own[:, row] == before).all()
+            other[:, row] = before
+        assert torch.equal(own, other)
+
+
 def test_a_row_of_bfloat16_is_rounded_once() -> None:
     """Two token types: sums of thousands, to which bfloat16 itself could add no more."""
     tokens, width = 4000, 16
@@ -228,6 +294,14 @@ def replaced(position: int, value: Tensor) -> list[Tensor]:
         (replaced(6, torch.ones(7)), {}, "weight: expected"),
         (replaced(7, torch.ones(7)), {}, "bias: expected"),
         ([*INDEX, *LEAVES], {"dropout_p": 1.0}, "probability"),
+        (
+            [*INDEX, *LEAVES],
+            {"padding_idx": (50, None, None)},
+            "padding_idx: .* of word, -50 to 49",
+        ),
+        ([*INDEX, *LEAVES], {"padding_idx": (0, 0, -3)}, "padding_idx: .* of token_type"),
+        ([*INDEX, *LEAVES], {"padding_idx": (0, 0)}, "padding_idx: expected a row of each table"),
+        ([*INDEX, *LEAVES], {"padding_idx": (0.5, None, None)}, "padding_idx: expected"),
         ([*INDEX, *LEAVES], {"rows": embedding_rows(1, 8, torch.float32)}, "segments: needed"),
         (
             [*INDEX, *LEAVES],

@@ -53,12 +53,12 @@ def norms(by_task: bool) -> dict[str, tuple]:
     starts = [*starts[: 3 * TABLE_ROWS : TABLE_ROWS], *starts[-3:]]  # of tables, weight, biases
     buffer = torch.zeros(2, end)
     plan = plan_lookups(ids, [Columns(start, (TABLE_ROWS, WIDTH)) for start in starts[:3]], OFFSETS)
-    of_all: tuple = (buffer, starts[:5], OFFSETS, False, plan.data)
+    of_all: tuple = (buffer, starts[:5], OFFSETS, False, plan.data, [3, -1, 0])
     of_norm: tuple = (buffer, starts[3:5], OFFSETS, False)
     of_add: tuple = (buffer, starts[3:], OFFSETS, False)
     if not by_task:
         of_norm = of_add = (None, [], [], False)
-        of_all = (*of_norm, None)
+        of_all = (*of_norm, None, [3, -1, 0])
     grad, hidden, mean, rstd = (*torch.randn(2, TOKENS, WIDTH), *torch.ones(2, TOKENS))
     gradient_rows = [torch.zeros(2, WIDTH) if by_task else torch.zeros(0) for _ in range(3)]
     statistics = (weight.detach(), mean, rstd)
