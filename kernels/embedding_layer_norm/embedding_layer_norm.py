@@ -14,7 +14,7 @@ zeroed; task rows may hold a gradient of another layer there, as those of a word
 decoder shares, so zeros are added to them instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -169,8 +169,8 @@ def _backward(
 def _add_task_gradients(
     ctx: Any,
     grad_sum: Tensor,
-    ids: tuple[Tensor, ...],
-    tables: tuple[Tensor, ...],
+    ids: Sequence[Tensor],
+    tables: Sequence[Tensor],
     plan: Tensor | None,
 ) -> None:
     """Add the gradient of the sum ``[T, H]`` to the task rows of the tables that have some."""
@@ -345,9 +345,11 @@ def embedding_layer_norm(
         rng_offset = renamed_argument("stream", stream, "rng_offset", rng_offset, 0)
     tensors = (word_ids, position_ids, token_type_ids, word, position, token_type, weight, bias)
     if has_torch_function(tensors):
-        settings = {"dropout_p": dropout_p, "eps": eps, "training": training, "seed": seed}
-        of_rows = {"rows": rows, "segments": segments, "plan": plan}
-        options = {**settings, "rng_offset": rng_offset, **of_rows, "padding_idx": padding_idx}
+        options: dict[str, Any] = {
+            **{"dropout_p": dropout_p, "eps": eps, "training": training, "seed": seed},
+            **{"rng_offset": rng_offset, "rows": rows, "segments": segments, "plan": plan},
+            "padding_idx": padding_idx,
+        }
         out: Tensor = handle_torch_function(embedding_layer_norm, tensors, *tensors, **options)
         return out
     ids = {"word_ids": word_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}

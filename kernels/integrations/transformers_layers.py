@@ -63,8 +63,8 @@ class Embeddings(Exchanged):
         indices: names of the arguments that they look up.
     """
 
-    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-    indices = ("input_ids", "position_ids", "token_type_ids")
+    tables: tuple[str, ...] = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    indices: tuple[str, ...] = ("input_ids", "position_ids", "token_type_ids")
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Map ids ``[1, T]`` to ``[1, T, H]``; all else is done as transformers does it."""
@@ -230,8 +230,8 @@ def padded_attention(
 ) -> Tensor:
     """Torch's attention on views of a stream without padding; all are ``[T, heads, width]``."""
     shape = (packing.batch_size, packing.length)
-    views = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
-    out = nn.functional.scaled_dot_product_attention(*views, is_causal=causal, scale=scale)
+    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
+    out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -304,15 +304,16 @@ class SelfAttention(Exchanged):
         x = hidden_states[0]
         qkv = None if packing.keys is not None else joint_product(x, layers)
         if qkv is not None and is_faster_padded((qkv,), packing, p):
-            streams = qkv.unflatten(1, (3, -1, width)).unbind(1)
-            out = padded_attention(*streams, packing, mask.causal, scale)
+            q, k, v = qkv.unflatten(1, (3, -1, width)).unbind(1)
+            out = padded_attention(q, k, v, packing, mask.causal, scale)
         elif qkv is not None:
-            out = flash_attn_varlen_qkvpacked_func(
+            packed = flash_attn_varlen_qkvpacked_func(
                 *(qkv.unflatten(1, (3, -1, width)), packing.cu_seqlens, packing.max_seqlen),
                 *(p, scale, mask.causal),
                 plan=packing.plan,
             )
-            assert isinstance(out, Tensor)
+            assert isinstance(packed, Tensor)
+            out = packed
         else:
             q, k, v = (layer(x).unflatten(1, (-1, width)) for layer in layers)
             out = attention(q, k, v, mask, packing, p, scale)

@@ -356,12 +356,13 @@ class TaskLayers(TorchFunctionMode):
             weight = torch.ones_like(tables[0][0], requires_grad=False)
         buffer = places[0].buffer
         columns = [None if place is None else place.slot.columns for place in own]
-        of_tables = (TaskRows(buffer, of_table) for of_table in columns[:3])
+        word, position, token_type = (TaskRows(buffer, of_table) for of_table in columns[:3])
+        of_norm = TaskRows(buffer, *columns[3:])
         out = embedding_layer_norm(
             *(index.reshape(-1) for index in ids),
             *(*tables, weight, bias),
             **{**options, "segments": segments},
-            rows=EmbeddingRows(*of_tables, TaskRows(buffer, *columns[3:])),
+            rows=EmbeddingRows(word, position, token_type, of_norm),
         )
         return _note(out, places, segments).view(*ids[0].shape, out.shape[-1])
 
