@@ -17,7 +17,6 @@ import kernels
 from engine.data.collate import PackedBatch
 
 _TASKS = ("sst", "quora", "sts")
-_VARLEN = ("cu_seqlens", "max_seqlen")  # what register_varlen_attention takes
 
 
 def published_pcgrad(gradients: Sequence[Tensor]) -> Tensor:
@@ -163,11 +162,11 @@ class HuggingFaceLoop:
 
     def _embed_packed(self, batch: PackedBatch) -> list[Sequence[Tensor]]:
         """Mean-pooled sentences of each task and column, from one row of tokens."""
-        names = ("cu_seq_lens_q", "max_length_q") if self.accelerated else _VARLEN
         hidden = self._encode(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            **dict(zip(names, (batch.cu_seqlens, batch.max_seqlen), strict=True)),
+            cu_seq_lens_q=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
         ).last_hidden_state[0]
         lengths = batch.cu_seqlens.diff()
         sentence = torch.repeat_interleave(lengths, output_size=len(hidden))
@@ -211,7 +210,8 @@ class HuggingFaceLoop:
 def register_varlen_attention() -> str:
     """Make torch's ``varlen_attn`` known to transformers, and return the name it has there.
 
-    The model is given one row of all tokens, and ``cu_seqlens`` and ``max_seqlen`` by keyword.
+    The model is given one row of all tokens, with ``position_ids``, ``cu_seq_lens_q`` and
+    ``max_length_q``.  The kernel drops no probabilities.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -220,9 +220,11 @@ def register_varlen_attention() -> str:
     ) -> tuple[Tensor, None]:
         from torch.nn.attention.varlen import varlen_attn
 
-        cu, longest = given["cu_seqlens"], given["max_seqlen"]
+        cu, longest, window = given["cu_seq_lens_q"], given["max_length_q"], {}
+        if given.get("sliding_window") is not None:  # which counts a query's own place
+            window["window_size"] = (given["sliding_window"] - 1,) * 2
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-        return varlen_attn(q, k, v, cu, cu, longest, longest)[None], None
+        return varlen_attn(q, k, v, cu, cu, longest, longest, **window)[None], None
 
     AttentionInterface.register("torch_varlen", attend)
     AttentionMaskInterface.register("torch_varlen", lambda *_, **__: None)

@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -298,6 +299,20 @@ def positive(text: str) -> float:
     if not 1e-30 <= value <= 1e30:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0 (1e-30 to 1e30)")
     return value
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """Read a regular expression from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a regular expression ({error})"
+        ) from None
 
 
 def device(text: str) -> str:

@@ -1,8 +1,9 @@
 """``python -m bench.plot JSON… --out DIR``: draw a record of any benchmark here.
 
-The growth of the step has a picture of its own (bench/plot_growth.py).  For all others there is
-one panel a case, one bar a contestant: its median time as a multiple of the first one's, which is
-this project's, with the 20 % and 80 % quantiles as whiskers.
+The growth of the step has a picture of its own (bench/plot_growth.py), and so have encoders of
+transformers (bench/plot_transformers.py).  For all others there is one panel a case, one bar a
+contestant: its median time as a multiple of the first one's, which is this project's, with the 20 %
+and 80 % quantiles as whiskers.
 """
 
 import io
@@ -29,6 +30,7 @@ from engine.utils.output_files import check_outputs, write_output
 
 from . import harness
 from .plot_growth import draw_growth
+from .plot_transformers import REFERENCE, draw_transformers
 
 _COLUMNS = 3
 _OURS, _THEIRS = "#1b6ca8", "#b8b8b8"
@@ -84,12 +86,15 @@ def _draw(axes: Axes, name: str, samples: Samples) -> None:
 
 def draw(record: Mapping[str, Any]) -> bytes:
     """Draw a record (PNG)."""
-    growth = record["benchmark"] == "step growth"
-    figure = draw_growth(record["results"]) if growth else _draw_cases(record)
+    if record["benchmark"] == "step growth":
+        figure, unit = draw_growth(record["results"]), ""
+    elif record["benchmark"] == "transformers":
+        figure, unit = draw_transformers(record["results"]), f": time as a multiple of {REFERENCE}"
+    else:
+        figure, unit = _draw_cases(record), ": time as a multiple of the first"
     environment = record["environment"]
-    of_first = "" if growth else ": time as a multiple of the first"
     figure.suptitle(
-        f"{record['benchmark']} on {environment['device']}{of_first} "
+        f"{record['benchmark']} on {environment['device']}{unit} "
         f"(commit {environment['commit'][:7]}, {environment['date'][:10]})",
         fontsize=10,
     )

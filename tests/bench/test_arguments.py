@@ -30,6 +30,11 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         **{"--batch-size": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
         "--warmup-seconds": COUNTS,
     },
+    "transformers": {
+        **{"--batches": COUNTS, "--rounds": ONE, "--device": ("gpu",), "--warmup-seconds": COUNTS},
+        **{"--minutes": COUNTS, "--only": ("(",), "--compile": ("(",), "--cases": ("512",)},
+        "--precisions": ("fp16",),
+    },
     "surgery": {"--tasks": COUNTS, "--columns": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
     "readme_walkthrough": {"--steps": COUNTS[:-1]},
     "argument_checks": {"no.so": ("--",), "--json": ("",)},
