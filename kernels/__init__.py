@@ -8,6 +8,9 @@ return the dtype that they are given and compute in float32 inside: attention on
 give is in bfloat16, and a norm whose residual is float32 stays in float32.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from . import balancing
 from . import gradient_buffer as gradient_buffer
 from . import gradient_queue as gradient_queue
@@ -42,6 +45,12 @@ from .surgery.update_summary import update_summary
 from .take_rows.take_rows import take_rows
 from .task_gradients.task_gradients import TaskGradients
 from .task_rows import Columns, TaskRows, TaskSegments, new_task_rows
+
+if TYPE_CHECKING:
+    from .integrations.balanced_sentence_transformers_trainer import (
+        PCGradSentenceTransformerTrainer as PCGradSentenceTransformerTrainer,
+    )
+    from .integrations.balanced_trainer import PCGradTrainer as PCGradTrainer
 
 __all__ = [
     "AttentionPlan",
@@ -91,9 +100,15 @@ __all__ = [
 
 
 _OLD_NAMES = {"implementation": "backend", "wipe_": "zero_rows_"}
+_ON_FIRST_USE = {  # they import the library that they extend
+    "PCGradSentenceTransformerTrainer": "balanced_sentence_transformers_trainer",
+    "PCGradTrainer": "balanced_trainer",
+}
 
 
 def __getattr__(name: str) -> object:
+    if name in _ON_FIRST_USE:
+        return getattr(import_module(f".integrations.{_ON_FIRST_USE[name]}", __name__), name)
     if name in _OLD_NAMES:
         return renamed_attribute(name, globals(), _OLD_NAMES)
     return namesake_attribute(__name__, name)
