@@ -222,9 +222,9 @@ class _OwnBackward(torch.autograd.Function):
     """A loss that computes its parameters' ``grad`` in hooks, as a function of these parameters."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.loss, ctx.parameters = loss, parameters
-        return loss.detach().clone()
+    def forward(ctx: Any, losses: list[Tensor], *parameters: Tensor) -> Tensor:
+        (ctx.loss,), ctx.parameters = losses, parameters
+        return ctx.loss.detach().clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -248,5 +248,6 @@ def _differentiable(loss: Tensor, parameters: list[Tensor]) -> Tensor:
     if not loss.requires_grad:
         return loss
     if loss.grad_fn is None or other_leaves([graph_nodes(loss)], parameters):
-        return _OwnBackward.apply(loss, *parameters)  # type: ignore[no-untyped-call]
+        # In a list, the loss is no argument that is differentiated by.
+        return _OwnBackward.apply([loss], *parameters)  # type: ignore[no-untyped-call]
     return loss

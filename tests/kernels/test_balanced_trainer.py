@@ -1,4 +1,4 @@
-"""PCGradTrainer trains as a loop of one's own does, to the bit, with what Trainer's settings say."""
+"""PCGradTrainer trains as a loop of one's own does, to the bit, with all of Trainer's settings."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -107,8 +107,11 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=RATE, weight_decay=0, fused=True)
 
 
+PCGRAD = partial(PCGrad, seed=42)  # Trainer's seed
+
+
 def plain_loop(
-    make: Callable[[torch.optim.Optimizer], BalancedOptimizer] = partial(PCGrad, seed=42),
+    make: Callable[[torch.optim.Optimizer], BalancedOptimizer] = PCGRAD,
     accumulate: int = 1,
     clip: float = 1.0,
 ) -> tuple[Two, list[dict[str, float]]]:
@@ -142,7 +145,7 @@ def logs(trainer: PCGradTrainer, key: str = "loss") -> list[dict[str, float]]:
 # ---- as a loop of one's own ----------------------------------------------------------------------
 
 METHODS = {
-    "pcgrad": ({}, partial(PCGrad, seed=42)),
+    "pcgrad": ({}, PCGRAD),
     "seed": ({"seed": 3}, partial(PCGrad, seed=3)),
     "sum by tensor": (
         {"reduction": "sum", "granularity": "tensor"},
@@ -196,8 +199,8 @@ def test_an_epochs_last_step_has_fewer_micro_batches(tmp_path: Path) -> None:
     trainer.train()
     model = Two()
     optimizer = PCGrad(adamw(model), seed=42)
-    x = stacked(rows())["x"].split(BATCH)
-    for micro_batches in (x[:2], x[2:3]):
+    x = stacked(rows(3 * BATCH))["x"].split(BATCH)
+    for micro_batches in (x[:2], x[2:]):
         for own in micro_batches:
             losses = model(own)["loss"].values()
             optimizer.pc_backward([loss / len(micro_batches) for loss in losses])
@@ -432,6 +435,7 @@ def test_evaluation_while_training_with_datasets_by_name(tmp_path: Path) -> None
         save_steps=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_two_loss_b",
+        greater_is_better=False,
     )
     trainer.train()
     entries = logs(trainer, "eval_one_loss_a")
@@ -455,7 +459,7 @@ class TwoHeads(nn.Module):
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         config = hf.BertConfig(vocab_size=WORDS, intermediate_size=32, **sizes)
-        self.bert = hf.BertModel(config, attn_implementation="sdpa")
+        self.bert = hf.BertModel(config)
         self.heads = nn.ModuleList(nn.Linear(16, classes) for classes in (3, 2))
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
