@@ -6,10 +6,11 @@ python -m examples.three_tasks [--steps N]
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.data.demo import write_demo
@@ -23,6 +24,45 @@ OUTPUTS = {"sst": 5, "quora": 2, "sts": 1}
 EACH = 32  # examples of a task in a step
 
 
+def model_and_rows() -> tuple[nn.ModuleDict, dict[str, list[dict[str, Any]]]]:
+    """Make an encoder with three heads, and the tokenized texts and labels of each task."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_demo(folder)
+        tables = {t: read_table(FORMATS[t].file(folder, "train"), FORMATS[t]) for t in LOSSES}
+        texts = [text for t in tables.values() for column in t.sentences for text in column]
+        Tokenizer.train(texts, 1000).save(folder)
+        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    rows = {
+        task: [
+            {"labels": float(label), **tokenizer(*own)}
+            for *own, label in zip(*table.sentences, table.labels, strict=True)
+        ]
+        for task, table in tables.items()
+    }
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    bert = hf.BertModel(hf.BertConfig(vocab_size=1000, intermediate_size=256, **sizes))
+    accelerate(bert)
+    heads = nn.ModuleDict({task: nn.Linear(128, size) for task, size in OUTPUTS.items()})
+    return nn.ModuleDict({"bert": bert, "heads": heads}), rows
+
+
+def losses_of(
+    model: nn.ModuleDict, batch: dict[str, Any], tasks: TaskGradients
+) -> dict[str, Tensor]:
+    """Compute each task's loss; the batch has EACH examples of the first, then of the next."""
+    labels = batch.pop("labels").split(EACH)
+    losses = {}
+    with tasks.batch([EACH] * len(LOSSES)):
+        pooled = model["bert"](**batch).pooler_output.split(EACH)
+        for number, (task, loss) in enumerate(LOSSES.items()):
+            with tasks.task(number):
+                outputs = model["heads"][task](pooled[number]).squeeze(1)
+                target = labels[number] if task == "sts" else labels[number].long()
+                losses[task] = loss(outputs, target)
+    return losses
+
+
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train; return the sum of the losses at every step."""
     parser = argparse.ArgumentParser()
@@ -30,41 +70,17 @@ def main(arguments: list[str] | None = None) -> list[float]:
     steps = parser.parse_args(arguments).steps
 
     hf.set_seed(0)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_demo(folder)
-        tables = [read_table(FORMATS[task].file(folder, "train"), FORMATS[task]) for task in LOSSES]
-        Tokenizer.train([text for t in tables for c in t.sentences for text in c], 1000).save(
-            folder
-        )
-        tokenizer = hf.AutoTokenizer.from_pretrained(folder)
-    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    bert = hf.BertModel(hf.BertConfig(vocab_size=1000, intermediate_size=256, **sizes))
-    heads = nn.ModuleDict({task: nn.Linear(128, size) for task, size in OUTPUTS.items()})
-    model = nn.ModuleDict({"bert": bert, "heads": heads})
-
-    accelerate(bert)
+    model, rows = model_and_rows()
     tasks = TaskGradients(model, num_tasks=len(LOSSES))
     optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=5e-4), task_gradients=tasks)
     collate, totals = PackingCollator(), []
     for _ in range(steps):
-        rows, labels = [], []
-        for table in tables:
-            picks = torch.randint(len(table), (EACH,)).tolist()
-            rows += [tokenizer(*(column[i] for column in table.sentences)) for i in picks]
-            labels.append(torch.tensor([table.labels[i].item() for i in picks]))
-        losses = []
-        with tasks.batch([EACH] * len(LOSSES)):  # of each task, one after the other
-            pooled = bert(**collate(rows)).pooler_output.split(EACH)
-            for number, (task, loss) in enumerate(LOSSES.items()):
-                with tasks.task(number):
-                    outputs = heads[task](pooled[number]).squeeze(1)
-                    target = labels[number].float() if task == "sts" else labels[number].long()
-                    losses.append(loss(outputs, target))
+        picks = [own[i] for own in rows.values() for i in torch.randint(len(own), (EACH,)).tolist()]
+        losses = losses_of(model, collate(picks), tasks)
         optimizer.zero_grad()
         optimizer.pc_backward(losses)
         optimizer.step()
-        totals.append(sum(loss.item() for loss in losses))
+        totals.append(sum(loss.item() for loss in losses.values()))
     return totals
 
 

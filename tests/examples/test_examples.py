@@ -2,7 +2,14 @@
 
 import pytest
 
-from examples import finetune_sentence_transformers, pcgrad_lightning, pcgrad_loop, three_tasks
+from examples import (
+    finetune_sentence_transformers,
+    pcgrad_lightning,
+    pcgrad_loop,
+    pcgrad_sentence_transformers,
+    pcgrad_transformers_trainer,
+    three_tasks,
+)
 
 # The trainers warn of what their own libraries deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -21,6 +28,18 @@ def test_three_tasks_in_one_packed_pass_learn() -> None:
 def test_pcgrad_in_lightning_is_the_same_training() -> None:
     totals = pcgrad_lightning.main(["--steps", "5"])
     assert totals == pytest.approx(pcgrad_loop.main(["--steps", "5"]), rel=1e-5)
+
+
+def test_pcgrad_in_transformers_trainer_learns() -> None:
+    logged = pcgrad_transformers_trainer.main(["--steps", "15"])
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert {"loss_sst", "loss_quora", "loss_sts"} <= logged[0].keys()
+
+
+def test_pcgrad_in_sentence_transformers_learns() -> None:
+    logged = pcgrad_sentence_transformers.main(["--steps", "20"])
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert {"loss_scored", "loss_asked"} <= logged[0].keys()
 
 
 def test_sentence_transformers_trains_on_our_kernels(capsys: pytest.CaptureFixture[str]) -> None:
