@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,36 @@ def test_pcgrad_inside_a_trainer(model: nn.Module) -> None:
     optimizer.pc_backward(losses_of(plain))
     optimizer.step()
     run_snippet("PCGrad inside a trainer", model=model, losses=losses_of)
+    torch.testing.assert_close(dict(model.named_parameters()), dict(plain.named_parameters()))
+
+
+@pytest.mark.filterwarnings("ignore")  # what Trainer says about its own settings
+def test_pcgrad_inside_transformers_trainer(model: nn.Module, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # transformers' Trainer needs it
+    plain = copy.deepcopy(model)
+    optimizer = PCGrad(torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0), seed=42)
+    optimizer.pc_backward(losses_of(plain)[:2])
+    nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    optimizer.step()
+    settings = transformers.TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+    )
+    run_snippet(
+        "PCGrad inside transformers' Trainer",
+        model=model,
+        settings=settings,
+        rows=[{"x": 0.0}],
+        sst_loss=lambda model, inputs: losses_of(model)[0],
+        sts_loss=lambda model, inputs: losses_of(model)[1],
+    )
     torch.testing.assert_close(dict(model.named_parameters()), dict(plain.named_parameters()))
 
 

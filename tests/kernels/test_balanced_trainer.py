@@ -218,26 +218,25 @@ def test_gradients_are_clipped_when_they_are_combined(tmp_path: Path, clip: floa
     assert all((entry["grad_norm"] > 0.05) for entry in logs(trainer)[:2])
 
 
-class SumOfItems(PCGradTrainer):
-    """Losses that are divided by the number of items of all micro-batches already."""
-
-    loss_is_scaled_for_ga = True
+class InOrderOfTasks(PCGradTrainer):
+    """Returns the losses in a list."""
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **_: Any
     ) -> Any:
         outputs = model(inputs["x"])
-        losses = [loss / 2 for loss in outputs["loss"].values()]
+        losses = list(outputs["loss"].values())
         return (losses, outputs) if return_outputs else losses
 
 
-def test_losses_in_a_list_that_are_scaled_already(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tasks", "names"), [(["a", "b"], "ab"), (None, "01")])
+def test_losses_in_a_list(tmp_path: Path, tasks: list[str] | None, names: str) -> None:
     trainer = trainer_of(
-        Two(), tmp_path, SumOfItems, gradient_accumulation_steps=2, max_steps=2, tasks=["a", "b"]
+        Two(), tmp_path, InOrderOfTasks, gradient_accumulation_steps=2, max_steps=2, tasks=tasks
     )
     trainer.train()
     assert_same_bits(trainer.model, plain_loop(accumulate=2)[0])
-    assert {"loss_a", "loss_b"} <= logs(trainer)[0].keys()
+    assert {f"loss_{name}" for name in names} <= logs(trainer)[0].keys()
 
 
 def test_compute_loss_func_gets_the_number_of_items(tmp_path: Path) -> None:
