@@ -47,7 +47,7 @@ class PCGradTrainer(Trainer):
     lack some.  A model whose labels Trainer does not find needs ``label_names`` of the training
     arguments for metrics; its losses are evaluated without.
 
-    For other trainers derive from both: ``class Mine(PCGradTrainer, Seq2SeqTrainer)``.
+    For other trainers derive from both: ``class Mine(PCGradTrainer, OtherTrainer)``.
 
     Args:
         arguments: as for Trainer.
@@ -332,10 +332,20 @@ def _adapted(
     return_outputs: bool = False,
     **settings: Any,
 ) -> Any:
-    """Compute losses by a trainer's ``compute_loss``; return them adapted, with its outputs."""
+    """Compute losses by a trainer's ``compute_loss``; return them adapted, with its outputs.
+
+    Raises:
+        ValueError: it did not return the outputs that it was asked for.
+    """
     if not return_outputs:
         return adapt(compute_loss(model, inputs, **settings))
-    losses, outputs = compute_loss(model, inputs, return_outputs=True, **settings)
+    result = compute_loss(model, inputs, return_outputs=True, **settings)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(
+            "compute_loss: expected (losses, outputs) where return_outputs=True, which evaluation "
+            f"passes, got a {type(result).__name__}; without outputs, return (losses, {{}})"
+        )
+    losses, outputs = result
     return adapt(losses), outputs
 
 
@@ -347,12 +357,12 @@ def _scalars(losses: Mapping[str, Loss], change: Callable[[Tensor], Tensor]) -> 
     """
     found = {}
     for task, loss in losses.items():
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(
-                    f"compute_loss: expected a scalar for each task, {task!r} is {list(loss.shape)}"
-                )
-            found[task] = change(loss.detach().reshape(()))
+        if loss is None or isinstance(loss, int | float):
+            continue
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = list(loss.shape) if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ValueError(f"compute_loss: expected a scalar for each task, {task!r} is {what}")
+        found[task] = change(loss.detach().reshape(()))
     return found
 
 

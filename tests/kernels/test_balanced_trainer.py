@@ -527,6 +527,10 @@ def test_one_packed_pass_for_all_tasks(tmp_path: Path, accumulate: int, checkpoi
         per_device_train_batch_size=EACH,
         gradient_accumulation_steps=accumulate,
         max_steps=STEPS // accumulate,
+        per_device_eval_batch_size=EACH,
+        eval_dataset=texts()[:EACH],
+        eval_strategy="steps",  # between the steps, which it must not change
+        eval_steps=1,
         task_gradients=2,
         gradient_checkpointing=checkpointed,
     )
@@ -544,9 +548,7 @@ def test_one_packed_pass_for_all_tasks(tmp_path: Path, accumulate: int, checkpoi
             optimizer.step()
             optimizer.zero_grad()
     assert_same_bits(model, twin)
-    trainer.args.per_device_eval_batch_size = EACH
-    metrics = trainer.evaluate(data)
-    assert {"eval_loss", "eval_loss_0", "eval_loss_1"} <= metrics.keys()
+    assert {"eval_loss", "eval_loss_0", "eval_loss_1"} <= logs(trainer, "eval_loss")[0].keys()
 
 
 def trainer_like_adamw(trainer: PCGradTrainer, twin: nn.Module) -> torch.optim.Optimizer:
@@ -597,12 +599,32 @@ class Nothing(PCGradTrainer):
         return {"a": None}
 
 
+class Outputs(PCGradTrainer):
+    """Returns outputs where none are asked for."""
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return model(inputs["x"])["loss"], {}
+
+
+class NoOutputs(PCGradTrainer):
+    """Returns none where they are."""
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return model(inputs["x"])["loss"]
+
+
+def test_outputs_that_evaluation_needs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected \(losses, outputs\).*got a dict"):
+        trainer_of(Two(), tmp_path, NoOutputs).evaluate(rows(4))
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         (Single, r"compute_loss: expected one loss for each task.*got a single loss"),
         (Vectors, r"compute_loss: expected a scalar for each task, 'a' is \[4\]"),
         (Nothing, "no task has a loss"),
+        (Outputs, r"expected a scalar for each task, '0' is a dict"),
     ],
 )
 def test_losses_that_cannot_be_balanced(tmp_path: Path, kind: type, message: str) -> None:
