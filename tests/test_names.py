@@ -113,6 +113,19 @@ def test_installed_packages_are_superberts(installed, tmp_path):
     assert "cgs" in output
 
 
+def test_installed_trainers_are_imported_on_first_use(installed, tmp_path):
+    for package in ("accelerate", "datasets", "sentence_transformers", "transformers"):
+        pytest.importorskip(package)
+    code = (
+        "import sys, superbert.kernels as kernels; assert 'transformers' not in sys.modules;"
+        "from superbert.kernels import PCGradSentenceTransformerTrainer, PCGradTrainer;"
+        "print(issubclass(PCGradSentenceTransformerTrainer, PCGradTrainer), end=' ');"
+        "print(PCGradTrainer.__module__)"
+    )
+    found = run_python(code, folder=tmp_path, path=installed)
+    assert found == "True superbert.kernels.integrations.balanced_trainer"
+
+
 def test_installed_beside_its_namesake_neither_hides_the_other(installed, namesake):
     code = "import sys; sys.path.append(sys.argv[1]); import kernels, superbert.kernels as ours;"
     process = subprocess.run(

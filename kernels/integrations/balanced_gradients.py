@@ -140,6 +140,11 @@ class BalancedGradients:
             )
         return type(self), (self._granularity, self._average, None, self._tasks.names)
 
+    @property
+    def tasks(self) -> tuple[str, ...] | None:
+        """The tasks' names, or None without."""
+        return self._tasks.names
+
     def clear(self) -> None:
         """Forget the task gradients; the parameters' ``grad`` stays."""
         self._num_tasks = 0

@@ -91,6 +91,11 @@ class BalancedOptimizer(torch.optim.Optimizer):
         """``[G, K]`` weights that were applied, a row for each of the G groups or tensors."""
         return self._gradients.weights
 
+    @property
+    def tasks(self) -> tuple[str, ...] | None:
+        """The tasks' names, or None while their losses are told apart by position."""
+        return self._gradients.tasks
+
     # ---- the wrapped optimizer's ---------------------------------------------------------------
 
     @property

@@ -210,7 +210,8 @@ class PCGradTrainer(Trainer):
         if isinstance(losses, Mapping):
             return dict(losses)
         in_order = list(losses)
-        names = self._tasks or ()
+        optimizer = _balanced(self.optimizer)
+        names = (self._tasks if optimizer is None else optimizer.tasks) or ()
         if len(names) != len(in_order):
             names = tuple(map(str, range(len(in_order))))
         return dict(zip(names, in_order, strict=True))

@@ -239,6 +239,15 @@ def test_losses_in_a_list(tmp_path: Path, tasks: list[str] | None, names: str) -
     assert {f"loss_{name}" for name in names} <= logs(trainer)[0].keys()
 
 
+def test_losses_in_a_list_for_an_optimizer_with_names(tmp_path: Path) -> None:
+    model = Two()
+    optimizer = PCGrad(adamw(model), seed=42, tasks=["a", "b"])
+    trainer = trainer_of(model, tmp_path, InOrderOfTasks, optimizers=(optimizer, None))
+    trainer.train()
+    assert_same_bits(model, plain_loop()[0])
+    assert {"loss_a", "loss_b"} <= logs(trainer)[0].keys()
+
+
 def test_compute_loss_func_gets_the_number_of_items(tmp_path: Path) -> None:
     """Trainer leaves the division to the function, which gets the items of all micro-batches."""
     counts = []
@@ -565,9 +574,10 @@ def trainer_like_adamw(trainer: PCGradTrainer, twin: nn.Module) -> torch.optim.O
 def test_an_accelerated_model_without_task_gradients(tmp_path: Path) -> None:
     """A backward pass for each task; the gradients are those of one for all."""
     found = []
-    for given in ({}, {"task_gradients": 2}):
+    for collects in (False, True):
         model = TwoHeads()
         accelerate(model.bert)
+        given = {"task_gradients": TaskGradients(model, 2)} if collects else {}
         how = {"train_dataset": texts(), "data_collator": joined, "optim": "sgd", "max_steps": 1}
         how |= {"per_device_train_batch_size": EACH}
         trainer_of(model, tmp_path, Joined, **how, **given).train()
