@@ -112,16 +112,13 @@ class GradientBuffer:
         """``[S, K, K]``: the Gram matrix of each segment."""
         return gram(self.rows, [0, *(segment.columns.stop for segment in self.segments)])
 
-    def combine(self, weights: Tensor) -> Tensor:
-        """``[P]``: every segment combined by its group's row of the weights ``[G, K]``."""
+    def combine(self, weights: Tensor, out: Tensor) -> Tensor:
+        """Combine every segment by its group's row of the weights ``[G, K]``, into ``out [P]``."""
         exact = self.rows.dtype == torch.float64
         weights = weights.to(self.rows.device, torch.float64 if exact else torch.float32)
-        if len(self.segments) == 1:
-            return combine(self.rows, weights[self.segments[0].group])
-        combined = self.rows.new_empty(self.rows.shape[1])
         for group, columns in self.segments:
-            combine(self.rows[:, columns], weights[group], combined[columns])
-        return combined
+            combine(self.rows[:, columns], weights[group], out[columns])
+        return out
 
 
 def _segments(slots: Sequence[Slot], groups: Sequence[int]) -> Iterator[Segment]:

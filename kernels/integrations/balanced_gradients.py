@@ -19,6 +19,7 @@ from ..gradient_buffer import GradientBuffer, Slot, lay_out
 from ..registration.validation import check_data
 from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses, TaskNames
+from .kept_vector import KeptVector
 
 Granularity = Literal["model", "group", "tensor"]
 ParameterGroups = list[dict[str, Any]]
@@ -37,6 +38,7 @@ class _Buffer(NamedTuple):
 
     trained: Sequence[_Trained]
     gradients: GradientBuffer
+    combined: KeptVector
 
     @classmethod
     def of(cls, trained: Sequence[_Trained]) -> "_Buffer":
@@ -44,7 +46,8 @@ class _Buffer(NamedTuple):
         shapes = {str(entry.position): entry.parameter.shape for entry in trained}
         slots, end = lay_out(shapes, alignment=1)
         rows = trained[0].parameter.new_empty(0, end)
-        return cls(trained, GradientBuffer(slots, rows, [entry.group for entry in trained]))
+        gradients = GradientBuffer(slots, rows, [entry.group for entry in trained])
+        return cls(trained, gradients, KeptVector())
 
     @classmethod
     def collected(cls, trained: Sequence[_Trained], collector: TaskGradients) -> "_Buffer":
@@ -52,11 +55,17 @@ class _Buffer(NamedTuple):
         entries = {id(entry.parameter): entry for entry in trained}
         ordered = [entries[id(parameter)] for parameter in collector.parameters]
         groups = [entry.group for entry in ordered]
-        return cls(ordered, GradientBuffer(collector.buffer.slots, collector.rows, groups))
+        gradients = GradientBuffer(collector.buffer.slots, collector.rows, groups)
+        return cls(ordered, gradients, KeptVector())
 
     def parameters(self) -> Iterator[tuple[_Trained, Slot]]:
         """Yield every parameter and its columns."""
         return zip(self.trained, self.gradients.slots, strict=True)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """``[P]``: the rows combined by weights ``[G, K]``."""
+        rows = self.gradients.rows
+        return self.gradients.combine(weights, self.combined.take(rows, rows.shape[1]))
 
 
 class SeenGradient(NamedTuple):
@@ -335,7 +344,7 @@ class BalancedGradients:
     def _write_gradients(self, weights: Tensor) -> None:
         parameters = []
         for buffer in self._buffers:
-            combined = buffer.gradients.combine(weights)
+            combined = buffer.combine(weights)
             for entry, slot in buffer.parameters():
                 num_tasks = sum(entry.position in reached for reached in self._reached)
                 if num_tasks > 0:
