@@ -23,12 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import kernels
 from engine.cli.common import Parser
 from engine.cli.standard_output import exit_with
 from engine.config import recipe as recipes
 from engine.data.collate import PackedBatch
 from engine.runs.run import begin
-from engine.runtime.cpu import keep_freed_memory
 from engine.runtime.execution import COMPILED, RECORDED
 from engine.runtime.precision import multiplies_bf16_fast
 from engine.training.build import build_trainer
@@ -235,7 +235,7 @@ def main() -> None:
     options = harness.parse(_parser())
     device, console = torch.device(options.device), Console(width=120)
     if device.type == "cpu":
-        keep_freed_memory()  # as engine.train does; it serves the peers, too
+        kernels.keep_freed_memory()  # as engine.train does; it serves the peers, too
     if options.growth:
         step_growth.measure(options, device, console)
         return

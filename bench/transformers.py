@@ -29,7 +29,6 @@ from torch import nn
 import kernels
 from engine.cli.common import Parser
 from engine.cli.standard_output import exit_with
-from engine.runtime.cpu import keep_freed_memory
 from engine.runtime.precision import multiplies_bf16_fast
 from engine.utils.errors import InputError
 
@@ -279,7 +278,7 @@ def main() -> None:
         console.print("\n".join(title(*run) for run in runs), highlight=False)
         return
     if device.type == "cpu":
-        keep_freed_memory()  # as engine.train does; it serves all loops
+        kernels.keep_freed_memory()  # as engine.train does; it serves all loops
     results: dict[str, Any] = {"cases": [], "failures": {}, "left_out": []}
     start = time.monotonic()
     save = harness.Record(options, "transformers", device).write

@@ -16,6 +16,7 @@ from signal import Signals
 import torch
 from rich.console import Console
 
+from ._kernels import kernels
 from .checkpoints.manifest import Progress
 from .cli.common import STOPPED, print_scores, print_warnings, run_cli, terminal
 from .cli.completion import bash_script
@@ -44,7 +45,7 @@ from .runs.lock import held, held_first
 from .runs.resume import resume
 from .runs.run import Run, begin
 from .runs.scoring import Scores, read_scores, score_splits, write_scores
-from .runtime.cpu import keep_freed_memory, set_threads
+from .runtime.cpu import set_threads
 from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.precision import pick_device
 from .training.build import build_trainer
@@ -161,7 +162,7 @@ def train_run(
     """
     ranks = ranks or Ranks()
     if device.type == "cpu":
-        keep_freed_memory()
+        kernels.keep_freed_memory()
         set_threads(run.recipe.threads, ranks.local_size)
     done, facts = run.checkpoints.progress(), dict[str, PhaseFacts]()
     known, idle = list[str](), list[str]()

@@ -22,6 +22,7 @@ from .dropout.dropout import dropout
 from .embedding.embedding import embedding, zero_rows_
 from .embedding.lookup_plan import LookupPlan, plan_lookups, zero_planned_rows_
 from .embedding_layer_norm.embedding_layer_norm import EmbeddingRows, embedding_layer_norm
+from .freed_memory import keep_freed_memory
 from .integrations.balanced_optimizer import BalancedOptimizer
 from .integrations.layer_norm_compat import FusedLayerNorm, layer_norm_fn
 from .integrations.packing_collator import PackingCollator
@@ -81,6 +82,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
     "gram",
+    "keep_freed_memory",
     "lamb_update_",
     "layer_norm",
     "layer_norm_fn",

@@ -1,7 +1,6 @@
-"""Prepare a CPU for training: threads, memory that stays, few shapes."""
+"""Prepare a CPU for training: threads, few shapes."""
 
 import _thread
-import ctypes
 import os
 import threading
 from pathlib import Path
@@ -12,32 +11,10 @@ from ..utils.errors import InputError
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, and in how many; or "max"
 
-# Numbers and types of mallopt(3) in glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_LARGEST_INT = 2**31 - 1
-_LARGEST_MMAP_THRESHOLD = 32 << 20
-
 _OTHER_THREADS = 8
 """Those that a run starts besides torch's: they load batches, write checkpoints, draw."""
 _TO_BEGIN = 2.0
 """Seconds in which a thread begins, on a busy machine too."""
-
-
-def keep_freed_memory() -> bool:
-    """Let the process keep what a training step frees, for the next step.
-
-    A step frees what it allocated, and glibc gives that back to the kernel, which hands it out
-    again page by page: 13,000 to 25,000 faults in a step of MiniLM-L6, several percent of its time.
-    Blocks of up to 32 MiB now stay with the process.
-
-    Returns:
-        Whether there was a glibc to set.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    kept = mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    return bool(kept and mallopt(_TRIM_THRESHOLD, _LARGEST_INT))
 
 
 def token_multiple(dtype: torch.dtype) -> int:
