@@ -1,4 +1,4 @@
-"""PCGrad inside Lightning: manual optimization, and PCGrad is the optimizer.
+"""PCGrad inside Lightning: manual optimization, PCGrad is the optimizer, batches are packed.
 
 python -m examples.pcgrad_lightning [--steps N]
 """
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from examples.two_tasks import TwoTaskBert, batches
-from kernels import PCGrad
+from kernels import PackingCollator, PCGrad, accelerate
 
 
 class Batches(IterableDataset):
-    """The batches of both tasks."""
+    """The batches of both tasks, without padding."""
 
     def __iter__(self):
         """Return them."""
-        return batches()
+        return batches(PackingCollator())
 
 
 class TwoTasks(lightning.LightningModule):
@@ -29,6 +29,7 @@ class TwoTasks(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model = TwoTaskBert()
+        accelerate(self.model)
         self.totals: list[float] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -1,8 +1,9 @@
 """What the PCGrad examples train: a small transformers BERT with two heads, on the demo corpus."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -16,6 +17,9 @@ from engine.data.tokenizer import Tokenizer
 
 TASKS = {"sst": 5, "quora": 2}
 """The classes of each task."""
+BATCH_SIZE = 32  # of each task
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 
 
 class TwoTaskBert(nn.Module):
@@ -31,17 +35,21 @@ class TwoTaskBert(nn.Module):
         self.heads = nn.ModuleDict({task: nn.Linear(128, size) for task, size in TASKS.items()})
 
     def losses(self, batches: dict[str, dict[str, Tensor]]) -> list[Tensor]:
-        """Return the mean loss of each task's batch."""
+        """Return the mean loss of each task's batch, padded or, where accelerated, packed."""
         losses = []
         for task, batch in batches.items():
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            first = self.encoder(**inputs).last_hidden_state[:, 0]
+            hidden = self.encoder(**inputs).last_hidden_state
+            if "cu_seq_lens_q" in inputs:  # packed [1, T, H]: it says where sentences begin
+                first = hidden[0, inputs["cu_seq_lens_q"][:-1]]
+            else:
+                first = hidden[:, 0]
             losses.append(F.cross_entropy(self.heads[task](first), batch["labels"]))
         return losses
 
 
-def batches(batch_size: int = 32) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """Yield a batch of each task, for ever."""
+def batches(collate: Collate | None = None) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """Yield a batch of each task, for ever, padded unless another collator is given."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_demo(folder)
@@ -51,12 +59,15 @@ def batches(batch_size: int = 32) -> Iterator[dict[str, dict[str, Tensor]]]:
         texts = [text for table in tables.values() for column in table.sentences for text in column]
         Tokenizer.train(texts, 1000).save(folder)
         tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    collate = collate or hf.DataCollatorWithPadding(tokenizer)
     generator = torch.Generator().manual_seed(0)
     while True:
         batch = {}
         for task, table in tables.items():
-            picks = torch.randint(len(table), (batch_size,), generator=generator).tolist()
-            columns = [[column[i] for i in picks] for column in table.sentences]
-            encoded = tokenizer(*columns, padding=True, return_tensors="pt")
-            batch[task] = {**encoded, "labels": torch.tensor(table.labels[picks]).long()}
+            picks = torch.randint(len(table), (BATCH_SIZE,), generator=generator).tolist()
+            rows = [tokenizer(*(column[i] for column in table.sentences)) for i in picks]
+            labels = [int(table.labels[i]) for i in picks]
+            batch[task] = collate(
+                [{**row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+            )
         yield batch

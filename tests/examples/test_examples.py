@@ -1,5 +1,7 @@
 """The examples run, learn, and do what they say."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from examples import (
@@ -26,6 +28,7 @@ def test_three_tasks_in_one_packed_pass_learn() -> None:
 
 
 def test_pcgrad_in_lightning_is_the_same_training() -> None:
+    """Packed batches on an accelerated model, to rounding."""
     totals = pcgrad_lightning.main(["--steps", "5"])
     assert totals == pytest.approx(pcgrad_loop.main(["--steps", "5"]), rel=1e-5)
 
@@ -40,6 +43,25 @@ def test_pcgrad_in_sentence_transformers_learns() -> None:
     logged = pcgrad_sentence_transformers.main(["--steps", "20"])
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert {"loss_scored", "loss_asked"} <= logged[0].keys()
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Let an Accelerator have settings of its own, which a process keeps for all of them."""
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_pcgrad_in_accelerate_learns(precision: str) -> None:
+    from examples import pcgrad_accelerate
+
+    totals = pcgrad_accelerate.main(["--steps", "8", "--precision", precision])
+    assert len(totals) == 16
+    assert sum(totals[-4:]) < sum(totals[:4])
 
 
 def test_sentence_transformers_trains_on_our_kernels(capsys: pytest.CaptureFixture[str]) -> None:
