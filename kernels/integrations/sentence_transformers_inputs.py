@@ -8,6 +8,8 @@ a module behind reads places of a padded batch.
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from threading import RLock
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ _TAKE_PACKED = frozenset(
     }
 )
 _ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+
+_TOKENIZING = RLock()
 
 
 class TextCollator(PackingCollator):
@@ -60,10 +65,22 @@ class PackedInputs(Exchanged):
             module.model_forward_params |= _ARGUMENTS
         return True
 
-    def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether to pack a batch: not while the model alone is restored."""
+    def preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        """Tokenize texts, one thread at a time.
+
+        A tokenizer keeps the padding that it was last asked for, so that another thread's would be
+        taken for tokens.
+        """
         module: Any = self
-        if not any(isinstance(part, PackedModel) for part in module.model.modules()):
+        with _TOKENIZING:
+            return module.original_class.preprocess(self, *args, **kwargs)
+
+    def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether to pack a batch: not while the model is restored, or tokens are asked for."""
+        module: Any = self
+        if _GIVES_PADDED.get() or not any(
+            isinstance(part, PackedModel) for part in module.model.modules()
+        ):
             return False
         return bool(module.original_class._should_flatten_inputs(self, *args, **kwargs))
 
@@ -74,18 +91,17 @@ class SentenceTransformer(Exchanged):
     def _inference(self, inputs: list[Any], *, output_value: str | None, **kwargs: Any) -> Any:
         """Encode texts; those whose tokens are asked for are padded, and packed by the model."""
         module: Any = self
-        packing: list[Any] = [part for part in self.modules() if isinstance(part, PackedInputs)]
-        before = [part.unpad_inputs for part in packing]
+        token = _GIVES_PADDED.set(output_value != "sentence_embedding")
         try:
-            for part in packing if output_value != "sentence_embedding" else ():
-                part.unpad_inputs = False
             return module.original_class._inference(
                 self, inputs, output_value=output_value, **kwargs
             )
         finally:
-            for part, unpads in zip(packing, before, strict=True):
-                if part.unpad_inputs is not unpads:
-                    part.unpad_inputs = unpads
+            _GIVES_PADDED.reset(token)
+
+
+_GIVES_PADDED: ContextVar[bool] = ContextVar("_GIVES_PADDED", default=False)
+"""Whether the texts that this thread encodes are padded; other threads go on packing theirs."""
 
 
 def _refuses_packed(part: nn.Module) -> bool:

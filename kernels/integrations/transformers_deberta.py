@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .class_exchange import Exchanged
-from .transformers_layers import PostNorm, joint_product
+from .transformers_layers import PostNorm, dropout_of, joint_product
 from .transformers_models import Family, PackedModel
 from .transformers_packing import Packing
 
@@ -68,7 +68,7 @@ def disentangled_attention(
         )
     scores = scores.unflatten(0, (-1, heads))
     scores = scores.masked_fill(~mask.pairs, torch.finfo(q.dtype).min)
-    p = module.dropout.p if module.training else 0.0
+    p = dropout_of(module.dropout, module.dropout.training)
     probabilities = functional.dropout(scores.softmax(-1), p).to(v.dtype)
     out = (probabilities.flatten(0, 1) @ padded_v).unflatten(0, (-1, heads))
     return packing.pack(out.transpose(1, 2))[0]

@@ -21,7 +21,7 @@ from .transformers_layers import (
     SelfAttention,
     TypeEmbeddings,
 )
-from .transformers_models import FAMILIES, Family, NormedModel, count_tokens
+from .transformers_models import FAMILIES, Family, NormedModel, count_from_zero, count_tokens
 from .transformers_modernbert import MODERNBERT
 from .transformers_mpnet import MPNET
 
@@ -80,6 +80,7 @@ FAMILIES.update(
         "modernbert": MODERNBERT,
         "mpnet": MPNET,
         "nomic_bert": Family(
+            count_from_zero,
             encoder=_last_layer,
             layers={"NomicBertEmbeddings": TypeEmbeddings, "NomicBertLayer": NomicBertLayer},
             padded=LastNomicBertLayer,

@@ -299,7 +299,7 @@ class SelfAttention(Exchanged):
         mask, packing = check_attention(attention_mask, packing)
         module: Any = self
         width, scale = module.attention_head_size, module.scaling
-        p = getattr(self, self.probability_dropout).p if self.training else 0.0
+        p = dropout_of(getattr(self, self.probability_dropout), self.training)
         layers = [getattr(self, name) for name in self.projections]
         x = hidden_states[0]
         qkv = None if packing.keys is not None else joint_product(x, layers)
@@ -318,6 +318,11 @@ class SelfAttention(Exchanged):
             q, k, v = (layer(x).unflatten(1, (-1, width)) for layer in layers)
             out = attention(q, k, v, mask, packing, p, scale)
         return out.flatten(1)[None]
+
+
+def dropout_of(drop: nn.Module, training: bool) -> float:
+    """Return the probability of a dropout of attention probabilities, which is never called."""
+    return drop.p if training and isinstance(drop, nn.Dropout) else 0.0
 
 
 def joint_product(x: Tensor, layers: list[Any]) -> Tensor | None:

@@ -25,8 +25,16 @@ from .transformers_packing import Boundaries, Packing, packing_of, restarts
 
 
 def count_from_zero(_embeddings: nn.Module, inputs: Tensor) -> Tensor:
-    """BERT's positions of a padded batch: ``[1, S]``, from 0."""
+    """Positions of a padded batch: ``[1, S]``, from 0."""
     return torch.arange(inputs.shape[1], device=inputs.device)[None]
+
+
+def read_positions(embeddings: nn.Module, inputs: Tensor) -> Tensor:
+    """BERT's positions: ``[1, S]``, the first of a buffer, which counts from 0 unless changed."""
+    own = getattr(embeddings, "position_ids", None)
+    if isinstance(own, Tensor) and own.shape[-1] >= inputs.shape[1]:
+        return own.view(1, -1)[:, : inputs.shape[1]]
+    return count_from_zero(embeddings, inputs)
 
 
 def count_tokens(embeddings: nn.Module, inputs: Tensor) -> Tensor:
@@ -45,6 +53,10 @@ def count_tokens(embeddings: nn.Module, inputs: Tensor) -> Tensor:
 
 
 # ---- models -------------------------------------------------------------------------------------
+
+
+IMPLEMENTATION = "superbert"
+"""Of attention, in transformers' registry and in configs."""
 
 
 class PackedOutput(Enum):
@@ -90,6 +102,8 @@ def _positions(family: "Family", embeddings: nn.Module, given: Tensor, packing: 
     if not packing.from_packed_inputs:
         return family.positions(embeddings, given)
     assert packing.indices is not None
+    if family.positions is count_tokens and given.dim() == 2:  # which looks at the ids
+        return packing.pack(count_tokens(embeddings, packing.pad(given)))
     of_any = family.positions(embeddings, given.new_empty(1, packing.max_seqlen, 0))
     return of_any[:, packing.indices % max(packing.max_seqlen, 1)]
 
@@ -123,6 +137,7 @@ class PackedModel(Exchanged):
         if given is None or given.dim() < 2:
             return super().forward(**inputs)  # transformers' error
         family = FAMILIES[config.model_type]
+        self._check_since(family)
         packing = packing_of(inputs, given, family.whole_rows, self.with_first_places)
         if packing.from_packed_inputs and getattr(self, "_is_replica", False):
             raise ValueError(
@@ -148,6 +163,22 @@ class PackedModel(Exchanged):
         )
         _convert_outputs(outputs, packing, family.encoder is not None, stays_packed)
         return outputs if return_dict else outputs.to_tuple()
+
+    def _check_since(self, family: "Family") -> None:
+        """Raise ValueError for what was set since :func:`accelerate` and does not go with it."""
+        model: Any = self
+        named = getattr(model.config, "_attn_implementation", None)
+        if not family.own_attention and named != IMPLEMENTATION:
+            raise ValueError(
+                f"model: its config names the attention {named!r} since it was accelerated; "
+                "`accelerate` it again, or `restore` it"
+            )
+        words = model.get_input_embeddings()
+        if self.training and getattr(words, "neftune_noise_alpha", None) is not None:
+            raise ValueError(
+                "neftune_noise_alpha: the noise depends on the length of padded rows, which an "
+                "accelerated model does not have; train without"
+            )
 
     def run(self, inputs: dict[str, Any], packing: Packing) -> Any:
         """Run on the stream, with arguments ``[1, T, ...]``, and return transformers' outputs."""
@@ -184,6 +215,11 @@ def _convert_outputs(outputs: Any, packing: Packing, is_padded: bool, stays_pack
     last = outputs.last_hidden_state
     if not is_padded:
         outputs.last_hidden_state = converted(last)
+    elif last.shape[:2] != (packing.batch_size, packing.length):
+        raise ValueError(
+            "model: its last layer is another since it was accelerated; `restore` it before layers "
+            "are taken out"
+        )
     elif stays_packed:
         outputs.last_hidden_state = packing.tokens(packing.pack(last))
     if stays_packed:
@@ -318,7 +354,7 @@ class Family:
             these.
     """
 
-    positions: Callable[[nn.Module, Tensor], Tensor] = count_from_zero
+    positions: Callable[[nn.Module, Tensor], Tensor] = read_positions
     encoder: Callable[[Any], nn.Module] | None = attrgetter("encoder")
     inputs: tuple[str, ...] = ()
     layers: Mapping[str, type[Exchanged]] = field(default_factory=dict)

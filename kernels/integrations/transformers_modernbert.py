@@ -8,7 +8,7 @@ its masks from here, since a window's is not recognised when transformers makes 
 from typing import Any
 
 from .transformers_layers import Mask
-from .transformers_models import Family, PackedModel
+from .transformers_models import Family, PackedModel, count_from_zero
 from .transformers_packing import Packing
 
 
@@ -26,5 +26,9 @@ class ModernBertModel(PackedModel):
 
 
 MODERNBERT = Family(
-    encoder=None, model=ModernBertModel, span_states="head", span_logits="classifier"
+    count_from_zero,
+    encoder=None,
+    model=ModernBertModel,
+    span_states="head",
+    span_logits="classifier",
 )

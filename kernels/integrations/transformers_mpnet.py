@@ -18,7 +18,14 @@ from torch.nn import functional
 
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged
-from .transformers_layers import PlaceEmbeddings, PostNorm, add_and_norm, is_plain, joint_product
+from .transformers_layers import (
+    PlaceEmbeddings,
+    PostNorm,
+    add_and_norm,
+    dropout_of,
+    is_plain,
+    joint_product,
+)
 from .transformers_models import Family, PackedModel, count_tokens
 from .transformers_packing import Packing
 
@@ -90,7 +97,7 @@ class MPNetSelfAttention(Exchanged):
             qkv = torch.cat([layer(x) for layer in layers], 1)
         dtype = autocast_dtype(qkv) or qkv.dtype
         q, k, v = qkv.to(dtype).unflatten(1, (3, -1, width)).unbind(1)
-        p = module.dropout.p if self.training else 0.0
+        p = dropout_of(module.dropout, module.dropout.training)
         return biased_attention(q, k, v, bias, packing, p, 1 / math.sqrt(width)).flatten(1)[None]
 
 

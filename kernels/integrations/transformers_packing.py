@@ -138,6 +138,11 @@ def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: boo
     if first_places:
         is_output[:, 0] = True
     is_row = is_token | ~is_token[:, :1] if whole_rows else is_output
+    if torch._C._get_tracing_state() is not None:
+        raise ValueError(
+            "attention_mask: torch.jit.trace would keep these tokens' places for all batches; "
+            "trace the model before `accelerate`, or with packed inputs"
+        )
     num_tokens, total = torch.stack([is_token.sum(), is_row.sum()]).tolist()
     if num_tokens == is_token.numel():
         return _packing_of_all(batch_size, length, attention_mask.device)
@@ -215,6 +220,15 @@ def _check_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tens
     return mask.to(device)
 
 
+def _check_boundaries(cu_seqlens: Any) -> None:
+    is_vector = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and len(cu_seqlens) > 1
+    if not is_vector or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        what = type(cu_seqlens).__name__
+        if isinstance(cu_seqlens, Tensor):
+            what = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seq_lens_q: expected int32 [sequences + 1], got {what}")
+
+
 def packing_of(
     inputs: Mapping[str, Any], given: Tensor, whole_rows: bool, first_places: bool
 ) -> Packing:
@@ -237,16 +251,20 @@ def packing_of(
     if cu_seqlens is None and mask is None and shape[0] == 1:
         cu_seqlens, longest = restarts(positions) or (None, None)
     if cu_seqlens is None:
+        for name in ("cu_seq_lens_k", "seq_idx"):
+            if inputs.get(name) is not None:
+                raise ValueError(f"{name}: expected cu_seq_lens_q beside it, got none")
         if mask is None:
             return _packing_of_all(*shape, device)
         return _packing_of_mask(_check_mask(mask, shape, device), whole_rows, first_places)
+    _check_boundaries(cu_seqlens)
     if shape[0] != 1:
         raise ValueError(f"cu_seq_lens_q: expected packed inputs [1, tokens], got {list(shape)}")
     if mask is not None and not (mask.shape == shape and mask.all()):
         raise ValueError("attention_mask: packed inputs have no padding; leave it out")
     if validation.may_look(cu_seqlens):
         validation.check_cu_seqlens("cu_seq_lens_q", cu_seqlens, shape[1])
-        needed = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+        needed = int(cu_seqlens.diff().max())
         if longest is not None and int(longest) < needed:
             raise ValueError(
                 f"max_length_q: expected at least the longest, {needed}, got {longest}"

@@ -40,6 +40,7 @@ from .transformers_layers import (
 )
 from .transformers_models import (
     FAMILIES,
+    IMPLEMENTATION,
     BoundaryHead,
     CausalHead,
     PackedOutput,
@@ -47,7 +48,6 @@ from .transformers_models import (
 )
 from .transformers_packing import Packing
 
-IMPLEMENTATION = "superbert"
 FAMILY = frozenset(FAMILIES)
 """``model_type`` of the encoders that can be accelerated."""
 # Heads that read each token's hidden state, and what is pooled; others look at places of a batch.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchjd.aggregation import UPGrad
 
-from kernels import PCGrad, balancing
+from kernels import PCGrad, TaskGradients, balancing
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "migrating.md").read_text(encoding="utf-8")
@@ -144,3 +144,36 @@ def test_the_methods_that_the_page_names_exist() -> None:
     named = set(re.findall(r"balancing\.(\w+)", PAGE))
     methods: list[Callable[..., Tensor]] = [getattr(balancing, name) for name in named]
     assert len(methods) >= 10
+
+
+def test_snippets_of_a_transformers_model() -> None:
+    """Means of packed hidden states, and three tasks in one pass."""
+    transformers = pytest.importorskip("transformers")
+    section = PAGE.split("\n## A transformers model\n")[1].split("\n## ")[0]
+    first, means, tasks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=60, intermediate_size=48, **sizes)
+    model = nn.Module()
+    model.bert = transformers.BertModel(config).eval()
+    model.heads = nn.ModuleList(nn.Linear(32, 2) for _ in range(3))
+    rows = [{"input_ids": list(range(3, 6 + i % 7))} for i in range(96)]
+    one_by_one = [model.bert(torch.tensor([row["input_ids"]]))[0].mean(1) for row in rows]
+
+    scope: dict[str, object] = {"torch": torch, "model": model}
+    exec(first.splitlines()[0], scope)
+    accelerate, collator = scope["accelerate"], scope["PackingCollator"]
+    accelerate(model, packed=True)
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True)
+    scope["outputs"] = model.bert(ids, attention_mask=ids != 0)
+    exec(means, scope)
+    torch.testing.assert_close(scope["means"], torch.cat(one_by_one), rtol=1e-4, atol=1e-5)
+
+    before = [parameter.detach().clone() for parameter in model.heads.parameters()]
+    scope |= {
+        **{"PCGrad": PCGrad, "TaskGradients": TaskGradients, "collate": collator(), "rows": rows},
+        "loss_of": [F.cross_entropy] * 3,
+        "labels": [torch.arange(32) % 2] * 3,
+    }
+    exec(tasks, scope)
+    assert not any(map(torch.equal, before, model.heads.parameters()))

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,21 @@ def test_results_of_tokens(roberta: str, output: str | None) -> None:
     assert takes_packed(model)  # again
     restore(model)
     assert not is_exchanged(model)
+
+
+def test_threads_that_ask_for_tokens_and_for_texts(roberta: str) -> None:
+    """A batch is padded for the one, packed for the others, and the model's setting stays."""
+    model = st.SentenceTransformer(roberta, device="cpu").eval()
+    accelerate(model)
+    before = model[0].unpad_inputs
+    kinds = ("token_embeddings", "sentence_embedding", "token_embeddings", "sentence_embedding")
+    expected = {kind: model.encode(TEXTS, output_value=kind) for kind in set(kinds)}
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        runs = [(kind, pool.submit(model.encode, TEXTS, output_value=kind)) for kind in 10 * kinds]
+    for kind, run in runs:
+        for found, own in zip(run.result(), expected[kind], strict=True):
+            torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
+    assert model[0].unpad_inputs is before
 
 
 def test_packed_outputs_are_refused(roberta: str) -> None:

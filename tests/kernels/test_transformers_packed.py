@@ -248,6 +248,23 @@ def test_positions_that_count_one_sequence() -> None:
         assert_close(model(**arguments).last_hidden_state, hidden)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_tokens_and_positions_of_ones_own(kind: str) -> None:
+    """RoBERTa does not count its padding tokens; BERT reads a buffer, which may be changed."""
+    model = base_model(kind)
+    buffer = getattr(model.embeddings, "position_ids", None)
+    if buffer is not None:
+        buffer.copy_(buffer.flip(-1))
+    tokens = [ids.clone() for ids in sequences()]
+    for ids in tokens:
+        ids[:, ::3] = model.config.pad_token_id or 0
+    expected = torch.cat([model(ids).last_hidden_state for ids in tokens], 1)
+    accelerate(model)
+    found = model(torch.cat(tokens, 1), cu_seq_lens_q=BOUNDARIES).last_hidden_state
+    assert_close(found, expected)
+    assert_close(model(tokens[1]).last_hidden_state, expected[:, 4:15])
+
+
 def test_positions_restart_in_a_decoder() -> None:
     model = head_model("bert", "BertLMHeadModel")
     expected = [model(ids).logits[0] for ids in sequences()]

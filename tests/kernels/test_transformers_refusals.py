@@ -12,9 +12,9 @@ from transformers.models.mpnet import modeling_mpnet
 
 from kernels import accelerate, restore
 from kernels.integrations.class_exchange import is_exchanged
-from kernels.integrations.transformers_models import PackedOutput
+from kernels.integrations.transformers_models import FAMILIES, PackedOutput
 
-from .transformers_cases import base_model, batch, config_of, head_model, mask_of
+from .transformers_cases import KINDS, base_model, batch, config_of, head_model, mask_of
 
 
 def assert_refused(model: nn.Module, message: str, **options: Any) -> None:
@@ -134,3 +134,64 @@ def test_classes_given_since() -> None:
         restore(model)
     model.__class__ = kind
     restore(model)
+
+
+# ---- what is set since --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not FAMILIES[kind].own_attention])
+def test_another_attention_since(kind: str) -> None:
+    """NomicBERT's layers would take it, and let sentences see each other."""
+    model = base_model(kind)
+    accelerate(model)
+    for implementation in ("sdpa", "eager"):
+        model.config._attn_implementation = implementation
+        with pytest.raises(ValueError, match=f"names the attention '{implementation}' since"):
+            model(**batch(model, "right"))
+    accelerate(model)
+    model(**batch(model, "right"))
+
+
+def test_a_last_layer_taken_out_since() -> None:
+    """NomicBERT's pads."""
+    model = base_model("nomic_bert")
+    accelerate(model)
+    model.config.num_hidden_layers = 1
+    with pytest.raises(ValueError, match="its last layer is another since"):
+        model(**batch(model, "right"))
+
+
+def test_noise_by_the_length_of_padded_rows() -> None:
+    model = base_model("bert")
+    accelerate(model)
+    model.get_input_embeddings().neftune_noise_alpha = 5.0
+    model(**batch(model, "right"))
+    with pytest.raises(ValueError, match="neftune_noise_alpha: the noise depends"):
+        model.train()(**batch(model, "right"))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of what it deprecates and what is constant
+def test_traces_of_a_mask() -> None:
+    model = base_model("bert", return_dict=False)
+    accelerate(model)
+    ids = torch.full((3, 11), 7)
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace would keep"):
+        torch.jit.trace(model, (ids, torch.ones(3, 11)), check_trace=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cu_seq_lens_k": torch.tensor([0, 4, 8])}, "cu_seq_lens_k: expected cu_seq_lens_q"),
+        ({"seq_idx": torch.zeros(1, 8)}, "seq_idx: expected cu_seq_lens_q"),
+        ({"cu_seq_lens_q": torch.tensor([0.0, 4, 8])}, "got torch.float32"),
+        ({"cu_seq_lens_q": torch.tensor([[0, 4, 8]])}, r"got torch.int64 \[1, 3\]"),
+        ({"cu_seq_lens_q": torch.tensor([0])}, r"got torch.int64 \[1\]"),
+        ({"cu_seq_lens_q": [0, 4, 8]}, "got list"),
+    ],
+)
+def test_boundaries_of_other_kinds(arguments: dict[str, Any], message: str) -> None:
+    model = base_model("bert")
+    accelerate(model)
+    with pytest.raises(ValueError, match=message):
+        model(torch.full((1, 8), 7), **arguments)

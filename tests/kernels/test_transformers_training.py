@@ -275,6 +275,34 @@ def test_dropout_follows_the_mode_of_the_model(kind: str, name: str) -> None:
     assert torch.equal(model(**arguments)[0], first)
 
 
+@pytest.mark.parametrize("kind", ["mpnet", "deberta-v2"])
+def test_dropout_of_probabilities_by_its_own_mode(kind: str) -> None:
+    """As transformers' layers there call it; what is put in its place drops nothing."""
+    model = base_model(kind, attention_probs_dropout_prob=0.3)
+    accelerate(model)
+    arguments = batch(model, "right")
+
+    def spread() -> float:
+        one, other = (model(**arguments)[0] for _ in range(2))
+        return (one - other).abs().max().item()
+
+    names = ("attn.dropout", "self.dropout")
+    drops = [module for name, module in model.named_modules() if name.endswith(names)]
+    assert len(drops) == 2
+    for drop in drops:
+        drop.train()
+    assert spread() > 0
+    model.train()
+    for drop in drops:
+        drop.eval()
+    assert spread() == 0
+    model.train()
+    for module in model.modules():
+        if getattr(module, "dropout", None) in drops:
+            module.dropout = nn.Identity()
+    assert spread() == 0
+
+
 def test_dropout_drops_as_often_as_it_says() -> None:
     model = BertModel(BertConfig(**SIZES | {"hidden_dropout_prob": 0.3}))
     accelerate(model)
