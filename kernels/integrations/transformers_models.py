@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..task_gradients.task_layers import announce_stream
 from .class_exchange import Exchanged
 from .transformers_packing import Boundaries, Packing, packing_of, restarts
 
@@ -156,7 +155,6 @@ class PackedModel(Exchanged):
         return_dict = inputs.pop("return_dict", None)
         if return_dict is None:
             return_dict = getattr(config, "return_dict", True)
-        announce_stream(packing.cu_seqlens)
         outputs = self.run(self._on_stream(inputs, packing, family), packing)
         stays_packed = self.packed_output is PackedOutput.ALWAYS or (
             self.packed_output is PackedOutput.AS_GIVEN and packing.from_packed_inputs

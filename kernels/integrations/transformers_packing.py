@@ -8,6 +8,7 @@ flash attention.
 """
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..attention.attention_plan import AttentionPlan, attention_plan
 from ..registration import validation
+from ..task_gradients.task_layers import announce_stream
 from .padding import pad_input
 
 
@@ -118,6 +120,7 @@ def _boundaries(lengths: Tensor) -> Tensor:
 def _packing_of_all(batch_size: int, length: int, device: torch.device) -> Packing:
     """Every place is a token."""
     cu_seqlens = length * torch.arange(batch_size + 1, dtype=torch.int32, device=device)
+    announce_stream(cu_seqlens, range(0, length * batch_size + 1, length) if length else None)
     shape = (length, batch_size, length)
     return Packing(
         cu_seqlens, *shape, None, None, cu_seqlens, _plan(cu_seqlens, batch_size * length), False
@@ -143,11 +146,15 @@ def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: boo
             "attention_mask: torch.jit.trace would keep these tokens' places for all batches; "
             "trace the model before `accelerate`, or with packed inputs"
         )
-    num_tokens, total = torch.stack([is_token.sum(), is_row.sum()]).tolist()
+    lengths = is_row.sum(1, dtype=torch.int32)
+    num_tokens, *of_rows = torch.cat([is_token.sum(dtype=torch.int32)[None], lengths]).tolist()
     if num_tokens == is_token.numel():
         return _packing_of_all(batch_size, length, attention_mask.device)
+    starts = list(accumulate(of_rows, initial=0))
+    total = starts[-1]
     indices = _places(is_row.flatten(), total)
-    cu_seqlens = cu_seqlens_k = _boundaries(is_row.sum(1, dtype=torch.int32))
+    cu_seqlens = cu_seqlens_k = _boundaries(lengths)
+    announce_stream(cu_seqlens, starts)
     keys = hidden_padding = None
     if total > num_tokens:
         keys = _places(is_token.flatten()[indices], num_tokens)
@@ -177,6 +184,7 @@ def _packing_of_boundaries(cu_seqlens: Tensor, max_seqlen: int, total: int) -> P
     indices = place.clamp(max=batch_size * max_seqlen)
     shape = (max_seqlen, batch_size, max_seqlen)
     plan = _plan(cu_seqlens, total)
+    announce_stream(cu_seqlens)
     return Packing(cu_seqlens, *shape, indices, None, cu_seqlens, plan, True)
 
 

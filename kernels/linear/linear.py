@@ -27,6 +27,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..gradient_queue import enqueue
 from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.differentiation import differentiable_once, in_forward_mode, refuse_transforms
+from ..registration.function_modes import active_layer_modes
 from ..registration.validation import (
     DTYPES,
     check_data,
@@ -294,6 +295,9 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     if has_torch_function(tensors):
         out: Tensor = handle_torch_function(joint_linear, tensors, x, weights, biases)
         return out
+    if torch.compiler.is_compiling() and active_layer_modes():
+        # They see torch's calls alone while torch.compile traces.
+        return torch.cat([F.linear(x, *layer) for layer in zip(weights, biases, strict=True)], -1)
     given = [bias for bias in biases if bias is not None]
     if len(given) not in (0, len(weights)) or len(biases) != len(weights):
         raise ValueError(f"biases: expected {len(weights)} or none, got {len(given)}")

@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..gradient_buffer import GradientBuffer, lay_out
@@ -70,11 +71,14 @@ class TaskGradients:
         self.num_tasks, self.parameters = num_tasks, tuple(named.values())
         slots, end = lay_out({name: parameter.shape for name, parameter in named.items()})
         self.buffer = GradientBuffer(slots, self.parameters[0].detach().new_zeros(num_tasks, end))
+        self._reached = torch.zeros(len(slots), num_tasks, dtype=torch.uint8)
+        # `data`: writes are not counted as those of `rows`, which may be saved.  One tensor for all
+        # parameters: torch.compile takes several to be apart.
+        buffer = self.rows.data
         self._places: dict[int, Place] = {}
-        for slot, parameter in zip(slots, self.parameters, strict=True):
-            # `data`: writes are counted for each parameter by itself, which compiled models rely
-            # on.
-            self._places[id(parameter)] = Place(slot, self.rows.data, set())
+        for number, (slot, parameter) in enumerate(zip(slots, self.parameters, strict=True)):
+            place = Place(slot, buffer, set(), number, self._reached)
+            self._places[id(parameter)] = place
             parameter.register_hook(_refusal(slot.name, weakref.ref(self)))
         self._layers = TaskLayers(self._places)
         self._model = weakref.ref(model)
@@ -101,9 +105,8 @@ class TaskGradients:
                 which :meth:`task` takes; the message names it.
         """
         offsets = self._offsets("examples", examples)
-        with self._seen_as(
-            Joined(offsets, None if tokens is None else self._offsets("tokens", tokens))
-        ):
+        of_tokens = None if tokens is None else self._offsets("tokens", tokens)
+        with self._seen_as(Joined(offsets, of_tokens, tokens is not None)):
             yield
 
     @contextmanager
@@ -156,6 +159,7 @@ class TaskGradients:
         """Set all task gradients to zero, for the next step."""
         self.buffer.resize(self.num_tasks)
         self._collecting, self._before_next = False, None
+        self._reached.zero_()
         for place in self._places.values():
             place.tasks.clear()
 
@@ -187,7 +191,9 @@ class TaskGradients:
         Raises:
             ValueError: it is none.
         """
-        return frozenset(self._place(parameter).tasks)
+        place = self._place(parameter)
+        flags = self._reached[place.number].tolist()
+        return frozenset(place.tasks) | {task for task, flag in enumerate(flags) if flag}
 
     def _place(self, parameter: Tensor) -> Place:
         if id(parameter) not in self._places:
@@ -260,12 +266,26 @@ def following_checkpoints(model: nn.Module | None, contexts: Callable[[], Any]) 
         if "context_fn" not in run.keywords:
             before.append((module, run))
     for module, run in before:
-        module._gradient_checkpointing_func = functools.partial(run, context_fn=contexts)
+        module._gradient_checkpointing_func = _within(contexts, run)
     try:
         yield
     finally:
         for module, run in before:
             module._gradient_checkpointing_func = run
+
+
+def _within(contexts: Callable[[], Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    """Give calls of ``torch.utils.checkpoint`` a ``context_fn``.
+
+    A graph of torch.compile, in which the tasks are known, takes none.
+    """
+
+    def checkpoint(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return run(*args, **kwargs)
+        return run(*args, context_fn=contexts, **kwargs)
+
+    return checkpoint
 
 
 def _refusal(name: str, owner: "weakref.ref[TaskGradients]") -> Callable[[Tensor | None], None]:

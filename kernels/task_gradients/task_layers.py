@@ -14,14 +14,9 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import (
-    TorchFunctionMode,
-    handle_torch_function,
-    has_torch_function,
-    resolve_name,
-)
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from ..dropout.dropout import dropout
 from ..embedding.embedding import embedding
@@ -33,7 +28,10 @@ from ..embedding_layer_norm.embedding_layer_norm import (
 from ..gradient_buffer import Slot
 from ..layer_norm.layer_norm import dropout_add_layer_norm, layer_norm
 from ..linear.linear import joint_linear, linear
+from ..registration.function_modes import LayerMode, active_layer_modes
+from ..registration.validation import may_look
 from ..task_rows import Columns, TaskRows, TaskSegments
+from .reached_tasks import NoteTasks, StandIn
 
 
 class Place(NamedTuple):
@@ -42,12 +40,16 @@ class Place(NamedTuple):
     Attributes:
         slot: the parameter's columns.
         buffer: ``[K, P]``.
-        tasks: whose losses have reached the parameter since the rows were cleared.
+        tasks: whose losses have reached the parameter since the rows were cleared, in eager layers.
+        number: of the parameter.
+        reached: uint8 ``[parameters, K]`` on the CPU, flags of those in compiled layers.
     """
 
     slot: Slot
     buffer: Tensor
     tasks: set[int]
+    number: int
+    reached: Tensor
 
     @property
     def name(self) -> str:
@@ -66,10 +68,12 @@ class Joined(NamedTuple):
     Attributes:
         examples: K + 1 offsets.
         tokens: K + 1 offsets in the packed stream, for layers that work on one.
+        tokens_given: whether they are the caller's, and not those of the model's last call.
     """
 
     examples: tuple[int, ...]
     tokens: tuple[int, ...] | None
+    tokens_given: bool = False
 
     def offsets(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return where each task begins in the flattened rows of a layer's input.
@@ -111,17 +115,33 @@ class Single(NamedTuple):
         return (0,) * (self.task + 1) + (math.prod(shape),) * (self.num_tasks - self.task)
 
 
-def announce_stream(cu_seqlens: Tensor) -> None:
+def announce_stream(cu_seqlens: Tensor, starts: Sequence[int] | None = None) -> None:
     """Tell task gradients, where they are collected, of a packed stream before its layers run.
 
     Args:
         cu_seqlens: int32 ``[S + 1]``, the boundaries of its sequences, an example each.
+        starts: the same on the host, where they are known there.  Otherwise task gradients that
+            were not given the tasks' tokens read them, which on a GPU waits for the device.
     """
-    if has_torch_function((cu_seqlens,)):
-        handle_torch_function(announce_stream, (cu_seqlens,), cu_seqlens)
+    modes = [mode for mode in active_layer_modes() if isinstance(mode, TaskLayers)]
+    if starts is None and any(mode.must_read(cu_seqlens) for mode in modes):
+        _announce_what_is_read(cu_seqlens, modes)
+    elif modes:
+        for mode in modes:
+            mode.divide_stream(cu_seqlens, starts)
 
 
-class TaskLayers(TorchFunctionMode):
+@torch.compiler.disable(
+    reason="how many tokens each task has is known on the host alone; give them to "
+    "TaskGradients.batch as `tokens`"
+)
+def _announce_what_is_read(cu_seqlens: Tensor, modes: "Sequence[TaskLayers]") -> None:
+    starts = cu_seqlens.tolist()
+    for mode in modes:
+        mode.divide_stream(cu_seqlens, starts)
+
+
+class TaskLayers(LayerMode):
     """A torch function mode whose calls write task rows in their backward pass.
 
     Args:
@@ -144,11 +164,10 @@ class TaskLayers(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is announce_stream:
-            self._divide_stream(*args)
-            return None
         place = next(self._places_among([*args, *kwargs.values()]), None)
         if place is None or not torch.is_grad_enabled() or not _uses_values(func):
+            if torch.compiler.is_compiling() and _is_written_in_python(func):
+                return getattr(args[0], func.__name__)(*args[1:], **kwargs)
             return func(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
@@ -160,18 +179,35 @@ class TaskLayers(TorchFunctionMode):
             return layer(self, *args, **kwargs)
         return self._other(place, func, *args, **kwargs)
 
-    def _divide_stream(self, cu_seqlens: Tensor) -> None:
-        """Find the tokens of each task in the stream that follows, whose sequences are examples."""
-        if not isinstance(self.tasks, Joined):
+    def must_read(self, cu_seqlens: Tensor) -> bool:
+        """Whether boundaries that are not known on the host are needed there, or may be checked."""
+        tasks = self.tasks
+        return isinstance(tasks, Joined) and (not tasks.tokens_given or may_look(cu_seqlens))
+
+    def divide_stream(self, cu_seqlens: Tensor, starts: Sequence[int] | None) -> None:
+        """Find the tokens of each task in the stream that follows, whose sequences are examples.
+
+        Raises:
+            ValueError: other examples, or tokens, than were given to ``batch``.
+        """
+        tasks = self.tasks
+        if not isinstance(tasks, Joined):
             return
-        examples, sequences = self.tasks.examples, cu_seqlens.shape[0] - 1
+        examples, sequences = tasks.examples, cu_seqlens.shape[0] - 1
         if sequences != examples[-1]:
             raise ValueError(
                 f"examples: the model got {sequences} sequences, expected the {examples[-1]} of "
                 "`batch`; give it all examples in one call, or those of one task within `task`"
             )
-        starts = cu_seqlens.tolist()
-        self.tasks = self.tasks._replace(tokens=tuple(starts[example] for example in examples))
+        if starts is None:
+            return
+        tokens = tuple(starts[example] for example in examples)
+        if not tasks.tokens_given:
+            self.tasks = tasks._replace(tokens=tokens)
+        elif tasks.tokens != tokens:
+            raise ValueError(
+                f"tokens: tasks of the model's sequences begin at {tokens}, expected {tasks.tokens}"
+            )
 
     def _other(self, place: Place, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a call that no layer of this package stands for."""
@@ -193,15 +229,19 @@ class TaskLayers(TorchFunctionMode):
             return value
         if isinstance(value, Tensor):
             assert isinstance(self.tasks, Single)
-            place = self._places[id(value)]
-            return _StandIn.apply(value, place, self.tasks.task, writable)  # type: ignore[no-untyped-call]
+            place, task = self._places[id(value)], self.tasks.task
+            if torch.compiler.is_compiling() and not writable:
+                noted = place.reached, place.number
+                return StandIn.apply(value, place.buffer, place.slot.offset, task, *noted)  # type: ignore[no-untyped-call]
+            return _StandIn.apply(value, place, task, writable)  # type: ignore[no-untyped-call]
         replaced = (self._stand_in(item, writable) for item in value)
         return list(replaced) if isinstance(value, list) else tuple(replaced)
 
     def _places_among(self, values: Iterable[Any]) -> Iterator[Place]:
         """Yield the places of the parameters among a call's arguments."""
         for value in values:
-            if isinstance(value, Tensor):
+            # Of other tensors torch.compile knows no `id`.
+            if isinstance(value, nn.Parameter):
                 if id(value) in self._places:
                     yield self._places[id(value)]
             elif isinstance(value, list | tuple):
@@ -479,6 +519,9 @@ class _Note(torch.autograd.Function):
 
 def _note(out: Tensor, places: Sequence[Place], segments: TaskSegments) -> Tensor:
     """Note, once a loss reaches ``out``, that its tasks have reached the parameters."""
+    if torch.compiler.is_compiling():
+        numbers = tuple(place.number for place in places)
+        return NoteTasks.apply(out, places[0].reached, numbers, segments.offsets)  # type: ignore[no-untyped-call]
     tasks = {task for task, (begin, end) in enumerate(pairwise(segments.offsets)) if begin < end}
     return _Note.apply(out, places, tasks)  # type: ignore[no-untyped-call]
 
@@ -519,6 +562,11 @@ def _uses_values(func: Callable[..., Any]) -> bool:
     if getattr(func, "__name__", None) in ("__get__", "__set__", "__delete__"):
         return func in _VIEWS
     return func not in _OBJECT_METHODS
+
+
+def _is_written_in_python(func: Callable[..., Any]) -> bool:
+    """Whether it is a tensor's method that torch.compile knows by its name alone."""
+    return getattr(func, "__module__", None) == "torch._tensor"
 
 
 def _refusal(place: Place, func: Callable[..., Any]) -> NotImplementedError:

@@ -1,0 +1,85 @@
+"""Note in a backward pass which tasks have reached a parameter, in graphs of torch.compile, too.
+
+A graph holds no sets of Python.  Its backward pass writes flags, which lie on the CPU wherever the
+parameters do: reading them waits for nothing, and a CUDA graph leaves their operator out.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registration.backend import declare, register_fake
+
+
+@torch.library.custom_op("superbert::note_tasks_", mutates_args=("reached",), device_types="cpu")
+def note_tasks_(reached: Tensor, parameters: Sequence[int], offsets: Sequence[int]) -> None:
+    """Set the flags of the tasks that own rows of a layer's input.
+
+    Args:
+        reached: uint8 ``[parameters, K]`` on the CPU, written.
+        parameters: the numbers of the layer's parameters.
+        offsets: K + 1 ascending row numbers; task k owns the rows from number k to the next.
+    """
+    for parameter in parameters:
+        for task, (begin, end) in enumerate(pairwise(offsets)):
+            if begin < end:
+                reached[parameter, task] = 1
+
+
+def _note_fake(*_arguments: object) -> None:
+    pass
+
+
+register_fake("note_tasks_")(_note_fake)
+declare("note_tasks_", cpu="torch", cuda=None)
+
+
+class NoteTasks(torch.autograd.Function):
+    """Identity on a layer's output; its backward pass notes that a loss reached the layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        reached: Tensor,
+        parameters: tuple[int, ...],
+        offsets: tuple[int, ...],
+    ) -> Tensor:
+        # Not saved tensors: other backward passes write the flags in between.
+        ctx.noted = reached, parameters, offsets
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        note_tasks_(*ctx.noted)
+        return gradient, None, None, None
+
+
+class StandIn(torch.autograd.Function):
+    """A view of a parameter whose gradient goes into its row of a task, and not to autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        parameter: Tensor,
+        buffer: Tensor,
+        first_column: int,
+        task: int,
+        reached: Tensor,
+        number: int,
+    ) -> Tensor:
+        ctx.row = buffer, first_column, task
+        ctx.noted = reached, number
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        buffer, start, task = ctx.row
+        reached, number = ctx.noted
+        columns = buffer[task, start : start + gradient.numel()]
+        columns.add_(gradient.reshape(-1))
+        note_tasks_(reached, (number,), (0,) * (task + 1) + (1,) * (len(buffer) - task))
+        return None, None, None, None, None, None
