@@ -106,7 +106,7 @@ class TaskGradients:
         """
         offsets = self._offsets("examples", examples)
         of_tokens = None if tokens is None else self._offsets("tokens", tokens)
-        with self._seen_as(Joined(offsets, of_tokens, tokens is not None)):
+        with self._seen_as(Joined.of(offsets, of_tokens, tokens is not None)):
             yield
 
     @contextmanager

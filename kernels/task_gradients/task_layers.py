@@ -69,11 +69,27 @@ class Joined(NamedTuple):
         examples: K + 1 offsets.
         tokens: K + 1 offsets in the packed stream, for layers that work on one.
         tokens_given: whether they are the caller's, and not those of the model's last call.
+        sizes: tensors of these sizes, for torch.compile.
     """
 
     examples: tuple[int, ...]
     tokens: tuple[int, ...] | None
-    tokens_given: bool = False
+    tokens_given: bool
+    sizes: tuple[list[Tensor], ...]
+
+    @classmethod
+    def of(
+        cls, examples: tuple[int, ...], tokens: tuple[int, ...] | None, tokens_given: bool
+    ) -> "Joined":
+        """Return the batch with these offsets."""
+        streams = [examples] if tokens is None else [examples, tokens]
+        return cls(examples, tokens, tokens_given, tuple(map(_of_sizes, streams)))
+
+    def streams(self) -> list[tuple[int, ...]]:
+        """Return the offsets of examples and of tokens, where these are known."""
+        if torch.compiler.is_compiling():
+            return [_sizes(tensors) for tensors in self.sizes]
+        return [self.examples] if self.tokens is None else [self.examples, self.tokens]
 
     def offsets(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return where each task begins in the flattened rows of a layer's input.
@@ -84,13 +100,13 @@ class Joined(NamedTuple):
         Raises:
             ValueError: the batch does not lie along its first dimension.
         """
-        for stream in (self.examples, self.tokens):
-            if stream is not None and shape and shape[0] == stream[-1]:
+        streams = self.streams()
+        for stream in streams:
+            if shape and shape[0] == stream[-1]:
                 inner = math.prod(shape[1:])
                 return tuple(inner * offset for offset in stream)
         if self.is_stream(shape):
-            assert self.tokens is not None
-            return self.tokens
+            return streams[1]
         known = f"{self.examples[-1]} examples"
         if self.tokens is not None:
             known += f" or {self.tokens[-1]} tokens"
@@ -101,7 +117,27 @@ class Joined(NamedTuple):
 
     def is_stream(self, shape: Sequence[int]) -> bool:
         """Whether rows of this shape are all tokens, as a stream ``[1, T]``."""
-        return self.tokens is not None and tuple(shape) == (1, self.tokens[-1])
+        streams = self.streams()
+        return len(streams) > 1 and len(shape) == 2 and shape[0] == 1 and shape[1] == streams[1][-1]
+
+
+_MOST_DIMENSIONS = 32
+
+
+def _of_sizes(offsets: tuple[int, ...]) -> list[Tensor]:
+    """Return tensors without elements whose sizes are the offsets but the first, which is 0.
+
+    Of the integers that a mode holds torch.compile makes constants, of sizes it does not.
+    """
+    rest = range(1, len(offsets), _MOST_DIMENSIONS)
+    return [torch.empty(0, *offsets[i : i + _MOST_DIMENSIONS], device="cpu") for i in rest]
+
+
+def _sizes(tensors: list[Tensor]) -> tuple[int, ...]:
+    sizes = [0]
+    for tensor in tensors:
+        sizes += tensor.shape[1:]
+    return tuple(sizes)
 
 
 class Single(NamedTuple):
@@ -124,11 +160,12 @@ def announce_stream(cu_seqlens: Tensor, starts: Sequence[int] | None = None) -> 
             were not given the tasks' tokens read them, which on a GPU waits for the device.
     """
     modes = [mode for mode in active_layer_modes() if isinstance(mode, TaskLayers)]
-    if starts is None and any(mode.must_read(cu_seqlens) for mode in modes):
+    if torch.compiler.is_compiling():
+        starts = None
+    if starts is None and any([mode.must_read(cu_seqlens) for mode in modes]):
         _announce_what_is_read(cu_seqlens, modes)
-    elif modes:
-        for mode in modes:
-            mode.divide_stream(cu_seqlens, starts)
+    for mode in modes:
+        mode.divide_stream(cu_seqlens, starts)
 
 
 @torch.compiler.disable(
@@ -193,7 +230,7 @@ class TaskLayers(LayerMode):
         tasks = self.tasks
         if not isinstance(tasks, Joined):
             return
-        examples, sequences = tasks.examples, cu_seqlens.shape[0] - 1
+        sequences, examples = cu_seqlens.shape[0] - 1, tasks.streams()[0]
         if sequences != examples[-1]:
             raise ValueError(
                 f"examples: the model got {sequences} sequences, expected the {examples[-1]} of "
@@ -203,7 +240,7 @@ class TaskLayers(LayerMode):
             return
         tokens = tuple(starts[example] for example in examples)
         if not tasks.tokens_given:
-            self.tasks = tasks._replace(tokens=tokens)
+            self.tasks = Joined.of(tasks.examples, tokens, False)
         elif tasks.tokens != tokens:
             raise ValueError(
                 f"tokens: tasks of the model's sequences begin at {tokens}, expected {tasks.tokens}"
@@ -444,7 +481,7 @@ class TaskLayers(LayerMode):
         if self.tasks.is_stream(index.shape):
             return index
         if index.dim() > 1 and len(index) == 1:
-            return index.expand(self.tasks.examples[-1], *index.shape[1:])
+            return index.expand(self.tasks.streams()[0][-1], *index.shape[1:])
         return index
 
 
