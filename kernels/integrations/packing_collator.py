@@ -4,8 +4,8 @@ A batch of S examples with T tokens in all is one stream ``[1, T]``, example aft
 ``cu_seq_lens_q`` ``[S + 1]`` says where each one starts: what transformers' flash attention takes.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -38,6 +38,18 @@ class PackingCollator:
     each GPU instead.  The Trainer's evaluation counts a batch with labels of tokens as one example.
     A model that was restored takes such a batch for one long sequence, so evaluate before that.
     """
+
+    @staticmethod
+    def token_counts(batch: Mapping[str, Any], examples: Iterable[int]) -> list[int]:
+        """Return how many tokens each task has, for ``TaskGradients.batch(examples, tokens=...)``.
+
+        Args:
+            batch: as the collator made it, not yet moved to a GPU.
+            examples: how many examples each task has, in the order in which they lie.
+        """
+        starts = batch["cu_seq_lens_q"].tolist()
+        ends = list(accumulate(examples, initial=0))
+        return [starts[end] - starts[begin] for begin, end in pairwise(ends)]
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate examples.

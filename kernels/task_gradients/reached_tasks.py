@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..registration.backend import declare, register_fake
+from ..registration.validation import check_offsets
 
 
 @torch.library.custom_op("superbert::note_tasks_", mutates_args=("reached",), device_types="cpu")
@@ -23,6 +24,13 @@ def note_tasks_(reached: Tensor, parameters: Sequence[int], offsets: Sequence[in
         parameters: the numbers of the layer's parameters.
         offsets: K + 1 ascending row numbers; task k owns the rows from number k to the next.
     """
+    if reached.dim() != 2 or reached.dtype != torch.uint8:
+        raise ValueError(f"reached: expected uint8 [parameters, K], got {list(reached.shape)}")
+    check_offsets("offsets", offsets, max([0, *offsets]))
+    if len(offsets) != reached.shape[1] + 1:
+        raise ValueError(f"offsets: expected {reached.shape[1] + 1}, got {len(offsets)}")
+    if any(not 0 <= parameter < len(reached) for parameter in parameters):
+        raise ValueError(f"parameters: expected 0 to {len(reached) - 1}, got {list(parameters)}")
     for parameter in parameters:
         for task, (begin, end) in enumerate(pairwise(offsets)):
             if begin < end:

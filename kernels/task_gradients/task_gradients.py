@@ -96,7 +96,10 @@ class TaskGradients:
 
         Args:
             examples: how many examples each task has, in the order in which they lie.
-            tokens: how many tokens each task has, where layers work on a packed stream of them.
+            tokens: how many tokens each task has, where layers work on a packed stream of them.  An
+                accelerated model finds them itself.  Given packed inputs it reads them, which on a
+                GPU waits for the device and breaks a graph of torch.compile; given these numbers,
+                as `PackingCollator.token_counts` tells them, neither happens.
 
         Raises:
             ValueError: not K numbers, or a model that was moved or cast; within the block, a layer
