@@ -139,7 +139,7 @@ def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: boo
     is_token = attention_mask != 0
     is_output = is_token.clone()
     if first_places:
-        is_output[:, 0] = True
+        is_output[:, 0].fill_(True)
     is_row = is_token | ~is_token[:, :1] if whole_rows else is_output
     if torch._C._get_tracing_state() is not None:
         raise ValueError(

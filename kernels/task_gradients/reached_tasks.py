@@ -56,38 +56,13 @@ class NoteTasks(torch.autograd.Function):
         parameters: tuple[int, ...],
         offsets: tuple[int, ...],
     ) -> Tensor:
+        """Return ``out``."""
         # Not saved tensors: other backward passes write the flags in between.
         ctx.noted = reached, parameters, offsets
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """Set the flags, and pass the gradient on."""
         note_tasks_(*ctx.noted)
         return gradient, None, None, None
-
-
-class StandIn(torch.autograd.Function):
-    """A view of a parameter whose gradient goes into its row of a task, and not to autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        parameter: Tensor,
-        buffer: Tensor,
-        first_column: int,
-        task: int,
-        reached: Tensor,
-        number: int,
-    ) -> Tensor:
-        ctx.row = buffer, first_column, task
-        ctx.noted = reached, number
-        return parameter.view_as(parameter)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        buffer, start, task = ctx.row
-        reached, number = ctx.noted
-        columns = buffer[task, start : start + gradient.numel()]
-        columns.add_(gradient.reshape(-1))
-        note_tasks_(reached, (number,), (0,) * (task + 1) + (1,) * (len(buffer) - task))
-        return None, None, None, None, None, None

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 
 from ..dropout.dropout import dropout
 from ..embedding.embedding import embedding
@@ -31,7 +32,7 @@ from ..linear.linear import joint_linear, linear
 from ..registration.function_modes import LayerMode, active_layer_modes
 from ..registration.validation import may_look
 from ..task_rows import Columns, TaskRows, TaskSegments
-from .reached_tasks import NoteTasks, StandIn
+from .reached_tasks import NoteTasks
 
 
 class Place(NamedTuple):
@@ -162,7 +163,7 @@ def announce_stream(cu_seqlens: Tensor, starts: Sequence[int] | None = None) -> 
     modes = [mode for mode in active_layer_modes() if isinstance(mode, TaskLayers)]
     if torch.compiler.is_compiling():
         starts = None
-    if starts is None and any([mode.must_read(cu_seqlens) for mode in modes]):
+    if starts is None and any(mode.must_read(cu_seqlens) for mode in modes):
         _announce_what_is_read(cu_seqlens, modes)
     for mode in modes:
         mode.divide_stream(cu_seqlens, starts)
@@ -267,9 +268,6 @@ class TaskLayers(LayerMode):
         if isinstance(value, Tensor):
             assert isinstance(self.tasks, Single)
             place, task = self._places[id(value)], self.tasks.task
-            if torch.compiler.is_compiling() and not writable:
-                noted = place.reached, place.number
-                return StandIn.apply(value, place.buffer, place.slot.offset, task, *noted)  # type: ignore[no-untyped-call]
             return _StandIn.apply(value, place, task, writable)  # type: ignore[no-untyped-call]
         replaced = (self._stand_in(item, writable) for item in value)
         return list(replaced) if isinstance(value, list) else tuple(replaced)
@@ -484,6 +482,13 @@ class TaskLayers(LayerMode):
             return index.expand(self.tasks.streams()[0][-1], *index.shape[1:])
         return index
 
+
+# Trace it as a part of graphs alone.  Compiled by itself, behind a break of one, it would be taken
+# for any other attribute of a tensor: torch.compile does not guard which one it was called for.
+_SKIP = eval_frame._FrameAction.SKIP
+eval_frame.set_code_exec_strategy(
+    TaskLayers.__torch_function__.__code__, eval_frame._FrameExecStrategy(_SKIP, _SKIP)
+)
 
 _LAYERS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.linear: TaskLayers._linear,

@@ -72,9 +72,12 @@ def test_in_graphs_of_any_size(make: Any) -> None:
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
         assert found[1] == expected[1]
     assert counts[-1] == counts[-2]
-    assert counts[-1] <= (2 if make is packed else 5)
+    # More than one, since sizes that are equal by chance are one to torch.compile at first.
+    assert counts[-1] <= (3 if make is packed else 5)
 
 
+# Of a graph's inputs torch.compile reads `.grad`, and hides the warning unless it is an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_heads_within_task() -> None:
     model = Multitask()
     tasks = TaskGradients(model, 2)
@@ -131,5 +134,8 @@ def test_tokens_that_are_not_the_models_are_an_error() -> None:
     arguments = packed(5, 9)
     right = PackingCollator.token_counts(arguments, (2, 3))
     wrong = [right[0] - 1, right[1] + 1]
-    with pytest.raises(ValueError, match="tokens: tasks of the model's"), tasks.batch((2, 3), wrong):
+    with (
+        pytest.raises(ValueError, match="tokens: tasks of the model's"),
+        tasks.batch((2, 3), wrong),
+    ):
         model.bert(**arguments)
