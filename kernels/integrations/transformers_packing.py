@@ -120,7 +120,9 @@ def _boundaries(lengths: Tensor) -> Tensor:
 def _packing_of_all(batch_size: int, length: int, device: torch.device) -> Packing:
     """Every place is a token."""
     cu_seqlens = length * torch.arange(batch_size + 1, dtype=torch.int32, device=device)
-    announce_stream(cu_seqlens, range(0, length * batch_size + 1, length) if length else None)
+    # A graph of torch.compile, which knows no tokens by itself, is not compiled for a length of 0.
+    is_known = not torch.compiler.is_compiling() and length > 0
+    announce_stream(cu_seqlens, range(0, length * batch_size + 1, length) if is_known else None)
     shape = (length, batch_size, length)
     return Packing(
         cu_seqlens, *shape, None, None, cu_seqlens, _plan(cu_seqlens, batch_size * length), False

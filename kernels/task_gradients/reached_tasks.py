@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..registration.backend import declare, register_fake
-from ..registration.validation import check_offsets
+from ..registration.validation import check_data, check_offsets
 
 
 @torch.library.custom_op("superbert::note_tasks_", mutates_args=("reached",), device_types="cpu")
@@ -20,12 +20,15 @@ def note_tasks_(reached: Tensor, parameters: Sequence[int], offsets: Sequence[in
     """Set the flags of the tasks that own rows of a layer's input.
 
     Args:
-        reached: uint8 ``[parameters, K]`` on the CPU, written.
+        reached: int64 ``[parameters, K]`` on the CPU, written.
         parameters: the numbers of the layer's parameters.
         offsets: K + 1 ascending row numbers; task k owns the rows from number k to the next.
     """
-    if reached.dim() != 2 or reached.dtype != torch.uint8:
-        raise ValueError(f"reached: expected uint8 [parameters, K], got {list(reached.shape)}")
+    if reached.dim() != 2 or reached.dtype != torch.int64:
+        raise ValueError(f"reached: expected int64 [parameters, K], got {list(reached.shape)}")
+    check_data(reached=reached)
+    if not reached.is_contiguous():
+        raise ValueError("reached: expected contiguous flags")
     check_offsets("offsets", offsets, max([0, *offsets]))
     if len(offsets) != reached.shape[1] + 1:
         raise ValueError(f"offsets: expected {reached.shape[1] + 1}, got {len(offsets)}")

@@ -71,7 +71,7 @@ class TaskGradients:
         self.num_tasks, self.parameters = num_tasks, tuple(named.values())
         slots, end = lay_out({name: parameter.shape for name, parameter in named.items()})
         self.buffer = GradientBuffer(slots, self.parameters[0].detach().new_zeros(num_tasks, end))
-        self._reached = torch.zeros(len(slots), num_tasks, dtype=torch.uint8)
+        self._reached = torch.zeros(len(slots), num_tasks, dtype=torch.int64)
         # `data`: writes are not counted as those of `rows`, which may be saved.  One tensor for all
         # parameters: torch.compile takes several to be apart.
         buffer = self.rows.data
@@ -278,14 +278,12 @@ def following_checkpoints(model: nn.Module | None, contexts: Callable[[], Any]) 
 
 
 def _within(contexts: Callable[[], Any], run: Callable[..., Any]) -> Callable[..., Any]:
-    """Give calls of ``torch.utils.checkpoint`` a ``context_fn``.
+    """Give calls of ``torch.utils.checkpoint`` a ``context_fn``."""
 
-    A graph of torch.compile, in which the tasks are known, takes none.
-    """
-
+    @torch.compiler.disable(
+        reason="layers that are checkpointed while task gradients are collected cannot be compiled"
+    )
     def checkpoint(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return run(*args, **kwargs)
         return run(*args, context_fn=contexts, **kwargs)
 
     return checkpoint

@@ -43,7 +43,7 @@ class Place(NamedTuple):
         buffer: ``[K, P]``.
         tasks: whose losses have reached the parameter since the rows were cleared, in eager layers.
         number: of the parameter.
-        reached: uint8 ``[parameters, K]`` on the CPU, flags of those in compiled layers.
+        reached: int64 ``[parameters, K]`` on the CPU, flags of those in compiled layers.
     """
 
     slot: Slot

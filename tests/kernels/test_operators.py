@@ -88,7 +88,7 @@ def others() -> dict[str, tuple]:
     return {
         "attention_plan": (CU_SEQLENS, TOKENS),
         "dropout": (leaf(7, 5), 0.2, SEED, 3),
-        "note_tasks_": (torch.zeros(3, 2, dtype=torch.uint8), [0, 2], OFFSETS),
+        "note_tasks_": (torch.zeros(3, 2, dtype=torch.int64), [0, 2], OFFSETS),
         "onednn_linear": (x, grad.t() @ x, grad.sum(0)),
         "linear_task_gradients_": (grad, x, rows, bias_rows, OFFSETS, True),
         "embedding_task_gradients_": (x, index, torch.zeros(2, 3, 4), OFFSETS),

@@ -1,5 +1,6 @@
 """An accelerated model under torch.compile: batches of several sizes, in one graph or in two."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import BertConfig, BertLMHeadModel, BertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    BertModel,
+)
 
 from kernels import accelerate
 
@@ -138,6 +144,17 @@ def test_in_pieces(make: Any, training: bool, dynamic: bool | None) -> None:
     # Batches of other shapes and with other numbers of tokens compile nothing.
     compare(model, compiled, make, [(7, 9), (4, 11), (2, 30), (7, 9), (3, 24)])
     assert counter.frame_count == before
+
+
+def test_training_a_head_behind_a_mask() -> None:
+    """torch.compile reads `.grad` of what the graph is cut at, and hides torch's warning of it."""
+    model = BertForSequenceClassification(BertConfig(**SIZES)).train()
+    accelerate(model)
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        compare(model, compiled, padded, BATCHES[:2])
+    assert not [one for one in told if ".grad attribute" in str(one.message)]
 
 
 def test_in_bfloat16() -> None:

@@ -14,7 +14,14 @@ from kernels.registration import validation
 from kernels.task_gradients import task_layers
 
 from ..device_waits import RecordableOnly
-from .test_transformers_compile import SIZES, BertConfig, packed, padded, pytestmark  # noqa: F401
+from .test_transformers_compile import SIZES, BertConfig, packed, padded
+from .test_transformers_compile import pytestmark as marks
+
+# Of a graph's inputs torch.compile reads `.grad`, and hides the warning unless it is an error.
+pytestmark = [
+    *marks,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 class Multitask(nn.Module):
@@ -76,8 +83,19 @@ def test_in_graphs_of_any_size(make: Any) -> None:
     assert counts[-1] <= (3 if make is packed else 5)
 
 
-# Of a graph's inputs torch.compile reads `.grad`, and hides the warning unless it is an error.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_checkpointed_layers_run_eagerly() -> None:
+    model = Multitask()
+    # Of two names, transformers 5.17 has the second and later versions warn of it.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    tasks, batch = TaskGradients(model, 2), ((2, 3), None, packed(5, 9))
+    expected = step(model, tasks, model.bert, model.heads, *batch)
+    getattr(model.bert, next(name for name in names if hasattr(model.bert, name)))()
+    compiled = torch.compile(model.bert, dynamic=True, backend="aot_eager")
+    found = step(model, tasks, compiled, model.heads, *batch)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    assert found[1] == expected[1]
+
+
 def test_heads_within_task() -> None:
     model = Multitask()
     tasks = TaskGradients(model, 2)
