@@ -17,6 +17,7 @@ from ..dropout.dropout import dropout
 from ..embedding_layer_norm.embedding_layer_norm import embedding_layer_norm
 from ..layer_norm.layer_norm import dropout_add_layer_norm
 from ..linear.linear import joint_linear, linear
+from ..registration.function_modes import active_layer_modes
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged, is_called_by_class
 from .layer_norm_compat import FusedLayerNorm
@@ -69,7 +70,9 @@ class Embeddings(Exchanged):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Map ids ``[1, T]`` to ``[1, T, H]``; all else is done as transformers does it."""
         given = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
-        if given.get("inputs_embeds") is None:
+        # While torch.compile traces, task gradients see torch's calls alone.
+        is_traced = torch.compiler.is_compiling() and bool(active_layer_modes())
+        if given.get("inputs_embeds") is None and not is_traced:
             ids = self._ids(given)
             if ids is not None and self._is_plain():
                 return self._embed(ids)

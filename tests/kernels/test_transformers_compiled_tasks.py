@@ -67,7 +67,8 @@ def test_in_graphs_of_any_size(make: Any) -> None:
     options: dict[str, Any] = {"dynamic": True, "backend": counter, "fullgraph": make is packed}
     compiled = torch.compile(model.bert, **options)
     counts = []
-    for examples, length in [((2, 3), 20), ((4, 3), 13), ((3, 5), 9), ((2, 6), 17)]:
+    sizes = [((2, 3), 20), ((4, 3), 13), ((3, 5), 9), ((2, 6), 17), ((5, 7), 23), ((1, 4), 30)]
+    for examples, length in sizes:
         arguments = make(sum(examples), length)
         tokens = None
         if make is packed:
@@ -78,9 +79,9 @@ def test_in_graphs_of_any_size(make: Any) -> None:
         expected = step(model, tasks, model.bert, model.heads, *batch)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
         assert found[1] == expected[1]
-    assert counts[-1] == counts[-2]
+    assert counts[2] == counts[-1]
     # More than one, since sizes that are equal by chance are one to torch.compile at first.
-    assert counts[-1] <= (3 if make is packed else 5)
+    assert counts[-1] <= (4 if make is packed else 6)
 
 
 def test_checkpointed_layers_run_eagerly() -> None:
