@@ -112,8 +112,9 @@ class GradientBuffer:
         """``[S, K, K]``: the Gram matrix of each segment."""
         return gram(self.rows, [0, *(segment.columns.stop for segment in self.segments)])
 
-    def combine(self, weights: Tensor, out: Tensor) -> Tensor:
+    def combine(self, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """Combine every segment by its group's row of the weights ``[G, K]``, into ``out [P]``."""
+        out = self.rows.new_empty(self.rows.shape[1]) if out is None else out
         exact = self.rows.dtype == torch.float64
         weights = weights.to(self.rows.device, torch.float64 if exact else torch.float32)
         for group, columns in self.segments:

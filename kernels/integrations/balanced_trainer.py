@@ -177,6 +177,7 @@ class PCGradTrainer(Trainer):
         Returns:
             The sum of the losses, as Trainer divides it among micro-batches.
         """
+        self._losses, self._leaves = {}, {}  # of a step that failed half way
         with self._loss_computed_by(self._cut_off):
             total: Tensor = super().training_step(model, inputs, num_items_in_batch)
         losses, leaves = self._losses, self._leaves
@@ -200,6 +201,11 @@ class PCGradTrainer(Trainer):
         """Keep the losses; return their sum, on which Trainer's backward pass ends."""
         if isinstance(losses, Tensor) or not isinstance(losses, Mapping | list | tuple):
             _refuse_single(losses)
+        if self._leaves:
+            raise ValueError(
+                "compute_loss: called twice in a training step, of which one call's losses are "
+                "balanced; return all losses from one"
+            )
         self._losses = self._named(losses)
         self._leaves = _scalars(self._losses, torch.Tensor.requires_grad_)
         if not self._leaves:

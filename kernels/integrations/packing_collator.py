@@ -46,8 +46,15 @@ class PackingCollator:
         Args:
             batch: as the collator made it, not yet moved to a GPU.
             examples: how many examples each task has, in the order in which they lie.
+
+        Raises:
+            ValueError: other examples than the batch has.
         """
-        starts = batch["cu_seq_lens_q"].tolist()
+        starts, examples = batch["cu_seq_lens_q"].tolist(), list(examples)
+        if min(examples, default=0) < 0 or sum(examples) != len(starts) - 1:
+            raise ValueError(
+                f"examples: expected counts of {len(starts) - 1} examples in all, got {examples}"
+            )
         ends = list(accumulate(examples, initial=0))
         return [starts[end] - starts[begin] for begin, end in pairwise(ends)]
 

@@ -6,6 +6,7 @@ padded, for the model to pack them itself, in versions of sentence-transformers 
 a module behind reads places of a padded batch.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -32,6 +33,13 @@ _ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_l
 
 
 _TOKENIZING = RLock()
+"""Held while a thread tokenizes; free in a process that is forked."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_TOKENIZING.acquire,
+        after_in_parent=_TOKENIZING.release,
+        after_in_child=_TOKENIZING.release,
+    )
 
 
 class TextCollator(PackingCollator):

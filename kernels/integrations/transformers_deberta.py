@@ -155,6 +155,7 @@ class DebertaV2Model(PackedModel):
 
 
 DEBERTA_V2 = Family(
+    joins_tasks=False,
     drops_boundaries=True,
     encoder=None,
     layers={

@@ -99,7 +99,10 @@ FAMILIES.update(
         "xlm-roberta": Family(count_tokens, layers=_bert_layers("XLMRoberta")),
         "xlm-roberta-xl": Family(count_tokens, layers=_attention("XLMRobertaXL")),
         "xmod": Family(
-            count_tokens, inputs=("lang_ids",), layers=_attention_and_embeddings("Xmod")
+            count_tokens,
+            inputs=("lang_ids",),
+            layers=_attention_and_embeddings("Xmod"),
+            joins_tasks=False,
         ),
     }
 )

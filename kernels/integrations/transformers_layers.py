@@ -86,10 +86,18 @@ class Embeddings(Exchanged):
         if words is None:
             return None
         if "token_type_ids" in found and found["token_type_ids"] is None:
-            found["token_type_ids"] = torch.zeros_like(words)
+            found["token_type_ids"] = self._own_types(words, found.get("position_ids"))
         ids = [index for index in found.values() if index is not None]
         is_whole = len(ids) == len(found) and all(index.shape == words.shape for index in ids)
         return ids if is_whole else None
+
+    def _own_types(self, words: Tensor, places: Tensor | None) -> Tensor:
+        """Return the token types of words that come without: a buffer's, or zeros."""
+        own = getattr(self, "token_type_ids", None)
+        if own is None or places is None or places.shape != words.shape:
+            return torch.zeros_like(words)
+        types: Tensor = own[0][places]
+        return types
 
     def _is_plain(self) -> bool:
         module: Any = self

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..task_gradients.task_layers import sees_several_tasks
 from .class_exchange import Exchanged
 from .transformers_packing import Boundaries, Packing, packing_of, restarts
 
@@ -170,6 +171,11 @@ class PackedModel(Exchanged):
             raise ValueError(
                 f"model: its config names the attention {named!r} since it was accelerated; "
                 "`accelerate` it again, or `restore` it"
+            )
+        if not family.joins_tasks and sees_several_tasks():
+            raise NotImplementedError(
+                f"model: {model.config.model_type} has layers that see more than a task's tokens, "
+                "so that a joined batch has no task gradients; run each task alone, within `task`"
             )
         words = model.get_input_embeddings()
         if self.training and getattr(words, "neftune_noise_alpha", None) is not None:
@@ -345,6 +351,8 @@ class Family:
             so that one of ``layers`` has to be it.
         whole_rows: whether rows that begin with padding are computed whole, since their first place
             sees padding.
+        joins_tasks: whether all of its layers see a batch of several tasks token by token, so that
+            task gradients of such a batch can be told apart.
         drops_boundaries: whether the code of models with a head hands their encoder no boundaries
             of packed inputs.
         span_logits: name of the linear layer that gives a question answering head's logits.
@@ -360,6 +368,7 @@ class Family:
     padded: type[Exchanged] = PaddedEncoder
     own_attention: bool = False
     whole_rows: bool = False
+    joins_tasks: bool = True
     drops_boundaries: bool = False
     span_logits: str = "qa_outputs"
     span_states: str | None = None

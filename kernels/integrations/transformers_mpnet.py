@@ -184,6 +184,7 @@ class MPNetModel(PackedModel):
 
 MPNET = Family(
     count_tokens,
+    joins_tasks=False,
     drops_boundaries=True,
     layers={
         "MPNetEmbeddings": PlaceEmbeddings,

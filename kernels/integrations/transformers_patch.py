@@ -328,8 +328,9 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, tuple[Packed
             forms.setdefault(id(bert), (form, True))
             continue
         head = type(bert).__name__
-        is_splinter = head.startswith("Splinter")  # which selects the tokens of questions
-        if is_splinter or not head.endswith(_TOKEN_HEADS):
+        # Splinter's select the tokens of questions, RoCBert's calls its encoder for other inputs.
+        is_refused = head.startswith("Splinter") or head == "RoCBertForPreTraining"
+        if is_refused or not head.endswith(_TOKEN_HEADS):
             if packed:
                 raise ValueError(
                     f"packed: a {head} looks at places of a padded batch; accelerate its encoder "
@@ -337,7 +338,7 @@ def _output_forms(berts: dict[str, Any], packed: bool) -> dict[int, tuple[Packed
                 )
             takes_mean = getattr(bert.config, "classifier_pooling", None) == "mean"
             needs_mask = head.endswith("SequenceClassification") and takes_mean
-            is_refused = needs_mask or is_splinter or head.endswith("MultipleChoice")
+            is_refused |= needs_mask or head.endswith("MultipleChoice")
             form = PackedOutput.REFUSED if is_refused else PackedOutput.NEVER
         own = form, _span_logits(bert) is None
         for part in filter(_is_encoder, bert.modules()):

@@ -1,7 +1,8 @@
 """Note in a backward pass which tasks have reached a parameter, in graphs of torch.compile, too.
 
 A graph holds no sets of Python.  Its backward pass writes flags, which lie on the CPU wherever the
-parameters do: reading them waits for nothing, and a CUDA graph leaves their operator out.
+parameters do, so that reading them waits for nothing.  An operator on a CPU ends a CUDA graph of
+torch.compile ("reduce-overhead"), which then is several.
 """
 
 from collections.abc import Sequence
@@ -34,10 +35,8 @@ def note_tasks_(reached: Tensor, parameters: Sequence[int], offsets: Sequence[in
         raise ValueError(f"offsets: expected {reached.shape[1] + 1}, got {len(offsets)}")
     if any(not 0 <= parameter < len(reached) for parameter in parameters):
         raise ValueError(f"parameters: expected 0 to {len(reached) - 1}, got {list(parameters)}")
-    for parameter in parameters:
-        for task, (begin, end) in enumerate(pairwise(offsets)):
-            if begin < end:
-                reached[parameter, task] = 1
+    tasks = [task for task, (begin, end) in enumerate(pairwise(offsets)) if begin < end]
+    reached[torch.tensor(parameters, dtype=torch.int64)[:, None], torch.tensor(tasks).long()] = 1
 
 
 def _note_fake(*_arguments: object) -> None:

@@ -99,7 +99,9 @@ class TaskGradients:
             tokens: how many tokens each task has, where layers work on a packed stream of them.  An
                 accelerated model finds them itself.  Given packed inputs it reads them, which on a
                 GPU waits for the device and breaks a graph of torch.compile; given these numbers,
-                as `PackingCollator.token_counts` tells them, neither happens.
+                as `PackingCollator.token_counts` tells them, neither happens.  They are compared
+                with the model's where that waits for nothing: not in graphs, and on a GPU within
+                `kernels.checked_values` only.
 
         Raises:
             ValueError: not K numbers, or a model that was moved or cast; within the block, a layer
@@ -269,7 +271,7 @@ def following_checkpoints(model: nn.Module | None, contexts: Callable[[], Any]) 
         if "context_fn" not in run.keywords:
             before.append((module, run))
     for module, run in before:
-        module._gradient_checkpointing_func = _within(contexts, run)
+        module._gradient_checkpointing_func = functools.partial(_checkpoint, run, contexts)
     try:
         yield
     finally:
@@ -277,16 +279,14 @@ def following_checkpoints(model: nn.Module | None, contexts: Callable[[], Any]) 
             module._gradient_checkpointing_func = run
 
 
-def _within(contexts: Callable[[], Any], run: Callable[..., Any]) -> Callable[..., Any]:
-    """Give calls of ``torch.utils.checkpoint`` a ``context_fn``."""
-
-    @torch.compiler.disable(
-        reason="layers that are checkpointed while task gradients are collected cannot be compiled"
-    )
-    def checkpoint(*args: Any, **kwargs: Any) -> Any:
-        return run(*args, context_fn=contexts, **kwargs)
-
-    return checkpoint
+@torch.compiler.disable(
+    reason="layers that are checkpointed while task gradients are collected cannot be compiled"
+)
+def _checkpoint(
+    run: Callable[..., Any], contexts: Callable[[], Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call ``torch.utils.checkpoint`` with a ``context_fn``."""
+    return run(*args, context_fn=contexts, **kwargs)
 
 
 def _refusal(name: str, owner: "weakref.ref[TaskGradients]") -> Callable[[Tensor | None], None]:

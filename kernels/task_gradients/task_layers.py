@@ -70,7 +70,7 @@ class Joined(NamedTuple):
         examples: K + 1 offsets.
         tokens: K + 1 offsets in the packed stream, for layers that work on one.
         tokens_given: whether they are the caller's, and not those of the model's last call.
-        sizes: tensors of these sizes, for torch.compile.
+        sizes: the offsets as sizes of tensors, for torch.compile; a list for each stream.
     """
 
     examples: tuple[int, ...]
@@ -122,23 +122,16 @@ class Joined(NamedTuple):
         return len(streams) > 1 and len(shape) == 2 and shape[0] == 1 and shape[1] == streams[1][-1]
 
 
-_MOST_DIMENSIONS = 32
-
-
 def _of_sizes(offsets: tuple[int, ...]) -> list[Tensor]:
-    """Return tensors without elements whose sizes are the offsets but the first, which is 0.
+    """Return a tensor without elements for each offset but the first, which is 0, of its size.
 
     Of the integers that a mode holds torch.compile makes constants, of sizes it does not.
     """
-    rest = range(1, len(offsets), _MOST_DIMENSIONS)
-    return [torch.empty(0, *offsets[i : i + _MOST_DIMENSIONS], device="cpu") for i in rest]
+    return [torch.empty(0, offset, device="cpu") for offset in offsets[1:]]
 
 
 def _sizes(tensors: list[Tensor]) -> tuple[int, ...]:
-    sizes = [0]
-    for tensor in tensors:
-        sizes += tensor.shape[1:]
-    return tuple(sizes)
+    return (0, *(tensor.shape[1] for tensor in tensors))
 
 
 class Single(NamedTuple):
@@ -158,7 +151,8 @@ def announce_stream(cu_seqlens: Tensor, starts: Sequence[int] | None = None) -> 
     Args:
         cu_seqlens: int32 ``[S + 1]``, the boundaries of its sequences, an example each.
         starts: the same on the host, where they are known there.  Otherwise task gradients that
-            were not given the tasks' tokens read them, which on a GPU waits for the device.
+            were not given the tasks' tokens read them, which on a GPU waits for the device; those
+            that were read them to compare, where values are checked.
     """
     modes = [mode for mode in active_layer_modes() if isinstance(mode, TaskLayers)]
     if torch.compiler.is_compiling():
@@ -167,6 +161,12 @@ def announce_stream(cu_seqlens: Tensor, starts: Sequence[int] | None = None) -> 
         _announce_what_is_read(cu_seqlens, modes)
     for mode in modes:
         mode.divide_stream(cu_seqlens, starts)
+
+
+def sees_several_tasks() -> bool:
+    """Whether task gradients are collected of a batch that joins tasks."""
+    modes = active_layer_modes()
+    return any(isinstance(mode, TaskLayers) and isinstance(mode.tasks, Joined) for mode in modes)
 
 
 @torch.compiler.disable(

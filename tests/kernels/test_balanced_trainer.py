@@ -345,6 +345,22 @@ def test_a_class_of_ones_own_behind_another_trainer(tmp_path: Path) -> None:
     assert_same_bits(trainer.model, plain_loop()[0])
 
 
+def test_losses_computed_twice_in_a_step_are_refused(tmp_path: Path) -> None:
+    """As trainers do that add the loss of changed inputs."""
+
+    class Twice(hf.Trainer):
+        def training_step(self, model: nn.Module, inputs: Any, *_: Any) -> Tensor:
+            first, second = (self.compute_loss(model, inputs) for _ in range(2))
+            self.accelerator.backward(first + second)
+            return (first + second).detach()
+
+    class Mine(PCGradTrainer, Twice):
+        pass
+
+    with pytest.raises(ValueError, match="compute_loss: called twice in a training step"):
+        trainer_of(Two(), tmp_path, Mine).train()
+
+
 def test_a_loss_assigned_to_the_trainer(tmp_path: Path) -> None:
     trainer = trainer_of(Two(), tmp_path)
     assigned = lambda model, inputs, **_: model(inputs["x"])["loss"]  # noqa: E731

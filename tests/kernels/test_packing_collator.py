@@ -423,3 +423,11 @@ def test_wrong_examples(case: str) -> None:
         PackingCollator()(features)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_token_counts_of_tasks() -> None:
+    batch = PackingCollator()([{"input_ids": [1] * length} for length in (3, 1, 4, 2)])
+    assert PackingCollator.token_counts(batch, [1, 0, 3]) == [3, 0, 7]
+    for examples in ([2, 1], [5], [5, -1], []):
+        with pytest.raises(ValueError, match="examples: expected counts of 4 examples in all"):
+            PackingCollator.token_counts(batch, examples)

@@ -1,7 +1,10 @@
 """sentence-transformers gives accelerated models packed inputs, and embeddings stay the same."""
 
 import copy
+import os
 import pickle
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from kernels import accelerate, restore
+from kernels.integrations import sentence_transformers_inputs
 from kernels.integrations.class_exchange import is_exchanged
 
 from .test_packing_collator import SIZES, gradients_of
@@ -267,6 +271,28 @@ def test_threads_that_ask_for_tokens_and_for_texts(roberta: str) -> None:
         for found, own in zip(run.result(), expected[kind], strict=True):
             torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
     assert model[0].unpad_inputs is before
+
+
+def test_a_process_forked_while_a_thread_tokenizes() -> None:
+    """May tokenize itself."""
+    lock = sentence_transformers_inputs._TOKENIZING
+    held, done = threading.Event(), threading.Event()
+
+    def tokenize() -> None:
+        with lock:
+            held.set()
+            time.sleep(0.3)
+        done.wait(10)
+
+    thread = threading.Thread(target=tokenize)
+    thread.start()
+    held.wait(10)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if lock.acquire(timeout=5) else 1)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_packed_outputs_are_refused(roberta: str) -> None:
