@@ -67,7 +67,7 @@ def test_in_graphs_of_any_size(make: Any) -> None:
     options: dict[str, Any] = {"dynamic": True, "backend": counter, "fullgraph": make is packed}
     compiled = torch.compile(model.bert, **options)
     counts = []
-    sizes = [((2, 3), 20), ((4, 3), 13), ((3, 5), 9), ((2, 6), 17), ((5, 7), 23), ((1, 4), 30)]
+    sizes = [((2, 3), 20), ((4, 3), 13), ((3, 5), 9), ((2, 6), 17), ((5, 7), 23), ((3, 9), 30)]
     for examples, length in sizes:
         arguments = make(sum(examples), length)
         tokens = None
@@ -81,7 +81,7 @@ def test_in_graphs_of_any_size(make: Any) -> None:
         assert found[1] == expected[1]
     assert counts[2] == counts[-1]
     # More than one, since sizes that are equal by chance are one to torch.compile at first.
-    assert counts[-1] <= (4 if make is packed else 6)
+    assert counts[-1] <= (3 if make is packed else 5)
 
 
 def test_checkpointed_layers_run_eagerly() -> None:
