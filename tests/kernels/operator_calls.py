@@ -36,7 +36,7 @@ NO_TENSOR_ARGUMENTS = {
         "TaskRows",
         "TaskSegments",
     ),
-    *("backend", "checked_values", "accelerate", "restore", "balancing"),
+    *("backend", "checked_values", "accelerate", "restore", "balancing", "keep_freed_memory"),
 }
 
 
