@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .class_exchange import Exchanged
-from .transformers_layers import PostNorm, dropout_of, joint_product
+from .transformers_layers import PostNorm, dropout_of, products
 from .transformers_models import Family, PackedModel
 from .transformers_packing import Packing
 
@@ -96,9 +96,7 @@ class DisentangledSelfAttention(Exchanged):
         module: Any = self
         x, width = hidden_states[0], module.attention_head_size
         layers = [module.query_proj, module.key_proj, module.value_proj]
-        qkv = joint_product(x, layers)
-        if qkv is None:
-            qkv = torch.cat([layer(x) for layer in layers], 1)
+        qkv = products(x, layers)
         q, k, v = qkv.unflatten(1, (3, -1, width)).unbind(1)
         out = disentangled_attention(module, q, k, v, attention_mask, relative_pos, rel_embeddings)
         return out.flatten(1)[None], None

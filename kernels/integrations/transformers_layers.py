@@ -352,6 +352,12 @@ def joint_product(x: Tensor, layers: list[Any]) -> Tensor | None:
     return joint_linear(x, weights, biases)
 
 
+def products(x: Tensor, layers: list[Any]) -> Tensor:
+    """Return the same of layers of any kind, which are called where they are not plain."""
+    qkv = joint_product(x, layers)
+    return torch.cat([layer(x) for layer in layers], 1) if qkv is None else qkv
+
+
 # ---- norms --------------------------------------------------------------------------------------
 
 

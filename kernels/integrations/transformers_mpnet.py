@@ -24,7 +24,7 @@ from .transformers_layers import (
     add_and_norm,
     dropout_of,
     is_plain,
-    joint_product,
+    products,
 )
 from .transformers_models import Family, PackedModel, count_tokens
 from .transformers_packing import Packing
@@ -92,9 +92,7 @@ class MPNetSelfAttention(Exchanged):
         module: Any = self
         x, width = hidden_states[0], module.attention_head_size
         layers = [module.q, module.k, module.v]
-        qkv = joint_product(x, layers)
-        if qkv is None:
-            qkv = torch.cat([layer(x) for layer in layers], 1)
+        qkv = products(x, layers)
         dtype = autocast_dtype(qkv) or qkv.dtype
         q, k, v = qkv.to(dtype).unflatten(1, (3, -1, width)).unbind(1)
         p = dropout_of(module.dropout, module.dropout.training)
