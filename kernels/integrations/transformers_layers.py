@@ -71,7 +71,7 @@ class Embeddings(Exchanged):
         """Map ids ``[1, T]`` to ``[1, T, H]``; all else is done as transformers does it."""
         given = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         # While torch.compile traces, task gradients see torch's calls alone.
-        is_traced = torch.compiler.is_compiling() and bool(active_layer_modes())
+        is_traced = torch.compiler.is_compiling() and len(active_layer_modes()) > 0
         if given.get("inputs_embeds") is None and not is_traced:
             ids = self._ids(given)
             if ids is not None and self._is_plain():

@@ -282,6 +282,10 @@ class TaskLayers(LayerMode):
             elif isinstance(value, list | tuple):
                 yield from self._places_among(value)
 
+    def _place_of(self, parameter: Tensor | None) -> Place | None:
+        # torch.compile of torch 2.11 knows no `id` of None.
+        return None if parameter is None else self._places.get(id(parameter))
+
     def _segments(self, place: Place, shape: Sequence[int]) -> TaskSegments:
         assert self.tasks is not None
         try:
@@ -290,7 +294,7 @@ class TaskLayers(LayerMode):
             raise ValueError(f"{place.name}: {error}") from None
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        of_weight, of_bias = self._places.get(id(weight)), self._places.get(id(bias))
+        of_weight, of_bias = self._place_of(weight), self._place_of(bias)
         places = [place for place in (of_weight, of_bias) if place is not None]
         is_usual = input.dim() > 0 and weight.dim() == 2
         if not is_usual or (bias is not None and bias.shape != weight.shape[:1]):
@@ -332,7 +336,7 @@ class TaskLayers(LayerMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        of_weight, of_bias = self._places.get(id(weight)), self._places.get(id(bias))
+        of_weight, of_bias = self._place_of(weight), self._place_of(bias)
         places = [place for place in (of_weight, of_bias) if place is not None]
         shape = tuple(normalized_shape)
         parameters = [parameter for parameter in (weight, bias) if parameter is not None]
@@ -369,7 +373,7 @@ class TaskLayers(LayerMode):
     ) -> tuple[Tensor | None, ...]:
         """Run this package's post-norm, which also returns what nobody reads here."""
         parameters = (weight, bias, x_bias)
-        own = [self._places.get(id(parameter)) for parameter in parameters]
+        own = [self._place_of(parameter) for parameter in parameters]
         places = [place for place in own if place is not None]
         segments = self._segments(places[0], x.shape[:-1])
         columns = (None if place is None else place.slot.columns for place in own)
@@ -408,8 +412,9 @@ class TaskLayers(LayerMode):
         stream = index.reshape(-1).long()
         out = embedding(stream, weight, rows=_task_rows(place, None), segments=segments)
         if padding_idx is not None and out.requires_grad:
-            padding = (stream == padding_idx % len(weight))[:, None]
-            out.register_hook(lambda gradient: gradient.masked_fill(padding, 0))
+            # No hook: torch.compile of torch 2.11 moves a graph's inputs behind their uses for one.
+            is_padding = (stream == padding_idx % len(weight))[:, None]
+            out = torch.where(is_padding, out.detach(), out)
         return _note(out, [place], segments).view(*index.shape, out.shape[-1])
 
     def _embedding_norm(
@@ -419,7 +424,7 @@ class TaskLayers(LayerMode):
         ids: Any = arguments[:3]
         tables: Any = arguments[3:6]
         weight, bias = parameters = arguments[6:]
-        own = [self._places.get(id(parameter)) for parameter in (*tables, *parameters)]
+        own = [self._place_of(parameter) for parameter in (*tables, *parameters)]
         places = [place for place in own if place is not None]
         if rows is not None:
             return self._other(places[0], embedding_layer_norm, *arguments, rows=rows, **options)
