@@ -66,12 +66,13 @@ class Packing(NamedTuple):
         """Put ``[1, T, ...]`` into ``[B, S, ...]``, zeros elsewhere."""
         shape = (self.batch_size, self.length)
         if self.indices is None:
-            return stream[0].unflatten(0, shape)
+            return stream.squeeze(0).unflatten(0, shape)
         if not self.from_packed_inputs:
-            return pad_input(stream[0], self.indices, *shape)
+            return pad_input(stream.squeeze(0), self.indices, *shape)
         # Rows behind the last sequence, whose place is one behind the batch, come to nothing.
         places = self.batch_size * self.length
-        return pad_input(stream[0], self.indices, 1, places + 1)[0, :places].unflatten(0, shape)
+        padded = pad_input(stream.squeeze(0), self.indices, 1, places + 1)
+        return padded.squeeze(0)[:places].unflatten(0, shape)
 
     def cleared(self, stream: Tensor) -> Tensor:
         """Return hidden states ``[1, T, H]`` with zeros in the rows of hidden padding."""
@@ -136,18 +137,20 @@ def _packing_of_all(batch_size: int, length: int, device: torch.device) -> Packi
 def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: bool) -> Packing:
     """Find the tokens of a mask ``[B, S]``; on a GPU this waits for the device, once."""
     batch_size, length = attention_mask.shape
-    if attention_mask.numel() == 0:
+    if torch._C._get_tracing_state() is not None:
+        raise ValueError(
+            "attention_mask: torch.jit.trace would keep these tokens' places for all batches; "
+            "trace the model before `accelerate`, or with packed inputs"
+        )
+    # On a CPU this is asked first, since it is quick; on a GPU the fetch below tells it, too.
+    is_full = attention_mask.numel() == 0 or (attention_mask.is_cpu and bool(attention_mask.all()))
+    if is_full:
         return _packing_of_all(batch_size, length, attention_mask.device)
     is_token = attention_mask != 0
     is_output = is_token.clone()
     if first_places:
         is_output[:, 0].fill_(True)
     is_row = is_token | ~is_token[:, :1] if whole_rows else is_output
-    if torch._C._get_tracing_state() is not None:
-        raise ValueError(
-            "attention_mask: torch.jit.trace would keep these tokens' places for all batches; "
-            "trace the model before `accelerate`, or with packed inputs"
-        )
     lengths = is_row.sum(1, dtype=torch.int32)
     num_tokens, *of_rows = torch.cat([is_token.sum(dtype=torch.int32)[None], lengths]).tolist()
     if num_tokens == is_token.numel():

@@ -403,10 +403,10 @@ def dropout_add_layer_norm(
                 f"residual: expected {list(x0.shape)} on {x0.device}, "
                 f"got {list(residual.shape)} on {residual.device}"
             )
-        dtype = torch.promote_types(x0.dtype, residual.dtype)
         if residual.dtype != x0.dtype:
             check_data(x0=x0, residual=residual)
-        x0, residual = x0.to(dtype), residual.to(dtype)
+            dtype = torch.promote_types(x0.dtype, residual.dtype)
+            x0, residual = x0.to(dtype), residual.to(dtype)
     if prenorm or residual is None or x0.dtype == torch.float64:
         check_data(x0=x0, residual=residual, x_bias=x_bias)
         biased = _with_x_bias(x0, x_bias, rows, segments)

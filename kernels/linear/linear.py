@@ -276,9 +276,11 @@ def linear(
 
 
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """Apply several linear layers to one input, in one product.
+    """Apply several linear layers to one input, in one product where there are many rows.
 
-    A torch function mode sees this call itself, with the parameters as they are.
+    Weights have to be copied side by side for one product.  Where there are fewer rows than
+    columns, the outputs are copied instead, which then are smaller.  A torch function mode sees
+    this call itself, with the parameters as they are.
 
     Args:
         x: ``[..., I]``, any floating dtype.
@@ -295,10 +297,15 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     if has_torch_function(tensors):
         out: Tensor = handle_torch_function(joint_linear, tensors, x, weights, biases)
         return out
-    if torch.compiler.is_compiling() and active_layer_modes():
-        # They see torch's calls alone while torch.compile traces.
-        return torch.cat([F.linear(x, *layer) for layer in zip(weights, biases, strict=True)], -1)
     given = [bias for bias in biases if bias is not None]
     if len(given) not in (0, len(weights)) or len(biases) != len(weights):
         raise ValueError(f"biases: expected {len(weights)} or none, got {len(given)}")
+    if torch.compiler.is_compiling():  # whose graph serves any number of rows
+        # Modes see torch's calls alone while it traces.
+        is_joined = len(active_layer_modes()) == 0
+    else:
+        is_joined = x.numel() >= x.shape[-1] ** 2
+    if not is_joined:
+        layers = zip(weights, biases, strict=True)
+        return torch.cat([linear(x, weight, bias) for weight, bias in layers], -1)
     return linear(x, torch.cat(list(weights)), torch.cat(given) if given else None)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from kernels.integrations import transformers_layers
+
 
 @pytest.fixture(params=[16, 32, 64], ids=["plain", "avx2", "avx512"])
 def vector_unit(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -31,6 +33,12 @@ def several_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fuses_norms_of_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes this package's norms in models as small as those of the tests."""
+    monkeypatch.setattr(transformers_layers, "MIN_FUSED_ELEMENTS", 0)
 
 
 @pytest.fixture

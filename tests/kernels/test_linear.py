@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+from kernels.linear.linear import joint_linear
 
 from .tolerance import assert_within_twice
 
@@ -65,3 +66,41 @@ def test_a_bias_of_other_strides_is_read_as_it_is() -> None:
     for bias in (torch.arange(10).bfloat16()[::2], torch.ones(1).bfloat16().expand(5)):
         with torch.no_grad():
             torch.testing.assert_close(kernels.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 129])  # one product from 64 on, as many as columns
+def test_joint_layers(rows: int, biased: bool, dtype: torch.dtype) -> None:
+    """Layers of several widths: outputs and gradients are those of each by itself."""
+    x = torch.randn(rows, 64, dtype=dtype, requires_grad=True)
+    weights = [torch.randn(n, 64, dtype=dtype, requires_grad=True) for n in (31, 64, 1)]
+    biases = [
+        torch.randn(len(w), dtype=dtype, requires_grad=True) if biased else None for w in weights
+    ]
+    leaves = [leaf for leaf in (x, *weights, *biases) if leaf is not None]
+    grad = torch.randn(rows, 96, dtype=dtype)
+
+    def alone(*tensors: Tensor) -> Tensor:
+        x, *layers = tensors
+        pairs = zip(layers[:3], layers[3:] or [None] * 3, strict=True)
+        return torch.cat([F.linear(x, *pair) for pair in pairs], -1)
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    outputs = joint_linear(x, weights, biases), alone(*leaves), alone(*exact)
+    assert_within_twice(*outputs)
+    gradients = [
+        torch.autograd.grad(out, own, grad.to(out.dtype))
+        for out, own in zip(outputs, (leaves, leaves, exact), strict=True)
+    ]
+    for found, torchs, expected in zip(*gradients, strict=True):
+        assert_within_twice(found, torchs, expected)
+    with torch.no_grad():
+        assert_within_twice(joint_linear(x, weights, biases), outputs[1], outputs[2])
+
+
+def test_joint_layers_need_as_many_biases() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(2, 4)
+    for biases in ([torch.zeros(2), None], [None], [None] * 3):
+        with pytest.raises(ValueError, match="biases: expected 2 or none"):
+            joint_linear(x, [weight, weight], biases)

@@ -58,6 +58,35 @@ def test_every_norm_of_a_layer_is_fused(kind: str, monkeypatch: pytest.MonkeyPat
     assert len(calls) == FUSED[kind]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_of_few_elements_are_torchs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_layers, "MIN_FUSED_ELEMENTS", 2**15)
+    calls = _count(monkeypatch)
+    cases.assert_same(_model(kind), cases.inputs_of("right"))
+    cases.assert_same_task_gradients(_model(kind))
+    assert not calls
+    cases.assert_same_under_autocast(_model(kind), cases.inputs_of("right"))
+    calls.clear()
+    model = _model(kind).bfloat16()  # which torch's norm would round after each step
+    accelerate(model)
+    model(**cases.inputs_of("right"))
+    assert calls
+
+
+def test_dropout_of_few_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_layers, "MIN_FUSED_ELEMENTS", 2**15)
+    x, residual = torch.randn(2, 1, 5, 8)
+    drop, norm = transformers_layers.Dropout(0.5), transformers_layers.LayerNorm(8)
+    for training in (True, False):
+        torch.manual_seed(1)
+        drop.train(training)
+        found = transformers_layers.add_and_norm(x, residual, None, drop, norm)
+        torch.manual_seed(1)
+        dropped = nn.functional.dropout(x, 0.5, training)
+        expected = nn.functional.layer_norm(residual + dropped, (8,), eps=norm.eps)
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kind", ["albert", "distilbert"])
 def test_a_chunked_feed_forward_stays_chunked(kind: str) -> None:
     """Eleven tokens a row, of which chunks of one are a divisor for every packing."""
