@@ -6,20 +6,17 @@ from typing import Any
 from torch import nn
 
 from .transformers_deberta import DEBERTA_V2
+from .transformers_embeddings import Embeddings, ErnieEmbeddings, PlaceEmbeddings, TypeEmbeddings
 from .transformers_layers import (
     AlbertAttention,
     AlbertLayer,
     DistilBertAttention,
     DistilBertBlock,
     DistilBertFeedForward,
-    Embeddings,
-    ErnieEmbeddings,
     LastNomicBertLayer,
     NomicBertLayer,
-    PlaceEmbeddings,
     PostNorm,
     SelfAttention,
-    TypeEmbeddings,
 )
 from .transformers_models import FAMILIES, Family, NormedModel, count_from_zero, count_tokens
 from .transformers_modernbert import MODERNBERT

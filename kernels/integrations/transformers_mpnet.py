@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged
+from .transformers_embeddings import PlaceEmbeddings
 from .transformers_layers import (
-    PlaceEmbeddings,
     PostNorm,
     add_and_norm,
     dropout_of,

@@ -29,9 +29,9 @@ from .sentence_transformers_inputs import (
     give_padded,
     padded_transformers,
 )
+from .transformers_embeddings import Embeddings
 from .transformers_layers import (
     Dropout,
-    Embeddings,
     LayerNorm,
     Mask,
     SpanLogits,

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from kernels import TaskGradients, accelerate, embedding_layer_norm, restore
-from kernels.integrations import transformers_layers
+from kernels.integrations import transformers_embeddings
 
 from . import transformers_cases as cases
 
@@ -26,13 +26,13 @@ OTHERS = sorted(set(cases.KINDS) - set(FUSED))
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of all ids that the operator gets from a model's embeddings."""
     found: list[torch.Size] = []
-    fused = transformers_layers.embedding_layer_norm
+    fused = transformers_embeddings.embedding_layer_norm
 
     def noting(word_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         found.append(word_ids.shape)
         return fused(word_ids, *args, **kwargs)
 
-    monkeypatch.setattr(transformers_layers, "embedding_layer_norm", noting)
+    monkeypatch.setattr(transformers_embeddings, "embedding_layer_norm", noting)
     return found
 
 
@@ -283,7 +283,7 @@ def test_a_task_alone() -> None:
 def test_the_operator_within_a_batch_of_padded_rows(dtype: torch.dtype) -> None:
     """The public function, called by a model of one's own: rows of examples, not a stream."""
     model = cases.base_model("bert").embeddings.to(dtype)
-    leaves = [*(getattr(model, n).weight for n in transformers_layers.Embeddings.tables)]
+    leaves = [*(getattr(model, n).weight for n in transformers_embeddings.Embeddings.tables)]
     leaves += [model.LayerNorm.weight, model.LayerNorm.bias]
     ids = [torch.randint(0, 2, (3, 4)) for _ in range(3)]
     expected = []
