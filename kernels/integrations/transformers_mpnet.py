@@ -5,12 +5,16 @@ A bias for the distance of query and key, one for each head, is added to the sco
     P_h = softmax(Q_h K_h^T / sqrt(width) + bias_h[place of key - place of query])
 
 Transformers' MPNet neither looks up its attention in the registry nor hands arguments on, so that
-the model and its encoder have forward passes of their own here.  Layers get the packing as their
-attention mask, and a row of biases for all distances instead of a matrix for all pairs.
+the model and its encoder have forward passes of their own here.  Layers get the packing, with what
+is added to the scores of padding, as their attention mask.
+
+The encoder makes the biases once for all layers, ``[1, heads, S, S]`` with S places in a row, of a
+value for each of the ``2 S - 1`` distances, so that their gradient is summed over rows and layers
+before it goes back to the table.  Scores ``[B, heads, S, S]`` get biases and padding in place.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,35 +34,57 @@ from .transformers_models import Family, PackedModel, count_tokens
 from .transformers_packing import Packing
 
 
+class Mask(NamedTuple):
+    """What the layers take as their attention mask.
+
+    Attributes:
+        packing: of the stream.
+        padding: ``[B, 1, 1, S]``, zeros for tokens and the lowest number for padding, to be added
+            to the scores; None where all places are tokens, and where the biases have it in them.
+    """
+
+    packing: Packing
+    padding: Tensor | None
+
+
 def biased_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, packing: Packing, dropout_p: float, scale: float
+    qkv: Tensor, bias: Tensor, mask: Mask, dropout_p: float, scale: float
 ) -> Tensor:
-    """Attention with biases for distances, on padded tensors.
+    """Attention with biases, on padded tensors.
 
     Rows without any token see all of their places alike, as in transformers.
 
     Args:
-        q: ``[T, heads, width]``, likewise k and v.
-        k: see q.
-        v: see q.
-        bias: ``[heads, 2 S - 1]``, any floating dtype, for key - query from ``1 - S`` to ``S - 1``,
-            where S is ``packing.length``.
-        packing: of the stream.
+        qkv: queries, keys and values ``[T, 3, heads, width]``.
+        bias: ``[1, heads, S, S]`` or ``[B, heads, S, S]``, any floating dtype; S is
+            ``packing.length``.
+        mask: of the stream.
         dropout_p: probability to drop a probability.
         scale: of the products.
 
     Returns:
         ``[T, heads, width]``.
     """
-    padded_q, padded_k, padded_v = (packing.pad(x[None]).transpose(1, 2) for x in (q, k, v))
-    scores = padded_q @ padded_k.transpose(-1, -2) * scale
-    # Row i of the matrix is S entries from S - 1 - i on.
-    scores = scores + bias.unfold(1, packing.length, 1).flip(1)
-    is_padding = ~packing.is_token()[:, None, None]
-    # Added, and not put in their place, since so all scores have gradients in rows without tokens.
-    lowest = scores.new_zeros(()).masked_fill(is_padding, torch.finfo(scores.dtype).min)
-    probabilities = functional.dropout((scores + lowest).softmax(-1), dropout_p)
-    return packing.pack((probabilities.to(v.dtype) @ padded_v).transpose(1, 2))[0]
+    packing, padding = mask
+    shape = (packing.batch_size, packing.length)
+    padded = qkv.unflatten(0, shape) if packing.indices is None else packing.pad(qkv[None])
+    q, k, v = padded.permute(2, 0, 3, 1, 4).unbind()
+    is_final = padding is None and bias.dtype == q.dtype
+    if is_final and dropout_p == 0 and not torch.is_grad_enabled():
+        # Measured at 0.65 to 0.9 of the time of the steps below on a CPU; with a gradient for the
+        # biases torch takes the same steps.
+        out = functional.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    else:
+        scores = (q * scale) @ k.transpose(-1, -2)
+        scores = scores.to(torch.promote_types(scores.dtype, bias.dtype)).add_(bias)
+        if padding is not None:
+            # Added, and not put in place of scores, which so have gradients in rows without tokens.
+            scores.add_(padding)
+        probabilities = scores.softmax(-1).to(v.dtype)
+        if dropout_p > 0:
+            probabilities = functional.dropout(probabilities, dropout_p)
+        out = probabilities @ v
+    return packing.pack(out.transpose(1, 2)).squeeze(0)
 
 
 class MPNetSelfAttention(Exchanged):
@@ -75,28 +101,26 @@ class MPNetSelfAttention(Exchanged):
 
         Args:
             hidden_states: of the stream.
-            attention_mask: its packing.
-            position_bias: ``[heads, 2 S - 1]``, see :func:`biased_attention`.
+            attention_mask: its :class:`Mask`.
+            position_bias: see :func:`biased_attention`.
             _: what transformers' layers hand on besides.
         """
         module: Any = self
         return (module.o(self.attend(hidden_states, attention_mask, position_bias)),)
 
-    def attend(self, hidden_states: Tensor, packing: object, bias: Tensor | None) -> Tensor:
+    def attend(self, hidden_states: Tensor, mask: object, bias: Tensor | None) -> Tensor:
         """Return the heads' outputs, side by side, ``[1, T, heads * width]``."""
-        if not isinstance(packing, Packing) or bias is None:
+        if not isinstance(mask, Mask) or bias is None:
             raise ValueError(
                 "attention_mask: layers of an accelerated MPNet run within the model alone; call "
                 "the model itself and not its parts"
             )
         module: Any = self
-        x, width = hidden_states[0], module.attention_head_size
-        layers = [module.q, module.k, module.v]
-        qkv = products(x, layers)
-        dtype = autocast_dtype(qkv) or qkv.dtype
-        q, k, v = qkv.to(dtype).unflatten(1, (3, -1, width)).unbind(1)
+        width = module.attention_head_size
+        qkv = products(hidden_states.squeeze(0), [module.q, module.k, module.v])
+        qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype).unflatten(1, (3, -1, width))
         p = dropout_of(module.dropout, module.dropout.training)
-        return biased_attention(q, k, v, bias, packing, p, 1 / math.sqrt(width)).flatten(1)[None]
+        return biased_attention(qkv, bias, mask, p, 1 / math.sqrt(width)).flatten(1)[None]
 
 
 class MPNetAttention(Exchanged):
@@ -135,24 +159,43 @@ class MPNetEncoder(Exchanged):
                 "the model itself and not its parts"
             )
         module: Any = self
-        bias = self.position_bias(packing.length, hidden_states.device)
+        mask, bias = self.mask_and_bias(hidden_states, packing)
         states = [hidden_states]
         for layer in module.layer:
-            states.append(layer(states[-1], packing, bias)[0])
+            states.append(layer(states[-1], mask, bias)[0])
         return BaseModelOutput(
             last_hidden_state=packing.pad(packing.cleared(states[-1])),
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
+    def mask_and_bias(self, hidden_states: Tensor, packing: Packing) -> tuple[Mask, Tensor]:
+        """Return what all layers add to their scores, see :func:`biased_attention`."""
+        bias = self.position_bias(packing.length, hidden_states.device)
+        dtype = autocast_dtype(hidden_states) or hidden_states.dtype
+        needs_gradients = torch.is_grad_enabled()
+        if not needs_gradients:
+            bias = bias.to(dtype)
+        if packing.indices is None:
+            return Mask(packing, None), bias
+        is_padding = ~packing.is_token()[:, None, None]
+        dtype = torch.promote_types(dtype, bias.dtype)
+        lowest = torch.finfo(dtype).min
+        # Of float16's lowest number and a score, other numbers are left than of the other dtypes'.
+        if needs_gradients or dtype == torch.float16:
+            zeros = torch.zeros_like(is_padding, dtype=dtype)
+            return Mask(packing, zeros.masked_fill(is_padding, lowest)), bias
+        return Mask(packing, None), bias.masked_fill(is_padding, lowest)
+
     def position_bias(self, length: int, device: torch.device) -> Tensor:
-        """Return the biases ``[heads, 2 S - 1]`` for distances from ``1 - S`` to ``S - 1``."""
+        """Return the biases ``[1, heads, S, S]`` of queries and keys."""
         module: Any = self
         distances = torch.arange(1 - length, length, device=device)
         buckets = module.relative_position_bucket(distances)
         table = module.relative_attention_bias
         # Not by torch's embedding: these are no tokens, for whose tasks it would be taken.
         values: Tensor = table.weight[buckets] if is_plain(table, nn.Embedding) else table(buckets)
-        return values.T
+        # Row i of the matrix is S entries from S - 1 - i on.
+        return values.T.unfold(1, length, 1).flip(1)[None]
 
 
 class MPNetModel(PackedModel):
