@@ -166,16 +166,19 @@ def windowed_attention(
     Returns:
         ``[T, heads, width]``, zeros for a query that sees no token.
     """
-    padded_q, padded_k, padded_v = (packing.pad(x[None]).transpose(1, 2) for x in (q, k, v))
     places = torch.arange(packing.length, device=q.device)
     is_near = (places[:, None] - places).abs() <= window
+    attend = functional.scaled_dot_product_attention
+    if packing.indices is None:  # all queries see themselves, and all rows have the same mask
+        shape = (packing.batch_size, packing.length)
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
+        return attend(q, k, v, is_near, dropout_p, scale=scale).transpose(1, 2).flatten(0, 1)
+    q, k, v = (packing.pad(x[None]).transpose(1, 2) for x in (q, k, v))
     sees = is_near & packing.is_token()[:, None, None]
     # Not every kernel of torch's has a gradient where nothing is seen.
     sees_none = ~sees.any(-1, keepdim=True)
-    out = functional.scaled_dot_product_attention(
-        padded_q, padded_k, padded_v, sees | sees_none, dropout_p, scale=scale
-    )
-    return packing.pack(out.masked_fill(sees_none, 0).transpose(1, 2))[0]
+    out = attend(q, k, v, sees | sees_none, dropout_p, scale=scale)
+    return packing.pack(out.masked_fill(sees_none, 0).transpose(1, 2)).squeeze(0)
 
 
 class SelfAttention(Exchanged):

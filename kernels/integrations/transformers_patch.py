@@ -92,7 +92,8 @@ def _attend(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention on ``[1, heads, T, width]``; returns ``[1, T, heads, width]``."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Not by an index, whose backward pass fills zeros for each of them.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return attention(q, k, v, attention_mask, packing, dropout, scaling)[None], None
 
 
