@@ -169,11 +169,9 @@ def windowed_attention(
     places = torch.arange(packing.length, device=q.device)
     is_near = (places[:, None] - places).abs() <= window
     attend = functional.scaled_dot_product_attention
-    if packing.indices is None:  # all queries see themselves, and all rows have the same mask
-        shape = (packing.batch_size, packing.length)
-        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
-        return attend(q, k, v, is_near, dropout_p, scale=scale).transpose(1, 2).flatten(0, 1)
     q, k, v = (packing.pad(x[None]).transpose(1, 2) for x in (q, k, v))
+    if packing.indices is None:  # all queries see themselves, and all rows have the same mask
+        return attend(q, k, v, is_near, dropout_p, scale=scale).transpose(1, 2).flatten(0, 1)
     sees = is_near & packing.is_token()[:, None, None]
     # Not every kernel of torch's has a gradient where nothing is seen.
     sees_none = ~sees.any(-1, keepdim=True)

@@ -1,18 +1,25 @@
 """MPNet on packed tokens: the biases of distances, which its encoder makes for all layers."""
 
+import copy
+import functools
+
 import pytest
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 from transformers import MPNetConfig
 
 from kernels import accelerate, restore
 
+from .tolerance import assert_within_twice
 from .transformers_cases import (
     LENGTH,
+    MASKS,
     ROWS,
     SIZES,
     assert_accelerated_runs_are_the_same,
     assert_close,
+    assert_same_gradients,
     base_model,
     batch,
     input_ids,
@@ -36,6 +43,33 @@ def test_the_biases_have_a_gradient() -> None:
     accelerate(model)
     _, gradients = run(model, batch(model, "right"), places(model, "right"))
     assert gradients["encoder.relative_attention_bias.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_gradients(dtype: torch.dtype, case: str) -> None:
+    """Biases then have the padding in them, but in float16, and attention is torch's."""
+    model = base_model("mpnet").to(dtype)
+    arguments = batch(model, case)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(**arguments).last_hidden_state
+        torchs = model(**arguments).last_hidden_state
+        accelerate(model)
+        found = model(**arguments).last_hidden_state
+    where = places(model, case).computed
+    assert_within_twice(found[where], torchs[where], exact[where])
+
+
+@pytest.mark.parametrize("case", ["none", "empty row"])
+def test_a_layer_that_is_run_again_for_its_gradients(case: str) -> None:
+    """Its first run, without gradients, has biases with a gradient, and padding apart."""
+    model = base_model("mpnet")
+    accelerate(model)
+    _, expected = run(model, batch(model, case), places(model, case))
+    for layer in model.encoder.layer:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=True)
+    _, found = run(model, batch(model, case), places(model, case))
+    assert_same_gradients(found, expected)
 
 
 def test_a_table_of_biases_that_is_watched_is_called() -> None:
