@@ -143,7 +143,9 @@ def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: boo
             "trace the model before `accelerate`, or with packed inputs"
         )
     # On a CPU this is asked first, since it is quick; on a GPU the fetch below tells it, too.
-    is_full = attention_mask.numel() == 0 or (attention_mask.is_cpu and bool(attention_mask.all()))
+    is_full = attention_mask.numel() == 0 or (
+        validation.may_look(attention_mask) and bool(attention_mask.all())
+    )
     if is_full:
         return _packing_of_all(batch_size, length, attention_mask.device)
     is_token = attention_mask != 0
