@@ -8,11 +8,13 @@ since poolers and classifiers read it: a query that is no key.  Question answeri
 alone, and tell them by their hidden states, so that theirs is padding like any other.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -114,10 +116,17 @@ class PackedModel(Exchanged):
     Attributes:
         packed_output: when hidden states stay packed, ``[1, T, H]``.
         with_first_places: whether the first place of a row is computed where it is padding.
+        output_classes: for classes of outputs, those that say where sequences begin, too.
     """
 
     packed_output: PackedOutput
     with_first_places: bool
+    output_classes: ClassVar[dict[type, Any]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "original_class" in vars(cls):
+            cls.output_classes = _output_classes_of(cls.original_class)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the tokens; arguments and outputs are transformers'.
@@ -161,7 +170,9 @@ class PackedModel(Exchanged):
             self.packed_output is PackedOutput.AS_GIVEN and packing.from_packed_inputs
         )
         _convert_outputs(outputs, packing, family.encoder is not None, stays_packed)
-        return outputs if return_dict else outputs.to_tuple()
+        if not return_dict:  # heads put the rest of this tuple behind their logits
+            return outputs.to_tuple()
+        return self._with_boundaries(outputs, packing) if stays_packed else outputs
 
     def _check_since(self, family: "Family") -> None:
         """Raise ValueError for what was set since :func:`accelerate` and does not go with it."""
@@ -187,6 +198,13 @@ class PackedModel(Exchanged):
     def run(self, inputs: dict[str, Any], packing: Packing) -> Any:
         """Run on the stream, with arguments ``[1, T, ...]``, and return transformers' outputs."""
         return super().forward(**inputs, packing=packing, return_dict=True)
+
+    def _with_boundaries(self, outputs: Any, packing: Packing) -> Any:
+        """Return packed outputs that say where their sequences begin."""
+        kind = self.output_classes.get(type(outputs)) or _output_class(type(outputs))
+        found = kind(**outputs, cu_seqlens=packing.cu_seqlens_k)
+        found.max_seqlen = packing.max_seqlen
+        return found
 
     def _on_stream(
         self, inputs: Mapping[str, Any], packing: Packing, family: "Family"
@@ -226,8 +244,6 @@ def _convert_outputs(outputs: Any, packing: Packing, is_padded: bool, stays_pack
         )
     elif stays_packed:
         outputs.last_hidden_state = packing.tokens(packing.pack(last))
-    if stays_packed:
-        outputs.cu_seqlens, outputs.max_seqlen = packing.cu_seqlens_k, packing.max_seqlen
     states = outputs.get("hidden_states")
     if states is not None:
         outputs.hidden_states = tuple(
@@ -236,6 +252,71 @@ def _convert_outputs(outputs: Any, packing: Packing, is_padded: bool, stays_pack
             else (state if state is None else converted(state))
             for state in states
         )
+
+
+# ---- packed outputs -----------------------------------------------------------------------------
+
+
+class WithBoundaries:
+    """Outputs of transformers, and where the sequences of packed hidden states begin.
+
+    Attributes:
+        cu_seqlens: int32 ``[S + 1]``, the last field: frameworks make outputs anew of their fields.
+        plain_class: transformers' own.
+    """
+
+    cu_seqlens: Tensor
+    plain_class: ClassVar[type]
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        """Rows of the longest sequence, or more.
+
+        The model sets it.  Outputs made anew of these look for it when it is first asked for, which
+        waits for the device: it is no field, since what gathers outputs takes tensors alone.
+        """
+        lengths = self.cu_seqlens.diff()
+        return int(lengths.max()) if len(lengths) else 0
+
+    def __reduce__(self) -> Any:
+        reduced: Any = super().__reduce__()
+        _, args, *state = reduced
+        return _new_output, (self.plain_class, *args), *state
+
+
+_output_classes: dict[type, Any] = {}
+
+
+def _output_class(plain: type) -> Any:
+    """Return a subclass of a class of outputs with ``cu_seqlens`` behind, always the same one."""
+    if plain not in _output_classes:
+        members = {
+            **{"__module__": plain.__module__, "__doc__": plain.__doc__, "plain_class": plain},
+            **{"__annotations__": {"cu_seqlens": Tensor | None}, "cu_seqlens": None},
+        }
+        made = type(f"Packed{plain.__name__}", (WithBoundaries, plain), members)
+        _output_classes.setdefault(plain, dataclass(made))  # another thread may be here, too
+    return _output_classes[plain]
+
+
+def _output_classes_of(model_class: type[nn.Module]) -> dict[type, Any]:
+    """Return those of all outputs that a model's code knows, for torch.compile, which makes none.
+
+    The dict stays as it is, so that other models cause no graphs to be compiled anew.
+    """
+    from transformers.utils import ModelOutput
+
+    known = list(vars(sys.modules[model_class.forward.__module__]).values())
+    outputs = [x for x in known if isinstance(x, type) and issubclass(x, ModelOutput)]
+    return {x: _output_class(x) for x in outputs if hasattr(x, "last_hidden_state")}
+
+
+def _new_output(plain: type, *args: Any) -> Any:
+    """Make outputs for the unpickler."""
+    return _output_class(plain)(*args)
+
+
+# ---- other classes that stand in ----------------------------------------------------------------
 
 
 class NormedModel(PackedModel):
