@@ -304,7 +304,7 @@ def _output_classes_of(model_class: type[nn.Module]) -> dict[type, Any]:
 
     The dict stays as it is, so that other models cause no graphs to be compiled anew.
     """
-    from transformers.utils import ModelOutput
+    from transformers.utils.generic import ModelOutput
 
     known = list(vars(sys.modules[model_class.forward.__module__]).values())
     outputs = [x for x in known if isinstance(x, type) and issubclass(x, ModelOutput)]

@@ -198,9 +198,14 @@ def _packing_of_boundaries(cu_seqlens: Tensor, max_seqlen: int, total: int) -> P
 def restarts(position_ids: Tensor | None) -> tuple[Tensor, int] | None:
     """Find the sequences of packed inputs by positions ``[1, T]`` that begin anew.
 
+    A sequence begins at the smallest position and counts up, as in transformers' flash attention.
+    That also takes positions that are all the same for sequences of one token, where its other
+    attentions see a row without an order.  Here they are such a row, as they are in a batch of
+    several; sequences that all have one token need ``cu_seq_lens_q``.
+
     Returns:
         ``cu_seqlens`` and the longest length; None without positions ``[B, S]``, and where all
-        count a single sequence, or none.
+        count a single sequence, or none, as padding does whose positions are smaller.
     """
     if position_ids is None or position_ids.dim() != 2:
         return None

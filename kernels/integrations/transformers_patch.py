@@ -140,7 +140,7 @@ def accelerate(model: nn.Module, *, packed: bool = False) -> Replaced:
         model: a BERT of transformers (see ``FAMILY``), or a module that holds one, such as a
             sentence-transformers model.
         packed: leave hidden states packed, ``[1, T, H]``, for padded inputs too; the output's
-            attributes ``cu_seqlens`` and ``max_seqlen`` say where sequences begin.
+            last field ``cu_seqlens`` and attribute ``max_seqlen`` say where sequences begin.
 
     Returns:
         The names of what was replaced, within ``model``.

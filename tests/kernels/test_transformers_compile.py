@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils import _pytree
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -155,6 +156,38 @@ def test_training_a_head_behind_a_mask() -> None:
         warnings.simplefilter("default")
         compare(model, compiled, padded, BATCHES[:2])
     assert not [one for one in told if ".grad attribute" in str(one.message)]
+
+
+class Means(nn.Module):
+    """Reads the boundaries of packed outputs, as they are or of outputs made anew, in a graph."""
+
+    def __init__(self, model: nn.Module, anew: bool) -> None:
+        super().__init__()
+        self.model, self.anew = model, anew
+
+    def forward(self, **arguments: Any) -> tuple[Tensor, Any]:
+        outputs = self.model(**arguments)
+        if self.anew:
+            outputs = _pytree.tree_map(lambda x: x * 2 if x.is_floating_point() else x, outputs)
+        lengths = outputs["cu_seqlens"].diff().long()
+        means = torch.segment_reduce(outputs[0][0], "mean", lengths=lengths, axis=0)
+        return means if self.anew else means * outputs.max_seqlen, outputs
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("anew", [False, True])
+def test_boundaries_of_packed_outputs(anew: bool, backend: str) -> None:
+    model = Means(accelerated().eval(), anew)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for sequences, length in BATCHES:
+        arguments = packed(sequences, length)
+        (found, outputs), (expected, plain) = (run(**arguments) for run in (compiled, model))
+        torch.testing.assert_close(found, expected)
+        assert type(outputs) is type(plain)
+        assert list(outputs) == list(plain)
+        assert torch.equal(outputs.cu_seqlens, arguments["cu_seq_lens_q"])
+        assert outputs.max_seqlen == plain.max_seqlen == arguments["max_length_q"]
+        assert len(_pytree.tree_leaves(outputs)) == 2
 
 
 def test_in_bfloat16() -> None:

@@ -1,13 +1,21 @@
 """Packed inputs and packed outputs of every model class, against each sequence by itself."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
+from torch.utils import _pytree
 from transformers import PreTrainedModel
 
 from kernels import accelerate
+from kernels.integrations import transformers_models
 from kernels.integrations.transformers_models import PackedModel
 
 from .transformers_cases import (
@@ -93,7 +101,6 @@ def run_packed(
     model.zero_grad()
     outputs = flat(model(**arguments, output_hidden_states=True))
     outputs.pop("cu_seqlens.0", None)
-    outputs.pop("max_seqlen.0", None)
     parts = {name: parts_of(name, value, packed) for name, value in outputs.items()}
     found = [{name: of[i] for name, of in parts.items()} for i in range(len(SEQUENCES))]
     loss_of(found).backward()
@@ -162,6 +169,7 @@ def test_packed_outputs_of_padded_inputs(kind: str) -> None:
         assert outputs.cu_seqlens.dtype == torch.int32
         assert outputs.cu_seqlens.diff().tolist() == lengths.tolist()
         assert outputs.max_seqlen >= lengths.max()
+        assert type(outputs) in model.output_classes.values()  # torch.compile makes none
         for i, state in enumerate([*outputs.hidden_states, outputs.last_hidden_state]):
             name = f"hidden_states.{i}" if i < 3 else "last_hidden_state.0"
             assert_close(state[0], expected[case][name][where], what=f"{case}, {name}")
@@ -169,6 +177,99 @@ def test_packed_outputs_of_padded_inputs(kind: str) -> None:
             rows = has_tokens(model, where)
             found, padded = outputs.pooler_output, expected[case]["pooler_output.0"]
             assert_close(found[rows], padded[rows], what=case)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_boundaries_are_the_last_field(kind: str) -> None:
+    """Other fields have the places of transformers' outputs, and so has all of a tuple."""
+    model = base_model(kind)
+    arguments = batch(model, "right") | {"output_hidden_states": True}
+    plain = model(**arguments)
+    accelerate(model, packed=True)
+    outputs = model(**arguments)
+    assert isinstance(outputs, type(plain))
+    assert list(outputs) == [*plain, "cu_seqlens"]
+    for i, name in enumerate(outputs):
+        assert outputs[i] is outputs[name] is getattr(outputs, name)
+    assert outputs.to_tuple()[-1] is outputs.cu_seqlens
+    assert len(model(**arguments, return_dict=False)) == len(plain)
+    empty = model(torch.zeros(0, 5, dtype=torch.int64))
+    assert convert_to_fp32(empty).max_seqlen == 0
+
+
+@pytest.mark.parametrize("name", ["DebertaV2ForTokenClassification", "BertForTokenClassification"])
+def test_tuples_of_heads_have_no_boundaries(name: str) -> None:
+    """DeBERTa's code puts what is left of its encoder's tuple behind the logits."""
+    model = head_model("deberta-v2" if name.startswith("De") else "bert", name)
+    calls = [{}, {"output_hidden_states": True}]
+    plain = [model(sequences()[1], return_dict=False, **call) for call in calls]
+    accelerate(model)
+    for call, theirs in zip(calls, plain, strict=True):
+        found = model(**packed_inputs(**call), return_dict=False)
+        assert len(found) == len(theirs)
+        assert_close(found[0][0, 4:15], theirs[0][0])
+
+
+_MADE_ANEW: dict[str, Callable[[Any], Any]] = {
+    "tree_map": lambda outputs: _pytree.tree_map(lambda x: x.clone(), outputs),
+    "pickle": lambda outputs: pickle.loads(pickle.dumps(outputs)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "of a dict": lambda outputs: type(outputs)(dict(outputs)),
+    # as torch.nn.parallel's gather does
+    "of pairs": lambda outputs: type(outputs)((k, x.clone()) for k, x in outputs.items()),
+    "accelerate": convert_to_fp32,
+}
+
+
+@pytest.mark.parametrize("how", list(_MADE_ANEW))
+def test_outputs_made_anew_keep_their_boundaries(how: str) -> None:
+    model = base_model("bert").bfloat16()
+    accelerate(model, packed=True)
+    with torch.no_grad():
+        outputs = model(**batch(model, "right"))
+    found = _MADE_ANEW[how](outputs)
+    assert type(found) is type(outputs)
+    assert list(found) == list(outputs)
+    assert found.cu_seqlens.dtype == torch.int32
+    assert found[-1].tolist() == outputs["cu_seqlens"].tolist()
+    assert found.max_seqlen == found.cu_seqlens.diff().max() <= outputs.max_seqlen
+    assert torch.equal(found[0], outputs[0].float() if how == "accelerate" else outputs[0])
+
+
+def test_outputs_are_unpickled_where_their_class_is_not_made_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = base_model("bert")
+    plain = type(model(**batch(model, "right")))
+    accelerate(model, packed=True)
+    outputs = model(**batch(model, "right"))
+    with torch.no_grad():
+        written = pickle.dumps(model(**batch(model, "right")))
+    monkeypatch.setattr(transformers_models, "_output_classes", {})
+    found = pickle.loads(written)
+    assert type(found) is not type(outputs)
+    assert isinstance(found, plain)
+    assert found.max_seqlen == outputs.max_seqlen
+    assert torch.equal(found.cu_seqlens, outputs.cu_seqlens)
+    assert len(_pytree.tree_leaves(found)) == len(outputs)
+
+
+def test_mixed_precision_of_accelerate_keeps_boundaries() -> None:
+    model = base_model("bert")
+    accelerate(model, packed=True)
+    expected = model(**batch(model, "right"))
+    AcceleratorState._reset_state()  # which would keep the precision of other tests
+    try:
+        prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        found = prepared(**batch(model, "right"))
+    finally:
+        AcceleratorState._reset_state()
+    assert found.last_hidden_state.dtype == torch.float32
+    assert not torch.equal(found.last_hidden_state, expected.last_hidden_state)  # it was bfloat16
+    assert found.cu_seqlens.dtype == torch.int32
+    assert torch.equal(found.cu_seqlens, expected.cu_seqlens)
+    assert found.max_seqlen == found.cu_seqlens.diff().max()
 
 
 def test_packed_logits_of_padded_inputs() -> None:
@@ -235,9 +336,13 @@ def test_rows_behind_the_last_sequence() -> None:
 
 
 def test_positions_that_count_one_sequence() -> None:
-    """Positions from elsewhere than the first one, of a single row, are no packed input."""
+    """Positions from elsewhere than the first one, of a single row, are no packed input.
+
+    All the same are those of a model without an order, in each of transformers' attentions but
+    flash attention, which takes each token for a sequence.
+    """
     model = base_model("bert")
-    counts = [range(11), range(3, 14), [0] * 11, range(11, 0, -1)]
+    counts = [range(11), range(3, 14), [0] * 11, [2] * 11, range(11, 0, -1)]
     cases = [
         {"input_ids": sequences()[1], "position_ids": torch.tensor([*count])[None]}
         for count in counts
