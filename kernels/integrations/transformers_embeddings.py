@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..embedding_layer_norm.embedding_layer_norm import embedding_layer_norm
 from ..registration.function_modes import active_layer_modes
 from .class_exchange import Exchanged
-from .transformers_layers import Dropout, LayerNorm, is_plain
+from .transformers_layers import Dropout, LayerNorm, are_few, is_plain
 
 
 class Embeddings(Exchanged):
@@ -32,7 +32,7 @@ class Embeddings(Exchanged):
         is_traced = torch.compiler.is_compiling() and len(active_layer_modes()) > 0
         if given.get("inputs_embeds") is None and not is_traced:
             ids = self._ids(given)
-            if ids is not None and self._is_plain():
+            if ids is not None and self._is_plain() and not self._is_small(ids[0]):
                 return self._embed(ids)
         out: Tensor = super().forward(*args, **kwargs)
         return out
@@ -71,6 +71,10 @@ class Embeddings(Exchanged):
             and not (table.scale_grad_by_freq or table.sparse)
             for table in tables
         )
+
+    def _is_small(self, words: Tensor) -> bool:
+        weight = getattr(self, self.tables[0]).weight
+        return are_few(words.numel() * weight.shape[-1], weight)
 
     def _embed(self, ids: list[Tensor]) -> Tensor:
         module: Any = self

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from kernels import TaskGradients, accelerate, embedding_layer_norm, restore
-from kernels.integrations import transformers_embeddings
+from kernels.integrations import transformers_embeddings, transformers_layers
 
 from . import transformers_cases as cases
 
@@ -51,6 +51,16 @@ def test_embeddings_of_words_places_and_types_are_fused(kind: str, calls: list) 
     restore(model)
     model(**cases.batch(model, "right"))
     assert len(calls) == (kind in FUSED)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_small_batches_take_torchs_layers(
+    kind: str, calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings, dropouts and norms of few elements."""
+    monkeypatch.setattr(transformers_layers, "MIN_FUSED_ELEMENTS", 2**15)
+    cases.assert_accelerated_runs_are_the_same(cases.base_model(kind), ["right", "both"])
+    assert calls == []
 
 
 def test_ernie_without_types_of_tasks_has_berts_embeddings(calls: list) -> None:
