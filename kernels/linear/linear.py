@@ -291,7 +291,7 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         ``[..., sum of O]``, side by side, in the dtype of ``x`` or autocast's.
 
     Raises:
-        ValueError: biases of some layers alone, or as `linear`.
+        ValueError: biases of some layers alone.
     """
     tensors = (x, *weights, *biases)
     if has_torch_function(tensors):
@@ -306,6 +306,5 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
     else:
         is_joined = x.numel() >= x.shape[-1] ** 2
     if not is_joined:
-        layers = zip(weights, biases, strict=True)
-        return torch.cat([linear(x, weight, bias) for weight, bias in layers], -1)
+        return torch.cat([F.linear(x, *layer) for layer in zip(weights, biases, strict=True)], -1)
     return linear(x, torch.cat(list(weights)), torch.cat(given) if given else None)
