@@ -229,7 +229,13 @@ def main() -> None:
         help="only these cases, such as 'sst x 32'",
     )
     parser.add_argument("--rounds", type=harness.whole(2), default=20)
-    parser.add_argument("--only", default=".", metavar="PATTERN", help="of contestants' names")
+    parser.add_argument(
+        "--only",
+        type=harness.pattern,
+        default=".",
+        metavar="PATTERN",
+        help="of contestants' names",
+    )
     options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
 

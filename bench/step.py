@@ -374,7 +374,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=harness.whole(2), default=5)
     add("--warmup-seconds", type=harness.whole(1, 3600), default=600, help="most of a contestant")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    add("--only", default=".", metavar="PATTERN", help="only contestants whose names match")
+    add(
+        "--only",
+        type=harness.pattern,
+        default=".",
+        metavar="PATTERN",
+        help="only contestants whose names match",
+    )
     add("--growth", action="store_true", help="tasks, shapes and examples instead of peers")
     return parser
 

@@ -14,7 +14,7 @@ from torch import Tensor
 _LABELS = ("label", "label_ids", "labels")
 _INT64 = ("token_type_ids", "position_ids")
 _PLACES = ("start_positions", "end_positions")
-_NO_LABEL = -100
+NO_LABEL = -100
 """What transformers' losses leave out."""
 
 
@@ -225,7 +225,7 @@ def _labels(values: list[Tensor], ids: list[Tensor], masks: list[Tensor] | None)
                 f"features[{i}]['labels']: expected one label for each of {len(places)} tokens, "
                 f"got {len(value)}"
             )
-        values[i] = one.new_full(one.shape, _NO_LABEL)
+        values[i] = one.new_full(one.shape, NO_LABEL)
         values[i][places[: len(value)]] = value
     return values
 

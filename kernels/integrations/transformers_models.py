@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..task_gradients.task_layers import sees_several_tasks
 from .class_exchange import Exchanged
+from .packing_collator import NO_LABEL
 from .transformers_packing import Boundaries, Packing, packing_of, restarts
 
 # ---- positions ----------------------------------------------------------------------------------
@@ -388,13 +389,9 @@ class CausalHead(Exchanged):
             if cu_seqlens is not None:
                 # One place more, since sequences without tokens may begin behind the last.
                 longer = nn.functional.pad(labels, (0, 1))
-                longer = longer.index_fill(1, cu_seqlens[1:].long(), _NO_LABEL)
+                longer = longer.index_fill(1, cu_seqlens[1:].long(), NO_LABEL)
                 inputs["labels"] = longer[:, :-1]
         return super().forward(**inputs)
-
-
-_NO_LABEL = -100
-"""What transformers' losses leave out."""
 
 
 class PaddedEncoder(Exchanged):

@@ -14,7 +14,13 @@ COUNTS = ("0", "-1", "1.5", "nan", "inf", "many", "", "99999999999999999999")
 REALS = ("0", "-1", "nan", "inf", "-inf", "fast", "", "1e-320", "1e300")
 ONE = (*COUNTS, "1")
 OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "attention": {"--width": COUNTS, "--rounds": ONE, "--device": ("gpu", ""), "--case": ("sst",)},
+    "attention": {
+        "--width": COUNTS,
+        "--rounds": ONE,
+        "--device": ("gpu", ""),
+        "--case": ("sst",),
+        "--only": ("(",),
+    },
     "fusion": {"--tokens": (*ONE, "159"), "--width": COUNTS, "--rounds": COUNTS},
     "layer_norm": {"--rows": COUNTS, "--width": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
     "linear": {"--tokens": COUNTS, "--tasks": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
@@ -28,7 +34,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "scaling_check": {"--steps": ONE},
     "step": {
         **{"--batch-size": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
-        "--warmup-seconds": COUNTS,
+        **{"--warmup-seconds": COUNTS, "--only": ("(",)},
     },
     "transformers": {
         **{"--batches": COUNTS, "--rounds": ONE, "--device": ("gpu",), "--warmup-seconds": COUNTS},
