@@ -117,7 +117,7 @@ class PackedModel(Exchanged):
     Attributes:
         packed_output: when hidden states stay packed, ``[1, T, H]``.
         with_first_places: whether the first place of a row is computed where it is padding.
-        output_classes: for classes of outputs, those that say where sequences begin, too.
+        output_classes: by transformers' classes of outputs, those of :class:`WithBoundaries`.
     """
 
     packed_output: PackedOutput

@@ -135,7 +135,10 @@ def _packing_of_all(batch_size: int, length: int, device: torch.device) -> Packi
     "PackingCollator makes, the model is one graph"
 )
 def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: bool) -> Packing:
-    """Find the tokens of a mask ``[B, S]``; on a GPU this waits for the device, once."""
+    """Find the tokens of a mask ``[B, S]``; on a GPU this waits for the device, once.
+
+    Within `checked_values` it waits twice.
+    """
     batch_size, length = attention_mask.shape
     if torch._C._get_tracing_state() is not None:
         raise ValueError(
@@ -199,13 +202,12 @@ def restarts(position_ids: Tensor | None) -> tuple[Tensor, int] | None:
     """Find the sequences of packed inputs by positions ``[1, T]`` that begin anew.
 
     A sequence begins at the smallest position and counts up, as in transformers' flash attention.
-    That also takes positions that are all the same for sequences of one token, where its other
-    attentions see a row without an order.  Here they are such a row, as they are in a batch of
-    several; sequences that all have one token need ``cu_seq_lens_q``.
+    Positions that are all the same are one sequence without an order, as in its other attentions;
+    flash attention takes them for sequences of one token, which need ``cu_seq_lens_q`` here.
 
     Returns:
-        ``cu_seqlens`` and the longest length; None without positions ``[B, S]``, and where all
-        count a single sequence, or none, as padding does whose positions are smaller.
+        ``cu_seqlens`` and the longest length; None without positions ``[B, S]``, where they count
+        one sequence, and where they do not count up, as before padding of smaller positions.
     """
     if position_ids is None or position_ids.dim() != 2:
         return None

@@ -278,9 +278,9 @@ def linear(
 def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """Apply several linear layers to one input, in one product where there are many rows.
 
-    Weights have to be copied side by side for one product.  Where there are fewer rows than
-    columns, the outputs are copied instead, which then are smaller.  A torch function mode sees
-    this call itself, with the parameters as they are.
+    Weights have to be copied side by side for one product.  Where rows are less than a quarter of
+    the columns, that takes longer than several products, whose outputs are copied instead.  A torch
+    function mode sees this call itself, with the parameters as they are.
 
     Args:
         x: ``[..., I]``, any floating dtype.
@@ -291,7 +291,8 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         ``[..., sum of O]``, side by side, in the dtype of ``x`` or autocast's.
 
     Raises:
-        ValueError: biases of some layers alone.
+        ValueError: biases of some layers alone, or a storage that was freed where one product is
+            taken.
     """
     tensors = (x, *weights, *biases)
     if has_torch_function(tensors):
@@ -304,7 +305,7 @@ def joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
         # Modes see torch's calls alone while it traces.
         is_joined = len(active_layer_modes()) == 0
     else:
-        is_joined = x.numel() >= x.shape[-1] ** 2
+        is_joined = 4 * x.numel() >= x.shape[-1] ** 2
     if not is_joined:
         return torch.cat([F.linear(x, *layer) for layer in zip(weights, biases, strict=True)], -1)
     return linear(x, torch.cat(list(weights)), torch.cat(given) if given else None)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from kernels import accelerate
+from kernels.integrations import transformers_layers
 
 # Compilers warn of what torch itself has deprecated.
 pytestmark = [
@@ -105,6 +106,18 @@ def compare(
         for found, expected in zip(*pair, strict=True):
             atol = tolerance * (1 + expected.abs().max().item())
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=atol)
+
+
+def test_one_graph_for_few_elements_and_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which kernels are taken without a compiler depends on the number of tokens."""
+    monkeypatch.setattr(transformers_layers, "MIN_FUSED_ELEMENTS", 2**15)
+    model = accelerated().eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, dynamic=True, backend=counter, fullgraph=True)
+    compare(model, compiled, packed, BATCHES)
+    before = counter.frame_count
+    compare(model, compiled, packed, [(200, 20), (2, 30)])
+    assert counter.frame_count == before
 
 
 @pytest.mark.parametrize(

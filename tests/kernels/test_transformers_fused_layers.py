@@ -191,3 +191,12 @@ def test_dropout_follows_the_mode_of_the_model(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_task_gradients(kind: str) -> None:
     cases.assert_same_task_gradients(_model(kind))
+
+
+@pytest.mark.parametrize("bound", [0, 2**15])
+def test_dropout_of_everything(bound: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_layers, "MIN_FUSED_ELEMENTS", bound)
+    x, residual = torch.randn(2, 1, 5, 8)
+    drop, norm = transformers_layers.Dropout(1.0), transformers_layers.LayerNorm(8)
+    found = transformers_layers.add_and_norm(x, residual, nn.Linear(8, 8), drop, norm)
+    torch.testing.assert_close(found, nn.functional.layer_norm(residual, (8,), eps=norm.eps))
