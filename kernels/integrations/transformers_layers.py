@@ -39,8 +39,8 @@ class Mask(NamedTuple):
 MIN_FUSED_ELEMENTS = 2**15
 """Elements of hidden states from which these kernels are taken on a CPU.
 
-With fewer, torch's embeddings, norms and dropouts take less time: of 8 tokens of width 384 the norm
-with dropout and residual here takes 4 times as long as torch's three calls, most of it in Python.
+With fewer, torch's embeddings, norms and dropouts take less time, since calls of these cost more:
+8 tokens of width 384 take 4 times as long in this package's norm with residual as in torch's.
 """
 
 

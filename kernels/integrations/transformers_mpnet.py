@@ -182,7 +182,8 @@ class MPNetEncoder(Exchanged):
         dtype = torch.promote_types(dtype, bias.dtype)
         lowest = torch.finfo(dtype).min
         # Scores of padding are to round to the lowest number, also in rows of padding alone.
-        # float16's and a score do not, and CUDA's fused attention is known to give NaN there.
+        # float16's and a score do not, and NaN was reported of CUDA's fused attention there (issue
+        # 110213 of PyTorch).
         if is_fused and bias.is_cpu and dtype != torch.float16:
             return Mask(packing, None, True), bias.masked_fill(is_padding, lowest)
         zeros = torch.zeros_like(is_padding, dtype=dtype)
