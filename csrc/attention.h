@@ -17,10 +17,13 @@ struct HeadRows {
   int64_t head;
 };
 
-// What attention computes beyond its tensors, as parse_options() in attention_cpu.cpp checked it.
+// More than any sequence has tokens.
+constexpr int64_t kNoLimit = int64_t{1} << 31;
+
+// What attention computes beyond its tensors, as parse_arguments() in attention_cpu.cpp checked it.
 struct AttentionOptions {
   float softmax_scale;
-  bool causal;
+  int64_t left, right; // keys before and behind its own place that a query sees, kNoLimit for all
   Dropout dropout;
 };
 

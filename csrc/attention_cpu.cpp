@@ -1,4 +1,5 @@
 // The CPU side of the attention ops; kernels/attention/attention.py documents them.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -25,19 +26,29 @@ using torch::stable::Tensor;
 // fields of AttentionOptions in kernels/attention/attention_options.py, and the plan of a GPU's
 // kernels.
 #define OPTIONS                                                                                    \
-  "float softmax_scale, bool causal, float dropout_p, int rng_offset, Tensor? seed, "              \
-  "Tensor? runs=None, Tensor? bounds=None"
+  "float softmax_scale, bool causal, float dropout_p, int rng_offset, int window_left, "           \
+  "int window_right, Tensor? seed, Tensor? runs=None, Tensor? bounds=None"
 
 struct Arguments : AttentionOptions {
   std::optional<Tensor> runs, bounds;
 };
 
+// Keys to one side that a query sees; -1 is no limit.
+int64_t parse_limit(const char* name, int64_t keys) {
+  check(keys >= -1, name, ": expected a number of keys, or -1 for all, got ", keys);
+  return keys == -1 ? kNoLimit : std::min(keys, kNoLimit);
+}
+
 Arguments parse_arguments(double softmax_scale, bool causal, double dropout_p, int64_t rng_offset,
+                          int64_t window_left, int64_t window_right,
                           const std::optional<Tensor>& seed, const std::optional<Tensor>& runs,
                           const std::optional<Tensor>& bounds) {
   check(std::isfinite(softmax_scale), "softmax_scale: expected a finite number, got ",
         softmax_scale);
-  return {{static_cast<float>(softmax_scale), causal, make_dropout(dropout_p, seed, rng_offset)},
+  const int64_t left = parse_limit("window_left", window_left);
+  const int64_t right = parse_limit("window_right", window_right);
+  return {{static_cast<float>(softmax_scale), left, causal ? 0 : right,
+           make_dropout(dropout_p, seed, rng_offset)},
           runs,
           bounds};
 }

@@ -3,7 +3,8 @@
 // A work item is one head of one sequence.  Its scores live in a scratch tile of at most
 // kQueryBlock x kKeyBlock floats: a sentence needs one tile, a long sequence goes tile by tile with
 // a running maximum (forward; Milakov and Gimelshein 2018, arXiv:1805.02867) or with the saved
-// log-sum-exp (backward; Dao et al. 2022, arXiv:2205.14135).  All arithmetic is float32.
+// log-sum-exp (backward; Dao et al. 2022, arXiv:2205.14135).  Tiles outside of the window are not
+// computed.  All arithmetic is float32.
 #include "attention.h"
 
 #include "dropout_simd.h"
@@ -14,34 +15,50 @@ namespace {
 
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kWindowKeyBlock = 64; // of a window in the backward pass, whose tiles overlap it
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kItemsAhead = 2; // items that are prefetched while one is computed
 constexpr float kInfinity = __builtin_inff();
 
+int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+
 int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
 // Where one head of one sequence stands in the packed streams.  Its first `blind` queries, from
-// `first_query` on, see no key; they get zeros and take part in nothing, so that no NaN that they
-// or their gradients hold is multiplied by a zero.
+// `first_query` on, see no key, and its first `unseen` keys, from `first_key` on, are seen by none;
+// their results are zeros and they take part in nothing, so that no NaN that they or their
+// gradients hold is multiplied by a zero.  Of the others every query sees a key and every key is
+// seen: both sequences are aligned at their ends, as in flash-attn.
 struct Span {
-  int64_t head, first_query, blind, query, queries, key, keys;
-  bool causal;
+  int64_t head, first_query, blind, query, queries, first_key, unseen, key, keys, left, right;
 
   Span(const AttentionCall& call, int64_t item)
-      : head(item % call.heads), causal(call.options.causal) {
+      : head(item % call.heads), left(call.options.left), right(call.options.right) {
     const int64_t sequence = item / call.heads;
     first_query = call.cu_seqlens_q[sequence];
     queries = call.cu_seqlens_q[sequence + 1] - first_query;
-    key = call.cu_seqlens_k[sequence];
-    keys = call.cu_seqlens_k[sequence + 1] - key;
-    blind = keys == 0 || (causal && queries > keys) ? queries - smaller(queries, keys) : 0;
+    first_key = call.cu_seqlens_k[sequence];
+    keys = call.cu_seqlens_k[sequence + 1] - first_key;
+    blind = keys == 0 ? queries : larger(0, queries - keys - right);
+    unseen = larger(0, keys - queries - left);
     query = first_query + blind;
     queries -= blind;
+    key = first_key + unseen;
+    keys -= unseen;
   }
 
-  // How many keys query i sees, one at least.  Causal attention is aligned at the end, as in
-  // flash-attn: the last query sees every key.
-  int64_t visible(int64_t i) const { return causal ? i + 1 + keys - queries : keys; }
+  // The key at the place of query i, which need not exist.
+  int64_t place(int64_t i) const { return i + keys - queries; }
+
+  // The keys from first_seen() to before end_seen() are those that query i sees.
+  int64_t first_seen(int64_t i) const { return larger(0, place(i) - left); }
+  int64_t end_seen(int64_t i) const { return smaller(keys, place(i) + right + 1); }
+
+  // The queries that see any of the keys from `key` to before `end`, likewise.
+  int64_t first_seeing(int64_t key) const { return larger(0, key + queries - keys - right); }
+  int64_t end_seeing(int64_t end) const { return smaller(queries, end + queries - keys + left); }
+
+  bool has_window() const { return left < kNoLimit; }
 };
 
 // The float32 tiles of one item, laid out in the thread's scratch.
@@ -143,18 +160,30 @@ void narrow_rows(const float* from, int64_t row, const HeadRows& to, int64_t hea
 }
 
 template <typename T>
-void zero_blind_queries(const HeadRows& to, const Span& span, int64_t width) {
-  for (int64_t i = 0; i < span.blind; ++i) {
-    T* row = element<T>(to, span.first_query + i, span.head);
+void zero_rows(const HeadRows& to, int64_t head, int64_t first, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = element<T>(to, first + i, head);
     for (int64_t d = 0; d < width; ++d) row[d] = T{};
   }
 }
 
-// The scores of vector j of a row of which `seen` keys are seen: -inf in the other lanes.
-Floats load_seen(const float* scores, int64_t j, int64_t seen) {
-  const Floats s = load(scores + j);
-  return j + kWidth <= seen ? s : first_lanes(s, seen - j, -kInfinity);
-}
+// The keys of a tile that one of its queries sees: `first` <= j < `end`, of which either may lie
+// outside of the tile.
+struct Seen {
+  int64_t first, end;
+
+  Seen(const Span& span, int64_t query, int64_t key)
+      : first(span.first_seen(query) - key), end(span.end_seen(query) - key) {}
+
+  // The scores of vector j of the query's row: -inf in the lanes of other keys.
+  Floats load(const float* scores, int64_t j) const {
+    Floats s = SUPERBERT_ISA::load(scores + j);
+    if (j < first) {
+      s = lane_numbers() < static_cast<int32_t>(smaller(first - j, kWidth)) ? splat(-kInfinity) : s;
+    }
+    return j + kWidth <= end ? s : first_lanes(s, end - j, -kInfinity);
+  }
+};
 
 // The dropout factors of a tile; key j of query i has data[i * row + j].  Null: no dropout.
 struct TileFactors {
@@ -182,10 +211,10 @@ void softmax_tile(const Span& span, int64_t query, int64_t queries, int64_t key,
                   const TileFactors& factors, const Tiles& tiles) {
   for (int64_t i = 0; i < queries; ++i) {
     float* scores = tiles.scores + i * tiles.columns;
-    const int64_t seen = span.visible(query + i) - key;
+    const Seen seen(span, query + i, key);
     Floats largest = splat(-kInfinity);
     for (int64_t j = 0; j < keys; j += kWidth) {
-      const Floats s = load_seen(scores, j, seen);
+      const Floats s = seen.load(scores, j);
       largest = largest < s ? s : largest;
     }
     const float old_max = tiles.row_max[i], tile_max = max_of_lanes(largest);
@@ -201,7 +230,7 @@ void softmax_tile(const Span& span, int64_t query, int64_t queries, int64_t key,
     const float* factor = factors.of(i);
     Floats total{};
     for (int64_t j = 0; j < keys; j += kWidth) {
-      const Floats p = exponential(load_seen(scores, j, seen) - shift);
+      const Floats p = exponential(seen.load(scores, j) - shift);
       total += p;
       store(scores + j, factor == nullptr ? p : p * load(factor + j));
     }
@@ -212,7 +241,7 @@ void softmax_tile(const Span& span, int64_t query, int64_t queries, int64_t key,
 template <typename T>
 void forward_head(const AttentionCall& call, const Span& span, const Tiles& tiles) {
   const int64_t width = call.width, row = tiles.row, columns = tiles.columns;
-  int64_t loaded = -1; // first key of the block that the tiles hold
+  int64_t loaded = -1, num_loaded = 0; // first key of the block that the tiles hold, and how many
   for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
     const int64_t m = smaller(kQueryBlock, span.queries - i0);
     widen_rows<T>(call.q, span.head, span.query + i0, m, width, call.options.softmax_scale,
@@ -220,11 +249,11 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
     fill(tiles.row_max, m, -kInfinity);
     fill(tiles.row_sum, m, 0);
     fill(tiles.out, m * row, 0);
-    const int64_t visible = span.visible(i0 + m - 1);
-    for (int64_t j0 = 0; j0 < visible; j0 += kKeyBlock) {
-      const int64_t n = smaller(kKeyBlock, span.keys - j0);
-      if (loaded != j0) { // one block of keys serves all queries after it
-        loaded = j0;
+    const int64_t end = span.end_seen(i0 + m - 1);
+    for (int64_t j0 = span.first_seen(i0); j0 < end; j0 += kKeyBlock) {
+      const int64_t n = smaller(kKeyBlock, (span.has_window() ? end : span.keys) - j0);
+      if (loaded != j0 || num_loaded != n) { // one block of keys serves all queries after it
+        loaded = j0, num_loaded = n;
         widen_rows<T>(call.k, span.head, span.key + j0, n, width, 1, tiles.keys, row);
         widen_rows<T>(call.v, span.head, span.key + j0, n, width, 1, tiles.values, row);
         transpose(tiles.keys, row, n, width, tiles.keys_t, columns);
@@ -243,7 +272,7 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
       call.lse[span.head * call.total_queries + query] = tiles.row_max[i] + __builtin_logf(total);
     }
   }
-  zero_blind_queries<T>(call.out, span, width);
+  zero_rows<T>(call.out, span.head, span.first_query, span.blind, width);
   fill(call.lse + span.head * call.total_queries + span.first_query, span.blind, -kInfinity);
 }
 
@@ -277,14 +306,14 @@ void grad_scores_tile(const Span& span, int64_t query, int64_t queries, int64_t 
                       const float* lse, const float* delta, const TileFactors& factors,
                       const Tiles& tiles) {
   for (int64_t i = 0; i < queries; ++i) {
-    const int64_t seen = span.visible(query + i) - key;
+    const Seen seen(span, query + i, key);
     const float* factor = factors.of(i);
     const float shift = lse[i] == -kInfinity ? 0.0f : lse[i]; // -inf: the query sees no key
     float* scores = tiles.scores + i * tiles.columns;
     float* grads = tiles.grad_scores + i * tiles.columns;
     Floats sum{}, weighted_sum{};
     for (int64_t j = 0; j < keys; j += kWidth) {
-      const Floats p = exponential(load_seen(scores, j, seen) - shift);
+      const Floats p = exponential(seen.load(scores, j) - shift);
       const Floats dropped = factor == nullptr ? p : p * load(factor + j);
       const Floats weighted = dropped * load(grads + j);
       store(tiles.probabilities + j, p);
@@ -315,23 +344,26 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
   const float* lse = call.lse + head * call.total_queries + span.query;
   fill(tiles.grad_queries, span.queries * row, 0);
   const bool one_tile = span.keys <= kKeyBlock;
+  const int64_t key_block = span.has_window() && !one_tile ? kWindowKeyBlock : kKeyBlock;
   for (int64_t i0 = 0; i0 < span.queries && !one_tile; i0 += kQueryBlock) {
     const int64_t m = smaller(kQueryBlock, span.queries - i0);
     widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
     widen_rows<T>(call.out, head, span.query + i0, m, width, 1, tiles.out, row);
     row_products(tiles.grad_out, tiles.out, m, row, tiles.delta + i0);
   }
-  for (int64_t j0 = 0; j0 < span.keys; j0 += kKeyBlock) {
-    const int64_t n = smaller(kKeyBlock, span.keys - j0);
+  for (int64_t j0 = 0; j0 < span.keys; j0 += key_block) {
+    const int64_t n = smaller(key_block, span.keys - j0);
     widen_rows<T>(call.k, head, span.key + j0, n, width, 1, tiles.keys, row);
     widen_rows<T>(call.v, head, span.key + j0, n, width, 1, tiles.values, row);
     transpose(tiles.keys, row, n, width, tiles.keys_t, columns);
     transpose(tiles.values, row, n, width, tiles.values_t, columns);
     fill(tiles.grad_keys, n * row, 0);
     fill(tiles.grad_values, n * row, 0);
-    for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
-      const int64_t m = smaller(kQueryBlock, span.queries - i0);
-      if (span.visible(i0 + m - 1) <= j0) continue;
+    // Without a window sums are those of whole blocks of queries, whoever sees these keys.
+    const int64_t first = span.first_seeing(j0), end = span.end_seeing(j0 + n);
+    for (int64_t i0 = span.has_window() ? first : first / kQueryBlock * kQueryBlock; i0 < end;
+         i0 += kQueryBlock) {
+      const int64_t m = smaller(kQueryBlock, end - i0);
       widen_rows<T>(call.q, head, span.query + i0, m, width, call.options.softmax_scale,
                     tiles.queries, row);
       widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
@@ -354,7 +386,9 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
   }
   narrow_rows<T>(tiles.grad_queries, row, grads.q, head, span.query, span.queries, width,
                  call.options.softmax_scale);
-  zero_blind_queries<T>(grads.q, span, width);
+  zero_rows<T>(grads.q, head, span.first_query, span.blind, width);
+  zero_rows<T>(grads.k, head, span.first_key, span.unseen, width);
+  zero_rows<T>(grads.v, head, span.first_key, span.unseen, width);
 }
 
 void backward(const AttentionCall& call, const AttentionGradients& gradients, int64_t item,

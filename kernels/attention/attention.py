@@ -10,8 +10,14 @@ The tokens of all sequences lie side by side in one stream; sequence ``s`` owns 
     dV = (P f)^T dO,  dP = f (dO V^T),  delta_i = sum_d dO_id O_id
     dS = P (dP - delta),  dQ = softmax_scale dS K,  dK = softmax_scale dS^T Q
 
-A query sees the keys of its own sequence; with ``causal`` only those up to its own place, the two
-sequences aligned at their ends.  A query that sees no key gives zeros and ``lse = -inf``, and so do
+A query sees the keys of its own sequence, those within ``window_size = (left, right)`` of its own
+place alone: with the two sequences aligned at their ends, of lengths ``n_q`` and ``n_k``, query i
+sees the keys j of
+
+    i + n_k - n_q - left <= j <= i + n_k - n_q + right ,
+
+where -1 is no limit and ``causal`` is ``right = 0``.  Tiles outside of the window are not visited,
+so that cost is linear in the length.  A query that sees no key gives zeros and ``lse = -inf``, as do
 rows behind the last sequence, so a stream may be longer than its tokens.  The gradients of such a
 query are zero and it takes no part in others', whatever it holds and gets as gradient, NaN too.
 
@@ -27,8 +33,9 @@ A new option enters here:
 - C++: ``AttentionOptions`` in csrc/attention.h; ``OPTIONS`` and ``parse_options`` in
   csrc/attention_cpu.cpp, one above the other; where csrc/attention_simd.cpp uses it;
 - Triton: ``KernelOptions`` in attention_tiles_triton.py and where the kernels of runs and of tiles
-  use it; a mask that every query has one interval in is ``intervals_kernel`` and
-  ``_load_intervals`` for tiles, and the mask of a run's tile.
+  use it, or, for an integer, an argument beside it, since Triton compiles anew for some integers in
+  a tuple; a mask that every query has one interval in, as a window is, cuts the interval in
+  ``limited`` of attention_tiles_triton.py.
 
 What is known of a batch before any layer runs is its plan (attention_plan.py), the last two
 arguments of the operators.
@@ -79,8 +86,11 @@ def visible_keys(
     inside = sequence < num_sequences
     sequence = sequence.clamp(max=num_sequences - 1)
     first, last = cu_seqlens_k[sequence], cu_seqlens_k[sequence + 1]
-    if options.causal:
-        last = last - (cu_seqlens_q[sequence + 1] - 1 - query)
+    limits = options.limits()
+    if limits is not None:
+        own = last - (cu_seqlens_q[sequence + 1] - query)  # aligned at the ends
+        left, right = limits
+        first, last = torch.maximum(first, own - left), torch.minimum(last, own + 1 + right)
     return inside[:, None] & (key >= first[:, None]) & (key < last[:, None])
 
 
@@ -145,7 +155,7 @@ def _with_plan(inputs: tuple[Any, ...], without: int) -> tuple[Any, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed, runs, bounds = _with_plan(inputs, 12)
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, seed, runs, bounds = _with_plan(inputs, 14)
     out, lse = output
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seed, runs, bounds)
     ctx.mark_non_differentiable(lse)
@@ -176,7 +186,7 @@ def _packed_backward_fake(_grad_out: Tensor, qkv: Tensor, *_: object) -> Tensor:
 
 
 def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    qkv, cu_seqlens, *ctx.numbers, seed, runs, bounds = _with_plan(inputs, 8)
+    qkv, cu_seqlens, *ctx.numbers, seed, runs, bounds = _with_plan(inputs, 10)
     out, lse = output
     ctx.save_for_backward(qkv, out, lse, cu_seqlens, seed, runs, bounds)
     ctx.mark_non_differentiable(lse)
@@ -380,12 +390,13 @@ def flash_attn_varlen_func(
         dropout_p: probability to drop an attention weight; 0 outside training.
         softmax_scale: multiplies the scores, finite; ``D ** -0.5`` when None.
         causal: a query sees only the keys up to its own place, sequences aligned at their ends.
-        window_size: not supported, nor are softcap, alibi_slopes and block_table.
-        softcap: see window_size.
-        alibi_slopes: see window_size.
+        window_size: how many keys before and behind its own place a query sees, two integers; -1
+            for all.  With ``causal`` none behind it.
+        softcap: not supported, nor are alibi_slopes and block_table.
+        alibi_slopes: see softcap.
         deterministic: accepted; the backward pass always is.
         return_attn_probs: return the log-sum-exp too.
-        block_table: see window_size.
+        block_table: see softcap.
         seed: of dropout; int64, one element, on q's device.  None draws one.
         rng_offset: distinguishes dropouts that share a seed.
         plan: `kernels.attention_plan` of these boundaries, made once for several calls; None makes
@@ -468,9 +479,9 @@ def flash_attn_varlen_qkvpacked_func(
         dropout_p: as in `flash_attn_varlen_func`, and so are the arguments after it.
         softmax_scale: multiplies the scores, finite; ``D ** -0.5`` when None.
         causal: a query sees only the keys up to its own place.
-        window_size: not supported, nor are softcap and alibi_slopes.
-        softcap: see window_size.
-        alibi_slopes: see window_size.
+        window_size: how many keys before and behind it a query sees, two integers; -1 for all.
+        softcap: not supported, nor is alibi_slopes.
+        alibi_slopes: see softcap.
         deterministic: accepted; the backward pass always is.
         return_attn_probs: return the log-sum-exp too.
         seed: of dropout; int64, one element, on qkv's device.  None draws one.

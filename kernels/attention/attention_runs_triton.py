@@ -30,6 +30,8 @@ from .attention_tiles_triton import (
     LOG2_E,
     Heads,
     KernelOptions,
+    Limits,
+    limited,
     load_bounds,
     load_row_numbers,
     load_tile,
@@ -74,7 +76,7 @@ def _load_rows(bounds, begin, end, total, BLOCK: tl.constexpr):
     return block, rows, inside, first, last
 
 
-@triton.jit(do_not_specialize=["total", "num_heads", "rng_offset"])
+@triton.jit(do_not_specialize=["total", "num_heads", "rng_offset", "before", "after"])
 def forward_runs_kernel(
     q,
     k,
@@ -87,7 +89,8 @@ def forward_runs_kernel(
     num_heads,
     kernel_options,
     rng_offset,
-    CAUSAL: tl.constexpr,
+    before,
+    after,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -98,14 +101,13 @@ def forward_runs_kernel(
     if begin < end:  # there are fewer runs than programs
         block, rows, inside, first, last = _load_rows(bounds, begin, end, total, BLOCK)
         sees = first < last
+        first, last = limited(first, last, rows, before, after)
         q_tile = load_tile(q, head, rows, sees, D, BLOCK_D)
         k_tile = load_tile(k, head, rows, sees, D, BLOCK_D)
         v_tile = load_tile(v, head, rows, sees, D, BLOCK_D)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         scores *= kernel_options.scale * LOG2_E
         seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
-        if CAUSAL:
-            seen &= rows[None, :] <= rows[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         row_max = tl.max(scores, 1)
         p = tl.exp2(scores - tl.where(row_max == float("-inf"), 0.0, row_max)[:, None])
@@ -118,7 +120,7 @@ def forward_runs_kernel(
         store_row_numbers(lse, head, rows, total, inside, row_max * LN_2 + tl.log(row_sum))
 
 
-@triton.jit(do_not_specialize=["total", "num_heads", "rng_offset"])
+@triton.jit(do_not_specialize=["total", "num_heads", "rng_offset", "before", "after"])
 def backward_runs_kernel(
     q,
     k,
@@ -134,7 +136,8 @@ def backward_runs_kernel(
     num_heads,
     kernel_options,
     rng_offset,
-    CAUSAL: tl.constexpr,
+    before,
+    after,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -145,6 +148,7 @@ def backward_runs_kernel(
     if begin < end:
         block, rows, inside, first, last = _load_rows(bounds, begin, end, total, BLOCK)
         sees = first < last
+        first, last = limited(first, last, rows, before, after)
         q_tile = load_tile(q, head, rows, sees, D, BLOCK_D)
         k_tile = load_tile(k, head, rows, sees, D, BLOCK_D)
         row_lse = load_row_numbers(lse, head, rows, total, sees) * LOG2_E
@@ -153,8 +157,6 @@ def backward_runs_kernel(
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         p = tl.exp2(scores * (kernel_options.scale * LOG2_E) - row_lse[None, :])
         seen = (rows[:, None] >= first[None, :]) & (rows[:, None] < last[None, :])
-        if CAUSAL:
-            seen &= rows[:, None] <= rows[None, :]
         p = tl.where(seen, p, 0.0)
         if PRECISION == "ieee":  # lse is rounded, so that P's sums are not quite 1
             row_sum = tl.sum(p, 0)
@@ -190,11 +192,10 @@ def has_runs(x: Tensor) -> bool:
     return ("backward_runs", x.element_size(), padded_width(x.shape[2])) in WARPS
 
 
-def _constants(kernel: str, x: Tensor, options: AttentionOptions) -> dict[str, Any]:
+def _constants(kernel: str, x: Tensor) -> dict[str, Any]:
     width = x.shape[2]
     block_d = padded_width(width)
     return {
-        "CAUSAL": options.causal,
         # float32 is computed as float32, not as TF32.
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "D": width,
@@ -228,7 +229,8 @@ def forward(
         heads,
         KernelOptions.of(options),
         options.rng_offset,
-        **_constants("forward_runs", q, options),
+        *Limits.of(options),
+        **_constants("forward_runs", q),
     )
 
 
@@ -254,5 +256,6 @@ def backward(
         heads,
         KernelOptions.of(options),
         options.rng_offset,
-        **_constants("backward_runs", q, options),
+        *Limits.of(options),
+        **_constants("backward_runs", q),
     )

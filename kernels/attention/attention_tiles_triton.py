@@ -35,8 +35,8 @@ class Heads(NamedTuple):
 class KernelOptions(NamedTuple):
     """The part of `AttentionOptions` that the kernels take.
 
-    Of each value that is None the code is left out.  ``rng_offset`` is an argument of its own,
-    since Triton would compile anew for some integers in a tuple.
+    Of each value that is None the code is left out.  ``rng_offset`` and `Limits` are arguments of
+    their own, since Triton would compile anew for some integers in a tuple.
 
     Attributes:
         scale: multiplies the scores.
@@ -57,6 +57,26 @@ class KernelOptions(NamedTuple):
         return cls(options.softmax_scale, *DropoutArguments.of(options.dropout_p, seed))
 
 
+class Limits(NamedTuple):
+    """The window of `AttentionOptions`, as the rows that a kernel's rows meet.
+
+    Attributes:
+        before: how many rows before its own place a row meets; None where there is no window.
+        after: how many behind it.
+    """
+
+    before: int | None
+    after: int | None
+
+    @classmethod
+    def of(cls, options: AttentionOptions, *, rows_are_keys: bool = False) -> "Limits":
+        """The limits of queries, or of keys, which are seen from the other side."""
+        limits = options.limits()
+        if limits is None:
+            return cls(None, None)
+        return cls(*reversed(limits)) if rows_are_keys else cls(*limits)
+
+
 def padded_width(width: int) -> int:
     """Columns of a tile for heads of ``width``, a power of two."""
     padded: int = max(32, triton.next_power_of_2(width))
@@ -68,6 +88,21 @@ def load_bounds(bounds, rows, total, inside):
     """``bounds [2, total]`` of the rows that are ``inside``, zeros in place of the others."""
     first = tl.load(bounds + rows, mask=inside, other=0)
     last = tl.load(bounds + total + rows, mask=inside, other=0)
+    return first, last
+
+
+@triton.jit
+def limited(first, last, place, before, after):
+    """Cut intervals off so far before and after a place, at one of their ends where none is left.
+
+    As they are where ``before`` is None.  Rows and limits have 31 bits, of which differences do not
+    overflow, as sums would.
+    """
+    if before is not None:
+        start = tl.maximum(first - place, -before) + place
+        stop = tl.minimum(last - place, after + 1) + place
+        first = tl.minimum(start, last)
+        last = tl.maximum(stop, first)
     return first, last
 
 

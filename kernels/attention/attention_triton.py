@@ -17,7 +17,7 @@ from torch import Tensor
 from . import attention_plan_triton, attention_runs_triton
 from .attention_options import AttentionOptions
 from .attention_plan import RUN_TOKENS, SURELY_SHORT, AttentionPlan
-from .attention_tiles_triton import MAX_WIDTH, Heads, KernelOptions, padded_width
+from .attention_tiles_triton import MAX_WIDTH, Heads, KernelOptions, Limits, padded_width
 from .attention_triton_kernels import (
     forward_kernel,
     grad_kv_kernel,
@@ -104,13 +104,11 @@ class _Work(NamedTuple):
         cu_other: Tensor,
         total: int,
         total_other: int,
-        options: AttentionOptions,
-        *,
-        rows_are_keys: bool,
+        limits: Limits,
     ) -> Tensor:
         """For every row, the rows ``first <= other < last`` that it meets: int32 ``[2, total]``.
 
-        With a plan the bounds of its sequence, which the kernels cut off when causal.
+        With a plan the bounds of its sequence, which the kernels cut off at the limits.
         """
         if self.plan is not None:
             return self.plan.bounds
@@ -124,15 +122,12 @@ class _Work(NamedTuple):
             total_other,
             num_sequences,
             num_sequences.bit_length(),
-            rows_are_keys,
-            options.causal,
+            *limits,
             INTERVAL_ROWS,
         )
         return intervals
 
-    def constants(
-        self, kernel: str, x: Tensor, cu_seqlens: Tensor, options: AttentionOptions
-    ) -> dict[str, Any]:
+    def constants(self, kernel: str, x: Tensor, cu_seqlens: Tensor) -> dict[str, Any]:
         """The constexpr arguments and launch settings of a kernel that visits tiles."""
         block_d = padded_width(x.shape[2])
         key = (kernel, x.element_size(), block_d)
@@ -140,7 +135,6 @@ class _Work(NamedTuple):
         tiles = LONG_TILES.get(key, TILES[key]) if long else TILES[key]
         longer_than = RUN_TOKENS if self.by_runs else 0
         return {
-            "CAUSAL": options.causal and self.plan is not None,
             "LONGER_THAN": None if self.plan is None else longer_than,
             # float32 is computed as float32, not as TF32.
             "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
@@ -178,18 +172,20 @@ def forward(
     if work.plan is not None and work.by_runs:
         attention_runs_triton.forward(q, k, v, out, lse, work.plan, options)
     if work.by_tiles:
-        constants = work.constants("forward", q, cu_seqlens_q, options)
+        constants = work.constants("forward", q, cu_seqlens_q)
         boundaries = (cu_seqlens_q, cu_seqlens_k, total_q, len(k))
+        limits = Limits.of(options)
         forward_kernel[(triton.cdiv(total_q, constants["BLOCK_M"]), heads)](
             Heads.of(q),
             Heads.of(k),
             Heads.of(v),
             Heads.of(out),
             lse,
-            work.intervals(*boundaries, options, rows_are_keys=False),
+            work.intervals(*boundaries, limits),
             total_q,
             KernelOptions.of(options),
             options.rng_offset,
+            *limits,
             **constants,
         )
     return out, lse
@@ -249,16 +245,19 @@ def _backward_by_tiles(
     streams = (Heads.of(q), Heads.of(k), Heads.of(v))
     numbers = (KernelOptions.of(options), options.rng_offset)
     if total_q > 0:
-        constants = work.constants("grad_q", q, cu_seqlens_q, options)
+        constants = work.constants("grad_q", q, cu_seqlens_q)
         boundaries = (cu_seqlens_q, cu_seqlens_k, total_q, total_k)
-        keys = work.intervals(*boundaries, options, rows_are_keys=False)
+        limits = Limits.of(options)
+        keys = work.intervals(*boundaries, limits)
         grid = (triton.cdiv(total_q, constants["BLOCK_M"]), heads)
         of_queries = (Heads.of(grad_q), keys, total_q)
-        grad_q_kernel[grid](*streams, Heads.of(out), *saved, *of_queries, *numbers, **constants)
+        arguments = (*streams, Heads.of(out), *saved, *of_queries, *numbers, *limits)
+        grad_q_kernel[grid](*arguments, **constants)
     if total_k > 0:
-        constants = work.constants("grad_kv", k, cu_seqlens_k, options)
+        constants = work.constants("grad_kv", k, cu_seqlens_k)
         boundaries = (cu_seqlens_k, cu_seqlens_q, total_k, total_q)
-        queries = work.intervals(*boundaries, options, rows_are_keys=True)
+        limits = Limits.of(options, rows_are_keys=True)
+        queries = work.intervals(*boundaries, limits)
         grid = (triton.cdiv(total_k, constants["BLOCK_N"]), heads)
         of_keys = (Heads.of(grad_k), Heads.of(grad_v), queries, total_q, total_k)
-        grad_kv_kernel[grid](*streams, *saved, *of_keys, *numbers, **constants)
+        grad_kv_kernel[grid](*streams, *saved, *of_keys, *numbers, *limits, **constants)

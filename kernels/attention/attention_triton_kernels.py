@@ -1,8 +1,8 @@
 """Attention on the GPU, tile by tile; `kernels.attention.attention` has the maths.
 
 A program takes a tile of the packed stream, whatever sequences stand in it.  Every query row sees
-one interval of keys (its sequence's, cut off at its own place when causal), and every key row is
-seen by one interval of queries.  In self-attention the bounds of a row's sequence, from the plan
+one interval of keys (its sequence's, cut off at the window around its own place), and every key row
+is seen by one interval of queries.  In self-attention the bounds of a row's sequence, from the plan
 (`kernels.attention.attention_plan`), are its interval, and tiles leave alone the rows of sequences
 that are in runs, which other kernels compute (attention_runs_triton.py).  Where queries and keys
 have boundaries of their own, a first kernel finds the intervals by binary search in cu_seqlens.  A
@@ -32,6 +32,7 @@ from .attention_plan_triton import sequences_that_end_behind
 from .attention_tiles_triton import (
     LN_2,
     LOG2_E,
+    limited,
     load_bounds,
     load_row_numbers,
     load_tile,
@@ -45,7 +46,11 @@ _RUN_ALIGNMENT = tl.constexpr(RUN_ALIGNMENT)
 # ---- intervals ----------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["total", "total_other", "num_sequences", "search_steps"])
+@triton.jit(
+    do_not_specialize=[
+        *("total", "total_other", "num_sequences", "search_steps", "before", "after"),
+    ]
+)
 def intervals_kernel(
     cu_own,  # [S + 1], boundaries in the stream of the rows that ask
     cu_other,  # [S + 1], boundaries in the stream that they meet
@@ -54,8 +59,8 @@ def intervals_kernel(
     total_other,  # rows of the other stream: no interval leaves it, whatever the boundaries say
     num_sequences,
     search_steps,  # halvings that leave one of num_sequences + 1 places
-    ROWS_ARE_KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    before,  # rows of the other stream that a row meets before its own place, None: all
+    after,  # those behind it
     BLOCK: tl.constexpr,
 ):
     """For every row, which rows of the other stream it meets."""
@@ -65,12 +70,8 @@ def intervals_kernel(
     own_end = tl.load(cu_own + low + 1, mask=inside, other=0)
     first = tl.load(cu_other + low, mask=inside, other=0)
     last = tl.load(cu_other + low + 1, mask=inside, other=0)
-    if CAUSAL:
-        same_place = last - (own_end - row)  # as far from the end, where the two are aligned
-        if ROWS_ARE_KEYS:
-            first = tl.minimum(tl.maximum(first, same_place), last)
-        else:
-            last = tl.maximum(first, tl.minimum(last, same_place + 1))
+    # As far from the end, where the two are aligned.
+    first, last = limited(first, last, last - (own_end - row), before, after)
     first, last = tl.maximum(first, 0), tl.minimum(last, total_other)
     tl.store(intervals + row, first, mask=row < total)
     tl.store(intervals + total + row, last, mask=row < total)
@@ -81,14 +82,15 @@ def _load_intervals(
     intervals,
     rows,
     total,
-    ROWS_ARE_KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    before,
+    after,
     LONGER_THAN: tl.constexpr,
 ):
     """Which rows of the other stream these rows meet, and which of them this kernel writes.
 
     With LONGER_THAN the intervals are the bounds of sequences, of which this kernel computes those
-    that do not fit into a run of so many tokens, 0 for all; None for intervals as they are.
+    that do not fit into a run of so many tokens, 0 for all, within the window; None for intervals
+    as they are.
     """
     inside = rows < total
     first, last = load_bounds(intervals, rows, total, inside)
@@ -96,11 +98,8 @@ def _load_intervals(
         is_long = last - first // _RUN_ALIGNMENT * _RUN_ALIGNMENT > LONGER_THAN
         # Nothing outside of the stream is loaded, whatever a plan says.
         first, last = tl.maximum(first, 0), tl.minimum(last, total)
-        if CAUSAL:
-            if ROWS_ARE_KEYS:
-                first = tl.maximum(first, rows)
-            else:
-                last = tl.minimum(last, rows + 1)
+        if before is not None:
+            first, last = limited(first, tl.maximum(last, 0), rows, before, after)
         first, last = tl.where(is_long, first, 0), tl.where(is_long, last, 0)
         if LONGER_THAN > 0:
             inside &= is_long
@@ -126,7 +125,7 @@ def _visits(first, last, BLOCK: tl.constexpr, PARTS: tl.constexpr):
 # ---- forward ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["total_q", "rng_offset"])
+@triton.jit(do_not_specialize=["total_q", "rng_offset", "before", "after"])
 def forward_kernel(
     q,
     k,
@@ -137,7 +136,8 @@ def forward_kernel(
     total_q,
     kernel_options,
     rng_offset,
-    CAUSAL: tl.constexpr,
+    before,
+    after,
     LONGER_THAN: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -149,7 +149,7 @@ def forward_kernel(
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, last, written = _load_intervals(
-        keys_of_queries, rows, total_q, False, CAUSAL, LONGER_THAN
+        keys_of_queries, rows, total_q, before, after, LONGER_THAN
     )
     q_tile = load_tile(q, head, rows, written, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -218,7 +218,7 @@ def _p_and_dp(
     return p, dp
 
 
-@triton.jit(do_not_specialize=["total_q", "rng_offset"])
+@triton.jit(do_not_specialize=["total_q", "rng_offset", "before", "after"])
 def grad_q_kernel(
     q,
     k,
@@ -233,7 +233,8 @@ def grad_q_kernel(
     total_q,
     kernel_options,
     rng_offset,
-    CAUSAL: tl.constexpr,
+    before,
+    after,
     LONGER_THAN: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -245,7 +246,7 @@ def grad_q_kernel(
     head = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, last, written = _load_intervals(
-        keys_of_queries, rows, total_q, False, CAUSAL, LONGER_THAN
+        keys_of_queries, rows, total_q, before, after, LONGER_THAN
     )
     q_tile = load_tile(q, head, rows, first < last, D, BLOCK_D)
     do_tile = load_tile(grad_out, head, rows, first < last, D, BLOCK_D)
@@ -297,7 +298,7 @@ def grad_q_kernel(
     store_tile(grad_q, head, rows, written, acc * kernel_options.scale, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["total_q", "total_k", "rng_offset"])
+@triton.jit(do_not_specialize=["total_q", "total_k", "rng_offset", "before", "after"])
 def grad_kv_kernel(
     q,
     k,
@@ -313,7 +314,8 @@ def grad_kv_kernel(
     total_k,
     kernel_options,
     rng_offset,
-    CAUSAL: tl.constexpr,
+    before,
+    after,
     LONGER_THAN: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -326,7 +328,7 @@ def grad_kv_kernel(
     first_key = tl.program_id(0) * BLOCK_N
     keys = first_key + tl.arange(0, BLOCK_N)
     first, last, written = _load_intervals(
-        queries_of_keys, keys, total_k, True, CAUSAL, LONGER_THAN
+        queries_of_keys, keys, total_k, before, after, LONGER_THAN
     )
     k_tile = load_tile(k, head, keys, first < last, D, BLOCK_D)
     v_tile = load_tile(v, head, keys, first < last, D, BLOCK_D)
