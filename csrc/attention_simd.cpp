@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 128;
-constexpr int64_t kWindowKeyBlock = 64; // of a window in the backward pass, whose tiles overlap it
+constexpr int64_t kWindowKeyBlock = 32; // of a window in the backward pass, whose tiles overlap it
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kItemsAhead = 2; // items that are prefetched while one is computed
 constexpr float kInfinity = __builtin_inff();
