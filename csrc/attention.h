@@ -17,8 +17,8 @@ struct HeadRows {
   int64_t head;
 };
 
-// More than any sequence has tokens.
-constexpr int64_t kNoLimit = int64_t{1} << 31;
+// No two rows of a stream are farther apart.
+constexpr int64_t kNoLimit = (int64_t{1} << 31) - 2;
 
 // What attention computes beyond its tensors, as parse_arguments() in attention_cpu.cpp checked it.
 struct AttentionOptions {

@@ -3,8 +3,8 @@
 // A work item is one head of one sequence.  Its scores live in a scratch tile of at most
 // kQueryBlock x kKeyBlock floats: a sentence needs one tile, a long sequence goes tile by tile with
 // a running maximum (forward; Milakov and Gimelshein 2018, arXiv:1805.02867) or with the saved
-// log-sum-exp (backward; Dao et al. 2022, arXiv:2205.14135).  Tiles outside of the window are not
-// computed.  All arithmetic is float32.
+// log-sum-exp (backward; Dao et al. 2022, arXiv:2205.14135).  With a window it goes along the
+// window: tiles outside are not computed.  All arithmetic is float32.
 #include "attention.h"
 
 #include "dropout_simd.h"
@@ -15,7 +15,9 @@ namespace {
 
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 128;
-constexpr int64_t kWindowKeyBlock = 32; // of a window in the backward pass, whose tiles overlap it
+constexpr int64_t kWindowQueryBlock =
+    32;                              // fewer, since a block sees so many keys more than a query
+constexpr int64_t kNarrowKeys = 256; // a narrow window's block of queries sees no more
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kItemsAhead = 2; // items that are prefetched while one is computed
 constexpr float kInfinity = __builtin_inff();
@@ -61,6 +63,11 @@ struct Span {
   bool has_window() const { return left < kNoLimit; }
 };
 
+// Whether all keys that a block of queries sees are in one tile, however long the sequence is.
+bool is_narrow(const AttentionCall& call) {
+  return call.options.left + call.options.right + kWindowQueryBlock <= kNarrowKeys;
+}
+
 // The float32 tiles of one item, laid out in the thread's scratch.
 struct Tiles {
   int64_t row;     // floats of a row of width `width`
@@ -71,10 +78,12 @@ struct Tiles {
   float* scratch; // null: only count
   int64_t floats = 0;
 
-  Tiles(int64_t width, int64_t num_queries, int64_t num_keys, float* memory)
-      : row(round_up(width)), columns(round_up(smaller(kKeyBlock, num_keys)) + kWidth),
-        scratch(memory) {
+  Tiles(const AttentionCall& call, int64_t num_queries, int64_t num_keys, float* memory)
+      : row(round_up(call.width)), scratch(memory) {
+    const bool narrow = is_narrow(call);
+    columns = round_up(smaller(narrow ? kNarrowKeys : kKeyBlock, num_keys)) + kWidth;
     const int64_t rows = smaller(kQueryBlock, num_queries);
+    const int64_t key_gradients = narrow ? larger(columns, num_keys) : columns;
     queries = take(rows * row);
     keys = take(columns * row);
     keys_t = take(columns * row);
@@ -86,8 +95,8 @@ struct Tiles {
     out = take(rows * row);
     grad_out = take(rows * row);
     grad_queries = take(num_queries * row);
-    grad_keys = take(columns * row);
-    grad_values = take(columns * row);
+    grad_keys = take(key_gradients * row);
+    grad_values = take(key_gradients * row);
     row_max = take(rows);
     row_sum = take(rows);
     delta = take(num_queries);
@@ -109,7 +118,7 @@ int64_t scratch_floats(const AttentionCall& call) {
     num_queries = q > num_queries ? q : num_queries;
     num_keys = k > num_keys ? k : num_keys;
   }
-  return Tiles(call.width, num_queries, num_keys, nullptr).floats;
+  return Tiles(call, num_queries, num_keys, nullptr).floats;
 }
 
 template <typename T>
@@ -242,8 +251,9 @@ template <typename T>
 void forward_head(const AttentionCall& call, const Span& span, const Tiles& tiles) {
   const int64_t width = call.width, row = tiles.row, columns = tiles.columns;
   int64_t loaded = -1, num_loaded = 0; // first key of the block that the tiles hold, and how many
-  for (int64_t i0 = 0; i0 < span.queries; i0 += kQueryBlock) {
-    const int64_t m = smaller(kQueryBlock, span.queries - i0);
+  const int64_t query_block = span.has_window() ? kWindowQueryBlock : kQueryBlock;
+  for (int64_t i0 = 0; i0 < span.queries; i0 += query_block) {
+    const int64_t m = smaller(query_block, span.queries - i0);
     widen_rows<T>(call.q, span.head, span.query + i0, m, width, call.options.softmax_scale,
                   tiles.queries, row);
     fill(tiles.row_max, m, -kInfinity);
@@ -279,7 +289,7 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
 void forward(const AttentionCall& call, int64_t item, float* scratch) {
   prefetch_item(call, item + kItemsAhead, nullptr);
   const Span span(call, item);
-  const Tiles tiles(call.width, span.queries, span.keys, scratch);
+  const Tiles tiles(call, span.queries, span.keys, scratch);
   with_storage(call.storage, [&]<typename T>(const T*) { forward_head<T>(call, span, tiles); });
 }
 
@@ -337,14 +347,46 @@ void grad_scores_tile(const Span& span, int64_t query, int64_t queries, int64_t 
   }
 }
 
+// Fills the tiles of n keys from j0 on.
+template <typename T>
+void load_keys(const AttentionCall& call, const Span& span, int64_t j0, int64_t n,
+               const Tiles& tiles) {
+  const int64_t width = call.width, row = tiles.row;
+  widen_rows<T>(call.k, span.head, span.key + j0, n, width, 1, tiles.keys, row);
+  widen_rows<T>(call.v, span.head, span.key + j0, n, width, 1, tiles.values, row);
+  transpose(tiles.keys, row, n, width, tiles.keys_t, tiles.columns);
+  transpose(tiles.values, row, n, width, tiles.values_t, tiles.columns);
+}
+
+// Adds what m queries from i0 on and the n loaded keys from j0 on give to the gradients, whose
+// first rows these are.  For `delta` see grad_scores_tile().
+template <typename T>
+void add_gradients(const AttentionCall& call, const HeadRows& grad_out, const Span& span,
+                   int64_t i0, int64_t m, int64_t j0, int64_t n, const float* delta,
+                   float* grad_queries, float* grad_keys, float* grad_values, const Tiles& tiles) {
+  const int64_t head = span.head, width = call.width, row = tiles.row, columns = tiles.columns;
+  const float* lse = call.lse + head * call.total_queries + span.query + i0;
+  widen_rows<T>(call.q, head, span.query + i0, m, width, call.options.softmax_scale, tiles.queries,
+                row);
+  widen_rows<T>(grad_out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
+  multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
+           false);
+  multiply(m, n, width, {tiles.grad_out, row, 1}, tiles.values_t, columns, tiles.grad_scores,
+           columns, false);
+  const TileFactors factors(call, span, i0, m, j0, n, tiles.factors);
+  grad_scores_tile(span, i0, m, j0, n, lse, delta, factors, tiles);
+  multiply(n, width, m, {tiles.scores, 1, columns}, tiles.grad_out, row, grad_values, row, true);
+  multiply(n, width, m, {tiles.grad_scores, 1, columns}, tiles.queries, row, grad_keys, row, true);
+  multiply(m, width, n, {tiles.grad_scores, columns, 1}, tiles.keys, row, grad_queries, row, true);
+}
+
 template <typename T>
 void backward_head(const AttentionCall& call, const AttentionGradients& grads, const Span& span,
                    const Tiles& tiles) {
-  const int64_t head = span.head, width = call.width, row = tiles.row, columns = tiles.columns;
-  const float* lse = call.lse + head * call.total_queries + span.query;
+  const int64_t head = span.head, width = call.width, row = tiles.row;
   fill(tiles.grad_queries, span.queries * row, 0);
   const bool one_tile = span.keys <= kKeyBlock;
-  const int64_t key_block = span.has_window() && !one_tile ? kWindowKeyBlock : kKeyBlock;
+  const int64_t key_block = span.has_window() && !one_tile ? kQueryBlock : kKeyBlock;
   for (int64_t i0 = 0; i0 < span.queries && !one_tile; i0 += kQueryBlock) {
     const int64_t m = smaller(kQueryBlock, span.queries - i0);
     widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
@@ -353,10 +395,7 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
   }
   for (int64_t j0 = 0; j0 < span.keys; j0 += key_block) {
     const int64_t n = smaller(key_block, span.keys - j0);
-    widen_rows<T>(call.k, head, span.key + j0, n, width, 1, tiles.keys, row);
-    widen_rows<T>(call.v, head, span.key + j0, n, width, 1, tiles.values, row);
-    transpose(tiles.keys, row, n, width, tiles.keys_t, columns);
-    transpose(tiles.values, row, n, width, tiles.values_t, columns);
+    load_keys<T>(call, span, j0, n, tiles);
     fill(tiles.grad_keys, n * row, 0);
     fill(tiles.grad_values, n * row, 0);
     // Without a window sums are those of whole blocks of queries, whoever sees these keys.
@@ -364,40 +403,52 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
     for (int64_t i0 = span.has_window() ? first : first / kQueryBlock * kQueryBlock; i0 < end;
          i0 += kQueryBlock) {
       const int64_t m = smaller(kQueryBlock, end - i0);
-      widen_rows<T>(call.q, head, span.query + i0, m, width, call.options.softmax_scale,
-                    tiles.queries, row);
-      widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
-      multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
-               false);
-      multiply(m, n, width, {tiles.grad_out, row, 1}, tiles.values_t, columns, tiles.grad_scores,
-               columns, false);
-      const TileFactors factors(call, span, i0, m, j0, n, tiles.factors);
-      grad_scores_tile(span, i0, m, j0, n, lse + i0, one_tile ? nullptr : tiles.delta + i0, factors,
-                       tiles);
-      multiply(n, width, m, {tiles.scores, 1, columns}, tiles.grad_out, row, tiles.grad_values, row,
-               true);
-      multiply(n, width, m, {tiles.grad_scores, 1, columns}, tiles.queries, row, tiles.grad_keys,
-               row, true);
-      multiply(m, width, n, {tiles.grad_scores, columns, 1}, tiles.keys, row,
-               tiles.grad_queries + i0 * row, row, true);
+      add_gradients<T>(call, grads.out, span, i0, m, j0, n, one_tile ? nullptr : tiles.delta + i0,
+                       tiles.grad_queries + i0 * row, tiles.grad_keys, tiles.grad_values, tiles);
     }
     narrow_rows<T>(tiles.grad_keys, row, grads.k, head, span.key + j0, n, width, 1);
     narrow_rows<T>(tiles.grad_values, row, grads.v, head, span.key + j0, n, width, 1);
   }
   narrow_rows<T>(tiles.grad_queries, row, grads.q, head, span.query, span.queries, width,
                  call.options.softmax_scale);
-  zero_rows<T>(grads.q, head, span.first_query, span.blind, width);
-  zero_rows<T>(grads.k, head, span.first_key, span.unseen, width);
-  zero_rows<T>(grads.v, head, span.first_key, span.unseen, width);
+}
+
+// Along a narrow window, whose tiles hold all keys of their queries.
+template <typename T>
+void backward_along_window(const AttentionCall& call, const AttentionGradients& grads,
+                           const Span& span, const Tiles& tiles) {
+  const int64_t head = span.head, width = call.width, row = tiles.row;
+  fill(tiles.grad_keys, span.keys * row, 0);
+  fill(tiles.grad_values, span.keys * row, 0);
+  for (int64_t i0 = 0; i0 < span.queries; i0 += kWindowQueryBlock) {
+    const int64_t m = smaller(kWindowQueryBlock, span.queries - i0);
+    const int64_t j0 = span.first_seen(i0), n = span.end_seen(i0 + m - 1) - j0;
+    load_keys<T>(call, span, j0, n, tiles);
+    fill(tiles.grad_queries, m * row, 0);
+    add_gradients<T>(call, grads.out, span, i0, m, j0, n, nullptr, tiles.grad_queries,
+                     tiles.grad_keys + j0 * row, tiles.grad_values + j0 * row, tiles);
+    narrow_rows<T>(tiles.grad_queries, row, grads.q, head, span.query + i0, m, width,
+                   call.options.softmax_scale);
+  }
+  narrow_rows<T>(tiles.grad_keys, row, grads.k, head, span.key, span.keys, width, 1);
+  narrow_rows<T>(tiles.grad_values, row, grads.v, head, span.key, span.keys, width, 1);
 }
 
 void backward(const AttentionCall& call, const AttentionGradients& gradients, int64_t item,
               float* scratch) {
   prefetch_item(call, item + kItemsAhead, &gradients.out);
   const Span span(call, item);
-  const Tiles tiles(call.width, span.queries, span.keys, scratch);
-  with_storage(call.storage,
-               [&]<typename T>(const T*) { backward_head<T>(call, gradients, span, tiles); });
+  const Tiles tiles(call, span.queries, span.keys, scratch);
+  with_storage(call.storage, [&]<typename T>(const T*) {
+    if (is_narrow(call)) {
+      backward_along_window<T>(call, gradients, span, tiles);
+    } else {
+      backward_head<T>(call, gradients, span, tiles);
+    }
+    zero_rows<T>(gradients.q, span.head, span.first_query, span.blind, call.width);
+    zero_rows<T>(gradients.k, span.head, span.first_key, span.unseen, call.width);
+    zero_rows<T>(gradients.v, span.head, span.first_key, span.unseen, call.width);
+  });
 }
 
 } // namespace

@@ -17,9 +17,10 @@ sees the keys j of
     i + n_k - n_q - left <= j <= i + n_k - n_q + right ,
 
 where -1 is no limit and ``causal`` is ``right = 0``.  Tiles outside of the window are not visited,
-so that cost is linear in the length.  A query that sees no key gives zeros and ``lse = -inf``, as do
-rows behind the last sequence, so a stream may be longer than its tokens.  The gradients of such a
-query are zero and it takes no part in others', whatever it holds and gets as gradient, NaN too.
+so that cost is linear in the length.  A query that sees no key, which has fewer keys than queries
+beside it, gives zeros and ``lse = -inf``, and so do rows behind the last sequence, so a stream may
+be longer than its tokens.  The gradients of such a query are zero and it takes no part in others',
+whatever it holds and gets as gradient, NaN too.
 
 q, k, v are ``[T, H, D]``, float32, bfloat16 or float16, computed in float32; the log-sum-exp is
 ``[H, T]`` float32.  The backward pass recomputes P from it (Dao et al., "FlashAttention", 2022,

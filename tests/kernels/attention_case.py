@@ -7,7 +7,7 @@ from kernels.attention import attention_triton
 from kernels.attention.attention import attention_reference
 from kernels.attention.attention_options import AttentionOptions
 
-from .attention_lengths import rows_that_meet_none
+from .attention_lengths import NO_WINDOW, Window, rows_that_meet_none
 
 TAIL = 5  # rows behind the last sequence
 
@@ -29,6 +29,7 @@ class AttentionCase:
         dtype: torch.dtype,
         device: str,
         tail: int = TAIL,
+        window: Window = NO_WINDOW,
     ) -> None:
         self.tokens = sum(lengths_q), sum(lengths_k)
         total_q, total_k = (count + tail for count in self.tokens)
@@ -36,15 +37,13 @@ class AttentionCase:
         is_self = lengths_q is lengths_k
         self.cu_seqlens = cu_seqlens_q, cu_seqlens_q if is_self else boundaries(lengths_k, device)
         self.seed = torch.tensor(-99, device=device)
-        self.options = AttentionOptions(
-            width**-0.5, causal, dropout_p=p, rng_offset=3, seed=self.seed
-        )
+        self.options = AttentionOptions(*(width**-0.5, causal, p, 3, *window), seed=self.seed)
         self.q = torch.randn(total_q, 2, width, device=device).to(dtype)
         # Views of one tensor, and so are their gradients.
         self.kv = torch.randn(total_k, 2, 2, width, device=device).to(dtype)
         self.grad_out = torch.randn_like(self.q)
         pairs = list(zip(lengths_q, lengths_k, strict=True))
-        blind, _ = rows_that_meet_none(pairs, causal, total_q, total_k)
+        blind, _ = rows_that_meet_none(pairs, causal, total_q, total_k, window)
         # Neither queries that see no key nor rows that are in no sequence count.
         for x, rows in (
             (self.q, blind),

@@ -23,11 +23,20 @@ RUNS = {
     "one": [33],
     "none": [],
 }
+# Of a token, uneven ones, a model's, of one side, and wider than any sequence here.
+WINDOWS = [(0, 0), (1, 0), (0, 1), (3, 5), (64, 64), (-1, 2), (2, -1), (200, 1000)]
+# On both sides of those, of the blocks that they reach into, and of unlike lengths.
+WINDOW_PAIRS = [
+    *((length, length) for length in (1, 2, 3, 4, 6, 9, 64, 65, 66, 128, 129, 130, 193, 258)),
+    *((5, 300), (300, 5), (66, 131), (131, 66), (200, 263), (263, 200), (0, 3), (3, 0)),
+]
 # Keys behind a sequence that nobody sees, as in a padded batch of torch's: with one key, too, its
 # products are then those of matrices, which sum as the kernels do.
 PADDING = 8
 
 Pair = tuple[int, int]
+Window = tuple[int, int]
+NO_WINDOW = (-1, -1)
 
 
 def drawn_pairs(count: int, seed: int) -> list[Pair]:
@@ -71,6 +80,7 @@ def reference_by_sequence(
     p: float,
     seed: Tensor,
     rng_offset: int,
+    window: Window = NO_WINDOW,
 ) -> list[Tensor]:
     """Output, log-sum-exp and gradients of q, k and v by plain torch, a sequence at a time.
 
@@ -91,7 +101,9 @@ def reference_by_sequence(
         cu_seqlens = boundaries([num_queries]), boundaries([num_keys])
         padded = (leaves[0], *(F.pad(x, (0, 0, 0, 0, 0, PADDING)) for x in leaves[1:]))
         own_out, own_lse = attention_reference(
-            *padded, *cu_seqlens, AttentionOptions(q.shape[2] ** -0.5, causal), factors
+            *(*padded, *cu_seqlens),
+            AttentionOptions(q.shape[2] ** -0.5, causal, 0.0, 0, *window),
+            factors,
         )
         out[rows[0]], lse[:, rows[0]] = own_out.detach(), own_lse.detach()
         own_grads = torch.autograd.grad(own_out, leaves, grad_out[rows[0]].to(dtype))
@@ -101,34 +113,50 @@ def reference_by_sequence(
 
 
 def rows_that_meet_none(
-    pairs: list[Pair], causal: bool, num_queries: int, num_keys: int
+    pairs: list[Pair],
+    causal: bool,
+    num_queries: int,
+    num_keys: int,
+    window: Window = NO_WINDOW,
 ) -> tuple[Tensor, Tensor]:
-    """Queries that see no key and keys that no query sees, those of no sequence too: two masks."""
+    """Queries that see no key and keys that no query sees, those of no sequence too: two masks.
+
+    Sequences are aligned at their ends, so that both are the first ones.
+    """
+    left, right = window
+    right = 0 if causal else right
     blind, unseen = torch.ones(num_queries, dtype=bool), torch.ones(num_keys, dtype=bool)
     query = key = 0
     for queries, keys in pairs:
-        sees_none = max(0, queries - keys) if causal else queries * (keys == 0)
-        blind[query + sees_none : query + queries] = False
-        unseen[key : key + keys] = queries == 0
+        sees_none = max(0, queries - keys - right) if right >= 0 and keys > 0 else 0
+        meets_none = max(0, keys - queries - left) if left >= 0 else 0
+        blind[query + sees_none : query + queries] = keys == 0
+        unseen[key + meets_none : key + keys] = queries == 0
         query, key = query + queries, key + keys
     return blind, unseen
 
 
 def fill_rows_that_meet_none(
-    pairs: list[Pair], causal: bool, streams: tuple[Tensor, Tensor, Tensor, Tensor], value: float
+    pairs: list[Pair],
+    causal: bool,
+    streams: tuple[Tensor, Tensor, Tensor, Tensor],
+    value: float,
+    window: Window = NO_WINDOW,
 ) -> None:
     """Write a value to them, in q, k, v and the gradient of the output."""
     q, k, v, grad_out = streams
-    masks = rows_that_meet_none(pairs, causal, len(q), len(k))
+    masks = rows_that_meet_none(pairs, causal, len(q), len(k), window)
     blind, unseen = (mask.to(q.device) for mask in masks)
     for x, rows in ((q, blind), (k, unseen), (v, unseen), (grad_out, blind)):
         x[rows] = value
 
 
-def assert_structure(pairs: list[Pair], causal: bool, results: list[Tensor]) -> None:
+def assert_structure(
+    pairs: list[Pair], causal: bool, results: list[Tensor], window: Window = NO_WINDOW
+) -> None:
     """Zeros exactly where a query sees no key or a key no query, and nothing else but numbers."""
     out, lse, grad_q, grad_k, grad_v = results
-    blind, unseen = rows_that_meet_none(pairs, causal, len(out), len(grad_k))
+    blind, unseen = rows_that_meet_none(pairs, causal, len(out), len(grad_k), window)
     assert torch.equal(lse.isneginf(), blind.expand_as(lse))
     assert lse[:, ~blind].isfinite().all()
     for x, zero in ((out, blind), (grad_q, blind), (grad_k, unseen), (grad_v, unseen)):

@@ -11,10 +11,11 @@ from kernels import (
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from kernels.attention.attention import attention_reference
+from kernels.attention.attention import attention_reference, visible_keys
 from kernels.attention.attention_options import AttentionOptions
 from kernels.dropout.dropout import attention_dropout_factors
 
+from .attention_lengths import WINDOW_PAIRS, WINDOWS
 from .conftest import untouched_memory
 from .tolerance import assert_within_twice
 
@@ -144,6 +145,120 @@ def test_a_sequence_of_8192_beside_short_ones() -> None:
     found = [out[some].detach(), lse[0, some], grad]
     for tensors in zip(found, rows(torch.float32), rows(torch.float64), strict=True):
         assert_within_twice(*tensors)
+
+
+def banded_attention(
+    qkv: Tensor, window: tuple[int, int], grad_out: Tensor, dtype: torch.dtype, chunk: int = 256
+) -> list[Tensor]:
+    """Output, log-sum-exp and gradient of one sequence by plain torch, some queries at a time."""
+    leaf = qkv.to(dtype).requires_grad_()
+    outs, lses = [], []
+    for start in range(0, len(qkv), chunk):
+        queries = torch.arange(start, min(start + chunk, len(qkv)))
+        first, last = max(0, start - window[0]), int(queries[-1]) + window[1] + 1
+        q, (k, v) = leaf[queries, 0], leaf[first:last, 1:].unbind(1)
+        apart = torch.arange(first, first + len(k)) - queries[:, None]
+        scores = torch.einsum("ihd,jhd->hij", q, k) * qkv.shape[-1] ** -0.5
+        scores = scores.masked_fill((apart < -window[0]) | (apart > window[1]), -torch.inf)
+        outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v))
+        lses.append(scores.logsumexp(-1))
+    out = torch.cat(outs)
+    (grad,) = torch.autograd.grad(out, leaf, grad_out.to(dtype))
+    return [out.detach(), torch.cat(lses, 1).detach(), grad]
+
+
+@pytest.mark.usefixtures("vector_unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("length", "window"), [(700, (64, 64)), (700, (3, 100)), (700, (130, 0)), (8192, (64, 64))]
+)
+def test_a_window_of_a_long_sequence(
+    length: int, window: tuple[int, int], dtype: torch.dtype
+) -> None:
+    heads = 2 if length < 1000 else 1
+    lengths, tokens = [5, length], slice(5, 5 + length)
+    qkv = qkv_stream(lengths, dtype, heads)
+    leaf = qkv.clone().requires_grad_()
+    out, lse, _ = flash_attn_varlen_qkvpacked_func(
+        leaf, boundaries(lengths), length, window_size=window, return_attn_probs=True
+    )
+    grad_out = torch.randn(out.shape).to(dtype)
+    (grad,) = torch.autograd.grad(out, leaf, grad_out)
+    found = [out[tokens].detach(), lse[:, tokens], grad[tokens]]
+    own = (qkv[tokens], window, grad_out[tokens])
+    torchs, exact = banded_attention(*own, dtype), banded_attention(*own, torch.float64)
+    for tensors in zip(found, torchs, exact, strict=True):
+        assert_within_twice(*tensors)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_keys_that_a_window_shows(causal: bool, window: tuple[int, int]) -> None:
+    """By flash-attn's words, key by key; what is wider than all sequences hides nothing."""
+    pairs = [pair for pair in WINDOW_PAIRS if max(pair) < 70] + [(0, 0), (9, 4), (4, 9)]
+    lengths_q, lengths_k = zip(*pairs, strict=True)
+    given = boundaries(lengths_q), boundaries(lengths_k), sum(lengths_q) + 1, sum(lengths_k) + 1
+    options = AttentionOptions(1.0, causal, 0.0, 0, *window)
+    seen = visible_keys(*given, options)
+    left, right = window[0], 0 if causal else window[1]
+    expected = torch.zeros_like(seen)
+    for (num_q, num_k), query, key in zip(pairs, *(x.tolist() for x in given[:2]), strict=False):
+        for i in range(num_q):
+            for j in range(num_k):
+                place = i + num_k - num_q
+                expected[query + i, key + j] = (left < 0 or place - left <= j) and (
+                    right < 0 or j <= place + right
+                )
+    assert torch.equal(seen, expected)
+
+
+@pytest.mark.parametrize("wide", [2**31 - 2, 2**31, 2**62, 10**30])
+def test_a_window_wider_than_a_stream_is_none(wide: int) -> None:
+    qkv, cu = qkv_stream([40, 150], torch.float32), boundaries([40, 150])
+    for window, limited in (((wide, wide), (-1, -1)), ((3, wide), (3, -1)), ((wide, 3), (-1, 3))):
+        results = [
+            run(lambda x, w=w: flash_attn_varlen_qkvpacked_func(x, cu, 150, window_size=w), qkv)
+            for w in (window, limited)
+        ]
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_causal_is_a_window_without_later_keys() -> None:
+    qkv, cu = qkv_stream([40, 150], torch.float32), boundaries([40, 150])
+    for left in (-1, 7):
+        results = [
+            run(lambda x, o=o: flash_attn_varlen_qkvpacked_func(x, cu, 150, **o), qkv)
+            for o in (
+                {"window_size": (left, 0)},
+                {"window_size": (left, 9), "causal": True},
+                {"window_size": (left, -1), "causal": True},
+            )
+        ]
+        for one, *others in zip(*results, strict=True):
+            assert all(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.usefixtures("vector_unit")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_tiles_outside_of_a_window_are_not_visited(value: float) -> None:
+    """A zero probability times NaN is NaN, so that what is near alone was multiplied.
+
+    The tokens 600 to 603 reach, through the window and by sharing tiles with tokens that it does
+    not show, the outputs of a tile of 64 queries and its window on each side, and of those, again
+    by the window and tiles, gradients; 320 tokens on either side hold all of it.
+    """
+    qkv = qkv_stream([1200], torch.float32)
+    clean, spoilt = qkv.clone(), qkv.clone()
+    spoilt[600:604] = value
+    far = torch.cat([torch.arange(280), torch.arange(924, 1200)])
+
+    def windowed(qkv: Tensor) -> Tensor:
+        return flash_attn_varlen_qkvpacked_func(qkv, boundaries([1200]), 1200, window_size=(64, 64))
+
+    for one, other in zip(run(windowed, clean), run(windowed, spoilt), strict=True):
+        assert not other[600:604].isfinite().all()
+        assert torch.equal(one[far], other[far])
 
 
 def test_no_tokens() -> None:
@@ -348,6 +463,8 @@ Q, CU = QKV[:, 0], boundaries([8])
         (QKV, CU[None], {}, "cu_seqlens: expected int32"),
         (QKV, CU[:0], {}, "cu_seqlens: expected int32"),
         (QKV, CU.to("meta"), {}, "cu_seqlens: expected contiguous on cpu"),
+        (QKV, CU, {"window_size": (3, 2.0)}, r"window_size: .* got \(3, 2\.0\)"),
+        (QKV, CU, {"window_size": 3}, "window_size: .* got int"),
         (QKV, CU, {"dropout_p": 1.0}, "probability"),
         (QKV, CU, {"dropout_p": 0.1, "seed": torch.tensor(0.5)}, "seed"),
     ],
@@ -381,7 +498,6 @@ def test_arguments_that_do_not_fit_are_named(
 @pytest.mark.parametrize(
     "option",
     [
-        {"window_size": (8, 8)},
         {"softcap": 30.0},
         {"alibi_slopes": torch.ones(2)},
         {"block_table": torch.zeros(1, 1)},

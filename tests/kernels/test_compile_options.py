@@ -168,6 +168,9 @@ ATTENTION: dict[str, Call] = {
     "packed, dropout, plan": lambda s: _packed(s, seed=s.seed, plan=_plan(s)),
     "dropout, plan": lambda s: _attention(s, plan=_plan(s)),
     "plan alone": lambda s: [x.float() for x in _plan(s)],
+    "window": lambda s: _attention(s, window_size=(3, 5)),
+    "window of one side, plan": lambda s: _attention(s, window_size=(-1, 2), plan=_plan(s)),
+    "packed, causal in a window": lambda s: _packed(s, 0.0, causal=True, window_size=(4, -1)),
     "packed, causal": lambda s: _packed(s, 0.0, causal=True),
     "packed, log-sum-exp alone": lambda s: _packed(s, 0.0, return_attn_probs=True)[1],
 }

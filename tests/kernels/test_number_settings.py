@@ -55,9 +55,16 @@ LAYERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "dropout_add_layer_norm": {"epsilon": NUMBERS, "dropout_p": RATES},
     "embedding_layer_norm": {"eps": NUMBERS, "dropout_p": RATES},
     "dropout": {"p": RATES},
-    "flash_attn_varlen_func": {"softmax_scale": NOT_FINITE, "dropout_p": RATES},
-    "flash_attn_varlen_qkvpacked_func": {"softmax_scale": NOT_FINITE, "dropout_p": RATES},
+    "flash_attn_varlen_func": {
+        **{"softmax_scale": NOT_FINITE, "dropout_p": RATES},
+        "window_size": (
+            *((wrong, 3) for wrong in (-2, -(2**62), 1.0, math.nan, True, "1", None, [1])),
+            *((3, wrong) for wrong in (-2, 0.5, False, torch.ones(3, dtype=torch.int64))),
+            *((), (3,), (3, 3, 3), 3, -1, None, "34", torch.ones(2, dtype=torch.int64)),
+        ),
+    },
 }
+LAYERS["flash_attn_varlen_qkvpacked_func"] = LAYERS["flash_attn_varlen_func"]
 
 
 def refused(call: Callable[..., Any], setting: str, value: object) -> None:

@@ -24,9 +24,9 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(shape, requires_grad=True)
 
 
-def attention(p: float) -> dict[str, tuple]:
+def attention(p: float, window: tuple[int, int] = (-1, -1)) -> dict[str, tuple]:
     """Arguments of the attention operators; with dropout they are given a plan, too."""
-    options = AttentionOptions(0.2, True, p, rng_offset=1, seed=SEED if p else None)
+    options = AttentionOptions(0.2, True, p, 1, *window, seed=SEED if p else None)
     plan = OPS.attention_plan(CU_SEQLENS, TOKENS) if p else ()
     packed = (CU_SEQLENS, 13, *options, *plan)
     apart = (CU_SEQLENS, CU_SEQLENS, 13, *packed[1:])
@@ -102,6 +102,7 @@ def others() -> dict[str, tuple]:
 SAMPLES: dict[str, Callable[[], dict[str, tuple]]] = {
     "attention": lambda: attention(0.0),
     "attention with dropout": lambda: attention(0.2),
+    "attention in a window": lambda: attention(0.2, (3, 2)),
     "norms": lambda: norms(by_task=False),
     "norms by task": lambda: norms(by_task=True),
     "others": others,
