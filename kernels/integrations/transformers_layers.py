@@ -112,9 +112,12 @@ def attention(
     mask, packing = check_attention(mask, packing)
     dtype = autocast_dtype(q) or q.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    window = (-1, -1)
     if mask.window is not None and packing.length - 1 > mask.window:
-        return windowed_attention(q, k, v, mask.window, packing, dropout_p, scale)
-    if is_faster_padded((q, k, v), packing, dropout_p):
+        if packing.has_gaps:
+            return windowed_attention(q, k, v, mask.window, packing, dropout_p, scale)
+        window = (mask.window, mask.window)
+    elif is_faster_padded((q, k, v), packing, dropout_p):
         return padded_attention(q, k, v, packing, mask.causal, scale)
     cu_seqlens_k = packing.cu_seqlens
     if packing.keys is not None:
@@ -122,7 +125,7 @@ def attention(
     longest = packing.max_seqlen
     out = flash_attn_varlen_func(
         *(q, k, v, packing.cu_seqlens, cu_seqlens_k, longest, longest),
-        *(dropout_p, scale, mask.causal),
+        *(dropout_p, scale, mask.causal, window),
         plan=packing.plan,
     )
     assert isinstance(out, Tensor)
@@ -179,13 +182,15 @@ def windowed_attention(
     dropout_p: float,
     scale: float | None,
 ) -> Tensor:
-    """Attention to keys at most ``window`` places away, on padded tensors.
+    """Attention to keys at most ``window`` places away, where padding lies between tokens.
+
+    Those places count, so that it is computed on padded tensors.
 
     Args:
         q: ``[T, heads, width]``, likewise k and v.
         k: see q.
         v: see q.
-        window: places to each side; those of padding between tokens count.
+        window: places to each side.
         packing: of the stream.
         dropout_p: probability to drop a probability.
         scale: of the products; None for ``width ** -0.5``.
@@ -197,8 +202,6 @@ def windowed_attention(
     is_near = (places[:, None] - places).abs() <= window
     attend = functional.scaled_dot_product_attention
     q, k, v = (packing.pad(x[None]).transpose(1, 2) for x in (q, k, v))
-    if packing.indices is None:  # all queries see themselves, and all rows have the same mask
-        return attend(q, k, v, is_near, dropout_p, scale=scale).transpose(1, 2).flatten(0, 1)
     sees = is_near & packing.is_token()[:, None, None]
     # Not every kernel of torch's has a gradient where nothing is seen.
     sees_none = ~sees.any(-1, keepdim=True)

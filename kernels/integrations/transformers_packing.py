@@ -35,6 +35,8 @@ class Packing(NamedTuple):
         from_packed_inputs: whether the inputs came packed.
         hidden_padding: bool ``[T]``, padding that is computed since other rows depend on it, and is
             zeros in outputs; None where there is none.
+        has_gaps: whether padding lies between rows of a sequence, whose distances are then others
+            in the stream.
     """
 
     cu_seqlens: Tensor
@@ -47,6 +49,7 @@ class Packing(NamedTuple):
     plan: AttentionPlan | None
     from_packed_inputs: bool
     hidden_padding: Tensor | None = None
+    has_gaps: bool = False
 
     def pack(self, padded: Tensor) -> Tensor:
         """Take the rows of the stream out of ``[B, S, ...]``, or of what all sequences share.
@@ -157,7 +160,10 @@ def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: boo
         is_output[:, 0].fill_(True)
     is_row = is_token | ~is_token[:, :1] if whole_rows else is_output
     lengths = is_row.sum(1, dtype=torch.int32)
-    num_tokens, *of_rows = torch.cat([is_token.sum(dtype=torch.int32)[None], lengths]).tolist()
+    # Rows without a gap between them are one piece, whose first place follows one that is none.
+    pieces = is_row[:, :1].sum() + (is_row[:, 1:] & ~is_row[:, :-1]).sum()
+    counts = torch.stack([is_token.sum(), pieces]).int()
+    num_tokens, num_pieces, *of_rows = torch.cat([counts, lengths]).tolist()
     if num_tokens == is_token.numel():
         return _packing_of_all(batch_size, length, attention_mask.device)
     starts = list(accumulate(of_rows, initial=0))
@@ -173,7 +179,9 @@ def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: boo
     torch._dynamo.maybe_mark_dynamic(indices, 0)
     plan = _plan(cu_seqlens, total) if keys is None else None
     shape = (length, batch_size, length)
-    return Packing(cu_seqlens, *shape, indices, keys, cu_seqlens_k, plan, False, hidden_padding)
+    has_gaps = num_pieces > sum(count > 0 for count in of_rows)
+    found = (indices, keys, cu_seqlens_k, plan, False, hidden_padding, has_gaps)
+    return Packing(cu_seqlens, *shape, *found)
 
 
 def _places(chosen: Tensor, count: int) -> Tensor:

@@ -97,7 +97,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Case(NamedTuple):
-    """One kernel for one GPU, dropout and all optional parts included."""
+    """One kernel for one GPU, dropout, a window and all optional parts included."""
 
     kernel: str
     dtype: str
@@ -194,7 +194,6 @@ def _attention(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     block_d = padded_width(case.width)
     tiles = TILES[case.kernel, ELEMENT_BYTES[case.dtype], block_d]
     constants = {
-        "CAUSAL": True,
         "LONGER_THAN": RUN_TOKENS,
         "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
         "D": case.width,
@@ -209,7 +208,6 @@ def _attention(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
 def _runs(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     block_d = padded_width(case.width)
     constants = {
-        "CAUSAL": True,
         "PRECISION": "ieee" if case.dtype == "fp32" else "tf32",
         "D": case.width,
         "BLOCK_D": block_d,
@@ -262,7 +260,7 @@ def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     of_rows = {"WIDTH": width, "BLOCK": take_rows_triton.BLOCK}
     of_table = {"WIDTH": width, "PIECE": PIECE, "COLUMNS": embedding_triton.COLUMNS}
     constants = {
-        "intervals": {"ROWS_ARE_KEYS": True, "CAUSAL": True, "BLOCK": INTERVAL_ROWS},
+        "intervals": {"BLOCK": INTERVAL_ROWS},
         "sum_partials": {
             **dict.fromkeys(["ACCUMULATE", "HAS_WEIGHT", "HAS_BIAS", "HAS_X_BIAS"], True),
             **{"SUMS": 3, "N": width, "SEGMENTS": SEGMENTS},
@@ -309,7 +307,7 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["num_sequences", "search_steps", "count", "rng_offset"], "i32"),
         **dict.fromkeys(["log_rows", "first_segment", "first_task"], "i32"),
         **dict.fromkeys(["weight_stride", "bias_stride", "x_bias_stride"], "i32"),
-        **dict.fromkeys(["num_heads", "num_runs"], "i32"),
+        **dict.fromkeys(["num_heads", "num_runs", "before", "after"], "i32"),
         **dict.fromkeys(["row_stride", "num_keys"], "i32"),
         "boundaries": ("i32",) * (SEGMENTS + 1),
         **dict.fromkeys(["grad_stride", "grad_columns", "x_stride", "x_columns"], "i32"),

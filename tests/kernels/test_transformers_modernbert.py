@@ -1,5 +1,7 @@
 """ModernBERT on packed tokens: layers with a window, and what its configs and heads ask for."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 
@@ -7,38 +9,104 @@ from kernels import accelerate
 from kernels.integrations import transformers_layers
 
 from .transformers_cases import (
+    MASKS,
     SEQUENCES,
     VARIANTS,
     assert_accelerated_runs_are_the_same,
+    assert_close,
+    assert_same_gradients,
     base_model,
     batch,
+    gradients_of,
     head_model,
 )
 
 
-# Five places see each other through the window, six do not.
-@pytest.mark.parametrize("length", [5, 6, 23])
+# Five places see each other through the window of 4 on each side, six do not; and both sides of 8,
+# of a window with its own place, 9, and of two of them.
+@pytest.mark.parametrize("length", [5, 6, 7, 8, 9, 10, 16, 17, 18, 19, 23])
 def test_rows_of_other_lengths(length: int) -> None:
     assert_accelerated_runs_are_the_same(base_model("modernbert"), length=length)
 
 
-@pytest.mark.parametrize(("name", "is_window"), [("wide", False), ("narrower", True)])
-def test_a_window_wider_than_the_batch(
-    name: str, is_window: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Is no window: ten places to each side of eleven."""
-    calls: list[int] = []
-    windowed = transformers_layers.windowed_attention
-    monkeypatch.setattr(
-        transformers_layers,
-        "windowed_attention",
-        lambda *arguments: calls.append(1) or windowed(*arguments),
+class Calls(NamedTuple):
+    """Windows that the packed attention was given, and calls of the padded one."""
+
+    windows: list[tuple[int, int]]
+    padded: list[int]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    noted = Calls([], [])
+    packed, padded = (
+        transformers_layers.flash_attn_varlen_func,
+        transformers_layers.windowed_attention,
     )
+
+    def attend(*arguments: Any, **options: Any) -> Any:
+        noted.windows.append(arguments[10])
+        return packed(*arguments, **options)
+
+    def attend_padded(*arguments: Any) -> Any:
+        noted.padded.append(arguments[3])
+        return padded(*arguments)
+
+    monkeypatch.setattr(transformers_layers, "flash_attn_varlen_func", attend)
+    monkeypatch.setattr(transformers_layers, "windowed_attention", attend_padded)
+    return noted
+
+
+@pytest.mark.parametrize(("name", "window"), [("wide", (-1, -1)), ("narrower", (9, 9))])
+def test_a_window_wider_than_the_batch(name: str, window: tuple[int, int], calls: Calls) -> None:
+    """Is no window: ten places to each side of eleven."""
     kind, options = VARIANTS[f"ModernBERT of {name} windows"]
     model = base_model(kind, **options)
     accelerate(model)
-    model(**batch(model, "both"))
-    assert bool(calls) == is_window
+    model(**batch(model, "right"))
+    assert calls == Calls([(-1, -1), window], [])
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_places_between_tokens_count(case: str, calls: Calls) -> None:
+    """Where there are any, local layers are computed on padded tensors, and only there.
+
+    The first place is computed where it is padding, too, so that padding on the left is between.
+    """
+    model = base_model("modernbert")
+    accelerate(model)
+    model(**batch(model, case))
+    has_gaps = case in ("left", "both", "between", "empty row", "one token")
+    windows = [(-1, -1)] if has_gaps else [(-1, -1), (4, 4)]
+    assert calls == Calls(windows, [4] * has_gaps)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("length", [127, 128, 129, 256, 257])
+def test_lengths_at_the_edges_of_a_models_window(length: int, packed: bool) -> None:
+    """Of 128, as the published models have it: each query sees 64 tokens to each side."""
+    options = {"local_attention": 128, "max_position_embeddings": 300}
+    model = base_model("modernbert", **options)
+    lengths = (length, 70, length - 1)
+    ids = torch.randint(4, 50, (3, length))
+    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+    given = {"input_ids": ids, "attention_mask": mask}
+    expected = model(**given).last_hidden_state[mask.bool()]
+    (expected * torch.linspace(-1, 1, expected.shape[-1])).sum().backward()
+    gradients = gradients_of(model)
+    model.zero_grad()
+    accelerate(model)
+    if packed:
+        boundaries = torch.tensor((0, *lengths)).cumsum(0).int()
+        given = {
+            "input_ids": ids[mask.bool()][None],
+            **{"cu_seq_lens_q": boundaries, "max_length_q": length},
+        }
+    found = model(**given).last_hidden_state
+    found = found[0] if packed else found[mask.bool()]
+    (found * torch.linspace(-1, 1, found.shape[-1])).sum().backward()
+    assert_close(found, expected)
+    assert_same_gradients(gradients_of(model), gradients)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

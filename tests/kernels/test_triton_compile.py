@@ -1,6 +1,7 @@
 """The Triton kernels compile for GPUs that are not there: no spills, memory that fits, and once."""
 
 from collections import defaultdict
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from kernels.take_rows import take_rows_triton
 from .compile_triton import (
     ATTENTION,
     KERNELS,
+    RUNS,
     SHARED_LIMIT,
     cases,
     compile_all,
@@ -92,9 +94,10 @@ def test_one_compilation_serves_all_token_counts(
     assert variants.keys() == launched, (
         "launch_all() of tests/kernels/test_triton_compile.py calls every launcher"
     )
-    # Intervals of queries and of keys; sums with and without one for a bias of x; tiles of
-    # sequences that are in no run, and of queries with boundaries of their own.
-    several = dict.fromkeys(["intervals", "sum_partials", *ATTENTION], 2)
+    # Sums with and without one for a bias of x; tiles of sequences that are in no run, and of
+    # queries with boundaries of their own; each of these, runs and intervals, with a window, of
+    # whatever size, and without.
+    several = dict.fromkeys(["intervals", "sum_partials", *RUNS], 2) | dict.fromkeys(ATTENTION, 4)
     several = {name_of(KERNELS[kernel]): count for kernel, count in several.items()}
     for kernel, keys in variants.items():
         assert len(keys) == several.get(kernel, 1), (
@@ -107,8 +110,10 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     width, seed, offsets = 64, torch.tensor(1), (0, tokens // 2, tokens)
     cu_seqlens = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32)
     q, k, v = torch.zeros(tokens, 3, 2, 32, dtype=dtype).unbind(1)
-    options = AttentionOptions(0.2, causal=True, dropout_p=0.1, rng_offset=1, seed=seed)
-    for of_keys in (cu_seqlens, cu_seqlens.clone()):
+    windows = ((-1, -1, False), (-1, -1, True), (tokens - 1, -1, False), (1, 2**40, False))
+    windows += ((16, tokens, True),)
+    for of_keys, (left, right, causal) in product((cu_seqlens, cu_seqlens.clone()), windows):
+        options = AttentionOptions(0.2, causal, 0.1, 1, left, right, seed)
         arguments = (cu_seqlens, of_keys, options)
         out, lse = attention_triton.forward(q, k, v, *arguments)
         grads = torch.empty(tokens, 3, 2, 32, dtype=dtype).unbind(1)

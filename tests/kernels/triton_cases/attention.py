@@ -11,6 +11,10 @@ from ..attention_case import AttentionCase, boundaries
 from ..attention_lengths import (
     EMPTY,
     FEW_KEYS,
+    NO_WINDOW,
+    WINDOW_PAIRS,
+    WINDOWS,
+    Window,
     assert_structure,
     drawn_pairs,
     reference_by_sequence,
@@ -84,6 +88,84 @@ def test_attention_over_lengths_on_both_sides_of_every_block(
         assert_within_twice(*(x.masked_fill(x.isneginf(), 0) for x in tensors))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_in_windows(dtype: torch.dtype, device: str) -> None:
+    """Self-attention by tiles and by runs, with whatever window, in turn causal and with dropout.
+
+    The largest errors of all windows are compared: the gradients of queries that see one key are
+    zero, and in 16 bits the difference that they are is not.
+    """
+    lengths = [200, 1, 66, 0, 30, 130, 5]
+    found: list[list[Tensor]] = []
+    torchs: list[list[Tensor]] = []
+    exact: list[list[Tensor]] = []
+    for i, window in enumerate(WINDOWS):
+        causal, p = i % 2 == 0, 0.2 * (i // 2 % 2)
+        case = AttentionCase(lengths, lengths, causal, 32, p, dtype, device, window=window)
+        found.append(case.run())
+        torchs.append(case.reference(dtype))
+        exact.append(case.reference(torch.float64))
+    for results in zip(
+        *(zip(*cases, strict=True) for cases in (found, torchs, exact)), strict=True
+    ):
+        assert_within_twice(*(torch.cat([x.flatten() for x in parts]) for parts in results))
+
+
+@pytest.mark.parametrize(
+    ("causal", "p", "dtype", "window"),
+    [
+        (False, 0.0, torch.float32, (3, 5)),
+        (True, 0.2, torch.float32, (64, 64)),
+        (False, 0.2, torch.float16, (64, 64)),
+        (False, 0.2, torch.float32, (-1, 2)),
+        (True, 0.0, torch.float16, (2, -1)),
+    ],
+)
+def test_windows_of_queries_and_keys_of_unlike_lengths(
+    causal: bool, p: float, dtype: torch.dtype, window: Window, device: str
+) -> None:
+    pairs = [*WINDOW_PAIRS[-12:], *EMPTY]
+    lengths = map(list, zip(*pairs, strict=True))
+    case = AttentionCase(*lengths, causal, 32, p, dtype, device, window=window)
+    found = case.run()
+    streams = tuple(x.cpu() for x in (case.q, *case.kv.unbind(1), case.grad_out))
+    torchs, exact = (
+        reference_by_sequence(pairs, streams, own, causal, p, case.seed.cpu(), 3, window)
+        for own in (dtype, torch.float64)
+    )
+    assert_structure(pairs, causal, [x.cpu() for x in case.results], window)
+    for tensors in zip([x.cpu() for x in found], torchs, exact, strict=True):
+        assert_within_twice(*(x.masked_fill(x.isneginf(), 0) for x in tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("with_plan", [True, False])
+def test_tiles_outside_of_a_window_are_not_visited(
+    with_plan: bool, dtype: torch.dtype, device: str
+) -> None:
+    """A zero probability times NaN is NaN, so that what is near alone was multiplied.
+
+    The window of (64, 64) and tiles of 64, of one pass and of the other, reach 320 tokens.
+    """
+    cu_seqlens = boundaries([800], device)
+    options = (cu_seqlens, cu_seqlens if with_plan else cu_seqlens.clone())
+    options += (AttentionOptions(0.2, window_left=64, window_right=64),)
+    qkv = torch.randn(800, 3, 1, 32, device=device).to(dtype)
+    grad_out = torch.randn_like(qkv[:, 0])
+    results = []
+    for value in (0.0, torch.nan):
+        qkv[400:404] = value
+        out, lse = attention_triton.forward(*qkv.unbind(1), *options)
+        grad = torch.full_like(qkv, torch.nan)
+        inputs = (*qkv.unbind(1), out, lse)
+        attention_triton.backward(grad_out, *inputs, *options, grads=grad.unbind(1))
+        results.append((out, grad))
+    for one, other in zip(*results, strict=True):
+        assert other[400:404].isnan().all()
+        for far in (slice(80), slice(724, None)):
+            assert torch.equal(one[far], other[far])
+
+
 def test_attention_with_more_sequences_than_a_grid_has_rows(device: str) -> None:
     lengths = [0] * 70_000
     lengths[123], lengths[-1] = 5, 9
@@ -96,15 +178,16 @@ def test_attention_with_more_sequences_than_a_grid_has_rows(device: str) -> None
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("window", [NO_WINDOW, (2, 9)])
 @pytest.mark.parametrize("wrong", [[0, 3, 12], [-4, 3, 8]])
-def test_attention_stays_inside_its_tensors(wrong: list[int], device: str) -> None:
+def test_attention_stays_inside_its_tensors(wrong: list[int], window: Window, device: str) -> None:
     """Wrong boundaries, which a GPU does not look at unless asked to, reach no other memory."""
     qkv = torch.full((20, 3, 1, 32), torch.nan, device=device)[6:14]
     qkv.normal_()
     results = []
     for numbers in ([0, 3, 8], wrong):
         cu = torch.tensor(numbers, dtype=torch.int32, device=device)
-        options = (cu, cu, AttentionOptions(0.2))
+        options = (cu, cu, AttentionOptions(0.2, False, 0.0, 0, *window))
         out, lse = attention_triton.forward(*qkv.unbind(1), *options)
         grad = torch.empty_like(qkv)
         inputs = (*qkv.unbind(1), out, lse)

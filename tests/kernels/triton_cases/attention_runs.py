@@ -14,27 +14,29 @@ from kernels.attention.attention_plan import (
 )
 
 from ..attention_case import TAIL, AttentionCase, boundaries
-from ..attention_lengths import RUNS
+from ..attention_lengths import NO_WINDOW, RUNS, Window
 from ..tolerance import assert_within_twice
 
 
 @pytest.mark.parametrize(
-    ("causal", "width", "p", "dtype"),
+    ("causal", "width", "p", "dtype", "window"),
     [
-        (False, 32, 0.2, torch.float32),
-        (True, 20, 0.0, torch.float32),
-        (True, 64, 0.2, torch.float16),
-        (False, 96, 0.0, torch.float16),
+        (False, 32, 0.2, torch.float32, NO_WINDOW),
+        (True, 20, 0.0, torch.float32, NO_WINDOW),
+        (True, 64, 0.2, torch.float16, NO_WINDOW),
+        (False, 96, 0.0, torch.float16, NO_WINDOW),
+        (False, 32, 0.2, torch.float32, (3, 5)),
+        (True, 32, 0.0, torch.float16, (16, -1)),
     ],
 )
 def test_attention_in_runs(
-    causal: bool, width: int, p: float, dtype: torch.dtype, device: str
+    causal: bool, width: int, p: float, dtype: torch.dtype, window: Window, device: str
 ) -> None:
     found: list[list[Tensor]] = []
     torchs: list[list[Tensor]] = []
     exact: list[list[Tensor]] = []
     for lengths, tail in [*((lengths, TAIL) for lengths in RUNS.values()), ([3], 70)]:
-        case = AttentionCase(lengths, lengths, causal, width, p, dtype, device, tail)
+        case = AttentionCase(lengths, lengths, causal, width, p, dtype, device, tail, window)
         found.append(case.run())
         torchs.append(case.reference(dtype))
         exact.append(case.reference(torch.float64))
@@ -44,12 +46,14 @@ def test_attention_in_runs(
         assert_within_twice(*(torch.cat([x.flatten() for x in parts]) for parts in results))
 
 
+@pytest.mark.parametrize("window", [NO_WINDOW, (9, 4)])
 @pytest.mark.parametrize("lengths", [RUNS["long and short"], [18, 1, 0, 23, 17, 60, 3]])
 def test_attention_is_the_same_by_runs_and_by_tiles(
-    lengths: list[int], device: str, monkeypatch: pytest.MonkeyPatch
+    lengths: list[int], window: Window, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same dropped weights: others would show."""
-    case = AttentionCase(lengths, lengths, True, 32, 0.5, torch.float32, device)
+    causal = window == NO_WINDOW
+    case = AttentionCase(lengths, lengths, causal, 32, 0.5, torch.float32, device, window=window)
     total, longest = len(case.q), max(lengths)
     plan = attention_plan(case.cu_seqlens[0], total)
     by_runs = case.run(plan=plan, max_seqlen=longest)
@@ -92,8 +96,11 @@ def test_plans_are_the_same_on_host_and_device(name: str, tail: int, device: str
             assert torch.equal(found.cpu(), tensor)
 
 
+@pytest.mark.parametrize("window", [NO_WINDOW, (2, 9), (-1, 2)])
 @pytest.mark.parametrize("value", [-(2**31), -7, 5, 2**31 - 1])
-def test_attention_stays_inside_its_tensors_with_a_wrong_plan(value: int, device: str) -> None:
+def test_attention_stays_inside_its_tensors_with_a_wrong_plan(
+    value: int, window: Window, device: str
+) -> None:
     memory = torch.full((70, 3, 1, 32), torch.nan, device=device)
     qkv = memory[20:60]
     qkv.normal_()
@@ -106,7 +113,7 @@ def test_attention_stays_inside_its_tensors_with_a_wrong_plan(value: int, device
         (0 * bounds[0], bounds[1]),
     ):
         plan = AttentionPlan(runs[: max_runs(40)], torch.stack((first, last)))
-        options = (cu_seqlens, cu_seqlens, AttentionOptions(0.2, causal=value == 5))
+        options = (cu_seqlens, cu_seqlens, AttentionOptions(0.2, value == 5, 0.0, 0, *window))
         out, lse = attention_triton.forward(*qkv.unbind(1), *options, plan=plan)
         grads = torch.full_like(memory, torch.nan)
         inputs = (*qkv.unbind(1), out, lse)
