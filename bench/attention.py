@@ -1,11 +1,12 @@
 """``python -m bench.attention``: time packed attention, forward and backward, against its peers.
 
-Length mixes of the four real datasets and three fixed lengths.  Peers, each where it imports: SDPA
-on the padded batch, torch's `varlen_attn`, FlexAttention with a document mask, flash-attn, and
-plain padded attention compiled by `torch.compile`.  On a GPU ours runs twice more: with a plan that
-was made before, as the layers of a model share one, and by tiles alone, without the kernels for
-runs of short sequences.  All contestants of a case compute from the same
-q, k and v; padded ones from their padded copy.
+Length mixes of the four real datasets and three fixed lengths, and three in a window.  Peers, each
+where it imports: SDPA on the padded batch, with a mask in a window, torch's `varlen_attn`,
+FlexAttention with a mask of documents and the window, flash-attn, and, without a window, plain
+padded attention compiled by `torch.compile`.  FLOPs are those of visible pairs.  On a GPU ours runs
+twice more: with a plan that was made before, as the layers of a model share one, and by tiles
+alone, without the kernels for runs of short sequences.  All contestants of a case compute from the
+same q, k and v; padded ones from their padded copy.
 """
 
 import argparse
@@ -37,6 +38,10 @@ DECILES = {
     "cfimdb": [21, 118, 154, 172, 193, 215, 244, 276, 318, 376, 512],
 }
 FIXED = {"128": (128, 64), "512": (512, 16), "2048": (2048, 4)}  # length, sequences
+# The same in a window of so many tokens to each side, as ModernBERT's local layers have it.
+WINDOW = (64, 64)
+WINDOWED = ((512, 16), (2048, 4), (8192, 1))
+NO_WINDOW = (-1, -1)
 HEADS = 12
 OURS = "this project"
 PLANNED, TILES_ALONE = f"{OURS}, planned before", f"{OURS}, tiles alone"
@@ -58,11 +63,32 @@ def cases() -> dict[str, list[int]]:
     return mixes | {f"{n} x {length}": [length] * n for length, n in FIXED.values()}
 
 
+def windowed_cases() -> dict[str, list[int]]:
+    """The lengths of every case in a window."""
+    left, right = WINDOW
+    return {f"{n} x {length} in {left},{right}": [length] * n for length, n in WINDOWED}
+
+
+def visible_pairs(length: int, window: tuple[int, int]) -> int:
+    """Queries and keys of a sequence of which one sees the other."""
+    left, right = (length if limit < 0 else min(limit, length - 1) for limit in window)
+    if window == NO_WINDOW or length == 0:
+        return length**2
+    return sum(min(i, left) + 1 + min(length - 1 - i, right) for i in range(length))
+
+
 class Inputs:
     """One case's q, k and v in one packed tensor, and the same padded."""
 
-    def __init__(self, lengths: list[int], width: int, dtype: torch.dtype, device: str) -> None:
-        self.lengths, self.longest = lengths, max(lengths)
+    def __init__(
+        self,
+        lengths: list[int],
+        width: int,
+        dtype: torch.dtype,
+        device: str,
+        window: tuple[int, int] = NO_WINDOW,
+    ) -> None:
+        self.lengths, self.longest, self.window = lengths, max(lengths), window
         generator = torch.Generator().manual_seed(0)
         qkv = torch.randn(sum(lengths), 3, HEADS, width, generator=generator)
         self.qkv = qkv.to(device, dtype).requires_grad_()
@@ -81,7 +107,8 @@ class Inputs:
 
     def another(self) -> "Inputs":
         """Inputs of the same lengths elsewhere in memory."""
-        return Inputs(self.lengths, self.qkv.shape[-1], self.qkv.dtype, str(self.qkv.device))
+        shape = (self.lengths, self.qkv.shape[-1], self.qkv.dtype, str(self.qkv.device))
+        return Inputs(*shape, self.window)
 
     def copies_beyond_cache(self, cache_bytes: int = 64 << 20) -> int:
         """Return how many of these are larger than any GPU's cache."""
@@ -94,16 +121,31 @@ class Inputs:
     def flops(self) -> int:
         """Forward and backward products of what the sequences need, without recomputation."""
         width = self.qkv.shape[-1]
-        return 12 * HEADS * width * sum(length**2 for length in self.lengths)
+        pairs = sum(visible_pairs(length, self.window) for length in self.lengths)
+        return 12 * HEADS * width * pairs
+
+    def attention_mask(self) -> Tensor | None:
+        """Which keys each query of a padded row sees, ``[B or 1, 1, S or 1, S]``; None for all."""
+        mask = None if self.whole else self.mask[:, None, None, :]
+        if self.window == NO_WINDOW:
+            return mask
+        places = torch.arange(self.longest, device=self.mask.device)
+        near = is_near(places[:, None], places, self.window)[None, None]
+        return near if mask is None else near & mask
 
     def backward(self, out: Tensor, leaf: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Output and gradient of q, k and v."""
         return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
 
 
+def is_near(query: Tensor, key: Tensor, window: tuple[int, int]) -> Tensor:
+    """Whether the key is in the window of the query, which has a limit on each side."""
+    return (key >= query - window[0]) & (key <= query + window[1])
+
+
 def _ours(inputs: Inputs, plan: kernels.AttentionPlan | None = None) -> tuple[Tensor, Tensor]:
     out = kernels.flash_attn_varlen_qkvpacked_func(
-        inputs.qkv, inputs.cu_seqlens, inputs.longest, plan=plan
+        inputs.qkv, inputs.cu_seqlens, inputs.longest, window_size=inputs.window, plan=plan
     )
     assert isinstance(out, Tensor)
     return inputs.backward(out, inputs.qkv, inputs.grad)
@@ -120,7 +162,7 @@ def _tiles_alone(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def _sdpa_padded(inputs: Inputs) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in inputs.padded.unbind(2))
-    mask = None if inputs.whole else inputs.mask[:, None, None, :]
+    mask = inputs.attention_mask()
     out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
     return inputs.unpadded(*inputs.backward(out, inputs.padded, inputs.padded_grad))
 
@@ -145,14 +187,17 @@ def _varlen_attn(inputs: Inputs) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest = inputs.cu_seqlens, inputs.longest
-    out = varlen_attn(*inputs.qkv.unbind(1), cu, cu, longest, longest)
+    sizes = (cu, cu, longest, longest)
+    out = varlen_attn(*inputs.qkv.unbind(1), *sizes, window_size=inputs.window)
     return inputs.backward(out, inputs.qkv, inputs.grad)
 
 
 def _flash_attn(inputs: Inputs) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_varlen_qkvpacked_func
 
-    out = flash_attn_varlen_qkvpacked_func(inputs.qkv, inputs.cu_seqlens, inputs.longest)
+    out = flash_attn_varlen_qkvpacked_func(
+        inputs.qkv, inputs.cu_seqlens, inputs.longest, window_size=inputs.window
+    )
     return inputs.backward(out, inputs.qkv, inputs.grad)
 
 
@@ -165,7 +210,10 @@ def _flex_attention(inputs: Inputs) -> Callable[[Inputs], tuple[Tensor, Tensor]]
     )
 
     def same(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return document[q] == document[k]
+        same_document = document[q] == document[k]
+        if inputs.window == NO_WINDOW:
+            return same_document
+        return same_document & is_near(q, k, inputs.window)
 
     block_mask = create_block_mask(same, None, None, total, total, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -182,7 +230,9 @@ def contestants(
     inputs: Inputs, device: str
 ) -> dict[str, Callable[[], Callable[[], tuple[Tensor, Tensor]]]]:
     """What makes ours and the peers that can run here."""
-    runs = {OURS: _ours, "SDPA, padded": _sdpa_padded, "torch.compile, padded": _compiled}
+    runs = {OURS: _ours, "SDPA, padded": _sdpa_padded}
+    if inputs.window == NO_WINDOW:
+        runs["torch.compile, padded"] = _compiled
     if device == "cuda":
         runs |= {PLANNED: _planned, TILES_ALONE: _tiles_alone}
     if device == "cuda" and inputs.qkv.dtype != torch.float32:  # there is no other kernel
@@ -224,9 +274,9 @@ def main() -> None:
     parser.add_argument(
         "--case",
         nargs="+",
-        choices=cases(),
+        choices=cases() | windowed_cases(),
         metavar="CASE",
-        help="only these cases, such as 'sst x 32'",
+        help="only these cases, such as 'sst x 32' or '4 x 2048 in 64,64'",
     )
     parser.add_argument("--rounds", type=harness.whole(2), default=20)
     parser.add_argument(
@@ -251,11 +301,12 @@ def main() -> None:
         headings = ["case", "contestant", "ms", "TFLOP/s", "of GEMM", "peak MiB", "ours is"]
         for heading in [*headings, *(["replayed ms", "ours is"] if device.type == "cuda" else [])]:
             table.add_column(heading, justify="left" if heading == "contestant" else "right")
-        for case, lengths in cases().items():
+        for case, lengths in (cases() | windowed_cases()).items():
             if options.case and case not in options.case:
                 continue
             torch._dynamo.reset()
-            inputs = Inputs(lengths, options.width, dtype, options.device)
+            window = WINDOW if case in windowed_cases() else NO_WINDOW
+            inputs = Inputs(lengths, options.width, dtype, options.device, window)
             name = f"{case}, {dtype_name}"
             results[name] = measured = measure(inputs, options, results["failures"], name)
             for cells in _rows(case, measured, inputs.flops(), peak):
@@ -285,6 +336,7 @@ def measure(
     samples = harness.interleave(runs, device, rounds=options.rounds)
     measured = {
         "lengths": inputs.lengths,
+        "window": inputs.window,
         "flops": inputs.flops(),
         "peak_bytes": memory,
         "seconds": samples,

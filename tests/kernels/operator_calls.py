@@ -77,7 +77,7 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
     return {
         "flash_attn_varlen_func": (
             kernels.flash_attn_varlen_func,
-            {**heads, **cu_apart, "max_seqlen_k": 4, **dropped},
+            {**heads, **cu_apart, "max_seqlen_k": 4, **dropped, "window_size": (3, 1)},
         ),
         "flash_attn_varlen_qkvpacked_func": (
             kernels.flash_attn_varlen_qkvpacked_func,

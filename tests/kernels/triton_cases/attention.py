@@ -12,7 +12,6 @@ from ..attention_lengths import (
     EMPTY,
     FEW_KEYS,
     NO_WINDOW,
-    WINDOW_PAIRS,
     WINDOWS,
     Window,
     assert_structure,
@@ -95,11 +94,11 @@ def test_attention_in_windows(dtype: torch.dtype, device: str) -> None:
     The largest errors of all windows are compared: the gradients of queries that see one key are
     zero, and in 16 bits the difference that they are is not.
     """
-    lengths = [200, 1, 66, 0, 30, 130, 5]
+    lengths = [130, 1, 66, 0, 5]
     found: list[list[Tensor]] = []
     torchs: list[list[Tensor]] = []
     exact: list[list[Tensor]] = []
-    for i, window in enumerate(WINDOWS):
+    for i, window in enumerate(WINDOWS[::2] + WINDOWS[5:6]):
         causal, p = i % 2 == 0, 0.2 * (i // 2 % 2)
         case = AttentionCase(lengths, lengths, causal, 32, p, dtype, device, window=window)
         found.append(case.run())
@@ -116,15 +115,14 @@ def test_attention_in_windows(dtype: torch.dtype, device: str) -> None:
     [
         (False, 0.0, torch.float32, (3, 5)),
         (True, 0.2, torch.float32, (64, 64)),
-        (False, 0.2, torch.float16, (64, 64)),
+        (False, 0.2, torch.float16, (40, 64)),
         (False, 0.2, torch.float32, (-1, 2)),
-        (True, 0.0, torch.float16, (2, -1)),
     ],
 )
 def test_windows_of_queries_and_keys_of_unlike_lengths(
     causal: bool, p: float, dtype: torch.dtype, window: Window, device: str
 ) -> None:
-    pairs = [*WINDOW_PAIRS[-12:], *EMPTY]
+    pairs = [(5, 130), (66, 131), (131, 66), (65, 65), *EMPTY]
     lengths = map(list, zip(*pairs, strict=True))
     case = AttentionCase(*lengths, causal, 32, p, dtype, device, window=window)
     found = case.run()
@@ -138,31 +136,32 @@ def test_windows_of_queries_and_keys_of_unlike_lengths(
         assert_within_twice(*(x.masked_fill(x.isneginf(), 0) for x in tensors))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("with_plan", [True, False])
+@pytest.mark.parametrize(
+    ("with_plan", "dtype"), [(True, torch.float32), (True, torch.float16), (False, torch.float32)]
+)
 def test_tiles_outside_of_a_window_are_not_visited(
     with_plan: bool, dtype: torch.dtype, device: str
 ) -> None:
     """A zero probability times NaN is NaN, so that what is near alone was multiplied.
 
-    The window of (64, 64) and tiles of 64, of one pass and of the other, reach 320 tokens.
+    Tiles of 64 and the window of (64, 64), of one pass and of the other, reach 192 tokens.
     """
-    cu_seqlens = boundaries([800], device)
+    cu_seqlens = boundaries([580], device)
     options = (cu_seqlens, cu_seqlens if with_plan else cu_seqlens.clone())
     options += (AttentionOptions(0.2, window_left=64, window_right=64),)
-    qkv = torch.randn(800, 3, 1, 32, device=device).to(dtype)
+    qkv = torch.randn(580, 3, 1, 32, device=device).to(dtype)
     grad_out = torch.randn_like(qkv[:, 0])
     results = []
     for value in (0.0, torch.nan):
-        qkv[400:404] = value
+        qkv[320:324] = value
         out, lse = attention_triton.forward(*qkv.unbind(1), *options)
         grad = torch.full_like(qkv, torch.nan)
         inputs = (*qkv.unbind(1), out, lse)
         attention_triton.backward(grad_out, *inputs, *options, grads=grad.unbind(1))
         results.append((out, grad))
     for one, other in zip(*results, strict=True):
-        assert other[400:404].isnan().all()
-        for far in (slice(80), slice(724, None)):
+        assert other[320:324].isnan().all()
+        for far in (slice(128), slice(516, None)):
             assert torch.equal(one[far], other[far])
 
 
