@@ -153,14 +153,14 @@ def test_tiles_outside_of_a_window_are_not_visited(
     grad_out = torch.randn_like(qkv[:, 0])
     results = []
     for value in (0.0, torch.nan):
-        qkv[320:324] = value
+        qkv[320:324, 2] = value
         out, lse = attention_triton.forward(*qkv.unbind(1), *options)
         grad = torch.full_like(qkv, torch.nan)
         inputs = (*qkv.unbind(1), out, lse)
         attention_triton.backward(grad_out, *inputs, *options, grads=grad.unbind(1))
         results.append((out, grad))
     for one, other in zip(*results, strict=True):
-        assert other[320:324].isnan().all()
+        assert other[256].isnan().any()  # by a tile that they share
         for far in (slice(128), slice(516, None)):
             assert torch.equal(one[far], other[far])
 
