@@ -15,9 +15,9 @@ namespace {
 
 constexpr int64_t kQueryBlock = 64;
 constexpr int64_t kKeyBlock = 128;
-constexpr int64_t kWindowQueryBlock =
-    32;                              // fewer, since a block sees so many keys more than a query
-constexpr int64_t kNarrowKeys = 256; // a narrow window's block of queries sees no more
+// A narrow window's queries, fewer since a block sees so many keys more than a query does, and the
+// most keys that such a block sees.
+constexpr int64_t kNarrowQueryBlock = 32, kNarrowKeys = 256;
 constexpr int64_t kCacheLine = 64;
 constexpr int64_t kItemsAhead = 2; // items that are prefetched while one is computed
 constexpr float kInfinity = __builtin_inff();
@@ -65,7 +65,7 @@ struct Span {
 
 // Whether all keys that a block of queries sees are in one tile, however long the sequence is.
 bool is_narrow(const AttentionCall& call) {
-  return call.options.left + call.options.right + kWindowQueryBlock <= kNarrowKeys;
+  return call.options.left + call.options.right + kNarrowQueryBlock <= kNarrowKeys;
 }
 
 // The float32 tiles of one item, laid out in the thread's scratch.
@@ -251,7 +251,7 @@ template <typename T>
 void forward_head(const AttentionCall& call, const Span& span, const Tiles& tiles) {
   const int64_t width = call.width, row = tiles.row, columns = tiles.columns;
   int64_t loaded = -1, num_loaded = 0; // first key of the block that the tiles hold, and how many
-  const int64_t query_block = span.has_window() ? kWindowQueryBlock : kQueryBlock;
+  const int64_t query_block = is_narrow(call) ? kNarrowQueryBlock : kQueryBlock;
   for (int64_t i0 = 0; i0 < span.queries; i0 += query_block) {
     const int64_t m = smaller(query_block, span.queries - i0);
     widen_rows<T>(call.q, span.head, span.query + i0, m, width, call.options.softmax_scale,
@@ -420,8 +420,8 @@ void backward_along_window(const AttentionCall& call, const AttentionGradients& 
   const int64_t head = span.head, width = call.width, row = tiles.row;
   fill(tiles.grad_keys, span.keys * row, 0);
   fill(tiles.grad_values, span.keys * row, 0);
-  for (int64_t i0 = 0; i0 < span.queries; i0 += kWindowQueryBlock) {
-    const int64_t m = smaller(kWindowQueryBlock, span.queries - i0);
+  for (int64_t i0 = 0; i0 < span.queries; i0 += kNarrowQueryBlock) {
+    const int64_t m = smaller(kNarrowQueryBlock, span.queries - i0);
     const int64_t j0 = span.first_seen(i0), n = span.end_seen(i0 + m - 1) - j0;
     load_keys<T>(call, span, j0, n, tiles);
     fill(tiles.grad_queries, m * row, 0);
