@@ -12,15 +12,15 @@ The tokens of all sequences lie side by side in one stream; sequence ``s`` owns 
 
 A query sees the keys of its own sequence, those within ``window_size = (left, right)`` of its own
 place alone: with the two sequences aligned at their ends, of lengths ``n_q`` and ``n_k``, query i
-sees the keys j of
+sees the keys j of ::
 
     i + n_k - n_q - left <= j <= i + n_k - n_q + right ,
 
 where -1 is no limit and ``causal`` is ``right = 0``.  Tiles outside of the window are not visited,
-so that cost is linear in the length.  A query that sees no key, which has fewer keys than queries
-beside it, gives zeros and ``lse = -inf``, and so do rows behind the last sequence, so a stream may
-be longer than its tokens.  The gradients of such a query are zero and it takes no part in others',
-whatever it holds and gets as gradient, NaN too.
+so that cost is linear in the length.  A query that sees no key, as the first ones of a sequence
+with more queries than keys may, gives zeros and ``lse = -inf``, and so do rows behind the last
+sequence, so a stream may be longer than its tokens.  The gradients of such a query are zero and it
+takes no part in others', whatever it holds and gets as gradient, NaN too.
 
 q, k, v are ``[T, H, D]``, float32, bfloat16 or float16, computed in float32; the log-sum-exp is
 ``[H, T]`` float32.  The backward pass recomputes P from it (Dao et al., "FlashAttention", 2022,
@@ -31,7 +31,7 @@ A new option enters here:
 - its field, default and check: ``AttentionOptions`` in attention_options.py;
 - the public functions' arguments, which they hand on to ``AttentionOptions.of``;
 - the reference: ``visible_keys`` if it is about the mask, else ``attention_reference``;
-- C++: ``AttentionOptions`` in csrc/attention.h; ``OPTIONS`` and ``parse_options`` in
+- C++: ``AttentionOptions`` in csrc/attention.h; ``OPTIONS`` and ``parse_arguments`` in
   csrc/attention_cpu.cpp, one above the other; where csrc/attention_simd.cpp uses it;
 - Triton: ``KernelOptions`` in attention_tiles_triton.py and where the kernels of runs and of tiles
   use it, or, for an integer, an argument beside it, since Triton compiles anew for some integers in
