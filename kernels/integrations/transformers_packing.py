@@ -180,8 +180,9 @@ def _packing_of_mask(attention_mask: Tensor, whole_rows: bool, first_places: boo
     plan = _plan(cu_seqlens, total) if keys is None else None
     shape = (length, batch_size, length)
     has_gaps = num_pieces > sum(count > 0 for count in of_rows)
-    found = (indices, keys, cu_seqlens_k, plan, False, hidden_padding, has_gaps)
-    return Packing(cu_seqlens, *shape, *found)
+    return Packing(
+        cu_seqlens, *shape, indices, keys, cu_seqlens_k, plan, False, hidden_padding, has_gaps
+    )
 
 
 def _places(chosen: Tensor, count: int) -> Tensor:
