@@ -249,14 +249,14 @@ def test_tiles_outside_of_a_window_are_not_visited(value: float) -> None:
     by the window and tiles, gradients; 320 tokens on either side hold all of it.
     """
     qkv = qkv_stream([1200], torch.float32)
-    clean, spoilt = qkv.clone(), qkv.clone()
-    spoilt[600:604] = value
+    clean, corrupted = qkv.clone(), qkv.clone()
+    corrupted[600:604] = value
     far = torch.cat([torch.arange(280), torch.arange(924, 1200)])
 
     def windowed(qkv: Tensor) -> Tensor:
         return flash_attn_varlen_qkvpacked_func(qkv, boundaries([1200]), 1200, window_size=(64, 64))
 
-    for one, other in zip(run(windowed, clean), run(windowed, spoilt), strict=True):
+    for one, other in zip(run(windowed, clean), run(windowed, corrupted), strict=True):
         assert not other[600:604].isfinite().all()
         assert torch.equal(one[far], other[far])
 
