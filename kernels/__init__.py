@@ -35,6 +35,12 @@ from .linear.linear import linear
 from .registration.backend import backend
 from .registration.deprecation import renamed_attribute
 from .registration.validation import check_cu_seqlens, checked_values
+from .rotary.rotary import (
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_qkv_,
+    rotary_tables,
+)
 from .surgery.surgery import (
     combine,
     combine_adamw_,
@@ -62,10 +68,13 @@ __all__ = [
     "LookupPlan",
     "PCGrad",
     "PackingCollator",
+    "RotaryEmbedding",
     "TaskGradients",
     "TaskRows",
     "TaskSegments",
     "accelerate",
+    "apply_rotary_emb",
+    "apply_rotary_emb_qkv_",
     "attention_plan",
     "backend",
     "balancing",
@@ -92,6 +101,7 @@ __all__ = [
     "pcgrad_weights",
     "plan_lookups",
     "restore",
+    "rotary_tables",
     "take_rows",
     "unpad_input",
     "update_guard",

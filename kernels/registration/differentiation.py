@@ -183,6 +183,88 @@ def register_derivative(
     _library.impl(op, run, "Autograd", with_keyset=True)
 
 
+def register_inplace_derivative(
+    op: str,
+    backward: Callable[[Any, Tensor], Tensor],
+    setup_context: Callable[[Any, tuple[Any, ...]], None],
+    *,
+    name: str,
+    instead: str,
+) -> None:
+    """Register a formula for an operator that overwrites its first argument and returns nothing.
+
+    `torch.library.register_autograd` takes functional operators alone, so the operator has a kernel
+    of its own for autograd, an autograd function that marks the argument dirty: torch then counts
+    its version, refuses leaves, and makes the function the node of the tensor, whichever way the
+    operator was called.  The operator returns nothing since torch.compile makes functions of no
+    other mutating operators.
+
+    Of a view autograd would copy the gradient of the whole base, twice.  So where a view has all
+    of a contiguous base the function overwrites the base, which is the same memory; the gradients
+    of the base and of all its views are right.
+
+    Args:
+        op: the operator, without namespace.
+        backward: from ``ctx`` and the gradient of what was written, of the argument's shape or its
+            base's, to that of the argument, which has the same shape.
+        setup_context: keeps in ``ctx`` what ``backward`` needs of the arguments.
+        name: of the public function, for the message.
+        instead: what can be differentiated in forward mode.
+    """
+    overload = getattr(torch.ops.superbert, op).default
+
+    def below_autograd(keyset: Any, arguments: tuple[Any, ...]) -> None:
+        with torch._C._AutoDispatchBelowAutograd():
+            overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    class Formula(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, written: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+            *others, keyset = arguments
+            below_autograd(keyset, (x, *others))
+            ctx.mark_dirty(written)
+            setup_context(ctx, (x, *others))
+            return written
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return backward(ctx, grad), *[None] * (len(ctx.needs_input_grad) - 1)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Tensor) -> None:
+            raise NotImplementedError(
+                f"{name}: cannot differentiate in forward mode; use {instead}"
+            )
+
+    # Named as profilers and graphs name its node.
+    derivative: Any = type(f"{op}derivative", (Formula,), {})
+
+    def run(keyset: Any, x: Tensor, *others: Any) -> None:
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(f"{name}: cannot write in place within torch.func")
+        needs_graph = torch.is_grad_enabled() and x.requires_grad
+        if in_forward_mode() and _has_tangent(x):
+            raise NotImplementedError(
+                f"{name}: cannot differentiate in forward mode; use {instead}"
+            )
+        if not needs_graph:
+            below_autograd(keyset, (x, *others))
+            if not x.is_inference():
+                torch.autograd.graph.increment_version(x)
+            return
+        base = x._base
+        is_whole = base is not None and base.is_contiguous() and x.is_contiguous()
+        written = base if is_whole and base.numel() == x.numel() else x
+        # Before anything is written, unlike autograd.
+        if written.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+            raise RuntimeError(
+                f"{name}: a leaf Variable that requires grad is being used in an in-place operation"
+            )
+        derivative.apply(written, x.detach(), *others, keyset)
+
+    _library.impl(op, run, "Autograd", with_keyset=True)
+
+
 def refuse_derivative(op: str, *, name: str, instead: str) -> None:
     """Register that an operator has no derivative.
 
