@@ -252,11 +252,11 @@ def register_inplace_derivative(
             if not x.is_inference():
                 torch.autograd.graph.increment_version(x)
             return
-        base = x._base
-        is_whole = base is not None and base.is_contiguous() and x.is_contiguous()
-        written = base if is_whole and base.numel() == x.numel() else x
+        base, written = x._base, x
+        if base is not None and base.numel() == x.numel():
+            written = base if base.is_contiguous() and x.is_contiguous() else x
         # Before anything is written, unlike autograd.
-        if written.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        if x.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
             raise RuntimeError(
                 f"{name}: a leaf Variable that requires grad is being used in an in-place operation"
             )

@@ -1,10 +1,11 @@
 """Tell whether a gradient is nobody's but the backward function's that was given it.
 
-Such a gradient may be overwritten, so that a backward pass in place allocates nothing.  torch's own
-AccumulateGrad asks the same of the gradient that it keeps as ``.grad``.  A gradient has other holders
-where a hook or the caller of `torch.autograd.grad` kept it, where autograd adds another one to it or
-saved it, or where its memory is that of another tensor.  All of them count: by C++ references to the
-tensor, by Python's, and by references to its storage, and so for the tensor that it is a view of.
+Such a gradient may be overwritten, so that a backward pass in place allocates nothing.  torch's
+own AccumulateGrad asks the same of the gradient that it keeps as ``.grad``.  A gradient has other
+holders where a hook or the caller of `torch.autograd.grad` kept it, where autograd adds another one
+to it or saved it, or where its memory is that of another tensor.  All of them count: by C++
+references to the tensor, by Python's, and by references to its storage, and so for the tensor that
+it is a view of.
 
 How many references a gradient has that nobody else holds depends on the versions of torch and
 Python and on the frames between autograd's engine and the function that counts.  So the function
@@ -82,7 +83,8 @@ def learn_counts(apply_in_place: Callable[[Tensor], Any]) -> None:
 
 def _without_hooks() -> AbstractContextManager[object]:
     """Hide hooks for saved tensors, of which `torch.utils.checkpoint` counts the calls."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 

@@ -10,8 +10,8 @@ The columns from R on stay as they are.  A product of a query and a key then dep
 positions' difference alone.
 
 x is ``[T, H, D]`` packed or ``[B, S, H, D]``, qkv has a dimension of 3 before the heads; the
-operators take ``[B, S, G, H, D]``, B = 1 where it is packed, and rotate the first groups of G.  They
-compute in float32.  A token's position is given, or its place within its sequence plus the
+operators take ``[B, S, G, H, D]``, B = 1 where it is packed, and rotate the first groups of G.
+They compute in float32.  A token's position is given, or its place within its sequence plus the
 sequence's offset; rows behind the last sequence stay as they are.
 
 In place
@@ -57,13 +57,13 @@ _ops = torch.ops.superbert
 
 
 def positions_reference(
+    device: torch.device,
     batch: int,
     sequence: int,
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     seqlen_offsets: Tensor | None,
     offset: int,
-    device: torch.device,
 ) -> Tensor:
     """The position of every token ``[B, S]``, int64; -1 of rows behind the last sequence."""
     if position_ids is not None:
@@ -177,7 +177,7 @@ def _cuda(x: Tensor, *arguments: Any) -> Tensor:
 
     check_operator(x, *arguments[:6])
     out = x.new_empty(x.shape)
-    rotary_triton.rotate(x, *arguments, x.shape[2], out)
+    rotary_triton.rotate(x, out, x.shape[2], *arguments)
     return out
 
 
@@ -186,11 +186,11 @@ def _inplace_cuda(x: Tensor, *arguments: Any) -> None:
     from . import rotary_triton
 
     check_operator(x, *arguments[:6])
-    groups = arguments[-1]
+    *others, groups = arguments
     if not 0 <= groups <= x.shape[2]:
         raise ValueError(f"groups: expected at most x's {x.shape[2]}, got {groups}")
     check_apart("x", x)
-    rotary_triton.rotate(x, *arguments, x)
+    rotary_triton.rotate(x, x, groups, *others)
 
 
 for _name in ("rotary", "rotary_"):
@@ -238,9 +238,8 @@ class _Rotation(NamedTuple):
         """Check what the public functions are given for ``heads [B, S, G, H, D]``."""
         check_tables(cos, sin, heads)
         batch, sequence = heads.shape[:2]
-        is_offset = not isinstance(seqlen_offsets, Tensor)
-        offset = int(seqlen_offsets) if is_offset else 0
-        offsets = None if is_offset else seqlen_offsets
+        offsets = seqlen_offsets if isinstance(seqlen_offsets, Tensor) else None
+        offset = 0 if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
         sequences = batch
         if position_ids is not None:
             if cu_seqlens is not None or offsets is not None or offset != 0:
@@ -256,26 +255,26 @@ class _Rotation(NamedTuple):
         if offsets is not None:
             check_integers("seqlen_offsets", offsets, (sequences,), heads.device)
         longest = max_seqlen if is_packed else sequence
-        if position_ids is None and is_offset and longest is not None and longest > 0:
+        if position_ids is None and offsets is None and longest is not None and longest > 0:
             name = "max_seqlen" if is_packed else "seqlen_offsets"
             if not (offset >= 0 and offset + longest <= len(cos)):
                 raise ValueError(
                     f"{name}: expected sequences within the {len(cos)} rows of cos, got {longest} "
                     f"tokens from {offset} on"
                 )
-        places = (position_ids, cu_seqlens, offsets, offset)
+        places: Any = (position_ids, cu_seqlens, offsets, offset)
         if heads.dtype == torch.float64:
             if are_checked(heads):
                 check_values(len(cos), batch * sequence, sequence, *places)
         else:
             cos, sin = cos.float(), sin.float()
-        return cls(cos, sin, *places, bool(interleaved))
+        return cls(cos, sin, position_ids, cu_seqlens, offsets, offset, bool(interleaved))
 
     def by_reference(self, heads: Tensor) -> Tensor:
         """Rotate ``[B, S, G, H, D]`` by torch's operations."""
-        cos, sin, *places, interleaved, conjugate = self
-        positions = positions_reference(*heads.shape[:2], *places, heads.device)
-        return rotary_reference(heads, cos, sin, positions, interleaved, conjugate)
+        sizes: Any = heads.shape[:2]
+        positions = positions_reference(heads.device, *sizes, *self[2:6])
+        return rotary_reference(heads, *self[:2], positions, *self[6:])
 
     def rotated(self, heads: Tensor) -> Tensor:
         """Return the rotation of ``[B, S, G, H, D]``."""
@@ -329,8 +328,8 @@ def apply_rotary_emb(
     Args:
         x: ``[B, S, H, D]``, or packed ``[T, H, D]`` with cu_seqlens or position_ids; float32,
             bfloat16, float16 or float64; any strides but a contiguous last dimension.
-        cos: ``[N, R / 2]`` by position, ``R <= D``, on x's device; computed with in float32 (float64
-            of a float64 x).  It has no gradient.
+        cos: ``[N, R / 2]`` by position, ``R <= D``, on x's device; taken in float32, or float64 where x
+            is.  It has no gradient.
         sin: like ``cos``; `rotary_tables` computes both.
         interleaved: pairs are columns 2i and 2i + 1, not i and i + R / 2.
         inplace: overwrite x.
@@ -537,8 +536,8 @@ class RotaryEmbedding(nn.Module):
             kv: not supported.
             seqlen_offset: as ``seqlen_offsets`` there.
             max_seqlen: positions that the tables have at least.  Needed where a tensor says them:
-                with position_ids, or offsets that are a tensor; else the length of a batch entry, or
-                of the stream, plus the offset.
+                with position_ids, or offsets that are a tensor; else the length of a batch entry,
+                or of the stream, plus the offset.
             num_heads_q: see qkv.
             cu_seqlens: see qkv.
             position_ids: see qkv.
@@ -562,9 +561,11 @@ class RotaryEmbedding(nn.Module):
             max_seqlen = qkv.shape[0 if cu_seqlens is not None else 1]
         offset = 0 if isinstance(seqlen_offset, Tensor) else max(0, seqlen_offset)
         cos, sin = self.tables(max_seqlen + offset, qkv.device)
-        places = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
-        options = (None, None, self.interleaved, seqlen_offset, num_heads_q)
-        return apply_rotary_emb_qkv_(qkv, cos, sin, *options, **places)
+        return apply_rotary_emb_qkv_(
+            *(qkv, cos, sin, None, None, self.interleaved, seqlen_offset, num_heads_q),
+            cu_seqlens=cu_seqlens,
+            position_ids=position_ids,
+        )
 
     def extra_repr(self) -> str:
         """What torch prints of it."""

@@ -87,7 +87,7 @@ def _positions(
 
 
 _NUMBERS = [
-    *("tokens", "sequence", "positions", "heads", "of_token", "x_batch", "out_batch"),
+    *("total", "sequence", "positions", "heads", "of_token", "x_batch", "out_batch"),
     *("offset", "num_sequences", "search_steps"),
 ]
 
@@ -101,7 +101,7 @@ def rotary_kernel(
     x_strides,
     out_strides,
     places,
-    tokens,  # B * S
+    total,  # tokens, B * S
     sequence,  # S
     positions,
     heads,  # H
@@ -125,7 +125,7 @@ def rotary_kernel(
     """Rotate ROWS heads, counted through the tokens."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, of_heads = row // of_token, (row % of_token).to(tl.int32)
-    is_token = token < tokens
+    is_token = token < total
     position = _positions(
         token, is_token, sequence, places, offset, num_sequences, search_steps, KIND, OFFSETS
     )
@@ -182,6 +182,8 @@ def constants_of(width: int, half: int) -> dict[str, int]:
 
 def rotate(
     x: Tensor,
+    out: Tensor,
+    groups: int,
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor | None,
@@ -190,8 +192,6 @@ def rotate(
     offset: int,
     interleaved: bool,
     conjugate: bool,
-    groups: int,
-    out: Tensor,
 ) -> None:
     """Rotate the first ``groups`` groups of ``x [B, S, G, H, D]`` into those of ``out``."""
     batch, sequence, _, heads, width = x.shape

@@ -42,6 +42,8 @@ from kernels.layer_norm.layer_norm_sums_triton import SEGMENTS, GradientRows
 from kernels.layer_norm.layer_norm_tiles_triton import Parameters
 from kernels.layer_norm.layer_norm_triton import backward_constants_of, constants_of
 from kernels.linear import linear_triton
+from kernels.rotary import rotary_triton
+from kernels.rotary.rotary_triton import Places, Strides
 from kernels.take_rows import take_rows_triton
 
 ATTENTION = {
@@ -73,6 +75,12 @@ OTHERS = {
     "take_rows": take_rows_triton.take_rows_kernel,
     "write_rows": take_rows_triton.write_rows_kernel,
 }
+# Halves in place; neighbours of a packed stream; half of the columns, into another tensor.
+ROTARY = {
+    "rotary": rotary_triton.rotary_kernel,
+    "rotary_interleaved": rotary_triton.rotary_kernel,
+    "rotary_copied": rotary_triton.rotary_kernel,
+}
 # Widths are numbers like others to these: one compilation serves all that are multiples of 16, and
 # of those that are not, which have small tiles, one each of the rest.
 LINEAR = {
@@ -87,7 +95,7 @@ MULTIPLES_OF_16 = {
         *("weight_stride", "bias_stride", "outputs", "inputs"),
     ],
 }
-KERNELS = ATTENTION | RUNS | NORMS | LINEAR | OTHERS
+KERNELS = ATTENTION | RUNS | NORMS | LINEAR | ROTARY | OTHERS
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_WIDTHS = [32, 64, 96, 128]
 # BERT's widths and the largest that is allowed.
@@ -130,7 +138,7 @@ def name_of(kernel: Any) -> str:
 
 def cases() -> Iterator[Case]:
     """Every kernel, dtype and width that matters, for every GPU generation."""
-    widths = dict.fromkeys(ATTENTION | RUNS, HEAD_WIDTHS) | dict.fromkeys(NORMS, ROW_WIDTHS)
+    widths = dict.fromkeys(ATTENTION | RUNS | ROTARY, HEAD_WIDTHS) | dict.fromkeys(NORMS, ROW_WIDTHS)
     for kernel in KERNELS:
         for dtype, width, capability in product(
             ELEMENT_BYTES, widths.get(kernel, [768]), SHARED_LIMIT
@@ -174,6 +182,8 @@ def compile_kernel(case: Case) -> Needs:
         constants, options = _norm(case)
     elif case.kernel in LINEAR:
         constants, options = _linear(case)
+    elif case.kernel in ROTARY:
+        constants, options = _rotary(case)
     else:
         constants, options = _other(case)
     types = _types(case.dtype, in_heads=case.kernel in ATTENTION | RUNS)
@@ -255,6 +265,17 @@ def _linear(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     return constants, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
 
+def _rotary(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
+    is_copied, is_packed = (case.kernel.endswith(kind) for kind in ("copied", "interleaved"))
+    half = case.width // 4 if is_copied else case.width // 2
+    constants = {
+        **{"INTERLEAVED": is_packed, "KIND": "packed" if is_packed else "ids"},
+        **{"OFFSETS": is_packed, "COPY": is_copied},
+        **rotary_triton.constants_of(case.width, half),
+    }
+    return constants, {"num_warps": rotary_triton.NUM_WARPS}
+
+
 def _other(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
     width = case.width
     of_rows = {"WIDTH": width, "BLOCK": take_rows_triton.BLOCK}
@@ -313,7 +334,12 @@ def _types(dtype: str, in_heads: bool) -> dict[str, Any]:
         **dict.fromkeys(["grad_stride", "grad_columns", "x_stride", "x_columns"], "i32"),
         **dict.fromkeys(["outputs", "inputs", "tasks"], "i32"),
         "offsets": ("i32",) * (linear_triton.MAX_TASKS + 1),
-        "eps": "fp32",
+        **dict.fromkeys(["cos", "sin"], "*fp32"),
+        **dict.fromkeys(["x_strides", "out_strides"], Strides("i32", "i32", "i32")),
+        "places": Places("*i64", "*i32", "*i64"),
+        **dict.fromkeys(["sequence", "positions", "heads", "of_token", "offset"], "i32"),
+        **dict.fromkeys(["x_batch", "out_batch"], "i32"),
+        **dict.fromkeys(["eps", "sign"], "fp32"),
         "parameters": Parameters("*fp32", "*fp32", "*fp32"),
         "tables": Tables(row, row, row),
         "sizes": Tables("i32", "i32", "i32"),
