@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -107,7 +108,7 @@ std::vector<int64_t> positions_of(const Stream& stream, int64_t count,
     const Numbers given("position_ids", *position_ids, stream.tokens());
     for (int64_t t = 0; t < stream.tokens(); ++t) {
       positions[t] = given[t];
-      check(0 <= given[t] && given[t] < count, "position_ids: expected 0 <= position < ", count,
+      check(0 <= given[t] && given[t] < count, "position_ids: expected 0 <= index < ", count,
             ", the rows of cos, got ", given[t], " at ", t);
     }
     return positions;
@@ -133,8 +134,8 @@ std::vector<int64_t> positions_of(const Stream& stream, int64_t count,
     const int64_t first = offsets ? (*offsets)[s] : offset;
     // Subtracted, since the sum might overflow.
     check(begin == end || (0 <= first && first <= count - (end - begin)),
-          "seqlen_offsets: expected sequence ", s, ", ", end - begin, " tokens from ", first,
-          " on, within the ", count, " rows of cos");
+          "seqlen_offsets: expected to end within the ", count, " rows of cos, got sequence ", s,
+          ", ", end - begin, " tokens from ", first, " on");
     for (int64_t t = begin; t < end; ++t) positions[t] = first + (t - begin);
   }
   return positions;
@@ -146,7 +147,7 @@ void run(const Tensor& x, const Tensor& cos, const Tensor& sin,
          bool conjugate, int64_t groups, const Tensor& out, bool in_place) {
   const Tensor cosines = checked_table("cos", cos, cos), sines = checked_table("sin", sin, cos);
   const int64_t half = cos.size(1);
-  check(2 * half <= x.size(kColumn), "cos: expected at most half of x's ", x.size(kColumn),
+  check(0 < half && 2 * half <= x.size(kColumn), "cos: expected 1 to half of x's ", x.size(kColumn),
         " columns, got ", half);
   const Stream stream{x.size(kBatch), x.size(kSequence)};
   const std::vector<int64_t> positions =

@@ -328,8 +328,8 @@ def apply_rotary_emb(
     Args:
         x: ``[B, S, H, D]``, or packed ``[T, H, D]`` with cu_seqlens or position_ids; float32,
             bfloat16, float16 or float64; any strides but a contiguous last dimension.
-        cos: ``[N, R / 2]`` by position, ``R <= D``, on x's device; taken in float32, or float64 where x
-            is.  It has no gradient.
+        cos: ``[N, R / 2]`` by position, ``R <= D``, on x's device; taken in float32, or in float64
+            where x is.  It has no gradient.
         sin: like ``cos``; `rotary_tables` computes both.
         interleaved: pairs are columns 2i and 2i + 1, not i and i + R / 2.
         inplace: overwrite x.

@@ -18,6 +18,8 @@ from ..registration.validation import (
 )
 
 INTEGERS = (torch.int32, torch.int64)
+MAX_WIDTH = 1024
+"""Columns of a head that the GPU's kernel holds in registers."""
 
 
 def check_tables(cos: Tensor, sin: Tensor, x: Tensor) -> None:
@@ -102,8 +104,8 @@ def check_values(
     for number, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
         if length and not (first >= 0 and first + length <= count):
             raise ValueError(
-                f"seqlen_offsets: expected sequence {number}, {length} tokens from {first} on, "
-                f"within the {count} rows of cos"
+                f"seqlen_offsets: expected to end within the {count} rows of cos, got sequence "
+                f"{number}, {length} tokens from {first} on"
             )
 
 
@@ -124,6 +126,8 @@ def check_operator(
         )
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"x: expected a contiguous last dimension, got strides {x.stride()}")
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x: expected heads of at most {MAX_WIDTH} columns, got {x.shape[-1]}")
     check_data(x=x)
     check_tables(cos.detach(), sin.detach(), x)
     for name, table in (("cos", cos), ("sin", sin)):

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ..attention.attention_plan_triton import sequences_that_end_behind
 
-PAIRS = 2048
+PAIRS = 1024
 NUM_WARPS = 4
-MAX_WIDTH = 2 * PAIRS
 
 
 class Strides(NamedTuple):

@@ -138,7 +138,9 @@ def name_of(kernel: Any) -> str:
 
 def cases() -> Iterator[Case]:
     """Every kernel, dtype and width that matters, for every GPU generation."""
-    widths = dict.fromkeys(ATTENTION | RUNS | ROTARY, HEAD_WIDTHS) | dict.fromkeys(NORMS, ROW_WIDTHS)
+    widths = dict.fromkeys(ATTENTION | RUNS | ROTARY, HEAD_WIDTHS) | dict.fromkeys(
+        NORMS, ROW_WIDTHS
+    )
     for kernel in KERNELS:
         for dtype, width, capability in product(
             ELEMENT_BYTES, widths.get(kernel, [768]), SHARED_LIMIT

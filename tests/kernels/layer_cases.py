@@ -126,6 +126,20 @@ def _attention_packed(s: Stream) -> Tensor:
     )
 
 
+def _rotary(s: Stream) -> Tensor:
+    x, tables = s.own.view(-1, HEADS, WIDTH // HEADS), _rotary_tables(s)
+    return kernels.apply_rotary_emb(x, *tables, cu_seqlens=s.cu_seqlens)
+
+
+def _rotary_packed(s: Stream) -> Tensor:
+    qkv = (2 * s.x).view(-1, 3, HEADS, WIDTH // HEADS)  # a leaf must not be overwritten
+    return kernels.apply_rotary_emb_qkv_(qkv, *_rotary_tables(s), cu_seqlens=s.cu_seqlens)
+
+
+def _rotary_tables(s: Stream) -> tuple[Tensor, Tensor]:
+    return kernels.rotary_tables(len(s.x), WIDTH // HEADS, device=s.x.device)
+
+
 def _add_norm(s: Stream, **options: object) -> Tensor:
     options |= {"dropout_p": 0.1, "seed": s.seed, "x_bias": s.bias}
     return kernels.dropout_add_layer_norm(s.own, s.other, s.weight, s.bias, **options)
@@ -165,6 +179,8 @@ LAYERS: dict[str, Callable[[Stream], Tensor]] = {
     "embedding by task and plan": lambda s: kernels.embedding(
         s.ids, s.table, rows=s.table_rows, segments=s.segments, plan=s.plan
     ),
+    "apply_rotary_emb": _rotary,
+    "apply_rotary_emb_qkv_": _rotary_packed,
     "take_rows": lambda s: kernels.take_rows(s.own, s.cu_seqlens[:-1].long()),
     "linear": lambda s: kernels.linear(s.own, s.matrix, s.bias),
     "linear by task": lambda s: kernels.linear(

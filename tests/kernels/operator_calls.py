@@ -35,6 +35,8 @@ NO_TENSOR_ARGUMENTS = {
         "LookupPlan",
         "TaskRows",
         "TaskSegments",
+        "RotaryEmbedding",
+        "rotary_tables",
     ),
     *("backend", "checked_values", "accelerate", "restore", "balancing", "keep_freed_memory"),
 }
@@ -73,6 +75,10 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
     stream = {"x0": x, "residual": x.clone(), **norm, "x_bias": weight.clone(), **dropped}
     tables = {"word": matrix, "position": matrix.clone(), "token_type": matrix.clone()}
     places = {"word_ids": ids, "position_ids": ids.clone(), "token_type_ids": ids.clone()}
+    rotary = {
+        **dict(zip(("cos", "sin"), kernels.rotary_tables(6, 4), strict=True)),
+        "cu_seqlens": cu,
+    }
     cu_apart = {"cu_seqlens_q": cu, "cu_seqlens_k": cu.clone(), "max_seqlen_q": 4}
     return {
         "flash_attn_varlen_func": (
@@ -120,6 +126,8 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
             ),
             {"index": ids, "weight": matrix, "plan": plan.data},
         ),
+        "apply_rotary_emb": (kernels.apply_rotary_emb, {"x": qkv[:, 0].contiguous(), **rotary}),
+        "apply_rotary_emb_qkv_": (kernels.apply_rotary_emb_qkv_, {"qkv": qkv.clone(), **rotary}),
         "take_rows": (kernels.take_rows, {"x": x, "index": torch.tensor([5, 0, -1])}),
         "linear": (kernels.linear, {"x": x, "weight": matrix, "bias": weight}),
         "linear by task": (

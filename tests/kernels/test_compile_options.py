@@ -242,6 +242,47 @@ LINEAR: dict[str, Call] = {
 }
 
 
+def _heads(s: Stream) -> Tensor:
+    return s.x.view(-1, 3, 2, 32)
+
+
+def _turned(s: Stream, **options: object) -> Tensor:
+    tables = kernels.rotary_tables(len(s.x), 32)
+    return kernels.apply_rotary_emb(_heads(s)[:, 0], *tables, **options)
+
+
+def _turned_packed(s: Stream, qkv: Tensor, **options: object) -> Tensor:
+    tables = kernels.rotary_tables(len(s.x), 16)
+    return kernels.apply_rotary_emb_qkv_(qkv, *tables, **options)
+
+
+def _turned_by_hand(s: Stream) -> Tensor:
+    qkv = 2 * _heads(s)
+    _turned_packed(s, qkv, cu_seqlens=s.cu_seqlens)
+    return qkv
+
+
+ROTARY: dict[str, Call] = {
+    "packed": lambda s: _turned(s, cu_seqlens=s.cu_seqlens),
+    "positions": lambda s: _turned(s, position_ids=s.ids % 4),
+    "in place": lambda s: kernels.apply_rotary_emb(
+        2 * _heads(s)[:, 1],
+        *kernels.rotary_tables(len(s.x), 32),
+        interleaved=True,
+        inplace=True,
+        cu_seqlens=s.cu_seqlens,
+    ),
+    "qkv": lambda s: _turned_packed(s, (2 * s.x).view(-1, 3, 2, 32), position_ids=s.ids % 4),
+    "qkv, its own tensor": _turned_by_hand,
+    "qkv, all heads": lambda s: _turned_packed(
+        s, (2 * s.x).view(-1, 6, 32), num_heads_q=2, cu_seqlens=s.cu_seqlens, interleaved=True
+    ),
+    "batch": lambda s: kernels.apply_rotary_emb(
+        _heads(s).view(3, -1, 6, 32), *kernels.rotary_tables(len(s.x), 32), seqlen_offsets=1
+    ),
+}
+
+
 def _padded(s: Stream) -> Tensor:
     longest = len(s.x) // 3
     mask = torch.arange(longest) < torch.tensor([longest, 2, 5])[:, None]
@@ -363,6 +404,7 @@ GROUPS = {
     "attention": ATTENTION,
     "embedding_layer_norm": EMBEDDING,
     "linear, dropout": LINEAR,
+    "rotary": ROTARY,
     "padding": PADDING,
     "surgery": SURGERY,
 }
@@ -373,6 +415,7 @@ FOR_INDUCTOR = {
     "attention": ["packed, dropout, plan", "gradient of v", "log-sum-exp alone"],
     "embedding_layer_norm": ["neither", "padding", "by task, frozen positions", "by task and plan"],
     "linear, dropout": ["by task, frozen weight", "dropout, no seed", "rows"],
+    "rotary": ["positions", "qkv"],
     "padding": ["there and back"],
     "surgery": ["gram", "combine into a tensor", "combine_adamw_", "zero_rows_", "balancing: mgda"],
 }

@@ -77,6 +77,9 @@ ACCEPTED: Mapping[str, str] = {
     "add_planned_gradients_.grad_output": r"shape: dimension (0 of 46|1 of [135])",
     "(add_planned_gradients|zero_planned_rows)_.buffer": r"shape: dimension 1 of 2[02]",
     "zero_planned_rows_.buffer": r"dtype: torch.(bfloat16|float16)",
+    # More or wider heads; of whole tensors, or of columns that stay as they are.
+    "rotary_?.x": r"shape: dimension ([123] of \d+|4 of [79])",
+    "rotary.position_ids|rotary_.seqlen_offsets": r"dtype: torch.int32",
     "take_rows.x": r"shape: dimension [01] of \d",
     "take_rows.index": r"shape: (empty|dimension 0 of \d)",
     "take_rows_backward.grad": r"shape: dimension 1 of \d|dtype: torch.(bfloat16|float16)",

@@ -85,6 +85,9 @@ def others() -> dict[str, tuple]:
     indices = (torch.zeros(45, dtype=torch.int64), torch.arange(45) % 3)
     plan, buffer = plan_lookups(indices, tables, long_offsets).data, torch.ones(2, 21)
     planned = (plan, buffer, [1, 3], long_offsets)
+    angles = torch.randn(TOKENS, 3)
+    tables, heads = (angles.cos(), angles.sin()), (1, TOKENS, 3, 2, 8)
+    placed = (None, CU_SEQLENS, torch.tensor([3, 0, 1]), 0, True, False)
     return {
         "attention_plan": (CU_SEQLENS, TOKENS),
         "dropout": (leaf(7, 5), 0.2, SEED, 3),
@@ -93,6 +96,8 @@ def others() -> dict[str, tuple]:
         "linear_task_gradients_": (grad, x, rows, bias_rows, OFFSETS, True),
         "embedding_task_gradients_": (x, index, torch.zeros(2, 3, 4), OFFSETS),
         "add_planned_gradients_": (torch.randn(45, 4), *planned, -1),
+        "rotary": (leaf(*heads), *tables, torch.arange(TOKENS), None, None, 0, False, True),
+        "rotary_": (torch.randn(heads), *tables, *placed, 2),
         "take_rows": (leaf(7, 5), torch.tensor([6, 0, -1])),
         "take_rows_backward": (torch.randn(3, 5), torch.tensor([6, 0, -1]), 7),
         "zero_planned_rows_": (buffer, plan, *planned[2:], 4),

@@ -10,6 +10,9 @@ import pytest
 
 from kernels import (
     FusedLayerNorm,
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_qkv_,
     dropout_add_layer_norm,
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
@@ -43,6 +46,18 @@ SIGNATURES = {
     ),
     FusedLayerNorm: (
         "normalized_shape, eps=1e-05, elementwise_affine=True, memory_efficient=False"
+    ),
+    apply_rotary_emb: (
+        "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, "
+        "max_seqlen=None"
+    ),
+    apply_rotary_emb_qkv_: (
+        "qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0, "
+        "num_heads_q=None"
+    ),
+    RotaryEmbedding: "dim, base=10000.0, interleaved=False, scale_base=None, device=None",
+    RotaryEmbedding.forward: (
+        "self, qkv, kv=None, seqlen_offset=0, max_seqlen=None, num_heads_q=None"
     ),
     FusedLayerNorm.forward: "self, input",
 }

@@ -20,6 +20,7 @@ from kernels.embedding.lookup_plan import ALL_TABLES, Layout
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.layer_norm import layer_norm_triton
 from kernels.linear import linear_triton
+from kernels.rotary import rotary_triton
 from kernels.take_rows import take_rows_triton
 
 from .compile_triton import (
@@ -145,5 +146,8 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     planned = (plan.data, buffer, Layout.of(plan.entries, offsets))
     lookup_plan_triton.add_planned_gradients_(x, *planned, ALL_TABLES)
     lookup_plan_triton.zero_planned_rows_(buffer, plan.data, planned[2], width)
+    heads, tables = torch.zeros(1, tokens, 3, 2, 32, dtype=dtype), torch.zeros(2, tokens, 16)
+    placed = (index, None, None, tokens, False, False)
+    rotary_triton.rotate(heads, heads, 2, *tables, *placed)
     take_rows_triton.forward(x, index[:7])
     take_rows_triton.backward(x, index, 7)
