@@ -70,7 +70,7 @@ def test_float64_takes_the_reference(interleaved: bool) -> None:
     tables = rotary_tables(POSITIONS, 8)
 
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
-        options = {"cu_seqlens": CU_SEQLENS}
+        options = {"cu_seqlens": CU_SEQLENS // 3}
         return (
             apply_rotary_emb(x, *tables, interleaved, **options),
             apply_rotary_emb(2 * x, *tables, interleaved, True, **options),
@@ -218,6 +218,14 @@ def rotate_parts(qkv: Tensor) -> Tensor:
     return qkv
 
 
+def assert_near(found: Tensor | None, expected: Tensor | None) -> None:
+    """Sums of some 30 terms in another order, of values as large as the largest."""
+    assert found is not None
+    assert expected is not None
+    allowed = 64 * torch.finfo(found.dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+
+
 def attention(qkv: Tensor) -> Tensor:
     """Of ``[T, 3, H, D]``, whose backward pass gives a gradient that nobody else holds."""
     out = kernels.flash_attn_varlen_qkvpacked_func(qkv, CU_SEQLENS, 13)
@@ -243,11 +251,11 @@ def gradient(weight: Tensor, rotate: Rotate) -> Tensor:
 )
 def test_gradients_in_place(weight: Tensor, rotate: Rotate) -> None:
     expected = gradient(weight, rotate_by_torch)
-    torch.testing.assert_close(gradient(weight, rotate), expected)
+    assert_near(gradient(weight, rotate), expected)
     with torch.no_grad():
-        torch.testing.assert_close(rotate(product(weight)), rotate_by_torch(product(weight)))
+        assert_near(rotate(product(weight)), rotate_by_torch(product(weight)))
     whole = (2 * product(weight)).detach().requires_grad_()
-    torch.testing.assert_close(
+    assert_near(
         torch.autograd.grad(rotate(1 * whole).pow(3).sum(), whole)[0],
         torch.autograd.grad(rotate_by_torch(whole).pow(3).sum(), whole)[0],
     )
@@ -273,7 +281,7 @@ def test_a_gradient_is_overwritten_where_nobody_holds_it(
 ) -> None:
     expected = gradient(weight, rotate_by_torch)
     for _ in range(2):
-        torch.testing.assert_close(gradient(weight, rotate_), expected)
+        assert_near(gradient(weight, rotate_), expected)
     leaf = product(weight).detach().requires_grad_()
     attention(rotate_(1 * leaf)).sum().backward()
     assert not copies
@@ -306,7 +314,7 @@ def test_a_gradient_that_others_hold_is_copied(
         assert not copies
     else:
         assert copies
-    torch.testing.assert_close(grad, expected)
+    assert_near(grad, expected)
     for kept in held:
         if isinstance(kept, Tensor):
             assert torch.equal(kept.view(-1), right.reshape(-1)[: kept.numel()])
@@ -317,7 +325,7 @@ def test_a_retained_gradient_is_right(weight: Tensor) -> None:
     for x in (turned, by_torch):
         x.retain_grad()
         attention(x).square().sum().backward()
-    torch.testing.assert_close(turned.grad, by_torch.grad)
+    assert_near(turned.grad, by_torch.grad)
 
 
 @pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(x.shape), lambda x: x[:, :1]])
@@ -355,7 +363,7 @@ def test_second_derivatives(weight: Tensor) -> None:
         (first,) = torch.autograd.grad(loss, weight, create_graph=True)
         return torch.autograd.grad(first.square().sum(), weight)[0]
 
-    torch.testing.assert_close(second(rotate_), second(rotate_by_torch))
+    assert_near(second(rotate_), second(rotate_by_torch))
 
 
 def test_within_torch_func() -> None:
@@ -365,7 +373,7 @@ def test_within_torch_func() -> None:
         return lambda x: rotate(1 * x).pow(3).sum()
 
     expected = torch.func.grad(loss(rotate_by_torch))(x)
-    torch.testing.assert_close(torch.func.grad(loss(rotate_))(x), expected)
+    assert_near(torch.func.grad(loss(rotate_))(x), expected)
     with pytest.raises(NotImplementedError, match=r"^apply_rotary_emb: cannot differentiate in"):
         torch.func.jvp(loss(rotate_), (x,), (x,))
 
@@ -376,7 +384,7 @@ def test_checkpointed(weight: Tensor) -> None:
 
     out = checkpoint(block, weight, use_reentrant=False)
     (grad,) = torch.autograd.grad(out.square().sum(), weight)
-    torch.testing.assert_close(grad, gradient(weight, rotate_by_torch))
+    assert_near(grad, gradient(weight, rotate_by_torch))
 
 
 def test_compiled_code_rotates_in_place(weight: Tensor) -> None:
@@ -392,7 +400,7 @@ def test_compiled_code_rotates_in_place(weight: Tensor) -> None:
         return torch.autograd.grad(compiled(weight).square().sum(), weight)[0]
 
     grad, codes = run_and_get_code(step)
-    torch.testing.assert_close(grad, gradient(weight, rotate_by_torch))
+    assert_near(grad, gradient(weight, rotate_by_torch))
     assert len(codes) == 2
     for code in codes:
         assert code.count("torch.ops.superbert.rotary_.default(") == 1
