@@ -77,7 +77,7 @@ def differentiable_once(name: str, instead: str) -> Callable[[Backward], Backwar
                 )
             saved = ctx.saved_tensors
             if not is_compiling:
-                _check_copied(name, (*saved, *grads))
+                check_copied(name, (*saved, *grads))
             with torch.no_grad():
                 results = backward(ctx, saved, *grads)
             is_differentiated = torch.is_grad_enabled() or in_forward_mode()
@@ -94,8 +94,10 @@ def differentiable_once(name: str, instead: str) -> Callable[[Backward], Backwar
     return decorate
 
 
-def _check_copied(name: str, tensors: Iterable[Tensor | None]) -> None:
+def check_copied(name: str, tensors: Iterable[Tensor | None]) -> None:
     """Check the data of what torch would copy before an operator sees it.
+
+    To be called by backward functions where nothing is compiled.
 
     Raises:
         ValueError: a storage was freed since the forward pass.

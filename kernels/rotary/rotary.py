@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from .. import _extension  # noqa: F401  (registers the operators)
 from ..registration.backend import declare, register_cuda, register_fake
 from ..registration.differentiation import (
+    check_copied,
     in_forward_mode,
     register_derivative,
     register_inplace_derivative,
@@ -122,10 +123,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Any = None) -> No
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     offset, interleaved, conjugate = ctx.numbers
-    grad = _ops.rotary(
-        _with_contiguous_columns(grad), *ctx.saved_tensors, offset, interleaved, not conjugate
-    )
-    return grad, *[None] * 8
+    saved = _checked_tensors(ctx, grad)
+    grad = _with_contiguous_columns(grad)
+    return _ops.rotary(grad, *saved, offset, interleaved, not conjugate), *[None] * 8
 
 
 def _setup_inplace_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
@@ -137,7 +137,7 @@ def _inplace_backward(ctx: Any, grad: Tensor) -> Tensor:
     # Asked here, and not by a function that this one calls: `is_unshared` counts frames.
     is_own = not torch.compiler.is_compiling() and is_unshared(grad)
     offset, interleaved, conjugate, groups = ctx.numbers
-    arguments = (*ctx.saved_tensors, offset, interleaved, not conjugate)
+    arguments = (*_checked_tensors(ctx, grad), offset, interleaved, not conjugate)
     shape = grad.shape
     if _is_transformed(grad):  # of a batch of gradients
         heads = grad.reshape(ctx.shape)
@@ -147,6 +147,14 @@ def _inplace_backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)
     _ops.rotary_(grad.view(ctx.shape), *arguments, groups)
     return grad
+
+
+def _checked_tensors(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """What was saved, none of it and the gradient without memory that torch would copy."""
+    saved: tuple[Tensor | None, ...] = ctx.saved_tensors
+    if not torch.compiler.is_compiling():
+        check_copied(_FUNCTION, (*saved, grad))
+    return saved
 
 
 def _is_transformed(x: Tensor) -> bool:

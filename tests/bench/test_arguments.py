@@ -26,6 +26,10 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "linear": {"--tokens": COUNTS, "--tasks": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
     "linear_tiles": {"--tokens": COUNTS, "--tasks": COUNTS, "--seconds": COUNTS},
     "attention_tiles": {"--width": COUNTS, "--seconds": COUNTS},
+    "rotary": {
+        **{"--tokens": COUNTS, "--width": ONE, "--heads": COUNTS, "--rounds": ONE},
+        "--device": ("gpu",),
+    },
     "scaling": {
         **dict.fromkeys(("--forward", "--backward", "--update", "--latency", "--bandwidth"), REALS),
         **dict.fromkeys(("--tasks", "--ranks"), COUNTS),
