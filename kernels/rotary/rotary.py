@@ -280,9 +280,9 @@ class _Rotation(NamedTuple):
 
     def by_reference(self, heads: Tensor) -> Tensor:
         """Rotate ``[B, S, G, H, D]`` by torch's operations."""
-        sizes: Any = heads.shape[:2]
-        positions = positions_reference(heads.device, *sizes, *self[2:6])
-        return rotary_reference(heads, *self[:2], positions, *self[6:])
+        places = (self.position_ids, self.cu_seqlens, self.seqlen_offsets, self.offset)
+        positions = positions_reference(heads.device, heads.shape[0], heads.shape[1], *places)
+        return rotary_reference(heads, self.cos, self.sin, positions, self.interleaved)
 
     def rotated(self, heads: Tensor) -> Tensor:
         """Return the rotation of ``[B, S, G, H, D]``."""
