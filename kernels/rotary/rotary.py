@@ -135,7 +135,8 @@ def _setup_inplace_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 def _inplace_backward(ctx: Any, grad: Tensor) -> Tensor:
     # Asked here, and not by a function that this one calls: `is_unshared` counts frames.
-    is_own = not torch.compiler.is_compiling() and is_unshared(grad)
+    is_plain = not (torch.compiler.is_compiling() or _is_transformed(grad))
+    is_own = is_plain and is_unshared(grad)
     offset, interleaved, conjugate, groups = ctx.numbers
     arguments = (*_checked_tensors(ctx, grad), offset, interleaved, not conjugate)
     shape = grad.shape
