@@ -19,8 +19,7 @@ In place
 
 ``superbert::rotary_`` overwrites x and returns nothing, and has a derivative by
 `register_inplace_derivative`, which says why.  Nothing of x is kept for the backward pass, which
-overwrites the gradient that it is given where nobody else holds that (`is_unshared`), so that qkv
-and its gradient take their memory once.
+rotates a copy of the gradient that it is given, since others may hold that.
 
 torch.compile is given a copy that is overwritten, and x that the result is copied to: of a view in
 place it would trace the copies that autograd makes of its base's gradient, and Inductor takes both
@@ -40,7 +39,6 @@ from ..registration.differentiation import (
     register_derivative,
     register_inplace_derivative,
 )
-from ..registration.unshared import is_unshared, learn_counts
 from ..registration.validation import are_checked, check_input
 from .rotary_checks import (
     check_apart,
@@ -134,9 +132,6 @@ def _setup_inplace_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def _inplace_backward(ctx: Any, grad: Tensor) -> Tensor:
-    # Asked here, and not by a function that this one calls: `is_unshared` counts frames.
-    is_plain = not (torch.compiler.is_compiling() or _is_transformed(grad))
-    is_own = is_plain and is_unshared(grad)
     offset, interleaved, conjugate, groups = ctx.numbers
     arguments = (*_checked_tensors(ctx, grad), offset, interleaved, not conjugate)
     shape = grad.shape
@@ -144,8 +139,7 @@ def _inplace_backward(ctx: Any, grad: Tensor) -> Tensor:
         heads = grad.reshape(ctx.shape)
         turned = _ops.rotary(heads[:, :, :groups], *arguments)
         return torch.cat((turned, heads[:, :, groups:]), 2).view(shape)
-    if not is_own:
-        grad = grad.clone(memory_format=torch.contiguous_format)
+    grad = grad.clone(memory_format=torch.contiguous_format)
     _ops.rotary_(grad.view(ctx.shape), *arguments, groups)
     return grad
 
@@ -208,12 +202,6 @@ register_derivative("rotary", _backward, _setup_context, name=_FUNCTION, instead
 register_inplace_derivative(
     "rotary_", _inplace_backward, _setup_inplace_context, name=_FUNCTION, instead=_INSTEAD
 )
-
-
-def _rotate_two_columns(x: Tensor) -> None:
-    """Rotate ``x [1, 2]`` in place, for `learn_counts`."""
-    table = x.new_ones((1, 1)).detach()
-    _ops.rotary_(x.view(1, 1, 1, 1, 2), table, table.clone(), *[None] * 3, 0, False, False, 1)
 
 
 # ---- public -------------------------------------------------------------------------------------
@@ -304,8 +292,6 @@ class _Rotation(NamedTuple):
             x.copy_(copy)
             return copy
         needs_graph = x.requires_grad and torch.is_grad_enabled()
-        if needs_graph:
-            learn_counts(_rotate_two_columns)
         _ops.rotary_(heads, *self, groups)
         base = x._base
         if needs_graph and base is not None and base.is_contiguous() and x.is_contiguous():

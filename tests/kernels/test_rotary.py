@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import RotaryEmbedding, apply_rotary_emb, apply_rotary_emb_qkv_, rotary_tables
-from kernels.rotary import rotary as module
 from kernels.rotary.rotary import positions_reference, rotary_reference
 
 from .tolerance import assert_within_twice
@@ -227,7 +226,7 @@ def assert_near(found: Tensor | None, expected: Tensor | None) -> None:
 
 
 def attention(qkv: Tensor) -> Tensor:
-    """Of ``[T, 3, H, D]``, whose backward pass gives a gradient that nobody else holds."""
+    """Of ``[T, 3, H, D]``."""
     out = kernels.flash_attn_varlen_qkvpacked_func(qkv, CU_SEQLENS, 13)
     assert isinstance(out, Tensor)
     return out
@@ -261,36 +260,8 @@ def test_gradients_in_place(weight: Tensor, rotate: Rotate) -> None:
     )
 
 
-@pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The gradients that backward passes copied."""
-    found: list[Tensor] = []
-    clone = Tensor.clone
-
-    def count(x: Tensor, **options: Any) -> Tensor:
-        found.append(x)
-        return clone(x, **options)
-
-    module.learn_counts(module._rotate_two_columns)
-    monkeypatch.setattr(Tensor, "clone", count)
-    return found
-
-
-def test_a_gradient_is_overwritten_where_nobody_holds_it(
-    weight: Tensor, copies: list[Tensor]
-) -> None:
-    expected = gradient(weight, rotate_by_torch)
-    for _ in range(2):
-        assert_near(gradient(weight, rotate_), expected)
-    leaf = product(weight).detach().requires_grad_()
-    attention(rotate_(1 * leaf)).sum().backward()
-    assert not copies
-
-
 @pytest.mark.parametrize("holder", ["hook", "hook of the view", "view", "storage", "grad", "twice"])
-def test_a_gradient_that_others_hold_is_copied(
-    holder: str, weight: Tensor, copies: list[Tensor]
-) -> None:
+def test_a_gradient_that_others_hold_is_kept(holder: str, weight: Tensor) -> None:
     expected = gradient(weight, rotate_by_torch)
     base = QKV @ weight
     turned = rotate_(base.view(-1, 3, 2, 8))
@@ -311,9 +282,6 @@ def test_a_gradient_that_others_hold_is_copied(
         (grad,) = torch.autograd.grad(out.square().sum(), weight, retain_graph=holder == "twice")
     if holder == "twice":  # the same graph again: nothing that is saved was overwritten
         (grad,) = torch.autograd.grad(out.square().sum(), weight)
-        assert not copies
-    else:
-        assert copies
     assert_near(grad, expected)
     for kept in held:
         if isinstance(kept, Tensor):
