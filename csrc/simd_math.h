@@ -116,27 +116,42 @@ inline float max_of_lanes(Floats v) {
   return reduce_lanes(v, [](Floats a, Floats b) { return a < b ? b : a; });
 }
 
-// exp(x) for x <= 88, to about one unit in the last place: x = n ln 2 + r with |r| <= ln(2) / 2,
-// and the Taylor polynomial of degree 7 in r (remainder below 2^-27).  Exactly zero below -87.3,
-// where the result would be subnormal.  A NaN comes back as NaN.
+// x = n ln 2 + rest, |rest| <= ln(2) / 2, for |x| < 2^21 or so.
+struct Reduced {
+  Ints n;
+  Floats rest;
+};
+
+inline Reduced reduce_exponent(Floats x) {
+  constexpr float kRound = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
+  const Floats shifted = x * 1.44269504f + kRound;
+  const Floats n = shifted - kRound;
+  const Floats rest = (x - n * 0.693145752f) - n * 1.42860677e-6f; // ln 2 in two parts
+  // The low bits of `shifted` are n on top of kRound's own.
+  return {load_bits<Ints>(&shifted) - 0x4b400000, rest};
+}
+
+// 2^(n + more) exp(rest), by the Taylor polynomial of degree 7 (remainder below 2^-27); n + more
+// goes into the exponent of a number that is not subnormal.
+inline Floats exponential_of(const Reduced& x, Floats rest, int32_t more) {
+  Floats p = splat(1.0f / 5040);
+  p = p * rest + 1.0f / 720;
+  p = p * rest + 1.0f / 120;
+  p = p * rest + 1.0f / 24;
+  p = p * rest + 1.0f / 6;
+  p = p * rest + 0.5f;
+  p = p * rest + 1.0f;
+  p = p * rest + 1.0f;
+  const Ints power = (x.n + (127 + more)) << 23;
+  return p * load_bits<Floats>(&power);
+}
+
+// exp(x) for x <= 88, to about one unit in the last place.  Exactly zero below -87.3, where the
+// result would be subnormal.  A NaN comes back as NaN.
 inline Floats exponential(Floats x) {
   constexpr float kLowest = -87.3f;
-  constexpr float kRound = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
-  const Floats clamped = x < kLowest ? splat(kLowest) : x;
-  const Floats shifted = clamped * 1.44269504f + kRound;
-  const Floats n = shifted - kRound;
-  const Floats r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f; // ln 2 in two parts
-  Floats p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  // The low bits of `shifted` are n on top of kRound's own; n goes into the exponent of 2^n.
-  const Ints power = (load_bits<Ints>(&shifted) - 0x4b400000 + 127) << 23;
-  return x < kLowest ? Floats{} : p * load_bits<Floats>(&power);
+  const Reduced reduced = reduce_exponent(x < kLowest ? splat(kLowest) : x);
+  return x < kLowest ? Floats{} : exponential_of(reduced, reduced.rest, 0);
 }
 
 // ---- transposition ------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from .embedding.embedding import embedding, zero_rows_
 from .embedding.lookup_plan import LookupPlan, plan_lookups, zero_planned_rows_
 from .embedding_layer_norm.embedding_layer_norm import EmbeddingRows, embedding_layer_norm
 from .freed_memory import keep_freed_memory
+from .gated_activation.gated_activation import geglu, swiglu
 from .integrations.balanced_optimizer import BalancedOptimizer
 from .integrations.layer_norm_compat import FusedLayerNorm, layer_norm_fn
 from .integrations.packing_collator import PackingCollator
@@ -90,6 +91,7 @@ __all__ = [
     "embedding_layer_norm",
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
+    "geglu",
     "gram",
     "keep_freed_memory",
     "lamb_update_",
@@ -102,6 +104,7 @@ __all__ = [
     "plan_lookups",
     "restore",
     "rotary_tables",
+    "swiglu",
     "take_rows",
     "unpad_input",
     "update_guard",

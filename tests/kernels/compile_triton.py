@@ -36,6 +36,8 @@ from kernels.embedding import embedding_triton, lookup_plan_triton
 from kernels.embedding.lookup_plan import PIECE
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
 from kernels.embedding_layer_norm.embedding_layer_norm_triton import Tables
+from kernels.gated_activation import gated_activation_triton
+from kernels.gated_activation.gated_activation import GELU, GELU_TANH, SILU
 from kernels.layer_norm import layer_norm_sums_triton
 from kernels.layer_norm import layer_norm_triton_kernels as layer_norm
 from kernels.layer_norm.layer_norm_sums_triton import SEGMENTS, GradientRows
@@ -60,6 +62,21 @@ NORMS = {
     "layer_norm_backward": layer_norm.layer_norm_backward_kernel,
     "embedding_layer_norm": embedding_layer_norm_triton._forward_kernel,
     "embedding_layer_norm_backward": embedding_layer_norm_triton._backward_kernel,
+}
+# Each with dropout, and the first without, too: the activation and the dropout's probability.
+GATED_OPTIONS = {
+    "geglu": (GELU, 0.1),
+    "geglu_tanh": (GELU_TANH, 0.1),
+    "swiglu": (SILU, 0.1),
+    "geglu_alone": (GELU, 0.0),
+}
+GATED = {
+    f"{name}{suffix}": kernel
+    for name in GATED_OPTIONS
+    for suffix, kernel in (
+        ("", gated_activation_triton.gated_forward_kernel),
+        ("_backward", gated_activation_triton.gated_backward_kernel),
+    )
 }
 OTHERS = {
     "intervals": attention.intervals_kernel,
@@ -95,7 +112,7 @@ MULTIPLES_OF_16 = {
         *("weight_stride", "bias_stride", "outputs", "inputs"),
     ],
 }
-KERNELS = ATTENTION | RUNS | NORMS | LINEAR | ROTARY | OTHERS
+KERNELS = ATTENTION | RUNS | NORMS | LINEAR | ROTARY | GATED | OTHERS
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEAD_WIDTHS = [32, 64, 96, 128]
 # BERT's widths and the largest that is allowed.
@@ -186,6 +203,9 @@ def compile_kernel(case: Case) -> Needs:
         constants, options = _linear(case)
     elif case.kernel in ROTARY:
         constants, options = _rotary(case)
+    elif case.kernel in GATED:
+        own = GATED_OPTIONS[case.kernel.removesuffix("_backward")]
+        constants, options = gated_activation_triton.constants_of(case.width, *own), {}
     else:
         constants, options = _other(case)
     types = _types(case.dtype, in_heads=case.kernel in ATTENTION | RUNS)

@@ -155,10 +155,16 @@ def _embedding_rows(s: Stream) -> EmbeddingRows:
     return EmbeddingRows(s.table_rows, s.table_rows, s.table_rows, s.vector_rows)
 
 
+def _halves(s: Stream) -> Tensor:
+    return s.x[:, : 2 * WIDTH]
+
+
 LAYERS: dict[str, Callable[[Stream], Tensor]] = {
     "flash_attn_varlen_func": _attention,
     "flash_attn_varlen_qkvpacked_func": _attention_packed,
     "dropout": lambda s: kernels.dropout(s.own, 0.1, seed=s.seed),
+    "geglu": lambda s: kernels.geglu(_halves(s), dropout_p=0.1, seed=s.seed),
+    "swiglu": lambda s: kernels.swiglu(_halves(s), dropout_p=0.1, seed=s.seed),
     "layer_norm": lambda s: kernels.layer_norm(s.own, s.weight, s.bias),
     "layer_norm by task": lambda s: kernels.layer_norm(
         s.own, s.weight, s.bias, rows=s.vector_rows, segments=s.segments

@@ -90,6 +90,9 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
             {"qkv": qkv, "cu_seqlens": cu, "max_seqlen": 4, **dropped},
         ),
         "dropout": (kernels.dropout, {"x": x, "p": 0.1, "seed": seed}),
+        "geglu": (kernels.geglu, {"x": x, **dropped}),
+        "geglu by tanh": (kernels.geglu, {"x": x, "approximate": "tanh"}),
+        "swiglu": (kernels.swiglu, {"x": x, **dropped}),
         "layer_norm": (kernels.layer_norm, {"x": x, **norm}),
         "layer_norm by task": (
             lambda buffer, **given: kernels.layer_norm(

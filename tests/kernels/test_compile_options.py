@@ -283,6 +283,22 @@ ROTARY: dict[str, Call] = {
 }
 
 
+def _geglu(s: Stream, **options: object) -> Tensor:
+    return kernels.geglu(s.x[:, : 2 * WIDTH], **options)
+
+
+GATED: dict[str, Call] = {
+    "geglu": _geglu,
+    "geglu, dropout": lambda s: _geglu(s, dropout_p=0.1, seed=s.seed),
+    "geglu, no seed": partial(_geglu, dropout_p=0.1),
+    "geglu by tanh": partial(_geglu, approximate="tanh"),
+    "geglu, not training": partial(_geglu, dropout_p=0.1, training=False),
+    "swiglu": lambda s: kernels.swiglu(s.x[:, WIDTH:]),
+    "swiglu, dropout": lambda s: kernels.swiglu(s.x[:, WIDTH:], dropout_p=0.1, seed=s.seed),
+    "swiglu of a constant": lambda s: kernels.swiglu(s.x[:, WIDTH:].detach()),
+}
+
+
 def _padded(s: Stream) -> Tensor:
     longest = len(s.x) // 3
     mask = torch.arange(longest) < torch.tensor([longest, 2, 5])[:, None]
@@ -405,6 +421,7 @@ GROUPS = {
     "embedding_layer_norm": EMBEDDING,
     "linear, dropout": LINEAR,
     "rotary": ROTARY,
+    "gated activations": GATED,
     "padding": PADDING,
     "surgery": SURGERY,
 }
@@ -416,6 +433,7 @@ FOR_INDUCTOR = {
     "embedding_layer_norm": ["neither", "padding", "by task, frozen positions", "by task and plan"],
     "linear, dropout": ["by task, frozen weight", "dropout, no seed", "rows"],
     "rotary": ["positions", "qkv"],
+    "gated activations": ["geglu", "swiglu, dropout"],
     "padding": ["there and back"],
     "surgery": ["gram", "combine into a tensor", "combine_adamw_", "zero_rows_", "balancing: mgda"],
 }

@@ -63,6 +63,8 @@ LAYERS: dict[str, dict[str, tuple[Any, ...]]] = {
             *((), (3,), (3, 3, 3), 3, -1, None, "34", torch.ones(2, dtype=torch.int64)),
         ),
     },
+    "geglu": {"dropout_p": RATES},
+    "swiglu": {"dropout_p": RATES},
 }
 LAYERS["flash_attn_varlen_qkvpacked_func"] = LAYERS["flash_attn_varlen_func"]
 

@@ -64,6 +64,7 @@ ACCEPTED: Mapping[str, str] = {
     "combine_adamw_(segments_)?.step": r"dtype: torch.(float32|float64|bool)",
     "dropout.x": r"shape: .*",
     "x|qkv|rows|out|low_precision|(weight|bias|x_bias)_rows": r"dtype: torch.(bfloat16|float16)",
+    "(geglu|swiglu).x": r"shape: (empty|dimension 1 of 0)",
     "attention.q": r"shape: dimension 0 of 2[35]",
     "attention_qkvpacked.qkv": r"shape: dimension (0 of 2[35]|2 of \d+|3 of (1|15|17))",
     "cu_seqlens": r"shape: dimension 0 of [13]",  # fewer sequences, or an empty one more

@@ -22,6 +22,7 @@ used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20),) * 2)
 calls = {
     "dropout": lambda: ops.dropout(big, 0.1, seed, 0),
+    "geglu": lambda: kernels.geglu(big),
     "layer_norm": lambda: kernels.layer_norm(big, weight),
     "non-contiguous": lambda: kernels.layer_norm(big.t()[:, :39_000], None),
     "draw_order": lambda: kernels.draw_order(5_000, 1),
@@ -42,5 +43,5 @@ def test_memory_that_runs_out_is_a_memory_error() -> None:
     command = [sys.executable, "-c", SCRIPT]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    names = ("dropout", "layer_norm", "non-contiguous", "draw_order", "in a thread")
+    names = ("dropout", "geglu", "layer_norm", "non-contiguous", "draw_order", "in a thread")
     assert run.stdout.splitlines() == [f"{name} MemoryError" for name in names]

@@ -91,6 +91,10 @@ def others() -> dict[str, tuple]:
     return {
         "attention_plan": (CU_SEQLENS, TOKENS),
         "dropout": (leaf(7, 5), 0.2, SEED, 3),
+        "geglu": (leaf(7, 10), True, 0.2, SEED, 3),
+        "geglu_backward": (*torch.randn(7, 15).split([5, 10], 1), False, 0.2, SEED, 3),
+        "swiglu": (leaf(7, 10), 0.0, None, 0),
+        "swiglu_backward": (*torch.randn(7, 15).split([5, 10], 1), 0.2, SEED, 3),
         "note_tasks_": (torch.zeros(3, 2, dtype=torch.int64), [0, 2], OFFSETS),
         "onednn_linear": (x, grad.t() @ x, grad.sum(0)),
         "linear_task_gradients_": (grad, x, rows, bias_rows, OFFSETS, True),
@@ -134,7 +138,10 @@ def test_every_operator_is_checked_and_tells_what_runs_it() -> None:
 
 @pytest.mark.parametrize(
     "layer_name",
-    ["flash_attn_varlen_func", "layer_norm", "dropout_add_layer_norm", "embedding_layer_norm"],
+    [
+        *("flash_attn_varlen_func", "layer_norm", "dropout_add_layer_norm"),
+        *("embedding_layer_norm", "geglu", "swiglu"),
+    ],
 )
 def test_a_second_derivative_is_refused_and_not_taken_for_zero(layer_name: str) -> None:
     stream = Stream.of(21)

@@ -1,12 +1,17 @@
-"""ModernBERT on packed tokens: layers with a window, and what its configs and heads ask for."""
+"""ModernBERT on packed tokens: layers with a window, its feed-forward network, configs, heads."""
+
+from typing import Any
 
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers.models.modernbert import modeling_modernbert
 
-from kernels import accelerate
-from kernels.integrations import transformers_layers
+import kernels
+from kernels import accelerate, restore
+from kernels.integrations import layer_norm_compat, transformers_layers, transformers_modernbert
 
 from .transformers_cases import (
     MASKS,
@@ -134,3 +139,117 @@ def test_masks_of_the_callers_own_are_refused() -> None:
     mask = {"full_attention": None}
     with pytest.raises(ValueError, match="attention_mask: expected"):
         model(**batch(model, "none") | {"attention_mask": mask})
+
+
+# ---- the feed-forward network -------------------------------------------------------------------
+
+
+@pytest.fixture
+def gated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of every call of this package's gated GELU."""
+    calls: list[dict[str, Any]] = []
+    own = transformers_modernbert.geglu
+
+    def noting(x: Tensor, **options: Any) -> Tensor:
+        calls.append(options)
+        return own(x, **options)
+
+    monkeypatch.setattr(transformers_modernbert, "geglu", noting)
+    return calls
+
+
+def hidden_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).last_hidden_state
+
+
+def assert_same_behind(model: Any) -> None:
+    """Accelerated, a model gives what it gave before."""
+    inputs = batch(model, "none")
+    expected = hidden_states(model, inputs)
+    accelerate(model)
+    torch.testing.assert_close(hidden_states(model, inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_feed_forward_network_takes_its_activation_in_one_pass(gated: list) -> None:
+    model = base_model("modernbert")
+    assert_same_behind(model)
+    assert [options["training"] for options in gated] == [False] * len(model.layers)
+    restore(model)
+    assert type(model.layers[0].mlp) is modeling_modernbert.ModernBertMLP
+    hidden_states(model, batch(model, "none"))
+    assert len(gated) == len(model.layers)
+
+
+def test_dropout_of_a_feed_forward_network(gated: list) -> None:
+    """The module's own rate and mode, and the bits of a dropout behind."""
+    model = base_model("modernbert", mlp_dropout=0.25)
+    accelerate(model)
+    mlp, x = model.layers[0].mlp.train(), torch.randn(1, 9, 32)
+    torch.manual_seed(3)
+    found = mlp(x)
+    assert gated == [{"dropout_p": 0.25, "training": True}]
+    torch.manual_seed(3)
+    expected = mlp.Wo(kernels.dropout(kernels.geglu(mlp.Wi(x)), 0.25))
+    assert torch.equal(found, expected)
+    mlp.drop.eval()
+    assert torch.equal(mlp(x), mlp.Wo(kernels.geglu(mlp.Wi(x))))
+
+
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "silu", "gelu_python", "relu"])
+def test_other_activations_are_transformers_own(name: str, gated: list) -> None:
+    assert_same_behind(base_model("modernbert", hidden_activation=name))
+    assert not gated
+
+
+@pytest.mark.parametrize("part", ["mlp", "mlp.Wi", "mlp.Wo", "mlp.act", "mlp.drop", "mlp_norm"])
+def test_parts_with_hooks_are_called(part: str, gated: list) -> None:
+    model = base_model("modernbert")
+    hooked = model.layers[1].get_submodule(part)
+    hooked.register_forward_hook(lambda _m, _a, output: output * 1.5)
+    assert_same_behind(model)
+    assert len(gated) == (1 if part in ("mlp.act", "mlp.drop") else 2)
+
+
+class Adapter(nn.Module):
+    """A linear layer with a product of low rank beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2)
+        self.up = nn.Linear(2, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("name", ["Wi", "Wo"])
+def test_adapters_and_parametrised_weights_are_called(name: str, gated: list) -> None:
+    model = base_model("modernbert")
+    first, second = (layer.mlp for layer in model.layers)
+    setattr(first, name, Adapter(getattr(first, name)))
+    nn.utils.parametrizations.weight_norm(getattr(second, name))
+    assert_same_behind(model)
+    assert len(gated) == 2
+
+
+def test_few_elements_are_torchs(monkeypatch: pytest.MonkeyPatch, gated: list) -> None:
+    monkeypatch.setattr(transformers_layers, "MIN_FUSED_ELEMENTS", 2**15)
+    assert_same_behind(base_model("modernbert"))
+    assert not gated
+
+
+def test_every_norm_is_this_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no bias: that of embeddings, two of a layer but for the first, and the last."""
+    biases: list[Tensor | None] = []
+    norm = layer_norm_compat.layer_norm
+
+    def noting(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        biases.append(bias)
+        return norm(x, weight, bias, eps)
+
+    monkeypatch.setattr(layer_norm_compat, "layer_norm", noting)
+    model = base_model("modernbert")
+    assert_same_behind(model)
+    assert biases == [None] * (2 * len(model.layers) + 1)

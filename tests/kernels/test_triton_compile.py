@@ -18,6 +18,7 @@ from kernels.dropout import dropout_triton
 from kernels.embedding import embedding_triton, lookup_plan_triton
 from kernels.embedding.lookup_plan import ALL_TABLES, Layout
 from kernels.embedding_layer_norm import embedding_layer_norm_triton
+from kernels.gated_activation import gated_activation_triton
 from kernels.layer_norm import layer_norm_triton
 from kernels.linear import linear_triton
 from kernels.rotary import rotary_triton
@@ -126,6 +127,9 @@ def launch_all(tokens: int, dtype: torch.dtype) -> None:
     _, hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, 1e-12, *add)
     layer_norm_triton.backward(x, hidden, weight, mean, rstd, *rows, *of_tasks, *add[2:])
     dropout_triton.dropout(x, 0.1, seed, 1)
+    gated = (0, 0.1, seed, 1)
+    grad_out = gated_activation_triton.forward(x, *gated)
+    gated_activation_triton.backward(grad_out, x, *gated)
 
     index, table = torch.arange(tokens) % 7, torch.zeros(7, width, dtype=dtype)
     embedded = ((index,) * 3, (table,) * 3)
