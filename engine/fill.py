@@ -12,7 +12,6 @@ from .data.collate import join
 from .data.task_batch import TaskBatch
 from .data.tokenizer import Tokenizer
 from .models.context import Context
-from .models.heads import head_class
 from .models.multitask import MultitaskModel
 from .runs.run import Run, open_run
 from .runtime.precision import pick_device
@@ -102,9 +101,8 @@ def _objective(run: Run) -> str:
     Raises:
         InputError: it has none.
     """
-    for name, settings in run.recipe.objectives.items():
-        if head_class(settings.kind).fills_masks:
-            return name
+    if run.masked_lm is not None:
+        return run.masked_lm
     raise InputError(f"{run.folder}: its recipe has no masked LM; take a run of superbert, say")
 
 

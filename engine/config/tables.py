@@ -1,17 +1,19 @@
 """The tables of a recipe that are small: how a task is read, the shape of an encoder."""
 
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 
 from ..data.source import TaskSource
 from ..models.config import MOST_LAYERS, EncoderConfig
 from ..models.heads import FEATURES, LOSSES
+from ..models.registry import DEFAULT, MODELS
 from ..utils.errors import InputError
 from ..utils.field_types import Count, Fraction, Positive, PositiveReal, Settings
 from .messages import first_problem
 
+_MODEL_TYPES = tuple(dict.fromkeys(spec.config.model_type for spec in MODELS.values()))
 CHANGEABLE = frozenset(("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob"))
 """What can be changed in a pretrained encoder; all else is the shape of its weights."""
 
@@ -42,6 +44,8 @@ class EncoderRecipe(Settings):
     shape in a file without ``init`` is that of the encoder from scratch, and set aside.
     """
 
+    model_type: Literal[_MODEL_TYPES] = DEFAULT  # type: ignore[valid-type]
+    """Architecture."""
     vocab_size: Annotated[int, Field(ge=16, lt=1 << 31)] = 4096
     """Most entries of the WordPiece vocabulary, which is learnt from the texts that are trained on:
     of tasks and objectives, in any phase."""
@@ -63,7 +67,7 @@ class EncoderRecipe(Settings):
     attention_probs_dropout_prob: Fraction = 0.1
     """Dropout of attention probabilities."""
 
-    _set_aside: dict[str, int] = PrivateAttr(default_factory=dict)
+    _set_aside: dict[str, int | str] = PrivateAttr(default_factory=dict)
 
     def without_shape(self, names: Collection[str]) -> "EncoderRecipe":
         """Return the same without the fields of the shape among ``names``; they are set aside."""
@@ -73,7 +77,7 @@ class EncoderRecipe(Settings):
         kept._set_aside = self._set_aside | aside
         return kept
 
-    def set_aside(self, config: EncoderConfig) -> dict[str, int]:
+    def set_aside(self, config: EncoderConfig) -> dict[str, int | str]:
         """Return the fields that were set aside and that ``config`` has otherwise."""
         aside = self._set_aside.items()
         return {name: value for name, value in aside if getattr(config, name) != value}
@@ -110,7 +114,7 @@ class EncoderRecipe(Settings):
         return settings, config
 
 
-def _fits(name: str, value: int, config: EncoderConfig) -> bool:
+def _fits(name: str, value: Any, config: EncoderConfig) -> bool:
     """Return whether a model has the shape that a recipe gives; its vocabulary may be smaller."""
-    own: int = getattr(config, name)
-    return own <= value if name == "vocab_size" else own == value
+    own = getattr(config, name)
+    return bool(own <= value if name == "vocab_size" else own == value)

@@ -26,8 +26,17 @@ from .tokenizer_file import LARGEST_FILE, known_part, refuse_sampling
 from .tokenizer_process import TokenizerProcess
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_SPELLINGS = (SPECIAL_TOKENS, ("<pad>", "<unk>", "<s>", "</s>", "<mask>"))
+_ROBERTAS_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
+_SPELLINGS = (SPECIAL_TOKENS, _ROBERTAS_TOKENS)
 """The special tokens as vocabularies spell them: BERT's, RoBERTa's."""
+_ROLES = (
+    ("pad_token",),
+    ("unk_token",),
+    ("cls_token", "bos_token"),
+    ("sep_token", "eos_token"),
+    ("mask_token",),
+)
+"""Fields of ``tokenizer_config.json`` that spell each of them, the first that is there."""
 
 _BERT_SETTINGS = {
     "do_lower_case": "lowercase",
@@ -63,19 +72,27 @@ class Tokenizer:
         pad_id, unk_id, cls_id, sep_id, mask_id: their ids.
     """
 
-    def __init__(self, backend: Backend | TokenizerProcess, where: str = "tokenizer") -> None:
+    def __init__(
+        self,
+        backend: Backend | TokenizerProcess,
+        where: str = "tokenizer",
+        special_tokens: Sequence[str] = (),
+    ) -> None:
         """Wrap a tokenizer of the ``tokenizers`` library.
 
         Args:
             backend: the tokenizer, without truncation and padding.
             where: what to call it in an error message.
+            special_tokens: the five, where the vocabulary spells them neither as BERT's nor as
+                RoBERTa's does.
 
         Raises:
             InputError: its vocabulary lacks one of the special tokens, or numbers a token
                 that 32 bits cannot hold.
         """
         self.special_tokens = max(
-            _SPELLINGS, key=lambda names: sum(backend.token_to_id(n) is not None for n in names)
+            (*_SPELLINGS, tuple(special_tokens)),
+            key=lambda names: sum(backend.token_to_id(n) is not None for n in names),
         )
         ids: list[int] = []
         for token in self.special_tokens:
@@ -105,7 +122,8 @@ class Tokenizer:
         """
         whole, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
         if whole.is_file():
-            return cls(_load_json(whole), str(whole))
+            backend = _load_json(whole)
+            return cls(backend, str(whole), _named_tokens(folder, backend))
         if vocabulary.is_file():
             settings = _read_settings(folder / "tokenizer_config.json")
             backend = _word_piece(_read_vocabulary(vocabulary), settings)
@@ -195,7 +213,7 @@ class Tokenizer:
 
         RoBERTa does not number segments either.
         """
-        return 1 if self.special_tokens == SPECIAL_TOKENS else 2
+        return 2 if self.special_tokens == _ROBERTAS_TOKENS else 1
 
     def encode(self, texts: Sequence[str], max_length: int) -> EncodedTexts:
         """Turn sentences into token ids, cutting those that exceed ``max_length`` tokens.
@@ -326,6 +344,23 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
             raise InputError(f"token {token!r} stands twice, {path}:{number + 1}; remove one")
         vocabulary[token] = number
     return vocabulary
+
+
+def _named_tokens(folder: Path, backend: Backend | TokenizerProcess) -> list[str]:
+    """Return the special tokens that ``tokenizer_config.json`` names.
+
+    None where the vocabulary has those of BERT or RoBERTa, or not all five are named.
+    """
+    if any(all(backend.token_to_id(n) is not None for n in names) for names in _SPELLINGS):
+        return []
+    settings = _read_settings(folder / "tokenizer_config.json")
+    named: list[str] = []
+    for fields in _ROLES:
+        given = next((settings[field] for field in fields if settings.get(field)), None)
+        token = given.get("content") if isinstance(given, dict) else given
+        if isinstance(token, str):
+            named.append(token)
+    return named if len(named) == len(_ROLES) else []
 
 
 def _read_settings(path: Path) -> Mapping[str, object]:

@@ -2,6 +2,7 @@
 
 config.json, model.safetensors, tokenizer…   transformers.AutoModel, AutoTokenizer
 modules.json, 1_Pooling/, …                  sentence_transformers.SentenceTransformer
+                                             AutoModelForMaskedLM, of a run with a masked LM
 heads.safetensors                            the task heads, laid out as the model card says
 README.md                                    the model card
 """
@@ -82,7 +83,7 @@ def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:
     """Return the weights of the heads, ``{task}.{parameter}``, and of ``pair``, their shared layer.
 
     All are fp32; a head whose score is a similarity itself has none.  Heads of objectives, which
-    predict nothing, stay behind.
+    predict no labels, stay behind.
     """
     state = {
         f"{task}.{name}": tensor
@@ -107,13 +108,22 @@ def _exported_heads(model: MultitaskModel) -> dict[str, HeadExport]:
 def _write_transformers(folder: Path, run: Run, model: MultitaskModel) -> None:
     encoder = {name: tensor.float().cpu() for name, tensor in model.encoder.state_dict().items()}
     state = to_huggingface_state(encoder, run.config)
-    state |= spec_of(run.config).untrained(run.config)
+    state |= spec_of(run.config).untrained(run.config) | _masked_lm(run, model)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     known = {"dtype": "float32", "pad_token_id": run.tokenizer.pad_id}
     _write_json(folder / "config.json", run.config.to_huggingface() | known | _NO_ANSWERS)
     run.tokenizer.save(folder)
     settings = run.tokenizer.settings | {"model_max_length": run.max_length}
     _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _masked_lm(run: Run, model: MultitaskModel) -> dict[str, Tensor]:
+    """Return the weights of a run's masked LM, which ``AutoModelForMaskedLM`` finds; often none."""
+    if run.masked_lm is None:
+        return {}
+    weights = model.head(run.masked_lm).to_pretrained().items()
+    stored = spec_of(run.config).store_head({name: weight.float() for name, weight in weights})
+    return {name: weight.cpu().contiguous() for name, weight in stored.items()}
 
 
 def _write_sentence_transformers(folder: Path, run: Run) -> None:

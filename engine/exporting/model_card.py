@@ -36,9 +36,7 @@ each task.  Trained with superbert-engine {version}; the weights are those of st
     model = transformers.AutoModel.from_pretrained(folder)
     model = sentence_transformers.SentenceTransformer(folder)
 
-There is no head for `pipeline("text-classification")` and `CrossEncoder`, which therefore raise an
-error; `pipeline("fill-mask")` answers, but from a head of random weights.  To train a new head on
-this encoder, give `num_labels=`, and to `CrossEncoder` also `activation_fn=`.
+{other_heads}
 
 The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSON object:
 
@@ -150,6 +148,7 @@ def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
         model_type=run.config.model_type,
         model=spec_of(run.config).name,
         libraries=_libraries(run),
+        other_heads=_other_heads(run),
         answers=_answers(),
         example=example(),
         scores=_scores(run, scores),
@@ -168,6 +167,21 @@ def _libraries(run: Run) -> str:
         f"sentence-transformers (sentence vectors, {run.recipe.pooling} pooling):"
     )
     return textwrap.fill(text, _WIDTH, break_on_hyphens=False)
+
+
+def _other_heads(run: Run) -> str:
+    """Return what other libraries answer from."""
+    source = (
+        "a head of random weights"
+        if run.masked_lm is None
+        else f"the head of objective {markdown_text(run.masked_lm)}"
+    )
+    text = (
+        'There is no head for `pipeline("text-classification")` and `CrossEncoder`, which '
+        f'therefore raise an error; `pipeline("fill-mask")` answers from {source}.  To train a '
+        "new head on this encoder, give `num_labels=`, and to `CrossEncoder` also `activation_fn=`."
+    )
+    return textwrap.fill(text, _WIDTH, break_on_hyphens=False, fix_sentence_endings=True)
 
 
 def _together(recipe: Recipe) -> str:

@@ -209,6 +209,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         # With --init a shape is held against the model's: EncoderRecipe.of_model.
         **dict.fromkeys(
             (
+                "encoder.model_type",
                 "encoder.vocab_size",
                 "encoder.hidden_size",
                 "encoder.num_hidden_layers",

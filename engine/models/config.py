@@ -2,12 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from ..utils.errors import InputError
 
 MOST_LAYERS = 1024
 """Far beyond any encoder's; each takes time and memory to build, however narrow."""
+
+
+class HeadBiases(NamedTuple):
+    """Whether the layers of masked LM's head before the decoder have biases."""
+
+    dense: bool = True
+    norm: bool = True
 
 
 class EncoderConfig:
@@ -61,6 +68,11 @@ class EncoderConfig:
     def head_dim(self) -> int:
         """D, the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def head_biases(self) -> HeadBiases:
+        """Biases of masked LM's head."""
+        return HeadBiases()
 
     def changed(self, **fields: Any) -> Self:
         """Return the same with other values of some fields."""

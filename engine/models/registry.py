@@ -4,17 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..utils.errors import InputError
-from . import bert
+from . import bert, modernbert
 from .config import EncoderConfig
 from .spec import ModelSpec
 
 MODELS: dict[str, ModelSpec] = {
-    model_type: spec for spec in (bert.SPEC,) for model_type in spec.model_types
+    model_type: spec for spec in (bert.SPEC, modernbert.SPEC) for model_type in spec.model_types
 }
 """By the ``model_type`` of config.json."""
 
-FROM_SCRATCH = bert.SPEC
-"""The model that is trained from scratch, and that of a ``config.json`` without a type."""
+DEFAULT = bert.SPEC.config.model_type
+"""The type of a model that is trained from scratch, and that of a ``config.json`` without one."""
 
 
 def spec_of(config: EncoderConfig) -> ModelSpec:
@@ -28,7 +28,7 @@ def find_spec(config: Mapping[str, Any]) -> ModelSpec:
     Raises:
         InputError: its model type is unknown.
     """
-    name = config.get("model_type", FROM_SCRATCH.config.model_type)
+    name = config.get("model_type", DEFAULT)
     if not isinstance(name, str) or name not in MODELS:
         raise InputError(f"model_type = {name!r}: expected one of {', '.join(MODELS)}")
     return MODELS[name]

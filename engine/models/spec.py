@@ -43,6 +43,10 @@ def _none(_config: Any) -> dict[str, Tensor]:
     return {}
 
 
+def _as_they_are(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(weights)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """An encoder, its config, and its weights from and to Hugging Face.
@@ -54,6 +58,7 @@ class ModelSpec:
         encoder: builds an encoder with random weights from a config.
         weights: returns the names and shape of every weight, for a config.
         sort_weights: sorts and names the tensors of a folder, given its ``config.json``.
+        store_head: renames the weights of masked LM's head, from BERT's names to a folder's.
         untrained: returns the tensors that a written folder has besides the encoder's weights,
             because transformers' class of the model has them.
         untrained_note: describes these tensors in the model card.
@@ -65,5 +70,6 @@ class ModelSpec:
     encoder: Callable[[Any], Encoder]
     weights: Callable[[Any], Iterable[Weight]]
     sort_weights: Callable[[Mapping[str, Any], Iterable[tuple[str, Tensor]]], StoredWeights]
+    store_head: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _as_they_are
     untrained: Callable[[Any], dict[str, Tensor]] = _none
     untrained_note: str = ""

@@ -30,9 +30,9 @@ from ..data.task_schema import TaskSchema
 from ..data.tokenizer import Tokenizer
 from ..models import hf_weights
 from ..models.config import EncoderConfig
-from ..models.heads import CROSS
+from ..models.heads import CROSS, head_class
 from ..models.multitask import MultitaskModel
-from ..models.registry import FROM_SCRATCH
+from ..models.registry import MODELS
 from ..runtime.cpu import set_threads
 from ..runtime.oom import SMALLER_MODEL, check_memory, memory_explained
 from ..runtime.precision import pick_dtype
@@ -65,6 +65,14 @@ class Run(NamedTuple):
     def max_length(self) -> int:
         """The most tokens in a sentence."""
         return min(self.recipe.max_length, self.config.max_position_embeddings)
+
+    @property
+    def masked_lm(self) -> str | None:
+        """The name of its objective that predicts masked words; None without one."""
+        for name, settings in self.recipe.objectives.items():
+            if head_class(settings.kind).fills_masks:
+                return name
+        return None
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -233,7 +241,7 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
     else:
         tokenizer = Tokenizer.train(vocabulary_texts(recipe), recipe.encoder.vocab_size)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
-        config = FROM_SCRATCH.config(**shape)
+        config = MODELS[shape.pop("model_type")].config(**shape)
     return _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
 
 

@@ -204,6 +204,10 @@ class Head(nn.Module, ABC):
         """
         return False
 
+    def to_pretrained(self) -> dict[str, Tensor]:
+        """Return the weights that :meth:`load_pretrained` loads, of masked LM; none of others."""
+        return {}
+
     def word_logits(self, hidden: Tensor, word: Embedding) -> Tensor:
         """Return a logit for each word, ``[m, H]`` to ``[m, V]``, where it ``fills_masks``.
 

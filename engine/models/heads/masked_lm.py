@@ -13,12 +13,14 @@ from ..layers import Embedding, LayerNorm, Linear
 from ..pooling import TaskStates, at_least_fp32
 from .base import Head, HeadSettings, Scores
 
-_PRETRAINED = {
+_WORDS = {
     "cls.predictions.bias": "bias",
     "cls.predictions.transform.dense.weight": "transform.weight",
     "cls.predictions.transform.dense.bias": "transform.bias",
     "cls.predictions.transform.LayerNorm.weight": "norm.weight",
     "cls.predictions.transform.LayerNorm.bias": "norm.bias",
+}
+_PRETRAINED = _WORDS | {
     "pooler.dense.weight": "pooler.weight",
     "pooler.dense.bias": "pooler.bias",
     "cls.seq_relationship.weight": "follows.weight",
@@ -40,8 +42,9 @@ class MaskedLmHead(Head):
         super().__init__(settings)
         config, next_sentence = settings.config, settings.kind == "masked_lm_next"
         width, std = config.hidden_size, config.initializer_range
-        self.transform = Linear(width, width, init_std=std)
-        self.norm = LayerNorm(width, eps=config.layer_norm_eps)
+        biases = config.head_biases
+        self.transform = Linear(width, width, bias=biases.dense, init_std=std)
+        self.norm = LayerNorm(width, eps=config.layer_norm_eps, bias=biases.norm)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.pooler = Linear(width, width, init_std=std) if next_sentence else None
         self.follows = Linear(width, 1, init_std=std) if next_sentence else None
@@ -102,3 +105,8 @@ class MaskedLmHead(Head):
             return False
         self.load_state_dict({name: known[name].float() for name in own})
         return True
+
+    def to_pretrained(self) -> dict[str, Tensor]:
+        """Return the weights of its words' logits, under BERT's names."""
+        own = self.state_dict()
+        return {theirs: own[ours] for theirs, ours in _WORDS.items() if ours in own}
