@@ -12,6 +12,7 @@ from rich.table import Column, Table
 
 from ..config.messages import ANY_NAME, table_of
 from ..config.recipe import Recipe
+from ..config.tables import model_types
 from ..gradients.balancing import METHODS
 
 
@@ -37,6 +38,9 @@ def recipe_fields() -> Iterator[RecipeField]:
         if field.key == "balance":
             text = f"{field.text}  Methods: {', '.join(METHODS)}."
             field = field._replace(choices=tuple(METHODS), text=text)
+        elif field.key == "encoder.model_type":
+            text = f"{field.text[:-1]}: {' or '.join(model_types())}."
+            field = field._replace(choices=model_types(), text=text)
         yield field
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from ..data.source import TaskSource
 from ..models.config import MOST_LAYERS, EncoderConfig
@@ -13,9 +13,19 @@ from ..utils.errors import InputError
 from ..utils.field_types import Count, Fraction, Positive, PositiveReal, Settings
 from .messages import first_problem
 
-_MODEL_TYPES = tuple(dict.fromkeys(spec.config.model_type for spec in MODELS.values()))
 CHANGEABLE = frozenset(("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob"))
 """What can be changed in a pretrained encoder; all else is the shape of its weights."""
+
+
+def model_types() -> tuple[str, ...]:
+    """Return the architectures that can be trained from scratch."""
+    return tuple(dict.fromkeys(spec.config.model_type for spec in MODELS.values()))
+
+
+def _with_config(name: str) -> str:
+    if name not in model_types():
+        raise ValueError(f"expected {' or '.join(model_types())}")
+    return name
 
 
 class TaskRecipe(Settings):
@@ -44,7 +54,7 @@ class EncoderRecipe(Settings):
     shape in a file without ``init`` is that of the encoder from scratch, and set aside.
     """
 
-    model_type: Literal[_MODEL_TYPES] = DEFAULT  # type: ignore[valid-type]
+    model_type: Annotated[str, AfterValidator(_with_config)] = DEFAULT
     """Architecture."""
     vocab_size: Annotated[int, Field(ge=16, lt=1 << 31)] = 4096
     """Most entries of the WordPiece vocabulary, which is learnt from the texts that are trained on:

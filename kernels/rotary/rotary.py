@@ -381,16 +381,15 @@ def apply_rotary_emb_qkv_(
 ) -> Tensor:
     """Rotate queries and keys in place, and leave the values alone: flash-attn's function.
 
-    One pass over q and k; neither it nor its backward pass allocates a second qkv, unless somebody
-    else holds the gradient that the backward pass would overwrite.
+    One pass over q and k, without a second qkv; the backward pass copies the gradient once.
 
     Args:
         qkv: ``[B, S, 3, H, D]``, or packed ``[T, 3, H, D]`` with cu_seqlens or position_ids; dtypes
             and strides as of `apply_rotary_emb`'s x.  With ``num_heads_q`` all heads are in one
             dimension, queries, keys, values: ``[B, S, heads, D]`` or ``[T, heads, D]``.
-        cos: as in `apply_rotary_emb`, and so are sin, interleaved and all arguments that say where
-            tokens are.
-        sin: see cos.
+        cos: ``[N, R / 2]``, as in `apply_rotary_emb`, and so are interleaved and all arguments that
+            say where tokens are.
+        sin: like cos.
         cos_k: not supported, nor is sin_k.
         sin_k: see cos_k.
         interleaved: see cos.
@@ -506,7 +505,15 @@ class RotaryEmbedding(nn.Module):
         self._tables = rotary_tables(0, dim, self.base, device=device)
 
     def tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cos and sin ``[N, R / 2]`` of at least so many positions."""
+        """Return cosines and sines of the first positions.
+
+        Args:
+            num_positions: how many are needed.
+            device: of the tables.
+
+        Returns:
+            Two tables ``[N, R / 2]``, float32, of ``num_positions`` or more.
+        """
         cos, _ = self._tables
         if len(cos) < num_positions or cos.device != device:
             count = max(num_positions, len(cos))
@@ -527,7 +534,7 @@ class RotaryEmbedding(nn.Module):
         """Rotate queries and keys in place, as `apply_rotary_emb_qkv_`.
 
         Args:
-            qkv: as there, and so are num_heads_q, cu_seqlens and position_ids.
+            qkv: shapes and dtypes as there, and so are num_heads_q, cu_seqlens and position_ids.
             kv: not supported.
             seqlen_offset: as ``seqlen_offsets`` there.
             max_seqlen: positions that the tables have at least.  Needed where a tensor says them:
@@ -563,5 +570,5 @@ class RotaryEmbedding(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What torch prints of it."""
+        """Return what torch prints of it."""
         return f"{self.dim}, base={self.base}, interleaved={self.interleaved}"

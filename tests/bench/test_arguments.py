@@ -22,6 +22,10 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--only": ("(",),
     },
     "fusion": {"--tokens": (*ONE, "159"), "--width": COUNTS, "--rounds": COUNTS},
+    "gated_activation": {
+        **{"--rows": COUNTS, "--width": COUNTS, "--rounds": ONE},
+        **{"--device": ("gpu",), "--dtype": ("fp64",)},
+    },
     "layer_norm": {"--rows": COUNTS, "--width": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
     "linear": {"--tokens": COUNTS, "--tasks": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
     "linear_tiles": {"--tokens": COUNTS, "--tasks": COUNTS, "--seconds": COUNTS},

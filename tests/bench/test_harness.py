@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness, kernels_once, layer_norm
+from bench import gated_activation, harness, kernels_once, layer_norm
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
@@ -71,6 +71,20 @@ def test_layer_norm_is_kept_case_by_case(tmp_path: Path, monkeypatch: pytest.Mon
     }
     assert results["[8, 16] plain, fp32"]["seconds"].keys() == {"this project", "torch"}
     assert len(results["[8, 16] embedding, fp32"]["seconds"]["this project"]) == 2
+
+
+def test_gated_activations_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_activation.torch, "compile", lambda function, **_: function)
+    record = tmp_path / "record.json"
+    sizes = ["--rows", "8", "--width", "16", "--rounds", "2", "--dtype", "bf16"]
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cpu", *sizes, "--json", str(record)])
+    gated_activation.main()
+    results = json.loads(record.read_text())["results"]
+    assert results.pop("failures") == {}
+    assert results.pop("copy_bytes_per_s, bf16") > 0
+    assert results.keys() == {f"[8, 16] {kind}, bf16" for kind in gated_activation.KINDS}
+    for measured in results.values():
+        assert measured["seconds"].keys() == {"this project", "torch", "torch.compile"}
 
 
 def with_a_peer_that(fails: layer_norm.Run) -> object:

@@ -1,7 +1,5 @@
 """ModernBERT on packed tokens: layers with a window, its feed-forward network, configs, heads."""
 
-from typing import Any
-
 from typing import Any, NamedTuple
 
 import pytest

@@ -153,6 +153,7 @@ EFFECTIVE = [
     (FROZEN, "dropout=0.5"),
     ((), "adapter_width=8"),
     ((), "freeze_encoder=true"),
+    ((), "encoder.model_type=modernbert"),
     ((), "encoder.vocab_size=128"),
     ((), "encoder.hidden_size=16"),
     ((), "encoder.num_hidden_layers=2"),
