@@ -263,6 +263,9 @@ def test_folders_without_a_usable_tokenizer(tokenizer: Tokenizer, tmp_path: Path
     with pytest.raises(InputError, match=r"not a tokenizer.*tokenizer\.json"):
         Tokenizer.load(tmp_path)
     Backend(models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"tokenizer_config\.json"):  # may name special tokens
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "a", "unk_token": ["a"]}')
     with pytest.raises(InputError, match=r"no token \[PAD\]"):
         Tokenizer.load(tmp_path)
 
