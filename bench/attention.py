@@ -29,7 +29,6 @@ from engine.cli.standard_output import exit_with
 
 from . import harness
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Word pieces a sentence, the deciles from the shortest to the longest, [CLS] and [SEP] included.
 DECILES = {
     "sst": [4, 11, 15, 18, 21, 24, 27, 30, 35, 41, 80],
@@ -269,7 +268,7 @@ def main() -> None:
     parser.add_argument(
         "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--width", type=harness.whole(1), default=64, help="columns of a head")
     parser.add_argument(
         "--case",
@@ -292,7 +291,7 @@ def main() -> None:
     results: dict[str, Any] = {"heads": HEADS, "width": options.width, "failures": {}}
     record = harness.Record(options, "attention", device)
     for dtype_name in options.dtype:
-        dtype = _DTYPES[dtype_name]
+        dtype = harness.DTYPES[dtype_name]
         peak = harness.measure_gemm(device, dtype, 2048, 768, 768)
         results[f"gemm_flops_per_s, {dtype_name}"] = peak
         table = Table(

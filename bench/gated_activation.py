@@ -25,7 +25,6 @@ from engine.cli.standard_output import exit_with
 
 from . import harness
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DROPOUT = 0.1
 OURS = "this project"
 Function = Callable[[Tensor], Tensor]
@@ -170,7 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--rows", nargs="+", type=harness.whole(1), default=[1000, 8192])
     parser.add_argument("--width", nargs="+", type=harness.whole(1), default=[1152])
     parser.add_argument("--rounds", type=harness.whole(2), default=20)
@@ -187,7 +186,7 @@ def main() -> None:
         for heading in headings:
             table.add_column(heading, justify="left" if heading == "contestant" else "right")
         for rows, width, kind in itertools.product(options.rows, options.width, KINDS):
-            inputs = Inputs(rows, width, _DTYPES[dtype_name], options.device)
+            inputs = Inputs(rows, width, harness.DTYPES[dtype_name], options.device)
             verify(inputs, kind)
             case = f"[{rows}, {width}] {kind}"
             name = f"{case}, {dtype_name}"

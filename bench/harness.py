@@ -31,6 +31,8 @@ from engine.utils.output_files import check_outputs, write_output
 
 Contestant = Callable[[], object]
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "torchjd", "liger-kernel", "apex")
 
 

@@ -25,7 +25,6 @@ from engine.cli.standard_output import exit_with
 
 from . import harness
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EPS = 1e-12
 _DROPOUT = 0.1
 _TABLE_ROWS = (30_522, 512, 2)  # bert-base's words, positions and token types
@@ -236,7 +235,7 @@ def main() -> None:
     parser.add_argument(
         "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--rows", nargs="+", type=harness.whole(1), default=None)
     parser.add_argument("--width", nargs="+", type=harness.whole(1), default=[384, 768, 1024])
     parser.add_argument("--rounds", type=harness.whole(2), default=20)
@@ -254,7 +253,7 @@ def main() -> None:
         for heading in [*headings, *(["replayed ms", "ours is"] if device.type == "cuda" else [])]:
             table.add_column(heading, justify="left" if heading == "contestant" else "right")
         for rows, width in itertools.product(row_counts, options.width):
-            inputs = Inputs(rows, width, _DTYPES[dtype_name], options.device)
+            inputs = Inputs(rows, width, harness.DTYPES[dtype_name], options.device)
             verify(inputs)
             for kind in _KINDS:
                 case = f"[{rows}, {width}] {kind}"

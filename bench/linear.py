@@ -20,7 +20,6 @@ from kernels.linear.linear import linear_task_gradients_, linear_task_gradients_
 
 from . import harness
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = ((768, 768), (2304, 768), (3072, 768), (768, 3072))
 """Outputs and inputs: attention's output and input, the two of the feed-forward layer."""
 OURS, PEER, FLOOR = "this project", "torch, by task", "torch, all tokens"
@@ -145,7 +144,7 @@ def main() -> None:
     parser.add_argument(
         "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--tokens", type=harness.whole(1), default=2746)
     parser.add_argument("--tasks", type=harness.whole(1), default=3)
     parser.add_argument("--rounds", type=harness.whole(2), default=20)
@@ -156,7 +155,7 @@ def main() -> None:
     results: dict[str, Any] = {"tokens": options.tokens, "tasks": options.tasks}
     record = harness.Record(options, "linear", device)
     for dtype_name in options.dtype:
-        dtype = _DTYPES[dtype_name]
+        dtype = harness.DTYPES[dtype_name]
         peak = harness.measure_gemm(device, dtype, options.tokens, 3072, 768)
         results[f"gemm_flops_per_s, {dtype_name}"] = peak
         table = Table(title=f"weight gradients of {options.tasks} tasks, {dtype_name}")

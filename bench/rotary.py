@@ -1,10 +1,9 @@
 """``python -m bench.rotary``: time the rotation of queries and keys by their positions.
 
-Packed ``qkv [T, 3, H, D]``, positions given.  Ours overwrites qkv; its backward pass is the same
-kernel on the gradient, by the negative angle.  Peers, each where it imports: the torch operations
-of transformers' ModernBERT, which make new queries and keys, alone and compiled by `torch.compile`;
-on a GPU flash-attn's Triton kernel, in place too, and Liger's.  The floor is the bytes of q and k,
-read and written, at the copy bandwidth of the same rounds.
+Packed ``qkv [T, 3, H, D]``, positions given, forward.  Ours overwrites qkv.  Peers, each where it
+imports: the torch operations of transformers' ModernBERT, which make new queries and keys, alone
+and compiled by `torch.compile`; on a GPU flash-attn's Triton kernel, in place too, and Liger's.
+The floor is the bytes of q and k, read and written, at the copy bandwidth of the same rounds.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from engine.cli.standard_output import exit_with
 
 from . import harness
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SEQUENCE = 512  # positions of a packed stream repeat
 OURS = "this project"
 Rotate = Callable[[Tensor, "Inputs"], tuple[Tensor, ...]]
@@ -151,7 +149,7 @@ def main() -> None:
     parser.add_argument(
         "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--tokens", nargs="+", type=harness.whole(1), default=[1000, 8192])
     parser.add_argument("--heads", type=harness.whole(1), default=12)
     parser.add_argument("--width", nargs="+", type=harness.whole(2), default=[64])
@@ -170,7 +168,9 @@ def main() -> None:
         for heading in ("shape", "contestant", "ms", "of copy", "peak MiB", "ours is"):
             table.add_column(heading, justify="left" if heading == "contestant" else "right")
         for tokens, width in itertools.product(options.tokens, options.width):
-            inputs = Inputs(tokens, options.heads, width, _DTYPES[dtype_name], options.device)
+            inputs = Inputs(
+                tokens, options.heads, width, harness.DTYPES[dtype_name], options.device
+            )
             verify(inputs)
             case = f"[{tokens}, 3, {options.heads}, {width}]"
             name = f"{case}, {dtype_name}"

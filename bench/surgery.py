@@ -24,7 +24,6 @@ from engine.cli.standard_output import exit_with
 from . import harness
 from .baselines import published_pcgrad
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LR = 1e-5
 
 
@@ -189,7 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--tasks", type=harness.whole(1), default=3)
     parser.add_argument("--columns", type=harness.whole(1), default=110_000_000, help="parameters")
-    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=harness.whole(2), default=5)
     options = harness.parse(parser)
     device, console = torch.device(options.device), Console(width=110)
@@ -197,7 +196,7 @@ def main() -> None:
     results: dict[str, Any] = {"tasks": options.tasks, "columns": options.columns}
     record = harness.Record(options, "surgery", device)
     for name in options.dtype:
-        dtype = _DTYPES[name]
+        dtype = harness.DTYPES[name]
         verify(dtype, options.device)
         update = Update(options.tasks, options.columns, dtype, options.device)
         shape = f"[{options.tasks}, {options.columns:,}] {name}"

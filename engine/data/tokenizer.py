@@ -349,7 +349,7 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
 def _named_tokens(folder: Path, backend: Backend | TokenizerProcess) -> list[str]:
     """Return the special tokens that ``tokenizer_config.json`` names.
 
-    None where the vocabulary has those of BERT or RoBERTa, or not all five are named.
+    Empty where the vocabulary has those of BERT or RoBERTa, or not all five are named.
     """
     if any(all(backend.token_to_id(n) is not None for n in names) for names in _SPELLINGS):
         return []

@@ -1,8 +1,8 @@
 """Write a trained model as a folder that transformers and sentence-transformers load.
 
-config.json, model.safetensors, tokenizer…   transformers.AutoModel, AutoTokenizer
+config.json, model.safetensors, tokenizer…   transformers.AutoModel, AutoTokenizer; of a run with a
+                                             masked LM AutoModelForMaskedLM
 modules.json, 1_Pooling/, …                  sentence_transformers.SentenceTransformer
-                                             AutoModelForMaskedLM, of a run with a masked LM
 heads.safetensors                            the task heads, laid out as the model card says
 README.md                                    the model card
 """
