@@ -4,11 +4,12 @@
 #   bash bench/accept_gpu.sh FOLDER OUTDIR PART...
 #
 # FOLDER is what bench/gather_gpu.sh gathered; OUTDIR gets a log and a record for each part, and
-# after each part OUTDIR.tar.gz holds all so far.  Parts run in the order given.  Two names stand for
-# several parts each, of which what counts most fits into one run of eight minutes:
+# after each part OUTDIR.tar.gz holds all so far.  Parts run in the order given.  Three names stand
+# for several parts each, of which what counts most fits into one run of eight minutes:
 #
 #   run1   probe tests step surgery attention training
 #   run2   kernel_tests tiles linear linear_tiles layer_norm step_compiled ncu memcheck racecheck
+#   run3   step_modernbert long_text rotary gated_activation
 #
 # A part that fails is named at the end, and the others still run; what does not fit into
 # SUPERBERT_SECONDS (470) is named too.  SUPERBERT_STEP and SUPERBERT_ATTENTION choose contestants (a
@@ -22,16 +23,18 @@ folder=$(realpath "${1:?$usage}") out=${2:?$usage}
 shift 2
 run1=(probe tests step surgery attention training)
 run2=(kernel_tests tiles linear linear_tiles layer_norm step_compiled ncu memcheck racecheck)
+run3=(step_modernbert long_text rotary gated_activation)
 parts=()
 for name in "$@"; do
     case $name in
     run1) parts+=("${run1[@]}") ;;
     run2) parts+=("${run2[@]}") ;;
+    run3) parts+=("${run3[@]}") ;;
     *) parts+=("$name") ;;
     esac
 done
 for name in "${parts[@]}"; do
-    if [[ " ${run1[*]} ${run2[*]} " != *" $name "* ]]; then
+    if [[ " ${run1[*]} ${run2[*]} ${run3[*]} " != *" $name "* ]]; then
         echo "$name: no such part" >&2
         exit 2
     fi
@@ -84,14 +87,11 @@ watched='agree_with_the_cpu or test_adamw_skips or test_gram_by_segment or test_
 pytest=(python3 -m pytest -q -m gpu -o filterwarnings=default -p no:cacheprovider)
 usual='^this engine, bf16, (pcgrad|pcgrad, one stream|sum)$|^transformers, bf16(, (packed|recorded|compiled layers))*, sum$'
 compiled='^this engine, bf16, pcgrad$|bf16.*compile'
-base=(--device cuda --data "$folder/data" --init "$work/base")
+base=(--device cuda --data "$folder/data" --init "$folder/model")
 
-step() {  # step NAME MOST_SECONDS PATTERN
-    if [ ! -d "$work/base" ]; then
-        python3 -m bench.random_bert "$work/base" --vocabulary "$folder/model/vocab.txt"
-    fi
-    part "$1" "$2" python3 -m bench.step "${base[@]}" --rounds 10 --warmup-seconds 60 \
-        --json "$out/$1.json" --only "$3"
+step() {  # step NAME MOST_SECONDS ENCODER PATTERN
+    part "$1" "$2" python3 -m bench.step "${base[@]}" --encoder "$3" --rounds 10 \
+        --warmup-seconds 60 --json "$out/$1.json" --only "$4"
 }
 
 profile() {  # the profiler's figures of a few kernels, as CSV
@@ -144,9 +144,17 @@ PROBE
         part kernel_tests 150 "${pytest[@]}" -n 8 --dist load --durations 15 "${kernel_tests[@]}"
         ;;
     step)
-        step step 150 "${SUPERBERT_STEP:-$usual}"
+        step step 150 bert-base "${SUPERBERT_STEP:-$usual}"
         ;;
-    step_compiled) step step_compiled 150 "${SUPERBERT_STEP:-$compiled}" ;;
+    step_compiled) step step_compiled 150 bert-base "${SUPERBERT_STEP:-$compiled}" ;;
+    step_modernbert) step step_modernbert 150 modernbert-base "${SUPERBERT_STEP:-$usual}" ;;
+    rotary | gated_activation)
+        part "$name" 40 python3 -m "bench.$name" --device cuda --json "$out/$name.json"
+        ;;
+    long_text)
+        part long_text 90 python3 -m bench.long_text "${base[@]}" --encoder modernbert-base \
+            --json "$out/long_text.json"
+        ;;
     tiles)  # ends with the lines to paste
         SUPERBERT_LINES=${SUPERBERT_LINES:-24} \
             part tiles 60 python3 -m bench.attention_tiles --json "$out/attention_tiles.json"

@@ -1,4 +1,4 @@
-"""Baselines: a transformers BERT on padded batches, PCGrad as commonly published.
+"""Baselines: a transformers encoder on padded batches, PCGrad as commonly published.
 
 These are written plainly, as one finds them in training loops, and are here to be measured and to
 be agreed with.
@@ -16,7 +16,9 @@ from torch.nn import functional as F
 import kernels
 from engine.data.collate import PackedBatch
 
-_TASKS = ("sst", "quora", "sts")
+TASKS = ("sst", "quora", "sts")
+_HEADS = {"sst": (1, 5), "quora": (2, 1), "cfimdb": (1, 1)}
+"""Sentences that a linear head reads, and its logits: more than one for cross entropy."""
 
 
 def published_pcgrad(gradients: Sequence[Tensor]) -> Tensor:
@@ -38,23 +40,24 @@ def published_pcgrad(gradients: Sequence[Tensor]) -> Tensor:
 
 
 class HuggingFaceLoop:
-    """A plain multitask loop around ``transformers.BertModel``.
+    """A plain multitask loop around an encoder of ``transformers``.
 
     Args:
-        model_folder: a Hugging Face BERT, or None for random weights of ``config``.
+        model_folder: of Hugging Face's, or None for random weights of ``config``.
         balance: ``"sum"`` (one backward of the summed loss), ``"pcgrad"`` (one per task, then
             :func:`published_pcgrad`), ``"torchjd"`` (its Jacobians and its PCGrad) or, accelerated,
             ``"task gradients"`` (all sentences in one forward pass, then this project's PCGrad).
         autocast: compute in bf16 under torch's autocast.
         device: where to run.
-        compiled: run the BERT through ``torch.compile``.
+        compiled: run the encoder through ``torch.compile``.
         compiled_layers: each of its layers instead, which all share one compilation: a few seconds
             instead of a minute.
         recorded: prepared for CUDA graphs of whole steps.
-        config: shape of the model when there is no folder.
+        config: fields of ``config.json`` when there is no folder.
         packed: no padding: all sentences as one row of tokens, attention by torch's
             ``varlen_attn``; on a GPU, in bf16.
         accelerated: through :func:`kernels.accelerate`.
+        tasks: those of a batch, in its order.
     """
 
     def __init__(
@@ -70,40 +73,54 @@ class HuggingFaceLoop:
         config: dict[str, object] | None = None,
         packed: bool = False,
         accelerated: bool = False,
+        tasks: Sequence[str] = TASKS,
         lr: float = 1e-5,
     ) -> None:
-        from transformers import BertConfig, BertModel
+        from transformers import AutoConfig, AutoModel
+        from transformers.utils import logging
 
-        if model_folder is None:
-            bert = BertModel(BertConfig(**(config or {})), add_pooling_layer=False)
+        logging.disable_progress_bar()
+        if model_folder is not None:
+            shape = AutoConfig.from_pretrained(model_folder)
         else:
-            bert = BertModel.from_pretrained(model_folder, add_pooling_layer=False)
-        self.bert = bert.to(device).train()
+            fields = {"model_type": "bert", **(config or {})}
+            shape = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        # BERT's pooler has weights; a model without one knows no such argument.
+        pooler = {"add_pooling_layer": False} if shape.model_type == "bert" else {}
+        encoder = (
+            AutoModel.from_config(shape, **pooler)
+            if model_folder is None
+            else AutoModel.from_pretrained(model_folder, **pooler)
+        )
+        self.encoder = encoder.to(device).train()
         if packed:
-            self.bert.set_attn_implementation(register_varlen_attention())
+            self.encoder.set_attn_implementation(register_varlen_attention())
         if accelerated:
-            kernels.accelerate(self.bert)
-        self._encode = torch.compile(self.bert, dynamic=True) if compiled else self.bert
+            kernels.accelerate(self.encoder)
+        self._encode = torch.compile(self.encoder, dynamic=True) if compiled else self.encoder
         if compiled_layers:
-            for layer in self.bert.encoder.layer:
+            layers = next(m for m in self.encoder.modules() if isinstance(m, nn.ModuleList))
+            for layer in layers:
                 layer.compile(dynamic=True)
-        width = bert.config.hidden_size
+        width = shape.hidden_size
+        heads = {task: _HEADS[task] for task in tasks if task in _HEADS}
         self.heads = nn.ModuleDict(
-            {"sst": nn.Linear(width, 5), "quora": nn.Linear(2 * width, 1)}
+            {task: nn.Linear(size * width, logits) for task, (size, logits) in heads.items()}
         ).to(device)
-        self.parameters = [*self.bert.parameters(), *self.heads.parameters()]
+        self.tasks = tasks
+        self.parameters = [*self.encoder.parameters(), *self.heads.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=lr, weight_decay=0.0, fused=True, capturable=recorded
         )
         self.balance, self.autocast, self.device = balance, autocast, device
         self.packed, self.accelerated = packed, accelerated
         if balance == "task gradients":
-            trained = nn.ModuleList([self.bert, self.heads])
-            self.task_gradients = kernels.TaskGradients(trained, len(_TASKS))
+            trained = nn.ModuleList([self.encoder, self.heads])
+            self.task_gradients = kernels.TaskGradients(trained, len(tasks))
             self.pcgrad = kernels.PCGrad(self.optimizer, task_gradients=self.task_gradients)
 
     def step(self, padded: "PaddedBatch") -> Tensor:
-        """Train on one batch of each task; return the losses ``[3]``."""
+        """Train on one batch of each task; return the losses ``[K]``."""
         if self.balance == "task gradients":
             return self._step_with_task_gradients(padded)
         self.optimizer.zero_grad(set_to_none=True)
@@ -128,7 +145,7 @@ class HuggingFaceLoop:
         ):
             for task, sentences in enumerate(self._embed_packed(batch)):
                 with self.task_gradients.task(task):
-                    losses.append(self._loss(_TASKS[task], sentences, padded.labels[task]))
+                    losses.append(self._loss(self.tasks[task], sentences, padded.labels[task]))
         self.pcgrad.pc_backward(losses)
         self.pcgrad.step()
         return torch.stack([loss.detach().float() for loss in losses])
@@ -141,7 +158,7 @@ class HuggingFaceLoop:
                 [self._embed(ids, mask) for ids, mask in sentences]
                 for sentences in padded.sentences
             ]
-        each = zip(_TASKS, embedded, padded.labels, strict=True)
+        each = zip(self.tasks, embedded, padded.labels, strict=True)
         return [self._loss(task, sentences, labels) for task, sentences, labels in each]
 
     def _loss(self, task: str, sentences: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -151,7 +168,7 @@ class HuggingFaceLoop:
             cosine = F.cosine_similarity(*dropped)
             return F.mse_loss(5 * cosine.float(), labels)
         logits = self.heads[task](torch.cat(dropped, dim=1))
-        if task == "sst":
+        if logits.shape[1] > 1:
             return F.cross_entropy(logits.float(), labels.long())
         return F.binary_cross_entropy_with_logits(logits.squeeze(1).float(), labels)
 
@@ -232,7 +249,7 @@ def register_varlen_attention() -> str:
 
 
 class PaddedBatch:
-    """A packed batch of SST, Quora and STS as padded ids and masks, one pair for each column."""
+    """A packed batch as padded ids and masks, one pair for each column."""
 
     def __init__(self, batch: PackedBatch, device: torch.device) -> None:
         self.packed = batch

@@ -32,8 +32,9 @@ done
     tomli_w==1.2.0 torchjd==0.18.0 liger-kernel==0.8.5 filelock==4.3.1 hypothesis==6.170.15 \
     sortedcontainers==2.4.0 pytest-xdist==3.8.0 execnet==2.1.2
 
-cp "$data"/ids-sst-{train,dev}.csv "$data"/quora-{train,dev}.csv "$data"/sts-{train,dev}.csv \
-    "$folder/data/"
+for name in ids-sst ids-cfimdb quora sts; do
+    cp "$data/$name"-{train,dev}.csv "$folder/data/"
+done
 if [ -n "$model" ]; then
     mkdir -p "$folder/model"
     cp "$model/config.json" "$model/vocab.txt" "$folder/model/"

@@ -9,10 +9,12 @@ the same run.  ``--growth`` measures how this engine's step grows with tasks, sh
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import itertools
 import re
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -35,11 +37,10 @@ from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
 from engine.utils.errors import InputError
 
-from . import harness, step_growth
-from .baselines import HuggingFaceLoop, PaddedBatch
+from . import harness, random_encoder, step_growth
+from .baselines import TASKS, HuggingFaceLoop, PaddedBatch
 from .step_breakdown import floor_seconds, joules_a_run, phase_seconds
 
-_TASKS = ("sst", "quora", "sts")
 _LR = 1e-5
 _EXECUTIONS = {
     "cpu": ("eager", ("compile",)),
@@ -236,17 +237,35 @@ def main() -> None:
     device, console = torch.device(options.device), Console(width=120)
     if device.type == "cpu":
         kernels.keep_freed_memory()  # as engine.train does; it serves the peers, too
-    if options.growth:
-        step_growth.measure(options, device, console)
-        return
+    with contextlib.ExitStack() as stack:
+        if options.encoder is not None:
+            if options.init is None:
+                raise InputError(
+                    "--encoder: needs --init, the model folder whose vocab.txt it takes"
+                )
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.encoder
+            random_encoder.write(folder, options.encoder, options.init / "vocab.txt")
+            options.init = folder
+        if options.growth:
+            step_growth.measure(options, device, console)
+        else:
+            measure(options, device, console)
 
+
+def measure(options: argparse.Namespace, device: torch.device, console: Console) -> None:
+    """Time the steps of all contestants and print tables.
+
+    Raises:
+        InputError: ``--only`` leaves no contestant.
+        SystemExit: one failed.
+    """
     fast = multiplies_bf16_fast(device)
     precisions = ["bf16", "fp32"] if fast else ["fp32"]
     trainer = engine_trainer(options, "pcgrad", precisions[0], "eager")
     batches = Batches(trainer, device, options.rounds + 2)
     config = trainer.model.encoder.config.to_huggingface()
     results: dict[str, Any] = {
-        "tasks": _TASKS,
+        "tasks": TASKS,
         "batch_size": options.batch_size,
         "encoder": config,
         "tokens": [batch.num_tokens for batch in batches.packed],
@@ -370,6 +389,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--data", type=Path, help="data folder (default: the demo corpus)")
     add("--init", type=Path, help="model folder (default: a small BERT, random)")
+    add(
+        "--encoder",
+        choices=random_encoder.SHAPES,
+        help="random weights of this shape instead of those of --init, whose vocabulary it takes",
+    )
     add("--batch-size", type=harness.whole(1), default=32, help="examples a task")
     add("--rounds", type=harness.whole(2), default=5)
     add("--warmup-seconds", type=harness.whole(1, 3600), default=600, help="most of a contestant")

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from engine.data.collate import PackedBatch
+from engine.models.layers import Linear
 from engine.training.trainer import Trainer
 
 from . import harness
@@ -42,17 +43,13 @@ def floor_seconds(trainer: Trainer, batch: PackedBatch, device: torch.device) ->
 def encoder_products(
     trainer: Trainer, batch: PackedBatch, device: torch.device
 ) -> Callable[[], None]:
-    """Return what computes all matrix products of the encoder's layers in one step.
+    """Return what computes all products with weight matrices of the encoder in one step.
 
     Each layer has weights of its own, as in the step: none is in the cache from the layer before.
     """
-    config, dtype = trainer.model.encoder.config, trainer.parameters.compute.dtype
-    width, inner = config.hidden_size, config.intermediate_size
-    shapes = [(3 * width, width), (width, width), (inner, width), (width, inner)]
-    layers = [
-        [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-        for _ in range(config.num_hidden_layers)
-    ]
+    dtype = trainer.parameters.compute.dtype
+    shapes = [m.weight.shape for m in trainer.model.encoder.modules() if isinstance(m, Linear)]
+    weights = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
     tokens = batch.num_tokens
     streams = {
         size: torch.randn(tokens, size, device=device).to(dtype)
@@ -61,7 +58,7 @@ def encoder_products(
     tasks = list(itertools.pairwise(batch.token_offsets))
 
     def run() -> None:
-        for weight in itertools.chain.from_iterable(layers):
+        for weight in weights:
             outputs, inputs = (streams[side] for side in weight.shape)
             inputs @ weight.T
             outputs @ weight

@@ -2,10 +2,14 @@
 
 import json
 import sys
+from argparse import Namespace
 
 import pytest
+import torch
 
-from bench import plot, step, step_growth
+from bench import plot, random_encoder, step, step_growth
+from bench.baselines import HuggingFaceLoop
+from engine.utils.errors import InputError
 
 
 def run(monkeypatch, tmp_path, *arguments: str) -> dict:
@@ -38,3 +42,64 @@ def test_growth(monkeypatch, tmp_path):
     assert (small["num_tasks"], large["num_tasks"]) == (2, 5)
     assert large["seconds"].keys() == {"pcgrad", "sum"}
     assert plot.draw(record).startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def vocabulary(tmp_path, monkeypatch):
+    """A folder with a small vocabulary; every published shape has two narrow layers."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shapes = {
+        name: {**fields, **sizes, "intermediate_size": 48}
+        for name, fields in random_encoder.SHAPES.items()
+    }
+    monkeypatch.setattr(random_encoder, "SHAPES", shapes)
+    monkeypatch.setattr(random_encoder, "LEAST_VOCABULARY", {"bert": 0, "modernbert": 64})
+    folder = tmp_path / "model"
+    folder.mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", ["bert-base", "modernbert-base"])
+def test_encoder_of_a_published_shape(shape, vocabulary, monkeypatch, tmp_path):
+    record = run(
+        *(monkeypatch, tmp_path, "--encoder", shape, "--init", str(vocabulary)),
+        *("--batch-size", "2", "--no-compile", "--only", "fp32, (pcgrad|sum|accelerated)"),
+    )
+    results = record["results"]
+    assert f"{results['encoder']['model_type']}-base" == shape
+    assert results["encoder"]["vocab_size"] == (33 if shape == "bert-base" else 64)
+    expected = {
+        "this engine, fp32, pcgrad",
+        "this engine, fp32, sum",
+        "transformers, fp32, sum",
+        "transformers, fp32, accelerated, sum",
+        "transformers, fp32, accelerated, TaskGradients, PCGrad",
+    }
+    assert results["seconds"].keys() == expected
+
+
+def test_encoder_needs_a_vocabulary(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="--encoder: needs --init"):
+        run(monkeypatch, tmp_path, "--encoder", "bert-base")
+    with pytest.raises(InputError, match=r"vocab\.txt: No such file"):
+        run(monkeypatch, tmp_path, "--encoder", "bert-base", "--init", str(tmp_path))
+
+
+@pytest.mark.parametrize("balance", ["sum", "task gradients"])
+def test_loops_of_modernbert_agree(balance, vocabulary, tmp_path):
+    """Padded, and accelerated, all tasks apart or in one pass: the same losses of a first step."""
+    folder = tmp_path / "encoder"
+    random_encoder.write(folder, "modernbert-base", vocabulary / "vocab.txt")
+    options = Namespace(batch_size=3, data=None, init=folder, device="cpu")
+    cpu = torch.device("cpu")
+    batches = step.Batches(step.engine_trainer(options, "sum", "fp32", "eager"), cpu, 1)
+    losses = []
+    for way in ({"balance": "sum"}, {"balance": balance, "accelerated": True}):
+        torch.manual_seed(0)
+        loop = HuggingFaceLoop(folder, autocast=False, device=cpu, **way)
+        torch.manual_seed(0)  # of the dropout before the heads; the encoder has none
+        losses.append(loop.step(batches.padded))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
