@@ -56,6 +56,7 @@ class HuggingFaceLoop:
         config: fields of ``config.json`` when there is no folder.
         packed: no padding: all sentences as one row of tokens, attention by torch's
             ``varlen_attn``; on a GPU, in bf16.
+        flash: attention by the flash-attn package, on a GPU, in bf16.
         accelerated: through :func:`kernels.accelerate`.
         tasks: those of a batch, in its order.
     """
@@ -72,6 +73,7 @@ class HuggingFaceLoop:
         recorded: bool = False,
         config: dict[str, object] | None = None,
         packed: bool = False,
+        flash: bool = False,
         accelerated: bool = False,
         tasks: Sequence[str] = TASKS,
         lr: float = 1e-5,
@@ -95,6 +97,8 @@ class HuggingFaceLoop:
         self.encoder = encoder.to(device).train()
         if packed:
             self.encoder.set_attn_implementation(register_varlen_attention())
+        if flash:
+            self.encoder.set_attn_implementation("flash_attention_2")
         if accelerated:
             kernels.accelerate(self.encoder)
         self._encode = torch.compile(self.encoder, dynamic=True) if compiled else self.encoder

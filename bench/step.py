@@ -206,6 +206,8 @@ def peers(
         loops += [("bf16", "sum", ("recorded",))]
         # varlen_attn has no kernel elsewhere
         loops += [("bf16", "sum", ways) for ways in (("packed",), ("packed", "recorded"))]
+        if importlib.util.find_spec("flash_attn"):
+            loops.append(("bf16", "sum", ("flash",)))
         if options.compile:
             loops.append(("bf16", "sum", ("compiled layers", "recorded")))
     loops += [("fp32", "sum", ())]

@@ -36,12 +36,8 @@ from .linear.linear import linear
 from .registration.backend import backend
 from .registration.deprecation import renamed_attribute
 from .registration.validation import check_cu_seqlens, checked_values
-from .rotary.rotary import (
-    RotaryEmbedding,
-    apply_rotary_emb,
-    apply_rotary_emb_qkv_,
-    rotary_tables,
-)
+from .rotary.rotary import apply_rotary_emb, apply_rotary_emb_qkv_
+from .rotary.rotary_embedding import RotaryEmbedding, rotary_tables
 from .surgery.surgery import (
     combine,
     combine_adamw_,

@@ -13,6 +13,7 @@ from ..registration.validation import (
     check_cu_seqlens,
     check_data,
     check_index,
+    check_input,
     check_kernel_dtype,
     may_look,
 )
@@ -20,6 +21,13 @@ from ..registration.validation import (
 INTEGERS = (torch.int32, torch.int64)
 MAX_WIDTH = 1024
 """Columns of a head that the GPU's kernel holds in registers."""
+
+
+def check_columns(name: str, x: Tensor) -> None:
+    """Check rows with contiguous columns."""
+    check_input(name, x)
+    if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a contiguous last dimension, got strides {x.stride()}")
 
 
 def check_tables(cos: Tensor, sin: Tensor, x: Tensor) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernels.rotary import rotary_triton
-from kernels.rotary.rotary import positions_reference, rotary_reference, rotary_tables
+from kernels.rotary.rotary import positions_reference, rotary_reference
+from kernels.rotary.rotary_embedding import rotary_tables
 
 from ..tolerance import assert_within_twice
 
