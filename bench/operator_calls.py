@@ -23,7 +23,8 @@ def calls() -> dict[str, Callable[[], object]]:
     ids, table = torch.zeros(1, dtype=torch.int64), torch.randn(2, 4)
     numbers = (torch.tensor(0.1), seed, None, None, 0.9, 0.999, 1e-8, 0.0)
     by_all = (None, [], [], False)
-    norm = (vector, vector, 1e-12, *by_all)
+    flags = [False for _ in ops.layer_norm.default._schema.arguments[8:]]
+    norm = (vector, vector, 1e-12, *by_all, *flags)
     # Every library has options of its own; none of them is used.
     unused = {"FloatType": 0.0, "BoolType": False, "IntType": 0, "OptionalType": None}
     options = [unused[a.type.kind()] for a in ops.attention.default._schema.arguments[7:]]

@@ -19,6 +19,7 @@ struct EmbeddingSum {
 };
 
 // out = out_dropout((h - mean) * rstd * weight + bias),  h = residual + dropout(x + x_bias)
+// RMS norm takes 0 for the mean, and gives it out as such, so that one backward pass serves both.
 struct LayerNormCall {
   Storage storage; // of x, residual, tables, out and hidden
   int64_t rows, width;
@@ -29,6 +30,8 @@ struct LayerNormCall {
   const float* weight;  // or null: 1
   const float* bias;    // or null: 0
   float eps;
+  bool is_rms_norm;
+  bool prenorm;                 // h is rounded to the storage before the norm, and hidden is h
   Dropout dropout, out_dropout; // not both
   void* out;
   void* hidden; // h - mean, for the backward pass; or null: h can be had again
@@ -37,7 +40,7 @@ struct LayerNormCall {
 };
 
 struct LayerNormGradients {
-  Storage storage; // of grad_out, hidden, tables, grad_hidden and grad_x
+  Storage storage; // of grad_out, hidden, tables, grad_sum, grad_hidden and grad_x
   int64_t rows, width;
   const void* grad_out;
   const EmbeddingSum* embedding; // or null; h is computed again from it
@@ -45,10 +48,12 @@ struct LayerNormGradients {
   const float* weight; // or null: 1
   const float* mean;
   const float* rstd;
+  const void* grad_sum; // or null: of h itself, which a pre-norm gives out, too
+  bool is_rms_norm;
   Dropout dropout, out_dropout; // not both
   void* grad_hidden;
   void* grad_x; // or null: it is grad_hidden
-  int64_t sums; // of a partial: 2, for weight and bias, or 3, for x_bias too
+  int64_t sums; // of a partial: 1, for weight; 2, for bias too; or 3, for x_bias too
 };
 
 // A parameter's gradient: element i of the row is data[i].

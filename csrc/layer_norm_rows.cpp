@@ -83,7 +83,7 @@ void run_layer_norm_backward(LayerNormGradients call, const ParameterRows& param
   const auto all = parameters.all();
   const bool wanted = std::any_of(all.begin(), all.end(), [](auto& own) { return own.wanted(); });
   const std::vector<Chunk> chunks = make_chunks(call.rows, parameters.offsets);
-  call.sums = all.back().wanted() ? 3 : 2;
+  call.sums = all[2].wanted() ? 3 : all[1].wanted() ? 2 : 1;
   const int64_t stride = call.sums * call.width;
   const Tensor sums = new_floats(wanted ? static_cast<int64_t>(chunks.size()) * stride : 0);
   float* const partials = static_cast<float*>(sums.data_ptr());

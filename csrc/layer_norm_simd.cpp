@@ -70,7 +70,9 @@ const float* row_factors(const Dropout& dropout, int64_t row, int64_t width, flo
 
 // ---- forward ------------------------------------------------------------------------------------
 
-// h = residual + dropout(x + x_bias) of one row, into `hidden`; returns its sum.
+// h = residual + dropout(x + x_bias) of one row, into `hidden`; returns its sum.  A pre-norm gives
+// h out, too: then it is rounded first, so that the norm and its statistics are those of what is
+// kept.
 template <typename T>
 float combine_row(const LayerNormCall& call, int64_t row, float* factor_buffer, float* hidden) {
   const int64_t start = row * call.width;
@@ -78,12 +80,17 @@ float combine_row(const LayerNormCall& call, int64_t row, float* factor_buffer, 
   const T* residual =
       call.residual == nullptr ? nullptr : static_cast<const T*>(call.residual) + start;
   const float* factors = row_factors(call.dropout, row, call.width, factor_buffer);
+  T* kept = call.prenorm ? static_cast<T*>(call.hidden) + start : nullptr;
   Floats total{};
   for_row(call.width, [&](int64_t i, auto lanes) {
     Floats h = lanes.load(x + i);
     if (call.x_bias != nullptr) h += lanes.load(call.x_bias + i);
     if (factors != nullptr) h *= lanes.load(factors + i);
     if (residual != nullptr) h += lanes.load(residual + i);
+    if (kept != nullptr) {
+      lanes.store(kept + i, h);
+      h = lanes.load(kept + i);
+    }
     lanes.store(hidden + i, h);
     total += lanes.keep(h);
   });
@@ -109,7 +116,7 @@ void keep_row(const LayerNormCall& call, int64_t row, const float* hidden) {
   });
   call.mean[row] = 0;
   if (std::is_same_v<T, float>) return; // nothing was rounded
-  const float mean = sum_of_lanes(sums.first) / call.width;
+  const float mean = call.is_rms_norm ? 0 : sum_of_lanes(sums.first) / call.width;
   call.mean[row] = mean;
   call.rstd[row] = rstd_of(sum_of_lanes(sums.second) / call.width - mean * mean, call.eps);
 }
@@ -120,14 +127,14 @@ void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* f
   const float sum = call.embedding == nullptr
                         ? combine_row<T>(call, row, factor_buffer, hidden)
                         : embed_row<T>(*call.embedding, row, call.width, hidden);
-  const float rough_mean = sum / width;
+  const float rough_mean = call.is_rms_norm ? 0 : sum / width;
   // Two passes; the second also corrects the rounding of the first one's mean.
   const Sums sums = sum_row(call.width, [&](int64_t i, auto lanes, Sums& to) {
     const Floats deviation = lanes.keep(lanes.load(hidden + i) - rough_mean);
     to.first += deviation;
     to.second += deviation * deviation;
   });
-  const float correction = sum_of_lanes(sums.first) / width;
+  const float correction = call.is_rms_norm ? 0 : sum_of_lanes(sums.first) / width;
   const float mean = rough_mean + correction;
   const float variance = sum_of_lanes(sums.second) / width - correction * correction;
   const float rstd = rstd_of(variance, call.eps);
@@ -141,7 +148,7 @@ void forward_row(const LayerNormCall& call, int64_t row, float* hidden, float* f
     const Floats y = (h - mean) * rstd * weight + load_or(0, call.bias, i, lanes);
     lanes.store(out + i, factors == nullptr ? y : y * lanes.load(factors + i));
   });
-  if (call.hidden != nullptr) keep_row<T>(call, row, hidden);
+  if (call.hidden != nullptr && !call.prenorm) keep_row<T>(call, row, hidden);
 }
 
 void forward(const LayerNormCall& call, int64_t begin, int64_t end, float* scratch) {
@@ -155,14 +162,15 @@ void forward(const LayerNormCall& call, int64_t begin, int64_t end, float* scrat
 // ---- backward -----------------------------------------------------------------------------------
 
 // With xhat = (h - mean) * rstd and g = dy * weight, means taken over the row:
-//     dh = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dx = dropout factor * dh
+//     dh = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_sum,  dx = dropout factor * dh
+// without mean(g) in RMS norm.
 // H is the type in which the row of h is given; the row's terms are added to `all_sums`, when not
 // null, for weight, bias and x_bias.
 template <typename T, typename H>
 void backward_row(const LayerNormGradients& call, int64_t row, const H* hidden, float* all_sums,
                   float* factor_buffer) {
   float* grad_weight = all_sums;
-  float* grad_bias = all_sums == nullptr ? nullptr : all_sums + call.width;
+  float* grad_bias = all_sums == nullptr || call.sums < 2 ? nullptr : all_sums + call.width;
   float* grad_x_bias = all_sums == nullptr || call.sums < 3 ? nullptr : all_sums + 2 * call.width;
   const int64_t start = row * call.width;
   const T* dy = static_cast<const T*>(call.grad_out) + start;
@@ -178,21 +186,23 @@ void backward_row(const LayerNormGradients& call, int64_t row, const H* hidden, 
     const Floats g = grad * load_or(1, call.weight, i, lanes);
     to.first += lanes.keep(g);
     to.second += lanes.keep(g * xhat);
-    if (grad_weight != nullptr) {
+    if (grad_weight != nullptr)
       lanes.store(grad_weight + i, lanes.load(grad_weight + i) + grad * xhat);
-      lanes.store(grad_bias + i, lanes.load(grad_bias + i) + grad);
-    }
+    if (grad_bias != nullptr) lanes.store(grad_bias + i, lanes.load(grad_bias + i) + grad);
   });
-  const float mean_g = sum_of_lanes(sums.first) / call.width;
+  const float mean_g = call.is_rms_norm ? 0 : sum_of_lanes(sums.first) / call.width;
   const float mean_gx = sum_of_lanes(sums.second) / call.width;
 
+  const T* grad_sum =
+      call.grad_sum == nullptr ? nullptr : static_cast<const T*>(call.grad_sum) + start;
   T* grad_hidden = static_cast<T*>(call.grad_hidden) + start;
   T* grad_x = call.grad_x == nullptr ? nullptr : static_cast<T*>(call.grad_x) + start;
   const float* factors = row_factors(call.dropout, row, call.width, factor_buffer);
   for_row(call.width, [&](int64_t i, auto lanes) {
     const Floats xhat = (lanes.load(hidden + i) - mean) * rstd;
     const Floats g = load_grad(i, lanes) * load_or(1, call.weight, i, lanes);
-    const Floats grad = (g - mean_g - xhat * mean_gx) * rstd;
+    Floats grad = (g - mean_g - xhat * mean_gx) * rstd;
+    if (grad_sum != nullptr) grad += lanes.load(grad_sum + i);
     lanes.store(grad_hidden + i, grad);
     const Floats own = factors == nullptr ? grad : grad * lanes.load(factors + i);
     if (grad_x != nullptr) lanes.store(grad_x + i, own);

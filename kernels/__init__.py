@@ -25,13 +25,18 @@ from .embedding_layer_norm.embedding_layer_norm import EmbeddingRows, embedding_
 from .freed_memory import keep_freed_memory
 from .gated_activation.gated_activation import geglu, swiglu
 from .integrations.balanced_optimizer import BalancedOptimizer
-from .integrations.layer_norm_compat import FusedLayerNorm, layer_norm_fn
+from .integrations.layer_norm_compat import FusedLayerNorm, FusedRMSNorm, layer_norm_fn
 from .integrations.packing_collator import PackingCollator
 from .integrations.padding import pad_input, unpad_input
 from .integrations.pcgrad import PCGrad
 from .integrations.transformers_patch import accelerate, restore
 from .lamb import lamb_update_
-from .layer_norm.layer_norm import dropout_add_layer_norm, layer_norm
+from .layer_norm.layer_norm import (
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+    layer_norm,
+    rms_norm,
+)
 from .linear.linear import linear
 from .registration.backend import backend
 from .registration.deprecation import renamed_attribute
@@ -62,6 +67,7 @@ __all__ = [
     "Columns",
     "EmbeddingRows",
     "FusedLayerNorm",
+    "FusedRMSNorm",
     "LookupPlan",
     "PCGrad",
     "PackingCollator",
@@ -83,6 +89,7 @@ __all__ = [
     "draw_order",
     "dropout",
     "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "embedding",
     "embedding_layer_norm",
     "flash_attn_varlen_func",
@@ -99,6 +106,7 @@ __all__ = [
     "pcgrad_weights",
     "plan_lookups",
     "restore",
+    "rms_norm",
     "rotary_tables",
     "swiglu",
     "take_rows",

@@ -126,7 +126,7 @@ class Embedding(TaskLayer):
 
 
 class LayerNorm(TaskLayer):
-    """``LN(x)``, or BERT's post-norm ``LN(residual + dropout(x))`` in one pass."""
+    """``LN(x)``, or ``LN(residual + dropout(x))`` in one pass: BERT's post-norm, or a pre-norm."""
 
     def __init__(self, width: int, *, eps: float, bias: bool = True) -> None:
         super().__init__()
@@ -164,16 +164,47 @@ class LayerNorm(TaskLayer):
                 added to ``x`` before the dropout.  The norm's backward pass, which holds the rows
                 that the bias's gradients are sums of, writes these to the layer's columns.
         """
+        out = self._add(x, residual, context, dropout_p, rng_offset, bias_of, prenorm=False)
+        assert isinstance(out, Tensor)
+        return out
+
+    def add_prenorm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        context: RowContext,
+        *,
+        dropout_p: float,
+        rng_offset: int,
+        bias_of: Linear | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm as :meth:`add` does, and the sum before it, both ``[T, H]``."""
+        out = self._add(x, residual, context, dropout_p, rng_offset, bias_of, prenorm=True)
+        assert isinstance(out, tuple)
+        return out
+
+    def _add(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        context: RowContext,
+        dropout_p: float,
+        rng_offset: int,
+        bias_of: Linear | None,
+        *,
+        prenorm: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         rows, segments = self._target(context)
         if bias_of is not None and segments is not None:
             rows = _with_bias(rows, bias_of.rows)
-        out = kernels.dropout_add_layer_norm(
+        return kernels.dropout_add_layer_norm(
             x,
             residual,
             self.weight,
             self.bias,
             dropout_p,
             self.eps,
+            prenorm=prenorm,
             x_bias=None if bias_of is None else bias_of.bias,
             training=self.training,
             seed=context.seed,
@@ -181,8 +212,6 @@ class LayerNorm(TaskLayer):
             rows=rows,
             segments=segments,
         )
-        assert isinstance(out, Tensor)
-        return out
 
 
 def _with_bias(

@@ -372,15 +372,16 @@ class ModernBertLayer(nn.Module):
             plan=context.attention_plan,
         )
         assert isinstance(attended, Tensor)  # statistics, which would make it a tuple, are off
-        hidden = x + kernels.dropout(
-            self.attention_output(attended.flatten(1), context),
-            self.attention_dropout_p,
-            training=self.training,
-            seed=context.seed,
+        normed, hidden = self.mlp_norm.add_prenorm(
+            self.attention_output.product(attended.flatten(1), context),
+            x,
+            context,
+            dropout_p=self.attention_dropout_p,
             rng_offset=self.first_dropout_id + 1,
+            bias_of=self.attention_output,
         )
         widened = kernels.geglu(
-            self.gated(self.mlp_norm(hidden, context), context),
+            self.gated(normed, context),
             dropout_p=self.hidden_dropout_p,
             training=self.training,
             seed=context.seed,

@@ -82,7 +82,9 @@ def _forward_kernel(
 ):
     rows, columns, elements, mask = tile(tl.program_id(0) * ROWS, num_rows, N, ROWS, BLOCK_N)
     h = _embed(tables, sizes, ids, rows, columns, num_rows, mask, N)
-    y, _, row_mean, row_rstd = normalize(h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, N)
+    y, _, row_mean, row_rstd = normalize(
+        h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, False, N
+    )
     tl.store(mean + rows, row_mean, mask=rows < num_rows)
     tl.store(rstd + rows, row_rstd, mask=rows < num_rows)
     if DROPOUT:
@@ -106,7 +108,7 @@ def _backward_kernel(
     dropout,
     rng_offset,
     HAS_WEIGHT: tl.constexpr,
-    SUMS: tl.constexpr,  # 0: none, 2: for weight and bias
+    SUMS: tl.constexpr,  # 0: none, 1: for weight, 2: for bias too
     DROPOUT: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -126,13 +128,15 @@ def _backward_kernel(
         w = tl.full([BLOCK_N], 1.0, tl.float32)
         if HAS_WEIGHT:  # read for each tile: held between them, it would make some widths spill
             w = tl.load(weight + columns, mask=columns < N, other=0.0).to(tl.float32)
-        dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, N)
+        dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, False, N)
         tl.store(grad_sum + elements, dh.to(grad_sum.dtype.element_ty), mask=mask)
         if SUMS > 0:
             grad_weight += tl.sum(dy * xhat, 0)
+        if SUMS > 1:
             grad_bias += tl.sum(dy, 0)
     if SUMS > 0:
         store_partial(partials, grad_weight, 0, columns, N, SUMS)
+    if SUMS > 1:
         store_partial(partials, grad_bias, 1, columns, N, SUMS)
 
 

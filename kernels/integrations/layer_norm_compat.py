@@ -1,9 +1,9 @@
-"""Layer norm under the names that BERT trainers import: apex's module, flash-attn's function."""
+"""Norms under the names that BERT trainers import: apex's modules, flash-attn's function."""
 
 import torch
 from torch import Tensor, nn
 
-from ..layer_norm.layer_norm import dropout_add_layer_norm, layer_norm, refuse_given
+from ..layer_norm.layer_norm import dropout_add_layer_norm, layer_norm, refuse_given, rms_norm
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -55,6 +55,51 @@ class FusedLayerNorm(nn.LayerNorm):
         return layer_norm(input, self.weight, self.bias, self.eps)
 
 
+class FusedRMSNorm(nn.RMSNorm):
+    """RMS norm as a module, with the arguments of apex's; a `torch.nn.RMSNorm` to whoever asks.
+
+    Args:
+        normalized_shape: the last dimensions, or the width of the last.
+        eps: added to the mean square.
+        elementwise_affine: whether there is a weight.
+        memory_efficient: accepted for apex's sake, as :class:`FusedLayerNorm` does.
+    """
+
+    eps: float
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int, ...] | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        memory_efficient: bool = False,
+    ) -> None:
+        shape = [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+        super().__init__(shape, eps, elementwise_affine)
+        self.memory_efficient = memory_efficient
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the last dimensions, together.
+
+        Args:
+            input: ``[..., *normalized_shape]``, any floating dtype.
+
+        Returns:
+            The shape and the dtype of ``input``.
+
+        Raises:
+            ValueError: its last dimensions are others.
+        """
+        dims = len(self.normalized_shape)
+        if tuple(input.shape[-dims:]) != tuple(self.normalized_shape):
+            raise ValueError(
+                f"input: expected [..., {', '.join(map(str, self.normalized_shape))}], "
+                f"got {list(input.shape)}"
+            )
+        weight = None if self.weight is None else self.weight.flatten()
+        return rms_norm(input.flatten(-dims), weight, self.eps).view(input.shape)
+
+
 def layer_norm_fn(
     x: Tensor,
     weight: Tensor,
@@ -75,14 +120,14 @@ def layer_norm_fn(
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Post-norm, ``layer_norm(residual + dropout(x))``, with flash-attn's arguments and defaults.
+    """Give ``layer_norm(residual + dropout(x))``, with flash-attn's arguments and defaults.
 
     Args:
         x: ``[..., N]``, any floating dtype.
         weight: ``[N]``, any floating dtype.
         bias: ``[N]`` or None.
         residual: shape of ``x``, or None.
-        x1: not supported, nor are weight1, bias1, rowscale, zero_centered_weight, is_rms_norm,
+        x1: not supported, nor are weight1, bias1, rowscale, zero_centered_weight,
             return_dropout_mask, out and residual_out, which a BERT has no use for.
         weight1: see x1.
         bias1: see x1.
@@ -92,7 +137,7 @@ def layer_norm_fn(
         prenorm: return ``residual + dropout(x)`` too, as `dropout_add_layer_norm` does.
         residual_in_fp32: keep that sum in float32 where there is no residual.
         zero_centered_weight: see x1.
-        is_rms_norm: see x1.
+        is_rms_norm: RMS norm, which takes no mean off.
         return_dropout_mask: see x1.
         out_dtype: dtype of the result; x's when None.
         out: see x1.
@@ -112,7 +157,6 @@ def layer_norm_fn(
         bias1=bias1,
         rowscale=rowscale,
         zero_centered_weight=zero_centered_weight,
-        is_rms_norm=is_rms_norm,
         return_dropout_mask=return_dropout_mask,
         out=out,
         residual_out=residual_out,
@@ -121,6 +165,7 @@ def layer_norm_fn(
         *(x, residual, weight, bias, dropout_p, eps),
         prenorm=prenorm,
         residual_in_fp32=residual_in_fp32,
+        is_rms_norm=is_rms_norm,
     )
     dtype = x.dtype if out_dtype is None else out_dtype
     if isinstance(result, Tensor):

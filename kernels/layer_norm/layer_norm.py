@@ -1,4 +1,4 @@
-"""Layer norm, alone and after BERT's dropout and residual.
+"""Layer norm and RMS norm, alone and after a transformer's dropout and residual.
 
     h = residual + dropout(x + x_bias)        or h = x
     mean, var over the last dimension,  rstd = 1 / sqrt(var + eps),  xhat = (h - mean) rstd
@@ -8,10 +8,15 @@
     dh = rstd (g - mean(g) - xhat mean(g xhat)),  dx = dropout factor * dh
     dweight_k = sum of dy xhat, dbias_k = sum of dy, dx_bias_k = sum of dx, over the rows of task k
 
+RMS norm takes 0 for the mean: ``rstd = 1 / sqrt(mean(h^2) + eps)``, ``xhat = h rstd`` and
+``dh = rstd (g - xhat mean(g xhat))``.  A pre-norm also returns h, whose gradient is added to dh.
+
 Rows are computed in float32 whatever their dtype, the variance in two passes, and the statistics
 are kept in float32.  For a sum, the forward pass saves ``h - mean`` in the rows' dtype with the
 statistics of these rounded rows.  The gradient is then that at a point that differs from h by a
-rounding of each deviation, so it is right for rows that are nearly constant too.
+rounding of each deviation, so it is right for rows that are nearly constant too.  A pre-norm rounds
+h to the rows' dtype first and saves that: its norm, statistics and gradient are those of the sum it
+returns.
 
 With task rows (:class:`TaskRows`) the backward pass writes the K gradients of weight, bias and
 x_bias there; without them it returns their sum, the usual gradient.  The bias of a linear layer
@@ -55,9 +60,12 @@ _ops = torch.ops.superbert
 # ---- reference ----------------------------------------------------------------------------------
 
 
-def normalize_reference(hidden: Tensor, eps: float) -> Tensor:
-    """``xhat``: the rows of ``hidden`` with mean 0 and variance 1, in its dtype."""
-    centred = hidden - hidden.mean(-1, keepdim=True)
+def normalize_reference(hidden: Tensor, eps: float, is_rms_norm: bool = False) -> Tensor:
+    """``xhat``: the rows of ``hidden`` with mean 0 and variance 1, in its dtype.
+
+    With ``is_rms_norm`` those with a mean square of 1.
+    """
+    centred = hidden if is_rms_norm else hidden - hidden.mean(-1, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
 
 
@@ -138,11 +146,12 @@ def layer_norm_reference(
     eps: float,
     rows: TaskRows | None = None,
     segments: TaskSegments | None = None,
+    is_rms_norm: bool = False,
 ) -> Tensor:
     """``y`` by plain torch operations, in the dtype of ``hidden``."""
-    xhat = normalize_reference(hidden, eps)
+    xhat = normalize_reference(hidden, eps, is_rms_norm)
     if rows is not None:
-        refuse_transforms("layer_norm", xhat, weight, bias)
+        refuse_transforms("rms_norm" if is_rms_norm else "layer_norm", xhat, weight, bias)
         return _TaskAffine.apply(xhat, weight, bias, rows, segments)  # type: ignore[no-untyped-call]
     scaled = xhat if weight is None else xhat * weight
     return scaled if bias is None else scaled + bias
@@ -172,7 +181,7 @@ def _add_backward_fake(_grad_out: Tensor, hidden: Tensor, *_: object) -> tuple[T
 
 
 def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, bias, _eps, *task_arguments = inputs
+    x, weight, bias, _eps, *task_arguments, ctx.is_rms_norm = inputs
     _, mean, rstd = output
     save(ctx, (x, weight, bias, mean, rstd), task_arguments)
     ctx.mark_non_differentiable(mean, rstd)
@@ -189,37 +198,47 @@ def _layer_norm_backward(
     task_arguments = parameter_rows(ctx, weight, bias, mean)
     gradient_rows, segments = task_arguments[:2], task_arguments[2:]
     arguments = (grad_out, hidden, weight, mean, rstd, *gradient_rows, mean.new_empty(0), *segments)
-    grad = _ops.layer_norm_backward(*arguments)
-    return grad, *parameter_gradients(ctx, *gradient_rows), *[None] * 5
+    grad = _ops.layer_norm_backward(*arguments, None, ctx.is_rms_norm)
+    return grad, *parameter_gradients(ctx, *gradient_rows), *[None] * 6
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _x, _residual, x_bias, weight, bias, ctx.dropout_p, _eps, ctx.seed, ctx.rng_offset, *rest = (
         inputs
     )
+    *task_arguments, ctx.prenorm, ctx.is_rms_norm = rest
     _, hidden, mean, rstd = output
     save_x_bias(ctx, x_bias)
-    save(ctx, (hidden, weight, bias, mean, rstd), rest)
-    ctx.mark_non_differentiable(hidden, mean, rstd)
+    save(ctx, (hidden, weight, bias, mean, rstd), task_arguments)
+    ctx.mark_non_differentiable(*(() if ctx.prenorm else (hidden,)), mean, rstd)
+    ctx.set_materialize_grads(not ctx.prenorm)
 
 
 @differentiable_once("dropout_add_layer_norm", _INSTEAD)
 def _add_backward(
-    ctx: Any, saved: tuple[Tensor, ...], grad_out: Tensor, *_: Tensor
+    ctx: Any,
+    saved: tuple[Tensor, ...],
+    grad_out: Tensor | None,
+    grad_hidden: Tensor | None,
+    *_: Any,
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, mean, rstd = saved
+    if grad_out is None:  # of a pre-norm whose sum alone is used
+        grad_out = torch.zeros_like(hidden)
     task_arguments = parameter_rows(ctx, weight, bias, mean)
     gradient_rows, segments = task_arguments[:2], task_arguments[2:]
     own_rows = x_bias_rows(ctx, mean)
+    # h itself leaves a pre-norm alone; elsewhere torch may hand zeros for it.
+    grad_sum = grad_hidden if ctx.prenorm else None
     arguments = (grad_out, hidden, weight, mean, rstd, *gradient_rows, own_rows, *segments)
     if ctx.dropout_p > 0:
         grad_residual, grad_x = _ops.dropout_add_layer_norm_backward(
-            *arguments, ctx.dropout_p, ctx.seed, ctx.rng_offset
+            *arguments, ctx.dropout_p, ctx.seed, ctx.rng_offset, grad_sum, ctx.is_rms_norm
         )
     else:
-        grad_residual = grad_x = _ops.layer_norm_backward(*arguments)
+        grad_residual = grad_x = _ops.layer_norm_backward(*arguments, grad_sum, ctx.is_rms_norm)
     gradients = x_bias_gradient(ctx, own_rows), *parameter_gradients(ctx, *gradient_rows)
-    return grad_x, grad_residual, *gradients, *[None] * 8
+    return grad_x, grad_residual, *gradients, *[None] * 10
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -235,21 +254,22 @@ for _name, _fake in _FAKES.items():
 
 @register_cuda("layer_norm")
 def _layer_norm_cuda(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_: object
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import layer_norm_triton
 
     check_norm(x, weight, bias, eps)
-    out, _hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, eps)
+    out, _hidden, mean, rstd = layer_norm_triton.forward(x, weight, bias, eps, is_rms_norm=rest[-1])
     return out, mean, rstd
 
 
 @register_cuda("layer_norm_backward")
-def _layer_norm_backward_cuda(*arguments: Any) -> Tensor:
+def _layer_norm_backward_cuda(*given: Any) -> Tensor:
     from . import layer_norm_triton
 
-    check_norm_backward(*arguments[:9])
-    return layer_norm_triton.backward(*arguments)[0]
+    *arguments, grad_sum, is_rms_norm = given
+    check_norm_backward(*arguments[:9], grad_sum=grad_sum)
+    return layer_norm_triton.backward(*arguments, grad_sum=grad_sum, is_rms_norm=is_rms_norm)[0]
 
 
 @register_cuda("dropout_add_layer_norm")
@@ -263,21 +283,23 @@ def _add_cuda(
     eps: float,
     seed: Tensor | None,
     rng_offset: int,
-    *_: object,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from . import layer_norm_triton
 
     given = (x, weight, bias, eps, residual, x_bias, dropout_p, seed, rng_offset)
     check_norm(*given)
-    return layer_norm_triton.forward(*given)
+    *_task_arguments, prenorm, is_rms_norm = rest
+    return layer_norm_triton.forward(*given, prenorm=prenorm, is_rms_norm=is_rms_norm)
 
 
 @register_cuda("dropout_add_layer_norm_backward")
-def _add_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _add_backward_cuda(*given: Any) -> tuple[Tensor, Tensor]:
     from . import layer_norm_triton
 
-    check_norm_backward(*arguments[:9], *arguments[10:])
-    return layer_norm_triton.backward(*arguments)
+    *arguments, grad_sum, is_rms_norm = given
+    check_norm_backward(*arguments[:9], *arguments[10:], grad_sum=grad_sum)
+    return layer_norm_triton.backward(*arguments, grad_sum=grad_sum, is_rms_norm=is_rms_norm)
 
 
 for _name, _backward, _setup in (
@@ -316,12 +338,51 @@ def layer_norm(
     Raises:
         ValueError: a shape, dtype or device that does not fit; the message names it.
     """
+    return _norm(x, weight, bias, eps, rows, segments, is_rms_norm=False)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor:
+    """Divide the last dimension by its root mean square: ``x / sqrt(mean(x^2) + eps) * weight``.
+
+    Args:
+        x: ``[..., N]``, any floating dtype; ``[T, N]`` with rows.
+        weight: ``[N]``, any floating dtype; None stands for ones.
+        eps: added to the mean square, finite and not negative.
+        rows: where task gradients of the weight go; its ``grad`` then stays None.
+        segments: which rows of ``x`` belong to which task; needed with ``rows``.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; the message names it.
+    """
+    return _norm(x, weight, None, eps, rows, segments, is_rms_norm=True)
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rows: TaskRows | None,
+    segments: TaskSegments | None,
+    *,
+    is_rms_norm: bool,
+) -> Tensor:
     tasks = task_arguments(x, weight, bias, rows, segments)
     if x.dtype == torch.float64:
         check_data(x=x, weight=weight, bias=bias)
         check_number("eps", eps)
-        return layer_norm_reference(x, weight, bias, eps, rows, segments)
-    out: Tensor = _ops.layer_norm(x, weight, bias, eps, *tasks)[0]
+        return layer_norm_reference(x, weight, bias, eps, rows, segments, is_rms_norm)
+    out: Tensor = _ops.layer_norm(x, weight, bias, eps, *tasks, is_rms_norm)[0]
     return out
 
 
@@ -345,6 +406,7 @@ def dropout_add_layer_norm(
     residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
     *,
+    is_rms_norm: bool = False,
     x_bias: Tensor | None = None,
     training: bool = True,
     seed: Tensor | None = None,
@@ -353,7 +415,7 @@ def dropout_add_layer_norm(
     rows: TaskRows | None = None,
     segments: TaskSegments | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """BERT's post-norm in one pass: ``layer_norm(residual + dropout(x0 + x_bias))``.
+    """Dropout, residual and norm in one pass: ``layer_norm(residual + dropout(x0 + x_bias))``.
 
     The arguments that have a place are those of flash-attn's function of that name.
 
@@ -367,11 +429,13 @@ def dropout_add_layer_norm(
         epsilon: added to the variance; BERT's default.
         rowscale: not supported, nor are layerscale and return_dropout_mask.
         layerscale: see rowscale.
-        prenorm: return the sum before the norm too, with a gradient of its own.  With it, or
-            without a residual, the sum is computed apart and not in the pass of the norm.
+        prenorm: return the sum before the norm too, as the residual of the next layer, with a
+            gradient of its own.  The norm is then that of the sum in its own dtype.  Without a
+            residual the sum is computed apart and not in the pass of the norm.
         residual_in_fp32: keep the sum in float32 where there is no residual, whose dtype it has
             otherwise.
         return_dropout_mask: see rowscale.
+        is_rms_norm: divide by the root mean square, without taking the mean off first.
         x_bias: ``[N]``, any floating dtype, added to ``x0`` before the dropout: the bias of the
             linear layer that ``x0`` comes from, say.
         training: without it there is no dropout.
@@ -407,7 +471,7 @@ def dropout_add_layer_norm(
             check_data(x0=x0, residual=residual)
             dtype = torch.promote_types(x0.dtype, residual.dtype)
             x0, residual = x0.to(dtype), residual.to(dtype)
-    if prenorm or residual is None or x0.dtype == torch.float64:
+    if residual is None or x0.dtype == torch.float64:
         check_data(x0=x0, residual=residual, x_bias=x_bias)
         biased = _with_x_bias(x0, x_bias, rows, segments)
         hidden = dropout(biased, p, seed=seed, rng_offset=rng_offset)
@@ -416,15 +480,78 @@ def dropout_add_layer_norm(
         in_float32 = residual_in_fp32 and residual is None and x0.dtype != torch.float64
         hidden = hidden.to(torch.float32 if in_float32 else x0.dtype)
         norm_rows = None if rows is None else rows._replace(x_bias_columns=None)
-        normalised = layer_norm(hidden, weight, bias, epsilon, rows=norm_rows, segments=segments)
-        normalised = normalised.to(x0.dtype)
+        norm = (weight, bias, epsilon, norm_rows, segments)
+        normalised = _norm(hidden, *norm, is_rms_norm=is_rms_norm).to(x0.dtype)
         return (normalised, hidden) if prenorm else normalised
     if p > 0 and seed is None:
         seed = new_seed(x0.device)
     if rows is not None:
         columns = (*columns, first_column(rows.x_bias_columns))
     tasks = (buffer, columns, *own_segments)
-    out: Tensor = _ops.dropout_add_layer_norm(
-        x0, residual, x_bias, weight, bias, p, epsilon, seed, rng_offset, *tasks
-    )[0]
-    return out
+    out, hidden, *_ = _ops.dropout_add_layer_norm(
+        *(x0, residual, x_bias, weight, bias, p, epsilon, seed, rng_offset, *tasks),
+        *(prenorm, is_rms_norm),
+    )
+    return (out, hidden) if prenorm else out
+
+
+def dropout_add_rms_norm(
+    x0: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float = 0.0,
+    epsilon: float = 1e-6,
+    rowscale: Tensor | None = None,
+    layerscale: Tensor | None = None,
+    prenorm: bool = False,
+    residual_in_fp32: bool = False,
+    return_dropout_mask: bool = False,
+    *,
+    x_bias: Tensor | None = None,
+    training: bool = True,
+    seed: Tensor | None = None,
+    rng_offset: int = 0,
+    rows: TaskRows | None = None,
+    segments: TaskSegments | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`dropout_add_layer_norm` with ``is_rms_norm``, by flash-attn's function of this name.
+
+    Args:
+        x0: see :func:`dropout_add_layer_norm`, as for all others.
+        residual: see x0.
+        weight: see x0.
+        bias: see x0.
+        dropout_p: see x0.
+        epsilon: added to the mean square.
+        rowscale: see x0.
+        layerscale: see x0.
+        prenorm: see x0.
+        residual_in_fp32: see x0.
+        return_dropout_mask: see x0.
+        x_bias: see x0.
+        training: see x0.
+        seed: see x0.
+        rng_offset: see x0.
+        rows: see x0.
+        segments: see x0.
+
+    Returns:
+        ``[..., N]`` in the wider dtype of x0 and residual; with ``prenorm`` also
+        ``residual + dropout(x0 + x_bias)``, likewise.
+
+    Raises:
+        ValueError: a shape, dtype, device or range that does not fit; the message names it.
+        NotImplementedError: an argument of flash-attn that this function does not support.
+    """
+    return dropout_add_layer_norm(
+        *(x0, residual, weight, bias, dropout_p, epsilon, rowscale, layerscale),
+        *(prenorm, residual_in_fp32, return_dropout_mask),
+        is_rms_norm=True,
+        x_bias=x_bias,
+        training=training,
+        seed=seed,
+        rng_offset=rng_offset,
+        rows=rows,
+        segments=segments,
+    )

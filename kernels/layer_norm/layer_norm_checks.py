@@ -51,6 +51,8 @@ def check_norm_backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     rng_offset: int = 0,
+    *,
+    grad_sum: Tensor | None = None,
 ) -> None:
     """Check what the backward passes are given; ``hidden`` may be any rows of that shape.
 
@@ -58,6 +60,8 @@ def check_norm_backward(
     """
     _check_hidden("hidden", hidden)
     check_tensor("grad_out", grad_out, hidden.shape, hidden.dtype, hidden.device)
+    if grad_sum is not None:
+        check_tensor("grad_sum", grad_sum, hidden.shape, hidden.dtype, hidden.device)
     check_parameter("weight", weight, hidden)
     check_data(weight=weight)
     for name, statistic in (("mean", mean), ("rstd", rstd)):

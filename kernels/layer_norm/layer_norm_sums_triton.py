@@ -147,7 +147,9 @@ class GradientRows(NamedTuple):
         """Number of sums that a program leaves."""
         if self.x_bias.numel() > 0:
             return 3
-        return 2 if self.weight.numel() > 0 or self.bias.numel() > 0 else 0
+        if self.bias.numel() > 0:
+            return 2
+        return 1 if self.weight.numel() > 0 else 0
 
 
 class BackwardGrid(NamedTuple):

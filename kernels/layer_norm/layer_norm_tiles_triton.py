@@ -62,6 +62,18 @@ def rstd_of(variance, eps):
 
 
 @triton.jit
+def _centre(h, mask, N: tl.constexpr):
+    """Give ``h - mean``, mean and variance of a tile of whole rows."""
+    rough_mean = mean_of(tl.sum(h, 1), N)
+    deviation = tl.where(mask, h - rough_mean[:, None], 0.0)
+    # The second pass also corrects the rounding of the first one's mean.
+    correction = mean_of(tl.sum(deviation, 1), N)
+    mean = rough_mean + correction
+    variance = mean_of(tl.sum(deviation * deviation, 1), N) - correction * correction
+    return tl.where(mask, h - mean[:, None], 0.0), mean, variance
+
+
+@triton.jit
 def normalize(
     h,
     mask,
@@ -70,18 +82,18 @@ def normalize(
     eps,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IS_RMS_NORM: tl.constexpr,
     N: tl.constexpr,
 ):
     """Output, centred rows, mean and rstd of a tile of whole rows, the variance in two passes."""
     h = tl.where(mask, h, 0.0)
-    rough_mean = mean_of(tl.sum(h, 1), N)
-    deviation = tl.where(mask, h - rough_mean[:, None], 0.0)
-    # The second pass also corrects the rounding of the first one's mean.
-    correction = mean_of(tl.sum(deviation, 1), N)
-    mean = rough_mean + correction
-    variance = mean_of(tl.sum(deviation * deviation, 1), N) - correction * correction
+    if IS_RMS_NORM:
+        centred = h
+        variance = mean_of(tl.sum(h * h, 1), N)
+        mean = tl.zeros_like(variance)
+    else:
+        centred, mean, variance = _centre(h, mask, N)
     rstd = rstd_of(variance, eps)
-    centred = tl.where(mask, h - mean[:, None], 0.0)
     y = centred * rstd[:, None]
     if HAS_WEIGHT:
         y *= tl.load(parameters.weight + columns, mask=columns < N, other=0.0).to(tl.float32)
@@ -91,12 +103,17 @@ def normalize(
 
 
 @triton.jit
-def grad_of_rows(dy, h, w, mean, rstd, rows, row_end, mask, N: tl.constexpr):
+def grad_of_rows(
+    dy, h, w, mean, rstd, rows, row_end, mask, IS_RMS_NORM: tl.constexpr, N: tl.constexpr
+):
     """Give dh and xhat of a tile of whole rows."""
-    row_mean = tl.load(mean + rows, mask=rows < row_end, other=0.0)
     row_rstd = tl.load(rstd + rows, mask=rows < row_end, other=0.0)
-    xhat = tl.where(mask, (h - row_mean[:, None]) * row_rstd[:, None], 0.0)
+    if not IS_RMS_NORM:
+        row_mean = tl.load(mean + rows, mask=rows < row_end, other=0.0)
+        h -= row_mean[:, None]
+    xhat = tl.where(mask, h * row_rstd[:, None], 0.0)
     g = dy * w[None, :]
-    mean_g = mean_of(tl.sum(g, 1), N)
     mean_gx = mean_of(tl.sum(g * xhat, 1), N)
-    return row_rstd[:, None] * (g - mean_g[:, None] - xhat * mean_gx[:, None]), xhat
+    if not IS_RMS_NORM:
+        g -= mean_of(tl.sum(g, 1), N)[:, None]
+    return row_rstd[:, None] * (g - xhat * mean_gx[:, None]), xhat

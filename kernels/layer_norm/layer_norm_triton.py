@@ -52,10 +52,14 @@ def forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     rng_offset: int = 0,
+    *,
+    prenorm: bool = False,
+    is_rms_norm: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, the rows that the backward pass reads, and their mean and rstd.
 
-    Those rows are the centred sums in the dtype of x, or x itself without a residual.
+    Those rows are the centred sums in the dtype of x (with ``prenorm`` the sums), or x itself
+    without a residual.
     """
     width = x.shape[-1]
     x = x.contiguous()
@@ -82,6 +86,8 @@ def forward(
         HAS_X_BIAS=x_bias is not None,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
+        PRENORM=prenorm,
+        IS_RMS_NORM=is_rms_norm,
         **constants,
     )
     return out, hidden, mean, rstd
@@ -101,9 +107,13 @@ def backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     rng_offset: int = 0,
+    *,
+    grad_sum: Tensor | None = None,
+    is_rms_norm: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the hidden rows and of x; without dropout they are one tensor."""
     hidden, grad_out = hidden.contiguous(), grad_out.contiguous()
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
     num_rows = mean.numel()
     grad_hidden = torch.empty_like(hidden)
     grad_x = torch.empty_like(hidden) if dropout_p > 0 else grad_hidden
@@ -118,6 +128,7 @@ def backward(
             weight,
             mean,
             rstd,
+            grad_sum,
             grad_hidden,
             grad_x,
             grid.partials,
@@ -126,6 +137,8 @@ def backward(
             dropout,
             rng_offset,
             HAS_WEIGHT=weight is not None,
+            HAS_GRAD_SUM=grad_sum is not None,
+            IS_RMS_NORM=is_rms_norm,
             **constants,
         )
 

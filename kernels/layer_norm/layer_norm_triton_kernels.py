@@ -39,6 +39,8 @@ def layer_norm_forward_kernel(
     HAS_X_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PRENORM: tl.constexpr,
+    IS_RMS_NORM: tl.constexpr,
     DROPOUT: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -53,10 +55,15 @@ def layer_norm_forward_kernel(
         h *= row_factors(rows, rng_offset, dropout, N, BLOCK_N)
     if HAS_RESIDUAL:
         h += tl.load(residual + elements, mask=mask, other=0.0).to(tl.float32)
+    if PRENORM:
+        # The sum is given out, too: the norm and its statistics are those of the rounded rows.
+        summed = h.to(hidden.dtype.element_ty)
+        tl.store(hidden + elements, summed, mask=mask)
+        h = summed.to(tl.float32)
     y, centred, row_mean, row_rstd = normalize(
-        h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, N
+        h, mask, columns, parameters, eps, HAS_WEIGHT, HAS_BIAS, IS_RMS_NORM, N
     )
-    if HAS_RESIDUAL:
+    if HAS_RESIDUAL and not PRENORM:
         # Kept for the backward pass, and the statistics of what is kept: rounding h itself would
         # leave little but rounding errors of a nearly constant row, whose rstd magnifies them.
         kept = centred.to(hidden.dtype.element_ty)
@@ -64,7 +71,8 @@ def layer_norm_forward_kernel(
         row_mean = tl.zeros_like(row_mean)
         if kept.dtype != tl.float32:
             centred = kept.to(tl.float32)
-            row_mean = mean_of(tl.sum(centred, 1), N)
+            if not IS_RMS_NORM:
+                row_mean = mean_of(tl.sum(centred, 1), N)
             square = mean_of(tl.sum(centred * centred, 1), N)
             row_rstd = rstd_of(square - row_mean * row_mean, eps)
     tl.store(mean + rows, row_mean, mask=rows < num_rows)
@@ -79,6 +87,7 @@ def layer_norm_backward_kernel(
     weight,
     mean,
     rstd,
+    grad_sum,
     grad_hidden,
     grad_x,
     partials,  # [programs, SUMS, N]
@@ -87,7 +96,9 @@ def layer_norm_backward_kernel(
     dropout,
     rng_offset,
     HAS_WEIGHT: tl.constexpr,
-    SUMS: tl.constexpr,  # 0: none, 2: for weight and bias, 3: for x_bias too
+    HAS_GRAD_SUM: tl.constexpr,
+    IS_RMS_NORM: tl.constexpr,
+    SUMS: tl.constexpr,  # 0: none, 1: for weight, 2: for bias too, 3: for x_bias too
     DROPOUT: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -107,11 +118,14 @@ def layer_norm_backward_kernel(
         rows, columns, elements, mask = tile(first_row, end, N, ROWS, BLOCK_N)
         dy = tl.load(grad_out + elements, mask=mask, other=0.0).to(tl.float32)
         h = tl.load(hidden + elements, mask=mask, other=0.0).to(tl.float32)
-        dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, N)
-        tl.store(grad_hidden + elements, dh.to(grad_hidden.dtype.element_ty), mask=mask)
+        dh, xhat = grad_of_rows(dy, h, w, mean, rstd, rows, end, mask, IS_RMS_NORM, N)
         if SUMS > 0:
             grad_weight += tl.sum(dy * xhat, 0)
+        if SUMS > 1:
             grad_bias += tl.sum(dy, 0)
+        if HAS_GRAD_SUM:  # the last to be loaded, when dy and xhat need no registers any more
+            dh += tl.load(grad_sum + elements, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_hidden + elements, dh.to(grad_hidden.dtype.element_ty), mask=mask)
         if DROPOUT:
             dh *= row_factors(rows, rng_offset, dropout, N, BLOCK_N)
             tl.store(grad_x + elements, dh.to(grad_x.dtype.element_ty), mask=mask)
@@ -119,6 +133,7 @@ def layer_norm_backward_kernel(
             grad_x_bias += tl.sum(dh, 0)
     if SUMS > 0:
         store_partial(partials, grad_weight, 0, columns, N, SUMS)
+    if SUMS > 1:
         store_partial(partials, grad_bias, 1, columns, N, SUMS)
     if SUMS == 3:
         store_partial(partials, grad_x_bias, 2, columns, N, SUMS)

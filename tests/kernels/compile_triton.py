@@ -60,6 +60,10 @@ RUNS = {
 NORMS = {
     "layer_norm": layer_norm.layer_norm_forward_kernel,
     "layer_norm_backward": layer_norm.layer_norm_backward_kernel,
+    "prenorm": layer_norm.layer_norm_forward_kernel,
+    "prenorm_backward": layer_norm.layer_norm_backward_kernel,
+    "prenorm_rms": layer_norm.layer_norm_forward_kernel,
+    "prenorm_rms_backward": layer_norm.layer_norm_backward_kernel,
     "embedding_layer_norm": embedding_layer_norm_triton._forward_kernel,
     "embedding_layer_norm_backward": embedding_layer_norm_triton._backward_kernel,
 }
@@ -249,17 +253,20 @@ def _runs(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _norm(case: Case) -> tuple[dict[str, Any], dict[str, int]]:
-    constants = constants_of(case.width, 0.1)
+    constants, is_rms_norm = constants_of(case.width, 0.1), "_rms" in case.kernel
     if case.kernel == "embedding_layer_norm":
         constants = constants_of(case.width, 0.1, embedding_layer_norm_triton.TILE_ELEMENTS)
     if case.kernel.endswith("backward"):
         some, none = torch.empty(1), torch.empty(0)
-        x_bias = none if case.kernel.startswith("embedding") else some
-        constants = backward_constants_of(case.width, 0.1, GradientRows(some, some, x_bias))
+        bias = none if is_rms_norm else some
+        x_bias = none if case.kernel.startswith("embedding") or is_rms_norm else some
+        constants = backward_constants_of(case.width, 0.1, GradientRows(some, bias, x_bias))
     options = {"num_warps": constants.pop("num_warps")}
-    flags = ["HAS_RESIDUAL", "HAS_X_BIAS", "HAS_WEIGHT", "HAS_BIAS"]
-    constants |= {flag: True for flag in flags if flag in NORMS[case.kernel].arg_names}
-    return constants, options
+    values = dict.fromkeys(["HAS_RESIDUAL", "HAS_X_BIAS", "HAS_WEIGHT", "HAS_BIAS"], True)
+    values |= dict.fromkeys(["PRENORM", "HAS_GRAD_SUM"], case.kernel.startswith("prenorm"))
+    values["IS_RMS_NORM"] = is_rms_norm
+    arguments = NORMS[case.kernel].arg_names
+    return constants | {flag: values[flag] for flag in values if flag in arguments}, options
 
 
 def _linear(case: Case) -> tuple[dict[str, Any], dict[str, int]]:

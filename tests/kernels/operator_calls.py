@@ -100,6 +100,7 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
             ),
             {"buffer": rows.buffer, **by_task},
         ),
+        "rms_norm": (kernels.rms_norm, {"x": x, "weight": weight}),
         "layer_norm_fn": (kernels.layer_norm_fn, {"x": x, **norm, "residual": x.clone()}),
         "dropout_add_layer_norm": (kernels.dropout_add_layer_norm, stream),
         "dropout_add_layer_norm by task": (
@@ -112,6 +113,7 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
             kernels.dropout_add_layer_norm,
             stream | {"prenorm": True},
         ),
+        "dropout_add_rms_norm": (kernels.dropout_add_rms_norm, stream | {"prenorm": True}),
         "embedding_layer_norm": (
             kernels.embedding_layer_norm,
             {**places, **tables, **norm, **dropped},
@@ -226,13 +228,14 @@ def padding_and_modules() -> dict[str, Call]:
             {"buffer": torch.zeros(2, 20), "plan": plan.data},
         ),
         "new_task_rows": (partial(kernels.new_task_rows, 2), {"weight": weight}),
-        "FusedLayerNorm": (_fused_layer_norm, {"weight": weight[0].clone()}),
+        "FusedLayerNorm": (partial(_norm, kernels.FusedLayerNorm), {"weight": weight[0].clone()}),
+        "FusedRMSNorm": (partial(_norm, kernels.FusedRMSNorm), {"weight": weight[0].clone()}),
         "TaskGradients": (_task_gradients, {"weight": weight}),
     }
 
 
-def _fused_layer_norm(weight: Tensor) -> Tensor:
-    module = kernels.FusedLayerNorm(4)
+def _norm(kind: type[torch.nn.Module], weight: Tensor) -> Tensor:
+    module = kind(4)
     module.weight = torch.nn.Parameter(weight)
     return module(torch.randn(3, 4))
 

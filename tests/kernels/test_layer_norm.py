@@ -483,7 +483,6 @@ def test_what_dropout_add_layer_norm_does_not_support_says_so(option: dict) -> N
         {"bias1": torch.ones(1)},
         {"rowscale": torch.ones(1)},
         {"zero_centered_weight": True},
-        {"is_rms_norm": True},
         {"return_dropout_mask": True},
         {"out": torch.ones(1)},
         {"residual_out": torch.ones(1)},

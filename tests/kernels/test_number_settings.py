@@ -51,8 +51,10 @@ SETTINGS["combine_adamw_segments_"] = SETTINGS["combine_adamw_"] | {
 }
 LAYERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "layer_norm": {"eps": NUMBERS},
+    "rms_norm": {"eps": NUMBERS},
     "layer_norm_fn": {"eps": NUMBERS, "dropout_p": RATES},
     "dropout_add_layer_norm": {"epsilon": NUMBERS, "dropout_p": RATES},
+    "dropout_add_rms_norm": {"epsilon": NUMBERS, "dropout_p": RATES},
     "embedding_layer_norm": {"eps": NUMBERS, "dropout_p": RATES},
     "dropout": {"p": RATES},
     "flash_attn_varlen_func": {

@@ -45,7 +45,7 @@ def attention(p: float, window: tuple[int, int] = (-1, -1)) -> dict[str, tuple]:
 
 
 def norms(by_task: bool) -> dict[str, tuple]:
-    """Arguments of the operators that end in a layer norm."""
+    """Arguments of the operators that end in a norm; by task it is a pre-norm, and RMS norm."""
     x, residual, weight, bias = leaf(TOKENS, WIDTH), leaf(TOKENS, WIDTH), leaf(WIDTH), leaf(WIDTH)
     ids = torch.randint(0, TABLE_ROWS, (3, TOKENS)).unbind(0)
     tables = [leaf(TABLE_ROWS, WIDTH) for _ in range(3)]
@@ -66,11 +66,16 @@ def norms(by_task: bool) -> dict[str, tuple]:
     saved_by_embedding = (*statistics, *gradient_rows[:2], OFFSETS, False)
     looked_up = (*ids, *(table.detach() for table in tables))
     options = (0.1, 1e-12, SEED, 0)
+    grad_sum = torch.randn(TOKENS, WIDTH) if by_task else None
     return {
-        "layer_norm": (x, weight, bias, 1e-12, *of_norm),
-        "layer_norm_backward": (grad, hidden, *saved),
-        "dropout_add_layer_norm": (x, residual, bias, weight, bias, *options, *of_add),
-        "dropout_add_layer_norm_backward": (grad, hidden, *saved, 0.1, SEED, 0),
+        "layer_norm": (x, weight, bias, 1e-12, *of_norm, by_task),
+        "layer_norm_backward": (grad, hidden, *saved, grad_sum, by_task),
+        "dropout_add_layer_norm": (
+            *(x, residual, bias, weight, bias, *options, *of_add, by_task, by_task),
+        ),
+        "dropout_add_layer_norm_backward": (
+            *(grad, hidden, *saved, 0.1, SEED, 0, grad_sum, by_task),
+        ),
         "embedding_layer_norm": (*ids, *tables, weight, bias, *options, *of_all),
         "embedding_layer_norm_backward": (*(grad, *looked_up, *saved_by_embedding, 0.1, SEED, 0),),
     }

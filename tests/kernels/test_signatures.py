@@ -10,10 +10,12 @@ import pytest
 
 from kernels import (
     FusedLayerNorm,
+    FusedRMSNorm,
     RotaryEmbedding,
     apply_rotary_emb,
     apply_rotary_emb_qkv_,
     dropout_add_layer_norm,
+    dropout_add_rms_norm,
     flash_attn_varlen_func,
     flash_attn_varlen_qkvpacked_func,
     layer_norm_fn,
@@ -44,9 +46,14 @@ SIGNATURES = {
         "x0, residual, weight, bias, dropout_p=0.0, epsilon=1e-12, rowscale=None, layerscale=None, "
         "prenorm=False, residual_in_fp32=False, return_dropout_mask=False"
     ),
+    dropout_add_rms_norm: (
+        "x0, residual, weight, bias, dropout_p=0.0, epsilon=1e-06, rowscale=None, layerscale=None, "
+        "prenorm=False, residual_in_fp32=False, return_dropout_mask=False"
+    ),
     FusedLayerNorm: (
         "normalized_shape, eps=1e-05, elementwise_affine=True, memory_efficient=False"
     ),
+    FusedRMSNorm: "normalized_shape, eps=1e-05, elementwise_affine=True, memory_efficient=False",
     apply_rotary_emb: (
         "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, "
         "max_seqlen=None"
@@ -60,6 +67,7 @@ SIGNATURES = {
         "self, qkv, kv=None, seqlen_offset=0, max_seqlen=None, num_heads_q=None"
     ),
     FusedLayerNorm.forward: "self, input",
+    FusedRMSNorm.forward: "self, input",
 }
 
 
