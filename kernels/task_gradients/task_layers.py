@@ -27,7 +27,7 @@ from ..embedding_layer_norm.embedding_layer_norm import (
     embedding_layer_norm_reference,
 )
 from ..gradient_buffer import Slot
-from ..layer_norm.layer_norm import dropout_add_layer_norm, layer_norm
+from ..layer_norm.layer_norm import dropout_add_layer_norm, layer_norm, rms_norm
 from ..linear.linear import joint_linear, linear
 from ..registration.function_modes import LayerMode, active_layer_modes
 from ..registration.validation import may_look
@@ -352,10 +352,38 @@ class TaskLayers(LayerMode):
         out = layer_norm(_flat(input), weight, bias, eps, rows=rows, segments=segments)
         return _note(out, places, segments).view(input.shape)
 
+    def _rms_norm(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        eps: float | None = None,
+    ) -> Tensor:
+        place, shape = self._place_of(weight), tuple(normalized_shape)
+        assert weight is not None  # it alone may be followed
+        assert place is not None
+        if not (shape == input.shape[-1:] == weight.shape and shape != (0,)):
+            return self._other(place, F.rms_norm, input, list(shape), weight, eps)
+        segments = self._segments(place, input.shape[:-1])
+        if input.is_cuda and autocast_dtype(input) is not None:
+            input = input.float()  # autocast's rule there
+        eps = torch.finfo(input.dtype).eps if eps is None else eps
+        rows = _task_rows(place, None)
+        out = rms_norm(_flat(input), weight, eps, rows=rows, segments=segments)
+        return _note(out, [place], segments).view(input.shape)
+
     def _fused_layer_norm(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *_tasks: Any
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        *rest: Any,
     ) -> tuple[Tensor | None, ...]:
         """Run this package's operator, which also returns statistics that nobody reads here."""
+        *_tasks, is_rms_norm = rest
+        if is_rms_norm:
+            return self._rms_norm(x, x.shape[-1:], weight, eps), None, None
         return self._layer_norm(x, x.shape[-1:], weight, bias, eps), None, None
 
     def _add_norm(
@@ -369,9 +397,10 @@ class TaskLayers(LayerMode):
         eps: float,
         seed: Tensor | None,
         rng_offset: int,
-        *_tasks: Any,
+        *rest: Any,
     ) -> tuple[Tensor | None, ...]:
-        """Run this package's post-norm, which also returns what nobody reads here."""
+        """Run this package's norm of a sum, which also returns what nobody reads here."""
+        *_tasks, prenorm, is_rms_norm = rest
         parameters = (weight, bias, x_bias)
         own = [self._place_of(parameter) for parameter in parameters]
         places = [place for place in own if place is not None]
@@ -384,9 +413,12 @@ class TaskLayers(LayerMode):
             rng_offset=rng_offset,
             rows=TaskRows(places[0].buffer, *columns),
             segments=segments,
+            prenorm=prenorm,
+            is_rms_norm=is_rms_norm,
         )
-        assert isinstance(out, Tensor)
-        return _note(out, places, segments).view(x.shape), None, None, None
+        results = (out,) if isinstance(out, Tensor) else out
+        noted = [_note(result, places, segments).view(x.shape) for result in results]
+        return noted[0], noted[1] if prenorm else None, None, None
 
     def _embedding(
         self,
@@ -498,6 +530,7 @@ eval_frame.set_code_exec_strategy(
 _LAYERS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.linear: TaskLayers._linear,
     F.layer_norm: TaskLayers._layer_norm,
+    F.rms_norm: TaskLayers._rms_norm,
     F.embedding: TaskLayers._embedding,
     embedding_layer_norm: TaskLayers._embedding_norm,
     joint_linear: TaskLayers._joint_linear,
@@ -619,8 +652,8 @@ def _is_written_in_python(func: Callable[..., Any]) -> bool:
 def _refusal(place: Place, func: Callable[..., Any]) -> NotImplementedError:
     return NotImplementedError(
         f"{place.name}: used by {resolve_name(func) or func} on a batch of all tasks, where task "
-        "gradients are known for linear (weight [O, I], bias [O]), layer norm (over the last "
-        "dimension) and embedding layers (without max_norm and scale_grad_by_freq) only; within "
+        "gradients are known for linear (weight [O, I], bias [O]), layer norm, RMS norm (over the "
+        "last dimension) and embedding layers (without max_norm and scale_grad_by_freq) only; within "
         "`task(k)` any layer is taken"
     )
 

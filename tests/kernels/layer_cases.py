@@ -145,6 +145,12 @@ def _add_norm(s: Stream, **options: object) -> Tensor:
     return kernels.dropout_add_layer_norm(s.own, s.other, s.weight, s.bias, **options)
 
 
+def _prenorm(s: Stream, **options: object) -> Tensor:
+    options |= {"dropout_p": 0.1, "seed": s.seed, "x_bias": s.bias, "prenorm": True}
+    normed, summed = kernels.dropout_add_rms_norm(s.own, s.other, s.weight, None, **options)
+    return normed + summed
+
+
 def _embedding_norm(s: Stream, **options: object) -> Tensor:
     ids, tables = (s.ids, s.ids, s.ids), (s.table, s.table, s.table)
     options |= {"dropout_p": 0.1, "seed": s.seed}
@@ -169,10 +175,15 @@ LAYERS: dict[str, Callable[[Stream], Tensor]] = {
     "layer_norm by task": lambda s: kernels.layer_norm(
         s.own, s.weight, s.bias, rows=s.vector_rows, segments=s.segments
     ),
+    "rms_norm": lambda s: kernels.rms_norm(s.own, s.weight),
     "layer_norm_fn": lambda s: kernels.layer_norm_fn(s.own, s.weight, s.bias, s.other),
     "dropout_add_layer_norm": _add_norm,
     "dropout_add_layer_norm by task": lambda s: _add_norm(
         s, rows=s.biased_rows, segments=s.segments
+    ),
+    "dropout_add_rms_norm": _prenorm,
+    "dropout_add_rms_norm by task": lambda s: _prenorm(
+        s, rows=s.biased_rows._replace(bias_columns=None), segments=s.segments
     ),
     "embedding_layer_norm": _embedding_norm,
     "embedding_layer_norm by task": lambda s: _embedding_norm(
