@@ -416,9 +416,10 @@ class TaskLayers(LayerMode):
             prenorm=prenorm,
             is_rms_norm=is_rms_norm,
         )
-        results = (out,) if isinstance(out, Tensor) else out
-        noted = [_note(result, places, segments).view(x.shape) for result in results]
-        return noted[0], noted[1] if prenorm else None, None, None
+        out, total = (out, None) if isinstance(out, Tensor) else out
+        if total is not None:
+            total = _note(total, places, segments, is_saved=True).view(x.shape)
+        return _note(out, places, segments).view(x.shape), total, None, None
 
     def _embedding(
         self,
@@ -581,29 +582,38 @@ class _Note(torch.autograd.Function):
     """Identity on a layer's output; its backward pass records that a loss reached the layer."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, places: Sequence[Place], tasks: set[int]) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, places: Sequence[Place], tasks: set[int], is_saved: bool
+    ) -> Tensor:
         # Activation checkpointing compares what was saved with what is saved when layers run again.
         # One tensor more than the plain layer saves: where that one is run instead, it raises.
         ctx.save_for_backward(torch.empty(0))
         ctx.places, ctx.tasks = places, tasks
+        if is_saved:  # by the layer, which would take it for modified
+            return out.view_as(out)
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         assert ctx.saved_tensors
         for place in ctx.places:
             place.tasks.update(ctx.tasks)
-        return gradient, None, None
+        return gradient, None, None, None
 
 
-def _note(out: Tensor, places: Sequence[Place], segments: TaskSegments) -> Tensor:
-    """Note, once a loss reaches ``out``, that its tasks have reached the parameters."""
+def _note(
+    out: Tensor, places: Sequence[Place], segments: TaskSegments, *, is_saved: bool = False
+) -> Tensor:
+    """Note, once a loss reaches ``out``, that its tasks have reached the parameters.
+
+    ``is_saved`` says that the backward pass of the layer reads ``out``, too.
+    """
     if torch.compiler.is_compiling():
         numbers = tuple(place.number for place in places)
         return NoteTasks.apply(out, places[0].reached, numbers, segments.offsets)  # type: ignore[no-untyped-call]
     tasks = {task for task, (begin, end) in enumerate(pairwise(segments.offsets)) if begin < end}
-    return _Note.apply(out, places, tasks)  # type: ignore[no-untyped-call]
+    return _Note.apply(out, places, tasks, is_saved)  # type: ignore[no-untyped-call]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -653,8 +663,8 @@ def _refusal(place: Place, func: Callable[..., Any]) -> NotImplementedError:
     return NotImplementedError(
         f"{place.name}: used by {resolve_name(func) or func} on a batch of all tasks, where task "
         "gradients are known for linear (weight [O, I], bias [O]), layer norm, RMS norm (over the "
-        "last dimension) and embedding layers (without max_norm and scale_grad_by_freq) only; within "
-        "`task(k)` any layer is taken"
+        "last dimension) and embedding layers (without max_norm and scale_grad_by_freq) only; "
+        "within `task(k)` any layer is taken"
     )
 
 

@@ -247,7 +247,35 @@ def test_every_norm_is_this_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         biases.append(bias)
         return norm(x, weight, bias, eps)
 
+    add_norm = transformers_modernbert.dropout_add_layer_norm
+
+    def noting_sum(*arguments: Any, **options: Any) -> Any:
+        biases.append(arguments[3])
+        return add_norm(*arguments, **options)
+
     monkeypatch.setattr(layer_norm_compat, "layer_norm", noting)
+    monkeypatch.setattr(transformers_modernbert, "dropout_add_layer_norm", noting_sum)
     model = base_model("modernbert")
     assert_same_behind(model)
     assert biases == [None] * (2 * len(model.layers) + 1)
+
+
+def test_a_norm_behind_attention_that_is_not_plain_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a hook or a class of its own; the next one still takes the residual in its pass."""
+    sums: list[Any] = []
+    add_norm = transformers_modernbert.dropout_add_layer_norm
+
+    def noting(*arguments: Any, **options: Any) -> Any:
+        sums.append(arguments)
+        return add_norm(*arguments, **options)
+
+    monkeypatch.setattr(transformers_modernbert, "dropout_add_layer_norm", noting)
+    model = base_model("modernbert")
+    called: list[Tensor] = []
+    norm = model.layers[0].mlp_norm
+    norm.register_forward_hook(lambda _module, _inputs, out: called.append(out))
+    assert_same_behind(model)
+    assert len(called) == 2
+    assert len(sums) == len(model.layers) - 1
