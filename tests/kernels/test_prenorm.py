@@ -1,5 +1,6 @@
 """RMS norm, and norms that return the sum before them, against float64; gradients by task too."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,12 +8,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import (
     Columns,
     FusedRMSNorm,
+    TaskGradients,
     TaskRows,
     TaskSegments,
     dropout_add_layer_norm,
@@ -383,3 +385,35 @@ def test_apexs_module(shape: int | tuple | list) -> None:
     torch.testing.assert_close(plain(x), F.rms_norm(x, own, None, 1e-5))
     with pytest.raises(ValueError, match=r"^input: expected \[\.\.\., "):
         module(x[..., :-1])
+
+
+class Layers(nn.Module):
+    """A pre-norm without a bias, an RMS norm, and the sum of both results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.norm, self.rms_norm = nn.LayerNorm(16, bias=False), nn.RMSNorm(16)
+        self.fused = FusedRMSNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed, total = dropout_add_layer_norm(
+            *(F.linear(x, self.dense.weight), x, self.norm.weight, self.norm.bias),
+            **{"prenorm": True, "x_bias": self.dense.bias},
+        )
+        return self.fused(self.last(self.rms_norm(normed))) + total
+
+
+def test_task_gradients_of_modules() -> None:
+    model, x = Layers(), torch.randn(10, 16)
+    plain = copy.deepcopy(model)
+    collected = TaskGradients(model, 2)
+    with collected.batch([4, 6]):
+        out = model(x)
+    out.square().sum().backward()
+    found = {name: tensor.clone() for name, tensor in collected.named_views()}
+    for task, rows in enumerate((x[:4], x[4:])):
+        alone = plain(rows).square().sum()
+        expected = torch.autograd.grad(alone, list(plain.parameters()))
+        for (name, _), gradient in zip(plain.named_parameters(), expected, strict=True):
+            torch.testing.assert_close(found[name][task], gradient, rtol=1e-4, atol=1e-4)

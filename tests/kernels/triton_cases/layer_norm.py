@@ -152,3 +152,51 @@ def test_layer_norm_of_nearly_constant_rows(
     grad_x, _ = layer_norm_triton.backward(*arguments)
     for tensors in zip([out, grad_x], reference(dtype), reference(torch.float64), strict=True):
         assert_within_twice(*tensors)
+
+
+@pytest.mark.parametrize("width", [1, 13, 384])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_prenorm(has_bias: bool, is_rms_norm: bool, p: float, width: int, device: str) -> None:
+    num_rows, offsets, eps = 150, (3, 70, 70, 71, 140), 1e-5
+    x, residual, grad_out, grad_sum = torch.randn(4, num_rows, width, device=device)
+    residual += 3 * residual.sign()  # rows of one column near 0 would be the whole error
+    weight, bias, x_bias = torch.randn(3, width, device=device)
+    bias = bias if has_bias else None
+    seed = torch.tensor(7, device=device)
+    factors = dropout_factors(x.numel(), p, seed, 4).view_as(x)
+
+    def reference(dtype: torch.dtype) -> list[Tensor]:
+        leaf, w = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        total = residual.to(dtype) + (leaf + x_bias.to(dtype)) * factors.to(dtype)
+        if is_rms_norm:
+            out = F.rms_norm(total, (width,), w, eps)
+        else:
+            out = F.layer_norm(total, (width,), w, None, eps)
+        results = [out if bias is None else out + bias.to(dtype), total]
+        grads = [grad_out.to(dtype), grad_sum.to(dtype)]
+        (grad_x,) = torch.autograd.grad(results, leaf, grads, retain_graph=True)
+        return [*(result.detach() for result in results), grad_x]
+
+    options = {"prenorm": True, "is_rms_norm": is_rms_norm}
+    given = (x, weight, bias, eps, residual, x_bias, p, seed, 4)
+    out, hidden, mean, rstd = layer_norm_triton.forward(*given, **options)
+    options = {"grad_sum": grad_sum, "is_rms_norm": is_rms_norm}
+    rows = torch.full((3, 4, width), torch.nan, device=device)
+    nothing = rows[:0, 0]
+    own_rows = (rows[0], rows[1] if has_bias else nothing, rows[2] if has_bias else nothing)
+    saved = (grad_out, hidden, weight, mean, rstd)
+    arguments = (*saved, *own_rows, offsets, False, p, seed, 4)
+    grad_hidden, grad_x = layer_norm_triton.backward(*arguments, **options)
+    results = [out, hidden, grad_x]
+    for tensors in zip(results, reference(torch.float32), reference(torch.float64), strict=True):
+        assert_within_twice(*tensors)
+    assert mean.count_nonzero() == 0 or not is_rms_norm
+    xhat = (hidden - mean[:, None]) * rstd[:, None]
+    terms = (grad_out * xhat, grad_out, grad_x)
+    for own, term in zip(own_rows, terms, strict=True):
+        if own.numel() > 0:
+            exact = [term[begin:end].double().sum(0) for begin, end in pairwise(offsets)]
+            torch.testing.assert_close(own.double(), torch.stack(exact), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(grad_x, grad_hidden * factors, rtol=1e-6, atol=1e-6)
