@@ -1,7 +1,7 @@
 """``python -m bench.layer_norm``: time layer norm, alone and fused with BERT's layers around it.
 
-Plain; dropout + residual + norm; embedding sum + norm + dropout.  Forward and backward with the
-gradients of all parameters: called by the host, and on a GPU replayed as a graph, too, which is
+Plain; RMS norm; dropout + residual + norm; the same as a pre-norm, whose sum goes on, too;
+embedding sum + norm + dropout.  Forward and backward with the gradients of all parameters: called by the host, and on a GPU replayed as a graph, too, which is
 what counts in a recorded step.  The floor is the bytes that must move at the copy bandwidth of the
 same rounds.  Peers, each where it imports: torch's layer norm, the plain code compiled by
 `torch.compile`, Liger, apex, flash-attn's Triton norm.
@@ -64,6 +64,16 @@ class Inputs:
         leaves = (self.x, self.residual, self.weight, self.bias)
         return lambda: torch.autograd.grad(norm(*leaves), leaves, self.grad)
 
+    def rms(self, norm: Callable[[Tensor, Tensor], Tensor]) -> Run:
+        """``norm(x)`` without a bias, forward and backward."""
+        leaves = (self.x, self.weight)
+        return lambda: torch.autograd.grad(norm(*leaves), leaves, self.grad)
+
+    def before_norm(self, norm: Callable[..., tuple[Tensor, Tensor]]) -> Run:
+        """``norm(total)`` and ``total = residual + dropout(x)``, forward and backward of both."""
+        leaves = (self.x, self.residual, self.weight, self.bias)
+        return lambda: torch.autograd.grad(norm(*leaves), leaves, (self.grad, self.grad))
+
     def embedded(self, norm: Callable[..., Tensor]) -> Run:
         """``dropout(norm(word + position + token type))``, forward and backward."""
         leaves = (*self.tables, self.weight, self.bias)
@@ -76,6 +86,17 @@ def _torch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _torch_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _torch_norm(residual + F.dropout(x, _DROPOUT), weight, bias)
+
+
+def _torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, _EPS)
+
+
+def _torch_prenorm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    total = residual + F.dropout(x, _DROPOUT)
+    return _torch_norm(total, weight, bias), total
 
 
 def _torch_embedding_norm(
@@ -114,6 +135,30 @@ def plain_runs(inputs: Inputs, device: str) -> dict[str, Run]:
                 lambda x, w, b: fused_layer_norm_affine(x, w, b, x.shape[-1:], _EPS)
             )
     return runs
+
+
+def rms_runs(inputs: Inputs, _device: str) -> dict[str, Run]:
+    """RMS norm alone."""
+    return {
+        "this project": inputs.rms(lambda x, w: kernels.rms_norm(x, w, _EPS)),
+        "torch": inputs.rms(_torch_rms_norm),
+        "torch.compile": inputs.rms(torch.compile(_torch_rms_norm, dynamic=False)),
+    }
+
+
+def prenorm_runs(inputs: Inputs, _device: str) -> dict[str, Run]:
+    """A pre-norm behind a residual, which goes on."""
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.dropout_add_layer_norm(
+            *(x, residual, weight, bias, _DROPOUT, _EPS), prenorm=True, seed=inputs.seed
+        )
+
+    return {
+        "this project": inputs.before_norm(ours),
+        "torch": inputs.before_norm(_torch_prenorm),
+        "torch.compile": inputs.before_norm(torch.compile(_torch_prenorm, dynamic=False)),
+    }
 
 
 def fused_runs(inputs: Inputs, device: str) -> dict[str, Run]:
@@ -164,6 +209,8 @@ def verify(inputs: Inputs) -> None:
 # What to run, how many [rows, width] tensors must move, and how often all tables must.
 _KINDS = {
     "plain": (plain_runs, 5, 0),  # x, y; dy, x, dx
+    "RMS": (rms_runs, 5, 0),  # the same
+    "prenorm": (prenorm_runs, 9, 0),  # x, residual, h, y; dy, dh, h, dx, dresidual
     "fused": (fused_runs, 8, 0),  # x, residual, h, y; dy, h, dx, dresidual
     "embedding": (embedding_runs, 8, 1),  # three rows, y; dy, three rows
 }

@@ -350,8 +350,10 @@ def test_rows_that_are_not_contiguous() -> None:
     x, residual, grad_out, grad_sum = torch.randn(4, 24, 10)
     weight = torch.randn(24)
     found = []
-    for copy in (False, True):
-        given = [t.t().contiguous() if copy else t.t() for t in (x, residual, grad_out, grad_sum)]
+    for in_order in (False, True):
+        given = [
+            t.t().contiguous() if in_order else t.t() for t in (x, residual, grad_out, grad_sum)
+        ]
         leaves = [t.requires_grad_() for t in given[:2]]
         results = dropout_add_rms_norm(*leaves, weight, None, 0.2, prenorm=True, seed=SEED)
         found.append([*results, *torch.autograd.grad(results, leaves, given[2:])])
