@@ -1,10 +1,11 @@
 """``python -m bench.layer_norm``: time layer norm, alone and fused with BERT's layers around it.
 
 Plain; RMS norm; dropout + residual + norm; the same as a pre-norm, whose sum goes on, too;
-embedding sum + norm + dropout.  Forward and backward with the gradients of all parameters: called by the host, and on a GPU replayed as a graph, too, which is
-what counts in a recorded step.  The floor is the bytes that must move at the copy bandwidth of the
-same rounds.  Peers, each where it imports: torch's layer norm, the plain code compiled by
-`torch.compile`, Liger, apex, flash-attn's Triton norm.
+embedding sum + norm + dropout.  Forward and backward with the gradients of all parameters: called
+by the host, and on a GPU replayed as a graph, too, which is what counts in a recorded step.  The
+floor is the bytes that must move at the copy bandwidth of the same rounds.  Peers, each where it
+imports: torch's norms, the plain code compiled by `torch.compile`, Liger, apex, flash-attn's Triton
+norm.
 """
 
 import argparse
