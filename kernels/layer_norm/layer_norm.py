@@ -515,26 +515,29 @@ def dropout_add_rms_norm(
     rows: TaskRows | None = None,
     segments: TaskSegments | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`dropout_add_layer_norm` with ``is_rms_norm``, by flash-attn's function of this name.
+    """Dropout, residual and RMS norm in one pass: ``rms_norm(residual + dropout(x0 + x_bias))``.
+
+    It is :func:`dropout_add_layer_norm` with ``is_rms_norm``; the arguments that have a place are
+    those of flash-attn's function of that name.
 
     Args:
-        x0: see :func:`dropout_add_layer_norm`, as for all others.
-        residual: see x0.
-        weight: see x0.
-        bias: see x0.
-        dropout_p: see x0.
+        x0: ``[..., N]``, any floating dtype; ``[T, N]`` with rows.
+        residual: shape of ``x0``; None: nothing is added.
+        weight: ``[N]``, any floating dtype; None stands for ones.
+        bias: ``[N]``, likewise; None stands for zeros.
+        dropout_p: probability to drop an element of ``x0``.
         epsilon: added to the mean square.
-        rowscale: see x0.
-        layerscale: see x0.
-        prenorm: see x0.
-        residual_in_fp32: see x0.
-        return_dropout_mask: see x0.
-        x_bias: see x0.
-        training: see x0.
-        seed: see x0.
-        rng_offset: see x0.
-        rows: see x0.
-        segments: see x0.
+        rowscale: not supported, nor are layerscale and return_dropout_mask.
+        layerscale: see rowscale.
+        prenorm: return the sum before the norm too, with a gradient of its own.
+        residual_in_fp32: keep the sum in float32 where there is no residual.
+        return_dropout_mask: see rowscale.
+        x_bias: ``[N]``, any floating dtype, added to ``x0`` before the dropout.
+        training: without it there is no dropout.
+        seed: of dropout; int64, one element, on x0's device.  None draws one.
+        rng_offset: distinguishes dropouts that share a seed.
+        rows: where task gradients of weight, bias and x_bias go; their ``grad`` then stays None.
+        segments: which rows of ``x0`` belong to which task; needed with ``rows``.
 
     Returns:
         ``[..., N]`` in the wider dtype of x0 and residual; with ``prenorm`` also
