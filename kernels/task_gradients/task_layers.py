@@ -367,7 +367,8 @@ class TaskLayers(LayerMode):
         segments = self._segments(place, input.shape[:-1])
         if input.is_cuda and autocast_dtype(input) is not None:
             input = input.float()  # autocast's rule there
-        eps = torch.finfo(input.dtype).eps if eps is None else eps
+        if eps is None:  # torch's is that of the dtype in which it computes
+            eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
         rows = _task_rows(place, None)
         out = rms_norm(_flat(input), weight, eps, rows=rows, segments=segments)
         return _note(out, [place], segments).view(input.shape)
