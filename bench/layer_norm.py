@@ -1,35 +1,30 @@
 """``python -m bench.layer_norm``: time layer norm, alone and fused with BERT's layers around it.
 
 Plain; RMS norm; dropout + residual + norm; the same as a pre-norm, whose sum goes on, too;
-embedding sum + norm + dropout.  Forward and backward with the gradients of all parameters: called
-by the host, and on a GPU replayed as a graph, too, which is what counts in a recorded step.  The
-floor is the bytes that must move at the copy bandwidth of the same rounds.  Peers, each where it
-imports: torch's norms, the plain code compiled by `torch.compile`, Liger, apex, flash-attn's Triton
-norm.
+embedding sum + norm + dropout.  Forward and backward with the gradients of all parameters.  Peers,
+each where it imports: torch's norms, the plain code compiled by `torch.compile`, Liger, apex,
+flash-attn's Triton norm.
 """
 
 import argparse
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from engine.cli.common import Parser
 from engine.cli.standard_output import exit_with
 
-from . import harness
+from . import harness, memory_bound
+from .memory_bound import OURS, Case, Runs
 
 _EPS = 1e-12
 _DROPOUT = 0.1
 _TABLE_ROWS = (30_522, 512, 2)  # bert-base's words, positions and token types
-Run = Callable[[], object]
+Run = harness.Contestant
 
 
 class Inputs:
@@ -46,14 +41,6 @@ class Inputs:
         self.seed = torch.tensor(0, device=device)
         self.ids = [torch.randint(0, count, (rows,), device=device) for count in _TABLE_ROWS]
         self.tables = [tensor(count, width).requires_grad_() for count in _TABLE_ROWS]
-
-    def copies_beyond_cache(self, cache_bytes: int = 64 << 20) -> int:
-        """Return how many of these are larger than any GPU's cache."""
-        return min(16, 1 + cache_bytes // (3 * self.x.nbytes))
-
-    def another(self) -> "Inputs":
-        """Inputs of the same shape elsewhere in memory."""
-        return Inputs(*self.x.shape, self.x.dtype, str(self.x.device))
 
     def plain(self, norm: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
         """``norm(x)``, forward and backward."""
@@ -118,7 +105,7 @@ def _torch_embedding_norm(
 def plain_runs(inputs: Inputs, device: str) -> dict[str, Run]:
     """Layer norm alone."""
     runs = {
-        "this project": inputs.plain(lambda x, w, b: kernels.layer_norm(x, w, b, _EPS)),
+        OURS: inputs.plain(lambda x, w, b: kernels.layer_norm(x, w, b, _EPS)),
         "torch": inputs.plain(_torch_norm),
     }
     runs["torch.compile"] = inputs.plain(torch.compile(_torch_norm, dynamic=False))
@@ -141,7 +128,7 @@ def plain_runs(inputs: Inputs, device: str) -> dict[str, Run]:
 def rms_runs(inputs: Inputs, _device: str) -> dict[str, Run]:
     """RMS norm alone."""
     return {
-        "this project": inputs.rms(lambda x, w: kernels.rms_norm(x, w, _EPS)),
+        OURS: inputs.rms(lambda x, w: kernels.rms_norm(x, w, _EPS)),
         "torch": inputs.rms(_torch_rms_norm),
         "torch.compile": inputs.rms(torch.compile(_torch_rms_norm, dynamic=False)),
     }
@@ -156,7 +143,7 @@ def prenorm_runs(inputs: Inputs, _device: str) -> dict[str, Run]:
         )
 
     return {
-        "this project": inputs.before_norm(ours),
+        OURS: inputs.before_norm(ours),
         "torch": inputs.before_norm(_torch_prenorm),
         "torch.compile": inputs.before_norm(torch.compile(_torch_prenorm, dynamic=False)),
     }
@@ -170,7 +157,7 @@ def fused_runs(inputs: Inputs, device: str) -> dict[str, Run]:
             *(x, residual, weight, bias, _DROPOUT, _EPS), seed=inputs.seed
         )
 
-    runs = {"this project": inputs.fused(ours), "torch": inputs.fused(_torch_add_norm)}
+    runs = {OURS: inputs.fused(ours), "torch": inputs.fused(_torch_add_norm)}
     runs["torch.compile"] = inputs.fused(torch.compile(_torch_add_norm, dynamic=False))
     if device == "cuda" and importlib.util.find_spec("flash_attn"):
         from flash_attn.ops.triton.layer_norm import layer_norm_fn
@@ -192,19 +179,20 @@ def embedding_runs(inputs: Inputs, _device: str) -> dict[str, Run]:
 
     compiled = torch.compile(_torch_embedding_norm, dynamic=False)
     return {
-        "this project": inputs.embedded(ours),
+        OURS: inputs.embedded(ours),
         "torch": inputs.embedded(_torch_embedding_norm),
         "torch.compile": inputs.embedded(compiled),
     }
 
 
 def verify(inputs: Inputs) -> None:
-    """Check the norm and its gradients against torch's before anything is timed."""
-    runs = plain_runs(inputs, "cpu")
-    for ours, torchs in zip(runs["this project"](), runs["torch"](), strict=True):
-        # A weight's gradient is a sum over all rows, rounded in another order.
-        tolerance = 64 * torch.finfo(ours.dtype).eps * torchs.abs().max().item()
-        torch.testing.assert_close(ours, torchs, rtol=0, atol=tolerance)
+    """Check the norms and their gradients against torch's before anything is timed."""
+    for make in (plain_runs, rms_runs):
+        runs = make(inputs, "cpu")
+        for ours, torchs in zip(runs[OURS](), runs["torch"](), strict=True):
+            # A weight's gradient is a sum over all rows, rounded in another order.
+            tolerance = 64 * torch.finfo(ours.dtype).eps * torchs.abs().max().item()
+            torch.testing.assert_close(ours, torchs, rtol=0, atol=tolerance)
 
 
 # What to run, how many [rows, width] tensors must move, and how often all tables must.
@@ -217,102 +205,35 @@ _KINDS = {
 }
 
 
-OURS = "this project"
+def cases(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the cases of a dtype."""
+    on_gpu = torch.device(options.device).type == "cuda"
+    row_counts = options.rows or ([2560, 32768] if on_gpu else [2560])
+    for rows, width in itertools.product(row_counts, options.width):
+        sizes = (rows, width, dtype, options.device)
+        inputs = Inputs(*sizes)
+        verify(inputs)
+        for kind, (make_runs, tensors, tables) in _KINDS.items():
+            # The tables' gradients are written whole, and the rows that were looked up read.
+            nbytes = tensors * inputs.x.nbytes + tables * sum(t.nbytes for t in inputs.tables)
 
+            def make(
+                make_runs: Callable[[Inputs, str], Runs] = make_runs,
+                sizes: tuple[int, int, torch.dtype, str] = sizes,
+            ) -> Runs:
+                return make_runs(Inputs(*sizes), torch.device(options.device).type)
 
-def measure(
-    kind: str, inputs: Inputs, options: argparse.Namespace, failures: dict[str, str], case: str
-) -> dict[str, Any]:
-    """Time one case's contestants: called by the host, and on a GPU replayed as graphs, too."""
-    torch._dynamo.reset()
-    make, tensors, tables = _KINDS[kind]
-    device, failed = torch.device(options.device), dict[str, str]()
-    found = make(inputs, options.device)
-    runs = harness.surviving({name: lambda run=run: run for name, run in found.items()}, failed)
-    if OURS not in runs:
-        raise SystemExit(f"{case}: {failed[OURS]}")
-    samples = harness.interleave(runs, device, rounds=options.rounds)
-    measured = {
-        # The tables' gradients are written whole, and the rows that were looked up read.
-        "bytes": tensors * inputs.x.nbytes + tables * sum(t.nbytes for t in inputs.tables),
-        "peak_bytes": {name: harness.peak_memory(run, device) for name, run in runs.items()},
-        "seconds": samples,
-        "quantiles": {name: harness.summary(s) for name, s in samples.items()},
-    }
-    if device.type == "cuda":
-        # Each call of a graph has inputs of its own, together more than the cache holds.
-        copies = [inputs, *(inputs.another() for _ in range(inputs.copies_beyond_cache() - 1))]
-        calls = [make(each, options.device) for each in copies]
-
-        def replay(name: str) -> harness.Contestant:
-            return harness.graph_replay(lambda: [made[name]() for made in calls], device)
-
-        graphs = harness.surviving({name: lambda name=name: replay(name) for name in runs}, failed)
-        replayed = harness.device_seconds(graphs, device, rounds=5, replays=4)
-        measured["replayed_seconds"] = {
-            name: [each / len(copies) for each in seconds] for name, seconds in replayed.items()
-        }
-    failures.update({f"{name}, {case}": text for name, text in failed.items()})
-    return measured
-
-
-def _rows(case: str, measured: dict[str, Any], copy: float) -> Iterator[list[str]]:
-    replayed = measured.get("replayed_seconds", {})
-    ours = harness.median(measured["seconds"][OURS])
-    for name, seconds in measured["seconds"].items():
-        best = harness.median(replayed.get(name, seconds))
-        cells = [
-            case if name == OURS else "",
-            name,
-            f"{harness.median(seconds) * 1e3:.3f}",
-            f"{measured['bytes'] / best / 1e9:.1f}",
-            f"{measured['bytes'] / best / copy:.0%}",
-            f"{measured['peak_bytes'][name] / 2**20:.0f}",
-            "" if name == OURS else f"{harness.median(seconds) / ours:.2f}x",
-        ]
-        if name in replayed:
-            cells.append(f"{best * 1e3:.4f}")
-            if name != OURS and OURS in replayed:
-                cells.append(f"{best / harness.median(replayed[OURS]):.2f}x")
-        yield cells
+            yield Case(f"[{rows}, {width}] {kind}", nbytes, 3 * inputs.x.nbytes, make)
 
 
 def main() -> None:
     """Run the benchmark and print a table for each dtype."""
-    parser = Parser(prog="python -m bench.layer_norm", description=__doc__)
-    parser.add_argument(
-        "--device", type=harness.device, default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--dtype", nargs="+", choices=harness.DTYPES, default=["fp32", "bf16"])
+    parser = memory_bound.parser("layer_norm", __doc__)
     parser.add_argument("--rows", nargs="+", type=harness.whole(1), default=None)
     parser.add_argument("--width", nargs="+", type=harness.whole(1), default=[384, 768, 1024])
-    parser.add_argument("--rounds", type=harness.whole(2), default=20)
     options = harness.parse(parser)
-    device, console = torch.device(options.device), Console(width=110)
-    row_counts = options.rows or ([2560] if device.type == "cpu" else [2560, 32768])
-
-    results: dict[str, Any] = {"failures": {}}
-    record = harness.Record(options, "layer_norm", device)
-    for dtype_name in options.dtype:
-        copy = harness.measure_bandwidth(device)["copy"]
-        results[f"copy_bytes_per_s, {dtype_name}"] = copy
-        table = Table(title=f"layer norm forward + backward, {dtype_name}")
-        headings = ["shape", "contestant", "ms", "GB/s", "of copy", "peak MiB", "ours is"]
-        for heading in [*headings, *(["replayed ms", "ours is"] if device.type == "cuda" else [])]:
-            table.add_column(heading, justify="left" if heading == "contestant" else "right")
-        for rows, width in itertools.product(row_counts, options.width):
-            inputs = Inputs(rows, width, harness.DTYPES[dtype_name], options.device)
-            verify(inputs)
-            for kind in _KINDS:
-                case = f"[{rows}, {width}] {kind}"
-                name = f"{case}, {dtype_name}"
-                results[name] = measured = measure(kind, inputs, options, results["failures"], name)
-                record.write(results)
-                for cells in _rows(case, measured, copy):
-                    table.add_row(*cells)
-        console.print(table)
-    if results["failures"]:
-        raise SystemExit(1)
+    title = "norms forward + backward"
+    memory_bound.run("layer_norm", title, options, lambda dtype: cases(options, dtype))
 
 
 if __name__ == "__main__":

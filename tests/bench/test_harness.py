@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gated_activation, harness, kernels_once, layer_norm
+from bench import gated_activation, harness, kernels_once, layer_norm, memory_bound
 
 
 def parse(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
@@ -87,8 +87,8 @@ def test_gated_activations_are_measured(tmp_path: Path, monkeypatch: pytest.Monk
         assert measured["seconds"].keys() == {"this project", "torch", "torch.compile"}
 
 
-def with_a_peer_that(fails: layer_norm.Run) -> object:
-    def runs(inputs: layer_norm.Inputs, device: str) -> dict[str, layer_norm.Run]:
+def with_a_peer_that(fails: harness.Contestant) -> object:
+    def runs(inputs: layer_norm.Inputs, device: str) -> memory_bound.Runs:
         found = layer_norm.plain_runs(inputs, device)
         return {"this project": found["this project"], "torch": found["torch"], "broken": fails}
 
