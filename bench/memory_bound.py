@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import kernels
 from engine.cli.common import Parser
 
 from . import harness
@@ -69,6 +70,8 @@ def run(
         SystemExit: a contestant failed.
     """
     device, console = torch.device(options.device), Console(width=120)
+    if device.type == "cpu":
+        kernels.keep_freed_memory()  # as engine.train does; it serves the peers, too
     results: dict[str, Any] = {"failures": {}}
     record = harness.Record(options, module, device)
     for dtype_name in options.dtype:
