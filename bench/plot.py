@@ -44,8 +44,11 @@ def cases(results: Any, name: str) -> Iterator[tuple[str, Samples]]:
 
     Args:
         results: a record's results or a part of them.
-        name: what to call a case that has no name of its own.
+        name: what to call a case that has no name of its own; those of a list say theirs.
     """
+    if isinstance(results, list):
+        for record in results:
+            yield from cases(record, f"{record['case']}, {record['precision']}")
     if not isinstance(results, dict):
         return
     seconds = results.get("seconds")

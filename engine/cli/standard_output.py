@@ -109,7 +109,9 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
         try:
             status = main() or 0
         except SystemExit as leaving:  # --help, say
-            status = leaving.code if isinstance(leaving.code, int) else int(bool(leaving.code))
+            status = leaving.code or 0 if isinstance(leaving.code, int | None) else 1
+            if isinstance(leaving.code, str):
+                print(leaving.code, file=err)  # as Python does
         out.flush()
         if status == 0 and out.needed and out.failure is not None:
             if out.reason:

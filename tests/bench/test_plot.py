@@ -18,6 +18,7 @@ RESULTS = {
         "read_bandwidth": 1e9,
         "operators, fp32": {name: {"bytes": 8, "seconds": s} for name, s in SAMPLES.items()},
     },
+    "long text": {"cases": [{"case": "4 x 2048", "precision": "fp32", "seconds": SAMPLES}]},
 }
 
 
@@ -27,6 +28,7 @@ def test_every_kind_of_record_is_found_and_drawn(
 ) -> None:
     results = RESULTS[name]
     cases = {"attention": "sst x 32, fp32", "step": "step", "surgery": "operators, fp32"}
+    cases["long text"] = "4 x 2048, fp32"
     assert list(plot.cases(results, name)) == [(cases[name], SAMPLES)]
     record = {"benchmark": name, "environment": ENVIRONMENT, "results": results}
     source = tmp_path / "record.json"

@@ -176,6 +176,22 @@ def test_the_status_of_lost_output(
     assert told.count("cannot write to stdout: ") == is_told
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "text"),
+    [(None, 0, ""), (3, 3, ""), ("nothing to draw", 1, "nothing to draw\n"), ("", 1, "\n")],
+)
+def test_what_a_command_is_left_with(capsys, code, status, text):
+    """As Python itself ends on a SystemExit: a text is printed."""
+
+    def leave() -> int:
+        raise SystemExit(code)
+
+    with pytest.raises(SystemExit) as ended:
+        standard_output.exit_with(leave)
+    assert ended.value.code == status
+    assert capsys.readouterr() == ("", text)
+
+
 @pytest.mark.parametrize("option", ["--help", "--version", "--list", "--fields"])
 def test_what_argparse_and_options_print_counts(monkeypatch, capsys, option):
     monkeypatch.setattr(sys, "stdout", Failing(errno.ENOSPC, terminal=False))
