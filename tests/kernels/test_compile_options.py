@@ -117,6 +117,10 @@ DROPOUT_ADD: dict[str, Call] = {
     "bias of x": lambda s: _dropout_add(s.own, s.other, s.weight, s.bias, x_bias=s.bias),
     "not training": lambda s: _dropout_add(s.own, s.other, s.weight, s.bias, training=False),
     "prenorm": _of_own(_dropout_add, "other", "weight", "bias", prenorm=True),
+    "prenorm by task": lambda s: _dropout_add(
+        *(s.own, s.other, s.weight, s.bias),
+        **{"prenorm": True, "rows": s.vector_rows, "segments": s.segments},
+    ),
     "prenorm, norm alone": lambda s: _dropout_add(s.own, s.other, s.weight, s.bias, prenorm=True)[
         0
     ],
@@ -128,6 +132,44 @@ DROPOUT_ADD: dict[str, Call] = {
         _dropout_add, "vector_rows", "other", "weight", "bias", bias=None
     ),
 }
+
+
+def _rms_add(x: Tensor, *arguments: Tensor | None, **options: object) -> Tensor:
+    return kernels.dropout_add_rms_norm(x, *arguments, 0.1, seed=torch.tensor(5), **options)
+
+
+def _rms_by_task(function: Callable[..., Tensor], *names: str, **options: object) -> Call:
+    """An RMS norm, which has no bias, with gradients by task."""
+
+    def call(s: Stream) -> Tensor:
+        rows = s.vector_rows._replace(bias_columns=None)
+        own = {"rows": rows, "segments": s.segments, **options}
+        return function(s.own, *(getattr(s, name) if name else None for name in names), **own)
+
+    return call
+
+
+RMS_NORM: dict[str, Call] = {
+    "weight": lambda s: kernels.rms_norm(s.own, s.weight),
+    "no weight": lambda s: kernels.rms_norm(s.own),
+    "of a constant": lambda s: kernels.rms_norm(s.own.detach(), s.weight),
+    "frozen": lambda s: kernels.rms_norm(s.own, s.weight.detach()),
+    "by task": _rms_by_task(kernels.rms_norm, "weight"),
+    "module": lambda s: _RMS_MODULE(s.own),
+    "module without parameters": lambda s: _PLAIN_RMS_MODULE(s.own),
+    "add": _of_own(_rms_add, "other", "weight", ""),
+    "add, no weight": _of_own(_rms_add, "other", "", ""),
+    "add, no residual": _of_own(_rms_add, "", "weight", ""),
+    "prenorm": _of_own(_rms_add, "other", "weight", "", prenorm=True),
+    "prenorm, sum alone": lambda s: _rms_add(s.own, s.other, s.weight, None, prenorm=True)[1],
+    "add by task": _rms_by_task(_rms_add, "other", "weight", ""),
+    "prenorm by task": _rms_by_task(_rms_add, "other", "weight", "", prenorm=True),
+    "layer_norm_fn": lambda s: kernels.layer_norm_fn(
+        s.own, s.weight, None, s.other, prenorm=True, is_rms_norm=True
+    ),
+}
+_RMS_MODULE = kernels.FusedRMSNorm(WIDTH)
+_PLAIN_RMS_MODULE = kernels.FusedRMSNorm(WIDTH, elementwise_affine=False)
 
 
 def _attention(s: Stream, p: float = 0.1, seeded: bool = True, **options: object) -> object:
@@ -417,6 +459,7 @@ SURGERY: dict[str, Call] = {
 GROUPS = {
     "layer_norm": LAYER_NORM,
     "dropout_add_layer_norm": DROPOUT_ADD,
+    "rms_norm": RMS_NORM,
     "attention": ATTENTION,
     "embedding_layer_norm": EMBEDDING,
     "linear, dropout": LINEAR,
@@ -428,7 +471,8 @@ GROUPS = {
 # test_compile.py has a model's layers.
 FOR_INDUCTOR = {
     "layer_norm": ["neither", "bias", "by task, frozen bias"],
-    "dropout_add_layer_norm": ["neither", "prenorm, sum alone"],
+    "dropout_add_layer_norm": ["neither", "prenorm, sum alone", "prenorm by task"],
+    "rms_norm": ["prenorm by task", "no weight", "prenorm, sum alone"],
     "attention": ["packed, dropout, plan", "gradient of v", "log-sum-exp alone"],
     "embedding_layer_norm": ["neither", "padding", "by task, frozen positions", "by task and plan"],
     "linear, dropout": ["by task, frozen weight", "dropout, no seed", "rows"],
