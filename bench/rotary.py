@@ -21,6 +21,8 @@ from . import harness, memory_bound
 from .memory_bound import OURS, Case, Runs
 
 _SEQUENCE = 512  # positions of a packed stream repeat
+Sizes = tuple[int, int, int, torch.dtype, str]
+"""Arguments of :class:`Inputs`."""
 Rotate = Callable[[Tensor, "Inputs"], tuple[Tensor, ...]]
 """Returns tensors that together hold all heads of qkv, rotated, in their order."""
 
@@ -123,7 +125,7 @@ def cases(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[Case]:
         verify(inputs)
         for direction in ("forward", "backward"):
 
-            def make(direction: str = direction, sizes: tuple = sizes) -> Runs:  # type: ignore[type-arg]
+            def make(direction: str = direction, sizes: Sizes = sizes) -> Runs:
                 own = Inputs(*sizes)
                 run = own.forward if direction == "forward" else own.backward
                 found = functions(torch.device(options.device).type)

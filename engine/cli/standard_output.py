@@ -109,9 +109,11 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
         try:
             status = main() or 0
         except SystemExit as leaving:  # --help, say
-            status = leaving.code or 0 if isinstance(leaving.code, int | None) else 1
-            if isinstance(leaving.code, str):
-                print(leaving.code, file=err)  # as Python does
+            if isinstance(leaving.code, int | None):
+                status = leaving.code or 0
+            else:  # as Python does
+                status = 1
+                print(leaving.code, file=err)
         out.flush()
         if status == 0 and out.needed and out.failure is not None:
             if out.reason:

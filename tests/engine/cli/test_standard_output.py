@@ -178,7 +178,13 @@ def test_the_status_of_lost_output(
 
 @pytest.mark.parametrize(
     ("code", "status", "text"),
-    [(None, 0, ""), (3, 3, ""), ("nothing to draw", 1, "nothing to draw\n"), ("", 1, "\n")],
+    [
+        (None, 0, ""),
+        (3, 3, ""),
+        ("nothing to draw", 1, "nothing to draw\n"),
+        ("", 1, "\n"),
+        (2.5, 1, "2.5\n"),
+    ],
 )
 def test_what_a_command_is_left_with(capsys, code, status, text):
     """As Python itself ends on a SystemExit: a text is printed."""
