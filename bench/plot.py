@@ -44,16 +44,21 @@ def cases(results: Any, name: str) -> Iterator[tuple[str, Samples]]:
 
     Args:
         results: a record's results or a part of them.
-        name: what to call a case that has no name of its own; those of a list say theirs.
+        name: what to call a case that has no name of its own.  Those of a list say theirs under
+            "case"; other lists hold one operator's growth, not contestants.
     """
     if isinstance(results, list):
         for record in results:
-            yield from cases(record, f"{record['case']}, {record['precision']}")
+            if isinstance(record, dict) and "case" in record:
+                yield from cases(record, f"{record['case']}, {record['precision']}")
     if not isinstance(results, dict):
         return
     seconds = results.get("seconds")
     if isinstance(seconds, dict):
-        yield name, seconds
+        if all(isinstance(samples, dict) for samples in seconds.values()):  # tiles, by case
+            yield from ((f"{name}, {case}", samples) for case, samples in seconds.items())
+        else:
+            yield name, seconds
         return
     timed = {
         part: record["seconds"]

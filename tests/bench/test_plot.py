@@ -17,6 +17,7 @@ RESULTS = {
     "surgery": {
         "read_bandwidth": 1e9,
         "operators, fp32": {name: {"bytes": 8, "seconds": s} for name, s in SAMPLES.items()},
+        "growth": [{"tasks": 2, "columns": 8, "gram": {"bytes": 8, "seconds": [1.0]}}],
     },
     "long text": {"cases": [{"case": "4 x 2048", "precision": "fp32", "seconds": SAMPLES}]},
 }
@@ -36,6 +37,19 @@ def test_every_kind_of_record_is_found_and_drawn(
     monkeypatch.setattr(sys, "argv", ["plot", str(source), "--out", str(tmp_path / "pictures")])
     plot.main()
     assert (tmp_path / "pictures/record.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Records of machines' failures and of a newcomer's minutes hold no contestants.
+RECORDS = [
+    path
+    for path in sorted((Path(plot.__file__).parent / "results").glob("*/*.json"))
+    if not path.name.startswith(("faults", "new_user", "papers"))
+]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_kept_record_is_drawn(path: Path) -> None:
+    assert plot.draw(json.loads(path.read_text())).startswith(b"\x89PNG")
 
 
 def test_a_record_without_timings_is_refused() -> None:
