@@ -18,6 +18,7 @@ from ._namesake import namesake_attribute
 from .attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from .attention.attention_plan import AttentionPlan, attention_plan
 from .balancing.pcgrad import draw_order, pcgrad_weights
+from .distributed.weights_checksum import weights_checksum as weights_checksum
 from .dropout.dropout import dropout
 from .embedding.embedding import embedding, zero_rows_
 from .embedding.lookup_plan import LookupPlan, plan_lookups, zero_planned_rows_

@@ -46,5 +46,12 @@ def other_leaves(graphs: Iterable[set[Any]], parameters: Sequence[Tensor]) -> li
     return [leaf for leaf in leaves if id(leaf) not in known]
 
 
+def gradient_node(leaf: Tensor) -> Any:
+    """Return the node that adds up a leaf's gradients, for as long as somebody refers to it."""
+    node = leaf.view_as(leaf).grad_fn
+    assert node is not None
+    return node.next_functions[0][0]
+
+
 def _parents(node: Any) -> list[Any]:
     return [parent for parent, _ in node.next_functions if parent is not None]

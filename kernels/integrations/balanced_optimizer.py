@@ -23,6 +23,7 @@ from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses
 from .balanced_gradients import BalancedGradients, Granularity, SeenGradient
 from .global_step_hooks import spare_inner, stepping
+from .rank_exchange import ChosenGroup, Examples, ProcessGroup
 
 Method = Callable[[Tensor], Tensor]
 """``gram [K, K] -> weights [K]``, as in :mod:`.balancing` or TorchJD's weightings."""
@@ -46,18 +47,27 @@ class BalancedOptimizer(torch.optim.Optimizer):
             come from a forward pass within its ``batch``, and ``backward`` is one backward pass.
             Hooks of parameters' gradients (``register_hook``) are not called with it.
         tasks: the tasks' names, for losses by name; those of the first losses when None.
+        process_group: the ranks whose task gradients are averaged before they are balanced, so that
+            all do the update of one process with the examples of all.  ``"auto"``: those of the
+            parameters' DistributedDataParallel or FSDP2, or else the default process group, if it
+            has several ranks.  None: this process alone.
+        check_ranks_every: steps between two comparisons of all ranks' weights, bit by bit, the
+            first before the first step; 0: never.
         extent: the old name of ``granularity``, deprecated.
 
     Attributes:
         optimizer: the wrapped one.
 
     Raises:
-        TypeError: ``optimizer`` is none, or ``method`` takes more than a Gram matrix.
-        ValueError: an unknown ``granularity``, or a name twice.
+        TypeError: ``optimizer`` is none, ``method`` takes more than a Gram matrix, or
+            ``process_group`` is no group.
+        ValueError: an unknown ``granularity``, a name twice, or a negative ``check_ranks_every``.
     """
 
     _backward_name = "backward"
-    _settings: tuple[str, ...] = ("optimizer", "_method", "_gradients")  # of copies and pickles
+    # Of copies and pickles.
+    _settings: tuple[str, ...] = ("optimizer", "_method", "_gradients", "_check_ranks_every")
+    _steps = 0  # since this object was made
 
     def __init__(
         self,
@@ -67,14 +77,26 @@ class BalancedOptimizer(torch.optim.Optimizer):
         granularity: Granularity = "model",
         task_gradients: TaskGradients | None = None,
         tasks: Sequence[str] | None = None,
+        process_group: ProcessGroup = "auto",
+        check_ranks_every: int = 100,
         extent: Granularity | None = None,
     ) -> None:
         if extent is not None:
             granularity = renamed_argument("extent", extent, "granularity", granularity, "model")
-        self._set_up(optimizer, BalancedGradients(granularity, False, task_gradients, tasks))
+        group = ChosenGroup(process_group)
+        gradients = BalancedGradients(granularity, False, task_gradients, tasks, group)
+        self._set_up(optimizer, gradients, check_ranks_every)
         self._method = _checked(method)
 
-    def _set_up(self, optimizer: torch.optim.Optimizer, gradients: BalancedGradients) -> None:
+    def _set_up(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradients: BalancedGradients,
+        check_ranks_every: int,
+    ) -> None:
+        if check_ranks_every < 0:
+            raise ValueError(f"check_ranks_every: expected at least 0, got {check_ranks_every}")
+        self._check_ranks_every = check_ranks_every
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer: expected a torch optimizer, got {type(optimizer)}")
         self.optimizer, self._gradients = optimizer, gradients
@@ -189,9 +211,11 @@ class BalancedOptimizer(torch.optim.Optimizer):
             What the closure returned, or None without one.
 
         Raises:
-            RuntimeError: the closure made gradients without ``backward``.
+            RuntimeError: the closure made gradients without ``backward``; the ranks' weights
+                differ, or the gradients were not exchanged with them.
         """
         if closure is None:
+            self._check_ranks()
             if self._trains_unbalanced():
                 warnings.warn(
                     f"step: no gradient is of {self._backward_name}(losses), so nothing balances "
@@ -210,6 +234,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         before = [SeenGradient.of(parameter) for parameter in parameters]
         loss = closure()
+        self._check_ranks()
         spare_inner()  # hooks that it registered
         if self._gradients.are_foreign(self.param_groups) and not all(
             p.grad is None if seen is None else seen.is_untouched()
@@ -222,6 +247,18 @@ class BalancedOptimizer(torch.optim.Optimizer):
             )
         return loss
 
+    def _check_ranks(self) -> None:
+        """Compare the ranks' weights before a step, where it is due."""
+        self._gradients.check_exchanged()
+        every, number = self._check_ranks_every, self._steps
+        if every and number % every == 0 and self._gradients.awaits_step:
+            self._gradients.check_ranks(self.param_groups, self._state_of_order(), number)
+        self._steps = number + 1
+
+    def _state_of_order(self) -> list[int]:
+        """Return the numbers that decide the weights beside the gradients."""
+        return []
+
     @torch.compiler.disable
     def _trains_unbalanced(self) -> bool:
         # With all rates 0, torch.distributed.checkpoint steps to make the optimizer's state.
@@ -230,7 +267,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
 
     # ---- task gradients ------------------------------------------------------------------------
 
-    def backward(self, losses: Losses) -> None:
+    def backward(self, losses: Losses, *, examples: Examples | None = None) -> None:
         """Add the weighted sum of the task gradients to every parameter's ``grad``, in place.
 
         Called again (gradient accumulation), it adds to the gradients of the single tasks and
@@ -246,20 +283,28 @@ class BalancedOptimizer(torch.optim.Optimizer):
         What else the losses depend on, such as heads with an optimizer of their own, gets the
         gradient of their sum, as in ``backward``.
 
-        With several processes the gradients are of each one's own losses, which is warned about:
-        `DistributedDataParallel` does not see them.
+        On several ranks (``process_group``) every rank calls this with its own losses.  A task's
+        gradient is the mean over the ranks that have a loss of it, and ``grad`` and weights are the
+        same on all.  Within ``no_sync`` of DistributedDataParallel nothing is exchanged or
+        balanced; ``grad`` is then the sum of this rank's gradients until the next call outside.
 
         Args:
             losses: one scalar loss for each task, any iterable in their order, or by name.
+            examples: for each task, in order or by name, how many examples this rank's loss is the
+                mean of; ranks count by it.  As many on all when None.  It changes nothing where
+                there are no other ranks.
 
         Raises:
             ValueError: if no loss depends on a trained parameter, one is not a scalar, the tasks
                 are others than before, a single loss without a name is added to another, a loss
                 went through a reentrant activation checkpoint, or the losses or the optimizer's
-                parameters are not those of ``task_gradients``.
+                parameters are not those of ``task_gradients``; the ranks train different parameters
+                or tasks; ``examples`` are not as above.
             TypeError: the method's weights are not a tensor ``[K]``.
+            NotImplementedError: the parameters are wrapped by FSDP1 or DeepSpeed ZeRO-3, whose
+                gradients of single tasks cannot be had.
         """
-        self._gradients.backward(losses, self.param_groups, self._weigh)
+        self._gradients.backward(losses, self.param_groups, self._weigh, examples)
 
     def _weigh(self, grams: Tensor) -> Tensor:
         """Make weights ``[G, K]`` out of ``[G, K, K]``."""

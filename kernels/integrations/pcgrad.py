@@ -23,6 +23,7 @@ from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses
 from .balanced_gradients import BalancedGradients, Granularity
 from .balanced_optimizer import BalancedOptimizer
+from .rank_exchange import ChosenGroup, Examples, ProcessGroup
 
 _DRAWN = "drawn_orders"  # in the first parameter group: all that stores optimizers keeps it there
 _OLD_KEY = "pcgrad"  # of state dicts before
@@ -47,15 +48,19 @@ class PCGrad(BalancedOptimizer):
         task_gradients: as for :class:`.BalancedOptimizer`.  A layer that sees several tasks at once
             counts as reached by all of them that have a loss if any loss reaches it.
         tasks: the tasks' names, for losses by name; those of the first losses when None.
+        process_group: as for :class:`.BalancedOptimizer`.
+        check_ranks_every: as for :class:`.BalancedOptimizer`; seed and number of orders are
+            compared, too.
         extent: the old name of ``granularity``, deprecated.
 
     Raises:
-        TypeError: ``optimizer`` is none.
-        ValueError: an unknown ``reduction`` or ``granularity``, or a name twice.
+        TypeError: ``optimizer`` or ``process_group`` is none.
+        ValueError: an unknown ``reduction`` or ``granularity``, a name twice, or a negative
+            ``check_ranks_every``.
     """
 
     _backward_name = "pc_backward"
-    _settings = ("optimizer", "_gradients", "_seed", "_include_self")
+    _settings = ("optimizer", "_gradients", "_check_ranks_every", "_seed", "_include_self")
 
     def __init__(
         self,
@@ -67,14 +72,17 @@ class PCGrad(BalancedOptimizer):
         include_self: bool = False,
         task_gradients: TaskGradients | None = None,
         tasks: Sequence[str] | None = None,
+        process_group: ProcessGroup = "auto",
+        check_ranks_every: int = 100,
         extent: Granularity | None = None,
     ) -> None:
         if extent is not None:
             granularity = renamed_argument("extent", extent, "granularity", granularity, "model")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', not {reduction!r}")
-        gradients = BalancedGradients(granularity, reduction == "mean", task_gradients, tasks)
-        self._set_up(optimizer, gradients)
+        group, average = ChosenGroup(process_group), reduction == "mean"
+        gradients = BalancedGradients(granularity, average, task_gradients, tasks, group)
+        self._set_up(optimizer, gradients, check_ranks_every)
         self._seed, self._include_self = seed, include_self
         self._first_group.setdefault(_DRAWN, 0)
 
@@ -87,7 +95,13 @@ class PCGrad(BalancedOptimizer):
         super()._load({key: value for key, value in state_dict.items() if key != _OLD_KEY})
         self._first_group.setdefault(_DRAWN, old["draws"])
 
-    def pc_backward(self, objectives: Losses, order: Tensor | None = None) -> None:
+    def pc_backward(
+        self,
+        objectives: Losses,
+        order: Tensor | None = None,
+        *,
+        examples: Examples | None = None,
+    ) -> None:
         """Add the combination of the projected task gradients to every parameter's ``grad``.
 
         Args:
@@ -95,13 +109,17 @@ class PCGrad(BalancedOptimizer):
                 the order.
             order: ``[K, K]`` int64; row i is the sequence of tasks that g_i is projected by, each
                 of them once.  Drawn at random when None.
+            examples: as for ``backward``.
 
         Raises:
             TypeError: ``order`` is no tensor.
             ValueError: as ``backward``, or an order on a CPU is not as above.
         """
         weigh = self._weigh if order is None else partial(self._project_by, order)
-        self._gradients.backward(objectives, self.param_groups, weigh)
+        self._gradients.backward(objectives, self.param_groups, weigh, examples)
+
+    def _state_of_order(self) -> list[int]:
+        return [self._seed, self._first_group.get(_DRAWN, 0)]
 
     def _weigh(self, grams: Tensor) -> Tensor:
         seed = torch.full((), self._seed, dtype=torch.int64, device=grams.device)

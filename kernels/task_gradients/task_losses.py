@@ -1,6 +1,7 @@
 """The losses of a step, one for each task, by position or by name."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -26,11 +27,12 @@ class TaskNames:
         if self.names is not None and len(set(self.names)) != max(len(self.names), 1):
             raise ValueError(f"tasks: expected names, each once, got {list(self.names)}")
 
-    def sort(self, losses: Losses) -> list[Tensor | None]:
+    def sort(self, losses: Losses, may_lack_all: bool = False) -> list[Tensor | None]:
         """Return one loss for each task; None for a task without one that has a gradient.
 
         Args:
             losses: by position or by name.
+            may_lack_all: whether no task may have a loss, as other ranks have some.
 
         Raises:
             ValueError: none has a gradient, one is not a scalar, or the tasks are others.
@@ -51,13 +53,21 @@ class TaskNames:
         by_task = [_with_gradient(number, loss) for number, loss in enumerate(losses)]
         if not by_task:
             raise ValueError("losses must be one or more scalars, one for each task")
-        if all(loss is None for loss in by_task):
-            raise ValueError(
-                "losses: none has a gradient; expected a task at least whose loss depends on "
-                "parameters, computed outside torch.no_grad()"
-            )
+        if all(loss is None for loss in by_task) and not may_lack_all:
+            self.refuse_no_gradient()
         self.names = names
         return by_task
+
+    def refuse_no_gradient(self) -> NoReturn:
+        """Refuse losses of which none has a gradient.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "losses: none has a gradient; expected a task at least whose loss depends on "
+            "parameters, computed outside torch.no_grad()"
+        )
 
 
 def _in_order(losses: Iterable[Loss]) -> list[Loss]:
