@@ -135,7 +135,10 @@ def _modules(kinds: tuple[type, ...]) -> Iterator[nn.Module]:
 def _without_reducer(module: DistributedDataParallel) -> Iterator[None]:
     """Let a module's reducer, which its forward pass prepared, expect no gradient."""
     module.reducer._reset_state()
-    # With static_graph the first backward pass ends by reducing what all hooks have counted.
+    if not module.static_graph:
+        yield
+        return
+    # The first backward pass would end by reducing what the hooks have counted.
     before = module._static_graph_delay_allreduce_enqueued
     module._static_graph_delay_allreduce_enqueued = True
     try:

@@ -138,9 +138,9 @@ class RankExchange:
         self._compare(
             {
                 "trained parameters": self._layout,
-                "a number of tasks": len(losses),
-                "tasks' names": 0 if names is None else _crc(list(names)),
-                "gradients to add to (one called zero_grad, or changed a gradient)": is_continued,
+                "number of tasks": len(losses),
+                "names of tasks": 0 if names is None else _crc(list(names)),
+                "gradients since zero_grad": is_continued,
             }
         )
         is_there = [float(loss is not None) for loss in losses]
@@ -170,7 +170,7 @@ class RankExchange:
             of_ranks = [of_rank[place] for of_rank in gathered]
             if rank := _first_different(of_ranks):
                 raise ValueError(
-                    f"losses: rank {rank} has other {what} than rank 0; all ranks train the same "
+                    f"losses: rank {rank} and rank 0 differ in their {what}; all ranks train the same "
                     "parameters with the same tasks, named with tasks=[…] where the optimizer is "
                     "wrapped, and call backward and zero_grad alike"
                 )

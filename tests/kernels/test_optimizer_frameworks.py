@@ -1,21 +1,18 @@
 """The wrappers in accelerate, Lightning, Trainer and torch's distributed checkpoints."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader
 
 from kernels import PCGrad
@@ -272,24 +269,3 @@ def test_a_distributed_checkpoint_of_the_wrapped_optimizer() -> None:
     set_state_dict(model, restored, model_state_dict=of_model, optim_state_dict=of_optimizer)
     assert restored.param_groups[0]["drawn_orders"] == 0
     assert restored.state[model.layer.weight]["step"] == 1
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_several_processes_are_warned_about(world_size: int) -> None:
-    """DistributedDataParallel does not see gradients of single losses: weights would drift."""
-    store = FakeStore()
-    dist.init_process_group("fake", store=store, rank=0, world_size=world_size)
-    try:
-        model = Two()
-        optimizer = PCGrad(adamw(model))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for x in batches(2):
-                optimizer.pc_backward(model.losses(x))
-                optimizer.step()
-                optimizer.zero_grad()
-    finally:
-        dist.destroy_process_group()
-    said = [w for w in caught if "DistributedDataParallel" in str(w.message)]
-    assert len(said) == world_size - 1
-    assert all(w.filename == __file__ for w in said)

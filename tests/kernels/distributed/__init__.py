@@ -1,0 +1,1 @@
+"""Task gradients of several ranks: each case runs on 2 or 4 gloo processes."""
