@@ -170,9 +170,9 @@ class RankExchange:
             of_ranks = [of_rank[place] for of_rank in gathered]
             if rank := _first_different(of_ranks):
                 raise ValueError(
-                    f"losses: rank {rank} and rank 0 differ in their {what}; all ranks train the same "
-                    "parameters with the same tasks, named with tasks=[…] where the optimizer is "
-                    "wrapped, and call backward and zero_grad alike"
+                    f"losses: rank {rank} and rank 0 differ in their {what}; all ranks train the "
+                    "same parameters with the same tasks, named with tasks=[…] where the optimizer "
+                    "is wrapped, and call backward and zero_grad alike"
                 )
 
     # ---- behind it -----------------------------------------------------------------------------

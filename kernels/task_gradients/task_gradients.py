@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.sharded_tensors import sharding_of
 from ..gradient_buffer import GradientBuffer, lay_out
 from .task_layers import Joined, Place, Single, TaskLayers
 
@@ -56,12 +57,14 @@ class TaskGradients:
 
     Raises:
         ValueError: no task, nothing to train, or parameters of several dtypes or devices.
+        NotImplementedError: parameters are sharded, by FSDP2 or tensor parallelism.
     """
 
     def __init__(self, model: nn.Module, num_tasks: int) -> None:
         if num_tasks < 1:
             raise ValueError(f"num_tasks: expected at least 1, got {num_tasks}")
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        _check_whole(model)
         kinds = {f"{p.dtype} on {p.device}" for p in named.values()}
         if len(kinds) != 1:
             raise ValueError(
@@ -214,7 +217,8 @@ class TaskGradients:
         return tuple(accumulate(sizes, initial=0))
 
     def _check_kinds(self) -> None:
-        """Refuse a model that was moved or cast after the rows were made for it."""
+        """Refuse a model that was moved, cast or sharded after the rows were made for it."""
+        _check_whole(self._model())
         made_for = f"{self.rows.dtype} on {self.rows.device}"
         for place, parameter in zip(self._places.values(), self.parameters, strict=True):
             if (parameter.dtype, parameter.device) != (self.rows.dtype, self.rows.device):
@@ -252,6 +256,21 @@ class TaskGradients:
             raise RuntimeError("with activation checkpointing, call backward after the block")
         with self._seen_as(tasks):
             yield
+
+
+def _check_whole(model: nn.Module | None) -> None:
+    """Refuse a model with sharded parameters.
+
+    Raises:
+        NotImplementedError: it has some; the message names one.
+    """
+    for name, parameter in () if model is None else model.named_parameters():
+        if sharding_of(parameter) is not None:
+            raise NotImplementedError(
+                f"{name}: is sharded (FSDP2, or a DTensor of tensor parallelism), and layers write "
+                "the task gradients of whole parameters only; leave out task_gradients, which "
+                "PCGrad does not need, or use DistributedDataParallel"
+            )
 
 
 @contextmanager
