@@ -21,8 +21,9 @@ from torch import Tensor
 from ..registration.deprecation import renamed_argument
 from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses
-from .balanced_gradients import BalancedGradients, Granularity, SeenGradient
+from .balanced_gradients import BalancedGradients, SeenGradient
 from .global_step_hooks import spare_inner, stepping
+from .parameter_rows import Granularity
 from .rank_exchange import ChosenGroup, Examples, ProcessGroup
 
 Method = Callable[[Tensor], Tensor]
@@ -67,6 +68,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
     _backward_name = "backward"
     # Of copies and pickles.
     _settings: tuple[str, ...] = ("optimizer", "_method", "_gradients", "_check_ranks_every")
+    _check_ranks_every = 100  # of pickles before
     _steps = 0  # since this object was made
 
     def __init__(

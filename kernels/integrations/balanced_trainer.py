@@ -27,8 +27,8 @@ from transformers.training_args import ParallelMode
 from ..balancing.pcgrad import Reduction
 from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Loss, Losses
-from .balanced_gradients import Granularity
 from .balanced_optimizer import BalancedOptimizer, Method
+from .parameter_rows import Granularity
 from .pcgrad import PCGrad
 
 

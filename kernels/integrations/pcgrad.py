@@ -21,8 +21,9 @@ from ..registration.deprecation import renamed_argument
 from ..registration.validation import check_order
 from ..task_gradients.task_gradients import TaskGradients
 from ..task_gradients.task_losses import Losses
-from .balanced_gradients import BalancedGradients, Granularity
+from .balanced_gradients import BalancedGradients
 from .balanced_optimizer import BalancedOptimizer
+from .parameter_rows import Granularity
 from .rank_exchange import ChosenGroup, Examples, ProcessGroup
 
 _DRAWN = "drawn_orders"  # in the first parameter group: all that stores optimizers keeps it there

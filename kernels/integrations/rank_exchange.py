@@ -98,6 +98,7 @@ class RankExchange:
         self.is_sharded = are_sharded(parameters)
         own = {id(parameter) for parameter in parameters}
         self._others = [p for _, p in wrappers.parameters() if id(p) not in own]
+        self._num_parameters = len(parameters)
         self._layout = _crc([(tuple(p.shape), str(p.dtype)) for p in parameters])
         self.averages = RowAverages([], group)
         self.passed_over = wrappers.passed_over
@@ -177,31 +178,32 @@ class RankExchange:
 
     # ---- behind it -----------------------------------------------------------------------------
 
-    def reached(self, by_task: Sequence[set[int]], num_parameters: int) -> list[set[int]]:
-        """Return for each task the parameters that its losses reach on any rank.
+    def finish(self, reached: Sequence[set[int]]) -> None:
+        """End the exchange of a backward pass.
 
         Args:
-            by_task: the numbers of those reached here.
-            num_parameters: of the optimizer.
+            reached: for each task the numbers of the parameters that its losses reach here; those
+                that they reach on other ranks are added.
         """
-        flags = torch.zeros(len(by_task), num_parameters, dtype=torch.uint8)
-        for task, numbers in enumerate(by_task):
+        flags = torch.zeros(len(reached), self._num_parameters, dtype=torch.uint8)
+        for task, numbers in enumerate(reached):
             flags[task, list(numbers)] = 1
-        return [set(own.nonzero().flatten().tolist()) for own in self.group.any_(flags)]
+        for own, of_all in zip(reached, self.group.any_(flags), strict=True):
+            own.update(of_all.nonzero().flatten().tolist())
+        self._average_others()
+        self.averages.wait()
 
-    def average_others(self) -> None:
+    def _average_others(self) -> None:
         """Average the ``grad`` of what the wrapper averages besides the optimizer's parameters."""
         if not self._others:
             return
         has_gradient = torch.tensor([p.grad is not None for p in self._others], dtype=torch.uint8)
+        of_all = self.group.any_(has_gradient).tolist()
         works = []
-        for parameter, flag in zip(
-            self._others, self.group.any_(has_gradient).tolist(), strict=True
-        ):
-            if flag:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                works.append(self.group.start_average(parameter.grad))
+        for parameter in (p for p, flag in zip(self._others, of_all, strict=True) if flag):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            works.append(self.group.start_average(parameter.grad))
         for work in works:
             work.wait()
 
