@@ -26,7 +26,8 @@ class RankGroup:
         size: N.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        assert group is not None  # it is initialised
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._on_host = _host_group(group)

@@ -26,8 +26,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed.rank_group import RankGroup
+from ..distributed.row_averages import RowAverages
 from ..distributed.sharded_tensors import sharding_of
 from ..gradient_buffer import GradientBuffer, lay_out
 from .task_layers import Joined, Place, Single, TaskLayers
@@ -170,6 +173,33 @@ class TaskGradients:
         self._reached.zero_()
         for place in self._places.values():
             place.tasks.clear()
+
+    def average_over_ranks(self, group: dist.ProcessGroup | None = None) -> None:
+        """Average the rows over ranks; what losses reach on any rank counts as reached.
+
+        PCGrad and BalancedOptimizer do so by themselves.  Who uses the rows without them calls it
+        on all ranks behind the backward pass, which is within ``no_sync`` of
+        DistributedDataParallel, as that has no other gradient to average.
+
+        Args:
+            group: the ranks; the default process group when None.
+
+        Raises:
+            RuntimeError: no process group is initialised.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError(
+                "average_over_ranks: no process group is initialised; call "
+                "torch.distributed.init_process_group, or leave this out in one process"
+            )
+        ranks = RankGroup(dist.group.WORLD if group is None else group)
+        averages = RowAverages([self.buffer], ranks)
+        averages.start(slice(None))
+        averages.finish()
+        for place in self._places.values():
+            self._reached[place.number, list(place.tasks)] = 1
+        self._reached.copy_(ranks.any_(self._reached.to(torch.uint8)))
+        averages.wait()
 
     def named_views(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter's name and its view of the rows, ``[K, *shape]``."""

@@ -164,6 +164,25 @@ def _losses(
     return losses
 
 
+def averaged_rows() -> dict[str, Any]:
+    """Collect rows without an optimizer; the last rank has no example of task 1."""
+    counts = even(EACH)
+    counts[-1][1] = 0
+    own = model()
+    task_gradients = TaskGradients(own, TASKS)
+    part = own_part(batches([sum(c) for c in zip(*counts, strict=True)])[0], counts)
+    there = [0 if one is None else len(one.targets) for one in part]
+    losses = _losses(task_gradients, Joined(own), own, part, there)
+    sum(loss for loss in losses if loss is not None).backward()
+    rows = [torch.empty_like(task_gradients.rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, task_gradients.rows)
+    task_gradients.average_over_ranks()
+    wanted = torch.stack(rows).double().mean(0)
+    reached = [sorted(task_gradients.tasks_reaching(head.weight)) for head in own.heads]
+    error = float((task_gradients.rows - wanted).abs().max() / wanted.abs().max())
+    return {"error": error, "reached": reached}
+
+
 # ---- the cases -----------------------------------------------------------------------------------
 
 
@@ -492,7 +511,7 @@ SAME_WEIGHTS = {
     "overflow on one rank": overflow_on_one_rank,
     "methods drawn at random": other_methods_on_ranks,
 }
-OTHERS = {"buffers": buffers, "process_group=None": alone_by_name}
+OTHERS = {"averaged rows": averaged_rows, "buffers": buffers, "process_group=None": alone_by_name}
 REFUSED: dict[str, Callable[[], None]] = {
     "a step within no_sync": a_step_within_no_sync,
     "weights that differ": weights_that_differ,

@@ -47,6 +47,13 @@ def test_the_wrapper_still_sends_its_buffers(results: Results) -> None:
     assert all(of_rank["buffers"] == {"seen": [0.0, 1.0, 2.0]} for of_rank in results)
 
 
+def test_rows_without_an_optimizer_are_averaged_on_request(results: Results) -> None:
+    """N numbers are added and divided: each is off by N roundings of the largest at most."""
+    for of_rank in results:
+        assert of_rank["averaged rows"]["error"] <= len(results) * 2**-24
+        assert of_rank["averaged rows"]["reached"] == [[0], [1], [2]]
+
+
 def test_no_group_means_this_process_alone(results: Results) -> None:
     digests = [of_rank["process_group=None"]["digest"] for of_rank in results]
     assert all(digest != digests[0] for digest in digests[1:])
