@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--case": ("sst",),
         "--only": ("(",),
     },
+    "distributed": {"--ranks": ONE, "--batch-size": COUNTS, "--rounds": ONE},
     "fusion": {"--tokens": (*ONE, "159"), "--width": COUNTS, "--rounds": COUNTS},
     "gated_activation": {
         **{"--rows": COUNTS, "--width": COUNTS, "--rounds": ONE},
