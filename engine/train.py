@@ -50,6 +50,7 @@ from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.precision import pick_device
 from .training.build import build_trainer
 from .training.divergence import check_skipped, is_worth_saving
+from .training.drift import check_ranks, check_ranks_at_start
 from .training.signals import StopRequest
 from .training.trainer import Trainer
 from .utils.errors import InputError
@@ -68,6 +69,7 @@ def train(trainer: Trainer, console: Console) -> Signals | None:
 
     Raises:
         DivergedError: loss, weights or outputs of the model are not finite any more.
+        DriftError: several ranks do not have the same weights or random state any more.
     """
     recipe, ranks = trainer.recipe, trainer.ranks
     progress, stopping = trainer.restore(), False
@@ -85,6 +87,7 @@ def train(trainer: Trainer, console: Console) -> Signals | None:
             warmed_up = trainer.step.execution.warmup_seconds
             report = trainer.step(micro_batches, step, lr)
             warmup = trainer.step.execution.warmup_seconds - warmed_up
+            trainer.rank_check.add(step + 1)
             tokens = sum(each.num_tokens - each.padding for each in micro_batches)
             log.add(step, lr, tokens, report, warmup)
             progress = progress._replace(step=step + 1)
@@ -93,6 +96,7 @@ def train(trainer: Trainer, console: Console) -> Signals | None:
             if epoch_ends or due:
                 log.flush()
             if log.is_written:
+                check_ranks(trainer)
                 bar.show(progress.phase_step, log.latest)
                 check_skipped(trainer, log, progress)
             if log.is_written or ranks.size == 1:  # ranks wait for each other only now and then
@@ -135,6 +139,8 @@ def _evaluate_and_save(
         The progress of the run, with the best score.
     """
     log.flush()
+    trainer.rank_check.add(progress.step, now=True)  # what is saved is what all ranks have
+    check_ranks(trainer)
     scores = score_splits(trainer.model, trainer.dev_sets, trainer.ranks) if epoch_ends else {}
     if scores:
         log.add_scores(progress.step, scores)
@@ -174,6 +180,7 @@ def train_run(
             _check_steps(trainer, done)
         if ranks.is_main:
             run.write()  # only now: what cannot be trained leaves no folder behind
+        check_ranks_at_start(trainer)
         facts[trainer.name] = PhaseFacts.of(trainer)
         idle = print_idle_settings(console, trainer, facts, idle)
         describe(console, trainer)

@@ -175,6 +175,9 @@ class Recipe(Settings):
     """With several ranks: each updates a part of the weights, or (replicated) all of them."""
     timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
     """Seconds after which a rank that does not answer is given up."""
+    check_ranks_every: Count = 100
+    """Steps between comparisons of several ranks' weights, seed and step, by a checksum; also as
+    training begins and before each checkpoint.  A difference ends the run.  0: never."""
     threads: Count = 0
     """CPU threads of each process; 0: the cores, shared among the ranks of a machine."""
 

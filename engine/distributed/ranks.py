@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -178,13 +178,28 @@ class Ranks:
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
 
+    def have_equal(self, numbers: Sequence[int]) -> bool:
+        """Return whether all ranks call this with the same numbers, equally many of 64 bits."""
+        if self.group is None:
+            return True
+        own = torch.tensor(numbers)
+        bounds = torch.stack([own, ~own])  # unlike -own, ~own never overflows
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group)
+        return torch.equal(bounds[0], ~bounds[1])
+
+    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return every rank's numbers, equally many of 64 bits; all must call."""
+        own = torch.tensor(numbers)
+        if self.group is None:
+            return [own.tolist()]
+        of_ranks = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(of_ranks, own, group=self.group)
+        return [each.tolist() for each in of_ranks]
+
     def agree(self, number: int) -> None:
         """Check that all ranks call this with the same number; a defect if they do not."""
-        if self.group is not None:
-            bounds = torch.tensor([number, -number])
-            dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group)
-            if bounds[0] != -bounds[1]:
-                raise AssertionError(f"rank {self.rank}: batches of a step differ in shape")
+        if not self.have_equal([number]):
+            raise AssertionError(f"rank {self.rank}: batches of a step differ in shape")
 
     def mark(self, device: torch.device) -> torch.cuda.Event | None:
         """Return an event at the end of the device's work so far, for :meth:`wait_for`."""

@@ -66,6 +66,7 @@ class FlatParameters:
         rows: ``[K, P]``, written by backward passes of this process.
         own: the columns that this process updates.
         frozen: fp32 weights that are not trained, by name; the model computes with a copy.
+        frozen_compute: these copies, the same tensors for fp32.
     """
 
     def __init__(
@@ -112,14 +113,14 @@ class FlatParameters:
         self._to_clear = self._rows_written(GradientWrite.ADDED)
         self._sparse = self._rows_written(GradientWrite.SPARSE)
         self.frozen: dict[str, Tensor] = {}
-        self._frozen_compute: list[Tensor] = []
+        self.frozen_compute: list[Tensor] = []
         for spec in specs:
             spec.parameter.requires_grad_(bool(spec.tasks))
             if not spec.tasks:
                 self.frozen[spec.name] = spec.parameter.detach()
                 # The same tensor for fp32.
                 spec.parameter.data = spec.parameter.data.to(compute_dtype)
-                self._frozen_compute.append(spec.parameter.detach())
+                self.frozen_compute.append(spec.parameter.detach())
                 continue
             slot = self.slots[spec.name]
             spec.parameter.data = slot.view(self.compute)
@@ -220,5 +221,5 @@ class FlatParameters:
         """Copy the fp32 weights to those that the model computes with, after loading them."""
         if self.own.compute is not self.own.master:
             self.own.compute.copy_(self.own.master)
-        for compute, weight in zip(self._frozen_compute, self.frozen.values(), strict=True):
+        for compute, weight in zip(self.frozen_compute, self.frozen.values(), strict=True):
             compute.copy_(weight)

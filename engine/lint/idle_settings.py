@@ -290,6 +290,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         **dict.fromkeys(("keep_checkpoints", "phases"), ALWAYS),
         "distribute": _SEVERAL_RANKS,
         "timeout": _SEVERAL_RANKS,
+        "check_ranks_every": _SEVERAL_RANKS._replace(off=0),
         "threads": Effect(
             lambda case: case.device.type == "cpu", "it is trained on {case.device}", off=0
         ),

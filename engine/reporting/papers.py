@@ -21,7 +21,7 @@ TASKS = ("sst", "quora", "sts", "cfimdb", "overall")
 _NOT_SETTINGS = {
     *("description", "paper", "data", "init", "seed", "encoder", "log_every", "checkpoint_every"),
     *("keep_checkpoints", "on_bad_row", "precision", "execution", "max_graphs", "distribute"),
-    *("timeout", "loggers", "log_layer_cosines_every", "max_skipped"),
+    *("timeout", "check_ranks_every", "loggers", "log_layer_cosines_every", "max_skipped"),
 }
 _BERT_BASE = (12, 768)
 """Layers and width of the encoder that all five papers start from."""

@@ -12,6 +12,7 @@ from .run import Run, begin, open_run
 
 _WITHOUT_EFFECT_ON_SCORES = {
     "log_every",
+    "check_ranks_every",
     "checkpoint_every",
     "distribute",
     "keep_checkpoints",

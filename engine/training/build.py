@@ -11,6 +11,7 @@ from ..data.split import TokenizedSplit
 from ..data.task_batch import Examples
 from ..data.task_schedule import TaskSchedule
 from ..distributed.gradient_sync import build_gradient_sync
+from ..distributed.rank_check import RankCheck
 from ..distributed.ranks import Ranks
 from ..gradients.balancing import TORCHJD, Balancer, TrainedTasks, build_method
 from ..gradients.flat_parameters import FlatParameters
@@ -100,6 +101,27 @@ def build_trainer(
         parameters, recipe.train, "model" if take_turns else recipe.balance_granularity
     )
     watch = recipe.log_layer_cosines_every > 0 and not take_turns
+    step = MultitaskStep(
+        model,
+        recipe.train,
+        parameters,
+        optimizer,
+        groups,
+        Balancer(method, groups.sole_tasks, device),
+        watched=ParamGroups(parameters, recipe.train, "layer") if watch else None,
+        loss_weights=[recipe.loss_weight(name) for name in recipe.train],
+        loss_scale=LossScale(device) if dtype == torch.float16 else None,
+        clip_norm=recipe.clip_norm or None,
+        seed=recipe.seed,
+        execution=Execution(
+            execution_kind(recipe, device, ranks),
+            device,
+            recipe.max_graphs,
+            ranks.agree,
+            side_stream,
+        ),
+        sync=sync,
+    )
     return Trainer(
         run=run,
         phase=phase,
@@ -111,29 +133,10 @@ def build_trainer(
         model=model,
         parameters=parameters,
         optimizer=optimizer,
-        step=MultitaskStep(
-            model,
-            recipe.train,
-            parameters,
-            optimizer,
-            groups,
-            Balancer(method, groups.sole_tasks, device),
-            watched=ParamGroups(parameters, recipe.train, "layer") if watch else None,
-            loss_weights=[recipe.loss_weight(name) for name in recipe.train],
-            loss_scale=LossScale(device) if dtype == torch.float16 else None,
-            clip_norm=recipe.clip_norm or None,
-            seed=recipe.seed,
-            execution=Execution(
-                execution_kind(recipe, device, ranks),
-                device,
-                recipe.max_graphs,
-                ranks.agree,
-                side_stream,
-            ),
-            sync=sync,
-        ),
+        step=step,
         sync=sync,
         ranks=ranks,
+        rank_check=RankCheck(ranks, recipe.check_ranks_every, step.shared_state),
         checkpoint_writer=AsyncWriter(run.checkpoints, recipe.keep_checkpoints, ranks),
         lr_schedule=Schedule(
             peak=recipe.lr,

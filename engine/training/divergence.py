@@ -38,7 +38,7 @@ def check_skipped(trainer: Trainer, log: MetricsLog, progress: Progress) -> None
     raise DivergedError(
         f"loss or gradient not finite in {len(log.skipped)} steps in a row, from step {step} "
         f"on, whose batch is in {path}; {_remedy(trainer)}, or see that batch; "
-        f"{_kept_checkpoints(trainer)}"
+        f"{kept_checkpoints(trainer)}"
     )
 
 
@@ -89,7 +89,7 @@ def is_worth_saving(
     phase = f"phase {trainer.name}, " if trainer.name else ""
     raise DivergedError(
         f"{phase}after step {progress.step}: {what}; {_remedy(trainer)}; "
-        f"{_kept_checkpoints(trainer)}"
+        f"{kept_checkpoints(trainer)}"
     )
 
 
@@ -120,7 +120,7 @@ def _remedy(trainer: Trainer) -> str:
     return f"lower lr (now {recipe.lr:g}) or raise warmup (now {recipe.warmup:g})"
 
 
-def _kept_checkpoints(trainer: Trainer) -> str:
+def kept_checkpoints(trainer: Trainer) -> str:
     """Return the names of the checkpoints that are left, for a message."""
     trainer.checkpoint_writer.wait()
     checkpoints = trainer.run.checkpoints

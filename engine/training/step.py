@@ -83,7 +83,7 @@ class MultitaskStep:
                 # Weights and moments of the other tasks' heads do not change.
                 self._segments[task,] = groups.segments_of(parameters.columns_used_by(task))
         self._lr = torch.zeros((), device=device)
-        self._seed = torch.zeros((), dtype=torch.int64, device=device)
+        self._seed = torch.full((), self._first_seed, device=device)
         self._order_step = torch.zeros_like(self._seed)  # the seed holds the step's number
         self.execution = execution or Execution("eager", device)
         # Other exchanges read gradients during the backward pass.
@@ -100,6 +100,20 @@ class MultitaskStep:
         if self.loss_scale is not None:
             state |= {f"loss_scale.{name}": t for name, t in self.loss_scale.state.items()}
         return state
+
+    @property
+    def shared_state(self) -> dict[str, list[Tensor]]:
+        """What all ranks have the same after a step, by what messages call it; it stays in place.
+
+        Gradients and, of shards, masters and moments are each rank's own.
+        """
+        parameters, state = self.parameters, [self.optimizer.updates, *self.state.values()]
+        return {
+            "weights": [parameters.compute, *parameters.frozen_compute],
+            "seed or step number": [self._seed, self._order_step],
+            "learning rate": [self._lr],
+            "state of optimizer, balancing or loss scale": state,
+        }
 
     def __call__(
         self, batch: PackedBatch | Sequence[PackedBatch], step: int, lr: float

@@ -14,6 +14,7 @@ from ..data.split import TokenizedSplit
 from ..data.task_batch import Examples
 from ..data.task_schedule import TaskSchedule
 from ..distributed.gradient_sync import NoSync
+from ..distributed.rank_check import RankCheck
 from ..distributed.ranks import Ranks
 from ..gradients.flat_parameters import FlatParameters
 from ..metrics.log import MetricsLog
@@ -49,6 +50,7 @@ class Trainer:
         step: one training step.
         sync: exchanges gradients and weights with other ranks.
         ranks: the processes that train together.
+        rank_check: compares what they must have the same.
         checkpoint_writer: writes and reads checkpoints.
         lr_schedule: the learning rate of each step.
         task_schedule: the batches of each step.
@@ -68,6 +70,7 @@ class Trainer:
     step: MultitaskStep
     sync: NoSync
     ranks: Ranks
+    rank_check: RankCheck
     checkpoint_writer: AsyncWriter
     lr_schedule: Schedule
     task_schedule: TaskSchedule

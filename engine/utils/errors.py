@@ -53,3 +53,11 @@ class LostRankError(Exception):
     The message is one line that names it.  The command prints it and exits with status 75
     (``EX_TEMPFAIL``): starting again with ``--resume`` goes on from the last checkpoint.
     """
+
+
+class DriftError(LostRankError):
+    """The processes of the run compute with different weights or random state.
+
+    All of them raise it.  The message is one line that says which ranks, after which step, what
+    differs, and which checkpoint stays.  The command ends as by a lost rank.
+    """

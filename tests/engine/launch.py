@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.cli.common import run_cli
 from engine.train import main
@@ -19,11 +20,15 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def start(
-    ranks: int, runs: Sequence[Sequence[str]], log: Path, **environment: str
+    ranks: int,
+    runs: Sequence[Sequence[Any]],
+    log: Path,
+    program: str = "tests.engine.launch",
+    **environment: str,
 ) -> list[subprocess.Popen[bytes]]:
     """Start ``ranks`` processes that make each of the runs together: the arguments of the program.
 
-    What they print goes to the file ``log``.
+    What they print goes to the file ``log``.  ``program`` is a module that is given the runs, too.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -38,7 +43,7 @@ def start(
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "tests.engine.launch", json.dumps(runs)]
+        command = [sys.executable, "-m", program, json.dumps(runs)]
         with log.open("ab") as output:
             processes.append(
                 subprocess.Popen(

@@ -252,6 +252,7 @@ WITHOUT = [
     ((), "max_length=100"),
     ((), "max_graphs=2"),
     ((), "timeout=5"),
+    ((), "check_ranks_every=5"),
     ((), "distribute=replicated"),
     (("encoder.hidden_dropout_prob=0.2",), "objectives.text.kind=simcse"),
     (TEXT_ALONE, "dropout=0.5"),
@@ -296,7 +297,8 @@ ELSEWHERE = {
     # what runs say and keep, and how they compute the same: tests of their own
     *("description", "paper", "data", "init", "checkpoint_layers", "on_bad_row", "execution"),
     *("log_every", "log_mib", "keep_logs", "max_skipped", "loggers", "checkpoint_every"),
-    *("keep_checkpoints", "max_graphs", "distribute", "timeout", "threads"),
+    *("keep_checkpoints", "max_graphs", "distribute", "timeout", "check_ranks_every"),
+    "threads",
     "objectives.NAME.files",
 }
 
