@@ -1,10 +1,15 @@
 """Stop requests: SIGINT (Ctrl-C), SIGTERM (a lost machine) and SIGHUP (a closed window)."""
 
+import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SAME_REQUEST = 5.0
+"""Seconds within which further SIGTERMs belong to the first.  A scheduler may signal all processes
+of a job, and torchrun passes on to its workers what it gets itself."""
 
 
 class StopRequest:
@@ -12,13 +17,15 @@ class StopRequest:
 
     No step is interrupted: the training loop asks after each step, and writes a checkpoint before
     it ends.  An ignored SIGHUP (``nohup``) stays ignored, and after the first SIGHUP further ones
-    are ignored, since a window that closes sends two: from the shell and from the terminal.
+    are ignored, since a window that closes sends two: from the shell and from the terminal.  A
+    SIGTERM within five seconds of the first counts as the same.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         """The signal that came."""
         self._usual: dict[int, signal.Handlers] = {}
+        self._since = 0.0
 
     def __bool__(self) -> bool:
         """Return whether a signal has come."""
@@ -42,10 +49,16 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
-        if number == signal.SIGHUP:
-            signal.signal(number, signal.SIG_IGN)
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), time.monotonic()
+            self._restore()
+            if number == signal.SIGHUP:
+                signal.signal(number, signal.SIG_IGN)
+            elif number == signal.SIGTERM:
+                signal.signal(number, self._note)
+        elif time.monotonic() - self._since > _SAME_REQUEST:
+            signal.signal(number, self._usual[number])
+            os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
         for number, usual in self._usual.items():

@@ -218,6 +218,27 @@ def test_hanging_up_is_ignored_under_nohup():
         signal.signal(signal.SIGHUP, usual)
 
 
+def test_a_second_sigterm_counts_only_later(monkeypatch):
+    """Slurm may signal torchrun and its workers, and torchrun signals its workers."""
+    ended = []
+    usual = signal.signal(signal.SIGTERM, lambda number, _frame: ended.append(number))
+    now = 100.0
+    monkeypatch.setattr("engine.training.signals.time.monotonic", lambda: now)
+    try:
+        with StopRequest() as stop:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+            assert not ended
+            now += 6
+            signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)
+        assert len(ended) == 2
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
 @pytest.mark.usefixtures("hangups_count")
 def test_hanging_up_twice_stops_once():
     with StopRequest() as stop:
