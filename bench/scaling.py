@@ -8,8 +8,9 @@ the backward pass has left its layer; the links carry one bucket after the other
     K (N - 1) latency + (N - 1) / N * bytes / bandwidth        (ring reduce-scatter, row by row)
 
 What is not done when the backward pass ends is exposed: embeddings, and biases and norms, always
-are.  Gram matrices and losses go up a tree and down again, 2 log2 N hops.  The new weights are
-all-gathered by the formula above, as one row.  With ``--replicated`` the rows go along the tree,
+are, a bucket each.  Buckets are padded to equal shards.  Gram matrices and losses go up a tree and
+down again, 2 log2 N hops.  The new weights are all-gathered by the formula above, as one row.  With
+``--replicated`` the rows go along the tree,
 
     K 2 log2 N latency + 2 (N - 1) / N * bytes / bandwidth
 
@@ -20,7 +21,7 @@ comes out.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from rich.console import Console
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from engine.cli.common import Parser
 from engine.cli.standard_output import exit_with
+from engine.gradients.layout import ALIGNMENT
 
 from . import harness
 
@@ -39,20 +41,29 @@ class Model:
     Attributes:
         buckets: parameters of each bucket, in the order in which the backward pass completes them
             (heads, last layer, ..., first layer).
-        late: parameters of those that it completes at its end (embeddings, biases and norms).
+        late: parameters of each that it completes at its end (embeddings; biases and norms).
         tasks: K gradient rows.
         row_bytes: of a gradient and of a weight that the model computes with, 4 or 2.
     """
 
     buckets: Sequence[int]
-    late: int
+    late: Sequence[int]
     tasks: int
     row_bytes: int
 
     @property
     def parameters(self) -> int:
         """P."""
-        return sum(self.buckets) + self.late
+        return sum(self.buckets) + sum(self.late)
+
+    def padded(self, owners: int) -> "Model":
+        """Return the model with every bucket as long as its equal shards of ``owners`` ranks."""
+        multiple = ALIGNMENT * owners
+        buckets, late = (
+            [-(-size // multiple) * multiple for size in sizes]
+            for sizes in (self.buckets, self.late)
+        )
+        return replace(self, buckets=buckets, late=late)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +126,8 @@ def predict(
         weak: each rank has a batch as large as one rank's; otherwise they share one.
     """
     share = 1.0 if weak else 1 / ranks
+    owners = 1 if replicated else ranks
+    model = model.padded(owners)
     exchange = _all_reduce if replicated else _ring
     reduce = partial(exchange, model, machine, ranks, rows=model.tasks)
     computed = machine.forward * share
@@ -122,10 +135,9 @@ def predict(
     for parameters in model.buckets:
         computed += machine.backward * share * parameters / sum(model.buckets)
         link_free = max(link_free, computed) + reduce(parameters)
-    link_free = max(link_free, computed) + reduce(model.late)
-    owners = 1 if replicated else ranks
+    link_free = max(link_free, computed) + sum(map(reduce, model.late))
     times = 2 * model.tasks if replicated else model.tasks + 1
-    buckets = (*model.buckets, model.late)
+    buckets = (*model.buckets, *model.late)
     return Prediction(
         compute=computed,
         exposed=link_free - computed,
@@ -173,7 +185,7 @@ def bert_base(tasks: int, row_bytes: int) -> Model:
     vectors = 2 * 768 + 12 * (3 * 768 + 768 + 3072 + 768 + 4 * 768)
     return Model(
         buckets=[10_000, *[layer] * 12],
-        late=embeddings + vectors,
+        late=[embeddings, vectors],
         tasks=tasks,
         row_bytes=row_bytes,
     )

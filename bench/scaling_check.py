@@ -68,7 +68,7 @@ def measure(trainer: Trainer, steps: int) -> dict[str, float]:
 def _model(trainer: Trainer) -> Model:
     sizes = {bucket.name: bucket.size for bucket in trainer.parameters.layout.buckets}
     first = trainer.model.encoder_stages()[0].bucket
-    late = sum(sizes.pop(name, 0) for name in (first, VECTORS))
+    late = [sizes.pop(name) for name in (first, VECTORS) if name in sizes]
     rows = trainer.parameters.rows
     return Model(
         buckets=list(sizes.values())[::-1],
