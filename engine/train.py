@@ -241,24 +241,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = ranks.device(pick_device(options.device))
     recipe, renamed = recipes.read(options.recipe, overrides(options))
     print_warnings(renamed if ranks.is_main else ())
-    resumes = options.resume or ranks.restarted
     if options.seeds is not None:
         specs = seeds_of("", recipe, options.seeds)
         with _claimed_folder(options, held) as out:
             return train_series(out, specs, lambda run: train_run(run, device, console), console)
-    wait = min(_LEASE, recipe.timeout / 2) if ranks.restarted else 0.0
-    claim = partial(claimed, ranks=ranks, resumes=resumes, wait=wait)
-    with ranks.init(device, recipe.timeout), _claimed_folder(options, claim) as out:
-        with ranks.main_first():
-            run = resume(recipe, out) if resumes else begin(recipe, out)
-        if options.dry_run:
-            trainer = build_trainer(run, device, ranks)
-            report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()])
-            with closing(trainer.step.execution):
-                show_plan(console, trainer)
-            print_idle_settings(console, trainer, {trainer.name: PhaseFacts.of(trainer)}, ())
-            return 0
-        signal = train_run(run, device, console, ranks)
+    with ranks.init(device, recipe.timeout):
+        restarted = ranks.any(ranks.restarted)  # of several agents one may not have counted it
+        resumes = options.resume or restarted
+        wait = min(_LEASE, recipe.timeout / 2) if restarted else 0.0
+        claim = partial(claimed, ranks=ranks, resumes=resumes, wait=wait)
+        with _claimed_folder(options, claim) as out:
+            with ranks.main_first():
+                run = resume(recipe, out) if resumes else begin(recipe, out)
+            if options.dry_run:
+                trainer = build_trainer(run, device, ranks)
+                report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()])
+                with closing(trainer.step.execution):
+                    show_plan(console, trainer)
+                print_idle_settings(console, trainer, {trainer.name: PhaseFacts.of(trainer)}, ())
+                return 0
+            signal = train_run(run, device, console, ranks)
     if signal is not None:
         console.print(f"stopped by {signal.name}; go on with --resume --out {run.folder}")
         return STOPPED + signal

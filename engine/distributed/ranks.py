@@ -8,6 +8,7 @@ gloo for the threads that write checkpoints, which call at any time.
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -136,7 +137,12 @@ class Ranks:
         # groups, whose errors can be caught, give up first.
         backend, longer = ("gloo", 1) if device.type == "cpu" else ("cpu:gloo,cuda:nccl", 2)
         try:
-            self._store = _open_store(patience)
+            store = _open_store(patience)
+            name, all_came = _name_attempt(store, self.rank, self.size, patience)
+            # Addresses of the processes before a restart are no longer answered.
+            self._store = PrefixStore(f"superbert/attempt-{name}", store)
+            if not all_came:
+                raise self._lost(TimeoutError("timed out"))
             dist.init_process_group(
                 backend,
                 store=self._store,
@@ -265,8 +271,42 @@ def _open_store(patience: timedelta) -> Store:
         store, *_ = next(rendezvous("env://", timeout=patience))
     except ValueError as error:  # a variable is missing or makes no sense
         raise InputError(f"torchrun's environment: {error}") from error
-    # Addresses of the processes before a restart are no longer answered.
-    return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
+
+
+def _name_attempt(store: Store, rank: int, size: int, patience: timedelta) -> tuple[str, bool]:
+    """Return a name that all ranks have for the processes that torchrun has started now.
+
+    The store may be that of torchrun's agents, which holds what was written before a restart.  The
+    agents' numbers of restarts name nothing: each counts for itself, and one that stops healthy
+    workers since another lost its own does not count at all.  So each rank asks under a word of
+    its own, and rank 0 answers all words until all ranks have its name; an old word harms nothing.
+
+    Returns:
+        The name, and whether all ranks came; of other ranks than the first, whether rank 0 did.
+    """
+    store = PrefixStore("superbert/attempts", store)
+    own = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"asked/{rank}", own)
+        try:
+            store.wait([f"answer/{own}"], patience)
+        except dist.DistError:
+            return "", False
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"joined/{name}/{rank}", "")
+        return name, True
+    end, missing = time.monotonic() + patience.total_seconds(), set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"asked/{other}"]):
+                store.set(f"answer/{store.get(f'asked/{other}').decode()}", own)
+            if store.check([f"joined/{own}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            return own, False
+        time.sleep(_GLANCE)
+    return own, True
 
 
 def _await_store(host: str, port: int, patience: timedelta) -> None:
