@@ -30,6 +30,7 @@ from ..task_gradients.task_losses import Loss, Losses
 from .balanced_optimizer import BalancedOptimizer, Method
 from .parameter_rows import Granularity
 from .pcgrad import PCGrad
+from .rank_exchange import Examples
 
 
 class PCGradTrainer(Trainer):
@@ -47,6 +48,9 @@ class PCGradTrainer(Trainer):
     lack some.  A model whose labels Trainer does not find needs ``label_names`` of the training
     arguments for metrics; its losses are evaluated without.
 
+    Started by torchrun or ``accelerate launch``, it trains on several processes as Trainer does,
+    each with a copy of the model, and does the update of one process with the examples of all.
+
     For other trainers derive from both: ``class Mine(PCGradTrainer, OtherTrainer)``.
 
     Args:
@@ -63,11 +67,15 @@ class PCGradTrainer(Trainer):
 
     Attributes:
         task_gradients: as given or made, or None.
+        examples: how many examples each loss of this micro-batch is the mean of, as for
+            :meth:`.BalancedOptimizer.backward`; ``compute_loss`` may set it where batches of
+            several processes are not alike.  None: as many on all.
 
     Raises:
-        ValueError: settings of the balancing that do not go together or with ``optimizers``; more
-            than one process or device, DeepSpeed or FSDP; an optimizer that steps in the backward
-            pass.  In training: ``compute_loss`` gave a single loss, or one that is not a scalar.
+        ValueError: settings of the balancing that do not go together or with ``optimizers``; a
+            process with several devices, DeepSpeed, FSDP or other sharding; an optimizer that steps
+            in the backward pass.  In training: ``compute_loss`` gave a single loss, or one that is
+            not a scalar.
     """
 
     def __init__(
@@ -96,17 +104,17 @@ class PCGradTrainer(Trainer):
         self._check_setting()
         if not self.label_names:
             self.can_return_loss = True  # or Trainer would not compute losses to evaluate
-        # Trainer would multiply a mapping by the number of processes, which is 1.
-        self.args.average_tokens_across_devices = False
         if isinstance(task_gradients, int):
             on_device: Any = self.model
             task_gradients = TaskGradients(on_device, task_gradients)
             self._given["task_gradients"] = task_gradients
         self.task_gradients = task_gradients
+        self.examples: Examples | None = None
+        self._counts_items = False  # of all processes, which this micro-batch's losses are over
         self._losses: dict[str, Loss] = {}  # of this micro-batch
         self._leaves: dict[str, Tensor] = {}  # the same, cut off from their graphs
         self._logged = _StepAverages()
-        self._evaluated: dict[str, list[Tensor]] = {}
+        self._evaluated: list[tuple[tuple[str, ...], Tensor]] = []
 
     def _check_setting(self) -> None:
         """Refuse what cannot be balanced.
@@ -121,16 +129,11 @@ class PCGradTrainer(Trainer):
                 f"{name}: the optimizer in optimizers is a {type(wrapped).__name__} with settings "
                 "of its own; give them there, or a plain optimizer here"
             )
-        many = {
-            "DeepSpeed": self.is_deepspeed_enabled,
-            "FSDP": self.is_fsdp_enabled,
-            f"{self.args.n_gpu} GPUs in DataParallel": self.args.n_gpu > 1,
-            "several processes": self.args.parallel_mode != ParallelMode.NOT_PARALLEL,
-        }
-        for what in (name for name, found in many.items() if found):
+        for what in self._shards():
             raise ValueError(
-                f"{type(self).__name__} trains in one process on one device, not with {what}; "
-                "choose a device with CUDA_VISIBLE_DEVICES and start one process"
+                f"{type(self).__name__} trains one copy of the model on one device of each process,"
+                f" not with {what}; start a process for each device with torchrun or accelerate "
+                "launch, or choose one with CUDA_VISIBLE_DEVICES"
             )
         optim = str(getattr(self.args.optim, "value", self.args.optim))
         if "lomo" in optim or "layerwise" in optim:
@@ -140,6 +143,25 @@ class PCGradTrainer(Trainer):
             )
         if "task_gradients" in self._given and self.model_init is not None:
             raise ValueError("task_gradients belong to one model; give model, not model_init")
+
+    def _shards(self) -> Iterator[str]:
+        """Yield what would train a model in another way than a copy in each process."""
+        known = (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED, ParallelMode.DISTRIBUTED)
+        if self.is_deepspeed_enabled:
+            yield "DeepSpeed"
+        if self.is_fsdp_enabled:
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            version = getattr(plugin, "fsdp_version", 1)
+            # Trainer's FSDP2 needs a GPU, so that no test shows it.
+            yield f"FSDP{version} (a loop of your own may use torch's fully_shard)"
+        if self.args.n_gpu > 1:
+            yield f"{self.args.n_gpu} GPUs in DataParallel"
+        if self.args.parallel_mode not in known:
+            yield str(self.args.parallel_mode)
+        if getattr(self.args, "parallelism_config", None) is not None:
+            yield "a parallelism_config"
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            yield "a model that was sharded as it was loaded"
 
     # ---- the optimizer -------------------------------------------------------------------------
 
@@ -178,6 +200,7 @@ class PCGradTrainer(Trainer):
             The sum of the losses, as Trainer divides it among micro-batches.
         """
         self._losses, self._leaves = {}, {}  # of a step that failed half way
+        self.examples, self._counts_items = None, False
         with self._loss_computed_by(self._cut_off):
             total: Tensor = super().training_step(model, inputs, num_items_in_batch)
         losses, leaves = self._losses, self._leaves
@@ -194,8 +217,17 @@ class PCGradTrainer(Trainer):
             self._logged.add(task, leaf.detach() * factor, self.state.global_step, filtered)
         optimizer = _balanced(self.optimizer)
         assert optimizer is not None  # create_optimizer wraps it
-        optimizer.backward(losses)
+        optimizer.backward(losses, examples=self._examples_of(losses, optimizer))
         return total
+
+    def _examples_of(
+        self, losses: Mapping[str, Loss], optimizer: BalancedOptimizer
+    ) -> Examples | None:
+        """Return the examples that this process' losses are counted by."""
+        if self._counts_items and self.examples is None:
+            # Each is a share of the sum over all processes, one without a loss has the share 0.
+            return dict.fromkeys(optimizer.tasks or losses, 1)
+        return self.examples
 
     def _cut_off(self, losses: Any) -> Tensor:
         """Keep the losses; return their sum, on which Trainer's backward pass ends."""
@@ -208,9 +240,45 @@ class PCGradTrainer(Trainer):
             )
         self._losses = self._named(losses)
         self._leaves = _scalars(self._losses, torch.Tensor.requires_grad_)
-        if not self._leaves:
+        if not self._leaves and self.args.world_size == 1:
             raise ValueError("compute_loss: no task has a loss, but each batch needs one at least")
-        return sum(self._leaves.values(), torch.zeros((), device=self.args.device))
+        # Without any loss, where other processes have some, there is no graph either.
+        zero = torch.zeros((), device=self.args.device, requires_grad=not self._leaves)
+        return sum(self._leaves.values(), zero)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Compute the losses as Trainer does.
+
+        Args:
+            model: as for Trainer.
+            inputs: as for Trainer.
+            return_outputs: as for Trainer.
+            num_items_in_batch: as for Trainer.
+
+        Returns:
+            A loss for each task; with ``return_outputs`` the outputs, too.
+        """
+        # Where losses are divided by the items of all processes, Trainer multiplies by the number
+        # of processes, which would fail with a mapping and repeat a list.
+        wanted, asked = self.args.average_tokens_across_devices, _Refusal()
+        self.args.average_tokens_across_devices = asked  # type: ignore[assignment]
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.args.average_tokens_across_devices = wanted
+        takes_items = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if not (wanted and asked.was_asked and takes_items and num_items_in_batch is not None):
+            return result
+        self._counts_items = True
+        losses, *outputs = result if return_outputs else (result,)
+        losses = _multiplied(losses, self.accelerator.num_processes)
+        return (losses, *outputs) if return_outputs else losses
 
     def _named(self, losses: Losses) -> dict[str, Loss]:
         if isinstance(losses, Mapping):
@@ -236,15 +304,24 @@ class PCGradTrainer(Trainer):
                 own["compute_loss"] = before["compute_loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with each task's loss beside the sum.
+        """Log, with each task's loss beside the sum; all processes call it with a ``loss``.
 
         Args:
             logs: as for Trainer.
             start_time: as for Trainer.
         """
         if "loss" in logs:
-            logs = logs | {f"loss_{task}": value for task, value in self._logged.take().items()}
+            optimizer = _balanced(self.optimizer)
+            tasks = () if optimizer is None else optimizer.tasks or ()
+            averages = self._logged.take(tasks, self._sum_over_processes)
+            logs = logs | {f"loss_{task}": value for task, value in averages.items()}
         super().log(logs, start_time)
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return values
+        summed: Tensor = self.accelerator.reduce(values.to(self.args.device), "sum")
+        return summed
 
     # ---- evaluation ----------------------------------------------------------------------------
 
@@ -266,9 +343,16 @@ class PCGradTrainer(Trainer):
         if isinstance(losses, Tensor) or not isinstance(losses, Mapping | list | tuple):
             return losses
         scalars = _scalars(self._named(losses), torch.Tensor.detach)
-        for task, loss in scalars.items():
-            repeated = self.gather_function(loss.repeat(self.args.eval_batch_size))
-            self._evaluated.setdefault(task, []).append(repeated)
+        optimizer = _balanced(self.optimizer)
+        tasks = (self._tasks if optimizer is None else optimizer.tasks) or ()
+        names = (*tasks, *(task for task in scalars if task not in tasks))
+        if names:
+            # One row, of losses and of which there are, for each example that Trainer counts.
+            absent = torch.zeros((), device=self.args.device)
+            row = [scalars.get(name, absent) for name in names]
+            row += [torch.full_like(absent, name in scalars) for name in names]
+            rows = torch.stack(_in_one_dtype(row)).repeat(self.args.eval_batch_size, 1)
+            self._evaluated.append((names, self.gather_function(rows)))
         return sum(scalars.values(), torch.zeros((), device=self.args.device))
 
     def evaluation_loop(
@@ -291,13 +375,13 @@ class PCGradTrainer(Trainer):
         Returns:
             Trainer's output; ``metrics`` has ``PREFIX_loss_NAME``, too.
         """
-        self._evaluated = {}
+        self._evaluated = []
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         metrics = output.metrics
         assert metrics is not None  # Trainer's has some
-        for task, parts in self._evaluated.items():
+        for task, parts in _by_task(self._evaluated).items():
             losses = torch.cat(parts)
             finite = losses[losses.isfinite()]
             if self.args.logging_nan_inf_filter and len(finite):
@@ -322,13 +406,60 @@ class _StepAverages:
         self._sums[task] = before + loss
         steps.add(step)
 
-    def take(self) -> dict[str, float]:
-        """Return the averages and begin anew."""
-        averages = {
-            task: total.item() / len(self._steps[task]) for task, total in self._sums.items()
-        }
+    def take(
+        self, tasks: Sequence[str], sum_over_processes: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Return the averages over the steps of all processes, and begin anew.
+
+        Args:
+            tasks: all that any process may have, in one order on all.
+            sum_over_processes: of a tensor on the CPU.
+        """
+        sums = [self._sums[task].item() if task in self._sums else 0.0 for task in tasks]
+        steps = [len(self._steps.get(task, ())) for task in tasks]
         self._sums, self._steps = {}, {}
-        return averages
+        totals = sum_over_processes(torch.tensor([sums, steps], dtype=torch.float64)).tolist()
+        return {
+            task: total / count
+            for task, total, count in zip(tasks, *totals, strict=True)
+            if count > 0
+        }
+
+
+class _Refusal:
+    """Says no, and notes that it was asked."""
+
+    was_asked = False
+
+    def __bool__(self) -> bool:
+        self.was_asked = True
+        return False
+
+
+def _multiplied(losses: Any, factor: int) -> Any:
+    """Return each loss times a factor; what is no loss stays."""
+    if isinstance(losses, Mapping):
+        return {task: _multiplied(loss, factor) for task, loss in losses.items()}
+    if isinstance(losses, list | tuple):
+        return [_multiplied(loss, factor) for loss in losses]
+    return losses * factor if isinstance(losses, Tensor) else losses
+
+
+def _in_one_dtype(scalars: Sequence[Tensor]) -> list[Tensor]:
+    """Return them in float64 if one is, else in float32."""
+    is_double = any(scalar.dtype == torch.float64 for scalar in scalars)
+    return [scalar.to(torch.float64 if is_double else torch.float32) for scalar in scalars]
+
+
+def _by_task(evaluated: Sequence[tuple[tuple[str, ...], Tensor]]) -> dict[str, list[Tensor]]:
+    """Return the losses of each task out of batches' names and rows."""
+    found: dict[str, list[Tensor]] = {}
+    for names, rows in evaluated:
+        losses, are_there = rows.split(len(names), 1)
+        for name, loss, is_there in zip(names, losses.T, are_there.T, strict=True):
+            if is_there.any():
+                found.setdefault(name, []).append(loss[is_there > 0])
+    return found
 
 
 def _adapted(

@@ -704,7 +704,7 @@ def test_sharded_training_is_refused(
         setattr(self, f"is_{what.lower()}_enabled", True)
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
-    with pytest.raises(ValueError, match=f"on one device, not with {what}"):
+    with pytest.raises(ValueError, match=f"on one device of each process, not with {what}"):
         PCGradTrainer(Two(), settings(tmp_path))
 
 
