@@ -1,7 +1,10 @@
 """PCGrad with Hugging Face's library accelerate: accumulation, clipping, mixed precision.
 
     python -m examples.pcgrad_accelerate [--steps N] [--precision no|bf16]
+    accelerate launch --config_file examples/accelerate_two_processes.yaml \
+        -m examples.pcgrad_accelerate
 
+The second trains on two processes, which average the gradient of each task before PCGrad.
 Two things have one name: `accelerate`, the library, which has the Accelerator, and
 `kernels.accelerate`, the function that makes a transformers model run packed.
 """
@@ -10,7 +13,7 @@ import argparse
 from itertools import islice
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import send_to_device
 
 import kernels
@@ -20,7 +23,7 @@ ACCUMULATE = 2  # batches of each task in a step
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    """Train in one process; return the sum of the losses of every batch."""
+    """Train; return the sum of the losses of every batch of this process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=100, help="default: 100")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="default: no")
@@ -39,8 +42,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     totals = []
     for batch in islice(batches(kernels.PackingCollator()), options.steps * ACCUMULATE):
         with accelerator.accumulate(model):
-            with accelerator.autocast():
-                losses = model.losses(send_to_device(batch, accelerator.device))
+            losses = model(send_to_device(batch, accelerator.device))
             # Instead of accelerator.backward(sum(losses)), which would divide the loss by itself.
             pcgrad.pc_backward([loss / ACCUMULATE for loss in losses])
             if accelerator.sync_gradients:  # behind the last batch of a step
@@ -52,4 +54,5 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(main()[-1])
+    last = main()[-1]
+    PartialState().print(last)  # on the first process alone

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=5e-4))
     totals = []
     for batch in islice(batches(), options.steps):
-        losses = model.losses(batch)
+        losses = model(batch)
         optimizer.zero_grad()
         optimizer.pc_backward(losses)  # instead of sum(losses).backward()
         optimizer.step()

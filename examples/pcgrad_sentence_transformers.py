@@ -1,6 +1,7 @@
 """Two datasets and losses in sentence-transformers' trainer, both in each step, with PCGrad.
 
     python -m examples.pcgrad_sentence_transformers [--steps N]
+    torchrun --nproc-per-node 2 -m examples.pcgrad_sentence_transformers
 
 The demo corpus has pairs of sentences with scores, and pairs of questions that ask the same.
 (Installed, it is `superbert.kernels`.)
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import sentence_transformers as st
 import transformers as hf
+from accelerate import PartialState
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.losses import (
     CosineSimilarityLoss,
@@ -67,4 +69,5 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    print(main()[-1])
+    last = main()[-1]
+    PartialState().print(last)  # on the first process alone

@@ -1,6 +1,7 @@
 """Three tasks in transformers' Trainer: `compute_loss` returns their losses, PCGrad balances them.
 
     python -m examples.pcgrad_transformers_trainer [--steps N]
+    torchrun --nproc-per-node 2 -m examples.pcgrad_transformers_trainer
 
 The model and its packed batches are those of `examples/three_tasks.py`.  (Installed, it is
 `superbert.kernels`.)
@@ -11,6 +12,7 @@ import tempfile
 from typing import Any
 
 import transformers as hf
+from accelerate import PartialState
 
 from examples.three_tasks import EACH, LOSSES, losses_of, model_and_rows
 from kernels import PackingCollator, PCGradTrainer
@@ -57,4 +59,5 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    print(main()[-1])
+    last = main()[-1]
+    PartialState().print(last)  # on the first process alone

@@ -51,6 +51,7 @@ def losses_of(
     model: nn.ModuleDict, batch: dict[str, Any], tasks: TaskGradients
 ) -> dict[str, Tensor]:
     """Compute each task's loss; the batch has EACH examples of the first, then of the next."""
+    model = getattr(model, "module", model)  # in DistributedDataParallel
     labels = batch.pop("labels").split(EACH)
     losses = {}
     with tasks.batch([EACH] * len(LOSSES)):

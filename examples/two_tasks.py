@@ -1,4 +1,7 @@
-"""What the PCGrad examples train: a small transformers BERT with two heads, on the demo corpus."""
+"""What the PCGrad examples train: a small transformers BERT with two heads, on the demo corpus.
+
+Of several processes (torchrun, accelerate, Lightning) each gets its part of every batch.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,7 +38,7 @@ class TwoTaskBert(nn.Module):
         self.encoder = hf.BertModel(config, add_pooling_layer=False)
         self.heads = nn.ModuleDict({task: nn.Linear(128, size) for task, size in TASKS.items()})
 
-    def losses(self, batches: dict[str, dict[str, Tensor]]) -> list[Tensor]:
+    def forward(self, batches: dict[str, dict[str, Tensor]]) -> list[Tensor]:
         """Return the mean loss of each task's batch, padded or, where accelerated, packed."""
         losses = []
         for task, batch in batches.items():
@@ -49,7 +53,11 @@ class TwoTaskBert(nn.Module):
 
 
 def batches(collate: Collate | None = None) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """Yield a batch of each task, for ever, padded unless another collator is given."""
+    """Yield this process' part of a batch of each task, for ever.
+
+    The batches are padded unless another collator is given.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_demo(folder)
@@ -65,6 +73,7 @@ def batches(collate: Collate | None = None) -> Iterator[dict[str, dict[str, Tens
         batch = {}
         for task, table in tables.items():
             picks = torch.randint(len(table), (BATCH_SIZE,), generator=generator).tolist()
+            picks = picks[rank::ranks]
             rows = [tokenizer(*(column[i] for column in table.sentences)) for i in picks]
             labels = [int(table.labels[i]) for i in picks]
             batch[task] = collate(

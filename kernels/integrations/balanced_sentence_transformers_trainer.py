@@ -37,6 +37,10 @@ class PCGradSentenceTransformerTrainer(PCGradTrainer, SentenceTransformerTrainer
     anew, shuffled again, or it ends with the shortest (``ROUND_ROBIN``).  Losses that go through
     the model again in the backward pass (``Cached...``) are balanced, too.
 
+    On several processes each takes every N-th step's batches of one process.  Their losses count by
+    their examples, except within gradient accumulation, and an epoch has as many steps on all: the
+    longest dataset begins anew, or the last steps are left out.
+
     Args:
         arguments: as for SentenceTransformerTrainer; ``train_dataset`` is a dict of two or more.
         settings: as for SentenceTransformerTrainer and :class:`.PCGradTrainer`.  The tasks are the
@@ -106,7 +110,10 @@ class PCGradSentenceTransformerTrainer(PCGradTrainer, SentenceTransformerTrainer
         """
         until = self.args.multi_dataset_batch_sampler
         shortest = until == MultiDatasetBatchSamplers.ROUND_ROBIN
-        return _EveryDatasetSampler(dataset, batch_samplers, generator, seed or 0, shortest)
+        processes = self.accelerator.num_processes
+        return _EveryDatasetSampler(
+            dataset, batch_samplers, generator, seed or 0, shortest, processes
+        )
 
     def compute_loss(
         self,
@@ -129,6 +136,11 @@ class PCGradSentenceTransformerTrainer(PCGradTrainer, SentenceTransformerTrainer
         compute_loss: Callable[..., Any] = super().compute_loss
         if not all(isinstance(own, Mapping) for own in inputs.values()):
             return compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.args.world_size > 1:
+            # Losses that go through the model in the backward pass must not go through its wrapper,
+            # which would exchange their gradients.
+            model = self.model
+        self.examples = {name: own.pop(_NUM_EXAMPLES, 1) for name, own in inputs.items()}
         parameters = self._parameters(model)
         losses = {}
         for name, own in inputs.items():
@@ -140,6 +152,9 @@ class PCGradSentenceTransformerTrainer(PCGradTrainer, SentenceTransformerTrainer
         losses = self.loss.values() if isinstance(self.loss, Mapping) else [self.loss]
         found = {id(p): p for module in (model, *losses) for p in module.parameters()}
         return [parameter for parameter in found.values() if parameter.requires_grad]
+
+
+_NUM_EXAMPLES = "num_examples"
 
 
 class _CollatorByDataset:
@@ -154,7 +169,10 @@ class _CollatorByDataset:
             by_dataset.setdefault(row.get("dataset_name"), []).append(row)
         if len(by_dataset) < 2:
             return self._collate(rows)
-        return {str(name): self._collate(own) for name, own in by_dataset.items()}
+        return {
+            str(name): {**self._collate(own), _NUM_EXAMPLES: len(own)}
+            for name, own in by_dataset.items()
+        }
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # not of the collator, and not before there is one
@@ -172,8 +190,13 @@ class _EveryDatasetSampler(MultiDatasetDefaultBatchSampler):
         generator: torch.Generator | None,
         seed: int,
         until_shortest: bool,
+        processes: int,
     ) -> None:
         super().__init__(dataset, list(batch_samplers), generator, seed)
+        self._processes = processes
+        if processes > 1:
+            # With a number accelerate would drop the batches that have another.
+            self.batch_size = None  # type: ignore[assignment]
         self._until_shortest = until_shortest
         lengths = [len(part) for part in dataset.datasets]  # type: ignore[arg-type]
         self._offsets = list(accumulate(lengths[:-1], initial=0))
@@ -212,7 +235,12 @@ class _EveryDatasetSampler(MultiDatasetDefaultBatchSampler):
 
     def __len__(self) -> int:
         lengths = [len(sampler) for sampler in self.batch_samplers]
-        return min(lengths) if self._until_shortest else max(lengths)
+        steps = min(lengths) if self._until_shortest else max(lengths)
+        # Every process has as many, or those that have more would wait for the others.
+        left = steps % self._processes
+        if left and not self._until_shortest:
+            return steps + self._processes - left
+        return steps - left
 
 
 _EPOCHS = 1_000_003  # more than a run has

@@ -1,17 +1,26 @@
 """The examples run, learn, and do what they say."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from examples import (
     finetune_sentence_transformers,
+    pcgrad_ddp,
     pcgrad_lightning,
     pcgrad_loop,
     pcgrad_sentence_transformers,
     pcgrad_transformers_trainer,
     three_tasks,
 )
+
+REPOSITORY = Path(__file__).parents[2]
 
 # The trainers warn of what their own libraries deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -70,3 +79,50 @@ def test_sentence_transformers_trains_on_our_kernels(capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "attention=('0.model',)" in printed
     assert "encoder.layer.1.output.LayerNorm" in printed
+
+
+# ---- on two processes ----------------------------------------------------------------------------
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+TORCHRUN += ["--rdzv-endpoint", "127.0.0.1:0"]
+ACCELERATE = ["-m", "accelerate.commands.launch"]
+ACCELERATE += ["--config_file", "examples/accelerate_two_processes.yaml"]
+ON_TWO = {
+    "pcgrad_ddp": (TORCHRUN, ["--steps", "12"]),
+    "pcgrad_fsdp": (TORCHRUN, ["--steps", "12"]),
+    "pcgrad_accelerate": (ACCELERATE, ["--steps", "8"]),
+    "pcgrad_lightning": ([], ["--steps", "12", "--devices", "2"]),
+    "pcgrad_transformers_trainer": (TORCHRUN, ["--steps", "15"]),
+    "pcgrad_sentence_transformers": (TORCHRUN, ["--steps", "20"]),
+}
+
+
+@pytest.mark.parametrize("example", ON_TWO)
+def test_examples_on_two_processes_learn_the_same_weights(example: str, tmp_path: Path) -> None:
+    launcher, arguments = ON_TWO[example]
+    command = [sys.executable, *launcher, "-m", "tests.examples.on_rank", example, str(tmp_path)]
+    ended = subprocess.run(
+        [*command, *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["weights"] == second["weights"]
+    losses = [_losses(first["returned"]), _losses(second["returned"])]
+    if "trainer" in example or "sentence" in example:  # whose logs are those of both
+        assert losses[0] == losses[1]
+    totals = [sum(pair) for pair in zip(*losses, strict=True)]
+    assert sum(totals[-3:]) < sum(totals[:3])
+
+
+def _losses(returned: list[Any]) -> list[float]:
+    return [entry["loss"] if isinstance(entry, dict) else entry for entry in returned]
+
+
+def test_ddp_trains_as_one_process_does() -> None:
+    """Without torchrun, to the bit; with it, see tests/kernels/distributed."""
+    assert pcgrad_ddp.main(["--steps", "2"]) == pcgrad_loop.main(["--steps", "2"])

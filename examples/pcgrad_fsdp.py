@@ -1,0 +1,49 @@
+"""PCGrad with FSDP2: each process holds a shard of the parameters and of the optimizer's state.
+
+    torchrun --nproc-per-node 2 -m examples.pcgrad_fsdp [--steps N]
+
+The optimizer is made of the sharded parameters, and balances the task gradients shard by shard.
+"""
+
+import argparse
+import os
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from examples.two_tasks import TwoTaskBert, batches
+from kernels import PCGrad
+
+
+def main(arguments: list[str] | None = None) -> list[float]:
+    """Train; return the sum of this process' losses at every step."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=200, help="default: 200")
+    steps = parser.parse_args(arguments).steps
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)  # every process makes the same model and keeps its shards
+    model = TwoTaskBert()
+    for layer in model.encoder.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=5e-4))
+    totals = []
+    for batch in islice(batches(), steps):
+        losses = model(batch)
+        optimizer.zero_grad()
+        optimizer.pc_backward(losses)  # instead of sum(losses).backward()
+        optimizer.step()
+        totals.append(sum(loss.item() for loss in losses))
+    dist.destroy_process_group()
+    return totals
+
+
+if __name__ == "__main__":
+    last = main()[-1]
+    if os.environ["RANK"] == "0":
+        print(last)
