@@ -293,8 +293,8 @@ class BalancedOptimizer(torch.optim.Optimizer):
         Args:
             losses: one scalar loss for each task, any iterable in their order, or by name.
             examples: for each task, in order or by name, how many examples this rank's loss is the
-                mean of; ranks count by it.  As many on all when None.  It changes nothing where
-                there are no other ranks.
+                mean of; ranks count by it.  As many on all when None.  It is not used within
+                ``no_sync``, nor where there are no other ranks.
 
         Raises:
             ValueError: if no loss depends on a trained parameter, one is not a scalar, the tasks
