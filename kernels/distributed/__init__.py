@@ -1,1 +1,1 @@
-"""What several processes that train one model compare."""
+"""Ranks that train one model: their wrappers, averages of gradient rows, checks of weights."""

@@ -26,7 +26,7 @@ class RankGroup:
         size: N.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: "dist.ProcessGroup | None") -> None:
         assert group is not None  # it is initialised
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -57,11 +57,12 @@ class RankGroup:
         return flags
 
     def broadcast_(self, values: Tensor) -> Tensor:
-        """Take the first rank's values, a tensor on the parameters' device."""
-        dist.broadcast(values, group=self.group, group_src=0)
+        """Take the first rank's values of a tensor."""
+        group = self._on_host if values.device.type == "cpu" else self.group
+        dist.broadcast(values, group=group, group_src=0)
         return values
 
-    def start_average(self, values: Tensor) -> dist.Work:
+    def start_average(self, values: Tensor) -> "dist.Work":
         """Begin to average a contiguous tensor over the ranks, in place."""
         if dist.get_backend(self.group) == dist.Backend.NCCL:
             return dist.all_reduce(values, dist.ReduceOp.AVG, group=self.group, async_op=True)
@@ -74,7 +75,7 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+def _host_group(group: "dist.ProcessGroup") -> "dist.ProcessGroup":
     """Return the group if it takes tensors on the host, or else one of gloo with its ranks.
 
     All ranks of the group call this at the same time.

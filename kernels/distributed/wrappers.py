@@ -29,7 +29,7 @@ class Wrappers(NamedTuple):
     fsdp: tuple[Any, ...] = ()
 
     @property
-    def process_group(self) -> dist.ProcessGroup | None:
+    def process_group(self) -> "dist.ProcessGroup | None":
         """The group over which DistributedDataParallel averages; None without one.
 
         Raises:

@@ -9,7 +9,7 @@ matrices are added up.  The weights of the first rank are used on all.
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from ..distributed.sharded_tensors import are_sharded, coordinates, local, shard
 from ..distributed.weights_checksum import weights_checksum
 from ..distributed.wrappers import Wrappers, find_wrappers
 from ..gradient_buffer import GradientBuffer
+
+ProcessGroup: TypeAlias = "dist.ProcessGroup | Literal['auto'] | None"
+"""A group, that of the parameters' wrapper, or none."""
 
 Examples = Sequence[float] | Mapping[str, float]
 """For each task, how many examples this rank's loss is the mean of."""
@@ -75,7 +78,7 @@ class ChosenGroup:
         return RankExchange(parameters, wrappers, RankGroup(group)) if _several(group) else None
 
 
-def _several(group: dist.ProcessGroup) -> bool:
+def _several(group: "dist.ProcessGroup") -> bool:
     return dist.get_world_size(group) > 1
 
 
@@ -276,6 +279,3 @@ def examples_by_task(
             f"{list(examples)}"
         )
     return counts
-
-
-ProcessGroup = dist.ProcessGroup | Literal["auto"] | None

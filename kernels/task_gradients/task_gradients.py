@@ -174,7 +174,7 @@ class TaskGradients:
         for place in self._places.values():
             place.tasks.clear()
 
-    def average_over_ranks(self, group: dist.ProcessGroup | None = None) -> None:
+    def average_over_ranks(self, group: "dist.ProcessGroup | None" = None) -> None:
         """Average the rows over ranks; what losses reach on any rank counts as reached.
 
         PCGrad and BalancedOptimizer do so by themselves.  Who uses the rows without them calls it
