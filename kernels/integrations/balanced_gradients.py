@@ -329,7 +329,7 @@ class BalancedGradients:
         collector.refuse_other_gradients()  # cleared since the forward pass or not
         completing = self._differentiation.completing
         try:
-            with nullcontext() if averages is None else completing(averages):
+            with nullcontext() if averages is None else completing(losses, averages):
                 if losses:
                     torch.autograd.backward(losses)
         finally:

@@ -8,9 +8,11 @@ rows leave for the others as they are completed.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..autograd_graph import gradient_node, graph_nodes, needed_later, other_leaves
 from ..distributed.row_averages import RowAverages
@@ -59,7 +61,7 @@ class TaskDifferentiation:
             if averages is not None:
                 averages.start(slice(task, task + 1))
                 if loss is not None:
-                    with self._adding_to_row(task, averages):
+                    with self._adding_to_row(task, loss, averages):
                         self._gradients(loss, retained[task])
                 averages.finish()
             elif loss is not None:
@@ -84,25 +86,28 @@ class TaskDifferentiation:
             averages.finish()
 
     @contextmanager
-    def completing(self, averages: RowAverages) -> Iterator[None]:
+    def completing(self, losses: Sequence[Tensor], averages: RowAverages) -> Iterator[None]:
         """Send columns of all rows once every layer with their parameters has written them.
 
         Autograd visits a parameter's own node last, even where layers give it no gradient.
 
         Args:
+            losses: whose backward pass runs within the block.
             averages: of the rows over ranks.
         """
         nodes = [gradient_node(parameter) for parameter in self.parameters]
+        outer = _BackwardPass(losses)
+
+        def note(_inputs: Any, _outputs: Any, number: int) -> None:
+            if outer.is_running():
+                averages.complete(number)
+
         averages.start(slice(None))
         handles = [
-            node.register_hook(lambda *_, number=number: averages.complete(number))
-            for number, node in enumerate(nodes)
+            node.register_hook(partial(note, number=number)) for number, node in enumerate(nodes)
         ]
-        try:
+        with _removed_behind([*outer.handles, *handles]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         averages.finish()
 
     def _gradients(self, loss: Tensor, retain_graph: bool) -> Sequence[Tensor | None]:
@@ -132,25 +137,59 @@ class TaskDifferentiation:
         own += gradient.to_dense() if gradient.is_sparse else gradient
 
     @contextmanager
-    def _adding_to_row(self, task: int, averages: RowAverages) -> Iterator[None]:
+    def _adding_to_row(self, task: int, loss: Tensor, averages: RowAverages) -> Iterator[None]:
         """Add each gradient to the row, which leaves piece by piece, as soon as autograd has it."""
+        outer = _BackwardPass([loss])
 
         def take(
-            number: int, place: tuple[ParameterRows, Trained, Slot], gradient: Tensor | None
+            gradient: Tensor | None, number: int, place: tuple[ParameterRows, Trained, Slot]
         ) -> None:
+            if not outer.is_running():
+                return
             if gradient is not None:  # as of an output of DistributedDataParallel that is not used
                 self._add(task, *place, gradient)
             averages.complete(number)
 
         handles = [
-            place[1].parameter.register_hook(partial(take, number, place))
+            place[1].parameter.register_hook(partial(take, number=number, place=place))
             for number, place in enumerate(self._columns())
         ]
-        try:
+        with _removed_behind([*outer.handles, *handles]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+
+class _BackwardPass:
+    """Tells a backward pass of some losses from those that functions run within it.
+
+    Hooks of parameters are called in both, in the inner ones with parts of their gradients.
+
+    Args:
+        losses: of the pass; at least one.
+
+    Attributes:
+        handles: of hooks on the losses, the first ones that a pass calls.
+    """
+
+    def __init__(self, losses: Sequence[Tensor]) -> None:
+        self._number = -1
+        self.handles = [loss.register_hook(self._note) for loss in losses]
+
+    def is_running(self) -> bool:
+        """Whether a hook is called by this pass itself."""
+        return self._number == torch._C._current_graph_task_id()
+
+    def _note(self, _gradient: Tensor) -> None:
+        self._number = torch._C._current_graph_task_id()
+
+
+@contextmanager
+def _removed_behind(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Loops around DistributedDataParallel and bare process groups; each rank runs all of them."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -96,6 +97,42 @@ def _pieces(part: Sequence[Examples | None], count: int) -> Iterable[list[Exampl
             one and one.part(*(len(one.targets) * k // count for k in (number, number + 1)))
             for one in part
         ]
+
+
+class _Recomputed(torch.autograd.Function):
+    """Runs a layer without its graph, and again, forward and backward, in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, weight, bias)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            out = ctx.layer(ctx.saved_tensors[0])
+        return None, *torch.autograd.grad(out, ctx.saved_tensors, grad)
+
+
+class _RecomputedLayer(nn.Module):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Recomputed.apply(self.layer, x, self.layer.weight, self.layer.bias)
+
+
+def recomputing(own: Model) -> nn.Module:
+    """Wrap a model whose backward pass runs another one within, for the same parameters."""
+    own.layer = _RecomputedLayer(own.layer)
+    return ddp(own)
+
+
+def compiled(own: nn.Module) -> nn.Module:
+    """Wrap a model, and let torch.compile trace it."""
+    return torch.compile(ddp(own), backend="aot_eager")
 
 
 # ---- one backward pass for all tasks -------------------------------------------------------------
@@ -467,6 +504,34 @@ def zero3() -> None:
     pcgrad(own.parameters()).pc_backward(own(batches([EACH] * TASKS)[0]))
 
 
+def mixed_precision_of_ddp() -> None:
+    """Let the wrapper cast parameters and gradients."""
+    from torch.nn.parallel.distributed import _MixedPrecision
+
+    own = model()
+    wrapped = ddp(own)
+    wrapped.mixed_precision = _MixedPrecision(param_dtype=torch.bfloat16)  # it needs a GPU
+    pcgrad(own.parameters()).pc_backward(wrapped(batches([EACH] * TASKS)[0]))
+
+
+def communication_hook() -> dict[str, Any]:
+    """Register a hook that averages in the wrapper's place."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    own = model()
+    wrapped = ddp(own)
+    wrapped.register_comm_hook(None, allreduce_hook)
+    optimizer = pcgrad(own.parameters())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in batches([EACH * dist.get_world_size()] * TASKS):
+            optimizer.zero_grad()
+            optimizer.pc_backward(wrapped(own_part(batch, even(EACH))))
+            optimizer.step()
+    said = [w for w in caught if "communication hooks" in str(w.message)]
+    return {"said": len(said), "here": all(w.filename == __file__ for w in said)}
+
+
 def joined_ranks() -> None:
     """Train inside torch's Join."""
     from torch.distributed.algorithms.join import Join
@@ -483,6 +548,9 @@ SAME_RESULT: dict[str, Callable[[], dict[str, Any]]] = {
     "DDP, find_unused_parameters": partial(loop, partial(ddp, find_unused_parameters=True)),
     "DDP, static_graph": partial(loop, partial(ddp, static_graph=True)),
     "DDP, gradient_as_bucket_view": partial(loop, partial(ddp, gradient_as_bucket_view=True)),
+    "DDP, a backward pass within": partial(loop, recomputing),
+    # One graph of all losses counts its parameters as reached by all of them, as a mean divides by.
+    "DDP, torch.compile": partial(loop, compiled, partial(pcgrad, reduction="sum")),
     "process group": partial(loop, unwrapped),
     "DDP, CAGrad by tensor": partial(loop, ddp, cagrad),
     "DDP, sum, by group": partial(loop, ddp, partial(pcgrad, reduction="sum", granularity="group")),
@@ -511,7 +579,12 @@ SAME_WEIGHTS = {
     "overflow on one rank": overflow_on_one_rank,
     "methods drawn at random": other_methods_on_ranks,
 }
-OTHERS = {"averaged rows": averaged_rows, "buffers": buffers, "process_group=None": alone_by_name}
+OTHERS = {
+    "averaged rows": averaged_rows,
+    "buffers": buffers,
+    "process_group=None": alone_by_name,
+    "communication hook": communication_hook,
+}
 REFUSED: dict[str, Callable[[], None]] = {
     "a step within no_sync": a_step_within_no_sync,
     "weights that differ": weights_that_differ,
@@ -525,6 +598,7 @@ REFUSED: dict[str, Callable[[], None]] = {
     "FSDP1": fsdp1,
     "ZeRO-3": zero3,
     "Join": joined_ranks,
+    "mixed_precision of DDP": mixed_precision_of_ddp,
 }
 CASES: dict[str, Callable[[], Any]] = {
     **SAME_RESULT,

@@ -54,6 +54,10 @@ def test_rows_without_an_optimizer_are_averaged_on_request(results: Results) -> 
         assert of_rank["averaged rows"]["reached"] == [[0], [1], [2]]
 
 
+def test_hooks_of_the_wrapper_are_warned_about_once(results: Results) -> None:
+    assert all(of_rank["communication hook"] == {"said": 1, "here": True} for of_rank in results)
+
+
 def test_no_group_means_this_process_alone(results: Results) -> None:
     digests = [of_rank["process_group=None"]["digest"] for of_rank in results]
     assert all(digest != digests[0] for digest in digests[1:])
@@ -71,6 +75,7 @@ SAID = {
     "two groups": "ValueError: process_group: the optimizer's parameters are in Distributed",
     "FSDP1": "NotImplementedError: FullyShardedDataParallel (FSDP1)",
     "ZeRO-3": "NotImplementedError: DeepSpeed ZeRO-3",
+    "mixed_precision of DDP": "NotImplementedError: DistributedDataParallel's mixed_precision",
     "Join": "NotImplementedError: Join: a rank that has no batches left",
 }
 

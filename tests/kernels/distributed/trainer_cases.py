@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernels import PCGradTrainer, TaskGradients
 
 from .ddp_cases import EACH, LR, alone, pcgrad
+from .sentence_cases import every_dataset
 from .training import STEPS, TASKS, Batch, Examples, Model, batches, digest, error, model
 
 NAMES = [str(task) for task in range(TASKS)]
@@ -372,6 +373,7 @@ OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
     "lacking": lacking,
     "uneven": uneven,
     "resumed": resumed,
+    "every dataset": every_dataset,
 }
 
 CASES = SAME_RESULT | IN_BF16 | COLLECTED | OTHERS
