@@ -6,7 +6,8 @@ parameters that were reached) is a few numbers on the host: they go through a gr
 no rank waits for its GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -43,24 +44,45 @@ class RankGroup:
         """
         own = torch.tensor(numbers, dtype=torch.int64)
         gathered = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(gathered, own, group=self._on_host)
+        with self.explaining():
+            dist.all_gather(gathered, own, group=self._on_host)
         return [of_rank.tolist() for of_rank in gathered]
 
     def add_(self, values: Tensor) -> Tensor:
         """Add up a CPU tensor over the ranks, in place."""
-        dist.all_reduce(values, group=self._on_host)
+        with self.explaining():
+            dist.all_reduce(values, group=self._on_host)
         return values
 
     def any_(self, flags: Tensor) -> Tensor:
         """Set each of some flags, uint8 on the CPU, that is set on any rank."""
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._on_host)
+        with self.explaining():
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._on_host)
         return flags
 
     def broadcast_(self, values: Tensor) -> Tensor:
         """Take the first rank's values of a tensor."""
         group = self._on_host if values.device.type == "cpu" else self.group
-        dist.broadcast(values, group=group, group_src=0)
+        with self.explaining():
+            dist.broadcast(values, group=group, group_src=0)
         return values
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say in one line what it means that an exchange within the block failed.
+
+        Raises:
+            RuntimeError: it failed; gloo and NCCL do not tell which rank was lost.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:160]
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size}: no answer from another rank, which died, hangs "
+                "or does not call backward and step as often; start all again from the last "
+                f"checkpoint ({reason})"
+            ) from error
 
     def start_average(self, values: Tensor) -> "dist.Work":
         """Begin to average a contiguous tensor over the ranks, in place."""

@@ -64,8 +64,9 @@ class RowAverages:
 
     def wait(self) -> None:
         """Wait until all rows that were sent are averages; a GPU waits, not its host."""
-        for work in self._works:
-            work.wait()
+        with self._group.explaining():
+            for work in self._works:
+                work.wait()
         self._works.clear()
 
     def _send(self) -> None:

@@ -203,11 +203,12 @@ class BalancedGradients:
         else:
             self._begin(trained, len(by_task))
         self._num_tasks = 0  # should anything fail, the next call begins afresh
-        ranks = self._ranks if self._ranks is not None and self._ranks.is_now else None
-        present = [loss is not None for loss in by_task]
+        ranks, present = self._ranks, [loss is not None for loss in by_task]
         if ranks is not None:
+            # Within no_sync, too: a few numbers, by which each micro-batch counts.
             by_task, present = ranks.share(by_task, counts, self._tasks.names, is_continued)
-        self._awaits_ranks = ranks is None and self._ranks is not None
+            self._awaits_ranks = not ranks.is_now
+            ranks = ranks if ranks.is_now else None
         self._fill_rows(by_task, present, ranks)
         weights = self._balance(weigh, ranks)
         self._num_tasks, self.awaits_step = len(by_task), True
@@ -316,7 +317,7 @@ class BalancedGradients:
                 differentiation.of_whole(own, tasks, averages)
         if ranks is not None:
             ranks.finish(differentiation.reached)
-        if not any(differentiation.reached):
+        if not self._awaits_ranks and not any(differentiation.reached):
             raise ValueError(
                 "losses: none depends on a parameter of the optimizer; make the optimizer when the "
                 "model has the parameters that are to be trained"

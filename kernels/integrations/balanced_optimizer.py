@@ -287,14 +287,14 @@ class BalancedOptimizer(torch.optim.Optimizer):
 
         On several ranks (``process_group``) every rank calls this with its own losses.  A task's
         gradient is the mean over the ranks that have a loss of it, and ``grad`` and weights are the
-        same on all.  Within ``no_sync`` of DistributedDataParallel nothing is exchanged or
+        same on all.  Within ``no_sync`` of DistributedDataParallel no gradient is exchanged or
         balanced; ``grad`` is then the sum of this rank's gradients until the next call outside.
 
         Args:
             losses: one scalar loss for each task, any iterable in their order, or by name.
             examples: for each task, in order or by name, how many examples this rank's loss is the
-                mean of; ranks count by it.  As many on all when None.  It is not used within
-                ``no_sync``, nor where there are no other ranks.
+                mean of; ranks count by it.  As many on all when None.  It changes nothing where
+                there are no other ranks.
 
         Raises:
             ValueError: if no loss depends on a trained parameter, one is not a scalar, the tasks

@@ -38,7 +38,7 @@ class PCGradSentenceTransformerTrainer(PCGradTrainer, SentenceTransformerTrainer
     the model again in the backward pass (``Cached...``) are balanced, too.
 
     On several processes each takes every N-th step's batches of one process.  Their losses count by
-    their examples, except within gradient accumulation, and an epoch has as many steps on all: the
+    their examples, and an epoch has as many steps on all: the
     longest dataset begins anew, or the last steps are left out.
 
     Args:

@@ -207,8 +207,9 @@ class RankExchange:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             works.append(self.group.start_average(parameter.grad))
-        for work in works:
-            work.wait()
+        with self.group.explaining():
+            for work in works:
+                work.wait()
 
     # ---- checks of the weights -----------------------------------------------------------------
 

@@ -572,6 +572,7 @@ SAME_RESULT: dict[str, Callable[[], dict[str, Any]]] = {
 WITH_COUNTS = {
     "uneven batches": lambda: loop(ddp, counts=uneven(), weighted=True),
     "absent tasks": lambda: loop(ddp, counts=absent()),
+    "absent tasks, no_sync": lambda: loop(ddp, counts=absent(), micro_batches=2, no_sync=True),
     "TaskGradients, uneven batches": lambda: collected(ddp, counts=uneven(), weighted=True),
 }
 SAME_WEIGHTS = {
