@@ -38,8 +38,8 @@ class PCGradSentenceTransformerTrainer(PCGradTrainer, SentenceTransformerTrainer
     the model again in the backward pass (``Cached...``) are balanced, too.
 
     On several processes each takes every N-th step's batches of one process.  Their losses count by
-    their examples, and an epoch has as many steps on all: the
-    longest dataset begins anew, or the last steps are left out.
+    their examples, and an epoch has as many steps on all: the longest dataset begins anew, or the
+    last steps are left out.
 
     Args:
         arguments: as for SentenceTransformerTrainer; ``train_dataset`` is a dict of two or more.
