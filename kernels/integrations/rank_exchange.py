@@ -226,23 +226,28 @@ class RankExchange:
         Raises:
             RuntimeError: they differ; on all ranks.
         """
-        places = [0 if (s := sharding_of(p)) is None else _crc(coordinates(s)) for p in parameters]
-        by_place: dict[tuple[int, str], list[Tensor]] = {}
-        for place, parameter in zip(places, parameters, strict=True):
-            shard = local(parameter.detach())
-            by_place.setdefault((place, str(shard.device)), []).append(shard)
-        sums = [int(weights_checksum(shards)) for shards in by_place.values()]
-        gathered = self.group.gather([_crc([*by_place]), *sums, *state])
-        for rank, of_rank in enumerate(gathered):
-            first = next(other for other in gathered if other[0] == of_rank[0])
-            if of_rank != first:
-                what = "weights" if of_rank[: len(sums) + 1] != first[: len(sums) + 1] else "orders"
-                raise RuntimeError(
-                    f"step {step}: the {what} of rank {rank} differ from those of rank "
-                    f"{gathered.index(first)}; begin again from a checkpoint, with the same "
-                    "weights, seed and optimizer settings on all ranks, and change weights by "
-                    "the optimizer alone"
-                )
+        by_kind: dict[tuple[Any, ...], list[Tensor]] = {}
+        for parameter in parameters:
+            sharding, shard = sharding_of(parameter), local(parameter.detach())
+            held = () if sharding is None else (str(sharding.placements), *coordinates(sharding))
+            by_kind.setdefault((*held, shard.device), []).append(shard)
+        sums = [int(weights_checksum(shards)) for shards in by_kind.values()]
+        held_here = _crc([(*held, device.type) for *held, device in by_kind])
+        gathered = self.group.gather([held_here, *sums, *state])
+        for rank, own in enumerate(gathered):
+            peer = next(r for r, other in enumerate(gathered) if other[0] == own[0])
+            if own[: len(sums) + 1] != gathered[peer][: len(sums) + 1]:
+                raise _drifted(step, "weights", rank, peer)
+            if own[len(sums) + 1 :] != gathered[0][len(sums) + 1 :]:
+                raise _drifted(step, "seeds or numbers of orders", rank, 0)
+
+
+def _drifted(step: int, what: str, rank: int, peer: int) -> RuntimeError:
+    return RuntimeError(
+        f"step {step}: the {what} of rank {rank} differ from those of rank {peer}; begin again "
+        "from a checkpoint, with the same weights, seed and optimizer settings on all ranks, and "
+        "change weights by the optimizer alone"
+    )
 
 
 def _first_different(numbers: Sequence[int]) -> int:

@@ -172,6 +172,14 @@ def weights_that_differ() -> None:
     optimizer.step()
 
 
+def seeds_that_differ() -> None:
+    """Draw other orders on each rank, whose shards are its own."""
+    own = shard(model())
+    optimizer = pcgrad(own.parameters(), seed=dist.get_rank())
+    optimizer.pc_backward(own(batches([EACH] * TASKS)[0]))
+    optimizer.step()
+
+
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
@@ -217,6 +225,7 @@ REFUSED: dict[str, Callable[[], None]] = {
     "a task of one rank": a_task_of_one_rank,
     "TaskGradients": task_gradients,
     "TaskGradients, sharded later": task_gradients_before,
+    "seeds that differ": seeds_that_differ,
 }
 OF_REPLICAS = {"weights that differ": weights_that_differ}
 CASES: dict[str, Callable[[], Any]] = {**SAME_RESULT, **OTHERS, **REFUSED, **OF_REPLICAS}

@@ -66,7 +66,7 @@ def test_no_group_means_this_process_alone(results: Results) -> None:
 SAID = {
     "a step within no_sync": "RuntimeError: step: the gradients are this rank's own",
     "weights that differ": "RuntimeError: step 2: the weights of rank 1 differ from those of",
-    "seeds that differ": "RuntimeError: step 0: the orders of rank 1 differ from those of",
+    "seeds that differ": "RuntimeError: step 0: the seeds or numbers of orders of rank 1 differ",
     "initial weights that differ": "RuntimeError: step 0: the weights of rank 1 differ",
     "tasks that differ": "ValueError: losses: rank 1 and rank 0 differ in their number of tasks",
     "parameters that differ": "ValueError: losses: rank 1 and rank 0 differ in their trained",

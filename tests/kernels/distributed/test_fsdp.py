@@ -44,6 +44,7 @@ def test_gradients_of_mixed_precision_are_float32(results: Results) -> None:
 SAID = {
     "a task of one rank": "ValueError: losses: task 1 has a loss on 1 of ",
     "TaskGradients": "NotImplementedError: embedding.weight: is sharded",
+    "seeds that differ": "RuntimeError: step 0: the seeds or numbers of orders of rank 1 differ",
     "TaskGradients, sharded later": "NotImplementedError: embedding.weight: is sharded",
 }
 
