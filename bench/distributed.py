@@ -42,6 +42,7 @@ from engine.distributed.ranks import Ranks
 from engine.runs.run import begin
 from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
+from engine.utils.json_text import dump_json
 
 from . import harness
 from .baselines import TASKS, PaddedBatch
@@ -375,7 +376,7 @@ def work(options: argparse.Namespace) -> None:
             steps[name] = lambda turn, trainer=trainer: trainer.step([own[turn]], turn, 1e-5)
         _time(steps, results, options.rounds)
     if ranks.is_main:
-        (options.worker / "results.json").write_text(json.dumps(results))
+        (options.worker / "results.json").write_text(dump_json(results))
 
 
 def _of_all_ranks(own: list[PackedBatch], ranks: Ranks) -> list[list[PaddedBatch]]:
