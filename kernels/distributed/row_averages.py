@@ -8,8 +8,6 @@ losses reach: a bucket leaves once it and all before it are complete, the rest w
 from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
-from torch import Tensor
-
 from ..gradient_buffer import GradientBuffer
 from .rank_group import RankGroup
 
@@ -43,7 +41,6 @@ class RowAverages:
         self._rows = slice(0)
         self._next = len(self._buckets)  # all are sent
         self._works: list[dist.Work] = []
-        self.bytes_sent = 0
 
     def start(self, rows: slice) -> None:
         """Begin a backward pass that completes some rows of all buffers."""
@@ -74,7 +71,6 @@ class RowAverages:
         self._next += 1
         for row in bucket.buffer.rows[self._rows, bucket.columns]:
             self._works.append(self._group.start_average(row))
-            self.bytes_sent += _ring_bytes(row, self._group.size)
 
 
 def _divide(buffers: Sequence[GradientBuffer]) -> Iterator[list[_Bucket]]:
@@ -95,8 +91,3 @@ def _buckets_of(buffer: GradientBuffer, first: int) -> Iterator[_Bucket]:
             begin, members = slot.columns.stop, []
     if members:
         yield _Bucket(buffer, slice(begin, buffer.slots[-1].columns.stop), members)
-
-
-def _ring_bytes(row: Tensor, ranks: int) -> int:
-    """Return what a rank sends in an all-reduce on a ring."""
-    return 2 * row.nbytes * (ranks - 1) // ranks
