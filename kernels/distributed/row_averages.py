@@ -8,6 +8,7 @@ losses reach: a bucket leaves once it and all before it are complete, the rest w
 from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
+
 from ..gradient_buffer import GradientBuffer
 from .rank_group import RankGroup
 
