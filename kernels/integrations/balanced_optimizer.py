@@ -249,6 +249,7 @@ class BalancedOptimizer(torch.optim.Optimizer):
             )
         return loss
 
+    @torch.compiler.disable  # of torch 2.11, it would not trace the count
     def _check_ranks(self) -> None:
         """Compare the ranks' weights before a step, where it is due."""
         self._gradients.check_exchanged()
