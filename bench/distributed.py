@@ -7,16 +7,17 @@ are added up or balanced.  For every loop there are
     result   weights after a few steps of SGD, beside those of one process with all examples: the
              largest difference, as a share of the largest update, and the same between ranks
     bytes    what a rank sends in a step, counted by the loopback device
-    time     of a step, of the slowest rank, interleaved with the others
+    time     of a step, of the slowest rank, interleaved with others and the plain sum: a few loops
+             at once, so that their models have space in memory
 
 Dropout is off, so that the results can be compared.  This engine's own steps are timed, too.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,9 @@ from .baselines import TASKS, PaddedBatch
 
 _LR, _STEPS = 0.05, 3  # of the steps whose results are compared
 _TIMEOUT = 120.0
+_TOGETHER = 4  # loops whose steps are interleaved, beside the sum's
 _SUM = "sum of losses"
+_BASE = f"DDP: {_SUM}"
 
 
 class ThreeTasks(nn.Module):
@@ -275,29 +278,35 @@ def _whole(parameters: Sequence[Tensor]) -> Tensor:
         return torch.cat([p.detach().flatten() for p in whole])
 
 
-def _reference(loop: str, options: argparse.Namespace, batches: list[list[PaddedBatch]]) -> Tensor:
+def _method(loop: str) -> str:
+    return next((name for name in (_SUM, "published", "CAGrad") if loop.startswith(name)), "PCGrad")
+
+
+def _reference(
+    method: str, options: argparse.Namespace, batches: list[list[PaddedBatch]]
+) -> Tensor:
     """Return the weights that one process trains with the examples of all ranks.
 
     Args:
-        loop: its name.
+        method: a loop's.
         options: the benchmark's.
         batches: of each step those of all ranks.
     """
     model = ThreeTasks(options.init)
     optimizer: Any = torch.optim.SGD(model.parameters(), _LR)
-    if loop.startswith("CAGrad"):
+    if method == "CAGrad":
         optimizer = kernels.BalancedOptimizer(
             optimizer, kernels.balancing.cagrad, process_group=None
         )
-    elif not loop.startswith((_SUM, "published")):
+    elif method == "PCGrad":
         optimizer = kernels.PCGrad(optimizer, process_group=None)
     for of_ranks in batches:
         optimizer.zero_grad()
         by_rank = [model(batch) for batch in of_ranks]
         losses = [sum(own) / len(own) for own in zip(*by_rank, strict=True)]
-        if loop.startswith(_SUM):
+        if method == _SUM:
             sum(losses).backward()
-        elif loop.startswith("published"):
+        elif method == "published":
             PublishedPCGrad(list(model.parameters())).pc_backward(losses)
         else:
             backward = getattr(optimizer, "pc_backward", optimizer.backward)
@@ -307,9 +316,16 @@ def _reference(loop: str, options: argparse.Namespace, batches: list[list[Padded
 
 
 def _compare(
-    loop: str, wrapper: str, options: argparse.Namespace, batches: list[list[PaddedBatch]]
+    loop: str,
+    wrapper: str,
+    options: argparse.Namespace,
+    batches: list[list[PaddedBatch]],
+    references: dict[str, Tensor],
 ) -> dict[str, float]:
-    """Train a few steps; return how far this loop is from one process, and the ranks are apart."""
+    """Train a few steps; return how far this loop is from one process, and the ranks are apart.
+
+    The first rank keeps what one process trained, by method.
+    """
     model = ThreeTasks(options.init)
     before = _whole(list(model.parameters()))
     step = make_step(loop, model, _WRAPPERS[wrapper])
@@ -322,7 +338,10 @@ def _compare(
     dist.all_reduce(apart, dist.ReduceOp.MAX)
     result = torch.zeros(2)
     if dist.get_rank() == 0:
-        wanted = _reference(loop, options, batches)
+        method = _method(loop)
+        if method not in references:
+            references[method] = _reference(method, options, batches)
+        wanted = references[method]
         update = (wanted - before).abs().max()
         result = torch.stack([(found - wanted).abs().max(), apart]) / update
     dist.broadcast(result, 0)
@@ -356,25 +375,34 @@ def work(options: argparse.Namespace) -> None:
     ranks, device = Ranks.from_environment(), torch.device("cpu")
     with ranks.init(device, _TIMEOUT):
         with ranks.main_first():
-            engines = {
-                f"this engine, {way}": _engine(way, options, ranks)
-                for way in ("replicated", "sharded")
-            }
-        count = max(options.rounds + 1, _STEPS)
-        own = _first(engines["this engine, replicated"], count)
+            trainer = _engine("replicated", options, ranks)
+        own = _first(trainer, max(options.rounds + 1, _STEPS))
         batches = _of_all_ranks(own, ranks)
         kernels.keep_freed_memory()
-        results: dict[str, Any] = {}
-        steps: dict[str, Callable[[int], object]] = {}
-        for wrapper, loop in contestants(ranks.size):
-            name = f"{wrapper}: {loop}"
-            results[name] = _compare(loop, wrapper, options, batches[:_STEPS])
-            step = make_step(loop, ThreeTasks(options.init), _WRAPPERS[wrapper])
-            steps[name] = lambda turn, step=step: step(batches[turn][ranks.rank])
-        for name, trainer in engines.items():
-            results[name] = {}
-            steps[name] = lambda turn, trainer=trainer: trainer.step([own[turn]], turn, 1e-5)
-        _time(steps, results, options.rounds)
+        loops = {f"{wrapper}: {loop}": (wrapper, loop) for wrapper, loop in contestants(ranks.size)}
+        references: dict[str, Tensor] = {}
+        results: dict[str, Any] = {
+            name: _compare(loop, wrapper, options, batches[:_STEPS], references)
+            for name, (wrapper, loop) in loops.items()
+        }
+
+        def make(name: str) -> Callable[[int], object]:
+            if name in loops:
+                wrapper, loop = loops[name]
+                step = make_step(loop, ThreeTasks(options.init), _WRAPPERS[wrapper])
+                return lambda turn: step(batches[turn][ranks.rank])
+            trainer = _engine(name.rpartition(" ")[2], options, ranks)
+            return lambda turn: trainer.step([own[turn]], turn, 1e-5)
+
+        results |= {f"this engine, {way}": {} for way in ("replicated", "sharded")}
+        others = [name for name in results if name != _BASE]
+        for begin in range(0, len(others), _TOGETHER):
+            names = [_BASE, *others[begin : begin + _TOGETHER]]
+            found = _time({name: make(name) for name in names}, options.rounds)
+            gc.collect()  # models and wrappers refer to each other
+            for name in names[1:]:
+                results[name] |= found[name] | {"seconds_of_sum": found[_BASE]["seconds"]}
+            results[_BASE] |= found[_BASE] | {"seconds_of_sum": found[_BASE]["seconds"]}
     if ranks.is_main:
         (options.worker / "results.json").write_text(dump_json(results))
 
@@ -389,9 +417,10 @@ def _of_all_ranks(own: list[PackedBatch], ranks: Ranks) -> list[list[PaddedBatch
     ]
 
 
-def _time(steps: dict[str, Callable[[int], object]], results: dict[str, Any], rounds: int) -> None:
-    """Time all loops in turn: the slowest rank's seconds, and bytes that a rank sends."""
+def _time(steps: dict[str, Callable[[int], object]], rounds: int) -> dict[str, Any]:
+    """Time loops in turn: the slowest rank's seconds, and bytes that a rank sends."""
     names = list(steps)
+    found: dict[str, Any] = {name: {"seconds": [], "bytes": []} for name in names}
     for turn in range(rounds + 1):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
@@ -403,8 +432,9 @@ def _time(steps: dict[str, Callable[[int], object]], results: dict[str, Any], ro
             sent = _bytes_sent() - sent
             dist.all_reduce(seconds, dist.ReduceOp.MAX)
             if turn:  # the first is a warm-up
-                results[name].setdefault("seconds", []).append(float(seconds))
-                results[name].setdefault("bytes", []).append(sent // dist.get_world_size())
+                found[name]["seconds"].append(float(seconds))
+                found[name]["bytes"].append(sent // dist.get_world_size())
+    return found
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -412,22 +442,11 @@ def _time(steps: dict[str, Callable[[int], object]], results: dict[str, Any], ro
 
 def launch(ranks: int, arguments: Sequence[str]) -> dict[str, Any]:
     """Start so many ranks of this program; return what the first one measured."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-        probe.close()
-        command = [sys.executable, "-m", __spec__.name, *arguments, "--worker", folder]
-        processes = [
-            subprocess.Popen(
-                command,
-                env=os.environ
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(ranks)
-        ]
-        statuses = [process.wait() for process in processes]
-        if any(statuses):
+    with tempfile.TemporaryDirectory() as folder:
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        worker = ["-m", __spec__.name, *arguments, "--worker", folder]
+        command = [sys.executable, "-m", *torchrun, *worker]
+        if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
             raise SystemExit(f"a rank of {ranks} failed; its message is above")
         found: dict[str, Any] = json.loads((Path(folder) / "results.json").read_text())
         return found
@@ -463,9 +482,8 @@ def _table(title: str, results: dict[str, Any]) -> Table:
     table.add_column("wrapper: loop")
     for heading in ("from one process", "between ranks", "MB sent", "seconds", "times the sum"):
         table.add_column(heading, justify="right")
-    base = harness.median(results[f"DDP: {_SUM}"]["seconds"])
     for name, found in results.items():
-        seconds = harness.median(found["seconds"])
+        seconds, base = (harness.median(found[key]) for key in ("seconds", "seconds_of_sum"))
         differences = [
             f"{found[key]:.0e}" if key in found else "-"
             for key in ("from_one_process", "between_ranks")
