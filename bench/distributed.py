@@ -401,8 +401,8 @@ def work(options: argparse.Namespace) -> None:
             found = _time({name: make(name) for name in names}, options.rounds)
             gc.collect()  # models and wrappers refer to each other
             for name in names[1:]:
-                results[name] |= found[name] | {"seconds_of_sum": found[_BASE]["seconds"]}
-            results[_BASE] |= found[_BASE] | {"seconds_of_sum": found[_BASE]["seconds"]}
+                results[name] |= found[name] | {"seconds_of_first": found[_BASE]["seconds"]}
+            results[_BASE] |= found[_BASE] | {"seconds_of_first": found[_BASE]["seconds"]}
     if ranks.is_main:
         (options.worker / "results.json").write_text(dump_json(results))
 
@@ -483,7 +483,7 @@ def _table(title: str, results: dict[str, Any]) -> Table:
     for heading in ("from one process", "between ranks", "MB sent", "seconds", "times the sum"):
         table.add_column(heading, justify="right")
     for name, found in results.items():
-        seconds, base = (harness.median(found[key]) for key in ("seconds", "seconds_of_sum"))
+        seconds, base = (harness.median(found[key]) for key in ("seconds", "seconds_of_first"))
         differences = [
             f"{found[key]:.0e}" if key in found else "-"
             for key in ("from_one_process", "between_ranks")

@@ -61,15 +61,24 @@ def cases(results: Any, name: str) -> Iterator[tuple[str, Samples]]:
             yield name, seconds
         return
     timed = {
-        part: record["seconds"]
+        part: record
         for part, record in results.items()
         if isinstance(record, dict) and isinstance(record.get("seconds"), list)
     }
     if timed:
-        yield name, timed
+        yield name, {part: list(_beside_the_first(record, timed)) for part, record in timed.items()}
         return
     for part, record in results.items():
         yield from cases(record, part)
+
+
+def _beside_the_first(record: Any, timed: Mapping[str, Any]) -> Iterator[float]:
+    """Scale what was timed beside the first contestant, but not beside all others, to its time."""
+    scale = 1.0
+    if "seconds_of_first" in record:
+        first = harness.median(next(iter(timed.values()))["seconds"])
+        scale = first / harness.median(record["seconds_of_first"])
+    yield from (scale * seconds for seconds in record["seconds"])
 
 
 def _draw(axes: Axes, name: str, samples: Samples) -> None:
