@@ -3,18 +3,19 @@
     torchrun --nproc-per-node 2 -m examples.pcgrad_fsdp [--steps N]
 
 The optimizer is made of the sharded parameters, and balances the task gradients shard by shard.
+The loop is that of `examples/pcgrad_ddp.py`.
 """
 
 import argparse
 import os
-from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from examples.two_tasks import TwoTaskBert, batches
+from examples.pcgrad_ddp import train
+from examples.two_tasks import TwoTaskBert
 from kernels import PCGrad
 
 
@@ -32,13 +33,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=5e-4))
-    totals = []
-    for batch in islice(batches(), steps):
-        losses = model(batch)
-        optimizer.zero_grad()
-        optimizer.pc_backward(losses)  # instead of sum(losses).backward()
-        optimizer.step()
-        totals.append(sum(loss.item() for loss in losses))
+    totals = train(model, optimizer, steps)
     dist.destroy_process_group()
     return totals
 

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-REPOSITORY = Path(__file__).parents[2]
+from ..conftest import REPOSITORY
+
 EXEMPT = {
     *("CHANGELOG.md", "docs/migrating.md"),
     *("tests/docs/retired_words.py", "tests/docs/test_retired_words.py"),

@@ -1,4 +1,4 @@
-"""Start the ranks of a run as ``torchrun`` does, without its agent.
+"""Make runs of the engine on several ranks.
 
 As a program (``python -m tests.engine.launch``) it is one rank: it goes through the runs that it
 is given, one after the other.
@@ -6,7 +6,6 @@ is given, one after the other.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from engine.cli.common import run_cli
 from engine.train import main
 
-REPOSITORY = Path(__file__).parents[2]
+from ..launch import start_ranks
 
 
 def start(
@@ -30,43 +29,7 @@ def start(
 
     What they print goes to the file ``log``.  ``program`` is a module that is given the runs, too.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        own = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", program, json.dumps(runs)]
-        with log.open("ab") as output:
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    cwd=REPOSITORY,
-                    env=os.environ | own | environment,
-                    stdout=output,
-                    stderr=output,
-                )
-            )
-    return processes
-
-
-def torchrun(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start torchrun's agent, each of its workers with one thread; what they print goes to log."""
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *arguments],
-            cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=output,
-        )
+    return start_ranks(ranks, [program, json.dumps(runs)], log, **environment)
 
 
 def launch(ranks: int, runs: Sequence[Sequence[str]], log: Path) -> None:

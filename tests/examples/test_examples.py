@@ -19,7 +19,7 @@ from examples import (
     three_tasks,
 )
 
-REPOSITORY = Path(__file__).parents[2]
+from ..conftest import REPOSITORY
 
 # The trainers warn of what their own libraries deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore")

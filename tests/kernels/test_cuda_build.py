@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).parents[2]
+from ..conftest import REPOSITORY
 
 # Of torch for CUDA the library needs this alone; a stub stands for it where torch has none.
 STUB = "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }\n"

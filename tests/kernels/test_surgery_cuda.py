@@ -23,11 +23,11 @@ from kernels.surgery.surgery import (
     update_guard,
 )
 
+from ..conftest import REPOSITORY
 from ..device_waits import no_wait_for_the_device
 from .test_surgery_weights import summary_cases
 from .tolerance import assert_within_twice
 
-REPOSITORY = Path(__file__).parents[2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SOLVERS = {
     "symmetric_eigen": (),

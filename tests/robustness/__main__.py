@@ -24,6 +24,7 @@ from .endurance import endure
 from .files import try_files
 from .fuzz import fuzz
 from .kills import kill_runs
+from .loops import check_loops
 from .operators import try_operators
 from .options import try_options
 from .outputs import try_outputs
@@ -71,6 +72,7 @@ PARTS: dict[str, Part] = {
     "ranks": lambda folder, options: compare_ranks(folder, options.steps),
     "scaling": lambda folder, options: check_scaling(folder, options.scaling_steps),
     "kills": lambda folder, options: kill_runs(folder, options.kills, options.seed),
+    "loops": lambda folder, options: check_loops(folder, options.seed),
     "endurance": lambda folder, options: endure(folder, options.endurance_steps),
 }
 
@@ -97,6 +99,7 @@ def problems(results: dict[str, Any]) -> Iterator[str]:
     yield from (f"disk: {problem}" for problem in results.get("disk", {}).get("problems", []))
     for name in results.get("kills", {}).get("different", []):
         yield f"kills: {name} ended otherwise"
+    yield from (f"loops: {problem}" for problem in results.get("loops", {}).get("problems", []))
     ranks = results.get("ranks", {})
     for name in ranks.get("not_repeated", []):
         yield f"ranks: {name} gave other bits again"

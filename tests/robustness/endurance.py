@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..engine.launch import REPOSITORY
+from ..conftest import REPOSITORY
 from .progress import say
 
 _LOG_MIB, _KEEP_LOGS = 1, 3

@@ -1,7 +1,7 @@
 """``kill -9`` at random moments of a run on some ranks, which must end with the same bits.
 
-Killed runs are started again in two ways, in turn: by a new command with ``--resume``, and by
-torchrun's agent, which does so by itself (``--max-restarts``).
+Killed runs are started again in three ways, in turn: by a new command with ``--resume``, and by
+torchrun's agents of one machine or of two, which do so by themselves (``--max-restarts``).
 """
 
 import os
@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..engine.launch import start, torchrun
+from ..engine.launch import start
+from ..launch import on_two_machines, torchrun
 from .outcome import outcome
 from .progress import say
 
-WAYS = ("resume", "torchrun")
+WAYS = ("resume", "torchrun", "two machines")
 
 _SETTINGS = [
     *("encoder.hidden_size=32", "encoder.num_hidden_layers=2", "encoder.num_attention_heads=2"),
@@ -48,7 +49,7 @@ def kill_runs(
         ways: in which killed runs are started again, in turn.
 
     Returns:
-        ``kills``, and how many of them under torchrun's agent and before the first checkpoint;
+        ``kills``, and how many of them in each way but the first, and before the first checkpoint;
         ``runs``; and ``different``: the runs whose weights, moments or metrics are not those of the
         undisturbed run to the bit.
     """
@@ -58,16 +59,18 @@ def kill_runs(
     duration = time.monotonic() - begun
     expected = outcome(folder / "whole")
     shutil.rmtree(folder / "whole")
-    counts = {"kills": 0, "under_torchrun": 0, "before_the_first_checkpoint": 0, "runs": 0}
+    counts = {"kills": 0, "under_torchrun": 0, "on_two_machines": 0}
+    counts |= {"before_the_first_checkpoint": 0, "runs": 0}
     different = []
     while counts["kills"] < kills:
         run = folder / f"run-{counts['runs']}"
         say(f"kills: {counts['kills']} of {kills}, {run.name}")
-        under_torchrun = ways[counts["runs"] % len(ways)] == "torchrun"
-        go = _kill_under_torchrun if under_torchrun else _kill_and_resume
+        way = ways[counts["runs"] % len(ways)]
+        go = _kill_and_resume if way == "resume" else partial(_kill_under_torchrun, way)
         for saved in go(run, ranks, steps, kills - counts["kills"], Moments(run, duration, draw)):
             counts["kills"] += 1
-            counts["under_torchrun"] += under_torchrun
+            counts["under_torchrun"] += way == "torchrun"
+            counts["on_two_machines"] += way == "two machines"
             counts["before_the_first_checkpoint"] += not saved
         if outcome(run) != expected:
             different.append(run.name)
@@ -134,28 +137,35 @@ def _kill_and_resume(run: Path, ranks: int, steps: int, kills: int, moments: Mom
 
 
 def _kill_under_torchrun(
-    run: Path, ranks: int, steps: int, kills: int, moments: Moments
+    way: str, run: Path, ranks: int, steps: int, kills: int, moments: Moments
 ) -> list[bool]:
-    """Kill workers of torchrun's agent, which starts all of them again.
+    """Kill workers of torchrun's agents, which start all of them again.
 
     Returns:
         As :func:`_kill_and_resume`.
     """
     killed: list[bool] = []
-    options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={kills + 1}"]
+    log = run.with_name("log")
     train = ["-m", "engine.train", *_arguments(run, steps)]
-    agent = torchrun([*options, *train], run.with_name("log"))
+    if way == "two machines":
+        agents = on_two_machines(train, [log, log], kills + 1)
+    else:
+        options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={kills + 1}"]
+        agents = [torchrun([*options, *train], log)]
     seen: set[int] = set()
-    while len(killed) < kills and moments.wait(lambda: agent.poll() is not None):
-        workers = [worker for worker in children(agent.pid) if worker not in seen]
-        if len(workers) < ranks:  # the agent is still at it
+    while len(killed) < kills and moments.wait(partial(_ended, agents)):
+        workers = [
+            worker for agent in agents for worker in children(agent.pid) if worker not in seen
+        ]
+        if len(workers) < ranks:  # the agents are still at it
             continue
         seen.update(workers)
         victims = moments.draw.choice([workers[:1], workers[1:], workers])
         there = [_kill(worker) for worker in victims]
         if any(there):
             killed.append(moments.saved)
-    assert agent.wait(timeout=300) == 0, run.with_name("log").read_text()[-5000:]
+    statuses = [agent.wait(timeout=300) for agent in agents]
+    assert statuses == [0] * len(agents), log.read_text()[-5000:]
     return killed
 
 

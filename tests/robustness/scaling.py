@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.distributed.gradient_sync import MODES
 
-from ..engine.launch import torchrun
+from ..launch import torchrun
 from .progress import say
 
 RANKS = (2, 4)

@@ -14,6 +14,7 @@ from .checks import changes, outcome_of, problems_of_end, snapshot
 from .children import call, command
 from .fuzz import fuzz
 from .kills import kill_runs
+from .loops import check_loops
 from .settings import tables_around
 
 FEW = {
@@ -86,3 +87,9 @@ def test_corrupted_inputs_are_refused_or_read(tmp_path):
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     result = kill_runs(tmp_path, 1, seed=3, ranks=1, steps=6)
     assert result["different"] == []
+
+
+def test_a_lost_rank_ends_a_loop_on_one_machine_and_on_two(tmp_path):
+    result = check_loops(tmp_path, 1, ["ddp"], ["killed"])
+    assert result["problems"] == []
+    assert all(case["said"] for name, case in result["cases"].items() if "killed" in name)

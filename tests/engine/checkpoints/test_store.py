@@ -24,9 +24,9 @@ from engine.training.build import build_trainer
 from engine.utils.errors import InputError
 from engine.utils.files import write_text
 
+from ...conftest import REPOSITORY
 from ..conftest import TINY, tiny_run  # noqa: F401 (a fixture)
 from ..disk import file_size_limit
-from ..launch import REPOSITORY
 from ..test_training_run import assert_same_run
 
 EVERY_STEP = ("checkpoint_every=1", "keep_checkpoints=3")

@@ -17,8 +17,8 @@ from engine.cli.common import run_cli
 from engine.train import main
 from engine.training.signals import StopRequest
 
+from ...conftest import REPOSITORY
 from ..conftest import TINY
-from ..launch import REPOSITORY
 
 
 @pytest.fixture(scope="module")

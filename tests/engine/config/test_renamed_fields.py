@@ -18,9 +18,8 @@ from engine.sweep import main as sweep
 from engine.train import main as train
 from engine.utils.errors import InputError
 
+from ...conftest import REPOSITORY
 from ..conftest import TINY
-
-REPOSITORY = Path(__file__).parents[3]
 
 FIELDS = {
     "surgery": ("balance_granularity", "layer"),

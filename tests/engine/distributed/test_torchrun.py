@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,11 +10,12 @@ import pytest
 from engine.cli.common import DIVERGED
 from engine.runs.run import open_run
 
+from ...launch import on_two_machines
 from ...robustness.kills import kill_runs
 from ...robustness.outcome import outcome
 from ..conftest import TINY
 from ..disk import file_size_limit
-from ..launch import launch, start, torchrun
+from ..launch import launch, start
 from ..training.test_divergence import wait_for
 
 pytestmark = pytest.mark.long
@@ -34,13 +34,8 @@ def whole(tmp_path_factory) -> Path:
 
 
 def test_two_nodes_give_the_bits_of_two_ranks(whole, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--local-addr=127.0.0.1"]
-    options += [f"--rdzv-endpoint=127.0.0.1:{port}", "-m", "engine.train"]
     run, log = tmp_path / "run", tmp_path / "log"
-    agents = [torchrun([*options, *arguments(run)], log) for _ in range(2)]
+    agents = on_two_machines(["-m", "engine.train", *arguments(run)], [log, log])
     assert [agent.wait(timeout=120) for agent in agents] == [0, 0], log.read_text()
     assert outcome(run) == outcome(whole)
     (line,) = (line for line in log.read_text().splitlines() if "each rank sends" in line)
@@ -49,9 +44,11 @@ def test_two_nodes_give_the_bits_of_two_ranks(whole, tmp_path):
     assert "holds" in line
 
 
-def test_a_killed_worker_is_started_again_and_the_bits_stay(tmp_path):
-    result = kill_runs(tmp_path, 1, seed=1, steps=8, ways=["torchrun"])
-    assert result["kills"] == result["under_torchrun"] == 1
+@pytest.mark.parametrize("way", ["torchrun", "two machines"])
+def test_a_killed_worker_is_started_again_and_the_bits_stay(tmp_path, way):
+    result = kill_runs(tmp_path, 1, seed=1, steps=8, ways=[way])
+    assert result["kills"] == 1
+    assert result["under_torchrun"] + result["on_two_machines"] == 1
     assert result["different"] == []
 
 

@@ -16,7 +16,7 @@ from engine.runs.folder import check_folder, claimed, free_folders
 from engine.runs.lock import LOCK, held, held_first
 from engine.utils.errors import InputError
 
-from ..launch import REPOSITORY
+from ...conftest import REPOSITORY
 
 HOLD = """
 import sys

@@ -24,8 +24,9 @@ from engine.training.step import MultitaskStep
 from engine.utils.errors import DivergedError, InputError
 from engine.utils.json_text import dump_json
 
+from ...conftest import REPOSITORY
 from ..conftest import TINY, tiny_run  # noqa: F401 (a fixture)
-from ..launch import REPOSITORY, start
+from ..launch import start
 
 
 def corrupt_labels(monkeypatch, is_corrupted) -> None:

@@ -1,7 +1,7 @@
 """Loops around DistributedDataParallel and bare process groups; each rank runs all of them."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -9,94 +9,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
+from kernels import BalancedOptimizer, PCGrad, TaskGradients
 
+from .ddp_refusals import REFUSED
+from .plain_loop import (
+    EACH,
+    LR,
+    Make,
+    alone,
+    backward,
+    cagrad,
+    ddp,
+    loop,
+    pcgrad,
+    pieces_of,
+    unwrapped,
+)
 from .training import TASKS, Batch, Examples, Model, batches, digest, error, even, model, own_part
-
-EACH = 8  # examples of a task on a rank, where all have as many
-LR = 0.2
-
-
-def pcgrad(parameters: Iterable[Tensor], **settings: Any) -> PCGrad:
-    """Wrap momentum, which unlike Adam does not make the rounding of tiny gradients large."""
-    return PCGrad(torch.optim.SGD(parameters, LR, momentum=0.9), **settings)
-
-
-def cagrad(parameters: Iterable[Tensor], **settings: Any) -> BalancedOptimizer:
-    """Wrap the same with another method, and balance each tensor by itself."""
-    inner = torch.optim.SGD(parameters, LR, momentum=0.9)
-    return BalancedOptimizer(inner, balancing.cagrad, granularity="tensor", **settings)
-
-
-Make = Callable[..., BalancedOptimizer]
-
-
-def backward(optimizer: BalancedOptimizer, losses: Sequence[Tensor | None], **more: Any) -> None:
-    """Call the optimizer's backward pass by its name."""
-    (optimizer.pc_backward if isinstance(optimizer, PCGrad) else optimizer.backward)(losses, **more)
-
-
-def alone(make: Make, clip: float | None = None) -> Callable[[Model], Any]:
-    """Return the reference: one process with all examples."""
-
-    def start(own: Model) -> Callable[[Model, Batch], None]:
-        optimizer = make(own.parameters(), process_group=None)
-
-        def step(own: Model, batch: Batch) -> None:
-            optimizer.zero_grad()
-            backward(optimizer, own(batch))
-            if clip is not None:
-                nn.utils.clip_grad_norm_(own.parameters(), clip)
-            optimizer.step()
-
-        return step
-
-    return start
-
-
-def loop(
-    wrap: Callable[[Model], nn.Module],
-    make: Make = pcgrad,
-    *,
-    counts: Sequence[Sequence[int]] | None = None,
-    weighted: bool = False,
-    micro_batches: int = 1,
-    no_sync: bool = False,
-    clip: float | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Train on this rank's part of the batches; compare with one process."""
-    counts = even(EACH) if counts is None else counts
-    sizes = [sum(own) for own in zip(*counts, strict=True)]
-    own = model()
-    wrapped = wrap(own)
-    optimizer = make(own.parameters(), **settings)
-    for batch in batches(sizes):
-        optimizer.zero_grad()
-        part = own_part(batch, counts)
-        pieces = list(_pieces(part, micro_batches))
-        for number, piece in enumerate(pieces):
-            is_last = number == len(pieces) - 1
-            with wrapped.no_sync() if no_sync and not is_last else nullcontext():
-                losses = [loss and loss / micro_batches for loss in wrapped(piece)]
-                examples = [0 if one is None else len(one.targets) for one in piece]
-                backward(optimizer, losses, **({"examples": examples} if weighted else {}))
-        if clip is not None:
-            nn.utils.clip_grad_norm_(own.parameters(), clip)
-        optimizer.step()
-    result = error(own, alone(make, clip), sizes)
-    gradients = [p.grad is not None for p in own.unused.parameters()]
-    return result | {"unused has a gradient": any(gradients)}
-
-
-def _pieces(part: Sequence[Examples | None], count: int) -> Iterable[list[Examples | None]]:
-    for number in range(count):
-        yield [
-            one and one.part(*(len(one.targets) * k // count for k in (number, number + 1)))
-            for one in part
-        ]
 
 
 class _Recomputed(torch.autograd.Function):
@@ -169,7 +99,7 @@ def collected(
     optimizer = make(own.parameters(), task_gradients=task_gradients)
     for batch in batches(sizes):
         optimizer.zero_grad()
-        pieces = list(_pieces(own_part(batch, counts), micro_batches))
+        pieces = list(pieces_of(own_part(batch, counts), micro_batches))
         for number, piece in enumerate(pieces):
             is_last = number == len(pieces) - 1
             with wrapped.no_sync() if no_sync and not is_last else nullcontext():
@@ -178,7 +108,7 @@ def collected(
                 losses = [loss and loss / micro_batches for loss in losses]
                 backward(optimizer, losses, **({"examples": there} if weighted else {}))
         optimizer.step()
-    result = error(own, alone(make), sizes)
+    result = error(own, alone(make), batches(sizes))
     gradients = [p.grad is not None for p in own.unused.parameters()]
     return result | {"unused has a gradient": any(gradients)}
 
@@ -223,16 +153,6 @@ def averaged_rows() -> dict[str, Any]:
 # ---- the cases -----------------------------------------------------------------------------------
 
 
-def ddp(own: nn.Module, **settings: Any) -> nn.Module:
-    """Wrap a model; it has a parameter that no task uses, which DDP alone would not take."""
-    return DistributedDataParallel(own, **settings)
-
-
-def unwrapped(own: nn.Module) -> nn.Module:
-    """Train without a wrapper; the default process group is found."""
-    return own
-
-
 def uneven() -> list[list[int]]:
     """Return counts of which every rank has other ones, and the last one none of task 1."""
     ranks = dist.get_world_size()
@@ -273,7 +193,7 @@ def by_two_optimizers() -> dict[str, Any]:
     sizes = [EACH * dist.get_world_size()] * TASKS
     for batch in batches(sizes):
         step(both, wrapped(own_part(batch, even(EACH))))
-    return error(own, reference, sizes)
+    return error(own, reference, batches(sizes))
 
 
 def adamw_in_autocast() -> dict[str, Any]:
@@ -384,7 +304,7 @@ def backward_of_the_wrapper_between() -> dict[str, Any]:
 
         return step
 
-    return error(own, reference, sizes)
+    return error(own, reference, batches(sizes))
 
 
 def alone_by_name() -> dict[str, Any]:
@@ -396,122 +316,6 @@ def alone_by_name() -> dict[str, Any]:
         optimizer.pc_backward(own(own_part(batch, even(EACH))))
         optimizer.step()
     return {"digest": digest(own)}
-
-
-# ---- what is refused -----------------------------------------------------------------------------
-
-
-def _refused(prepare: Callable[[Model], PCGrad]) -> None:
-    own = model()
-    optimizer = prepare(own)
-    batch = batches([EACH] * TASKS)[0]
-    optimizer.pc_backward(own(batch))
-    optimizer.step()
-
-
-def a_step_within_no_sync() -> None:
-    """Step although no gradient was exchanged."""
-    own = model()
-    wrapped = ddp(own)
-    optimizer = pcgrad(own.parameters())
-    with wrapped.no_sync():
-        optimizer.pc_backward(wrapped(batches([EACH] * TASKS)[0]))
-        optimizer.step()
-
-
-def weights_that_differ() -> None:
-    """Change one weight of one rank by one bit of it, later than the first comparison."""
-    own = model()
-    wrapped = ddp(own)
-    optimizer = pcgrad(own.parameters(), check_ranks_every=2)
-    for number, batch in enumerate(batches([EACH] * TASKS)):
-        optimizer.zero_grad()
-        optimizer.pc_backward(wrapped(batch))
-        if number == 1 and dist.get_rank() == 1:
-            own.layer.weight.detach().view(torch.int32)[0, 0] += 1 << 12
-        optimizer.step()
-
-
-def seeds_that_differ() -> None:
-    """Draw other orders on each rank."""
-    _refused(lambda own: pcgrad(ddp(own).parameters(), seed=dist.get_rank()))
-
-
-def initial_weights_that_differ() -> None:
-    """Train without a wrapper, which would have sent the first rank's weights."""
-
-    def prepare(own: Model) -> PCGrad:
-        with torch.no_grad():
-            own.layer.bias += dist.get_rank()
-        return pcgrad(own.parameters())
-
-    _refused(prepare)
-
-
-def tasks_that_differ() -> None:
-    """Give another number of tasks on each rank."""
-    own = model()
-    optimizer = pcgrad(ddp(own).parameters())
-    optimizer.pc_backward(own(batches([EACH] * TASKS)[0])[: TASKS - dist.get_rank() % 2])
-
-
-def parameters_that_differ() -> None:
-    """Freeze a layer on one rank alone."""
-    own = model()
-    own.norm.requires_grad_(dist.get_rank() == 0)
-    pcgrad(own.parameters()).pc_backward(own(batches([EACH] * TASKS)[0]))
-
-
-def names_that_differ() -> None:
-    """Let the first losses name other tasks on each rank."""
-    own = model()
-    losses = dict(zip("abc", own(batches([EACH] * TASKS)[0]), strict=True))
-    if dist.get_rank() == 1:
-        losses = dict(reversed(losses.items()))
-    pcgrad(own.parameters()).pc_backward(losses)
-
-
-def losses_of_no_rank() -> None:
-    """Give no loss anywhere."""
-    pcgrad(model().parameters()).pc_backward([None] * TASKS)
-
-
-def two_groups() -> None:
-    """Wrap two parts of a model with different process groups."""
-    own = model()
-    other = dist.new_group(list(range(dist.get_world_size())))
-    parts = [
-        DistributedDataParallel(own.layer),
-        DistributedDataParallel(own.norm, process_group=other),
-    ]
-    pcgrad(own.parameters()).pc_backward(own(batches([EACH] * TASKS)[0]))
-    del parts
-
-
-def fsdp1() -> None:
-    """Wrap with FSDP1, which keeps the original parameters as views."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    own = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
-    pcgrad(own.parameters()).pc_backward(own(batches([EACH] * TASKS)[0]))
-
-
-def zero3() -> None:
-    """Mark parameters as DeepSpeed ZeRO-3 does."""
-    own = model()
-    for number, parameter in enumerate(own.parameters()):
-        parameter.ds_id = number
-    pcgrad(own.parameters()).pc_backward(own(batches([EACH] * TASKS)[0]))
-
-
-def mixed_precision_of_ddp() -> None:
-    """Let the wrapper cast parameters and gradients."""
-    from torch.nn.parallel.distributed import _MixedPrecision
-
-    own = model()
-    wrapped = ddp(own)
-    wrapped.mixed_precision = _MixedPrecision(param_dtype=torch.bfloat16)  # it needs a GPU
-    pcgrad(own.parameters()).pc_backward(wrapped(batches([EACH] * TASKS)[0]))
 
 
 def communication_hook() -> dict[str, Any]:
@@ -530,17 +334,6 @@ def communication_hook() -> dict[str, Any]:
             optimizer.step()
     said = [w for w in caught if "communication hooks" in str(w.message)]
     return {"said": len(said), "here": all(w.filename == __file__ for w in said)}
-
-
-def joined_ranks() -> None:
-    """Train inside torch's Join."""
-    from torch.distributed.algorithms.join import Join
-
-    own = model()
-    wrapped = ddp(own)
-    optimizer = pcgrad(own.parameters())
-    with Join([wrapped]):
-        optimizer.pc_backward(wrapped(batches([EACH] * TASKS)[0]))
 
 
 SAME_RESULT: dict[str, Callable[[], dict[str, Any]]] = {
@@ -585,21 +378,6 @@ OTHERS = {
     "buffers": buffers,
     "process_group=None": alone_by_name,
     "communication hook": communication_hook,
-}
-REFUSED: dict[str, Callable[[], None]] = {
-    "a step within no_sync": a_step_within_no_sync,
-    "weights that differ": weights_that_differ,
-    "seeds that differ": seeds_that_differ,
-    "initial weights that differ": initial_weights_that_differ,
-    "tasks that differ": tasks_that_differ,
-    "parameters that differ": parameters_that_differ,
-    "names that differ": names_that_differ,
-    "losses of no rank": losses_of_no_rank,
-    "two groups": two_groups,
-    "FSDP1": fsdp1,
-    "ZeRO-3": zero3,
-    "Join": joined_ranks,
-    "mixed_precision of DDP": mixed_precision_of_ddp,
 }
 CASES: dict[str, Callable[[], Any]] = {
     **SAME_RESULT,

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from kernels import BalancedOptimizer, PCGrad, TaskGradients
 
-from .ddp_cases import EACH, LR, Make, alone, backward, cagrad, pcgrad
+from .plain_loop import EACH, LR, Make, alone, backward, cagrad, pcgrad
 from .training import TASKS, Model, batches, error, even, model, own_part
 
 
@@ -83,7 +83,7 @@ def loop(
     shapes = [tuple(p.grad.shape) for p in own.parameters() if p.grad is not None]
     assert shapes == [tuple(p.shape) for p in own.parameters() if p.grad is not None]
     gradients = [p.grad is not None for p in own.unused.parameters()]
-    result = error(whole(own), alone(make, clip), sizes)
+    result = error(whole(own), alone(make, clip), batches(sizes))
     return result | {"unused has a gradient": any(gradients)}
 
 

@@ -9,9 +9,6 @@ takes longer than most cases.
 
 import importlib
 import json
-import os
-import socket
-import subprocess
 import sys
 import traceback
 from datetime import timedelta
@@ -21,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-REPOSITORY = Path(__file__).parents[3]
+from ...launch import start_ranks
+
 _PATIENCE = timedelta(seconds=60)
 
 
@@ -31,25 +29,10 @@ def run(module: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
     Returns:
         For each rank the results by the cases' names; of one that raised, ``{"raised": text}``.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        own = {
-            **{"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-        }
-        command = [sys.executable, "-m", __name__, module, str(folder)]
-        with (folder / f"log-{rank}").open("wb") as log:
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=REPOSITORY, env=os.environ | own, stdout=log, stderr=log
-                )
-            )
+    log = folder / "log"
+    processes = start_ranks(ranks, [__name__, module, str(folder)], log)
     statuses = [process.wait(timeout=400) for process in processes]
-    logs = "\n".join((folder / f"log-{rank}").read_text() for rank in range(ranks))
-    assert statuses == [0] * ranks, logs[-4000:]
+    assert statuses == [0] * ranks, log.read_text()[-4000:]
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from . import ddp_cases
+from .ddp_refusals import REFUSED
 from .ranks import run
 
 Results = list[dict[str, Any]]
@@ -80,7 +81,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("name", ddp_cases.REFUSED)
+@pytest.mark.parametrize("name", REFUSED)
 def test_every_rank_says_why_it_refuses(name: str, results: Results) -> None:
     for of_rank in results:
         assert of_rank[name]["raised"].startswith(SAID[name])

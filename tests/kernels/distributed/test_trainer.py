@@ -69,7 +69,7 @@ def test_a_rank_may_have_no_loss_of_a_task_or_of_any(results: Results) -> None:
 def test_the_last_batch_may_be_smaller_on_some_ranks(results: Results) -> None:
     first, _ = of(results, "uneven")
     assert first["steps"] == 3
-    assert first["error"] < 1e-6  # of weights of some units: a few roundings
+    assert first["error"] <= first["allowed"] < 1e-4
 
 
 def test_a_resumed_run_has_the_same_bits(results: Results) -> None:

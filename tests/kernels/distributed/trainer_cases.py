@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kernels import PCGradTrainer, TaskGradients
 
-from .ddp_cases import EACH, LR, alone, pcgrad
+from .plain_loop import EACH, LR, alone, pcgrad
 from .sentence_cases import every_dataset
 from .training import STEPS, TASKS, Batch, Examples, Model, batches, digest, error, model
 
@@ -99,7 +99,7 @@ def in_order(**changed: Any) -> dict[str, Any]:
         before = [float(loss) for loss in model()(batches(sizes)[0])]  # type: ignore[arg-type]
         after = [float(loss) for loss in own.inner(batches(sizes)[0])]
     like = in_bf16 if changed.get("bf16") else alone(pcgrad, clip)
-    return error(own.inner, like, sizes) | {
+    return error(own.inner, like, batches(sizes)) | {
         "logged": [[entry[f"loss_{name}"] for name in NAMES] for entry in logged],
         "sums": [entry["loss"] for entry in logged],
         "evaluated": [evaluated[f"eval_loss_{name}"] for name in NAMES],
@@ -263,15 +263,7 @@ def uneven() -> dict[str, Any]:
         )
         made.train()
     own: Any = made.model
-    result = {"digest": digest(own), "steps": made.state.global_step}
-    if dist.get_rank() > 0:
-        return result
-    wanted = model()
-    step = alone(pcgrad)(wanted)
-    for batch in joined:
-        step(wanted, batch)
-    pairs = zip(own.inner.parameters(), wanted.parameters(), strict=True)
-    return result | {"error": max(float((a - b).abs().max()) for a, b in pairs)}
+    return error(own.inner, alone(pcgrad), joined) | {"steps": made.state.global_step}
 
 
 def resumed() -> dict[str, Any]:
@@ -351,7 +343,7 @@ def collected(accumulate: int) -> dict[str, Any]:
             per_device_train_batch_size=EACH // accumulate,
         )
         made.train()
-    return error(own.inner, alone(pcgrad), [EACH * dist.get_world_size()] * TASKS)
+    return error(own.inner, alone(pcgrad), batches([EACH * dist.get_world_size()] * TASKS))
 
 
 SAME_RESULT: dict[str, Callable[[], dict[str, Any]]] = {

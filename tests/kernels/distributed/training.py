@@ -62,7 +62,7 @@ def model(dtype: torch.dtype = torch.float32) -> Model:
     return Model().to(dtype)
 
 
-def batches(sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Batch]:
+def batches(sizes: Sequence[int]) -> list[Batch]:
     """Return the batches of all ranks together, ``sizes`` examples of each task."""
     generator = torch.Generator().manual_seed(2)
     made = []
@@ -72,7 +72,7 @@ def batches(sizes: Sequence[int], dtype: torch.dtype = torch.float32) -> list[Ba
             tokens = torch.randint(VOCABULARY, (size, 4), generator=generator)
             # Each task wants another sign of the same thing, so that gradients conflict.
             targets = (tokens.sum(1) / 10 - 2) * (-1) ** task + task
-            batch.append(Examples(tokens, targets.to(dtype)))
+            batch.append(Examples(tokens, targets))
         made.append(batch)
     return made
 
@@ -96,21 +96,21 @@ Train = Callable[[Model, Batch], None]
 """Does one step of one process with the examples of all ranks."""
 
 
-def error(trained: Model, train: Callable[[Model], Train], sizes: Sequence[int]) -> dict[str, Any]:
+def error(trained: Model, train: Callable[[Model], Train], data: Sequence[Batch]) -> dict[str, Any]:
     """Compare what ranks trained with one process.
 
     Args:
         trained: a rank's model after ``STEPS`` steps, its parameters whole.
         train: makes the step of one process for a model.
-        sizes: of the joined batches.
+        data: the joined batches, float32.
 
     Returns:
         A digest of the weights; on the first rank the error and what is ``allowed``, too.
     """
     if dist.get_rank() > 0:  # whose digest says that its weights are those of the first rank
         return {"digest": digest(trained)}
-    wanted = _train_alone(train, sizes, torch.float64, 0)
-    alone = [_train_alone(train, sizes, torch.float32, seed) for seed in range(PERMUTATIONS)]
+    wanted = _train_alone(train, data, torch.float64, 0)
+    alone = [_train_alone(train, data, torch.float32, seed) for seed in range(PERMUTATIONS)]
     return {
         "error": _distance(_weights(trained), wanted),
         "allowed": 2 * max(_distance(one, wanted) for one in alone),
@@ -127,17 +127,18 @@ def digest(trained: nn.Module) -> list[float]:
 
 
 def _train_alone(
-    train: Callable[[Model], Train], sizes: Sequence[int], dtype: torch.dtype, seed: int
+    train: Callable[[Model], Train], data: Sequence[Batch], dtype: torch.dtype, seed: int
 ) -> list[Tensor]:
     own = model(dtype)
     step = train(own)
-    for batch in batches(sizes, dtype):
+    for batch in data:
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(len(one.targets), generator=generator) for one in batch]
-        step(
-            own,
-            [Examples(one.tokens[o], one.targets[o]) for one, o in zip(batch, orders, strict=True)],
-        )
+        reordered = [
+            Examples(one.tokens[o], one.targets[o].to(dtype))
+            for one, o in zip(batch, orders, strict=True)
+        ]
+        step(own, reordered)
     return _weights(own)
 
 
