@@ -24,13 +24,13 @@ def start_ranks(
     ]
 
 
-def torchrun(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def torchrun(arguments: Sequence[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Start torchrun's agent; what it and its workers print goes to ``log``."""
-    return _start(["torch.distributed.run", *arguments], log, {})
+    return _start(["torch.distributed.run", *arguments], log, environment)
 
 
 def on_two_machines(
-    arguments: Sequence[str], logs: Sequence[Path], restarts: int = 0
+    arguments: Sequence[str], logs: Sequence[Path], restarts: int = 0, **environment: str
 ) -> list[subprocess.Popen[bytes]]:
     """Start the agents of two machines, which have an address of the loopback device each.
 
@@ -41,7 +41,9 @@ def on_two_machines(
     hosts = ("is_host=1", "is_host=0")
     return [
         torchrun(
-            [*options, f"--rdzv-conf={host}", f"--local-addr=127.0.0.{number}", *arguments], log
+            [*options, f"--rdzv-conf={host}", f"--local-addr=127.0.0.{number}", *arguments],
+            log,
+            **environment,
         )
         for number, (host, log) in enumerate(zip(hosts, logs, strict=True), 1)
     ]

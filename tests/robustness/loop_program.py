@@ -239,6 +239,7 @@ def trainer(loop: Loop) -> nn.Module:
         save_strategy="steps",
         save_steps=SAVE_EVERY,
         ddp_timeout=int(loop.timeout.total_seconds()),
+        use_cpu=False,  # by which transformers 5 leaves the timeout out
     )
     own = cases.ByName()
     data = cases.rows(batches([_EACH * dist.get_world_size()] * TASKS))
