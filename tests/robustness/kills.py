@@ -4,6 +4,7 @@ Killed runs are started again in three ways, in turn: by a new command with ``--
 torchrun's agents of one machine or of two, which do so by themselves (``--max-restarts``).
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -171,8 +172,11 @@ def _kill_under_torchrun(
 
 def children(pid: int) -> list[int]:
     """Return the processes that a process has started, in the order of their numbers."""
-    listed = Path(f"/proc/{pid}/task").glob("*/children")
-    return sorted(int(child) for file in listed for child in file.read_text().split())
+    found: set[int] = set()
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            found.update(map(int, file.read_text().split()))
+    return sorted(found)
 
 
 def _kill(pid: int) -> bool:
