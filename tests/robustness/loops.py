@@ -6,7 +6,8 @@ Each loop of ``loop_program.py`` runs on two processes under torchrun, of one ma
     nothing          the weights are to the bit those of one machine
     restarted        ``kill -9`` of a worker with ``--max-restarts``: the same bits
     killed           ``kill -9`` of a worker: all others end, with status 1 and a line that says why
-    stopped          ``kill -STOP`` of a worker: likewise, after the process group's timeout
+    stopped          ``kill -STOP`` of a worker: likewise, after the process group's timeout; the
+                     agent of two that serves the rendezvous may wait for its own for ever
     machine lost     ``kill -9`` of an agent and its worker: likewise
 """
 
@@ -127,8 +128,9 @@ class _Case:
         self._note_workers()
         os.kill(victim, signal.SIGSTOP if self._fault == "stopped" else signal.SIGKILL)
         if self._fault == "machine lost":
-            self._survivors.remove(number)
             self._agents[number].kill()
+        if len(self._agents) == 2 and self._fault in ("stopped", "machine lost"):
+            self._survivors.remove(number)
 
     def _step(self) -> int:
         try:
@@ -137,7 +139,7 @@ class _Case:
             return 0
 
     def _has_ended(self) -> bool:
-        return all(agent.poll() is not None for agent in self._agents)
+        return all(self._agents[number].poll() is not None for number in self._survivors)
 
     def _note_workers(self) -> None:
         for agent in self._agents:
@@ -167,7 +169,7 @@ class _Case:
         elif not self._said():
             yield f"nothing says why: {self._logs[self._survivors[0]].read_text()[-2000:]}"
         left = [worker for worker in self._workers if Path(f"/proc/{worker}").exists()]
-        if self._ended_in_time and left:
+        if all(agent.poll() is not None for agent in self._agents) and left:
             yield f"processes are left: {left}"
 
     def close(self) -> None:
