@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, progress = run.trained_model(pick_device(options.device))
     splits = {task: run.split(task, options.split) for task in run.recipe.tasks}
     report_data(terminal(), splits.values())
-    scores = score_splits(model, splits)
+    scores = score_splits(model, splits, run.recipe)
     write_scores(run.folder, Scores(options.split, progress.step, scores))
     title = f"{options.split} scores of step {progress.step}"
-    print_scores(terminal(), title, scores, run.recipe.formats)
+    print_scores(terminal(), title, scores, run.recipe)
     return 0
 
 

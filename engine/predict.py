@@ -5,12 +5,14 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from .cli.common import Parser, run_cli, terminal
 from .cli.options import add_device, add_force
 from .data.source import DataFile
 from .data.table import OnBadRow
 from .runs.run import open_run
-from .runs.scoring import predict
+from .runs.scoring import answers
 from .runtime.precision import pick_device
 from .utils.errors import InputError
 from .utils.output_files import check_outputs, write_output
@@ -58,12 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
     split = run.read(form, DataFile(options.input), labelled=False, on_bad_row=on_bad_row)
     model, _ = run.trained_model(pick_device(options.device))
-    predictions = predict(model, split)
+    found = answers(model, split)
 
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
     writer.writerow(["id", "prediction"])
-    cells = [form.spell_label(value) for value in predictions.tolist()]
+    of_rows = np.split(found.predictions, found.offsets[1:-1])
+    cells = [form.spell_labels(values.ravel().tolist()) for values in of_rows]
     for blank in split.blank:
         cells[blank] = ""
     rows = zip(split.ids, cells, strict=True)

@@ -141,7 +141,9 @@ def _evaluate_and_save(
     log.flush()
     trainer.rank_check.add(progress.step, now=True)  # what is saved is what all ranks have
     check_ranks(trainer)
-    scores = score_splits(trainer.model, trainer.dev_sets, trainer.ranks) if epoch_ends else {}
+    scores = {}
+    if epoch_ends:
+        scores = score_splits(trainer.model, trainer.dev_sets, trainer.run.recipe, trainer.ranks)
     if scores:
         log.add_scores(progress.step, scores)
     worth_saving = is_worth_saving(trainer, micro_batches, log, progress, scores, stopping=stopping)
@@ -269,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if recipe.is_scored:
         best = read_scores(run.folder, recipe.tasks)
         title = f"{best.split} scores, best epoch (step {best.step})"
-        print_scores(console, title, best.scores, recipe.formats)
+        print_scores(console, title, best.scores, recipe)
     else:
         console.print("not scored: no task was trained; the weights are those of the last step")
     console.print(f"wrote {run.folder}", soft_wrap=True, highlight=False)

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..data.task_schema import TaskSchema
-from ..runs.scoring import metric_name
+from ..config.recipe import Recipe
+from ..runs.scoring import score_names
 from ..runtime.oom import is_out_of_memory
 from ..utils.errors import UNPRINTABLE, DivergedError, InputError, LostRankError
 from ..utils.quoting import PlainConsole
@@ -122,18 +122,16 @@ def terminal(*, quiet: bool = False) -> Console:
     return PlainConsole(quiet=quiet, markup=False, emoji=False)
 
 
-def print_scores(
-    console: Console, title: str, scores: Mapping[str, float], tasks: Mapping[str, TaskSchema]
-) -> None:
-    """Print a table of scores by task, ``overall`` last."""
+def print_scores(console: Console, title: str, scores: Mapping[str, float], recipe: Recipe) -> None:
+    """Print a table of scores by task and metric, ``overall`` last."""
     console.print(title)
     table = Table()
     table.add_column("task")
     table.add_column("metric")
     table.add_column("score", justify="right")
-    for task, form in tasks.items():
-        if task in scores:
-            table.add_row(task, metric_name(form), f"{scores[task]:.3f}")
+    for name, (task, metric) in score_names(recipe).items():
+        if name in scores:
+            table.add_row(task if name == task else "", metric, f"{scores[name]:.3f}")
     table.add_section()
     table.add_row("overall", "mean", f"{scores['overall']:.3f}")
     console.print(table)

@@ -21,6 +21,7 @@ from ..distributed.gradient_sync import MODES
 from ..gradients.balancing import METHODS, TORCHJD, BalanceSettings
 from ..gradients.groups import GRANULARITIES
 from ..metrics.loggers import LOGGERS
+from ..models.heads import metrics_for
 from ..models.pooling import POOLINGS
 from ..optim.build import OPTIMIZERS
 from ..runtime.execution import EXECUTIONS
@@ -193,6 +194,7 @@ class Recipe(Settings):
             if name == "overall":
                 raise ValueError("tasks.overall: the mean score is called so; give another name")
         known = [*self.tasks, *self.objectives]
+        self._check_metrics()
         for name in self.train:
             if name not in known:
                 raise ValueError(f"train: {name!r} is not among tasks{nearest(name, known)}")
@@ -219,6 +221,23 @@ class Recipe(Settings):
                 f"{nearest(self.balance, METHODS, FIELDS)}"
             )
         return self
+
+    def _check_metrics(self) -> None:
+        for name, task in self.tasks.items():
+            form = self.formats[name]
+            known = [metric.name for metric in metrics_for(form)]
+            for metric in task.metrics:
+                if metric not in known:
+                    raise ValueError(
+                        f"tasks.{name}.metrics: {metric!r} is none of this kind of task; it has "
+                        f"{', '.join(known)}"
+                    )
+            if len(set(task.metrics)) != len(task.metrics):
+                raise ValueError(f"tasks.{name}.metrics: a metric stands twice")
+            if task.tag_pieces != "first" and form.labels != "words":
+                raise ValueError(f"tasks.{name}.tag_pieces: the task has no words with tags")
+        if not any(task.score_weight for task in self.tasks.values()):
+            raise ValueError("tasks: some score_weight has to be above 0, or none is best")
 
     @property
     def formats(self) -> dict[str, TaskSchema]:

@@ -10,7 +10,14 @@ from ..models.config import MOST_LAYERS, EncoderConfig
 from ..models.heads import FEATURES, LOSSES
 from ..models.registry import DEFAULT, MODELS
 from ..utils.errors import InputError
-from ..utils.field_types import Count, Fraction, Positive, PositiveReal, Settings
+from ..utils.field_types import (
+    Count,
+    Fraction,
+    NonNegativeReal,
+    Positive,
+    PositiveReal,
+    Settings,
+)
 from .messages import first_problem
 
 CHANGEABLE = frozenset(("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob"))
@@ -34,12 +41,19 @@ class TaskRecipe(Settings):
     head: Literal[FEATURES]  # type: ignore[valid-type]
     """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
     difference, shared, cosine, cosine_shifted, pearson, cross
-    (engine/models/heads/pair_features.py)."""
+    (engine/models/heads/pair_features.py); tokens of words with tags."""
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
     that of a share of their range; mse."""
     weight: PositiveReal = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
+    metrics: tuple[str, ...] = ()
+    """What the task is scored by; the first decides which checkpoint is best.  Empty: accuracy of
+    classes, Pearson correlation of scores, F1 of several labels (f1_micro) and of entities."""
+    score_weight: NonNegativeReal = 1.0
+    """The deciding metric's weight in the overall score; 0: it does not count."""
+    tag_pieces: Literal["first", "all"] = "first"
+    """token_classification: train the tag of a word on its first token, or on all of them."""
     first_n: Count = 0
     """Train on the first so many examples of the training set; 0: on all."""
     source: TaskSource | None = None

@@ -29,11 +29,12 @@ from .table import OnBadRow
 from .task_schema import TaskSchema
 from .tokenizer import Tokenizer
 
-_VERSION = 5
+_VERSION = 6
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _INDEX, _META = "index.json", "meta.json"
-_FILES = {"tokens.npy", "offsets.npy", "labels.npy", _META}
+_ARRAYS = ("tokens", "offsets", "labels", "word_offsets", "word_sizes")
+_FILES = {*(f"{name}.npy" for name in _ARRAYS), _META}
 
 _META_FIELDS = ("task", "ids", "columns", "truncated", "bad_rows", "blank", "notes")
 
@@ -122,13 +123,13 @@ def _open_entry(entry: Path) -> TokenizedSplit:
                 raise _DamagedEntryError(name)
         meta = parse_json((entry / _META).read_bytes())
         arrays = {
-            name: np.load(entry / name, mmap_mode="r") for name in index if name.endswith(".npy")
+            name: np.load(entry / f"{name}.npy", mmap_mode="r")
+            for name in _ARRAYS
+            if f"{name}.npy" in index
         }
         return TokenizedSplit(
             **(meta | {name: tuple(meta[name]) for name in ("blank", "notes")}),
-            tokens=arrays["tokens.npy"],
-            offsets=arrays["offsets.npy"],
-            labels=arrays.get("labels.npy"),
+            **({"labels": None} | arrays),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _DamagedEntryError(str(error)) from error
@@ -140,10 +141,9 @@ def _write_entry(entry: Path, split: TokenizedSplit) -> TokenizedSplit:
     with tempfile.TemporaryDirectory(prefix="making-", dir=entry.parent) as workshop:
         made = Path(workshop) / "made"
         made.mkdir(mode=0o700)
-        np.save(made / "tokens.npy", split.tokens)
-        np.save(made / "offsets.npy", split.offsets)
-        if split.labels is not None:
-            np.save(made / "labels.npy", split.labels)
+        for name in _ARRAYS:
+            if (array := getattr(split, name)) is not None:
+                np.save(made / f"{name}.npy", array)
         meta = {name: getattr(split, name) for name in _META_FIELDS}
         (made / _META).write_text(dump_json(meta), encoding="utf-8")
         index = {path.name: _file_hash(path) for path in made.iterdir()}

@@ -54,8 +54,9 @@ class PackedBatch:
         padding: tokens of the padding sequences.
         padded_tokens: the tokens of the padded batches that this replaces, one for each column of
             each task.
-        step_examples: the number of each task's examples in the whole step, in all micro-batches
-            and on all ranks; None where that is not known.
+        terms: of each task's mean loss: its examples, or its tagged tokens.
+        step_terms: the same in the whole step, in all micro-batches and on all ranks; None where
+            that is not known.
         states: fp32 ``[T, H]``, precomputed hidden states of a frozen encoder, or None.
         lookup_plan: int64 ``[n]``, the order in which a step adds up the gradients of tables; None
             where it finds that order itself.
@@ -77,7 +78,8 @@ class PackedBatch:
     columns: tuple[int, ...]
     padding: int
     padded_tokens: int
-    step_examples: tuple[int, ...] | None = None
+    terms: tuple[int, ...] = ()
+    step_terms: tuple[int, ...] | None = None
     states: Tensor | None = None
     lookup_plan: Tensor | None = None
     attention_plan: kernels.AttentionPlan | None = None
@@ -109,7 +111,9 @@ class PackedBatch:
         """The same for two batches that one recorded step can run on."""
         offsets = (self.task_offsets, self.sequences, self.token_offsets)
         longest = (self.max_seqlen, self.max_own_seqlen)
-        host = (self.tasks, *offsets, *longest, self.examples, self.columns)
+        # Other shares of the step are other factors of the losses, recorded with them.
+        share = self.step_terms not in (None, self.terms) and (self.terms, self.step_terms)
+        host = (self.tasks, *offsets, *longest, self.examples, self.columns, share)
         return host, tuple(t.shape for t in self.tensors)
 
     def own_sequences(self) -> list[slice]:
@@ -224,6 +228,7 @@ def join(batches: Sequence[TaskBatch], shape: BatchShape | None = None) -> Packe
             batch.labels if shape is None else pad_labels(batch.labels) for batch in batches
         ),
         examples=tuple(batch.examples for batch in batches),
+        terms=tuple(batch.terms for batch in batches),
         columns=tuple(batch.columns for batch in batches),
         padding=sum(tokens) - sum(len(batch.tokens) for batch in batches),
         padded_tokens=sum(_padded_tokens(batch) for batch in batches),

@@ -8,7 +8,7 @@ from typing import Literal
 AUTO = "auto"
 """Leaves it to the file: to its ending, its byte order mark, its header."""
 
-Layout = Literal["tabs", "commas", "json", "json_lines", "parquet"]
+Layout = Literal["tabs", "commas", "json", "json_lines", "parquet", "conll", "conllu"]
 Quoting = Literal["csv", "none"]
 Compression = Literal["auto", "none", "gzip", "bz2", "xz", "zstd"]
 
@@ -18,6 +18,11 @@ LAYOUTS: Mapping[str, Layout] = {
     ".jsonl": "json_lines",
     ".json": "json",
     ".parquet": "parquet",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
+    ".bio": "conll",
+    ".conllu": "conllu",
 }
 """Layouts of files, by their ending."""
 

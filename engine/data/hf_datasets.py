@@ -5,6 +5,7 @@ choose their readers, some of which unpickle.  Both are checked before a file is
 """
 
 import os
+from collections.abc import Collection
 from importlib import metadata
 from importlib.util import find_spec
 from os.path import abspath, isdir
@@ -64,19 +65,25 @@ def load_split(name: str, subset: str, split: str) -> Any:
         ) from error
 
 
-def check_columns(data: Any, columns: tuple[str, ...], where: str) -> None:
+def check_columns(
+    data: Any, columns: tuple[str, ...], where: str, lists: Collection[str] = ()
+) -> None:
     """Refuse columns whose values the library opens files for, such as images.
 
     Args:
         data: a ``datasets.Dataset``.
         columns: of it, to be read.
         where: it comes from, for error messages.
+        lists: columns that may hold lists of text or numbers.
 
     Raises:
         InputError: one holds neither text nor numbers.
     """
     for name in columns:
-        kind = type(data.features[name]).__name__
+        feature = data.features[name]
+        if name in lists and type(feature).__name__ in ("List", "LargeList"):
+            feature = feature.feature
+        kind = type(feature).__name__
         if kind not in ("Value", "ClassLabel"):
             raise InputError(
                 f"column {name!r} holds neither text nor numbers but {kind}, {where}; "

@@ -105,7 +105,10 @@ class TrainingLoader:
             step = number // micro_batches
             batch = replace(
                 pack(*choose(number), step, shapes_of(number)),
-                step_examples=tuple(samplers[each.task].batch_size for each in scheduled(step)),
+                step_terms=tuple(
+                    sources[each.task].terms(samplers[each.task].batch(each.batch))
+                    for each in scheduled(step)
+                ),
             )
             if plan_lookups is not None:
                 batch = plan_lookups(batch)

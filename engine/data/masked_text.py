@@ -55,6 +55,10 @@ class MaskedText:
         """Return how many examples there are."""
         return len(self.examples)
 
+    def terms(self, chosen: Indices) -> int:
+        """Return how many examples are chosen."""
+        return len(chosen)
+
     def task_batch(self, chosen: Indices, step: int, /) -> TaskBatch:
         """Return chosen examples under the masks of ``step``."""
         sequences, types, positions, targets, is_next = [], [], [], [], []

@@ -73,8 +73,7 @@ def sentences_of(table: Table, task: str, limit: int, seed: int) -> list[str]:
         limit: examples that are taken, keeping the distribution of the labels; 0: all.
         seed: decides which.
     """
-    assert table.labels is not None, f"table of {task} has no labels"
-    chosen = stratified_subset(table.labels, limit or len(table), task, seed)
+    chosen = stratified_subset(table.strata, limit or len(table), task, seed)
     return [column[index] for index in chosen.tolist() for column in table.sentences]
 
 

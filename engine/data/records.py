@@ -3,7 +3,7 @@
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..utils.errors import InputError
@@ -17,7 +17,13 @@ _OPEN_OBJECT = re.compile(r"\s*\{\s*")
 
 
 def json_rows(
-    text: str, path: Path, columns: Sequence[str], dialect: Dialect, *, may_be_array: bool
+    text: str,
+    path: Path,
+    columns: Sequence[str],
+    dialect: Dialect,
+    *,
+    may_be_array: bool,
+    lists: Collection[str] = (),
 ) -> Rows:
     """Return the rows of a JSON file: an object a line or, where that may be, one array of objects.
 
@@ -27,17 +33,20 @@ def json_rows(
         columns: the keys to read; further ones are ignored.
         dialect: how the file is written.
         may_be_array: whether a file that begins with a bracket is one array.
+        lists: the keys whose values may be lists.
 
     Raises:
         InputError: an array is no JSON.
     """
     if may_be_array and _ARRAY.match(text):
         notes = ["one JSON array, not an object a line"]
-        return Rows(_array_rows(text, path, columns, dialect), notes)
-    return Rows(_line_rows(text.rstrip("\r\n"), path, columns, dialect), [])
+        return Rows(_array_rows(text, path, columns, dialect, lists), notes)
+    return Rows(_line_rows(text.rstrip("\r\n"), path, columns, dialect, lists), [])
 
 
-def _array_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) -> Iterator[Row]:
+def _array_rows(
+    text: str, path: Path, columns: Sequence[str], dialect: Dialect, lists: Collection[str]
+) -> Iterator[Row]:
     if found := undecoded(text):
         advice = not_utf8(dialect, "convert the file to UTF-8")
         raise InputError(f"not UTF-8: {found}, {path}; {advice}")
@@ -47,10 +56,12 @@ def _array_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect)
         reason = " ".join(str(error).split())
         raise InputError(f"not JSON: {reason}, {path}; correct the file") from error
     for number, record in enumerate(records):
-        yield _object_row(record, columns, f"{path}, row {number}")
+        yield _object_row(record, columns, f"{path}, row {number}", lists=lists)
 
 
-def _line_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) -> Iterator[Row]:
+def _line_rows(
+    text: str, path: Path, columns: Sequence[str], dialect: Dialect, lists: Collection[str]
+) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         place = f"{path}:{number}"
         advice = "correct the row"
@@ -66,14 +77,18 @@ def _line_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) 
         except ValueError as error:
             yield Row(place, BadRowError("not JSON", " ".join(str(error).split()), advice))
             continue
-        yield _object_row(record, columns, place, advice)
+        yield _object_row(record, columns, place, advice, lists)
 
 
 def _object_row(
-    record: object, columns: Sequence[str], place: str, advice: str = "correct the row"
+    record: object,
+    columns: Sequence[str],
+    place: str,
+    advice: str = "correct the row",
+    lists: Collection[str] = (),
 ) -> Row:
     if isinstance(record, dict):
-        return typed_row(record, columns, place)
+        return typed_row(record, columns, place, lists)
     return Row(place, BadRowError("not a JSON object", type(record).__name__, advice))
 
 
@@ -86,13 +101,16 @@ def _unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return record
 
 
-def parquet_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def parquet_rows(
+    content: bytes, path: Path, columns: Sequence[str], lists: Collection[str] = ()
+) -> Iterator[Row]:
     """Yield the rows of a Parquet file.
 
     Args:
         content: of the file.
         path: where it comes from, for error messages.
         columns: those to read; further ones are ignored.
+        lists: those whose values may be lists.
 
     Raises:
         InputError: it cannot be read, or a column is missing, or wanted and there twice.
@@ -109,7 +127,7 @@ def parquet_rows(content: bytes, path: Path, columns: Sequence[str]) -> Iterator
         )
         records = (record for batch in batches for record in batch)
         for number, record in enumerate(records):
-            yield typed_row(record, columns, f"{path}, row {number}")
+            yield typed_row(record, columns, f"{path}, row {number}", lists)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: not a readable Parquet file ({reason})") from error

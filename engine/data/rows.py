@@ -1,10 +1,11 @@
 """Rows of a data file: the texts of the wanted columns, whatever the file's format."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..utils.errors import InputError
+from ..utils.json_text import dump_json
 
 _HALF = re.compile(r"[\ud800-\udfff]")
 """Halves of characters, which JSON can spell and nothing can write down."""
@@ -48,10 +49,19 @@ class Rows(NamedTuple):
     notes: list[str]
 
 
-def typed_row(record: Mapping[str, object], columns: Sequence[str], place: str) -> Row:
-    """Return the row of a record of typed values, each value as text."""
+def typed_row(
+    record: Mapping[str, object], columns: Sequence[str], place: str, lists: Collection[str] = ()
+) -> Row:
+    """Return the row of a record of typed values, each value as text.
+
+    Args:
+        record: the values by column.
+        columns: the wanted ones.
+        place: of the record, for error messages.
+        lists: those whose values may be lists, which become JSON.
+    """
     try:
-        return Row(place, [_as_text(name, record) for name in columns])
+        return Row(place, [_as_text(name, record, name in lists) for name in columns])
     except BadRowError as bad:
         return Row(place, bad)
 
@@ -97,7 +107,7 @@ def shorten(text: str, limit: int = 40) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _as_text(column: str, record: Mapping[str, object]) -> str:
+def _as_text(column: str, record: Mapping[str, object], may_be_list: bool) -> str:
     if column not in record:
         found = ", ".join(repr(shorten(name)) for name in list(record)[:8])
         raise BadRowError("missing column", f"{column!r}; there is {found or 'none'}")
@@ -108,6 +118,15 @@ def _as_text(column: str, record: Mapping[str, object]) -> str:
         if _HALF.search(value):
             raise BadRowError("not Unicode", f"half of a character in column {column!r}")
         return value
+    if isinstance(value, list) and may_be_list:
+        for item in value:
+            if not isinstance(item, str | int | float):  # booleans are ints
+                what = "no value" if item is None else type(item).__name__
+                raise BadRowError("neither text nor number", f"{what} in a list, column {column!r}")
+        text = dump_json(value)
+        if _HALF.search("".join(item for item in value if isinstance(item, str))):
+            raise BadRowError("not Unicode", f"half of a character in column {column!r}")
+        return text
     if isinstance(value, bool):
         return str(value).lower()  # as JSON spells it
     if isinstance(value, int | float):

@@ -27,6 +27,10 @@ class SentencesTwice:
         """Return how many sentences there are."""
         return len(self.sentences)
 
+    def terms(self, chosen: Indices) -> int:
+        """Return how many examples are chosen."""
+        return len(chosen)
+
     def task_batch(self, chosen: Indices, _step: int, /) -> TaskBatch:
         """Return chosen sentences, all of them once and then all of them again."""
         once = [self.sentences[index] for index in chosen.tolist()]

@@ -21,10 +21,11 @@ from ..utils.errors import InputError
 from ..utils.field_types import FileName, GivenName, Name, Real, Settings
 from ..utils.untrusted_io import read_bytes
 from .decode import check_encoding
-from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Quoting, endings
+from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
 from .rows import Row, Rows, find_columns, typed_row
 from .table import OnBadRow, Table, collect, parse_table
+from .tags import Scheme, scheme_of
 from .task_schema import TaskSchema
 
 _COLUMN_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
@@ -40,9 +41,18 @@ def _known_kind(kind: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 
 Kind = Annotated[
-    Literal["classification", "regression", "pair_classification", "pair_regression"],
+    Literal[
+        "classification",
+        "regression",
+        "pair_classification",
+        "pair_regression",
+        "multi_label_classification",
+        "pair_multi_label_classification",
+        "token_classification",
+    ],
     WrapValidator(_known_kind),
 ]
+_TAGS = "token_classification"
 
 Column = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
 """The name of a column, or its number as text or as it is."""
@@ -68,21 +78,31 @@ class TaskSource(Settings):
     """The data of a task that is not built in: ``[tasks.NAME.source]`` of a recipe."""
 
     kind: Kind
-    """What is predicted, from one sentence or from a pair."""
+    """What is predicted, from one sentence or from a pair: a class, a number, any number of
+    classes (multi_label), or a tag for each word (token_classification)."""
     text: Annotated[tuple[Column, ...], Field(min_length=1, max_length=2)]
-    """The column of the sentence, or those of the pair."""
-    label: Column = "label"
-    """The column of the label."""
+    """The column of the sentence, or those of the pair.  token_classification: of the words, a list
+    or a text with blanks between them."""
+    label: Column | tuple[Column, ...] = "label"
+    """The column of the label, of a list of labels, or of tags; multi_label: or a column of 0 and 1
+    for each class, which are called as the columns are."""
     id: Column = ""
     """The column that names an example; empty: rows are numbered from 0."""
     classes: Annotated[tuple[str, ...] | int, BeforeValidator(_names_or_number)] = ()
     """Classification: the names of the classes, or how many there are when labels are numbers."""
+    separator: Annotated[str, Field(min_length=1, max_length=8)] = ","
+    """multi_label: what is between the labels of a cell that is no list."""
+    scheme: Scheme = "auto"
+    """token_classification: how tags mark entities: BIO, BIOES, IOB1 (read as BIO), none (parts of
+    speech, say); auto: as the classes say."""
     range: tuple[Real, Real] = (0.0, 5.0)
     """Regression: the smallest and the largest label."""
 
     files: dict[Split, FileName] = {}
     """A file for each split, relative to the data folder: .tsv, .csv, .jsonl, .json or .parquet,
     and behind that .gz, .bz2, .xz or .zst where it is compressed."""
+    layout: Literal["auto", Layout] = "auto"
+    """Files: tabs, commas, json, json_lines, parquet, conll, conllu; auto: as the ending says."""
     delimiter: Annotated[str, AfterValidator(_one_character)] = AUTO
     """Files: the character between two fields, or tab; auto: as the ending says, but tabs where a
     header has the columns only so."""
@@ -105,14 +125,15 @@ class TaskSource(Settings):
     def _fits_together(self) -> "TaskSource":
         if bool(self.files) == bool(self.dataset):
             raise ValueError("give either files or dataset")
+        self._check_labels()
         wanted = 2 if self.kind.startswith("pair") else 1
         if len(self.text) != wanted and self.kind not in FURTHER_KINDS:
             raise ValueError(f"text: {self.kind} needs {wanted} column(s), got {len(self.text)}")
         if not self.has_range and self._num_classes < 2:
             raise ValueError(f"classes: {self.kind} needs at least two, by name or as a number")
-        if isinstance(self.classes, tuple) and len(set(self.classes)) != len(self.classes):
+        if len(set(self._names)) != len(self._names):
             raise ValueError("classes: a name stands twice")
-        for name in self.classes if isinstance(self.classes, tuple) else ():
+        for name in self._names:
             if name != name.strip():
                 raise ValueError(
                     f"classes: {name!r} has spaces around it, which labels are read without; "
@@ -122,12 +143,53 @@ class TaskSource(Settings):
             raise ValueError("range: expected the smaller bound first")
         return self
 
+    def _check_labels(self) -> None:
+        several, tags = self._has_several, self.kind == _TAGS
+        if isinstance(self.label, tuple):
+            if not several:
+                raise ValueError(f"label: {self.kind} has one column of labels; name it")
+            if self.classes:
+                raise ValueError(
+                    "classes: the columns that label names are the classes; leave it out"
+                )
+            if len(self.label) < 2:
+                raise ValueError(
+                    "label: expected the columns of two labels or more, or one of lists"
+                )
+        for name, given, has_effect in (
+            ("separator", self.separator, several and not isinstance(self.label, tuple)),
+            ("scheme", self.scheme, tags),
+        ):
+            if given != type(self).model_fields[name].default and not has_effect:
+                raise ValueError(f"{name}: has no effect on {self.kind}; leave it out")
+        if tags:
+            try:
+                scheme_of(self._names, self.scheme)
+            except ValueError as error:
+                raise ValueError(f"scheme: {error}") from None
+
+    @property
+    def _has_several(self) -> bool:
+        return "multi_label" in self.kind and self.kind not in FURTHER_KINDS
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """The names of the classes, if they have any."""
+        if isinstance(self.label, tuple):
+            return self.label
+        return self.classes if isinstance(self.classes, tuple) else ()
+
     @model_validator(mode="after")
     def _files_are_written_so(self) -> "TaskSource":
-        found = {LAYOUTS.get(endings(Path(name))[0]) for name in self.files.values()}
+        found: set[Layout | None] = {
+            LAYOUTS.get(endings(Path(name))[0]) for name in self.files.values()
+        }
+        if self.layout != "auto":
+            found = {self.layout} if self.files else set()
         delimited = found & {None, *DELIMITERS}
         has_effect = {
-            "delimiter": delimited,
+            "layout": found,
+            "delimiter": delimited | found & {"conll", "conllu"},
             "quoting": delimited,
             "header": delimited,
             "encoding": found - {"parquet"},
@@ -139,7 +201,8 @@ class TaskSource(Settings):
                 raise ValueError(f"{name}: has no effect on {what}; leave it out")
         if not self.header:
             named = [("text", text) for text in self.text]
-            named += [("label", self.label), ("id", self.id or "1")]
+            labels = self.label if isinstance(self.label, tuple) else (self.label,)
+            named += [*(("label", label) for label in labels), ("id", self.id or "1")]
             for field, name in named:
                 if not _COLUMN_NUMBER.fullmatch(name):
                     raise ValueError(
@@ -156,13 +219,17 @@ class TaskSource(Settings):
 
     @property
     def _num_classes(self) -> int:
-        return self.classes if isinstance(self.classes, int) else len(self.classes)
+        return self.classes if isinstance(self.classes, int) else len(self._names)
 
     @property
     def _head(self) -> str:
         """The kind of the head."""
         if self.kind in FURTHER_KINDS:
             return self.kind
+        if self.kind == _TAGS:
+            return "tags"
+        if self._has_several:
+            return "multi_label"
         if self.has_range:
             return "score"
         return "classes" if self._num_classes > 2 else "binary"
@@ -170,12 +237,19 @@ class TaskSource(Settings):
     def format(self, task: str) -> TaskSchema:
         """Return the schema of the data."""
         low, high = self.range if self.has_range else (0, self._num_classes - 1)
-        names = () if self.has_range or isinstance(self.classes, int) else self.classes
+        names = () if self.has_range else self._names
+        columns = self.label if isinstance(self.label, tuple) else ()
+        labels: Literal["one", "several", "words"] = "words" if self.kind == _TAGS else "one"
         return TaskSchema(
             task=task,
+            layout=None if self.layout == "auto" else self.layout,
+            labels="several" if self._has_several else labels,
+            label_columns=columns,
+            separator=self.separator,
+            scheme=scheme_of(self._names, self.scheme) if self.kind == _TAGS else "none",
             id=self.id,
             sentences=self.text,
-            label=self.label,
+            label="" if isinstance(self.label, tuple) else self.label,
             kind=self._head,
             whole=not self.has_range,
             low=low,
@@ -260,21 +334,29 @@ class HubSplit:
         where = f"data set {self.name}, split {self.split}"
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, where)
-        check_columns(self._data, columns, where)
+        check_columns(self._data, columns, where, format_.list_columns)
         rows = Rows(self._rows(format_, columns, where), [])
         return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
     def _rows(self, format_: TaskSchema, columns: tuple[str, ...], where: str) -> Iterator[Row]:
-        data = self._data.select_columns(list(columns))
+        data, lists = self._data.select_columns(list(columns)), format_.list_columns
         # Class labels are stored as numbers; where the recipe knows names, so does the data set.
         feature = data.features.get(format_.label) if format_.classes else None
+        feature = getattr(feature, "feature", feature)  # of the items of a list
         named = feature if hasattr(feature, "int2str") else None
+
+        def spelled(value: Any) -> Any:
+            if isinstance(value, list):
+                return [spelled(item) for item in value]
+            if named is None or not isinstance(value, int):
+                return value
+            # -1 stands for a label that is held back; it spells no class.
+            return named.int2str(value) if value >= 0 else str(value)
+
         for number, record in enumerate(data):
-            if named is not None and isinstance(record[format_.label], int):
-                # -1 stands for a label that is held back; it spells no class.
-                value = record[format_.label]
-                record[format_.label] = named.int2str(value) if value >= 0 else str(value)
-            yield typed_row(record, columns, f"{where}, row {number}")
+            if format_.label in record:
+                record[format_.label] = spelled(record[format_.label])
+            yield typed_row(record, columns, f"{where}, row {number}", lists)
 
     @cached_property
     def _data(self) -> Any:

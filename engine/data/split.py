@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 
 from ..utils.errors import InputError
-from .table import Table
-from .task_batch import Indices, TaskBatch, ranges
+from .table import Table, strata
+from .task_batch import Indices, Labels, TaggedTokens, TaskBatch, ranges
 from .tokenizer import Tokenizer
 
 
@@ -24,13 +24,17 @@ class TokenizedSplit:
             the split comes from the cache.
         offsets: int64 ``[n * c + 1]``; sentence j of example i is sequence ``s = i * c + j`` and
             stands in ``tokens[offsets[s]:offsets[s + 1]]``.
-        labels: float32 ``[n]``, or None.
+        labels: float32 ``[n]``, of several labels ``[n, L]``, of tagged words ``[W]``; or None.
         truncated: how many sentences were cut to the limit on the length.
         bad_rows: how many rows of the file were skipped or blanked, by reason.
         blank: the indices of the blanked rows.
         notes: what was found out about the file, a line each.
         token_types: uint8 ``[T]``, the segment of each token; None where all are 0.
         states: fp32 ``[T, H]``, hidden states of a frozen encoder (engine/training/precompute.py).
+        word_offsets: int64 ``[n + 1]``, where words are tagged: example i has words
+            ``word_offsets[i]:word_offsets[i + 1]``.
+        word_sizes: int32 ``[W]``, their tokens; 0 of a word that was cut off.
+        all_pieces: whether batches have the tags of all tokens of a word, not of the first alone.
     """
 
     task: str
@@ -45,6 +49,9 @@ class TokenizedSplit:
     notes: tuple[str, ...] = ()
     token_types: npt.NDArray[np.uint8] | None = None
     states: npt.NDArray[np.float32] | None = None
+    word_offsets: npt.NDArray[np.int64] | None = None
+    word_sizes: npt.NDArray[np.int32] | None = None
+    all_pieces: bool = False
 
     def __len__(self) -> int:
         """Return n, the number of examples."""
@@ -60,6 +67,55 @@ class TokenizedSplit:
         """Number of rows of the file that were skipped or blanked."""
         return sum(self.bad_rows.values())
 
+    @property
+    def answer_offsets(self) -> npt.NDArray[np.int64]:
+        """Which answers are of each example, int64 ``[n + 1]``: one, or one for each word."""
+        return np.arange(len(self) + 1) if self.word_offsets is None else self.word_offsets
+
+    @property
+    def unseen(self) -> npt.NDArray[np.bool_]:
+        """Bool ``[N]``, the answers that the model does not give: of words without a token."""
+        if self.word_sizes is None:
+            return np.zeros(len(self), dtype=bool)
+        return np.asarray(self.word_sizes == 0)
+
+    @property
+    def strata(self) -> npt.NDArray[np.float32]:
+        """A number for each example, equal for those with equal labels."""
+        assert self.labels is not None, f"split of {self.task} has no labels"
+        return strata(self.labels, len(self))
+
+    def terms(self, chosen: Indices, /) -> int:
+        """Return how many terms the mean loss of chosen examples has."""
+        if self.word_offsets is None or self.word_sizes is None:
+            return len(chosen)
+        sizes = self.word_sizes[ranges(self.word_offsets[chosen], self._words_of(chosen))]
+        return int(sizes.sum() if self.all_pieces else np.count_nonzero(sizes))
+
+    def _words_of(self, chosen: Indices) -> Indices:
+        assert self.word_offsets is not None
+        return self.word_offsets[chosen + 1] - self.word_offsets[chosen]
+
+    def _labels(self, chosen: Indices, sizes: Indices) -> Labels | None:
+        """Return the labels of chosen examples, whose sequences have so many tokens."""
+        if self.word_offsets is None or self.word_sizes is None:
+            return None if self.labels is None else torch.from_numpy(self.labels[chosen])
+        counts = self._words_of(chosen)
+        words = ranges(self.word_offsets[chosen], counts)
+        own = self.word_sizes[words].astype(np.int64)
+        ends = np.cumsum(own)
+        bounds = np.concatenate(([0], np.cumsum(counts)))
+        before = np.concatenate(([0], ends))[bounds[:-1]]  # tokens of the texts before
+        starts = np.cumsum(sizes) - sizes + 1  # behind [CLS]
+        first = ends - own + np.repeat(starts - before, counts)
+        tags = np.full(len(words), -100) if self.labels is None else self.labels[words]
+        tags = np.where(own > 0, tags, -100).astype(np.int64)
+        if self.all_pieces:
+            positions, tags = ranges(first, own), np.repeat(tags, own)
+        else:
+            positions = np.where(own > 0, first, -1)
+        return TaggedTokens(torch.from_numpy(positions), torch.from_numpy(tags))
+
     def task_batch(self, chosen: Indices, _step: int, /) -> TaskBatch:
         """Return chosen examples; nothing about them is random."""
         columns = np.arange(self.columns)[:, None]
@@ -72,7 +128,7 @@ class TokenizedSplit:
             tokens=self.tokens[places].astype(np.int64),
             sizes=sizes,
             columns=self.columns,
-            labels=None if self.labels is None else torch.from_numpy(self.labels[chosen]),
+            labels=self._labels(chosen, sizes),
             token_types=None if types is None else types[places].astype(np.int64),
             states=None if self.states is None else self.states[places],
         )
@@ -87,8 +143,13 @@ def tokenize(task: str, table: Table, tokenizer: Tokenizer, max_length: int) -> 
         tokenizer: what to split them with.
         max_length: the most tokens in a sentence, ``[CLS]`` and ``[SEP]`` included.
     """
-    by_example = [text for texts in zip(*table.sentences, strict=True) for text in texts]
-    encoded = tokenizer.encode(by_example, max_length)
+    word_offsets = word_sizes = None
+    if table.words is None:
+        by_example = [text for texts in zip(*table.sentences, strict=True) for text in texts]
+        encoded = tokenizer.encode(by_example, max_length)
+    else:
+        encoded, word_sizes = tokenizer.encode_words(table.words, max_length)
+        word_offsets = np.concatenate(([0], np.cumsum([len(words) for words in table.words])))
     fits_16_bits = tokenizer.vocab_size <= 1 << 16
     return TokenizedSplit(
         task=task,
@@ -101,6 +162,8 @@ def tokenize(task: str, table: Table, tokenizer: Tokenizer, max_length: int) -> 
         bad_rows=dict(table.bad_rows),
         blank=table.blank,
         notes=table.notes,
+        word_offsets=word_offsets,
+        word_sizes=word_sizes,
     )
 
 

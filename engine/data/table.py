@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from ..utils.errors import InputError
 from ..utils.untrusted_io import read_bytes
+from .conll import conll_rows
 from .decode import decode
 from .decompress import decompress
 from .delimited import delimited_rows
@@ -34,10 +36,12 @@ class Table:
     Attributes:
         ids: the id column, or the rows' numbers where the format has none.
         sentences: one list of strings for each sentence column.
-        labels: float32 ``[n]``, or None where they were not asked for.
+        labels: float32 ``[n]``; of several labels ``[n, L]``, 0 or 1; of tagged words the tag of
+            each, ``[W]``.  None where they were not asked for.
         bad_rows: how many rows were skipped or blanked, by reason.
         blank: the indices of the blanked rows.
         notes: what was found out about the file, a phrase each.
+        words: of each text, where its words are tagged; ``sentences`` has them joined by blanks.
     """
 
     ids: list[str]
@@ -46,6 +50,13 @@ class Table:
     bad_rows: Mapping[str, int] = field(default_factory=dict)
     blank: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    words: list[list[str]] | None = None
+
+    @property
+    def strata(self) -> npt.NDArray[np.float32]:
+        """A number for each row, equal for rows with equal labels; of tagged words 0."""
+        assert self.labels is not None, "read with labels"
+        return strata(self.labels, len(self))
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -87,18 +98,23 @@ def parse_table(
 
 def _rows_of(content: bytes, path: Path, format_: TaskSchema, *, labelled: bool) -> Rows:
     layout, dialect = format_.layout_of(path), format_.dialect
-    columns = format_.columns(labelled=labelled)
+    columns, lists = format_.columns(labelled=labelled), format_.list_columns
     content = decompress(content, path, dialect)
     if layout == "parquet":
-        return Rows(parquet_rows(content, path, columns), [])
+        return Rows(parquet_rows(content, path, columns, lists), [])
     text, notes = decode(content, path, dialect)
     if not text.strip():
         raise InputError(f"empty file, {path}; give one with rows")
     if layout in DELIMITERS:
         optional = "" if labelled else format_.label
         rows = delimited_rows(text, path, columns, dialect, DELIMITERS[layout], optional)
+    elif layout in ("conll", "conllu"):
+        if format_.labels != "words":
+            raise InputError(f"{path}: a column file, which has words with tags; give a table")
+        rows = conll_rows(text, path, columns, dialect, universal=layout == "conllu")
     else:
-        rows = json_rows(text, path, columns, dialect, may_be_array=layout == "json")
+        is_array = layout == "json"
+        rows = json_rows(text, path, columns, dialect, may_be_array=is_array, lists=lists)
     rows.notes[:0] = notes
     return rows
 
@@ -122,7 +138,8 @@ def collect(
     """
     ids: list[str] = []
     sentences: tuple[list[str], ...] = tuple([] for _ in format_.sentences)
-    labels: list[float] = []
+    words: list[list[str]] = []
+    labels: list[list[float]] = []
     bad_rows: Counter[str] = Counter()
     blank: list[int] = []
     first_bad = ""
@@ -134,7 +151,7 @@ def collect(
             texts = values
             if format_.id:
                 identifier, *texts = values
-            label = _check(identifier, texts, format_, labelled)
+            own_words, label = _check(identifier, texts, format_, labelled)
         except BadRowError as bad:
             if on_bad_row == "error":
                 raise InputError(
@@ -145,10 +162,11 @@ def collect(
             if on_bad_row == "skip":
                 continue
             blank.append(len(ids))
-            texts, label = [""] * len(sentences), 0.0
+            texts, own_words, label = [""] * len(sentences), [], []
         ids.append(identifier)
         for column, text in zip(sentences, texts, strict=False):
-            column.append(text)
+            column.append(" ".join(own_words) or text)
+        words.append(own_words)
         labels.append(label)
 
     if len(ids) == len(blank):
@@ -156,11 +174,36 @@ def collect(
     return Table(
         ids=ids,
         sentences=sentences,
-        labels=np.array(labels, dtype=np.float32) if labelled else None,
+        labels=_array(labels, format_) if labelled else None,
         bad_rows=dict(bad_rows),
         blank=tuple(blank),
         notes=tuple(rows.notes),
+        words=words if format_.labels == "words" else None,
     )
+
+
+def strata(labels: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.float32]:
+    """Return a number for each of ``count`` examples, equal where labels are.
+
+    Args:
+        labels: ``[count]``, ``[count, L]``, or of tagged words ``[W]``, whose examples count alike.
+        count: of examples.
+    """
+    if labels.ndim == 1:
+        return labels if len(labels) == count else np.zeros(count, dtype=np.float32)
+    _, found = np.unique(labels, axis=0, return_inverse=True)
+    return found.reshape(-1).astype(np.float32)
+
+
+def _array(labels: Sequence[Sequence[float]], format_: TaskSchema) -> npt.NDArray[np.float32]:
+    """Return the labels of all rows as :class:`Table` has them."""
+    if format_.labels == "several":
+        width = int(format_.high) + 1
+        rows = [row or [0.0] * width for row in labels]
+        return np.array(rows, dtype=np.float32).reshape(-1, width)
+    if format_.labels == "one":
+        return np.array([row[0] if row else 0.0 for row in labels], dtype=np.float32)
+    return np.array(list(chain.from_iterable(labels)), dtype=np.float32)
 
 
 def _no_usable_row(where: str, bad_rows: Counter[str], first_bad: str) -> str:
@@ -170,17 +213,36 @@ def _no_usable_row(where: str, bad_rows: Counter[str], first_bad: str) -> str:
     return f"no usable row ({counts}), {where}; the first: {first_bad}"
 
 
-def _check(identifier: str, texts: Sequence[str], format_: TaskSchema, labelled: bool) -> float:
-    """Return the label (0 where none is asked for) of a row in which all is well."""
+def _check(
+    identifier: str, texts: Sequence[str], format_: TaskSchema, labelled: bool
+) -> tuple[list[str], list[float]]:
+    """Return the words, where they are tagged, and the labels of a row in which all is well."""
     if not identifier.strip():
         raise BadRowError("empty id", f"column {format_.id!r}")
     for name, text in zip(format_.sentences, texts, strict=False):
         if not text.strip():
             raise BadRowError("empty sentence", f"column {name!r}")
+    words: list[str] = []
+    if format_.labels == "words":
+        try:
+            words = format_.words(texts[0])
+        except ValueError as error:
+            raise BadRowError(str(error), f"column {format_.sentences[0]!r}") from error
     if not labelled:
-        return 0.0
+        return words, []
+    cells = texts[len(format_.sentences) :]
     try:
-        return format_.parse_label(texts[-1])
+        return words, format_.parse_labels(cells, len(words))
     except ValueError as error:
-        where = f"{shorten(texts[-1])!r} in column {format_.label!r}"
-        raise BadRowError(str(error), where) from error
+        reason, _, detail = str(error).partition(": ")
+        raise BadRowError(reason, _label_place(format_, cells, detail)) from error
+
+
+def _label_place(format_: TaskSchema, cells: Sequence[str], detail: str) -> str:
+    """Return what is wrong with the label of a row, and where that is."""
+    if format_.label_columns:
+        named = zip(cells, format_.label_columns, strict=True)
+        return ", ".join(f"{shorten(cell)!r} in column {name!r}" for cell, name in named)
+    if format_.labels == "one":
+        return f"{shorten(cells[0])!r} in column {format_.label!r}"
+    return f"{detail or shorten(cells[0])}, column {format_.label!r}"

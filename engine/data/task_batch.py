@@ -28,8 +28,21 @@ class MaskedTokens(NamedTuple):
     is_next: Tensor | None
 
 
-Labels = Tensor | MaskedTokens
-"""float32 ``[n]`` for a task; the masked tokens for masked LM."""
+class TaggedTokens(NamedTuple):
+    """Labels of words.
+
+    Attributes:
+        positions: int64 ``[m]``, the tokens whose states are to be scored, among those of the task
+            batch: the first of each word, or all; -1 for a word without a token.
+        targets: int64 ``[m]``, their tags; -100 for one that does not count.
+    """
+
+    positions: Tensor
+    targets: Tensor
+
+
+Labels = Tensor | MaskedTokens | TaggedTokens
+"""float32 ``[n]`` for a task, of several labels ``[n, L]``; masked or tagged tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +72,13 @@ class TaskBatch:
         """N."""
         return len(self.sizes) // self.columns
 
+    @property
+    def terms(self) -> int:
+        """How many terms its mean loss has: its examples, or its tagged tokens."""
+        if isinstance(self.labels, TaggedTokens):
+            return int((self.labels.targets >= 0).sum())
+        return self.examples
+
 
 def empty_task_batch(task: str) -> TaskBatch:
     """Return the batch of a task without examples, as some ranks have."""
@@ -79,29 +99,31 @@ class Examples(Protocol):
     def task_batch(self, chosen: Indices, step: int, /) -> TaskBatch:
         """Return the chosen examples; ``step`` decides what is random about them."""
 
+    def terms(self, chosen: Indices, /) -> int:
+        """Return how many terms the mean loss of chosen examples has."""
+
 
 _MASKED_MULTIPLE = 64
 """Masked tokens are padded to a multiple of this where batches have few shapes."""
 
 
 def pad_labels(labels: Labels | None) -> Labels | None:
-    """Pad masked tokens with ones that do not count: position -1, target -100."""
-    if not isinstance(labels, MaskedTokens):
+    """Pad masked or tagged tokens with ones that do not count: position -1, target -100."""
+    if labels is None or isinstance(labels, Tensor):
         return labels
     padding = (0, -len(labels.positions) % _MASKED_MULTIPLE)
-    return MaskedTokens(
-        F.pad(labels.positions, padding, value=-1),
-        F.pad(labels.targets, padding, value=-100),
-        labels.is_next,
+    return labels._replace(
+        positions=F.pad(labels.positions, padding, value=-1),
+        targets=F.pad(labels.targets, padding, value=-100),
     )
 
 
 def map_labels(labels: Labels | None, move: Callable[[Tensor], Tensor]) -> Labels | None:
     """Apply ``move`` to every tensor of some labels."""
-    if isinstance(labels, MaskedTokens):
-        is_next = None if labels.is_next is None else move(labels.is_next)
-        return MaskedTokens(move(labels.positions), move(labels.targets), is_next)
-    return None if labels is None else move(labels)
+    if labels is None or isinstance(labels, Tensor):
+        return None if labels is None else move(labels)
+    moved = {name: move(x) for name, x in labels._asdict().items() if x is not None}
+    return labels._replace(**moved)
 
 
 def ranges(starts: Indices, sizes: Indices) -> Indices:

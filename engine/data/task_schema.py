@@ -1,13 +1,17 @@
 """The schema of a task's data: names, columns and the range of a label."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from ..utils.errors import InputError
+from ..utils.json_text import dump_json
+from ..utils.untrusted_io import parse_json
 from .dialect import ARCHIVES, AUTO, BUILT_IN, COMPRESSIONS, LAYOUTS, Dialect, Layout, endings
+from .tags import OUTSIDE, Scheme, check_tags
 
 SPLITS: Mapping[str, str] = MappingProxyType(
     {"train": "train", "dev": "dev", "test": "test-student"}
@@ -16,6 +20,9 @@ SPLITS: Mapping[str, str] = MappingProxyType(
 
 _TRUTH = MappingProxyType({"false": "0", "true": "1"})
 """Labels as JSON spells them, where classes have no names."""
+
+_UNSEEN = "_"
+"""Stands for the tag of a word that was cut off."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
@@ -61,6 +68,18 @@ class TaskSchema:
     whole: bool | None = None
     """Whether labels are whole numbers, as those of classes; None: as ``kind`` says."""
 
+    labels: Literal["one", "several", "words"] = "one"
+    """An example has one label, any number of ``classes``, or a tag for each of its words."""
+
+    label_columns: tuple[str, ...] = ()
+    """With several labels, the columns of 0 and 1, one for each; empty: ``label`` lists them."""
+
+    separator: str = ","
+    """Between the labels of a text cell; in JSON and Parquet they are lists."""
+
+    scheme: Scheme = "none"
+    """By which tags mark entities."""
+
     def __post_init__(self) -> None:
         if self.whole is None:
             object.__setattr__(self, "whole", self.kind != "score")
@@ -95,8 +114,70 @@ class TaskSchema:
 
     def columns(self, *, labelled: bool) -> tuple[str, ...]:
         """Return the columns to read: the id if there is one, the sentences, the label."""
-        last = (self.label,) if labelled else ()
+        last = (self.label_columns or (self.label,)) if labelled else ()
         return (*((self.id,) if self.id else ()), *self.sentences, *last)
+
+    @property
+    def list_columns(self) -> tuple[str, ...]:
+        """The columns whose cells may be lists, which a :class:`~.rows.Row` has as JSON."""
+        if self.labels == "words":
+            return (*self.sentences, self.label)
+        return (self.label,) if self.labels == "several" else ()
+
+    def words(self, cell: str) -> list[str]:
+        """Return the words of a text whose words are tagged: a list, or separated by blanks.
+
+        Raises:
+            ValueError: there are none, or one is empty.
+        """
+        words = _listed(cell, None)
+        if not words:
+            raise ValueError("no words")
+        if not all(word.strip() for word in words):
+            raise ValueError("an empty word")
+        return words
+
+    def parse_labels(self, cells: Sequence[str], words: int = 1) -> list[float]:
+        """Return the labels of an example: one, 0 or 1 for each class, or a tag for each word.
+
+        Args:
+            cells: of the label's column, or of the columns of several labels.
+            words: how many there are to be tagged.
+
+        Raises:
+            ValueError: the cells spell none; the message says why, in words fit for counting,
+                then after a colon where.
+        """
+        if self.labels == "one":
+            return [self.parse_label(cells[0])]
+        if self.label_columns:
+            return [_yes_or_no(cell) for cell in cells]
+        if self.labels == "several":
+            if not cells[0].strip():
+                raise ValueError("empty label list: write [] for an example without a label")
+            names = _listed(cells[0], self.separator)
+            numbers = [int(self._class_number(name)) for name in names]
+            return [float(number in numbers) for number in range(int(self.high) + 1)]
+        tags = _listed(cells[0], None)
+        if len(tags) != words:
+            raise ValueError(f"tags and words differ in number: {len(tags)} and {words}")
+        if self.scheme != "none":
+            # Unknown ones are said to be so, not to lack a beginning.
+            for tag in tags:
+                self._class_number(tag)
+            tags = [*check_tags(tags, self.scheme)]
+        return [self._class_number(tag) for tag in tags]
+
+    def _class_number(self, name: str) -> float:
+        try:
+            return self.parse_label(name)
+        except ValueError as error:
+            raise ValueError(f"{error}: {name!r}") from None
+
+    @property
+    def outside(self) -> int:
+        """The number of the tag O, what a word gets that the model does not see; -1 without it."""
+        return self.classes.index(OUTSIDE) if OUTSIDE in self.classes else -1
 
     def parse_label(self, text: str) -> float:
         """Return the label that ``text`` spells.
@@ -122,7 +203,53 @@ class TaskSchema:
         """Return the text of a label or prediction: a class's name or number, or a score."""
         if not self.whole:
             return f"{value:.4f}"
+        if value < 0:
+            return _UNSEEN
         return self.classes[int(value)] if self.classes else f"{value:.0f}"
+
+    def spell_labels(self, values: Sequence[float]) -> str:
+        """Return the text of an example's labels, as :meth:`parse_labels` reads it.
+
+        Args:
+            values: the one label; 0 or 1 for each class; or the tag of each word, -1 for one that
+                the model did not see (an underscore).
+        """
+        if self.labels == "one":
+            return self.spell_label(values[0])
+        separator = self.separator if self.labels == "several" else " "
+        numbers = [*values]
+        if self.labels == "several":
+            numbers = [number for number, value in enumerate(values) if value]
+        names = [self.spell_label(number) for number in numbers]
+        if not names or any(separator in name or name.startswith("[") for name in names):
+            return dump_json(names)
+        return separator.join(names)
+
+
+def _listed(cell: str, separator: str | None) -> list[str]:
+    """Return the items of a JSON list, or of a text that is divided by a separator (or blanks).
+
+    Raises:
+        ValueError: an item is neither text nor a number.
+    """
+    if cell.lstrip().startswith("["):
+        try:
+            items = parse_json(cell)
+        except ValueError:
+            items = None  # a text that begins with a bracket
+        if isinstance(items, list):
+            for item in items:
+                if isinstance(item, bool) or not isinstance(item, str | int | float):
+                    raise ValueError(f"a list with neither text nor numbers: {item!r}")
+            return [str(item) for item in items]
+    return cell.split() if separator is None else [part.strip() for part in cell.split(separator)]
+
+
+def _yes_or_no(cell: str) -> float:
+    value = _TRUTH.get(cell.strip().lower(), cell.strip())
+    if not _NUMBER.fullmatch(value) or float(value) not in (0, 1):
+        raise ValueError("label is neither 0 nor 1")
+    return float(value)
 
 
 def _table(*formats: TaskSchema) -> Mapping[str, TaskSchema]:

@@ -22,6 +22,7 @@ from ..utils.errors import InputError
 from ..utils.files import write_text
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import parse_json, read_bytes
+from .task_batch import ranges
 from .tokenizer_file import LARGEST_FILE, known_part, refuse_sampling
 from .tokenizer_process import TokenizerProcess
 
@@ -247,6 +248,48 @@ class Tokenizer:
             offsets=offsets,
             truncated=int((lengths + 2 > max_length).sum()),
         )
+
+    def encode_words(
+        self, texts: Sequence[Sequence[str]], max_length: int
+    ) -> tuple[EncodedTexts, npt.NDArray[np.int32]]:
+        """Turn texts that are divided into words into token ids, as :meth:`encode` does with texts.
+
+        Byte-level tokenizers get each word but a text's first with the blank before it, as in
+        running text.
+
+        Args:
+            texts: the words of S texts.
+            max_length: the limit, ``[CLS]`` and ``[SEP]`` included.
+
+        Returns:
+            The texts, and int32 ``[W]`` the tokens of each word, 0 of a word that is cut off or
+            that the tokenizer leaves nothing of.
+        """
+        blank = " " if self._is_byte_level else ""
+        words = [blank * (number > 0) + word for text in texts for number, word in enumerate(text)]
+        # Without a frame: each word is a text of its own, of any length.
+        encoded = self.encode(words, 1 << 30)
+        own = np.diff(encoded.offsets) - 2
+        counts = np.array([len(text) for text in texts], dtype=np.int64)
+        ends = np.concatenate(([0], np.cumsum(own)))
+        bounds = np.concatenate(([0], np.cumsum(counts)))
+        before = ends[:-1] - np.repeat(ends[bounds[:-1]], counts)  # tokens before it in its text
+        kept = np.clip(max_length - 2 - before, 0, own)
+        lengths = ends[bounds[1:]] - ends[bounds[:-1]]
+        sizes = np.minimum(lengths, max_length - 2)
+        offsets = np.concatenate(([0], np.cumsum(sizes + 2)))
+        tokens = np.empty(offsets[-1], dtype=np.int32)
+        tokens[offsets[:-1]], tokens[offsets[1:] - 1] = self.cls_id, self.sep_id
+        from_word = encoded.offsets[:-1] + 1
+        to_word = np.repeat(offsets[:-1] + 1, counts) + before
+        tokens[ranges(to_word, kept)] = encoded.tokens[ranges(from_word, kept)]
+        truncated = int((lengths > max_length - 2).sum())
+        return EncodedTexts(tokens, offsets, truncated), kept.astype(np.int32)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether a blank before a word is part of its first token."""
+        return '"ByteLevel"' in dump_json(self._components["pre_tokenizer"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without the special tokens.

@@ -13,7 +13,7 @@ from ..data.task_schema import TaskSchema
 from ..models.heads import HEADS
 from ..models.registry import spec_of
 from ..runs.run import Run
-from ..runs.scoring import metric_name
+from ..runs.scoring import score_names
 from ..utils.quoting import fence, markdown_text, printable
 
 _LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")
@@ -198,8 +198,9 @@ def _scores(run: Run, scores: Scores | None) -> str:
     if scores is None:
         return "None were measured."
     rows = [
-        f"| {markdown_text(task)} | {metric_name(form)} | {_figure(scores[task])} |"
-        for task, form in run.recipe.formats.items()
+        f"| {markdown_text(task)} | {metric} | {_figure(scores[name])} |"
+        for name, (task, metric) in score_names(run.recipe).items()
+        if name in scores
     ]
     head = ["On the dev data, at the exported step:", "", "| task | metric | score |"]
     return "\n".join([*head, "| --- | --- | --- |", *rows])

@@ -153,6 +153,11 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             lambda case: reads_data_folder(case.recipe), "no file of a task is looked for there"
         ),
         "tasks.NAME.head": ALWAYS,
+        "tasks.NAME.metrics": ALWAYS,
+        "tasks.NAME.score_weight": Effect(
+            lambda case: len(case.recipe.tasks) > 1, "one task alone is scored", off=1
+        ),
+        "tasks.NAME.tag_pieces": Effect(_is_trained, "{case.owner} is not trained", off="first"),
         "tasks.NAME.loss": Effect(_reads_loss, "{case.owner} is not trained", off="default"),
         "tasks.NAME.weight": Effect(_is_trained, "{case.owner} is not trained", off=1),
         "tasks.NAME.first_n": Effect(
@@ -165,7 +170,10 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             ),
         ),
         **dict.fromkeys(
-            (f"tasks.NAME.source.{name}" for name in ("kind", "text", "label", "id", "dataset")),
+            (
+                f"tasks.NAME.source.{name}"
+                for name in ("kind", "text", "label", "id", "dataset", "separator", "scheme")
+            ),
             ALWAYS,
         ),
         "tasks.NAME.source.classes": Effect(

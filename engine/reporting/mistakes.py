@@ -74,13 +74,17 @@ def findings(answers: Answers) -> Findings:
 def counts(answers: Answers) -> npt.NDArray[np.int64]:
     """Return how often each label (row) got each prediction (column), both as whole numbers.
 
+    Of several labels each is counted by itself, as 0 or 1; words that the model does not see are
+    left out.
+
     Scores are rounded to the nearest label.  Of many labels neighbours are counted together.
     """
-    low, high = int(answers.form.low), int(answers.form.high)
+    low, high = _bounds(answers)
     together = labels_together(answers)
+    seen = answers.predictions >= low if answers.form.whole else np.isfinite(answers.labels)
     places = [
         (np.floor(np.asarray(values, np.float64) + 0.5).clip(low, high) - low) // together
-        for values in (answers.labels, answers.predictions)
+        for values in (answers.labels[seen], answers.predictions[seen])
     ]
     size = (high - low) // together + 1
     found = np.zeros((size, size), dtype=np.int64)
@@ -90,7 +94,14 @@ def counts(answers: Answers) -> npt.NDArray[np.int64]:
 
 def labels_together(answers: Answers) -> int:
     """Return how many neighbouring labels are counted as one, so that there are few."""
-    return -(-(int(answers.form.high) - int(answers.form.low) + 1) // _MOST)
+    low, high = _bounds(answers)
+    return -(-(high - low + 1) // _MOST)
+
+
+def _bounds(answers: Answers) -> tuple[int, int]:
+    """Return the smallest and the largest number of a label; of several labels each is 0 or 1."""
+    several = answers.form.labels == "several"
+    return (0, 1) if several else (int(answers.form.low), int(answers.form.high))
 
 
 def heatmaps(answers: Mapping[str, Findings]) -> bytes:

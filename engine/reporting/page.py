@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..metrics.read import Json
 from ..runs.run import Run
-from ..runs.scoring import metric_name
 from ..utils.output_files import write_output
 from ..utils.quoting import printable
 from . import plots
@@ -19,6 +18,7 @@ from .run_data import (
     Answers,
     Series,
     dev_answers,
+    label_shares,
     layer_conflicts,
     names,
     read_evaluations,
@@ -29,6 +29,9 @@ from .run_data import (
 
 _MISTAKES = 12
 """Examples that went wrong, of each task."""
+
+_LABELS = 24
+"""The most labels of a task that are drawn, the most frequent ones."""
 
 _GPU_READINGS = {
     "power_w": "power, W",
@@ -86,7 +89,6 @@ def write_page(run: Run, path: Path, device: torch.device, *, replace: bool = Fa
         description=run.recipe.description,
         facts=dict(_facts(run, steps)),
         answers=answers,
-        metric=metric_name,
         sections=sections,
         recipe=run.recipe.to_toml(),
     )
@@ -190,12 +192,22 @@ def _mean(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _answers(answers: dict[str, Answers]) -> Section:
     drawn = [
         Picture(
-            f"{task}: {metric_name(own.form)} {own.score:.3f}",
-            plots.confusion_matrix(own) if own.form.whole else plots.scatter(own),
+            f"{task}: {own.metric} {own.score:.3f}",
+            _drawn(own),
         )
         for task, own in answers.items()
     ]
     return Section("Answers on the dev data", "The best checkpoint's.", drawn)
+
+
+def _drawn(answers: Answers) -> str:
+    form = answers.form
+    if form.labels != "several":
+        return plots.confusion_matrix(answers) if form.whole else plots.scatter(answers)
+    shares = label_shares(answers)
+    most = np.sort(np.argsort(-shares[:, 2], kind="stable")[:_LABELS])
+    rows = [form.spell_label(number) for number in most.tolist()]
+    return plots.heatmap(rows, ["recall", "precision", "frequency"], shares[most], signed=False)
 
 
 def _speed(steps: list[Json]) -> Section:

@@ -13,7 +13,7 @@ from ..metrics.log import EVALUATIONS, STEPS
 from ..metrics.read import Json, read_evaluation_lines, read_step_lines
 from ..runs.data_paths import origin
 from ..runs.run import Run
-from ..runs.scoring import answers, score
+from ..runs.scoring import answers, metrics_of, results_of, score, score_names
 from ..utils.errors import InputError
 
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -35,14 +35,16 @@ class Answers(NamedTuple):
 
     Attributes:
         form: the task's data.
-        score: accuracy or correlation.
-        labels: float32 ``[n]``.
-        predictions: float32 ``[n]``.
+        metric: the name of the deciding metric.
+        score: by that metric.
+        labels: float32 ``[N]``, one of each example or tagged word; ``[n, L]`` of several labels.
+        predictions: the same of the model.
         mistakes: of classes those answered wrong with most certainty (the probability that the
             model gave to its answer), of scores those farthest off (the distance).
     """
 
     form: TaskSchema
+    metric: str
     score: float
     labels: npt.NDArray[np.float32]
     predictions: npt.NDArray[np.float32]
@@ -69,7 +71,7 @@ def read_evaluations(run: Run) -> list[Json]:
         InputError: the file cannot be read, a line is not right, or is of another run.
     """
     evaluations = read_evaluation_lines(run.folder)
-    known = [*run.recipe.tasks, "overall"]
+    known = [*score_names(run.recipe), "overall"]
     _check_names(run, EVALUATIONS, names(evaluations, "scores"), known)
     return evaluations
 
@@ -127,23 +129,27 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
         )
         assert split.labels is not None
         labels = np.asarray(split.labels)
-        predictions, certainty = answers(model, split)
-        wrong = predictions != labels
+        own = answers(model, split)
+        predictions, certainty = own.predictions, own.certainties
+        wrong = (predictions != labels).reshape(len(labels), -1).any(1)
         if not form.whole:
             certainty, wrong = np.abs(predictions - labels), np.ones(len(labels), dtype=bool)
         order = [i for i in np.argsort(-certainty, kind="stable") if wrong[i]][:limit]
-        mistakes = [
-            Mistake(
-                table.ids[i],
-                tuple(column[i] for column in table.sentences),
-                form.spell_label(labels[i]),
-                form.spell_label(predictions[i]),
-                float(certainty[i]),
+        of_answers = np.repeat(np.arange(len(split)), np.diff(own.offsets))
+        mistakes = []
+        for i in order:
+            row = int(of_answers[i])
+            sentences = tuple(column[row] for column in table.sentences)
+            if table.words is not None:
+                word = table.words[row][i - int(own.offsets[row])]
+                sentences = (f"{word}: {sentences[0]}",)
+            label, answer = (
+                form.spell_labels(x[i].ravel().tolist()) for x in (labels, predictions)
             )
-            for i in order
-        ]
-        value = score(form, predictions, labels)
-        found[task] = Answers(form, value, labels, predictions, mistakes)
+            mistakes.append(Mistake(table.ids[row], sentences, label, answer, float(certainty[i])))
+        metric = metrics_of(run.recipe, task)[0]
+        value = score(metric, results_of(form, own, labels))
+        found[task] = Answers(form, metric.name, value, labels, predictions, mistakes)
     return found
 
 
@@ -177,9 +183,25 @@ def confusion(
     classes = np.arange(count) if classes is None else classes
     size = len(classes) + (len(classes) < count)
     numbers = np.stack([answers.labels, answers.predictions]).astype(np.int64)
+    numbers = numbers[:, numbers[1] >= 0]  # of words that the model sees
     places = np.searchsorted(classes, numbers).clip(max=len(classes) - 1)
     places[classes[places] != numbers] = len(classes)
     return np.bincount(places[0] * size + places[1], minlength=size * size).reshape(size, size)
+
+
+def label_shares(answers: Answers) -> npt.NDArray[np.float64]:
+    """Return recall, precision and frequency of each of L labels, ``[L, 3]``.
+
+    NaN for the recall of one that no example has, and the precision of one never predicted.
+    """
+    labels, predictions = answers.labels > 0, answers.predictions > 0
+    found = (labels & predictions).sum(0)
+    of_labels, of_predictions = labels.sum(0), predictions.sum(0)
+    shares = np.full((labels.shape[1], 3), np.nan)
+    np.divide(found, of_labels, out=shares[:, 0], where=of_labels > 0)
+    np.divide(found, of_predictions, out=shares[:, 1], where=of_predictions > 0)
+    shares[:, 2] = of_labels / len(labels)
+    return shares
 
 
 def layer_conflicts(

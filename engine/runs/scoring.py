@@ -10,12 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import FiniteFloat, TypeAdapter
+from torch import Tensor
 
+from ..config.recipe import Recipe
 from ..data.loader import evaluation_batches
 from ..data.split import TokenizedSplit
+from ..data.task_batch import ranges
 from ..data.task_schema import TaskSchema
 from ..distributed.ranks import Ranks
-from ..models.heads import Metric, head_class
+from ..models.heads import Metric, Results, metrics_for
 from ..models.multitask import MultitaskModel
 from ..utils.errors import InputError
 from ..utils.files import write_text
@@ -29,20 +32,37 @@ _NOT_FINITE = (
 _MAX_TOKENS = 8192  # a batch; enough to fill the machine, little enough for any of them
 
 
+class Answers(NamedTuple):
+    """A model's answers on a split of n examples: N, one for each example or each tagged word.
+
+    Attributes:
+        predictions: float32 ``[N]``, class numbers, or values within the label's range; of several
+            labels ``[N, L]``, 0 or 1.  -1 of a word that the model does not see, where no tag O
+            stands for it.
+        certainties: float32 ``[N]``, the probability that the model gives to the class (1 for
+            values).
+        probabilities: float32 ``[N, C]`` of all classes or labels; None of values.
+        offsets: int64 ``[n + 1]``; answers ``offsets[i]:offsets[i + 1]`` are of example i.
+    """
+
+    predictions: npt.NDArray[np.float32]
+    certainties: npt.NDArray[np.float32]
+    probabilities: npt.NDArray[np.float32] | None
+    offsets: npt.NDArray[np.int64]
+
+
 def predict(
     model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = None
 ) -> npt.NDArray[np.float32]:
-    """Return a prediction for every example of a split: the first result of :func:`answers`.
+    """Return the predictions for a split: those of :func:`answers`.
 
     Raises:
         InputError: some are not finite.
     """
-    return answers(model, split, ranks)[0]
+    return answers(model, split, ranks).predictions
 
 
-def answers(
-    model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = None
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = None) -> Answers:
     """Let a model answer every example of a split.
 
     Args:
@@ -51,27 +71,45 @@ def answers(
         ranks: processes that share the work; each gets all answers.
 
     Returns:
-        Predictions and certainties, float32 ``[n]`` each, in the split's order.  Predictions are
-        class numbers, or scores within the label's range; a certainty is the probability that the
-        model gives to the class (1 for scores).
+        Answers in the split's order.
 
     Raises:
         InputError: what the model computes for some examples is not finite.
     """
-    predictions, certainties = _answers(model, split, ranks)
-    if bad := np.count_nonzero(~np.isfinite(predictions)):
+    found = _answers(model, split, ranks)
+    finite = np.isfinite(found.predictions).reshape(len(found.predictions), -1).all(1)
+    if not finite.all():
+        of_examples = np.repeat(np.arange(len(split)), np.diff(found.offsets))
+        bad = len(np.unique(of_examples[~finite]))
         raise InputError(f"{bad} of {len(split)} examples of {split.task}: {_NOT_FINITE}")
-    return predictions, certainties
+    return found
 
 
-def _answers(
-    model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return what :func:`answers` does; NaN for examples whose outputs are not finite."""
-    ranks = ranks or Ranks()
-    found = torch.zeros(2, len(split))
+def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) -> Answers:
+    """Return what :func:`answers` does; NaN for answers whose scores are not finite."""
+    head, offsets = model.head(split.task), split.answer_offsets
+    scores = _scores(model, split, ranks or Ranks())
+    finite = scores.isfinite().view(len(scores), -1).all(1)
+    predictions = head.predict(scores).float()
+    # argmax makes a class of NaN, too.
+    predictions[~finite] = torch.nan
+    assert head.task is not None, f"{split.task} is an objective"
+    unseen = torch.from_numpy(split.unseen)
+    predictions[unseen & finite] = head.task.outside
+    certainties = head.certainty(scores).float().where(finite, torch.nan)
+    probabilities = head.probabilities(scores)
+    return Answers(
+        predictions.numpy(),
+        certainties.numpy(),
+        None if probabilities is None else probabilities.numpy(),
+        offsets,
+    )
+
+
+def _scores(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks) -> Tensor:
+    """Return the head's scores of all N answers, ``[N, …]`` fp32 on the CPU."""
+    offsets, found = split.answer_offsets, torch.empty(0)
     device = next(model.parameters()).device
-    head = model.head(split.task)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -79,53 +117,83 @@ def _answers(
         for indices, batch in itertools.islice(batches, ranks.rank, None, ranks.size):
             (scores,) = model(batch.to(device), [split.task])
             assert isinstance(scores, torch.Tensor)
-            finite = scores.isfinite().view(len(scores), -1).all(1)
-            both = torch.stack([head.predict(scores).float(), head.certainty(scores).float()])
-            both = both.where(finite, torch.nan)  # argmax makes a class of NaN, too
-            found[:, torch.from_numpy(indices)] = both.cpu()
+            if not len(found):
+                found = torch.zeros(int(offsets[-1]), *scores.shape[1:])
+            places = ranges(offsets[indices], np.diff(offsets)[indices])
+            found[torch.from_numpy(places)] = scores.float().cpu()
     model.train(was_training)
+    # The first rank has a batch, others may have none.
+    shape = ranks.broadcast(list(found.shape))
+    found = found if len(found) else torch.zeros(*shape)
     ranks.sum_(found)
-    predictions, certainties = found.numpy()
-    return predictions, certainties
+    return found
 
 
-def metric_of(task: TaskSchema) -> Metric:
-    """Return what a task is scored by: the metric of its kind of head."""
-    metric = head_class(task.kind).metric
-    assert metric is not None, f"{task.task} is an objective"
-    return metric
+def metrics_of(recipe: Recipe, task: str) -> list[Metric]:
+    """Return what a task of a recipe is scored by; the first metric decides."""
+    known = metrics_for(recipe.formats[task])
+    names = recipe.tasks[task].metrics
+    by_name = {metric.name: metric for metric in known}
+    return [by_name[name] for name in names] if names else [known[0]]
 
 
-def metric_name(task: TaskSchema) -> str:
-    """Return the name of what a task is scored by, such as ``accuracy``."""
-    return metric_of(task).name
+def score_names(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """Return task and metric of each score, by the score's name, without ``overall``.
+
+    That of the deciding metric is called as the task is, of others ``TASK.METRIC``.
+    """
+    return {
+        task if number == 0 else f"{task}.{metric.name}": (task, metric.name)
+        for task in recipe.tasks
+        for number, metric in enumerate(metrics_of(recipe, task))
+    }
 
 
-def score(task: TaskSchema, predictions: npt.ArrayLike, labels: npt.ArrayLike) -> float:
-    """Return the metric of a task's predictions; NaN where a prediction is not finite."""
-    predicted, wanted = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
-    if not np.isfinite(predicted).all():
+def score(metric: Metric, results: Results) -> float:
+    """Return a metric of results; NaN where a prediction is not finite."""
+    if not np.isfinite(results.predictions).all():
         return math.nan
-    return metric_of(task).function(predicted, wanted)
+    return metric.function(results)
+
+
+def results_of(task: TaskSchema, found: Answers, labels: npt.ArrayLike) -> Results:
+    """Return answers and labels, for a metric."""
+    probabilities = found.probabilities
+    return Results(
+        predictions=found.predictions.astype(np.float64),
+        labels=np.asarray(labels, np.float64),
+        probabilities=None if probabilities is None else probabilities.astype(np.float64),
+        offsets=found.offsets,
+        classes=task.classes,
+    )
 
 
 def score_splits(
-    model: MultitaskModel, splits: Mapping[str, TokenizedSplit], ranks: Ranks | None = None
+    model: MultitaskModel,
+    splits: Mapping[str, TokenizedSplit],
+    recipe: Recipe,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Score a model on a labelled split of each task, a work that ``ranks`` share.
 
     Returns:
-        The score of each task, and ``overall``, their mean; nothing for no splits.  NaN where what
-        the model computes is not finite.
+        The scores by the names of :func:`score_names`, and ``overall``, the mean of the deciding
+        ones by ``tasks.NAME.score_weight``; an error counts by its negative.  Nothing for no
+        splits.  NaN where what the model computes is not finite.
     """
-    scores = {}
+    scores, deciding = dict[str, float](), list[float]()
     for task, split in splits.items():
         assert split.labels is not None, f"split of {task} has no labels"
-        predictions, _ = _answers(model, split, ranks)
-        form = model.head(task).task
-        assert form is not None, f"{task} is an objective"
-        scores[task] = score(form, predictions, split.labels)
-    return scores and scores | {"overall": sum(scores.values()) / len(scores)}
+        results = results_of(recipe.formats[task], _answers(model, split, ranks), split.labels)
+        first, *others = metrics_of(recipe, task)
+        scores[task] = score(first, results)
+        scores |= {f"{task}.{metric.name}": score(metric, results) for metric in others}
+        deciding.append(first.sign * scores[task])
+    if not splits:
+        return {}
+    weights = [recipe.tasks[task].score_weight for task in splits]
+    total = sum(weight * value for weight, value in zip(weights, deciding, strict=True) if weight)
+    return scores | {"overall": total / sum(weights)}
 
 
 class Scores(NamedTuple):

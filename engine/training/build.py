@@ -1,6 +1,7 @@
 """Build a trainer from a recipe: data, model, flat parameters, optimizer, step."""
 
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from ..gradients.balancing import TORCHJD, Balancer, TrainedTasks, build_method
 from ..gradients.flat_parameters import FlatParameters
 from ..gradients.groups import ParamGroups
 from ..metrics.loggers import check_loggers
+from ..models.heads import Head, head_class
 from ..models.multitask import MultitaskModel
 from ..optim.apex import CLASSES as APEX
 from ..optim.build import build_optimizer
@@ -151,7 +153,9 @@ def build_trainer(
 
 def _examples(run: Run, name: str) -> Examples:
     """Return the training examples of a task or an objective."""
-    return run.objective(name) if name in run.recipe.objectives else run.split(name, "train")
+    if name in run.recipe.objectives:
+        return run.objective(name)
+    return replace(run.split(name, "train"), all_pieces=run.recipe.tasks[name].tag_pieces == "all")
 
 
 def _check_trainable(recipe: Recipe, phase: str, model: MultitaskModel) -> None:
@@ -194,8 +198,7 @@ def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
     """Return the sampler of a task's batches, from all examples or from the recipe's subset."""
     subset = None
     if isinstance(examples, TokenizedSplit):
-        assert examples.labels is not None, f"training split of {examples.task} has no labels"
-        labels = examples.labels[: recipe.tasks[examples.task].first_n or None]
+        labels = examples.strata[: recipe.tasks[examples.task].first_n or None]
         subset = stratified_subset(
             labels, recipe.max_train_examples or len(labels), examples.task, recipe.seed
         )
@@ -234,6 +237,16 @@ def has_one_gradient(recipe: Recipe) -> bool:
     return recipe.task_schedule != "together" or len(recipe.train) == 1
 
 
+def _varies(head: type[Head]) -> bool:
+    return head.varies_in_size
+
+
+def _heads(recipe: Recipe) -> list[type[Head]]:
+    """Return the kinds of heads of the tasks that are trained."""
+    forms = recipe.formats
+    return [head_class(forms[name].kind) for name in recipe.train if name in forms]
+
+
 def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
     """Return how steps run; ``auto`` takes CUDA graphs where they can be used.
 
@@ -254,6 +267,8 @@ def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
         refused = dict.fromkeys(RECORDED, waits)
     elif ranks.size > 1 and any(name in recipe.objectives for name in recipe.train):
         refused = dict.fromkeys(RECORDED, "batches of objectives differ in shape between ranks")
+    elif (ranks.size > 1 or recipe.micro_batches > 1) and any(map(_varies, _heads(recipe))):
+        refused = dict.fromkeys(RECORDED, "ranks and micro-batches have other numbers of words")
     if ranks.size > 1:
         refused |= dict.fromkeys(COMPILED, "several ranks do not compile their steps")
     kind = recipe.execution

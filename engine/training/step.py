@@ -149,8 +149,8 @@ class MultitaskStep:
         factors = self._loss_weights[micro_batches[0].tasks]
         if self.loss_scale is not None:
             factors = factors * self.loss_scale.scale
-        totals = micro_batches[0].step_examples or [
-            sum(counts) for counts in zip(*(b.examples for b in micro_batches), strict=True)
+        totals = micro_batches[0].step_terms or [
+            sum(counts) for counts in zip(*(b.terms for b in micro_batches), strict=True)
         ]
         losses: Tensor | None = None
         for number, batch in enumerate(micro_batches):
@@ -173,13 +173,13 @@ class MultitaskStep:
     def _losses(
         self, batch: PackedBatch, totals: Sequence[int], seed: Tensor, accumulate: bool
     ) -> Tensor:
-        """Return ``[K]``, a batch's share in the mean losses over ``totals`` examples a task."""
+        """Return ``[K]``, a batch's share in the mean losses of ``totals`` terms a task."""
         scores = self.model(batch, batch.tasks, seed=seed, task_rows=True, accumulate=accumulate)
         means = self.model.losses(scores, batch, batch.tasks)
         return torch.stack(
             [
-                mean if here == total else mean * (here / total)
-                for mean, here, total in zip(means, batch.examples, totals, strict=True)
+                mean if here == total else mean * (here / total if here else 0.0)
+                for mean, here, total in zip(means, batch.terms, totals, strict=True)
             ]
         )
 

@@ -6,39 +6,49 @@ kind, and everything that depends on the kind is a method of the head
 """
 
 from ...data.source import FURTHER_KINDS
+from ...data.task_schema import TaskSchema
 from .base import LOSSES, Head, HeadExport, HeadSettings, Scores
 from .binary import BinaryHead
 from .classification import ClassificationHead
 from .contrastive import ContrastiveHead
 from .masked_lm import MaskedLmHead
-from .metrics import ACCURACY, PEARSON, Metric
+from .metrics import METRICS, Metric, Results
+from .multi_label import MultiLabelHead
 from .pair_features import CROSS, SHARED_INPUT
 from .regression import RegressionHead
-from .sentence import FEATURES, SentenceHead
+from .sentence import FEATURES as SENTENCE_FEATURES
+from .sentence import SentenceHead
+from .tags import TOKENS, TagHead
 
 __all__ = [
-    "ACCURACY",
     "CROSS",
     "FEATURES",
     "HEADS",
     "LOSSES",
-    "PEARSON",
+    "METRICS",
     "SHARED_INPUT",
     "Head",
     "HeadExport",
     "HeadSettings",
     "Metric",
+    "Results",
     "Scores",
     "SentenceHead",
     "build_head",
     "head_class",
+    "metrics_for",
     "register",
 ]
+
+FEATURES = (*SENTENCE_FEATURES, TOKENS)
+"""Inputs of the heads of tasks, by the names that a recipe has for them."""
 
 HEADS: dict[str, type[Head]] = {
     "classes": ClassificationHead,
     "binary": BinaryHead,
+    "multi_label": MultiLabelHead,
     "score": RegressionHead,
+    "tags": TagHead,
     "masked_lm": MaskedLmHead,
     "masked_lm_next": MaskedLmHead,
     "simcse": ContrastiveHead,
@@ -67,6 +77,15 @@ def head_class(kind: str) -> type[Head]:
     if kind not in HEADS:
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(HEADS)}")
     return HEADS[kind]
+
+
+def metrics_for(task: TaskSchema) -> tuple[Metric, ...]:
+    """Return the metrics that a task can be scored by, the default first.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    return head_class(task.kind).metrics_for(task)
 
 
 def build_head(settings: HeadSettings) -> Head:

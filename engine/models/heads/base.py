@@ -73,8 +73,9 @@ class Head(nn.Module, ABC):
         known_features: the values that ``features`` may have; empty for an objective.
         known_losses: those of LOSSES that it can be trained by.
         needs_classes: whether labels have to be classes, not numbers within a range.
-        metric: for its answers; None for an objective, which has none.
+        metrics: that its answers can be scored by, the default first; none for an objective.
         is_pretrained: whether pretrained models have weights for it.
+        varies_in_size: whether batches of equally many examples have scores of other lengths.
         fills_masks: whether :meth:`word_logits` predicts masked words.
         answers_text: the sentence about its ``answers`` in the model card of an export.
         answers_code: by the name of its ``answers``, the Python expression by which the card's
@@ -97,8 +98,9 @@ class Head(nn.Module, ABC):
     known_features: ClassVar[tuple[str, ...]] = ()
     known_losses: ClassVar[tuple[str, ...]] = ("default",)
     needs_classes: ClassVar[bool] = False
-    metric: ClassVar[Metric | None] = None
+    metrics: ClassVar[tuple[Metric, ...]] = ()
     is_pretrained: ClassVar[bool] = False
+    varies_in_size: ClassVar[bool] = False
     fills_masks: ClassVar[bool] = False
     answers_text: ClassVar[str] = ""
     answers_code: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -151,6 +153,11 @@ class Head(nn.Module, ABC):
         return cls.known_features
 
     @classmethod
+    def metrics_for(cls, _task: TaskSchema) -> tuple[Metric, ...]:
+        """Return the metrics that a task can be scored by, the default first."""
+        return cls.metrics
+
+    @classmethod
     def layers_used(cls, _settings: HeadSettings) -> tuple[str, ...]:
         """Return the shared layers that a head uses: fields of SharedLayers.
 
@@ -161,7 +168,7 @@ class Head(nn.Module, ABC):
     @property
     def is_scored(self) -> bool:
         """Whether it has answers to score: a task's head has, an objective's has not."""
-        return self.metric is not None
+        return bool(self.metrics)
 
     @abstractmethod
     def forward(self, states: TaskStates) -> Scores:
@@ -180,12 +187,19 @@ class Head(nn.Module, ABC):
         """
 
     def predict(self, scores: Tensor) -> Tensor:
-        """Return the answers ``[n]`` as labels are: class numbers or values."""
+        """Return the answers as labels are, ``[n]``: class numbers, values.
+
+        Of L labels ``[n, L]``, 0 or 1.
+        """
         raise TypeError(f"{self.name}: an objective answers nothing, got {tuple(scores.shape)}")
 
     def certainty(self, scores: Tensor) -> Tensor:
         """Return the probability ``[n]`` of each answer; 1 for a head without probabilities."""
         return scores.new_ones(len(scores))
+
+    def probabilities(self, _scores: Tensor) -> Tensor | None:
+        """Return the probability of each class or label, ``[n, C]``; None for a head without."""
+        return None
 
     def exported(self) -> HeadExport | None:
         """Return its record in an export; None for an objective, whose head is not exported."""
@@ -218,7 +232,7 @@ class Head(nn.Module, ABC):
         raise TypeError(f"{self.name}: fills no masks, of {tuple(hidden.shape)} or {word}")
 
     def given(self, labels: Labels | None, scores: Tensor) -> Tensor:
-        """Return a task's labels ``[n]`` in the dtype of the scores.
+        """Return a task's labels, ``[n]`` or ``[n, L]``, in the dtype of the scores.
 
         Raises:
             ValueError: there are none.

@@ -2,6 +2,7 @@
 
 from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,7 +10,7 @@ from ...data.task_batch import Labels
 from ..layers import Linear
 from ..pooling import TaskStates
 from .base import HeadSettings
-from .metrics import ACCURACY
+from .metrics import METRICS
 from .pair_features import SIMILARITIES
 from .sentence import SentenceHead
 
@@ -25,7 +26,10 @@ class BinaryHead(SentenceHead):
 
     known_losses = ("default", "cross_entropy")
     needs_classes = True
-    metric = ACCURACY
+    metrics = tuple(
+        METRICS[name]
+        for name in ("accuracy", "f1", "f1_macro", "f1_micro", "matthews", "average_precision")
+    )
     answers = "binary"
     answers_text = "`binary`, one logit, yes above 0"
     answers_code = MappingProxyType({"binary": "(x > 0).long()"})
@@ -52,3 +56,7 @@ class BinaryHead(SentenceHead):
     def certainty(self, scores: Tensor) -> Tensor:
         """Return the probability of each answer."""
         return scores.abs().sigmoid()
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return those of no and yes, ``[n, 2]``."""
+        return torch.stack([(-scores).sigmoid(), scores.sigmoid()], 1)

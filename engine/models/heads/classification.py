@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ...data.task_batch import Labels
 from .base import HeadSettings
-from .metrics import ACCURACY
+from .metrics import METRICS
 from .pair_features import SIMILARITIES
 from .sentence import FEATURES, SentenceHead
 
@@ -21,7 +21,10 @@ class ClassificationHead(SentenceHead):
     known_features = tuple(name for name in FEATURES if name not in SIMILARITIES)
     known_losses = ("default", "cross_entropy")
     needs_classes = True
-    metric = ACCURACY
+    metrics = tuple(
+        METRICS[name]
+        for name in ("accuracy", "f1_macro", "f1_micro", "matthews", "average_precision")
+    )
     answers = "classes"
     answers_text = "`classes`, their logits"
     answers_code = MappingProxyType({"classes": "x.argmax()"})
@@ -41,3 +44,7 @@ class ClassificationHead(SentenceHead):
     def certainty(self, scores: Tensor) -> Tensor:
         """Return their probabilities."""
         return scores.softmax(1).amax(1)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return those of all classes."""
+        return scores.softmax(1)

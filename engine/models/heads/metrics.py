@@ -1,37 +1,155 @@
-"""Metrics: functions of predictions and labels."""
+"""Metrics, by the names that ``tasks.NAME.metrics`` of a recipe gives them.
 
-from collections.abc import Callable
+scikit-learn, scipy and seqeval compute all but the two that need no library to be imported: the
+share of right answers, and numpy's correlation.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ...data.tags import OUTSIDE
+
 Values = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """The answers of a model on a labelled split, for a metric.
+
+    Attributes:
+        predictions: float64 ``[N]``, class numbers or values; of several labels ``[N, L]``, 0 or 1.
+        labels: the same of the data.
+        probabilities: float64 ``[N, C]`` of C classes, ``[N, L]`` of each of L labels; None of a
+            head without probabilities.
+        offsets: int64 ``[n + 1]``; answers ``offsets[i]:offsets[i + 1]`` are of example i.
+        classes: the names of the classes, empty where they have none.
+    """
+
+    predictions: Values
+    labels: Values
+    probabilities: Values | None
+    offsets: npt.NDArray[np.int64]
+    classes: tuple[str, ...] = ()
+
+
 class Metric(NamedTuple):
-    """A metric; higher is better.
+    """A metric.
 
     Attributes:
         name: as it stands beside a score.
-        function: of predictions and labels, float64 ``[n]`` each, all finite, n at least 1.
+        function: of results, all finite, with N at least 1.
+        sign: 1 where higher is better, -1 where lower is, as of an error.
     """
 
     name: str
-    function: Callable[[Values, Values], float]
+    function: Callable[[Results], float]
+    sign: int = 1
 
 
-def accuracy(predictions: Values, labels: Values) -> float:
-    """Return the share of predictions that are their labels."""
-    return float((predictions == labels).mean())
+def accuracy(results: Results) -> float:
+    """Return the share of right answers; of several labels, of examples with all of them right."""
+    right = results.predictions == results.labels
+    return float(right.reshape(len(right), -1).all(1).mean())
 
 
-def pearson(predictions: Values, labels: Values) -> float:
+def pearson(results: Results) -> float:
     """Return the Pearson correlation; 0 where either is constant."""
+    predictions, labels = results.predictions, results.labels
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
     return float(np.corrcoef(predictions, labels)[0, 1])
 
 
-ACCURACY = Metric("accuracy", accuracy)
-PEARSON = Metric("pearson", pearson)
+def _spearman(results: Results) -> float:
+    """Return Spearman's rank correlation; 0 where either is constant."""
+    from scipy.stats import spearmanr
+
+    predictions, labels = results.predictions, results.labels
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(spearmanr(predictions, labels).statistic)
+
+
+def _mean_squared_error(results: Results) -> float:
+    from sklearn.metrics import mean_squared_error
+
+    return float(mean_squared_error(results.labels, results.predictions))
+
+
+def _matthews(results: Results) -> float:
+    """Return Matthews' correlation coefficient; 0 where either is constant."""
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(results.labels, results.predictions))
+
+
+def _f1(average: str) -> Callable[[Results], float]:
+    """Return the F1 score; 0 for a class that is neither predicted nor a label."""
+
+    def f1(results: Results) -> float:
+        from sklearn.metrics import f1_score
+
+        labels, predictions = results.labels.astype(int), results.predictions.astype(int)
+        return float(f1_score(labels, predictions, average=average, zero_division=0.0))
+
+    return f1
+
+
+def _average_precision(results: Results) -> float:
+    """Return the area under the precision-recall curve, the mean over classes or labels.
+
+    A class without an example has none, and is left out.
+    """
+    from sklearn.metrics import average_precision_score
+
+    assert results.probabilities is not None, "the head has probabilities"
+    probabilities, labels = results.probabilities, results.labels
+    if labels.ndim == 1 and probabilities.shape[1] == 2:
+        labels, probabilities = labels[:, None], probabilities[:, 1:]
+    elif labels.ndim == 1:
+        labels = (labels[:, None] == np.arange(probabilities.shape[1])).astype(float)
+    known = labels.any(0)
+    if not known.any():
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return float(average_precision_score(labels[:, known], probabilities[:, known]))
+
+
+def _entity_f1(results: Results) -> float:
+    """Return the F1 score of whole entities, as seqeval and CoNLL's script count them."""
+    from seqeval.metrics import f1_score
+
+    def by_text(numbers: Values) -> list[list[str]]:
+        names = [results.classes[int(number)] if number >= 0 else OUTSIDE for number in numbers]
+        return [names[start:stop] for start, stop in pairwise(results.offsets.tolist())]
+
+    labels, predictions = by_text(results.labels), by_text(results.predictions)
+    return float(f1_score(labels, predictions, zero_division=0))
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        metric.name: metric
+        for metric in (
+            Metric("accuracy", accuracy),
+            Metric("f1", _f1("binary")),
+            Metric("f1_micro", _f1("micro")),
+            Metric("f1_macro", _f1("macro")),
+            Metric("matthews", _matthews),
+            Metric("average_precision", _average_precision),
+            Metric("entity_f1", _entity_f1),
+            Metric("pearson", pearson),
+            Metric("spearman", _spearman),
+            Metric("mse", _mean_squared_error, sign=-1),
+        )
+    }
+)
+"""By name."""

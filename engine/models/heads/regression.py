@@ -9,7 +9,7 @@ from ...data.task_batch import Labels
 from ...utils.errors import InputError
 from ..pooling import TaskStates
 from .base import LOSSES, HeadSettings
-from .metrics import PEARSON
+from .metrics import METRICS
 from .pair_features import JOINT_WIDTHS, SIMILARITIES
 from .sentence import SentenceHead
 
@@ -21,7 +21,7 @@ class RegressionHead(SentenceHead):
     """
 
     known_losses = LOSSES
-    metric = PEARSON
+    metrics = tuple(METRICS[name] for name in ("pearson", "spearman", "mse"))
     answers_text = (
         "`score`; `share_logit`, the logit of a share of the range; or, of a similarity without an "
         "output layer, `share`, that share itself"
