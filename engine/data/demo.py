@@ -1,20 +1,27 @@
-"""Write a small corpus from a grammar, in the files of CS224N's project.
+"""Write a small corpus from a grammar: the files of CS224N's project, and two tasks more.
 
 *Scenes* have five slots (which, who, does, what, where), each filled by a concept that has several
 names.  A paraphrase fills every slot with the same concepts under names drawn anew; similarity is
 the share of slots that agree, times five.  *Opinions* grade an aspect of a film; a degree word
 moves the grade, a negation turns it round, and after a "but" only the second clause counts.
+
+*Slots* tag the words of a scene that say who does it, what to and where, in the columns of CoNLL;
+*aspects* list what a review of several clauses praises, in JSON lines.
 """
 
 import csv
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from .task_schema import FORMATS, SPLITS
+from ..utils.json_text import dump_json
+from .task_schema import ASPECTS, FORMATS, SPLITS
 
 Example = tuple[tuple[str, ...], float]
 """The sentences of an example and its label."""
+
+Label = TypeVar("Label")
 
 Scene = tuple[tuple[str, ...], ...]
 """A concept, that is its names, for each slot."""
@@ -54,7 +61,6 @@ _STATEMENTS = (
     "some {} {} {} {} in the {} .",
 )
 
-_ASPECTS = _words("acting plot story music script cast ending dialogue camera pace humor film")
 _GRADES = {
     -2: _words("awful terrible horrible dreadful atrocious disastrous"),
     -1: _words("bad weak dull poor boring clumsy"),
@@ -77,11 +83,16 @@ def write_demo(folder: Path, seed: int = 0) -> None:
         examples = _distinct(generate, random.Random(f"{seed}/{task}"))
         for split, size in SIZES.items():
             _write_split(folder, task, split, [next(examples) for _ in range(size)])
+    tagged = _distinct(_slots, random.Random(f"{seed}/slots"))
+    reviews = _distinct(_aspects, random.Random(f"{seed}/aspects"))
+    for split, size in SIZES.items():
+        _write_slots(folder, split, [next(tagged) for _ in range(size)])
+        _write_aspects(folder, split, [next(reviews) for _ in range(size)])
 
 
 def _distinct(
-    generate: Callable[[random.Random], Example], rng: random.Random
-) -> Iterator[Example]:
+    generate: Callable[[random.Random], tuple[tuple[str, ...], Label]], rng: random.Random
+) -> Iterator[tuple[tuple[str, ...], Label]]:
     seen: set[tuple[str, ...]] = set()
     while True:
         sentences, label = generate(rng)
@@ -148,7 +159,7 @@ def _clause(rng: random.Random) -> tuple[str, int]:
             modifier, grade = rng.choice(_WEAKER), grade - sign
         case "negated":
             modifier, grade = "not", -sign
-    return " ".join(f"the {rng.choice(_ASPECTS)} was {modifier} {word}".split()), grade
+    return " ".join(f"the {rng.choice(ASPECTS)} was {modifier} {word}".split()), grade
 
 
 def _sst(rng: random.Random) -> Example:
@@ -167,6 +178,56 @@ def _cfimdb(rng: random.Random) -> Example:
         total = sum(grades)
         if total:
             return (" . ".join(clauses) + " .",), float(total > 0)
+
+
+def _slots(rng: random.Random) -> tuple[tuple[str, ...], list[str]]:
+    """Return a statement and the tags of its words."""
+    _, who, does, what, where = (rng.choice(names) for names in _scene(rng))
+    who, what, where = (
+        f"{rng.choice(rng.choice(_CONCEPTS[0]))} {noun}" if rng.random() < 0.4 else noun
+        for noun in (who, what, where)
+    )
+    parts = ((who, "WHO"), (does, "O"), (what, "WHAT"), ("in the", "O"))
+    place = ((where, "WHERE"),)
+    first, last = rng.choice(("the", "some", "", "today")), rng.choice((".", "", "again ."))
+    words, tags = list[str](), list[str]()
+    for text, slot in ((first, "O"), *parts, *place, (last, "O")):
+        own = text.split()
+        words += own
+        inside = [f"I-{slot}"] * (len(own) - 1)
+        tags += ["O"] * len(own) if slot == "O" else [f"B-{slot}", *inside]
+    return (" ".join(words),), tags
+
+
+def _write_slots(
+    folder: Path, split: str, examples: list[tuple[tuple[str, ...], list[str]]]
+) -> None:
+    labelled = split != "test"
+    with FORMATS["slots"].file(folder, split).open("w", encoding="utf-8") as file:
+        for (text,), tags in examples:
+            for word, tag in zip(text.split(), tags, strict=True):
+                file.write(f"{word} {tag}\n" if labelled else f"{word}\n")
+            file.write("\n")
+
+
+def _aspects(rng: random.Random) -> tuple[tuple[str, ...], list[str]]:
+    """Return a review of several clauses and the aspects that it praises, often none."""
+    clauses = [_clause(rng) for _ in range(rng.randint(1, 4))]
+    praised = {text.split()[1] for text, grade in clauses if grade > 0}
+    blamed = {text.split()[1] for text, grade in clauses if grade <= 0}
+    text = " . ".join(text for text, _ in clauses) + " ."
+    return (text,), [name for name in ASPECTS if name in praised - blamed]
+
+
+def _write_aspects(
+    folder: Path, split: str, examples: list[tuple[tuple[str, ...], list[str]]]
+) -> None:
+    with FORMATS["aspects"].file(folder, split).open("w", encoding="utf-8") as file:
+        for row, ((text,), praised) in enumerate(examples):
+            known: dict[str, object] = {"id": f"aspects-{SPLITS[split]}-{row}", "review": text}
+            if split != "test":
+                known["praised"] = praised
+            file.write(dump_json(known) + "\n")
 
 
 _GENERATORS = {"sst": _sst, "quora": _quora, "sts": _sts, "cfimdb": _cfimdb}

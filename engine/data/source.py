@@ -90,7 +90,7 @@ class TaskSource(Settings):
     """The column that names an example; empty: rows are numbered from 0."""
     classes: Annotated[tuple[str, ...] | int, BeforeValidator(_names_or_number)] = ()
     """Classification: the names of the classes, or how many there are when labels are numbers."""
-    separator: Annotated[str, Field(min_length=1, max_length=8)] = ","
+    label_separator: Annotated[str, Field(min_length=1, max_length=8)] = ","
     """multi_label: what is between the labels of a cell that is no list."""
     scheme: Scheme = "auto"
     """token_classification: how tags mark entities: BIO, BIOES, IOB1 (read as BIO), none (parts of
@@ -157,7 +157,11 @@ class TaskSource(Settings):
                     "label: expected the columns of two labels or more, or one of lists"
                 )
         for name, given, has_effect in (
-            ("separator", self.separator, several and not isinstance(self.label, tuple)),
+            (
+                "label_separator",
+                self.label_separator,
+                several and not isinstance(self.label, tuple),
+            ),
             ("scheme", self.scheme, tags),
         ):
             if given != type(self).model_fields[name].default and not has_effect:
@@ -245,7 +249,7 @@ class TaskSource(Settings):
             layout=None if self.layout == "auto" else self.layout,
             labels="several" if self._has_several else labels,
             label_columns=columns,
-            separator=self.separator,
+            separator=self.label_separator,
             scheme=scheme_of(self._names, self.scheme) if self.kind == _TAGS else "none",
             id=self.id,
             sentences=self.text,

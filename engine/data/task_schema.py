@@ -21,6 +21,8 @@ SPLITS: Mapping[str, str] = MappingProxyType(
 _TRUTH = MappingProxyType({"false": "0", "true": "1"})
 """Labels as JSON spells them, where classes have no names."""
 
+_CONLL = ("conll", "conllu")
+
 _UNSEEN = "_"
 """Stands for the tag of a word that was cut off."""
 
@@ -36,6 +38,9 @@ class TaskSchema:
 
     stem: str = ""
     """How the file names begin: the train split is ``{stem}-train.csv``."""
+
+    ending: str = "csv"
+    """How they end."""
 
     layout: Layout | None = None
     """How the files are laid out, whatever their ending says; None where it says."""
@@ -91,7 +96,7 @@ class TaskSchema:
 
     def file(self, folder: Path, split: str) -> Path:
         """Return the path of a split's file in ``folder``; ``split`` is a key of SPLITS."""
-        return folder / f"{self.stem}-{SPLITS[split]}.csv"
+        return folder / f"{self.stem}-{SPLITS[split]}.{self.ending}"
 
     def layout_of(self, path: Path) -> Layout:
         """Return the layout of a file of this task.
@@ -107,7 +112,10 @@ class TaskSchema:
         if layout is None and self.dialect.delimiter != AUTO:
             return "commas"
         if layout is None:
-            known = f"{', '.join(LAYOUTS)}, compressed ({', '.join(COMPRESSIONS)}) or not"
+            endings_ = [
+                e for e, of in LAYOUTS.items() if self.labels == "words" or of not in _CONLL
+            ]
+            known = f"{', '.join(endings_)}, compressed ({', '.join(COMPRESSIONS)}) or not"
             advice = self.dialect.advice("delimiter", f"give a file in {known}")
             raise InputError(f"{path}: unknown ending; {advice}")
         return layout
@@ -258,6 +266,15 @@ def _table(*formats: TaskSchema) -> Mapping[str, TaskSchema]:
 
 _PAIR = ("sentence1", "sentence2")
 
+SLOTS = ("O", *(f"{prefix}-{slot}" for slot in ("WHO", "WHAT", "WHERE") for prefix in "BI"))
+"""Tags of the task ``slots``."""
+
+ASPECTS = (
+    *("acting", "plot", "story", "music", "script", "cast"),
+    *("ending", "dialogue", "camera", "pace", "humor", "film"),
+)
+"""Labels of the task ``aspects``: what a film may be praised for."""
+
 FORMATS = _table(
     TaskSchema(
         task="sst",
@@ -299,5 +316,30 @@ FORMATS = _table(
         kind="binary",
         high=1,
     ),
+    TaskSchema(
+        task="slots",
+        stem="slots",
+        ending="conll",
+        sentences=("1",),
+        label="2",
+        kind="tags",
+        high=len(SLOTS) - 1,
+        classes=SLOTS,
+        labels="words",
+        scheme="BIO",
+    ),
+    TaskSchema(
+        task="aspects",
+        stem="aspects",
+        ending="jsonl",
+        id="id",
+        sentences=("review",),
+        label="praised",
+        kind="multi_label",
+        high=len(ASPECTS) - 1,
+        classes=ASPECTS,
+        labels="several",
+    ),
 )
-"""The CS224N file set by task: tab-separated, with a header, whatever their ending says."""
+"""Built-in tasks.  The first four are the CS224N file set: tab-separated, with a header, whatever
+their ending says; the others are of the demo corpus alone (engine/data/demo.py)."""

@@ -254,8 +254,8 @@ class Tokenizer:
     ) -> tuple[EncodedTexts, npt.NDArray[np.int32]]:
         """Turn texts that are divided into words into token ids, as :meth:`encode` does with texts.
 
-        Byte-level tokenizers get each word but a text's first with the blank before it, as in
-        running text.
+        Tokenizers for which blanks are letters (byte-level ones) get each word but a text's first
+        with the blank before it, as in running text.
 
         Args:
             texts: the words of S texts.
@@ -265,7 +265,7 @@ class Tokenizer:
             The texts, and int32 ``[W]`` the tokens of each word, 0 of a word that is cut off or
             that the tokenizer leaves nothing of.
         """
-        blank = " " if self._is_byte_level else ""
+        blank = " " if self._has_blanks else ""
         words = [blank * (number > 0) + word for text in texts for number, word in enumerate(text)]
         # Without a frame: each word is a text of its own, of any length.
         encoded = self.encode(words, 1 << 30)
@@ -287,9 +287,10 @@ class Tokenizer:
         return EncodedTexts(tokens, offsets, truncated), kept.astype(np.int32)
 
     @cached_property
-    def _is_byte_level(self) -> bool:
+    def _has_blanks(self) -> bool:
         """Whether a blank before a word is part of its first token."""
-        return '"ByteLevel"' in dump_json(self._components["pre_tokenizer"])
+        first, behind_blank = self._backend.encode_batch_fast(["a", " a"], add_special_tokens=False)
+        return first.ids != behind_blank.ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without the special tokens.

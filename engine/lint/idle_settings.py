@@ -172,7 +172,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         **dict.fromkeys(
             (
                 f"tasks.NAME.source.{name}"
-                for name in ("kind", "text", "label", "id", "dataset", "separator", "scheme")
+                for name in ("kind", "text", "label", "id", "dataset", "label_separator", "scheme")
             ),
             ALWAYS,
         ),

@@ -90,16 +90,14 @@ def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) 
     head, offsets = model.head(split.task), split.answer_offsets
     scores = _scores(model, split, ranks or Ranks())
     finite = scores.isfinite().view(len(scores), -1).all(1)
-    predictions = head.predict(scores).float()
-    # argmax makes a class of NaN, too.
-    predictions[~finite] = torch.nan
     assert head.task is not None, f"{split.task} is an objective"
-    unseen = torch.from_numpy(split.unseen)
-    predictions[unseen & finite] = head.task.outside
+    predictions = head.predict(scores).float().numpy().copy()
+    predictions[split.unseen] = head.task.outside
+    predictions[~finite.numpy()] = math.nan  # argmax makes a class of it, too
     certainties = head.certainty(scores).float().where(finite, torch.nan)
     probabilities = head.probabilities(scores)
     return Answers(
-        predictions.numpy(),
+        predictions,
         certainties.numpy(),
         None if probabilities is None else probabilities.numpy(),
         offsets,

@@ -153,5 +153,5 @@ def _examples(batch: PackedBatch, number: int, tokenizer: Tokenizer) -> Iterator
         yield {
             "text": [tokenizer.decode(ids) for ids in tokens],
             "tokens": tokens,
-            "label": float(labels[example]) if isinstance(labels, Tensor) else None,
+            "label": labels[example].tolist() if isinstance(labels, Tensor) else None,
         }

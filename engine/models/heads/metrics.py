@@ -87,6 +87,8 @@ def _matthews(results: Results) -> float:
     """Return Matthews' correlation coefficient; 0 where either is constant."""
     from sklearn.metrics import matthews_corrcoef
 
+    if np.ptp(results.predictions) == 0 or np.ptp(results.labels) == 0:
+        return 0.0
     return float(matthews_corrcoef(results.labels, results.predictions))
 
 

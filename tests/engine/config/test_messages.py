@@ -217,7 +217,10 @@ def test_words_that_are_like_no_method(word):
         ("head_lr=3", f"unknown key head_lr; {FIELDS} shows all"),
         ("batchsize=3", f"unknown key batchsize; did you mean batch_size?; {FIELDS} shows all"),
         ("tasks.sst.feature=single", "unknown key tasks.sst.feature; did you mean head?"),
-        ("tasks.sst.pool=cls", "known: head, loss, weight, first_n, source"),
+        (
+            "tasks.sst.pool=cls",
+            "known: head, loss, weight, metrics, score_weight, tag_pieces, first_n, source",
+        ),
         ("tasks.sst.source.kid=1", "tasks.sst.source"),
         ("encoder.layers=2", "did you mean num_hidden_layers?"),
         (

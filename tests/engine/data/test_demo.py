@@ -7,7 +7,7 @@ import pytest
 
 from engine.data.demo import SIZES, write_demo
 from engine.data.table import Table, read_table
-from engine.data.task_schema import FORMATS
+from engine.data.task_schema import ASPECTS, FORMATS
 
 
 def read(folder: Path, task: str, split: str) -> Table:
@@ -44,6 +44,20 @@ def test_majority_class_is_a_weak_baseline(demo: Path, task: str) -> None:
     _, counts = np.unique(labels, return_counts=True)
     assert len(counts) == FORMATS[task].high + 1
     assert counts.max() / counts.sum() < 0.65
+
+
+def test_tags_and_labels_need_the_words_around_them(demo: Path) -> None:
+    """Every tag and label occurs, and the words of a slot are no others' alone."""
+    slots = read(demo, "slots", "dev")
+    assert set(slots.labels) == set(range(len(FORMATS["slots"].classes)))
+    assert 0.2 < (slots.labels == 0).mean() < 0.7
+    aspects = read(demo, "aspects", "dev").labels
+    assert (aspects.sum(0) > 10).all()
+    assert 0.1 < (aspects.sum(1) == 0).mean() < 0.6
+    reviews = read(demo, "aspects", "dev").sentences[0]
+    named = np.array([[name in text.split() for name in ASPECTS] for text in reviews])
+    assert (aspects <= named).all()
+    assert aspects[named].mean() < 0.6  # praise has to be read, not the aspect alone
 
 
 def test_shared_words_alone_do_not_settle_the_pairs(demo: Path) -> None:

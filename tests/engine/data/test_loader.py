@@ -34,7 +34,7 @@ def test_shards_make_up_the_batch(splits: list[TokenizedSplit]) -> None:
         with TrainingLoader(splits, samplers, 4, 5, shard=(rank, 3)) as loader:
             parts.extend(loader)
     assert [part.examples for part in parts] == [(3, 3, 2), (3, 2, 3), (2, 3, 3)]
-    assert {part.step_examples for part in parts} == {(8, 8, 8)}
+    assert {part.step_terms for part in parts} == {(8, 8, 8)}
     for task, sampler in enumerate(samplers):
         together = torch.cat([part.labels[task] for part in parts])
         whole = splits[task].labels[sampler.batch(4)]

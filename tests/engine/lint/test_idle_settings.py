@@ -300,6 +300,7 @@ ELSEWHERE = {
     *("keep_checkpoints", "max_graphs", "distribute", "timeout", "check_ranks_every"),
     "threads",
     "objectives.NAME.files",
+    *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
 }
 
 

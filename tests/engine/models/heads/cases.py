@@ -10,7 +10,7 @@ from engine.data.collate import PackedBatch, pack
 from engine.data.task_schema import FORMATS, TaskSchema
 from engine.data.tokenizer import Tokenizer
 from engine.models.bert import BertConfig
-from engine.models.heads import Head, HeadSettings, build_head
+from engine.models.heads import Head, HeadSettings, Results, build_head
 from engine.models.layers import Embedding, Linear
 from engine.models.multitask import MultitaskModel
 from engine.models.pooling import SharedLayers, TaskStates
@@ -49,6 +49,17 @@ def states_of(pooled: Tensor, pair: Linear | None = None) -> TaskStates:
         shared=SharedLayers(Embedding(4, WIDTH), pair),
         row=None,
         num_rows=1,
+    )
+
+
+def results(predictions, labels, probabilities=None, offsets=None, classes=()) -> Results:
+    """Answers of one example each, unless there are ``offsets``."""
+    return Results(
+        predictions=np.asarray(predictions, np.float64),
+        labels=np.asarray(labels, np.float64),
+        probabilities=None if probabilities is None else np.asarray(probabilities, np.float64),
+        offsets=np.arange(len(labels) + 1) if offsets is None else np.asarray(offsets),
+        classes=tuple(classes),
     )
 
 

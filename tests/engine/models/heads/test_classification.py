@@ -8,7 +8,16 @@ from torch.nn import functional as F
 from engine.models.heads.pair_features import SIMILARITIES
 from engine.utils.errors import InputError
 
-from .cases import CLASSES_OF_PAIRS, EXAMPLES, WIDTH, head_of, of_output, states_of, within_twice
+from .cases import (
+    CLASSES_OF_PAIRS,
+    EXAMPLES,
+    WIDTH,
+    head_of,
+    of_output,
+    results,
+    states_of,
+    within_twice,
+)
 
 
 def test_a_sentence_gets_a_logit_for_each_class():
@@ -37,8 +46,9 @@ def test_answers_are_the_likeliest_classes_and_their_probabilities():
     assert head.predict(logits).tolist() == [1, 2]
     exact = logits.double().softmax(1).amax(1)
     assert within_twice(head.certainty(logits), logits.softmax(1).amax(1), exact)
-    assert head.metric.name == "accuracy"
-    assert head.metric.function(np.array([1.0, 2, 0, 1]), np.array([1.0, 2, 2, 1])) == 0.75
+    assert head.metrics[0].name == "accuracy"
+    answers, labels = np.array([1.0, 2, 0, 1]), np.array([1.0, 2, 2, 1])
+    assert head.metrics[0].function(results(answers, labels)) == 0.75
 
 
 @pytest.mark.parametrize("features", SIMILARITIES)

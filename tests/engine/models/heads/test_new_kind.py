@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from engine import evaluate, export, predict, report, train
 from engine.data.source import FURTHER_KINDS, TaskSource
 from engine.models import heads
-from engine.models.heads import HEADS, PEARSON, Head, register
+from engine.models.heads import HEADS, METRICS, Head, register
 from engine.models.pooling import at_least_fp32
 from engine.runs.run import open_run
 from engine.utils.errors import InputError
@@ -122,7 +122,7 @@ class BrightestToken(Head):
     """Reads the tokens, has weights without an output layer, and answers any number."""
 
     known_features = ("single",)
-    metric = PEARSON
+    metrics = (METRICS["pearson"],)
     answers = "brightest"
     reads_tokens = True
 
@@ -178,7 +178,9 @@ def test_what_does_not_fit_the_kind_is_one_line(ordinal, reviews, line, instead,
 def test_a_kind_is_registered_once_and_named_only_then(ordinal):
     with pytest.raises(ValueError, match="'ordinal': registered already, as OrdinalHead"):
         register("ordinal", ordinal)
-    with pytest.raises(ValueError, match="expected one of classes, binary, score, masked_lm"):
+    with pytest.raises(
+        ValueError, match="expected one of classes, binary, multi_label, score, tags"
+    ):
         heads.head_class("unheard-of")
     files = {"train": "a.csv"}
     assert TaskSource(kind="ordinal", text=("a",), classes=3, files=files).format("t").whole

@@ -9,7 +9,7 @@ from engine.data.task_schema import TaskSchema
 from engine.models.heads.pair_features import SIMILARITIES
 from engine.utils.errors import InputError
 
-from .cases import WIDTH, head_of, within_twice
+from .cases import WIDTH, head_of, results, within_twice
 
 
 @pytest.mark.parametrize("features", ["difference", "cosine"])
@@ -62,6 +62,7 @@ def test_the_metric_is_the_correlation():
     x, y = draw.normal(size=(2, 50))
     centred = x - x.mean(), y - y.mean()
     expected = centred[0] @ centred[1] / np.sqrt((centred[0] @ centred[0]) * (y - y.mean()) @ y)
-    assert head.metric.name == "pearson"
-    assert head.metric.function(x, y) == pytest.approx(expected, rel=1e-12)
-    assert head.metric.function(np.ones(3), np.arange(3.0)) == 0
+    metric = head.metrics[0]
+    assert metric.name == "pearson"
+    assert metric.function(results(x, y)) == pytest.approx(expected, rel=1e-12)
+    assert metric.function(results(np.ones(3), np.arange(3.0))) == 0
