@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
             }
             _write_split(corpus, split, tables)
     _write_topics(folder / "topics")
-    (recipe,) = re.findall(r"```toml\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    recipe, *_ = re.findall(r"```toml\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     (folder / "five.toml").write_text(recipe, encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ the share of slots that agree, times five.  *Opinions* grade an aspect of a film
 moves the grade, a negation turns it round, and after a "but" only the second clause counts.
 
 *Slots* tag the words of a scene that say who does it, what to and where, in the columns of CoNLL;
-*aspects* list what a review of several clauses praises, in JSON lines.
+*aspects* list what a review of several clauses says, and of which sides of a film, in JSON lines.
 """
 
 import csv
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..utils.json_text import dump_json
-from .task_schema import ASPECTS, FORMATS, SPLITS
+from .task_schema import FORMATS, SPLITS
 
 Example = tuple[tuple[str, ...], float]
 """The sentences of an example and its label."""
@@ -61,6 +61,12 @@ _STATEMENTS = (
     "some {} {} {} {} in the {} .",
 )
 
+_ASPECTS = _words("acting plot story music script cast ending dialogue camera pace humor film")
+_SIDES = {
+    "people": _words("acting cast dialogue humor"),
+    "story": _words("plot story script ending pace"),
+    "picture": _words("camera music film"),
+}
 _GRADES = {
     -2: _words("awful terrible horrible dreadful atrocious disastrous"),
     -1: _words("bad weak dull poor boring clumsy"),
@@ -159,7 +165,7 @@ def _clause(rng: random.Random) -> tuple[str, int]:
             modifier, grade = rng.choice(_WEAKER), grade - sign
         case "negated":
             modifier, grade = "not", -sign
-    return " ".join(f"the {rng.choice(ASPECTS)} was {modifier} {word}".split()), grade
+    return " ".join(f"the {rng.choice(_ASPECTS)} was {modifier} {word}".split()), grade
 
 
 def _sst(rng: random.Random) -> Example:
@@ -211,22 +217,25 @@ def _write_slots(
 
 
 def _aspects(rng: random.Random) -> tuple[tuple[str, ...], list[str]]:
-    """Return a review of several clauses and the aspects that it praises, often none."""
-    clauses = [_clause(rng) for _ in range(rng.randint(1, 4))]
-    praised = {text.split()[1] for text, grade in clauses if grade > 0}
-    blamed = {text.split()[1] for text, grade in clauses if grade <= 0}
+    """Return a review of several clauses, or a neutral sentence, and what can be said of it."""
+    if rng.random() < 0.2:
+        return (_tell(rng, _scene(rng), _STATEMENTS),), []
+    clauses = [_clause(rng) for _ in range(rng.randint(1, 3))]
+    grades, names = [grade for _, grade in clauses], {text.split()[1] for text, _ in clauses}
+    said = {"praise": max(grades) > 0, "blame": min(grades) < 0, "strong": 2 in map(abs, grades)}
+    said |= {side: not names.isdisjoint(words) for side, words in _SIDES.items()}
     text = " . ".join(text for text, _ in clauses) + " ."
-    return (text,), [name for name in ASPECTS if name in praised - blamed]
+    return (text,), [name for name, holds in said.items() if holds]
 
 
 def _write_aspects(
     folder: Path, split: str, examples: list[tuple[tuple[str, ...], list[str]]]
 ) -> None:
     with FORMATS["aspects"].file(folder, split).open("w", encoding="utf-8") as file:
-        for row, ((text,), praised) in enumerate(examples):
+        for row, ((text,), aspects) in enumerate(examples):
             known: dict[str, object] = {"id": f"aspects-{SPLITS[split]}-{row}", "review": text}
             if split != "test":
-                known["praised"] = praised
+                known["aspects"] = aspects
             file.write(dump_json(known) + "\n")
 
 

@@ -269,11 +269,8 @@ _PAIR = ("sentence1", "sentence2")
 SLOTS = ("O", *(f"{prefix}-{slot}" for slot in ("WHO", "WHAT", "WHERE") for prefix in "BI"))
 """Tags of the task ``slots``."""
 
-ASPECTS = (
-    *("acting", "plot", "story", "music", "script", "cast"),
-    *("ending", "dialogue", "camera", "pace", "humor", "film"),
-)
-"""Labels of the task ``aspects``: what a film may be praised for."""
+ASPECTS = ("praise", "blame", "strong", "people", "story", "picture")
+"""Labels of the task ``aspects``: what a review says of a film, and of which side of it."""
 
 FORMATS = _table(
     TaskSchema(
@@ -334,7 +331,7 @@ FORMATS = _table(
         ending="jsonl",
         id="id",
         sentences=("review",),
-        label="praised",
+        label="aspects",
         kind="multi_label",
         high=len(ASPECTS) - 1,
         classes=ASPECTS,

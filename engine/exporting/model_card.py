@@ -47,12 +47,13 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
   sentences in one sequence, [CLS] A [SEP] B [SEP], as the tokenizer frames a pair; or `bilstm`,
   relu(W [u; f; g] + b) with `TASK.joint.weight` and `TASK.joint.bias`, where f is the last output
   of the torch.nn.LSTM `TASK.lstm.forwards` over the states of the tokens behind [CLS], and g that
-  of `TASK.lstm.backwards` over the same from the last to the first.
+  of `TASK.lstm.backwards` over the same from the last to the first; `tokens`, the state of the
+  first token of each word.
 - `answers`: what the output layer (`TASK.output.weight`, `TASK.output.bias`) makes of them:
 {answers}
 - `low`, `high`: the range of the labels; `classes`: their names, if they have any.
 
-What a task answers, for all features but `bilstm`:
+What a task answers, for all features but `bilstm` and `tokens`:
 
 ```python
 {example}```
@@ -94,8 +95,8 @@ read = {"single": lambda: u, "mean": lambda: (u + v) / 2, "distance": lambda: ab
         "cosine_shifted": lambda: (cosine(u, v) + 1) / 2, "cross": lambda: u,
         "pearson": lambda: cosine(u - u.mean(), v - v.mean()).sigmoid()}[head["features"]]()
 x = linear(f"{task}.output", read) if f"{task}.output.weight" in weights else read
-ANSWERS[head["answers"]].item()
-print(names[answer] if names else min(max(answer, low), low + span))
+ANSWERS[head["answers"]].view(-1).tolist()
+print(*[names[each] if names else min(max(each, low), low + span) for each in answer])
 """
 
 _WIDTH = 100

@@ -2,12 +2,18 @@
 
 import json
 import re
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from engine import evaluate, predict, train
+from engine import evaluate, export, predict, report, train
+from engine.config import recipe as recipes
+from engine.data.demo import write_demo
+from engine.data.table import read_table
 from examples import five_tasks
 
 GUIDE = five_tasks.GUIDE.read_text(encoding="utf-8")
@@ -37,6 +43,61 @@ def test_the_guide_can_be_followed(folder: Path) -> None:
     assert header == "id\tprediction"
     assert [row.split("\t")[0] for row in rows] == [str(number) for number in range(len(rows))]
     assert {row.split("\t")[1] for row in rows} <= {"bad", "fair", "good"}
+
+
+def test_tags_and_several_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second recipe, on the files that it names, through every command."""
+    _, recipe = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    corpus, run = tmp_path / "demo", tmp_path / "run"
+    write_demo(corpus)
+    shown = re.findall(r"^    (\w+ [BIO]\S*)$", GUIDE, re.MULTILINE)
+    assert shown == (corpus / "slots-train.conll").read_text().splitlines()[1:4]
+    (begun,) = re.findall(r'^    (\{"id".*)$', GUIDE, re.MULTILINE)
+    assert (corpus / "aspects-train.jsonl").read_text().splitlines()[1].startswith(begun)
+
+    (tmp_path / "kinds.toml").write_text(recipe)
+    paths = ["--data", str(corpus), "--out", str(run)]
+    small = [*SMALL, "max_train_examples=1600", "encoder.hidden_size=48"]
+    assert train.main([str(tmp_path / "kinds.toml"), *paths, *small]) == 0
+    names = ["entities", "entities.accuracy"]
+    names += ["topics", "topics.f1_macro", "topics.average_precision", "overall"]
+    scores = json.loads((run / "metrics.json").read_text())["scores"]
+    assert [*scores] == names
+    assert scores["overall"] == pytest.approx((scores["entities"] + scores["topics"]) / 2)
+    assert scores["entities.accuracy"] > 0.7  # it has learnt something
+    assert evaluate.main([str(run)]) == 0
+    assert json.loads((run / "metrics.json").read_text())["scores"] == scores
+
+    for task, file in (("entities", "slots-dev.conll"), ("topics", "aspects-dev.jsonl")):
+        output = ["--input", str(corpus / file), "--output", str(run / f"{task}.tsv")]
+        assert predict.main([str(run), "--task", task, *output]) == 0
+    form = recipes.load(str(run / "recipe.toml")).formats["entities"]
+    table = read_table(corpus / "slots-dev.conll", form)
+    _, *rows = (run / "entities.tsv").read_text().splitlines()
+    tags = [row.split("\t")[1].split() for row in rows]
+    assert list(map(len, tags)) == list(map(len, table.words))
+    numbers = [form.classes.index(tag) for text in tags for tag in text]
+    accuracy = np.mean(np.array(numbers) == table.labels)
+    assert accuracy == pytest.approx(scores["entities.accuracy"])
+
+    assert report.main([str(run), "--out", str(tmp_path / "pages")]) == 0
+    page = (tmp_path / "pages" / "run.html").read_text()
+    assert "entity_f1 of" in page
+    assert export.main([str(run), "--to", str(tmp_path / "model")]) == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| topics | average_precision |" in card
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (tmp_path / "example.py").write_text(example)
+    with (corpus / "aspects-dev.jsonl").open() as file:
+        review = json.loads(next(file))["review"]
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "model"), "topics", review])
+    capsys.readouterr()
+    runpy.run_path(str(tmp_path / "example.py"))
+    answer = capsys.readouterr().out.split()
+    first = (run / "topics.tsv").read_text().splitlines()[1].split("\t")[1]
+    assert ",".join(answer) == first.replace("[]", "")
 
 
 def test_the_heads_of_the_files_are_as_shown(folder: Path) -> None:

@@ -52,12 +52,10 @@ def test_tags_and_labels_need_the_words_around_them(demo: Path) -> None:
     assert set(slots.labels) == set(range(len(FORMATS["slots"].classes)))
     assert 0.2 < (slots.labels == 0).mean() < 0.7
     aspects = read(demo, "aspects", "dev").labels
-    assert (aspects.sum(0) > 10).all()
-    assert 0.1 < (aspects.sum(1) == 0).mean() < 0.6
-    reviews = read(demo, "aspects", "dev").sentences[0]
-    named = np.array([[name in text.split() for name in ASPECTS] for text in reviews])
-    assert (aspects <= named).all()
-    assert aspects[named].mean() < 0.6  # praise has to be read, not the aspect alone
+    assert aspects.shape == (SIZES["dev"], len(ASPECTS))
+    assert ((aspects.mean(0) > 0.2) & (aspects.mean(0) < 0.7)).all()
+    assert 0.1 < (aspects.sum(1) == 0).mean() < 0.4
+    assert len(np.unique(aspects, axis=0)) > 20
 
 
 def test_shared_words_alone_do_not_settle_the_pairs(demo: Path) -> None:
