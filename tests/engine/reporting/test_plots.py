@@ -43,7 +43,7 @@ def of_classes(classes: tuple[str, ...], labels: object, predictions: object) ->
         classes=classes,
     )
     given = (np.asarray(values, np.float32) for values in (labels, predictions))
-    return Answers(form, 0.5, *given, [])
+    return Answers(form, "accuracy", 0.5, *given, [])
 
 
 @pytest.mark.parametrize("name", AWKWARD, ids=ascii)
@@ -135,7 +135,7 @@ def test_scores_of_any_range_have_pictures(low, high):
         task="t", sentences=("a",), label="b", kind="score", low=low, high=high, classes=()
     )
     values = np.linspace(low, high, 9).astype(np.float32)
-    answers = Answers(form, 1.0, values, values[::-1].copy(), [])
+    answers = Answers(form, "accuracy", 1.0, values, values[::-1].copy(), [])
     assert scatter(answers).startswith("data:image/svg+xml")
     found = findings(answers)
     assert np.sum(found.counts) == 9

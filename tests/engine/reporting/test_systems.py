@@ -263,7 +263,7 @@ def test_differences_from_the_paper_are_named(recipe, fields, expected):
 def answers(task: str, labels: list[float], predictions: list[float]) -> Answers:
     worst = [Mistake("1", ("a | b",), "0", "4", 1.0)]
     arrays = (np.array(values, dtype=np.float32) for values in (labels, predictions))
-    return Answers(FORMATS[task], 0.5, *arrays, worst)
+    return Answers(FORMATS[task], "accuracy", 0.5, *arrays, worst)
 
 
 def test_mistakes_are_counted_on_both_sides():

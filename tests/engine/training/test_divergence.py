@@ -13,6 +13,7 @@ from engine import evaluate, sweep
 from engine.checkpoints.manifest import Progress
 from engine.checkpoints.store import load_weights
 from engine.data.task_schema import FORMATS
+from engine.models.heads import metrics_for
 from engine.optim.lr_schedule import Schedule
 from engine.runs.experiments import read_results
 from engine.runs.lock import LOCK
@@ -27,6 +28,7 @@ from engine.utils.json_text import dump_json
 from ...conftest import REPOSITORY
 from ..conftest import TINY, tiny_run  # noqa: F401 (a fixture)
 from ..launch import start
+from ..models.heads.cases import results
 
 
 def corrupt_labels(monkeypatch, is_corrupted) -> None:
@@ -178,9 +180,10 @@ def test_two_ranks_agree_that_a_run_diverged(tmp_path):
 
 def test_constant_answers_are_no_failure():
     """Pearson's correlation is not defined there; the score is 0."""
-    assert score(FORMATS["sts"], [2.5, 2.5, 2.5], [0, 1, 2]) == 0
-    assert math.isnan(score(FORMATS["sts"], [2.5, math.nan, 2], [0, 1, 2]))
-    assert math.isnan(score(FORMATS["sst"], [1, math.nan, 2], [0, 1, 2]))
+    (correlation, *_), (accuracy, *_) = (metrics_for(FORMATS[task]) for task in ("sts", "sst"))
+    assert score(correlation, results([2.5, 2.5, 2.5], [0, 1, 2])) == 0
+    assert math.isnan(score(correlation, results([2.5, math.nan, 2], [0, 1, 2])))
+    assert math.isnan(score(accuracy, results([1, math.nan, 2], [0, 1, 2])))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
