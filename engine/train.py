@@ -60,12 +60,19 @@ _LEASE = 120.0
 """Seconds after which a file server releases the locks of a lost machine."""
 
 
-def train(trainer: Trainer, console: Console) -> Signals | None:
+def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> Signals | None:
     """Train one phase, from the run's newest checkpoint on.
+
+    Args:
+        trainer: of the phase.
+        console: for progress.
+        stop_after: steps of the run after which it stops with a checkpoint, as a signal stops it;
+            None for the phase's end.  What is trained before, the learning rates among it, does not
+            depend on it.
 
     Returns:
         The signal (SIGINT, SIGTERM, SIGHUP) that stopped it, after a checkpoint to resume from was
-        written; None when the phase came to its end.
+        written; None when the phase came to its end, or to ``stop_after``.
 
     Raises:
         DivergedError: loss, weights or outputs of the model are not finite any more.
@@ -101,6 +108,7 @@ def train(trainer: Trainer, console: Console) -> Signals | None:
                 check_skipped(trainer, log, progress)
             if log.is_written or ranks.size == 1:  # ranks wait for each other only now and then
                 stopping = ranks.any(bool(stop))
+            stopping = stopping or progress.step == stop_after
             if epoch_ends or due or stopping:
                 progress = _evaluate_and_save(
                     trainer,
@@ -120,7 +128,9 @@ def train(trainer: Trainer, console: Console) -> Signals | None:
             "steps, or with precision=bf16 or fp32",
             soft_wrap=True,
         )
-    return None if ended else stop.signal or Signals.SIGTERM
+    if ended or (progress.step == stop_after and stop.signal is None):
+        return None
+    return stop.signal or Signals.SIGTERM
 
 
 def _evaluate_and_save(
@@ -161,9 +171,22 @@ def _evaluate_and_save(
 
 
 def train_run(
-    run: Run, device: torch.device, console: Console, ranks: Ranks | None = None
+    run: Run,
+    device: torch.device,
+    console: Console,
+    ranks: Ranks | None = None,
+    *,
+    stop_after: int | None = None,
 ) -> Signals | None:
     """Train the phases of a run that are not done yet.
+
+    Args:
+        run: its folder and settings.
+        device: of the model.
+        console: for progress.
+        ranks: the processes that train it together.
+        stop_after: as of :func:`train`; trained on later, the run has the weights that it would
+            have had without the stop, to the bit.
 
     Returns:
         As :func:`train`.
@@ -175,6 +198,8 @@ def train_run(
     done, facts = run.checkpoints.progress(), dict[str, PhaseFacts]()
     known, idle = list[str](), list[str]()
     for phase in range(done.phase, len(run.recipe.in_phases)):
+        if stop_after is not None and run.checkpoints.progress().step >= stop_after:
+            return None
         # The first on each machine fills the cache of tokenized data.
         with ranks.main_first(), memory_explained(SMALLER_MODEL):
             trainer = build_trainer(run, device, ranks, phase=phase)
@@ -192,7 +217,7 @@ def train_run(
             closing(execution),
             memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)),
         ):
-            signal = train(trainer, console)
+            signal = train(trainer, console, stop_after)
         print_warmup(console, execution)
         if signal is not None:
             return signal

@@ -1,6 +1,5 @@
 """Train several runs below one folder and report their ends: ``train --seeds`` and ``sweep``."""
 
-import itertools
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -44,10 +43,9 @@ def train_series(
         InputError: the folder has scores of other settings.
     """
     check_results(folder, specs)
-    in_time = itertools.takewhile(lambda _: over is None or not over.is_set(), specs)
-    ending = train_runs(folder, in_time, train_run, console)
+    ending = train_runs(folder, specs, train_run, console, over)
     results = read_results(folder)
-    print_results(console, results)
+    print_results(console, results, specs)
     print_diverged(console, ending.diverged)
     if all(spec.name in {**results, **ending.diverged} for spec in specs):
         return DIVERGED if ending.diverged else 0

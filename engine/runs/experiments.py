@@ -7,7 +7,10 @@ resumed: finished runs are not repeated, an unfinished one is resumed.
 import math
 import re
 import statistics
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from os.path import isfile
 from pathlib import Path
 from signal import Signals
@@ -39,10 +42,13 @@ class RunSpec(NamedTuple):
     Attributes:
         group: what it is a repetition of, which is a folder's name too.
         recipe: its settings; the seed tells it from others of its group.
+        point: what the series gives it besides those that all have, as overrides; the name of the
+            group ends with them.
     """
 
     group: str
     recipe: Recipe
+    point: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -77,7 +83,30 @@ class Result(NamedTuple):
     seconds: FiniteFloat
 
 
-def seeds_of(group: str, recipe: Recipe, count: int) -> list[RunSpec]:
+class TimeLeft:
+    """The time that a series needs yet, by what this session needed so far.
+
+    Args:
+        work: what is to be done, in steps or runs.
+    """
+
+    def __init__(self, work: float) -> None:
+        self._left, self._done, self._begun = work, 0.0, time.monotonic()
+
+    def add(self, work: float) -> None:
+        """Count work that is done."""
+        self._left -= work
+        self._done += work
+
+    def __str__(self) -> str:
+        """``, about 0:12:30 left``; empty before anything is done."""
+        if not self._done:
+            return ""
+        seconds = (time.monotonic() - self._begun) / self._done * max(0.0, self._left)
+        return f", about {timedelta(seconds=round(seconds))} left"
+
+
+def seeds_of(group: str, recipe: Recipe, count: int, point: tuple[str, ...] = ()) -> list[RunSpec]:
     """Return ``count`` repetitions of a recipe, under its seed and those that follow.
 
     Raises:
@@ -87,7 +116,7 @@ def seeds_of(group: str, recipe: Recipe, count: int) -> list[RunSpec]:
     if count > most:
         raise InputError(f"--seeds {count}: expected at most {most}, from seed {recipe.seed} on")
     return [
-        RunSpec(group, recipe.model_copy(update={"seed": recipe.seed + number}))
+        RunSpec(group, recipe.model_copy(update={"seed": recipe.seed + number}), point)
         for number in range(count)
     ]
 
@@ -122,9 +151,12 @@ def check_models(folder: Path, specs: Iterable[RunSpec]) -> None:
 
 def train_runs(
     folder: Path,
-    specs: Iterable[RunSpec],
+    specs: Sequence[RunSpec],
     train_run: Callable[[Run], Signals | None],
     console: Console,
+    over: threading.Event | None = None,
+    time_left: TimeLeft | None = None,
+    work: float = 1.0,
 ) -> Ending:
     """Train the runs of a series that are not done yet.
 
@@ -133,6 +165,9 @@ def train_runs(
         specs: in the order in which they are trained.
         train_run: trains a run to its end, or until a signal, which it returns.
         console: to say on what is begun.
+        over: no run is begun once it is set.
+        time_left: of what is trained here and elsewhere; None for these runs alone.
+        work: of one run, as ``time_left`` counts it.
 
     Returns:
         How it ended.  A run whose numbers do not stay finite is no result and does not end the
@@ -140,10 +175,12 @@ def train_runs(
     """
     remove_partial_files(folder, re.compile(re.escape(RESULTS)))
     results, diverged = read_results(folder), dict[str, str]()
-    for spec in specs:
-        if spec.name in results:
-            continue
-        console.rule(spec.name)
+    left = [spec for spec in specs if spec.name not in results]
+    time_left = time_left or TimeLeft(len(left))
+    for number, spec in enumerate(left, start=len(specs) - len(left) + 1):
+        if over is not None and over.is_set():
+            break
+        console.rule(f"{spec.name} ({number} of {len(specs)}{time_left})")
         with claimed(folder / spec.name, resumes=True):
             run = resume(spec.recipe, folder / spec.name)
             try:
@@ -151,12 +188,14 @@ def train_runs(
             except DivergedError as error:
                 console.print(f"{spec.name}: {error}", soft_wrap=True, highlight=False)
                 diverged[spec.name] = str(error)
+                time_left.add(work)
                 continue
             if signal is not None:
                 return Ending(signal, diverged)
             recipe = run.recipe
             scores = read_scores(run.folder, recipe.tasks).scores if recipe.is_scored else {}
             seconds = training_seconds(run.folder)
+        time_left.add(work)
         results[spec.name] = Result(spec.group, scores, seconds)
         content = {name: result._asdict() for name, result in results.items()}
         write_text(folder / RESULTS, dump_json(content, indent=2) + "\n")
@@ -201,29 +240,59 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def print_results(console: Console, results: Mapping[str, Result]) -> None:
+def print_results(
+    console: Console, results: Mapping[str, Result], specs: Iterable[RunSpec] = ()
+) -> None:
     """Print the groups of a series, scores averaged over seeds.
 
-    The best overall score comes first, what is not scored last.
+    The best overall score comes first, what is not scored last.  ``specs`` are those whose points
+    have columns of their own.
     """
     groups: dict[str, list[Result]] = {}
     for result in results.values():
         groups.setdefault(result.group, []).append(result)
+    names, settings = differing_settings([spec for spec in specs if spec.group in groups])
     tasks = list(dict.fromkeys(task for result in results.values() for task in result.scores))
     tasks.sort(key="overall".__eq__)  # overall last
-    rows = [["run", "seeds", *tasks, "minutes"]]
+    rows = [["run", *names, "seeds", *tasks, "minutes"]]
     for group, members in sorted(groups.items(), key=lambda item: -_overall(item[1])):
         columns = (
             [result.scores[task] for result in members if task in result.scores] for task in tasks
         )
         minutes = statistics.mean(result.seconds for result in members) / 60
         scores = (mean_and_deviation(values) if values else "" for values in columns)
-        rows.append([group, str(len(members)), *scores, f"{minutes:.1f}"])
+        own = settings.get(group, [group, *("" for _ in names)])
+        rows.append([*own, str(len(members)), *scores, f"{minutes:.1f}"])
+    print_rows(console, rows)
+
+
+def differing_settings(specs: Iterable[RunSpec]) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the columns of a table that tell the groups of a series apart.
+
+    Returns:
+        The keys of the settings that differ among their points; and by group the cells: its name,
+        which leaves out settings that have columns, and the value of each key.
+    """
+    points = {spec.group: dict(setting.split("=", 1) for setting in spec.point) for spec in specs}
+    keys = dict.fromkeys(key for point in points.values() for key in point)
+    names = [key for key in keys if len({point.get(key) for point in points.values()}) > 1]
+    cells = {
+        group: [
+            group.partition("/")[0] if names and point else group,
+            *(point.get(name, "") for name in names),
+        ]
+        for group, point in points.items()
+    }
+    return names, cells
+
+
+def print_rows(console: Console, rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first column is text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
         line = "  ".join([first.ljust(widths[0]), *cells])
-        console.print(line, soft_wrap=True, highlight=False)
+        console.print(line.rstrip(), soft_wrap=True, highlight=False)
 
 
 def _overall(members: Sequence[Result]) -> float:

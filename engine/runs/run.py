@@ -10,6 +10,7 @@ checkpoints/     see engine/checkpoints/store.py
 """
 
 import os
+from collections.abc import Sequence
 from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
@@ -180,7 +181,7 @@ class Run(NamedTuple):
         return model
 
     def trained_model(
-        self, device: torch.device, dtype: torch.dtype | None = None
+        self, device: torch.device, dtype: torch.dtype | None = None, *, newest: bool = False
     ) -> tuple[MultitaskModel, Progress]:
         """Return the model with the weights of the best checkpoint, and where that was.
 
@@ -188,6 +189,7 @@ class Run(NamedTuple):
             device: where it goes.
             dtype: of its weights; None for what the run computes in on that device, so that
                 scores are those of its evaluations.
+            newest: take the newest checkpoint instead.
 
         Raises:
             InputError: the run has no checkpoint, or it cannot be used.
@@ -195,7 +197,8 @@ class Run(NamedTuple):
         if device.type == "cpu":
             set_threads(0, 1)
         model = self.new_model()
-        checkpoint, progress = self._load_best(model)
+        kinds = ("step",) if newest else ("best", "step")
+        checkpoint, progress = self._load(model, kinds)
         dtype = dtype or pick_dtype(self.recipe.precision, device)
         model = model.to(device).eval()
         model.cast(dtype)
@@ -206,9 +209,12 @@ class Run(NamedTuple):
             )
         return model, progress
 
-    def _load_best(self, model: MultitaskModel) -> tuple[Path, Progress]:
-        """Load the best checkpoint; where a process that trains the run drops it, its successor."""
-        while checkpoint := self.checkpoints.find("best") or self.checkpoints.find("step"):
+    def _load(self, model: MultitaskModel, kinds: Sequence[str]) -> tuple[Path, Progress]:
+        """Load a checkpoint; where a process that trains the run drops it, its successor.
+
+        ``kinds`` are those to look for, in that order.
+        """
+        while checkpoint := next(filter(None, map(self.checkpoints.find, kinds)), None):
             try:
                 return checkpoint, load_weights(checkpoint, model)
             except InputError:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..utils.errors import InputError
+from ..utils.errors import OutOfMemoryError
 from ..utils.memory import machine_memory
 
 SMALLER_MODEL = "take a smaller encoder, or train fewer tasks"
@@ -42,14 +42,14 @@ def memory_explained(what_to_do: str) -> Iterator[None]:
     """Turn an out-of-memory error into one line with what to do.
 
     Raises:
-        InputError: in place of what torch and Python raise.
+        OutOfMemoryError: in place of what torch and Python raise.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise InputError(f"out of memory: {what_to_do}") from error
+        raise OutOfMemoryError(f"out of memory: {what_to_do}") from error
 
 
 def check_memory(wanted: int, what_to_do: str) -> None:
@@ -62,11 +62,11 @@ def check_memory(wanted: int, what_to_do: str) -> None:
         what_to_do: where they do not fit.
 
     Raises:
-        InputError: they do not.
+        OutOfMemoryError: they do not.
     """
     found = machine_memory()
     if wanted > found:
-        raise InputError(
+        raise OutOfMemoryError(
             f"out of memory: {wanted / _GIB:,.1f} GiB are needed, the machine has "
             f"{found / _GIB:,.1f}; {what_to_do}"
         )

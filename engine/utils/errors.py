@@ -47,6 +47,10 @@ class DivergedError(InputError):
     """
 
 
+class OutOfMemoryError(InputError):
+    """Memory does not suffice for what is asked for; the message says what to make smaller."""
+
+
 class LostRankError(Exception):
     """Another process of the run died or hangs; this one cannot go on alone.
 
