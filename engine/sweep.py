@@ -1,5 +1,9 @@
-"""``python -m engine.sweep RECIPE …``: recipes, points of a grid and seeds, one after the other."""
+"""``python -m engine.sweep RECIPE …``: recipes, points of a grid or at random, and seeds.
 
+They are trained one after the other, all to their end, or by successive halving.
+"""
+
+import argparse
 import itertools
 import math
 import os
@@ -12,17 +16,20 @@ from types import FrameType
 
 from .cli.common import Parser, positive, print_warnings, run_cli, terminal
 from .cli.options import add_device, add_settings, overrides
-from .cli.series import train_series
+from .cli.series import halve_series, train_series
 from .cli.standard_output import train_without_output
 from .config import recipe as recipes
 from .config.renamed import with_new_name
+from .runs.draws import random_points
 from .runs.experiments import (
     MOST_RUNS,
     RunSpec,
     check_models,
     seeds_of,
 )
+from .runs.halving import plan_halving, score_newest
 from .runs.lock import held
+from .runs.run import Run
 from .runtime.precision import pick_device
 from .train import train_run
 from .utils.errors import InputError
@@ -30,6 +37,9 @@ from .utils.file_names import as_file_name, distinct_names
 from .utils.files import explained, resolved
 
 _ENDING = ".toml"
+
+_ETA = 3
+"""That of Hyperband's experiments (Li et al. 2018)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,17 +52,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("RECIPE is missing; name some, or give --papers")
     if options.minutes is not None and not 0 <= options.minutes <= threading.TIMEOUT_MAX / 60:
         raise InputError(f"--minutes {options.minutes}: expected a number of minutes, at least 0")
+    _check_options(options)
     settings, specs, renamed = overrides(options), list[RunSpec](), list[str]()
+    points = _points(options)
     for group, name in groups(names).items():
-        for point in grid_points(options.grid):
+        for point in points:
             recipe, lines = recipes.read(name, [*settings, *point])
-            specs += seeds_of(_group_of(group, point), recipe, options.seeds)
+            specs += seeds_of(_group_of(group, point), recipe, options.seeds, point)
             renamed += lines
     print_warnings(renamed)
+    plan = plan_halving(specs, options.min_steps, options.eta or _ETA) if options.halving else None
     out = resolved(options.out)
     check_models(out, specs)
+
+    def train(run: Run, stop_after: int | None = None) -> signal.Signals | None:
+        return train_run(run, device, console, stop_after=stop_after)
+
     with held(out), _time_limit(options.minutes) as over:
-        return train_series(out, specs, lambda run: train_run(run, device, console), console, over)
+        if plan is None:
+            return train_series(out, specs, train, console, over)
+        return halve_series(out, plan, train, lambda run: score_newest(run, device), console, over)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Check that options which need each other are given together.
+
+    Raises:
+        InputError: one is missing.
+    """
+    if options.random is not None and not options.draw:
+        raise InputError("--random: name what is drawn, such as --draw lr=log:1e-5:1e-3")
+    if options.draw and options.random is None:
+        raise InputError("--draw: give the number of draws by --random N")
+    if options.halving and options.min_steps is None:
+        raise InputError("--halving: give the steps of the first rung by --min-steps N")
+    for name in ("min_steps", "eta"):
+        if getattr(options, name) is not None and not options.halving:
+            raise InputError(f"--{name.replace('_', '-')}: has no effect without --halving")
+
+
+def _points(options: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Return the points of the grid, each with every random draw, as overrides.
+
+    Raises:
+        InputError: an axis or a draw is not right, or there are too many points.
+    """
+    points = grid_points(options.grid)
+    if options.random is None:
+        return points
+    count = len(points) * options.random
+    if count > MOST_RUNS:
+        raise InputError(f"--random {options.random}: {count} points; give at most {MOST_RUNS}")
+    fields = [with_new_name(setting.partition("=")[0])[0] for setting in points[0]]
+    draws = random_points(options.draw, options.random, options.seed or 0, fields)
+    return [(*point, *draw) for point in points for draw in draws]
 
 
 def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
@@ -140,6 +193,17 @@ def _time_limit(minutes: float | None) -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, usual)
 
 
+def _from_two(text: str) -> int:
+    """Return the whole number from 2 on that an option was given.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not (text.strip().isdecimal() and int(text) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 2 on")
+    return int(text)
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.sweep",
@@ -157,6 +221,26 @@ def _parser() -> Parser:
         help="train every combination, such as lr=1e-3,1e-4 batch_size=8,16 epochs=3,6 "
         "(default: the recipe alone)",
     )
+    add(
+        "--random",
+        type=positive,
+        metavar="N",
+        help="train N random draws of the settings that --draw names (default: none)",
+    )
+    add(
+        "--draw",
+        nargs="+",
+        default=[],
+        metavar="KEY=KIND:…",
+        help="distributions of the draws: KEY=log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or "
+        "choice:VALUE,VALUE,… (default: none)",
+    )
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="decides the draws and, as in train, weights, batches, dropout (default: 0)",
+    )
     add("--seeds", type=positive, default=1, metavar="N", help="repetitions of each (default: 1)")
     add(
         "--minutes",
@@ -165,6 +249,25 @@ def _parser() -> Parser:
         help="stop with a checkpoint after so long (default: when all is trained)",
     )
     add_settings(what)
+    halving = parser.add_argument_group("successive halving")
+    halving.add_argument(
+        "--halving",
+        action="store_true",
+        help="train all for --min-steps, the best 1/eta by dev score for eta times as many, and "
+        "so on up to max_steps (default: all to their end)",
+    )
+    halving.add_argument(
+        "--min-steps",
+        type=positive,
+        metavar="N",
+        help="steps that every run is trained for (default: none; --halving needs it)",
+    )
+    halving.add_argument(
+        "--eta",
+        type=_from_two,
+        metavar="N",
+        help=f"how many times as many steps the next rung has, and fewer runs (default: {_ETA})",
+    )
     where.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="the folder of the runs; needed"
     )

@@ -2,13 +2,14 @@
 
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from signal import Signals
 
 from rich.console import Console
 
 from ..runs.experiments import (
+    Ending,
     RunSpec,
     check_results,
     print_diverged,
@@ -16,6 +17,7 @@ from ..runs.experiments import (
     read_results,
     train_runs,
 )
+from ..runs.halving import Plan, is_done, print_rungs, read_record, rungs, train_halving
 from ..runs.run import Run
 from .common import DIVERGED, STOPPED
 
@@ -49,6 +51,47 @@ def train_series(
     print_diverged(console, ending.diverged)
     if all(spec.name in {**results, **ending.diverged} for spec in specs):
         return DIVERGED if ending.diverged else 0
+    return _stopped(console, ending)
+
+
+def halve_series(
+    folder: Path,
+    plan: Plan,
+    train_run: Callable[[Run, int | None], Signals | None],
+    score_run: Callable[[Run], Mapping[str, float]],
+    console: Console,
+    over: threading.Event | None = None,
+) -> int:
+    """Train candidates by successive halving, as far as is not done yet, and print their ranks.
+
+    Args:
+        folder: of the series, held by this process.
+        plan: its candidates and rungs.
+        train_run: trains a run up to so many steps (None: to its end), or until a signal, which it
+            returns.
+        score_run: returns the dev scores of a run's newest checkpoint.
+        console: for progress and ranks.
+        over: no run is begun once it is set.
+
+    Returns:
+        The command's exit status; 0 if a candidate was trained to its end, whether or not others
+        diverged.
+
+    Raises:
+        InputError: the folder has runs of other settings, or of another plan.
+    """
+    check_results(folder, plan.specs)
+    ending = train_halving(folder, plan, train_run, score_run, console, over)
+    results = read_results(folder)
+    found = rungs(plan, read_record(folder, plan), results)
+    print_rungs(console, plan, found)
+    print_diverged(console, ending.diverged)
+    if is_done(plan, found):
+        return 0 if any(spec.name in results for spec in plan.specs) else DIVERGED
+    return _stopped(console, ending)
+
+
+def _stopped(console: Console, ending: Ending) -> int:
     why = "the time is over" if ending.signal is None else f"stopped by {ending.signal.name}"
     console.print(f"{why}; the same command goes on with the runs that are not done")
     return STOPPED + (ending.signal or signal.SIGTERM)

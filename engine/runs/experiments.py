@@ -180,7 +180,8 @@ def train_runs(
     for number, spec in enumerate(left, start=len(specs) - len(left) + 1):
         if over is not None and over.is_set():
             break
-        console.rule(f"{spec.name} ({number} of {len(specs)}{time_left})")
+        console.rule(spec.name)
+        console.print(f"run {number} of {len(specs)}{time_left}", highlight=False)
         with claimed(folder / spec.name, resumes=True):
             run = resume(spec.recipe, folder / spec.name)
             try:

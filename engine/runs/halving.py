@@ -1,0 +1,491 @@
+"""Successive halving: many candidates for few steps, the best for more.
+
+Every candidate is trained for the steps of the first rung.  The best 1/eta of them by their dev
+score go on to the second, with eta times the steps, and so on to the last rung, which ends where
+the recipe ends (Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
+Hyperparameter Optimization"; one bracket of Hyperband, Li et al. 2018, "Hyperband: A Novel
+Bandit-Based Approach to Hyperparameter Optimization").
+
+A rung stops the run of the recipe early and goes on from its checkpoint; it does not train a
+shorter run.  So the learning rates are those of all of max_steps, nothing is trained twice, and
+the runs of the last rung have the weights and scores that they would have had without rungs.
+
+``halving.json`` has the scores at each rung.  Everything else follows from them, so that the series
+goes on from it wherever it was cut off.
+"""
+
+import itertools
+import math
+import re
+import statistics
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import isfile
+from pathlib import Path
+from signal import Signals
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from rich.console import Console
+
+from ..config.recipe import Recipe
+from ..data.rows import shorten
+from ..utils.errors import DivergedError, InputError, OutOfMemoryError
+from ..utils.files import remove_partial_files, write_text
+from ..utils.json_text import dump_json
+from ..utils.untrusted_io import read_bytes
+from .experiments import (
+    Ending,
+    Result,
+    RunSpec,
+    TimeLeft,
+    differing_settings,
+    mean_and_deviation,
+    print_rows,
+    read_results,
+    train_runs,
+)
+from .folder import claimed
+from .resume import check_scores_of, resume
+from .run import Run
+from .scoring import score_splits
+
+RECORD = "halving.json"
+
+GOES_ON, STOPPED, FAILED, FINISHED = "goes on", "stopped", "failed", "finished"
+"""Outcomes of a candidate at a rung; empty while they are open."""
+
+
+class Plan(NamedTuple):
+    """Plan of a successive halving.
+
+    Attributes:
+        steps: of each rung, counted from the beginning of a run; the last are all of its steps.
+        eta: of so many candidates one goes on.
+        candidates: the runs of each candidate, which differ in the seed, by its group.
+    """
+
+    steps: tuple[int, ...]
+    eta: int
+    candidates: dict[str, list[RunSpec]]
+
+    @property
+    def specs(self) -> list[RunSpec]:
+        """All runs."""
+        return [spec for runs in self.candidates.values() for spec in runs]
+
+    def survivors(self, count: int) -> int:
+        """Return how many of ``count`` candidates of a rung go on."""
+        return max(1, count // self.eta)
+
+
+class Failure(BaseModel):
+    """Failure of a run: the steps of the rung that it did not reach, and why."""
+
+    steps: int
+    reason: str
+
+
+class Record(BaseModel):
+    """``halving.json``, without what follows from the rest."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    eta: int
+    steps: list[int]
+    runs: list[str]
+    """Names of all runs of all candidates."""
+    scores: dict[str, dict[int, dict[str, FiniteFloat]]] = {}
+    """Dev scores of each run, by the steps of a rung, but the last."""
+    failed: dict[str, Failure] = {}
+    """Runs whose numbers did not stay finite, or that do not fit in memory."""
+
+
+class Place(NamedTuple):
+    """Place of a candidate at a rung.
+
+    Attributes:
+        group: the candidate.
+        scores: of its runs there; none where they failed or are not trained yet.
+        outcome: one of those above.
+        reason: why it failed.
+    """
+
+    group: str
+    scores: list[dict[str, float]]
+    outcome: str
+    reason: str = ""
+
+
+class Rung(NamedTuple):
+    """A rung: its steps, and its candidates, the best first and those that failed last."""
+
+    steps: int
+    places: list[Place]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a run of it is still to be trained."""
+        return any(not place.outcome for place in self.places)
+
+
+def plan_halving(specs: Sequence[RunSpec], min_steps: int, eta: int) -> Plan:
+    """Plan the rungs of a series.
+
+    Args:
+        specs: its runs; those of a group are one candidate, ranked by the mean of their scores.
+        min_steps: of the first rung.
+        eta: the factor from rung to rung.
+
+    Raises:
+        InputError: there is one candidate, their scores do not compare, or their steps do not fit.
+    """
+    candidates: dict[str, list[RunSpec]] = {}
+    for spec in specs:
+        candidates.setdefault(spec.group, []).append(spec)
+    first, *others = (runs[0] for runs in candidates.values())
+    if not others:
+        raise InputError(
+            "--halving: there is one candidate; give several, by --grid, --random or recipes"
+        )
+    most = _all_steps(first)
+    for other in others:
+        if _all_steps(other) != most:
+            raise InputError(
+                f"--halving: max_steps differ, {most} of {first.group} and {_all_steps(other)} of "
+                f"{other.group}; give all the same by --max-steps"
+            )
+        if other.recipe.tasks.keys() != first.recipe.tasks.keys():
+            raise InputError(
+                f"--halving: {first.group} and {other.group} are scored on different tasks, which "
+                "do not compare; sweep each recipe by itself"
+            )
+    if min_steps >= most:
+        raise InputError(
+            f"--min-steps {min_steps}: expected fewer than the {most} steps of the whole run; "
+            "lower it, or raise --max-steps"
+        )
+    steps = [min_steps]
+    while steps[-1] * eta < most:
+        steps.append(steps[-1] * eta)
+    for spec in (first, *others):
+        for stop in steps:
+            _check_scored(spec, stop)
+    return Plan((*steps, most), eta, candidates)
+
+
+def train_halving(
+    folder: Path,
+    plan: Plan,
+    train_run: Callable[[Run, int | None], Signals | None],
+    score_run: Callable[[Run], Mapping[str, float]],
+    console: Console,
+    over: threading.Event | None = None,
+) -> Ending:
+    """Train what the rungs of a plan still need, and write ``halving.json``.
+
+    Args:
+        folder: of the series, held by this process.
+        plan: the rungs.
+        train_run: trains a run up to so many steps (None: to its end), or until a signal, which it
+            returns.
+        score_run: returns the dev scores of a run's newest checkpoint.
+        console: to say on what is begun.
+        over: no run is begun once it is set.
+
+    Returns:
+        How it ended; a run that failed has no result, and does not end the others.
+
+    Raises:
+        InputError: the folder has a record of another plan, or a run in it has more steps already
+            than the rung that it is to be ranked at.
+    """
+    remove_partial_files(folder, re.compile(re.escape(RECORD)))
+    record = read_record(folder, plan)
+    _write(folder, plan, record)
+    time_left = TimeLeft(_steps_left(plan, record, read_results(folder)))
+    while (rung := rungs(plan, record, {})[-1]).steps < plan.steps[-1]:
+        spec = next(_runs_to_train(plan, record, rung))
+        if over is not None and over.is_set():
+            return Ending(None, _reasons(record))
+        console.rule(spec.name)
+        console.print(f"up to step {rung.steps} of {plan.steps[-1]}{time_left}", highlight=False)
+        with claimed(folder / spec.name, resumes=True):
+            run = resume(spec.recipe, folder / spec.name)
+            if (step := run.checkpoints.progress().step) > rung.steps:
+                raise InputError(
+                    f"{run.folder}: has {step} steps already, so that it cannot be ranked after "
+                    f"{rung.steps}; give another --out"
+                )
+            try:
+                if (signal := train_run(run, rung.steps)) is not None:
+                    return Ending(signal, _reasons(record))
+                scores = dict(score_run(run))
+                if not all(map(math.isfinite, scores.values())):
+                    raise DivergedError(f"dev scores at step {rung.steps} are not finite")
+                record.scores.setdefault(spec.name, {})[rung.steps] = scores
+            except (DivergedError, OutOfMemoryError) as error:
+                console.print(f"{spec.name}: {error}", soft_wrap=True, highlight=False)
+                record.failed[spec.name] = Failure(steps=rung.steps, reason=str(error))
+        time_left.add(_work(plan, rung.steps))
+        _write(folder, plan, record)
+    ending = train_runs(
+        folder,
+        list(_runs_to_train(plan, record, rung)),
+        lambda run: train_run(run, None),
+        console,
+        over,
+        time_left,
+        _last_work(plan, record),
+    )
+    for name, reason in ending.diverged.items():
+        record.failed[name] = Failure(steps=plan.steps[-1], reason=reason)
+    _write(folder, plan, record)
+    return ending._replace(diverged=_reasons(record))
+
+
+def rungs(plan: Plan, record: Record, results: Mapping[str, Result]) -> list[Rung]:
+    """Return the rungs up to the one that is at hand, ranked.
+
+    Args:
+        plan: the rungs.
+        record: scores at all of them but the last.
+        results: scores at the last one, which are those of the runs' best epochs.
+    """
+    found, alive = list[Rung](), list(plan.candidates)
+    for steps in plan.steps[:-1]:
+        if len(alive) < 2:  # nothing is left to be decided
+            break
+        places = [_place(plan, record, group, steps) for group in alive]
+        rung = Rung(steps, sorted(places, key=_order))
+        if rung.is_open:
+            return [*found, rung]
+        ranked = [place.group for place in rung.places if place.outcome != FAILED]
+        alive = ranked[: plan.survivors(len(alive))]
+        decided = [
+            place._replace(outcome=GOES_ON) if place.group in alive else place
+            for place in rung.places
+        ]
+        found.append(Rung(steps, decided))
+    last = [_last_place(plan, record, results, group) for group in alive]
+    return [*found, Rung(plan.steps[-1], sorted(last, key=_order))]
+
+
+def is_done(plan: Plan, found: Sequence[Rung]) -> bool:
+    """Return whether nothing is left to be trained."""
+    return found[-1].steps == plan.steps[-1] and not found[-1].is_open
+
+
+def print_rungs(console: Console, plan: Plan, found: Sequence[Rung]) -> None:
+    """Print a table of all candidates: those that came farthest first, failed ones last."""
+    names, settings = differing_settings(plan.specs)
+    tasks = [*plan.specs[0].recipe.tasks, "overall"]
+    rows = [["run", *names, "rank", "steps", *tasks, "outcome"]]
+    for rank, (steps, place) in enumerate(standings(found), start=1):
+        scores = [
+            mean_and_deviation([own[task] for own in place.scores]) if place.scores else ""
+            for task in tasks
+        ]
+        reached = str(steps) if place.scores else ""
+        rows.append([*settings[place.group], str(rank), reached, *scores, place.outcome])
+    print_rows(console, rows)
+
+
+def standings(found: Sequence[Rung]) -> list[tuple[int, Place]]:
+    """Return the last rung of every candidate and its place there, the best first.
+
+    A candidate that is open at a rung stands with its place at the one before.
+    """
+    latest: dict[str, tuple[int, Place]] = {}
+    for rung in found:
+        for place in rung.places:
+            if place.outcome or place.group not in latest:
+                latest[place.group] = (rung.steps if place.outcome else 0, place)
+    return sorted(
+        latest.values(), key=lambda item: (item[1].outcome == FAILED, -item[0], _order(item[1]))
+    )
+
+
+def read_record(folder: Path, plan: Plan) -> Record:
+    """Return the record of a plan so far, without scores where there is none.
+
+    Raises:
+        InputError: it is damaged, was made by another plan or with other settings.
+    """
+    file = folder / RECORD
+    expected = Record(eta=plan.eta, steps=list(plan.steps), runs=[spec.name for spec in plan.specs])
+    if not file.exists():
+        return expected
+    try:
+        record = Record.model_validate_json(read_bytes(file))
+        tasks = {*plan.specs[0].recipe.tasks, "overall"}
+        for name, by_steps in record.scores.items():
+            if any(scores.keys() != tasks for scores in by_steps.values()):
+                raise ValueError(f"scores of {shorten(name)} are not those of its tasks")
+    except ValueError as error:
+        raise InputError(
+            f"{file}: not the record of a halving ({_first_line(error)}); give another --out"
+        ) from None
+    for what in ("eta", "steps", "runs"):
+        before, now = getattr(record, what), getattr(expected, what)
+        if before != now:
+            other = "other candidates" if what == "runs" else f"{what} {before}, now {now}"
+            raise InputError(f"{file}: was made with {other}; give the same, or another --out")
+    for spec in plan.specs:
+        if spec.name in record.scores:
+            if not isfile(folder / spec.name / "recipe.toml"):
+                raise InputError(
+                    f"{folder / spec.name}: is missing, so that the settings of its scores in "
+                    f"{RECORD} are unknown; give another --out"
+                )
+            check_scores_of(spec.recipe, folder / spec.name)
+    return record
+
+
+def score_newest(run: Run, device: torch.device) -> dict[str, float]:
+    """Return the dev scores of a run's newest checkpoint; NaN where an output is not finite."""
+    model, _ = run.trained_model(device, newest=True)
+    return score_splits(model, {task: run.split(task, "dev") for task in run.recipe.tasks})
+
+
+def _all_steps(spec: RunSpec) -> int:
+    """Return the steps of all phases of a run.
+
+    Raises:
+        InputError: they are not given.
+    """
+    phases = spec.recipe.in_phases
+    for name, phase in phases.items():
+        if not phase.max_steps:
+            where = f"phases.{name}.max_steps" if name else "max_steps"
+            raise InputError(
+                f"--halving: {where} of {spec.group} is not given, so that the rungs have no end; "
+                "give --max-steps"
+            )
+    return sum(phase.max_steps for phase in phases.values())
+
+
+def _check_scored(spec: RunSpec, step: int) -> None:
+    """Check that a rung ends in a phase that trains tasks.
+
+    Raises:
+        InputError: there is nothing to rank by.
+    """
+    name, phase = _phase_at(spec.recipe, step)
+    if not phase.scored:
+        where = f"phase {name} of {spec.group}" if name else spec.group
+        raise InputError(
+            f"--halving: after {step} steps {where} has trained no task, so that there is no score "
+            "to rank by; " + ("raise --min-steps" if name else "leave --halving out")
+        )
+
+
+def _phase_at(recipe: Recipe, step: int) -> tuple[str, Recipe]:
+    """Return the phase that the last of ``step`` steps belongs to."""
+    phases, ends = (
+        recipe.in_phases,
+        itertools.accumulate(phase.max_steps for phase in recipe.in_phases.values()),
+    )
+    return next(item for item, end in zip(phases.items(), ends, strict=True) if step <= end)
+
+
+def _decides(scores: Mapping[str, float]) -> float:
+    """Return the score that candidates are ranked by."""
+    return scores["overall"]
+
+
+def _order(place: Place) -> tuple[bool, float]:
+    """Return a key that sorts the best first and those that failed last."""
+    if not place.scores:
+        return place.outcome == FAILED, math.inf
+    return place.outcome == FAILED, -statistics.mean(map(_decides, place.scores))
+
+
+def _place(plan: Plan, record: Record, group: str, steps: int) -> Place:
+    """Return the place of a candidate at a rung, stopped there unless it is open or failed."""
+    runs = plan.candidates[group]
+    for spec in runs:
+        failure = record.failed.get(spec.name)
+        if failure is not None and failure.steps == steps:
+            return Place(group, [], FAILED, failure.reason)
+    scores = [record.scores.get(spec.name, {}).get(steps) for spec in runs]
+    known = [own for own in scores if own is not None]
+    if len(known) < len(runs):
+        return Place(group, [], "")
+    return Place(group, known, STOPPED)
+
+
+def _last_place(plan: Plan, record: Record, results: Mapping[str, Result], group: str) -> Place:
+    runs = plan.candidates[group]
+    place = _place(plan, record, group, plan.steps[-1])
+    if place.outcome == FAILED or not all(spec.name in results for spec in runs):
+        return place
+    return Place(group, [results[spec.name].scores for spec in runs], FINISHED)
+
+
+def _runs_to_train(plan: Plan, record: Record, rung: Rung) -> Iterator[RunSpec]:
+    for place in rung.places:
+        for spec in plan.candidates[place.group]:
+            trained = rung.steps in record.scores.get(spec.name, {})
+            if place.outcome != FAILED and not trained:
+                yield spec
+
+
+def _work(plan: Plan, steps: int) -> int:
+    """Return the steps of a run from the rung before ``steps`` to that."""
+    before = (0, *plan.steps)[plan.steps.index(steps)]
+    return steps - before
+
+
+def _last_work(plan: Plan, record: Record) -> int:
+    """Return the steps of a run in the last rung."""
+    found = rungs(plan, record, {})
+    return plan.steps[-1] - (found[-2].steps if len(found) > 1 else 0)
+
+
+def _steps_left(plan: Plan, record: Record, results: Mapping[str, Result]) -> int:
+    """Return the steps that are still to be trained, of all runs, if no more of them fail."""
+    rung = rungs(plan, record, {})[-1]
+    seeds = len(plan.specs) // len(plan.candidates)
+    runs = sum(spec.name not in results for spec in _runs_to_train(plan, record, rung))
+    if rung.steps == plan.steps[-1]:
+        return _last_work(plan, record) * runs
+    left = _work(plan, rung.steps) * runs
+    count, before = plan.survivors(len(rung.places)), rung.steps
+    for steps in plan.steps[plan.steps.index(rung.steps) + 1 :]:
+        left += (steps - before) * count * seeds
+        count, before = plan.survivors(count), steps
+    return left
+
+
+def _reasons(record: Record) -> dict[str, str]:
+    return {name: failure.reason for name, failure in record.failed.items()}
+
+
+def _first_line(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_url=False, include_input=False)[0]
+        return shorten(": ".join([".".join(map(str, problem["loc"])), problem["msg"]]))
+    return str(error)
+
+
+def _write(folder: Path, plan: Plan, record: Record) -> None:
+    """Write the record with the rankings that follow from it, unless the file has them."""
+    found = rungs(plan, record, read_results(folder))
+    content = record.model_dump(mode="json") | {
+        "candidates": {group: list(runs[0].point) for group, runs in plan.candidates.items()},
+        "rungs": [
+            {"steps": rung.steps, "ranking": [*map(_ranked, range(1, 1 << 31), rung.places)]}
+            for rung in found
+        ],
+    }
+    text, file = dump_json(content, indent=2) + "\n", folder / RECORD
+    if not file.exists() or read_bytes(file) != text.encode():
+        write_text(file, text)
+
+
+def _ranked(rank: int, place: Place) -> dict[str, Any]:
+    overall = statistics.mean(map(_decides, place.scores)) if place.scores else None
+    own = {"rank": rank, "candidate": place.group, "score": overall, "outcome": place.outcome}
+    return own | ({"reason": place.reason} if place.reason else {})
