@@ -17,8 +17,9 @@ from ..config.renamed import with_new_name
 from ..utils.errors import InputError
 from ..utils.untrusted_io import parse_toml
 
-_DIGITS = 4
-"""Significant digits of a drawn number: what a folder is named by is what is trained."""
+_DIGITS, _MOST_DIGITS = 4, 17
+"""Significant digits of a drawn number, more in a narrow range: folders are named by the number
+that is trained with."""
 
 _LARGEST = 1 << 53
 """Whole numbers below it are exact in float64."""
@@ -181,4 +182,7 @@ def _spelt(value: Any) -> str:
 
 
 def _rounded(value: float, low: float, high: float) -> float:
-    return min(high, max(low, float(f"{value:.{_DIGITS}g}")))
+    """Return a number within bounds, rounded to some digits that tell values of the range apart."""
+    size, width = max(abs(low), abs(high)) / 2, high / 2 - low / 2  # halves: the range may overflow
+    digits = _DIGITS + max(0, round(math.log10(size / width))) if width else _MOST_DIGITS
+    return min(high, max(low, float(f"{value:.{min(digits, _MOST_DIGITS)}g}")))
