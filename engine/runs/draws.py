@@ -182,7 +182,7 @@ def _spelt(value: Any) -> str:
 
 
 def _rounded(value: float, low: float, high: float) -> float:
-    """Return a number within bounds, rounded to some digits that tell values of the range apart."""
+    """Return a number within bounds, rounded, but so that a range has hundreds of values."""
     size, width = max(abs(low), abs(high)) / 2, high / 2 - low / 2  # halves: the range may overflow
     digits = _DIGITS + max(0, round(math.log10(size / width))) if width else _MOST_DIGITS
     return min(high, max(low, float(f"{value:.{min(digits, _MOST_DIGITS)}g}")))

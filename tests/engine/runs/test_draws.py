@@ -122,8 +122,7 @@ def test_no_distribution(text, message):
         (["--random", "3", "--draw", "dropout=uniform:2:3"], "dropout"),
         (["--random", "3", "--draw", "lr=log:1:2", "lr=log:1:2"], "lr is given already"),
         (
-            ["--random", "3", "--draw", "order=choice:cycle,together", "--grid"]
-            + ["task_schedule=cycle,together"],
+            ["--random", "3", "--draw", "order=choice:1,2", "--grid", "task_schedule=cycle"],
             "task_schedule is given already",
         ),
         (
