@@ -1,13 +1,17 @@
-"""``python -m engine.evaluate RUN``: score a run's best checkpoint on its labelled data."""
+"""``python -m engine.evaluate RUN``: score a run's best checkpoint on labelled data."""
 
+import math
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from .cli.common import Parser, print_scores, run_cli, terminal
 from .cli.options import add_device
 from .cli.progress import report_data
-from .runs.data_paths import reads_data_folder
-from .runs.run import open_run
+from .data.source import DataFile, Split
+from .data.split import TokenizedSplit
+from .runs.data_paths import origin, reads_data_folder
+from .runs.run import Run, open_run
 from .runs.scoring import Scores, score_splits, write_scores
 from .runtime.precision import pick_device
 from .utils.errors import InputError
@@ -17,15 +21,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = Parser(
         prog=f"python -m {__package__}.evaluate",
-        description="Score a run's best checkpoint; print a table and write metrics.json.",
+        description="Score a run's best checkpoint; print a table and, of all tasks, write "
+        "metrics.json.",
     )
     what, where = parser.add_argument_group("what to score"), parser.add_argument_group("where")
     what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     what.add_argument(
         "--split",
-        choices=["dev", "train"],
-        default="dev",
-        help="on which examples (default: dev)",
+        choices=["dev", "train", "test"],
+        help="on which examples; test: where the recipe names files with labels (default: dev)",
+    )
+    what.add_argument("--task", metavar="NAME", help="on this task alone (default: on all)")
+    what.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="on the examples of this file, with their labels, as in the data files; --task says "
+        "whose they are (default: on a split)",
     )
     where.add_argument(
         "--data", type=Path, metavar="DIR", help="folder of the data files (default: the run's own)"
@@ -33,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_device(where)
     options = parser.parse_args(arguments)
 
-    run = open_run(options.run)
+    run = whole = open_run(options.run)
+    if options.input is not None:
+        _check_alone(options)
     if options.data is not None:
         if not reads_data_folder(run.recipe):
             raise InputError(
@@ -41,14 +55,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "there; leave it out"
             )
         run = run.with_data(options.data)
-    model, progress = run.trained_model(pick_device(options.device))
-    splits = {task: run.split(task, options.split) for task in run.recipe.tasks}
+    if options.task is not None:
+        run = _of_task(run, options.task)
+    split: Split = options.split or "dev"
+    splits = {task: _labelled(run, task, split, options.input) for task in run.recipe.tasks}
+    model, progress = whole.trained_model(pick_device(options.device))
     report_data(terminal(), splits.values())
     scores = score_splits(model, splits, run.recipe)
-    write_scores(run.folder, Scores(options.split, progress.step, scores))
-    title = f"{options.split} scores of step {progress.step}"
+    if options.task is None:
+        write_scores(run.folder, Scores(split, progress.step, scores))
+    elif not math.isfinite(scores[options.task]):
+        raise InputError(
+            f"{options.run}: what the model computes for {options.task} is not finite; train it "
+            "again with a lower lr"
+        )
+    what_for = split if options.input is None else str(options.input)
+    title = f"{what_for} scores of step {progress.step}"
     print_scores(terminal(), title, scores, run.recipe)
     return 0
+
+
+def _check_alone(options: Namespace) -> None:
+    """Check that ``--input`` is given with all that it needs, and no more.
+
+    Raises:
+        InputError: it is not.
+    """
+    if options.task is None:
+        raise InputError(f"--input {options.input}: name the task of its examples by --task")
+    for name in ("split", "data"):
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name}: has no effect on the file of --input; leave one out")
+
+
+def _of_task(run: Run, task: str) -> Run:
+    """Return a run whose recipe has one of its tasks alone, which then makes up the overall score.
+
+    Raises:
+        InputError: it has no such task.
+    """
+    settings = run.recipe.tasks.get(task)
+    if settings is None:
+        raise InputError(f"--task {task}: {run.folder} has {', '.join(run.recipe.tasks)}")
+    tasks = {task: settings.model_copy(update={"score_weight": 1.0})}
+    return run._replace(recipe=run.recipe.model_copy(update={"tasks": tasks}))
+
+
+def _labelled(run: Run, task: str, split: Split, file: Path | None) -> TokenizedSplit:
+    """Return the examples to score a task on: those of a file, or of a split.
+
+    Raises:
+        InputError: they have no labels, or cannot be read.
+    """
+    form = run.recipe.formats[task]
+    if file is not None:
+        return run.read(form, DataFile(file))
+    if split == "test" and run.recipe.tasks[task].source is None:
+        raise InputError(
+            f"--split test: {form.file(Path(), 'test')} of {task} has no labels; score a file that "
+            f"has them by --task {task} --input FILE, or predict it by engine.predict"
+        )
+    return run.read(form, origin(run.recipe, task, split))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ from .experiments import (
 from .folder import claimed
 from .resume import check_scores_of, resume
 from .run import Run
-from .scoring import score_splits
+from .scoring import score_names, score_splits
 
 RECORD = "halving.json"
 
@@ -156,10 +156,10 @@ def plan_halving(specs: Sequence[RunSpec], min_steps: int, eta: int) -> Plan:
                 f"--halving: max_steps differ, {most} of {first.group} and {_all_steps(other)} of "
                 f"{other.group}; give all the same by --max-steps"
             )
-        if other.recipe.tasks.keys() != first.recipe.tasks.keys():
+        if score_names(other.recipe) != score_names(first.recipe):
             raise InputError(
-                f"--halving: {first.group} and {other.group} are scored on different tasks, which "
-                "do not compare; sweep each recipe by itself"
+                f"--halving: {first.group} and {other.group} have scores on different tasks or by "
+                "different metrics, which do not compare; sweep each recipe by itself"
             )
     if min_steps >= most:
         raise InputError(
@@ -280,7 +280,7 @@ def is_done(plan: Plan, found: Sequence[Rung]) -> bool:
 def print_rungs(console: Console, plan: Plan, found: Sequence[Rung]) -> None:
     """Print a table of all candidates: those that came farthest first, failed ones last."""
     names, settings = differing_settings(plan.specs)
-    tasks = [*plan.specs[0].recipe.tasks, "overall"]
+    tasks = _score_names(plan)
     rows = [["run", *names, "rank", "steps", *tasks, "outcome"]]
     for rank, (steps, place) in enumerate(standings(found), start=1):
         scores = [
@@ -319,9 +319,9 @@ def read_record(folder: Path, plan: Plan) -> Record:
         return expected
     try:
         record = Record.model_validate_json(read_bytes(file))
-        tasks = {*plan.specs[0].recipe.tasks, "overall"}
+        expected_names = set(_score_names(plan))
         for name, by_steps in record.scores.items():
-            if any(scores.keys() != tasks for scores in by_steps.values()):
+            if any(scores.keys() != expected_names for scores in by_steps.values()):
                 raise ValueError(f"scores of {shorten(name)} are not those of its tasks")
     except ValueError as error:
         raise InputError(
@@ -346,7 +346,12 @@ def read_record(folder: Path, plan: Plan) -> Record:
 def score_newest(run: Run, device: torch.device) -> dict[str, float]:
     """Return the dev scores of a run's newest checkpoint; NaN where an output is not finite."""
     model, _ = run.trained_model(device, newest=True)
-    return score_splits(model, {task: run.split(task, "dev") for task in run.recipe.tasks})
+    dev_sets = {task: run.split(task, "dev") for task in run.recipe.tasks}
+    return score_splits(model, dev_sets, run.recipe)
+
+
+def _score_names(plan: Plan) -> list[str]:
+    return [*score_names(plan.specs[0].recipe), "overall"]
 
 
 def _all_steps(spec: RunSpec) -> int:

@@ -198,7 +198,7 @@ class Scores(NamedTuple):
     """``metrics.json``: the scores of one evaluation.
 
     Attributes:
-        split: ``dev`` or ``train``.
+        split: ``dev``, ``train`` or ``test``.
         step: of the checkpoint that was scored.
         scores: by task, and ``overall``.
     """

@@ -264,7 +264,7 @@ def test_a_record_of_something_else(content, message, tmp_path, monkeypatch):
             seeds_of("a", recipes.load("demo", ["max_steps=90"]), 1)
             + seeds_of("b", recipes.load("sst-full", ["max_steps=90"]), 1),
             10,
-            "a and b are scored on different tasks",
+            "a and b have scores on different tasks",
         ),
         (
             [
