@@ -8,8 +8,10 @@ import torch
 
 from engine import evaluate, predict
 from engine.metrics.log import MetricsLog
+from engine.runs.data_paths import data_folder
 from engine.runs.run import open_run
 from engine.train import main
+from engine.utils.errors import InputError
 
 from .conftest import TINY
 from .whole_runs import assert_same_run, last_checkpoint, metrics, trained_weights
@@ -147,6 +149,31 @@ def test_evaluate_gives_the_scores_of_the_best_epoch_again(tiny_run, precision):
     (folder / "metrics.json").unlink()
     assert evaluate.main([str(folder), "--split", "dev"]) == 0
     assert json.loads((folder / "metrics.json").read_text()) == at_the_end
+
+
+def test_evaluate_scores_one_task_or_a_file_with_labels(tiny_run, capsys):
+    folder = tiny_run("run", "--max-steps", "1")
+    written = (folder / "metrics.json").read_text()
+    dev = data_folder(open_run(folder).recipe) / "ids-sst-dev.csv"
+    of_file = ["--task", "sst", "--input"]
+    capsys.readouterr()
+    for given, title in ((["--task", "sst"], "dev"), ([*of_file, str(dev)], str(dev))):
+        assert evaluate.main([str(folder), *given]) == 0
+        shown = capsys.readouterr().out
+        assert "".join(shown.splitlines()).startswith(f"{title} scores of step 1")
+        assert f"│ {json.loads(written)['scores']['sst']:.3f} │" in shown
+        assert "quora" not in shown
+    unlabelled = dev.with_name("ids-sst-test-student.csv")
+    for given, message in (
+        ([*of_file, str(unlabelled)], "no column 'sentiment' in the header"),
+        (["--split", "test"], r"ids-sst-test-student.csv of sst has no labels; score a file that"),
+        (["--task", "nope"], "--task nope: .* has sst, quora, sts"),
+        (["--input", str(dev)], "name the task of its examples by --task"),
+        ([*of_file, str(dev), "--split", "dev"], "--split: has no effect on the file of --input"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate.main([str(folder), *given])
+    assert (folder / "metrics.json").read_text() == written
 
 
 @pytest.mark.parametrize("task", ["sst", "quora", "sts"])

@@ -22,7 +22,7 @@ text = ["sentence"]
 label = "sentiment"
 id = "id"
 classes = 5
-files = { train = "ids-sst-train.csv", dev = "ids-sst-dev.csv" }
+files = { train = "ids-sst-train.csv", dev = "ids-sst-dev.csv", test = "ids-sst-dev.csv" }
 [phases.one]
 lr = 1e-3
 [phases.two]
@@ -51,6 +51,8 @@ def test_what_was_found_out_is_printed_once_for_each_file(recipe, tmp_path, caps
     shown = capsys.readouterr().out
     assert NOTE.format("dev") in shown
     assert NOTE.format("train") not in shown
+    assert evaluate.main(["run", "--split", "test"]) == 0  # its test file has labels
+    assert capsys.readouterr().out == shown.replace("dev scores", "test scores")
 
     rows = (data / "ids-sst-dev.csv").read_text(encoding="utf-8")
     for name, content in {
