@@ -6,7 +6,6 @@ Each key has a stream of random numbers of its own, which follows from the seed 
 alone: more keys leave the draws of the others as they are, and more draws begin with the fewer.
 """
 
-import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from random import Random
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from ..config.messages import nearest
 from ..config.renamed import with_new_name
 from ..utils.errors import InputError
+from ..utils.json_text import dump_json
 from ..utils.untrusted_io import parse_toml
 
 _DIGITS, _MOST_DIGITS = 4, 17
@@ -178,7 +178,10 @@ def _spelt(value: Any) -> str:
     """Return a value as an override reads it, without quotes where none are needed."""
     if isinstance(value, str) and value.strip() == value != "" and _value(value) == value:
         return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return dump_json(value)
+    except TypeError:  # a date of TOML, which no field of a recipe takes
+        return str(value)
 
 
 def _rounded(value: float, low: float, high: float) -> float:

@@ -74,6 +74,10 @@ def test_draws_that_repeat_one_are_one_point():
     assert random_points(['balance=choice:"sum","pcgrad"'], 9, 0) == random_points(
         ["balance=choice:sum, pcgrad"], 9, 0
     )
+    (day,) = random_points(["description=choice:1979-05-27,1979-05-27"], 1, 0)
+    assert day == ("description=1979-05-27",)
+    (name,) = random_points(["description=choice:é b,é b"], 1, 0)
+    assert name == ("description=é b",)
     assert random_points(["description=choice:'1',1"], 9, 0)[0][0] in (
         'description="1"',
         "description=1",
