@@ -31,7 +31,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_guide_can_be_followed(folder: Path) -> None:
     commands = re.findall(r"^    python -m engine\.(\w+) (.*)$", GUIDE, re.MULTILINE)
-    assert [program for program, _ in commands] == ["train", "evaluate", "predict"]
+    programs = [program for program, _ in commands]
+    assert programs == ["train", "evaluate", "evaluate", "predict"]
     for program, arguments in commands:
         small = SMALL if program == "train" else []
         assert PROGRAMS[program]([*shlex.split(arguments), *small]) == 0
