@@ -25,12 +25,9 @@ from .embedding.lookup_plan import LookupPlan, plan_lookups, zero_planned_rows_
 from .embedding_layer_norm.embedding_layer_norm import EmbeddingRows, embedding_layer_norm
 from .freed_memory import keep_freed_memory
 from .gated_activation.gated_activation import geglu, swiglu
-from .integrations.balanced_optimizer import BalancedOptimizer
 from .integrations.layer_norm_compat import FusedLayerNorm, FusedRMSNorm, layer_norm_fn
 from .integrations.packing_collator import PackingCollator
 from .integrations.padding import pad_input, unpad_input
-from .integrations.pcgrad import PCGrad
-from .integrations.transformers_patch import accelerate, restore
 from .lamb import lamb_update_
 from .layer_norm.layer_norm import (
     dropout_add_layer_norm,
@@ -53,14 +50,17 @@ from .surgery.surgery import (
 )
 from .surgery.update_summary import update_summary
 from .take_rows.take_rows import take_rows
-from .task_gradients.task_gradients import TaskGradients
 from .task_rows import Columns, TaskRows, TaskSegments, new_task_rows
 
 if TYPE_CHECKING:
+    from .integrations.balanced_optimizer import BalancedOptimizer
     from .integrations.balanced_sentence_transformers_trainer import (
         PCGradSentenceTransformerTrainer as PCGradSentenceTransformerTrainer,
     )
     from .integrations.balanced_trainer import PCGradTrainer as PCGradTrainer
+    from .integrations.pcgrad import PCGrad
+    from .integrations.transformers_patch import accelerate, restore
+    from .task_gradients.task_gradients import TaskGradients
 
 __all__ = [
     "AttentionPlan",
@@ -120,15 +120,25 @@ __all__ = [
 
 
 _OLD_NAMES = {"implementation": "backend", "wipe_": "zero_rows_"}
-_ON_FIRST_USE = {  # they import the library that they extend
-    "PCGradSentenceTransformerTrainer": "balanced_sentence_transformers_trainer",
-    "PCGradTrainer": "balanced_trainer",
+_ON_FIRST_USE = {  # they import the library that they extend, or torch's compiler, which takes 2 s
+    "BalancedOptimizer": "integrations.balanced_optimizer",
+    "PCGrad": "integrations.pcgrad",
+    "PCGradSentenceTransformerTrainer": "integrations.balanced_sentence_transformers_trainer",
+    "PCGradTrainer": "integrations.balanced_trainer",
+    "TaskGradients": "task_gradients.task_gradients",
+    "accelerate": "integrations.transformers_patch",
+    "restore": "integrations.transformers_patch",
 }
 
 
 def __getattr__(name: str) -> object:
     if name in _ON_FIRST_USE:
-        return getattr(import_module(f".integrations.{_ON_FIRST_USE[name]}", __name__), name)
+        value = getattr(import_module(f".{_ON_FIRST_USE[name]}", __name__), name)
+        return globals().setdefault(name, value)
     if name in _OLD_NAMES:
         return renamed_attribute(name, globals(), _OLD_NAMES)
     return namesake_attribute(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})

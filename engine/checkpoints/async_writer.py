@@ -31,7 +31,8 @@ from ..models.stored_dtypes import check_stored_dtypes
 from ..utils.errors import InputError
 from ..utils.files import explained, new_partial_folder, put_folder, remove_folder
 from .manifest import Manifest, seal
-from .store import FILES, Checkpoints, readable
+from .step_weights import readable
+from .store import FILES, Checkpoints
 
 
 class AsyncWriter:

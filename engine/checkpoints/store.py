@@ -10,21 +10,15 @@ no generator needs saving.  Tensors are stored as safetensors: no pickle is read
 """
 
 import logging
-import math
 import os
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from ..models.multitask import MultitaskModel
 from ..models.stored_dtypes import check_stored_dtypes
@@ -129,7 +123,9 @@ def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
     """
     manifest = read_manifest(checkpoint)
     if manifest.places:
-        tensors = dict(_weights_by_name(checkpoint, manifest))
+        from .step_weights import weights_by_name  # half a second, of torch.distributed.checkpoint
+
+        tensors = dict(weights_by_name(checkpoint, manifest))
     else:
         tensors = _read_tensors(checkpoint / _WEIGHTS)
     for name, target in model.state_dict().items():
@@ -145,75 +141,6 @@ def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
                 "again with a lower lr, or take a checkpoint that is as it was written"
             )
     return manifest.progress
-
-
-@contextmanager
-def readable(checkpoint: Path) -> Iterator[None]:
-    """Turn errors of torch and safetensors into one line that a checkpoint cannot be read.
-
-    Raises:
-        InputError: in place of it.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except (Exception, CheckpointException) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{checkpoint}: damaged: {reason[-1][:200]}") from error
-
-
-def _weights_by_name(checkpoint: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a ``step`` checkpoint, by one process however many wrote it."""
-    weights = ("master.", "frozen.")
-    check_stored_dtypes(
-        sorted(checkpoint.glob("*.safetensors")),
-        lambda name: torch.float32 if name.startswith(weights) else None,
-    )
-    reader = HuggingFaceStorageReader(str(checkpoint))
-    with readable(checkpoint):
-        stored = reader.read_metadata().state_dict_metadata
-        wanted = {
-            name: _unread(name, entry)
-            for name, entry in stored.items()
-            if isinstance(entry, TensorStorageMetadata) and name.startswith(weights)
-        }
-        with warnings.catch_warnings(action="ignore"):  # of being one process
-            load(wanted, storage_reader=reader, no_dist=True)
-        _check_places(manifest, {name: tensor.numel() for name, tensor in wanted.items()})
-        for name, place in manifest.places.items():
-            flat = wanted[f"master.{place.bucket}"].flatten()
-            yield name, flat[place.offset : place.offset + math.prod(place.shape)].view(place.shape)
-    for name, tensor in wanted.items():
-        if name.startswith("frozen."):
-            yield name.removeprefix("frozen."), tensor
-
-
-def _unread(name: str, entry: TensorStorageMetadata) -> Tensor:
-    """Return a tensor to read into, NaN so that what no file has cannot pass for a weight.
-
-    Raises:
-        ValueError: the pieces of it that the files have do not make it up.
-    """
-    if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-        raise ValueError(f"the pieces of {name} overlap or leave gaps")
-    return torch.full(entry.size, math.nan)
-
-
-def _check_places(manifest: Manifest, sizes: Mapping[str, int]) -> None:
-    """Check that each parameter has elements of its own.
-
-    Raises:
-        ValueError: two share some, or one leaves its bucket.
-    """
-    end_in = dict[str, int]()
-    for name, place in sorted(manifest.places.items(), key=lambda item: item[1].offset):
-        end = place.offset + math.prod(place.shape)
-        if place.offset < end_in.get(place.bucket, 0):
-            raise ValueError(f"the place of {name} overlaps another one")
-        if end > sizes.get(f"master.{place.bucket}", 0):
-            raise ValueError(f"the place of {name} is outside {place.bucket}")
-        end_in[place.bucket] = end
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
