@@ -1,26 +1,78 @@
-"""``python -m engine.predict RUN``: predict a file's rows with a run's best checkpoint."""
+"""``python -m engine.predict RUN``: predict a file's rows with a run's best checkpoint.
 
-import csv
-import io
+In Python, :class:`Predictor` loads a run once and answers many times.
+"""
+
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from .cli.common import Parser, run_cli, terminal
 from .cli.options import add_device, add_force
-from .data.source import DataFile
+from .cli.predictions import (
+    INPUT_FORMATS,
+    OUTPUT_FORMATS,
+    STREAM,
+    as_json_lines,
+    as_tsv,
+    output_format,
+    read_examples,
+)
 from .data.table import OnBadRow
+from .runs.predictor import Prediction, Predictor, has_probabilities, predictions, schema
 from .runs.run import open_run
-from .runs.scoring import answers
-from .runtime.precision import pick_device
 from .utils.errors import InputError
 from .utils.output_files import check_outputs, write_output
-from .utils.quoting import table_cell
+
+__all__ = ["Prediction", "Predictor", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    options = _parser().parse_args(arguments)
+    to_stdout = options.output == STREAM
+    form_out = output_format(options.output, options.output_format)
+    run = open_run(options.run)
+    output = Path("/dev/stdout") if to_stdout else options.output
+    inputs = [Path("/dev/stdin") if options.input == STREAM else options.input]
+    replace = check_outputs([output], force=options.force, inputs=inputs)
+    try:
+        form = schema(run, options.task)
+    except InputError as error:
+        raise InputError(f"--{error}") from None
+    if options.probabilities and not has_probabilities(form):
+        raise InputError(
+            f"--probabilities: {options.task} has none, its head ({form.kind}) answers without; "
+            "leave it out"
+        )
+    # Every row is owed a line, so a skipped one keeps its place as a blank.
+    on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
+    table, notes = read_examples(options.input, form, options.input_format, on_bad_row)
+    split, found = Predictor(run, device=options.device).answer(options.task, table)
+
+    shown = options.probabilities
+    if form_out == "tsv":
+        text = as_tsv(form, table, split, found, probabilities=shown)
+    else:
+        tagged, made = form.labels == "words", predictions(form, table, split, found)
+        text = as_json_lines(table, made, tagged=tagged, probabilities=shown)
+    if to_stdout:
+        _print(text)
+    else:
+        write_output(output, text, replace=replace)
+    console = terminal(stderr=to_stdout)
+    where = "standard output" if to_stdout else output
+    console.print(f"wrote {len(table)} predictions to {where}", soft_wrap=True)
+    for note in notes:
+        console.print(note, highlight=False, soft_wrap=True)
+    if split.truncated:
+        console.print(f"{split.truncated} sentences cut to the length limit")
+    for reason, count in table.bad_rows.items():
+        console.print(f"{count} rows without a prediction ({reason})")
+    return 0
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog=f"python -m {__package__}.predict",
         description="Predict every row of a file: a line each, in its order (id, prediction). A "
@@ -34,7 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         required=True,
         type=Path,
         metavar="FILE",
-        help="its examples, as in the data files, labels or not; needed",
+        help="its examples, as in the data files, labels or not; - for standard input; needed",
+    )
+    what.add_argument(
+        "--input-format",
+        choices=INPUT_FORMATS,
+        default="auto",
+        help="the input's format; text: a sentence a line, with a tab between those of a pair "
+        "(default: auto, as the data files; text on standard input)",
     )
     what.add_argument(
         "--on-bad-row",
@@ -44,43 +103,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "(default: error)",
     )
     where.add_argument(
-        "--output", required=True, type=Path, metavar="TSV", help="the file to write; needed"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the file to write; - for standard output; needed",
+    )
+    where.add_argument(
+        "--output-format",
+        choices=OUTPUT_FORMATS,
+        default="auto",
+        help="a table, or JSON lines (default: auto, jsonl if the file's name ends so, else tsv)",
+    )
+    where.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="write those of all classes or labels, or of each word's tag (default: the "
+        "predictions alone)",
     )
     add_force(where)
     add_device(where)
-    options = parser.parse_args(arguments)
+    return parser
 
-    run = open_run(options.run)
-    replace = check_outputs([options.output], force=options.force, inputs=[options.input])
-    if options.task not in run.recipe.tasks:
-        known = ", ".join(run.recipe.tasks)
-        raise InputError(f"--task {options.task}: {options.run} has {known}")
-    form = run.recipe.formats[options.task].unchangeable
-    # Every row is owed a line, so a skipped one keeps its place as a blank.
-    on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
-    split = run.read(form, DataFile(options.input), labelled=False, on_bad_row=on_bad_row)
-    model, _ = run.trained_model(pick_device(options.device))
-    found = answers(model, split)
 
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(["id", "prediction"])
-    of_rows = np.split(found.predictions, found.offsets[1:-1])
-    cells = [form.spell_labels(values.ravel().tolist()) for values in of_rows]
-    for blank in split.blank:
-        cells[blank] = ""
-    rows = zip(split.ids, cells, strict=True)
-    writer.writerows(map(table_cell, row) for row in rows)
-    write_output(options.output, text.getvalue(), replace=replace)
-    console = terminal()
-    console.print(f"wrote {len(split)} predictions to {options.output}", soft_wrap=True)
-    for note in split.notes:
-        console.print(note, highlight=False, soft_wrap=True)
-    if split.truncated:
-        console.print(f"{split.truncated} sentences cut to the length limit")
-    for reason, count in split.bad_rows.items():
-        console.print(f"{count} rows without a prediction ({reason})")
-    return 0
+def _print(text: str) -> None:
+    """Write to standard output, as UTF-8 wherever it goes."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(encoding="utf-8", errors="backslashreplace")
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -117,9 +117,9 @@ def print_warnings(lines: Iterable[str]) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def terminal(*, quiet: bool = False) -> Console:
+def terminal(*, quiet: bool = False, stderr: bool = False) -> Console:
     """Return a command's console, which takes nothing in names of files or tasks for markup."""
-    return PlainConsole(quiet=quiet, markup=False, emoji=False)
+    return PlainConsole(quiet=quiet, stderr=stderr, markup=False, emoji=False)
 
 
 def print_scores(console: Console, title: str, scores: Mapping[str, float], recipe: Recipe) -> None:

@@ -24,8 +24,8 @@ from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
 from ..data.cache import load_split
 from ..data.source import Origin, Split
-from ..data.split import TokenizedSplit, join_pairs
-from ..data.table import OnBadRow
+from ..data.split import TokenizedSplit, join_pairs, tokenize
+from ..data.table import OnBadRow, Table
 from ..data.task_batch import Examples
 from ..data.task_schema import TaskSchema
 from ..data.tokenizer import Tokenizer
@@ -115,7 +115,21 @@ class Run(NamedTuple):
             labelled=labelled,
             on_bad_row=on_bad_row or self.recipe.on_bad_row,
         )
-        if split.columns == 2 and self.recipe.tasks[form.task].head == CROSS:
+        return self._joined(split)
+
+    def tokenize(self, form: TaskSchema | None, table: Table) -> TokenizedSplit:
+        """Return the examples of a table, tokenized; nothing goes into the cache.
+
+        Args:
+            form: the schema of a task of the run; None for sentences of none.
+            table: read by it.
+        """
+        task = "" if form is None else form.task
+        return self._joined(tokenize(task, table, self.tokenizer, self.max_length))
+
+    def _joined(self, split: TokenizedSplit) -> TokenizedSplit:
+        """Return pairs in the sequences that the task's head takes."""
+        if split.columns == 2 and self.recipe.tasks[split.task].head == CROSS:
             return join_pairs(split, self.tokenizer, self.max_length)
         return split
 

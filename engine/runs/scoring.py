@@ -29,7 +29,8 @@ _NOT_FINITE = (
     "what the model computes is not finite; train it again with a lower lr, or with a precision of "
     "wider range (bf16, fp32)"
 )
-_MAX_TOKENS = 8192  # a batch; enough to fill the machine, little enough for any of them
+MAX_TOKENS = 8192
+"""Of a batch: enough to fill a machine, few enough for any of them."""
 
 
 class Answers(NamedTuple):
@@ -111,7 +112,7 @@ def _scores(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks) -> Tenso
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        batches = evaluation_batches(split, _MAX_TOKENS)
+        batches = evaluation_batches(split, MAX_TOKENS)
         for indices, batch in itertools.islice(batches, ranks.rank, None, ranks.size):
             (scores,) = model(batch.to(device), [split.task])
             assert isinstance(scores, torch.Tensor)

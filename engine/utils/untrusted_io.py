@@ -6,6 +6,7 @@ a plain ValueError for a number of five thousand digits).  Here all of it is a V
 
 import json
 import stat
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from .memory import machine_memory
 
 LARGEST_DOCUMENT = 64 << 20
 """Bytes of a file that says something about a run, a model, or a series of them."""
+
+_PIECE = 1 << 20
 
 
 def read_bytes(path: Path, limit: int | None = LARGEST_DOCUMENT) -> bytes:
@@ -45,6 +48,26 @@ def read_bytes(path: Path, limit: int | None = LARGEST_DOCUMENT) -> bytes:
     except MemoryError:
         reason = f"has {found.st_size:,} bytes, more than there is memory for"
     raise InputError(f"cannot read a file: {reason}, {path}; check the path")
+
+
+def read_standard_input() -> bytes:
+    """Return what a command reads from its standard input, to its end.
+
+    Raises:
+        InputError: it is closed, cannot be read, or has more bytes than the machine has memory.
+    """
+    limit, content = machine_memory(), bytearray()
+    try:
+        if sys.stdin is None:
+            raise OSError("it is closed")
+        while piece := sys.stdin.buffer.read(_PIECE):
+            content += piece
+            if len(content) > limit:
+                raise InputError(f"standard input: more than {limit:,} bytes; give less at a time")
+    except (OSError, ValueError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise InputError(f"cannot read standard input: {reason}; give a file") from None
+    return bytes(content)
 
 
 def parse_json(

@@ -1,0 +1,151 @@
+"""Read the examples that ``engine.predict`` answers, and write its answers."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from os.path import basename
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..data.dialect import AUTO, COMPRESSIONS, LAYOUTS, endings
+from ..data.plain_text import text_table
+from ..data.rows import lines_on
+from ..data.split import TokenizedSplit
+from ..data.table import OnBadRow, Table, parse_table
+from ..data.task_schema import TaskSchema
+from ..runs.predictor import Prediction, class_names, predictions
+from ..runs.scoring import Answers
+from ..utils.errors import InputError, escape
+from ..utils.json_text import dump_json
+from ..utils.quoting import table_cell
+from ..utils.untrusted_io import read_bytes, read_standard_input
+
+STREAM = Path("-")
+"""Stands for standard input or standard output."""
+
+INPUT_FORMATS = (AUTO, "text", "tsv", "csv", "jsonl", "json", "parquet", "conll", "conllu")
+
+OutputFormat = Literal["tsv", "jsonl"]
+OUTPUT_FORMATS = (AUTO, "tsv", "jsonl")
+
+_NOT_WRITTEN = {".json", ".parquet", ".conll", ".conllu", ".xlsx", *COMPRESSIONS}
+_UNSEEN = "_"  # as of TaskSchema.spell_labels
+
+
+def read_examples(
+    path: Path, format_: TaskSchema, written_as: str, on_bad_row: OnBadRow
+) -> tuple[Table, tuple[str, ...]]:
+    """Read examples of a task.
+
+    Args:
+        path: of the file, or STREAM.
+        format_: the task's schema.
+        written_as: one of INPUT_FORMATS.
+        on_bad_row: treatment of unusable rows.
+
+    Returns:
+        The examples, and a line for each note on how they were read.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    is_stream = path == STREAM
+    content = read_standard_input() if is_stream else read_bytes(path, None)
+    path = Path("standard input") if is_stream else path
+    if written_as == "text" or (is_stream and written_as == AUTO):
+        sure = written_as == "text"
+        table = text_table(content, path, format_, on_bad_row=on_bad_row, sure=sure)
+    else:
+        if written_as != AUTO:
+            format_ = replace(format_, layout=LAYOUTS[f".{written_as}"])
+        if is_stream and not content.strip():
+            raise InputError(f"empty, {path}; give rows")
+        table = parse_table(content, path, format_, labelled=False, on_bad_row=on_bad_row)
+    return table, lines_on(basename(path), table.notes)
+
+
+def output_format(path: Path, named: str) -> OutputFormat:
+    """Return the format of the answers: the one that is named, or as the file's ending says.
+
+    Raises:
+        InputError: no format is named, and the ending is that of one that is not written.
+    """
+    if named != AUTO:
+        return "jsonl" if named == "jsonl" else "tsv"
+    layout, compression = endings(path)
+    for ending in (compression, layout):
+        if ending in _NOT_WRITTEN:
+            raise InputError(
+                f"--output {path}: {ending} files are not written; end it in .tsv or .jsonl, or "
+                "give --output-format"
+            )
+    return "jsonl" if layout == ".jsonl" else "tsv"
+
+
+def as_tsv(
+    form: TaskSchema, table: Table, split: TokenizedSplit, found: Answers, *, probabilities: bool
+) -> str:
+    """Return answers as a table: id, prediction and, where asked for, probabilities.
+
+    These are a column ``probability.CLASS`` for each class or label, or a column ``probability``
+    with that of each word's tag, blanks between them.
+    """
+    header = ["id", "prediction"]
+    if probabilities and form.labels == "words":
+        header.append("probability")
+    elif probabilities and found.probabilities is not None:
+        names = class_names(form, found.probabilities.shape[1])
+        header += [f"probability.{name}" for name in names]
+    of_rows = np.split(found.predictions, found.offsets[1:-1])
+    rows = [
+        [identifier, form.spell_labels(values.ravel().tolist())]
+        for identifier, values in zip(table.ids, of_rows, strict=True)
+    ]
+    if probabilities:
+        for row, answer in zip(rows, predictions(form, table, split, found), strict=True):
+            row += _share_cells(answer)
+    for blank in table.blank:
+        rows[blank][1:] = [""] * (len(header) - 1)
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerows([table_cell(cell) for cell in row] for row in (header, *rows))
+    return text.getvalue()
+
+
+def _share_cells(answer: Prediction | None) -> list[str]:
+    shares = None if answer is None else answer.probabilities
+    if isinstance(shares, dict):
+        return [f"{share:.6f}" for share in shares.values()]
+    return [" ".join(_UNSEEN if share is None else f"{share:.6f}" for share in shares or ())]
+
+
+def as_json_lines(
+    table: Table, answers: Sequence[Prediction | None], *, tagged: bool, probabilities: bool
+) -> str:
+    """Return answers as JSON lines, an object for each row.
+
+    ``id`` is a text; ``prediction`` as :class:`Prediction` has it, null for a blanked row; where
+    words are tagged they are the list ``words``; ``probabilities`` stand there where asked for.
+    """
+    lines = []
+    for identifier, answer in zip(table.ids, answers, strict=True):
+        record: dict[str, object] = {"id": identifier}
+        if tagged:
+            record["words"] = None if answer is None else answer.words
+        record["prediction"] = None if answer is None else _short(answer.prediction)
+        if probabilities:
+            record["probabilities"] = None if answer is None else _short(answer.probabilities)
+        lines.append(escape(dump_json(record), r"\u{:04x}") + "\n")
+    return "".join(lines)
+
+
+def _short(value: object) -> object:
+    """Return float32 values by the fewest digits that tell them apart."""
+    if isinstance(value, float):
+        return float(str(np.float32(value)))
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    return [_short(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,100 @@
+"""Read plain text as examples: one a line, the sentences of a pair with a tab between them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ..utils.errors import InputError
+from ..utils.json_text import dump_json
+from ..utils.untrusted_io import parse_json
+from .decode import decode, undecoded
+from .decompress import decompress
+from .dialect import BUILT_IN, DELIMITERS
+from .first_line import has_columns
+from .rows import BadRowError, Row, Rows
+from .table import OnBadRow, Table, collect
+from .task_schema import TaskSchema
+
+
+def text_table(
+    content: bytes, path: Path, format_: TaskSchema, *, on_bad_row: OnBadRow, sure: bool = True
+) -> Table:
+    """Turn plain text into a table without labels, whose ids are the lines' numbers from 0.
+
+    Args:
+        content: UTF-8, or as its byte order mark says.
+        path: where it comes from, for error messages; compressed as its ending says.
+        format_: of the task.  A line is the sentence, or the two of a pair with a tab between
+            them, or the words with blanks between them.
+        on_bad_row: what to do with a line that cannot be used, such as an empty one.
+        sure: whether it is known to be text; what looks like a table is refused otherwise.
+
+    Raises:
+        InputError: there is no line, or no usable one, or with ``on_bad_row="error"`` a line
+            cannot be used.
+    """
+    text, notes = decode(decompress(content, path, BUILT_IN), path, BUILT_IN)
+    text = text.rstrip("\r\n")
+    if not text.strip():
+        raise InputError(f"empty, {path}; give a sentence a line")
+    if not sure:
+        _refuse_table(text.partition("\n")[0].removesuffix("\r"), path, format_)
+    rows = Rows(_line_rows(text, path, format_), [*notes])
+    numbered = replace(format_, id="")
+    return collect(rows, str(path), numbered, labelled=False, on_bad_row=on_bad_row)
+
+
+def _refuse_table(first_line: str, path: Path, format_: TaskSchema) -> None:
+    """Refuse a first line that is a header, or a JSON object.
+
+    Raises:
+        InputError: it is one.
+    """
+    columns = format_.columns(labelled=False)
+    named = (has_columns(first_line, columns, sign, "csv", header=True) for sign in _SIGNS)
+    what = "names the columns of a table" if any(named) else ""
+    if first_line.lstrip().startswith("{"):
+        try:
+            parse_json(first_line)
+            what = "is a JSON object"
+        except ValueError:
+            pass  # a sentence that begins with a brace
+    if what:
+        raise InputError(
+            f"{path}: its first line {what}; give --input-format tsv, csv or jsonl, "
+            "or text if it is a sentence"
+        )
+
+
+_SIGNS = (*DELIMITERS.values(), ";")
+
+
+def _line_rows(text: str, path: Path, format_: TaskSchema) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            yield Row(f"{path}:{number}", _texts(line.removesuffix("\r"), format_))
+        except BadRowError as bad:
+            yield Row(f"{path}:{number}", bad)
+
+
+def _texts(line: str, format_: TaskSchema) -> list[str]:
+    """Return the texts of a line, one for each column.
+
+    Raises:
+        BadRowError: the line has none, or not as many.
+    """
+    if found := undecoded(line):
+        raise BadRowError("not UTF-8", found, "correct the line")
+    if "\0" in line:
+        raise BadRowError("NUL character", f"at {line.index(chr(0)) + 1}", "correct the line")
+    if not line.strip():
+        raise BadRowError("empty line", "nothing in it", "correct the line")
+    if format_.labels == "words":
+        return [dump_json(line.split())]  # a list, so that a bracket is a word like others
+    if len(format_.sentences) == 1:
+        return [line]
+    texts = line.split("\t")
+    if len(texts) != len(format_.sentences):
+        wanted = f"expected {len(format_.sentences)} with a tab between them"
+        raise BadRowError("number of sentences", f"{len(texts)}, {wanted}", "correct the line")
+    return texts
