@@ -179,7 +179,7 @@ class Tokenizer:
         """Return everything that decides how a text is split."""
         return self._backend.to_str()
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id: what an embedding table needs at least."""
         return max(self._backend.get_vocab().values()) + 1

@@ -33,6 +33,7 @@ from ..models import hf_weights
 from ..models.config import EncoderConfig
 from ..models.heads import CROSS, head_class
 from ..models.multitask import MultitaskModel
+from ..models.random_weights import WithoutRandomWeights
 from ..models.registry import MODELS
 from ..runtime.cpu import set_threads
 from ..runtime.oom import SMALLER_MODEL, check_memory, memory_explained
@@ -154,11 +155,22 @@ class Run(NamedTuple):
     def new_model(self) -> MultitaskModel:
         """Return the model as the run's seed initialises it, fp32, on the CPU."""
         with torch.random.fork_rng(devices=[]), memory_explained(SMALLER_MODEL):
-            with torch.device("meta"):  # without memory of their own
-                weights = sum(weight.numel() for weight in self._build_model().parameters())
-            check_memory(weights * torch.float32.itemsize, SMALLER_MODEL)
+            self._check_size()
             torch.manual_seed(self.recipe.seed)
             return self._build_model()
+
+    def _model_to_load(self) -> MultitaskModel:
+        """Return the model with weights that are yet to be read, fp32, on the CPU."""
+        with memory_explained(SMALLER_MODEL):
+            self._check_size()
+            with WithoutRandomWeights():
+                return self._build_model()
+
+    def _check_size(self) -> None:
+        # Without memory of their own; and random numbers of none would import torch's compiler.
+        with torch.device("meta"), WithoutRandomWeights():
+            weights = sum(weight.numel() for weight in self._build_model().parameters())
+        check_memory(weights * torch.float32.itemsize, SMALLER_MODEL)
 
     def _build_model(self) -> MultitaskModel:
         return MultitaskModel(
@@ -210,7 +222,7 @@ class Run(NamedTuple):
         """
         if device.type == "cpu":
             set_threads(0, 1)
-        model = self.new_model()
+        model = self._model_to_load()
         kinds = ("step",) if newest else ("best", "step")
         checkpoint, progress = self._load(model, kinds)
         dtype = dtype or pick_dtype(self.recipe.precision, device)
