@@ -1,5 +1,6 @@
 """The guide's five tasks, trained by the commands that it gives."""
 
+import io
 import json
 import re
 import runpy
@@ -29,7 +30,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "five"
 
 
-def test_the_guide_can_be_followed(folder: Path) -> None:
+def test_the_guide_can_be_followed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     commands = re.findall(r"^    python -m engine\.(\w+) (.*)$", GUIDE, re.MULTILINE)
     programs = [program for program, _ in commands]
     assert programs == ["train", "evaluate", "evaluate", "predict"]
@@ -44,6 +47,17 @@ def test_the_guide_can_be_followed(folder: Path) -> None:
     assert header == "id\tprediction"
     assert [row.split("\t")[0] for row in rows] == [str(number) for number in range(len(rows))]
     assert {row.split("\t")[1] for row in rows} <= {"bad", "fair", "good"}
+
+    piped = re.search(r"^    printf '(.*)' \| python -m engine\.predict (.*)$", GUIDE, re.MULTILINE)
+    text = io.BytesIO(piped[1].replace("\\n", "\n").encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(text))
+    capsys.readouterr()
+    assert predict.main(shlex.split(piped[2])) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    (block,) = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
+    exec(block)
+    answers = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[1] for line in lines] == [line.split()[0] for line in answers]
 
 
 def test_tags_and_several_labels(

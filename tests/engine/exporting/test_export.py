@@ -26,6 +26,7 @@ from engine.models.context import Context
 from engine.models.heads import FEATURES
 from engine.models.pooling import pool
 from engine.runs.data_paths import data_folder
+from engine.runs.predictor import Predictor
 from engine.runs.run import open_run
 from engine.runs.scoring import predict
 from engine.utils.errors import InputError
@@ -136,6 +137,8 @@ def test_sentence_vectors_and_the_sts_score_agree(tiny_run, tmp_path, pooling):
             hidden = ours.encoder(batch.input_ids, Context.of(batch))
             vectors = pool(hidden, batch.cu_seqlens, pooling)
         assert (vectors[: len(indices)] - first[indices]).abs().max() < 1e-5
+    vectors = Predictor(run, precision="fp32", device="cpu").embed(table.sentences[0])
+    np.testing.assert_allclose(vectors, first.cpu().numpy(), atol=1e-5)
     similarity = 5 * model.similarity_pairwise(first, second).clamp(min=0).cpu().numpy()
     np.testing.assert_allclose(predict(ours, split), similarity, atol=1e-5)
     data = ["--data", str(data_folder(run.recipe))]
