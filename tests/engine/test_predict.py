@@ -15,7 +15,7 @@ import pytest
 from engine import predict, train
 from engine.cli.common import run_cli
 from engine.predict import Prediction, Predictor
-from engine.utils.errors import InputError
+from engine.utils.errors import UNPRINTABLE, InputError
 from engine.utils.quoting import from_table_cell
 
 from .conftest import TINY
@@ -159,6 +159,9 @@ def test_all_forms_of_an_answer_agree(run, predictor, tmp_path, stdin, capsys, t
     (header, *found) = table(command(run, task, tmp_path / "out.tsv", *shares))
     plain = table(command(run, task, tmp_path / "plain.tsv"))
     assert plain == [row[:2] for row in (header, *found)]
+    for cell in (tmp_path / "out.tsv").read_text().replace("\n", "\t").split("\t"):
+        assert not cell.startswith(("=", "+", "@", "-"))
+        assert not UNPRINTABLE.search(cell)
     lines = command(run, task, tmp_path / "out.jsonl", *shares).splitlines()
     records = [json.loads(line) for line in lines]
     ids = ["=0+1", "=1+1", "=2+1"] if task == "verdict" else ["0", "1", "2"]
