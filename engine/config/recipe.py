@@ -24,6 +24,7 @@ from ..metrics.loggers import LOGGERS
 from ..models.heads import metrics_for
 from ..models.pooling import POOLINGS
 from ..optim.build import OPTIMIZERS
+from ..optim.lr_schedule import SCHEDULES
 from ..runtime.execution import EXECUTIONS
 from ..runtime.precision import PRECISIONS
 from ..utils.errors import InputError
@@ -51,8 +52,8 @@ RECIPES = Path(__file__).parent / "recipes"
 OF_A_PHASE = (
     *("train", "task_schedule", "epochs", "max_steps", "max_train_examples", "batch_size"),
     *("micro_batches", "checkpoint_layers", "freeze_encoder", "balance", "balancing"),
-    *("balance_granularity", "optimizer", "lr", "schedule", "warmup", "betas", "eps"),
-    *("weight_decay", "clip_norm"),
+    *("balance_granularity", "optimizer", "lr", "schedule", "schedule_power", "warmup", "betas"),
+    *("eps", "weight_decay", "clip_norm"),
 )
 """The settings that a phase may have of its own."""
 
@@ -123,8 +124,11 @@ class Recipe(Settings):
     batches; apex_adam and apex_lamb: NVIDIA apex's, where it is installed."""
     lr: PositiveReal = 1e-5
     """Peak learning rate."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """After warm-up: stay at the peak, or fall to 0 in a straight line."""
+    schedule: Literal[SCHEDULES] = "constant"  # type: ignore[valid-type]
+    """After warm-up: stay at the peak (constant), or fall to 0: in a straight line (linear), by
+    half a cosine (cosine), or as a power of the share of steps left (polynomial)."""
+    schedule_power: PositiveReal = 1.0
+    """That power of schedule = polynomial; with 1 it is linear."""
     warmup: Fraction = 0.0
     """Share of all steps in which the rate climbs from 0 to its peak."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)

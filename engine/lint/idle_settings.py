@@ -279,6 +279,12 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "schedule": _of_data(
             _falls, "the rate would fall after the last step only", off="constant"
         ),
+        "schedule_power": Effect(
+            lambda case: case.recipe.schedule == "polynomial",
+            "schedule = {case.recipe.schedule} has no power",
+            off=1,
+            also=_of_data(_falls, "the rate would fall after the last step only"),
+        ),
         "warmup": _of_data(
             lambda case: case.facts.schedule.warmup_steps > 0,
             "of {case.facts.steps} steps that rounds to none",

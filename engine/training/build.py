@@ -143,6 +143,7 @@ def build_trainer(
         lr_schedule=Schedule(
             peak=recipe.lr,
             kind=recipe.schedule,
+            power=recipe.schedule_power,
             warmup_steps=round(recipe.warmup * total_steps),
             total_steps=total_steps,
         ),

@@ -1,6 +1,7 @@
 """The whole step against the plain way: K backward passes, literal Algorithm 1, torch's AdamW."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -160,6 +161,32 @@ def test_schedules():
     assert min(rates) > 0
     constant = Schedule(peak=1.0, kind="constant", warmup_steps=0, total_steps=3)
     assert [constant(step) for step in range(3)] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "power", "share"),
+    [
+        ("cosine", 1.0, lambda done: (1 + math.cos(math.pi * done)) / 2),
+        ("polynomial", 3.0, lambda done: (1 - done) ** 3),
+        ("polynomial", 0.5, lambda done: (1 - done) ** 0.5),
+    ],
+)
+def test_schedules_that_bend(kind, power, share):
+    bent = Schedule(peak=2.0, kind=kind, warmup_steps=4, total_steps=14, power=power)
+    rates = [bent(step) for step in range(14)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[4:] == pytest.approx([2 * share(n / 10) for n in range(10)])
+    assert min(rates) > 0
+    long = Schedule(peak=1.0, kind=kind, warmup_steps=0, total_steps=2**31 - 1, power=power)
+    assert long(2**31 - 2) > 0  # 1 + cos has no digit left there
+
+
+def test_a_polynomial_of_power_1_is_the_straight_line():
+    line, one = (
+        Schedule(peak=1e-3, kind=kind, warmup_steps=3, total_steps=17)
+        for kind in ("linear", "polynomial")
+    )
+    assert [line(step) for step in range(17)] == [one(step) for step in range(17)]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
