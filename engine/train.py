@@ -80,11 +80,12 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
     """
     recipe, ranks = trainer.recipe, trainer.ranks
     progress, stopping = trainer.restore(), False
+    first = trainer.total_steps if trainer.stops_early(progress) else progress.phase_step
     with (
         StopRequest() as stop,
         trainer.checkpoint_writer,
         closing(trainer.log(progress.step)) as log,
-        closing(trainer.loader(progress.phase_step)) as loader,
+        closing(trainer.loader(first)) as loader,
         ProgressBar(console, progress.phase_step, trainer.total_steps) as bar,
     ):
         on_device = (micro_batch.to(trainer.device) for micro_batch in loader)
@@ -98,9 +99,9 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
             tokens = sum(each.num_tokens - each.padding for each in micro_batches)
             log.add(step, lr, tokens, report, warmup)
             progress = progress._replace(step=step + 1)
-            epoch_ends = trainer.ends_epoch(progress.phase_step)
+            evaluate = trainer.is_evaluated(progress.phase_step)
             due = recipe.checkpoint_every and progress.step % recipe.checkpoint_every == 0
-            if epoch_ends or due:
+            if evaluate or due:
                 log.flush()
             if log.is_written:
                 check_ranks(trainer)
@@ -109,19 +110,27 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
             if log.is_written or ranks.size == 1:  # ranks wait for each other only now and then
                 stopping = ranks.any(bool(stop))
             stopping = stopping or progress.step == stop_after
-            if epoch_ends or due or stopping:
+            if evaluate or due or stopping:
                 progress = _evaluate_and_save(
                     trainer,
                     micro_batches,
                     log,
                     bar,
                     progress,
-                    epoch_ends=epoch_ends,
+                    evaluate=evaluate,
+                    due=bool(due) or trainer.ends_epoch(progress.phase_step) or stopping,
                     stopping=stopping,
                 )
-            if stopping:
+            if stopping or trainer.stops_early(progress):
                 break
-    ended = progress.phase_step >= trainer.total_steps
+    ended = trainer.has_ended(progress)
+    if trainer.stops_early(progress) and progress.phase_step < trainer.total_steps:
+        name, count = f"{trainer.name}: " if trainer.name else "", progress.stale
+        console.print(
+            f"{name}stopped early after step {progress.step}: {count} evaluations in a row without "
+            f"a better score ({recipe.best_of}); patience = {recipe.patience}",
+            soft_wrap=True,
+        )
     if ended and log.skipped and log.skipped[0] == progress.phase_start:
         console.print(
             "no step was trained: the loss scale for fp16 was still being lowered; train more "
@@ -140,10 +149,22 @@ def _evaluate_and_save(
     bar: ProgressBar,
     progress: Progress,
     *,
-    epoch_ends: bool,
+    evaluate: bool,
+    due: bool,
     stopping: bool,
 ) -> Progress:
-    """Score the model where an epoch ends, and write a checkpoint if the weights are worth one.
+    """Score the model, and write a checkpoint if the weights are worth one.
+
+    Args:
+        trainer: of the run.
+        micro_batches: of the last step.
+        log: of the steps.
+        bar: what shows the scores.
+        progress: after the last step.
+        evaluate: whether to score the model.
+        due: whether a checkpoint is due; one is written also where scores are the best so far, or
+            end the phase.
+        stopping: whether the run stops after this step.
 
     Returns:
         The progress of the run, with the best score.
@@ -152,19 +173,20 @@ def _evaluate_and_save(
     trainer.rank_check.add(progress.step, now=True)  # what is saved is what all ranks have
     check_ranks(trainer)
     scores = {}
-    if epoch_ends:
+    if evaluate:
         scores = score_splits(trainer.model, trainer.dev_sets, trainer.run.recipe, trainer.ranks)
     if scores:
         log.add_scores(progress.step, scores)
+        progress = progress.evaluated(trainer.deciding_score(scores))
     worth_saving = is_worth_saving(trainer, micro_batches, log, progress, scores, stopping=stopping)
-    if scores and progress.is_beaten_by(scores["overall"]):
-        progress = progress._replace(best_score=scores["overall"], best_step=progress.step)
+    is_best = bool(scores) and progress.best_step == progress.step
+    if is_best:
         trainer.save_best(progress)
         if trainer.ranks.is_main:
             write_scores(trainer.run.folder, Scores("dev", progress.step, scores))
-    if epoch_ends:
+    if evaluate:
         bar.print_epoch(progress, trainer.epoch_steps, scores)
-    if worth_saving:
+    if worth_saving and (due or is_best or trainer.has_ended(progress)):
         trainer.save(progress)
     log.restart_clock()
     return progress
@@ -295,7 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if recipe.is_scored:
         best = read_scores(run.folder, recipe.tasks)
-        title = f"{best.split} scores, best epoch (step {best.step})"
+        when = "evaluation" if any(p.eval_every for p in recipe.in_phases.values()) else "epoch"
+        title = f"{best.split} scores, best {when} (step {best.step})"
         print_scores(console, title, best.scores, recipe)
     else:
         console.print("not scored: no task was trained; the weights are those of the last step")

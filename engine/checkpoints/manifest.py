@@ -9,7 +9,14 @@ from os.path import isfile
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_serializer,
+)
 
 from ..utils.errors import InputError
 from ..utils.files import explained, write_text
@@ -19,6 +26,9 @@ from ..utils.untrusted_io import read_bytes
 
 _NAME = "manifest.json"
 
+_FIRST_FIELDS = 5
+"""Fields of :class:`Progress` that every checkpoint has."""
+
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -27,10 +37,12 @@ class Progress(NamedTuple):
 
     Attributes:
         step: optimizer steps done.
-        best_score: best overall dev score so far; None before the first evaluation.
+        best_score: best deciding dev score so far; None before the first evaluation.
         best_step: the step that reached it.
         phase: the number of the recipe's phase that it is in, from 0.
         phase_start: the steps of the phases before.
+        phase_best: best deciding dev score of this phase.
+        stale: evaluations of this phase in a row, up to the last one, without a better one.
     """
 
     step: Count = 0
@@ -38,6 +50,8 @@ class Progress(NamedTuple):
     best_step: Count | None = None
     phase: Count = 0
     phase_start: Count = 0
+    phase_best: FiniteFloat | None = None
+    stale: Count = 0
 
     @property
     def phase_step(self) -> int:
@@ -46,7 +60,24 @@ class Progress(NamedTuple):
 
     def is_beaten_by(self, score: float) -> bool:
         """Return whether a score is finite and better than the best so far."""
-        return math.isfinite(score) and (self.best_score is None or score > self.best_score)
+        return _is_better(score, self.best_score)
+
+    def evaluated(self, score: float) -> "Progress":
+        """Return the progress after an evaluation with this deciding score."""
+        progress = self
+        if self.is_beaten_by(score):
+            progress = progress._replace(best_score=score, best_step=self.step)
+        if _is_better(score, self.phase_best):
+            return progress._replace(phase_best=score, stale=0)
+        return progress._replace(stale=self.stale + 1)
+
+    def in_phase(self, phase: int) -> "Progress":
+        """Return the progress as a later phase begins."""
+        return Progress(self.step, self.best_score, self.best_step, phase, self.step)
+
+
+def _is_better(score: float, best: float | None) -> bool:
+    return math.isfinite(score) and (best is None or score > best)
 
 
 class Place(BaseModel):
@@ -73,6 +104,14 @@ class Manifest(BaseModel):
     """The SHA-256 of every file, by its name."""
     digest: str = ""
     """Of the fields above."""
+
+    @field_serializer("progress")
+    def _without_later_defaults(self, progress: Progress) -> list[float | None]:
+        """Leave out what checkpoints without it had no field for: their digests stay the same."""
+        values, defaults = list(progress), list(Progress())
+        while len(values) > _FIRST_FIELDS and values[-1] == defaults[len(values) - 1]:
+            values.pop()
+        return values
 
     def expected_digest(self) -> str:
         """Return the SHA-256 of all other fields."""

@@ -142,7 +142,7 @@ class ProgressBar:
     def print_epoch(
         self, progress: Progress, epoch_steps: int, scores: Mapping[str, float]
     ) -> None:
-        """Print the dev scores at the end of an epoch."""
+        """Print the dev scores, at the end of an epoch or within it."""
         figures = "  ".join(f"{task} {_number(value)}" for task, value in scores.items())
         mark = "  (best so far)" if progress.best_step == progress.step else ""
         self._console.print(

@@ -19,7 +19,9 @@ _FIELDS = {
     "gradient_clip_val gradient_clipping grad_norm max_grad_norm max_norm norm",
     "data": "dataset_path",
     "dropout": "classifier_dropout head_dropout",
+    "best_of": "metric_for_best_model monitor",
     "eps": "adam_epsilon epsilon optimizer_eps",
+    "eval_every": "eval_interval eval_steps evaluation_steps val_check_interval",
     "execution": "compile jit_compile torch_compile use_compile",
     "freeze_encoder": "freeze_bert freeze_backbone freeze_base_model",
     "init": "bert_model init_checkpoint model_name model_name_or_path pretrained "
@@ -36,6 +38,7 @@ _FIELDS = {
     "micro_batches": "accumulate_grad_batches grad_accum_steps grad_accumulation_step "
     "gradient_accumulation gradient_accumulation_steps mini_batch_size",
     "optimizer": "optim_type optimizer_type",
+    "patience": "early_stopping",
     "pooling": "pooling_strategy",
     "precision": "amp bf16 fp16 mixed_precision tf32 torch_dtype dtype",
     "schedule": "learning_rate_schedule lr_schedule lr_scheduler lr_scheduler_type scheduler_type",

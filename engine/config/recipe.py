@@ -53,7 +53,7 @@ OF_A_PHASE = (
     *("train", "task_schedule", "epochs", "max_steps", "max_train_examples", "batch_size"),
     *("micro_batches", "checkpoint_layers", "freeze_encoder", "balance", "balancing"),
     *("balance_granularity", "optimizer", "lr", "schedule", "schedule_power", "warmup", "betas"),
-    *("eps", "weight_decay", "clip_norm"),
+    *("eps", "weight_decay", "clip_norm", "eval_every", "patience"),
 )
 """The settings that a phase may have of its own."""
 
@@ -167,8 +167,16 @@ class Recipe(Settings):
     log_layer_cosines_every: Count = 0
     """Steps between records of the cosines in each layer, for a picture of the conflicts; 0: none.
     Their Gram matrices cost every step one more pass over the task gradients."""
+    eval_every: Count = 0
+    """Steps of a phase between evaluations on dev, besides the one at each epoch's end; 0: none."""
+    best_of: str = "overall"
+    """The dev score that decides which weights are kept as the best: overall, or a task's name."""
+    patience: Count = 0
+    """End a phase after so many evaluations in a row without a better deciding score (best_of) than
+    the phase has had; 0: never."""
     checkpoint_every: Count = 0
-    """Steps between checkpoints besides the one at each epoch's end; 0: none."""
+    """Steps between checkpoints besides those at each epoch's end and of the best scores; 0:
+    none."""
     keep_checkpoints: Positive = 2
     """How many of them stay; should the newest be damaged, a run goes on from the one before."""
 
@@ -197,6 +205,11 @@ class Recipe(Settings):
             _check_name(f"tasks.{name}", name)
             if name == "overall":
                 raise ValueError("tasks.overall: the mean score is called so; give another name")
+        scores = ["overall", *self.tasks]
+        if self.best_of not in scores:
+            raise ValueError(
+                f"best_of = {self.best_of!r}: no such score{nearest(self.best_of, scores)}"
+            )
         known = [*self.tasks, *self.objectives]
         self._check_metrics()
         for name in self.train:

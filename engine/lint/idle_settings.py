@@ -7,6 +7,7 @@ a later phase is assumed.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -131,6 +132,19 @@ def _method_reads(case: Case) -> bool:
     return _balances(case) and case.field in settings_read(
         recipe.balance, recipe.train, recipe.balancing
     )
+
+
+def _evaluations(case: Case) -> int:
+    """Return how often a phase scores the dev sets: within epochs, at their ends, at its own."""
+    last, of_epoch = case.facts.steps - 1, case.facts.epoch_steps // case.recipe.epochs
+    every = case.recipe.eval_every or of_epoch
+    return last // every + last // of_epoch - last // math.lcm(every, of_epoch) + 1
+
+
+def _is_within_epoch(case: Case) -> bool:
+    """Return whether the dev sets are scored elsewhere than at the ends of epochs."""
+    every, of_epoch = case.recipe.eval_every, case.facts.epoch_steps // case.recipe.epochs
+    return every < case.facts.steps and every % of_epoch != 0
 
 
 ALWAYS = Effect(lambda _case: True, "")
@@ -297,6 +311,33 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         ),
         "log_every": _of_run_steps(off=Recipe.model_fields["log_every"].default),
         "checkpoint_every": _of_run_steps(off=0),
+        "eval_every": Effect(
+            _trains_tasks,
+            "no task is trained, so nothing is scored",
+            off=0,
+            also=_of_data(
+                _is_within_epoch,
+                "the dev sets are scored there anyway, as an epoch or the phase ends",
+            ),
+        ),
+        "best_of": Effect(
+            lambda case: case.recipe.scored,
+            "no task is trained, so nothing is scored",
+            off="overall",
+            also=Effect(
+                lambda case: len(case.recipe.tasks) > 1, "overall is the score of the only task"
+            ),
+        ),
+        "patience": Effect(
+            _trains_tasks,
+            "no task is trained, so nothing is scored",
+            off=0,
+            # The first is the best so far, and after the last one the phase is over anyway.
+            also=_of_data(
+                lambda case: case.recipe.patience + 1 < _evaluations(case),
+                "the phase is over before, after {case.facts.steps} steps",
+            ),
+        ),
         **dict.fromkeys(("seed", "log_mib", "keep_logs", "max_skipped", "loggers"), ALWAYS),
         "log_layer_cosines_every": Effect(
             _balances, "a step has one gradient, so no cosines", off=0

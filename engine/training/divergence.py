@@ -60,14 +60,14 @@ def is_worth_saving(
         trainer: of the run.
         batches: the micro-batches of the last step.
         log: with the last step written.
-        progress: after that step.
+        progress: after that step and its evaluation.
         scores: on the dev data after it, if they were asked for.
         stopping: whether the run stops after this step.
 
     Raises:
         DivergedError: the run cannot go on, or must not end, with such numbers.
     """
-    ends = progress.phase_step == trainer.total_steps
+    ends = trainer.has_ended(progress)
     is_last, was_skipped = ends or stopping, _was_skipped(trainer, log)
     unscored = [task for task, score in scores.items() if not math.isfinite(score)]
     good = (

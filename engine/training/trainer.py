@@ -1,5 +1,7 @@
 """One phase of a training run: model, data, optimizer, log and checkpoints."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +126,29 @@ class Trainer:
         """Return whether the phase is at the end of an epoch, or at its own end."""
         return steps_done % self.epoch_steps == 0 or steps_done == self.total_steps
 
+    def is_evaluated(self, steps_done: int) -> bool:
+        """Return whether the dev sets, if any, are scored after so many steps of the phase."""
+        every = self.recipe.eval_every if self.dev_sets else 0
+        return self.ends_epoch(steps_done) or (every > 0 and steps_done % every == 0)
+
+    def stops_early(self, progress: Progress) -> bool:
+        """Return whether the phase ends for want of better scores; all ranks return the same."""
+        return 0 < self.recipe.patience <= progress.stale
+
+    def has_ended(self, progress: Progress) -> bool:
+        """Return whether the phase is at its end."""
+        return progress.phase_step >= self.total_steps or self.stops_early(progress)
+
+    def deciding_score(self, scores: Mapping[str, float]) -> float:
+        """Return the score by which checkpoints are compared, the same on all ranks.
+
+        It is NaN where any score is not finite.
+        """
+        score = scores[self.recipe.best_of] if all(map(math.isfinite, scores.values())) else None
+        # Processors may differ in the last bit of a metric, and ranks must go the same way.
+        score = self.ranks.broadcast(score)
+        return math.nan if score is None else float(score)
+
     def restore(self) -> Progress:
         """Load the newest intact checkpoint, if any; return the run's progress.
 
@@ -144,7 +169,7 @@ class Trainer:
         manifest, state = read_manifest(path), self.state
         done = manifest.progress
         if done.phase < self.phase:
-            return done._replace(phase=self.phase, phase_start=done.step)
+            return done.in_phase(self.phase)
         state.check_places(path, manifest.places)
         tensors = state.tensors()
         self.checkpoint_writer.load(path, tensors)

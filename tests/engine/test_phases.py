@@ -11,7 +11,7 @@ from engine.train import main
 from engine.utils.errors import InputError
 
 from .conftest import TINY
-from .whole_runs import assert_same_run, metrics, trained_weights
+from .whole_runs import assert_same_run, evaluations, metrics, trained_weights
 
 PHASES = ("phases.heads.freeze_encoder=true", "phases.heads.epochs=1", "phases.all.epochs=2")
 
@@ -100,6 +100,19 @@ def test_a_later_phase_with_nothing_to_train_ends_the_run_before_the_first(tmp_p
 def test_max_steps_ends_each_phase(tiny_run):
     folder = tiny_run("run", "--max-steps", "1", settings=PHASES)
     assert len(metrics(folder)) == 2
+
+
+def test_a_phase_that_stops_early_goes_on_to_the_next(tiny_run, monkeypatch, capsys):
+    settings = ("lr=1e-12", "phases.a.eval_every=1", "phases.a.patience=1", "phases.b.epochs=1")
+    whole = tiny_run("whole", settings=settings)
+    assert "a: stopped early after step 2: 1 evaluations" in capsys.readouterr().out
+    assert list(evaluations(whole)) == [1, 2, 4]
+    assert len(metrics(whole)) == 4
+    progress = open_run(whole).checkpoints.progress()
+    assert (progress.phase, progress.phase_start, progress.stale) == (1, 2, 0)
+    assert progress.best_step == 1  # of all phases; the second has a best of its own
+    cut_at(2, monkeypatch, lambda: tiny_run("cut", settings=settings))
+    assert_same_run(tiny_run("cut", "--resume", settings=settings), whole)
 
 
 def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):

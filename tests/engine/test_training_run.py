@@ -14,7 +14,7 @@ from engine.train import main
 from engine.utils.errors import InputError
 
 from .conftest import TINY
-from .whole_runs import assert_same_run, last_checkpoint, metrics, trained_weights
+from .whole_runs import assert_same_run, evaluations, last_checkpoint, metrics, trained_weights
 
 
 def test_a_run_leaves_what_its_folder_promises(tiny_run):
@@ -49,6 +49,7 @@ def test_the_same_seed_gives_the_same_bits(tiny_run):
         ),
         pytest.param(4, ("precision=fp16", "tasks.sst.weight=1e4"), id="with a loss scale"),
         pytest.param(4, ("optimizer=lamb", "lr=0.01"), id="with LAMB"),
+        pytest.param(4, ("eval_every=3", "micro_batches=2"), id="past an evaluation in an epoch"),
     ],
 )
 def test_a_resumed_run_equals_an_undisturbed_one(tiny_run, monkeypatch, crash_after, settings):
@@ -91,6 +92,49 @@ def test_resuming_a_finished_run_changes_nothing(tiny_run):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     tiny_run("run", "--resume")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_score_of_a_task_decides_which_weights_are_the_best(tiny_run):
+    settings = ("eval_every=1", "best_of=sst", "lr=3e-2", "schedule=cosine")
+    folder = tiny_run("run", settings=settings)
+    scores = evaluations(folder)
+    assert list(scores) == [1, 2, 3, 4, 5, 6]
+    best = max(scores, key=lambda step: scores[step]["sst"])  # the first of equal ones
+    assert best != max(scores, key=lambda step: scores[step]["overall"])
+    (path,) = open_run(folder).checkpoints.all("best")
+    assert path.name == f"best-{best:08}"
+    kept = json.loads((folder / "metrics.json").read_text())
+    assert (kept["step"], kept["scores"]) == (best, scores[best])
+    assert open_run(folder).checkpoints.progress().best_score == scores[best]["sst"]
+
+
+STAYS = ("lr=1e-12", "eval_every=1", "patience=2")
+"""Scores never change: the first is the best, and two later ones end the phase."""
+
+
+def test_without_better_scores_a_run_stops_early_and_for_good(tiny_run, monkeypatch, capsys):
+    folder = tiny_run("whole", settings=STAYS)
+    said = "stopped early after step 3: 2 evaluations in a row without a better score (overall)"
+    assert capsys.readouterr().out.count(said) == 1
+    assert list(evaluations(folder)) == [1, 2, 3]
+    assert len(metrics(folder)) == 3
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    tiny_run("whole", "--resume", settings=STAYS)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    add = MetricsLog.add
+
+    def crash(log, step, *rest):
+        if step == 2:
+            raise RuntimeError("power cut")
+        return add(log, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "add", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            tiny_run("cut", settings=STAYS)
+    assert open_run(folder.parent / "cut").checkpoints.progress().stale == 1
+    assert_same_run(tiny_run("cut", "--resume", settings=STAYS), folder)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

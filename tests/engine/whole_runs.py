@@ -31,8 +31,16 @@ def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
+def evaluations(folder: Path) -> dict[int, dict[str, float]]:
+    """The dev scores by the number of steps done."""
+    lines = map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines())
+    return {line["step"]: line["scores"] for line in lines}
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
+    assert evaluations(one) == evaluations(other)
+    assert open_run(one).checkpoints.progress() == open_run(other).checkpoints.progress()
     first, second = last_checkpoint(one), last_checkpoint(other)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []

@@ -1,6 +1,7 @@
 """Checkpoints that are cut off or damaged, or meet a full disk."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -403,6 +404,32 @@ def test_a_manifest_without_a_number_is_refused(copy):
     (best / "manifest.json").write_text(text)
     seal_again(best, progress=progress._replace(best_score=None))
     assert read_manifest(best).progress.best_score is None
+
+
+def test_checkpoints_without_the_later_fields_of_progress_are_whole():
+    """The digest is that of a checkpoint from before there were evaluations within epochs."""
+    old = Manifest(progress=Progress(3, 0.5, 2))
+    assert old.model_dump(mode="json")["progress"] == [3, 0.5, 2, 0, 0]
+    assert (
+        old.expected_digest() == "40928a26a586cac38c30cc765344e30595044bf68d08f99fb38f357cec2736ad"
+    )
+    later = Progress(3, 0.5, 2, 0, 0, None, 1)
+    assert Manifest(progress=later).expected_digest() != old.expected_digest()
+    text = Manifest(progress=later).model_dump_json()
+    assert Manifest.model_validate_json(text).progress == later
+
+
+def test_evaluations_in_a_row_without_a_better_score_are_counted_by_phase():
+    progress = Progress(step=4).evaluated(0.5)
+    assert (progress.best_score, progress.best_step, progress.stale) == (0.5, 4, 0)
+    for score in (0.5, math.nan, 0.4):
+        progress = progress._replace(step=progress.step + 1).evaluated(score)
+    assert (progress.best_score, progress.best_step, progress.stale) == (0.5, 4, 3)
+    later = progress.in_phase(1)
+    assert (later.phase, later.phase_start, later.stale) == (1, 7, 0)
+    later = later._replace(step=8).evaluated(0.3)  # the first of its phase
+    assert (later.best_score, later.best_step, later.stale) == (0.5, 4, 0)
+    assert later._replace(step=9).evaluated(0.4).stale == 0
 
 
 def test_weights_beyond_the_dtype_to_compute_in_are_refused(copy):

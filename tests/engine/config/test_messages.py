@@ -27,7 +27,7 @@ TYPOS = {
     **{"task": "tasks", "phase": "phases", "objective": "objectives", "logger": "loggers"},
 }
 UNRELATED = [
-    *("patience", "head_lr", "ema", "momentum", "early_stopping", "label_smoothing", "alpha"),
+    *("head_lr", "ema", "momentum", "label_smoothing", "alpha"),
     *("gpu", "model", "workers", "nesterov", "temperature", "margin", "lora_r", "x", "k"),
     *("verbose", "max", "test", "name", "", "_", "__", "ä", "0"),
 ]
@@ -50,7 +50,7 @@ OF_OTHERS = {
     "overwrite_output_dir": "",
     "do_train": "",
     "eval_strategy": "",
-    "eval_steps": "",
+    "eval_steps": "eval_every",
     "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": "",
     "per_gpu_train_batch_size": "batch_size",
@@ -91,7 +91,7 @@ OF_OTHERS = {
     "steps_per_epoch": "",
     "scheduler": "schedule",
     "evaluator": "",
-    "evaluation_steps": "",
+    "evaluation_steps": "eval_every",
     "optimizer_class": "",
     "use_amp": "",
     "max_seq_length": "max_length",
@@ -145,7 +145,7 @@ OF_OTHERS = {
     "lora_dropout": "",
     "layerwise_lr_decay": "",
     "encoder_lr": "",
-    "early_stopping_patience": "",
+    "early_stopping_patience": "patience",
     # within a table
     "balancing.lr": "gradnorm_lr",
     "balancing.alpha": "fairgrad_alpha or gradnorm_alpha",
@@ -213,7 +213,10 @@ def test_words_that_are_like_no_method(word):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("patience=3", f"unknown key patience; {FIELDS} shows all"),
+        ("momentum=3", f"unknown key momentum; {FIELDS} shows all"),
+        ("best_of=stss", "best_of = 'stss': no such score; did you mean sts?"),
+        ("best_of=f1", "best_of = 'f1': no such score; known: overall, sst, quora, sts"),
+        ("phases.one.best_of=sts", "phases.one: no setting of a phase: best_of"),
         ("head_lr=3", f"unknown key head_lr; {FIELDS} shows all"),
         ("batchsize=3", f"unknown key batchsize; did you mean batch_size?; {FIELDS} shows all"),
         ("tasks.sst.feature=single", "unknown key tasks.sst.feature; did you mean head?"),

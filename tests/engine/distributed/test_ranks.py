@@ -43,6 +43,7 @@ CASES = {
     ),
     "parted": ("micro_batches=3", "checkpoint_layers=true", "max_steps=2"),
     "in turns": ("task_schedule=cycle", "max_steps=4"),
+    "stopped early": ("lr=1e-12", "max_steps=4", "eval_every=1", "patience=1"),
 }
 STOPPED = "max_steps=3"
 

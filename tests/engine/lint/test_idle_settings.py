@@ -64,7 +64,7 @@ def test_every_field_is_in_the_table():
 
 def test_a_field_that_is_in_no_table_is_an_error():
     with pytest.raises(KeyError):
-        effect_of("patience")
+        effect_of("nesterov")
 
 
 @pytest.mark.parametrize("field", BalanceSettings.model_fields)
@@ -289,6 +289,15 @@ WITHOUT = [
     (("schedule=polynomial", "max_steps=1", "warmup=0"), "schedule_power=3"),
     ((), "log_every=3"),
     ((), "checkpoint_every=3"),
+    ((), "eval_every=2"),
+    (STEPS, "eval_every=2"),
+    (STEPS, "eval_every=4"),
+    (TEXT_ALONE, "eval_every=1"),
+    (STEPS, "patience=1"),
+    (("eval_every=1",), "patience=1"),
+    ((*STEPS, "eval_every=1"), "patience=3"),
+    (TEXT_ALONE, "patience=1"),
+    (TEXT_ALONE, "best_of=sts"),
     (FROZEN, "balance=gradvac"),
     (FROZEN, "balance_granularity=layer"),
     (FROZEN, "balance_granularity=tensor"),
@@ -304,6 +313,7 @@ ELSEWHERE = {
     # what runs say and keep, and how they compute the same: tests of their own
     *("description", "paper", "data", "init", "checkpoint_layers", "on_bad_row", "execution"),
     *("log_every", "log_mib", "keep_logs", "max_skipped", "loggers", "checkpoint_every"),
+    *("eval_every", "patience", "best_of"),
     *("keep_checkpoints", "max_graphs", "distribute", "timeout", "check_ranks_every"),
     "threads",
     "objectives.NAME.files",
@@ -384,6 +394,16 @@ def told(tmp_path, capsys):
             "max_train_examples = 39: no effect, no training set has more than 39 examples",
         ),
         (("log_every=2", "checkpoint_every=2"), ""),
+        (("max_steps=3", "eval_every=1", "patience=1", "best_of=sts"), ""),
+        (
+            ("eval_every=2",),
+            "eval_every = 2: no effect, the dev sets are scored there anyway, as an epoch or the "
+            "phase ends",
+        ),
+        (
+            ("eval_every=1", "patience=1"),
+            "patience = 1: no effect, the phase is over before, after 2 steps",
+        ),
         (("log_every=3",), "log_every = 3: no effect, the run has 2 steps"),
         (("checkpoint_every=9",), "checkpoint_every = 9: no effect, the run has 2 steps"),
         (
