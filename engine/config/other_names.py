@@ -56,6 +56,8 @@ _FIELDS = {
     "objectives.NAME.temperature": "simcse_temperature tau temp",
     "objectives.NAME.max_per_source": "objectives.NAME.first objectives.NAME.first_n",
     "tasks.NAME.first_n": "first tasks.NAME.limit tasks.NAME.max_samples tasks.NAME.source.limit",
+    "tasks.NAME.focal_gamma": "focal_loss",
+    "tasks.NAME.label_smoothing": "label_smoothing_factor",
     "tasks.NAME.head": "feature features tasks.NAME.feature tasks.NAME.head_type",
     "tasks.NAME.weight": "loss_weight loss_weights task_weight task_weights",
     "tasks.NAME.metrics": "metric metric_for_best_model compute_metrics",

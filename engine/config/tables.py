@@ -3,14 +3,15 @@
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationError
 
 from ..data.source import TaskSource
 from ..models.config import MOST_LAYERS, EncoderConfig
-from ..models.heads import FEATURES, LOSSES
+from ..models.heads import BALANCED, FEATURES, LOSSES, ClassLossSettings
 from ..models.registry import DEFAULT, MODELS
 from ..utils.errors import InputError
 from ..utils.field_types import (
+    LARGEST_REAL,
     Count,
     Fraction,
     NonNegativeReal,
@@ -35,6 +36,17 @@ def _with_config(name: str) -> str:
     return name
 
 
+def _weights_or_balanced(weights: Any) -> Any:
+    """Check both forms here, since pydantic's errors on a union name the one it tried."""
+    if weights == BALANCED:
+        return weights
+    if isinstance(weights, list | tuple) and all(
+        type(weight) in (int, float) and 0 < weight <= LARGEST_REAL for weight in weights
+    ):
+        return weights
+    raise ValueError(f"expected a list of positive numbers, one for each class, or {BALANCED!r}")
+
+
 class TaskRecipe(Settings):
     """How one task is read off the encoder."""
 
@@ -54,10 +66,26 @@ class TaskRecipe(Settings):
     """The deciding metric's weight in the overall score; 0: it does not count."""
     tag_pieces: Literal["first", "all"] = "first"
     """token_classification: train the tag of a word on its first token, or on all of them."""
+    class_weights: Annotated[
+        tuple[PositiveReal, ...] | Literal["balanced"], BeforeValidator(_weights_or_balanced)
+    ] = ()
+    """Factors on the losses of the examples of each class, a list; or balanced: n / (C n_c) of n
+    training examples in C classes, n_c of the class.  Their mean over the training examples is made
+    1 (engine/models/heads/class_loss.py)."""
+    label_smoothing: Fraction = 0.0
+    """Share of each label that is spread over all classes evenly, from 0 to 1, exclusive."""
+    focal_gamma: NonNegativeReal = 0.0
+    """Focal loss: the loss of a class of probability p is multiplied by (1 - p)^focal_gamma; 0:
+    none."""
     first_n: Count = 0
     """Train on the first so many examples of the training set; 0: on all."""
     source: TaskSource | None = None
     """Where the examples come from and what they look like; a built-in task needs none."""
+
+    @property
+    def class_loss(self) -> ClassLossSettings:
+        """What the loss does against classes of unequal size."""
+        return ClassLossSettings(self.class_weights, self.label_smoothing, self.focal_gamma)
 
 
 class EncoderRecipe(Settings):

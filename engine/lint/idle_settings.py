@@ -174,6 +174,17 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.tag_pieces": Effect(_is_trained, "{case.owner} is not trained", off="first"),
         "tasks.NAME.loss": Effect(_reads_loss, "{case.owner} is not trained", off="default"),
         "tasks.NAME.weight": Effect(_is_trained, "{case.owner} is not trained", off=1),
+        "tasks.NAME.class_weights": Effect(
+            _is_trained,
+            "{case.owner} is not trained",
+            off=(),
+            also=_of_data(
+                lambda case: case.owner not in case.facts.equal_classes,
+                "all classes weigh the same",
+            ),
+        ),
+        "tasks.NAME.label_smoothing": Effect(_is_trained, "{case.owner} is not trained", off=0),
+        "tasks.NAME.focal_gamma": Effect(_is_trained, "{case.owner} is not trained", off=0),
         "tasks.NAME.first_n": Effect(
             _is_trained,
             "{case.owner} is not trained",

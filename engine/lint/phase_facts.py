@@ -19,6 +19,7 @@ class PhaseFacts(NamedTuple):
         texts: of each trained objective.
         schedule: the learning rate, and with it the steps of the phase.
         epoch_steps: steps of all epochs, which ``max_steps`` may cut.
+        equal_classes: tasks whose classes all weigh the same.
         separate: whether every trained parameter is reached by one task alone.
     """
 
@@ -26,6 +27,7 @@ class PhaseFacts(NamedTuple):
     texts: Mapping[str, Found]
     schedule: Schedule
     epoch_steps: int
+    equal_classes: frozenset[str]
     separate: bool
 
     @classmethod
@@ -41,6 +43,11 @@ class PhaseFacts(NamedTuple):
             },
             trainer.lr_schedule,
             trainer.task_schedule.total_steps,
+            frozenset(
+                name
+                for name in trainer.recipe.train
+                if (loss := trainer.model.head(name).class_loss) is None or loss.weights is None
+            ),
             all(len(parameters.tasks_using(name)) == 1 for name in parameters.slots),
         )
 

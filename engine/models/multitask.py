@@ -15,7 +15,16 @@ from .adapters import AdaptersOfBatch, ProjectedAttention
 from .config import EncoderConfig
 from .context import Context
 from .encoder import Stage
-from .heads import SHARED_INPUT, Head, HeadSettings, Scores, build_head, head_class
+from .heads import (
+    PLAIN,
+    SHARED_INPUT,
+    ClassLossSettings,
+    Head,
+    HeadSettings,
+    Scores,
+    build_head,
+    head_class,
+)
 from .layers import Linear
 from .named_modules import NamedModules
 from .parameters import ParameterSpec, describe_stage
@@ -33,6 +42,8 @@ class MultitaskModel(nn.Module):
         pooling: ``"cls"`` or ``"mean"``.
         dropout_p: dropout before the heads.
         losses: by task, one of LOSSES (engine/models/heads); the default for those left out.
+        class_losses: by task, what its loss does against classes of unequal size; nothing for those
+            left out.
         adapter_width: of each task's projected attention (engine/models/adapters.py); 0 for none.
         objectives: the settings of their heads, by name; objectives have no adapters.
     """
@@ -46,6 +57,7 @@ class MultitaskModel(nn.Module):
         pooling: str,
         dropout_p: float,
         losses: Mapping[str, str] | None = None,
+        class_losses: Mapping[str, ClassLossSettings] | None = None,
         adapter_width: int = 0,
         objectives: Mapping[str, HeadSettings] | None = None,
     ) -> None:
@@ -63,6 +75,7 @@ class MultitaskModel(nn.Module):
                 task=task,
                 features=features[task.task],
                 loss=losses.get(task.task, "default"),
+                class_loss=(class_losses or {}).get(task.task, PLAIN),
                 dropout_p=dropout_p,
                 dropout_id=self.encoder.num_dropouts + position,
             )

@@ -180,6 +180,7 @@ class Run(NamedTuple):
             pooling=self.recipe.pooling,
             dropout_p=self.recipe.dropout,
             losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
+            class_losses={task: each.class_loss for task, each in self.recipe.tasks.items()},
             adapter_width=self.recipe.adapter_width,
             objectives={
                 name: head_settings(name, settings, self.config)

@@ -3,13 +3,14 @@
 import sys
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ..checkpoints.async_writer import AsyncWriter
 from ..config.recipe import Recipe
 from ..data.sampler import TaskSampler, stratified_subset
 from ..data.split import TokenizedSplit
-from ..data.task_batch import Examples
+from ..data.task_batch import Examples, Indices
 from ..data.task_schedule import TaskSchedule
 from ..distributed.gradient_sync import build_gradient_sync
 from ..distributed.rank_check import RankCheck
@@ -57,7 +58,11 @@ def build_trainer(
             f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
         )
     train_sets = [_examples(run, name) for name in recipe.train]
-    samplers = [_sampler(examples, recipe) for examples in train_sets]
+    subsets = [_subset(examples, recipe) for examples in train_sets]
+    samplers = [
+        TaskSampler(examples.task, len(examples), recipe.batch_size, recipe.seed, subset)
+        for examples, subset in zip(train_sets, subsets, strict=True)
+    ]
     sizes = tuple(len(sampler) for sampler in samplers)
     task_schedule = TaskSchedule(
         recipe.task_schedule, sizes, recipe.batch_size, recipe.epochs, recipe.seed
@@ -71,6 +76,8 @@ def build_trainer(
     model = run.initial_model(phase).train()
     for later in list(run.recipe.in_phases)[phase:]:
         _check_trainable(run.recipe, later, model)
+    for examples, subset in zip(train_sets, subsets, strict=True):
+        _weigh_classes(model, examples, subset)
     _check_batches(recipe, run.config.hidden_size, device)
     model.encoder.checkpoint_layers = recipe.checkpoint_layers
     set_matmul_precision(recipe.precision, device)
@@ -195,15 +202,24 @@ def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
     return precompute_hidden_states(model, examples)
 
 
-def _sampler(examples: Examples, recipe: Recipe) -> TaskSampler:
-    """Return the sampler of a task's batches, from all examples or from the recipe's subset."""
-    subset = None
-    if isinstance(examples, TokenizedSplit):
-        labels = examples.strata[: recipe.tasks[examples.task].first_n or None]
-        subset = stratified_subset(
-            labels, recipe.max_train_examples or len(labels), examples.task, recipe.seed
-        )
-    return TaskSampler(examples.task, len(examples), recipe.batch_size, recipe.seed, subset)
+def _subset(examples: Examples, recipe: Recipe) -> Indices | None:
+    """Return the examples of a task that the recipe trains on; None for an objective's, all."""
+    if not isinstance(examples, TokenizedSplit):
+        return None
+    labels = examples.strata[: recipe.tasks[examples.task].first_n or None]
+    return stratified_subset(
+        labels, recipe.max_train_examples or len(labels), examples.task, recipe.seed
+    )
+
+
+def _weigh_classes(model: MultitaskModel, examples: Examples, subset: Indices | None) -> None:
+    """Let a head weigh classes by their shares of the examples that are trained on."""
+    loss = model.head(examples.task).class_loss
+    if loss is not None and isinstance(examples, TokenizedSplit) and examples.labels is not None:
+        labels = examples.labels[subset].astype(np.int64)
+        task = model.head(examples.task).task
+        assert task is not None
+        loss.weigh(np.bincount(labels, minlength=int(task.high) + 1).tolist())
 
 
 def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:

@@ -13,14 +13,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from .errors import UNPRINTABLE
 
 _LARGEST_INT = (1 << 31) - 1
-_LARGEST_REAL = torch.finfo(torch.float32).max
+LARGEST_REAL = torch.finfo(torch.float32).max
 
 Count = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
 Positive = Annotated[int, Field(ge=1, le=_LARGEST_INT)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Real = Annotated[float, Field(ge=-_LARGEST_REAL, le=_LARGEST_REAL)]
-NonNegativeReal = Annotated[float, Field(ge=0, le=_LARGEST_REAL)]
-PositiveReal = Annotated[float, Field(gt=0, le=_LARGEST_REAL)]
+Real = Annotated[float, Field(ge=-LARGEST_REAL, le=LARGEST_REAL)]
+NonNegativeReal = Annotated[float, Field(ge=0, le=LARGEST_REAL)]
+PositiveReal = Annotated[float, Field(gt=0, le=LARGEST_REAL)]
 
 
 def _printable(name: str) -> str:

@@ -176,6 +176,8 @@ def test_micro_batches_and_checkpointed_layers(tiny_run):
         "dropout=0",
         "encoder.hidden_dropout_prob=0",
         "encoder.attention_probs_dropout_prob=0",
+        "tasks.sst.class_weights=[1,2,3,4,5]",
+        "tasks.quora.focal_gamma=2",
     )
     whole = tiny_run("whole", "--max-steps", "3", settings=exactly)
     saving = (*exactly, "micro_batches=3", "checkpoint_layers=true")
@@ -188,7 +190,9 @@ def test_micro_batches_and_checkpointed_layers(tiny_run):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluate_gives_the_scores_of_the_best_epoch_again(tiny_run, precision):
-    folder = tiny_run("run", settings=(f"precision={precision}",))
+    # Weights of classes are of the training examples alone, which an evaluation does not read.
+    settings = (f"precision={precision}", "tasks.sst.class_weights=balanced")
+    folder = tiny_run("run", settings=settings)
     at_the_end = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics.json").unlink()
     assert evaluate.main([str(folder), "--split", "dev"]) == 0

@@ -9,6 +9,7 @@ from ...data.source import FURTHER_KINDS
 from ...data.task_schema import TaskSchema
 from .base import LOSSES, Head, HeadExport, HeadSettings, Scores
 from .binary import BinaryHead
+from .class_loss import BALANCED, PLAIN, ClassLossSettings
 from .classification import ClassificationHead
 from .contrastive import ContrastiveHead
 from .masked_lm import MaskedLmHead
@@ -21,12 +22,15 @@ from .sentence import SentenceHead
 from .tags import TOKENS, TagHead
 
 __all__ = [
+    "BALANCED",
     "CROSS",
     "FEATURES",
     "HEADS",
     "LOSSES",
     "METRICS",
+    "PLAIN",
     "SHARED_INPUT",
+    "ClassLossSettings",
     "Head",
     "HeadExport",
     "HeadSettings",

@@ -18,6 +18,7 @@ from ...utils.errors import InputError
 from ..config import EncoderConfig
 from ..layers import Embedding
 from ..pooling import TaskStates
+from .class_loss import PLAIN, ClassLoss, ClassLossSettings
 from .metrics import Metric
 
 LOSSES = ("default", "mse", "cross_entropy")
@@ -38,6 +39,7 @@ class HeadSettings:
         task: the schema of its data; None for an objective.
         features: the recipe's name for the inputs of a task's head.
         loss: one of LOSSES.
+        class_loss: what the loss does against classes of unequal size.
         dropout_p: of the dropout before the output layer, in training.
         dropout_id: of its dropout; the RNG offset.
         temperature: that a contrastive loss divides cosines by.
@@ -49,6 +51,7 @@ class HeadSettings:
     task: TaskSchema | None = None
     features: str = ""
     loss: str = "default"
+    class_loss: ClassLossSettings = PLAIN
     dropout_p: float = 0.0
     dropout_id: int = 0
     temperature: float = 1.0
@@ -74,6 +77,8 @@ class Head(nn.Module, ABC):
         known_losses: those of LOSSES that it can be trained by.
         needs_classes: whether labels have to be classes, not numbers within a range.
         metrics: that its answers can be scored by, the default first; none for an objective.
+        weighs_classes: whether it is trained by a :class:`.class_loss.ClassLoss` where one is
+            asked for.
         is_pretrained: whether pretrained models have weights for it.
         varies_in_size: whether batches of equally many examples have scores of other lengths.
         fills_masks: whether :meth:`word_logits` predicts masked words.
@@ -90,6 +95,7 @@ class Head(nn.Module, ABC):
         uses: the shared layers that it uses, by their names in SharedLayers.
         answers: an export's name for its outputs, a key of ``answers_code``.
         reads_tokens: whether it reads the tokens' states, not the sentence vectors alone.
+        class_loss: what its loss does against classes of unequal size; None for nothing.
 
     Raises:
         InputError: the settings contradict each other; the message names the recipe's key.
@@ -99,6 +105,7 @@ class Head(nn.Module, ABC):
     known_losses: ClassVar[tuple[str, ...]] = ("default",)
     needs_classes: ClassVar[bool] = False
     metrics: ClassVar[tuple[Metric, ...]] = ()
+    weighs_classes: ClassVar[bool] = False
     is_pretrained: ClassVar[bool] = False
     varies_in_size: ClassVar[bool] = False
     fills_masks: ClassVar[bool] = False
@@ -113,6 +120,11 @@ class Head(nn.Module, ABC):
         self.check(settings)
         self.name, self.task, self.features = settings.name, settings.task, settings.features
         self.uses = self.layers_used(settings)
+        self.class_loss: ClassLoss | None = None
+        if settings.class_loss.given:
+            assert settings.task is not None
+            classes, table = int(settings.task.high) + 1, f"tasks.{settings.name}"
+            self.class_loss = ClassLoss(settings.class_loss, classes, table)
 
     @classmethod
     def check(cls, settings: HeadSettings) -> None:
@@ -145,6 +157,12 @@ class Head(nn.Module, ABC):
             raise InputError(
                 f"{table}.loss = {settings.loss!r}: a head for {settings.kind} is trained by "
                 f"{' or '.join(cls.known_losses)}"
+            )
+        for name in settings.class_loss.given if not cls.weighs_classes else ():
+            value = getattr(settings.class_loss, name)
+            raise InputError(
+                f"{table}.{name} = {value!r}: a head for {settings.kind} has no loss over classes "
+                "to change; leave it out"
             )
 
     @classmethod

@@ -30,6 +30,7 @@ class BinaryHead(SentenceHead):
         METRICS[name]
         for name in ("accuracy", "f1", "f1_macro", "f1_micro", "matthews", "average_precision")
     )
+    weighs_classes = True
     answers = "binary"
     answers_text = "`binary`, one logit, yes above 0"
     answers_code = MappingProxyType({"binary": "(x > 0).long()"})
@@ -46,8 +47,13 @@ class BinaryHead(SentenceHead):
         return super().forward(states).squeeze(1)
 
     def loss(self, scores: Tensor, labels: Labels | None) -> Tensor:
-        """Return the mean binary cross entropy."""
-        return F.binary_cross_entropy_with_logits(scores, self.given(labels, scores))
+        """Return the mean binary cross entropy, or that of its ``class_loss``."""
+        wanted = self.given(labels, scores)
+        if self.class_loss is not None and not self.class_loss.is_plain:
+            log_probs = F.logsigmoid(torch.stack([-scores, scores], dim=1))
+            loss: Tensor = self.class_loss(log_probs, wanted.long())
+            return loss
+        return F.binary_cross_entropy_with_logits(scores, wanted)
 
     def predict(self, scores: Tensor) -> Tensor:
         """Return 0 or 1, int64."""

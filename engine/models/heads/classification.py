@@ -25,6 +25,7 @@ class ClassificationHead(SentenceHead):
         METRICS[name]
         for name in ("accuracy", "f1_macro", "f1_micro", "matthews", "average_precision")
     )
+    weighs_classes = True
     answers = "classes"
     answers_text = "`classes`, their logits"
     answers_code = MappingProxyType({"classes": "x.argmax()"})
@@ -34,8 +35,12 @@ class ClassificationHead(SentenceHead):
         super().__init__(settings, outputs=int(settings.task.high) + 1)
 
     def loss(self, scores: Tensor, labels: Labels | None) -> Tensor:
-        """Return the mean cross entropy."""
-        return F.cross_entropy(scores, self.given(labels, scores).long())
+        """Return the mean cross entropy, or that of its ``class_loss``."""
+        wanted = self.given(labels, scores).long()
+        if self.class_loss is not None and not self.class_loss.is_plain:
+            loss: Tensor = self.class_loss(scores.log_softmax(1), wanted)
+            return loss
+        return F.cross_entropy(scores, wanted)
 
     def predict(self, scores: Tensor) -> Tensor:
         """Return the likeliest classes, int64."""

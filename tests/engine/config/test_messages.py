@@ -77,7 +77,7 @@ OF_OTHERS = {
     "dataloader_num_workers": "",
     "run_name": "",
     "load_best_model_at_end": "",
-    "label_smoothing_factor": "",
+    "label_smoothing_factor": "tasks.NAME.label_smoothing",
     "optim": "optimizer",
     "report_to": "loggers",
     "torch_compile": "execution",
@@ -220,10 +220,10 @@ def test_words_that_are_like_no_method(word):
         ("head_lr=3", f"unknown key head_lr; {FIELDS} shows all"),
         ("batchsize=3", f"unknown key batchsize; did you mean batch_size?; {FIELDS} shows all"),
         ("tasks.sst.feature=single", "unknown key tasks.sst.feature; did you mean head?"),
-        (
-            "tasks.sst.pool=cls",
-            "known: head, loss, weight, metrics, score_weight, tag_pieces, first_n, source",
-        ),
+        ("tasks.sst.pool=cls", "known: head, loss, weight, class_weights, label_smoothing, "),
+        ("tasks.sst.class_weights=[1,0]", "class_weights = [1, 0]: expected a list of positive"),
+        ("tasks.sst.class_weights=even", "= 'even': expected a list of positive numbers, one for"),
+        ("tasks.sst.label_smoothing=1", "label_smoothing = 1: Input should be less than 1"),
         ("tasks.sst.source.kid=1", "tasks.sst.source"),
         ("encoder.layers=2", "did you mean num_hidden_layers?"),
         (

@@ -41,7 +41,10 @@ CASES = {
         "balance_granularity=layer",
         "balance=gradvac",
     ),
-    "parted": ("micro_batches=3", "checkpoint_layers=true", "max_steps=2"),
+    "parted": (
+        *("micro_batches=3", "checkpoint_layers=true", "max_steps=2"),
+        *("tasks.sst.class_weights=[1,2,3,4,5]", "tasks.quora.focal_gamma=2"),
+    ),
     "in turns": ("task_schedule=cycle", "max_steps=4"),
     "stopped early": ("lr=1e-12", "max_steps=4", "eval_every=1", "patience=1"),
 }

@@ -10,7 +10,14 @@ from engine.data.collate import PackedBatch, pack
 from engine.data.task_schema import FORMATS, TaskSchema
 from engine.data.tokenizer import Tokenizer
 from engine.models.bert import BertConfig
-from engine.models.heads import Head, HeadSettings, Results, build_head
+from engine.models.heads import (
+    PLAIN,
+    ClassLossSettings,
+    Head,
+    HeadSettings,
+    Results,
+    build_head,
+)
 from engine.models.layers import Embedding, Linear
 from engine.models.multitask import MultitaskModel
 from engine.models.pooling import SharedLayers, TaskStates
@@ -63,7 +70,12 @@ def results(predictions, labels, probabilities=None, offsets=None, classes=()) -
     )
 
 
-def head_of(task: str | TaskSchema, features: str, loss: str = "default") -> Head:
+def head_of(
+    task: str | TaskSchema,
+    features: str,
+    loss: str = "default",
+    class_loss: ClassLossSettings = PLAIN,
+) -> Head:
     form = FORMATS[task] if isinstance(task, str) else task
     settings = HeadSettings(
         kind=form.kind,
@@ -72,6 +84,7 @@ def head_of(task: str | TaskSchema, features: str, loss: str = "default") -> Hea
         task=form,
         features=features,
         loss=loss,
+        class_loss=class_loss,
         dropout_p=0.5,
     )
     return build_head(settings).eval()
