@@ -38,7 +38,7 @@ _FIELDS = {
     "micro_batches": "accumulate_grad_batches grad_accum_steps grad_accumulation_step "
     "gradient_accumulation gradient_accumulation_steps mini_batch_size",
     "optimizer": "optim_type optimizer_type",
-    "patience": "early_stopping",
+    "patience": "early_stopping early_stopping_patience",
     "pooling": "pooling_strategy",
     "precision": "amp bf16 fp16 mixed_precision tf32 torch_dtype dtype",
     "schedule": "learning_rate_schedule lr_schedule lr_scheduler lr_scheduler_type scheduler_type",
