@@ -106,7 +106,7 @@ class Manifest(BaseModel):
     """Of the fields above."""
 
     @field_serializer("progress")
-    def _without_later_defaults(self, progress: Progress) -> list[float | None]:
+    def _without_later_defaults(self, progress: Progress) -> list[int | float | None]:
         """Leave out what checkpoints without it had no field for: their digests stay the same."""
         values, defaults = list(progress), list(Progress())
         while len(values) > _FIRST_FIELDS and values[-1] == defaults[len(values) - 1]:
