@@ -49,7 +49,8 @@ def lamb_update_(
         exp_avg_sq: ``[P]`` second moment, likewise.
         offsets: S + 1 ascending numbers; tensor s is ``offsets[s]:offsets[s + 1]``, all of P.
         low_precision: ``[P]`` copy of the weights in another dtype, written too.
-        lr: learning rate; a number is finite and not negative, as eps and weight_decay are.
+        lr: learning rate; a number is finite and not negative, as eps and weight_decay are; or
+            ``[S]``, of each tensor.
         step: 0-dim number of this step, the first being 1.
         betas: decay rates of the moments, from 0 to less than 1.
         eps: added to the root of the second moment.

@@ -43,11 +43,7 @@ class TrainingState:
         ranks: Ranks,
     ) -> None:
         self._parameters = parameters
-        self._vectors = {
-            "master": parameters.master,
-            "exp_avg": optimizer.exp_avg,
-            "exp_avg_sq": optimizer.exp_avg_sq,
-        }
+        self._vectors = {"master": parameters.master, **optimizer.vectors}
         self._whole = {"step.updates": optimizer.updates}
         self._whole |= {f"step.{name}": tensor for name, tensor in step_state.items()}
         self._frozen = {f"frozen.{name}": tensor for name, tensor in parameters.frozen.items()}
@@ -97,7 +93,8 @@ class TrainingState:
     @property
     def is_valid(self) -> bool:
         """Whether training can have made it: finite, and no square or count below zero."""
-        not_negative = self._vectors["exp_avg_sq"], self._whole["step.updates"]
+        squares = [vector for name, vector in self._vectors.items() if name == "exp_avg_sq"]
+        not_negative = *squares, self._whole["step.updates"]
         return self.is_finite and all(
             bool(tensor.amin() >= 0) for tensor in not_negative if tensor.numel()
         )

@@ -18,6 +18,7 @@ from ..training.trainer import Trainer
 
 _STEPS = 3
 _MIB = 1 << 20
+_CALLED = {"exp_avg": "first moments", "exp_avg_sq": "second moments"}
 
 
 def show_plan(console: Console, trainer: Trainer) -> None:
@@ -43,9 +44,9 @@ def _plan(trainer: Trainer) -> Iterator[tuple[str, str]]:
     kept = {
         "weights, fp32": trainer.parameters.own.master,
         "task gradients": trainer.parameters.rows,
-        "first moments": trainer.optimizer.exp_avg,
-        "second moments": trainer.optimizer.exp_avg_sq,
     }
+    vectors = trainer.optimizer.vectors
+    kept |= {_CALLED.get(name, name): vector for name, vector in vectors.items()}
     if trainer.parameters.compute.data_ptr() != trainer.parameters.own.master.data_ptr():
         kept["weights to compute with"] = trainer.parameters.compute
     for what, tensor in kept.items():

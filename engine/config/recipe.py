@@ -54,6 +54,7 @@ OF_A_PHASE = (
     *("micro_batches", "checkpoint_layers", "freeze_encoder", "balance", "balancing"),
     *("balance_granularity", "optimizer", "lr", "schedule", "schedule_power", "warmup", "betas"),
     *("eps", "weight_decay", "clip_norm", "eval_every", "patience"),
+    *("layer_lr_decay", "head_lr"),
 )
 """The settings that a phase may have of its own."""
 
@@ -124,6 +125,12 @@ class Recipe(Settings):
     batches; apex_adam and apex_lamb: NVIDIA apex's, where it is installed."""
     lr: PositiveReal = 1e-5
     """Peak learning rate."""
+    layer_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the learning rate from each layer of the encoder to the one below, down to the
+    embeddings: the last layer has ``lr``; 1: all layers have it."""
+    head_lr: NonNegativeReal = 0.0
+    """Peak learning rate of all outside the encoder: heads, the layer that they share, adapters; 0:
+    the same as ``lr``."""
     schedule: Literal[SCHEDULES] = "constant"  # type: ignore[valid-type]
     """After warm-up: stay at the peak (constant), or fall to 0: in a straight line (linear), by
     half a cosine (cosine), or as a power of the share of steps left (polynomial)."""

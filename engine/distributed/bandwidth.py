@@ -37,8 +37,8 @@ def measure_traffic(sync: NoSync, parameters: FlatParameters, optimizer: Optimiz
     """Time the exchange of gradient rows, zero before the first step, and weights, on all ranks."""
     best = min(_once(sync, parameters.rows) for _ in range(3))
     own = parameters.own
-    tensors = [parameters.rows, parameters.compute, *own[:3], optimizer.exp_avg]
-    tensors.append(optimizer.exp_avg_sq)
+    tensors = [parameters.rows, parameters.compute, *own[:3]]
+    tensors += optimizer.vectors.values()
     held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
     return Traffic(sync.bytes_a_step, best, sum(held.values()))
 

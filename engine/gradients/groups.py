@@ -54,7 +54,7 @@ class ParamGroups:
             tasks.index(next(iter(names))) if len(names) == 1 < len(tasks) else None
             for names in reached
         )
-        self.segments = _own_segments(self._whole, self._pieces)
+        self.segments = own_segments(self._whole, self._pieces)
         self._offsets = [0, *(segment.columns.stop for segment in self.segments)]
         device = parameters.rows.device
         members = [segment.group for segment in self.segments]
@@ -78,7 +78,7 @@ class ParamGroups:
             if (start := max(wanted.start, segment.columns.start))
             < (stop := min(wanted.stop, segment.columns.stop))
         ]
-        return _own_segments(cut, self._pieces)
+        return own_segments(cut, self._pieces)
 
     def grams(self, rows: Tensor) -> Tensor:
         """Return the Gram matrix of each group, ``[G, K, K]``, in one pass over ``own.rows``."""
@@ -90,8 +90,8 @@ class ParamGroups:
         return torch.cat([of_segments, zeros])[self._members].sum(1)
 
 
-def _own_segments(whole: Sequence[Segment], pieces: Sequence[Piece]) -> tuple[Segment, ...]:
-    """Return the segments in a rank's own vector; neighbours of one group are joined."""
+def own_segments(whole: Sequence[Segment], pieces: Sequence[Piece]) -> tuple[Segment, ...]:
+    """Return segments of the whole vector in a rank's own; neighbours of one group are joined."""
     own: list[Segment] = []
     for piece in pieces:
         for group, columns in whole:

@@ -301,6 +301,17 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             also=_of_data(lambda case: not _sums(case), _NOT_SHARED),
         ),
         **dict.fromkeys(("optimizer", "lr", "betas", "eps", "weight_decay"), ALWAYS),
+        "layer_lr_decay": Effect(
+            lambda case: not case.recipe.freeze_encoder, "the encoder is not trained", off=1
+        ),
+        "head_lr": Effect(
+            lambda case: case.recipe.head_lr != case.recipe.lr,
+            "lr is the same",
+            off=0,
+            also=_of_data(
+                lambda case: case.facts.trains_heads, "nothing outside the encoder is trained"
+            ),
+        ),
         "schedule": _of_data(
             _falls, "the rate would fall after the last step only", off="constant"
         ),

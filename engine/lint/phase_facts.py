@@ -21,6 +21,7 @@ class PhaseFacts(NamedTuple):
         epoch_steps: steps of all epochs, which ``max_steps`` may cut.
         equal_classes: tasks whose classes all weigh the same.
         separate: whether every trained parameter is reached by one task alone.
+        trains_heads: whether a parameter outside the encoder is trained.
     """
 
     examples: Mapping[str, int]
@@ -29,6 +30,7 @@ class PhaseFacts(NamedTuple):
     epoch_steps: int
     equal_classes: frozenset[str]
     separate: bool
+    trains_heads: bool
 
     @classmethod
     def of(cls, trainer: Trainer) -> Self:
@@ -49,6 +51,7 @@ class PhaseFacts(NamedTuple):
                 if (loss := trainer.model.head(name).class_loss) is None or loss.weights is None
             ),
             all(len(parameters.tasks_using(name)) == 1 for name in parameters.slots),
+            any(not name.startswith("encoder.") for name in parameters.slots),
         )
 
     @property

@@ -4,7 +4,7 @@ The combined gradient ``sum_k c_k g_k`` is never stored: combining it and updati
 moments is one pass over memory for all parameter groups (``kernels.combine_adamw_segments_``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypedDict, Unpack
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from .._kernels import kernels
 from ..gradients.flat_parameters import FlatParameters
 from ..gradients.groups import Segment
+from .lr_factors import LrRanges
 
 
 class AdamSettings(TypedDict):
@@ -34,16 +35,33 @@ class AdamW:
 
     Args:
         parameters: what is updated; matrices decay, biases and norms do not.
+        factors: on the learning rate of each stage, by its name; None or empty: 1.
         settings: see :class:`AdamSettings`.
+
+    Attributes:
+        exp_avg: ``[S]`` fp32, the first moment.
+        exp_avg_sq: ``[S]`` fp32, the second.
+        updates: 0-dim fp32, the steps that were not skipped.
     """
 
-    def __init__(self, parameters: FlatParameters, **settings: Unpack[AdamSettings]) -> None:
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        factors: Mapping[str, float] | None = None,
+        **settings: Unpack[AdamSettings],
+    ) -> None:
         self.betas, self.eps = settings["betas"], settings["eps"]
         self.weight_decay = settings["weight_decay"]
         self.exp_avg = torch.zeros_like(parameters.master)
         self.exp_avg_sq = torch.zeros_like(parameters.master)
         self.updates = torch.zeros((), device=parameters.master.device)  # skipped steps excluded
         self._own = parameters.own
+        self._ranges = LrRanges(parameters, factors) if factors else None
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """The moments, by name."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def step(
         self,
@@ -63,8 +81,20 @@ class AdamW:
             scale: 0-dim fp32, the clip factor (and the inverse of a loss scale).
             skip: 0-dim bool; true leaves weights, moments and the count of updates untouched.
         """
-        flat = self._own
         self.updates += ~skip
+        if self._ranges is None:
+            self._update(weights, segments, lr, scale, skip)
+            return
+        # A launch for each factor; columns of other factors are left as they are.
+        rates = self._ranges.rates(lr)
+        for number, own in enumerate(self._ranges.split(segments)):
+            if own:
+                self._update(weights, own, rates[number], scale, skip)
+
+    def _update(
+        self, weights: Tensor, segments: Sequence[Segment], lr: Tensor, scale: Tensor, skip: Tensor
+    ) -> None:
+        flat = self._own
         ends, groups = _ends_and_groups(segments, len(flat.master))
         kernels.combine_adamw_segments_(
             flat.rows,

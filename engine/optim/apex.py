@@ -64,6 +64,11 @@ class ApexOptimizer:
             moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
             self._optimizer.state[tensor] = {n: slot.view(flat) for n, flat in moments.items()}
 
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """The moments, by name."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
     def step(
         self,
         weights: Tensor,

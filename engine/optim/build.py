@@ -1,12 +1,13 @@
 """The optimizers that a recipe can name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, Unpack
 
 from torch import Tensor
 
 from ..gradients.flat_parameters import FlatParameters
 from ..gradients.groups import Segment
+from ..utils.errors import InputError
 from .adamw import AdamSettings, AdamW
 from .apex import CLASSES, ApexOptimizer
 from .lamb import Lamb
@@ -18,14 +19,14 @@ class Optimizer(Protocol):
     """Interface of an optimizer to a training step and a checkpoint.
 
     Attributes:
-        exp_avg: ``[P]`` fp32, the first moment.
-        exp_avg_sq: ``[P]`` fp32, the second.
         updates: 0-dim fp32, the steps that were not skipped.
     """
 
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
     updates: Tensor
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """Vectors ``[S]`` fp32 beside the weights that it updates, such as moments, by name."""
 
     def step(
         self,
@@ -40,18 +41,27 @@ class Optimizer(Protocol):
 
 
 def build_optimizer(
-    name: str, parameters: FlatParameters, **settings: Unpack[AdamSettings]
+    name: str,
+    parameters: FlatParameters,
+    factors: Mapping[str, float] | None = None,
+    **settings: Unpack[AdamSettings],
 ) -> Optimizer:
     """Make the optimizer that a recipe names.
 
     Args:
         name: one of :data:`OPTIMIZERS`.
         parameters: what is updated; matrices decay, biases and norms do not.
+        factors: on the learning rate of each stage (:func:`.lr_factors`); None or empty: 1.
         settings: see :class:`.AdamSettings`.
 
     Raises:
-        InputError: it is apex's and apex is not installed.
+        InputError: it is apex's and apex is not installed, or ``factors`` are given.
     """
     if name in CLASSES:
+        if factors:
+            raise InputError(
+                f"optimizer = {name}: has one learning rate for all; leave out layer_lr_decay and "
+                "head_lr, or take adamw or lamb"
+            )
         return ApexOptimizer(name, parameters, **settings)
-    return {"adamw": AdamW, "lamb": Lamb}[name](parameters, **settings)
+    return {"adamw": AdamW, "lamb": Lamb}[name](parameters, factors, **settings)

@@ -1,6 +1,6 @@
 """LAMB on flat parameters, for large batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 import torch
@@ -17,14 +17,24 @@ class Lamb(AdamW):
 
     Args:
         parameters: what is updated; matrices decay, biases and norms do not.
+        factors: on the learning rate of each stage, by its name; None or empty: 1.
         settings: see :class:`.AdamSettings`.
     """
 
-    def __init__(self, parameters: FlatParameters, **settings: Unpack[AdamSettings]) -> None:
+    def __init__(
+        self,
+        parameters: FlatParameters,
+        factors: Mapping[str, float] | None = None,
+        **settings: Unpack[AdamSettings],
+    ) -> None:
         super().__init__(parameters, **settings)
         starts = [slot.offset for slot in parameters.slots.values()]
         self._offsets = [*starts, parameters.numel]
         self._no_rate = torch.zeros((), device=parameters.master.device)
+        self._lr_factors: Tensor | None = None
+        if factors:
+            of_tensors = [factors[parameters.specs[name].stage.name] for name in parameters.slots]
+            self._lr_factors = torch.tensor(of_tensors, device=parameters.master.device)
 
     def step(
         self,
@@ -44,7 +54,7 @@ class Lamb(AdamW):
             self.exp_avg_sq,
             self._offsets,
             None if flat.compute is flat.master else flat.compute,
-            lr=lr,
+            lr=lr if self._lr_factors is None else lr * self._lr_factors,
             step=self.updates,
             betas=self.betas,
             eps=self.eps,

@@ -24,6 +24,7 @@ from ..models.multitask import MultitaskModel
 from ..optim.apex import CLASSES as APEX
 from ..optim.build import build_optimizer
 from ..optim.loss_scale import LossScale
+from ..optim.lr_factors import lr_factors
 from ..optim.lr_schedule import Schedule
 from ..runs.run import Run
 from ..runtime.execution import COMPILED, RECORDED, Execution
@@ -102,6 +103,9 @@ def build_trainer(
     optimizer = build_optimizer(
         recipe.optimizer,
         parameters,
+        lr_factors(
+            model, lr=recipe.lr, head_lr=recipe.head_lr, layer_lr_decay=recipe.layer_lr_decay
+        ),
         betas=recipe.betas,
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,

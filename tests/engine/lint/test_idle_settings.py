@@ -127,6 +127,7 @@ MASKED = (
     "train=['text','sst']",
 )
 TWICE = ("objectives.text.kind=simcse", "objectives.text.max_per_source=16", "train=['text','sst']")
+TWICE_ALONE = (*TWICE, "train=['text']")
 TEXT_ALONE = (*MASKED, "train=['text']")
 ALL_TEXT = (*TEXT_ALONE, "objectives.text.max_per_source=0", "objectives.text.sentences_of=['sts']")
 ALL = ("max_train_examples=0", "max_steps=5")  # a pass
@@ -183,6 +184,10 @@ EFFECTIVE = [
     (("balance=mean",), "balance_granularity=layer"),  # what belongs to one task is not averaged
     ((), "optimizer=lamb"),
     ((), "lr=1e-2"),
+    ((), "layer_lr_decay=0.5"),
+    (("optimizer=lamb",), "layer_lr_decay=0.5"),
+    ((), "head_lr=1e-2"),
+    (FROZEN, "head_lr=1e-2"),
     ((), "schedule=linear"),
     ((), "schedule=cosine"),
     ((), "schedule=polynomial"),
@@ -262,6 +267,9 @@ WITHOUT = [
     (FROZEN, "encoder.hidden_dropout_prob=0.5"),
     (FROZEN, "encoder.attention_probs_dropout_prob=0.5"),
     (FROZEN, "checkpoint_layers=true"),
+    (FROZEN, "layer_lr_decay=0.5"),
+    (("lr=1e-3",), "head_lr=1e-3"),
+    (TWICE_ALONE, "head_lr=1e-2"),
     ((), "max_length=100"),
     ((), "max_graphs=2"),
     ((), "timeout=5"),
