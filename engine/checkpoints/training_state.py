@@ -2,6 +2,7 @@
 
     master.B, exp_avg.B, exp_avg_sq.B   weights and moments of bucket B, ``[rows, 64]`` fp32
     step.NAME                           count of updates, balancing method, loss scale; flattened
+    optimizer.NAME                      state of torch's optimizers by parameter; flattened
     frozen.NAME                         weights that are not trained, fp32
 
 With shards of buckets on several ranks, these are distributed tensors of whole buckets, so that
@@ -24,6 +25,9 @@ from ..utils.errors import InputError
 from ..utils.finite import all_finite
 from .manifest import Place
 
+_OPTIMIZER = "optimizer."
+"""How the names of an optimizer's further tensors begin."""
+
 
 class TrainingState:
     """The tensors of a run that a checkpoint keeps.
@@ -42,7 +46,7 @@ class TrainingState:
         step_state: Mapping[str, Tensor],
         ranks: Ranks,
     ) -> None:
-        self._parameters = parameters
+        self._parameters, self._optimizer = parameters, optimizer
         self._vectors = {"master": parameters.master, **optimizer.vectors}
         self._whole = {"step.updates": optimizer.updates}
         self._whole |= {f"step.{name}": tensor for name, tensor in step_state.items()}
@@ -88,6 +92,7 @@ class TrainingState:
     def is_finite(self) -> bool:
         """Whether weights, moments and the rest are finite numbers on this rank."""
         state = [*self._vectors.values(), *self._whole.values(), *self._frozen.values()]
+        state += self._optimizer.state.values()
         return all_finite(tensor for tensor in state if tensor.is_floating_point())
 
     @property
@@ -105,7 +110,8 @@ class TrainingState:
         for name, shard, num_rows in self._shards():
             local = _copy(shard)
             state[name] = local if self._mesh is None else self._share(local, num_rows, self._mesh)
-        for name, tensor in self._whole.items():
+        own = {_OPTIMIZER + name: tensor for name, tensor in self._optimizer.state.items()}
+        for name, tensor in (self._whole | own).items():
             state[name] = _copy(tensor.reshape(-1))
         for name, tensor in self._frozen.items():
             state[name] = _copy(tensor)
@@ -119,6 +125,13 @@ class TrainingState:
                 shard.copy_(read.to_local() if isinstance(read, DTensor) else read)
             for name, tensor in (self._whole | self._frozen).items():
                 tensor.copy_(state[name].view(tensor.shape))
+            self._optimizer.load_state(
+                {
+                    name.removeprefix(_OPTIMIZER): tensor
+                    for name, tensor in state.items()
+                    if name.startswith(_OPTIMIZER)
+                }
+            )
         self._parameters.refresh_compute()
 
     def _shards(self) -> Iterator[tuple[str, Tensor, int]]:

@@ -14,6 +14,7 @@ from ..config.messages import ANY_NAME, table_of
 from ..config.recipe import Recipe
 from ..config.tables import model_types
 from ..gradients.balancing import METHODS
+from ..optim.build import OPTIMIZERS
 
 
 class RecipeField(NamedTuple):
@@ -38,6 +39,8 @@ def recipe_fields() -> Iterator[RecipeField]:
         if field.key == "balance":
             text = f"{field.text}  Methods: {', '.join(METHODS)}."
             field = field._replace(choices=tuple(METHODS), text=text)
+        elif field.key == "optimizer":
+            field = field._replace(choices=OPTIMIZERS)
         elif field.key == "encoder.model_type":
             text = f"{field.text[:-1]}: {' or '.join(model_types())}."
             field = field._replace(choices=model_types(), text=text)

@@ -25,6 +25,7 @@ from ..models.heads import metrics_for
 from ..models.pooling import POOLINGS
 from ..optim.build import OPTIMIZERS
 from ..optim.lr_schedule import SCHEDULES
+from ..optim.torch_optimizer import OptionValue, is_torch, torch_arguments
 from ..runtime.execution import EXECUTIONS
 from ..runtime.precision import PRECISIONS
 from ..utils.errors import InputError
@@ -52,9 +53,9 @@ RECIPES = Path(__file__).parent / "recipes"
 OF_A_PHASE = (
     *("train", "task_schedule", "epochs", "max_steps", "max_train_examples", "batch_size"),
     *("micro_batches", "checkpoint_layers", "freeze_encoder", "balance", "balancing"),
-    *("balance_granularity", "optimizer", "lr", "schedule", "schedule_power", "warmup", "betas"),
-    *("eps", "weight_decay", "clip_norm", "eval_every", "patience"),
-    *("layer_lr_decay", "head_lr"),
+    *("balance_granularity", "optimizer", "optimizer_options", "momentum", "lr", "schedule"),
+    *("schedule_power", "warmup", "betas", "eps", "weight_decay", "clip_norm", "eval_every"),
+    *("patience", "layer_lr_decay", "head_lr"),
 )
 """The settings that a phase may have of its own."""
 
@@ -120,9 +121,14 @@ class Recipe(Settings):
     """Settings of those methods that have any."""
     balance_granularity: Literal[GRANULARITIES] = "model"  # type: ignore[valid-type]
     """What gets weights of its own: the whole model, each layer, or each tensor."""
-    optimizer: Literal[OPTIMIZERS] = "adamw"  # type: ignore[valid-type]
+    optimizer: str = "adamw"
     """adamw: Adam with decoupled weight decay, Adam itself when weight_decay is 0; lamb, for large
-    batches; apex_adam and apex_lamb: NVIDIA apex's, where it is installed."""
+    batches; apex_adam and apex_lamb: NVIDIA apex's, where it is installed; sgd, adafactor, or
+    ``torch.`` and the name of a class of torch.optim, such as torch.RAdam."""
+    optimizer_options: dict[str, OptionValue] = {}
+    """Further arguments of sgd, adafactor or the class of torch.optim, such as { alpha = 0.9 }."""
+    momentum: Fraction = 0.9
+    """Momentum of sgd."""
     lr: PositiveReal = 1e-5
     """Peak learning rate."""
     layer_lr_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -139,11 +145,13 @@ class Recipe(Settings):
     warmup: Fraction = 0.0
     """Share of all steps in which the rate climbs from 0 to its peak."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay rates of the two moments."""
+    """Decay rates of the two moments of Adam and LAMB; a class of torch.optim takes its own from
+    optimizer_options, as it does eps."""
     eps: PositiveReal = 1e-8
     """Epsilon of Adam and LAMB."""
     weight_decay: NonNegativeReal = 0.0
-    """Decoupled decay of matrices; biases and norms are left alone."""
+    """Decoupled decay of matrices; biases and norms are left alone.  Classes of torch.optim decay
+    as they do it: SGD and most others add it to the gradient."""
     clip_norm: NonNegativeReal = 0.0
     """Largest norm of the combined gradient; 0: no clipping."""
 
@@ -244,6 +252,12 @@ class Recipe(Settings):
                 f"balance = {self.balance!r}: no such method"
                 f"{nearest(self.balance, METHODS, FIELDS)}"
             )
+        if self.optimizer not in OPTIMIZERS and not is_torch(self.optimizer):
+            raise ValueError(
+                f"optimizer = {self.optimizer!r}: no such optimizer"
+                f"{nearest(self.optimizer, OPTIMIZERS, FIELDS)}"
+            )
+        torch_arguments_of(self)
         return self
 
     def _check_metrics(self) -> None:
@@ -324,6 +338,19 @@ class Recipe(Settings):
     def to_toml(self) -> str:
         """Return the recipe with every field, as TOML that :func:`load` reads back."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def torch_arguments_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of a recipe's optimizer, if it is one of torch.optim.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if not is_torch(recipe.optimizer):
+        return {}
+    return torch_arguments(
+        recipe.optimizer, recipe.optimizer_options, recipe.momentum, recipe.weight_decay
+    )
 
 
 def _check_name(key: str, name: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from ..config.recipe import Recipe
 from ..data.rows import shorten
 from ..distributed.ranks import Ranks
+from ..optim.torch_optimizer import is_torch
 from ..runs.data_paths import reads_data_folder
 from ..runs.run import Run
 from ..runtime.execution import RECORDED
@@ -300,7 +301,23 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             off="model",
             also=_of_data(lambda case: not _sums(case), _NOT_SHARED),
         ),
-        **dict.fromkeys(("optimizer", "lr", "betas", "eps", "weight_decay"), ALWAYS),
+        **dict.fromkeys(("optimizer", "lr", "weight_decay"), ALWAYS),
+        **dict.fromkeys(
+            ("betas", "eps"),
+            Effect(
+                lambda case: not is_torch(case.recipe.optimizer),
+                "{case.recipe.optimizer} takes its own from optimizer_options",
+            ),
+        ),
+        "momentum": Effect(
+            lambda case: case.recipe.optimizer == "sgd",
+            "optimizer = {case.recipe.optimizer} does not read it",
+        ),
+        "optimizer_options": Effect(
+            lambda case: is_torch(case.recipe.optimizer),
+            "optimizer = {case.recipe.optimizer} is none of torch.optim",
+            off={},
+        ),
         "layer_lr_decay": Effect(
             lambda case: not case.recipe.freeze_encoder, "the encoder is not trained", off=1
         ),

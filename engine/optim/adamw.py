@@ -63,6 +63,14 @@ class AdamW:
         """The moments, by name."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """No further state."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
+
     def step(
         self,
         weights: Tensor,

@@ -1,6 +1,6 @@
 """NVIDIA apex's FusedAdam and FusedLAMB on flat parameters, where apex is installed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Unpack
 
@@ -68,6 +68,14 @@ class ApexOptimizer:
     def vectors(self) -> dict[str, Tensor]:
         """The moments, by name."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """No further state."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take over."""
 
     def step(
         self,

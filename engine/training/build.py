@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..checkpoints.async_writer import AsyncWriter
-from ..config.recipe import Recipe
+from ..config.recipe import Recipe, torch_arguments_of
 from ..data.sampler import TaskSampler, stratified_subset
 from ..data.split import TokenizedSplit
 from ..data.task_batch import Examples, Indices
@@ -26,6 +26,7 @@ from ..optim.build import build_optimizer
 from ..optim.loss_scale import LossScale
 from ..optim.lr_factors import lr_factors
 from ..optim.lr_schedule import Schedule
+from ..optim.torch_optimizer import is_torch
 from ..runs.run import Run
 from ..runtime.execution import COMPILED, RECORDED, Execution
 from ..runtime.oom import check_memory, smaller_batches
@@ -106,6 +107,7 @@ def build_trainer(
         lr_factors(
             model, lr=recipe.lr, head_lr=recipe.head_lr, layer_lr_decay=recipe.layer_lr_decay
         ),
+        torch_arguments_of(recipe),
         betas=recipe.betas,
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
@@ -283,7 +285,9 @@ def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
         InputError: the recipe asks for a way that this run cannot use.
     """
     refused: dict[str, str] = {}
-    if recipe.optimizer in APEX or recipe.balance.startswith(TORCHJD):
+    if is_torch(recipe.optimizer):
+        refused = dict.fromkeys(RECORDED, "torch's optimizers wait for the device")
+    elif recipe.optimizer in APEX or recipe.balance.startswith(TORCHJD):
         waits = "apex's optimizers and TorchJD's weightings wait for the device"
         refused = dict.fromkeys(RECORDED, waits)
     elif ranks.size > 1 and any(name in recipe.objectives for name in recipe.train):

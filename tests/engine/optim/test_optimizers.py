@@ -10,12 +10,14 @@ from torch import Tensor
 
 import kernels
 from engine.optim.build import build_optimizer
+from engine.optim.torch_optimizer import torch_arguments
 from engine.utils.errors import InputError
 
 from ...kernels.pcgrad_reference import reference_pcgrad
 from ..gradients.test_one_pass_backward import pass_by_pass
-from ..small_models import DECAY, SEED, build_step
+from ..small_models import DECAY, SEED, TASKS, build_step, make_micro_batches
 from ..training.test_step import flatten
+from ..whole_runs import assert_same_run
 
 LR, EPS = 1e-3, 1e-6
 SETTINGS = {"betas": (0.9, 0.999), "eps": EPS, "weight_decay": DECAY}
@@ -107,8 +109,10 @@ def apex(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
 
 
-def plain_steps(model, batches, kind: type, dtype: torch.dtype) -> dict[str, Tensor]:
-    """K backward passes, literal Algorithm 1, and the stand-in tensor by tensor."""
+def plain_steps(
+    model, batches, kind: type, dtype: torch.dtype, clip: float | None = None, **arguments
+) -> dict[str, Tensor]:
+    """K backward passes, literal Algorithm 1, and the stand-in, or torch's, tensor by tensor."""
     model = copy.deepcopy(model).to(dtype)
     trained = {n: p for n, p in model.named_parameters() if not n.startswith("heads.cfimdb")}
     groups = [
@@ -116,7 +120,8 @@ def plain_steps(model, batches, kind: type, dtype: torch.dtype) -> dict[str, Ten
         {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0},
     ]
     own = {"max_grad_norm": float("inf")} if kind is FusedLAMB else {}
-    optimizer = kind(groups, lr=LR, eps=EPS, **own)
+    own |= {} if kind.__module__.startswith("torch.") else {"eps": EPS}
+    optimizer = kind(groups, lr=LR, **own, **arguments)
     for number, batch in enumerate(batches):
         seed = torch.tensor((SEED << 32) + number)
         rows = flatten(pass_by_pass(model, batch, seed=seed), list(trained))
@@ -124,6 +129,8 @@ def plain_steps(model, batches, kind: type, dtype: torch.dtype) -> dict[str, Ten
         pieces = combined.split([p.numel() for p in trained.values()])
         for parameter, piece in zip(trained.values(), pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(trained.values(), clip)
         optimizer.step()
     return {name: p.detach() for name, p in model.named_parameters()}
 
@@ -170,3 +177,130 @@ def test_without_apex(make_model, monkeypatch):
     parameters = build_step(make_model()).parameters
     with pytest.raises(InputError, match="optimizer = apex_adam: NVIDIA's apex is not installed"):
         build_optimizer("apex_adam", parameters, **SETTINGS)
+
+
+# Those of torch
+
+
+def use_torchs(step, name: str, factors=None, **options) -> None:
+    arguments = torch_arguments(name, options, 0.9, DECAY)
+    step.optimizer = build_optimizer(name, step.parameters, factors, arguments, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options", "own"),
+    [
+        ("sgd", "SGD", {"nesterov": True}, {"momentum": 0.9}),
+        ("adafactor", "Adafactor", {}, {}),
+        ("torch.RAdam", "RAdam", {"betas": [0.8, 0.9]}, {}),
+        ("torch.RMSprop", "RMSprop", {"alpha": 0.9}, {}),
+        ("torch.AdamW", "AdamW", {"amsgrad": True}, {}),
+    ],
+)
+def test_torchs_step_as_by_themselves(make_model, make_batch, name, kind, options, own):
+    """Three steps with dropout and clipping, and one skipped; by the 2x rule from float64."""
+    model = make_model(dropout=0.2).train()
+    batches = [make_batch(seed=10 * n) for n in range(3)]
+    theirs = getattr(torch.optim, kind)
+    exact, torchs = (
+        plain_steps(model, batches, theirs, dtype, 0.5, **options, **own)
+        for dtype in (torch.float64, torch.float32)
+    )
+    step = build_step(model, clip=0.5)
+    use_torchs(step, name, **options)
+    bad = make_batch()
+    bad.labels[2].fill_(torch.inf)
+    for number, batch in enumerate(batches):
+        step(batch, number, LR)
+        before = [step.parameters.master.clone(), *step.optimizer.state.values()]
+        before = [tensor.clone() for tensor in before]
+        assert step(bad, 7, LR).skipped == 1
+        after = [step.parameters.master, *step.optimizer.state.values()]
+        assert all(map(torch.equal, before, after))
+    assert step.optimizer.updates == 3
+    names = list(step.parameters.slots)
+    ours, others, exactly = (
+        torch.cat([weights[n].detach().flatten().double() for n in names])
+        for weights in (dict(model.named_parameters()), torchs, exact)
+    )
+    assert (ours - exactly).norm() <= 2 * (others - exactly).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_follow_torchs(make_model, make_batch, dtype):
+    step = build_step(make_model().train(), dtype=dtype, surgery="layer")
+    use_torchs(step, "sgd")
+    if step.loss_scale is not None:
+        step.loss_scale.scale.fill_(2.0**10)
+    before = step.parameters.master.clone()
+    step(make_batch(), 0, LR)
+    assert not torch.equal(step.parameters.master, before)
+    assert torch.equal(step.parameters.compute, step.parameters.master.to(dtype))
+
+
+def test_torchs_leave_what_takes_no_part_in_a_step(make_model):
+    """Weights, momentum and the state in a checkpoint, of the heads of other tasks."""
+    step = build_step(make_model().train(), balance="sum", take_turns=True)
+    use_torchs(step, "torch.Adam", factors=None)
+    for number, task in enumerate(("quora", "sst")):
+        before = step.parameters.master.clone()
+        place = TASKS.index(task)
+        step(make_micro_batches(place, (4,), 1, TASKS[place : place + 1])[0], number, LR)
+    moved = dict(step.parameters.named_views(step.parameters.master - before))
+    assert moved["heads.sst.output.weight"].any()
+    assert not moved["heads.quora.output.weight"].any()
+    state = step.optimizer.state
+    assert state["heads.sst.output.weight.step"] == state["heads.quora.output.weight.step"] == 1
+    other = build_step(make_model().train(), balance="sum", take_turns=True)
+    use_torchs(other, "torch.Adam")
+    assert other.optimizer.state.keys() == state.keys()
+    other.optimizer.load_state(state)
+    assert all(torch.equal(other.optimizer.state[name], state[name]) for name in state)
+
+
+def test_torchs_have_rates_by_stage(make_model, make_batch):
+    factors = dict.fromkeys((stage.name for stage in make_model().stages()), 1.0)
+    step, other = (build_step(make_model().train()) for _ in range(2))
+    use_torchs(step, "sgd", factors | {"encoder.layers.0": 0.5})
+    use_torchs(other, "sgd")
+    step(make_batch(), 0, LR)
+    other(make_batch(), 0, LR / 2)
+    names = list(step.parameters.slots)
+    one, half = (dict(s.parameters.named_views(s.parameters.master)) for s in (step, other))
+    same = {name for name in names if torch.equal(one[name], half[name])}
+    assert {"encoder.layers.0.qkv.weight"} <= same
+    assert all(name.startswith("encoder.layers.0.") for name in same)
+
+
+@pytest.mark.parametrize("settings", [("optimizer=sgd",), ("optimizer=torch.NAdam",)])
+def test_a_resumed_run_has_the_same_bits(tiny_run, settings):
+    whole = tiny_run("whole", settings=settings)
+    tiny_run("cut", settings=(*settings, "max_steps=2"))
+    assert_same_run(tiny_run("cut", "--resume", settings=settings), whole)
+
+
+def test_optimizers_without_decay_that_need_more_than_gradients():
+    with pytest.raises(ValueError, match="optimizer = torch.LBFGS: cannot be used"):
+        torch_arguments("torch.LBFGS", {}, 0.9, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("torch.Adamw", {}, "torch.optim has no such optimizer; known: "),
+        ("torch.LBFGS", {}, "weight_decay = 0.1: torch.LBFGS has none; set it to 0"),
+        ("torch.SparseAdam", {}, "weight_decay = 0.1: torch.SparseAdam has none; set it to 0"),
+        ("torch.Muon", {}, "cannot be used"),
+        ("sgd", {"lr": 0.1}, "optimizer_options.lr: the recipe has a field for it"),
+        ("sgd", {"momentum": 0.1}, "optimizer_options.momentum: the recipe has a field for it"),
+        ("torch.Adam", {"capturable": True}, "optimizer_options.capturable: steps of torch's"),
+        ("torch.Adam", {"maximize": True}, "optimizer_options.maximize: losses are minimized"),
+        ("torch.Adam", {"alpha": 1.0}, "torch.Adam has no such argument; known: betas, eps"),
+        ("torch.RMSprop", {"alpha": "x"}, "cannot be used"),
+        ("torch.Adam", {"eps": -1.0}, r"cannot be used \(Invalid epsilon value: -1.0\)"),
+    ],
+)
+def test_what_torchs_refuse(name, options, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        torch_arguments(name, options, 0.9, DECAY)
+    assert "\n" not in str(refused.value)

@@ -47,6 +47,13 @@ def test_objectives_of_several_ranks_are_not_recorded() -> None:
         execution_kind(recipes.load("demo", [*text, "execution=graphs"]), GPU, TWO)
 
 
+def test_torchs_optimizers_are_not_recorded() -> None:
+    assert execution_kind(recipes.load("demo", ["optimizer=sgd"]), GPU, ALONE) == "eager"
+    with pytest.raises(InputError, match=r"execution = graphs: torch's optimizers wait for"):
+        recipe = recipes.load("demo", ["optimizer=torch.Adam", "execution=graphs"])
+        execution_kind(recipe, GPU, ALONE)
+
+
 def test_what_waits_for_the_device_is_not_recorded(tmp_path: Path) -> None:
     pytest.importorskip("torchjd")
     torchjd = "balance=torchjd.MeanWeighting"
