@@ -174,7 +174,9 @@ def _evaluate_and_save(
     check_ranks(trainer)
     scores = {}
     if evaluate:
-        scores = score_splits(trainer.model, trainer.dev_sets, trainer.run.recipe, trainer.ranks)
+        recipe = trainer.run.recipe
+        with trainer.scored_weights():
+            scores = score_splits(trainer.model, trainer.dev_sets, recipe, trainer.ranks)
     if scores:
         log.add_scores(progress.step, scores)
         progress = progress.evaluated(trainer.deciding_score(scores))

@@ -1,6 +1,7 @@
 """Save and load a training run's state as named tensors.
 
     master.B, exp_avg.B, exp_avg_sq.B   weights and moments of bucket B, ``[rows, 64]`` fp32
+    ema.B                               averaged weights, likewise, if the run has any
     step.NAME                           count of updates, balancing method, loss scale; flattened
     optimizer.NAME                      state of torch's optimizers by parameter; flattened
     frozen.NAME                         weights that are not trained, fp32
@@ -11,6 +12,7 @@ another number of ranks can read them.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ class TrainingState:
         optimizer: their moments.
         step_state: what else the step remembers, by name.
         ranks: the processes that share the buckets.
+        vectors: further ones ``[S]`` fp32, such as averaged weights, by name.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class TrainingState:
         optimizer: Optimizer,
         step_state: Mapping[str, Tensor],
         ranks: Ranks,
+        vectors: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self._parameters, self._optimizer = parameters, optimizer
-        self._vectors = {"master": parameters.master, **optimizer.vectors}
+        self._vectors = {"master": parameters.master, **optimizer.vectors, **vectors}
         self._whole = {"step.updates": optimizer.updates}
         self._whole |= {f"step.{name}": tensor for name, tensor in step_state.items()}
         self._frozen = {f"frozen.{name}": tensor for name, tensor in parameters.frozen.items()}

@@ -47,6 +47,8 @@ def _plan(trainer: Trainer) -> Iterator[tuple[str, str]]:
     }
     vectors = trainer.optimizer.vectors
     kept |= {_CALLED.get(name, name): vector for name, vector in vectors.items()}
+    if trainer.step.average is not None:
+        kept["averaged weights"] = trainer.step.average.weights
     if trainer.parameters.compute.data_ptr() != trainer.parameters.own.master.data_ptr():
         kept["weights to compute with"] = trainer.parameters.compute
     for what, tensor in kept.items():

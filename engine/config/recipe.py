@@ -55,7 +55,7 @@ OF_A_PHASE = (
     *("micro_batches", "checkpoint_layers", "freeze_encoder", "balance", "balancing"),
     *("balance_granularity", "optimizer", "optimizer_options", "momentum", "lr", "schedule"),
     *("schedule_power", "warmup", "betas", "eps", "weight_decay", "clip_norm", "eval_every"),
-    *("patience", "layer_lr_decay", "head_lr"),
+    *("patience", "ema_decay", "layer_lr_decay", "head_lr"),
 )
 """The settings that a phase may have of its own."""
 
@@ -154,6 +154,10 @@ class Recipe(Settings):
     as they do it: SGD and most others add it to the gradient."""
     clip_norm: NonNegativeReal = 0.0
     """Largest norm of the combined gradient; 0: no clipping."""
+    ema_decay: Fraction = 0.0
+    """Decay of an exponential moving average of the weights, such as 0.999; its n-th update decays
+    by (1 + n) / (10 + n) at most.  Dev scores and the best checkpoint are those of the average.  0:
+    none."""
 
     precision: Literal[PRECISIONS] = "auto"  # type: ignore[valid-type]
     """What the model computes in, beside fp32 master weights; auto: bf16 where the hardware

@@ -344,6 +344,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             off=0,
         ),
         **dict.fromkeys(("clip_norm", "precision", "execution"), ALWAYS),
+        "ema_decay": Effect(
+            _trains_tasks, "no task is trained, and the average is there to be scored", off=0
+        ),
         "max_graphs": Effect(
             lambda case: case.execution in RECORDED,
             "execution {case.execution} records no CUDA graphs",

@@ -27,6 +27,7 @@ from ..optim.loss_scale import LossScale
 from ..optim.lr_factors import lr_factors
 from ..optim.lr_schedule import Schedule
 from ..optim.torch_optimizer import is_torch
+from ..optim.weight_average import WeightAverage
 from ..runs.run import Run
 from ..runtime.execution import COMPILED, RECORDED, Execution
 from ..runtime.oom import check_memory, smaller_batches
@@ -128,6 +129,7 @@ def build_trainer(
         loss_scale=LossScale(device) if dtype == torch.float16 else None,
         clip_norm=recipe.clip_norm or None,
         seed=recipe.seed,
+        average=WeightAverage(parameters.master, recipe.ema_decay) if recipe.ema_decay else None,
         execution=Execution(
             execution_kind(recipe, device, ranks),
             device,

@@ -19,6 +19,7 @@ from ..metrics.step_report import StepReport
 from ..models.multitask import MultitaskModel
 from ..optim.build import Optimizer
 from ..optim.loss_scale import LossScale
+from ..optim.weight_average import WeightAverage
 from ..runtime.execution import Execution
 
 _MICRO_BATCH_BIT = 24
@@ -45,6 +46,7 @@ class MultitaskStep:
         loss_scale: for gradients in fp16; None for other dtypes.
         clip_norm: largest norm of the combined gradient; None for no clipping.
         seed: below 2^31; with the step's number it decides dropout and the order of surgery.
+        average: of the weights, taken after each step; None for none.
         execution: eager by default.
         sync: exchanges gradients with other ranks; each rank has dropout masks of its own.
     """
@@ -63,13 +65,14 @@ class MultitaskStep:
         loss_scale: LossScale | None = None,
         clip_norm: float | None,
         seed: int,
+        average: WeightAverage | None = None,
         execution: Execution | None = None,
         sync: NoSync | None = None,
     ) -> None:
         self.model, self.tasks, self.parameters = model, tuple(tasks), parameters
         self.optimizer, self.clip_norm = optimizer, clip_norm
         self.groups, self.balancer, self.loss_scale = groups, balancer, loss_scale
-        self.watched = watched
+        self.watched, self.average = watched, average
         self.sync = sync or NoSync()
         self._first_seed = seed << _SEED_BIT
         self._of_rank = self.sync.rank * _RANK_FACTOR % 2**31 << _SEED_BIT
@@ -205,6 +208,8 @@ class MultitaskStep:
         self.optimizer.step(
             weights, self._segments[tasks], lr=self._lr, scale=summary.scale, skip=summary.skip
         )
+        if self.average is not None:
+            self.average.update(self.parameters.master, self.optimizer.updates, summary.skip)
         return StepReport(
             losses,
             summary.gram,

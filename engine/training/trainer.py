@@ -1,10 +1,12 @@
 """One phase of a training run: model, data, optimizer, log and checkpoints."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..checkpoints.async_writer import AsyncWriter
 from ..checkpoints.manifest import Manifest, Progress, read_manifest
@@ -191,16 +193,42 @@ class Trainer:
         )
 
     def save_best(self, progress: Progress) -> None:
-        """Write the weights of the best score so far."""
-        master = self.sync.gather(self.parameters.master)
+        """Write the weights of the best score so far, or their average."""
+        master = self.sync.gather(self._scored)
         if self.ranks.is_main:
             weights = named_weights(self.parameters, master)
             self.run.checkpoints.save_best(progress, weights)
 
+    @contextmanager
+    def scored_weights(self) -> Iterator[None]:
+        """Let the model compute with the weights that are scored; all ranks must call.
+
+        Those are the average of the weights, if there is one.  Afterwards the model has the bits
+        that it had.
+        """
+        if self.step.average is None:
+            yield
+            return
+        compute = self.parameters.compute  # of one rank in fp32 the masters themselves
+        trained = compute.clone()
+        compute.copy_(self.sync.gather(self._scored))
+        try:
+            yield
+        finally:
+            compute.copy_(trained)
+
+    @property
+    def _scored(self) -> Tensor:
+        """The fp32 weights of this process that are scored, ``[S]``."""
+        average = self.step.average
+        return self.parameters.master if average is None else average.weights
+
     @property
     def state(self) -> TrainingState:
         """Contents of a checkpoint."""
-        return TrainingState(self.parameters, self.optimizer, self.step.state, self.ranks)
+        average = self.step.average
+        vectors = {} if average is None else {"ema": average.weights}
+        return TrainingState(self.parameters, self.optimizer, self.step.state, self.ranks, vectors)
 
 
 def check_range(parameters: FlatParameters) -> None:

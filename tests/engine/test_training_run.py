@@ -50,6 +50,7 @@ def test_the_same_seed_gives_the_same_bits(tiny_run):
         pytest.param(4, ("precision=fp16", "tasks.sst.weight=1e4"), id="with a loss scale"),
         pytest.param(4, ("optimizer=lamb", "lr=0.01"), id="with LAMB"),
         pytest.param(4, ("eval_every=3", "micro_batches=2"), id="past an evaluation in an epoch"),
+        pytest.param(4, ("optimizer=torch.NAdam", "ema_decay=0.9"), id="of torch, averaged"),
     ],
 )
 def test_a_resumed_run_equals_an_undisturbed_one(tiny_run, monkeypatch, crash_after, settings):

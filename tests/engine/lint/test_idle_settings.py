@@ -283,6 +283,7 @@ WITHOUT = [
     ((), "distribute=replicated"),
     (("encoder.hidden_dropout_prob=0.2",), "objectives.text.kind=simcse"),
     (TEXT_ALONE, "dropout=0.5"),
+    (TEXT_ALONE, "ema_decay=0.9"),
     (TEXT_ALONE, "max_train_examples=8"),
     (MASKED, "objectives.text.temperature=0.5"),
     (MASKED, "objectives.text.short=1"),
@@ -339,7 +340,7 @@ ELSEWHERE = {
     *("log_every", "log_mib", "keep_logs", "max_skipped", "loggers", "checkpoint_every"),
     *("eval_every", "patience", "best_of"),
     *("keep_checkpoints", "max_graphs", "distribute", "timeout", "check_ranks_every"),
-    "threads",
+    *("threads", "ema_decay"),
     "objectives.NAME.files",
     *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
 }

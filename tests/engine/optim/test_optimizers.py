@@ -17,7 +17,6 @@ from ...kernels.pcgrad_reference import reference_pcgrad
 from ..gradients.test_one_pass_backward import pass_by_pass
 from ..small_models import DECAY, SEED, TASKS, build_step, make_micro_batches
 from ..training.test_step import flatten
-from ..whole_runs import assert_same_run
 
 LR, EPS = 1e-3, 1e-6
 SETTINGS = {"betas": (0.9, 0.999), "eps": EPS, "weight_decay": DECAY}
@@ -272,15 +271,8 @@ def test_torchs_have_rates_by_stage(make_model, make_batch):
     assert all(name.startswith("encoder.layers.0.") for name in same)
 
 
-@pytest.mark.parametrize("settings", [("optimizer=sgd",), ("optimizer=torch.NAdam",)])
-def test_a_resumed_run_has_the_same_bits(tiny_run, settings):
-    whole = tiny_run("whole", settings=settings)
-    tiny_run("cut", settings=(*settings, "max_steps=2"))
-    assert_same_run(tiny_run("cut", "--resume", settings=settings), whole)
-
-
 def test_optimizers_without_decay_that_need_more_than_gradients():
-    with pytest.raises(ValueError, match="optimizer = torch.LBFGS: cannot be used"):
+    with pytest.raises(ValueError, match=r"optimizer = torch\.LBFGS: cannot be used"):
         torch_arguments("torch.LBFGS", {}, 0.9, 0.0)
 
 
