@@ -27,6 +27,7 @@ _FIELDS = {
     "init": "bert_model init_checkpoint model_name model_name_or_path pretrained "
     "pretrained_model pretrained_model_name_or_path",
     "keep_checkpoints": "save_total_limit",
+    "layer_lr_decay": "layer_decay layerwise_lr_decay llrd",
     "log_every": "log_interval log_per_updates log_steps logging_steps",
     "log_layer_cosines_every": "watch_layer",
     "loggers": "report_to sink tensorboard wandb",
@@ -44,7 +45,7 @@ _FIELDS = {
     "schedule": "learning_rate_schedule lr_schedule lr_scheduler lr_scheduler_type scheduler_type",
     "seed": "manual_seed random_seed random_state",
     "warmup": "lr_warmup lr_warmup_steps num_warmup_steps warmup_steps",
-    "weight_decay": "adam_weight_decay l2 wd",
+    "weight_decay": "adam_weight_decay decay l2 wd",
     "encoder.hidden_size": "d_model dim emb_size embed_dim hidden_dim n_embd width",
     "encoder.intermediate_size": "d_ff dim_feedforward ffn_dim ffn_size",
     "encoder.max_position_embeddings": "max_positions n_positions",

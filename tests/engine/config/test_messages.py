@@ -27,7 +27,7 @@ TYPOS = {
     **{"task": "tasks", "phase": "phases", "objective": "objectives", "logger": "loggers"},
 }
 UNRELATED = [
-    *("head_lr", "ema", "momentum", "label_smoothing", "alpha"),
+    "alpha",
     *("gpu", "model", "workers", "nesterov", "temperature", "margin", "lora_r", "x", "k"),
     *("verbose", "max", "test", "name", "", "_", "__", "ä", "0"),
 ]

@@ -34,7 +34,11 @@ EXACTLY = (
 CASES = {
     "sharded": ("max_steps=6",),
     "replicated": ("distribute=replicated", "balance_granularity=tensor", "max_steps=3"),
-    "uneven": ("batch_size=7", "max_steps=3", "clip_norm=0.5", "weight_decay=0.1"),
+    "uneven": (
+        *("batch_size=7", "max_steps=3", "clip_norm=0.5", "weight_decay=0.1"),
+        *("layer_lr_decay=0.5", "head_lr=1e-2", "ema_decay=0.5"),
+    ),
+    "torch's optimizer": ("distribute=replicated", "optimizer=sgd", "max_steps=2"),
     "a task on one rank": (
         "batch_size=1",
         "max_steps=3",
@@ -143,6 +147,7 @@ def test_checkpoints_are_for_any_number_of_ranks(runs, name):
     ("settings", "expected"),
     [
         (("optimizer=lamb",), "optimizer = lamb: needs whole tensors"),
+        (("optimizer=sgd",), "optimizer = sgd: needs whole tensors"),
         (("batch_size=1",), "batch_size = 1: too small for 4 ranks"),
         (("batch_size=7", "micro_batches=2"), "batch_size = 7: too small for 4 ranks"),
     ],
