@@ -27,7 +27,7 @@ _FIELDS = {
     "init": "bert_model init_checkpoint model_name model_name_or_path pretrained "
     "pretrained_model pretrained_model_name_or_path",
     "keep_checkpoints": "save_total_limit",
-    "layer_lr_decay": "layer_decay layerwise_lr_decay llrd",
+    "layer_lr_decay": "layerwise_lr_decay llrd",
     "log_every": "log_interval log_per_updates log_steps logging_steps",
     "log_layer_cosines_every": "watch_layer",
     "loggers": "report_to sink tensorboard wandb",
@@ -38,7 +38,7 @@ _FIELDS = {
     "max_train_examples": "max_samples train_size",
     "micro_batches": "accumulate_grad_batches grad_accum_steps grad_accumulation_step "
     "gradient_accumulation gradient_accumulation_steps mini_batch_size",
-    "optimizer": "optim_type optimizer_type",
+    "optimizer": "optim optim_type optimizer_type",
     "patience": "early_stopping early_stopping_patience",
     "pooling": "pooling_strategy",
     "precision": "amp bf16 fp16 mixed_precision tf32 torch_dtype dtype",

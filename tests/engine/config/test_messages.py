@@ -110,7 +110,7 @@ OF_OTHERS = {
     "dropout_p": "dropout",
     "lr_gamma": "",
     "cuda": "",
-    "option": "",
+    "option": "optimizer_options",
     "hidden_dropout": "encoder.hidden_dropout_prob",
     # BERT's configuration and its relatives'
     "hidden_size": "encoder.hidden_size",
@@ -143,7 +143,7 @@ OF_OTHERS = {
     "alpha": "balancing.fairgrad_alpha or balancing.gradnorm_alpha",
     "head_size": "encoder.num_attention_heads",
     "lora_dropout": "",
-    "layerwise_lr_decay": "",
+    "layerwise_lr_decay": "layer_lr_decay",
     "encoder_lr": "",
     "early_stopping_patience": "patience",
     # within a table
