@@ -96,7 +96,7 @@ read = {"single": lambda: u, "mean": lambda: (u + v) / 2, "distance": lambda: ab
         "pearson": lambda: cosine(u - u.mean(), v - v.mean()).sigmoid()}[head["features"]]()
 x = linear(f"{task}.output", read) if f"{task}.output.weight" in weights else read
 ANSWERS[head["answers"]].view(-1).tolist()
-print(*[names[each] if names else min(max(each, low), low + span) for each in answer])
+print(*[names[i] if names else min(max(i, low), low + span) for i in answer])
 """
 
 _WIDTH = 100

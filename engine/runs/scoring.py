@@ -148,6 +148,12 @@ def score_names(recipe: Recipe) -> dict[str, tuple[str, str]]:
     }
 
 
+def deciding_score(recipe: Recipe, scores: Mapping[str, float]) -> float:
+    """Return the score by which checkpoints are compared, higher being better."""
+    of = recipe.best_of
+    return scores[of] if of == "overall" else metrics_of(recipe, of)[0].sign * scores[of]
+
+
 def score(metric: Metric, results: Results) -> float:
     """Return a metric of results; NaN where a prediction is not finite."""
     if not np.isfinite(results.predictions).all():

@@ -27,6 +27,7 @@ from ..models.multitask import MultitaskModel
 from ..optim.build import Optimizer
 from ..optim.lr_schedule import Schedule
 from ..runs.run import Run
+from ..runs.scoring import deciding_score
 from ..runtime.cpu import token_multiple
 from ..runtime.execution import RECORDED
 from ..runtime.gpu import GpuMeter
@@ -146,7 +147,8 @@ class Trainer:
 
         It is NaN where any score is not finite.
         """
-        score = scores[self.recipe.best_of] if all(map(math.isfinite, scores.values())) else None
+        is_finite = all(map(math.isfinite, scores.values()))
+        score = deciding_score(self.run.recipe, scores) if is_finite else None
         # Processors may differ in the last bit of a metric, and ranks must go the same way.
         score = self.ranks.broadcast(score)
         return math.nan if score is None else float(score)
