@@ -61,7 +61,7 @@ _FIELDS = {
     "tasks.NAME.label_smoothing": "label_smoothing_factor",
     "tasks.NAME.head": "feature features tasks.NAME.feature tasks.NAME.head_type",
     "tasks.NAME.weight": "loss_weight loss_weights task_weight task_weights",
-    "tasks.NAME.metrics": "metric metric_for_best_model compute_metrics",
+    "tasks.NAME.metrics": "compute_metrics",
     "tasks.NAME.tag_pieces": "label_all_tokens label_subword",
     "tasks.NAME.source.files": "data_files train_file",
     "tasks.NAME.source.classes": "num_labels",
