@@ -36,6 +36,7 @@ class PhaseFacts(NamedTuple):
     def of(cls, trainer: Trainer) -> Self:
         """Return the facts about a phase that is about to be trained."""
         sets, parameters = trainer.train_sets, trainer.parameters
+        stages = {stage.name for stage in trainer.model.encoder_stages()}
         return cls(
             {split.task: len(split) for split in sets if isinstance(split, TokenizedSplit)},
             {
@@ -51,7 +52,7 @@ class PhaseFacts(NamedTuple):
                 if (loss := trainer.model.head(name).class_loss) is None or loss.weights is None
             ),
             all(len(parameters.tasks_using(name)) == 1 for name in parameters.slots),
-            any(not name.startswith("encoder.") for name in parameters.slots),
+            any(parameters.specs[name].stage.name not in stages for name in parameters.slots),
         )
 
     @property
