@@ -94,11 +94,11 @@ def test_a_sweep_lists_what_is_not_scored_last(data, tmp_path, capsys):
     arguments = ["demo", "--out", str(tmp_path / "all"), *grid, *settings_of(data)]
     assert sweep.main(arguments) == 0
     *_, heads, scored, unscored = capsys.readouterr().out.splitlines()
-    assert heads.split() == ["run", "seeds", "sst", "quora", "sts", "overall", "minutes"]
+    assert heads.split() == ["run", "train", "seeds", "sst", "quora", "sts", "overall", "minutes"]
     assert scored.startswith("demo/train=['sst']")
-    assert len(scored.split()) == 7
+    assert len(scored.split()) == 8
     assert unscored.startswith("demo/train=['lm']")
-    assert len(unscored.split()) == 3
+    assert len(unscored.split()) == 4
 
 
 def test_the_report_on_papers_takes_scored_runs(train, tmp_path):
