@@ -4,6 +4,7 @@ These are written plainly, as one finds them in training loops, and are here to 
 be agreed with.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,15 +140,14 @@ class HuggingFaceLoop:
         return torch.stack([loss.detach().float() for loss in losses])
 
     def _step_with_task_gradients(self, padded: "PaddedBatch") -> Tensor:
-        batch = padded.packed
-        sequences = [n * columns for n, columns in zip(batch.examples, batch.columns, strict=True)]
+        sequences = [sum(columns) for columns in padded.columns]
         self.pcgrad.zero_grad()
         losses = []
         with (
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast),
             self.task_gradients.batch(sequences),
         ):
-            for task, sentences in enumerate(self._embed_packed(batch)):
+            for task, sentences in enumerate(self._embed_packed(padded)):
                 with self.task_gradients.task(task):
                     losses.append(self._loss(self.tasks[task], sentences, padded.labels[task]))
         self.pcgrad.pc_backward(losses)
@@ -156,7 +156,7 @@ class HuggingFaceLoop:
 
     def _losses(self, padded: "PaddedBatch") -> list[Tensor]:
         if self.packed:
-            embedded = self._embed_packed(padded.packed)
+            embedded = self._embed_packed(padded)
         else:
             embedded = [
                 [self._embed(ids, mask) for ids, mask in sentences]
@@ -181,11 +181,11 @@ class HuggingFaceLoop:
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(1) / weights.sum(1)
 
-    def _embed_packed(self, batch: PackedBatch) -> list[Sequence[Tensor]]:
+    def _embed_packed(self, batch: "PaddedBatch") -> list[Sequence[Tensor]]:
         """Mean-pooled sentences of each task and column, from one row of tokens."""
         hidden = self._encode(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
+            input_ids=batch.stream[None],
+            position_ids=batch.positions[None],
             cu_seq_lens_q=batch.cu_seqlens,
             max_length_q=batch.max_seqlen,
         ).last_hidden_state[0]
@@ -193,13 +193,8 @@ class HuggingFaceLoop:
         sentence = torch.repeat_interleave(lengths, output_size=len(hidden))
         sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
         means = sums.index_add(0, sentence, hidden.float()) / lengths[:, None]
-        sizes = [
-            n
-            for n, columns in zip(batch.examples, batch.columns, strict=True)
-            for _ in range(columns)
-        ]
-        parts = iter(means.split(sizes))
-        return [[next(parts) for _ in range(columns)] for columns in batch.columns]
+        parts = iter(means.split(list(itertools.chain(*batch.columns))))
+        return [[next(parts) for _ in columns] for columns in batch.columns]
 
     def _pcgrad_backward(self, losses: Sequence[Tensor]) -> None:
         flat = []
@@ -253,21 +248,37 @@ def register_varlen_attention() -> str:
 
 
 class PaddedBatch:
-    """A packed batch as padded ids and masks, one pair for each column."""
+    """The examples of a packed batch, as transformers' loops take them.
+
+    Attributes:
+        sentences: of each task, ids and mask of each column, ``[n, S]`` each.
+        columns: of each task, the sentences of each column.
+        stream: the same sentences as one row of tokens, ``[T]``, without any padding.
+        positions: of its tokens, from 0 in every sentence.
+        cu_seqlens: int32, where its sentences begin and end.
+        max_seqlen: tokens of the longest sentence.
+        labels: of each task.
+    """
 
     def __init__(self, batch: PackedBatch, device: torch.device) -> None:
-        self.packed = batch
-        lengths = batch.cu_seqlens.diff().tolist()
-        sequences = batch.input_ids.split(lengths)
+        sequences = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
+        own: list[Tensor] = []  # those of tasks; a batch may have more, of padding
         self.sentences: list[list[tuple[Tensor, Tensor]]] = []
         for task, columns in enumerate(batch.columns):
             start, count = batch.task_offsets[task], batch.examples[task]
             pairs = []
             for column in range(columns):
                 part = sequences[start + column * count : start + (column + 1) * count]
+                own.extend(part)
                 ids = nn.utils.rnn.pad_sequence(list(part), batch_first=True).to(device)
                 sizes = torch.tensor([len(s) for s in part], device=device)
                 mask = torch.arange(ids.shape[1], device=device) < sizes[:, None]
                 pairs.append((ids, mask.long()))
             self.sentences.append(pairs)
+        self.columns = [[len(ids) for ids, _ in pairs] for pairs in self.sentences]
+        self.stream = torch.cat(own).to(device)
+        self.positions = torch.cat([torch.arange(len(s)) for s in own]).to(device)
+        ends = list(itertools.accumulate((len(s) for s in own), initial=0))
+        self.cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
+        self.max_seqlen = max(map(len, own))
         self.labels = [label.to(device) for label in batch.labels if label is not None]

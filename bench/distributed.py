@@ -16,6 +16,7 @@ Dropout is off, so that the results can be compared.  This engine's own steps ar
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -216,12 +217,11 @@ def _step_with_task_gradients(model: ThreeTasks, wrap: Callable[[nn.Module], nn.
 
     def step(batch: PaddedBatch) -> None:
         optimizer.zero_grad()
-        columns = [[len(ids) for ids, _ in sentences] for sentences in batch.sentences]
         losses = []
-        with task_gradients.batch([sum(sizes) for sizes in columns]):
-            parts = iter(wrapped(batch).split([size for sizes in columns for size in sizes]))
+        with task_gradients.batch([sum(sizes) for sizes in batch.columns]):
+            parts = iter(wrapped(batch).split(list(itertools.chain(*batch.columns))))
             for number, task in enumerate(TASKS):
-                own = [next(parts) for _ in columns[number]]
+                own = [next(parts) for _ in batch.columns[number]]
                 with task_gradients.task(number):
                     losses.append(model.loss(task, own, batch.labels[number]))
         optimizer.pc_backward(losses)
