@@ -31,6 +31,8 @@ class Case:
         name: of the batches.
         trains: forward and backward pass in training mode; else forward pass in inference mode.
         texts: kinds of text in a batch; none where nothing is padded.
+        full: share of a batch's places that tokens take: of 50 batches those nearest to it are
+            taken, instead of the first.
         shape: rows, and tokens of each, where nothing is padded.
         with_mask: whether a padded batch has an attention mask.
     """
@@ -38,6 +40,7 @@ class Case:
     name: str
     trains: bool
     texts: tuple[str, ...] = ()
+    full: float | None = None
     shape: tuple[int, int] = (0, 0)
     with_mask: bool = True
 
@@ -49,12 +52,14 @@ class Case:
 
 _TEXTS = (("sst", "quora"), ("sts",), ("cfimdb",))
 _SHAPES = ((64, 16), (32, 64), (8, 512))
+_FULL = 0.32  # one of 50 batches of SST and Quora is emptier
 # The short ones first: a run may be cut off.
 CASES = [
     case
     for trains in (False, True)
     for case in (
         *(Case(" and ".join(texts), trains, texts) for texts in _TEXTS),
+        Case(f"sst and quora, {_FULL:.0%} full", trains, _TEXTS[0], _FULL),
         *(Case(f"{n} x {length}", trains, shape=(n, length)) for n, length in _SHAPES),
         *(
             Case(f"{n} x {length} without mask", trains, shape=(n, length), with_mask=False)
@@ -70,6 +75,7 @@ _FILES = {
     "sts": ("sts-train.csv", ("sentence1", "sentence2"), 64),
     "cfimdb": ("ids-cfimdb-train.csv", ("sentence",), 8),
 }
+_DRAWN = 50  # batches, where some are taken for their padding
 # Mean and deviation of the lengths in tokens, where there is no data.
 _LENGTHS = {"sst": (24, 11), "quora": (30, 11), "sts": (29, 12), "cfimdb": (235, 140)}
 _SHORTEST, _LONGEST = 4, 512
@@ -92,16 +98,24 @@ def examples(case: Case, batches: int, data: Path | None, init: Path | None) -> 
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(*_RANDOM_IDS, (batches, *case.shape), generator=generator)
         return list(ids.tolist())
+    count = batches if case.full is None else max(batches, _DRAWN)
     drawn = {
-        text: _drawn(text, _FILES[text][2] * batches, data, init)
-        if data
-        else _random(text, batches)
+        text: _drawn(text, _FILES[text][2] * count, data, init) if data else _random(text, count)
         for text in case.texts
     }
-    return [
-        [tokens for own in drawn.values() for tokens in own[turn::batches]]
-        for turn in range(batches)
+    found = [
+        [tokens for own in drawn.values() for tokens in own[turn::count]] for turn in range(count)
     ]
+    if case.full is not None:
+        wanted = case.full
+        found.sort(key=lambda own: abs(share_of_tokens([own]) - wanted))
+    return found[:batches]
+
+
+def share_of_tokens(batches: Sequence[Sequence[Tokens]]) -> float:
+    """Return how much of padded batches is tokens."""
+    places = sum(len(batch) * max(map(len, batch)) for batch in batches)
+    return sum(len(tokens) for batch in batches for tokens in batch) / places
 
 
 def _random(text: str, batches: int) -> list[Tokens]:

@@ -60,6 +60,16 @@ def test_every_model_and_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert plot.draw(record).startswith(b"\x89PNG")
 
 
+def test_batches_of_a_given_padding() -> None:
+    """Of 50 random batches those nearest to it, for any number of them."""
+    case = Case("texts", trains=True, texts=("sst", "quora"), full=0.4)
+    all_of_them = transformers_cases.examples(case, 50, None, None)
+    distances = [abs(transformers_cases.share_of_tokens([batch]) - 0.4) for batch in all_of_them]
+    assert distances == sorted(distances)
+    assert distances[-1] > 0.1
+    assert transformers_cases.examples(case, 3, None, None) == all_of_them[:3]
+
+
 def test_a_part_of_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
