@@ -89,8 +89,8 @@ def test_a_part_of_it(
 def test_it_ends_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # The clock is looked at once before the first case, and before each.
     monkeypatch.setattr(transformers.time, "monotonic", itertools.count(step=40).__next__)
-    both = ["--models", "bert", "mpnet", "--cases", FULL.name, "--minutes", "1"]
-    results = run(monkeypatch, tmp_path, *both)["results"]
+    both = ["--models", "bert", "mpnet", "--cases", FULL.name, "--precisions", "fp32"]
+    results = run(monkeypatch, tmp_path, *both, "--minutes", "1")["results"]
     assert [case["model"] for case in results["cases"]] == ["bert"]
     assert results["left_out"] == ["mpnet, 4 x 8 without mask, inference, fp32"]
 
@@ -103,7 +103,10 @@ def test_a_loop_that_fails_leaves_the_others(
 
     monkeypatch.setattr(transformers.kernels, "accelerate", refuse)
     with pytest.raises(SystemExit):
-        run(monkeypatch, tmp_path, "--models", "bert", "--cases", FULL.name)
+        run(
+            *(monkeypatch, tmp_path, "--models", "bert", "--cases", FULL.name),
+            *("--precisions", "fp32"),
+        )
     results = json.loads((tmp_path / "record.json").read_text())["results"]
     name = "bert, 4 x 8 without mask, inference, fp32, accelerated, padded"
     assert results["failures"] == {name: "ValueError: not this one"}
