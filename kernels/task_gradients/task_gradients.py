@@ -33,7 +33,9 @@ from ..distributed.rank_group import RankGroup
 from ..distributed.row_averages import RowAverages
 from ..distributed.sharded_tensors import sharding_of
 from ..gradient_buffer import GradientBuffer, lay_out
-from .task_layers import Joined, Place, Single, TaskLayers
+from .batch_division import Joined, Single
+from .parameter_places import Place
+from .task_layers import TaskLayers
 
 
 class TaskGradients:

@@ -10,8 +10,7 @@ is refused by name, since their gradients could not be separated.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,123 +25,14 @@ from ..embedding_layer_norm.embedding_layer_norm import (
     embedding_layer_norm,
     embedding_layer_norm_reference,
 )
-from ..gradient_buffer import Slot
 from ..layer_norm.layer_norm import dropout_add_layer_norm, layer_norm, rms_norm
 from ..linear.linear import joint_linear, linear
 from ..registration.function_modes import LayerMode, active_layer_modes
 from ..registration.validation import may_look
-from ..task_rows import Columns, TaskRows, TaskSegments
-from .reached_tasks import NoteTasks
-
-
-class Place(NamedTuple):
-    """Rows of one parameter's task gradients.
-
-    Attributes:
-        slot: the parameter's columns.
-        buffer: ``[K, P]``.
-        tasks: whose losses have reached the parameter since the rows were cleared, in eager layers.
-        number: of the parameter.
-        reached: int64 ``[parameters, K]`` on the CPU, flags of those in compiled layers.
-    """
-
-    slot: Slot
-    buffer: Tensor
-    tasks: set[int]
-    number: int
-    reached: Tensor
-
-    @property
-    def name(self) -> str:
-        """The parameter's, in its model."""
-        return self.slot.name
-
-    @property
-    def rows(self) -> Tensor:
-        """``[K, *shape]``, the gradients."""
-        return self.slot.view(self.buffer)
-
-
-class Joined(NamedTuple):
-    """A batch of all tasks, one after the other along the first dimension.
-
-    Attributes:
-        examples: K + 1 offsets.
-        tokens: K + 1 offsets in the packed stream, for layers that work on one.
-        tokens_given: whether they are the caller's, and not those of the model's last call.
-        sizes: the offsets as sizes of tensors, for torch.compile; a list for each stream.
-    """
-
-    examples: tuple[int, ...]
-    tokens: tuple[int, ...] | None
-    tokens_given: bool
-    sizes: tuple[list[Tensor], ...]
-
-    @classmethod
-    def of(
-        cls, examples: tuple[int, ...], tokens: tuple[int, ...] | None, tokens_given: bool
-    ) -> "Joined":
-        """Return the batch with these offsets."""
-        streams = [examples] if tokens is None else [examples, tokens]
-        return cls(examples, tokens, tokens_given, tuple(map(_of_sizes, streams)))
-
-    def streams(self) -> list[tuple[int, ...]]:
-        """Return the offsets of examples and of tokens, where these are known."""
-        if torch.compiler.is_compiling():
-            return [_sizes(tensors) for tensors in self.sizes]
-        return [self.examples] if self.tokens is None else [self.examples, self.tokens]
-
-    def offsets(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return where each task begins in the flattened rows of a layer's input.
-
-        Args:
-            shape: of the input, without the dimension that the layer works on.
-
-        Raises:
-            ValueError: the batch does not lie along its first dimension.
-        """
-        streams = self.streams()
-        for stream in streams:
-            if shape and shape[0] == stream[-1]:
-                inner = math.prod(shape[1:])
-                return tuple(inner * offset for offset in stream)
-        if self.is_stream(shape):
-            return streams[1]
-        known = f"{self.examples[-1]} examples"
-        if self.tokens is not None:
-            known += f" or {self.tokens[-1]} tokens"
-        raise ValueError(
-            f"input of {list(shape)} rows, expected {known} along the first dimension; "
-            "a layer that sees one task only is called within `task`"
-        )
-
-    def is_stream(self, shape: Sequence[int]) -> bool:
-        """Whether rows of this shape are all tokens, as a stream ``[1, T]``."""
-        streams = self.streams()
-        return len(streams) > 1 and len(shape) == 2 and shape[0] == 1 and shape[1] == streams[1][-1]
-
-
-def _of_sizes(offsets: tuple[int, ...]) -> list[Tensor]:
-    """Return a tensor without elements for each offset but the first, which is 0, of its size.
-
-    Of the integers that a mode holds torch.compile makes constants, of sizes it does not.
-    """
-    return [torch.empty(0, offset, device="cpu") for offset in offsets[1:]]
-
-
-def _sizes(tensors: list[Tensor]) -> tuple[int, ...]:
-    return (0, *(tensor.shape[1] for tensor in tensors))
-
-
-class Single(NamedTuple):
-    """A batch of one task."""
-
-    task: int
-    num_tasks: int
-
-    def offsets(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return where each task begins in the flattened rows of a layer's input."""
-        return (0,) * (self.task + 1) + (math.prod(shape),) * (self.num_tasks - self.task)
+from ..task_rows import TaskRows, TaskSegments
+from .batch_division import Joined, Single
+from .parameter_places import Place, StandIn, note, spread_bias, task_rows
+from .torch_calls import WRITE_WEIGHTS, is_written_in_python, uses_values
 
 
 def announce_stream(cu_seqlens: Tensor, starts: Sequence[int] | None = None) -> None:
@@ -203,8 +93,8 @@ class TaskLayers(LayerMode):
     ) -> Any:
         kwargs = kwargs or {}
         place = next(self._places_among([*args, *kwargs.values()]), None)
-        if place is None or not torch.is_grad_enabled() or not _uses_values(func):
-            if torch.compiler.is_compiling() and _is_written_in_python(func):
+        if place is None or not torch.is_grad_enabled() or not uses_values(func):
+            if torch.compiler.is_compiling() and is_written_in_python(func):
                 return getattr(args[0], func.__name__)(*args[1:], **kwargs)
             return func(*args, **kwargs)
         if torch._C._are_functorch_transforms_active():
@@ -258,7 +148,7 @@ class TaskLayers(LayerMode):
 
     def _with_stand_ins(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a call that sees one task; what autograd finds for a parameter goes into its row."""
-        stand_in = partial(self._stand_in, writable=func in _WRITE_WEIGHTS)
+        stand_in = partial(self._stand_in, writable=func in WRITE_WEIGHTS)
         return func(*map(stand_in, args), **{name: stand_in(kwargs[name]) for name in kwargs})
 
     def _stand_in(self, value: Any, writable: bool) -> Any:
@@ -268,7 +158,7 @@ class TaskLayers(LayerMode):
         if isinstance(value, Tensor):
             assert isinstance(self.tasks, Single)
             place, task = self._places[id(value)], self.tasks.task
-            return _StandIn.apply(value, place, task, writable)  # type: ignore[no-untyped-call]
+            return StandIn.apply(value, place, task, writable)  # type: ignore[no-untyped-call]
         replaced = (self._stand_in(item, writable) for item in value)
         return list(replaced) if isinstance(value, list) else tuple(replaced)
 
@@ -305,18 +195,18 @@ class TaskLayers(LayerMode):
             assert bias is not None
             assert of_bias is not None
             out = F.linear(stream, weight)
-            out = out + _spread(bias, of_bias, len(stream), segments).to(out.dtype)
+            out = out + spread_bias(bias, of_bias, len(stream), segments).to(out.dtype)
         else:
             dtype = autocast_dtype(stream)
             if dtype is not None:
                 stream, weight = stream.to(dtype), weight.to(dtype)
                 bias = None if bias is None else bias.to(dtype)
-            rows = _task_rows(of_weight, of_bias)
+            rows = task_rows(of_weight, of_bias)
             own_bias = None if of_bias is None else bias
             out = linear(stream, weight, own_bias, rows=rows, segments=segments)
             if bias is not None and of_bias is None:
                 out = out + bias
-        return _note(out, places, segments).view(*input.shape[:-1], out.shape[-1])
+        return note(out, places, segments).view(*input.shape[:-1], out.shape[-1])
 
     def _joint_linear(
         self, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
@@ -348,9 +238,9 @@ class TaskLayers(LayerMode):
             input = input.float()  # autocast's rule there
         if weight is None:
             weight = torch.ones_like(parameters[0], requires_grad=False)
-        rows = _task_rows(of_weight, of_bias)
+        rows = task_rows(of_weight, of_bias)
         out = layer_norm(_flat(input), weight, bias, eps, rows=rows, segments=segments)
-        return _note(out, places, segments).view(input.shape)
+        return note(out, places, segments).view(input.shape)
 
     def _rms_norm(
         self,
@@ -369,9 +259,9 @@ class TaskLayers(LayerMode):
             input = input.float()  # autocast's rule there
         if eps is None:  # torch's is that of the dtype in which it computes
             eps = torch.finfo(torch.promote_types(input.dtype, torch.float32)).eps
-        rows = _task_rows(place, None)
+        rows = task_rows(place, None)
         out = rms_norm(_flat(input), weight, eps, rows=rows, segments=segments)
-        return _note(out, [place], segments).view(input.shape)
+        return note(out, [place], segments).view(input.shape)
 
     def _fused_layer_norm(
         self,
@@ -419,8 +309,8 @@ class TaskLayers(LayerMode):
         )
         out, total = (out, None) if isinstance(out, Tensor) else out
         if total is not None:
-            total = _note(total, places, segments, is_saved=True).view(x.shape)
-        return _note(out, places, segments).view(x.shape), total, None, None
+            total = note(total, places, segments, is_saved=True).view(x.shape)
+        return note(out, places, segments).view(x.shape), total, None, None
 
     def _embedding(
         self,
@@ -444,12 +334,12 @@ class TaskLayers(LayerMode):
         index = self._index_of_each(place, input)
         segments = self._segments(place, index.shape)
         stream = index.reshape(-1).long()
-        out = embedding(stream, weight, rows=_task_rows(place, None), segments=segments)
+        out = embedding(stream, weight, rows=task_rows(place, None), segments=segments)
         if padding_idx is not None and out.requires_grad:
             # No hook: torch.compile of torch 2.11 moves a graph's inputs behind their uses for one.
             is_padding = (stream == padding_idx % len(weight))[:, None]
             out = torch.where(is_padding, out.detach(), out)
-        return _note(out, [place], segments).view(*index.shape, out.shape[-1])
+        return note(out, [place], segments).view(*index.shape, out.shape[-1])
 
     def _embedding_norm(
         self, *arguments: Tensor | None, rows: object = None, **options: Any
@@ -478,7 +368,7 @@ class TaskLayers(LayerMode):
             **{**options, "segments": segments},
             rows=EmbeddingRows(word, position, token_type, of_norm),
         )
-        return _note(out, places, segments).view(*ids[0].shape, out.shape[-1])
+        return note(out, places, segments).view(*ids[0].shape, out.shape[-1])
 
     def _embedding_norm_by_layers(
         self,
@@ -546,118 +436,12 @@ def _flat(input: Tensor) -> Tensor:
     return input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
 
 
-def _task_rows(weight: Place | None, bias: Place | None) -> TaskRows:
-    """Join the places of a layer's parameters; None stands for a frozen one, or none."""
-    first = weight or bias
-    assert first is not None
-    columns = (None if place is None else place.slot.columns for place in (weight, bias))
-    return TaskRows(first.buffer, *columns)
-
-
-def _spread(bias: Tensor, place: Place, count: int, segments: TaskSegments) -> Tensor:
-    """Give every row a bias whose weight is frozen: a table with one row, looked up by each."""
-    index = torch.zeros(count, dtype=torch.int64, device=bias.device)
-    rows = TaskRows(place.buffer, Columns(place.slot.offset, (1, *bias.shape)))
-    return embedding(index, bias[None], rows=rows, segments=segments)
-
-
-class _StandIn(torch.autograd.Function):
-    """A view of a parameter whose gradient goes into a task's row, and not to autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, place: Place, task: int, writable: bool) -> Tensor:
-        ctx.save_for_backward(torch.empty(0))  # as _Note does
-        ctx.place, ctx.task = place, task
-        # As on a parameter, writing in place is an error on a view that a function returns.
-        return parameter.detach() if writable else parameter.view_as(parameter)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
-        assert ctx.saved_tensors
-        ctx.place.rows[ctx.task].add_(gradient.detach())
-        ctx.place.tasks.add(ctx.task)
-        return None, None, None, None
-
-
-class _Note(torch.autograd.Function):
-    """Identity on a layer's output; its backward pass records that a loss reached the layer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, out: Tensor, places: Sequence[Place], tasks: set[int], is_saved: bool
-    ) -> Tensor:
-        # Activation checkpointing compares what was saved with what is saved when layers run again.
-        # One tensor more than the plain layer saves: where that one is run instead, it raises.
-        ctx.save_for_backward(torch.empty(0))
-        ctx.places, ctx.tasks = places, tasks
-        if is_saved:  # by the layer, which would take it for modified
-            return out.view_as(out)
-        ctx.mark_dirty(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        assert ctx.saved_tensors
-        for place in ctx.places:
-            place.tasks.update(ctx.tasks)
-        return gradient, None, None, None
-
-
-def _note(
-    out: Tensor, places: Sequence[Place], segments: TaskSegments, *, is_saved: bool = False
-) -> Tensor:
-    """Note, once a loss reaches ``out``, that its tasks have reached the parameters.
-
-    ``is_saved`` says that the backward pass of the layer reads ``out``, too.
-    """
-    if torch.compiler.is_compiling():
-        numbers = tuple(place.number for place in places)
-        return NoteTasks.apply(out, places[0].reached, numbers, segments.offsets)  # type: ignore[no-untyped-call]
-    tasks = {task for task, (begin, end) in enumerate(pairwise(segments.offsets)) if begin < end}
-    return _Note.apply(out, places, tasks, is_saved)  # type: ignore[no-untyped-call]
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return autocast's dtype of a linear layer's input, where it is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
-
-
-_WRITE_WEIGHTS = (F.embedding, F.embedding_bag)  # with max_norm, where autograd does not look
-# Views among the attributes, and methods that concern the tensor as an object: gradient, layout, …
-_VIEWS = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
-_OBJECT_METHODS = frozenset(
-    {
-        Tensor.__deepcopy__,
-        Tensor.__reduce_ex__,
-        Tensor.backward,
-        Tensor.register_hook,
-        Tensor.register_post_accumulate_grad_hook,
-        Tensor.is_contiguous,
-        Tensor.numel,
-        Tensor.requires_grad_,
-        Tensor.retain_grad,
-        Tensor.storage_offset,
-        Tensor.stride,
-        Tensor.untyped_storage,
-        torch.autograd.backward,
-        torch.autograd.grad,
-    }
-)
-
-
-def _uses_values(func: Callable[..., Any]) -> bool:
-    """Whether a call may compute with the values of tensors."""
-    if getattr(func, "__name__", None) in ("__get__", "__set__", "__delete__"):
-        return func in _VIEWS
-    return func not in _OBJECT_METHODS
-
-
-def _is_written_in_python(func: Callable[..., Any]) -> bool:
-    """Whether it is a tensor's method that torch.compile knows by its name alone."""
-    return getattr(func, "__module__", None) == "torch._tensor"
 
 
 def _refusal(place: Place, func: Callable[..., Any]) -> NotImplementedError:
