@@ -27,6 +27,15 @@ struct AttentionOptions {
   Dropout dropout;
 };
 
+// A number for each head and distance of a key from its query, which is added to their scores:
+// numbers [head][distance + largest].  None: data is null.
+struct RelativeBias {
+  const float* data = nullptr;
+  int64_t largest = 0; // the largest distance to either side
+
+  int64_t row() const { return 2 * largest + 1; }
+};
+
 struct AttentionCall {
   Storage storage;
   int64_t sequences, heads, width;
@@ -34,12 +43,22 @@ struct AttentionCall {
   const int32_t* cu_seqlens_q;
   const int32_t* cu_seqlens_k;
   AttentionOptions options;
+  RelativeBias bias;
   HeadRows q, k, v, out;
   float* lse; // [heads, total_queries]
 };
 
 struct AttentionGradients {
   HeadRows out, q, k, v;
+  // Of the bias, an item's numbers apart from the others': bias_of() says where they lie.  Null
+  // without a bias.
+  float* bias = nullptr;
+
+  // The numbers of a head of the sequence whose `queries` begin at row `first` of the stream: those
+  // of the distances -(queries - 1) to queries - 1.
+  float* bias_of(int64_t heads, int64_t first, int64_t queries, int64_t head) const {
+    return bias + 2 * (heads * first + head * queries);
+  }
 };
 
 // Item = sequence * heads + head.  `scratch` has scratch_floats() floats and belongs to one thread.

@@ -120,7 +120,8 @@ Tensor empty_heads(const Tensor& like) {
 
 AttentionCall make_call(const AttentionOptions& options, const Tensor& q, const Tensor& k,
                         const Tensor& v, const Tensor& out, const Tensor& lse,
-                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k) {
+                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                        const RelativeBias& bias) {
   check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.size(0));
   check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.size(0));
   check(cu_seqlens_q.numel() == cu_seqlens_k.numel(),
@@ -135,6 +136,7 @@ AttentionCall make_call(const AttentionOptions& options, const Tensor& q, const 
   call.cu_seqlens_q = static_cast<const int32_t*>(cu_seqlens_q.const_data_ptr());
   call.cu_seqlens_k = static_cast<const int32_t*>(cu_seqlens_k.const_data_ptr());
   call.options = options;
+  call.bias = bias;
   call.q = head_rows(q);
   call.k = head_rows(k);
   call.v = head_rows(v);
@@ -153,12 +155,12 @@ void run(const AttentionCall& call, const Kernel& kernel) {
 
 std::tuple<Tensor, Tensor> run_forward(const Arguments& arguments, const Tensor& q, const Tensor& k,
                                        const Tensor& v, const Tensor& cu_seqlens_q,
-                                       const Tensor& cu_seqlens_k) {
+                                       const Tensor& cu_seqlens_k, const RelativeBias& bias = {}) {
   check_streams(q, k, v);
   check_given_plan(arguments, q, k);
   Tensor out = empty_heads(q);
   Tensor lse = allocate(q, {q.size(1), q.size(0)}, ScalarType::Float);
-  const AttentionCall call = make_call(arguments, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k);
+  const AttentionCall call = make_call(arguments, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias);
   fill_rows_after(cu_seqlens_q, out, 0);
   fill_rows_after(cu_seqlens_q, torch::stable::transpose(lse, 0, 1), -INFINITY);
   const auto& kernels = attention_kernels();
@@ -169,7 +171,8 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& arguments, const Tensor&
 void run_backward(const Arguments& arguments, const Tensor& grad_out, const Tensor& q,
                   const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, const Tensor& grad_q,
-                  const Tensor& grad_k, const Tensor& grad_v) {
+                  const Tensor& grad_k, const Tensor& grad_v, const RelativeBias& bias = {},
+                  float* grad_bias = nullptr) {
   check_given_plan(arguments, q, k);
   check_shape("grad_out", grad_out, {q.size(0), q.size(1), q.size(2)});
   check_dtype("grad_out", grad_out, q.scalar_type(), "the dtype of q");
@@ -180,13 +183,13 @@ void run_backward(const Arguments& arguments, const Tensor& grad_out, const Tens
   check_data("lse", lse);
   const Tensor row_lse = as_contiguous(lse);
   const AttentionCall call =
-      make_call(arguments, q, k, v, out, row_lse, cu_seqlens_q, cu_seqlens_k);
+      make_call(arguments, q, k, v, out, row_lse, cu_seqlens_q, cu_seqlens_k, bias);
   fill_rows_after(cu_seqlens_q, grad_q, 0);
   fill_rows_after(cu_seqlens_k, grad_k, 0);
   fill_rows_after(cu_seqlens_k, grad_v, 0);
   const Tensor d_out = as_contiguous(grad_out);
   const AttentionGradients gradients = {head_rows(d_out), head_rows(grad_q), head_rows(grad_k),
-                                        head_rows(grad_v)};
+                                        head_rows(grad_v), grad_bias};
   const auto& kernels = attention_kernels();
   run(call,
       [&](int64_t item, float* scratch) { kernels.backward(call, gradients, item, scratch); });
@@ -230,6 +233,73 @@ Tensor attention_qkvpacked_backward(const Arguments& arguments, const Tensor& gr
   return grad;
 }
 
+// ---- with a bias for each distance --------------------------------------------------------------
+
+// A bias [heads, 2 largest + 1] that reaches over the longest sequence.
+RelativeBias parse_bias(const Tensor& bias, const Tensor& qkv, const Tensor& cu_seqlens) {
+  check_dims("bias", bias, 2, "[heads, distances]");
+  check_dtype("bias", bias, ScalarType::Float, "float32");
+  check(bias.size(0) == qkv.size(2), "bias: expected ", qkv.size(2), " heads, got ", bias.size(0));
+  check(bias.size(1) % 2 == 1, "bias: expected an odd number of distances, got ", bias.size(1));
+  check(bias.is_contiguous(), "bias: expected contiguous");
+  check_data("bias", bias);
+  const RelativeBias parsed = {static_cast<const float*>(bias.const_data_ptr()), bias.size(1) / 2};
+  check_cu_seqlens("cu_seqlens", cu_seqlens, qkv.size(0));
+  const auto* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  for (int64_t s = 0; s + 1 < cu_seqlens.numel(); ++s)
+    check(cu[s + 1] - cu[s] <= parsed.largest + 1, "bias: expected distances up to ",
+          cu[s + 1] - cu[s] - 1, " to both sides, got ", parsed.largest);
+  return parsed;
+}
+
+// Sums the gradients of all sequences, in their order.
+Tensor sum_of_sequences(const AttentionGradients& parts, const Tensor& bias,
+                        const Tensor& cu_seqlens) {
+  Tensor sum = allocate(bias, {bias.size(0), bias.size(1)});
+  const int64_t heads = bias.size(0), row = bias.size(1), largest = row / 2;
+  const auto* cu = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  auto* const numbers = static_cast<float*>(sum.data_ptr());
+  parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) {
+      float* own = numbers + head * row;
+      std::fill(own, own + row, 0.0f);
+      for (int64_t s = 0; s + 1 < cu_seqlens.numel(); ++s) {
+        const int64_t tokens = cu[s + 1] - cu[s];
+        const float* part = parts.bias_of(heads, cu[s], tokens, head);
+        float* const first = own + largest - tokens + 1;
+        for (int64_t d = 0; d < 2 * tokens - 1; ++d) first[d] += part[d];
+      }
+    }
+  });
+  return sum;
+}
+
+std::tuple<Tensor, Tensor> relative_attention(const Arguments& arguments, const Tensor& qkv,
+                                              const Tensor& bias, const Tensor& cu_seqlens,
+                                              int64_t) {
+  check_packed(qkv);
+  return run_forward(arguments, select(qkv, 1, 0), select(qkv, 1, 1), select(qkv, 1, 2), cu_seqlens,
+                     cu_seqlens, parse_bias(bias, qkv, cu_seqlens));
+}
+
+std::tuple<Tensor, Tensor> relative_attention_backward(const Arguments& arguments,
+                                                       const Tensor& grad_out, const Tensor& qkv,
+                                                       const Tensor& bias, const Tensor& out,
+                                                       const Tensor& lse, const Tensor& cu_seqlens,
+                                                       int64_t) {
+  check_packed(qkv);
+  Tensor grad = allocate(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
+  const Tensor q = select(qkv, 1, 0), k = select(qkv, 1, 1), v = select(qkv, 1, 2);
+  check_streams(q, k, v);
+  const RelativeBias parsed = parse_bias(bias, qkv, cu_seqlens);
+  const Tensor parts = new_floats(2 * qkv.size(0) * qkv.size(2));
+  AttentionGradients gradients;
+  gradients.bias = static_cast<float*>(parts.data_ptr());
+  run_backward(arguments, grad_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, select(grad, 1, 0),
+               select(grad, 1, 1), select(grad, 1, 2), parsed, gradients.bias);
+  return {grad, sum_of_sequences(gradients, bias, cu_seqlens)};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
         "SymInt max_seqlen_q, SymInt max_seqlen_k, " OPTIONS ") -> (Tensor out, Tensor lse)");
@@ -241,6 +311,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
         ") -> (Tensor out, Tensor lse)");
   m.def("attention_qkvpacked_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, "
         "Tensor cu_seqlens, SymInt max_seqlen, " OPTIONS ") -> Tensor");
+  m.def("relative_attention(Tensor qkv, Tensor bias, Tensor cu_seqlens, SymInt max_seqlen, " OPTIONS
+        ") -> (Tensor out, Tensor lse)");
+  m.def("relative_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias, Tensor out, "
+        "Tensor lse, Tensor cu_seqlens, SymInt max_seqlen, " OPTIONS
+        ") -> (Tensor grad_qkv, Tensor grad_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
@@ -248,6 +323,8 @@ STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&Op<attention_backward>::call));
   m.impl("attention_qkvpacked", TORCH_BOX(&Op<attention_qkvpacked>::call));
   m.impl("attention_qkvpacked_backward", TORCH_BOX(&Op<attention_qkvpacked_backward>::call));
+  m.impl("relative_attention", TORCH_BOX(&Op<relative_attention>::call));
+  m.impl("relative_attention_backward", TORCH_BOX(&Op<relative_attention_backward>::call));
 }
 
 } // namespace

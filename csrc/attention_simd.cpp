@@ -212,6 +212,21 @@ struct TileFactors {
   const float* of(int64_t i) const { return data == nullptr ? nullptr : data + i * row; }
 };
 
+// Adds the biases of n keys from j0 on to the scores of m queries from i0 on.
+void add_bias(const AttentionCall& call, const Span& span, int64_t i0, int64_t m, int64_t j0,
+              int64_t n, const Tiles& tiles) {
+  const RelativeBias& bias = call.bias;
+  if (bias.data == nullptr) return;
+  const float* at_zero = bias.data + span.head * bias.row() + bias.largest;
+  for (int64_t i = 0; i < m; ++i) {
+    const float* own = at_zero + j0 - span.place(i0 + i);
+    float* scores = tiles.scores + i * tiles.columns;
+    int64_t j = 0;
+    for (; j + kWidth <= n; j += kWidth) store(scores + j, load(scores + j) + load(own + j));
+    for (; j < n; ++j) scores[j] += own[j];
+  }
+}
+
 // ---- forward ------------------------------------------------------------------------------------
 
 // Folds one tile of scores [queries, keys] into the running softmax.  The tile then holds the
@@ -270,6 +285,7 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
       }
       multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
                false);
+      add_bias(call, span, i0, m, j0, n, tiles);
       const TileFactors factors(call, span, i0, m, j0, n, tiles.factors);
       softmax_tile(span, i0, m, j0, n, factors, tiles);
       multiply(m, width, n, {tiles.scores, columns, 1}, tiles.values, row, tiles.out, row, true);
@@ -358,23 +374,41 @@ void load_keys(const AttentionCall& call, const Span& span, int64_t j0, int64_t 
   transpose(tiles.values, row, n, width, tiles.values_t, tiles.columns);
 }
 
+// Adds the gradients of scores, of m queries from i0 on and n keys from j0 on, to those of biases.
+void add_bias_gradients(const AttentionCall& call, const AttentionGradients& grads,
+                        const Span& span, int64_t i0, int64_t m, int64_t j0, int64_t n,
+                        const Tiles& tiles) {
+  if (grads.bias == nullptr) return;
+  float* at_zero =
+      grads.bias_of(call.heads, span.query, span.queries, span.head) + span.queries - 1;
+  for (int64_t i = 0; i < m; ++i) {
+    float* own = at_zero + j0 - span.place(i0 + i);
+    const float* scores = tiles.grad_scores + i * tiles.columns;
+    int64_t j = 0;
+    for (; j + kWidth <= n; j += kWidth) store(own + j, load(own + j) + load(scores + j));
+    for (; j < n; ++j) own[j] += scores[j];
+  }
+}
+
 // Adds what m queries from i0 on and the n loaded keys from j0 on give to the gradients, whose
 // first rows these are.  For `delta` see grad_scores_tile().
 template <typename T>
-void add_gradients(const AttentionCall& call, const HeadRows& grad_out, const Span& span,
+void add_gradients(const AttentionCall& call, const AttentionGradients& grads, const Span& span,
                    int64_t i0, int64_t m, int64_t j0, int64_t n, const float* delta,
                    float* grad_queries, float* grad_keys, float* grad_values, const Tiles& tiles) {
   const int64_t head = span.head, width = call.width, row = tiles.row, columns = tiles.columns;
   const float* lse = call.lse + head * call.total_queries + span.query + i0;
   widen_rows<T>(call.q, head, span.query + i0, m, width, call.options.softmax_scale, tiles.queries,
                 row);
-  widen_rows<T>(grad_out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
+  widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
   multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
            false);
+  add_bias(call, span, i0, m, j0, n, tiles);
   multiply(m, n, width, {tiles.grad_out, row, 1}, tiles.values_t, columns, tiles.grad_scores,
            columns, false);
   const TileFactors factors(call, span, i0, m, j0, n, tiles.factors);
   grad_scores_tile(span, i0, m, j0, n, lse, delta, factors, tiles);
+  add_bias_gradients(call, grads, span, i0, m, j0, n, tiles);
   multiply(n, width, m, {tiles.scores, 1, columns}, tiles.grad_out, row, grad_values, row, true);
   multiply(n, width, m, {tiles.grad_scores, 1, columns}, tiles.queries, row, grad_keys, row, true);
   multiply(m, width, n, {tiles.grad_scores, columns, 1}, tiles.keys, row, grad_queries, row, true);
@@ -403,7 +437,7 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
     for (int64_t i0 = span.has_window() ? first : first / kQueryBlock * kQueryBlock; i0 < end;
          i0 += kQueryBlock) {
       const int64_t m = smaller(kQueryBlock, end - i0);
-      add_gradients<T>(call, grads.out, span, i0, m, j0, n, one_tile ? nullptr : tiles.delta + i0,
+      add_gradients<T>(call, grads, span, i0, m, j0, n, one_tile ? nullptr : tiles.delta + i0,
                        tiles.grad_queries + i0 * row, tiles.grad_keys, tiles.grad_values, tiles);
     }
     narrow_rows<T>(tiles.grad_keys, row, grads.k, head, span.key + j0, n, width, 1);
@@ -425,7 +459,7 @@ void backward_along_window(const AttentionCall& call, const AttentionGradients& 
     const int64_t j0 = span.first_seen(i0), n = span.end_seen(i0 + m - 1) - j0;
     load_keys<T>(call, span, j0, n, tiles);
     fill(tiles.grad_queries, m * row, 0);
-    add_gradients<T>(call, grads.out, span, i0, m, j0, n, nullptr, tiles.grad_queries,
+    add_gradients<T>(call, grads, span, i0, m, j0, n, nullptr, tiles.grad_queries,
                      tiles.grad_keys + j0 * row, tiles.grad_values + j0 * row, tiles);
     narrow_rows<T>(tiles.grad_queries, row, grads.q, head, span.query + i0, m, width,
                    call.options.softmax_scale);
@@ -439,6 +473,9 @@ void backward(const AttentionCall& call, const AttentionGradients& gradients, in
   prefetch_item(call, item + kItemsAhead, &gradients.out);
   const Span span(call, item);
   const Tiles tiles(call, span.queries, span.keys, scratch);
+  if (gradients.bias != nullptr) {
+    fill(gradients.bias_of(call.heads, span.query, span.queries, span.head), 2 * span.queries, 0);
+  }
   with_storage(call.storage, [&]<typename T>(const T*) {
     if (is_narrow(call)) {
       backward_along_window<T>(call, gradients, span, tiles);

@@ -17,6 +17,7 @@ from . import gradient_queue as gradient_queue
 from ._namesake import namesake_attribute
 from .attention.attention import flash_attn_varlen_func, flash_attn_varlen_qkvpacked_func
 from .attention.attention_plan import AttentionPlan, attention_plan
+from .attention.relative_attention import relative_attention as relative_attention
 from .balancing.pcgrad import draw_order, pcgrad_weights
 from .distributed.weights_checksum import weights_checksum as weights_checksum
 from .dropout.dropout import dropout

@@ -103,6 +103,7 @@ def attention_reference(
     cu_seqlens_k: Tensor,
     options: AttentionOptions,
     factors: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with the whole ``[H, T, T]`` score matrix, in the dtype of q.
 
@@ -114,6 +115,7 @@ def attention_reference(
         cu_seqlens_k: ``[S + 1]``.
         options: what to compute.
         factors: dropout factors ``[H, Tq, Tk]``, in place of those that the options say.
+        bias: added to the scores, ``[H, Tq, Tk]``.
 
     Returns:
         The output ``[Tq, H, D]`` and the log-sum-exp ``[H, Tq]``.
@@ -123,6 +125,8 @@ def attention_reference(
     # What these rows hold and get as gradients must not count, and 0 times NaN would.
     q, k, v = q.masked_fill(blind, 0), k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     scores = torch.einsum("ihd,jhd->hij", q, k) * options.softmax_scale
+    if bias is not None:
+        scores = scores + bias
     scores = scores.masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)
     # A row of -inf has no softmax; it is kept out before the exponential, for the gradient's sake.

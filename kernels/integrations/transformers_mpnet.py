@@ -8,9 +8,11 @@ Transformers' MPNet neither looks up its attention in the registry nor hands arg
 the model and its encoder have forward passes of their own here.  Layers get the packing, with what
 is added to the scores of padding, as their attention mask.
 
-The encoder makes the biases once for all layers, ``[1, heads, S, S]`` with S places in a row, of a
-value for each of the ``2 S - 1`` distances, so that their gradient is summed over rows and layers
-before it goes back to the table.  Scores ``[B, heads, S, S]`` get biases and padding in place.
+The encoder looks the biases up once for all layers, ``[heads, 2 S - 1]`` of the distances in a row
+of S places, so that their gradient is summed over rows and layers before it goes back to the table.
+On a CPU attention runs on the stream and adds them (`relative_attention`).  On a GPU, and where a
+row has padding between its tokens or before them, it runs on padded tensors: scores ``[B, heads, S,
+S]`` get biases, a matrix ``[1, heads, S, S]``, and padding in place.
 """
 
 import math
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..attention.relative_attention import relative_attention
 from ..registration.differentiation import in_forward_mode
+from ..registration.validation import KERNEL_DTYPES
 from ..task_gradients.task_layers import autocast_dtype
 from .class_exchange import Exchanged
 from .transformers_embeddings import PlaceEmbeddings
@@ -40,14 +44,16 @@ class Mask(NamedTuple):
 
     Attributes:
         packing: of the stream.
+        is_packed: whether attention runs on the stream.
         padding: ``[B, 1, 1, S]``, zeros for tokens and the lowest number for padding, to be added
             to the scores; None where all places are tokens, and where the biases have it in them.
         is_fused: whether torch's attention is taken where no probability is dropped.
     """
 
     packing: Packing
-    padding: Tensor | None
-    is_fused: bool
+    is_packed: bool = False
+    padding: Tensor | None = None
+    is_fused: bool = False
 
 
 def biased_attention(
@@ -68,7 +74,7 @@ def biased_attention(
     Returns:
         ``[T, heads, width]``.
     """
-    packing, padding, is_fused = mask
+    packing, _, padding, is_fused = mask
     q, k, v = packing.pad(qkv[None]).permute(2, 0, 3, 1, 4).unbind()
     if is_fused and dropout_p == 0:
         # Measured at 0.76 to 0.95 of the time of the steps below on a CPU; with a gradient for the
@@ -102,7 +108,7 @@ class MPNetSelfAttention(Exchanged):
         Args:
             hidden_states: of the stream.
             attention_mask: its :class:`Mask`.
-            position_bias: see :func:`biased_attention`.
+            position_bias: that of :meth:`MPNetEncoder.mask_and_bias`.
             _: what transformers' layers hand on besides.
         """
         module: Any = self
@@ -119,8 +125,13 @@ class MPNetSelfAttention(Exchanged):
         width = module.attention_head_size
         qkv = products(hidden_states.squeeze(0), [module.q, module.k, module.v])
         qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype).unflatten(1, (3, -1, width))
-        p = dropout_of(module.dropout, module.dropout.training)
-        return biased_attention(qkv, bias, mask, p, 1 / math.sqrt(width)).flatten(1)[None]
+        p, scale = dropout_of(module.dropout, module.dropout.training), 1 / math.sqrt(width)
+        if mask.is_packed:
+            boundaries = mask.packing.cu_seqlens, mask.packing.max_seqlen
+            out = relative_attention(qkv, bias, *boundaries, p, scale)
+        else:
+            out = biased_attention(qkv, bias, mask, p, scale)
+        return out.flatten(1)[None]
 
 
 class MPNetAttention(Exchanged):
@@ -169,15 +180,23 @@ class MPNetEncoder(Exchanged):
         )
 
     def mask_and_bias(self, hidden_states: Tensor, packing: Packing) -> tuple[Mask, Tensor]:
-        """Return what all layers add to their scores, see :func:`biased_attention`."""
-        bias = self.position_bias(packing.length, hidden_states.device)
+        """Return what all layers add to their scores.
+
+        The biases are those of :func:`relative_attention` where the mask says that attention runs
+        on the stream, and else those of :func:`biased_attention`.
+        """
+        values = self.biases_of_distances(packing.length, hidden_states.device)
         dtype = autocast_dtype(hidden_states) or hidden_states.dtype
+        if _runs_on_the_stream(hidden_states.device, dtype, packing):
+            return Mask(packing, is_packed=True), values.float()
+        # Row i of the matrix is S entries from S - 1 - i on.
+        bias = values.unfold(1, packing.length, 1).flip(1)[None]
         # Passes without gradients in training mode are those of checkpoints, to be repeated so.
         is_fused = not (self.training or torch.is_grad_enabled() or in_forward_mode())
         if is_fused:
             bias = bias.to(dtype)
         if packing.indices is None:
-            return Mask(packing, None, is_fused), bias
+            return Mask(packing, is_fused=is_fused), bias
         is_padding = ~packing.is_token()[:, None, None]
         dtype = torch.promote_types(dtype, bias.dtype)
         lowest = torch.finfo(dtype).min
@@ -185,20 +204,25 @@ class MPNetEncoder(Exchanged):
         # float16's and a score do not, and NaN was reported of CUDA's fused attention there (issue
         # 110213 of PyTorch).
         if is_fused and bias.is_cpu and dtype != torch.float16:
-            return Mask(packing, None, True), bias.masked_fill(is_padding, lowest)
+            return Mask(packing, is_fused=True), bias.masked_fill(is_padding, lowest)
         zeros = torch.zeros_like(is_padding, dtype=dtype)
-        return Mask(packing, zeros.masked_fill(is_padding, lowest), False), bias
+        return Mask(packing, padding=zeros.masked_fill(is_padding, lowest)), bias
 
-    def position_bias(self, length: int, device: torch.device) -> Tensor:
-        """Return the biases ``[1, heads, S, S]`` of queries and keys."""
+    def biases_of_distances(self, length: int, device: torch.device) -> Tensor:
+        """Return the biases ``[heads, 2 S - 1]`` of the distances from -(S - 1) to S - 1."""
         module: Any = self
         distances = torch.arange(1 - length, length, device=device)
         buckets = module.relative_position_bucket(distances)
         table = module.relative_attention_bias
         # Not by torch's embedding: these are no tokens, for whose tasks it would be taken.
         values: Tensor = table.weight[buckets] if is_plain(table, nn.Embedding) else table(buckets)
-        # Row i of the matrix is S entries from S - 1 - i on.
-        return values.T.unfold(1, length, 1).flip(1)[None]
+        return values.T.contiguous()
+
+
+def _runs_on_the_stream(device: torch.device, dtype: torch.dtype, packing: Packing) -> bool:
+    """Whether attention can run on the stream, whose places are those of the rows."""
+    has_kernel = device.type == "cpu" and dtype in KERNEL_DTYPES and not in_forward_mode()
+    return has_kernel and packing.keys is None and not packing.has_gaps
 
 
 class MPNetModel(PackedModel):

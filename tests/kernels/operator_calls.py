@@ -21,7 +21,7 @@ from kernels.linear.linear import HAS_ONEDNN
 
 from .balancing.methods import SOLVERS
 from .layer_cases import LAYERS, Stream
-from .test_operators import attention, norms, others
+from .test_operators import attention, norms, others, relative_attention
 from .test_surgery_weights import operator_samples
 
 NO_TENSOR_ARGUMENTS = {
@@ -46,7 +46,8 @@ def operator_calls() -> dict[str, tuple]:
     """Arguments of every operator, of some twice."""
     torch.manual_seed(0)
     rows = torch.randn(4, 5, dtype=torch.float64)
-    calls = {**attention(0.2), **norms(by_task=True), **others(), **operator_samples()}
+    calls = {**attention(0.2), **relative_attention(0.2), **norms(by_task=True), **others()}
+    calls |= operator_samples()
     calls |= {f"{name} alone": arguments for name, arguments in norms(by_task=False).items()}
     calls |= {name: (rows @ rows.T, *given) for name, given in SOLVERS.items()}
     calls["limit_vector_unit"] = (64,)

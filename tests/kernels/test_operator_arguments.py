@@ -67,6 +67,8 @@ ACCEPTED: Mapping[str, str] = {
     "(geglu|swiglu).x": r"shape: (empty|dimension 1 of 0)",
     "attention.q": r"shape: dimension 0 of 2[35]",
     "attention_qkvpacked.qkv": r"shape: dimension (0 of 2[35]|2 of \d+|3 of (1|15|17))",
+    "relative_attention.qkv": r"shape: dimension (0 of 2[35]|3 of (1|15|17))",
+    "relative_attention(_backward)?.bias": r"shape: dimension 1 of \d\d",
     "cu_seqlens": r"shape: dimension 0 of [13]",  # fewer sequences, or an empty one more
     "x": r"shape: ((a dimension|two) more|dimension 0 of \d+)",
     "weight|bias|x_bias": r"dtype: torch.(float32|float64|bfloat16|float16)",

@@ -44,6 +44,18 @@ def attention(p: float, window: tuple[int, int] = (-1, -1)) -> dict[str, tuple]:
     }
 
 
+def relative_attention(p: float) -> dict[str, tuple]:
+    """Arguments of the operators of attention with a bias for each distance."""
+    packed = (CU_SEQLENS, 13, *AttentionOptions(0.2, dropout_p=p, seed=SEED if p else None))
+    qkv, bias, grad_out = leaf(TOKENS, 3, 2, 16), leaf(2, 27), torch.randn(TOKENS, 2, 16)
+    inputs = qkv.detach(), bias.detach()
+    saved = OPS.relative_attention(*inputs, *packed)
+    return {
+        "relative_attention": (qkv, bias, *packed),
+        "relative_attention_backward": (grad_out, *inputs, *saved, *packed),
+    }
+
+
 def norms(by_task: bool) -> dict[str, tuple]:
     """Arguments of the operators that end in a norm; by task it is a pre-norm, and RMS norm."""
     x, residual, weight, bias = leaf(TOKENS, WIDTH), leaf(TOKENS, WIDTH), leaf(WIDTH), leaf(WIDTH)
@@ -117,6 +129,8 @@ SAMPLES: dict[str, Callable[[], dict[str, tuple]]] = {
     "attention": lambda: attention(0.0),
     "attention with dropout": lambda: attention(0.2),
     "attention in a window": lambda: attention(0.2, (3, 2)),
+    "relative attention": lambda: relative_attention(0.0),
+    "relative attention with dropout": lambda: relative_attention(0.2),
     "norms": lambda: norms(by_task=False),
     "norms by task": lambda: norms(by_task=True),
     "others": others,

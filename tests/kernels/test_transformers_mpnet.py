@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MPNetConfig
 
 from kernels import accelerate, restore
+from kernels.integrations import transformers_mpnet
 
 from .tolerance import assert_within_twice
 from .transformers_cases import (
@@ -48,7 +50,7 @@ def test_the_biases_have_a_gradient() -> None:
 @pytest.mark.parametrize("case", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_without_gradients(dtype: torch.dtype, case: str) -> None:
-    """Biases then have the padding in them, but in float16, and attention is torch's."""
+    """Of padded tensors the biases then have the padding in them, but in float16."""
     model = base_model("mpnet").to(dtype)
     arguments = batch(model, case)
     with torch.no_grad():
@@ -70,6 +72,29 @@ def test_a_layer_that_is_run_again_for_its_gradients(case: str) -> None:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=True)
     _, found = run(model, batch(model, case), places(model, case))
     assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "on_the_stream"),
+    [("none", True), ("right", True), ("left", False), ("both", False), ("empty row", False)],
+)
+def test_where_attention_runs(
+    case: str, on_the_stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stream wherever its places are those of the rows, and all of its rows are tokens."""
+    taken = set()
+    for name in ("relative_attention", "biased_attention"):
+        function = getattr(transformers_mpnet, name)
+
+        def run_and_tell(*given: Any, name: str = name, function: Any = function) -> Any:
+            taken.add(name)
+            return function(*given)
+
+        monkeypatch.setattr(transformers_mpnet, name, run_and_tell)
+    model = base_model("mpnet")
+    accelerate(model)
+    run(model, batch(model, case), places(model, case))
+    assert taken == {"relative_attention" if on_the_stream else "biased_attention"}
 
 
 def test_a_table_of_biases_that_is_watched_is_called() -> None:
