@@ -160,7 +160,8 @@ std::tuple<Tensor, Tensor> run_forward(const Arguments& arguments, const Tensor&
   check_given_plan(arguments, q, k);
   Tensor out = empty_heads(q);
   Tensor lse = allocate(q, {q.size(1), q.size(0)}, ScalarType::Float);
-  const AttentionCall call = make_call(arguments, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias);
+  const AttentionCall call =
+      make_call(arguments, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias);
   fill_rows_after(cu_seqlens_q, out, 0);
   fill_rows_after(cu_seqlens_q, torch::stable::transpose(lse, 0, 1), -INFINITY);
   const auto& kernels = attention_kernels();

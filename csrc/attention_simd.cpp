@@ -74,7 +74,7 @@ struct Tiles {
   int64_t columns; // floats of a row of scores: a vector more than needed, against cache conflicts
   float *queries, *keys, *keys_t, *values, *values_t, *scores, *grad_scores, *factors;
   float *out, *grad_out, *grad_queries, *grad_keys, *grad_values, *row_max, *row_sum, *delta,
-      *probabilities;
+      *probabilities, *bias_sums;
   float* scratch; // null: only count
   int64_t floats = 0;
 
@@ -101,6 +101,7 @@ struct Tiles {
     row_sum = take(rows);
     delta = take(num_queries);
     probabilities = take(columns);
+    bias_sums = take(call.bias.data == nullptr ? 0 : rows + columns);
   }
 
   float* take(int64_t count) {
@@ -212,6 +213,12 @@ struct TileFactors {
   const float* of(int64_t i) const { return data == nullptr ? nullptr : data + i * row; }
 };
 
+void add_row(const float* from, int64_t count, float* to) {
+  int64_t j = 0;
+  for (; j + kWidth <= count; j += kWidth) store(to + j, load(to + j) + load(from + j));
+  for (; j < count; ++j) to[j] += from[j];
+}
+
 // Adds the biases of n keys from j0 on to the scores of m queries from i0 on.
 void add_bias(const AttentionCall& call, const Span& span, int64_t i0, int64_t m, int64_t j0,
               int64_t n, const Tiles& tiles) {
@@ -219,11 +226,7 @@ void add_bias(const AttentionCall& call, const Span& span, int64_t i0, int64_t m
   if (bias.data == nullptr) return;
   const float* at_zero = bias.data + span.head * bias.row() + bias.largest;
   for (int64_t i = 0; i < m; ++i) {
-    const float* own = at_zero + j0 - span.place(i0 + i);
-    float* scores = tiles.scores + i * tiles.columns;
-    int64_t j = 0;
-    for (; j + kWidth <= n; j += kWidth) store(scores + j, load(scores + j) + load(own + j));
-    for (; j < n; ++j) scores[j] += own[j];
+    add_row(at_zero + j0 - span.place(i0 + i), n, tiles.scores + i * tiles.columns);
   }
 }
 
@@ -375,19 +378,17 @@ void load_keys(const AttentionCall& call, const Span& span, int64_t j0, int64_t 
 }
 
 // Adds the gradients of scores, of m queries from i0 on and n keys from j0 on, to those of biases.
+// Those of the tile are summed first: sums of sums lose less than one long sum.
 void add_bias_gradients(const AttentionCall& call, const AttentionGradients& grads,
                         const Span& span, int64_t i0, int64_t m, int64_t j0, int64_t n,
                         const Tiles& tiles) {
   if (grads.bias == nullptr) return;
-  float* at_zero =
-      grads.bias_of(call.heads, span.query, span.queries, span.head) + span.queries - 1;
-  for (int64_t i = 0; i < m; ++i) {
-    float* own = at_zero + j0 - span.place(i0 + i);
-    const float* scores = tiles.grad_scores + i * tiles.columns;
-    int64_t j = 0;
-    for (; j + kWidth <= n; j += kWidth) store(own + j, load(own + j) + load(scores + j));
-    for (; j < n; ++j) own[j] += scores[j];
+  fill(tiles.bias_sums, m + n - 1, 0);
+  for (int64_t i = 0; i < m; ++i) { // the last query is the farthest behind the first key
+    add_row(tiles.grad_scores + i * tiles.columns, n, tiles.bias_sums + m - 1 - i);
   }
+  float* own = grads.bias_of(call.heads, span.query, span.queries, span.head);
+  add_row(tiles.bias_sums, m + n - 1, own + span.queries - 1 + j0 - span.place(i0 + m - 1));
 }
 
 // Adds what m queries from i0 on and the n loaded keys from j0 on give to the gradients, whose

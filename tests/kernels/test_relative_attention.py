@@ -36,19 +36,28 @@ def run(function: Function, qkv: Tensor, bias: Tensor, tail: float = 0.0) -> lis
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
-def check(lengths: list[int], dtype: torch.dtype, width: int, p: float) -> None:
+def check(
+    lengths: list[int],
+    dtype: torch.dtype,
+    width: int,
+    p: float = 0.0,
+    causal: bool = False,
+    window: tuple[int, int] = (-1, -1),
+) -> None:
     """The 2x rule; its errors are the largest of many tokens, as in test_attention.py."""
+    options = AttentionOptions(width**-0.5, causal, p, 7, *window, seed=SEED if p else None)
     cu_seqlens, longest = boundaries(lengths), max(lengths, default=0)
     total = sum(lengths) + TAIL
     heads = 2 if total < 500 else 1
     factors = attention_dropout_factors(heads, total, total, p, SEED, 7) if p else None
 
     def reference(qkv: Tensor, bias: Tensor) -> Tensor:
-        options = AttentionOptions(width**-0.5)
         return relative_attention_reference(qkv, bias, cu_seqlens, options, factors)[0]
 
     def kernel(qkv: Tensor, bias: Tensor) -> Tensor:
-        return relative_attention(qkv, bias, cu_seqlens, longest, p, seed=SEED, rng_offset=7)
+        operator = torch.ops.superbert.relative_attention
+        out: Tensor = operator(qkv, bias, cu_seqlens, longest, *options)[0]
+        return out
 
     found: list[list[list[Tensor]]] = [[], [], []]
     for seed in range(min(12, 2 + 1500 // total)):
@@ -97,24 +106,7 @@ def test_biases_of_zero_are_attention_without() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_within_a_window(causal: bool, window: tuple[int, int]) -> None:
     """The operator takes attention's options: narrow windows, wide ones, later keys hidden."""
-    lengths = [7, 301, 64]
-    cu_seqlens = boundaries(lengths)
-    options = AttentionOptions(32**-0.5, causal, 0.0, 0, *window)
-
-    def kernel(qkv: Tensor, bias: Tensor) -> Tensor:
-        out: Tensor = torch.ops.superbert.relative_attention(qkv, bias, cu_seqlens, 301, *options)[
-            0
-        ]
-        return out
-
-    def reference(qkv: Tensor, bias: Tensor) -> Tensor:
-        return relative_attention_reference(qkv, bias, cu_seqlens, options)[0]
-
-    qkv, bias = qkv_stream(lengths, torch.float32), biases(2, 301, 0)
-    found, torchs = run(kernel, qkv, bias, torch.nan), run(reference, qkv, bias)
-    exact = run(reference, qkv.double(), bias.double())
-    for parts in zip(found, torchs, exact, strict=True):
-        assert_within_twice(*parts)
+    check([7, 301, 64] * 4, torch.float32, 32, 0.0, causal, window)
 
 
 def test_threads_make_no_difference() -> None:
