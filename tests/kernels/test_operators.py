@@ -45,8 +45,9 @@ def attention(p: float, window: tuple[int, int] = (-1, -1)) -> dict[str, tuple]:
 
 
 def relative_attention(p: float) -> dict[str, tuple]:
-    """Arguments of the operators of attention with a bias for each distance."""
-    packed = (CU_SEQLENS, 13, *AttentionOptions(0.2, dropout_p=p, seed=SEED if p else None))
+    """Arguments of attention with a bias for each distance; with dropout there is a plan, too."""
+    options = AttentionOptions(0.2, dropout_p=p, seed=SEED if p else None)
+    packed = (CU_SEQLENS, 13, *options, *(OPS.attention_plan(CU_SEQLENS, TOKENS) if p else ()))
     qkv, bias, grad_out = leaf(TOKENS, 3, 2, 16), leaf(2, 27), torch.randn(TOKENS, 2, 16)
     inputs = qkv.detach(), bias.detach()
     saved = OPS.relative_attention(*inputs, *packed)
