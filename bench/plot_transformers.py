@@ -112,5 +112,6 @@ def _draw(axes: Axes, name: str, cases: Sequence[Case], handles: dict[str, Any])
 
 
 def _label(case: Case) -> str:
-    share = "" if full(case) == 1 else f" ({100 * full(case):.0f} % full)"
-    return f"{case['model']}, {case['case']}{share}"
+    share = f" ({100 * full(case):.0f} % full)"
+    says_so = full(case) == 1 or case["case"].endswith("full")
+    return f"{case['model']}, {case['case']}{'' if says_so else share}"
