@@ -116,11 +116,11 @@ def contestants(
     """Yield the steps, by name."""
     device = torch.device(options.device)
     engine = Engine(engine_trainer(data, init, case, precision, options.device), device)
-    lengths = engine.batch.cu_seqlens.diff().tolist()
+    padded = PaddedBatch(engine.batch, device)
+    lengths = padded.cu_seqlens.diff().tolist()
     if lengths != [case.tokens] * case.texts:
         raise RuntimeError(f"expected {case}, got texts of {lengths} tokens")
     yield "this engine", engine
-    padded = PaddedBatch(engine.batch, device)
     for name, accelerated in ((_PADDED, False), ("accelerated", True)):
         loop = HuggingFaceLoop(
             init,
