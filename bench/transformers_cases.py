@@ -52,7 +52,7 @@ class Case:
 
 _TEXTS = (("sst", "quora"), ("sts",), ("cfimdb",))
 _SHAPES = ((1, 8), (1, 32), (4, 16), (64, 16), (32, 64), (8, 512))
-_FULL = 0.32  # one of 50 batches of SST and Quora is emptier
+_FULL = 0.32  # of 50 batches of SST and Quora five are emptier
 # The short ones first: a run may be cut off.
 CASES = [
     case

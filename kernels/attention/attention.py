@@ -180,7 +180,8 @@ def _backward(
     return *grads, None, None, None, None, *_NO_GRADIENTS
 
 
-def _packed_forward_fake(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def packed_forward_fake(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, without data, of ``qkv [T, 3, H, D]``."""
     total, _three, heads, width = qkv.shape
     out = qkv.new_empty((total, heads, width))
     return out, qkv.new_empty((heads, total), dtype=torch.float32)
@@ -210,7 +211,7 @@ def _packed_backward(
 _FAKES: dict[str, Callable[..., Any]] = {
     "attention": _forward_fake,
     "attention_backward": _backward_fake,
-    "attention_qkvpacked": _packed_forward_fake,
+    "attention_qkvpacked": packed_forward_fake,
     "attention_qkvpacked_backward": _packed_backward_fake,
 }
 for _name, _fake in _FAKES.items():

@@ -20,9 +20,10 @@ from torch import Tensor
 from ..registration.backend import declare, register_fake
 from ..registration.differentiation import differentiable_once, refuse_vmap, register_derivative
 from ..registration.validation import check_data
-from .attention import attention_reference
+from .attention import attention_reference, packed_forward_fake
 from .attention_checks import check_boundaries, check_rows
 from .attention_options import AttentionOptions
+from .attention_plan import AttentionPlan
 
 _ops = torch.ops.superbert
 
@@ -58,12 +59,6 @@ def relative_attention_reference(
 # ---- registration -------------------------------------------------------------------------------
 
 
-def _fake(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    total, _three, heads, width = qkv.shape
-    out = qkv.new_empty((total, heads, width))
-    return out, qkv.new_empty((heads, total), dtype=torch.float32)
-
-
 def _backward_fake(
     _grad_out: Tensor, qkv: Tensor, bias: Tensor, *_: object
 ) -> tuple[Tensor, Tensor]:
@@ -71,13 +66,15 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    qkv, bias, cu_seqlens, *ctx.numbers, seed = inputs[:11]
+    without_plan = inputs[: 4 + len(AttentionOptions._fields)]
+    qkv, bias, cu_seqlens, *ctx.numbers, seed = without_plan
     out, lse = output
     ctx.save_for_backward(qkv, bias, out, lse, cu_seqlens, seed)
     ctx.mark_non_differentiable(lse)
 
 
 _NAME, _INSTEAD = "relative_attention", "float64"
+_NO_GRADIENTS = (None,) * (2 + len(AttentionOptions._fields) + len(AttentionPlan._fields))
 
 
 @differentiable_once(_NAME, _INSTEAD)
@@ -86,10 +83,10 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     *tensors, seed = saved
     grads = _ops.relative_attention_backward(grad_out, *tensors, *ctx.numbers, seed)
-    return *grads, *[None] * (2 + len(AttentionOptions._fields) + 2)
+    return *grads, *_NO_GRADIENTS
 
 
-register_fake("relative_attention")(_fake)
+register_fake("relative_attention")(packed_forward_fake)
 register_fake("relative_attention_backward")(_backward_fake)
 for _operator in ("relative_attention", "relative_attention_backward"):
     declare(_operator, cpu="cpp", cuda=None)

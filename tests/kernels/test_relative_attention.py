@@ -102,6 +102,19 @@ def test_biases_of_zero_are_attention_without() -> None:
     assert grad[:, distance.abs() < 130].count_nonzero() == 2 * 259
 
 
+def test_dropout_is_the_operators() -> None:
+    lengths = [18, 1, 30]
+    qkv, bias, cu_seqlens = (
+        qkv_stream(lengths, torch.float32),
+        biases(2, 30, 0),
+        boundaries(lengths),
+    )
+    out = relative_attention(qkv, bias, cu_seqlens, 30, 0.3, 0.5, seed=SEED, rng_offset=9)
+    options = AttentionOptions(0.5, dropout_p=0.3, rng_offset=9, seed=SEED)
+    operator = torch.ops.superbert.relative_attention
+    assert torch.equal(out, operator(qkv, bias, cu_seqlens, 30, *options)[0])
+
+
 @pytest.mark.parametrize("window", [(5, 9), (100, 40), (300, 2)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_within_a_window(causal: bool, window: tuple[int, int]) -> None:
