@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli.common import Parser, print_scores, run_cli, terminal
-from .cli.options import add_device
+from .cli.options import add_device, add_run_data, with_run_data
 from .cli.progress import report_data
-from .data.source import DataFile, Split
+from .data.source import DataFile
 from .data.split import TokenizedSplit
-from .runs.data_paths import origin, reads_data_folder
+from .runs.data_paths import check_split, origin
 from .runs.run import Run, open_run
 from .runs.scoring import Scores, score_splits, write_scores
 from .runtime.precision import pick_device
@@ -28,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     what.add_argument(
         "--split",
-        choices=["dev", "train", "test"],
-        help="on which examples; test: where the recipe names files with labels (default: dev)",
+        metavar="NAME",
+        help="on which examples: dev, train, test where the recipe names files with labels, or "
+        "another split that it names (default: dev)",
     )
     what.add_argument("--task", metavar="NAME", help="on this task alone (default: on all)")
     what.add_argument(
@@ -39,25 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="on the examples of this file, with their labels, as in the data files; --task says "
         "whose they are (default: on a split)",
     )
-    where.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the data files (default: the run's own)"
-    )
+    add_run_data(where)
     add_device(where)
     options = parser.parse_args(arguments)
 
     run = whole = open_run(options.run)
     if options.input is not None:
         _check_alone(options)
-    if options.data is not None:
-        if not reads_data_folder(run.recipe):
-            raise InputError(
-                f"--data {options.data}: no file of the tasks of {options.run} is looked for "
-                "there; leave it out"
-            )
-        run = run.with_data(options.data)
+    run = with_run_data(run, options.data)
     if options.task is not None:
         run = _of_task(run, options.task)
-    split: Split = options.split or "dev"
+    split = options.split or "dev"
+    if options.input is None:
+        check_split(run.recipe, split)
     splits = {task: _labelled(run, task, split, options.input) for task in run.recipe.tasks}
     model, progress = whole.trained_model(pick_device(options.device))
     report_data(terminal(), splits.values())
@@ -101,15 +96,15 @@ def _of_task(run: Run, task: str) -> Run:
     return run._replace(recipe=run.recipe.model_copy(update={"tasks": tasks}))
 
 
-def _labelled(run: Run, task: str, split: Split, file: Path | None) -> TokenizedSplit:
+def _labelled(run: Run, task: str, split: str, file: Path | None) -> TokenizedSplit:
     """Return the examples to score a task on: those of a file, or of a split.
 
     Raises:
         InputError: they have no labels, or cannot be read.
     """
-    form = run.recipe.formats[task]
     if file is not None:
-        return run.read(form, DataFile(file))
+        return run.read(run.recipe.formats[task], DataFile(file))
+    form = run.recipe.split_schema(task, split)
     if split == "test" and run.recipe.tasks[task].source is None:
         raise InputError(
             f"--split test: {form.file(Path(), 'test')} of {task} has no labels; score a file that "

@@ -4,11 +4,12 @@ In Python, :class:`Predictor` loads a run once and answers many times.
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from .cli.common import Parser, run_cli, terminal
-from .cli.options import add_device, add_force
+from .cli.options import add_device, add_force, add_run_data, with_run_data
 from .cli.predictions import (
     INPUT_FORMATS,
     OUTPUT_FORMATS,
@@ -17,10 +18,14 @@ from .cli.predictions import (
     as_tsv,
     output_format,
     read_examples,
+    read_split,
 )
+from .data.dialect import AUTO
+from .data.source import DataFile
 from .data.table import OnBadRow
+from .runs.data_paths import check_split, origin
 from .runs.predictor import Prediction, Predictor, has_probabilities, predictions, schema
-from .runs.run import open_run
+from .runs.run import Run, open_run
 from .utils.errors import InputError
 from .utils.output_files import check_outputs, write_output
 
@@ -30,16 +35,16 @@ __all__ = ["Prediction", "Predictor", "main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
+    _check_input(options)
     to_stdout = options.output == STREAM
     form_out = output_format(options.output, options.output_format)
-    run = open_run(options.run)
-    output = Path("/dev/stdout") if to_stdout else options.output
-    inputs = [Path("/dev/stdin") if options.input == STREAM else options.input]
-    replace = check_outputs([output], force=options.force, inputs=inputs)
+    run = with_run_data(open_run(options.run), options.data)
     try:
         form = schema(run, options.task)
     except InputError as error:
         raise InputError(f"--{error}") from None
+    output = Path("/dev/stdout") if to_stdout else options.output
+    replace = check_outputs([output], force=options.force, inputs=_files_read(options, run))
     if options.probabilities and not has_probabilities(form):
         raise InputError(
             f"--probabilities: {options.task} has none, its head ({form.kind}) answers without; "
@@ -47,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     # Every row is owed a line, so a skipped one keeps its place as a blank.
     on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
-    table, notes = read_examples(options.input, form, options.input_format, on_bad_row)
+    if options.input is None:
+        table, notes = read_split(run, options.task, options.split, on_bad_row)
+    else:
+        table, notes = read_examples(options.input, form, options.input_format, on_bad_row)
     split, found = Predictor(run, device=options.device).answer(options.task, table)
 
     shown = options.probabilities
@@ -83,10 +91,16 @@ def _parser() -> Parser:
     what.add_argument("--task", required=True, metavar="NAME", help="a task of the run; needed")
     what.add_argument(
         "--input",
-        required=True,
         type=Path,
         metavar="FILE",
-        help="its examples, as in the data files, labels or not; - for standard input; needed",
+        help="its examples, as in the data files, labels or not; - for standard input (default: "
+        "those of --split)",
+    )
+    what.add_argument(
+        "--split",
+        metavar="NAME",
+        help="its examples in the data files: a split that the recipe names, such as test, labels "
+        "or not (default: those of --input)",
     )
     what.add_argument(
         "--input-format",
@@ -121,9 +135,39 @@ def _parser() -> Parser:
         help="write those of all classes or labels, or of each word's tag (default: the "
         "predictions alone)",
     )
+    add_run_data(where)
     add_force(where)
     add_device(where)
     return parser
+
+
+def _check_input(options: Namespace) -> None:
+    """Check that a command line says once what to predict.
+
+    Raises:
+        InputError: it does not, or has an option without effect.
+    """
+    if (options.input is None) == (options.split is None):
+        raise InputError("--input, --split: give one of the two, the examples to predict")
+    if options.input is not None and options.data is not None:
+        raise InputError("--data: has no effect on the file of --input; leave one out")
+    if options.split is not None and options.input_format != AUTO:
+        raise InputError(
+            "--input-format: the recipe says how the files of --split are written; leave it out"
+        )
+
+
+def _files_read(options: Namespace, run: Run) -> list[Path]:
+    """Return the file of the examples, which is not to be replaced by the predictions.
+
+    Raises:
+        InputError: the task has no such split, or its file is in no folder that is known.
+    """
+    if options.input is not None:
+        return [Path("/dev/stdin") if options.input == STREAM else options.input]
+    check_split(run.recipe, options.split, [options.task])
+    found = origin(run.recipe, options.task, options.split)
+    return [found.path] if isinstance(found, DataFile) else []
 
 
 def _print(text: str) -> None:

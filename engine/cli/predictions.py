@@ -16,7 +16,9 @@ from ..data.rows import lines_on
 from ..data.split import TokenizedSplit
 from ..data.table import OnBadRow, Table, parse_table
 from ..data.task_schema import TaskSchema
-from ..runs.predictor import Prediction, class_names, predictions
+from ..runs.data_paths import origin
+from ..runs.predictor import Prediction, class_names, predictions, schema
+from ..runs.run import Run
 from ..runs.scoring import Answers
 from ..utils.errors import InputError, escape
 from ..utils.json_text import dump_json
@@ -65,6 +67,28 @@ def read_examples(
             raise InputError(f"empty, {path}; give rows")
         table = parse_table(content, path, format_, labelled=False, on_bad_row=on_bad_row)
     return table, lines_on(basename(path), table.notes)
+
+
+def read_split(
+    run: Run, task: str, split: str, on_bad_row: OnBadRow
+) -> tuple[Table, tuple[str, ...]]:
+    """Read a split of a task as the run's recipe describes it, labels or not.
+
+    Args:
+        run: the run.
+        task: one of its tasks.
+        split: that the task has.
+        on_bad_row: treatment of unusable rows.
+
+    Returns:
+        The examples, and a line for each note on how they were read.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    found = origin(run.recipe, task, split)
+    table = found.table(schema(run, task, split), labelled=False, on_bad_row=on_bad_row)
+    return table, lines_on(found.name, table.notes)
 
 
 def output_format(path: Path, named: str) -> OutputFormat:

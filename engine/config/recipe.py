@@ -276,6 +276,13 @@ class Recipe(Settings):
                     )
             if len(set(task.metrics)) != len(task.metrics):
                 raise ValueError(f"tasks.{name}.metrics: a metric stands twice")
+            errors = [metric.name for metric in metrics_for(form) if metric.sign < 0]
+            if task.decided_by == "mean" and len(task.metrics) > 1:
+                for metric in set(errors) & set(task.metrics):
+                    raise ValueError(
+                        f"tasks.{name}.decided_by: {metric} is an error, which has no mean with "
+                        "scores; leave it out of metrics"
+                    )
             if task.tag_pieces != "first" and form.labels != "words":
                 raise ValueError(f"tasks.{name}.tag_pieces: the task has no words with tags")
         if not any(task.score_weight for task in self.tasks.values()):
@@ -283,11 +290,16 @@ class Recipe(Settings):
 
     @property
     def formats(self) -> dict[str, TaskSchema]:
-        """What the data of each task look like."""
+        """What the data of each task look like, but for splits that are written otherwise."""
         return {
             name: FORMATS[name] if task.source is None else task.source.format(name)
             for name, task in self.tasks.items()
         }
+
+    def split_schema(self, task: str, split: str) -> TaskSchema:
+        """Return what a split of a task looks like, one of the recipe or a built-in one."""
+        source = self.tasks[task].source if task in self.tasks else None
+        return FORMATS[task] if source is None else source.format(task, split)
 
     @property
     def scored(self) -> bool:

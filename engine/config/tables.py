@@ -60,10 +60,14 @@ class TaskRecipe(Settings):
     weight: PositiveReal = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
     metrics: tuple[str, ...] = ()
-    """What the task is scored by; the first decides which checkpoint is best.  Empty: accuracy of
-    classes, Pearson correlation of scores, F1 of several labels (f1_micro) and of entities."""
+    """What the task is scored by; the first decides which checkpoint is best (decided_by).  Empty:
+    accuracy of classes, Pearson correlation of scores, F1 of several labels (f1_micro) and of
+    entities."""
+    decided_by: Literal["first", "mean"] = "first"
+    """The task's score, which decides which checkpoint is best: the first of its metrics, or the
+    mean of all."""
     score_weight: NonNegativeReal = 1.0
-    """The deciding metric's weight in the overall score; 0: it does not count."""
+    """The weight of the task's score in the overall score; 0: it does not count."""
     tag_pieces: Literal["first", "all"] = "first"
     """token_classification: train the tag of a word on its first token, or on all of them."""
     class_weights: Annotated[

@@ -87,6 +87,12 @@ def _reads_loss(case: Case) -> bool:
     return _is_trained(case) or case.recipe.formats[case.owner].kind == "score"
 
 
+def _differs(case: Case) -> bool:
+    """Return whether a split has a field otherwise than its source."""
+    own = case.source.of_split[case.split]
+    return bool(getattr(own, case.field) != getattr(case.source, case.field))
+
+
 def _differentiates_encoder(case: Case) -> bool:
     recipe = case.recipe
     return not recipe.freeze_encoder or (recipe.adapter_width > 0 and recipe.scored)
@@ -169,6 +175,11 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         ),
         "tasks.NAME.head": ALWAYS,
         "tasks.NAME.metrics": ALWAYS,
+        "tasks.NAME.decided_by": Effect(
+            lambda case: len(case.recipe.tasks[case.owner].metrics) > 1,
+            "{case.owner} has one metric",
+            off="first",
+        ),
         "tasks.NAME.score_weight": Effect(
             lambda case: len(case.recipe.tasks) > 1, "one task alone is scored", off=1
         ),
@@ -211,6 +222,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.source.subset": _OF_DATASET,
         "tasks.NAME.source.splits": _OF_DATASET,
         "tasks.NAME.source.*": _OF_FILES,
+        "tasks.NAME.source.of_split.NAME.*": Effect(_differs, "the source says the same"),
         "objectives.NAME": Effect(_is_trained, "train does not name it"),
         **dict.fromkeys(
             (f"objectives.NAME.{name}" for name in ("kind", "sentences_of", "files", "weight")),
@@ -433,7 +445,9 @@ def lines_on_idle_settings(
         if effect.off is not None and given.value == effect.off:
             continue
         place = (run.config, device, ranks or Ranks(), field, given.owner)
-        cases = [Case(recipes[name], *place, facts.get(name), run_steps) for name in phases]
+        cases = [
+            Case(recipes[name], *place, facts.get(name), run_steps, given.split) for name in phases
+        ]
         if all(map(effect.reason_against, cases)):
             idle.append(given.key)
             # Of a phase that lacks the data alone, if there is one.

@@ -13,7 +13,7 @@ from ..metrics.log import EVALUATIONS, STEPS
 from ..metrics.read import Json, read_evaluation_lines, read_step_lines
 from ..runs.data_paths import origin
 from ..runs.run import Run
-from ..runs.scoring import answers, metrics_of, results_of, score, score_names
+from ..runs.scoring import answers, results_of, score_names, scores_of
 from ..utils.errors import InputError
 
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -35,7 +35,7 @@ class Answers(NamedTuple):
 
     Attributes:
         form: the task's data.
-        metric: the name of the deciding metric.
+        metric: the name of the deciding metric, or ``mean`` of all.
         score: by that metric.
         labels: float32 ``[N]``, one of each example or tagged word; ``[n, L]`` of several labels.
         predictions: the same of the model.
@@ -125,7 +125,7 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
     for task, form in run.recipe.formats.items():
         split = run.split(task, "dev")
         table = origin(run.recipe, task, "dev").table(
-            form, labelled=True, on_bad_row=run.recipe.on_bad_row
+            run.recipe.split_schema(task, "dev"), labelled=True, on_bad_row=run.recipe.on_bad_row
         )
         assert split.labels is not None
         labels = np.asarray(split.labels)
@@ -147,9 +147,9 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
                 form.spell_labels(x[i].ravel().tolist()) for x in (labels, predictions)
             )
             mistakes.append(Mistake(table.ids[row], sentences, label, answer, float(certainty[i])))
-        metric = metrics_of(run.recipe, task)[0]
-        value = score(metric, results_of(form, own, labels))
-        found[task] = Answers(form, metric.name, value, labels, predictions, mistakes)
+        _, metric = score_names(run.recipe)[task]
+        value = scores_of(run.recipe, task, results_of(form, own, labels))[task]
+        found[task] = Answers(form, metric, value, labels, predictions, mistakes)
     return found
 
 

@@ -163,8 +163,13 @@ class Predictor:
         return vectors
 
 
-def schema(run: Run, task: str) -> TaskSchema:
+def schema(run: Run, task: str, split: str = "") -> TaskSchema:
     """Return the schema of a task of a run, whose recipe cannot be changed any more.
+
+    Args:
+        run: the run.
+        task: the task's name.
+        split: whose schema; empty for that of all which the recipe does not name.
 
     Raises:
         InputError: the run has no such task.
@@ -172,7 +177,7 @@ def schema(run: Run, task: str) -> TaskSchema:
     if task not in run.recipe.tasks:
         known = ", ".join(run.recipe.tasks)
         raise InputError(f"task {task!r}: {run.folder} has {known}")
-    return run.recipe.formats[task].unchangeable
+    return run.recipe.split_schema(task, split).unchangeable
 
 
 def has_probabilities(form: TaskSchema) -> bool:

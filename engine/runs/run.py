@@ -23,7 +23,7 @@ from ..config import recipe as recipes
 from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
 from ..data.cache import load_split
-from ..data.source import Origin, Split
+from ..data.source import Origin
 from ..data.split import TokenizedSplit, join_pairs, tokenize
 from ..data.table import OnBadRow, Table
 from ..data.task_batch import Examples
@@ -94,10 +94,9 @@ class Run(NamedTuple):
             write_text(self.folder / "config.json", shape)
         write_text(self.folder / "recipe.toml", self.recipe.to_toml())
 
-    def split(self, task: str, split: Split) -> TokenizedSplit:
-        """Return a split of the run's data set, tokenized."""
-        form = self.recipe.formats[task]
-        return self.read(form, origin(self.recipe, task, split), labelled=split != "test")
+    def split(self, task: str, split: str) -> TokenizedSplit:
+        """Return a labelled split of the run's data set, tokenized."""
+        return self.read(self.recipe.split_schema(task, split), origin(self.recipe, task, split))
 
     def read(
         self,

@@ -128,8 +128,12 @@ def _scores(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks) -> Tenso
     return found
 
 
+MEAN = "mean"
+"""Stands for the metric of a score that is the mean of several."""
+
+
 def metrics_of(recipe: Recipe, task: str) -> list[Metric]:
-    """Return what a task of a recipe is scored by; the first metric decides."""
+    """Return what a task of a recipe is scored by, the first metric first."""
     known = metrics_for(recipe.formats[task])
     names = recipe.tasks[task].metrics
     by_name = {metric.name: metric for metric in known}
@@ -139,19 +143,41 @@ def metrics_of(recipe: Recipe, task: str) -> list[Metric]:
 def score_names(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """Return task and metric of each score, by the score's name, without ``overall``.
 
-    That of the deciding metric is called as the task is, of others ``TASK.METRIC``.
+    The deciding one is called as the task is: of the first metric, or the mean of all.  Others are
+    called ``TASK.METRIC``.
     """
-    return {
-        task if number == 0 else f"{task}.{metric.name}": (task, metric.name)
-        for task in recipe.tasks
-        for number, metric in enumerate(metrics_of(recipe, task))
-    }
+    found = {}
+    for task in recipe.tasks:
+        names = [metric.name for metric in metrics_of(recipe, task)]
+        deciding = MEAN if _is_mean(recipe, task) else names.pop(0)
+        found[task] = (task, deciding)
+        found |= {f"{task}.{name}": (task, name) for name in names}
+    return found
+
+
+def _is_mean(recipe: Recipe, task: str) -> bool:
+    """Return whether the mean of several metrics is a task's score."""
+    return recipe.tasks[task].decided_by == "mean" and len(recipe.tasks[task].metrics) > 1
 
 
 def deciding_score(recipe: Recipe, scores: Mapping[str, float]) -> float:
     """Return the score by which checkpoints are compared, higher being better."""
     of = recipe.best_of
-    return scores[of] if of == "overall" else metrics_of(recipe, of)[0].sign * scores[of]
+    return scores[of] if of == "overall" else _sign(recipe, of) * scores[of]
+
+
+def _sign(recipe: Recipe, task: str) -> int:
+    """Return 1 where a higher score of a task is better, -1 where a lower one is."""
+    return 1 if _is_mean(recipe, task) else metrics_of(recipe, task)[0].sign
+
+
+def scores_of(recipe: Recipe, task: str, results: Results) -> dict[str, float]:
+    """Return the scores of a task by the names of :func:`score_names`, the deciding one first."""
+    values = {metric.name: score(metric, results) for metric in metrics_of(recipe, task)}
+    if _is_mean(recipe, task):
+        values = {MEAN: sum(values.values()) / len(values), **values}
+    deciding, *others = values
+    return {task: values[deciding]} | {f"{task}.{name}": values[name] for name in others}
 
 
 def score(metric: Metric, results: Results) -> float:
@@ -190,10 +216,8 @@ def score_splits(
     for task, split in splits.items():
         assert split.labels is not None, f"split of {task} has no labels"
         results = results_of(recipe.formats[task], _answers(model, split, ranks), split.labels)
-        first, *others = metrics_of(recipe, task)
-        scores[task] = score(first, results)
-        scores |= {f"{task}.{metric.name}": score(metric, results) for metric in others}
-        deciding.append(first.sign * scores[task])
+        scores |= scores_of(recipe, task, results)
+        deciding.append(_sign(recipe, task) * scores[task])
     if not splits:
         return {}
     weights = [recipe.tasks[task].score_weight for task in splits]
@@ -205,7 +229,7 @@ class Scores(NamedTuple):
     """``metrics.json``: the scores of one evaluation.
 
     Attributes:
-        split: ``dev``, ``train`` or ``test``.
+        split: ``dev``, ``train``, ``test`` or another that the recipe names.
         step: of the checkpoint that was scored.
         scores: by task, and ``overall``.
     """
