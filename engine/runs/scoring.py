@@ -174,10 +174,9 @@ def _sign(recipe: Recipe, task: str) -> int:
 def scores_of(recipe: Recipe, task: str, results: Results) -> dict[str, float]:
     """Return the scores of a task by the names of :func:`score_names`, the deciding one first."""
     values = {metric.name: score(metric, results) for metric in metrics_of(recipe, task)}
-    if _is_mean(recipe, task):
-        values = {MEAN: sum(values.values()) / len(values), **values}
-    deciding, *others = values
-    return {task: values[deciding]} | {f"{task}.{name}": values[name] for name in others}
+    mean = sum(values.values()) / len(values)
+    deciding = mean if _is_mean(recipe, task) else values.pop(next(iter(values)))
+    return {task: deciding} | {f"{task}.{name}": value for name, value in values.items()}
 
 
 def score(metric: Metric, results: Results) -> float:

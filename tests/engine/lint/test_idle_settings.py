@@ -343,6 +343,7 @@ ELSEWHERE = {
     *("threads", "ema_decay"),
     "objectives.NAME.files",
     *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
+    "tasks.NAME.decided_by",
 }
 
 
@@ -565,6 +566,15 @@ def test_what_depends_on_where_it_is_trained(field):
     assert lines_of("max_graphs=2", "execution=eager", device="cuda") != []
 
 
+def test_a_mean_needs_two_metrics():
+    mean, two = "tasks.quora.decided_by=mean", "tasks.quora.metrics=['f1','accuracy']"
+    said = 'tasks.quora.decided_by = "mean": no effect, quora has one metric'
+    assert lines_of(mean) == [said]
+    assert lines_of(mean, "tasks.quora.metrics=['f1']") == [said]
+    assert lines_of(mean, two) == []
+    assert lines_of("tasks.quora.decided_by=first") == []
+
+
 FILES = "files={train='/a.csv',dev='/b.csv'}"
 
 
@@ -576,6 +586,11 @@ FILES = "files={train='/a.csv',dev='/b.csv'}"
         (f"kind='classification',classes=3,range=[0,1],{FILES}", ["range"]),
         (f"kind='regression',subset='x',splits={{train='y'}},{FILES}", ["subset", "splits"]),
         ("kind='regression',dataset='x',subset='x',splits={train='y'},id='n',label='l'", []),
+        (f"kind='regression',{FILES},of_split={{dev={{id='n',quoting='none'}}}}", []),
+        (
+            f"kind='regression',{FILES},quoting='none',of_split={{dev={{id='',quoting='none'}}}}",
+            ["of_split.dev.id", "of_split.dev.quoting"],
+        ),
     ],
 )
 def test_sources(source, idle):
