@@ -16,9 +16,9 @@ from .conftest import TINY
 from .data.glue import TESTS, write_glue
 
 CLASSES = {
-    **dict.fromkeys(("CoLA", "SST-2", "MRPC", "QQP", "WNLI"), {"0", "1"}),
-    **dict.fromkeys(("QNLI", "RTE"), {"entailment", "not_entailment"}),
-    **dict.fromkeys(("MNLI-m", "MNLI-mm", "AX"), {"entailment", "neutral", "contradiction"}),
+    **dict.fromkeys(("CoLA", "SST-2", "MRPC", "QQP", "WNLI"), ("0", "1")),
+    **dict.fromkeys(("QNLI", "RTE"), ("entailment", "not_entailment")),
+    **dict.fromkeys(("MNLI-m", "MNLI-mm", "AX"), ("entailment", "neutral", "contradiction")),
 }
 ROWS = {"CoLA": 3, "SST-2": 2, "MRPC": 2, "QQP": 3, "STS-B": 1, "QNLI": 1, "RTE": 2, "WNLI": 1}
 ROWS |= dict.fromkeys(("MNLI-m", "MNLI-mm", "AX"), 2)
@@ -185,7 +185,7 @@ def test_a_bad_row_is_refused_or_answered_all_the_same(
     assert not to.exists()
     found = submit(run, to, "--data", str(data), "--on-bad-row", "skip")
     assert [index for index, _ in found["QQP"][1:]] == [str(number) for number in range(6)]
-    assert {prediction for _, prediction in found["QQP"][1:]} <= CLASSES["QQP"]
+    assert {prediction for _, prediction in found["QQP"][1:]} <= {*CLASSES["QQP"]}
     shown = capsys.readouterr().out
     for reason in ("number of fields", "empty sentence"):
         assert f"QQP.tsv: 1 rows answered as empty texts ({reason})" in shown

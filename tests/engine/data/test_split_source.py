@@ -99,7 +99,10 @@ def test_labels_of_several_columns() -> None:
             "of_split.test.id: without a header columns are called 1, 2, …, not 'key'",
         ),
         (
-            {"files": {"train": "a.tsv", "test": "b.jsonl"}, "of_split": {"test": {"header": True}}},
+            {
+                "files": {"train": "a.tsv", "test": "b.jsonl"},
+                "of_split": {"test": {"header": True}},
+            },
             "of_split.test.header: has no effect on files of this kind",
         ),
         (
