@@ -37,12 +37,12 @@ def check_split(recipe: Recipe, split: str, tasks: Iterable[str] = ()) -> None:
     lacking = [task for task in known if task not in having]
     if lacking and having:
         raise InputError(
-            f"--split {split}: {', '.join(lacking)} has none; name a task that has it by --task: "
-            f"{', '.join(having)}"
+            f"--split {split}: no {split} split of {', '.join(lacking)}; name a task that has one "
+            f"by --task: {', '.join(having)}"
         )
     if lacking:
         there = ", ".join(dict.fromkeys(name for names in known.values() for name in names))
-        raise InputError(f"--split {split}: no such split; {', '.join(lacking)} has {there}")
+        raise InputError(f"--split {split}: no {split} split; {', '.join(lacking)} has {there}")
 
 
 def origin(recipe: Recipe, task: str, split: str) -> Origin:

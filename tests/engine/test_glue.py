@@ -89,9 +89,9 @@ def test_a_further_split_is_scored_by_its_name(run: Path, capsys) -> None:
     assert (run / "metrics.json").read_text() == written
 
     for message, *options in (
-        ("--split dev_mismatched: cola, .* has none; .* by --task: mnli$", "dev_mismatched"),
-        ("--split matched: no such split; cola, .* has train, dev, test, dev_mism", "matched"),
-        ("--split diagnostic: no such split; rte has train, dev, test$", "diagnostic", "rte"),
+        ("no dev_mismatched split of cola, .*, wnli; .* by --task: mnli$", "dev_mismatched"),
+        ("--split matched: no matched split; cola, .* has train, dev, test, dev_mism", "matched"),
+        ("--split diagnostic: no diagnostic split; rte has train, dev, test$", "diagnostic", "rte"),
         ("no column '2' in the header, .*CoLA/test.tsv:1", "test"),
     ):
         split, *task = options
@@ -113,7 +113,7 @@ def test_a_split_is_predicted_by_its_name(run: Path, tmp_path: Path) -> None:
     for message, *given in (
         ("--input, --split: give one of the two", "cola"),
         ("--input, --split: give one of the two", "cola", "--split", "dev", "--input", test),
-        ("--split none: no such split; cola has train, dev, test$", "cola", "--split", "none"),
+        ("--split none: no none split; cola has train, dev, test$", "cola", "--split", "none"),
         ("--data: has no effect on the file", "cola", "--input", test, "--data", str(tmp_path)),
         ("--input-format: ", "cola", "--split", "test", "--input-format", "tsv"),
         ("cannot read a file: .*CoLA/dev", "cola", "--split", "dev", "--data", str(tmp_path)),
