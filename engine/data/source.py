@@ -49,10 +49,13 @@ Kind = Annotated[
         "multi_label_classification",
         "pair_multi_label_classification",
         "token_classification",
+        "retrieval",
     ],
     WrapValidator(_known_kind),
 ]
-_TAGS = "token_classification"
+_TAGS, _RETRIEVAL = "token_classification", "retrieval"
+_MOST_TEXTS = 18
+"""Of retrieval: an anchor, a passage that answers it, and 16 that do not."""
 
 Column = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
 """The name of a column, or its number as text or as it is."""
@@ -79,10 +82,12 @@ class TaskSource(Settings):
 
     kind: Kind
     """What is predicted, from one sentence or from a pair: a class, a number, any number of
-    classes (multi_label), or a tag for each word (token_classification)."""
-    text: Annotated[tuple[Column, ...], Field(min_length=1, max_length=2)]
+    classes (multi_label), or a tag for each word (token_classification); retrieval: which passage
+    answers an anchor, such as a question."""
+    text: Annotated[tuple[Column, ...], Field(min_length=1, max_length=_MOST_TEXTS)]
     """The column of the sentence, or those of the pair.  token_classification: of the words, a list
-    or a text with blanks between them."""
+    or a text with blanks between them.  retrieval: of the anchor, of a passage that answers it
+    and, if there are any, of passages that do not (hard negatives)."""
     label: Column | tuple[Column, ...] = "label"
     """The column of the label, of a list of labels, or of tags; multi_label: or a column of 0 and 1
     for each class, which are called as the columns are."""
@@ -126,10 +131,8 @@ class TaskSource(Settings):
         if bool(self.files) == bool(self.dataset):
             raise ValueError("give either files or dataset")
         self._check_labels()
-        wanted = 2 if self.kind.startswith("pair") else 1
-        if len(self.text) != wanted and self.kind not in FURTHER_KINDS:
-            raise ValueError(f"text: {self.kind} needs {wanted} column(s), got {len(self.text)}")
-        if not self.has_range and self._num_classes < 2:
+        self._check_texts()
+        if not self.has_range and self.kind != _RETRIEVAL and self._num_classes < 2:
             raise ValueError(f"classes: {self.kind} needs at least two, by name or as a number")
         if len(set(self._names)) != len(self._names):
             raise ValueError("classes: a name stands twice")
@@ -143,8 +146,26 @@ class TaskSource(Settings):
             raise ValueError("range: expected the smaller bound first")
         return self
 
+    def _check_texts(self) -> None:
+        if self.kind == _RETRIEVAL:
+            if len(self.text) < 2:
+                raise ValueError(
+                    "text: retrieval needs the columns of an anchor and of a passage that answers "
+                    "it; name both"
+                )
+            if len(set(self.text)) < len(self.text):
+                raise ValueError("text: a column stands twice")
+            return
+        wanted = (2,) if self.kind.startswith("pair") else (1,)
+        wanted = (1, 2) if self.kind in FURTHER_KINDS else wanted
+        if len(self.text) not in wanted:
+            raise ValueError(
+                f"text: {self.kind} needs {wanted[-1]} column(s), got {len(self.text)}"
+            )
+
     def _check_labels(self) -> None:
         several, tags = self._has_several, self.kind == _TAGS
+        labelled = self.kind != _RETRIEVAL
         if isinstance(self.label, tuple):
             if not several:
                 raise ValueError(f"label: {self.kind} has one column of labels; name it")
@@ -163,6 +184,7 @@ class TaskSource(Settings):
                 several and not isinstance(self.label, tuple),
             ),
             ("scheme", self.scheme, tags),
+            *((name, getattr(self, name), labelled) for name in ("label", "classes", "range")),
         ):
             if given != type(self).model_fields[name].default and not has_effect:
                 raise ValueError(f"{name}: has no effect on {self.kind}; leave it out")
@@ -230,34 +252,42 @@ class TaskSource(Settings):
         """The kind of the head."""
         if self.kind in FURTHER_KINDS:
             return self.kind
-        if self.kind == _TAGS:
-            return "tags"
+        if self.kind in (_TAGS, _RETRIEVAL):
+            return "tags" if self.kind == _TAGS else self.kind
         if self._has_several:
             return "multi_label"
         if self.has_range:
             return "score"
         return "classes" if self._num_classes > 2 else "binary"
 
+    @property
+    def _labels(self) -> Literal["one", "several", "words", "none"]:
+        """What an example has for labels."""
+        if self.kind == _RETRIEVAL:
+            return "none"
+        if self.kind == _TAGS:
+            return "words"
+        return "several" if self._has_several else "one"
+
     def format(self, task: str) -> TaskSchema:
         """Return the schema of the data."""
         low, high = self.range if self.has_range else (0, self._num_classes - 1)
         names = () if self.has_range else self._names
-        columns = self.label if isinstance(self.label, tuple) else ()
-        labels: Literal["one", "several", "words"] = "words" if self.kind == _TAGS else "one"
+        is_retrieval = self.kind == _RETRIEVAL
         return TaskSchema(
             task=task,
             layout=None if self.layout == "auto" else self.layout,
-            labels="several" if self._has_several else labels,
-            label_columns=columns,
+            labels=self._labels,
+            label_columns=self.label if isinstance(self.label, tuple) else (),
             separator=self.label_separator,
             scheme=scheme_of(self._names, self.scheme) if self.kind == _TAGS else "none",
             id=self.id,
             sentences=self.text,
-            label="" if isinstance(self.label, tuple) else self.label,
+            label="" if isinstance(self.label, tuple) or is_retrieval else self.label,
             kind=self._head,
-            whole=not self.has_range,
+            whole=not self.has_range and not is_retrieval,
             low=low,
-            high=high,
+            high=1 if is_retrieval else high,
             classes=names,
             dialect=Dialect(
                 delimiter=self.delimiter,

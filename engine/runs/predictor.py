@@ -1,6 +1,7 @@
 """Answer sentences with a trained run that was loaded once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -172,7 +173,9 @@ def schema(run: Run, task: str) -> TaskSchema:
     if task not in run.recipe.tasks:
         known = ", ".join(run.recipe.tasks)
         raise InputError(f"task {task!r}: {run.folder} has {known}")
-    return run.recipe.formats[task].unchangeable
+    form = run.recipe.formats[task].unchangeable
+    # Negatives are for training; an answer is the similarity of an anchor and a passage.
+    return replace(form, sentences=form.sentences[:2]) if form.labels == "none" else form
 
 
 def has_probabilities(form: TaskSchema) -> bool:

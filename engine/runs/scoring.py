@@ -18,7 +18,7 @@ from ..data.split import TokenizedSplit
 from ..data.task_batch import ranges
 from ..data.task_schema import TaskSchema
 from ..distributed.ranks import Ranks
-from ..models.heads import Metric, Results, metrics_for
+from ..models.heads import Metric, Ranking, Results, metrics_for, rank_passages
 from ..models.multitask import MultitaskModel
 from ..utils.errors import InputError
 from ..utils.files import write_text
@@ -44,12 +44,15 @@ class Answers(NamedTuple):
             values).
         probabilities: float32 ``[N, C]`` of all classes or labels; None of values.
         offsets: int64 ``[n + 1]``; answers ``offsets[i]:offsets[i + 1]`` are of example i.
+        ranking: of the split's passages, for retrieval; None where the split is not to be scored,
+            or what the model computes is not finite.
     """
 
     predictions: npt.NDArray[np.float32]
     certainties: npt.NDArray[np.float32]
     probabilities: npt.NDArray[np.float32] | None
     offsets: npt.NDArray[np.int64]
+    ranking: Ranking | None = None
 
 
 def predict(
@@ -97,11 +100,15 @@ def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) 
     predictions[~finite.numpy()] = math.nan  # argmax makes a class of it, too
     certainties = head.certainty(scores).float().where(finite, torch.nan)
     probabilities = head.probabilities(scores)
+    ranking = None
+    if split.text_ids is not None and split.labels is not None and bool(finite.all()):
+        ranking = rank_passages(scores, np.asarray(split.text_ids))
     return Answers(
         predictions,
         certainties.numpy(),
         None if probabilities is None else probabilities.numpy(),
         offsets,
+        ranking,
     )
 
 
@@ -170,6 +177,7 @@ def results_of(task: TaskSchema, found: Answers, labels: npt.ArrayLike) -> Resul
         probabilities=None if probabilities is None else probabilities.astype(np.float64),
         offsets=found.offsets,
         classes=task.classes,
+        ranking=found.ranking,
     )
 
 
