@@ -278,8 +278,9 @@ class Recipe(Settings):
                 raise ValueError(f"tasks.{name}.metrics: a metric stands twice")
             if task.tag_pieces != "first" and form.labels != "words":
                 raise ValueError(f"tasks.{name}.tag_pieces: the task has no words with tags")
-            for field in task.model_fields_set & {"temperature", "symmetric", "margin"}:
-                reason = _no_effect_on_retrieval(field, task, form)
+            for field in ("temperature", "symmetric", "margin"):
+                is_default = getattr(task, field) == TaskRecipe.model_fields[field].default
+                reason = "" if is_default else _no_effect_on_retrieval(field, task, form)
                 if reason:
                     raise ValueError(f"tasks.{name}.{field}: {reason}; leave it out")
         if not any(task.score_weight for task in self.tasks.values()):

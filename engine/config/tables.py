@@ -53,7 +53,8 @@ class TaskRecipe(Settings):
     head: Literal[FEATURES]  # type: ignore[valid-type]
     """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
     difference, shared, cosine, cosine_shifted, pearson, cross
-    (engine/models/heads/pair_features.py); tokens of words with tags; cosine or dot of retrieval."""
+    (engine/models/heads/pair_features.py); tokens of words with tags; of retrieval cosine or
+    dot."""
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
     that of a share of their range; mse; triplet, for retrieval with negatives."""

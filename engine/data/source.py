@@ -156,12 +156,10 @@ class TaskSource(Settings):
             if len(set(self.text)) < len(self.text):
                 raise ValueError("text: a column stands twice")
             return
-        wanted = (2,) if self.kind.startswith("pair") else (1,)
-        wanted = (1, 2) if self.kind in FURTHER_KINDS else wanted
-        if len(self.text) not in wanted:
-            raise ValueError(
-                f"text: {self.kind} needs {wanted[-1]} column(s), got {len(self.text)}"
-            )
+        most = 2 if self.kind in FURTHER_KINDS or self.kind.startswith("pair") else 1
+        least = 1 if self.kind in FURTHER_KINDS else most
+        if not least <= len(self.text) <= most:
+            raise ValueError(f"text: {self.kind} needs {most} column(s), got {len(self.text)}")
 
     def _check_labels(self) -> None:
         several, tags = self._has_several, self.kind == _TAGS

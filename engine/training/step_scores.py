@@ -68,7 +68,8 @@ class StepScoresGatherer:
                 continue
             labels = [batch.labels[number] for batch in micro_batches]
             # Of a rank without an example neither has rows.
-            own = [each[number] for each in scores if len(each[number])]
+            of_task = [each[number] for each in scores]
+            own = [x.detach() for x in of_task if isinstance(x, Tensor) and len(x)]
             ids = [each.ids for each in labels if isinstance(each, TextIds)]
             whole, all_ids = self._of_all_ranks(task, own, ids, totals[number])
             start = self._sync.rank * self._rows(totals[number])
@@ -82,7 +83,7 @@ class StepScoresGatherer:
         return -(-total // self._sync.ranks)
 
     def _of_all_ranks(
-        self, task: str, own: Sequence[Scores], ids: Sequence[Tensor], total: int
+        self, task: str, own: Sequence[Tensor], ids: Sequence[Tensor], total: int
     ) -> tuple[Tensor, Tensor]:
         """Return scores and text ids of all ranks, whose rows are filled up to equally many."""
         rows = self._rows(total)
@@ -91,7 +92,7 @@ class StepScoresGatherer:
         filled = torch.zeros(rows, *shape, device=device)
         filled_ids = torch.full((rows, shape[0]), -1, device=device)
         if own:
-            scores = torch.cat([each.detach() for each in own])
+            scores = torch.cat([*own])
             missing = rows - len(scores)
             filled = F.pad(scores, (0, 0) * len(shape) + (0, missing))
             filled_ids = F.pad(torch.cat([*ids]), (0, 0, 0, missing), value=-1)

@@ -68,7 +68,9 @@ def in_batch_loss(vectors: Tensor, ids: Tensor, temperature: float, *, symmetric
 
 def _of_diagonal(logits: Tensor) -> Tensor:
     """Return the cross entropy ``[N]`` of finding i in row i."""
-    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device), reduction="none")
+    return F.cross_entropy(
+        logits, torch.arange(len(logits), device=logits.device), reduction="none"
+    )
 
 
 def triplet_loss(vectors: Tensor, margin: float) -> Tensor:
