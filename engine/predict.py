@@ -4,27 +4,35 @@ In Python, :class:`Predictor` loads a run once and answers many times.
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli.common import Parser, run_cli, terminal
+from .cli.common import Parser, positive, run_cli, terminal
 from .cli.options import add_device, add_force
 from .cli.predictions import (
     INPUT_FORMATS,
     OUTPUT_FORMATS,
     STREAM,
+    OutputFormat,
     as_json_lines,
     as_tsv,
+    matches_as_json_lines,
+    matches_as_tsv,
     output_format,
     read_examples,
 )
-from .data.table import OnBadRow
-from .runs.predictor import Prediction, Predictor, has_probabilities, predictions, schema
-from .runs.run import open_run
+from .data.table import OnBadRow, Table
+from .data.task_schema import TaskSchema
+from .runs.predictor import Match, Prediction, Predictor, has_probabilities, predictions, schema
+from .runs.run import Run, open_run
+from .runs.search import anchors_of, passages_of
 from .utils.errors import InputError
 from .utils.output_files import check_outputs, write_output
 
-__all__ = ["Prediction", "Predictor", "main"]
+_TOP = 10
+
+__all__ = ["Match", "Prediction", "Predictor", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,11 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = open_run(options.run)
     output = Path("/dev/stdout") if to_stdout else options.output
     inputs = [Path("/dev/stdin") if options.input == STREAM else options.input]
+    inputs += [] if options.passages is None else [options.passages]
     replace = check_outputs([output], force=options.force, inputs=inputs)
     try:
         form = schema(run, options.task)
     except InputError as error:
         raise InputError(f"--{error}") from None
+    if options.passages is None and options.top is not None:
+        raise InputError(f"--top {options.top}: has no effect without --passages; leave it out")
+    if options.passages is not None and form.labels != "none":
+        raise InputError(
+            f"--passages: {options.task} finds none, its kind is {form.kind}; leave it out"
+        )
     if options.probabilities and not has_probabilities(form):
         raise InputError(
             f"--probabilities: {options.task} has none, its head ({form.kind}) answers without; "
@@ -47,15 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     # Every row is owed a line, so a skipped one keeps its place as a blank.
     on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
-    table, notes = read_examples(options.input, form, options.input_format, on_bad_row)
-    split, found = Predictor(run, device=options.device).answer(options.task, table)
-
-    shown = options.probabilities
-    if form_out == "tsv":
-        text = as_tsv(form, table, split, found, probabilities=shown)
+    if options.passages is not None:
+        text, table, notes, truncated = _found(run, options, form, form_out)
     else:
-        tagged, made = form.labels == "words", predictions(form, table, split, found)
-        text = as_json_lines(table, made, tagged=tagged, probabilities=shown)
+        table, notes = read_examples(options.input, form, options.input_format, on_bad_row)
+        split, found = Predictor(run, device=options.device).answer(options.task, table)
+        truncated, shown = split.truncated, options.probabilities
+        if form_out == "tsv":
+            text = as_tsv(form, table, split, found, probabilities=shown)
+        else:
+            tagged, made = form.labels == "words", predictions(form, table, split, found)
+            text = as_json_lines(table, made, tagged=tagged, probabilities=shown)
     if to_stdout:
         _print(text)
     else:
@@ -65,11 +82,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"wrote {len(table)} predictions to {where}", soft_wrap=True)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
-    if split.truncated:
-        console.print(f"{split.truncated} sentences cut to the length limit")
+    if truncated:
+        console.print(f"{truncated} sentences cut to the length limit")
     for reason, count in table.bad_rows.items():
         console.print(f"{count} rows without a prediction ({reason})")
     return 0
+
+
+def _found(
+    run: Run, options: Namespace, form: TaskSchema, form_out: OutputFormat
+) -> tuple[str, Table, tuple[str, ...], int]:
+    """Return the passages that are found for anchors.
+
+    Returns:
+        The text to write, the anchors, notes on both files, and how many texts were cut.
+    """
+    skips, how = options.on_bad_row == "skip", options.input_format
+    anchors, notes = read_examples(
+        options.input, anchors_of(form), how, "blank" if skips else "error"
+    )
+    passages, further = read_examples(
+        options.passages, passages_of(form), how, "skip" if skips else "error"
+    )
+    predictor = Predictor(run, device=options.device)
+    found = predictor.find(options.task, anchors, passages, options.top or _TOP)
+    write = matches_as_tsv if form_out == "tsv" else matches_as_json_lines
+    return write(anchors, passages, found), anchors, (*notes, *further), found.truncated
 
 
 def _parser() -> Parser:
@@ -92,8 +130,21 @@ def _parser() -> Parser:
         "--input-format",
         choices=INPUT_FORMATS,
         default="auto",
-        help="the input's format; text: a sentence a line, with a tab between those of a pair "
-        "(default: auto, as the data files; text on standard input)",
+        help="the format of input and passages; text: a sentence a line, with a tab between those "
+        "of a pair (default: auto, as the data files; text on standard input)",
+    )
+    what.add_argument(
+        "--passages",
+        type=Path,
+        metavar="FILE",
+        help="for a retrieval task: find for each row of the input, an anchor, the most similar "
+        "passages of this file (default: the similarity of the anchor and passage of a row)",
+    )
+    what.add_argument(
+        "--top",
+        type=positive,
+        metavar="N",
+        help=f"how many of them (default: {_TOP})",
     )
     what.add_argument(
         "--on-bad-row",

@@ -92,7 +92,7 @@ def answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = 
 def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) -> Answers:
     """Return what :func:`answers` does; NaN for answers whose scores are not finite."""
     head, offsets = model.head(split.task), split.answer_offsets
-    scores = _scores(model, split, ranks or Ranks())
+    scores = scores_of(model, split, ranks)
     finite = scores.isfinite().view(len(scores), -1).all(1)
     assert head.task is not None, f"{split.task} is an objective"
     predictions = head.predict(scores).float().numpy().copy()
@@ -112,8 +112,9 @@ def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) 
     )
 
 
-def _scores(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks) -> Tensor:
+def scores_of(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = None) -> Tensor:
     """Return the head's scores of all N answers, ``[N, …]`` fp32 on the CPU."""
+    ranks = ranks or Ranks()
     offsets, found = split.answer_offsets, torch.empty(0)
     device = next(model.parameters()).device
     was_training = model.training
