@@ -105,7 +105,8 @@ def _labelled(run: Run, task: str, split: str, file: Path | None) -> TokenizedSp
     if file is not None:
         return run.read(run.recipe.formats[task], DataFile(file))
     form = run.recipe.split_schema(task, split)
-    if split == "test" and run.recipe.tasks[task].source is None:
+    has_labels = form.labels == "none" or run.recipe.tasks[task].source is not None
+    if split == "test" and not has_labels:
         raise InputError(
             f"--split test: {form.file(Path(), 'test')} of {task} has no labels; score a file that "
             f"has them by --task {task} --input FILE, or predict it by engine.predict"

@@ -63,6 +63,8 @@ _FIELDS = {
     "tasks.NAME.weight": "loss_weight loss_weights task_weight task_weights",
     "tasks.NAME.metrics": "compute_metrics",
     "tasks.NAME.tag_pieces": "label_all_tokens label_subword",
+    "tasks.NAME.margin": "triplet_margin",
+    "tasks.NAME.symmetric": "symmetric_loss bidirectional",
     "tasks.NAME.source.files": "data_files train_file",
     "tasks.NAME.source.classes": "num_labels",
     "--out": "out out_dir output output_dir output_folder save_dir",

@@ -285,6 +285,11 @@ class Recipe(Settings):
                     )
             if task.tag_pieces != "first" and form.labels != "words":
                 raise ValueError(f"tasks.{name}.tag_pieces: the task has no words with tags")
+            for field in ("temperature", "symmetric", "margin"):
+                is_default = getattr(task, field) == TaskRecipe.model_fields[field].default
+                reason = "" if is_default else _no_effect_on_retrieval(field, task, form)
+                if reason:
+                    raise ValueError(f"tasks.{name}.{field}: {reason}; leave it out")
         if not any(task.score_weight for task in self.tasks.values()):
             raise ValueError("tasks: some score_weight has to be above 0, or none is best")
 
@@ -367,6 +372,16 @@ def torch_arguments_of(recipe: Recipe) -> dict[str, Any]:
     return torch_arguments(
         recipe.optimizer, recipe.optimizer_options, recipe.momentum, recipe.weight_decay
     )
+
+
+def _no_effect_on_retrieval(field: str, task: TaskRecipe, form: TaskSchema) -> str:
+    """Return why a setting of retrieval has no effect on a task; empty where it has one."""
+    if form.kind != "retrieval":
+        return "the task is no retrieval"
+    is_triplet = task.loss == "triplet"
+    if is_triplet == (field == "margin"):
+        return ""
+    return "loss = triplet has none" if is_triplet else "only loss = triplet has one"
 
 
 def _check_name(key: str, name: str) -> None:

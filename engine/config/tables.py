@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from ..data.source import TaskSource
 from ..models.config import MOST_LAYERS, EncoderConfig
-from ..models.heads import BALANCED, FEATURES, LOSSES, ClassLossSettings
+from ..models.heads import BALANCED, FEATURES, LOSSES, ClassLossSettings, RetrievalSettings
 from ..models.registry import DEFAULT, MODELS
 from ..utils.errors import InputError
 from ..utils.field_types import (
@@ -53,10 +53,11 @@ class TaskRecipe(Settings):
     head: Literal[FEATURES]  # type: ignore[valid-type]
     """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
     difference, shared, cosine, cosine_shifted, pearson, cross
-    (engine/models/heads/pair_features.py); tokens of words with tags."""
+    (engine/models/heads/pair_features.py); tokens of words with tags; of retrieval cosine or
+    dot."""
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
-    that of a share of their range; mse."""
+    that of a share of their range; mse; triplet, for retrieval with negatives."""
     weight: PositiveReal = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
     metrics: tuple[str, ...] = ()
@@ -81,10 +82,23 @@ class TaskRecipe(Settings):
     focal_gamma: NonNegativeReal = 0.0
     """Focal loss: the loss of a class of probability p is multiplied by (1 - p)^focal_gamma; 0:
     none."""
+    temperature: NonNegativeReal = 0.0
+    """retrieval: what similarities are divided by before the softmax over passages; 0: 0.05 of
+    cosines, 1 of dot products.  sentence-transformers calls its inverse scale."""
+    symmetric: bool = False
+    """retrieval: let passages find their anchors, too, and take the mean of both losses."""
+    margin: PositiveReal = 0.5
+    """loss = triplet: by how much an anchor is to be more similar to its passage than to a
+    negative."""
     first_n: Count = 0
     """Train on the first so many examples of the training set; 0: on all."""
     source: TaskSource | None = None
     """Where the examples come from and what they look like; a built-in task needs none."""
+
+    @property
+    def retrieval(self) -> RetrievalSettings:
+        """Settings of the loss of a retrieval task."""
+        return RetrievalSettings(self.temperature, self.symmetric, self.margin)
 
     @property
     def class_loss(self) -> ClassLossSettings:

@@ -47,10 +47,11 @@ Kind = Annotated[
         "multi_label_classification",
         "pair_multi_label_classification",
         "token_classification",
+        "retrieval",
     ],
     WrapValidator(_known_kind),
 ]
-_TAGS = "token_classification"
+_TAGS, _RETRIEVAL = "token_classification", "retrieval"
 _OF_FILES = ("layout", "delimiter", "quoting", "header", "encoding", "compression")
 """The fields that say how files are written."""
 
@@ -73,10 +74,12 @@ class TaskSource(Settings):
 
     kind: Kind
     """What is predicted, from one sentence or from a pair: a class, a number, any number of
-    classes (multi_label), or a tag for each word (token_classification)."""
+    classes (multi_label), or a tag for each word (token_classification); retrieval: which passage
+    answers an anchor, such as a question."""
     text: Text
     """The column of the sentence, or those of the pair.  token_classification: of the words, a list
-    or a text with blanks between them."""
+    or a text with blanks between them.  retrieval: of the anchor, of a passage that answers it
+    and, if there are any, of passages that do not (hard negatives)."""
     label: Label = "label"
     """The column of the label, of a list of labels, or of tags; multi_label: or a column of 0 and 1
     for each class, which are called as the columns are."""
@@ -123,10 +126,8 @@ class TaskSource(Settings):
         if bool(self.files) == bool(self.dataset):
             raise ValueError("give either files or dataset")
         self._check_labels()
-        wanted = 2 if self.kind.startswith("pair") else 1
-        if len(self.text) != wanted and self.kind not in FURTHER_KINDS:
-            raise ValueError(f"text: {self.kind} needs {wanted} column(s), got {len(self.text)}")
-        if not self.has_range and self._num_classes < 2:
+        self._check_texts()
+        if not self.has_range and self.kind != _RETRIEVAL and self._num_classes < 2:
             raise ValueError(f"classes: {self.kind} needs at least two, by name or as a number")
         if len(set(self._names)) != len(self._names):
             raise ValueError("classes: a name stands twice")
@@ -140,8 +141,24 @@ class TaskSource(Settings):
             raise ValueError("range: expected the smaller bound first")
         return self
 
+    def _check_texts(self) -> None:
+        if self.kind == _RETRIEVAL:
+            if len(self.text) < 2:
+                raise ValueError(
+                    "text: retrieval needs the columns of an anchor and of a passage that answers "
+                    "it; name both"
+                )
+            if len(set(self.text)) < len(self.text):
+                raise ValueError("text: a column stands twice")
+            return
+        most = 2 if self.kind in FURTHER_KINDS or self.kind.startswith("pair") else 1
+        least = 1 if self.kind in FURTHER_KINDS else most
+        if not least <= len(self.text) <= most:
+            raise ValueError(f"text: {self.kind} needs {most} column(s), got {len(self.text)}")
+
     def _check_labels(self) -> None:
         several, tags = self._has_several, self.kind == _TAGS
+        labelled = self.kind != _RETRIEVAL
         if isinstance(self.label, tuple):
             if not several:
                 raise ValueError(f"label: {self.kind} has one column of labels; name it")
@@ -160,6 +177,7 @@ class TaskSource(Settings):
                 several and not isinstance(self.label, tuple),
             ),
             ("scheme", self.scheme, tags),
+            *((name, getattr(self, name), labelled) for name in ("label", "classes", "range")),
         ):
             if given != type(self).model_fields[name].default and not has_effect:
                 raise ValueError(f"{name}: has no effect on {self.kind}; leave it out")
@@ -185,7 +203,8 @@ class TaskSource(Settings):
         fields = type(self).model_fields
         given = [name for name in _OF_FILES if getattr(self, name) != fields[name].default]
         self._check_effect(given, self.files.values())
-        self._check_numbers((self.label,) if isinstance(self.label, str) else self.label)
+        labels = (self.label,) if isinstance(self.label, str) else self.label
+        self._check_numbers(() if self.kind == _RETRIEVAL else labels)
         return self
 
     @model_validator(mode="after")
@@ -203,7 +222,12 @@ class TaskSource(Settings):
                 )
             if _width(source.label) != _width(self.label):
                 raise ValueError(f"of_split.{split}.label: expected as many columns as elsewhere")
+            if own.label is not None and self.kind == _RETRIEVAL:
+                raise ValueError(
+                    f"of_split.{split}.label: has no effect on retrieval; leave it out"
+                )
             try:
+                source._check_texts()
                 source._check_effect(own.given, source.files.values())
                 source._check_numbers()
             except ValueError as error:
@@ -276,13 +300,22 @@ class TaskSource(Settings):
         """The kind of the head."""
         if self.kind in FURTHER_KINDS:
             return self.kind
-        if self.kind == _TAGS:
-            return "tags"
+        if self.kind in (_TAGS, _RETRIEVAL):
+            return "tags" if self.kind == _TAGS else self.kind
         if self._has_several:
             return "multi_label"
         if self.has_range:
             return "score"
         return "classes" if self._num_classes > 2 else "binary"
+
+    @property
+    def _labels(self) -> Literal["one", "several", "words", "none"]:
+        """What an example has for labels."""
+        if self.kind == _RETRIEVAL:
+            return "none"
+        if self.kind == _TAGS:
+            return "words"
+        return "several" if self._has_several else "one"
 
     def format(self, task: str, split: str = "") -> TaskSchema:
         """Return the schema of the data.
@@ -294,22 +327,21 @@ class TaskSource(Settings):
         low, high = self.range if self.has_range else (0, self._num_classes - 1)
         names = () if self.has_range else self._names
         own, table = self.of(split), f"tasks.{task}.source"
-        columns = own.label if isinstance(own.label, tuple) else ()
-        labels: Literal["one", "several", "words"] = "words" if self.kind == _TAGS else "one"
+        is_retrieval = self.kind == _RETRIEVAL
         return TaskSchema(
             task=task,
             layout=None if own.layout == "auto" else own.layout,
-            labels="several" if self._has_several else labels,
-            label_columns=columns,
+            labels=self._labels,
+            label_columns=own.label if isinstance(own.label, tuple) else (),
             separator=self.label_separator,
             scheme=scheme_of(self._names, self.scheme) if self.kind == _TAGS else "none",
             id=own.id,
             sentences=own.text,
-            label="" if isinstance(own.label, tuple) else own.label,
+            label="" if isinstance(own.label, tuple) or is_retrieval else own.label,
             kind=self._head,
-            whole=not self.has_range,
+            whole=not self.has_range and not is_retrieval,
             low=low,
-            high=high,
+            high=1 if is_retrieval else high,
             classes=names,
             dialect=Dialect(
                 delimiter=own.delimiter,

@@ -32,8 +32,11 @@ Split = Annotated[str, AfterValidator(_split_name)]
 Column = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
 """The name of a column, or its number as text or as it is."""
 
-Text = Annotated[tuple[Column, ...], Field(min_length=1, max_length=2)]
-"""The column of a sentence, or those of a pair."""
+_MOST_TEXTS = 18
+"""Of retrieval: an anchor, a passage that answers it, and 16 that do not."""
+
+Text = Annotated[tuple[Column, ...], Field(min_length=1, max_length=_MOST_TEXTS)]
+"""The column of a sentence, those of a pair, or of retrieval."""
 
 Label = Column | tuple[Column, ...]
 """The column of a label, or those of several labels."""

@@ -184,6 +184,10 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             lambda case: len(case.recipe.tasks) > 1, "one task alone is scored", off=1
         ),
         "tasks.NAME.tag_pieces": Effect(_is_trained, "{case.owner} is not trained", off="first"),
+        # Of other kinds of tasks a recipe refuses them.
+        "tasks.NAME.temperature": Effect(_is_trained, "{case.owner} is not trained", off=0),
+        "tasks.NAME.symmetric": Effect(_is_trained, "{case.owner} is not trained", off=False),
+        "tasks.NAME.margin": Effect(_is_trained, "{case.owner} is not trained", off=0.5),
         "tasks.NAME.loss": Effect(_reads_loss, "{case.owner} is not trained", off="default"),
         "tasks.NAME.weight": Effect(_is_trained, "{case.owner} is not trained", off=1),
         "tasks.NAME.class_weights": Effect(

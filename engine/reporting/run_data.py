@@ -1,6 +1,6 @@
 """Read a run for a report: its files, and its answers on the dev data."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..metrics.log import EVALUATIONS, STEPS
 from ..metrics.read import Json, read_evaluation_lines, read_step_lines
 from ..runs.data_paths import origin
 from ..runs.run import Run
-from ..runs.scoring import answers, results_of, score_names, scores_of
+from ..runs.scoring import answers, results_of, score_names, task_scores
 from ..utils.errors import InputError
 
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -37,10 +37,11 @@ class Answers(NamedTuple):
         form: the task's data.
         metric: the name of the deciding metric, or ``mean`` of all.
         score: by that metric.
-        labels: float32 ``[N]``, one of each example or tagged word; ``[n, L]`` of several labels.
-        predictions: the same of the model.
+        labels: float32 ``[N]``, one of each example or tagged word; ``[n, L]`` of several labels;
+            of retrieval 1, the first rank.
+        predictions: the same of the model; of retrieval the rank of an anchor's passage.
         mistakes: of classes those answered wrong with most certainty (the probability that the
-            model gave to its answer), of scores those farthest off (the distance).
+            model gave to its answer), of scores and ranks those farthest off (the distance).
     """
 
     form: TaskSchema
@@ -131,6 +132,8 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
         labels = np.asarray(split.labels)
         own = answers(model, split)
         predictions, certainty = own.predictions, own.certainties
+        if own.ranking is not None:
+            predictions = own.ranking.of_examples.astype(np.float32)
         wrong = (predictions != labels).reshape(len(labels), -1).any(1)
         if not form.whole:
             certainty, wrong = np.abs(predictions - labels), np.ones(len(labels), dtype=bool)
@@ -143,14 +146,17 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
             if table.words is not None:
                 word = table.words[row][i - int(own.offsets[row])]
                 sentences = (f"{word}: {sentences[0]}",)
-            label, answer = (
-                form.spell_labels(x[i].ravel().tolist()) for x in (labels, predictions)
-            )
+            spell = form.spell_labels if own.ranking is None else _rank
+            label, answer = (spell(x[i].ravel().tolist()) for x in (labels, predictions))
             mistakes.append(Mistake(table.ids[row], sentences, label, answer, float(certainty[i])))
         _, metric = score_names(run.recipe)[task]
-        value = scores_of(run.recipe, task, results_of(form, own, labels))[task]
+        value = task_scores(run.recipe, task, results_of(form, own, labels))[task]
         found[task] = Answers(form, metric, value, labels, predictions, mistakes)
     return found
+
+
+def _rank(values: Sequence[float]) -> str:
+    return f"{values[0]:.0f}"
 
 
 def most_confused(answers: Answers, count: int) -> npt.NDArray[np.int64]:

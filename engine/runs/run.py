@@ -124,8 +124,10 @@ class Run(NamedTuple):
             form: the schema of a task of the run; None for sentences of none.
             table: read by it.
         """
-        task = "" if form is None else form.task
-        return self._joined(tokenize(task, table, self.tokenizer, self.max_length))
+        task, numbered = ("", False) if form is None else (form.task, form.labels == "none")
+        return self._joined(
+            tokenize(task, table, self.tokenizer, self.max_length, with_text_ids=numbered)
+        )
 
     def _joined(self, split: TokenizedSplit) -> TokenizedSplit:
         """Return pairs in the sequences that the task's head takes."""
@@ -180,6 +182,7 @@ class Run(NamedTuple):
             dropout_p=self.recipe.dropout,
             losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
             class_losses={task: each.class_loss for task, each in self.recipe.tasks.items()},
+            retrievals={task: each.retrieval for task, each in self.recipe.tasks.items()},
             adapter_width=self.recipe.adapter_width,
             objectives={
                 name: head_settings(name, settings, self.config)

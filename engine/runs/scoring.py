@@ -18,7 +18,7 @@ from ..data.split import TokenizedSplit
 from ..data.task_batch import ranges
 from ..data.task_schema import TaskSchema
 from ..distributed.ranks import Ranks
-from ..models.heads import Metric, Results, metrics_for
+from ..models.heads import Metric, Ranking, Results, metrics_for, rank_passages
 from ..models.multitask import MultitaskModel
 from ..utils.errors import InputError
 from ..utils.files import write_text
@@ -44,12 +44,15 @@ class Answers(NamedTuple):
             values).
         probabilities: float32 ``[N, C]`` of all classes or labels; None of values.
         offsets: int64 ``[n + 1]``; answers ``offsets[i]:offsets[i + 1]`` are of example i.
+        ranking: of the split's passages, for retrieval; None where the split is not to be scored,
+            or what the model computes is not finite.
     """
 
     predictions: npt.NDArray[np.float32]
     certainties: npt.NDArray[np.float32]
     probabilities: npt.NDArray[np.float32] | None
     offsets: npt.NDArray[np.int64]
+    ranking: Ranking | None = None
 
 
 def predict(
@@ -89,7 +92,7 @@ def answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = 
 def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) -> Answers:
     """Return what :func:`answers` does; NaN for answers whose scores are not finite."""
     head, offsets = model.head(split.task), split.answer_offsets
-    scores = _scores(model, split, ranks or Ranks())
+    scores = scores_of(model, split, ranks)
     finite = scores.isfinite().view(len(scores), -1).all(1)
     assert head.task is not None, f"{split.task} is an objective"
     predictions = head.predict(scores).float().numpy().copy()
@@ -97,16 +100,21 @@ def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) 
     predictions[~finite.numpy()] = math.nan  # argmax makes a class of it, too
     certainties = head.certainty(scores).float().where(finite, torch.nan)
     probabilities = head.probabilities(scores)
+    ranking = None
+    if split.text_ids is not None and split.labels is not None and bool(finite.all()):
+        ranking = rank_passages(scores, np.asarray(split.text_ids))
     return Answers(
         predictions,
         certainties.numpy(),
         None if probabilities is None else probabilities.numpy(),
         offsets,
+        ranking,
     )
 
 
-def _scores(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks) -> Tensor:
+def scores_of(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = None) -> Tensor:
     """Return the head's scores of all N answers, ``[N, …]`` fp32 on the CPU."""
+    ranks = ranks or Ranks()
     offsets, found = split.answer_offsets, torch.empty(0)
     device = next(model.parameters()).device
     was_training = model.training
@@ -171,7 +179,7 @@ def _sign(recipe: Recipe, task: str) -> int:
     return 1 if _is_mean(recipe, task) else metrics_of(recipe, task)[0].sign
 
 
-def scores_of(recipe: Recipe, task: str, results: Results) -> dict[str, float]:
+def task_scores(recipe: Recipe, task: str, results: Results) -> dict[str, float]:
     """Return the scores of a task by the names of :func:`score_names`, the deciding one first."""
     values = {metric.name: score(metric, results) for metric in metrics_of(recipe, task)}
     mean = sum(values.values()) / len(values)
@@ -195,6 +203,7 @@ def results_of(task: TaskSchema, found: Answers, labels: npt.ArrayLike) -> Resul
         probabilities=None if probabilities is None else probabilities.astype(np.float64),
         offsets=found.offsets,
         classes=task.classes,
+        ranking=found.ranking,
     )
 
 
@@ -215,7 +224,7 @@ def score_splits(
     for task, split in splits.items():
         assert split.labels is not None, f"split of {task} has no labels"
         results = results_of(recipe.formats[task], _answers(model, split, ranks), split.labels)
-        scores |= scores_of(recipe, task, results)
+        scores |= task_scores(recipe, task, results)
         deciding.append(_sign(recipe, task) * scores[task])
     if not splits:
         return {}

@@ -16,7 +16,10 @@ from .masked_lm import MaskedLmHead
 from .metrics import METRICS, Metric, Results
 from .multi_label import MultiLabelHead
 from .pair_features import CROSS, SHARED_INPUT
+from .ranking import Ranking, rank_passages
 from .regression import RegressionHead
+from .retrieval import DOT, RetrievalHead
+from .retrieval_loss import IN_BATCH, RetrievalSettings
 from .sentence import FEATURES as SENTENCE_FEATURES
 from .sentence import SentenceHead
 from .tags import TOKENS, TagHead
@@ -26,6 +29,7 @@ __all__ = [
     "CROSS",
     "FEATURES",
     "HEADS",
+    "IN_BATCH",
     "LOSSES",
     "METRICS",
     "PLAIN",
@@ -35,16 +39,19 @@ __all__ = [
     "HeadExport",
     "HeadSettings",
     "Metric",
+    "Ranking",
     "Results",
+    "RetrievalSettings",
     "Scores",
     "SentenceHead",
     "build_head",
     "head_class",
     "metrics_for",
+    "rank_passages",
     "register",
 ]
 
-FEATURES = (*SENTENCE_FEATURES, TOKENS)
+FEATURES = (*SENTENCE_FEATURES, DOT, TOKENS)
 """Inputs of the heads of tasks, by the names that a recipe has for them."""
 
 HEADS: dict[str, type[Head]] = {
@@ -53,6 +60,7 @@ HEADS: dict[str, type[Head]] = {
     "multi_label": MultiLabelHead,
     "score": RegressionHead,
     "tags": TagHead,
+    "retrieval": RetrievalHead,
     "masked_lm": MaskedLmHead,
     "masked_lm_next": MaskedLmHead,
     "simcse": ContrastiveHead,

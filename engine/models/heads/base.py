@@ -18,10 +18,12 @@ from ...utils.errors import InputError
 from ..config import EncoderConfig
 from ..layers import Embedding
 from ..pooling import TaskStates
+from ..step_scores import StepScores
 from .class_loss import PLAIN, ClassLoss, ClassLossSettings
 from .metrics import Metric
+from .retrieval_loss import IN_BATCH, RetrievalSettings
 
-LOSSES = ("default", "mse", "cross_entropy")
+LOSSES = ("default", "mse", "cross_entropy", "triplet")
 """Names that a recipe's ``loss`` may have; each kind takes some."""
 
 Scores = Tensor | tuple[Tensor, ...]
@@ -40,6 +42,7 @@ class HeadSettings:
         features: the recipe's name for the inputs of a task's head.
         loss: one of LOSSES.
         class_loss: what the loss does against classes of unequal size.
+        retrieval: of the loss of a retrieval task.
         dropout_p: of the dropout before the output layer, in training.
         dropout_id: of its dropout; the RNG offset.
         temperature: that a contrastive loss divides cosines by.
@@ -52,6 +55,7 @@ class HeadSettings:
     features: str = ""
     loss: str = "default"
     class_loss: ClassLossSettings = PLAIN
+    retrieval: RetrievalSettings = IN_BATCH
     dropout_p: float = 0.0
     dropout_id: int = 0
     temperature: float = 1.0
@@ -95,6 +99,7 @@ class Head(nn.Module, ABC):
         uses: the shared layers that it uses, by their names in SharedLayers.
         answers: an export's name for its outputs, a key of ``answers_code``.
         reads_tokens: whether it reads the tokens' states, not the sentence vectors alone.
+        compares: whether its loss compares the examples of a step with each other.
         class_loss: what its loss does against classes of unequal size; None for nothing.
 
     Raises:
@@ -120,6 +125,7 @@ class Head(nn.Module, ABC):
         self.check(settings)
         self.name, self.task, self.features = settings.name, settings.task, settings.features
         self.uses = self.layers_used(settings)
+        self.compares = self.compares_examples(settings.loss)
         self.class_loss: ClassLoss | None = None
         if settings.class_loss.given:
             assert settings.task is not None
@@ -184,6 +190,19 @@ class Head(nn.Module, ABC):
         return ()
 
     @property
+    def shape_of_scores(self) -> tuple[int, ...]:
+        """The shape of the scores of one example, where the head compares examples."""
+        raise TypeError(f"{self.name}: compares no examples")
+
+    @classmethod
+    def compares_examples(cls, _loss: str) -> bool:
+        """Return whether a loss compares the examples of a step with each other.
+
+        Micro-batches and ranks then need each other's scores: :meth:`step_loss`.
+        """
+        return False
+
+    @property
     def is_scored(self) -> bool:
         """Whether it has answers to score: a task's head has, an objective's has not."""
         return bool(self.metrics)
@@ -203,6 +222,18 @@ class Head(nn.Module, ABC):
         Raises:
             ValueError: there are no labels, and the loss needs some.
         """
+
+    def step_loss(self, scores: Tensor, labels: Labels | None, of_step: StepScores) -> Tensor:
+        """Return the share of these examples in the mean loss of a step, 0-dim.
+
+        Its gradient is that of the whole mean, to these scores.
+
+        Args:
+            scores: from :meth:`forward`, of a micro-batch.
+            labels: of the micro-batch.
+            of_step: the scores of all examples of the step.
+        """
+        raise TypeError(f"{self.name}: compares no examples, of {scores}, {labels} or {of_step}")
 
     def predict(self, scores: Tensor) -> Tensor:
         """Return the answers as labels are, ``[n]``: class numbers, values.

@@ -84,6 +84,22 @@ def test_labels_of_several_columns() -> None:
     assert table.labels.tolist() == [[1, 0]]
 
 
+def test_texts_of_retrieval() -> None:
+    """They have no label, not without a header either."""
+    bare = {"kind": "retrieval", "classes": (), "text": (1, 2), "header": False, "files": FILES}
+    table = read("who?\tme\n", "train", labelled=True, **bare)
+    assert (table.sentences, table.labels.tolist()) == ((["who?"], ["me"]), [1])
+    fields = {**bare, "of_split": {"test": {"header": True, "text": ["q", "p"]}}}
+    assert read("p\tq\nme\twho?\n", "test", **fields).sentences == (["who?"], ["me"])
+    for own, message in (
+        ({"label": "x"}, "of_split.test.label: has no effect on retrieval"),
+        ({"text": [1, 1]}, "of_split.test.text: a column stands twice"),
+        ({"text": [1]}, "of_split.test.text: expected 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            source(**(fields | {"of_split": {"test": own}}))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -139,6 +139,7 @@ DRAWN = (
     "max_steps=21",
     "epochs=2",
 )
+RETRIEVAL = ("tasks.replies.head=cosine", "train=['sst','replies']")
 SHARED = (*FROZEN, "tasks.quora.head=shared", "tasks.sts.head=shared")
 
 EFFECTIVE = [
@@ -152,6 +153,8 @@ EFFECTIVE = [
     ((), "tasks.quora.label_smoothing=0.1"),
     ((), "tasks.sst.focal_gamma=2"),
     ((), "tasks.quora.focal_gamma=2"),
+    (RETRIEVAL, "tasks.replies.temperature=0.2"),
+    (RETRIEVAL, "tasks.replies.symmetric=true"),
     ((), "train=['sst','sts']"),
     ((), "pooling=cls"),
     (("tasks.quora.head=cross", "train=['quora']"), "pooling=cls"),
@@ -343,7 +346,7 @@ ELSEWHERE = {
     *("threads", "ema_decay"),
     "objectives.NAME.files",
     *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
-    "tasks.NAME.decided_by",
+    *("tasks.NAME.decided_by", "tasks.NAME.margin"),
 }
 
 

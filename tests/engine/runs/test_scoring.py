@@ -6,7 +6,7 @@ import pytest
 from engine.config import recipe as recipes
 from engine.config.recipe import Recipe
 from engine.models.heads import METRICS, Results
-from engine.runs.scoring import deciding_score, score_names, scores_of
+from engine.runs.scoring import deciding_score, score_names, task_scores
 from engine.utils.errors import InputError
 
 LABELS = [0, 1, 1, 0, 1, 1, 0]
@@ -32,11 +32,11 @@ MEAN = "tasks.quora.decided_by=mean"
 
 def test_the_mean_is_the_tasks_own_score() -> None:
     """As GLUE scores paraphrases; of 7 answers 2 are true and 1 is a false positive, 2 negative."""
-    found = scores_of(recipe(TWO, MEAN), "quora", results(PREDICTIONS, LABELS))
+    found = task_scores(recipe(TWO, MEAN), "quora", results(PREDICTIONS, LABELS))
     assert [*found] == ["quora", "quora.f1", "quora.accuracy"]
     assert found["quora.f1"] == pytest.approx(4 / 7)
     assert found["quora.accuracy"] == pytest.approx(4 / 7)
-    other = scores_of(recipe(TWO, MEAN), "quora", results([1, 1, 1, 1], [1, 1, 0, 0]))
+    other = task_scores(recipe(TWO, MEAN), "quora", results([1, 1, 1, 1], [1, 1, 0, 0]))
     assert other == pytest.approx(
         {"quora": (2 / 3 + 1 / 2) / 2, "quora.f1": 2 / 3, "quora.accuracy": 1 / 2}
     )
@@ -45,22 +45,22 @@ def test_the_mean_is_the_tasks_own_score() -> None:
 def test_the_first_metric_decides_otherwise() -> None:
     answers = results([1, 1, 1, 1], [1, 1, 0, 0])
     for settings in ((TWO,), (TWO, "tasks.quora.decided_by=first")):
-        found = scores_of(recipe(*settings), "quora", answers)
+        found = task_scores(recipe(*settings), "quora", answers)
         assert found == pytest.approx({"quora": 2 / 3, "quora.accuracy": 1 / 2})
-    assert [*scores_of(recipe(MEAN), "quora", answers)] == ["quora"]  # of one metric
+    assert [*task_scores(recipe(MEAN), "quora", answers)] == ["quora"]  # of one metric
 
 
 def test_names_are_those_of_the_scores() -> None:
     for settings in ((), (TWO,), (MEAN,), (TWO, MEAN)):
         made = recipe(*settings)
         of_quora = {name: key for name, key in score_names(made).items() if "quora" in name}
-        assert [*of_quora] == [*scores_of(made, "quora", results(PREDICTIONS, LABELS))]
+        assert [*of_quora] == [*task_scores(made, "quora", results(PREDICTIONS, LABELS))]
     assert of_quora["quora"] == ("quora", "mean")
     assert of_quora["quora.accuracy"] == ("quora", "accuracy")
 
 
 def test_a_metric_that_is_not_finite_makes_the_mean_so() -> None:
-    found = scores_of(recipe(TWO, MEAN), "quora", results([1, float("nan")], [1, 0]))
+    found = task_scores(recipe(TWO, MEAN), "quora", results([1, float("nan")], [1, 0]))
     assert all(np.isnan(value) for value in found.values())
 
 
