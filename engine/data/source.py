@@ -284,7 +284,7 @@ class TaskSource(Settings):
             label="" if isinstance(self.label, tuple) or is_retrieval else self.label,
             kind=self._head,
             whole=not self.has_range and not is_retrieval,
-            low=low,
+            low=-1 if is_retrieval else low,
             high=1 if is_retrieval else high,
             classes=names,
             dialect=Dialect(
