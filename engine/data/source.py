@@ -340,7 +340,7 @@ class TaskSource(Settings):
             label="" if isinstance(own.label, tuple) or is_retrieval else own.label,
             kind=self._head,
             whole=not self.has_range and not is_retrieval,
-            low=low,
+            low=-1 if is_retrieval else low,
             high=1 if is_retrieval else high,
             classes=names,
             dialect=Dialect(

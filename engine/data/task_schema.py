@@ -350,6 +350,7 @@ FORMATS = _table(
         sentences=("question", "reply"),
         label="",
         kind="retrieval",
+        low=-1,
         high=1,
         labels="none",
     ),

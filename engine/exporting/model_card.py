@@ -43,8 +43,8 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
 - `features`: what is read off the sentence vectors, u (and v of a pair): `single` u, `mean`
   (u + v) / 2, `concat` [u; v], `distance` |u - v|, `difference` [u; v; |u - v|], `shared`
   relu(W [u; v] + b) with `pair.weight` and `pair.bias`; the similarities `cosine` cos(u, v),
-  `cosine_shifted` (cos(u, v) + 1) / 2, `pearson` sigmoid(r(u, v)); `cross`, the vector of both
-  sentences in one sequence, [CLS] A [SEP] B [SEP], as the tokenizer frames a pair; or `bilstm`,
+  `cosine_shifted` (cos(u, v) + 1) / 2, `pearson` sigmoid(r(u, v)), `dot` u v; `cross`, the vector
+  of both sentences in one sequence, [CLS] A [SEP] B [SEP], as the tokenizer frames it; `bilstm`,
   relu(W [u; f; g] + b) with `TASK.joint.weight` and `TASK.joint.bias`, where f is the last output
   of the torch.nn.LSTM `TASK.lstm.forwards` over the states of the tokens behind [CLS], and g that
   of `TASK.lstm.backwards` over the same from the last to the first; `tokens`, the state of the
@@ -89,14 +89,14 @@ text = [tuple(text)] if head["features"] == "cross" else text
 u, v = SentenceTransformer(folder, device="cpu").encode(text, convert_to_tensor=True)[[0, -1], None]
 low, span, names = head["low"], head["high"] - head["low"], head["classes"]
 linear = lambda name, x: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-read = {"single": lambda: u, "mean": lambda: (u + v) / 2, "distance": lambda: abs(u - v),
-        "concat": lambda: cat([u, v], 1), "difference": lambda: cat([u, v, abs(u - v)], 1),
-        "shared": lambda: linear("pair", cat([u, v], 1)).relu(), "cosine": lambda: cosine(u, v),
-        "cosine_shifted": lambda: (cosine(u, v) + 1) / 2, "cross": lambda: u,
-        "pearson": lambda: cosine(u - u.mean(), v - v.mean()).sigmoid()}[head["features"]]()
+read = dict(single=lambda: u, cross=lambda: u, mean=lambda: (u + v) / 2, dot=lambda: (u * v).sum(1),
+            concat=lambda: cat([u, v], 1), difference=lambda: cat([u, v, abs(u - v)], 1),
+            shared=lambda: linear("pair", cat([u, v], 1)).relu(), distance=lambda: abs(u - v),
+            cosine=lambda: cosine(u, v), cosine_shifted=lambda: (cosine(u, v) + 1) / 2,
+            pearson=lambda: cosine(u - u.mean(), v - v.mean()).sigmoid())[head["features"]]()
 x = linear(f"{task}.output", read) if f"{task}.output.weight" in weights else read
 ANSWERS[head["answers"]].view(-1).tolist()
-print(*[names[i] if names else min(max(i, low), low + span) for i in answer])
+print(*[names[i] if names else i for i in answer])
 """
 
 _WIDTH = 100

@@ -72,9 +72,8 @@ def test_matches_are_those_of_the_sentence_vectors(predictor: Predictor, task: s
         asked, told = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (asked, told))
     similarities = asked @ told.T
     for k in (1, 3, 10):
-        for own, found in zip(
-            similarities, predictor.search(task, ANCHORS, PASSAGES, k), strict=True
-        ):
+        matches = predictor.search(task, ANCHORS, PASSAGES, k)
+        for own, found in zip(similarities, matches, strict=True):
             order = np.argsort(-own)[:k]
             assert [match.number for match in found] == order.tolist()
             np.testing.assert_allclose([m.similarity for m in found], own[order], rtol=1e-4)

@@ -27,7 +27,11 @@ class RegressionHead(SentenceHead):
         "output layer, `share`, that share itself"
     )
     answers_code = MappingProxyType(
-        {"score": "x", "share": "low + span * x", "share_logit": "low + span * x.sigmoid()"}
+        {
+            "score": "x.clamp(low, low + span)",
+            "share": "(low + span * x).clamp(low, low + span)",
+            "share_logit": "low + span * x.sigmoid()",
+        }
     )
 
     def __init__(self, settings: HeadSettings) -> None:
