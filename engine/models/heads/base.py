@@ -129,8 +129,7 @@ class Head(nn.Module, ABC):
         self.class_loss: ClassLoss | None = None
         if settings.class_loss.given:
             assert settings.task is not None
-            classes, table = int(settings.task.high) + 1, f"tasks.{settings.name}"
-            self.class_loss = ClassLoss(settings.class_loss, classes, table)
+            self.class_loss = ClassLoss(settings.class_loss, settings.task)
 
     @classmethod
     def check(cls, settings: HeadSettings) -> None:

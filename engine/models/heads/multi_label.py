@@ -2,6 +2,7 @@
 
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +22,7 @@ class MultiLabelHead(SentenceHead):
     metrics = tuple(
         METRICS[name] for name in ("f1_micro", "f1_macro", "average_precision", "accuracy")
     )
+    weighs_classes = True
     answers = "labels"
     answers_text = "`labels`, a logit for each, yes above 0"
     answers_code = MappingProxyType({"labels": "(x > 0).nonzero()[:, -1]"})
@@ -30,8 +32,13 @@ class MultiLabelHead(SentenceHead):
         super().__init__(settings, outputs=int(settings.task.high) + 1)
 
     def loss(self, scores: Tensor, labels: Labels | None) -> Tensor:
-        """Return the mean binary cross entropy over examples and labels."""
-        return F.binary_cross_entropy_with_logits(scores, self.given(labels, scores))
+        """Return the mean binary cross entropy over examples and labels, or its ``class_loss``'s."""
+        wanted = self.given(labels, scores)
+        if self.class_loss is not None and not self.class_loss.is_plain:
+            log_probs = F.logsigmoid(torch.stack([-scores, scores], dim=-1))
+            loss: Tensor = self.class_loss(log_probs, wanted.long())
+            return loss
+        return F.binary_cross_entropy_with_logits(scores, wanted)
 
     def predict(self, scores: Tensor) -> Tensor:
         """Return 0 or 1 for each label, int64 ``[n, L]``."""
