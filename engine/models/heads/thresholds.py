@@ -109,9 +109,9 @@ def _cuts(scores: Logits, wanted: Bools) -> Cuts:
     """Return the candidates for scores ``[N]``."""
     order = np.argsort(scores, kind="stable")
     ordered = scores[order]
-    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))  # of each distinct value
+    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))  # of equal ones
     bounds = np.append(first, len(scores))
-    below = np.concatenate(([0], np.cumsum(wanted[order])))
+    below = np.append(0, np.cumsum(wanted[order]))
     positive, values = int(below[-1]), ordered[first]
     return Cuts(
         thresholds=_between(values),

@@ -115,7 +115,7 @@ def test_neighbours_in_fp32_are_told_apart(base):
         values.append(np.nextafter(values[-1], np.float32(np.inf)))
     scores = np.array(values, np.float32)
     for right in range(1, 4):
-        labels = (np.arange(3) >= right).astype(np.float32)
+        labels = (np.arange(4) >= right).astype(np.float32)
         (found,) = choose_thresholds(scores, labels, "accuracy")
         assert ((scores > found) == (labels > 0)).all()
     below, above = (choose_thresholds(scores, np.full(4, x, np.float32), "f1") for x in (1, 0))
