@@ -16,6 +16,7 @@ from .runs.scoring import Scores, score_splits, write_scores
 from .runs.thresholds import describe_thresholds
 from .runtime.precision import pick_device
 from .utils.errors import InputError
+from .utils.quoting import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{task}: yes above a probability of {cuts} (chosen on the dev data, whose scores "
                 "are optimistic)"
             )
-            terminal().print(note, highlight=False, markup=False, soft_wrap=True)
+            terminal().print(one_line(note), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 from engine import evaluate, export, predict, train
 from engine.checkpoints.manifest import Manifest, read_manifest, seal
 from engine.checkpoints.store import load_weights
 from engine.config import recipe as recipes
+from engine.data.source import Split
 from engine.distributed.ranks import Ranks
 from engine.models.heads.thresholds import choose_thresholds
 from engine.runs.data_paths import data_folder, origin
@@ -66,10 +68,10 @@ def kept(run: Run) -> dict[str, tuple[float, ...]]:
     return read_manifest(run.checkpoints.all("best")[0]).thresholds
 
 
-def dev_scores(run: Run, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """The logits and labels of a dev set."""
+def logits_of(run: Run, task: str, of: Split = "dev") -> tuple[np.ndarray, np.ndarray]:
+    """The logits and labels of a split."""
     model, _ = run.trained_model(CPU)
-    split = run.split(task, "dev")
+    split = run.split(task, of)
     return scores_of(model, split).numpy(), np.asarray(split.labels)
 
 
@@ -78,7 +80,7 @@ def test_those_of_the_best_weights_are_kept(whole):
     found = kept(run)
     assert {task: len(logits) for task, logits in found.items()} == {"aspects": 6, "quora": 1}
     for task, metric, per_label in (("aspects", "f1_micro", True), ("quora", "f1", False)):
-        again = choose_thresholds(*dev_scores(run, task), metric, per_label=per_label)
+        again = choose_thresholds(*logits_of(run, task), metric, per_label=per_label)
         assert found[task] == tuple(again.tolist())
     newest = read_manifest(run.checkpoints.all("step")[0])
     assert newest.thresholds == {}  # the next evaluation chooses others
@@ -95,6 +97,20 @@ def test_an_evaluation_gives_the_scores_of_training_again(copy, capsys):
     )
     assert re.search(r"aspects: yes above a probability of praise 0\.\d+, blame 0\.\d+, stro", out)
     assert "slots: yes" not in out
+
+
+def test_other_data_are_scored_by_the_same(copy):
+    """Not by thresholds that would be best there."""
+    before = kept(open_run(copy))
+    assert evaluate.main([str(copy), "--split", "train"]) == 0
+    found = json.loads((copy / "metrics.json").read_text())
+    assert found["split"] == "train"
+    run = open_run(copy)
+    assert kept(run) == before
+    for task, average in (("aspects", "micro"), ("quora", "binary")):
+        scores, labels = logits_of(run, task, "train")
+        answers = scores > np.float32(before[task])
+        assert found["scores"][task] == pytest.approx(f1_score(labels, answers, average=average))
 
 
 def test_they_score_better_than_a_half(whole, copy):
