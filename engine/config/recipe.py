@@ -21,7 +21,8 @@ from ..distributed.gradient_sync import MODES
 from ..gradients.balancing import METHODS, TORCHJD, BalanceSettings
 from ..gradients.groups import GRANULARITIES
 from ..metrics.loggers import LOGGERS
-from ..models.heads import metrics_for
+from ..models.heads import head_class, metrics_for
+from ..models.heads.thresholds import deciding_metric
 from ..models.pooling import POOLINGS
 from ..optim.build import OPTIMIZERS
 from ..optim.lr_schedule import SCHEDULES
@@ -283,6 +284,14 @@ class Recipe(Settings):
                         f"tasks.{name}.decided_by: {metric} is an error, which has no mean with "
                         "scores; leave it out of metrics"
                     )
+            if task.threshold in head_class(form.kind).known_thresholds[1:]:
+                names, several = task.metrics or known[:1], form.labels == "several"
+                try:
+                    deciding_metric(task.threshold, names, several=several)
+                except ValueError as error:
+                    raise ValueError(
+                        f"tasks.{name}.threshold = {task.threshold!r}: {error}"
+                    ) from None
             if task.tag_pieces != "first" and form.labels != "words":
                 raise ValueError(f"tasks.{name}.tag_pieces: the task has no words with tags")
             for field in ("temperature", "symmetric", "margin"):

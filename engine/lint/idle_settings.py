@@ -201,6 +201,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         ),
         "tasks.NAME.label_smoothing": Effect(_is_trained, "{case.owner} is not trained", off=0),
         "tasks.NAME.focal_gamma": Effect(_is_trained, "{case.owner} is not trained", off=0),
+        "tasks.NAME.threshold": Effect(
+            _trains_tasks, "no task is trained, so nothing is scored", off="half"
+        ),
         "tasks.NAME.first_n": Effect(
             _is_trained,
             "{case.owner} is not trained",

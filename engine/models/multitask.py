@@ -17,6 +17,7 @@ from .config import EncoderConfig
 from .context import Context
 from .encoder import Stage
 from .heads import (
+    HALF,
     IN_BATCH,
     PLAIN,
     SHARED_INPUT,
@@ -25,6 +26,7 @@ from .heads import (
     HeadSettings,
     RetrievalSettings,
     Scores,
+    YesNoHead,
     build_head,
     head_class,
 )
@@ -49,6 +51,7 @@ class MultitaskModel(nn.Module):
         class_losses: by task, what its loss does against classes of unequal size; nothing for those
             left out.
         retrievals: by task, settings of a retrieval task's loss; the default for those left out.
+        thresholds: by task, one of THRESHOLDS; HALF for those left out.
         adapter_width: of each task's projected attention (engine/models/adapters.py); 0 for none.
         objectives: the settings of their heads, by name; objectives have no adapters.
     """
@@ -64,6 +67,7 @@ class MultitaskModel(nn.Module):
         losses: Mapping[str, str] | None = None,
         class_losses: Mapping[str, ClassLossSettings] | None = None,
         retrievals: Mapping[str, RetrievalSettings] | None = None,
+        thresholds: Mapping[str, str] | None = None,
         adapter_width: int = 0,
         objectives: Mapping[str, HeadSettings] | None = None,
     ) -> None:
@@ -83,6 +87,7 @@ class MultitaskModel(nn.Module):
                 loss=losses.get(task.task, "default"),
                 class_loss=(class_losses or {}).get(task.task, PLAIN),
                 retrieval=(retrievals or {}).get(task.task, IN_BATCH),
+                threshold=(thresholds or {}).get(task.task, HALF),
                 dropout_p=dropout_p,
                 dropout_id=self.encoder.num_dropouts + position,
             )
@@ -107,6 +112,29 @@ class MultitaskModel(nn.Module):
     def head(self, name: str) -> Head:
         """Return the head of a task or objective."""
         return cast(Head, self.heads[name])
+
+    @property
+    def thresholds(self) -> dict[str, tuple[float, ...]]:
+        """The thresholds of the tasks whose are chosen on the dev data; logits, by task."""
+        return {
+            name: tuple(head.thresholds.tolist())
+            for name, head in self.heads.items()
+            if isinstance(head, YesNoHead) and head.threshold != HALF
+        }
+
+    def set_thresholds(self, found: Mapping[str, Sequence[float]]) -> None:
+        """Set the thresholds that :attr:`thresholds` returned.
+
+        Raises:
+            ValueError: they are of another model; the message says whose.
+        """
+        for name, logits in found.items():
+            if name not in self.thresholds:
+                raise ValueError(f"thresholds of {name}, which has none")
+            try:
+                cast(YesNoHead, self.heads[name]).set_thresholds(logits)
+            except ValueError as error:
+                raise ValueError(f"of {name}: {error}") from None
 
     def _adapter(self, task: str) -> ProjectedAttention | None:
         return cast(ProjectedAttention, self.adapters[task]) if task in self.adapters else None

@@ -23,17 +23,21 @@ from .retrieval_loss import IN_BATCH, RetrievalSettings
 from .sentence import FEATURES as SENTENCE_FEATURES
 from .sentence import SentenceHead
 from .tags import TOKENS, TagHead
+from .thresholds import HALF, THRESHOLDS
+from .yes_no import YesNoHead
 
 __all__ = [
     "BALANCED",
     "CROSS",
     "FEATURES",
+    "HALF",
     "HEADS",
     "IN_BATCH",
     "LOSSES",
     "METRICS",
     "PLAIN",
     "SHARED_INPUT",
+    "THRESHOLDS",
     "ClassLossSettings",
     "Head",
     "HeadExport",
@@ -44,6 +48,7 @@ __all__ = [
     "RetrievalSettings",
     "Scores",
     "SentenceHead",
+    "YesNoHead",
     "build_head",
     "head_class",
     "metrics_for",

@@ -12,14 +12,14 @@ from ..pooling import TaskStates
 from .base import HeadSettings
 from .metrics import METRICS
 from .pair_features import SIMILARITIES
-from .sentence import SentenceHead
+from .yes_no import YesNoHead
 
 _SCALE_OF_SIMILARITY = 5.0
 """Of the logit that is read off a similarity, as training begins; the threshold is at 1/2."""
 
 
-class BinaryHead(SentenceHead):
-    """Scores are logits ``[n]``, yes above 0; labels are 0 or 1.
+class BinaryHead(YesNoHead):
+    """Scores are logits ``[n]``, yes above the threshold; labels are 0 or 1.
 
     A similarity gets a learnt scale and threshold.
     """
@@ -32,7 +32,7 @@ class BinaryHead(SentenceHead):
     )
     weighs_classes = True
     answers = "binary"
-    answers_text = "`binary`, one logit, yes above 0"
+    answers_text = "`binary`, one logit, yes above `threshold`"
     answers_code = MappingProxyType({"binary": "(x > 0).long()"})
 
     def __init__(self, settings: HeadSettings) -> None:
@@ -54,14 +54,6 @@ class BinaryHead(SentenceHead):
             loss: Tensor = self.class_loss(log_probs, wanted.long())
             return loss
         return F.binary_cross_entropy_with_logits(scores, wanted)
-
-    def predict(self, scores: Tensor) -> Tensor:
-        """Return 0 or 1, int64."""
-        return (scores > 0).long()
-
-    def certainty(self, scores: Tensor) -> Tensor:
-        """Return the probability of each answer."""
-        return scores.abs().sigmoid()
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Return those of no and yes, ``[n, 2]``."""

@@ -326,6 +326,7 @@ WITHOUT = [
     ((*STEPS, "eval_every=1"), "patience=3"),
     (TEXT_ALONE, "patience=1"),
     (TEXT_ALONE, "best_of=sts"),
+    (TEXT_ALONE, "tasks.quora.threshold=dev"),
     (FROZEN, "balance=gradvac"),
     (FROZEN, "balance_granularity=layer"),
     (FROZEN, "balance_granularity=tensor"),
@@ -346,7 +347,7 @@ ELSEWHERE = {
     *("threads", "ema_decay"),
     "objectives.NAME.files",
     *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
-    *("tasks.NAME.decided_by", "tasks.NAME.margin"),
+    *("tasks.NAME.decided_by", "tasks.NAME.margin", "tasks.NAME.threshold"),
 }
 
 
