@@ -296,7 +296,7 @@ class Recipe(Settings):
                 raise ValueError(f"tasks.{name}.tag_pieces: the task has no words with tags")
             for field in ("temperature", "symmetric", "margin"):
                 is_default = getattr(task, field) == TaskRecipe.model_fields[field].default
-                reason = "" if is_default else _no_effect_on_retrieval(field, task, form)
+                reason = "" if is_default else _no_effect_on_similarity(field, task, form)
                 if reason:
                     raise ValueError(f"tasks.{name}.{field}: {reason}; leave it out")
         if not any(task.score_weight for task in self.tasks.values()):
@@ -383,14 +383,14 @@ def torch_arguments_of(recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def _no_effect_on_retrieval(field: str, task: TaskRecipe, form: TaskSchema) -> str:
-    """Return why a setting of retrieval has no effect on a task; empty where it has one."""
+def _no_effect_on_similarity(field: str, task: TaskRecipe, form: TaskSchema) -> str:
+    """Return why a setting of similarities has no effect on a task; empty where it has one."""
+    if field == "margin":
+        has_one = task.loss in ("triplet", "contrastive")
+        return "" if has_one else "only loss = triplet and loss = contrastive have one"
     if form.kind != "retrieval":
         return "the task is no retrieval"
-    is_triplet = task.loss == "triplet"
-    if is_triplet == (field == "margin"):
-        return ""
-    return "loss = triplet has none" if is_triplet else "only loss = triplet has one"
+    return "loss = triplet has none" if task.loss == "triplet" else ""
 
 
 def _check_name(key: str, name: str) -> None:

@@ -14,7 +14,7 @@ from ..models.heads import (
     LOSSES,
     THRESHOLDS,
     ClassLossSettings,
-    RetrievalSettings,
+    SimilaritySettings,
 )
 from ..models.registry import DEFAULT, MODELS
 from ..utils.errors import InputError
@@ -65,7 +65,8 @@ class TaskRecipe(Settings):
     dot."""
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
-    that of a share of their range; mse; triplet, for retrieval with negatives."""
+    that of a share of their range; mse; triplet, for retrieval with negatives; contrastive, for
+    two classes of pairs by a similarity."""
     weight: PositiveReal = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
     metrics: tuple[str, ...] = ()
@@ -99,7 +100,8 @@ class TaskRecipe(Settings):
     """retrieval: let passages find their anchors, too, and take the mean of both losses."""
     margin: PositiveReal = 0.5
     """loss = triplet: by how much an anchor is to be more similar to its passage than to a
-    negative."""
+    negative.  loss = contrastive: the distance (1 - similarity) from which on pairs of class 0 are
+    far enough apart; half of it is the threshold."""
     threshold: Literal[THRESHOLDS] = HALF  # type: ignore[valid-type]
     """Two classes, or several labels: a probability above which the answer is yes: half, 1/2; dev:
     the one that scores best on the dev data, chosen at every evaluation, by the deciding metric;
@@ -110,9 +112,9 @@ class TaskRecipe(Settings):
     """Where the examples come from and what they look like; a built-in task needs none."""
 
     @property
-    def retrieval(self) -> RetrievalSettings:
-        """Settings of the loss of a retrieval task."""
-        return RetrievalSettings(self.temperature, self.symmetric, self.margin)
+    def similarity(self) -> SimilaritySettings:
+        """Settings of a loss that compares similarities."""
+        return SimilaritySettings(self.temperature, self.symmetric, self.margin)
 
     @property
     def class_loss(self) -> ClassLossSettings:

@@ -52,7 +52,8 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
 - `answers`: what the output layer (`TASK.output.weight`, `TASK.output.bias`) makes of them:
 {answers}
 - `low`, `high`: the range of the labels; `classes`: their names, if they have any.
-- `threshold`, of `binary` and `labels`: logits, one for all or one for each label.
+- `threshold`, of `binary` and `labels`: logits, one for all or one for each label; of a head
+  without an output layer a similarity.
 
 What a task answers, for all features but `bilstm` and `tokens`:
 

@@ -24,8 +24,8 @@ from .heads import (
     ClassLossSettings,
     Head,
     HeadSettings,
-    RetrievalSettings,
     Scores,
+    SimilaritySettings,
     YesNoHead,
     build_head,
     head_class,
@@ -50,7 +50,8 @@ class MultitaskModel(nn.Module):
         losses: by task, one of LOSSES (engine/models/heads); the default for those left out.
         class_losses: by task, what its loss does against classes of unequal size; nothing for those
             left out.
-        retrievals: by task, settings of a retrieval task's loss; the default for those left out.
+        similarities: by task, settings of a loss that compares them; the default for those left
+            out.
         thresholds: by task, one of THRESHOLDS; HALF for those left out.
         adapter_width: of each task's projected attention (engine/models/adapters.py); 0 for none.
         objectives: the settings of their heads, by name; objectives have no adapters.
@@ -66,7 +67,7 @@ class MultitaskModel(nn.Module):
         dropout_p: float,
         losses: Mapping[str, str] | None = None,
         class_losses: Mapping[str, ClassLossSettings] | None = None,
-        retrievals: Mapping[str, RetrievalSettings] | None = None,
+        similarities: Mapping[str, SimilaritySettings] | None = None,
         thresholds: Mapping[str, str] | None = None,
         adapter_width: int = 0,
         objectives: Mapping[str, HeadSettings] | None = None,
@@ -86,7 +87,7 @@ class MultitaskModel(nn.Module):
                 features=features[task.task],
                 loss=losses.get(task.task, "default"),
                 class_loss=(class_losses or {}).get(task.task, PLAIN),
-                retrieval=(retrievals or {}).get(task.task, IN_BATCH),
+                similarity=(similarities or {}).get(task.task, IN_BATCH),
                 threshold=(thresholds or {}).get(task.task, HALF),
                 dropout_p=dropout_p,
                 dropout_id=self.encoder.num_dropouts + position,

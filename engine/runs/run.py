@@ -182,7 +182,7 @@ class Run(NamedTuple):
             dropout_p=self.recipe.dropout,
             losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
             class_losses={task: each.class_loss for task, each in self.recipe.tasks.items()},
-            retrievals={task: each.retrieval for task, each in self.recipe.tasks.items()},
+            similarities={task: each.similarity for task, each in self.recipe.tasks.items()},
             thresholds={task: each.threshold for task, each in self.recipe.tasks.items()},
             adapter_width=self.recipe.adapter_width,
             objectives={

@@ -19,9 +19,9 @@ from .pair_features import CROSS, SHARED_INPUT
 from .ranking import Ranking, rank_passages
 from .regression import RegressionHead
 from .retrieval import DOT, RetrievalHead
-from .retrieval_loss import IN_BATCH, RetrievalSettings
 from .sentence import FEATURES as SENTENCE_FEATURES
 from .sentence import SentenceHead
+from .similarity_loss import IN_BATCH, SimilaritySettings
 from .tags import TOKENS, TagHead
 from .thresholds import HALF, THRESHOLDS
 from .yes_no import YesNoHead
@@ -45,9 +45,9 @@ __all__ = [
     "Metric",
     "Ranking",
     "Results",
-    "RetrievalSettings",
     "Scores",
     "SentenceHead",
+    "SimilaritySettings",
     "YesNoHead",
     "build_head",
     "head_class",

@@ -21,10 +21,10 @@ from ..pooling import TaskStates
 from ..step_scores import StepScores
 from .class_loss import PLAIN, ClassLoss, ClassLossSettings
 from .metrics import Metric
-from .retrieval_loss import IN_BATCH, RetrievalSettings
+from .similarity_loss import IN_BATCH, SimilaritySettings
 from .thresholds import HALF
 
-LOSSES = ("default", "mse", "cross_entropy", "triplet")
+LOSSES = ("default", "mse", "cross_entropy", "triplet", "contrastive")
 """Names that a recipe's ``loss`` may have; each kind takes some."""
 
 Scores = Tensor | tuple[Tensor, ...]
@@ -43,7 +43,7 @@ class HeadSettings:
         features: the recipe's name for the inputs of a task's head.
         loss: one of LOSSES.
         class_loss: what the loss does against classes of unequal size.
-        retrieval: of the loss of a retrieval task.
+        similarity: of a loss that compares similarities.
         threshold: one of THRESHOLDS.
         dropout_p: of the dropout before the output layer, in training.
         dropout_id: of its dropout; the RNG offset.
@@ -57,7 +57,7 @@ class HeadSettings:
     features: str = ""
     loss: str = "default"
     class_loss: ClassLossSettings = PLAIN
-    retrieval: RetrievalSettings = IN_BATCH
+    similarity: SimilaritySettings = IN_BATCH
     threshold: str = HALF
     dropout_p: float = 0.0
     dropout_id: int = 0

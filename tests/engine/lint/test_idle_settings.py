@@ -140,6 +140,7 @@ DRAWN = (
     "epochs=2",
 )
 RETRIEVAL = ("tasks.replies.head=cosine", "train=['sst','replies']")
+CONTRASTIVE = ("tasks.quora.head=cosine", "tasks.quora.loss=contrastive")
 SHARED = (*FROZEN, "tasks.quora.head=shared", "tasks.sts.head=shared")
 
 EFFECTIVE = [
@@ -153,6 +154,8 @@ EFFECTIVE = [
     ((), "tasks.quora.label_smoothing=0.1"),
     ((), "tasks.sst.focal_gamma=2"),
     ((), "tasks.quora.focal_gamma=2"),
+    (("tasks.quora.head=cosine",), "tasks.quora.loss=contrastive"),
+    (CONTRASTIVE, "tasks.quora.margin=0.9"),
     (RETRIEVAL, "tasks.replies.temperature=0.2"),
     (RETRIEVAL, "tasks.replies.symmetric=true"),
     ((), "train=['sst','sts']"),
@@ -347,7 +350,7 @@ ELSEWHERE = {
     *("threads", "ema_decay"),
     "objectives.NAME.files",
     *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
-    *("tasks.NAME.decided_by", "tasks.NAME.margin", "tasks.NAME.threshold"),
+    *("tasks.NAME.decided_by", "tasks.NAME.threshold"),
 }
 
 
