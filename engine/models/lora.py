@@ -104,18 +104,16 @@ class LowRankUpdates(nn.ModuleDict):
 
     def forward(self, x: Tensor, context: RowContext | None = None) -> Tensor:
         """Map the layer's input ``[T, I]`` to the update of its output ``[T, O]``."""
-        updates = self.in_order
-        if len(updates) == 1 and updates[0].rows == slice(0, self.height):
-            return cast(Tensor, updates[0](x, context))
-        blocks, end = list[Tensor](), 0
-        for update in updates:
+        blocks: list[Tensor] = []
+        end = 0
+        for update in self.in_order:
             if update.rows.start > end:
                 blocks.append(x.new_zeros(1, 1).expand(len(x), update.rows.start - end))
             blocks.append(update(x, context))
             end = update.rows.stop
         if end < self.height:
             blocks.append(x.new_zeros(1, 1).expand(len(x), self.height - end))
-        return torch.cat(blocks, dim=1)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
 
 
 def add_low_rank_updates(encoder: Encoder, settings: LoraSettings, first_dropout_id: int) -> None:
