@@ -32,8 +32,8 @@ _FIELDS = {
     "log_layer_cosines_every": "watch_layer",
     "loggers": "report_to sink tensorboard wandb",
     "lora_alpha": "peft_alpha",
-    "lora_layers": "lora_target_modules peft_target_modules target_modules",
-    "lora_rank": "lora lora_r peft_r use_lora use_peft",
+    "lora_targets": "lora_target_modules peft_target_modules target_modules",
+    "lora_rank": "lora peft_r use_lora use_peft",
     "lr": "learning_rate lrate",
     "max_length": "max_seq_len max_seq_length max_sequence_length model_max_length seq_len "
     "sequence_length",

@@ -96,7 +96,7 @@ class Recipe(Settings):
     """The updates are multiplied by lora_alpha / lora_rank."""
     lora_dropout: Fraction = 0.0
     """Dropout of the updates' inputs."""
-    lora_layers: tuple[Literal[PROJECTIONS], ...] = DEFAULT_PROJECTIONS  # type: ignore[valid-type]
+    lora_targets: tuple[Literal[PROJECTIONS], ...] = DEFAULT_PROJECTIONS  # type: ignore[valid-type]
     """The linear layers that have updates: query, key, value and attention_output of attention,
     intermediate and output of the feed-forward layer."""
     encoder: EncoderRecipe = EncoderRecipe()
@@ -295,8 +295,8 @@ class Recipe(Settings):
             raise ValueError("tasks: some score_weight has to be above 0, or none is best")
 
     def _check_lora(self) -> None:
-        if not self.lora_layers or len(set(self.lora_layers)) != len(self.lora_layers):
-            raise ValueError("lora_layers: expected at least one name, and each once")
+        if not self.lora_targets or len(set(self.lora_targets)) != len(self.lora_targets):
+            raise ValueError("lora_targets: expected at least one name, and each once")
         if self.lora_rank and not self.init:
             raise ValueError(
                 f"lora_rank = {self.lora_rank}: an encoder from scratch would keep its random "
@@ -308,7 +308,7 @@ class Recipe(Settings):
         """The low-rank updates of the encoder; None without any."""
         if not self.lora_rank:
             return None
-        return LoraSettings(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_layers)
+        return LoraSettings(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
     @property
     def formats(self) -> dict[str, TaskSchema]:

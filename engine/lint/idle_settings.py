@@ -248,7 +248,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             _trains_lora, "freeze_encoder leaves the updates at their beginning, zero", off=0
         ),
         **dict.fromkeys(
-            ("lora_alpha", "lora_layers"), Effect(_trains_lora, "no low-rank update is trained")
+            ("lora_alpha", "lora_targets"), Effect(_trains_lora, "no low-rank update is trained")
         ),
         "lora_dropout": Effect(_trains_lora, "no low-rank update is trained", off=0),
         # With --init a shape is held against the model's: EncoderRecipe.of_model.

@@ -131,7 +131,7 @@ def add_low_rank_updates(encoder: Encoder, settings: LoraSettings, first_dropout
         if name not in encoder.projections:
             known = ", ".join(encoder.projections) or "none that low-rank updates could be of"
             encoders = type(encoder).__name__
-            raise InputError(f"lora_layers: {name} is no projection of {encoders}; it has {known}")
+            raise InputError(f"lora_targets: {name} is no projection of {encoders}; it has {known}")
     dropout_id = first_dropout_id
     for stage in encoder.stages():
         linears = {

@@ -84,7 +84,7 @@ def test_a_resumed_run_has_the_bits_of_one_in_a_piece(lora_run, base, monkeypatc
 
 def test_answers_merged_or_not(lora_run, capsys):
     """The predictor's are merged; an evaluation gives the very scores of the training."""
-    folder = lora_run("run", settings=("lora_layers=['query','key','output']",))
+    folder = lora_run("run", settings=("lora_targets=['query','key','output']",))
     run = open_run(folder)
     plain, _ = run.trained_model(CPU, merged=False)
     merged = Predictor(run, device="cpu")
@@ -120,7 +120,7 @@ def test_a_frozen_phase_leaves_the_updates(lora_run, base):
 
 def test_objectives_train_updates(lora_run):
     """A masked LM is tied to the frozen table of words."""
-    settings = ("objectives.text.kind=masked_lm", "train=['text','sst']", "lora_layers=['output']")
+    settings = ("objectives.text.kind=masked_lm", "train=['text','sst']", "lora_targets=['output']")
     after = trained_weights(lora_run("run", "--max-steps", "2", settings=settings))
     ups = [name for name, weight in after.items() if ".lora.output.up." in name and weight.any()]
     assert len(ups) == 2
@@ -129,7 +129,7 @@ def test_objectives_train_updates(lora_run):
 def test_a_recipe_of_the_run_has_the_settings(lora_run, base):
     folder = lora_run("run", "--max-steps", "1")
     recipe = load(str(folder / "recipe.toml"))
-    assert (recipe.lora_rank, recipe.lora_alpha, recipe.lora_layers) == (3, 12, ("query", "value"))
+    assert (recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets) == (3, 12, ("query", "value"))
     assert json.loads((folder / "config.json").read_text())["init_model_type"] == "bert"
     with pytest.raises(InputError, match=r"lora_rank = 3, now it is 4"):
         lora_run("run", "--resume", settings=("lora_rank=4",))
@@ -146,9 +146,15 @@ def test_a_recipe_of_the_run_has_the_settings(lora_run, base):
             ("lora_rank=2", "init=''"),
             "lora_rank = 2: an encoder from scratch would keep",
         ),
-        (("lora_layers=[]",), "lora_layers: expected at least one name, and each once"),
-        (("lora_layers=['key','key']",), "lora_layers: expected at least one name, and each once"),
-        (("lora_layers=['query','dense']",), r"lora_layers\.1 = 'dense': Input should be 'query'"),
+        (("lora_targets=[]",), "lora_targets: expected at least one name, and each once"),
+        (
+            ("lora_targets=['key','key']",),
+            "lora_targets: expected at least one name, and each once",
+        ),
+        (
+            ("lora_targets=['query','dense']",),
+            r"lora_targets\.1 = 'dense': Input should be 'query'",
+        ),
         (("lora_dropout=1",), "lora_dropout = 1"),
         (("lora_alpha=0",), "lora_alpha = 0"),
         (("phases.a.lora_rank=2",), r"phases\.a: no setting of a phase: lora_rank"),

@@ -92,7 +92,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported
             Tokenizer.train([*texts, *TEXTS], 300).save(found.base)
             arguments = ["demo", "--init", str(found.base), "--out", str(found.run)]
             settings = [*SHORT, "lora_rank=3", "lora_alpha=7.5", "lr=1e-2", "precision=fp32"]
-            settings.append(f"lora_layers={list(layers)}")
+            settings.append(f"lora_targets={list(layers)}")
             assert train.main([*arguments, "--max-steps", "2", "--set", *settings]) == 0
             assert export.main([str(found.run), "--to", str(found.folder)]) == 0
         return made[family, layers]

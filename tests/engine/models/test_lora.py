@@ -257,7 +257,9 @@ def test_a_merged_model_answers_the_same(case):
 
 def test_encoders_without_the_projections_are_refused(monkeypatch):
     monkeypatch.setattr(BertEncoder, "projections", {"query": BertEncoder.projections["query"]})
-    with pytest.raises(InputError, match=r"lora_layers: key is no projection of BertEncoder; .*y$"):
+    with pytest.raises(
+        InputError, match=r"lora_targets: key is no projection of BertEncoder; .*y$"
+    ):
         lora_model(BERT)
     monkeypatch.setattr(BertEncoder, "projections", {})
     with pytest.raises(InputError, match="it has none that low-rank updates could be of"):
