@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     check_free(options.to)
     run = open_run(options.run)
-    model, progress = run.trained_model(torch.device("cpu"), torch.float32, merged=False)
+    model, progress = run.trained_model(torch.device("cpu"), torch.float32)
     has_scores = (run.folder / "metrics.json").exists()
     measured = read_scores(run.folder, run.recipe.tasks) if has_scores else None
     of_these_weights = (

@@ -47,7 +47,7 @@ def write_model_folder(
 
     Args:
         run: what was trained.
-        model: with the trained weights; low-rank updates are merged into it.
+        model: with the trained weights, low-rank updates merged.
         progress: of the checkpoint that they come from.
         scores: dev scores of that checkpoint, by task, or None.
         to: the folder, new or empty.
@@ -62,9 +62,9 @@ def write_model_folder(
             "transformers has adapters, so that no other library could load it"
         )
     with whole_folder(Path(realpath(to))) as folder:
-        if model.lora is not None:
-            write_peft_adapter(folder / "lora", run, model, model.lora)
-            model.merge_lora()
+        if run.recipe.lora is not None:
+            assert model.lora is None, "the updates are merged"
+            write_peft_adapter(folder / "lora", run, model.merged_updates, run.recipe.lora)
         _write_transformers(folder, run, model)
         _write_sentence_transformers(folder, run)
         save_file(head_tensors(model), folder / "heads.safetensors", head_layout(model))

@@ -8,14 +8,14 @@ the matrices.  It lies in a folder of its own: libraries that know PEFT would ta
 with an adapter_config.json for an adapter, and load the model that it names instead.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models.lora import LoraSettings, StoredUpdate, stored_updates
-from ..models.multitask import MultitaskModel
+from ..models.lora import LoraSettings, StoredUpdate
 from ..models.registry import MODELS, spec_of
 from ..runs.run import Run
 from ..utils.errors import InputError
@@ -23,14 +23,14 @@ from ..utils.json_text import dump_json
 
 
 def write_peft_adapter(
-    folder: Path, run: Run, model: MultitaskModel, settings: LoraSettings
+    folder: Path, run: Run, updates: Iterable[StoredUpdate], settings: LoraSettings
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
         folder: new.
         run: what was trained.
-        model: with updates that are not merged.
+        updates: of the encoder, on any device.
         settings: of these updates.
 
     Raises:
@@ -42,18 +42,15 @@ def write_peft_adapter(
             f"{run.folder / 'config.json'}: init_model_type = {run.init_type!r}: expected one of "
             f"{', '.join(spec.model_types)}; put the file back as the training wrote it"
         )
-    updates = [
-        update._replace(name=spec.name_in(run.init_type, update.name))
-        for update in stored_updates(model.encoder, run.config)
-    ]
+    named = [update._replace(name=spec.name_in(run.init_type, update.name)) for update in updates]
     tensors: dict[str, Tensor] = {}
-    for update in updates:
+    for update in named:
         for matrix, weight in (("lora_A", update.down), ("lora_B", update.up)):
             name = f"base_model.model.{update.name}.{matrix}.weight"
             tensors[name] = weight.float().cpu().contiguous()
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = dump_json(_config(run.recipe.init, updates, settings), indent=2)
+    config = dump_json(_config(run.recipe.init, named, settings), indent=2)
     (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
 
 

@@ -28,9 +28,11 @@ from .heads import (
 from .layers import Linear
 from .lora import (
     LoraSettings,
+    StoredUpdate,
     add_low_rank_updates,
     layers_of_updates,
     merge_updates,
+    stored_updates,
     weights_of_updates,
 )
 from .named_modules import NamedModules
@@ -55,6 +57,10 @@ class MultitaskModel(nn.Module):
         objectives: the settings of their heads, by name; objectives have no adapters.
         lora: the low-rank updates of the encoder, which is frozen but for them
             (engine/models/lora.py); None for none.
+
+    Attributes:
+        lora: the low-rank updates that are not merged; None without any.
+        merged_updates: those that are (:meth:`merge_lora`), as they were then.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class MultitaskModel(nn.Module):
                 )
         self.heads.update(of_objectives)
         self.lora = lora
+        self.merged_updates: tuple[StoredUpdate, ...] = ()
         if lora is not None:
             used_by_adapters = len(self.adapters) * config.num_hidden_layers
             first_dropout_id = self.encoder.num_dropouts + len(tasks) + used_by_adapters
@@ -117,7 +124,11 @@ class MultitaskModel(nn.Module):
         self.encoder.load_state_dict({**state, **weights_of_updates(self.encoder)})
 
     def merge_lora(self) -> None:
-        """Add the low-rank updates, if any, to the weights that they are of, and remove them."""
+        """Add the low-rank updates, if any, to the weights that they are of, and remove them.
+
+        They stay in :attr:`merged_updates`.
+        """
+        self.merged_updates += tuple(stored_updates(self.encoder, self.encoder.config))
         merge_updates(self.encoder)
         self.lora = None
 
