@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .._kernels import kernels
 from ..utils.errors import InputError
+from .bert_tasks import bert_task
 from .config import EncoderConfig
 from .context import Context
 from .encoder import Encoder, Stage
@@ -282,4 +283,5 @@ SPEC = ModelSpec(
     sort_weights=_sort_weights,
     untrained=_pooler,
     untrained_note="the pooler above it is the identity, it was not trained",
+    task_model=bert_task,
 )

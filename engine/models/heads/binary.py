@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ...data.task_batch import Labels
 from ..layers import Linear
 from ..pooling import TaskStates
-from .base import HeadSettings
+from .base import HeadSettings, LinearHead
 from .metrics import METRICS
 from .pair_features import SIMILARITIES
 from .sentence import SentenceHead
@@ -66,3 +66,11 @@ class BinaryHead(SentenceHead):
     def probabilities(self, scores: Tensor) -> Tensor:
         """Return those of no and yes, ``[n, 2]``."""
         return torch.stack([(-scores).sigmoid(), scores.sigmoid()], 1)
+
+    def as_linear(self) -> LinearHead | None:
+        """Return the output layer with a logit for each class: 0, and that of yes."""
+        linear = self._linear("single_label_classification")
+        if linear is None:
+            return None
+        weight, bias = (torch.cat([torch.zeros_like(x), x]) for x in linear[:2])
+        return linear._replace(weight=weight, bias=bias)
