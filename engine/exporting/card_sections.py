@@ -4,6 +4,7 @@ A card goes where the export goes, so it names files and folders without their p
 """
 
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from os.path import expanduser, isdir
@@ -13,9 +14,11 @@ from typing import Any
 import tomli_w
 
 from .. import __version__
+from ..checkpoints.manifest import Progress
 from ..config.recipe import Recipe
 from ..data.source import TaskSource
 from ..data.task_schema import TaskSchema
+from ..models.registry import spec_of
 from ..runs.run import Run
 from ..runs.scoring import score_names
 from ..utils.quoting import fence, markdown_text, printable
@@ -28,7 +31,93 @@ _FEW_CLASSES = 30
 _PATHS = frozenset({"data", "init", "dataset", "files"})
 """Keys of a recipe whose values may be paths of this machine."""
 
+_SHORT_CARD = """\
+---
+{header}
+---
+
+# {title}
+
+{summary}
+
+## Use
+
+{use}
+
+```python
+{example}```
+
+{answers}
+
+## Scores
+
+{scores}
+
+## Data
+
+{data}
+
+## Recipe
+
+Files and folders are named without their paths.
+
+{recipe}
+
+## Versions
+
+{versions}
+"""
+
 Scores = Mapping[str, float | None]
+
+
+def short_card(
+    run: Run,
+    progress: Progress,
+    scores: Scores | None,
+    *,
+    only: str | None,
+    header: str,
+    what: str,
+    use: str,
+    example: str,
+    answers: str,
+) -> str:
+    """Return the card of an export that answers one thing, as Markdown.
+
+    Args:
+        run: what was trained.
+        progress: of the exported checkpoint.
+        scores: its dev scores by task, or None where they are not known.
+        only: the exported task; None for sentence vectors.
+        header: its lines of YAML.
+        what: the beginning of the sentence about the encoder.
+        use: how the model is loaded.
+        example: Python that does so.
+        answers: what its outputs are.
+    """
+    title = run.folder.resolve().name if only is None else f"{run.folder.resolve().name}: {only}"
+    return _SHORT_CARD.format(
+        header=header,
+        title=markdown_text(title),
+        summary=filled(
+            f"{what} {spec_of(run.config).name} encoder trained on {listed(run.recipe.trained)}"
+            f"{together(run.recipe)}. Trained with superbert-engine {__version__}; the weights are "
+            f"those of step {progress.step}."
+        ),
+        use=use,
+        example=example,
+        answers=answers,
+        scores=scores_table(run, scores, only),
+        data=data_list(run),
+        recipe=recipe_block(run.recipe),
+        versions=versions(),
+    )
+
+
+def filled(text: str) -> str:
+    """Return text in lines of the card's width."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def together(recipe: Recipe) -> str:

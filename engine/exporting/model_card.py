@@ -69,6 +69,8 @@ What a task answers, for all features but `bilstm` and `tokens`:
 
 ## Recipe
 
+Files and folders are named without their paths.
+
 {recipe}
 
 ## Versions

@@ -1,65 +1,12 @@
 """The model card of one exported task."""
 
-import textwrap
-
-from .. import __version__
 from ..checkpoints.manifest import Progress
 from ..data.task_schema import TaskSchema
 from ..models.heads import LinearHead
-from ..models.registry import spec_of
 from ..models.task_model import SEQUENCES, TOKENS, TaskModel
 from ..runs.run import Run
 from ..utils.quoting import markdown_text
-from .card_sections import (
-    WIDTH,
-    Scores,
-    data_list,
-    listed,
-    recipe_block,
-    scores_table,
-    together,
-    versions,
-)
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: {pipeline}
-tags: [{model_type}, multi-task]
----
-
-# {title}: {task}
-
-The task {task} of one {model} encoder trained on {tasks}{together}.
-Trained with superbert-engine {version}; the weights are those of step {step}.
-
-## Use
-
-{use}
-
-```python
-{example}```
-
-{answers}
-
-## Scores
-
-{scores}
-
-## Data
-
-{data}
-
-## Recipe
-
-Files and folders are named without their paths.
-
-{recipe}
-
-## Versions
-
-{versions}
-"""
+from .card_sections import Scores, filled, listed, short_card
 
 _SEQUENCE_EXAMPLE = """\
 import sys
@@ -98,29 +45,21 @@ def task_card(
         progress: of the exported checkpoint.
         scores: its dev scores by task, or None where they are not known.
     """
-    form = run.recipe.formats[task]
-    return _CARD.format(
-        pipeline="token-classification" if head.reads_tokens else "text-classification",
-        model_type=made.config.get("model_type", run.config.model_type),
-        title=markdown_text(run.folder.resolve().name),
-        task=markdown_text(task),
-        model=spec_of(run.config).name,
-        tasks=listed(run.recipe.trained),
-        together=together(run.recipe),
-        version=__version__,
-        step=progress.step,
+    form, name = run.recipe.formats[task], markdown_text(task)
+    kind = "token-classification" if head.reads_tokens else "text-classification"
+    model_type = made.config.get("model_type", run.config.model_type)
+    return short_card(
+        run,
+        progress,
+        scores,
+        only=task,
+        header="library_name: transformers\n"
+        f"pipeline_tag: {kind}\ntags: [{model_type}, multi-task]",
+        what=f"The task {name} of one",
         use=_use(head, made),
         example=example(form, head, made),
-        answers=_filled(answers_text(form, head)),
-        scores=scores_table(run, scores, task),
-        data=data_list(run),
-        recipe=recipe_block(run.recipe),
-        versions=versions(),
+        answers=filled(answers_text(form, head)),
     )
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _use(head: LinearHead, made: TaskModel) -> str:
@@ -133,7 +72,7 @@ def _use(head: LinearHead, made: TaskModel) -> str:
             f" transformers has no class for this head, so the folder brings one, {files}: give "
             "`trust_remote_code=True`, also to `AutoModel` and `AutoConfig`."
         )
-    return _filled(f"{text} {made.note}".strip())
+    return filled(f"{text} {made.note}".strip())
 
 
 def example(form: TaskSchema, head: LinearHead, made: TaskModel) -> str:

@@ -17,7 +17,7 @@ from engine.runs.run import Run, open_run
 from engine.runs.scoring import _scores
 
 from ..conftest import SHORT, TINY
-from ..models.test_families import byte_pairs
+from ..models.byte_pairs import byte_pairs
 
 WORDS = "the film was plot good bad fine dull a story of people and rain it's well-made ! (really)"
 MOODS, TOPICS = ("poor", "fine", "grand"), ("praise", "blame", "people", "story")
