@@ -29,7 +29,7 @@ _LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")
 _FEW_CLASSES = 30
 """Names of classes that a card lists; the other files have all."""
 _PATHS = frozenset({"data", "init", "dataset", "files"})
-"""Keys of a recipe whose values may be paths of this machine."""
+"""Keys of a recipe, its sources and objectives whose values may be paths of this machine."""
 
 _SHORT_CARD = """\
 ---
@@ -172,24 +172,22 @@ def _origin(source: TaskSource) -> str:
 
 
 def recipe_block(recipe: Recipe) -> str:
-    """Return every setting of a recipe as a block of TOML."""
-    settings = printable(
-        tomli_w.dumps(_without_paths(recipe.model_dump(mode="json", exclude_none=True)))
-    )
-    marks = fence(settings)
-    return f"{marks}toml\n{settings}{marks}"
+    """Return every setting of a recipe as a block of TOML, paths by their last names."""
+    settings = recipe.model_dump(mode="json", exclude_none=True)
+    sources = [task["source"] for task in settings["tasks"].values() if "source" in task]
+    for table in (settings, *sources, *settings["objectives"].values()):
+        for key in table.keys() & _PATHS:
+            table[key] = _without_paths(table[key])
+    text = printable(tomli_w.dumps(settings))
+    marks = fence(text)
+    return f"{marks}toml\n{text}{marks}"
 
 
-def _without_paths(value: Any, *, is_path: bool = False) -> Any:
-    """Return what a recipe says with the last name of each path alone."""
+def _without_paths(value: Any) -> Any:
+    """Return a path, or those of a list or table, by its last name."""
     if isinstance(value, Mapping):
-        return {
-            key: _without_paths(inner, is_path=is_path or key in _PATHS)
-            for key, inner in value.items()
-        }
-    if isinstance(value, list):
-        return [_without_paths(inner, is_path=is_path) for inner in value]
-    return local_name(value) if is_path and isinstance(value, str) else value
+        return {key: local_name(path) for key, path in value.items()}
+    return local_name(value) if isinstance(value, str) else [local_name(path) for path in value]
 
 
 def local_name(name: str) -> str:

@@ -69,8 +69,8 @@ def _use(head: LinearHead, made: TaskModel) -> str:
     if made.code:
         files = listed([*made.code])
         text += (
-            f" transformers has no class for this head, so the folder brings one, {files}: give "
-            "`trust_remote_code=True`, also to `AutoModel` and `AutoConfig`."
+            f" transformers has no class for this head, so the folder brings one, {files}, which "
+            "is run with `trust_remote_code=True` alone."
         )
     return filled(f"{text} {made.note}".strip())
 
