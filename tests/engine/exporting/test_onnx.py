@@ -28,8 +28,7 @@ VECTORS = None
 GRAPHS = [
     ("bert", "mean", VECTORS),
     ("bert", "mean", "same"),
-    ("bert", "mean", "share"),
-    ("modernbert", "cls", VECTORS),
+    ("modernbert", "cls", "share"),
     ("modernbert", "cls", "tags"),
 ]
 
