@@ -70,7 +70,8 @@ def _use(head: LinearHead, made: TaskModel) -> str:
         files = listed([*made.code])
         text += (
             f" transformers has no class for this head, so the folder brings one, {files}, which "
-            "is run with `trust_remote_code=True` alone."
+            "is run with `trust_remote_code=True` alone: give that to pipelines, or to each "
+            "`from_pretrained`, the tokenizer's too."
         )
     return filled(f"{text} {made.note}".strip())
 

@@ -77,13 +77,20 @@ def export_of(run_of) -> Callable[[str, str, str], Path]:
     return folder
 
 
+def trust(folder: Path) -> dict[str, bool]:
+    """What loading takes: leave to run code, where an export has some."""
+    has_code = "auto_map" in json.loads((folder / "config.json").read_text())
+    return {"trust_remote_code": True} if has_code else {}
+
+
 def load(folder: Path, **options: object) -> torch.nn.Module:
     """The model that transformers loads from an export, complete."""
     config = json.loads((folder / "config.json").read_text())
     kind = "TokenClassification" if "Token" in config["architectures"][0] else None
     auto = getattr(transformers, f"AutoModelFor{kind or 'SequenceClassification'}")
-    trust = {"trust_remote_code": True} if "auto_map" in config else {}
-    model, report = auto.from_pretrained(folder, output_loading_info=True, **trust, **options)
+    model, report = auto.from_pretrained(
+        folder, output_loading_info=True, **trust(folder), **options
+    )
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
@@ -92,7 +99,7 @@ def load(folder: Path, **options: object) -> torch.nn.Module:
 
 def tokens(folder: Path, given: list) -> transformers.BatchEncoding:
     """Examples as the exported tokenizer makes them, padded."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust(folder))
     options = {"truncation": True, "padding": True, "return_tensors": "pt"}
     if isinstance(given[0], tuple):
         first, second = zip(*given, strict=True)
@@ -145,11 +152,9 @@ def test_logits_equal_the_engines(run_of, export_of, encoder, pooling, task) -> 
 
 
 def pipe(folder: Path, task: str, **options: object) -> transformers.Pipeline:
-    trust = (
-        {"trust_remote_code": True} if "auto_map" in (folder / "config.json").read_text() else {}
-    )
+    options |= {"device": "cpu", **trust(folder)}
     kind = "token-classification" if task == "tags" else "text-classification"
-    return transformers.pipeline(kind, str(folder), device="cpu", **trust, **options)
+    return transformers.pipeline(kind, str(folder), **options)
 
 
 @pytest.mark.parametrize(("encoder", "pooling"), CASES)
@@ -260,7 +265,8 @@ def test_it_can_be_trained_on_and_saved_again(export_of, tmp_path) -> None:
         loss.backward()
         assert all(p.grad is not None for n, p in model.named_parameters() if "pooler" not in n)
         model.save_pretrained(tmp_path / pooling)
-        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / pooling)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **trust(folder))
+        tokenizer.save_pretrained(tmp_path / pooling)
         _, after = logits(tmp_path / pooling, examples("mood"))
         assert torch.equal(before, after)
 
@@ -277,10 +283,8 @@ def test_the_class_of_its_own_does_without_a_mask_and_returns_tuples(export_of) 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_cross_encoder_rates_pairs(run_of, export_of, pooling) -> None:
-    given, trust = examples("alike"), pooling == "mean"
-    model = CrossEncoder(
-        str(export_of("bert", pooling, "alike")), device="cpu", trust_remote_code=trust
-    )
+    given, folder = examples("alike"), export_of("bert", pooling, "alike")
+    model = CrossEncoder(str(folder), device="cpu", **trust(folder))
     found = np.clip(model.predict(given), 1, 5)
     ours = Predictor(run_of("bert", pooling), device="cpu", precision="fp32")("alike", given)
     np.testing.assert_allclose(found, [each.prediction for each in ours], atol=1e-4)
