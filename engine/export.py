@@ -24,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     what, where = parser.add_argument_group("what to export"), parser.add_argument_group("where")
     what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    what.add_argument("--task", metavar="NAME", help="this task alone, for transformers' pipelines")
+    what.add_argument(
+        "--task",
+        metavar="NAME",
+        help="this task alone, for transformers' pipelines (default: the encoder)",
+    )
     what.add_argument(
         "--onnx", action="store_true", help="a graph, model.onnx: sentence vectors, or the --task"
     )
