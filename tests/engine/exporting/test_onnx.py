@@ -23,6 +23,7 @@ from engine.utils.errors import InputError
 from . import task_runs
 from .task_runs import engine_logits, examples
 
+pytestmark = pytest.mark.long  # torch's exporter takes seconds a graph
 VECTORS = None
 # Every kind of output, both encoders, both poolings; segments in a BERT's pairs alone.
 GRAPHS = [
