@@ -7,7 +7,7 @@ kind, and everything that depends on the kind is a method of the head
 
 from ...data.source import FURTHER_KINDS
 from ...data.task_schema import TaskSchema
-from .base import LOSSES, Head, HeadExport, HeadSettings, Scores
+from .base import LOSSES, Head, HeadExport, HeadSettings, LinearHead, Scores
 from .binary import BinaryHead
 from .class_loss import BALANCED, PLAIN, ClassLossSettings
 from .classification import ClassificationHead
@@ -42,6 +42,7 @@ __all__ = [
     "Head",
     "HeadExport",
     "HeadSettings",
+    "LinearHead",
     "Metric",
     "Ranking",
     "Results",
