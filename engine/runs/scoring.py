@@ -148,10 +148,40 @@ def score_names(recipe: Recipe) -> dict[str, tuple[str, str]]:
     }
 
 
+class Criterion(NamedTuple):
+    """The dev score by which checkpoints, and runs, are compared: ``best_of`` of a recipe.
+
+    Attributes:
+        score: its name, ``overall`` or a task's.
+        metric: the deciding metric of the task; ``mean`` of ``overall``.
+        sign: 1, or -1 where less is better.
+    """
+
+    score: str
+    metric: str
+    sign: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Criterion":
+        """Return the criterion of a recipe."""
+        if recipe.best_of == "overall":
+            return cls("overall", "mean", 1)
+        metric = metrics_of(recipe, recipe.best_of)[0]
+        return cls(recipe.best_of, metric.name, metric.sign)
+
+    def value(self, scores: Mapping[str, float]) -> float:
+        """Return the score times the sign, so that higher is better."""
+        return self.sign * scores[self.score]
+
+    def __str__(self) -> str:
+        """``sts (mse, less is better)``."""
+        less = ", less is better" if self.sign < 0 else ""
+        return f"{self.score} ({self.metric}{less})"
+
+
 def deciding_score(recipe: Recipe, scores: Mapping[str, float]) -> float:
     """Return the score by which checkpoints are compared, higher being better."""
-    of = recipe.best_of
-    return scores[of] if of == "overall" else metrics_of(recipe, of)[0].sign * scores[of]
+    return Criterion.of(recipe).value(scores)
 
 
 def score(metric: Metric, results: Results) -> float:
