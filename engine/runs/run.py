@@ -212,6 +212,8 @@ class Run(NamedTuple):
     ) -> tuple[MultitaskModel, Progress]:
         """Return the model with the weights of the best checkpoint, and where that was.
 
+        The best one is the average of several, if there is one (``average_best``).
+
         Args:
             device: where it goes.
             dtype: of its weights; None for what the run computes in on that device, so that
@@ -224,7 +226,7 @@ class Run(NamedTuple):
         if device.type == "cpu":
             set_threads(0, 1)
         model = self._model_to_load()
-        kinds = ("step",) if newest else ("best", "step")
+        kinds = ("step",) if newest else ("average", "best", "step")
         checkpoint, progress = self._load(model, kinds)
         dtype = dtype or pick_dtype(self.recipe.precision, device)
         model = model.to(device).eval()

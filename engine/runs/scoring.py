@@ -12,6 +12,7 @@ import torch
 from pydantic import FiniteFloat, TypeAdapter
 from torch import Tensor
 
+from ..checkpoints.manifest import describe_source
 from ..config.recipe import Recipe
 from ..data.loader import evaluation_batches
 from ..data.split import TokenizedSplit
@@ -238,11 +239,18 @@ class Scores(NamedTuple):
         split: ``dev``, ``train`` or ``test``.
         step: of the checkpoint that was scored.
         scores: by task, and ``overall``.
+        averaged: where those weights are an average, the steps that it is made of.
     """
 
     split: str
     step: int
     scores: dict[str, FiniteFloat]
+    averaged: tuple[int, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """What was scored: ``step 5``, or ``the average of steps 3, 5``."""
+        return describe_source(self.step, self.averaged)
 
 
 def write_scores(folder: Path, scores: Scores) -> None:
@@ -254,7 +262,10 @@ def write_scores(folder: Path, scores: Scores) -> None:
     for task, value in scores.scores.items():
         if not math.isfinite(value):
             raise InputError(f"{folder}: {scores.split} data of {task}: {_NOT_FINITE}")
-    write_text(folder / "metrics.json", dump_json(scores._asdict(), indent=2) + "\n")
+    content = scores._asdict()
+    if not scores.averaged:
+        del content["averaged"]
+    write_text(folder / "metrics.json", dump_json(content, indent=2) + "\n")
 
 
 def read_scores(folder: Path, tasks: Iterable[str]) -> Scores:
