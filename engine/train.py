@@ -28,6 +28,7 @@ from .cli.progress import (
     describe,
     list_recipes,
     print_idle_settings,
+    print_line_on_init,
     print_warmup,
     report_data,
 )
@@ -235,6 +236,8 @@ def train_run(
         if phase == done.phase:
             _check_steps(trainer, done)
         if ranks.is_main:
+            if done == Progress() and phase == 0:
+                print_line_on_init(console, run)
             run.write()  # only now: what cannot be trained leaves no folder behind
         check_ranks_at_start(trainer)
         facts[trainer.name] = PhaseFacts.of(trainer)
@@ -311,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run = resume(recipe, out) if resumes else begin(recipe, out)
             if options.dry_run:
                 trainer = build_trainer(run, device, ranks)
+                print_line_on_init(console, run)
                 report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()])
                 with closing(trainer.step.execution):
                     show_plan(console, trainer)

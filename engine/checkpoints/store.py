@@ -88,6 +88,10 @@ class Checkpoints:
             raise InputError(f"{damage}; no other checkpoint is whole, train the run again")
         return None
 
+    def find_first(self, kinds: Iterable[str]) -> Path | None:
+        """Return what :meth:`find` does of the first kind that there is, or None."""
+        return next(filter(None, map(self.find, kinds)), None)
+
     def progress(self) -> Progress:
         """Return the progress of the newest checkpoint to resume from."""
         path = self.find("step")

@@ -71,7 +71,8 @@ class Recipe(Settings):
     data: Name = ""
     """Folder of the data files (``--data``); empty for the embedded demo corpus."""
     init: Name = ""
-    """Folder or hub name of a pretrained encoder (``--init``); empty to train from scratch."""
+    """Folder or hub name of a pretrained encoder (``--init``), or a run's folder, whose encoder,
+    heads and adapters are taken (engine/runs/initial_weights.py); empty to train from scratch."""
 
     tasks: dict[str, TaskRecipe] = Field(min_length=1)
     """The tasks that are evaluated."""
