@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli.common import Parser, print_scores, run_cli, terminal
-from .cli.options import add_device
+from .cli.options import add_device, add_run_data, with_run_data
 from .cli.progress import report_data
-from .data.source import DataFile, Split
+from .data.source import DataFile
 from .data.split import TokenizedSplit
-from .runs.data_paths import origin, reads_data_folder
+from .runs.data_paths import check_split, origin
 from .runs.run import Run, open_run
 from .runs.scoring import Scores, score_splits, write_scores
+from .runs.thresholds import describe_thresholds
 from .runtime.precision import pick_device
 from .utils.errors import InputError
+from .utils.quoting import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     what.add_argument(
         "--split",
-        choices=["dev", "train", "test"],
-        help="on which examples; test: where the recipe names files with labels (default: dev)",
+        metavar="NAME",
+        help="on which examples: dev, train, test where the recipe names files with labels, or "
+        "another split that it names (default: dev)",
     )
     what.add_argument("--task", metavar="NAME", help="on this task alone (default: on all)")
     what.add_argument(
@@ -39,25 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="on the examples of this file, with their labels, as in the data files; --task says "
         "whose they are (default: on a split)",
     )
-    where.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the data files (default: the run's own)"
-    )
+    add_run_data(where)
     add_device(where)
     options = parser.parse_args(arguments)
 
     run = whole = open_run(options.run)
     if options.input is not None:
         _check_alone(options)
-    if options.data is not None:
-        if not reads_data_folder(run.recipe):
-            raise InputError(
-                f"--data {options.data}: no file of the tasks of {options.run} is looked for "
-                "there; leave it out"
-            )
-        run = run.with_data(options.data)
+    run = with_run_data(run, options.data)
     if options.task is not None:
         run = _of_task(run, options.task)
-    split: Split = options.split or "dev"
+    split = options.split or "dev"
+    if options.input is None:
+        check_split(run.recipe, split)
     splits = {task: _labelled(run, task, split, options.input) for task in run.recipe.tasks}
     model, progress = whole.trained_model(pick_device(options.device))
     report_data(terminal(), splits.values())
@@ -72,6 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what_for = split if options.input is None else str(options.input)
     title = f"{what_for} scores of {progress.source}"
     print_scores(terminal(), title, scores, run.recipe)
+    for task, form in run.recipe.formats.items():
+        if cuts := describe_thresholds(model.head(task), form):
+            note = (
+                f"{task}: yes above a probability of {cuts} (chosen on the dev data, whose scores "
+                "are optimistic)"
+            )
+            terminal().print(one_line(note), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -101,16 +105,17 @@ def _of_task(run: Run, task: str) -> Run:
     return run._replace(recipe=run.recipe.model_copy(update={"tasks": tasks}))
 
 
-def _labelled(run: Run, task: str, split: Split, file: Path | None) -> TokenizedSplit:
+def _labelled(run: Run, task: str, split: str, file: Path | None) -> TokenizedSplit:
     """Return the examples to score a task on: those of a file, or of a split.
 
     Raises:
         InputError: they have no labels, or cannot be read.
     """
-    form = run.recipe.formats[task]
     if file is not None:
-        return run.read(form, DataFile(file))
-    if split == "test" and run.recipe.tasks[task].source is None:
+        return run.read(run.recipe.formats[task], DataFile(file))
+    form = run.recipe.split_schema(task, split)
+    has_labels = form.labels == "none" or run.recipe.tasks[task].source is not None
+    if split == "test" and not has_labels:
         raise InputError(
             f"--split test: {form.file(Path(), 'test')} of {task} has no labels; score a file that "
             f"has them by --task {task} --input FILE, or predict it by engine.predict"

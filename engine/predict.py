@@ -4,42 +4,60 @@ In Python, :class:`Predictor` loads a run once and answers many times.
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli.common import Parser, run_cli, terminal
-from .cli.options import add_device, add_force
+from .cli.common import Parser, positive, run_cli, terminal
+from .cli.options import add_device, add_force, add_run_data, with_run_data
 from .cli.predictions import (
     INPUT_FORMATS,
     OUTPUT_FORMATS,
     STREAM,
+    OutputFormat,
     as_json_lines,
     as_tsv,
+    matches_as_json_lines,
+    matches_as_tsv,
     output_format,
     read_examples,
+    read_split,
 )
-from .data.table import OnBadRow
-from .runs.predictor import Prediction, Predictor, has_probabilities, predictions, schema
-from .runs.run import open_run
+from .data.dialect import AUTO
+from .data.source import DataFile
+from .data.table import OnBadRow, Table
+from .data.task_schema import TaskSchema
+from .runs.data_paths import check_split, origin
+from .runs.predictor import Match, Prediction, Predictor, has_probabilities, predictions, schema
+from .runs.run import Run, open_run
+from .runs.search import anchors_of, passages_of
 from .utils.errors import InputError
 from .utils.output_files import check_outputs, write_output
 
-__all__ = ["Prediction", "Predictor", "main"]
+_TOP = 10
+
+__all__ = ["Match", "Prediction", "Predictor", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
+    _check_input(options)
     to_stdout = options.output == STREAM
     form_out = output_format(options.output, options.output_format)
-    run = open_run(options.run)
-    output = Path("/dev/stdout") if to_stdout else options.output
-    inputs = [Path("/dev/stdin") if options.input == STREAM else options.input]
-    replace = check_outputs([output], force=options.force, inputs=inputs)
+    run = with_run_data(open_run(options.run), options.data)
     try:
-        form = schema(run, options.task)
+        form = schema(run, options.task, options.split or "")
     except InputError as error:
         raise InputError(f"--{error}") from None
+    output = Path("/dev/stdout") if to_stdout else options.output
+    replace = check_outputs([output], force=options.force, inputs=_files_read(options, run))
+    if options.passages is None and options.top is not None:
+        raise InputError(f"--top {options.top}: has no effect without --passages; leave it out")
+    if options.passages is not None and form.labels != "none":
+        raise InputError(
+            f"--passages: {options.task} finds none, its kind is {form.kind}; leave it out"
+        )
     if options.probabilities and not has_probabilities(form):
         raise InputError(
             f"--probabilities: {options.task} has none, its head ({form.kind}) answers without; "
@@ -47,15 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     # Every row is owed a line, so a skipped one keeps its place as a blank.
     on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
-    table, notes = read_examples(options.input, form, options.input_format, on_bad_row)
-    split, found = Predictor(run, device=options.device).answer(options.task, table)
-
-    shown = options.probabilities
-    if form_out == "tsv":
-        text = as_tsv(form, table, split, found, probabilities=shown)
+    if options.passages is not None:
+        text, table, notes, truncated = _found(run, options, form_out)
     else:
-        tagged, made = form.labels == "words", predictions(form, table, split, found)
-        text = as_json_lines(table, made, tagged=tagged, probabilities=shown)
+        table, notes = _read(run, options, form, on_bad_row)
+        split, found = Predictor(run, device=options.device).answer(options.task, table)
+        truncated, shown = split.truncated, options.probabilities
+        if form_out == "tsv":
+            text = as_tsv(form, table, split, found, probabilities=shown)
+        else:
+            tagged, made = form.labels == "words", predictions(form, table, split, found)
+            text = as_json_lines(table, made, tagged=tagged, probabilities=shown)
     if to_stdout:
         _print(text)
     else:
@@ -65,11 +85,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(f"wrote {len(table)} predictions to {where}", soft_wrap=True)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
-    if split.truncated:
-        console.print(f"{split.truncated} sentences cut to the length limit")
+    if truncated:
+        console.print(f"{truncated} sentences cut to the length limit")
     for reason, count in table.bad_rows.items():
         console.print(f"{count} rows without a prediction ({reason})")
     return 0
+
+
+def _read(
+    run: Run, options: Namespace, form: TaskSchema, on_bad_row: OnBadRow
+) -> tuple[Table, tuple[str, ...]]:
+    """Return the examples of the input, or of a split, and notes on how they were read."""
+    if options.input is None:
+        return read_split(run, form, options.split, on_bad_row)
+    return read_examples(options.input, form, options.input_format, on_bad_row)
+
+
+def _found(
+    run: Run, options: Namespace, form_out: OutputFormat
+) -> tuple[str, Table, tuple[str, ...], int]:
+    """Return the passages that are found for anchors.
+
+    Returns:
+        The text to write, the anchors, notes on both files, and how many texts were cut.
+    """
+    skips, how = options.on_bad_row == "skip", options.input_format
+    form = anchors_of(schema(run, options.task, options.split or ""))
+    anchors, notes = _read(run, options, form, "blank" if skips else "error")
+    form = passages_of(schema(run, options.task))
+    passages, further = read_examples(options.passages, form, how, "skip" if skips else "error")
+    predictor = Predictor(run, device=options.device)
+    found = predictor.find(options.task, anchors, passages, options.top or _TOP)
+    write = matches_as_tsv if form_out == "tsv" else matches_as_json_lines
+    return write(anchors, passages, found), anchors, (*notes, *further), found.truncated
 
 
 def _parser() -> Parser:
@@ -83,17 +131,36 @@ def _parser() -> Parser:
     what.add_argument("--task", required=True, metavar="NAME", help="a task of the run; needed")
     what.add_argument(
         "--input",
-        required=True,
         type=Path,
         metavar="FILE",
-        help="its examples, as in the data files, labels or not; - for standard input; needed",
+        help="its examples, as in the data files, labels or not; - for standard input (default: "
+        "those of --split)",
+    )
+    what.add_argument(
+        "--split",
+        metavar="NAME",
+        help="its examples in the data files: a split that the recipe names, such as test, labels "
+        "or not (default: those of --input)",
     )
     what.add_argument(
         "--input-format",
         choices=INPUT_FORMATS,
         default="auto",
-        help="the input's format; text: a sentence a line, with a tab between those of a pair "
-        "(default: auto, as the data files; text on standard input)",
+        help="the format of input and passages; text: a sentence a line, with a tab between those "
+        "of a pair (default: auto, as the data files; text on standard input)",
+    )
+    what.add_argument(
+        "--passages",
+        type=Path,
+        metavar="FILE",
+        help="for a retrieval task: find for each row of the input, an anchor, the most similar "
+        "passages of this file (default: the similarity of the anchor and passage of a row)",
+    )
+    what.add_argument(
+        "--top",
+        type=positive,
+        metavar="N",
+        help=f"how many of them (default: {_TOP})",
     )
     what.add_argument(
         "--on-bad-row",
@@ -121,9 +188,40 @@ def _parser() -> Parser:
         help="write those of all classes or labels, or of each word's tag (default: the "
         "predictions alone)",
     )
+    add_run_data(where)
     add_force(where)
     add_device(where)
     return parser
+
+
+def _check_input(options: Namespace) -> None:
+    """Check that a command line says once what to predict.
+
+    Raises:
+        InputError: it does not, or has an option without effect.
+    """
+    if (options.input is None) == (options.split is None):
+        raise InputError("--input, --split: give one of the two, the examples to predict")
+    if options.input is not None and options.data is not None:
+        raise InputError("--data: has no effect on the file of --input; leave one out")
+    if options.input_format != AUTO and options.input is None and options.passages is None:
+        raise InputError(
+            "--input-format: the recipe says how the files of --split are written; leave it out"
+        )
+
+
+def _files_read(options: Namespace, run: Run) -> list[Path]:
+    """Return the files that are read, which are not to be replaced by the predictions.
+
+    Raises:
+        InputError: the task has no such split, or its file is in no folder that is known.
+    """
+    files = [] if options.passages is None else [options.passages]
+    if options.input is not None:
+        return [*files, Path("/dev/stdin") if options.input == STREAM else options.input]
+    check_split(run.recipe, options.split, [options.task])
+    found = origin(run.recipe, options.task, options.split)
+    return [*files, found.path] if isinstance(found, DataFile) else files
 
 
 def _print(text: str) -> None:

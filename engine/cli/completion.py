@@ -75,7 +75,7 @@ def bash_script() -> str:
         values="\n".join(values),
         options=" ".join(options),
         keys=" ".join(field.key for field in fields if ANY_NAME not in field.key),
-        named_keys=" ".join(field.key for field in fields if ANY_NAME in field.key),
+        named_keys=" ".join(field.key for field in fields if field.key.count(ANY_NAME) == 1),
         any_name=ANY_NAME,
         recipes=" ".join(recipes.names()),
         folder=recipes.RECIPES,

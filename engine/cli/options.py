@@ -6,6 +6,9 @@ from os.path import isdir
 from pathlib import Path
 
 from ..config import recipe as recipes
+from ..runs.data_paths import reads_data_folder
+from ..runs.run import Run
+from ..utils.errors import InputError
 from .common import Parser, positive
 
 PROGRAM = f"python -m {__package__.rpartition('.')[0]}.train"
@@ -83,6 +86,29 @@ def add_force(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="replace files that are there already (default: refuse to, or ask on a terminal)",
     )
+
+
+def add_run_data(group: argparse._ActionsContainer) -> None:
+    """Add ``--data`` of a command on a run."""
+    group.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the data files (default: the run's own)"
+    )
+
+
+def with_run_data(run: Run, folder: Path | None) -> Run:
+    """Return a run with the data folder that ``--data`` names, if it names one.
+
+    Raises:
+        InputError: no file of the run is looked for there.
+    """
+    if folder is None:
+        return run
+    if not reads_data_folder(run.recipe):
+        raise InputError(
+            f"--data {folder}: no file of the tasks of {run.folder} is looked for there; leave it "
+            "out"
+        )
+    return run.with_data(folder)
 
 
 def add_device(group: argparse._ActionsContainer) -> None:

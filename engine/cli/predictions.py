@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from os.path import basename
 from pathlib import Path
@@ -16,8 +16,11 @@ from ..data.rows import lines_on
 from ..data.split import TokenizedSplit
 from ..data.table import OnBadRow, Table, parse_table
 from ..data.task_schema import TaskSchema
+from ..runs.data_paths import origin
 from ..runs.predictor import Prediction, class_names, predictions
+from ..runs.run import Run
 from ..runs.scoring import Answers
+from ..runs.search import Found
 from ..utils.errors import InputError, escape
 from ..utils.json_text import dump_json
 from ..utils.quoting import table_cell
@@ -65,6 +68,28 @@ def read_examples(
             raise InputError(f"empty, {path}; give rows")
         table = parse_table(content, path, format_, labelled=False, on_bad_row=on_bad_row)
     return table, lines_on(basename(path), table.notes)
+
+
+def read_split(
+    run: Run, form: TaskSchema, split: str, on_bad_row: OnBadRow
+) -> tuple[Table, tuple[str, ...]]:
+    """Read a split of a task as the run's recipe describes it, labels or not.
+
+    Args:
+        run: the run.
+        form: the schema of the split, of one of its tasks.
+        split: that the task has.
+        on_bad_row: treatment of unusable rows.
+
+    Returns:
+        The examples, and a line for each note on how they were read.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    found = origin(run.recipe, form.task, split)
+    table = found.table(form, labelled=False, on_bad_row=on_bad_row)
+    return table, lines_on(found.name, table.notes)
 
 
 def output_format(path: Path, named: str) -> OutputFormat:
@@ -140,6 +165,48 @@ def as_json_lines(
             record["probabilities"] = None if answer is None else _short(answer.probabilities)
         lines.append(escape(dump_json(record), r"\u{:04x}") + "\n")
     return "".join(lines)
+
+
+def matches_as_tsv(anchors: Table, passages: Table, found: Found) -> str:
+    """Return found passages as a table: id, rank, passage (its id) and similarity.
+
+    A blanked anchor has one row, without a passage.
+    """
+    rows: list[list[str]] = []
+    for anchor, own in _matches(anchors, passages, found):
+        rows += [
+            [anchor, str(rank), passage, f"{similarity:.4f}"]
+            for rank, (passage, similarity) in enumerate(own, start=1)
+        ] or [[anchor, "", "", ""]]
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    header = ["id", "rank", "passage", "similarity"]
+    writer.writerows([table_cell(cell) for cell in row] for row in (header, *rows))
+    return text.getvalue()
+
+
+def matches_as_json_lines(anchors: Table, passages: Table, found: Found) -> str:
+    """Return found passages as JSON lines, an object for each anchor.
+
+    ``passages`` is a list of objects with ``id`` and ``similarity``, null for a blanked anchor.
+    """
+    lines = []
+    for anchor, own in _matches(anchors, passages, found):
+        listed = [{"id": passage, "similarity": _short(value)} for passage, value in own]
+        record: dict[str, object] = {"id": anchor, "passages": listed or None}
+        lines.append(escape(dump_json(record), r"\u{:04x}") + "\n")
+    return "".join(lines)
+
+
+def _matches(
+    anchors: Table, passages: Table, found: Found
+) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+    """Yield the id of each anchor with the ids and similarities of its passages."""
+    blank = set(anchors.blank)
+    for number, anchor in enumerate(anchors.ids):
+        numbers, values = found.passages[number].tolist(), found.similarities[number].tolist()
+        own = [(passages.ids[place], value) for place, value in zip(numbers, values, strict=True)]
+        yield anchor, [] if number in blank else own
 
 
 def _short(value: object) -> object:

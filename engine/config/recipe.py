@@ -21,7 +21,8 @@ from ..distributed.gradient_sync import MODES
 from ..gradients.balancing import METHODS, TORCHJD, BalanceSettings
 from ..gradients.groups import GRANULARITIES
 from ..metrics.loggers import LOGGERS
-from ..models.heads import metrics_for
+from ..models.heads import head_class, metrics_for
+from ..models.heads.thresholds import deciding_metric
 from ..models.pooling import POOLINGS
 from ..optim.build import OPTIMIZERS
 from ..optim.lr_schedule import SCHEDULES
@@ -281,18 +282,43 @@ class Recipe(Settings):
                     )
             if len(set(task.metrics)) != len(task.metrics):
                 raise ValueError(f"tasks.{name}.metrics: a metric stands twice")
+            errors = [metric.name for metric in metrics_for(form) if metric.sign < 0]
+            if task.decided_by == "mean" and len(task.metrics) > 1:
+                for metric in set(errors) & set(task.metrics):
+                    raise ValueError(
+                        f"tasks.{name}.decided_by: {metric} is an error, which has no mean with "
+                        "scores; leave it out of metrics"
+                    )
+            if task.threshold in head_class(form.kind).known_thresholds[1:]:
+                names, several = task.metrics or known[:1], form.labels == "several"
+                try:
+                    deciding_metric(task.threshold, names, several=several)
+                except ValueError as error:
+                    raise ValueError(
+                        f"tasks.{name}.threshold = {task.threshold!r}: {error}"
+                    ) from None
             if task.tag_pieces != "first" and form.labels != "words":
                 raise ValueError(f"tasks.{name}.tag_pieces: the task has no words with tags")
+            for field in ("temperature", "symmetric", "margin"):
+                is_default = getattr(task, field) == TaskRecipe.model_fields[field].default
+                reason = "" if is_default else _no_effect_on_similarity(field, task, form)
+                if reason:
+                    raise ValueError(f"tasks.{name}.{field}: {reason}; leave it out")
         if not any(task.score_weight for task in self.tasks.values()):
             raise ValueError("tasks: some score_weight has to be above 0, or none is best")
 
     @property
     def formats(self) -> dict[str, TaskSchema]:
-        """What the data of each task look like."""
+        """What the data of each task look like, but for splits that are written otherwise."""
         return {
             name: FORMATS[name] if task.source is None else task.source.format(name)
             for name, task in self.tasks.items()
         }
+
+    def split_schema(self, task: str, split: str) -> TaskSchema:
+        """Return what a split of a task looks like, one of the recipe or a built-in one."""
+        source = self.tasks[task].source if task in self.tasks else None
+        return FORMATS[task] if source is None else source.format(task, split)
 
     @property
     def scored(self) -> bool:
@@ -360,6 +386,16 @@ def torch_arguments_of(recipe: Recipe) -> dict[str, Any]:
     return torch_arguments(
         recipe.optimizer, recipe.optimizer_options, recipe.momentum, recipe.weight_decay
     )
+
+
+def _no_effect_on_similarity(field: str, task: TaskRecipe, form: TaskSchema) -> str:
+    """Return why a setting of similarities has no effect on a task; empty where it has one."""
+    if field == "margin":
+        has_one = task.loss in ("triplet", "contrastive")
+        return "" if has_one else "only loss = triplet and loss = contrastive have one"
+    if form.kind != "retrieval":
+        return "the task is no retrieval"
+    return "loss = triplet has none" if task.loss == "triplet" else ""
 
 
 def _check_name(key: str, name: str) -> None:

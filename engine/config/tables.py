@@ -7,7 +7,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from ..data.source import TaskSource
 from ..models.config import MOST_LAYERS, EncoderConfig
-from ..models.heads import BALANCED, FEATURES, LOSSES, ClassLossSettings
+from ..models.heads import (
+    BALANCED,
+    FEATURES,
+    HALF,
+    LOSSES,
+    THRESHOLDS,
+    ClassLossSettings,
+    SimilaritySettings,
+)
 from ..models.registry import DEFAULT, MODELS
 from ..utils.errors import InputError
 from ..utils.field_types import (
@@ -53,34 +61,60 @@ class TaskRecipe(Settings):
     head: Literal[FEATURES]  # type: ignore[valid-type]
     """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
     difference, shared, cosine, cosine_shifted, pearson, cross
-    (engine/models/heads/pair_features.py); tokens of words with tags."""
+    (engine/models/heads/pair_features.py); tokens of words with tags; of retrieval cosine or
+    dot."""
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
-    that of a share of their range; mse."""
+    that of a share of their range; mse; triplet, for retrieval with negatives; contrastive, for
+    two classes of pairs by a similarity."""
     weight: PositiveReal = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
     metrics: tuple[str, ...] = ()
-    """What the task is scored by; the first decides which checkpoint is best.  Empty: accuracy of
-    classes, Pearson correlation of scores, F1 of several labels (f1_micro) and of entities."""
+    """What the task is scored by; the first decides which checkpoint is best (decided_by).  Empty:
+    accuracy of classes, Pearson correlation of scores, F1 of several labels (f1_micro) and of
+    entities."""
+    decided_by: Literal["first", "mean"] = "first"
+    """The task's score, which decides which checkpoint is best: the first of its metrics, or the
+    mean of all."""
     score_weight: NonNegativeReal = 1.0
-    """The deciding metric's weight in the overall score; 0: it does not count."""
+    """The weight of the task's score in the overall score; 0: it does not count."""
     tag_pieces: Literal["first", "all"] = "first"
     """token_classification: train the tag of a word on its first token, or on all of them."""
     class_weights: Annotated[
         tuple[PositiveReal, ...] | Literal["balanced"], BeforeValidator(_weights_or_balanced)
     ] = ()
-    """Factors on the losses of the examples of each class, a list; or balanced: n / (C n_c) of n
-    training examples in C classes, n_c of the class.  Their mean over the training examples is made
-    1 (engine/models/heads/class_loss.py)."""
+    """Factors on the losses of the examples (or tagged words) of each class, a list; or balanced:
+    n / (C n_c) of n training examples in C classes, n_c of the class.  Of several labels: factors
+    on the examples that have the label; balanced: those without over those with it.  Their mean
+    over the training examples is made 1 (engine/models/heads/class_loss.py)."""
     label_smoothing: Fraction = 0.0
-    """Share of each label that is spread over all classes evenly, from 0 to 1, exclusive."""
+    """Share of each label that is spread over all classes evenly, from 0 to 1, exclusive; of
+    several labels, over yes and no."""
     focal_gamma: NonNegativeReal = 0.0
     """Focal loss: the loss of a class of probability p is multiplied by (1 - p)^focal_gamma; 0:
     none."""
+    temperature: NonNegativeReal = 0.0
+    """retrieval: what similarities are divided by before the softmax over passages; 0: 0.05 of
+    cosines, 1 of dot products.  sentence-transformers calls its inverse scale."""
+    symmetric: bool = False
+    """retrieval: let passages find their anchors, too, and take the mean of both losses."""
+    margin: PositiveReal = 0.5
+    """loss = triplet: by how much an anchor is to be more similar to its passage than to a
+    negative.  loss = contrastive: the distance (1 - similarity) from which on pairs of class 0 are
+    far enough apart; half of it is the threshold."""
+    threshold: Literal[THRESHOLDS] = HALF  # type: ignore[valid-type]
+    """Two classes, or several labels: a probability above which the answer is yes: half, 1/2; dev:
+    the one that scores best on the dev data, chosen at every evaluation, by the deciding metric;
+    dev_per_label: one for each of several labels (engine/models/heads/thresholds.py)."""
     first_n: Count = 0
     """Train on the first so many examples of the training set; 0: on all."""
     source: TaskSource | None = None
     """Where the examples come from and what they look like; a built-in task needs none."""
+
+    @property
+    def similarity(self) -> SimilaritySettings:
+        """Settings of a loss that compares similarities."""
+        return SimilaritySettings(self.temperature, self.symmetric, self.margin)
 
     @property
     def class_loss(self) -> ClassLossSettings:

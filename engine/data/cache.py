@@ -29,11 +29,11 @@ from .table import OnBadRow
 from .task_schema import TaskSchema
 from .tokenizer import Tokenizer
 
-_VERSION = 6
+_VERSION = 7
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _INDEX, _META = "index.json", "meta.json"
-_ARRAYS = ("tokens", "offsets", "labels", "word_offsets", "word_sizes")
+_ARRAYS = ("tokens", "offsets", "labels", "word_offsets", "word_sizes", "text_ids")
 _FILES = {*(f"{name}.npy" for name in _ARRAYS), _META}
 
 _META_FIELDS = ("task", "ids", "columns", "truncated", "bad_rows", "blank", "notes")
@@ -90,7 +90,9 @@ def load_split(
         return _with_name(_open_entry(entry), origin.name)
     except _DamagedEntryError:
         table = origin.table(format_, labelled=labelled, on_bad_row=on_bad_row)
-        split = tokenize(format_.task, table, tokenizer, max_length)
+        split = tokenize(
+            format_.task, table, tokenizer, max_length, with_text_ids=format_.labels == "none"
+        )
     try:
         return _with_name(_write_entry(entry, split), origin.name)
     except (OSError, _DamagedEntryError) as error:

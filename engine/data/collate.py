@@ -30,7 +30,8 @@ class PackedBatch:
 
     Each task's sequences are contiguous, in the order of the tasks.  A task of two-sentence
     examples has all its first sentences and then, in the same order, all its second ones, so that
-    the rows of its pooled states are ``u = rows[:n]`` and ``v = rows[n:]``.
+    the rows of its pooled states are ``u = rows[:n]`` and ``v = rows[n:]``.  Of retrieval there are
+    further ones behind them.
 
     A batch that was padded to a shape may have sequences of padding tokens after those of each
     task, some of them empty; no head reads them, so they contribute to no loss and no gradient.
@@ -50,7 +51,7 @@ class PackedBatch:
         token_offsets: K + 1 token numbers; task k has ``token_offsets[k]:token_offsets[k + 1]``.
         labels: of each task, or None for a task without labels.
         examples: the number n of each task's examples.
-        columns: the number of sentences in an example of each task, 1 or 2.
+        columns: the number of sentences in an example of each task, 1 or 2, of retrieval 2 or more.
         padding: tokens of the padding sequences.
         padded_tokens: the tokens of the padded batches that this replaces, one for each column of
             each task.

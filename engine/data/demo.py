@@ -1,4 +1,4 @@
-"""Write a small corpus from a grammar: the files of CS224N's project, and two tasks more.
+"""Write a small corpus from a grammar: the files of CS224N's project, and three tasks more.
 
 *Scenes* have five slots (which, who, does, what, where), each filled by a concept that has several
 names.  A paraphrase fills every slot with the same concepts under names drawn anew; similarity is
@@ -7,6 +7,7 @@ moves the grade, a negation turns it round, and after a "but" only the second cl
 
 *Slots* tag the words of a scene that say who does it, what to and where, in the columns of CoNLL;
 *aspects* list what a review of several clauses says, and of which sides of a film, in JSON lines.
+*Replies* answer a question on a scene by a statement on it, in other words, in JSON lines, too.
 """
 
 import csv
@@ -91,9 +92,11 @@ def write_demo(folder: Path, seed: int = 0) -> None:
             _write_split(folder, task, split, [next(examples) for _ in range(size)])
     tagged = _distinct(_slots, random.Random(f"{seed}/slots"))
     reviews = _distinct(_aspects, random.Random(f"{seed}/aspects"))
+    asked = _distinct(_replies, random.Random(f"{seed}/replies"))
     for split, size in SIZES.items():
         _write_slots(folder, split, [next(tagged) for _ in range(size)])
         _write_aspects(folder, split, [next(reviews) for _ in range(size)])
+        _write_replies(folder, split, [next(asked)[0] for _ in range(size)])
 
 
 def _distinct(
@@ -237,6 +240,20 @@ def _write_aspects(
             if split != "test":
                 known["aspects"] = aspects
             file.write(dump_json(known) + "\n")
+
+
+def _replies(rng: random.Random) -> tuple[tuple[str, ...], None]:
+    """Return a question and the statement that answers it."""
+    scene = _scene(rng)
+    return (_tell(rng, scene, _QUESTIONS), _tell(rng, scene, _STATEMENTS)), None
+
+
+def _write_replies(folder: Path, split: str, pairs: list[tuple[str, ...]]) -> None:
+    form = FORMATS["replies"]
+    with form.file(folder, split).open("w", encoding="utf-8") as file:
+        for row, texts in enumerate(pairs):
+            known = {"id": f"replies-{SPLITS[split]}-{row}"}
+            file.write(dump_json(known | dict(zip(form.sentences, texts, strict=True))) + "\n")
 
 
 _GENERATORS = {"sst": _sst, "quora": _quora, "sts": _sts, "cfimdb": _cfimdb}

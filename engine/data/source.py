@@ -2,14 +2,13 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
     Field,
     ValidatorFunctionWrapHandler,
@@ -20,17 +19,16 @@ from pydantic import (
 from ..utils.errors import InputError
 from ..utils.field_types import FileName, GivenName, Name, Real, Settings
 from ..utils.untrusted_io import read_bytes
-from .decode import check_encoding
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
 from .rows import Row, Rows, find_columns, typed_row
+from .split_source import Column, Delimiter, Encoding, Label, Split, SplitSource, Text
 from .table import OnBadRow, Table, collect, parse_table
 from .tags import Scheme, scheme_of
 from .task_schema import TaskSchema
 
 _COLUMN_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
-Split = Literal["train", "dev", "test"]
 FURTHER_KINDS: set[str] = set()
 """Kinds of heads, beside those below, that a source may name: :func:`engine.models.heads.register`.
 Their labels are classes where ``classes`` is given, else numbers within ``range``."""
@@ -49,13 +47,18 @@ Kind = Annotated[
         "multi_label_classification",
         "pair_multi_label_classification",
         "token_classification",
+        "retrieval",
     ],
     WrapValidator(_known_kind),
 ]
-_TAGS = "token_classification"
+_TAGS, _RETRIEVAL = "token_classification", "retrieval"
+_OF_FILES = ("layout", "delimiter", "quoting", "header", "encoding", "compression")
+"""The fields that say how files are written."""
 
-Column = Annotated[str, BeforeValidator(lambda name: str(name) if type(name) is int else name)]
-"""The name of a column, or its number as text or as it is."""
+
+def _width(label: Label) -> int:
+    """Return the number of columns of several labels; 0 of one that has them all."""
+    return len(label) if isinstance(label, tuple) else 0
 
 
 def _names_or_number(classes: Any) -> Any:
@@ -66,24 +69,18 @@ def _names_or_number(classes: Any) -> Any:
     raise ValueError("expected names, such as ['no', 'yes'], or how many there are, from 2 on")
 
 
-def _one_character(delimiter: str) -> str:
-    if delimiter in (AUTO, "tab"):
-        return delimiter.replace("tab", "\t")
-    if len(delimiter) != 1 or delimiter in '"\r\n\0':
-        raise ValueError('expected one character (no quote, no line end) or "tab"')
-    return delimiter
-
-
 class TaskSource(Settings):
     """The data of a task that is not built in: ``[tasks.NAME.source]`` of a recipe."""
 
     kind: Kind
     """What is predicted, from one sentence or from a pair: a class, a number, any number of
-    classes (multi_label), or a tag for each word (token_classification)."""
-    text: Annotated[tuple[Column, ...], Field(min_length=1, max_length=2)]
+    classes (multi_label), or a tag for each word (token_classification); retrieval: which passage
+    answers an anchor, such as a question."""
+    text: Text
     """The column of the sentence, or those of the pair.  token_classification: of the words, a list
-    or a text with blanks between them."""
-    label: Column | tuple[Column, ...] = "label"
+    or a text with blanks between them.  retrieval: of the anchor, of a passage that answers it
+    and, if there are any, of passages that do not (hard negatives)."""
+    label: Label = "label"
     """The column of the label, of a list of labels, or of tags; multi_label: or a column of 0 and 1
     for each class, which are called as the columns are."""
     id: Column = ""
@@ -100,17 +97,18 @@ class TaskSource(Settings):
 
     files: dict[Split, FileName] = {}
     """A file for each split, relative to the data folder: .tsv, .csv, .jsonl, .json or .parquet,
-    and behind that .gz, .bz2, .xz or .zst where it is compressed."""
+    and behind that .gz, .bz2, .xz or .zst where it is compressed.  Splits are train, dev and test,
+    and further ones, to be scored or predicted by their names."""
     layout: Literal["auto", Layout] = "auto"
     """Files: tabs, commas, json, json_lines, parquet, conll, conllu; auto: as the ending says."""
-    delimiter: Annotated[str, AfterValidator(_one_character)] = AUTO
+    delimiter: Delimiter = AUTO
     """Files: the character between two fields, or tab; auto: as the ending says, but tabs where a
     header has the columns only so."""
     quoting: Quoting = "csv"
     """Files: csv: a field may stand in double quotes; none: a quote is a character like others."""
     header: bool = True
     """Files: whether the first row names the columns; if not, they are called 1, 2, …"""
-    encoding: Annotated[str, AfterValidator(check_encoding)] = AUTO
+    encoding: Encoding = AUTO
     """Files: utf-8, latin-1, cp1252, utf-16-le, …; auto: as a byte order mark says, or UTF-8."""
     compression: Compression = "auto"
     """Files: none, gzip, bz2, xz, zstd; auto: as what stands behind the ending says."""
@@ -120,16 +118,16 @@ class TaskSource(Settings):
     """The data set's configuration, where it has several."""
     splits: dict[Split, GivenName] = {"train": "train", "dev": "validation"}
     """What the data set calls each split; slices such as ``train[:90%]`` are understood."""
+    of_split: dict[Split, SplitSource] = {}
+    """Splits that are written otherwise, by name: the fields that each has of its own."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TaskSource":
         if bool(self.files) == bool(self.dataset):
             raise ValueError("give either files or dataset")
         self._check_labels()
-        wanted = 2 if self.kind.startswith("pair") else 1
-        if len(self.text) != wanted and self.kind not in FURTHER_KINDS:
-            raise ValueError(f"text: {self.kind} needs {wanted} column(s), got {len(self.text)}")
-        if not self.has_range and self._num_classes < 2:
+        self._check_texts()
+        if not self.has_range and self.kind != _RETRIEVAL and self._num_classes < 2:
             raise ValueError(f"classes: {self.kind} needs at least two, by name or as a number")
         if len(set(self._names)) != len(self._names):
             raise ValueError("classes: a name stands twice")
@@ -143,8 +141,24 @@ class TaskSource(Settings):
             raise ValueError("range: expected the smaller bound first")
         return self
 
+    def _check_texts(self) -> None:
+        if self.kind == _RETRIEVAL:
+            if len(self.text) < 2:
+                raise ValueError(
+                    "text: retrieval needs the columns of an anchor and of a passage that answers "
+                    "it; name both"
+                )
+            if len(set(self.text)) < len(self.text):
+                raise ValueError("text: a column stands twice")
+            return
+        most = 2 if self.kind in FURTHER_KINDS or self.kind.startswith("pair") else 1
+        least = 1 if self.kind in FURTHER_KINDS else most
+        if not least <= len(self.text) <= most:
+            raise ValueError(f"text: {self.kind} needs {most} column(s), got {len(self.text)}")
+
     def _check_labels(self) -> None:
         several, tags = self._has_several, self.kind == _TAGS
+        labelled = self.kind != _RETRIEVAL
         if isinstance(self.label, tuple):
             if not several:
                 raise ValueError(f"label: {self.kind} has one column of labels; name it")
@@ -163,6 +177,7 @@ class TaskSource(Settings):
                 several and not isinstance(self.label, tuple),
             ),
             ("scheme", self.scheme, tags),
+            *((name, getattr(self, name), labelled) for name in ("label", "classes", "range")),
         ):
             if given != type(self).model_fields[name].default and not has_effect:
                 raise ValueError(f"{name}: has no effect on {self.kind}; leave it out")
@@ -185,11 +200,49 @@ class TaskSource(Settings):
 
     @model_validator(mode="after")
     def _files_are_written_so(self) -> "TaskSource":
-        found: set[Layout | None] = {
-            LAYOUTS.get(endings(Path(name))[0]) for name in self.files.values()
-        }
+        fields = type(self).model_fields
+        given = [name for name in _OF_FILES if getattr(self, name) != fields[name].default]
+        self._check_effect(given, self.files.values())
+        labels = (self.label,) if isinstance(self.label, str) else self.label
+        self._check_numbers(() if self.kind == _RETRIEVAL else labels)
+        return self
+
+    @model_validator(mode="after")
+    def _splits_are_written_so(self) -> "TaskSource":
+        for split, own in self.of_split.items():
+            if split not in self.known_splits:
+                table = "splits" if self.dataset else "files"
+                raise ValueError(f"of_split.{split}: {table} has no such split; name it there")
+            source = self.of(split)
+            if not own.given:
+                raise ValueError(f"of_split.{split}: no field is given; leave it out")
+            if len(source.text) != len(self.text):
+                raise ValueError(
+                    f"of_split.{split}.text: expected {len(self.text)} column(s), as elsewhere"
+                )
+            if _width(source.label) != _width(self.label):
+                raise ValueError(f"of_split.{split}.label: expected as many columns as elsewhere")
+            if own.label is not None and self.kind == _RETRIEVAL:
+                raise ValueError(
+                    f"of_split.{split}.label: has no effect on retrieval; leave it out"
+                )
+            try:
+                source._check_texts()
+                source._check_effect(own.given, source.files.values())
+                source._check_numbers()
+            except ValueError as error:
+                raise ValueError(f"of_split.{split}.{error}") from None
+        return self
+
+    def _check_effect(self, names: Collection[str], files: Collection[str]) -> None:
+        """Refuse fields that change nothing about files.
+
+        Raises:
+            ValueError: the message begins with the field.
+        """
+        found: set[Layout | None] = {LAYOUTS.get(endings(Path(name))[0]) for name in files}
         if self.layout != "auto":
-            found = {self.layout} if self.files else set()
+            found = {self.layout} if files else set()
         delimited = found & {None, *DELIMITERS}
         has_effect = {
             "layout": found,
@@ -199,20 +252,37 @@ class TaskSource(Settings):
             "encoding": found - {"parquet"},
             "compression": found,
         }
-        for name, files in has_effect.items():
-            if getattr(self, name) != type(self).model_fields[name].default and not files:
+        for name in _OF_FILES:
+            if name in names and not has_effect[name]:
                 what = "a data set by name" if self.dataset else "files of this kind"
                 raise ValueError(f"{name}: has no effect on {what}; leave it out")
-        if not self.header:
-            named = [("text", text) for text in self.text]
-            labels = self.label if isinstance(self.label, tuple) else (self.label,)
-            named += [*(("label", label) for label in labels), ("id", self.id or "1")]
-            for field, name in named:
-                if not _COLUMN_NUMBER.fullmatch(name):
-                    raise ValueError(
-                        f"{field}: without a header columns are called 1, 2, …, not {name!r}"
-                    )
-        return self
+
+    def _check_numbers(self, labels: Collection[str] = ()) -> None:
+        """Refuse names of columns where there is no header.
+
+        Raises:
+            ValueError: the message begins with the field.
+        """
+        if self.header:
+            return
+        named = [("text", text) for text in self.text]
+        named += [*(("label", label) for label in labels), ("id", self.id or "1")]
+        for field, name in named:
+            if not _COLUMN_NUMBER.fullmatch(name):
+                raise ValueError(
+                    f"{field}: without a header columns are called 1, 2, …, not {name!r}"
+                )
+
+    @property
+    def known_splits(self) -> dict[str, str]:
+        """The splits there are, and the file of each or what the data set calls it."""
+        return self.splits if self.dataset else self.files
+
+    def of(self, split: str) -> "TaskSource":
+        """Return the source of one split alone, as ``of_split`` has it."""
+        own = self.of_split[split].given if split in self.of_split else {}
+        files = {split: self.files[split]} if split in self.files else {}
+        return self.model_copy(update={**own, "files": files})
 
     @property
     def has_range(self) -> bool:
@@ -230,46 +300,60 @@ class TaskSource(Settings):
         """The kind of the head."""
         if self.kind in FURTHER_KINDS:
             return self.kind
-        if self.kind == _TAGS:
-            return "tags"
+        if self.kind in (_TAGS, _RETRIEVAL):
+            return "tags" if self.kind == _TAGS else self.kind
         if self._has_several:
             return "multi_label"
         if self.has_range:
             return "score"
         return "classes" if self._num_classes > 2 else "binary"
 
-    def format(self, task: str) -> TaskSchema:
-        """Return the schema of the data."""
+    @property
+    def _labels(self) -> Literal["one", "several", "words", "none"]:
+        """What an example has for labels."""
+        if self.kind == _RETRIEVAL:
+            return "none"
+        if self.kind == _TAGS:
+            return "words"
+        return "several" if self._has_several else "one"
+
+    def format(self, task: str, split: str = "") -> TaskSchema:
+        """Return the schema of the data.
+
+        Args:
+            task: the task's name.
+            split: whose; empty for what all have that ``of_split`` does not name.
+        """
         low, high = self.range if self.has_range else (0, self._num_classes - 1)
         names = () if self.has_range else self._names
-        columns = self.label if isinstance(self.label, tuple) else ()
-        labels: Literal["one", "several", "words"] = "words" if self.kind == _TAGS else "one"
+        own, table = self.of(split), f"tasks.{task}.source"
+        is_retrieval = self.kind == _RETRIEVAL
         return TaskSchema(
             task=task,
-            layout=None if self.layout == "auto" else self.layout,
-            labels="several" if self._has_several else labels,
-            label_columns=columns,
+            layout=None if own.layout == "auto" else own.layout,
+            labels=self._labels,
+            label_columns=own.label if isinstance(own.label, tuple) else (),
             separator=self.label_separator,
             scheme=scheme_of(self._names, self.scheme) if self.kind == _TAGS else "none",
-            id=self.id,
-            sentences=self.text,
-            label="" if isinstance(self.label, tuple) else self.label,
+            id=own.id,
+            sentences=own.text,
+            label="" if isinstance(own.label, tuple) or is_retrieval else own.label,
             kind=self._head,
-            whole=not self.has_range,
-            low=low,
-            high=high,
+            whole=not self.has_range and not is_retrieval,
+            low=-1 if is_retrieval else low,
+            high=1 if is_retrieval else high,
             classes=names,
             dialect=Dialect(
-                delimiter=self.delimiter,
-                quoting=self.quoting,
-                header=self.header,
-                encoding=self.encoding,
-                compression=self.compression,
-                table=f"tasks.{task}.source",
+                delimiter=own.delimiter,
+                quoting=own.quoting,
+                header=own.header,
+                encoding=own.encoding,
+                compression=own.compression,
+                table=f"{table}.of_split.{split}" if split in self.of_split else table,
             ),
         )
 
-    def origin(self, task: str, split: Split, folder: Path | None) -> "Origin":
+    def origin(self, task: str, split: str, folder: Path | None) -> "Origin":
         """Return where a split comes from.
 
         Args:
@@ -280,10 +364,12 @@ class TaskSource(Settings):
         Raises:
             InputError: the source does not have it.
         """
-        known = self.splits if self.dataset else self.files
+        known = self.known_splits
         if split not in known:
-            table = "splits" if self.dataset else "files"
-            raise InputError(f"tasks.{task}.source.{table}: no {split} split; name it there")
+            table, there = "splits" if self.dataset else "files", ", ".join(known)
+            raise InputError(
+                f"tasks.{task}.source.{table}: no {split} split (it has {there}); name it there"
+            )
         if self.dataset:
             return HubSplit(self.dataset, self.subset, known[split])
         path = Path(known[split])

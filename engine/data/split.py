@@ -1,6 +1,7 @@
 """A split of a task as token ids, for sampling and packing."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -8,8 +9,8 @@ import torch
 
 from ..utils.errors import InputError
 from .table import Table, strata
-from .task_batch import Indices, Labels, TaggedTokens, TaskBatch, ranges
-from .tokenizer import Tokenizer
+from .task_batch import Indices, Labels, TaggedTokens, TaskBatch, TextIds, ranges
+from .tokenizer import EncodedTexts, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +20,7 @@ class TokenizedSplit:
     Attributes:
         task: the task's name.
         ids: the ``id`` of each example.
-        columns: sentences in an example, c: 1 or 2.
+        columns: sentences in an example, c: 1 or 2, of retrieval 2 or more.
         tokens: uint16 or int32 ``[T]``, all sentences one after the other; memory-mapped where
             the split comes from the cache.
         offsets: int64 ``[n * c + 1]``; sentence j of example i is sequence ``s = i * c + j`` and
@@ -34,6 +35,8 @@ class TokenizedSplit:
         word_offsets: int64 ``[n + 1]``, where words are tagged: example i has words
             ``word_offsets[i]:word_offsets[i + 1]``.
         word_sizes: int32 ``[W]``, their tokens; 0 of a word that was cut off.
+        text_ids: int64 ``[n, c]``, of retrieval: a number for each text, the same for texts of the
+            same tokens.
         all_pieces: whether batches have the tags of all tokens of a word, not of the first alone.
     """
 
@@ -51,6 +54,7 @@ class TokenizedSplit:
     states: npt.NDArray[np.float32] | None = None
     word_offsets: npt.NDArray[np.int64] | None = None
     word_sizes: npt.NDArray[np.int32] | None = None
+    text_ids: npt.NDArray[np.int64] | None = None
     all_pieces: bool = False
 
     def __len__(self) -> int:
@@ -92,12 +96,38 @@ class TokenizedSplit:
         sizes = self.word_sizes[ranges(self.word_offsets[chosen], self._words_of(chosen))]
         return int(sizes.sum() if self.all_pieces else np.count_nonzero(sizes))
 
+    def label_counts(self, chosen: Indices, classes: int) -> Indices:
+        """Return how often each of C classes is a label that chosen examples are trained on.
+
+        Args:
+            chosen: of the examples.
+            classes: C, or the number L of several labels.
+
+        Returns:
+            int64 ``[C]``, of examples, or of the tagged tokens that the loss has terms of;
+            ``[L, 2]``, how many examples do not have each of several labels, and do.
+        """
+        assert self.labels is not None, f"split of {self.task} has no labels"
+        if self.word_offsets is not None and self.word_sizes is not None:
+            words = ranges(self.word_offsets[chosen], self._words_of(chosen))
+            sizes = self.word_sizes[words]
+            times = sizes if self.all_pieces else np.minimum(sizes, 1)
+            labels = np.repeat(self.labels[words], times)
+        else:
+            labels = self.labels[chosen]
+        if labels.ndim == 2:
+            yes = np.count_nonzero(labels, axis=0)
+            return np.stack([len(labels) - yes, yes], axis=1)
+        return np.bincount(labels.astype(np.int64), minlength=classes)
+
     def _words_of(self, chosen: Indices) -> Indices:
         assert self.word_offsets is not None
         return self.word_offsets[chosen + 1] - self.word_offsets[chosen]
 
     def _labels(self, chosen: Indices, sizes: Indices) -> Labels | None:
         """Return the labels of chosen examples, whose sequences have so many tokens."""
+        if self.text_ids is not None:
+            return TextIds(torch.from_numpy(self.text_ids[chosen]))
         if self.word_offsets is None or self.word_sizes is None:
             return None if self.labels is None else torch.from_numpy(self.labels[chosen])
         counts = self._words_of(chosen)
@@ -134,7 +164,9 @@ class TokenizedSplit:
         )
 
 
-def tokenize(task: str, table: Table, tokenizer: Tokenizer, max_length: int) -> TokenizedSplit:
+def tokenize(
+    task: str, table: Table, tokenizer: Tokenizer, max_length: int, *, with_text_ids: bool = False
+) -> TokenizedSplit:
     """Tokenize a table.
 
     Args:
@@ -142,6 +174,7 @@ def tokenize(task: str, table: Table, tokenizer: Tokenizer, max_length: int) -> 
         table: the rows.
         tokenizer: what to split them with.
         max_length: the most tokens in a sentence, ``[CLS]`` and ``[SEP]`` included.
+        with_text_ids: number the texts, as retrieval needs it.
     """
     word_offsets = word_sizes = None
     if table.words is None:
@@ -150,6 +183,9 @@ def tokenize(task: str, table: Table, tokenizer: Tokenizer, max_length: int) -> 
     else:
         encoded, word_sizes = tokenizer.encode_words(table.words, max_length)
         word_offsets = np.concatenate(([0], np.cumsum([len(words) for words in table.words])))
+    text_ids = None
+    if with_text_ids:
+        text_ids = _text_ids(encoded).reshape(len(table), len(table.sentences))
     fits_16_bits = tokenizer.vocab_size <= 1 << 16
     return TokenizedSplit(
         task=task,
@@ -164,7 +200,19 @@ def tokenize(task: str, table: Table, tokenizer: Tokenizer, max_length: int) -> 
         notes=table.notes,
         word_offsets=word_offsets,
         word_sizes=word_sizes,
+        text_ids=text_ids,
     )
+
+
+def _text_ids(encoded: EncodedTexts) -> npt.NDArray[np.int64]:
+    """Return a number for each text, equal for equal tokens: that of the first such text."""
+    tokens, numbers = encoded.tokens.tobytes(), dict[bytes, int]()
+    bounds = (encoded.offsets * encoded.tokens.itemsize).tolist()
+    found = (
+        numbers.setdefault(tokens[start:stop], number)
+        for number, (start, stop) in enumerate(pairwise(bounds))
+    )
+    return np.fromiter(found, dtype=np.int64, count=len(bounds) - 1)
 
 
 def join_pairs(split: TokenizedSplit, tokenizer: Tokenizer, max_length: int) -> TokenizedSplit:

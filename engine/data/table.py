@@ -37,7 +37,7 @@ class Table:
         ids: the id column, or the rows' numbers where the format has none.
         sentences: one list of strings for each sentence column.
         labels: float32 ``[n]``; of several labels ``[n, L]``, 0 or 1; of tagged words the tag of
-            each, ``[W]``.  None where they were not asked for.
+            each, ``[W]``; of retrieval ones.  None where they were not asked for.
         bad_rows: how many rows were skipped or blanked, by reason.
         blank: the indices of the blanked rows.
         notes: what was found out about the file, a phrase each.
@@ -201,7 +201,7 @@ def _array(labels: Sequence[Sequence[float]], format_: TaskSchema) -> npt.NDArra
         width = int(format_.high) + 1
         rows = [row or [0.0] * width for row in labels]
         return np.array(rows, dtype=np.float32).reshape(-1, width)
-    if format_.labels == "one":
+    if format_.labels in ("one", "none"):
         return np.array([row[0] if row else 0.0 for row in labels], dtype=np.float32)
     return np.array(list(chain.from_iterable(labels)), dtype=np.float32)
 

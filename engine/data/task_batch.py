@@ -41,8 +41,18 @@ class TaggedTokens(NamedTuple):
     targets: Tensor
 
 
-Labels = Tensor | MaskedTokens | TaggedTokens
-"""float32 ``[n]`` for a task, of several labels ``[n, L]``; masked or tagged tokens."""
+class TextIds(NamedTuple):
+    """What a batch of retrieval has in place of labels.
+
+    Attributes:
+        ids: int64 ``[n, c]``, a number for each text, the same for texts of the same tokens.
+    """
+
+    ids: Tensor
+
+
+Labels = Tensor | MaskedTokens | TaggedTokens | TextIds
+"""float32 ``[n]`` for a task, of several labels ``[n, L]``; masked or tagged tokens; text ids."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +63,7 @@ class TaskBatch:
         task: the task's name.
         tokens: int64 ``[T]``: all first sequences, then in the same order all second ones.
         sizes: int64 ``[n * c]``, the tokens of each sequence.
-        columns: c, 1 or 2.
+        columns: c, 1 or 2, of retrieval 2 or more.
         labels: or None.
         token_types: int64 ``[T]``, the segment of each token; None where all are 0.
         states: fp32 ``[T, H]``, precomputed hidden states of a frozen encoder.
@@ -109,7 +119,7 @@ _MASKED_MULTIPLE = 64
 
 def pad_labels(labels: Labels | None) -> Labels | None:
     """Pad masked or tagged tokens with ones that do not count: position -1, target -100."""
-    if labels is None or isinstance(labels, Tensor):
+    if labels is None or isinstance(labels, Tensor | TextIds):
         return labels
     padding = (0, -len(labels.positions) % _MASKED_MULTIPLE)
     return labels._replace(

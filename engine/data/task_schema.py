@@ -52,10 +52,11 @@ class TaskSchema:
     """The column of the id; empty: rows are numbered from 0."""
 
     sentences: tuple[str, ...]
-    """The columns of the one sentence or the two sentences of an example."""
+    """The columns of the sentences of an example: one, the two of a pair, or of retrieval an
+    anchor, a passage that answers it and any number that do not."""
 
     label: str
-    """The column of the label; files of the test split do not have it."""
+    """The column of the label, empty without one; files of the test split do not have it."""
 
     kind: str
     """``classes``: 0, 1, … ``high``; ``binary``: 0 or 1; ``score``: any number in the range; or
@@ -73,8 +74,9 @@ class TaskSchema:
     whole: bool | None = None
     """Whether labels are whole numbers, as those of classes; None: as ``kind`` says."""
 
-    labels: Literal["one", "several", "words"] = "one"
-    """An example has one label, any number of ``classes``, or a tag for each of its words."""
+    labels: Literal["one", "several", "words", "none"] = "one"
+    """An example has one label, any number of ``classes``, a tag for each of its words, or none: a
+    passage that answers its anchor, as if by a column of ones."""
 
     label_columns: tuple[str, ...] = ()
     """With several labels, the columns of 0 and 1, one for each; empty: ``label`` lists them."""
@@ -87,7 +89,7 @@ class TaskSchema:
 
     def __post_init__(self) -> None:
         if self.whole is None:
-            object.__setattr__(self, "whole", self.kind != "score")
+            object.__setattr__(self, "whole", self.kind not in ("score", "retrieval"))
 
     @property
     def unchangeable(self) -> "TaskSchema":
@@ -122,7 +124,8 @@ class TaskSchema:
 
     def columns(self, *, labelled: bool) -> tuple[str, ...]:
         """Return the columns to read: the id if there is one, the sentences, the label."""
-        last = (self.label_columns or (self.label,)) if labelled else ()
+        has_label = labelled and self.labels != "none"
+        last = (self.label_columns or (self.label,)) if has_label else ()
         return (*((self.id,) if self.id else ()), *self.sentences, *last)
 
     @property
@@ -158,6 +161,8 @@ class TaskSchema:
         """
         if self.labels == "one":
             return [self.parse_label(cells[0])]
+        if self.labels == "none":
+            return [1.0]
         if self.label_columns:
             return [_yes_or_no(cell) for cell in cells]
         if self.labels == "several":
@@ -222,7 +227,7 @@ class TaskSchema:
             values: the one label; 0 or 1 for each class; or the tag of each word, -1 for one that
                 the model did not see (an underscore).
         """
-        if self.labels == "one":
+        if self.labels in ("one", "none"):
             return self.spell_label(values[0])
         separator = self.separator if self.labels == "several" else " "
         numbers = [*values]
@@ -336,6 +341,18 @@ FORMATS = _table(
         high=len(ASPECTS) - 1,
         classes=ASPECTS,
         labels="several",
+    ),
+    TaskSchema(
+        task="replies",
+        stem="replies",
+        ending="jsonl",
+        id="id",
+        sentences=("question", "reply"),
+        label="",
+        kind="retrieval",
+        low=-1,
+        high=1,
+        labels="none",
     ),
 )
 """Built-in tasks.  The first four are the CS224N file set: tab-separated, with a header, whatever

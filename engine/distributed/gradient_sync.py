@@ -36,7 +36,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_ga
 class NoSync:
     """One process: nothing to synchronise."""
 
-    rank = 0
+    rank, ranks = 0, 1
     bytes_a_step = 0
 
     def start(self) -> None:
@@ -53,6 +53,10 @@ class NoSync:
             grams: of ``own.rows``, for one or several divisions into groups.
         """
         return losses, grams
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Return the rows of all ranks, ``[ranks * m, …]`` of ``[m, …]``, m the same on each."""
+        return rows
 
     def gather_params(self) -> None:
         """Update the weights that the model computes with on all ranks."""
@@ -71,7 +75,8 @@ class _BucketSync(NoSync):
     """
 
     def __init__(self, model: MultitaskModel, parameters: FlatParameters) -> None:
-        self.rank, self._parameters = dist.get_rank(), parameters
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._parameters = parameters
         self._buckets = {bucket.name: bucket for bucket in parameters.layout.buckets}
         self._waiting: dict[str, Bucket] = {}
         self._works: list[dist.Work] = []
@@ -94,6 +99,12 @@ class _BucketSync(NoSync):
         for work in self._works:
             work.wait()
         self._works.clear()
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """All-gather rows."""
+        gathered = rows.new_empty(self.ranks * len(rows), *rows.shape[1:])
+        _all_gather(gathered, rows.contiguous())
+        return gathered
 
     def _send(self, names: Iterable[str]) -> None:
         """Send those buckets that wait to be sent; outside ``start`` ... ``wait`` none does."""

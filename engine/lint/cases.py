@@ -27,6 +27,7 @@ class Case(NamedTuple):
         owner: the task or objective that it belongs to, if any.
         known: what its data decide; None before they are read.
         run_steps: steps of all phases; None before they are known.
+        split: the split that the field is of alone, if any.
         is_last: whether the phase is the last one.
     """
 
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     owner: str
     known: PhaseFacts | None = None
     run_steps: int | None = None
+    split: str = ""
     is_last: bool = True
 
     @property

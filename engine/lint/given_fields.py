@@ -16,12 +16,14 @@ class Given(NamedTuple):
         known_as: its name among ``--fields``.
         owner: the task or objective that it belongs to, if any.
         value: what it is set to.
+        split: the split that it is of alone, if any.
     """
 
     key: str
     known_as: str
     owner: str
     value: Any
+    split: str = ""
 
 
 def given_fields(recipe: Recipe) -> Iterator[tuple[Given, list[str]]]:
@@ -44,6 +46,7 @@ def _given_in(
     key: str = "",
     known_as: str = "",
     owner: str = "",
+    split: str = "",
     *,
     changed: bool = False,
 ) -> Iterator[Given]:
@@ -54,17 +57,19 @@ def _given_in(
             continue
         tables = {"": value} if isinstance(value, Settings) else value
         if not (isinstance(tables, dict) and all(isinstance(t, Settings) for t in tables.values())):
-            yield Given(key + name, known_as + name, owner, value)
+            yield Given(key + name, known_as + name, owner, value, split)
             continue
         for own, inner in tables.items():
             its_key = f"{key}{name}.{own}".rstrip(".")
             its_name = f"{known_as}{name}.{ANY_NAME}" if own else f"{known_as}{name}"
-            yield Given(its_key, its_name, own or owner, inner)
+            its_owner, its_split = owner or own, own if owner else ""
+            yield Given(its_key, its_name, its_owner, inner, its_split)
             yield from _given_in(
                 inner,
                 inner.model_fields_set,
                 f"{its_key}.",
                 f"{its_name}.",
-                own or owner,
+                its_owner,
+                its_split,
                 changed=changed,
             )

@@ -86,6 +86,12 @@ def _reads_loss(case: Case) -> bool:
     return _is_trained(case) or case.recipe.formats[case.owner].kind == "score"
 
 
+def _differs(case: Case) -> bool:
+    """Return whether a split has a field otherwise than its source."""
+    own = case.source.of_split[case.split]
+    return bool(getattr(own, case.field) != getattr(case.source, case.field))
+
+
 def _differentiates_encoder(case: Case) -> bool:
     recipe = case.recipe
     return not recipe.freeze_encoder or (recipe.adapter_width > 0 and recipe.scored)
@@ -161,10 +167,19 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         ),
         "tasks.NAME.head": ALWAYS,
         "tasks.NAME.metrics": ALWAYS,
+        "tasks.NAME.decided_by": Effect(
+            lambda case: len(case.recipe.tasks[case.owner].metrics) > 1,
+            "{case.owner} has one metric",
+            off="first",
+        ),
         "tasks.NAME.score_weight": Effect(
             lambda case: len(case.recipe.tasks) > 1, "one task alone is scored", off=1
         ),
         "tasks.NAME.tag_pieces": Effect(_is_trained, "{case.owner} is not trained", off="first"),
+        # Of other kinds of tasks a recipe refuses them.
+        "tasks.NAME.temperature": Effect(_is_trained, "{case.owner} is not trained", off=0),
+        "tasks.NAME.symmetric": Effect(_is_trained, "{case.owner} is not trained", off=False),
+        "tasks.NAME.margin": Effect(_is_trained, "{case.owner} is not trained", off=0.5),
         "tasks.NAME.loss": Effect(_reads_loss, "{case.owner} is not trained", off="default"),
         "tasks.NAME.weight": Effect(_is_trained, "{case.owner} is not trained", off=1),
         "tasks.NAME.class_weights": Effect(
@@ -178,6 +193,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         ),
         "tasks.NAME.label_smoothing": Effect(_is_trained, "{case.owner} is not trained", off=0),
         "tasks.NAME.focal_gamma": Effect(_is_trained, "{case.owner} is not trained", off=0),
+        "tasks.NAME.threshold": Effect(
+            _trains_tasks, "no task is trained, so nothing is scored", off="half"
+        ),
         "tasks.NAME.first_n": Effect(
             _is_trained,
             "{case.owner} is not trained",
@@ -203,6 +221,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.source.subset": _OF_DATASET,
         "tasks.NAME.source.splits": _OF_DATASET,
         "tasks.NAME.source.*": _OF_FILES,
+        "tasks.NAME.source.of_split.NAME.*": Effect(_differs, "the source says the same"),
         "objectives.NAME": Effect(_is_trained, "train does not name it"),
         **dict.fromkeys(
             (f"objectives.NAME.{name}" for name in ("kind", "sentences_of", "files", "weight")),
@@ -440,7 +459,7 @@ def lines_on_idle_settings(
         place = (run.config, device, ranks or Ranks(), field, given.owner)
         last = list(recipes)[-1]
         cases = [
-            Case(recipes[name], *place, facts.get(name), run_steps, is_last=name == last)
+            Case(recipes[name], *place, facts.get(name), run_steps, given.split, name == last)
             for name in phases
         ]
         if all(map(effect.reason_against, cases)):

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -16,12 +17,16 @@ from .config import EncoderConfig
 from .context import Context
 from .encoder import Stage
 from .heads import (
+    HALF,
+    IN_BATCH,
     PLAIN,
     SHARED_INPUT,
     ClassLossSettings,
     Head,
     HeadSettings,
     Scores,
+    SimilaritySettings,
+    YesNoHead,
     build_head,
     head_class,
 )
@@ -30,6 +35,7 @@ from .named_modules import NamedModules
 from .parameters import ParameterSpec, describe_stage
 from .pooling import SharedLayers, TaskStates, pool
 from .registry import spec_of
+from .step_scores import StepScores
 
 
 class MultitaskModel(nn.Module):
@@ -44,6 +50,9 @@ class MultitaskModel(nn.Module):
         losses: by task, one of LOSSES (engine/models/heads); the default for those left out.
         class_losses: by task, what its loss does against classes of unequal size; nothing for those
             left out.
+        similarities: by task, settings of a loss that compares them; the default for those left
+            out.
+        thresholds: by task, one of THRESHOLDS; HALF for those left out.
         adapter_width: of each task's projected attention (engine/models/adapters.py); 0 for none.
         objectives: the settings of their heads, by name; objectives have no adapters.
     """
@@ -58,6 +67,8 @@ class MultitaskModel(nn.Module):
         dropout_p: float,
         losses: Mapping[str, str] | None = None,
         class_losses: Mapping[str, ClassLossSettings] | None = None,
+        similarities: Mapping[str, SimilaritySettings] | None = None,
+        thresholds: Mapping[str, str] | None = None,
         adapter_width: int = 0,
         objectives: Mapping[str, HeadSettings] | None = None,
     ) -> None:
@@ -76,6 +87,8 @@ class MultitaskModel(nn.Module):
                 features=features[task.task],
                 loss=losses.get(task.task, "default"),
                 class_loss=(class_losses or {}).get(task.task, PLAIN),
+                similarity=(similarities or {}).get(task.task, IN_BATCH),
+                threshold=(thresholds or {}).get(task.task, HALF),
                 dropout_p=dropout_p,
                 dropout_id=self.encoder.num_dropouts + position,
             )
@@ -121,6 +134,29 @@ class MultitaskModel(nn.Module):
             self.pair.load_state_dict(other.pair.state_dict())
         for task in adapters:
             self.adapters[task].load_state_dict(other.adapters[task].state_dict())
+
+    @property
+    def thresholds(self) -> dict[str, tuple[float, ...]]:
+        """The thresholds of the tasks whose are chosen on the dev data; logits, by task."""
+        return {
+            name: tuple(head.thresholds.tolist())
+            for name, head in self.heads.items()
+            if isinstance(head, YesNoHead) and head.threshold != HALF
+        }
+
+    def set_thresholds(self, found: Mapping[str, Sequence[float]]) -> None:
+        """Set the thresholds that :attr:`thresholds` returned.
+
+        Raises:
+            ValueError: they are of another model; the message says whose.
+        """
+        for name, logits in found.items():
+            if name not in self.thresholds:
+                raise ValueError(f"thresholds of {name}, which has none")
+            try:
+                cast(YesNoHead, self.heads[name]).set_thresholds(logits)
+            except ValueError as error:
+                raise ValueError(f"of {name}: {error}") from None
 
     def _adapter(self, task: str) -> ProjectedAttention | None:
         return cast(ProjectedAttention, self.adapters[task]) if task in self.adapters else None
@@ -295,18 +331,34 @@ class MultitaskModel(nn.Module):
         return hidden
 
     def losses(
-        self, scores: Sequence[Scores], batch: PackedBatch, tasks: Sequence[str]
+        self,
+        scores: Sequence[Scores],
+        batch: PackedBatch,
+        tasks: Sequence[str],
+        of_step: Mapping[str, StepScores] = MappingProxyType({}),
     ) -> list[Tensor]:
         """Return each task's mean loss, 0-dim, from the scores of :meth:`forward`.
 
-        A task without an example has loss 0.
+        A task without an example has loss 0.  For those in ``of_step`` it is the share of these
+        examples in the mean loss of the step.
+
+        Args:
+            scores: of the tasks.
+            batch: that they are of.
+            tasks: their names.
+            of_step: the scores of the whole step, for heads that compare its examples, where the
+                batch is a part of it.
 
         Raises:
             ValueError: the batch has no labels of a task.
         """
-        return [
-            own.sum()
-            if isinstance(own, Tensor) and not own.numel()
-            else self.head(task).loss(own, labels)
-            for task, own, labels in zip(tasks, scores, batch.labels, strict=True)
-        ]
+        losses: list[Tensor] = []
+        for task, own, labels in zip(tasks, scores, batch.labels, strict=True):
+            head = self.head(task)
+            if isinstance(own, Tensor) and not own.numel():
+                losses.append(own.sum())
+            elif isinstance(own, Tensor) and task in of_step:
+                losses.append(head.step_loss(own, labels, of_step[task]))
+            else:
+                losses.append(head.loss(own, labels))
+        return losses

@@ -202,6 +202,8 @@ def _answers(answers: dict[str, Answers]) -> Section:
 
 def _drawn(answers: Answers) -> str:
     form = answers.form
+    if form.labels == "none":
+        return plots.ranks(answers)
     if form.labels != "several":
         return plots.confusion_matrix(answers) if form.whole else plots.scatter(answers)
     shares = label_shares(answers)

@@ -166,6 +166,19 @@ def scatter(answers: Answers) -> str:
         return _svg(figure)
 
 
+def ranks(answers: Answers) -> str:
+    """Draw the share of anchors whose passage is among the first k, over k."""
+    found, counts = np.unique(answers.predictions, return_counts=True)
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(_SQUARE)
+        axes.step(found, np.cumsum(counts) / counts.sum(), where="post", marker=".")
+        axes.set_xscale("log")
+        axes.set(
+            xlabel="first passages", ylabel="share of anchors that find theirs", ylim=(0, 1.02)
+        )
+        return _svg(figure)
+
+
 def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained", dpi=120)
     return figure, figure.add_subplot()

@@ -1,6 +1,6 @@
 """Read a run for a report: its files, and its answers on the dev data."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..metrics.log import EVALUATIONS, STEPS
 from ..metrics.read import Json, read_evaluation_lines, read_step_lines
 from ..runs.data_paths import origin
 from ..runs.run import Run
-from ..runs.scoring import answers, metrics_of, results_of, score, score_names
+from ..runs.scoring import answers, results_of, score_names, task_scores
 from ..utils.errors import InputError
 
 Series = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -35,12 +35,13 @@ class Answers(NamedTuple):
 
     Attributes:
         form: the task's data.
-        metric: the name of the deciding metric.
+        metric: the name of the deciding metric, or ``mean`` of all.
         score: by that metric.
-        labels: float32 ``[N]``, one of each example or tagged word; ``[n, L]`` of several labels.
-        predictions: the same of the model.
+        labels: float32 ``[N]``, one of each example or tagged word; ``[n, L]`` of several labels;
+            of retrieval 1, the first rank.
+        predictions: the same of the model; of retrieval the rank of an anchor's passage.
         mistakes: of classes those answered wrong with most certainty (the probability that the
-            model gave to its answer), of scores those farthest off (the distance).
+            model gave to its answer), of scores and ranks those farthest off (the distance).
     """
 
     form: TaskSchema
@@ -125,12 +126,14 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
     for task, form in run.recipe.formats.items():
         split = run.split(task, "dev")
         table = origin(run.recipe, task, "dev").table(
-            form, labelled=True, on_bad_row=run.recipe.on_bad_row
+            run.recipe.split_schema(task, "dev"), labelled=True, on_bad_row=run.recipe.on_bad_row
         )
         assert split.labels is not None
         labels = np.asarray(split.labels)
         own = answers(model, split)
         predictions, certainty = own.predictions, own.certainties
+        if own.ranking is not None:
+            predictions = own.ranking.of_examples.astype(np.float32)
         wrong = (predictions != labels).reshape(len(labels), -1).any(1)
         if not form.whole:
             certainty, wrong = np.abs(predictions - labels), np.ones(len(labels), dtype=bool)
@@ -143,14 +146,17 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
             if table.words is not None:
                 word = table.words[row][i - int(own.offsets[row])]
                 sentences = (f"{word}: {sentences[0]}",)
-            label, answer = (
-                form.spell_labels(x[i].ravel().tolist()) for x in (labels, predictions)
-            )
+            spell = form.spell_labels if own.ranking is None else _rank
+            label, answer = (spell(x[i].ravel().tolist()) for x in (labels, predictions))
             mistakes.append(Mistake(table.ids[row], sentences, label, answer, float(certainty[i])))
-        metric = metrics_of(run.recipe, task)[0]
-        value = score(metric, results_of(form, own, labels))
-        found[task] = Answers(form, metric.name, value, labels, predictions, mistakes)
+        _, metric = score_names(run.recipe)[task]
+        value = task_scores(run.recipe, task, results_of(form, own, labels))[task]
+        found[task] = Answers(form, metric, value, labels, predictions, mistakes)
     return found
+
+
+def _rank(values: Sequence[float]) -> str:
+    return f"{values[0]:.0f}"
 
 
 def most_confused(answers: Answers, count: int) -> npt.NDArray[np.int64]:

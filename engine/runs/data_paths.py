@@ -1,20 +1,51 @@
 """Resolve the data paths of a recipe."""
 
 import hashlib
+from collections.abc import Iterable
 from os.path import isdir
 from pathlib import Path
 
 from ..config.recipe import Recipe
 from ..data import demo
 from ..data.cache import default_cache
-from ..data.source import DataFile, Origin, Split
-from ..data.task_schema import FORMATS
+from ..data.source import DataFile, Origin
+from ..data.task_schema import FORMATS, SPLITS
 from ..utils.errors import InputError
 from ..utils.files import explained, whole_folder
 from ..utils.ownership import check_private_place, is_own_folder
 
 
-def origin(recipe: Recipe, task: str, split: Split) -> Origin:
+def splits_of(recipe: Recipe, task: str) -> tuple[str, ...]:
+    """Return the names of the splits that a task of the recipe has."""
+    source = recipe.tasks[task].source
+    return tuple(SPLITS if source is None else source.known_splits)
+
+
+def check_split(recipe: Recipe, split: str, tasks: Iterable[str] = ()) -> None:
+    """Check that tasks have a split that a command was given.
+
+    Args:
+        recipe: of the run.
+        split: the split's name.
+        tasks: of the recipe; empty for all.
+
+    Raises:
+        InputError: one has not; the message says which have it.
+    """
+    known = {task: splits_of(recipe, task) for task in tasks or recipe.tasks}
+    having = [task for task, names in known.items() if split in names]
+    lacking = [task for task in known if task not in having]
+    if lacking and having:
+        raise InputError(
+            f"--split {split}: no {split} split of {', '.join(lacking)}; name a task that has one "
+            f"by --task: {', '.join(having)}"
+        )
+    if lacking:
+        there = ", ".join(dict.fromkeys(name for names in known.values() for name in names))
+        raise InputError(f"--split {split}: no {split} split; {', '.join(lacking)} has {there}")
+
+
+def origin(recipe: Recipe, task: str, split: str) -> Origin:
     """Return where a split of a task comes from.
 
     Raises:

@@ -88,7 +88,9 @@ def _difference(own: Recipe, other: Recipe, name: str) -> str:
         return "" if kind == own.objectives[name].kind else f"kind {kind} there"
     here, there = own.formats[name], other.formats[name]
     mine, theirs = own.tasks[name], other.tasks[name]
-    if (here.kind, len(here.sentences)) != (there.kind, len(there.sentences)):
+    # Of retrieval an example may have any number of passages.
+    as_many = here.labels == "none" or len(here.sentences) == len(there.sentences)
+    if here.kind != there.kind or not as_many:
         return "another kind of task there"
     if (here.classes, here.low, here.high) != (there.classes, there.low, there.high):
         return "other labels there" if here.kind != "score" else "another range there"

@@ -1,6 +1,7 @@
 """Answer sentences with a trained run that was loaded once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -21,6 +22,7 @@ from ..runtime.precision import pick_device, pick_dtype
 from ..utils.errors import InputError
 from .run import Run, open_run
 from .scoring import MAX_TOKENS, Answers, answers
+from .search import Found, anchors_of, passages_of, search
 
 Label = str | int
 """A class: its name, or its number where classes have none."""
@@ -46,6 +48,18 @@ class Prediction(NamedTuple):
     prediction: Label | float | list[Label | None]
     probabilities: dict[str, float] | list[float | None] | None
     words: list[str] | None = None
+
+
+class Match(NamedTuple):
+    """A passage that was found for an anchor.
+
+    Attributes:
+        number: of the passage among those given, from 0.
+        similarity: of the two.
+    """
+
+    number: int
+    similarity: float
 
 
 class Predictor:
@@ -122,6 +136,59 @@ class Predictor:
             split = self._run.tokenize(form, table)
             return split, answers(self._model, split)
 
+    def search(
+        self, task: str, anchors: Sequence[str], passages: Sequence[str], k: int = 10
+    ) -> list[list[Match]]:
+        """Find the passages that are most similar to anchors, such as questions.
+
+        Args:
+            task: one of :attr:`tasks`, of the kind retrieval.
+            anchors: texts.  Too long ones lose their end, as passages do.
+            passages: texts, all of which are compared with each anchor.
+            k: how many to find for each, at most all.
+
+        Returns:
+            For each anchor the matches, the most similar first.
+
+        Raises:
+            InputError: there is no such task or it is of another kind, k is not positive, or a text
+                is empty or none.
+        """
+        form = schema(self._run, task)
+        schemas = anchors_of(form), passages_of(form)
+        if k < 1:
+            raise InputError(f"k = {k}: expected 1 or more")
+        for texts in (anchors, passages):
+            if isinstance(texts, str):
+                raise InputError("expected a list of texts, got one str; put it in a list")
+        asked, told = (
+            _table(own, texts) for own, texts in zip(schemas, (anchors, passages), strict=True)
+        )
+        if not len(asked) or not len(told):
+            return [[] for _ in anchors]
+        found = self.find(task, asked, told, k)
+        return [
+            [Match(*each) for each in zip(numbers, similarities, strict=True)]
+            for numbers, similarities in zip(
+                found.passages.tolist(), found.similarities.tolist(), strict=True
+            )
+        ]
+
+    def find(self, task: str, anchors: Table, passages: Table, k: int) -> Found:
+        """Find passages of a table for anchors of another; otherwise as :meth:`search`.
+
+        Args:
+            task: as there.
+            anchors: read by the schema of :func:`~.search.anchors_of`.
+            passages: read by that of :func:`~.search.passages_of`.
+            k: as there.
+        """
+        form = schema(self._run, task)
+        with self._lock:
+            asked = self._run.tokenize(anchors_of(form), anchors)
+            found = self._run.tokenize(passages_of(form), passages)
+            return search(self._model, asked, found, k)
+
     def embed(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
         """Return sentence vectors: of the first token or the mean of all, as the run pools them.
 
@@ -163,8 +230,13 @@ class Predictor:
         return vectors
 
 
-def schema(run: Run, task: str) -> TaskSchema:
+def schema(run: Run, task: str, split: str = "") -> TaskSchema:
     """Return the schema of a task of a run, whose recipe cannot be changed any more.
+
+    Args:
+        run: the run.
+        task: the task's name.
+        split: whose schema; empty for that of all which the recipe does not name.
 
     Raises:
         InputError: the run has no such task.
@@ -172,7 +244,9 @@ def schema(run: Run, task: str) -> TaskSchema:
     if task not in run.recipe.tasks:
         known = ", ".join(run.recipe.tasks)
         raise InputError(f"task {task!r}: {run.folder} has {known}")
-    return run.recipe.formats[task].unchangeable
+    form = run.recipe.split_schema(task, split).unchangeable
+    # Negatives are for training; an answer is the similarity of an anchor and a passage.
+    return replace(form, sentences=form.sentences[:2]) if form.labels == "none" else form
 
 
 def has_probabilities(form: TaskSchema) -> bool:

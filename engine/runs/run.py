@@ -23,7 +23,7 @@ from ..config import recipe as recipes
 from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
 from ..data.cache import load_split
-from ..data.source import Origin, Split
+from ..data.source import Origin
 from ..data.split import TokenizedSplit, join_pairs, tokenize
 from ..data.table import OnBadRow, Table
 from ..data.task_batch import Examples
@@ -99,10 +99,9 @@ class Run(NamedTuple):
             write_text(self.folder / "config.json", shape)
         write_text(self.folder / "recipe.toml", self.recipe.to_toml())
 
-    def split(self, task: str, split: Split) -> TokenizedSplit:
-        """Return a split of the run's data set, tokenized."""
-        form = self.recipe.formats[task]
-        return self.read(form, origin(self.recipe, task, split), labelled=split != "test")
+    def split(self, task: str, split: str) -> TokenizedSplit:
+        """Return a labelled split of the run's data set, tokenized."""
+        return self.read(self.recipe.split_schema(task, split), origin(self.recipe, task, split))
 
     def read(
         self,
@@ -130,8 +129,10 @@ class Run(NamedTuple):
             form: the schema of a task of the run; None for sentences of none.
             table: read by it.
         """
-        task = "" if form is None else form.task
-        return self._joined(tokenize(task, table, self.tokenizer, self.max_length))
+        task, numbered = ("", False) if form is None else (form.task, form.labels == "none")
+        return self._joined(
+            tokenize(task, table, self.tokenizer, self.max_length, with_text_ids=numbered)
+        )
 
     def _joined(self, split: TokenizedSplit) -> TokenizedSplit:
         """Return pairs in the sequences that the task's head takes."""
@@ -189,6 +190,8 @@ class Run(NamedTuple):
             dropout_p=self.recipe.dropout,
             losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
             class_losses={task: each.class_loss for task, each in self.recipe.tasks.items()},
+            similarities={task: each.similarity for task, each in self.recipe.tasks.items()},
+            thresholds={task: each.threshold for task, each in self.recipe.tasks.items()},
             adapter_width=self.recipe.adapter_width,
             objectives={
                 name: head_settings(name, settings, self.config)

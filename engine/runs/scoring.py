@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +19,13 @@ from ..data.split import TokenizedSplit
 from ..data.task_batch import ranges
 from ..data.task_schema import TaskSchema
 from ..distributed.ranks import Ranks
-from ..models.heads import Metric, Results, metrics_for
+from ..models.heads import Metric, Ranking, Results, metrics_for, rank_passages
 from ..models.multitask import MultitaskModel
 from ..utils.errors import InputError
 from ..utils.files import write_text
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import read_bytes
+from .thresholds import fit_thresholds
 
 _NOT_FINITE = (
     "what the model computes is not finite; train it again with a lower lr, or with a precision of "
@@ -45,12 +46,15 @@ class Answers(NamedTuple):
             values).
         probabilities: float32 ``[N, C]`` of all classes or labels; None of values.
         offsets: int64 ``[n + 1]``; answers ``offsets[i]:offsets[i + 1]`` are of example i.
+        ranking: of the split's passages, for retrieval; None where the split is not to be scored,
+            or what the model computes is not finite.
     """
 
     predictions: npt.NDArray[np.float32]
     certainties: npt.NDArray[np.float32]
     probabilities: npt.NDArray[np.float32] | None
     offsets: npt.NDArray[np.int64]
+    ranking: Ranking | None = None
 
 
 def predict(
@@ -87,10 +91,20 @@ def answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = 
     return found
 
 
-def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) -> Answers:
-    """Return what :func:`answers` does; NaN for answers whose scores are not finite."""
+def _answers(
+    model: MultitaskModel,
+    split: TokenizedSplit,
+    ranks: Ranks | None,
+    chosen_by: Sequence[Metric] = (),
+) -> Answers:
+    """Return what :func:`answers` does; NaN for answers whose scores are not finite.
+
+    With ``chosen_by``, metrics of the task, thresholds are chosen on this split before.
+    """
     head, offsets = model.head(split.task), split.answer_offsets
-    scores = _scores(model, split, ranks or Ranks())
+    scores = scores_of(model, split, ranks)
+    if chosen_by and split.labels is not None:
+        fit_thresholds(head, scores, split.labels, chosen_by, ranks or Ranks())
     finite = scores.isfinite().view(len(scores), -1).all(1)
     assert head.task is not None, f"{split.task} is an objective"
     predictions = head.predict(scores).float().numpy().copy()
@@ -98,16 +112,21 @@ def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) 
     predictions[~finite.numpy()] = math.nan  # argmax makes a class of it, too
     certainties = head.certainty(scores).float().where(finite, torch.nan)
     probabilities = head.probabilities(scores)
+    ranking = None
+    if split.text_ids is not None and split.labels is not None and bool(finite.all()):
+        ranking = rank_passages(scores, np.asarray(split.text_ids))
     return Answers(
         predictions,
         certainties.numpy(),
         None if probabilities is None else probabilities.numpy(),
         offsets,
+        ranking,
     )
 
 
-def _scores(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks) -> Tensor:
+def scores_of(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = None) -> Tensor:
     """Return the head's scores of all N answers, ``[N, …]`` fp32 on the CPU."""
+    ranks = ranks or Ranks()
     offsets, found = split.answer_offsets, torch.empty(0)
     device = next(model.parameters()).device
     was_training = model.training
@@ -129,8 +148,12 @@ def _scores(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks) -> Tenso
     return found
 
 
+MEAN = "mean"
+"""Stands for the metric of a score that is the mean of several."""
+
+
 def metrics_of(recipe: Recipe, task: str) -> list[Metric]:
-    """Return what a task of a recipe is scored by; the first metric decides."""
+    """Return what a task of a recipe is scored by, the first metric first."""
     known = metrics_for(recipe.formats[task])
     names = recipe.tasks[task].metrics
     by_name = {metric.name: metric for metric in known}
@@ -140,13 +163,21 @@ def metrics_of(recipe: Recipe, task: str) -> list[Metric]:
 def score_names(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """Return task and metric of each score, by the score's name, without ``overall``.
 
-    That of the deciding metric is called as the task is, of others ``TASK.METRIC``.
+    The deciding one is called as the task is: of the first metric, or the mean of all.  Others are
+    called ``TASK.METRIC``.
     """
-    return {
-        task if number == 0 else f"{task}.{metric.name}": (task, metric.name)
-        for task in recipe.tasks
-        for number, metric in enumerate(metrics_of(recipe, task))
-    }
+    found = {}
+    for task in recipe.tasks:
+        names = [metric.name for metric in metrics_of(recipe, task)]
+        deciding = MEAN if _is_mean(recipe, task) else names.pop(0)
+        found[task] = (task, deciding)
+        found |= {f"{task}.{name}": (task, name) for name in names}
+    return found
+
+
+def _is_mean(recipe: Recipe, task: str) -> bool:
+    """Return whether the mean of several metrics is a task's score."""
+    return recipe.tasks[task].decided_by == "mean" and len(recipe.tasks[task].metrics) > 1
 
 
 class Criterion(NamedTuple):
@@ -154,7 +185,7 @@ class Criterion(NamedTuple):
 
     Attributes:
         score: its name, ``overall`` or a task's.
-        metric: the deciding metric of the task; ``mean`` of ``overall``.
+        metric: the deciding metric of the task, or ``mean``, as of ``overall``.
         sign: 1, or -1 where less is better.
     """
 
@@ -167,8 +198,8 @@ class Criterion(NamedTuple):
         """Return the criterion of a recipe."""
         if recipe.best_of == "overall":
             return cls("overall", "mean", 1)
-        metric = metrics_of(recipe, recipe.best_of)[0]
-        return cls(recipe.best_of, metric.name, metric.sign)
+        _, metric = score_names(recipe)[recipe.best_of]
+        return cls(recipe.best_of, metric, _sign(recipe, recipe.best_of))
 
     def value(self, scores: Mapping[str, float]) -> float:
         """Return the score times the sign, so that higher is better."""
@@ -183,6 +214,19 @@ class Criterion(NamedTuple):
 def deciding_score(recipe: Recipe, scores: Mapping[str, float]) -> float:
     """Return the score by which checkpoints are compared, higher being better."""
     return Criterion.of(recipe).value(scores)
+
+
+def _sign(recipe: Recipe, task: str) -> int:
+    """Return 1 where a higher score of a task is better, -1 where a lower one is."""
+    return 1 if _is_mean(recipe, task) else metrics_of(recipe, task)[0].sign
+
+
+def task_scores(recipe: Recipe, task: str, results: Results) -> dict[str, float]:
+    """Return the scores of a task by the names of :func:`score_names`, the deciding one first."""
+    values = {metric.name: score(metric, results) for metric in metrics_of(recipe, task)}
+    mean = sum(values.values()) / len(values)
+    deciding = mean if _is_mean(recipe, task) else values.pop(next(iter(values)))
+    return {task: deciding} | {f"{task}.{name}": value for name, value in values.items()}
 
 
 def score(metric: Metric, results: Results) -> float:
@@ -201,6 +245,7 @@ def results_of(task: TaskSchema, found: Answers, labels: npt.ArrayLike) -> Resul
         probabilities=None if probabilities is None else probabilities.astype(np.float64),
         offsets=found.offsets,
         classes=task.classes,
+        ranking=found.ranking,
     )
 
 
@@ -209,8 +254,13 @@ def score_splits(
     splits: Mapping[str, TokenizedSplit],
     recipe: Recipe,
     ranks: Ranks | None = None,
+    *,
+    choose_thresholds: bool = False,
 ) -> dict[str, float]:
     """Score a model on a labelled split of each task, a work that ``ranks`` share.
+
+    With ``choose_thresholds`` those of the tasks whose recipe says so are chosen on these splits,
+    and the model keeps them.
 
     Returns:
         The scores by the names of :func:`score_names`, and ``overall``, the mean of the deciding
@@ -220,11 +270,10 @@ def score_splits(
     scores, deciding = dict[str, float](), list[float]()
     for task, split in splits.items():
         assert split.labels is not None, f"split of {task} has no labels"
-        results = results_of(recipe.formats[task], _answers(model, split, ranks), split.labels)
-        first, *others = metrics_of(recipe, task)
-        scores[task] = score(first, results)
-        scores |= {f"{task}.{metric.name}": score(metric, results) for metric in others}
-        deciding.append(first.sign * scores[task])
+        metrics = metrics_of(recipe, task) if choose_thresholds else ()
+        found = _answers(model, split, ranks, metrics)
+        scores |= task_scores(recipe, task, results_of(recipe.formats[task], found, split.labels))
+        deciding.append(_sign(recipe, task) * scores[task])
     if not splits:
         return {}
     weights = [recipe.tasks[task].score_weight for task in splits]
@@ -236,7 +285,7 @@ class Scores(NamedTuple):
     """``metrics.json``: the scores of one evaluation.
 
     Attributes:
-        split: ``dev``, ``train`` or ``test``.
+        split: ``dev``, ``train``, ``test`` or another that the recipe names.
         step: of the checkpoint that was scored.
         scores: by task, and ``overall``.
         averaged: where those weights are an average, the steps that it is made of.

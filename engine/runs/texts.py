@@ -7,16 +7,15 @@ from pathlib import Path
 from ..config.recipe import Recipe
 from ..data.raw_text import Found, evenly, lines_of, sentences_of
 from ..data.rows import lines_on
-from ..data.source import DataFile, Split
+from ..data.source import DataFile
 from ..data.table import Table
-from ..data.task_schema import FORMATS
 from ..utils.untrusted_io import read_bytes
 from .data_paths import data_folder, origin
 
 
 def training_table(recipe: Recipe, task: str) -> Table:
     """Return the training examples of a task of the recipe, or of a built-in one, as text."""
-    form = recipe.formats.get(task) or FORMATS[task]
+    form = recipe.split_schema(task, "train")
     return origin(recipe, task, "train").table(form, labelled=True, on_bad_row=recipe.on_bad_row)
 
 
@@ -72,7 +71,7 @@ def check_texts(recipe: Recipe) -> None:
         InputError: the recipe does not name a split that it needs, or a file is not there.
     """
     for phase in recipe.in_phases.values():
-        wanted: list[tuple[str, Split]] = []
+        wanted: list[tuple[str, str]] = []
         for name in phase.train:
             tasks = _tasks_of(recipe, name) if name in recipe.objectives else (name,)
             wanted += [(task, "train") for task in tasks]

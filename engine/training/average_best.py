@@ -57,7 +57,9 @@ def average_best(trainer: Trainer, progress: Progress, console: Console) -> None
     for name, view in trainer.parameters.named_views(flat):
         view.copy_(weights[name])
     with trainer.computing_with(flat):
-        scores = score_splits(trainer.model, trainer.dev_sets, trainer.run.recipe, ranks)
+        scores = score_splits(
+            trainer.model, trainer.dev_sets, trainer.run.recipe, ranks, choose_thresholds=True
+        )
     value, best = trainer.deciding_score(scores), progress.best_score
     assert best is not None, "some evaluation has a score"
     is_kept = value >= best  # not if it is NaN
@@ -74,7 +76,7 @@ def average_best(trainer: Trainer, progress: Progress, console: Console) -> None
         # The checkpoint comes last: where there is one, the rest is done.
         write_scores(trainer.run.folder, Scores("dev", progress.step, scores, averaged.averaged))
         averaged = averaged._replace(best_score=value, best_step=progress.step)
-        checkpoints.save_weights("average", averaged, weights)
+        checkpoints.save_weights("average", averaged, weights, trainer.model.thresholds)
         checkpoints.keep("average", 1)
 
 

@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from ..checkpoints.async_writer import AsyncWriter
@@ -223,11 +222,8 @@ def _subset(examples: Examples, recipe: Recipe) -> Indices | None:
 def _weigh_classes(model: MultitaskModel, examples: Examples, subset: Indices | None) -> None:
     """Let a head weigh classes by their shares of the examples that are trained on."""
     loss = model.head(examples.task).class_loss
-    if loss is not None and isinstance(examples, TokenizedSplit) and examples.labels is not None:
-        labels = examples.labels[subset].astype(np.int64)
-        task = model.head(examples.task).task
-        assert task is not None
-        loss.weigh(np.bincount(labels, minlength=int(task.high) + 1).tolist())
+    if loss is not None and isinstance(examples, TokenizedSplit) and subset is not None:
+        loss.weigh(examples.label_counts(subset, int(loss.task.high) + 1))
 
 
 def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:
@@ -262,14 +258,22 @@ def has_one_gradient(recipe: Recipe) -> bool:
     return recipe.task_schedule != "together" or len(recipe.train) == 1
 
 
-def _varies(head: type[Head]) -> bool:
-    return head.varies_in_size
-
-
-def _heads(recipe: Recipe) -> list[type[Head]]:
+def _heads(recipe: Recipe) -> dict[str, type[Head]]:
     """Return the kinds of heads of the tasks that are trained."""
     forms = recipe.formats
-    return [head_class(forms[name].kind) for name in recipe.train if name in forms]
+    return {name: head_class(forms[name].kind) for name in recipe.train if name in forms}
+
+
+def _varies(recipe: Recipe) -> bool:
+    """Return whether a head's scores differ in number between batches."""
+    return any(head.varies_in_size for head in _heads(recipe).values())
+
+
+def _compares(recipe: Recipe) -> bool:
+    """Return whether a loss compares the examples of a step."""
+    return any(
+        head.compares_examples(recipe.tasks[name].loss) for name, head in _heads(recipe).items()
+    )
 
 
 def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
@@ -294,7 +298,9 @@ def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
         refused = dict.fromkeys(RECORDED, waits)
     elif ranks.size > 1 and any(name in recipe.objectives for name in recipe.train):
         refused = dict.fromkeys(RECORDED, "batches of objectives differ in shape between ranks")
-    elif (ranks.size > 1 or recipe.micro_batches > 1) and any(map(_varies, _heads(recipe))):
+    elif ranks.size > 1 and _compares(recipe):
+        refused = dict.fromkeys(RECORDED, "ranks gather the texts that retrieval compares")
+    elif (ranks.size > 1 or recipe.micro_batches > 1) and _varies(recipe):
         refused = dict.fromkeys(RECORDED, "ranks and micro-batches have other numbers of words")
     if ranks.size > 1:
         refused |= dict.fromkeys(COMPILED, "several ranks do not compile their steps")

@@ -4,7 +4,8 @@ Nothing here reads a value back from the device.  The host writes the learning r
 into tensors that stay in place, and the step's report is made of tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,14 +18,17 @@ from ..gradients.flat_parameters import FlatParameters
 from ..gradients.groups import ParamGroups
 from ..metrics.step_report import StepReport
 from ..models.multitask import MultitaskModel
+from ..models.step_scores import StepScores
 from ..optim.build import Optimizer
 from ..optim.loss_scale import LossScale
 from ..optim.weight_average import WeightAverage
 from ..runtime.execution import Execution
+from .step_scores import StepScoresGatherer
 
 _MICRO_BATCH_BIT = 24
 _SEED_BIT = 32
 """A seed's bits: 0-23 the step, 24-31 the micro-batch, from 32 on the recipe's seed."""
+_NO_SCORES: Mapping[str, StepScores] = MappingProxyType({})
 _RANK_FACTOR = 0x9E3779B1
 """Odd, so that its multiples modulo 2^31 differ for all ranks; their bits differ everywhere."""
 
@@ -74,6 +78,7 @@ class MultitaskStep:
         self.groups, self.balancer, self.loss_scale = groups, balancer, loss_scale
         self.watched, self.average = watched, average
         self.sync = sync or NoSync()
+        self._step_scores = StepScoresGatherer(model, self.tasks, self.sync)
         self._first_seed = seed << _SEED_BIT
         self._of_rank = self.sync.rank * _RANK_FACTOR % 2**31 << _SEED_BIT
         device = parameters.master.device
@@ -155,15 +160,15 @@ class MultitaskStep:
         totals = micro_batches[0].step_terms or [
             sum(counts) for counts in zip(*(b.terms for b in micro_batches), strict=True)
         ]
+        seeds = [self._seed_of(number) for number in range(len(micro_batches))]
+        of_step: Sequence[Mapping[str, StepScores]] = [_NO_SCORES] * len(micro_batches)
+        if len(micro_batches) > 1 and self._step_scores.needed(micro_batches):
+            of_step = self._step_scores.compute(micro_batches, seeds, totals)
         losses: Tensor | None = None
         for number, batch in enumerate(micro_batches):
-            # Of rank 0 and the first micro-batch as it is: each operation is a launch.
-            seed = self._seed ^ self._of_rank if self._of_rank else self._seed
-            if number:
-                seed = seed + (number << _MICRO_BATCH_BIT)
             if number == len(micro_batches) - 1:
                 self.sync.start()
-            own = self._losses_of(batch, totals, seed, number > 0)
+            own = self._losses_of(batch, totals, seeds[number], number > 0, of_step[number])
             # Each loss depends on its own task's tokens alone: one backward pass of the sum of all,
             # times their factors, gives all K gradients.
             with kernels.gradient_queue.queued(self.parameters.rows, self._gradient_queue):
@@ -173,16 +178,33 @@ class MultitaskStep:
         self.sync.wait()
         return losses
 
+    def _seed_of(self, number: int) -> Tensor:
+        """Return the dropout seed of a micro-batch of this rank."""
+        # Of rank 0 and the first micro-batch as it is: each operation is a launch.
+        seed = self._seed ^ self._of_rank if self._of_rank else self._seed
+        return seed + (number << _MICRO_BATCH_BIT) if number else seed
+
     def _losses(
-        self, batch: PackedBatch, totals: Sequence[int], seed: Tensor, accumulate: bool
+        self,
+        batch: PackedBatch,
+        totals: Sequence[int],
+        seed: Tensor,
+        accumulate: bool,
+        of_step: Mapping[str, StepScores],
     ) -> Tensor:
         """Return ``[K]``, a batch's share in the mean losses of ``totals`` terms a task."""
         scores = self.model(batch, batch.tasks, seed=seed, task_rows=True, accumulate=accumulate)
-        means = self.model.losses(scores, batch, batch.tasks)
+        if not of_step and self._step_scores.needed((batch,)):
+            (of_step,) = self._step_scores.gather((batch,), (scores,), totals)
+        means = self.model.losses(scores, batch, batch.tasks, of_step)
         return torch.stack(
             [
-                mean if here == total else mean * (here / total if here else 0.0)
-                for mean, here, total in zip(means, batch.terms, totals, strict=True)
+                mean
+                if here == total or (here and task in of_step)
+                else mean * (here / total if here else 0.0)
+                for task, mean, here, total in zip(
+                    batch.tasks, means, batch.terms, totals, strict=True
+                )
             ]
         )
 

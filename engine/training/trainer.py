@@ -207,7 +207,7 @@ class Trainer:
         if self.ranks.is_main:
             weights = named_weights(self.parameters, master)
             if is_best:
-                self.run.checkpoints.save_best(progress, weights)
+                self.run.checkpoints.save_best(progress, weights, self.model.thresholds)
             if is_top:
                 self.run.checkpoints.save_weights("top", progress, weights)
                 self.checkpoint_writer.keep_top(progress)

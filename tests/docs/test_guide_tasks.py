@@ -15,6 +15,7 @@ from engine import evaluate, export, predict, report, train
 from engine.config import recipe as recipes
 from engine.data.demo import write_demo
 from engine.data.table import read_table
+from engine.predict import Predictor
 from examples import five_tasks
 
 GUIDE = five_tasks.GUIDE.read_text(encoding="utf-8")
@@ -34,6 +35,7 @@ def test_the_guide_can_be_followed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     commands = re.findall(r"^    python -m engine\.(\w+) (.*)$", GUIDE, re.MULTILINE)
+    commands = [command for command in commands if "--passages" not in command[1]]
     programs = [program for program, _ in commands]
     assert programs == ["train", "evaluate", "evaluate", "predict"]
     for program, arguments in commands:
@@ -54,7 +56,7 @@ def test_the_guide_can_be_followed(
     capsys.readouterr()
     assert predict.main(shlex.split(piped[2])) == 0
     _, *lines = capsys.readouterr().out.splitlines()
-    (block,) = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
+    _, block = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
     exec(block)
     answers = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[1] for line in lines] == [line.split()[0] for line in answers]
@@ -64,7 +66,7 @@ def test_tags_and_several_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second recipe, on the files that it names, through every command."""
-    _, recipe = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    _, recipe, _ = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
     corpus, run = tmp_path / "demo", tmp_path / "run"
     write_demo(corpus)
     shown = re.findall(r"^    (\w+ [BIO]\S*)$", GUIDE, re.MULTILINE)
@@ -113,6 +115,48 @@ def test_tags_and_several_labels(
     answer = capsys.readouterr().out.split()
     first = (run / "topics.tsv").read_text().splitlines()[1].split("\t")[1]
     assert ",".join(answer) == first.replace("[]", "")
+
+
+def test_retrieval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The third recipe, and passages that are found as the guide finds them."""
+    recipe = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)[-1]
+    write_demo(tmp_path / "demo")
+    (tmp_path / "replies.toml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    small = [*SMALL, "max_train_examples=1200", "encoder.hidden_size=48"]
+    assert train.main(["replies.toml", "--data", "demo", "--out", "run", *small]) == 0
+    scores = json.loads(Path("run/metrics.json").read_text())["scores"]
+    names = ["replies", *(f"replies.{name}" for name in ("mrr@10", "recall@1", "recall@10"))]
+    assert [*scores] == [*names, "overall"]
+    assert scores["replies"] > 0.5  # of 500 passages: by chance 0.01
+
+    form = recipes.load("run/recipe.toml").formats["replies"]
+    questions, passages = read_table(Path("demo/replies-dev.jsonl"), form).sentences
+    Path("questions.txt").write_text("\n".join(questions[:9]))
+    Path("replies.txt").write_text("\n".join(passages))
+    (line,) = re.findall(r"^    python -m engine\.predict (run .*--passages.*)$", GUIDE, re.M)
+    capsys.readouterr()
+    assert predict.main(shlex.split(line)) == 0
+    header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert "    " + "      ".join(header[:2]) in GUIDE
+    assert [row[:2] for row in rows] == [[str(q), str(k)] for q in range(9) for k in (1, 2, 3)]
+    block, _ = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
+    exec(block, {"passages": passages})
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+    assert report.main(["run", "--out", "pages"]) == 0
+    assert "ndcg@10 0." in Path("pages/run.html").read_text()
+    assert export.main(["run", "--to", "model"]) == 0
+    (example,) = re.findall(r"```python\n(.*?)```", Path("model/README.md").read_text(), re.DOTALL)
+    Path("example.py").write_text(example)
+    pair = ["the sea", "some dogs hide boats in the street ."]
+    monkeypatch.setattr(sys, "argv", ["", "model", "replies", *pair])
+    capsys.readouterr()
+    runpy.run_path("example.py")
+    (answer,) = Predictor("run", precision="fp32")("replies", [tuple(pair)])
+    assert float(capsys.readouterr().out) == pytest.approx(answer.prediction, abs=1e-5)
 
 
 def test_the_heads_of_the_files_are_as_shown(folder: Path) -> None:

@@ -23,7 +23,7 @@ from .conftest import TINY
 VERDICTS = ["=1+1", "a\tb", 'so "so"']
 TOPICS = ["film", "music", "-x"]
 RECIPE = f"""
-train = ["verdict", "stars", "same", "joint", "topics", "names"]
+train = ["verdict", "stars", "same", "joint", "topics", "names", "finds"]
 batch_size = 4
 [tasks.verdict]
 head = "single"
@@ -58,6 +58,12 @@ text = ["text", "other"]
 label = "same"
 classes = 2
 files = {{ train = "rows.jsonl", dev = "rows.jsonl" }}
+[tasks.finds]
+head = "cosine"
+[tasks.finds.source]
+kind = "retrieval"
+text = ["text", "other", "text2"]
+files = {{ train = "rows.jsonl", dev = "rows.jsonl" }}
 [tasks.topics]
 head = "single"
 [tasks.topics.source]
@@ -77,7 +83,8 @@ files = {{ train = "rows.jsonl", dev = "rows.jsonl" }}
 """
 SENTENCES = ["a fine film by ada lee", "dull music", "the plot of ada was thin and long"]
 OTHERS = ["a good film", "dull music", "it rained"]
-TASKS = ("verdict", "stars", "same", "joint", "topics", "names")
+TASKS = ("verdict", "stars", "same", "joint", "finds", "topics", "names")
+WITHOUT_SHARES = ("stars", "finds")
 
 
 def rows() -> list[dict]:
@@ -86,6 +93,7 @@ def rows() -> list[dict]:
             "key": f"={number}+1",
             "text": text,
             "other": other,
+            "text2": "it snowed",
             "words": text.split(),
             "verdict": VERDICTS[number],
             "stars": 1.5 + number,
@@ -125,7 +133,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch):
 
 def examples(task: str) -> list:
     pairs = list(zip(SENTENCES, OTHERS, strict=True))
-    return pairs if task in ("same", "joint") else SENTENCES
+    return pairs if task in ("same", "joint", "finds") else SENTENCES
 
 
 def command(run: Path, task: str, output: Path, *options: str, input_: str = "") -> str:
@@ -155,7 +163,7 @@ def refusal(capsys: pytest.CaptureFixture[str], run: Path, *options: str) -> str
 def test_all_forms_of_an_answer_agree(run, predictor, tmp_path, stdin, capsys, task):
     """The table, JSON lines, plain text from standard input to standard output, the object."""
     answers = predictor(task, examples(task))
-    shares = [] if task == "stars" else ["--probabilities"]
+    shares = [] if task in WITHOUT_SHARES else ["--probabilities"]
     (header, *found) = table(command(run, task, tmp_path / "out.tsv", *shares))
     plain = table(command(run, task, tmp_path / "plain.tsv"))
     assert plain == [row[:2] for row in (header, *found)]
@@ -178,7 +186,7 @@ def test_all_forms_of_an_answer_agree(run, predictor, tmp_path, stdin, capsys, t
 
     for answer, row, record in zip(answers, found, records, strict=True):
         assert row[1] == spelt(task, answer)
-        if task == "stars":
+        if task in WITHOUT_SHARES:
             assert record["prediction"] == pytest.approx(answer.prediction, rel=1e-6)
             assert answer.probabilities is None
             assert "probabilities" not in record
@@ -201,7 +209,7 @@ def test_all_forms_of_an_answer_agree(run, predictor, tmp_path, stdin, capsys, t
 
 
 def spelt(task: str, answer: Prediction) -> str:
-    if task == "stars":
+    if task in WITHOUT_SHARES:
         return f"{answer.prediction:.4f}"
     if task == "topics":
         return ",".join(answer.prediction) or "[]"
@@ -314,6 +322,9 @@ def test_bad_settings_of_the_object_are_refused(run, predictor, tmp_path):
         ("names", b"a b", ["--input-format", "conll"], "columns of this file are called 1, 2"),
         ("stars", b"x\n", ["--probabilities"], r"--probabilities: stars has none"),
         ("cfimdb", b"x\n", [], "--task 'cfimdb'"),
+        ("finds", b"x\n", ["--top", "3"], "--top 3: has no effect without --passages"),
+        ("same", b"x\n", ["--passages", "p.tsv"], "--passages: same finds none, its kind is"),
+        ("finds", b"x\n", ["--passages", "p.tsv"], "no such file or directory, p.tsv"),
     ],
 )
 def test_bad_standard_input_is_refused(run, stdin, capsys, task, content, options, message):

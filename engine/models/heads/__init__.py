@@ -16,35 +16,47 @@ from .masked_lm import MaskedLmHead
 from .metrics import METRICS, Metric, Results
 from .multi_label import MultiLabelHead
 from .pair_features import CROSS, SHARED_INPUT
+from .ranking import Ranking, rank_passages
 from .regression import RegressionHead
+from .retrieval import DOT, RetrievalHead
 from .sentence import FEATURES as SENTENCE_FEATURES
 from .sentence import SentenceHead
+from .similarity_loss import IN_BATCH, SimilaritySettings
 from .tags import TOKENS, TagHead
+from .thresholds import HALF, THRESHOLDS
+from .yes_no import YesNoHead
 
 __all__ = [
     "BALANCED",
     "CROSS",
     "FEATURES",
+    "HALF",
     "HEADS",
+    "IN_BATCH",
     "LOSSES",
     "METRICS",
     "PLAIN",
     "SHARED_INPUT",
+    "THRESHOLDS",
     "ClassLossSettings",
     "Head",
     "HeadExport",
     "HeadSettings",
     "Metric",
+    "Ranking",
     "Results",
     "Scores",
     "SentenceHead",
+    "SimilaritySettings",
+    "YesNoHead",
     "build_head",
     "head_class",
     "metrics_for",
+    "rank_passages",
     "register",
 ]
 
-FEATURES = (*SENTENCE_FEATURES, TOKENS)
+FEATURES = (*SENTENCE_FEATURES, DOT, TOKENS)
 """Inputs of the heads of tasks, by the names that a recipe has for them."""
 
 HEADS: dict[str, type[Head]] = {
@@ -53,6 +65,7 @@ HEADS: dict[str, type[Head]] = {
     "multi_label": MultiLabelHead,
     "score": RegressionHead,
     "tags": TagHead,
+    "retrieval": RetrievalHead,
     "masked_lm": MaskedLmHead,
     "masked_lm_next": MaskedLmHead,
     "simcse": ContrastiveHead,

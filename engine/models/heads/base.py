@@ -18,10 +18,13 @@ from ...utils.errors import InputError
 from ..config import EncoderConfig
 from ..layers import Embedding
 from ..pooling import TaskStates
+from ..step_scores import StepScores
 from .class_loss import PLAIN, ClassLoss, ClassLossSettings
 from .metrics import Metric
+from .similarity_loss import IN_BATCH, SimilaritySettings
+from .thresholds import HALF
 
-LOSSES = ("default", "mse", "cross_entropy")
+LOSSES = ("default", "mse", "cross_entropy", "triplet", "contrastive")
 """Names that a recipe's ``loss`` may have; each kind takes some."""
 
 Scores = Tensor | tuple[Tensor, ...]
@@ -40,6 +43,8 @@ class HeadSettings:
         features: the recipe's name for the inputs of a task's head.
         loss: one of LOSSES.
         class_loss: what the loss does against classes of unequal size.
+        similarity: of a loss that compares similarities.
+        threshold: one of THRESHOLDS.
         dropout_p: of the dropout before the output layer, in training.
         dropout_id: of its dropout; the RNG offset.
         temperature: that a contrastive loss divides cosines by.
@@ -52,6 +57,8 @@ class HeadSettings:
     features: str = ""
     loss: str = "default"
     class_loss: ClassLossSettings = PLAIN
+    similarity: SimilaritySettings = IN_BATCH
+    threshold: str = HALF
     dropout_p: float = 0.0
     dropout_id: int = 0
     temperature: float = 1.0
@@ -79,6 +86,7 @@ class Head(nn.Module, ABC):
         metrics: that its answers can be scored by, the default first; none for an objective.
         weighs_classes: whether it is trained by a :class:`.class_loss.ClassLoss` where one is
             asked for.
+        known_thresholds: those of THRESHOLDS that its answers can depend on.
         is_pretrained: whether pretrained models have weights for it.
         varies_in_size: whether batches of equally many examples have scores of other lengths.
         fills_masks: whether :meth:`word_logits` predicts masked words.
@@ -95,6 +103,7 @@ class Head(nn.Module, ABC):
         uses: the shared layers that it uses, by their names in SharedLayers.
         answers: an export's name for its outputs, a key of ``answers_code``.
         reads_tokens: whether it reads the tokens' states, not the sentence vectors alone.
+        compares: whether its loss compares the examples of a step with each other.
         class_loss: what its loss does against classes of unequal size; None for nothing.
 
     Raises:
@@ -106,6 +115,7 @@ class Head(nn.Module, ABC):
     needs_classes: ClassVar[bool] = False
     metrics: ClassVar[tuple[Metric, ...]] = ()
     weighs_classes: ClassVar[bool] = False
+    known_thresholds: ClassVar[tuple[str, ...]] = (HALF,)
     is_pretrained: ClassVar[bool] = False
     varies_in_size: ClassVar[bool] = False
     fills_masks: ClassVar[bool] = False
@@ -120,11 +130,11 @@ class Head(nn.Module, ABC):
         self.check(settings)
         self.name, self.task, self.features = settings.name, settings.task, settings.features
         self.uses = self.layers_used(settings)
+        self.compares = self.compares_examples(settings.loss)
         self.class_loss: ClassLoss | None = None
         if settings.class_loss.given:
             assert settings.task is not None
-            classes, table = int(settings.task.high) + 1, f"tasks.{settings.name}"
-            self.class_loss = ClassLoss(settings.class_loss, classes, table)
+            self.class_loss = ClassLoss(settings.class_loss, settings.task)
 
     @classmethod
     def check(cls, settings: HeadSettings) -> None:
@@ -158,6 +168,12 @@ class Head(nn.Module, ABC):
                 f"{table}.loss = {settings.loss!r}: a head for {settings.kind} is trained by "
                 f"{' or '.join(cls.known_losses)}"
             )
+        if settings.threshold not in cls.known_thresholds:
+            others = " or ".join(map(repr, cls.known_thresholds))
+            reason = f"has {others}" if len(cls.known_thresholds) > 1 else "has no threshold"
+            raise InputError(
+                f"{table}.threshold = {settings.threshold!r}: a head for {settings.kind} {reason}"
+            )
         for name in settings.class_loss.given if not cls.weighs_classes else ():
             value = getattr(settings.class_loss, name)
             raise InputError(
@@ -184,6 +200,19 @@ class Head(nn.Module, ABC):
         return ()
 
     @property
+    def shape_of_scores(self) -> tuple[int, ...]:
+        """The shape of the scores of one example, where the head compares examples."""
+        raise TypeError(f"{self.name}: compares no examples")
+
+    @classmethod
+    def compares_examples(cls, _loss: str) -> bool:
+        """Return whether a loss compares the examples of a step with each other.
+
+        Micro-batches and ranks then need each other's scores: :meth:`step_loss`.
+        """
+        return False
+
+    @property
     def is_scored(self) -> bool:
         """Whether it has answers to score: a task's head has, an objective's has not."""
         return bool(self.metrics)
@@ -203,6 +232,18 @@ class Head(nn.Module, ABC):
         Raises:
             ValueError: there are no labels, and the loss needs some.
         """
+
+    def step_loss(self, scores: Tensor, labels: Labels | None, of_step: StepScores) -> Tensor:
+        """Return the share of these examples in the mean loss of a step, 0-dim.
+
+        Its gradient is that of the whole mean, to these scores.
+
+        Args:
+            scores: from :meth:`forward`, of a micro-batch.
+            labels: of the micro-batch.
+            of_step: the scores of all examples of the step.
+        """
+        raise TypeError(f"{self.name}: compares no examples, of {scores}, {labels} or {of_step}")
 
     def predict(self, scores: Tensor) -> Tensor:
         """Return the answers as labels are, ``[n]``: class numbers, values.

@@ -1,7 +1,7 @@
 """Metrics, by the names that ``tasks.NAME.metrics`` of a recipe gives them.
 
-scikit-learn, scipy and seqeval compute all but the two that need no library to be imported: the
-share of right answers, and numpy's correlation.
+scikit-learn, scipy and seqeval compute all but those that need no library to be imported: shares of
+right answers, reciprocal ranks, and numpy's correlation.
 """
 
 import warnings
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...data.tags import OUTSIDE
+from .ranking import RANKING_METRICS, Ranking
 
 Values = npt.NDArray[np.float64]
 
@@ -30,6 +31,7 @@ class Results:
             head without probabilities.
         offsets: int64 ``[n + 1]``; answers ``offsets[i]:offsets[i + 1]`` are of example i.
         classes: the names of the classes, empty where they have none.
+        ranking: of the passages, for retrieval.
     """
 
     predictions: Values
@@ -37,6 +39,7 @@ class Results:
     probabilities: Values | None
     offsets: npt.NDArray[np.int64]
     classes: tuple[str, ...] = ()
+    ranking: Ranking | None = None
 
 
 class Metric(NamedTuple):
@@ -137,6 +140,14 @@ def _entity_f1(results: Results) -> float:
     return float(f1_score(labels, predictions, zero_division=0))
 
 
+def _of_ranks(score: Callable[[Ranking, int], float], k: int) -> Callable[[Results], float]:
+    def ranked(results: Results) -> float:
+        assert results.ranking is not None, "the head ranks passages"
+        return score(results.ranking, k)
+
+    return ranked
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         metric.name: metric
@@ -151,6 +162,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric("pearson", pearson),
             Metric("spearman", _spearman),
             Metric("mse", _mean_squared_error, sign=-1),
+            *(Metric(name, _of_ranks(*each)) for name, each in RANKING_METRICS.items()),
         )
     }
 )

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ...data.task_batch import Labels
 from ...utils.errors import InputError
 from ..pooling import TaskStates
-from .base import LOSSES, HeadSettings
+from .base import HeadSettings
 from .metrics import METRICS
 from .pair_features import JOINT_WIDTHS, SIMILARITIES
 from .sentence import SentenceHead
@@ -20,14 +20,18 @@ class RegressionHead(SentenceHead):
     A similarity is a share of the range itself; it has no output layer.
     """
 
-    known_losses = LOSSES
+    known_losses = ("default", "mse", "cross_entropy")
     metrics = tuple(METRICS[name] for name in ("pearson", "spearman", "mse"))
     answers_text = (
         "`score`; `share_logit`, the logit of a share of the range; or, of a similarity without an "
         "output layer, `share`, that share itself"
     )
     answers_code = MappingProxyType(
-        {"score": "x", "share": "low + span * x", "share_logit": "low + span * x.sigmoid()"}
+        {
+            "score": "x.clamp(low, low + span)",
+            "share": "(low + span * x).clamp(low, low + span)",
+            "share_logit": "low + span * x.sigmoid()",
+        }
     )
 
     def __init__(self, settings: HeadSettings) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine import evaluate, export, fill, predict, report, sweep, train
+from engine import evaluate, export, fill, glue, predict, report, sweep, train
 from engine.cli.common import Parser
 from engine.cli.completion import bash_script
 from engine.cli.help import recipe_fields
@@ -18,7 +18,7 @@ from engine.train import main
 
 from ..conftest import TINY
 
-PROGRAMS = (train, evaluate, predict, export, report, sweep, fill)
+PROGRAMS = (train, evaluate, predict, export, report, sweep, fill, glue)
 
 
 def parser_of(program, monkeypatch) -> Parser:

@@ -98,6 +98,8 @@ OF_OTHERS = {
     "pooling_mode": "pooling",
     "num_labels": "tasks.NAME.source.classes",
     "similarity_fct": "",
+    "pos_weight": "tasks.NAME.class_weights",
+    "decision_threshold": "tasks.NAME.threshold",
     # MT-DNN, and the projects of CS224N
     "init_checkpoint": "init",
     "data_dir": "data",

@@ -166,10 +166,10 @@ def test_another_process_is_faster(
 ) -> None:
     original = cache_module.tokenize
 
-    def overtaken(*args: object) -> TokenizedSplit:
+    def overtaken(*args: object, **settings: object) -> TokenizedSplit:
         monkeypatch.setattr(cache_module, "tokenize", original)
         load(demo, tokenizer, tmp_path)
-        return original(*args)
+        return original(*args, **settings)
 
     monkeypatch.setattr(cache_module, "tokenize", overtaken)
     assert len(load(demo, tokenizer, tmp_path)) == 500

@@ -59,16 +59,21 @@ def test_tags_and_labels_need_the_words_around_them(demo: Path) -> None:
 
 
 def test_shared_words_alone_do_not_settle_the_pairs(demo: Path) -> None:
+    def share(one: str, two: str) -> float:
+        first, second = set(one.split()), set(two.split())
+        return len(first & second) / len(first | second)
+
     def overlap(table: Table) -> np.ndarray:
-        pairs = zip(*table.sentences, strict=True)
-        sets = [(set(one.split()), set(two.split())) for one, two in pairs]
-        return np.array([len(one & two) / len(one | two) for one, two in sets])
+        return np.array([share(*pair) for pair in zip(*table.sentences, strict=True)])
 
     sts, quora = read(demo, "sts", "dev"), read(demo, "quora", "dev")
     assert 0.4 < np.corrcoef(overlap(sts), sts.labels)[0, 1] < 0.85
     shared = overlap(quora)
     best = max(((shared > cut) == (quora.labels > 0.5)).mean() for cut in np.unique(shared))
     assert best < 0.85
+    questions, replies = read(demo, "replies", "dev").sentences
+    nearest = [max(replies, key=lambda reply: share(question, reply)) for question in questions]
+    assert np.mean([found == own for found, own in zip(nearest, replies, strict=True)]) < 0.85
 
 
 def test_vocabulary_and_lengths(demo: Path) -> None:

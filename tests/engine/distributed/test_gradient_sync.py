@@ -36,6 +36,11 @@ class Watched(gradient_sync._BucketSync):
         return []
 
 
+def be_the_first_of_two(monkeypatch) -> None:
+    monkeypatch.setattr(gradient_sync.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(gradient_sync.dist, "get_world_size", lambda: 2)
+
+
 def columns(step, name: str, rows: Tensor) -> Tensor:
     (bucket,) = (one for one in step.parameters.layout.buckets if one.name == name)
     return rows[:, bucket.start : bucket.start + bucket.used]
@@ -47,7 +52,7 @@ def columns(step, name: str, rows: Tensor) -> Tensor:
 def test_buckets_leave_during_the_backward_pass(
     make_model, monkeypatch, checkpointed, parts, adapter_width
 ):
-    monkeypatch.setattr(gradient_sync.dist, "get_rank", lambda: 0)
+    be_the_first_of_two(monkeypatch)
     model = make_model({"sts": "shared"}, dropout=0.1, adapter_width=adapter_width).train()
     model.encoder.checkpoint_layers = checkpointed
     step = build_step(model)
@@ -84,7 +89,7 @@ def test_losses_and_gram_matrices_are_one_small_all_reduce(monkeypatch):
 
 def test_nothing_is_sent_for_a_frozen_encoder_before_the_end(make_model, monkeypatch):
     """Its hidden states come from a cache, so that there is no layer to listen to."""
-    monkeypatch.setattr(gradient_sync.dist, "get_rank", lambda: 0)
+    be_the_first_of_two(monkeypatch)
     model = make_model().train()
     step = build_step(model)
     watched = Watched(model, step.parameters)

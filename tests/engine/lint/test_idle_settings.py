@@ -139,6 +139,8 @@ DRAWN = (
     "max_steps=21",
     "epochs=2",
 )
+RETRIEVAL = ("tasks.replies.head=cosine", "train=['sst','replies']")
+CONTRASTIVE = ("tasks.quora.head=cosine", "tasks.quora.loss=contrastive")
 SHARED = (*FROZEN, "tasks.quora.head=shared", "tasks.sts.head=shared")
 
 EFFECTIVE = [
@@ -152,6 +154,10 @@ EFFECTIVE = [
     ((), "tasks.quora.label_smoothing=0.1"),
     ((), "tasks.sst.focal_gamma=2"),
     ((), "tasks.quora.focal_gamma=2"),
+    (("tasks.quora.head=cosine",), "tasks.quora.loss=contrastive"),
+    (CONTRASTIVE, "tasks.quora.margin=0.9"),
+    (RETRIEVAL, "tasks.replies.temperature=0.2"),
+    (RETRIEVAL, "tasks.replies.symmetric=true"),
     ((), "train=['sst','sts']"),
     ((), "pooling=cls"),
     (("tasks.quora.head=cross", "train=['quora']"), "pooling=cls"),
@@ -326,6 +332,7 @@ WITHOUT = [
     ((*STEPS, "eval_every=1"), "average_best=1"),
     (TEXT_ALONE, "average_best=2"),
     (TEXT_ALONE, "best_of=sts"),
+    (TEXT_ALONE, "tasks.quora.threshold=dev"),
     (FROZEN, "balance=gradvac"),
     (FROZEN, "balance_granularity=layer"),
     (FROZEN, "balance_granularity=tensor"),
@@ -346,6 +353,7 @@ ELSEWHERE = {
     *("threads", "ema_decay"),
     "objectives.NAME.files",
     *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
+    *("tasks.NAME.decided_by", "tasks.NAME.threshold"),
 }
 
 
@@ -584,6 +592,15 @@ def test_what_depends_on_where_it_is_trained(field):
     assert lines_of("max_graphs=2", "execution=eager", device="cuda") != []
 
 
+def test_a_mean_needs_two_metrics():
+    mean, two = "tasks.quora.decided_by=mean", "tasks.quora.metrics=['f1','accuracy']"
+    said = 'tasks.quora.decided_by = "mean": no effect, quora has one metric'
+    assert lines_of(mean) == [said]
+    assert lines_of(mean, "tasks.quora.metrics=['f1']") == [said]
+    assert lines_of(mean, two) == []
+    assert lines_of("tasks.quora.decided_by=first") == []
+
+
 FILES = "files={train='/a.csv',dev='/b.csv'}"
 
 
@@ -595,6 +612,11 @@ FILES = "files={train='/a.csv',dev='/b.csv'}"
         (f"kind='classification',classes=3,range=[0,1],{FILES}", ["range"]),
         (f"kind='regression',subset='x',splits={{train='y'}},{FILES}", ["subset", "splits"]),
         ("kind='regression',dataset='x',subset='x',splits={train='y'},id='n',label='l'", []),
+        (f"kind='regression',{FILES},of_split={{dev={{id='n',quoting='none'}}}}", []),
+        (
+            f"kind='regression',{FILES},quoting='none',of_split={{dev={{id='',quoting='none'}}}}",
+            ["of_split.dev.id", "of_split.dev.quoting"],
+        ),
     ],
 )
 def test_sources(source, idle):

@@ -46,8 +46,14 @@ def assert_is_mean(folder: Path, steps: list[int]) -> None:
         assert torch.equal(tensor, expected), name
 
 
-def better(scores: dict[str, float], by: float) -> dict[str, float]:
-    return {name: value + by for name, value in scores.items()}
+def score_as(monkeypatch, more: float) -> None:
+    """Let the average score so much more than it does."""
+    score = average_best.score_splits
+
+    def scored(*given, **options):
+        return {name: value + more for name, value in score(*given, **options).items()}
+
+    monkeypatch.setattr(average_best, "score_splits", scored)
 
 
 BY_ERROR = ("best_of=sts", "tasks.sts.metrics=['mse']")
@@ -65,8 +71,7 @@ def test_the_average_is_kept_if_it_is_not_worse(
     is_kept,
 ):
     sign = -1 if settings else 1
-    score = average_best.score_splits
-    monkeypatch.setattr(average_best, "score_splits", lambda *a: better(score(*a), by * sign))
+    score_as(monkeypatch, by * sign)
     folder = tiny_run("run", settings=(*AVERAGED, *settings))
     shown = capsys.readouterr().out
     scores = evaluations(folder)
@@ -168,8 +173,7 @@ def test_a_run_that_is_killed_makes_the_same_average(
     name,
     settings,
 ):
-    score = average_best.score_splits
-    monkeypatch.setattr(average_best, "score_splits", lambda *a: better(score(*a), 1.0))
+    score_as(monkeypatch, 1.0)
     whole = tiny_run("whole", settings=settings)
     target, when = CUTS[name]
     with monkeypatch.context() as patch:

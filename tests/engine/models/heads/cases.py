@@ -11,11 +11,13 @@ from engine.data.task_schema import FORMATS, TaskSchema
 from engine.data.tokenizer import Tokenizer
 from engine.models.bert import BertConfig
 from engine.models.heads import (
+    IN_BATCH,
     PLAIN,
     ClassLossSettings,
     Head,
     HeadSettings,
     Results,
+    SimilaritySettings,
     build_head,
 )
 from engine.models.layers import Embedding, Linear
@@ -59,7 +61,9 @@ def states_of(pooled: Tensor, pair: Linear | None = None) -> TaskStates:
     )
 
 
-def results(predictions, labels, probabilities=None, offsets=None, classes=()) -> Results:
+def results(
+    predictions, labels, probabilities=None, offsets=None, classes=(), ranking=None
+) -> Results:
     """Answers of one example each, unless there are ``offsets``."""
     return Results(
         predictions=np.asarray(predictions, np.float64),
@@ -67,6 +71,7 @@ def results(predictions, labels, probabilities=None, offsets=None, classes=()) -
         probabilities=None if probabilities is None else np.asarray(probabilities, np.float64),
         offsets=np.arange(len(labels) + 1) if offsets is None else np.asarray(offsets),
         classes=tuple(classes),
+        ranking=ranking,
     )
 
 
@@ -75,6 +80,7 @@ def head_of(
     features: str,
     loss: str = "default",
     class_loss: ClassLossSettings = PLAIN,
+    similarity: SimilaritySettings = IN_BATCH,
 ) -> Head:
     form = FORMATS[task] if isinstance(task, str) else task
     settings = HeadSettings(
@@ -85,6 +91,7 @@ def head_of(
         features=features,
         loss=loss,
         class_loss=class_loss,
+        similarity=similarity,
         dropout_p=0.5,
     )
     return build_head(settings).eval()

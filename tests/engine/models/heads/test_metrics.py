@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 
 from engine.models.heads import METRICS
+from engine.models.heads.ranking import RANKING_METRICS
 
 from .cases import results
+
+OF_TEXTS = {"entity_f1", *RANKING_METRICS}
+"""Those that are not of one answer an example: test_tags.py, test_ranking.py."""
 
 
 def value(name: str, *arguments) -> float:
@@ -90,7 +94,7 @@ def test_average_precision_of_yes_of_classes_and_of_labels():
     assert value("average_precision", shares > 0.5, labels, shares) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", [name for name in METRICS if name != "entity_f1"])
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in OF_TEXTS])
 @pytest.mark.parametrize("label", [0, 1])
 def test_one_example_and_constant_answers_have_a_finite_score(name: str, label: int):
     for count in (1, 7):
