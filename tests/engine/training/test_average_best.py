@@ -99,13 +99,15 @@ def test_commands_load_the_average_and_it_scores_what_it_did(
     tmp_path,
     capsys,
 ):
-    folder = tiny_run("run", settings=STAYS)
+    folder = tiny_run("run", settings=(*STAYS, "tasks.quora.threshold=dev"))
     assert_is_mean(folder, [1, 2, 3])
     model, progress = open_run(folder).trained_model(torch.device("cpu"))
     (path,) = open_run(folder).checkpoints.all("average")
     for name, tensor in weights_in(path).items():
         assert torch.equal(model.state_dict()[name], tensor)
     assert progress.source == "the average of steps 1, 2, 3"
+    (threshold,) = model.thresholds["quora"]
+    assert threshold != 0  # that of its own evaluation
     before = (folder / "metrics.json").read_text()
     capsys.readouterr()
     assert evaluate.main([str(folder), "--device", "cpu"]) == 0
