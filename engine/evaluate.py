@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.input is None:
         check_split(run.recipe, split)
     splits = {task: _labelled(run, task, split, options.input) for task in run.recipe.tasks}
-    model, progress = whole.trained_model(pick_device(options.device))
+    model, progress = whole.trained_model(pick_device(options.device), merged=False)
     report_data(terminal(), splits.values())
     scores = score_splits(model, splits, run.recipe)
     if options.task is None:

@@ -32,6 +32,9 @@ _FIELDS = {
     "log_every": "log_interval log_per_updates log_steps logging_steps",
     "log_layer_cosines_every": "watch_layer",
     "loggers": "report_to sink tensorboard wandb",
+    "lora_alpha": "peft_alpha",
+    "lora_targets": "lora_target_modules peft_target_modules target_modules",
+    "lora_rank": "lora peft_r use_lora use_peft",
     "lr": "learning_rate lrate",
     "max_length": "max_seq_len max_seq_length max_sequence_length model_max_length seq_len "
     "sequence_length",

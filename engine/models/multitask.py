@@ -31,6 +31,15 @@ from .heads import (
     head_class,
 )
 from .layers import Linear
+from .lora import (
+    LoraSettings,
+    StoredUpdate,
+    add_low_rank_updates,
+    layers_of_updates,
+    merge_updates,
+    stored_updates,
+    weights_of_updates,
+)
 from .named_modules import NamedModules
 from .parameters import ParameterSpec, describe_stage
 from .pooling import SharedLayers, TaskStates, pool
@@ -55,6 +64,12 @@ class MultitaskModel(nn.Module):
         thresholds: by task, one of THRESHOLDS; HALF for those left out.
         adapter_width: of each task's projected attention (engine/models/adapters.py); 0 for none.
         objectives: the settings of their heads, by name; objectives have no adapters.
+        lora: the low-rank updates of the encoder, which is frozen but for them
+            (engine/models/lora.py); None for none.
+
+    Attributes:
+        lora: the low-rank updates that are not merged; None without any.
+        merged_updates: those that are (:meth:`merge_lora`), as they were then.
     """
 
     def __init__(
@@ -71,6 +86,7 @@ class MultitaskModel(nn.Module):
         thresholds: Mapping[str, str] | None = None,
         adapter_width: int = 0,
         objectives: Mapping[str, HeadSettings] | None = None,
+        lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
         # Weights are drawn from one generator, so the order of these lines must not change.
@@ -109,6 +125,25 @@ class MultitaskModel(nn.Module):
                     first_dropout_id=first_dropout_id + position * config.num_hidden_layers,
                 )
         self.heads.update(of_objectives)
+        self.lora = lora
+        self.merged_updates: tuple[StoredUpdate, ...] = ()
+        if lora is not None:
+            used_by_adapters = len(self.adapters) * config.num_hidden_layers
+            first_dropout_id = self.encoder.num_dropouts + len(tasks) + used_by_adapters
+            add_low_rank_updates(self.encoder, lora, first_dropout_id)
+
+    def load_encoder(self, state: Mapping[str, Tensor]) -> None:
+        """Load the weights of a pretrained encoder; low-rank updates stay as they are."""
+        self.encoder.load_state_dict({**state, **weights_of_updates(self.encoder)})
+
+    def merge_lora(self) -> None:
+        """Add the low-rank updates, if any, to the weights that they are of, and remove them.
+
+        They stay in :attr:`merged_updates`.
+        """
+        self.merged_updates += tuple(stored_updates(self.encoder, self.encoder.config))
+        merge_updates(self.encoder)
+        self.lora = None
 
     def head(self, name: str) -> Head:
         """Return the head of a task or objective."""
@@ -120,12 +155,12 @@ class MultitaskModel(nn.Module):
         """Copy the encoder's weights from another model, and some of the others.
 
         Args:
-            other: with an encoder of the same shape.
+            other: with an encoder of the same shape; low-rank updates are merged.
             heads: names of those that are taken; both models have them in the same shape.  The
                 layer that heads share goes with one that uses it.
             adapters: the tasks whose adapters are taken, likewise.
         """
-        self.encoder.load_state_dict(other.encoder.state_dict())
+        self.load_encoder(other.encoder.state_dict())
         for name in heads:
             self.head(name).load_state_dict(other.head(name).state_dict())
         if any("pair" in self.head(name).uses for name in heads):
@@ -197,7 +232,7 @@ class MultitaskModel(nn.Module):
 
         Args:
             tasks: the trained tasks.
-            freeze_encoder: train all but the encoder.
+            freeze_encoder: train all but the encoder, whose low-rank updates stay as they are, too.
 
         Raises:
             TypeError: a parameter of the encoder is in no stage, or in a layer that does not write
@@ -205,17 +240,19 @@ class MultitaskModel(nn.Module):
         """
         self.encoder.check_lookups()
         all_tasks = () if freeze_encoder else tuple(tasks)
+        of_encoder = None if self.lora is None else layers_of_updates(self.encoder)
         users = self._users_of_shared_layers(tasks)
         specs: list[ParameterSpec] = []
         for stage in self.stages():
             using: tuple[str, ...]
+            trained = None
             if stage.task is not None:
                 using = (stage.task,) if stage.task in tasks else ()
             elif stage.module is self.pair:
                 using = users.get(self.pair, ())
             else:
-                using = all_tasks
-            specs += describe_stage(stage, using, users)
+                using, trained = all_tasks, of_encoder
+            specs += describe_stage(stage, using, users, trained)
         for name in {name for name, _ in self.named_parameters()} - {spec.name for spec in specs}:
             raise TypeError(f"{name}: in no stage; name it in the stages() of its encoder")
         return specs

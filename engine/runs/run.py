@@ -51,6 +51,8 @@ from .texts import check_texts, objective_texts, vocabulary_texts
 _BEST = ("average", "best", "step")
 """Kinds of checkpoints, the one with the best weights first."""
 _NO_CHECKPOINT = "no checkpoint yet; train it first"
+_INIT_TYPE = "init_model_type"
+"""The entry of ``config.json`` for the type of the model that a run began from."""
 
 
 class Run(NamedTuple):
@@ -61,12 +63,14 @@ class Run(NamedTuple):
         recipe: its settings.
         config: the encoder's shape.
         tokenizer: what its sentences are split with.
+        init_type: the ``model_type`` of the model that it began from; empty for none.
     """
 
     folder: Path
     recipe: Recipe
     config: EncoderConfig
     tokenizer: Tokenizer
+    init_type: str = ""
 
     @property
     def max_length(self) -> int:
@@ -95,8 +99,10 @@ class Run(NamedTuple):
             with explained("write", self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.tokenizer.save(self.folder)
-            shape = dump_json(self.config.to_huggingface(), indent=2) + "\n"
-            write_text(self.folder / "config.json", shape)
+            shape = self.config.to_huggingface()
+            if self.init_type:
+                shape[_INIT_TYPE] = self.init_type
+            write_text(self.folder / "config.json", dump_json(shape, indent=2) + "\n")
         write_text(self.folder / "recipe.toml", self.recipe.to_toml())
 
     def split(self, task: str, split: str) -> TokenizedSplit:
@@ -197,6 +203,7 @@ class Run(NamedTuple):
                 name: head_settings(name, settings, self.config)
                 for name, settings in self.recipe.objectives.items()
             },
+            lora=self.recipe.lora,
         )
 
     def initial_model(self) -> MultitaskModel:
@@ -210,7 +217,7 @@ class Run(NamedTuple):
             model.take_over(begun_from._best_model(), taken.heads, taken.adapters)
         elif self.recipe.init:
             folder = hf_weights.resolve(self.recipe.init)
-            model.encoder.load_state_dict(hf_weights.load_encoder_state(folder, self.config))
+            model.load_encoder(hf_weights.load_encoder_state(folder, self.config))
             for name in self.recipe.objectives:
                 head = model.head(name)
                 if head.is_pretrained:
@@ -261,10 +268,16 @@ class Run(NamedTuple):
     def _best_model(self) -> MultitaskModel:
         model = self._model_to_load()
         self._load(model, _BEST)
+        model.merge_lora()
         return model
 
     def trained_model(
-        self, device: torch.device, dtype: torch.dtype | None = None, *, newest: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        newest: bool = False,
+        merged: bool = True,
     ) -> tuple[MultitaskModel, Progress]:
         """Return the model with the weights of the best checkpoint, and where that was.
 
@@ -275,6 +288,8 @@ class Run(NamedTuple):
             dtype: of its weights; None for what the run computes in on that device, so that
                 scores are those of its evaluations.
             newest: take the newest checkpoint instead.
+            merged: add low-rank updates to the encoder's weights, so that they cost nothing;
+                answers differ from those of the training by rounding.
 
         Raises:
             InputError: the run has no checkpoint, or it cannot be used.
@@ -284,6 +299,8 @@ class Run(NamedTuple):
         model = self._model_to_load()
         kinds = ("step",) if newest else _BEST
         checkpoint, progress = self._load(model, kinds)
+        if merged:
+            model.merge_lora()
         dtype = dtype or pick_dtype(self.recipe.precision, device)
         model = model.to(device).eval()
         model.cast(dtype)
@@ -325,15 +342,19 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
     """
     check_folder(folder, resumes=resumes)
     check_texts(recipe)
+    init_type = ""
     if recipe.init:
         encoder, config = pretrained_encoder(recipe)
-        tokenizer = Tokenizer.load(hf_weights.resolve(recipe.init))
+        folder_of_model = hf_weights.resolve(recipe.init)
+        tokenizer = Tokenizer.load(folder_of_model)
+        init_type = hf_weights.read_model_type(folder_of_model)
         recipe = recipe.model_copy(update={"encoder": encoder})
     else:
         tokenizer = Tokenizer.train(vocabulary_texts(recipe), recipe.encoder.vocab_size)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
         config = MODELS[shape.pop("model_type")].config(**shape)
-    return _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
+    run = _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
+    return run._replace(init_type=init_type)
 
 
 def _run_of(
@@ -359,6 +380,11 @@ def pretrained_encoder(recipe: Recipe) -> tuple[EncoderRecipe, EncoderConfig]:
         InputError: the model cannot be used, or the settings contradict it.
     """
     folder = hf_weights.resolve(recipe.init)
+    if is_run(folder) and recipe.lora_rank:
+        raise InputError(
+            f"lora_rank = {recipe.lora_rank}: --init {recipe.init} is a run, to which PEFT cannot "
+            "add the exported updates; export it by engine.export, and give that folder"
+        )
     config = open_trained(folder).config if is_run(folder) else hf_weights.read_config(folder)
     found = recipe.encoder.of_model(config, f"--init {recipe.init}")
     if not is_run(folder):
@@ -391,4 +417,5 @@ def open_run(folder: Path) -> Run:
     if recipe.init:
         encoder, _ = EncoderRecipe().of_model(config, str(folder / "config.json"))
         recipe = recipe.model_copy(update={"encoder": encoder})
-    return _run_of(folder, recipe, config, Tokenizer.load(folder), str(folder))
+    run = _run_of(folder, recipe, config, Tokenizer.load(folder), str(folder))
+    return run._replace(init_type=hf_weights.read_entry(folder, _INIT_TYPE))

@@ -54,6 +54,10 @@ CASES = {
         *("tasks.sst.class_weights=[1,2,3,4,5]", "tasks.quora.focal_gamma=2"),
         "tasks.quora.threshold=dev",
     ),
+    "low rank": (
+        *("lora_rank=2", "lora_targets=['query','output']", "lr=1e-2", "max_steps=4"),
+        *("micro_batches=2", "checkpoint_layers=true", "batch_size=8"),
+    ),
     "in turns": ("task_schedule=cycle", "max_steps=4"),
     "stopped early": ("lr=1e-12", "max_steps=4", "eval_every=1", "patience=1", "average_best=2"),
 }

@@ -351,6 +351,7 @@ ELSEWHERE = {
     *("eval_every", "patience", "best_of", "average_best"),
     *("keep_checkpoints", "max_graphs", "distribute", "timeout", "check_ranks_every"),
     *("threads", "ema_decay"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),  # of a pretrained encoder
     "objectives.NAME.files",
     *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
     *("tasks.NAME.decided_by", "tasks.NAME.threshold"),

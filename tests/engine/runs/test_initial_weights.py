@@ -200,6 +200,7 @@ def test_runs_that_cannot_be_begun_from(source, tmp_path, capsys):
     assert f"encoder.hidden_size = 64: --init {run} has 32" in line
     line = refused((), sweep, "--grid", "encoder.hidden_size=32,64")
     assert f"encoder.hidden_size = 64: --init {run} has 32" in line
+    assert f"lora_rank = 2: --init {run} is a run" in refused(("lora_rank=2",))
     (best,) = run.glob("checkpoints/best-*")
     (best / "model.safetensors").write_bytes(b"spoilt")
     assert "best-00000002/model.safetensors: damaged" in refused()
