@@ -73,7 +73,8 @@ class Recipe(Settings):
     data: Name = ""
     """Folder of the data files (``--data``); empty for the embedded demo corpus."""
     init: Name = ""
-    """Folder or hub name of a pretrained encoder (``--init``); empty to train from scratch."""
+    """Folder or hub name of a pretrained encoder (``--init``), or a run's folder, whose encoder,
+    heads and adapters are taken (engine/runs/initial_weights.py); empty to train from scratch."""
 
     tasks: dict[str, TaskRecipe] = Field(min_length=1)
     """The tasks that are evaluated."""
@@ -206,6 +207,10 @@ class Recipe(Settings):
     patience: Count = 0
     """End a phase after so many evaluations in a row without a better deciding score (best_of) than
     the phase has had; 0: never."""
+    average_best: Count = 0
+    """Average the weights of so many of the best evaluations (best_of) of the last phase, as it
+    ends; evaluate, predict and export load the average, unless it scores worse on dev than the best
+    weights do.  0: none."""
     checkpoint_every: Count = 0
     """Steps between checkpoints besides those at each epoch's end and of the best scores; 0:
     none."""

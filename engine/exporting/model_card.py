@@ -28,7 +28,7 @@ tags: [{model_type}, multi-task, sentence-transformers, sentence-similarity]
 # {title}
 
 One {model} encoder trained on {tasks}{together}, with a head for
-each task.  Trained with superbert-engine {version}; the weights are those of step {step}.
+each task.  Trained with superbert-engine {version}; the weights are those of {source}.
 
 ## Use
 
@@ -141,7 +141,7 @@ def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
         tasks=listed(run.recipe.trained),
         together=together(run.recipe),
         version=__version__,
-        step=progress.step,
+        source=progress.source,
         model_type=run.config.model_type,
         model=spec_of(run.config).name,
         libraries=_libraries(run),
