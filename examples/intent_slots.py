@@ -26,26 +26,31 @@ SIZES = {"train": 240, "dev": 400, "test": 1000}
 Example = tuple[tuple[str, ...], tuple[str, ...], str]
 """Words, their tags, and the intent."""
 
+
+def _words(text: str, separator: str | None = None) -> tuple[str, ...]:
+    return tuple(text.split(separator))
+
+
 _TITLES = {
-    "song": "heart summer rain kiss tears dancing baby moonlight goodbye radio".split(),
-    "film": "avenger empire detective monster galaxy heist zombie spy robot revenge".split(),
-    "book": "diary orchard letters daughters history lighthouse widow essays cottage poems".split(),
+    "song": _words("heart summer rain kiss tears dancing baby moonlight goodbye radio"),
+    "film": _words("avenger empire detective monster galaxy heist zombie spy robot revenge"),
+    "book": _words("diary orchard letters daughters history lighthouse widow essays cottage poems"),
 }
-_ADJECTIVES = (
+_ADJECTIVES = _words(
     "silver lonely last broken golden hidden endless midnight wild forgotten blue distant little"
-).split()
+)
 _PERSONS = {"song": "artist", "film": "director", "book": "author"}
-_FIRST_NAMES = "anna james maria peter lucy victor clara hugo nina oscar".split()
+_FIRST_NAMES = _words("anna james maria peter lucy victor clara hugo nina oscar")
 _LAST_NAMES = {
-    "song": "fields marley austin sparks hill valentine".split(),
-    "film": "lang carver lincoln stone webb hitch".split(),
-    "book": "bronte woolf florence marsh penn thorne".split(),
+    "song": _words("fields marley austin sparks hill valentine"),
+    "film": _words("lang carver lincoln stone webb hitch"),
+    "book": _words("bronte woolf florence marsh penn thorne"),
 }
-_CITIES = (
-    "austin|lincoln|florence|paris|oslo|lima|new york|cape town|san jose|kyoto|cairo|dublin"
-).split("|")
-_DAYS = "today|tonight|tomorrow|on monday|on friday|this weekend|next week".split("|")
-_NUMBERS = "one two three four five six seven eight nine ten".split()
+_CITIES = _words(
+    "austin|lincoln|florence|paris|oslo|lima|new york|cape town|san jose|kyoto|cairo|dublin", "|"
+)
+_DAYS = _words("today|tonight|tomorrow|on monday|on friday|this weekend|next week", "|")
+_NUMBERS = _words("one two three four five six seven eight nine ten")
 
 _OF_TITLES = {
     "song": (

@@ -59,14 +59,17 @@ class Scene(NamedTuple):
     circumstance: str
 
 
+def _names(text: str, separator: str = "/") -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(separator))
+
+
 def _concepts(text: str) -> tuple[Concept, ...]:
     """Read ``kind/kind: name/name, name/name; …``."""
-    found = []
+    found = list[Concept]()
     for line in text.split(";"):
         kinds, _, names = line.partition(":")
-        kind = tuple(name.strip() for name in kinds.split("/"))
-        for concept in names.split(","):
-            found.append(Concept(tuple(name.strip() for name in concept.split("/")), kind))
+        kind = _names(kinds)
+        found += [Concept(_names(concept), kind) for concept in names.split(",")]
     return tuple(found)
 
 
@@ -87,10 +90,10 @@ _PLACES = (
         "in the hall/in the lobby"
     ),
 )
-_ADJECTIVES = "young old tall tired happy hungry wet clever".split()
-_CIRCUMSTANCES = (
-    "in the morning|at night|with a friend|all alone|before lunch|for an hour|during a storm"
-).split("|")
+_ADJECTIVES = _names("young|old|tall|tired|happy|hungry|wet|clever", "|")
+_CIRCUMSTANCES = _names(
+    "in the morning|at night|with a friend|all alone|before lunch|for an hour|during a storm", "|"
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
