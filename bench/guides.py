@@ -64,7 +64,7 @@ def score_run(sweep: Path, name: str) -> dict[str, Any]:
     splits = {task: run.read(recipe.formats[task], origin(recipe, task, "test")) for task in tasks}
     model, progress = run.trained_model(torch.device("cpu"))
     of_tasks = recipe.model_copy(update={"tasks": tasks})
-    lines = [*read_step_lines(run.folder)]
+    lines = read_step_lines(run.folder)
     cosines: dict[str, list[float]] = {}
     for line in lines:
         for pair, cosine in line["cosines"].items():
