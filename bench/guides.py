@@ -2,8 +2,8 @@
 
     python -m bench.guides SWEEP [--json FILE]
 
-SWEEP is the folder of an ``engine.sweep`` over ``balance`` (``sum`` among it), or over ``train``
-with one task each, as docs/guide-multitask.md makes it.  A run is scored by its best checkpoint on
+SWEEP is the folder of ``engine.sweep`` runs over ``balance`` (``sum`` among it), over weights of
+tasks, and over ``train`` with one task each, as docs/guide-multitask.md makes them.  A run is scored by its best checkpoint on
 dev, on test examples that decided nothing.  Each setting's difference from the sum of all tasks
 under the same seed has a 95 % interval (Student's t over the seeds); one that has 0 inside is what
 chance would explain.
@@ -20,6 +20,7 @@ import torch
 from scipy import stats
 
 from engine.cli.common import run_cli, terminal
+from engine.config.recipe import Recipe
 from engine.metrics.read import read_step_lines
 from engine.runs.data_paths import origin
 from engine.runs.experiments import mean_and_deviation, print_rows, read_results
@@ -72,7 +73,7 @@ def score_run(sweep: Path, name: str) -> dict[str, Any]:
                 cosines.setdefault(pair, []).append(cosine)
     return {
         "run": name,
-        "setting": recipe.balance if len(tasks) > 1 else f"{recipe.train[0]} alone",
+        "setting": setting_of(recipe),
         "seed": recipe.seed,
         "init": bool(recipe.init),
         "steps": len(lines),
@@ -82,6 +83,15 @@ def score_run(sweep: Path, name: str) -> dict[str, Any]:
         "conflict_rate": _mean([line["conflict_rate"] for line in lines]) if cosines else None,
         "cosines": {pair: _mean(values) for pair, values in cosines.items()},
     }
+
+
+def setting_of(recipe: Recipe) -> str:
+    """Return what a row of the table is called: the method and weights, or the task alone."""
+    if len(recipe.train) == 1:
+        return f"{recipe.train[0]} alone"
+    weights = {task: recipe.tasks[task].weight for task in recipe.train}
+    changed = (f"{task} x {weight:g}" for task, weight in weights.items() if weight != 1)
+    return ", ".join((recipe.balance, *changed))
 
 
 def compare(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bench import guides
+from engine.config import recipe as recipes
 
 
 def run(setting: str, seed: int, score: float, conflict: float | None = 0.5) -> dict[str, Any]:
@@ -40,3 +41,10 @@ def test_without_the_sum_there_is_no_difference() -> None:
     found = guides.compare([run("pcgrad", seed, 0.5) for seed in range(3)])
     assert found["pcgrad"]["against_sum"] == {}
     assert found["pcgrad"]["scores"]["nli"]["deviation"] == 0
+
+
+def test_settings_are_told_apart() -> None:
+    weighed = recipes.load("demo", ["balance=sum", "tasks.sts.weight=2"])
+    assert guides.setting_of(weighed) == "sum, sts x 2"
+    assert guides.setting_of(recipes.load("demo")) == "pcgrad"
+    assert guides.setting_of(recipes.load("demo", ["train=['sts']"])) == "sts alone"
