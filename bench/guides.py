@@ -3,10 +3,10 @@
     python -m bench.guides SWEEP [--json FILE]
 
 SWEEP is the folder of ``engine.sweep`` runs over ``balance`` (``sum`` among it), over weights of
-tasks, and over ``train`` with one task each, as docs/guide-multitask.md makes them.  A run is scored
-by its best checkpoint on dev, on test examples that decided nothing.  Each setting's difference from
-the sum of all tasks under the same seed has a 95 % interval (Student's t over the seeds); one that
-has 0 inside is what chance would explain.
+tasks, and over ``train`` with one task each, as docs/guide-multitask.md makes them.  A run is
+scored by its best checkpoint on dev, on test examples that decided nothing.  Each setting's
+difference from the sum of all tasks under the same seed has a 95 % interval (Student's t over the
+seeds); chance would explain a difference whose interval has 0 inside.
 """
 
 import argparse
