@@ -17,7 +17,7 @@ from engine import evaluate, predict, sweep, train
 from examples import intent_slots, nli_sts_retrieval
 
 GUIDE = intent_slots.GUIDE.read_text(encoding="utf-8")
-_, VOICE, SCENES = re.split(r"^## ", GUIDE, flags=re.MULTILINE)
+_, VOICE, SCENES, _ = re.split(r"^## ", GUIDE, flags=re.MULTILINE)
 SMALL = ["encoder.hidden_size=16", "encoder.num_hidden_layers=1", "encoder.intermediate_size=16"]
 FEW = {"train": 48, "dev": 24, "test": 24}
 
