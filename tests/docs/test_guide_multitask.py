@@ -25,9 +25,10 @@ Follow = Callable[[str], dict[str, str]]
 
 
 def commands(section: str) -> list[str]:
-    """The commands of a section; other indented lines are output."""
+    """The commands of a section that need no pretrained model; other indented lines are output."""
     begins = r"(?:python -m|printf|for|head|cut) "
-    return re.findall(rf"^    ({begins}.*)$", section, re.MULTILINE)
+    found = re.findall(rf"^    ({begins}.*)$", section, re.MULTILINE)
+    return [command for command in found if "--init MODEL" not in command]
 
 
 @pytest.fixture
