@@ -76,7 +76,7 @@ def _names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
     except ValueError as error:  # a NUL character
-        raise InputError(f"--out {ascii(str(folder))}: {error}; give another folder") from None
+        raise InputError(f"--out {str(folder)!a}: {error}; give another folder") from None
     except FileNotFoundError:
         return []
     except NotADirectoryError:  # a file, or below one
