@@ -48,7 +48,7 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
   relu(W [u; f; g] + b) with `TASK.joint.weight` and `TASK.joint.bias`, where f is the last output
   of the torch.nn.LSTM `TASK.lstm.forwards` over the states of the tokens behind [CLS], and g that
   of `TASK.lstm.backwards` over the same from the last to the first; `tokens`, the state of the
-  first token of each word.
+  first token of each word, or of `span` of every token.
 - `answers`: what the output layer (`TASK.output.weight`, `TASK.output.bias`) makes of them:
 {answers}
 - `low`, `high`: the range of the labels; `classes`: their names, if they have any.
@@ -230,6 +230,9 @@ def _origin(source: TaskSource) -> str:
 
 
 def _labels(form: TaskSchema) -> str:
+    if form.labels == "spans":
+        none = ", or none" if form.unanswerable else ""
+        return f"spans of {markdown_text(form.sentences[1])}{none}"
     if not form.classes:
         return f"{form.low:g} to {form.high:g}"
     listed = ", ".join(map(markdown_text, form.classes[:_FEW_CLASSES]))
