@@ -264,7 +264,7 @@ def _spans(rng: random.Random) -> tuple[tuple[str, ...], tuple[str, int] | None]
 
     A question in eight is on none of the statements.
     """
-    scenes = [_scene(rng) for _ in range(rng.randint(1, 3))]
+    scenes = [_scene(rng) for _ in range(rng.randint(1, 2))]
     told = [[rng.choice(names) for names in scene] for scene in scenes]
     texts = ["the {} {} {} {} in the {} .".format(*words) for words in told]
     number = rng.randrange(len(told))

@@ -222,7 +222,7 @@ def tokenize_by_schema(
         tokens=tokens.astype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else tokens,
         offsets=found.encoded.offsets,
         # Of each window, for subsets that keep the share of those without an answer.
-        labels=None if table.labels is None else found.spans.targets.any(1).astype(np.float32),
+        labels=None if table.labels is None else (found.spans.targets[:, 0] > 0).astype(np.float32),
         truncated=found.encoded.truncated,
         bad_rows=dict(table.bad_rows),
         blank=table.blank,

@@ -183,7 +183,7 @@ def word_shares(answers: Answers) -> str:
     """Draw how many answers have which F1 of words."""
     with mpl.rc_context(_STYLE):
         figure, axes = _axes(_SQUARE)
-        axes.hist(answers.predictions, bins=np.linspace(0, 1, 11))
+        axes.hist(answers.predictions, bins=10, range=(0, 1))
         axes.set(xlabel="F1 of the words of an answer", ylabel="questions", xlim=(0, 1))
         return _svg(figure)
 
