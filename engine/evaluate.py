@@ -13,8 +13,10 @@ from .data.split import TokenizedSplit
 from .runs.data_paths import check_split, origin
 from .runs.run import Run, open_run
 from .runs.scoring import Scores, score_splits, write_scores
+from .runs.thresholds import describe_thresholds
 from .runtime.precision import pick_device
 from .utils.errors import InputError
+from .utils.quoting import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.input is None:
         check_split(run.recipe, split)
     splits = {task: _labelled(run, task, split, options.input) for task in run.recipe.tasks}
-    model, progress = whole.trained_model(pick_device(options.device))
+    model, progress = whole.trained_model(pick_device(options.device), merged=False)
     report_data(terminal(), splits.values())
     scores = score_splits(model, splits, run.recipe)
     if options.task is None:
@@ -67,6 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what_for = split if options.input is None else str(options.input)
     title = f"{what_for} scores of step {progress.step}"
     print_scores(terminal(), title, scores, run.recipe)
+    for task, form in run.recipe.formats.items():
+        if cuts := describe_thresholds(model.head(task), form):
+            note = (
+                f"{task}: yes above a probability of {cuts} (chosen on the dev data, whose scores "
+                "are optimistic)"
+            )
+            terminal().print(one_line(note), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

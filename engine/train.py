@@ -176,7 +176,9 @@ def _evaluate_and_save(
     if evaluate:
         recipe = trainer.run.recipe
         with trainer.scored_weights():
-            scores = score_splits(trainer.model, trainer.dev_sets, recipe, trainer.ranks)
+            scores = score_splits(
+                trainer.model, trainer.dev_sets, recipe, trainer.ranks, choose_thresholds=True
+            )
     if scores:
         log.add_scores(progress.step, scores)
         progress = progress.evaluated(trainer.deciding_score(scores))

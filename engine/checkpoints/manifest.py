@@ -7,7 +7,7 @@ import hashlib
 import math
 from os.path import isfile
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -100,6 +100,8 @@ class Manifest(BaseModel):
     progress: Progress
     places: dict[str, Place] = {}
     """Of each parameter, by name, where the weights are stored as flat vectors."""
+    thresholds: dict[str, tuple[FiniteFloat, ...]] = {}
+    """Logits above which tasks answer yes, by task, where they were chosen on the dev data."""
     files: dict[str, str] = {}
     """The SHA-256 of every file, by its name."""
     digest: str = ""
@@ -115,8 +117,13 @@ class Manifest(BaseModel):
 
     def expected_digest(self) -> str:
         """Return the SHA-256 of all other fields."""
-        content = self.model_dump(mode="json", exclude={"digest"})
+        content = self.content()
+        del content["digest"]
         return hashlib.sha256(dump_json(content, sort_keys=True).encode()).hexdigest()
+
+    def content(self) -> dict[str, Any]:
+        """Return the fields as JSON has them, without what earlier checkpoints had no field for."""
+        return self.model_dump(mode="json", exclude=None if self.thresholds else {"thresholds"})
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
@@ -128,7 +135,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
     files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     manifest = manifest.model_copy(update={"files": files})
     manifest = manifest.model_copy(update={"digest": manifest.expected_digest()})
-    write_text(folder / _NAME, dump_json(manifest.model_dump(mode="json")) + "\n")
+    write_text(folder / _NAME, dump_json(manifest.content()) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

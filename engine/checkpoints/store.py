@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -88,11 +89,19 @@ class Checkpoints:
         path = self.find("step")
         return Progress() if path is None else read_manifest(path).progress
 
-    def save_best(self, progress: Progress, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights alone, as the best so far, then remove those before."""
+    def save_best(
+        self,
+        progress: Progress,
+        weights: Mapping[str, Tensor],
+        thresholds: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+    ) -> None:
+        """Write the weights alone, as the best so far, then remove those before.
+
+        ``thresholds`` are those that they were scored with, by task.
+        """
         with whole_folder(self.path("best", progress.step), FILES) as partial:
             save_file(dict(weights), partial / _WEIGHTS)
-            seal(partial, Manifest(progress=progress))
+            seal(partial, Manifest(progress=progress, thresholds=dict(thresholds)))
         self.keep("best", 1)
 
     def keep(self, kind: str, count: int) -> None:
@@ -113,7 +122,7 @@ class Checkpoints:
 
 
 def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
-    """Read a checkpoint's weights into a model of whole fp32 parameters.
+    """Read a checkpoint's weights and thresholds into a model of whole fp32 parameters.
 
     Returns:
         How far the run had come.
@@ -140,6 +149,10 @@ def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:
                 f"{checkpoint}: {name} holds values that are no finite numbers; train the run "
                 "again with a lower lr, or take a checkpoint that is as it was written"
             )
+    try:
+        model.set_thresholds(manifest.thresholds)
+    except ValueError as error:
+        raise InputError(f"{checkpoint}: {error}; it belongs to another model") from None
     return manifest.progress
 
 

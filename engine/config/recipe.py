@@ -21,7 +21,9 @@ from ..distributed.gradient_sync import MODES
 from ..gradients.balancing import METHODS, TORCHJD, BalanceSettings
 from ..gradients.groups import GRANULARITIES
 from ..metrics.loggers import LOGGERS
-from ..models.heads import metrics_for
+from ..models.heads import head_class, metrics_for
+from ..models.heads.thresholds import deciding_metric
+from ..models.lora import DEFAULT_PROJECTIONS, PROJECTIONS, LoraSettings
 from ..models.pooling import POOLINGS
 from ..optim.build import OPTIMIZERS
 from ..optim.lr_schedule import SCHEDULES
@@ -86,7 +88,18 @@ class Recipe(Settings):
     adapter_width: Count = 0
     """Width of a projected attention layer for each task, beside every layer; 0: none."""
     freeze_encoder: bool = False
-    """Train only what lies outside the encoder: heads, shared layers, adapters."""
+    """Train only what lies outside the encoder: heads, shared layers, adapters.  Low-rank updates
+    are within it."""
+    lora_rank: Count = 0
+    """Rank of the low-rank updates (LoRA) that a pretrained encoder is trained by, all its own
+    weights frozen; 0: none, the encoder's weights are trained."""
+    lora_alpha: PositiveReal = 8.0
+    """The updates are multiplied by lora_alpha / lora_rank."""
+    lora_dropout: Fraction = 0.0
+    """Dropout of the updates' inputs."""
+    lora_targets: tuple[Literal[PROJECTIONS], ...] = DEFAULT_PROJECTIONS  # type: ignore[valid-type]
+    """The linear layers that have updates: query, key, value and attention_output of attention,
+    intermediate and output of the feed-forward layer."""
     encoder: EncoderRecipe = EncoderRecipe()
     """Shape of an encoder trained from scratch, and dropout; with ``--init`` what is left out is
     the model's own, and so is the shape (:class:`.EncoderRecipe`)."""
@@ -231,6 +244,7 @@ class Recipe(Settings):
             )
         known = [*self.tasks, *self.objectives]
         self._check_metrics()
+        self._check_lora()
         for name in self.train:
             if name not in known:
                 raise ValueError(f"train: {name!r} is not among tasks{nearest(name, known)}")
@@ -283,15 +297,39 @@ class Recipe(Settings):
                         f"tasks.{name}.decided_by: {metric} is an error, which has no mean with "
                         "scores; leave it out of metrics"
                     )
+            if task.threshold in head_class(form.kind).known_thresholds[1:]:
+                names, several = task.metrics or known[:1], form.labels == "several"
+                try:
+                    deciding_metric(task.threshold, names, several=several)
+                except ValueError as error:
+                    raise ValueError(
+                        f"tasks.{name}.threshold = {task.threshold!r}: {error}"
+                    ) from None
             if task.tag_pieces != "first" and form.labels != "words":
                 raise ValueError(f"tasks.{name}.tag_pieces: the task has no words with tags")
             for field in ("temperature", "symmetric", "margin"):
                 is_default = getattr(task, field) == TaskRecipe.model_fields[field].default
-                reason = "" if is_default else _no_effect_on_retrieval(field, task, form)
+                reason = "" if is_default else _no_effect_on_similarity(field, task, form)
                 if reason:
                     raise ValueError(f"tasks.{name}.{field}: {reason}; leave it out")
         if not any(task.score_weight for task in self.tasks.values()):
             raise ValueError("tasks: some score_weight has to be above 0, or none is best")
+
+    def _check_lora(self) -> None:
+        if not self.lora_targets or len(set(self.lora_targets)) != len(self.lora_targets):
+            raise ValueError("lora_targets: expected at least one name, and each once")
+        if self.lora_rank and not self.init:
+            raise ValueError(
+                f"lora_rank = {self.lora_rank}: an encoder from scratch would keep its random "
+                "weights; give a pretrained one (--init)"
+            )
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        """The low-rank updates of the encoder; None without any."""
+        if not self.lora_rank:
+            return None
+        return LoraSettings(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
     @property
     def formats(self) -> dict[str, TaskSchema]:
@@ -374,14 +412,14 @@ def torch_arguments_of(recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def _no_effect_on_retrieval(field: str, task: TaskRecipe, form: TaskSchema) -> str:
-    """Return why a setting of retrieval has no effect on a task; empty where it has one."""
+def _no_effect_on_similarity(field: str, task: TaskRecipe, form: TaskSchema) -> str:
+    """Return why a setting of similarities has no effect on a task; empty where it has one."""
+    if field == "margin":
+        has_one = task.loss in ("triplet", "contrastive")
+        return "" if has_one else "only loss = triplet and loss = contrastive have one"
     if form.kind != "retrieval":
         return "the task is no retrieval"
-    is_triplet = task.loss == "triplet"
-    if is_triplet == (field == "margin"):
-        return ""
-    return "loss = triplet has none" if is_triplet else "only loss = triplet has one"
+    return "loss = triplet has none" if task.loss == "triplet" else ""
 
 
 def _check_name(key: str, name: str) -> None:

@@ -7,7 +7,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from ..data.source import TaskSource
 from ..models.config import MOST_LAYERS, EncoderConfig
-from ..models.heads import BALANCED, FEATURES, LOSSES, ClassLossSettings, RetrievalSettings
+from ..models.heads import (
+    BALANCED,
+    FEATURES,
+    HALF,
+    LOSSES,
+    THRESHOLDS,
+    ClassLossSettings,
+    SimilaritySettings,
+)
 from ..models.registry import DEFAULT, MODELS
 from ..utils.errors import InputError
 from ..utils.field_types import (
@@ -57,7 +65,8 @@ class TaskRecipe(Settings):
     cosine or dot."""
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
-    that of a share of their range; mse; triplet, for retrieval with negatives."""
+    that of a share of their range; mse; triplet, for retrieval with negatives; contrastive, for
+    two classes of pairs by a similarity."""
     weight: PositiveReal = 1.0
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
     metrics: tuple[str, ...] = ()
@@ -74,11 +83,13 @@ class TaskRecipe(Settings):
     class_weights: Annotated[
         tuple[PositiveReal, ...] | Literal["balanced"], BeforeValidator(_weights_or_balanced)
     ] = ()
-    """Factors on the losses of the examples of each class, a list; or balanced: n / (C n_c) of n
-    training examples in C classes, n_c of the class.  Their mean over the training examples is made
-    1 (engine/models/heads/class_loss.py)."""
+    """Factors on the losses of the examples (or tagged words) of each class, a list; or balanced:
+    n / (C n_c) of n training examples in C classes, n_c of the class.  Of several labels: factors
+    on the examples that have the label; balanced: those without over those with it.  Their mean
+    over the training examples is made 1 (engine/models/heads/class_loss.py)."""
     label_smoothing: Fraction = 0.0
-    """Share of each label that is spread over all classes evenly, from 0 to 1, exclusive."""
+    """Share of each label that is spread over all classes evenly, from 0 to 1, exclusive; of
+    several labels, over yes and no."""
     focal_gamma: NonNegativeReal = 0.0
     """Focal loss: the loss of a class of probability p is multiplied by (1 - p)^focal_gamma; 0:
     none."""
@@ -89,16 +100,21 @@ class TaskRecipe(Settings):
     """retrieval: let passages find their anchors, too, and take the mean of both losses."""
     margin: PositiveReal = 0.5
     """loss = triplet: by how much an anchor is to be more similar to its passage than to a
-    negative."""
+    negative.  loss = contrastive: the distance (1 - similarity) from which on pairs of class 0 are
+    far enough apart; half of it is the threshold."""
+    threshold: Literal[THRESHOLDS] = HALF  # type: ignore[valid-type]
+    """Two classes, or several labels: a probability above which the answer is yes: half, 1/2; dev:
+    the one that scores best on the dev data, chosen at every evaluation, by the deciding metric;
+    dev_per_label: one for each of several labels (engine/models/heads/thresholds.py)."""
     first_n: Count = 0
     """Train on the first so many examples of the training set; 0: on all."""
     source: TaskSource | None = None
     """Where the examples come from and what they look like; a built-in task needs none."""
 
     @property
-    def retrieval(self) -> RetrievalSettings:
-        """Settings of the loss of a retrieval task."""
-        return RetrievalSettings(self.temperature, self.symmetric, self.margin)
+    def similarity(self) -> SimilaritySettings:
+        """Settings of a loss that compares similarities."""
+        return SimilaritySettings(self.temperature, self.symmetric, self.margin)
 
     @property
     def class_loss(self) -> ClassLossSettings:

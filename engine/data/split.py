@@ -103,6 +103,30 @@ class TokenizedSplit:
         sizes = self.word_sizes[ranges(self.word_offsets[chosen], self._words_of(chosen))]
         return int(sizes.sum() if self.all_pieces else np.count_nonzero(sizes))
 
+    def label_counts(self, chosen: Indices, classes: int) -> Indices:
+        """Return how often each of C classes is a label that chosen examples are trained on.
+
+        Args:
+            chosen: of the examples.
+            classes: C, or the number L of several labels.
+
+        Returns:
+            int64 ``[C]``, of examples, or of the tagged tokens that the loss has terms of;
+            ``[L, 2]``, how many examples do not have each of several labels, and do.
+        """
+        assert self.labels is not None, f"split of {self.task} has no labels"
+        if self.word_offsets is not None and self.word_sizes is not None:
+            words = ranges(self.word_offsets[chosen], self._words_of(chosen))
+            sizes = self.word_sizes[words]
+            times = sizes if self.all_pieces else np.minimum(sizes, 1)
+            labels = np.repeat(self.labels[words], times)
+        else:
+            labels = self.labels[chosen]
+        if labels.ndim == 2:
+            yes = np.count_nonzero(labels, axis=0)
+            return np.stack([len(labels) - yes, yes], axis=1)
+        return np.bincount(labels.astype(np.int64), minlength=classes)
+
     def _words_of(self, chosen: Indices) -> Indices:
         assert self.word_offsets is not None
         return self.word_offsets[chosen + 1] - self.word_offsets[chosen]

@@ -4,6 +4,7 @@ config.json, model.safetensors, tokenizer…   transformers.AutoModel, AutoToken
                                              masked LM AutoModelForMaskedLM
 modules.json, 1_Pooling/, …                  sentence_transformers.SentenceTransformer
 heads.safetensors                            the task heads, laid out as the model card says
+lora/                                        the low-rank updates alone, which PEFT loads
 README.md                                    the model card
 """
 
@@ -24,6 +25,7 @@ from ..utils.errors import InputError
 from ..utils.files import explained, whole_folder
 from ..utils.json_text import dump_json
 from .model_card import Scores, model_card
+from .peft_adapter import write_peft_adapter
 
 # Libraries would put a head of random weights on the encoder, and answer from it.  There is no way
 # to refuse, but the errors that these entries lead to name them; encoders do not read them.
@@ -45,7 +47,7 @@ def write_model_folder(
 
     Args:
         run: what was trained.
-        model: with the trained weights.
+        model: with the trained weights, low-rank updates merged.
         progress: of the checkpoint that they come from.
         scores: dev scores of that checkpoint, by task, or None.
         to: the folder, new or empty.
@@ -60,6 +62,9 @@ def write_model_folder(
             "transformers has adapters, so that no other library could load it"
         )
     with whole_folder(Path(realpath(to))) as folder:
+        if run.recipe.lora is not None:
+            assert model.lora is None, "the updates are merged"
+            write_peft_adapter(folder / "lora", run, model.merged_updates, run.recipe.lora)
         _write_transformers(folder, run, model)
         _write_sentence_transformers(folder, run)
         save_file(head_tensors(model), folder / "heads.safetensors", head_layout(model))

@@ -10,7 +10,7 @@ from ..checkpoints.manifest import Progress
 from ..config.recipe import Recipe
 from ..data.source import TaskSource
 from ..data.task_schema import TaskSchema
-from ..models.heads import HEADS
+from ..models.heads import HALF, HEADS
 from ..models.registry import spec_of
 from ..runs.run import Run
 from ..runs.scoring import score_names
@@ -52,6 +52,8 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
 - `answers`: what the output layer (`TASK.output.weight`, `TASK.output.bias`) makes of them:
 {answers}
 - `low`, `high`: the range of the labels; `classes`: their names, if they have any.
+- `threshold`, of `binary` and `labels`: logits, one for all or one for each label; of a head
+  without an output layer a similarity.
 
 What a task answers, for all features but `bilstm` and `tokens`:
 
@@ -80,7 +82,7 @@ _EXAMPLE = """\
 import json, sys
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
-from torch import cat, cosine_similarity as cosine
+from torch import cat, cosine_similarity as cosine, tensor
 
 folder, task, *text = sys.argv[1:]  # one sentence, or the two of a pair
 with safe_open(f"{folder}/heads.safetensors", "pt") as file:
@@ -95,9 +97,12 @@ read = dict(single=lambda: u, cross=lambda: u, mean=lambda: (u + v) / 2, dot=lam
             cosine=lambda: cosine(u, v), cosine_shifted=lambda: (cosine(u, v) + 1) / 2,
             pearson=lambda: cosine(u - u.mean(), v - v.mean()).sigmoid())[head["features"]]()
 x = linear(f"{task}.output", read) if f"{task}.output.weight" in weights else read
+x = x - tensor(head.get("threshold", 0.0))  # yes is above 0 from here on
 ANSWERS[head["answers"]].view(-1).tolist()
 print(*[names[i] if names else i for i in answer])
 """
+
+_OPTIMISTIC = "Thresholds of {} were chosen on the same data, so that these scores are optimistic."
 
 _WIDTH = 100
 """Columns of the card."""
@@ -204,7 +209,9 @@ def _scores(run: Run, scores: Scores | None) -> str:
         if name in scores
     ]
     head = ["On the dev data, at the exported step:", "", "| task | metric | score |"]
-    return "\n".join([*head, "| --- | --- | --- |", *rows])
+    chosen = [name for name, task in run.recipe.tasks.items() if task.threshold != HALF]
+    notes = [] if not chosen else ["", _OPTIMISTIC.format(_listed(chosen))]
+    return "\n".join([*head, "| --- | --- | --- |", *rows, *notes])
 
 
 def _figure(score: float | None) -> str:

@@ -79,6 +79,10 @@ def _is_trained(case: Case) -> bool:
     return case.owner in case.recipe.train
 
 
+def _trains_lora(case: Case) -> bool:
+    return case.recipe.lora_rank > 0 and not case.recipe.freeze_encoder
+
+
 def _trains_tasks(case: Case) -> bool:
     return case.recipe.scored
 
@@ -201,6 +205,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         ),
         "tasks.NAME.label_smoothing": Effect(_is_trained, "{case.owner} is not trained", off=0),
         "tasks.NAME.focal_gamma": Effect(_is_trained, "{case.owner} is not trained", off=0),
+        "tasks.NAME.threshold": Effect(
+            _trains_tasks, "no task is trained, so nothing is scored", off="half"
+        ),
         "tasks.NAME.first_n": Effect(
             _is_trained,
             "{case.owner} is not trained",
@@ -260,6 +267,13 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "dropout": Effect(_trains_tasks, "no task is trained", off=0),
         "adapter_width": Effect(_trains_tasks, "no task is trained", off=0),
         "freeze_encoder": ALWAYS,
+        "lora_rank": Effect(
+            _trains_lora, "freeze_encoder leaves the updates at their beginning, zero", off=0
+        ),
+        **dict.fromkeys(
+            ("lora_alpha", "lora_targets"), Effect(_trains_lora, "no low-rank update is trained")
+        ),
+        "lora_dropout": Effect(_trains_lora, "no low-rank update is trained", off=0),
         # With --init a shape is held against the model's: EncoderRecipe.of_model.
         **dict.fromkeys(
             (

@@ -9,6 +9,7 @@ Models that compute what a BERT computes (engine/models/families.py) are convert
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,8 +20,8 @@ from .._kernels import kernels
 from ..utils.errors import InputError
 from .config import EncoderConfig
 from .context import Context
-from .encoder import Encoder, Stage
-from .families import FAMILIES, bert_fields, bert_tensors
+from .encoder import Encoder, Projection, Stage
+from .families import FAMILIES, bert_fields, bert_tensors, name_in_family
 from .layers import Embedding, LayerNorm, Linear
 from .spec import ModelSpec, StoredWeights, Weight
 
@@ -89,6 +90,16 @@ class BertEncoder(Encoder):
     """Embeddings, then layers."""
 
     config: BertConfig
+    projections = MappingProxyType(
+        {
+            "query": Projection("qkv", 0, 3),
+            "key": Projection("qkv", 1, 3),
+            "value": Projection("qkv", 2, 3),
+            "attention_output": Projection("attention_output"),
+            "intermediate": Projection("intermediate"),
+            "output": Projection("output"),
+        }
+    )
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -280,6 +291,7 @@ SPEC = ModelSpec(
     encoder=BertEncoder,
     weights=_weights,
     sort_weights=_sort_weights,
+    name_in=name_in_family,
     untrained=_pooler,
     untrained_note="the pooler above it is the identity, it was not trained",
 )

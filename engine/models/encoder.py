@@ -5,8 +5,9 @@ to hidden states.  Layer-wise balancing, the exchange of gradients, activation c
 reports work stage by stage.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,20 @@ class Stage(NamedTuple):
     bucket: str = ""
 
 
+class Projection(NamedTuple):
+    """Where each layer of an encoder computes a projection that low-rank updates can be of.
+
+    Attributes:
+        layer: the name of the linear layer in its stage.
+        part: which of the equal parts that the layer's outputs are divided into; from 0.
+        parts: their number.
+    """
+
+    layer: str
+    part: int = 0
+    parts: int = 1
+
+
 class Encoder(nn.Module):
     """Token ids to hidden states ``[T, H]``.
 
@@ -43,8 +58,12 @@ class Encoder(nn.Module):
     Attributes:
         checkpoint_layers: in training, keep only the input of each stage and compute its
             activations again in the backward pass.
+        projections: those of its layers, by the names of recipes (engine/models/lora.py); an
+            encoder without them has no low-rank updates.
         planned: the tables whose lookups are planned (:meth:`choose_planned`).
     """
+
+    projections: ClassVar[Mapping[str, Projection]] = MappingProxyType({})
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()

@@ -160,6 +160,13 @@ def _berts(name: str, family: Family) -> str:
     return name
 
 
+def name_in_family(model_type: str, name: str) -> str:
+    """Return what a model type of :data:`FAMILIES` calls a module or weight that BERT calls so."""
+    for theirs, ours in FAMILIES[model_type].weights.items():
+        name = f"{name}.".replace(ours, theirs).removesuffix(".")
+    return name
+
+
 def _first_position(config: Mapping[str, Any]) -> int:
     """Return the row of the position table that belongs to the first token."""
     if not _family_of(config).counts_from_padding:

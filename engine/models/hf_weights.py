@@ -18,7 +18,7 @@ from ..utils.errors import InputError
 from ..utils.finite import all_finite
 from ..utils.untrusted_io import parse_json, read_bytes
 from .config import EncoderConfig
-from .registry import MODELS, find_spec, spec_of
+from .registry import DEFAULT, MODELS, find_spec, spec_of
 from .spec import StoredWeights
 from .stored_dtypes import check_floats, check_stored_dtypes
 
@@ -71,6 +71,25 @@ def read_config(folder: Path) -> EncoderConfig:
             f"{folder / 'config.json'}: {error}; give a plain encoder of one of the types "
             f"{', '.join(MODELS)}"
         ) from None
+
+
+def read_model_type(folder: Path) -> str:
+    """Return the ``model_type`` that ``config.json`` in ``folder`` has, or stands for.
+
+    Raises:
+        InputError: there is no such file, or it is no JSON.
+    """
+    return read_entry(folder, "model_type") or DEFAULT
+
+
+def read_entry(folder: Path, name: str) -> str:
+    """Return a text of ``config.json`` in ``folder``; empty where it has none of that name.
+
+    Raises:
+        InputError: there is no such file, or it is no JSON.
+    """
+    value = _read_config(folder).get(name, "")
+    return value if isinstance(value, str) else ""
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

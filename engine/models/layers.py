@@ -65,7 +65,14 @@ class TaskLayer(nn.Module):
 
 
 class Linear(TaskLayer):
-    """``y = x W^T + b``; weights ~ N(0, ``init_std``), bias 0."""
+    """``y = x W^T + b``; weights ~ N(0, ``init_std``), bias 0.
+
+    Attributes:
+        lora: maps ``x`` and the context to what is added to the output, the low-rank updates of W
+            (engine/models/lora.py); None for nothing.
+    """
+
+    lora: nn.Module | None
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = True, init_std: float = 0.02
@@ -76,17 +83,20 @@ class Linear(TaskLayer):
             self.bias = nn.Parameter(torch.zeros(out_features))
         else:
             self.register_parameter("bias", None)
+        self.lora = None
 
     def forward(self, x: Tensor, context: RowContext | None = None) -> Tensor:
         """Map ``[T, I]`` to ``[T, O]``."""
         rows, segments = self._target(context)
-        return kernels.linear(x, self.weight, self.bias, rows=rows, segments=segments)
+        out = kernels.linear(x, self.weight, self.bias, rows=rows, segments=segments)
+        return out if self.lora is None else out + self.lora(x, context)
 
     def product(self, x: Tensor, context: RowContext | None = None) -> Tensor:
         """Map ``[T, I]`` to ``x W^T [T, O]``, for a norm that adds the bias (`LayerNorm.add`)."""
         rows, segments = self._target(context)
         of_weight = None if rows is None else kernels.TaskRows(rows.buffer, rows.weight_columns)
-        return kernels.linear(x, self.weight, rows=of_weight, segments=segments)
+        out = kernels.linear(x, self.weight, rows=of_weight, segments=segments)
+        return out if self.lora is None else out + self.lora(x, context)
 
 
 class Embedding(TaskLayer):

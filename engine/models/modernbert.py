@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from .._kernels import kernels
 from ..utils.errors import InputError
 from .config import EncoderConfig, HeadBiases
 from .context import Context
-from .encoder import Encoder, Stage
+from .encoder import Encoder, Projection, Stage
 from .layers import Embedding, LayerNorm, Linear
 from .spec import ModelSpec, StoredWeights, Weight
 
@@ -246,6 +247,16 @@ class ModernBertEncoder(Encoder):
     """Embeddings, then layers, then a norm."""
 
     config: ModernBertConfig
+    projections = MappingProxyType(
+        {
+            "query": Projection("qkv", 0, 3),
+            "key": Projection("qkv", 1, 3),
+            "value": Projection("qkv", 2, 3),
+            "attention_output": Projection("attention_output"),
+            "intermediate": Projection("gated"),
+            "output": Projection("output"),
+        }
+    )
 
     def __init__(self, config: ModernBertConfig) -> None:
         super().__init__(config)

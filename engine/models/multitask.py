@@ -17,18 +17,29 @@ from .config import EncoderConfig
 from .context import Context
 from .encoder import Stage
 from .heads import (
+    HALF,
     IN_BATCH,
     PLAIN,
     SHARED_INPUT,
     ClassLossSettings,
     Head,
     HeadSettings,
-    RetrievalSettings,
     Scores,
+    SimilaritySettings,
+    YesNoHead,
     build_head,
     head_class,
 )
 from .layers import Linear
+from .lora import (
+    LoraSettings,
+    StoredUpdate,
+    add_low_rank_updates,
+    layers_of_updates,
+    merge_updates,
+    stored_updates,
+    weights_of_updates,
+)
 from .named_modules import NamedModules
 from .parameters import ParameterSpec, describe_stage
 from .pooling import SharedLayers, TaskStates, pool
@@ -48,9 +59,17 @@ class MultitaskModel(nn.Module):
         losses: by task, one of LOSSES (engine/models/heads); the default for those left out.
         class_losses: by task, what its loss does against classes of unequal size; nothing for those
             left out.
-        retrievals: by task, settings of a retrieval task's loss; the default for those left out.
+        similarities: by task, settings of a loss that compares them; the default for those left
+            out.
+        thresholds: by task, one of THRESHOLDS; HALF for those left out.
         adapter_width: of each task's projected attention (engine/models/adapters.py); 0 for none.
         objectives: the settings of their heads, by name; objectives have no adapters.
+        lora: the low-rank updates of the encoder, which is frozen but for them
+            (engine/models/lora.py); None for none.
+
+    Attributes:
+        lora: the low-rank updates that are not merged; None without any.
+        merged_updates: those that are (:meth:`merge_lora`), as they were then.
     """
 
     def __init__(
@@ -63,9 +82,11 @@ class MultitaskModel(nn.Module):
         dropout_p: float,
         losses: Mapping[str, str] | None = None,
         class_losses: Mapping[str, ClassLossSettings] | None = None,
-        retrievals: Mapping[str, RetrievalSettings] | None = None,
+        similarities: Mapping[str, SimilaritySettings] | None = None,
+        thresholds: Mapping[str, str] | None = None,
         adapter_width: int = 0,
         objectives: Mapping[str, HeadSettings] | None = None,
+        lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
         # Weights are drawn from one generator, so the order of these lines must not change.
@@ -82,7 +103,8 @@ class MultitaskModel(nn.Module):
                 features=features[task.task],
                 loss=losses.get(task.task, "default"),
                 class_loss=(class_losses or {}).get(task.task, PLAIN),
-                retrieval=(retrievals or {}).get(task.task, IN_BATCH),
+                similarity=(similarities or {}).get(task.task, IN_BATCH),
+                threshold=(thresholds or {}).get(task.task, HALF),
                 dropout_p=dropout_p,
                 dropout_id=self.encoder.num_dropouts + position,
             )
@@ -103,10 +125,52 @@ class MultitaskModel(nn.Module):
                     first_dropout_id=first_dropout_id + position * config.num_hidden_layers,
                 )
         self.heads.update(of_objectives)
+        self.lora = lora
+        self.merged_updates: tuple[StoredUpdate, ...] = ()
+        if lora is not None:
+            used_by_adapters = len(self.adapters) * config.num_hidden_layers
+            first_dropout_id = self.encoder.num_dropouts + len(tasks) + used_by_adapters
+            add_low_rank_updates(self.encoder, lora, first_dropout_id)
+
+    def load_encoder(self, state: Mapping[str, Tensor]) -> None:
+        """Load the weights of a pretrained encoder; low-rank updates stay as they are."""
+        self.encoder.load_state_dict({**state, **weights_of_updates(self.encoder)})
+
+    def merge_lora(self) -> None:
+        """Add the low-rank updates, if any, to the weights that they are of, and remove them.
+
+        They stay in :attr:`merged_updates`.
+        """
+        self.merged_updates += tuple(stored_updates(self.encoder, self.encoder.config))
+        merge_updates(self.encoder)
+        self.lora = None
 
     def head(self, name: str) -> Head:
         """Return the head of a task or objective."""
         return cast(Head, self.heads[name])
+
+    @property
+    def thresholds(self) -> dict[str, tuple[float, ...]]:
+        """The thresholds of the tasks whose are chosen on the dev data; logits, by task."""
+        return {
+            name: tuple(head.thresholds.tolist())
+            for name, head in self.heads.items()
+            if isinstance(head, YesNoHead) and head.threshold != HALF
+        }
+
+    def set_thresholds(self, found: Mapping[str, Sequence[float]]) -> None:
+        """Set the thresholds that :attr:`thresholds` returned.
+
+        Raises:
+            ValueError: they are of another model; the message says whose.
+        """
+        for name, logits in found.items():
+            if name not in self.thresholds:
+                raise ValueError(f"thresholds of {name}, which has none")
+            try:
+                cast(YesNoHead, self.heads[name]).set_thresholds(logits)
+            except ValueError as error:
+                raise ValueError(f"of {name}: {error}") from None
 
     def _adapter(self, task: str) -> ProjectedAttention | None:
         return cast(ProjectedAttention, self.adapters[task]) if task in self.adapters else None
@@ -147,7 +211,7 @@ class MultitaskModel(nn.Module):
 
         Args:
             tasks: the trained tasks.
-            freeze_encoder: train all but the encoder.
+            freeze_encoder: train all but the encoder, whose low-rank updates stay as they are, too.
 
         Raises:
             TypeError: a parameter of the encoder is in no stage, or in a layer that does not write
@@ -155,17 +219,19 @@ class MultitaskModel(nn.Module):
         """
         self.encoder.check_lookups()
         all_tasks = () if freeze_encoder else tuple(tasks)
+        of_encoder = None if self.lora is None else layers_of_updates(self.encoder)
         users = self._users_of_shared_layers(tasks)
         specs: list[ParameterSpec] = []
         for stage in self.stages():
             using: tuple[str, ...]
+            trained = None
             if stage.task is not None:
                 using = (stage.task,) if stage.task in tasks else ()
             elif stage.module is self.pair:
                 using = users.get(self.pair, ())
             else:
-                using = all_tasks
-            specs += describe_stage(stage, using, users)
+                using, trained = all_tasks, of_encoder
+            specs += describe_stage(stage, using, users, trained)
         for name in {name for name, _ in self.named_parameters()} - {spec.name for spec in specs}:
             raise TypeError(f"{name}: in no stage; name it in the stages() of its encoder")
         return specs

@@ -44,7 +44,10 @@ class ParameterSpec(NamedTuple):
 
 
 def describe_stage(
-    stage: Stage, tasks: tuple[str, ...], used_by_heads: Collection[nn.Module]
+    stage: Stage,
+    tasks: tuple[str, ...],
+    used_by_heads: Collection[nn.Module],
+    trained: Collection[nn.Module] | None = None,
 ) -> Iterator[ParameterSpec]:
     """Yield the description of each parameter of a stage, in their order.
 
@@ -53,11 +56,13 @@ def describe_stage(
         tasks: whose losses reach it.
         used_by_heads: shared layers that heads call, each for its own task alone, so that the
             gradients of several tasks are added one after the other.
+        trained: the layers whose parameters are trained; None for all.
 
     Raises:
         TypeError: a parameter that tasks share is not in a :class:`~.layers.TaskLayer`.
     """
     for path, module in stage.module.named_modules(prefix=stage.name):
+        own_tasks = tasks if trained is None or module in trained else ()
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}"
             layer, write = None, GradientWrite.ADDED
@@ -70,4 +75,4 @@ def describe_stage(
                 layer = module
                 if module not in used_by_heads:
                     write = module.gradient_write
-            yield ParameterSpec(full, parameter, stage, tasks, write, layer, name)
+            yield ParameterSpec(full, parameter, stage, own_tasks, write, layer, name)

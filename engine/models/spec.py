@@ -43,6 +43,10 @@ def _none(_config: Any) -> dict[str, Tensor]:
     return {}
 
 
+def _same_name(_model_type: str, name: str) -> str:
+    return name
+
+
 def _as_they_are(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(weights)
 
@@ -58,6 +62,8 @@ class ModelSpec:
         encoder: builds an encoder with random weights from a config.
         weights: returns the names and shape of every weight, for a config.
         sort_weights: sorts and names the tensors of a folder, given its ``config.json``.
+        name_in: returns what transformers' model of a ``model_type`` calls a module, given its name
+            in :class:`Weight`; it is the same by default.
         store_head: renames the weights of masked LM's head, from BERT's names to a folder's.
         untrained: returns the tensors that a written folder has besides the encoder's weights,
             because transformers' class of the model has them.
@@ -70,6 +76,7 @@ class ModelSpec:
     encoder: Callable[[Any], Encoder]
     weights: Callable[[Any], Iterable[Weight]]
     sort_weights: Callable[[Mapping[str, Any], Iterable[tuple[str, Tensor]]], StoredWeights]
+    name_in: Callable[[str, str], str] = _same_name
     store_head: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _as_they_are
     untrained: Callable[[Any], dict[str, Tensor]] = _none
     untrained_note: str = ""

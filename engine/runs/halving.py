@@ -345,9 +345,9 @@ def read_record(folder: Path, plan: Plan) -> Record:
 
 def score_newest(run: Run, device: torch.device) -> dict[str, float]:
     """Return the dev scores of a run's newest checkpoint; NaN where an output is not finite."""
-    model, _ = run.trained_model(device, newest=True)
+    model, _ = run.trained_model(device, newest=True, merged=False)
     dev_sets = {task: run.split(task, "dev") for task in run.recipe.tasks}
-    return score_splits(model, dev_sets, run.recipe)
+    return score_splits(model, dev_sets, run.recipe, choose_thresholds=True)
 
 
 def _score_names(plan: Plan) -> list[str]:

@@ -47,6 +47,9 @@ from .folder import check_folder
 from .objectives import build_examples, head_settings
 from .texts import check_texts, objective_texts, vocabulary_texts
 
+_INIT_TYPE = "init_model_type"
+"""The entry of ``config.json`` for the type of the model that a run began from."""
+
 
 class Run(NamedTuple):
     """One run's folder, opened.
@@ -56,12 +59,14 @@ class Run(NamedTuple):
         recipe: its settings.
         config: the encoder's shape.
         tokenizer: what its sentences are split with.
+        init_type: the ``model_type`` of the model that it began from; empty for none.
     """
 
     folder: Path
     recipe: Recipe
     config: EncoderConfig
     tokenizer: Tokenizer
+    init_type: str = ""
 
     @property
     def max_length(self) -> int:
@@ -90,8 +95,10 @@ class Run(NamedTuple):
             with explained("write", self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.tokenizer.save(self.folder)
-            shape = dump_json(self.config.to_huggingface(), indent=2) + "\n"
-            write_text(self.folder / "config.json", shape)
+            shape = self.config.to_huggingface()
+            if self.init_type:
+                shape[_INIT_TYPE] = self.init_type
+            write_text(self.folder / "config.json", dump_json(shape, indent=2) + "\n")
         write_text(self.folder / "recipe.toml", self.recipe.to_toml())
 
     def split(self, task: str, split: str) -> TokenizedSplit:
@@ -181,12 +188,14 @@ class Run(NamedTuple):
             dropout_p=self.recipe.dropout,
             losses={task: settings.loss for task, settings in self.recipe.tasks.items()},
             class_losses={task: each.class_loss for task, each in self.recipe.tasks.items()},
-            retrievals={task: each.retrieval for task, each in self.recipe.tasks.items()},
+            similarities={task: each.similarity for task, each in self.recipe.tasks.items()},
+            thresholds={task: each.threshold for task, each in self.recipe.tasks.items()},
             adapter_width=self.recipe.adapter_width,
             objectives={
                 name: head_settings(name, settings, self.config)
                 for name, settings in self.recipe.objectives.items()
             },
+            lora=self.recipe.lora,
         )
 
     def initial_model(self, phase: int = 0) -> MultitaskModel:
@@ -201,7 +210,7 @@ class Run(NamedTuple):
             load_weights(checkpoint, model)
         elif self.recipe.init:
             folder = hf_weights.resolve(self.recipe.init)
-            model.encoder.load_state_dict(hf_weights.load_encoder_state(folder, self.config))
+            model.load_encoder(hf_weights.load_encoder_state(folder, self.config))
             for name in self.recipe.objectives:
                 head = model.head(name)
                 if head.is_pretrained:
@@ -209,7 +218,12 @@ class Run(NamedTuple):
         return model
 
     def trained_model(
-        self, device: torch.device, dtype: torch.dtype | None = None, *, newest: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        *,
+        newest: bool = False,
+        merged: bool = True,
     ) -> tuple[MultitaskModel, Progress]:
         """Return the model with the weights of the best checkpoint, and where that was.
 
@@ -218,6 +232,8 @@ class Run(NamedTuple):
             dtype: of its weights; None for what the run computes in on that device, so that
                 scores are those of its evaluations.
             newest: take the newest checkpoint instead.
+            merged: add low-rank updates to the encoder's weights, so that they cost nothing;
+                answers differ from those of the training by rounding.
 
         Raises:
             InputError: the run has no checkpoint, or it cannot be used.
@@ -227,6 +243,8 @@ class Run(NamedTuple):
         model = self._model_to_load()
         kinds = ("step",) if newest else ("best", "step")
         checkpoint, progress = self._load(model, kinds)
+        if merged:
+            model.merge_lora()
         dtype = dtype or pick_dtype(self.recipe.precision, device)
         model = model.to(device).eval()
         model.cast(dtype)
@@ -268,15 +286,19 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
     """
     check_folder(folder, resumes=resumes)
     check_texts(recipe)
+    init_type = ""
     if recipe.init:
         encoder, config = pretrained_encoder(recipe)
-        tokenizer = Tokenizer.load(hf_weights.resolve(recipe.init))
+        folder_of_model = hf_weights.resolve(recipe.init)
+        tokenizer = Tokenizer.load(folder_of_model)
+        init_type = hf_weights.read_model_type(folder_of_model)
         recipe = recipe.model_copy(update={"encoder": encoder})
     else:
         tokenizer = Tokenizer.train(vocabulary_texts(recipe), recipe.encoder.vocab_size)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
         config = MODELS[shape.pop("model_type")].config(**shape)
-    return _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
+    run = _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
+    return run._replace(init_type=init_type)
 
 
 def _run_of(
@@ -321,4 +343,5 @@ def open_run(folder: Path) -> Run:
     if recipe.init:
         encoder, _ = EncoderRecipe().of_model(config, str(folder / "config.json"))
         recipe = recipe.model_copy(update={"encoder": encoder})
-    return _run_of(folder, recipe, config, Tokenizer.load(folder), str(folder))
+    run = _run_of(folder, recipe, config, Tokenizer.load(folder), str(folder))
+    return run._replace(init_type=hf_weights.read_entry(folder, _INIT_TYPE))

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from ..utils.errors import InputError
 from ..utils.files import write_text
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import read_bytes
+from .thresholds import fit_thresholds
 
 _NOT_FINITE = (
     "what the model computes is not finite; train it again with a lower lr, or with a precision of "
@@ -105,12 +106,22 @@ def answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = 
     return found
 
 
-def _answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None) -> Answers:
-    """Return what :func:`answers` does; NaN for answers whose scores are not finite."""
+def _answers(
+    model: MultitaskModel,
+    split: TokenizedSplit,
+    ranks: Ranks | None,
+    chosen_by: Sequence[Metric] = (),
+) -> Answers:
+    """Return what :func:`answers` does; NaN for answers whose scores are not finite.
+
+    With ``chosen_by``, metrics of the task, thresholds are chosen on this split before.
+    """
     head, offsets = model.head(split.task), split.answer_offsets
     scores = scores_of(model, split, ranks)
     if split.spans is not None:
         return _span_answers(head, scores, split, split.spans)
+    if chosen_by and split.labels is not None:
+        fit_thresholds(head, scores, split.labels, chosen_by, ranks or Ranks())
     finite = scores.isfinite().view(len(scores), -1).all(1)
     assert head.task is not None, f"{split.task} is an objective"
     predictions = head.predict(scores).float().numpy().copy()
@@ -249,8 +260,13 @@ def score_splits(
     splits: Mapping[str, TokenizedSplit],
     recipe: Recipe,
     ranks: Ranks | None = None,
+    *,
+    choose_thresholds: bool = False,
 ) -> dict[str, float]:
     """Score a model on a labelled split of each task, a work that ``ranks`` share.
+
+    With ``choose_thresholds`` those of the tasks whose recipe says so are chosen on these splits,
+    and the model keeps them.
 
     Returns:
         The scores by the names of :func:`score_names`, and ``overall``, the mean of the deciding
@@ -260,8 +276,9 @@ def score_splits(
     scores, deciding = dict[str, float](), list[float]()
     for task, split in splits.items():
         assert split.labels is not None, f"split of {task} has no labels"
-        results = results_of(recipe.formats[task], _answers(model, split, ranks), split.labels)
-        scores |= task_scores(recipe, task, results)
+        metrics = metrics_of(recipe, task) if choose_thresholds else ()
+        found = _answers(model, split, ranks, metrics)
+        scores |= task_scores(recipe, task, results_of(recipe.formats[task], found, split.labels))
         deciding.append(_sign(recipe, task) * scores[task])
     if not splits:
         return {}

@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from ..checkpoints.async_writer import AsyncWriter
@@ -223,11 +222,8 @@ def _subset(examples: Examples, recipe: Recipe) -> Indices | None:
 def _weigh_classes(model: MultitaskModel, examples: Examples, subset: Indices | None) -> None:
     """Let a head weigh classes by their shares of the examples that are trained on."""
     loss = model.head(examples.task).class_loss
-    if loss is not None and isinstance(examples, TokenizedSplit) and examples.labels is not None:
-        labels = examples.labels[subset].astype(np.int64)
-        task = model.head(examples.task).task
-        assert task is not None
-        loss.weigh(np.bincount(labels, minlength=int(task.high) + 1).tolist())
+    if loss is not None and isinstance(examples, TokenizedSplit) and subset is not None:
+        loss.weigh(examples.label_counts(subset, int(loss.task.high) + 1))
 
 
 def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:

@@ -195,11 +195,11 @@ class Trainer:
         )
 
     def save_best(self, progress: Progress) -> None:
-        """Write the weights of the best score so far, or their average."""
+        """Write the weights of the best score so far, or their average, and the thresholds."""
         master = self.sync.gather(self._scored)
         if self.ranks.is_main:
             weights = named_weights(self.parameters, master)
-            self.run.checkpoints.save_best(progress, weights)
+            self.run.checkpoints.save_best(progress, weights, self.model.thresholds)
 
     @contextmanager
     def scored_weights(self) -> Iterator[None]:

@@ -172,17 +172,29 @@ def test_bf16_computes_on_a_copy_of_fp32_masters(tiny_run):
         assert ours["losses"]["sst"] == pytest.approx(theirs["losses"]["sst"], rel=2**-5)
 
 
-def test_micro_batches_and_checkpointed_layers(tiny_run):
+@pytest.mark.parametrize(
+    ("recipe", "losses"),
+    [
+        ("demo", ("tasks.sst.class_weights=[1,2,3,4,5]", "tasks.quora.focal_gamma=2")),
+        (
+            "demo-kinds",
+            (
+                *("tasks.slots.class_weights=balanced", "tasks.slots.tag_pieces=all"),
+                *("tasks.aspects.class_weights=balanced", "tasks.aspects.label_smoothing=0.1"),
+            ),
+        ),
+    ],
+)
+def test_micro_batches_and_checkpointed_layers(tiny_run, recipe, losses):
     exactly = (
         "dropout=0",
         "encoder.hidden_dropout_prob=0",
         "encoder.attention_probs_dropout_prob=0",
-        "tasks.sst.class_weights=[1,2,3,4,5]",
-        "tasks.quora.focal_gamma=2",
+        *losses,
     )
-    whole = tiny_run("whole", "--max-steps", "3", settings=exactly)
+    whole = tiny_run("whole", "--max-steps", "3", recipe=recipe, settings=exactly)
     saving = (*exactly, "micro_batches=3", "checkpoint_layers=true")
-    parted = tiny_run("parted", "--max-steps", "3", settings=saving)
+    parted = tiny_run("parted", "--max-steps", "3", recipe=recipe, settings=saving)
     for ours, theirs in zip(metrics(parted), metrics(whole), strict=True):
         for task, loss in ours["losses"].items():
             # fp32 means over other groupings of 32 examples, after two updates at most

@@ -21,21 +21,25 @@ from .question_answering import AnswerHead, best_spans
 from .ranking import Ranking, rank_passages
 from .regression import RegressionHead
 from .retrieval import DOT, RetrievalHead
-from .retrieval_loss import IN_BATCH, RetrievalSettings
 from .sentence import FEATURES as SENTENCE_FEATURES
 from .sentence import SentenceHead
+from .similarity_loss import IN_BATCH, SimilaritySettings
 from .tags import TOKENS, TagHead
+from .thresholds import HALF, THRESHOLDS
+from .yes_no import YesNoHead
 
 __all__ = [
     "BALANCED",
     "CROSS",
     "FEATURES",
+    "HALF",
     "HEADS",
     "IN_BATCH",
     "LOSSES",
     "METRICS",
     "PLAIN",
     "SHARED_INPUT",
+    "THRESHOLDS",
     "AnswerTexts",
     "ClassLossSettings",
     "Head",
@@ -44,9 +48,10 @@ __all__ = [
     "Metric",
     "Ranking",
     "Results",
-    "RetrievalSettings",
     "Scores",
     "SentenceHead",
+    "SimilaritySettings",
+    "YesNoHead",
     "best_of",
     "best_spans",
     "build_head",

@@ -21,9 +21,10 @@ from ..pooling import TaskStates
 from ..step_scores import StepScores
 from .class_loss import PLAIN, ClassLoss, ClassLossSettings
 from .metrics import Metric
-from .retrieval_loss import IN_BATCH, RetrievalSettings
+from .similarity_loss import IN_BATCH, SimilaritySettings
+from .thresholds import HALF
 
-LOSSES = ("default", "mse", "cross_entropy", "triplet")
+LOSSES = ("default", "mse", "cross_entropy", "triplet", "contrastive")
 """Names that a recipe's ``loss`` may have; each kind takes some."""
 
 Scores = Tensor | tuple[Tensor, ...]
@@ -42,7 +43,8 @@ class HeadSettings:
         features: the recipe's name for the inputs of a task's head.
         loss: one of LOSSES.
         class_loss: what the loss does against classes of unequal size.
-        retrieval: of the loss of a retrieval task.
+        similarity: of a loss that compares similarities.
+        threshold: one of THRESHOLDS.
         dropout_p: of the dropout before the output layer, in training.
         dropout_id: of its dropout; the RNG offset.
         temperature: that a contrastive loss divides cosines by.
@@ -55,7 +57,8 @@ class HeadSettings:
     features: str = ""
     loss: str = "default"
     class_loss: ClassLossSettings = PLAIN
-    retrieval: RetrievalSettings = IN_BATCH
+    similarity: SimilaritySettings = IN_BATCH
+    threshold: str = HALF
     dropout_p: float = 0.0
     dropout_id: int = 0
     temperature: float = 1.0
@@ -83,6 +86,7 @@ class Head(nn.Module, ABC):
         metrics: that its answers can be scored by, the default first; none for an objective.
         weighs_classes: whether it is trained by a :class:`.class_loss.ClassLoss` where one is
             asked for.
+        known_thresholds: those of THRESHOLDS that its answers can depend on.
         is_pretrained: whether pretrained models have weights for it.
         varies_in_size: whether batches of equally many examples have scores of other lengths.
         fills_masks: whether :meth:`word_logits` predicts masked words.
@@ -111,6 +115,7 @@ class Head(nn.Module, ABC):
     needs_classes: ClassVar[bool] = False
     metrics: ClassVar[tuple[Metric, ...]] = ()
     weighs_classes: ClassVar[bool] = False
+    known_thresholds: ClassVar[tuple[str, ...]] = (HALF,)
     is_pretrained: ClassVar[bool] = False
     varies_in_size: ClassVar[bool] = False
     fills_masks: ClassVar[bool] = False
@@ -129,8 +134,7 @@ class Head(nn.Module, ABC):
         self.class_loss: ClassLoss | None = None
         if settings.class_loss.given:
             assert settings.task is not None
-            classes, table = int(settings.task.high) + 1, f"tasks.{settings.name}"
-            self.class_loss = ClassLoss(settings.class_loss, classes, table)
+            self.class_loss = ClassLoss(settings.class_loss, settings.task)
 
     @classmethod
     def check(cls, settings: HeadSettings) -> None:
@@ -163,6 +167,12 @@ class Head(nn.Module, ABC):
             raise InputError(
                 f"{table}.loss = {settings.loss!r}: a head for {settings.kind} is trained by "
                 f"{' or '.join(cls.known_losses)}"
+            )
+        if settings.threshold not in cls.known_thresholds:
+            others = " or ".join(map(repr, cls.known_thresholds))
+            reason = f"has {others}" if len(cls.known_thresholds) > 1 else "has no threshold"
+            raise InputError(
+                f"{table}.threshold = {settings.threshold!r}: a head for {settings.kind} {reason}"
             )
         for name in settings.class_loss.given if not cls.weighs_classes else ():
             value = getattr(settings.class_loss, name)

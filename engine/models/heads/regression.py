@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ...data.task_batch import Labels
 from ...utils.errors import InputError
 from ..pooling import TaskStates
-from .base import LOSSES, HeadSettings
+from .base import HeadSettings
 from .metrics import METRICS
 from .pair_features import JOINT_WIDTHS, SIMILARITIES
 from .sentence import SentenceHead
@@ -20,7 +20,7 @@ class RegressionHead(SentenceHead):
     A similarity is a share of the range itself; it has no output layer.
     """
 
-    known_losses = LOSSES
+    known_losses = ("default", "mse", "cross_entropy")
     metrics = tuple(METRICS[name] for name in ("pearson", "spearman", "mse"))
     answers_text = (
         "`score`; `share_logit`, the logit of a share of the range; or, of a similarity without an "

@@ -2,7 +2,7 @@
 
 An example is an anchor, a passage that answers it and any number of passages that do not (hard
 negatives).  Similarities are the cosines of their vectors, or dot products; the losses are in
-:mod:`~engine.models.heads.retrieval_loss`, the ranks in :mod:`~engine.models.heads.ranking`.
+:mod:`~engine.models.heads.similarity_loss`, the ranks in :mod:`~engine.models.heads.ranking`.
 """
 
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from ..pooling import TaskStates, at_least_fp32
 from ..step_scores import StepScores
 from .base import Head, HeadSettings
 from .metrics import METRICS
-from .retrieval_loss import in_batch_loss, triplet_loss
+from .similarity_loss import in_batch_loss, triplet_loss
 
 COSINE, DOT = "cosine", "dot"
 _TEMPERATURES = MappingProxyType({COSINE: 0.05, DOT: 1.0})
@@ -45,7 +45,7 @@ class RetrievalHead(Head):
     def __init__(self, settings: HeadSettings) -> None:
         super().__init__(settings)
         self.dropout_p, self.dropout_id = settings.dropout_p, settings.dropout_id
-        own = settings.retrieval
+        own = settings.similarity
         self.temperature = own.temperature or _TEMPERATURES[settings.features]
         self.symmetric, self.margin = own.symmetric, own.margin
         self.is_triplet = settings.loss == TRIPLET

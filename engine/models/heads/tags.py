@@ -28,6 +28,7 @@ class TagHead(Head):
     known_losses = ("default", "cross_entropy")
     needs_classes = True
     metrics = tuple(METRICS[name] for name in ("accuracy", "entity_f1", "f1_macro", "f1_micro"))
+    weighs_classes = True
     varies_in_size = True
     answers = "tags"
     answers_text = "`tags`, the logits of the tags of a word, from the state of its first token"
@@ -62,9 +63,15 @@ class TagHead(Head):
         return at_least_fp32(self.output(rows))
 
     def loss(self, scores: Tensor, labels: Labels | None) -> Tensor:
-        """Return the mean cross entropy of the tags, 0 where none counts."""
+        """Return the mean cross entropy of the tags, or that of its ``class_loss``.
+
+        It is 0 where no tag counts.
+        """
         if not isinstance(labels, TaggedTokens):
             raise ValueError(f"labels: none for task {self.name!r}, which is to be trained")
+        if self.class_loss is not None and not self.class_loss.is_plain:
+            loss: Tensor = self.class_loss(scores.log_softmax(1), labels.targets)
+            return loss
         total = F.cross_entropy(scores, labels.targets, reduction="sum", ignore_index=-100)
         return total / (labels.targets >= 0).sum().clamp(min=1)
 

@@ -27,8 +27,8 @@ TYPOS = {
     **{"task": "tasks", "phase": "phases", "objective": "objectives", "logger": "loggers"},
 }
 UNRELATED = [
-    "alpha",
-    *("gpu", "model", "workers", "nesterov", "temperature", "margin", "lora_r", "x", "k"),
+    "curriculum",
+    *("gpu", "model", "workers", "nesterov", "temperature", "margin", "soft_prompt", "x", "k"),
     *("verbose", "max", "test", "name", "", "_", "__", "ä", "0"),
 ]
 
@@ -98,6 +98,8 @@ OF_OTHERS = {
     "pooling_mode": "pooling",
     "num_labels": "tasks.NAME.source.classes",
     "similarity_fct": "",
+    "pos_weight": "tasks.NAME.class_weights",
+    "decision_threshold": "tasks.NAME.threshold",
     # MT-DNN, and the projects of CS224N
     "init_checkpoint": "init",
     "data_dir": "data",
@@ -140,9 +142,13 @@ OF_OTHERS = {
     "seeds": "--seeds",
     "train_steps": "max_steps",
     "weight": "objectives.NAME.weight or tasks.NAME.weight",
-    "alpha": "balancing.fairgrad_alpha or balancing.gradnorm_alpha",
+    "alpha": "lora_alpha",
     "head_size": "encoder.num_attention_heads",
-    "lora_dropout": "",
+    # PEFT
+    "lora_r": "lora_rank",
+    "target_modules": "lora_targets",
+    "use_lora": "lora_rank",
+    "modules_to_save": "",
     "layerwise_lr_decay": "layer_lr_decay",
     "encoder_lr": "",
     "early_stopping_patience": "patience",
@@ -217,7 +223,7 @@ def test_words_that_are_like_no_method(word):
         ("best_of=stss", "best_of = 'stss': no such score; did you mean sts?"),
         ("best_of=f1", "best_of = 'f1': no such score; known: overall, sst, quora, sts"),
         ("phases.one.best_of=sts", "phases.one: no setting of a phase: best_of"),
-        ("lora_r=3", f"unknown key lora_r; {FIELDS} shows all"),
+        ("soft_prompt=3", f"unknown key soft_prompt; {FIELDS} shows all"),
         ("batchsize=3", f"unknown key batchsize; did you mean batch_size?; {FIELDS} shows all"),
         ("tasks.sst.feature=single", "unknown key tasks.sst.feature; did you mean head?"),
         ("tasks.sst.pool=cls", f"unknown key tasks.sst.pool; {FIELDS} shows all"),
@@ -240,7 +246,7 @@ def test_words_that_are_like_no_method(word):
         ("features=cosine", "did you mean tasks.NAME.head?"),
         ("balancing.cagrad_d=0.1", "did you mean cagrad_c?"),
         ("balance=foo", f"no such method; {FIELDS} shows all"),
-        ("phases.one.lora_r=1", f"no setting of a phase: lora_r; {FIELDS} shows all"),
+        ("phases.one.soft_prompt=1", f"no setting of a phase: soft_prompt; {FIELDS} shows all"),
         ("train=['stsb']", "did you mean sts?"),
         ("train=['mood']", "known: sst, quora, sts"),
     ],

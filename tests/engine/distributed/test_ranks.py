@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoints.manifest import read_manifest
 from engine.config.recipe import load
 from engine.distributed.ranks import Ranks
 from engine.models.hf_weights import to_huggingface_state
@@ -48,6 +49,11 @@ CASES = {
     "parted": (
         *("micro_batches=3", "checkpoint_layers=true", "max_steps=2"),
         *("tasks.sst.class_weights=[1,2,3,4,5]", "tasks.quora.focal_gamma=2"),
+        "tasks.quora.threshold=dev",
+    ),
+    "low rank": (
+        *("lora_rank=2", "lora_targets=['query','output']", "lr=1e-2", "max_steps=4"),
+        *("micro_batches=2", "checkpoint_layers=true", "batch_size=8"),
     ),
     "in turns": ("task_schedule=cycle", "max_steps=4"),
     "stopped early": ("lr=1e-12", "max_steps=4", "eval_every=1", "patience=1"),
@@ -117,6 +123,15 @@ def test_two_ranks_train_as_one_does(runs, name):
     assert_close(runs / f"two-{name}", runs / f"one-{name}")
     scores = [json.loads((runs / f"{n}-{name}/metrics.json").read_text()) for n in ("one", "two")]
     assert scores[0]["scores"] == pytest.approx(scores[1]["scores"], abs=0.02)  # one example: 0.005
+
+
+def test_thresholds_are_those_of_one(runs):
+    one, two = (
+        read_manifest(open_run(runs / f"{n}-parted").checkpoints.all("best")[0]).thresholds
+        for n in ("one", "two")
+    )
+    assert one["quora"] == pytest.approx(two["quora"], rel=1e-3)
+    assert one["quora"] != (0,)
 
 
 def test_repeated_they_give_the_same_bits(runs):

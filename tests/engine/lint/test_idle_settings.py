@@ -140,6 +140,7 @@ DRAWN = (
     "epochs=2",
 )
 RETRIEVAL = ("tasks.replies.head=cosine", "train=['sst','replies']")
+CONTRASTIVE = ("tasks.quora.head=cosine", "tasks.quora.loss=contrastive")
 SHARED = (*FROZEN, "tasks.quora.head=shared", "tasks.sts.head=shared")
 
 EFFECTIVE = [
@@ -153,6 +154,8 @@ EFFECTIVE = [
     ((), "tasks.quora.label_smoothing=0.1"),
     ((), "tasks.sst.focal_gamma=2"),
     ((), "tasks.quora.focal_gamma=2"),
+    (("tasks.quora.head=cosine",), "tasks.quora.loss=contrastive"),
+    (CONTRASTIVE, "tasks.quora.margin=0.9"),
     (RETRIEVAL, "tasks.replies.temperature=0.2"),
     (RETRIEVAL, "tasks.replies.symmetric=true"),
     ((), "train=['sst','sts']"),
@@ -326,6 +329,7 @@ WITHOUT = [
     ((*STEPS, "eval_every=1"), "patience=3"),
     (TEXT_ALONE, "patience=1"),
     (TEXT_ALONE, "best_of=sts"),
+    (TEXT_ALONE, "tasks.quora.threshold=dev"),
     (FROZEN, "balance=gradvac"),
     (FROZEN, "balance_granularity=layer"),
     (FROZEN, "balance_granularity=tensor"),
@@ -344,9 +348,10 @@ ELSEWHERE = {
     *("eval_every", "patience", "best_of"),
     *("keep_checkpoints", "max_graphs", "distribute", "timeout", "check_ranks_every"),
     *("threads", "ema_decay"),
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),  # of a pretrained encoder
     "objectives.NAME.files",
     *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
-    *("tasks.NAME.decided_by", "tasks.NAME.margin"),
+    *("tasks.NAME.decided_by", "tasks.NAME.threshold"),
 }
 
 

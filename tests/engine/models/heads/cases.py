@@ -17,7 +17,7 @@ from engine.models.heads import (
     Head,
     HeadSettings,
     Results,
-    RetrievalSettings,
+    SimilaritySettings,
     build_head,
 )
 from engine.models.layers import Embedding, Linear
@@ -80,7 +80,7 @@ def head_of(
     features: str,
     loss: str = "default",
     class_loss: ClassLossSettings = PLAIN,
-    retrieval: RetrievalSettings = IN_BATCH,
+    similarity: SimilaritySettings = IN_BATCH,
 ) -> Head:
     form = FORMATS[task] if isinstance(task, str) else task
     settings = HeadSettings(
@@ -91,7 +91,7 @@ def head_of(
         features=features,
         loss=loss,
         class_loss=class_loss,
-        retrieval=retrieval,
+        similarity=similarity,
         dropout_p=0.5,
     )
     return build_head(settings).eval()

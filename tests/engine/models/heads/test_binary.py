@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from engine.models.heads import ClassLossSettings, SimilaritySettings
 from engine.models.heads.pair_features import SIMILARITIES
+from engine.models.heads.similarity_loss import contrastive_loss
 from engine.utils.errors import InputError
 
 from .cases import EXAMPLES, WIDTH, head_of, states_of, within_twice
@@ -42,3 +44,33 @@ def test_a_similarity_begins_with_its_threshold_at_a_half(features):
 def test_it_has_no_squared_error():
     with pytest.raises(InputError, match="'mse': a head for binary is trained by default or"):
         head_of("quora", "mean", "mse")
+
+
+@pytest.mark.parametrize("margin", [0.5, 1.3])
+@pytest.mark.parametrize("features", SIMILARITIES)
+def test_contrastive_loss_is_of_the_distance_and_yes_within_half_of_the_margin(features, margin):
+    settings = SimilaritySettings(margin=margin)
+    head = head_of("quora", features, "contrastive", similarity=settings)
+    assert not list(head.parameters())
+    pooled, labels = torch.randn(2 * EXAMPLES, WIDTH), torch.tensor([1.0, 0, 0, 1, 1])
+    scores = head(states_of(pooled))
+    similarities = SIMILARITIES[features](*pooled.chunk(2))
+    distances = 1 - SIMILARITIES[features](*pooled.double().chunk(2))
+    exact = contrastive_loss(distances, labels.double(), margin)
+    plain = contrastive_loss(1 - similarities, labels, margin)
+    # A scale and its inverse: two roundings more of numbers up to 10.
+    assert head.loss(scores, labels).item() == pytest.approx(exact.item(), rel=1e-5)
+    assert plain.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert torch.equal(head.predict(scores), (distances < margin / 2).long())
+    head.set_thresholds([0.25])
+    (threshold,) = head.exported().layout["threshold"]
+    assert torch.equal(head.predict(scores), (similarities > threshold).long())
+
+
+def test_a_contrastive_loss_needs_a_similarity_and_has_no_classes():
+    with pytest.raises(InputError, match="'contrastive': compares similarities, which mean has"):
+        head_of("quora", "mean", "contrastive")
+    with pytest.raises(InputError, match=r"tasks.quora.focal_gamma: has no effect on loss = 'con"):
+        head_of("quora", "cosine", "contrastive", ClassLossSettings(focal_gamma=2.0))
+    with pytest.raises(InputError, match="'contrastive': a head for score is trained by"):
+        head_of("sts", "cosine", "contrastive")

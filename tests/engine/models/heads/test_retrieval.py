@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from engine.data.task_batch import TextIds
 from engine.data.task_schema import FORMATS, TaskSchema
 from engine.models.context import Context
-from engine.models.heads import RetrievalSettings
-from engine.models.heads.retrieval_loss import in_batch_loss, triplet_loss
+from engine.models.heads import SimilaritySettings
+from engine.models.heads.similarity_loss import in_batch_loss, triplet_loss
 from engine.models.pooling import pool
 from engine.models.step_scores import StepScores
 from engine.runs.scoring import answers, results_of
@@ -47,14 +47,14 @@ def test_scores_are_the_texts_vectors_and_answers_their_similarity():
 @pytest.mark.parametrize(("features", "temperature"), [("cosine", 0.05), ("dot", 1.0)])
 def test_the_losses_are_those_of_their_settings(features, temperature):
     for settings, t, symmetric in (
-        (RetrievalSettings(), temperature, False),
-        (RetrievalSettings(temperature=0.2, symmetric=True), 0.2, True),
+        (SimilaritySettings(), temperature, False),
+        (SimilaritySettings(temperature=0.2, symmetric=True), 0.2, True),
     ):
-        head = head_of(TRIPLES, features, retrieval=settings)
+        head = head_of(TRIPLES, features, similarity=settings)
         scores, _, labels = scores_of(head)
         expected = in_batch_loss(scores, labels.ids, t, symmetric=symmetric)
         assert torch.equal(head.loss(scores, labels), expected)
-    head = head_of(TRIPLES, features, "triplet", retrieval=RetrievalSettings(margin=0.9))
+    head = head_of(TRIPLES, features, "triplet", similarity=SimilaritySettings(margin=0.9))
     scores, _, labels = scores_of(head)
     assert torch.equal(head.loss(scores, labels), triplet_loss(scores, 0.9))
     with pytest.raises(ValueError, match="labels: none for task 'triples'"):

@@ -1,4 +1,4 @@
-"""Losses of retrieval: in-batch negatives, and triplets.
+"""Losses of similarities: in-batch negatives and triplets of retrieval, pairs with labels.
 
 Example i is an anchor a_i, a passage p_i that answers it and any number of passages n_ik that do
 not; s is the similarity of two vectors.  The default loss is that of finding the own passage among
@@ -15,6 +15,12 @@ The loss ``triplet`` compares an example's passage with its own negatives alone 
 2015, arXiv:1503.03832, equation 3, of similarities in place of distances):
 
     loss_i = mean_k max(0, margin - s(a_i, p_i) + s(a_i, n_ik))
+
+The loss ``contrastive`` of pairs with the label y, 1 for the same and 0 for different ones, pulls
+same ones together and pushes different ones apart up to the margin (Hadsell et al. 2006, equation
+4; ``ContrastiveLoss`` of sentence-transformers), with the distance d = 1 - s:
+
+    loss_i = ( y_i d_i^2 + (1 - y_i) max(0, margin - d_i)^2 ) / 2
 """
 
 from typing import NamedTuple
@@ -24,13 +30,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class RetrievalSettings(NamedTuple):
-    """Settings of a retrieval task's loss.
+class SimilaritySettings(NamedTuple):
+    """Settings of a loss that compares similarities.
 
     Attributes:
         temperature: t, that similarities are divided by; 0 for the default of the features.
         symmetric: whether passages look for their anchors, too.
-        margin: of the loss ``triplet``.
+        margin: of the losses ``triplet`` and ``contrastive``.
     """
 
     temperature: float = 0.0
@@ -38,7 +44,7 @@ class RetrievalSettings(NamedTuple):
     margin: float = 0.5
 
 
-IN_BATCH = RetrievalSettings()
+IN_BATCH = SimilaritySettings()
 """Those of in-batch negatives as sentence-transformers has them."""
 
 
@@ -82,3 +88,15 @@ def triplet_loss(vectors: Tensor, margin: float) -> Tensor:
     """
     similarities = (vectors[:, :1] * vectors[:, 1:]).sum(-1)
     return (margin - similarities[:, :1] + similarities[:, 1:]).relu().mean()
+
+
+def contrastive_loss(distances: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Return the mean loss of n pairs, 0-dim.
+
+    Args:
+        distances: fp32 or float64 ``[n]``.
+        labels: of the same dtype ``[n]``, 1 for the same and 0 for different ones.
+        margin: the distance beyond which different ones are far enough apart.
+    """
+    apart = (margin - distances).relu()
+    return (labels * distances.square() + (1 - labels) * apart.square()).mean() / 2

@@ -1,11 +1,11 @@
-"""Losses of retrieval against their formulas in float64, one anchor and one text at a time."""
+"""Losses of similarities against their formulas in float64, one anchor and one text at a time."""
 
 from math import exp, log
 
 import pytest
 import torch
 
-from engine.models.heads.retrieval_loss import in_batch_loss, triplet_loss
+from engine.models.heads.similarity_loss import contrastive_loss, in_batch_loss, triplet_loss
 
 from .cases import WIDTH, within_twice
 
@@ -139,3 +139,17 @@ def test_triplet_loss_is_its_formula(negatives):
         (vectors[:, :1] * vectors[:, 2:]).sum(-1)
     )
     assert within_twice(triplet_loss(vectors, 0.3), plain.relu().mean(), exact)
+
+
+def test_contrastive_loss_is_its_formula():
+    """Pairs within the margin, beyond it, at it, and at the distance 0, of both labels."""
+    distances = torch.tensor([0.1, 0.49, 0.5, 1.7, 0.0] * 2)
+    labels = torch.tensor([1.0] * 5 + [0.0] * 5)
+    terms = [
+        (y * d**2 + (1 - y) * max(0.0, 0.5 - d) ** 2) / 2
+        for d, y in zip(distances.double().tolist(), labels.tolist(), strict=True)
+    ]
+    exact = torch.tensor(sum(terms) / 10, dtype=torch.float64)
+    assert 0 in terms
+    plain = torch.where(labels > 0, distances**2, (0.5 - distances).clamp(min=0) ** 2)
+    assert within_twice(contrastive_loss(distances, labels, 0.5), plain.mean() / 2, exact)
