@@ -1,7 +1,5 @@
 """Answers as spans of a context: a linear layer on token states, exact match and F1 of words."""
 
-from types import MappingProxyType
-
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
@@ -32,7 +30,6 @@ class AnswerHead(Head):
         "`span`, two logits for each token of [CLS] question [SEP] context [SEP], to begin and to "
         "end the answer; those of [CLS] stand for none"
     )
-    answers_code = MappingProxyType({"span": "x.argmax(0)"})
     reads_tokens = True
 
     def __init__(self, settings: HeadSettings) -> None:
