@@ -26,6 +26,7 @@ from engine.models.multitask import MultitaskModel
 from engine.runs.scoring import answers, results_of, scores_of
 from engine.utils.errors import InputError
 
+from ....device_waits import RecordableOnly
 from ...small_models import build_step
 from .cases import WIDTH, head_of, of_output, states_of, within_twice
 
@@ -92,6 +93,14 @@ def test_the_gradient_is_torchs_and_none_of_padding():
     short = spans_in((3, 1, 4))
     small = torch.randn(8, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: head.loss(x, short), small)
+
+
+def test_the_loss_can_be_recorded_and_waits_for_no_device():
+    head, labels = head_of(FORM, "tokens"), spans_in(LENGTHS)
+    logits = torch.randn(sum(LENGTHS) + 3, 2, requires_grad=True)
+    with RecordableOnly():
+        head.loss(logits, labels).backward()
+    assert logits.grad.isfinite().all()
 
 
 def test_sums_of_large_and_small_exponentials():
