@@ -20,7 +20,6 @@ Span = tuple[int, int]
 """The first character of an answer in its context, and the one behind its last."""
 
 _FIELDS = ("text", "answer_start")
-_NESTED = "SQuAD's nested JSON, questions in paragraphs"
 
 
 def spans_of(cell: str, context: str, *, unanswerable: bool) -> list[Span]:
@@ -111,7 +110,7 @@ def squad_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) 
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"not JSON: {reason}, {path}; correct the file") from error
-    return Rows(_questions(content, path, columns), [_NESTED])
+    return Rows(_questions(content, path, columns), [])
 
 
 def _questions(content: Any, path: Path, columns: Sequence[str]) -> Iterator[Row]:
