@@ -60,14 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report_data(terminal(), splits.values())
     scores = score_splits(model, splits, run.recipe)
     if options.task is None:
-        write_scores(run.folder, Scores(split, progress.step, scores))
+        write_scores(run.folder, Scores(split, progress.step, scores, progress.averaged))
     elif not math.isfinite(scores[options.task]):
         raise InputError(
             f"{options.run}: what the model computes for {options.task} is not finite; train it "
             "again with a lower lr"
         )
     what_for = split if options.input is None else str(options.input)
-    title = f"{what_for} scores of step {progress.step}"
+    title = f"{what_for} scores of {progress.source}"
     print_scores(terminal(), title, scores, run.recipe)
     for task, form in run.recipe.formats.items():
         if cuts := describe_thresholds(model.head(task), form):

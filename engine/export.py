@@ -7,6 +7,9 @@ import torch
 
 from .cli.common import Parser, run_cli, terminal
 from .exporting.folder import check_free, write_model_folder
+from .exporting.onnx_folder import check_packages, write_onnx_folder
+from .exporting.task_folder import write_task_folder
+from .runs.predictor import schema
 from .runs.run import open_run
 from .runs.scoring import read_scores
 
@@ -16,17 +19,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog=f"python -m {__package__}.export",
         description="Write a run's best checkpoint as a folder that transformers.AutoModel and "
-        "sentence_transformers.SentenceTransformer load, with its heads and a model card.",
+        "sentence_transformers.SentenceTransformer load, with its heads and a model card; or one "
+        "task as a model that transformers' pipelines load; or either as an ONNX graph.",
     )
     what, where = parser.add_argument_group("what to export"), parser.add_argument_group("where")
     what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    what.add_argument(
+        "--task",
+        metavar="NAME",
+        help="this task alone, for transformers' pipelines (default: the encoder)",
+    )
+    what.add_argument(
+        "--onnx", action="store_true", help="a graph, model.onnx: sentence vectors, or the --task"
+    )
     where.add_argument(
         "--to", required=True, type=Path, metavar="DIR", help="a new or empty folder; needed"
     )
     options = parser.parse_args(arguments)
 
     check_free(options.to)
+    if options.onnx:
+        check_packages()
     run = open_run(options.run)
+    if options.task is not None:
+        schema(run, options.task)  # before the weights are read
     model, progress = run.trained_model(torch.device("cpu"), torch.float32)
     has_scores = (run.folder / "metrics.json").exists()
     measured = read_scores(run.folder, run.recipe.tasks) if has_scores else None
@@ -34,7 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured is not None and measured.split == "dev" and measured.step == progress.step
     )
     scores = measured.scores if measured is not None and of_these_weights else None
-    write_model_folder(run, model, progress, scores, options.to)
+    if options.onnx:
+        write_onnx_folder(run, model, options.task, progress, scores, options.to)
+    elif options.task is None:
+        write_model_folder(run, model, progress, scores, options.to)
+    else:
+        write_task_folder(run, model, options.task, progress, scores, options.to)
     terminal().print(f"wrote {options.to}", soft_wrap=True, highlight=False)
     return 0
 

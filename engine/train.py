@@ -28,6 +28,7 @@ from .cli.progress import (
     describe,
     list_recipes,
     print_idle_settings,
+    print_line_on_init,
     print_warmup,
     report_data,
 )
@@ -48,6 +49,7 @@ from .runs.scoring import Scores, read_scores, score_splits, write_scores
 from .runtime.cpu import set_threads
 from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.precision import pick_device
+from .training.average_best import average_best, discard_average
 from .training.build import build_trainer
 from .training.divergence import check_skipped, is_worth_saving
 from .training.drift import check_ranks, check_ranks_at_start
@@ -81,6 +83,8 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
     recipe, ranks = trainer.recipe, trainer.ranks
     progress, stopping = trainer.restore(), False
     first = trainer.total_steps if trainer.stops_early(progress) else progress.phase_step
+    if not trainer.has_ended(progress):
+        discard_average(trainer, progress)
     with (
         StopRequest() as stop,
         trainer.checkpoint_writer,
@@ -137,6 +141,8 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
             "steps, or with precision=bf16 or fp32",
             soft_wrap=True,
         )
+    if ended:
+        average_best(trainer, progress, console)
     if ended or (progress.step == stop_after and stop.signal is None):
         return None
     return stop.signal or Signals.SIGTERM
@@ -181,13 +187,13 @@ def _evaluate_and_save(
             )
     if scores:
         log.add_scores(progress.step, scores)
-        progress = progress.evaluated(trainer.deciding_score(scores))
+        progress = progress.evaluated(trainer.deciding_score(scores), trainer.average_best)
     worth_saving = is_worth_saving(trainer, micro_batches, log, progress, scores, stopping=stopping)
     is_best = bool(scores) and progress.best_step == progress.step
-    if is_best:
-        trainer.save_best(progress)
-        if trainer.ranks.is_main:
-            write_scores(trainer.run.folder, Scores("dev", progress.step, scores))
+    if scores:
+        trainer.save_scored(progress)
+    if is_best and trainer.ranks.is_main:
+        write_scores(trainer.run.folder, Scores("dev", progress.step, scores))
     if evaluate:
         bar.print_epoch(progress, trainer.epoch_steps, scores)
     if worth_saving and (due or is_best or trainer.has_ended(progress)):
@@ -232,6 +238,8 @@ def train_run(
         if phase == done.phase:
             _check_steps(trainer, done)
         if ranks.is_main:
+            if done == Progress() and phase == 0:
+                print_line_on_init(console, run)
             run.write()  # only now: what cannot be trained leaves no folder behind
         check_ranks_at_start(trainer)
         facts[trainer.name] = PhaseFacts.of(trainer)
@@ -308,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run = resume(recipe, out) if resumes else begin(recipe, out)
             if options.dry_run:
                 trainer = build_trainer(run, device, ranks)
+                print_line_on_init(console, run)
                 report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()])
                 with closing(trainer.step.execution):
                     show_plan(console, trainer)
@@ -322,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if recipe.is_scored:
         best = read_scores(run.folder, recipe.tasks)
         when = "evaluation" if any(p.eval_every for p in recipe.in_phases.values()) else "epoch"
-        title = f"{best.split} scores, best {when} (step {best.step})"
+        of = best.source if best.averaged else f"best {when} (step {best.step})"
+        title = f"{best.split} scores, {of}"
         print_scores(console, title, best.scores, recipe)
     else:
         console.print("not scored: no task was trained; the weights are those of the last step")

@@ -30,7 +30,7 @@ from ..distributed.ranks import Ranks
 from ..models.stored_dtypes import check_stored_dtypes
 from ..utils.errors import InputError
 from ..utils.files import explained, new_partial_folder, put_folder, remove_folder
-from .manifest import Manifest, seal
+from .manifest import Manifest, Progress, seal
 from .step_weights import readable
 from .store import FILES, Checkpoints
 
@@ -48,6 +48,7 @@ class AsyncWriter:
         self._checkpoints, self._keep, self._ranks = checkpoints, keep, ranks
         self._writing: Future[Any] | None = None
         self._path = self._partial = checkpoints.folder
+        self._latest = Progress()
         if ranks.size == 1:
             quiet_when_alone()
 
@@ -58,7 +59,8 @@ class AsyncWriter:
             InputError: the one before could not be written.
         """
         self.wait()
-        self._path = self._checkpoints.path("step", manifest.progress.step)
+        self._latest = manifest.progress
+        self._path = self._checkpoints.path("step", self._latest.step)
         self._partial = self._new_partial()
         writing = async_save(
             state,
@@ -94,6 +96,10 @@ class AsyncWriter:
             raise InputError(
                 f"cannot write {self._path}: {reason}; make room and go on with --resume"
             ) from error
+
+    def keep_top(self, progress: Progress) -> None:
+        """Remove the ``top`` checkpoints that no run goes on with, from here or a checkpoint."""
+        self._checkpoints.keep_top((progress, self._latest))  # that one may not be there yet
 
     def _new_partial(self) -> Path:
         """Return a new folder to write into, the same on all ranks.

@@ -5,6 +5,7 @@ It is the last file to be written, so a folder that has one is complete.
 
 import hashlib
 import math
+from collections.abc import Sequence
 from os.path import isfile
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -43,6 +44,9 @@ class Progress(NamedTuple):
         phase_start: the steps of the phases before.
         phase_best: best deciding dev score of this phase.
         stale: evaluations of this phase in a row, up to the last one, without a better one.
+        top: steps and deciding scores of the best evaluations of this phase, the best first, as
+            many as ``average_best`` takes; none in a phase that is not averaged.
+        averaged: of a checkpoint that holds an average, the steps that it is made of.
     """
 
     step: Count = 0
@@ -52,20 +56,35 @@ class Progress(NamedTuple):
     phase_start: Count = 0
     phase_best: FiniteFloat | None = None
     stale: Count = 0
+    top: tuple[tuple[Count, FiniteFloat], ...] = ()
+    averaged: tuple[Count, ...] = ()
 
     @property
     def phase_step(self) -> int:
         """Steps done in this phase."""
         return self.step - self.phase_start
 
+    @property
+    def source(self) -> str:
+        """Where the weights come from: ``step 5``, or ``the average of steps 3, 5``."""
+        return describe_source(self.step, self.averaged)
+
     def is_beaten_by(self, score: float) -> bool:
         """Return whether a score is finite and better than the best so far."""
         return _is_better(score, self.best_score)
 
-    def evaluated(self, score: float) -> "Progress":
-        """Return the progress after an evaluation with this deciding score."""
+    def evaluated(self, score: float, keep: int = 0) -> "Progress":
+        """Return the progress after an evaluation with this deciding score.
+
+        Args:
+            score: higher is better.
+            keep: how many of the best evaluations of the phase are to be averaged.
+        """
         progress = self
-        if self.is_beaten_by(score):
+        if keep and math.isfinite(score):
+            top = sorted([*self.top, (self.step, score)], key=lambda each: -each[1])
+            progress = progress._replace(top=tuple(top[:keep]))  # of equal ones the first
+        if progress.is_beaten_by(score):
             progress = progress._replace(best_score=score, best_step=self.step)
         if _is_better(score, self.phase_best):
             return progress._replace(phase_best=score, stale=0)
@@ -74,6 +93,12 @@ class Progress(NamedTuple):
     def in_phase(self, phase: int) -> "Progress":
         """Return the progress as a later phase begins."""
         return Progress(self.step, self.best_score, self.best_step, phase, self.step)
+
+
+def describe_source(step: int, averaged: Sequence[int]) -> str:
+    """Return what weights are those of, for a title."""
+    steps = ", ".join(map(str, sorted(averaged)))
+    return f"the average of steps {steps}" if steps else f"step {step}"
 
 
 def _is_better(score: float, best: float | None) -> bool:
@@ -108,7 +133,7 @@ class Manifest(BaseModel):
     """Of the fields above."""
 
     @field_serializer("progress")
-    def _without_later_defaults(self, progress: Progress) -> list[int | float | None]:
+    def _without_later_defaults(self, progress: Progress) -> list[Any]:
         """Leave out what checkpoints without it had no field for: their digests stay the same."""
         values, defaults = list(progress), list(Progress())
         while len(values) > _FIRST_FIELDS and values[-1] == defaults[len(values) - 1]:

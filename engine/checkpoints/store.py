@@ -2,9 +2,11 @@
 
     checkpoints/step-00000376/   everything that resuming needs; the newest few are kept
     checkpoints/best-00000188/   the weights that scored best on the dev sets
+    checkpoints/top-00000188/    weights that the average at the end may need (average_best)
+    checkpoints/average-00000376/   that average, if it scores at least as well as the best
 
 A ``step`` checkpoint holds the flat vectors by bucket, as torch.distributed.checkpoint wrote them
-(checkpoints/async_writer.py), whatever the number of ranks; a ``best`` one holds the weights by
+(checkpoints/async_writer.py), whatever the number of ranks; the others hold the weights by
 name.  Random numbers and the order of the examples follow from the recipe's seed and the step, so
 no generator needs saving.  Tensors are stored as safetensors: no pickle is read.
 """
@@ -12,12 +14,14 @@ no generator needs saving.  Tensors are stored as safetensors: no pickle is read
 import logging
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +32,8 @@ from ..utils.files import is_partial, remove_folder, whole_folder
 from ..utils.finite import all_finite
 from .manifest import Manifest, Progress, read_manifest, seal, verify
 
-_NAME = re.compile(r"(step|best)-(\d{8})")
+KINDS = ("step", "best", "top", "average")
+_NAME = re.compile(rf"({'|'.join(KINDS)})-(\d{{8}})")
 _WEIGHTS = "model.safetensors"
 
 FILES = re.compile(
@@ -55,7 +60,7 @@ class Checkpoints:
         return self.folder / f"{kind}-{step:08}"
 
     def all(self, kind: str) -> list[Path]:
-        """Return the checkpoints of ``kind`` (``step`` or ``best``), the newest first."""
+        """Return the checkpoints of ``kind``, one of ``KINDS``, the newest first."""
         if not self.folder.is_dir():
             return []
         found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
@@ -84,10 +89,29 @@ class Checkpoints:
             raise InputError(f"{damage}; no other checkpoint is whole, train the run again")
         return None
 
+    def find_first(self, kinds: Iterable[str]) -> Path | None:
+        """Return what :meth:`find` does of the first kind that there is, or None."""
+        return next(filter(None, map(self.find, kinds)), None)
+
     def progress(self) -> Progress:
         """Return the progress of the newest checkpoint to resume from."""
         path = self.find("step")
         return Progress() if path is None else read_manifest(path).progress
+
+    def save_weights(
+        self,
+        kind: str,
+        progress: Progress,
+        weights: Mapping[str, Tensor],
+        thresholds: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+    ) -> None:
+        """Write the weights alone.
+
+        ``thresholds`` are those that they were scored with, by task.
+        """
+        with whole_folder(self.path(kind, progress.step), FILES) as partial:
+            save_file(dict(weights), partial / _WEIGHTS)
+            seal(partial, Manifest(progress=progress, thresholds=dict(thresholds)))
 
     def save_best(
         self,
@@ -95,18 +119,26 @@ class Checkpoints:
         weights: Mapping[str, Tensor],
         thresholds: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
     ) -> None:
-        """Write the weights alone, as the best so far, then remove those before.
-
-        ``thresholds`` are those that they were scored with, by task.
-        """
-        with whole_folder(self.path("best", progress.step), FILES) as partial:
-            save_file(dict(weights), partial / _WEIGHTS)
-            seal(partial, Manifest(progress=progress, thresholds=dict(thresholds)))
+        """Write the weights alone, as the best so far, then remove those before."""
+        self.save_weights("best", progress, weights, thresholds)
         self.keep("best", 1)
 
     def keep(self, kind: str, count: int) -> None:
         """Remove all but the newest ``count`` checkpoints of a kind, and those that hold more."""
-        for path in self.all(kind)[count:]:
+        self._remove(self.all(kind)[count:])
+
+    def keep_top(self, now: Iterable[Progress]) -> None:
+        """Remove the ``top`` checkpoints that neither these name nor any ``step`` checkpoint."""
+        named = list(now)
+        for path in self.all("step"):
+            with suppress(InputError):  # damaged or gone by now: no run goes on from it
+                named.append(read_manifest(path).progress)
+        needed = {self.path("top", step) for progress in named for step, _ in progress.top}
+        self._remove(path for path in self.all("top") if path not in needed)
+
+    @staticmethod
+    def _remove(checkpoints: Iterable[Path]) -> None:
+        for path in checkpoints:
             try:
                 remove_folder(path, FILES)
             except InputError as error:
@@ -119,6 +151,53 @@ class Checkpoints:
                 if is_partial(path.name, _NAME):
                     with suppress(InputError):  # there is more in it
                         remove_folder(path, FILES)
+
+
+def average_weights(checkpoints: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the mean of the weights of checkpoints of one run, fp32, summed in float64.
+
+    Each tensor is read when its turn comes, so that one set of weights is in memory.
+
+    Args:
+        checkpoints: that hold weights by name; at least one.
+
+    Raises:
+        InputError: one cannot be read, or has other weights than the first.
+    """
+    files = [checkpoint / _WEIGHTS for checkpoint in checkpoints]
+    check_stored_dtypes(files, lambda _: torch.float32)
+    averages = dict[str, Tensor]()
+    with ExitStack() as stack:
+        archives = [(file, _open(stack, file)) for file in files]
+        shapes = [
+            {name: archive.get_slice(name).get_shape() for name in archive.keys()}  # noqa: SIM118
+            for _, archive in archives
+        ]
+        for file, own in zip(files, shapes, strict=True):
+            for name in sorted(own.keys() | shapes[0].keys()):
+                if own.get(name) != shapes[0].get(name):
+                    raise InputError(f"{file}: {name} is not as in {files[0]}; train the run again")
+        for name in shapes[0]:
+            total = torch.zeros(shapes[0][name], dtype=torch.float64)
+            for file, archive in archives:
+                total += _get(file, archive, name)
+            averages[name] = (total / len(files)).float()
+    return averages
+
+
+def _open(stack: ExitStack, file: Path) -> Any:
+    try:
+        return stack.enter_context(safe_open(file, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable safetensors file ({error})") from None
+
+
+def _get(file: Path, archive: Any, name: str) -> Tensor:
+    try:
+        tensor: Tensor = archive.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable safetensors file ({error})") from None
+    return tensor
 
 
 def load_weights(checkpoint: Path, model: MultitaskModel) -> Progress:

@@ -54,7 +54,8 @@ def add_settings(group: argparse._ActionsContainer) -> None:
         "--init",
         metavar="MODEL",
         help="pretrained encoder of BERT's family: a folder in the Hugging Face layout or a hub "
-        "name (default: train from scratch)",
+        "name; or a run's folder, whose encoder, heads and adapters are taken (default: train from "
+        "scratch)",
     )
     add(
         "--max-steps",

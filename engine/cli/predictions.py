@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..data.dialect import AUTO, COMPRESSIONS, LAYOUTS, endings
+from ..data.dialect import ARCHIVES, AUTO, COMPRESSIONS, LAYOUTS, endings
 from ..data.plain_text import text_table
 from ..data.rows import lines_on
 from ..data.split import TokenizedSplit
@@ -64,6 +64,15 @@ def read_examples(
     else:
         if written_as != AUTO:
             format_ = replace(format_, layout=LAYOUTS[f".{written_as}"])
+        elif (
+            (format_.layout, format_.dialect.delimiter) == (None, AUTO)
+            and not is_stream
+            and endings(path)[0] not in (*LAYOUTS, *ARCHIVES)
+        ):
+            raise InputError(
+                f"{path}: unknown ending; name its format by --input-format (text: a sentence a "
+                "line)"
+            )
         if is_stream and not content.strip():
             raise InputError(f"empty, {path}; give rows")
         table = parse_table(content, path, format_, labelled=False, on_bad_row=on_bad_row)

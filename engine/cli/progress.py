@@ -18,8 +18,15 @@ from ..data.task_batch import Examples
 from ..distributed.bandwidth import measure_traffic
 from ..lint.idle_settings import lines_on_idle_settings
 from ..lint.phase_facts import PhaseFacts
+from ..runs.run import Run
 from ..runtime.execution import RECORDED, Execution
 from ..training.trainer import Trainer
+
+
+def print_line_on_init(console: Console, run: Run) -> None:
+    """Print what a run takes from another one that ``--init`` names, if it does."""
+    if line := run.line_on_init:
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def describe(console: Console, trainer: Trainer) -> None:

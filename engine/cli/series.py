@@ -12,14 +12,15 @@ from ..runs.experiments import (
     Ending,
     RunSpec,
     check_results,
-    print_diverged,
-    print_results,
+    print_failed,
     read_results,
     train_runs,
 )
-from ..runs.halving import Plan, is_done, print_rungs, read_record, rungs, train_halving
+from ..runs.halving import Plan, is_done, read_record, rungs, train_halving
+from ..runs.halving_table import print_rungs
+from ..runs.ranking import print_results
 from ..runs.run import Run
-from .common import DIVERGED, STOPPED
+from .common import BAD_INPUT, DIVERGED, STOPPED
 
 
 def train_series(
@@ -39,7 +40,8 @@ def train_series(
         over: no run is begun once it is set.
 
     Returns:
-        The command's exit status.
+        The command's exit status: that of a diverged run if one diverged, else that of bad input if
+        one does not fit in memory.
 
     Raises:
         InputError: the folder has scores of other settings.
@@ -47,10 +49,11 @@ def train_series(
     check_results(folder, specs)
     ending = train_runs(folder, specs, train_run, console, over)
     results = read_results(folder)
-    print_results(console, results, specs)
-    print_diverged(console, ending.diverged)
-    if all(spec.name in {**results, **ending.diverged} for spec in specs):
-        return DIVERGED if ending.diverged else 0
+    print_results(console, folder, results, specs)
+    print_failed(console, ending.failed)
+    if all(spec.name in {**results, **ending.failed} for spec in specs):
+        without_memory = BAD_INPUT if ending.failed else 0
+        return DIVERGED if ending.diverged else without_memory
     return _stopped(console, ending)
 
 
@@ -85,7 +88,7 @@ def halve_series(
     results = read_results(folder)
     found = rungs(plan, read_record(folder, plan), results)
     print_rungs(console, plan, found)
-    print_diverged(console, ending.diverged)
+    print_failed(console, ending.failed)
     if is_done(plan, found):
         return 0 if any(spec.name in results for spec in plan.specs) else DIVERGED
     return _stopped(console, ending)

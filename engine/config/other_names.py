@@ -10,6 +10,7 @@ from types import MappingProxyType
 from .renamed import RENAMED
 
 _FIELDS = {
+    "average_best": "average_checkpoints checkpoint_averaging model_soup swa average_top_k",
     "balance": "balancing_method grad_method gradient_surgery mtl_method",
     "batch_size": "bs bsz micro_batch_size",
     "betas": "adam_beta1 adam_beta2",

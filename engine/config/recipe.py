@@ -21,8 +21,6 @@ from ..distributed.gradient_sync import MODES
 from ..gradients.balancing import METHODS, TORCHJD, BalanceSettings
 from ..gradients.groups import GRANULARITIES
 from ..metrics.loggers import LOGGERS
-from ..models.heads import head_class, metrics_for
-from ..models.heads.thresholds import deciding_metric
 from ..models.lora import DEFAULT_PROJECTIONS, PROJECTIONS, LoraSettings
 from ..models.pooling import POOLINGS
 from ..optim.build import OPTIMIZERS
@@ -46,6 +44,7 @@ from .messages import FIELDS, first_problem, nearest
 from .objective import ObjectiveRecipe
 from .renamed import with_new_name, with_new_names
 from .tables import EncoderRecipe, TaskRecipe
+from .task_checks import check_task
 
 _NAME = re.compile(r"[_-]*[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -73,7 +72,8 @@ class Recipe(Settings):
     data: Name = ""
     """Folder of the data files (``--data``); empty for the embedded demo corpus."""
     init: Name = ""
-    """Folder or hub name of a pretrained encoder (``--init``); empty to train from scratch."""
+    """Folder or hub name of a pretrained encoder (``--init``), or a run's folder, whose encoder,
+    heads and adapters are taken (engine/runs/initial_weights.py); empty to train from scratch."""
 
     tasks: dict[str, TaskRecipe] = Field(min_length=1)
     """The tasks that are evaluated."""
@@ -206,6 +206,10 @@ class Recipe(Settings):
     patience: Count = 0
     """End a phase after so many evaluations in a row without a better deciding score (best_of) than
     the phase has had; 0: never."""
+    average_best: Count = 0
+    """Average the weights of so many of the best evaluations (best_of) of the last phase, as it
+    ends; evaluate, predict and export load the average, unless it scores worse on dev than the best
+    weights do.  0: none."""
     checkpoint_every: Count = 0
     """Steps between checkpoints besides those at each epoch's end and of the best scores; 0:
     none."""
@@ -243,7 +247,7 @@ class Recipe(Settings):
                 f"best_of = {self.best_of!r}: no such score{nearest(self.best_of, scores)}"
             )
         known = [*self.tasks, *self.objectives]
-        self._check_metrics()
+        self._check_tasks()
         self._check_lora()
         for name in self.train:
             if name not in known:
@@ -278,40 +282,9 @@ class Recipe(Settings):
         torch_arguments_of(self)
         return self
 
-    def _check_metrics(self) -> None:
+    def _check_tasks(self) -> None:
         for name, task in self.tasks.items():
-            form = self.formats[name]
-            known = [metric.name for metric in metrics_for(form)]
-            for metric in task.metrics:
-                if metric not in known:
-                    raise ValueError(
-                        f"tasks.{name}.metrics: {metric!r} is none of this kind of task; it has "
-                        f"{', '.join(known)}"
-                    )
-            if len(set(task.metrics)) != len(task.metrics):
-                raise ValueError(f"tasks.{name}.metrics: a metric stands twice")
-            errors = [metric.name for metric in metrics_for(form) if metric.sign < 0]
-            if task.decided_by == "mean" and len(task.metrics) > 1:
-                for metric in set(errors) & set(task.metrics):
-                    raise ValueError(
-                        f"tasks.{name}.decided_by: {metric} is an error, which has no mean with "
-                        "scores; leave it out of metrics"
-                    )
-            if task.threshold in head_class(form.kind).known_thresholds[1:]:
-                names, several = task.metrics or known[:1], form.labels == "several"
-                try:
-                    deciding_metric(task.threshold, names, several=several)
-                except ValueError as error:
-                    raise ValueError(
-                        f"tasks.{name}.threshold = {task.threshold!r}: {error}"
-                    ) from None
-            if task.tag_pieces != "first" and form.labels != "words":
-                raise ValueError(f"tasks.{name}.tag_pieces: the task has no words with tags")
-            for field in ("temperature", "symmetric", "margin"):
-                is_default = getattr(task, field) == TaskRecipe.model_fields[field].default
-                reason = "" if is_default else _no_effect_on_similarity(field, task, form)
-                if reason:
-                    raise ValueError(f"tasks.{name}.{field}: {reason}; leave it out")
+            check_task(name, task, self.formats[name])
         if not any(task.score_weight for task in self.tasks.values()):
             raise ValueError("tasks: some score_weight has to be above 0, or none is best")
 
@@ -410,16 +383,6 @@ def torch_arguments_of(recipe: Recipe) -> dict[str, Any]:
     return torch_arguments(
         recipe.optimizer, recipe.optimizer_options, recipe.momentum, recipe.weight_decay
     )
-
-
-def _no_effect_on_similarity(field: str, task: TaskRecipe, form: TaskSchema) -> str:
-    """Return why a setting of similarities has no effect on a task; empty where it has one."""
-    if field == "margin":
-        has_one = task.loss in ("triplet", "contrastive")
-        return "" if has_one else "only loss = triplet and loss = contrastive have one"
-    if form.kind != "retrieval":
-        return "the task is no retrieval"
-    return "loss = triplet has none" if task.loss == "triplet" else ""
 
 
 def _check_name(key: str, name: str) -> None:

@@ -295,9 +295,11 @@ class Tokenizer:
         """
         blank = " " if self._has_blanks else ""
         words = [blank * (number > 0) + word for text in texts for number, word in enumerate(text)]
-        # Without a frame: each word is a text of its own, of any length.
-        encoded = self.encode(words, 1 << 30)
-        own = np.diff(encoded.offsets) - 2
+        # Each distinct word once, as a text of its own of any length.
+        numbers: dict[str, int] = {}
+        of_words = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=int)
+        encoded = self.encode([*numbers], 1 << 30)
+        own = np.diff(encoded.offsets)[of_words] - 2
         counts = np.array([len(text) for text in texts], dtype=np.int64)
         ends = np.concatenate(([0], np.cumsum(own)))
         bounds = np.concatenate(([0], np.cumsum(counts)))
@@ -308,7 +310,7 @@ class Tokenizer:
         offsets = np.concatenate(([0], np.cumsum(sizes + 2)))
         tokens = np.empty(offsets[-1], dtype=np.int32)
         tokens[offsets[:-1]], tokens[offsets[1:] - 1] = self.cls_id, self.sep_id
-        from_word = encoded.offsets[:-1] + 1
+        from_word = encoded.offsets[of_words] + 1
         to_word = np.repeat(offsets[:-1] + 1, counts) + before
         tokens[ranges(to_word, kept)] = encoded.tokens[ranges(from_word, kept)]
         truncated = int((lengths > max_length - 2).sum())

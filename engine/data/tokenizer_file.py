@@ -17,7 +17,10 @@ LARGEST_FILE = 64 << 20
 _SAMPLING = ("dropout", "alpha", "nbest_size")
 """Fields of models that split the same text differently from one time to the next."""
 
-_TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
+_LARGEST_ID = (1 << 24) - 1
+"""The library writes a vocabulary down in memory for all numbers up to the largest one."""
+
+_TokenId = Annotated[int, Field(ge=0, le=_LARGEST_ID)]
 _Token = Annotated[str, Field(max_length=256)]
 
 

@@ -24,8 +24,10 @@ from ..runs.run import Run
 from ..utils.errors import InputError
 from ..utils.files import explained, whole_folder
 from ..utils.json_text import dump_json
-from .model_card import Scores, model_card
+from .card_sections import Scores
+from .model_card import model_card
 from .peft_adapter import write_peft_adapter
+from .tokenizer_files import write_tokenizer
 
 # Libraries would put a head of random weights on the encoder, and answer from it.  There is no way
 # to refuse, but the errors that these entries lead to name them; encoders do not read them.
@@ -56,11 +58,7 @@ def write_model_folder(
         InputError: ``to`` holds something already or cannot be written, or the model has adapters.
     """
     check_free(to)
-    if model.adapters:
-        raise InputError(
-            f"{run.folder}: trained with adapter_width = {run.recipe.adapter_width}; no model of "
-            "transformers has adapters, so that no other library could load it"
-        )
+    check_exportable(run, model)
     with whole_folder(Path(realpath(to))) as folder:
         if run.recipe.lora is not None:
             assert model.lora is None, "the updates are merged"
@@ -82,6 +80,19 @@ def check_free(to: Path) -> None:
         real = Path(realpath(to))
         if real.exists() and (not real.is_dir() or any(real.iterdir())):
             raise InputError(f"--to {to}: holds something already; give another folder")
+
+
+def check_exportable(run: Run, model: MultitaskModel) -> None:
+    """Check that other libraries could load an export.
+
+    Raises:
+        InputError: the model has adapters.
+    """
+    if model.adapters:
+        raise InputError(
+            f"{run.folder}: trained with adapter_width = {run.recipe.adapter_width}; no model of "
+            "transformers has adapters, so that no other library could load it"
+        )
 
 
 def head_tensors(model: MultitaskModel) -> dict[str, Tensor]:
@@ -117,9 +128,7 @@ def _write_transformers(folder: Path, run: Run, model: MultitaskModel) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     known = {"dtype": "float32", "pad_token_id": run.tokenizer.pad_id}
     _write_json(folder / "config.json", run.config.to_huggingface() | known | _NO_ANSWERS)
-    run.tokenizer.save(folder)
-    settings = run.tokenizer.settings | {"model_max_length": run.max_length}
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_tokenizer(folder, run)
 
 
 def _masked_lm(run: Run, model: MultitaskModel) -> dict[str, Tensor]:

@@ -1,22 +1,23 @@
 """The model card of an exported run."""
 
-import platform
 import textwrap
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 
 from .. import __version__
 from ..checkpoints.manifest import Progress
-from ..config.recipe import Recipe
-from ..data.source import TaskSource
-from ..data.task_schema import TaskSchema
-from ..models.heads import HALF, HEADS
+from ..models.heads import HEADS
 from ..models.registry import spec_of
 from ..runs.run import Run
-from ..runs.scoring import score_names
-from ..utils.quoting import fence, markdown_text, printable
-
-_LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")
+from ..utils.quoting import markdown_text
+from .card_sections import (
+    WIDTH,
+    Scores,
+    data_list,
+    listed,
+    recipe_block,
+    scores_table,
+    together,
+    versions,
+)
 
 _CARD = """\
 ---
@@ -27,7 +28,7 @@ tags: [{model_type}, multi-task, sentence-transformers, sentence-similarity]
 # {title}
 
 One {model} encoder trained on {tasks}{together}, with a head for
-each task.  Trained with superbert-engine {version}; the weights are those of step {step}.
+each task.  Trained with superbert-engine {version}; the weights are those of {source}.
 
 ## Use
 
@@ -70,8 +71,9 @@ What a task answers, for all features but `bilstm` and `tokens`:
 
 ## Recipe
 
-{fence}toml
-{recipe}{fence}
+Files and folders are named without their paths.
+
+{recipe}
 
 ## Versions
 
@@ -102,15 +104,6 @@ ANSWERS[head["answers"]].view(-1).tolist()
 print(*[names[i] if names else i for i in answer])
 """
 
-_OPTIMISTIC = "Thresholds of {} were chosen on the same data, so that these scores are optimistic."
-
-_WIDTH = 100
-"""Columns of the card."""
-_FEW_CLASSES = 30
-"""Names of classes that the card lists; ``heads.safetensors`` has all."""
-
-Scores = Mapping[str, float | None]
-
 
 def example() -> str:
     """Return a script that uses a head; its arguments: the folder, a task, its sentences."""
@@ -118,7 +111,7 @@ def example() -> str:
     entries = [f'"{name}": {code}' for name, code in by_answers.items()]
     lines = [f"answer = {{{entries[0]}"]
     for entry in entries[1:]:
-        if len(f"{lines[-1]}, {entry},") <= _WIDTH:
+        if len(f"{lines[-1]}, {entry},") <= WIDTH:
             lines[-1] += f", {entry}"
         else:
             lines[-1] += ","
@@ -131,7 +124,7 @@ def _answers() -> str:
     known = dict.fromkeys(head.answers_text for head in HEADS.values() if head.answers_text)
     text = f"{'; '.join(known)}."
     return textwrap.fill(
-        text, _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+        text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
     )
 
 
@@ -143,25 +136,22 @@ def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
         progress: of the exported checkpoint.
         scores: its dev scores by task, or None where they are not known.
     """
-    recipe, trained = run.recipe, run.recipe.trained
-    settings = printable(recipe.to_toml())
     return _CARD.format(
         title=markdown_text(run.folder.resolve().name),
-        tasks=_listed(trained),
-        together=_together(recipe),
+        tasks=listed(run.recipe.trained),
+        together=together(run.recipe),
         version=__version__,
-        step=progress.step,
+        source=progress.source,
         model_type=run.config.model_type,
         model=spec_of(run.config).name,
         libraries=_libraries(run),
         other_heads=_other_heads(run),
         answers=_answers(),
         example=example(),
-        scores=_scores(run, scores),
-        data=_data(run),
-        recipe=settings,
-        fence=fence(settings),
-        versions=_versions(),
+        scores=scores_table(run, scores),
+        data=data_list(run),
+        recipe=recipe_block(run.recipe),
+        versions=versions(),
     )
 
 
@@ -172,7 +162,7 @@ def _libraries(run: Run) -> str:
         f"The encoder, by transformers (`last_hidden_state`{note and f'; {note}'}) or by "
         f"sentence-transformers (sentence vectors, {run.recipe.pooling} pooling):"
     )
-    return textwrap.fill(text, _WIDTH, break_on_hyphens=False)
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
 def _other_heads(run: Run) -> str:
@@ -187,72 +177,4 @@ def _other_heads(run: Run) -> str:
         f'therefore raise an error; `pipeline("fill-mask")` answers from {source}.  To train a '
         "new head on this encoder, give `num_labels=`, and to `CrossEncoder` also `activation_fn=`."
     )
-    return textwrap.fill(text, _WIDTH, break_on_hyphens=False, fix_sentence_endings=True)
-
-
-def _together(recipe: Recipe) -> str:
-    """Return how tasks were trained together."""
-    if len(recipe.phases) > 1:
-        return f" in {len(recipe.phases)} phases"
-    count = len(recipe.trained)
-    if count == 1:
-        return ""
-    return f" together ({markdown_text(recipe.balance)} on {count} task gradients)"
-
-
-def _scores(run: Run, scores: Scores | None) -> str:
-    if scores is None:
-        return "None were measured."
-    rows = [
-        f"| {markdown_text(task)} | {metric} | {_figure(scores[name])} |"
-        for name, (task, metric) in score_names(run.recipe).items()
-        if name in scores
-    ]
-    head = ["On the dev data, at the exported step:", "", "| task | metric | score |"]
-    chosen = [name for name, task in run.recipe.tasks.items() if task.threshold != HALF]
-    notes = [] if not chosen else ["", _OPTIMISTIC.format(_listed(chosen))]
-    return "\n".join([*head, "| --- | --- | --- |", *rows, *notes])
-
-
-def _figure(score: float | None) -> str:
-    return "not finite" if score is None else f"{score:.4f}"
-
-
-def _data(run: Run) -> str:
-    folder = run.recipe.data
-    lines = [f"Folder: {markdown_text(folder)}." if folder else "A generated demo corpus."]
-    lines.append("")
-    for name, form in run.recipe.formats.items():
-        source = run.recipe.tasks[name].source
-        origin = "" if source is None else f" from {markdown_text(_origin(source))}"
-        trained = "" if name in run.recipe.trained else " (not trained)"
-        columns = " and ".join(map(markdown_text, form.sentences))
-        lines.append(f"- {markdown_text(name)}{trained}{origin}: {columns} -> {_labels(form)}")
-    return "\n".join(lines)
-
-
-def _origin(source: TaskSource) -> str:
-    """Return where a task's examples come from, its training set if it has one."""
-    return source.dataset or source.files.get("train") or next(iter(source.files.values()))
-
-
-def _labels(form: TaskSchema) -> str:
-    if form.labels == "spans":
-        none = ", or none" if form.unanswerable else ""
-        return f"spans of {markdown_text(form.sentences[1])}{none}"
-    if not form.classes:
-        return f"{form.low:g} to {form.high:g}"
-    listed = ", ".join(map(markdown_text, form.classes[:_FEW_CLASSES]))
-    more = len(form.classes) - _FEW_CLASSES
-    return f"{listed} and {more:,} more" if more > 0 else listed
-
-
-def _versions() -> str:
-    lines = [f"superbert-engine {__version__}", f"Python {platform.python_version()}"]
-    lines += [f"{library} {version(library)}" for library in _LIBRARIES]
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _listed(names: Sequence[str]) -> str:
-    names = [*map(markdown_text, names)]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, fix_sentence_endings=True)

@@ -20,6 +20,7 @@ from ..models.registry import MODELS, spec_of
 from ..runs.run import Run
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
+from .card_sections import local_name
 
 
 def write_peft_adapter(
@@ -50,7 +51,7 @@ def write_peft_adapter(
             tensors[name] = weight.float().cpu().contiguous()
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    config = dump_json(_config(run.recipe.init, named, settings), indent=2)
+    config = dump_json(_config(local_name(run.recipe.init), named, settings), indent=2)
     (folder / "adapter_config.json").write_text(config + "\n", encoding="utf-8")
 
 

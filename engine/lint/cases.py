@@ -1,5 +1,6 @@
 """Conditions on which a setting has an effect: a field, and the phase of a run that it is in."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Case(NamedTuple):
         known: what its data decide; None before they are read.
         run_steps: steps of all phases; None before they are known.
         split: the split that the field is of alone, if any.
+        is_last: whether the phase is the last one.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class Case(NamedTuple):
     known: PhaseFacts | None = None
     run_steps: int | None = None
     split: str = ""
+    is_last: bool = True
 
     @property
     def facts(self) -> PhaseFacts:
@@ -57,6 +60,13 @@ class Case(NamedTuple):
             min(count, self.recipe.tasks[task].first_n or count)
             for task, count in self.facts.examples.items()
         )
+
+    @property
+    def evaluations(self) -> int:
+        """How often the phase scores the dev sets: within epochs, at their ends, at its own."""
+        last, of_epoch = self.facts.steps - 1, self.facts.epoch_steps // self.recipe.epochs
+        every = self.recipe.eval_every or of_epoch
+        return last // every + last // of_epoch - last // math.lcm(every, of_epoch) + 1
 
     @property
     def texts(self) -> Found:

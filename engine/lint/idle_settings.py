@@ -7,7 +7,6 @@ a later phase is assumed.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -143,13 +142,6 @@ def _method_reads(case: Case) -> bool:
     return _balances(case) and case.field in settings_read(
         recipe.balance, recipe.train, recipe.balancing
     )
-
-
-def _evaluations(case: Case) -> int:
-    """Return how often a phase scores the dev sets: within epochs, at their ends, at its own."""
-    last, of_epoch = case.facts.steps - 1, case.facts.epoch_steps // case.recipe.epochs
-    every = case.recipe.eval_every or of_epoch
-    return last // every + last // of_epoch - last // math.lcm(every, of_epoch) + 1
 
 
 def _is_within_epoch(case: Case) -> bool:
@@ -410,8 +402,21 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             off=0,
             # The first is the best so far, and after the last one the phase is over anyway.
             also=_of_data(
-                lambda case: case.recipe.patience + 1 < _evaluations(case),
+                lambda case: case.recipe.patience + 1 < case.evaluations,
                 "the phase is over before, after {case.facts.steps} steps",
+            ),
+        ),
+        "average_best": Effect(
+            lambda case: case.is_last and case.recipe.scored,
+            "no task is trained, so nothing is scored",
+            off=0,
+            also=Effect(
+                lambda case: case.recipe.average_best > 1,
+                "the average of one evaluation's weights are these weights",
+                also=_of_data(
+                    lambda case: case.recipe.average_best <= case.evaluations,
+                    "the last phase has no more evaluations than {case.evaluations}",
+                ),
             ),
         ),
         **dict.fromkeys(("seed", "log_mib", "keep_logs", "max_skipped", "loggers"), ALWAYS),
@@ -467,8 +472,10 @@ def lines_on_idle_settings(
         if effect.off is not None and given.value == effect.off:
             continue
         place = (run.config, device, ranks or Ranks(), field, given.owner)
+        last = list(recipes)[-1]
         cases = [
-            Case(recipes[name], *place, facts.get(name), run_steps, given.split) for name in phases
+            Case(recipes[name], *place, facts.get(name), run_steps, given.split, name == last)
+            for name in phases
         ]
         if all(map(effect.reason_against, cases)):
             idle.append(given.key)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .._kernels import kernels
 from ..utils.errors import InputError
+from .bert_tasks import bert_task
 from .config import EncoderConfig
 from .context import Context
 from .encoder import Encoder, Projection, Stage
@@ -294,4 +295,5 @@ SPEC = ModelSpec(
     name_in=name_in_family,
     untrained=_pooler,
     untrained_note="the pooler above it is the identity, it was not trained",
+    task_model=bert_task,
 )

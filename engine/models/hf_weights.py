@@ -22,6 +22,7 @@ from .registry import DEFAULT, MODELS, find_spec, spec_of
 from .spec import StoredWeights
 from .stored_dtypes import check_floats, check_stored_dtypes
 
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_JSON = 64 << 20
 """Bytes of a config or an index."""
 
@@ -99,14 +100,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return _json_object(path)
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder has the weights of a model, whole or in shards."""
+    return any(isfile(folder / name) for name in (_WEIGHTS, _INDEX))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder, whole or in shards.
 
     Raises:
         InputError: there are none.
     """
-    index = folder / "model.safetensors.index.json"
-    names = _indexed_files(index) if isfile(index) else ["model.safetensors"]
+    index = folder / _INDEX
+    names = _indexed_files(index) if isfile(index) else [_WEIGHTS]
     files = [folder / name for name in names]
     for file in files:
         if not isfile(file):

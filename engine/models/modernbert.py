@@ -24,6 +24,7 @@ from .config import EncoderConfig, HeadBiases
 from .context import Context
 from .encoder import Encoder, Projection, Stage
 from .layers import Embedding, LayerNorm, Linear
+from .modernbert_tasks import modernbert_task
 from .spec import ModelSpec, StoredWeights, Weight
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -512,4 +513,6 @@ SPEC = ModelSpec(
     weights=_weights,
     sort_weights=_sort_weights,
     store_head=_store_head,
+    task_model=modernbert_task,
+    has_token_types=False,
 )

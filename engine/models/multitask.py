@@ -1,6 +1,6 @@
 """A model of one encoder and a head for each task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -148,6 +148,27 @@ class MultitaskModel(nn.Module):
     def head(self, name: str) -> Head:
         """Return the head of a task or objective."""
         return cast(Head, self.heads[name])
+
+    def take_over(
+        self, other: "MultitaskModel", heads: Collection[str], adapters: Collection[str]
+    ) -> None:
+        """Copy the encoder's weights from another model, and some of the others.
+
+        Args:
+            other: with an encoder of the same shape; low-rank updates are merged.
+            heads: names of those that are taken; both models have them in the same shape.  The
+                layer that heads share goes with one that uses it.
+            adapters: the tasks whose adapters are taken, likewise.
+        """
+        self.load_encoder(other.encoder.state_dict())
+        for name in heads:
+            self.head(name).load_state_dict(other.head(name).state_dict())
+        if any("pair" in self.head(name).uses for name in heads):
+            assert self.pair is not None, "a head uses it"
+            assert other.pair is not None, "so does that of the other model"
+            self.pair.load_state_dict(other.pair.state_dict())
+        for task in adapters:
+            self.adapters[task].load_state_dict(other.adapters[task].state_dict())
 
     @property
     def thresholds(self) -> dict[str, tuple[float, ...]]:

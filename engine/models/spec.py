@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .config import EncoderConfig
 from .encoder import Encoder
+from .heads import LinearHead
+from .task_model import TaskModel
 
 
 class Weight(NamedTuple):
@@ -68,6 +70,11 @@ class ModelSpec:
         untrained: returns the tensors that a written folder has besides the encoder's weights,
             because transformers' class of the model has them.
         untrained_note: describes these tensors in the model card.
+        task_model: holds a head in a class of transformers, given the config, the head, the pooling
+            and the rate of the dropout before it; raises InputError where none can.  None where
+            tasks are not exported by themselves.
+        has_token_types: whether the encoder tells the two sentences of a pair apart by a number for
+            each token.
     """
 
     model_types: Sequence[str]
@@ -80,3 +87,5 @@ class ModelSpec:
     store_head: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _as_they_are
     untrained: Callable[[Any], dict[str, Tensor]] = _none
     untrained_note: str = ""
+    task_model: Callable[[Any, LinearHead, str, float], TaskModel] | None = None
+    has_token_types: bool = True

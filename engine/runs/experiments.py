@@ -4,7 +4,6 @@
 resumed: finished runs are not repeated, an unfinished one is resumed.
 """
 
-import math
 import re
 import statistics
 import threading
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from ..config.recipe import Recipe
 from ..metrics.read import read_step_lines
-from ..utils.errors import DivergedError, InputError
+from ..utils.errors import DivergedError, InputError, OutOfMemoryError
 from ..utils.files import remove_partial_files, write_text
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import read_bytes
@@ -61,11 +60,14 @@ class Ending(NamedTuple):
 
     Attributes:
         signal: that stopped it, or None.
-        diverged: why runs of it have no result, by their names.
+        failed: why runs of it have no result, by their names.
+        diverged: whether the numbers of one of them did not stay finite; the others do not fit in
+            memory.
     """
 
     signal: Signals | None
-    diverged: dict[str, str]
+    failed: dict[str, str]
+    diverged: bool = False
 
 
 class Result(NamedTuple):
@@ -170,11 +172,12 @@ def train_runs(
         work: of one run, as ``time_left`` counts it.
 
     Returns:
-        How it ended.  A run whose numbers do not stay finite is no result and does not end the
-        others; when the series is called again it goes on from its last checkpoint.
+        How it ended.  A run whose numbers do not stay finite, or that does not fit in memory, is no
+        result and does not end the others; when the series is called again it goes on from its last
+        checkpoint.
     """
     remove_partial_files(folder, re.compile(re.escape(RESULTS)))
-    results, diverged = read_results(folder), dict[str, str]()
+    results, failed, diverged = read_results(folder), dict[str, str](), False
     left = [spec for spec in specs if spec.name not in results]
     time_left = time_left or TimeLeft(len(left))
     for number, spec in enumerate(left, start=len(specs) - len(left) + 1):
@@ -186,13 +189,14 @@ def train_runs(
             run = resume(spec.recipe, folder / spec.name)
             try:
                 signal = train_run(run)
-            except DivergedError as error:
+            except (DivergedError, OutOfMemoryError) as error:
                 console.print(f"{spec.name}: {error}", soft_wrap=True, highlight=False)
-                diverged[spec.name] = str(error)
+                failed[spec.name] = str(error)
+                diverged = diverged or isinstance(error, DivergedError)
                 time_left.add(work)
                 continue
             if signal is not None:
-                return Ending(signal, diverged)
+                return Ending(signal, failed, diverged)
             recipe = run.recipe
             scores = read_scores(run.folder, recipe.tasks).scores if recipe.is_scored else {}
             seconds = training_seconds(run.folder)
@@ -200,7 +204,7 @@ def train_runs(
         results[spec.name] = Result(spec.group, scores, seconds)
         content = {name: result._asdict() for name, result in results.items()}
         write_text(folder / RESULTS, dump_json(content, indent=2) + "\n")
-    return Ending(None, diverged)
+    return Ending(None, failed, diverged)
 
 
 def read_results(folder: Path) -> dict[str, Result]:
@@ -228,9 +232,9 @@ def training_seconds(folder: Path) -> float:
     return sum(line["tokens"] / line["tokens_per_s"] for line in steps if line["tokens_per_s"])
 
 
-def print_diverged(console: Console, diverged: Mapping[str, str]) -> None:
+def print_failed(console: Console, failed: Mapping[str, str]) -> None:
     """Print a line for each run that has no result."""
-    for name, reason in diverged.items():
+    for name, reason in failed.items():
         console.print(f"no result of {name}: {reason}", soft_wrap=True, highlight=False)
 
 
@@ -239,32 +243,6 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
-def print_results(
-    console: Console, results: Mapping[str, Result], specs: Iterable[RunSpec] = ()
-) -> None:
-    """Print the groups of a series, scores averaged over seeds.
-
-    The best overall score comes first, what is not scored last.  ``specs`` are those whose points
-    have columns of their own.
-    """
-    groups: dict[str, list[Result]] = {}
-    for result in results.values():
-        groups.setdefault(result.group, []).append(result)
-    names, settings = differing_settings([spec for spec in specs if spec.group in groups])
-    tasks = list(dict.fromkeys(task for result in results.values() for task in result.scores))
-    tasks.sort(key="overall".__eq__)  # overall last
-    rows = [["run", *names, "seeds", *tasks, "minutes"]]
-    for group, members in sorted(groups.items(), key=lambda item: -_overall(item[1])):
-        columns = (
-            [result.scores[task] for result in members if task in result.scores] for task in tasks
-        )
-        minutes = statistics.mean(result.seconds for result in members) / 60
-        scores = (mean_and_deviation(values) if values else "" for values in columns)
-        own = settings.get(group, [group, *("" for _ in names)])
-        rows.append([*own, str(len(members)), *scores, f"{minutes:.1f}"])
-    print_rows(console, rows)
 
 
 def differing_settings(specs: Iterable[RunSpec]) -> tuple[list[str], dict[str, list[str]]]:
@@ -294,7 +272,3 @@ def print_rows(console: Console, rows: Sequence[Sequence[str]]) -> None:
         cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
         line = "  ".join([first.ljust(widths[0]), *cells])
         console.print(line.rstrip(), soft_wrap=True, highlight=False)
-
-
-def _overall(members: Sequence[Result]) -> float:
-    return statistics.mean(result.scores.get("overall", -math.inf) for result in members)

@@ -68,9 +68,15 @@ def check_folder(folder: Path, *, resumes: bool) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    """List a folder in one call: another rank may make it at this very moment."""
+    """List a folder in one call: another rank may make it at this very moment.
+
+    Raises:
+        InputError: no folder can be called so.
+    """
     try:
         return os.listdir(folder)
+    except ValueError as error:  # a NUL character
+        raise InputError(f"--out {str(folder)!a}: {error}; give another folder") from None
     except FileNotFoundError:
         return []
     except NotADirectoryError:  # a file, or below one

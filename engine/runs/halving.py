@@ -1,10 +1,10 @@
 """Successive halving: many candidates for few steps, the best for more.
 
-Every candidate is trained for the steps of the first rung.  The best 1/eta of them by their dev
-score go on to the second, with eta times the steps, and so on to the last rung, which ends where
-the recipe ends (Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification and
-Hyperparameter Optimization"; one bracket of Hyperband, Li et al. 2018, "Hyperband: A Novel
-Bandit-Based Approach to Hyperparameter Optimization").
+Every candidate is trained for the steps of the first rung.  The best 1/eta of them by the dev score
+that decides (``best_of``) go on to the second, with eta times the steps, and so on to the last
+rung, which ends where the recipe ends (Jamieson and Talwalkar 2016, "Non-stochastic Best Arm
+Identification and Hyperparameter Optimization"; one bracket of Hyperband, Li et al. 2018,
+"Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization").
 
 A rung stops the run of the recipe early and goes on from its checkpoint; it does not train a
 shorter run.  So the learning rates are those of all of max_steps, nothing is trained twice, and
@@ -19,7 +19,7 @@ import math
 import re
 import statistics
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os.path import isfile
 from pathlib import Path
 from signal import Signals
@@ -40,16 +40,14 @@ from .experiments import (
     Result,
     RunSpec,
     TimeLeft,
-    differing_settings,
-    mean_and_deviation,
-    print_rows,
     read_results,
     train_runs,
 )
 from .folder import claimed
+from .ranking import mean_value
 from .resume import check_scores_of, resume
 from .run import Run
-from .scoring import score_names, score_splits
+from .scoring import Criterion, score_names, score_splits
 
 RECORD = "halving.json"
 
@@ -74,6 +72,11 @@ class Plan(NamedTuple):
     def specs(self) -> list[RunSpec]:
         """All runs."""
         return [spec for runs in self.candidates.values() for spec in runs]
+
+    @property
+    def criterion(self) -> Criterion:
+        """What candidates are ranked by, the same for all."""
+        return Criterion.of(next(iter(self.candidates.values()))[0].recipe)
 
     def survivors(self, count: int) -> int:
         """Return how many of ``count`` candidates of a rung go on."""
@@ -161,6 +164,12 @@ def plan_halving(specs: Sequence[RunSpec], min_steps: int, eta: int) -> Plan:
                 f"--halving: {first.group} and {other.group} have scores on different tasks or by "
                 "different metrics, which do not compare; sweep each recipe by itself"
             )
+        if other.recipe.best_of != first.recipe.best_of:
+            raise InputError(
+                f"--halving: best_of differs, {first.recipe.best_of} of {first.group} and "
+                f"{other.recipe.best_of} of {other.group}, so that candidates do not compare; give "
+                "all the same"
+            )
     if min_steps >= most:
         raise InputError(
             f"--min-steps {min_steps}: expected fewer than the {most} steps of the whole run; "
@@ -239,10 +248,10 @@ def train_halving(
         time_left,
         _last_work(plan, record),
     )
-    for name, reason in ending.diverged.items():
+    for name, reason in ending.failed.items():
         record.failed[name] = Failure(steps=plan.steps[-1], reason=reason)
     _write(folder, plan, record)
-    return ending._replace(diverged=_reasons(record))
+    return ending._replace(failed=_reasons(record))
 
 
 def rungs(plan: Plan, record: Record, results: Mapping[str, Result]) -> list[Rung]:
@@ -258,7 +267,7 @@ def rungs(plan: Plan, record: Record, results: Mapping[str, Result]) -> list[Run
         if len(alive) < 2:  # nothing is left to be decided
             break
         places = [_place(plan, record, group, steps) for group in alive]
-        rung = Rung(steps, sorted(places, key=_order))
+        rung = Rung(steps, _sorted(plan, places))
         if rung.is_open:
             return [*found, rung]
         ranked = [place.group for place in rung.places if place.outcome != FAILED]
@@ -269,42 +278,12 @@ def rungs(plan: Plan, record: Record, results: Mapping[str, Result]) -> list[Run
         ]
         found.append(Rung(steps, decided))
     last = [_last_place(plan, record, results, group) for group in alive]
-    return [*found, Rung(plan.steps[-1], sorted(last, key=_order))]
+    return [*found, Rung(plan.steps[-1], _sorted(plan, last))]
 
 
 def is_done(plan: Plan, found: Sequence[Rung]) -> bool:
     """Return whether nothing is left to be trained."""
     return found[-1].steps == plan.steps[-1] and not found[-1].is_open
-
-
-def print_rungs(console: Console, plan: Plan, found: Sequence[Rung]) -> None:
-    """Print a table of all candidates: those that came farthest first, failed ones last."""
-    names, settings = differing_settings(plan.specs)
-    tasks = _score_names(plan)
-    rows = [["run", *names, "rank", "steps", *tasks, "outcome"]]
-    for rank, (steps, place) in enumerate(standings(found), start=1):
-        scores = [
-            mean_and_deviation([own[task] for own in place.scores]) if place.scores else ""
-            for task in tasks
-        ]
-        reached = str(steps) if place.scores else ""
-        rows.append([*settings[place.group], str(rank), reached, *scores, place.outcome])
-    print_rows(console, rows)
-
-
-def standings(found: Sequence[Rung]) -> list[tuple[int, Place]]:
-    """Return the last rung of every candidate and its place there, the best first.
-
-    A candidate that is open at a rung stands with its place at the one before.
-    """
-    latest: dict[str, tuple[int, Place]] = {}
-    for rung in found:
-        for place in rung.places:
-            if place.outcome or place.group not in latest:
-                latest[place.group] = (rung.steps if place.outcome else 0, place)
-    return sorted(
-        latest.values(), key=lambda item: (item[1].outcome == FAILED, -item[0], _order(item[1]))
-    )
 
 
 def read_record(folder: Path, plan: Plan) -> Record:
@@ -319,7 +298,7 @@ def read_record(folder: Path, plan: Plan) -> Record:
         return expected
     try:
         record = Record.model_validate_json(read_bytes(file))
-        expected_names = set(_score_names(plan))
+        expected_names = set(names_of_scores(plan))
         for name, by_steps in record.scores.items():
             if any(scores.keys() != expected_names for scores in by_steps.values()):
                 raise ValueError(f"scores of {shorten(name)} are not those of its tasks")
@@ -350,7 +329,8 @@ def score_newest(run: Run, device: torch.device) -> dict[str, float]:
     return score_splits(model, dev_sets, run.recipe, choose_thresholds=True)
 
 
-def _score_names(plan: Plan) -> list[str]:
+def names_of_scores(plan: Plan) -> list[str]:
+    """Return the names of the scores of every candidate, ``overall`` last."""
     return [*score_names(plan.specs[0].recipe), "overall"]
 
 
@@ -395,16 +375,15 @@ def _phase_at(recipe: Recipe, step: int) -> tuple[str, Recipe]:
     return next(item for item, end in zip(phases.items(), ends, strict=True) if step <= end)
 
 
-def _decides(scores: Mapping[str, float]) -> float:
-    """Return the score that candidates are ranked by."""
-    return scores["overall"]
+def _sorted(plan: Plan, places: Iterable[Place]) -> list[Place]:
+    return sorted(places, key=lambda place: order(plan, place))
 
 
-def _order(place: Place) -> tuple[bool, float]:
+def order(plan: Plan, place: Place) -> tuple[bool, float]:
     """Return a key that sorts the best first and those that failed last."""
     if not place.scores:
         return place.outcome == FAILED, math.inf
-    return place.outcome == FAILED, -statistics.mean(map(_decides, place.scores))
+    return place.outcome == FAILED, -mean_value(plan.criterion, place.scores)
 
 
 def _place(plan: Plan, record: Record, group: str, steps: int) -> Place:
@@ -479,9 +458,15 @@ def _write(folder: Path, plan: Plan, record: Record) -> None:
     """Write the record with the rankings that follow from it, unless the file has them."""
     found = rungs(plan, record, read_results(folder))
     content = record.model_dump(mode="json") | {
+        "ranked_by": plan.criterion.score,
         "candidates": {group: list(runs[0].point) for group, runs in plan.candidates.items()},
         "rungs": [
-            {"steps": rung.steps, "ranking": [*map(_ranked, range(1, 1 << 31), rung.places)]}
+            {
+                "steps": rung.steps,
+                "ranking": [
+                    _ranked(plan, rank, place) for rank, place in enumerate(rung.places, start=1)
+                ],
+            }
             for rung in found
         ],
     }
@@ -490,7 +475,8 @@ def _write(folder: Path, plan: Plan, record: Record) -> None:
         write_text(file, text)
 
 
-def _ranked(rank: int, place: Place) -> dict[str, Any]:
-    overall = statistics.mean(map(_decides, place.scores)) if place.scores else None
-    own = {"rank": rank, "candidate": place.group, "score": overall, "outcome": place.outcome}
+def _ranked(plan: Plan, rank: int, place: Place) -> dict[str, Any]:
+    own_scores = [scores[plan.criterion.score] for scores in place.scores]
+    score = statistics.mean(own_scores) if own_scores else None
+    own = {"rank": rank, "candidate": place.group, "score": score, "outcome": place.outcome}
     return own | ({"reason": place.reason} if place.reason else {})

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..checkpoints.manifest import Progress
+from ..checkpoints.manifest import Progress, read_manifest
 from ..checkpoints.store import Checkpoints, load_weights
 from ..config import recipe as recipes
 from ..config.recipe import Recipe
@@ -44,9 +44,13 @@ from ..utils.finite import all_finite
 from ..utils.json_text import dump_json
 from .data_paths import origin
 from .folder import check_folder
+from .initial_weights import compare, is_run
 from .objectives import build_examples, head_settings
 from .texts import check_texts, objective_texts, vocabulary_texts
 
+_BEST = ("average", "best", "step")
+"""Kinds of checkpoints, the one with the best weights first."""
+_NO_CHECKPOINT = "no checkpoint yet; train it first"
 _INIT_TYPE = "init_model_type"
 """The entry of ``config.json`` for the type of the model that a run began from."""
 
@@ -173,10 +177,13 @@ class Run(NamedTuple):
             with WithoutRandomWeights():
                 return self._build_model()
 
-    def _check_size(self) -> None:
-        # Without memory of their own; and random numbers of none would import torch's compiler.
+    def _model_without_memory(self) -> MultitaskModel:
+        # Of tensors of none, random numbers would import torch's compiler.
         with torch.device("meta"), WithoutRandomWeights():
-            weights = sum(weight.numel() for weight in self._build_model().parameters())
+            return self._build_model()
+
+    def _check_size(self) -> None:
+        weights = sum(weight.numel() for weight in self._model_without_memory().parameters())
         check_memory(weights * torch.float32.itemsize, SMALLER_MODEL)
 
     def _build_model(self) -> MultitaskModel:
@@ -198,16 +205,15 @@ class Run(NamedTuple):
             lora=self.recipe.lora,
         )
 
-    def initial_model(self, phase: int = 0) -> MultitaskModel:
-        """Return the model that a phase starts from.
+    def initial_model(self) -> MultitaskModel:
+        """Return the model that training begins with, fp32, on the CPU.
 
-        That of phase 0 has the pretrained weights, if any, that of a later one the weights of the
-        newest checkpoint.
+        It has the pretrained weights, or those of the run that it begins from, if there are any.
         """
         model = self.new_model()
-        checkpoint = self.checkpoints.find("step") if phase else None
-        if checkpoint is not None:
-            load_weights(checkpoint, model)
+        if (begun_from := self.begun_from) is not None:
+            taken = compare(self.recipe, begun_from.recipe)
+            model.take_over(begun_from._best_model(), taken.heads, taken.adapters)
         elif self.recipe.init:
             folder = hf_weights.resolve(self.recipe.init)
             model.load_encoder(hf_weights.load_encoder_state(folder, self.config))
@@ -215,6 +221,53 @@ class Run(NamedTuple):
                 head = model.head(name)
                 if head.is_pretrained:
                     head.load_pretrained(hf_weights.load_pretraining_heads(folder))
+        return model
+
+    def model_to_train(self) -> MultitaskModel:
+        """Return the model that a phase starts from, or goes on with, fp32, on the CPU.
+
+        It has the weights of the newest checkpoint, if there is one.  What ``init`` names is read
+        only without, so that it may be gone when the run is resumed.
+        """
+        checkpoint = self.checkpoints.find("step")
+        if checkpoint is None:
+            return self.initial_model()
+        model = self._model_to_load()
+        load_weights(checkpoint, model)
+        return model
+
+    @property
+    def begun_from(self) -> "Run | None":
+        """The run that ``init`` names; None where it names a model folder, or nothing.
+
+        Raises:
+            InputError: it cannot be opened, or has no checkpoint.
+        """
+        if not self.recipe.init or not is_run(folder := hf_weights.resolve(self.recipe.init)):
+            return None
+        return open_trained(folder)
+
+    @property
+    def line_on_init(self) -> str:
+        """A line on what the run takes from the one that ``init`` names; empty if it names none.
+
+        Raises:
+            InputError: that run cannot be used.
+        """
+        if (begun_from := self.begun_from) is None:
+            return ""
+        checkpoint = begun_from.checkpoints.find_first(_BEST)
+        assert checkpoint is not None, "it was opened as a trained one"
+        source = read_manifest(checkpoint).progress.source
+        model = self._model_without_memory()
+        heads = {name: list(model.head(name).parameters()) for name in model.heads}
+        without = [name for name, weights in heads.items() if not weights]
+        return compare(self.recipe, begun_from.recipe).line(self.recipe.init, source, without)
+
+    def _best_model(self) -> MultitaskModel:
+        model = self._model_to_load()
+        self._load(model, _BEST)
+        model.merge_lora()
         return model
 
     def trained_model(
@@ -226,6 +279,8 @@ class Run(NamedTuple):
         merged: bool = True,
     ) -> tuple[MultitaskModel, Progress]:
         """Return the model with the weights of the best checkpoint, and where that was.
+
+        The best one is the average of several, if there is one (``average_best``).
 
         Args:
             device: where it goes.
@@ -241,7 +296,7 @@ class Run(NamedTuple):
         if device.type == "cpu":
             set_threads(0, 1)
         model = self._model_to_load()
-        kinds = ("step",) if newest else ("best", "step")
+        kinds = ("step",) if newest else _BEST
         checkpoint, progress = self._load(model, kinds)
         if merged:
             model.merge_lora()
@@ -260,13 +315,13 @@ class Run(NamedTuple):
 
         ``kinds`` are those to look for, in that order.
         """
-        while checkpoint := next(filter(None, map(self.checkpoints.find, kinds)), None):
+        while checkpoint := self.checkpoints.find_first(kinds):
             try:
                 return checkpoint, load_weights(checkpoint, model)
             except InputError:
                 if os.path.lexists(checkpoint):
                     raise
-        raise InputError(f"{self.folder}: no checkpoint yet; train it first")
+        raise InputError(f"{self.folder}: {_NO_CHECKPOINT}")
 
     def with_data(self, folder: Path) -> "Run":
         """Return the same run with another data set."""
@@ -324,10 +379,28 @@ def pretrained_encoder(recipe: Recipe) -> tuple[EncoderRecipe, EncoderConfig]:
         InputError: the model cannot be used, or the settings contradict it.
     """
     folder = hf_weights.resolve(recipe.init)
-    config = hf_weights.read_config(folder)
+    if is_run(folder) and recipe.lora_rank:
+        raise InputError(
+            f"lora_rank = {recipe.lora_rank}: --init {recipe.init} is a run, to which PEFT cannot "
+            "add the exported updates; export it by engine.export, and give that folder"
+        )
+    config = open_trained(folder).config if is_run(folder) else hf_weights.read_config(folder)
     found = recipe.encoder.of_model(config, f"--init {recipe.init}")
-    hf_weights.check_weights(folder, config)
+    if not is_run(folder):
+        hf_weights.check_weights(folder, config)
     return found
+
+
+def open_trained(folder: Path) -> Run:
+    """Open a run that has a checkpoint.
+
+    Raises:
+        InputError: ``folder`` holds no run, or it has none.
+    """
+    run = open_run(folder)
+    if not any(map(run.checkpoints.all, _BEST)):
+        raise InputError(f"{run.folder}: {_NO_CHECKPOINT}")
+    return run
 
 
 def open_run(folder: Path) -> Run:

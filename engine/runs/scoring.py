@@ -12,6 +12,7 @@ import torch
 from pydantic import FiniteFloat, TypeAdapter
 from torch import Tensor
 
+from ..checkpoints.manifest import describe_source
 from ..config.recipe import Recipe
 from ..data.loader import evaluation_batches
 from ..data.split import TokenizedSplit
@@ -215,10 +216,40 @@ def _is_mean(recipe: Recipe, task: str) -> bool:
     return recipe.tasks[task].decided_by == "mean" and len(recipe.tasks[task].metrics) > 1
 
 
+class Criterion(NamedTuple):
+    """The dev score by which checkpoints, and runs, are compared: ``best_of`` of a recipe.
+
+    Attributes:
+        score: its name, ``overall`` or a task's.
+        metric: the deciding metric of the task, or ``mean``, as of ``overall``.
+        sign: 1, or -1 where less is better.
+    """
+
+    score: str
+    metric: str
+    sign: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Criterion":
+        """Return the criterion of a recipe."""
+        if recipe.best_of == "overall":
+            return cls("overall", "mean", 1)
+        _, metric = score_names(recipe)[recipe.best_of]
+        return cls(recipe.best_of, metric, _sign(recipe, recipe.best_of))
+
+    def value(self, scores: Mapping[str, float]) -> float:
+        """Return the score times the sign, so that higher is better."""
+        return self.sign * scores[self.score]
+
+    def __str__(self) -> str:
+        """``sts (mse, less is better)``."""
+        less = ", less is better" if self.sign < 0 else ""
+        return f"{self.score} ({self.metric}{less})"
+
+
 def deciding_score(recipe: Recipe, scores: Mapping[str, float]) -> float:
     """Return the score by which checkpoints are compared, higher being better."""
-    of = recipe.best_of
-    return scores[of] if of == "overall" else _sign(recipe, of) * scores[of]
+    return Criterion.of(recipe).value(scores)
 
 
 def _sign(recipe: Recipe, task: str) -> int:
@@ -294,11 +325,18 @@ class Scores(NamedTuple):
         split: ``dev``, ``train``, ``test`` or another that the recipe names.
         step: of the checkpoint that was scored.
         scores: by task, and ``overall``.
+        averaged: where those weights are an average, the steps that it is made of.
     """
 
     split: str
     step: int
     scores: dict[str, FiniteFloat]
+    averaged: tuple[int, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """What was scored: ``step 5``, or ``the average of steps 3, 5``."""
+        return describe_source(self.step, self.averaged)
 
 
 def write_scores(folder: Path, scores: Scores) -> None:
@@ -310,7 +348,10 @@ def write_scores(folder: Path, scores: Scores) -> None:
     for task, value in scores.scores.items():
         if not math.isfinite(value):
             raise InputError(f"{folder}: {scores.split} data of {task}: {_NOT_FINITE}")
-    write_text(folder / "metrics.json", dump_json(scores._asdict(), indent=2) + "\n")
+    content = scores._asdict()
+    if not scores.averaged:
+        del content["averaged"]
+    write_text(folder / "metrics.json", dump_json(content, indent=2) + "\n")
 
 
 def read_scores(folder: Path, tasks: Iterable[str]) -> Scores:

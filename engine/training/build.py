@@ -75,7 +75,7 @@ def build_trainer(
     balance = "sum" if has_one_gradient(recipe) else recipe.balance
     method = build_method(balance, tasks, recipe.balancing)
     total_steps = min(task_schedule.total_steps, recipe.max_steps or sys.maxsize)
-    model = run.initial_model(phase).train()
+    model = run.model_to_train().train()
     for later in list(run.recipe.in_phases)[phase:]:
         _check_trainable(run.recipe, later, model)
     for examples, subset in zip(train_sets, subsets, strict=True):

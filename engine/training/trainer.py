@@ -194,12 +194,32 @@ class Trainer:
             state.tensors(), Manifest(progress=progress, places=state.places)
         )
 
-    def save_best(self, progress: Progress) -> None:
-        """Write the weights of the best score so far, or their average, and the thresholds."""
+    def save_scored(self, progress: Progress) -> None:
+        """Write the weights that were scored, or their moving average, where they are worth it.
+
+        They are if their score is the best so far, and if they may be averaged in the end.
+        """
+        is_best = progress.best_step == progress.step
+        is_top = any(step == progress.step for step, _ in progress.top)
+        if not is_best and not is_top:
+            return
         master = self.sync.gather(self._scored)
         if self.ranks.is_main:
             weights = named_weights(self.parameters, master)
-            self.run.checkpoints.save_best(progress, weights, self.model.thresholds)
+            if is_best:
+                self.run.checkpoints.save_best(progress, weights, self.model.thresholds)
+            if is_top:
+                self.run.checkpoints.save_weights("top", progress, weights)
+                self.checkpoint_writer.keep_top(progress)
+
+    @property
+    def average_best(self) -> int:
+        """How many of the best evaluations are averaged as the phase ends; 0: none."""
+        count, is_last = (
+            self.run.recipe.average_best,
+            self.phase == len(self.run.recipe.in_phases) - 1,
+        )
+        return count if is_last and count > 1 else 0
 
     @contextmanager
     def scored_weights(self) -> Iterator[None]:
@@ -211,9 +231,15 @@ class Trainer:
         if self.step.average is None:
             yield
             return
+        with self.computing_with(self.sync.gather(self._scored)):
+            yield
+
+    @contextmanager
+    def computing_with(self, weights: Tensor) -> Iterator[None]:
+        """Let the model compute with other weights ``[P]``; afterwards it has its own bits."""
         compute = self.parameters.compute  # of one rank in fp32 the masters themselves
         trained = compute.clone()
-        compute.copy_(self.sync.gather(self._scored))
+        compute.copy_(weights)
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from engine import evaluate
 from engine.config.recipe import load
 from engine.models import hf_weights
 from engine.runs.predictor import Predictor
-from engine.runs.run import open_run
+from engine.runs.run import begin, open_run
 from engine.runs.scoring import answers
 from engine.train import main
 from engine.utils.errors import InputError
@@ -47,6 +47,26 @@ def lora_run(base: Path, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return run
+
+
+def test_a_run_that_begins_from_it_has_its_encoder_with_the_updates(lora_run, tmp_path):
+    folder = lora_run("run")
+    trained, _ = open_run(folder).trained_model(CPU, torch.float32)
+    settings = [f"init={folder}", *SHORT]
+    begun = begin(load("demo", settings), tmp_path / "next").initial_model()
+    for name, weight in trained.encoder.state_dict().items():
+        assert torch.equal(begun.encoder.state_dict()[name], weight), name
+
+
+def test_the_updates_of_the_best_evaluations_are_averaged(lora_run):
+    settings = ("eval_every=1", "average_best=2", "lr=1e-12")  # equal scores: it is kept
+    folder = lora_run("run", settings=settings)
+    (path,) = (checkpoints := open_run(folder).checkpoints).all("average")
+    assert any(".lora." in name for name in load_file(path / "model.safetensors"))
+    tops = [load_file(top / "model.safetensors") for top in checkpoints.all("top")]
+    for name, weight in load_file(path / "model.safetensors").items():
+        mean = torch.stack([top[name].double() for top in tops]).mean(0)
+        assert torch.equal(weight, mean.float()), name
 
 
 def of_encoder(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

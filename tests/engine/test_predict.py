@@ -370,6 +370,16 @@ def test_a_text_file_with_odd_lines(run, tmp_path, capsys):
     assert "1 rows without a prediction (empty line)" in capsys.readouterr().out
 
 
+def test_an_unknown_ending_names_the_option(run, tmp_path, capsys):
+    source = tmp_path / "texts.txt"
+    source.write_text("a film\n")
+    given = ["--task", "verdict", "--input", str(source), "--output", str(tmp_path / "o.tsv")]
+    assert "texts.txt: unknown ending; name its format by --input-format" in refusal(
+        capsys, run, *given
+    )
+    assert command(run, "verdict", tmp_path / "o.tsv", "--input-format", "text", input_=str(source))
+
+
 @pytest.mark.parametrize("name", ["out.json", "out.parquet", "out.jsonl.gz", "out.xlsx"])
 def test_endings_of_other_formats_are_refused(run, tmp_path, capsys, name):
     source = str(run.parent / "in.jsonl")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from engine.checkpoints.manifest import verify
+from engine.checkpoints.store import KINDS
 from engine.cli import common
 from engine.runs.run import open_run
 from engine.utils.errors import InputError
@@ -149,7 +150,7 @@ def problems_of_run(folder: Path) -> Iterator[str]:
     """Yield what is wrong with a run that is said to be done: damage, weights not finite."""
     try:
         found = open_run(folder).checkpoints
-        for path in (*found.all("step"), *found.all("best")):
+        for path in (path for kind in KINDS for path in found.all(kind)):
             verify(path)
             for file in path.glob("*.safetensors"):
                 for name, tensor in load_file(file).items():

@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,9 +188,17 @@ def _text_kinds(run: Run, folder: Path) -> list[Kind]:
         Kind("tab-separated scores", 10, _lines_of("sts"), _table("sts", "tsv")),
         Kind("comma-separated", 5, commas, _table("intent", "csv")),
         *_dialect_kinds(commas, json_lines),
+        *_kinds_of_labels(),
         Kind("JSON lines", 5, json_lines, _table("intent", "jsonl")),
         Kind("JSON line", 5, json_lines.splitlines()[0], _table("intent", "jsonl"), structured),
         Kind("Parquet", 4, table.read_bytes(), _table("intent", "parquet")),
+        Kind(
+            "recipe of all kinds",
+            5,
+            recipes.load("demo-kinds").to_toml().encode(),
+            _recipe(folder / "corrupted.toml"),
+            (corrupt_bytes, corrupt_toml),
+        ),
         Kind("recipe", 15, toml, _recipe(folder / "corrupted.toml"), (corrupt_bytes, corrupt_toml)),
         Kind("override", 8, b"tasks.sts.head=cosine", _override),
         Kind("model config", 12, (model / "config.json").read_bytes(), _config(model), structured),
@@ -232,6 +241,40 @@ def _dialect_kinds(commas: bytes, json_lines: bytes) -> list[Kind]:
     ]
 
 
+_CONLLU = b"""# text = small dogs hide .
+1\tsmall\tB-WHO
+2-3\tdogshide\t_
+2\tdogs\tI-WHO
+3\thide\tO
+
+1\train\tB-WHAT
+"""
+
+
+def _kinds_of_labels() -> list[Kind]:
+    """Return files of words with tags, of lists of labels, and of passages."""
+    slots, structured = FORMATS["slots"], (corrupt_bytes, corrupt_json)
+    lists = b"".join(
+        json.dumps({"words": words, "tags": tags}).encode() + b"\n"
+        for words, tags in ((["small", "dogs"], ["B-WHO", "I-WHO"]), (["rain"], ["O"]))
+    )
+    listed = replace(slots, sentences=("words",), label="tags")
+    columns = replace(FORMATS["aspects"], label_columns=FORMATS["aspects"].classes, label="")
+    header = ",".join(("id", "review", *columns.classes))
+    of_columns = f"{header}\na,dull,0,1,0,0,0,0\nb,fine,1,0,true,0,0.0,0\n".encode()
+    replies = _lines_of("replies", "jsonl")
+    return [
+        Kind("CoNLL", 5, _lines_of("slots", "conll"), _as(slots, "conll")),
+        Kind("CoNLL-U", 3, _CONLLU, _as(replace(slots, sentences=("2",), label="3"), "conllu")),
+        Kind("lists of words", 4, lists, _as(listed, "jsonl")),
+        Kind("list of words", 3, lists.splitlines()[0], _as(listed, "jsonl"), structured),
+        Kind("lists of labels", 4, _lines_of("aspects", "jsonl"), _table("aspects", "jsonl")),
+        Kind("columns of labels", 3, of_columns, _as(columns, "csv")),
+        Kind("passages", 4, replies, _table("replies", "jsonl")),
+        Kind("passage", 3, replies.splitlines()[0], _table("replies", "jsonl"), structured),
+    ]
+
+
 def _source(**fields: object) -> TaskSchema:
     return TaskSource(**(_SOURCE.model_dump() | fields)).format("intent")
 
@@ -247,8 +290,8 @@ def _described(rows: bytes) -> Callable[[bytes], object]:
     return read
 
 
-def _lines_of(task: str) -> bytes:
-    demo = data_folder(recipes.load("demo")) / f"{task}-train.csv"
+def _lines_of(task: str, ending: str = "csv") -> bytes:
+    demo = data_folder(recipes.load("demo")) / f"{task}-train.{ending}"
     return b"\n".join(demo.read_bytes().split(b"\n")[:12])
 
 
@@ -267,9 +310,15 @@ def _as(form: TaskSchema, suffix: str) -> Callable[[bytes], object]:
 
 
 def assert_usable(table: Table, low: float, high: float) -> None:
-    """Check what reading promises: equal columns, labels in their range, text in every sentence."""
+    """Check what reading promises: equal columns, labels in their range, text in every sentence.
+
+    Where words are tagged, a tag for each, and none is empty.
+    """
     assert table.labels is not None
-    assert len(table.ids) == len(table.labels) > 0
+    words = None if table.words is None else [word for text in table.words for word in text]
+    assert len(table.labels) == len(table.ids if words is None else words) > 0
+    assert all(word.strip() and word.encode() for word in words or ())
+    assert all(table.words or [True])
     assert all(len(column) == len(table.ids) for column in table.sentences)
     assert ((table.labels >= low) & (table.labels <= high)).all()
     for texts in (table.ids, *table.sentences):

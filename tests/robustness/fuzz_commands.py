@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from engine import evaluate, export, predict, train
 from engine.checkpoints.manifest import verify
+from engine.checkpoints.store import KINDS
 from engine.cli.common import BAD_INPUT, run_cli
 from engine.models.hf_weights import to_huggingface_state
 from engine.runs.data_paths import data_folder
@@ -198,6 +199,6 @@ def _ended(status: int, folder: Path) -> int:
         raise InputError("refused by the command")
     if (folder / "recipe.toml").is_file():
         found = open_run(folder).checkpoints
-        for newest in (*found.all("step")[:1], *found.all("best")[:1]):
+        for newest in (path for kind in KINDS for path in found.all(kind)[:1]):
             verify(newest)
     return status

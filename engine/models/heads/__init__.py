@@ -8,7 +8,7 @@ kind, and everything that depends on the kind is a method of the head
 from ...data.source import FURTHER_KINDS
 from ...data.task_schema import TaskSchema
 from .answer_metrics import AnswerTexts, best_of, word_f1
-from .base import LOSSES, Head, HeadExport, HeadSettings, Scores
+from .base import LOSSES, Head, HeadExport, HeadSettings, LinearHead, Scores
 from .binary import BinaryHead
 from .class_loss import BALANCED, PLAIN, ClassLossSettings
 from .classification import ClassificationHead
@@ -45,6 +45,7 @@ __all__ = [
     "Head",
     "HeadExport",
     "HeadSettings",
+    "LinearHead",
     "Metric",
     "Ranking",
     "Results",

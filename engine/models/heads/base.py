@@ -76,6 +76,27 @@ class HeadExport(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+class LinearHead(NamedTuple):
+    """A head as a linear layer, which models of other libraries hold.
+
+    Attributes:
+        weight: ``[L, H]``, fp32, of the output layer.
+        bias: ``[L]``.
+        problem_type: by transformers' name: ``single_label_classification``, whose outputs are the
+            logits of L classes; ``multi_label_classification``, those of L labels; ``regression``,
+            a value.
+        share_of: the range of the labels that the output is the logit of a share of; None where it
+            is as ``problem_type`` says.
+        reads_tokens: whether its input is each token's state, not a vector of the sequence.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    problem_type: str
+    share_of: tuple[float, float] | None = None
+    reads_tokens: bool = False
+
+
 class Head(nn.Module, ABC):
     """A head of one task or objective: scores, loss, answers and export.
 
@@ -269,6 +290,10 @@ class Head(nn.Module, ABC):
         layout = {"features": self.features, "answers": self.answers}
         span = {"low": task.low, "high": task.high}
         return HeadExport(layout | span | {"classes": task.classes}, self.state_dict())
+
+    def as_linear(self) -> LinearHead | None:
+        """Return it as a linear layer on one sequence; None where it computes anything else."""
+        return None
 
     def load_pretrained(self, _tensors: Mapping[str, Tensor]) -> bool:
         """Load the weights that a Hugging Face model has for it; return whether there were any.

@@ -10,7 +10,7 @@ from ...data.task_batch import Labels
 from ...utils.errors import InputError
 from ..layers import Linear
 from ..pooling import TaskStates
-from .base import HeadExport, HeadSettings
+from .base import HeadExport, HeadSettings, LinearHead
 from .metrics import METRICS
 from .pair_features import SIMILARITIES
 from .similarity_loss import contrastive_loss
@@ -99,3 +99,11 @@ class BinaryHead(YesNoHead):
             return found
         similarities = 1 - self.margin / 2 + self.thresholds / _SCALE_OF_SIMILARITY
         return found._replace(layout=found.layout | {"threshold": similarities.tolist()})
+
+    def as_linear(self) -> LinearHead | None:
+        """Return the output layer with a logit for each class: 0, and that of yes."""
+        linear = self._linear("single_label_classification")
+        if linear is None:
+            return None
+        weight, bias = (torch.cat([torch.zeros_like(x), x]) for x in linear[:2])
+        return linear._replace(weight=weight, bias=bias)

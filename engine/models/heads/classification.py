@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...data.task_batch import Labels
-from .base import HeadSettings
+from .base import HeadSettings, LinearHead
 from .metrics import METRICS
 from .pair_features import SIMILARITIES
 from .sentence import FEATURES, SentenceHead
@@ -53,3 +53,7 @@ class ClassificationHead(SentenceHead):
     def probabilities(self, scores: Tensor) -> Tensor:
         """Return those of all classes."""
         return scores.softmax(1)
+
+    def as_linear(self) -> LinearHead | None:
+        """Return the output layer."""
+        return self._linear("single_label_classification")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...data.task_batch import Labels
-from .base import HeadSettings
+from .base import HeadSettings, LinearHead
 from .metrics import METRICS
 from .pair_features import SIMILARITIES
 from .sentence import FEATURES
@@ -46,3 +46,7 @@ class MultiLabelHead(YesNoHead):
     def probabilities(self, scores: Tensor) -> Tensor:
         """Return those of each label."""
         return scores.sigmoid()
+
+    def as_linear(self) -> LinearHead | None:
+        """Return the output layer."""
+        return self._linear("multi_label_classification")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ...data.task_batch import Labels
 from ...utils.errors import InputError
 from ..pooling import TaskStates
-from .base import HeadSettings
+from .base import HeadSettings, LinearHead
 from .metrics import METRICS
 from .pair_features import JOINT_WIDTHS, SIMILARITIES
 from .sentence import SentenceHead
@@ -76,6 +76,10 @@ class RegressionHead(SentenceHead):
         if self.squared_error:
             return scores.clamp(self.low, self.high)
         return self._of_share(scores.sigmoid())
+
+    def as_linear(self) -> LinearHead | None:
+        """Return the output layer, whose values are not cut to the range."""
+        return self._linear("regression", None if self.squared_error else (self.low, self.high))
 
     def _of_share(self, share: Tensor) -> Tensor:
         """Return the value that lies at a share of the range."""

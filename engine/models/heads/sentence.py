@@ -12,7 +12,7 @@ from ..._kernels import kernels
 from ...data.task_schema import TaskSchema
 from ..layers import Linear
 from ..pooling import TaskStates, at_least_fp32
-from .base import Head, HeadSettings
+from .base import Head, HeadSettings, LinearHead
 from .bilstm import BiLstm
 from .pair_features import CROSS, JOINT_WIDTHS, PAIRS, SIMILARITIES, joint
 
@@ -83,6 +83,15 @@ class SentenceHead(Head):
             assert layer is not None
             return layer(joined, states.row_context(len(joined))).relu()
         return joined
+
+    def _linear(
+        self, problem_type: str, share_of: tuple[float, float] | None = None
+    ) -> LinearHead | None:
+        """Return the output layer, where its input is the vector of one sequence."""
+        if self.output is None or self.features not in ("single", CROSS):
+            return None
+        weight, bias = (x.detach().float().cpu() for x in (self.output.weight, self.output.bias))
+        return LinearHead(weight, bias, problem_type, share_of)
 
     def _dropped(self, states: TaskStates) -> Tensor:
         return kernels.dropout(

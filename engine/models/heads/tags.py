@@ -10,7 +10,7 @@ from ...data.task_batch import Labels, TaggedTokens
 from ...data.task_schema import TaskSchema
 from ..layers import Linear
 from ..pooling import TaskStates, at_least_fp32
-from .base import Head, HeadSettings
+from .base import Head, HeadSettings, LinearHead
 from .metrics import METRICS, Metric
 
 TOKENS = "tokens"
@@ -86,3 +86,8 @@ class TagHead(Head):
     def probabilities(self, scores: Tensor) -> Tensor:
         """Return those of all tags."""
         return scores.softmax(1)
+
+    def as_linear(self) -> LinearHead | None:
+        """Return the output layer, which reads the states of tokens."""
+        weight, bias = (x.detach().float().cpu() for x in (self.output.weight, self.output.bias))
+        return LinearHead(weight, bias, "single_label_classification", reads_tokens=True)

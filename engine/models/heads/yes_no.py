@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import HeadExport, HeadSettings
+from .base import HeadExport, HeadSettings, LinearHead
 from .sentence import SentenceHead
 from .thresholds import DEV, DEV_PER_LABEL, HALF
 
@@ -48,6 +48,13 @@ class YesNoHead(SentenceHead):
         """Return the probability ``[n]`` of each answer, of several labels the least one."""
         own = scores.where(self.predict(scores) > 0, -scores).sigmoid()
         return own if own.dim() == 1 else own.amin(1)
+
+    def _linear(
+        self, problem_type: str, share_of: tuple[float, float] | None = None
+    ) -> LinearHead | None:
+        """Return the output layer, its bias less the thresholds: yes is above 0, a half."""
+        linear = super()._linear(problem_type, share_of)
+        return None if linear is None else linear._replace(bias=linear.bias - self.thresholds.cpu())
 
     def exported(self) -> HeadExport | None:
         """Return its record in an export, with the thresholds."""

@@ -349,11 +349,14 @@ def test_pieces_that_leave_gaps_are_refused(copy):
     run = open_run(copy)
     newest = run.checkpoints.all("step")[0]
     (file,) = newest.glob("*.safetensors")
+    trainer = build_trainer(run, torch.device("cpu"))
     rewrite(file, lambda tensors: None, shifted)
     with pytest.raises(InputError, match="overlap or leave gaps"):
         load_weights(newest, run.new_model())
+    with pytest.raises(InputError, match="overlap or leave gaps"):
+        build_trainer(run, torch.device("cpu"))
     with pytest.raises(InputError, match="expected"):
-        build_trainer(run, torch.device("cpu")).restore()
+        trainer.restore()
 
 
 @pytest.mark.parametrize("how", ["overlap", "outside", "no bucket"])

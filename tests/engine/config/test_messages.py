@@ -155,6 +155,9 @@ OF_OTHERS = {
     "layerwise_lr_decay": "layer_lr_decay",
     "encoder_lr": "",
     "early_stopping_patience": "patience",
+    "swa": "average_best",
+    "model_soup": "average_best",
+    "average_checkpoints": "average_best",
     # within a table
     "balancing.lr": "gradnorm_lr",
     "balancing.alpha": "fairgrad_alpha or gradnorm_alpha",

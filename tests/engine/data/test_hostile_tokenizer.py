@@ -67,6 +67,9 @@ CRASH = {
         "model": BPE | {"continuing_subword_prefix": "#########", "merges": ["a b"]}
     },
     "text that grows without end": {"normalizer": grow(4)},
+    "a number far beyond the others": {
+        "model": plain()["model"] | {"vocab": VOCABULARY | {"z": (1 << 32) - 2}}
+    },
     "many ids of little text": {"pre_tokenizer": None, "normalizer": grow(2), "model": BPE},
 }
 

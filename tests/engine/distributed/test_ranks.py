@@ -34,7 +34,10 @@ EXACTLY = (
 )
 CASES = {
     "sharded": ("max_steps=6",),
-    "replicated": ("distribute=replicated", "balance_granularity=tensor", "max_steps=3"),
+    "replicated": (
+        *("distribute=replicated", "balance_granularity=tensor", "max_steps=3"),
+        *("eval_every=1", "average_best=2"),
+    ),
     "uneven": (
         *("batch_size=7", "max_steps=3", "clip_norm=0.5", "weight_decay=0.1"),
         *("layer_lr_decay=0.5", "head_lr=1e-2", "ema_decay=0.5"),
@@ -56,7 +59,7 @@ CASES = {
         *("micro_batches=2", "checkpoint_layers=true", "batch_size=8"),
     ),
     "in turns": ("task_schedule=cycle", "max_steps=4"),
-    "stopped early": ("lr=1e-12", "max_steps=4", "eval_every=1", "patience=1"),
+    "stopped early": ("lr=1e-12", "max_steps=4", "eval_every=1", "patience=1", "average_best=2"),
 }
 STOPPED = "max_steps=3"
 
@@ -239,3 +242,19 @@ def test_a_first_rank_that_never_comes_is_given_up_in_time(monkeypatch):
     ):
         pass
     assert 2 <= time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("name", ["replicated", "stopped early"])
+def test_ranks_average_the_best_evaluations_as_one_does(runs, name):
+    """Of equal scores, which the second case has, the average is kept on any number of ranks."""
+    for folder in (runs / f"one-{name}", runs / f"two-{name}"):
+        found = open_run(folder).checkpoints
+        tops = {path.name: load_file(path / "model.safetensors") for path in found.all("top")}
+        assert len(tops) >= 2
+        named = [f"top-{step:08}" for step, _ in found.progress().top]
+        kept = found.all("average")
+        assert len(kept) == 1 or name == "replicated"
+        for path in kept:
+            for weight, tensor in load_file(path / "model.safetensors").items():
+                mean = torch.stack([tops[own][weight].double() for own in named]).mean(0)
+                assert torch.equal(tensor, mean.float())

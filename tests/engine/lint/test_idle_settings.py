@@ -328,6 +328,9 @@ WITHOUT = [
     (("eval_every=1",), "patience=1"),
     ((*STEPS, "eval_every=1"), "patience=3"),
     (TEXT_ALONE, "patience=1"),
+    ((*STEPS, "eval_every=1"), "average_best=5"),
+    ((*STEPS, "eval_every=1"), "average_best=1"),
+    (TEXT_ALONE, "average_best=2"),
     (TEXT_ALONE, "best_of=sts"),
     (TEXT_ALONE, "tasks.quora.threshold=dev"),
     (FROZEN, "balance=gradvac"),
@@ -345,7 +348,7 @@ ELSEWHERE = {
     # what runs say and keep, and how they compute the same: tests of their own
     *("description", "paper", "data", "init", "checkpoint_layers", "on_bad_row", "execution"),
     *("log_every", "log_mib", "keep_logs", "max_skipped", "loggers", "checkpoint_every"),
-    *("eval_every", "patience", "best_of"),
+    *("eval_every", "patience", "best_of", "average_best"),
     *("keep_checkpoints", "max_graphs", "distribute", "timeout", "check_ranks_every"),
     *("threads", "ema_decay"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),  # of a pretrained encoder
@@ -433,6 +436,16 @@ def told(tmp_path, capsys):
             ("eval_every=2",),
             "eval_every = 2: no effect, the dev sets are scored there anyway, as an epoch or the "
             "phase ends",
+        ),
+        (("eval_every=1", "average_best=2"), ""),
+        (
+            ("eval_every=1", "average_best=3"),
+            "average_best = 3: no effect, the last phase has no more evaluations than 2",
+        ),
+        (
+            ("average_best=1",),
+            "average_best = 1: no effect, the average of one evaluation's weights are these "
+            "weights",
         ),
         (
             ("eval_every=1", "patience=1"),
@@ -534,6 +547,12 @@ STEPS_EACH = ("epochs=10", "phases.a.max_steps=2", "phases.b.max_steps=2")
             "b",
         ),
         (("checkpoint_every=4", *STEPS_EACH), "", ""),
+        (
+            ("average_best=2", "phases.a.eval_every=1", "phases.b.eps=1e-7"),
+            "average_best = 2: no effect, the last phase has no more evaluations than 1",
+            "b",
+        ),
+        (("average_best=2", "phases.a.eps=1e-7", "phases.b.eval_every=1"), "", ""),
         (
             (*STEPS_EACH, "phases.b.epochs=4"),
             "phases.b.epochs = 4: no effect, max_steps = 2",

@@ -14,8 +14,6 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from engine import export, train
 from engine.data.collate import PackedBatch, pack
@@ -32,6 +30,8 @@ from engine.models.families import FAMILIES
 from engine.runs.run import open_run
 from engine.utils.errors import InputError
 from tests.engine.conftest import SHORT
+
+from .byte_pairs import byte_pairs
 
 # transformers and sentence-transformers warn of what they deprecate themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -56,21 +56,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     write_demo(folder)
     form = FORMATS["sst"]
     return read_table(form.file(folder, "train"), form).sentences[0]
-
-
-def byte_pairs(texts: list[str]) -> Backend:
-    """A tokenizer as RoBERTa's: byte-level BPE and its special tokens."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    return backend
 
 
 @pytest.fixture

@@ -125,6 +125,12 @@ def test_a_file_is_no_folder_of_a_run(tmp_path, resumes):
         check_folder(tmp_path / "file", resumes=resumes)
 
 
+def test_no_folder_is_called_so(tmp_path):
+    """A command line cannot say it, but a recipe's or a caller's path can."""
+    with pytest.raises(InputError, match=r"--out '.*a\\x00b': embedded null byte; give another"):
+        check_folder(tmp_path / "a\0b", resumes=False)
+
+
 def test_what_a_killed_process_began_is_gone_on_with(tmp_path):
     for name in (LOCK, "vocab.txt", ".recipe.toml-0123abcd.partial"):
         (tmp_path / name).touch()

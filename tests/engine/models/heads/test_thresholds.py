@@ -4,11 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from engine.models.heads.metrics import METRICS
 from engine.models.heads.thresholds import DEV, DEV_PER_LABEL, choose_thresholds, deciding_metric
 
-from .cases import results
+from .cases import WIDTH, head_of, results
 
 OF_ONE = ("accuracy", "f1", "f1_macro", "f1_micro", "matthews")
 OF_SEVERAL = ("f1_micro", "f1_macro", "accuracy")
@@ -133,3 +134,19 @@ def test_the_first_metric_that_depends_on_it_decides():
     ):
         with pytest.raises(ValueError, match=message):
             deciding_metric(threshold, names, several=several)
+
+
+@pytest.mark.parametrize("task", ["quora", "aspects"])
+def test_a_linear_layer_of_an_export_answers_yes_above_zero(task):
+    """Pipelines know no threshold, so that it is in the bias."""
+    head = head_of(task, "cross" if task == "quora" else "single")
+    head.set_thresholds([0.3])
+    vectors = torch.randn(40, WIDTH)
+    linear = head.as_linear()
+    logits = vectors @ linear.weight.t() + linear.bias
+    yes = logits.argmax(1) if task == "quora" else (logits > 0).long()
+    with torch.no_grad():
+        scores = head.output(vectors)
+    scores = scores.squeeze(1) if task == "quora" else scores
+    assert (scores.abs() < 0.3).any()
+    assert torch.equal(yes, head.predict(scores))
