@@ -134,10 +134,14 @@ def as_tsv(
         names = class_names(form, found.probabilities.shape[1])
         header += [f"probability.{name}" for name in names]
     of_rows = np.split(found.predictions, found.offsets[1:-1])
-    rows = [
-        [identifier, form.spell_labels(values.ravel().tolist())]
-        for identifier, values in zip(table.ids, of_rows, strict=True)
-    ]
+    if form.labels == "spans":
+        texts = [answer and answer.prediction for answer in predictions(form, table, split, found)]
+        rows = [[name, str(text or "")] for name, text in zip(table.ids, texts, strict=True)]
+    else:
+        rows = [
+            [identifier, form.spell_labels(values.ravel().tolist())]
+            for identifier, values in zip(table.ids, of_rows, strict=True)
+        ]
     if probabilities:
         for row, answer in zip(rows, predictions(form, table, split, found), strict=True):
             row += _share_cells(answer)
@@ -162,7 +166,8 @@ def as_json_lines(
     """Return answers as JSON lines, an object for each row.
 
     ``id`` is a text; ``prediction`` as :class:`Prediction` has it, null for a blanked row; where
-    words are tagged they are the list ``words``; ``probabilities`` stand there where asked for.
+    words are tagged they are the list ``words``; ``answer_start`` is the first character of an
+    answer in its context; ``probabilities`` stand there where asked for.
     """
     lines = []
     for identifier, answer in zip(table.ids, answers, strict=True):
@@ -170,6 +175,8 @@ def as_json_lines(
         if tagged:
             record["words"] = None if answer is None else answer.words
         record["prediction"] = None if answer is None else _short(answer.prediction)
+        if answer is not None and answer.span is not None:
+            record["answer_start"] = answer.span[0]
         if probabilities:
             record["probabilities"] = None if answer is None else _short(answer.probabilities)
         lines.append(escape(dump_json(record), r"\u{:04x}") + "\n")

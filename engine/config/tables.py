@@ -61,8 +61,8 @@ class TaskRecipe(Settings):
     head: Literal[FEATURES]  # type: ignore[valid-type]
     """What the head sees: single or bilstm of one sentence; of two, one of mean, concat, distance,
     difference, shared, cosine, cosine_shifted, pearson, cross
-    (engine/models/heads/pair_features.py); tokens of words with tags; of retrieval cosine or
-    dot."""
+    (engine/models/heads/pair_features.py); tokens of words with tags and of spans; of retrieval
+    cosine or dot."""
     loss: Literal[LOSSES] = "default"  # type: ignore[valid-type]
     """default: squared error for scores, cross entropy for the rest; cross_entropy, for scores:
     that of a share of their range; mse; triplet, for retrieval with negatives; contrastive, for
@@ -71,8 +71,8 @@ class TaskRecipe(Settings):
     """Multiplies the task's loss, and so its gradient, before the gradients are balanced."""
     metrics: tuple[str, ...] = ()
     """What the task is scored by; the first decides which checkpoint is best (decided_by).  Empty:
-    accuracy of classes, Pearson correlation of scores, F1 of several labels (f1_micro) and of
-    entities."""
+    accuracy of classes, Pearson correlation of scores, F1 of several labels (f1_micro), of
+    entities and of the words of answers (squad_f1)."""
     decided_by: Literal["first", "mean"] = "first"
     """The task's score, which decides which checkpoint is best: the first of its metrics, or the
     mean of all."""

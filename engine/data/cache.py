@@ -24,17 +24,31 @@ from ..utils.ownership import check_private_place, is_own_folder
 from ..utils.untrusted_io import parse_json
 from .rows import lines_on
 from .source import Origin
-from .split import TokenizedSplit, tokenize
+from .split import TokenizedSplit, tokenize_by_schema
 from .table import OnBadRow
 from .task_schema import TaskSchema
 from .tokenizer import Tokenizer
+from .windows import Spans
 
-_VERSION = 7
+_VERSION = 8
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _INDEX, _META = "index.json", "meta.json"
-_ARRAYS = ("tokens", "offsets", "labels", "word_offsets", "word_sizes", "text_ids")
-_FILES = {*(f"{name}.npy" for name in _ARRAYS), _META}
+_ARRAYS = (
+    "tokens",
+    "offsets",
+    "labels",
+    "token_types",
+    "word_offsets",
+    "word_sizes",
+    "text_ids",
+)
+_SPANS = "spans."
+_FILES = {
+    *(f"{name}.npy" for name in _ARRAYS),
+    *(f"{_SPANS}{name}.npy" for name in Spans._fields),
+    _META,
+}
 
 _META_FIELDS = ("task", "ids", "columns", "truncated", "bad_rows", "blank", "notes")
 
@@ -90,9 +104,7 @@ def load_split(
         return _with_name(_open_entry(entry), origin.name)
     except _DamagedEntryError:
         table = origin.table(format_, labelled=labelled, on_bad_row=on_bad_row)
-        split = tokenize(
-            format_.task, table, tokenizer, max_length, with_text_ids=format_.labels == "none"
-        )
+        split = tokenize_by_schema(format_, table, tokenizer, max_length)
     try:
         return _with_name(_write_entry(entry, split), origin.name)
     except (OSError, _DamagedEntryError) as error:
@@ -129,6 +141,11 @@ def _open_entry(entry: Path) -> TokenizedSplit:
             for name in _ARRAYS
             if f"{name}.npy" in index
         }
+        if f"{_SPANS}{Spans._fields[0]}.npy" in index:
+            of_spans = (
+                np.load(entry / f"{_SPANS}{name}.npy", mmap_mode="r") for name in Spans._fields
+            )
+            arrays["spans"] = Spans(*of_spans)
         return TokenizedSplit(
             **(meta | {name: tuple(meta[name]) for name in ("blank", "notes")}),
             **({"labels": None} | arrays),
@@ -146,6 +163,8 @@ def _write_entry(entry: Path, split: TokenizedSplit) -> TokenizedSplit:
         for name in _ARRAYS:
             if (array := getattr(split, name)) is not None:
                 np.save(made / f"{name}.npy", array)
+        for name, array in ({} if split.spans is None else split.spans._asdict()).items():
+            np.save(made / f"{_SPANS}{name}.npy", array)
         meta = {name: getattr(split, name) for name in _META_FIELDS}
         (made / _META).write_text(dump_json(meta), encoding="utf-8")
         index = {path.name: _file_hash(path) for path in made.iterdir()}

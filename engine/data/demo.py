@@ -8,6 +8,7 @@ moves the grade, a negation turns it round, and after a "but" only the second cl
 *Slots* tag the words of a scene that say who does it, what to and where, in the columns of CoNLL;
 *aspects* list what a review of several clauses says, and of which sides of a film, in JSON lines.
 *Replies* answer a question on a scene by a statement on it, in other words, in JSON lines, too.
+*Spans* ask who, what or where of one of several statements, in the nested JSON of SQuAD v2.
 """
 
 import csv
@@ -93,10 +94,12 @@ def write_demo(folder: Path, seed: int = 0) -> None:
     tagged = _distinct(_slots, random.Random(f"{seed}/slots"))
     reviews = _distinct(_aspects, random.Random(f"{seed}/aspects"))
     asked = _distinct(_replies, random.Random(f"{seed}/replies"))
+    told = _distinct(_spans, random.Random(f"{seed}/spans"))
     for split, size in SIZES.items():
         _write_slots(folder, split, [next(tagged) for _ in range(size)])
         _write_aspects(folder, split, [next(reviews) for _ in range(size)])
         _write_replies(folder, split, [next(asked)[0] for _ in range(size)])
+        _write_spans(folder, split, [next(told) for _ in range(size)])
 
 
 def _distinct(
@@ -254,6 +257,46 @@ def _write_replies(folder: Path, split: str, pairs: list[tuple[str, ...]]) -> No
         for row, texts in enumerate(pairs):
             known = {"id": f"replies-{SPLITS[split]}-{row}"}
             file.write(dump_json(known | dict(zip(form.sentences, texts, strict=True))) + "\n")
+
+
+def _spans(rng: random.Random) -> tuple[tuple[str, ...], tuple[str, int] | None]:
+    """Return a question, the statements that it is on, and the answer with its place.
+
+    A question in eight is on none of the statements.
+    """
+    scenes = [_scene(rng) for _ in range(rng.randint(1, 2))]
+    told = [[rng.choice(names) for names in scene] for scene in scenes]
+    texts = ["the {} {} {} {} in the {} .".format(*words) for words in told]
+    number = rng.randrange(len(told))
+    (which, who, does, what, where), said = told[number], texts[number]
+    if rng.random() < 1 / 8:
+        known = {words[2] for words in told}
+        others = [name for names in _CONCEPTS[2] for name in names if name not in known]
+        return (f"who {rng.choice(others)} {what} ?", " ".join(texts)), None
+    asked, answer = rng.choice(
+        [
+            (f"who {does} {what} ?", f"{which} {who}"),
+            (f"what do the {who} {does} ?", what),
+            (f"where do they {does} {what} ?", where),
+        ]
+    )
+    before = sum(len(text) + 1 for text in texts[:number])
+    return (asked, " ".join(texts)), (answer, before + said.index(f" {answer} ") + 1)
+
+
+def _write_spans(
+    folder: Path, split: str, examples: list[tuple[tuple[str, ...], tuple[str, int] | None]]
+) -> None:
+    paragraphs = list[object]()
+    for row, ((question, context), answer) in enumerate(examples):
+        known: dict[str, object] = {"id": f"spans-{SPLITS[split]}-{row}", "question": question}
+        if split != "test":
+            found = [] if answer is None else [{"text": answer[0], "answer_start": answer[1]}]
+            known |= {"answers": found, "is_impossible": answer is None}
+        paragraphs.append({"context": context, "qas": [known]})
+    content = {"version": "v2.0", "data": [{"title": "scenes", "paragraphs": paragraphs}]}
+    path = FORMATS["spans"].file(folder, split)
+    path.write_text(dump_json(content) + "\n", encoding="utf-8")
 
 
 _GENERATORS = {"sst": _sst, "quora": _quora, "sts": _sts, "cfimdb": _cfimdb}

@@ -21,6 +21,9 @@ _PLAIN = ("arrow", "cache", "csv", "json", "parquet", "text")
 ``torch.load``, open archives, or open files that columns name."""
 
 
+_LISTS = ("List", "LargeList")
+
+
 def load_split(name: str, subset: str, split: str) -> Any:
     """Return a split of a data set, a ``datasets.Dataset``.
 
@@ -66,7 +69,11 @@ def load_split(name: str, subset: str, split: str) -> Any:
 
 
 def check_columns(
-    data: Any, columns: tuple[str, ...], where: str, lists: Collection[str] = ()
+    data: Any,
+    columns: tuple[str, ...],
+    where: str,
+    lists: Collection[str] = (),
+    objects: Collection[str] = (),
 ) -> None:
     """Refuse columns whose values the library opens files for, such as images.
 
@@ -75,20 +82,30 @@ def check_columns(
         columns: of it, to be read.
         where: it comes from, for error messages.
         lists: columns that may hold lists of text or numbers.
+        objects: columns that may hold objects of such lists, or lists of objects.
 
     Raises:
         InputError: one holds neither text nor numbers.
     """
     for name in columns:
         feature = data.features[name]
-        if name in lists and type(feature).__name__ in ("List", "LargeList"):
+        if name in lists and type(feature).__name__ in _LISTS:
             feature = feature.feature
-        kind = type(feature).__name__
-        if kind not in ("Value", "ClassLabel"):
+        kinds = _kinds(feature) if name in objects else {type(feature).__name__}
+        for kind in kinds - {"Value", "ClassLabel"}:
             raise InputError(
                 f"column {name!r} holds neither text nor numbers but {kind}, {where}; "
                 "name another column"
             )
+
+
+def _kinds(feature: Any) -> set[str]:
+    """Return the kinds of the values within objects and lists."""
+    if isinstance(feature, dict):
+        return set().union(*map(_kinds, feature.values()))
+    if type(feature).__name__ in _LISTS:
+        return _kinds(feature.feature)
+    return {type(feature).__name__}
 
 
 def _check_reader(name: str, builder: Any) -> None:

@@ -24,6 +24,7 @@ def json_rows(
     *,
     may_be_array: bool,
     lists: Collection[str] = (),
+    objects: Collection[str] = (),
 ) -> Rows:
     """Return the rows of a JSON file: an object a line or, where that may be, one array of objects.
 
@@ -34,33 +35,44 @@ def json_rows(
         dialect: how the file is written.
         may_be_array: whether a file that begins with a bracket is one array.
         lists: the keys whose values may be lists.
+        objects: the keys whose values are objects.
 
     Raises:
         InputError: an array is no JSON.
     """
     if may_be_array and _ARRAY.match(text):
         notes = ["one JSON array, not an object a line"]
-        return Rows(_array_rows(text, path, columns, dialect, lists), notes)
-    return Rows(_line_rows(text.rstrip("\r\n"), path, columns, dialect, lists), [])
+        return Rows(_array_rows(text, path, columns, dialect, lists, objects), notes)
+    return Rows(_line_rows(text.rstrip("\r\n"), path, columns, dialect, lists, objects), [])
 
 
 def _array_rows(
-    text: str, path: Path, columns: Sequence[str], dialect: Dialect, lists: Collection[str]
+    text: str,
+    path: Path,
+    columns: Sequence[str],
+    dialect: Dialect,
+    lists: Collection[str],
+    objects: Collection[str],
 ) -> Iterator[Row]:
     if found := undecoded(text):
         advice = not_utf8(dialect, "convert the file to UTF-8")
         raise InputError(f"not UTF-8: {found}, {path}; {advice}")
     try:
-        records = parse_json(text, _unambiguous)
+        records = parse_json(text, unambiguous)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"not JSON: {reason}, {path}; correct the file") from error
     for number, record in enumerate(records):
-        yield _object_row(record, columns, f"{path}, row {number}", lists=lists)
+        yield _object_row(record, columns, f"{path}, row {number}", lists=lists, objects=objects)
 
 
 def _line_rows(
-    text: str, path: Path, columns: Sequence[str], dialect: Dialect, lists: Collection[str]
+    text: str,
+    path: Path,
+    columns: Sequence[str],
+    dialect: Dialect,
+    lists: Collection[str],
+    objects: Collection[str],
 ) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         place = f"{path}:{number}"
@@ -73,11 +85,11 @@ def _line_rows(
             yield Row(place, BadRowError("not UTF-8", found, not_utf8(dialect, advice)))
             continue
         try:
-            record = parse_json(line, _unambiguous)
+            record = parse_json(line, unambiguous)
         except ValueError as error:
             yield Row(place, BadRowError("not JSON", " ".join(str(error).split()), advice))
             continue
-        yield _object_row(record, columns, place, advice, lists)
+        yield _object_row(record, columns, place, advice, lists, objects)
 
 
 def _object_row(
@@ -86,13 +98,14 @@ def _object_row(
     place: str,
     advice: str = "correct the row",
     lists: Collection[str] = (),
+    objects: Collection[str] = (),
 ) -> Row:
     if isinstance(record, dict):
-        return typed_row(record, columns, place, lists)
+        return typed_row(record, columns, place, lists, objects)
     return Row(place, BadRowError("not a JSON object", type(record).__name__, advice))
 
 
-def _unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return an object; a key that stands twice has no value that a row could use."""
     record = dict(pairs)
     if len(record) < len(pairs):
@@ -102,7 +115,11 @@ def _unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def parquet_rows(
-    content: bytes, path: Path, columns: Sequence[str], lists: Collection[str] = ()
+    content: bytes,
+    path: Path,
+    columns: Sequence[str],
+    lists: Collection[str] = (),
+    objects: Collection[str] = (),
 ) -> Iterator[Row]:
     """Yield the rows of a Parquet file.
 
@@ -111,6 +128,7 @@ def parquet_rows(
         path: where it comes from, for error messages.
         columns: those to read; further ones are ignored.
         lists: those whose values may be lists.
+        objects: those whose values are objects.
 
     Raises:
         InputError: it cannot be read, or a column is missing, or wanted and there twice.
@@ -127,7 +145,7 @@ def parquet_rows(
         )
         records = (record for batch in batches for record in batch)
         for number, record in enumerate(records):
-            yield typed_row(record, columns, f"{path}, row {number}", lists)
+            yield typed_row(record, columns, f"{path}, row {number}", lists, objects)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: not a readable Parquet file ({reason})") from error

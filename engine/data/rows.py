@@ -50,7 +50,11 @@ class Rows(NamedTuple):
 
 
 def typed_row(
-    record: Mapping[str, object], columns: Sequence[str], place: str, lists: Collection[str] = ()
+    record: Mapping[str, object],
+    columns: Sequence[str],
+    place: str,
+    lists: Collection[str] = (),
+    objects: Collection[str] = (),
 ) -> Row:
     """Return the row of a record of typed values, each value as text.
 
@@ -59,9 +63,16 @@ def typed_row(
         columns: the wanted ones.
         place: of the record, for error messages.
         lists: those whose values may be lists, which become JSON.
+        objects: those whose values are objects or lists of them, which become JSON, too.
     """
     try:
-        return Row(place, [_as_text(name, record, name in lists) for name in columns])
+        return Row(
+            place,
+            [
+                _as_json(name, record) if name in objects else _as_text(name, record, name in lists)
+                for name in columns
+            ],
+        )
     except BadRowError as bad:
         return Row(place, bad)
 
@@ -107,13 +118,39 @@ def shorten(text: str, limit: int = 40) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _as_text(column: str, record: Mapping[str, object], may_be_list: bool) -> str:
+def _as_json(column: str, record: Mapping[str, object]) -> str:
+    value = _value(column, record)
+    if not isinstance(value, dict | list):
+        return _as_text(column, record, may_be_list=False)
+    try:
+        text = dump_json(value)
+    except (TypeError, ValueError):  # a key that stands twice, dates of Parquet, NaN
+        raise BadRowError("neither text nor number", f"in column {column!r}") from None
+    if _has_half(value):
+        raise BadRowError("not Unicode", f"half of a character in column {column!r}")
+    return text
+
+
+def _has_half(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_half, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_half, value))
+    return isinstance(value, str) and _HALF.search(value) is not None
+
+
+def _value(column: str, record: Mapping[str, object]) -> object:
     if column not in record:
         found = ", ".join(repr(shorten(name)) for name in list(record)[:8])
         raise BadRowError("missing column", f"{column!r}; there is {found or 'none'}")
     value = record[column]
     if value is TWICE:
         raise BadRowError("column given twice", repr(column))
+    return value
+
+
+def _as_text(column: str, record: Mapping[str, object], may_be_list: bool) -> str:
+    value = _value(column, record)
     if isinstance(value, str):
         if _HALF.search(value):
             raise BadRowError("not Unicode", f"half of a character in column {column!r}")

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from ..utils.errors import InputError
-from ..utils.field_types import FileName, GivenName, Name, Real, Settings
+from ..utils.field_types import Count, FileName, GivenName, Name, Positive, Real, Settings
 from ..utils.untrusted_io import read_bytes
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
@@ -48,10 +48,12 @@ Kind = Annotated[
         "pair_multi_label_classification",
         "token_classification",
         "retrieval",
+        "question_answering",
     ],
     WrapValidator(_known_kind),
 ]
-_TAGS, _RETRIEVAL = "token_classification", "retrieval"
+_TAGS, _RETRIEVAL, _SPANS = "token_classification", "retrieval", "question_answering"
+_OF_SPANS = ("unanswerable", "window_overlap", "max_answer_tokens")
 _OF_FILES = ("layout", "delimiter", "quoting", "header", "encoding", "compression")
 """The fields that say how files are written."""
 
@@ -75,14 +77,16 @@ class TaskSource(Settings):
     kind: Kind
     """What is predicted, from one sentence or from a pair: a class, a number, any number of
     classes (multi_label), or a tag for each word (token_classification); retrieval: which passage
-    answers an anchor, such as a question."""
+    answers an anchor, such as a question; question_answering: a span of a context."""
     text: Text
     """The column of the sentence, or those of the pair.  token_classification: of the words, a list
     or a text with blanks between them.  retrieval: of the anchor, of a passage that answers it
-    and, if there are any, of passages that do not (hard negatives)."""
+    and, if there are any, of passages that do not (hard negatives).  question_answering: of the
+    question and the context."""
     label: Label = "label"
     """The column of the label, of a list of labels, or of tags; multi_label: or a column of 0 and 1
-    for each class, which are called as the columns are."""
+    for each class, which are called as the columns are.  question_answering: of the answers,
+    objects of text and answer_start."""
     id: Column = ""
     """The column that names an example; empty: rows are numbered from 0."""
     classes: Annotated[tuple[str, ...] | int, BeforeValidator(_names_or_number)] = ()
@@ -92,6 +96,13 @@ class TaskSource(Settings):
     scheme: Scheme = "auto"
     """token_classification: how tags mark entities: BIO, BIOES, IOB1 (read as BIO), none (parts of
     speech, say); auto: as the classes say."""
+    unanswerable: bool = False
+    """question_answering: questions may have no answer in their context (SQuAD v2)."""
+    window_overlap: Count = 128
+    """question_answering: tokens that neighbouring windows of a long context share, at most half of
+    a window's; transformers call it doc_stride."""
+    max_answer_tokens: Positive = 30
+    """question_answering: the most tokens of an answer that is predicted."""
     range: tuple[Real, Real] = (0.0, 5.0)
     """Regression: the smallest and the largest label."""
 
@@ -127,7 +138,8 @@ class TaskSource(Settings):
             raise ValueError("give either files or dataset")
         self._check_labels()
         self._check_texts()
-        if not self.has_range and self.kind != _RETRIEVAL and self._num_classes < 2:
+        has_classes = not self.has_range and self.kind not in (_RETRIEVAL, _SPANS)
+        if has_classes and self._num_classes < 2:
             raise ValueError(f"classes: {self.kind} needs at least two, by name or as a number")
         if len(set(self._names)) != len(self._names):
             raise ValueError("classes: a name stands twice")
@@ -151,14 +163,15 @@ class TaskSource(Settings):
             if len(set(self.text)) < len(self.text):
                 raise ValueError("text: a column stands twice")
             return
-        most = 2 if self.kind in FURTHER_KINDS or self.kind.startswith("pair") else 1
+        is_pair = self.kind == _SPANS or self.kind.startswith("pair")
+        most = 2 if self.kind in FURTHER_KINDS or is_pair else 1
         least = 1 if self.kind in FURTHER_KINDS else most
         if not least <= len(self.text) <= most:
             raise ValueError(f"text: {self.kind} needs {most} column(s), got {len(self.text)}")
 
     def _check_labels(self) -> None:
         several, tags = self._has_several, self.kind == _TAGS
-        labelled = self.kind != _RETRIEVAL
+        labelled, spans = self.kind != _RETRIEVAL, self.kind == _SPANS
         if isinstance(self.label, tuple):
             if not several:
                 raise ValueError(f"label: {self.kind} has one column of labels; name it")
@@ -177,7 +190,9 @@ class TaskSource(Settings):
                 several and not isinstance(self.label, tuple),
             ),
             ("scheme", self.scheme, tags),
-            *((name, getattr(self, name), labelled) for name in ("label", "classes", "range")),
+            ("label", self.label, labelled),
+            *((name, getattr(self, name), labelled and not spans) for name in ("classes", "range")),
+            *((name, getattr(self, name), spans) for name in _OF_SPANS),
         ):
             if given != type(self).model_fields[name].default and not has_effect:
                 raise ValueError(f"{name}: has no effect on {self.kind}; leave it out")
@@ -300,7 +315,7 @@ class TaskSource(Settings):
         """The kind of the head."""
         if self.kind in FURTHER_KINDS:
             return self.kind
-        if self.kind in (_TAGS, _RETRIEVAL):
+        if self.kind in (_TAGS, _RETRIEVAL, _SPANS):
             return "tags" if self.kind == _TAGS else self.kind
         if self._has_several:
             return "multi_label"
@@ -309,8 +324,10 @@ class TaskSource(Settings):
         return "classes" if self._num_classes > 2 else "binary"
 
     @property
-    def _labels(self) -> Literal["one", "several", "words", "none"]:
+    def _labels(self) -> Literal["one", "several", "words", "spans", "none"]:
         """What an example has for labels."""
+        if self.kind == _SPANS:
+            return "spans"
         if self.kind == _RETRIEVAL:
             return "none"
         if self.kind == _TAGS:
@@ -341,7 +358,8 @@ class TaskSource(Settings):
             kind=self._head,
             whole=not self.has_range and not is_retrieval,
             low=-1 if is_retrieval else low,
-            high=1 if is_retrieval else high,
+            high=1 if is_retrieval or self.kind == _SPANS else high,
+            **{name: getattr(self, name) for name in _OF_SPANS},
             classes=names,
             dialect=Dialect(
                 delimiter=own.delimiter,
@@ -424,7 +442,7 @@ class HubSplit:
         where = f"data set {self.name}, split {self.split}"
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, where)
-        check_columns(self._data, columns, where, format_.list_columns)
+        check_columns(self._data, columns, where, format_.list_columns, format_.object_columns)
         rows = Rows(self._rows(format_, columns, where), [])
         return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
@@ -446,7 +464,9 @@ class HubSplit:
         for number, record in enumerate(data):
             if format_.label in record:
                 record[format_.label] = spelled(record[format_.label])
-            yield typed_row(record, columns, f"{where}, row {number}", lists)
+            yield typed_row(
+                record, columns, f"{where}, row {number}", lists, format_.object_columns
+            )
 
     @cached_property
     def _data(self) -> Any:

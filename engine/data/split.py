@@ -9,8 +9,10 @@ import torch
 
 from ..utils.errors import InputError
 from .table import Table, strata
-from .task_batch import Indices, Labels, TaggedTokens, TaskBatch, TextIds, ranges
+from .task_batch import AnswerSpans, Indices, Labels, TaggedTokens, TaskBatch, TextIds, ranges
+from .task_schema import TaskSchema
 from .tokenizer import EncodedTexts, Tokenizer
+from .windows import Spans, windows_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,8 @@ class TokenizedSplit:
         word_sizes: int32 ``[W]``, their tokens; 0 of a word that was cut off.
         text_ids: int64 ``[n, c]``, of retrieval: a number for each text, the same for texts of the
             same tokens.
+        spans: of question answering, whose examples are windows; several may be of one question,
+            and have its id.
         all_pieces: whether batches have the tags of all tokens of a word, not of the first alone.
     """
 
@@ -55,6 +59,7 @@ class TokenizedSplit:
     word_offsets: npt.NDArray[np.int64] | None = None
     word_sizes: npt.NDArray[np.int32] | None = None
     text_ids: npt.NDArray[np.int64] | None = None
+    spans: Spans | None = None
     all_pieces: bool = False
 
     def __len__(self) -> int:
@@ -73,7 +78,9 @@ class TokenizedSplit:
 
     @property
     def answer_offsets(self) -> npt.NDArray[np.int64]:
-        """Which answers are of each example, int64 ``[n + 1]``: one, or one for each word."""
+        """Which scores are of each example, int64 ``[n + 1]``: one, or one a word or token."""
+        if self.spans is not None:
+            return self.offsets
         return np.arange(len(self) + 1) if self.word_offsets is None else self.word_offsets
 
     @property
@@ -126,6 +133,10 @@ class TokenizedSplit:
 
     def _labels(self, chosen: Indices, sizes: Indices) -> Labels | None:
         """Return the labels of chosen examples, whose sequences have so many tokens."""
+        if self.spans is not None:
+            ends = np.concatenate(([0], np.cumsum(sizes)))
+            first, last = (ends[:-1, None] + self.spans.targets[chosen]).T
+            return AnswerSpans(*map(torch.from_numpy, (first.copy(), last.copy(), ends)))
         if self.text_ids is not None:
             return TextIds(torch.from_numpy(self.text_ids[chosen]))
         if self.word_offsets is None or self.word_sizes is None:
@@ -201,6 +212,47 @@ def tokenize(
         word_offsets=word_offsets,
         word_sizes=word_sizes,
         text_ids=text_ids,
+    )
+
+
+def tokenize_by_schema(
+    form: TaskSchema, table: Table, tokenizer: Tokenizer, max_length: int
+) -> TokenizedSplit:
+    """Tokenize a table as its task needs it: numbered texts of retrieval, windows of contexts.
+
+    Args:
+        form: the task's schema.
+        table: the rows, read by it.
+        tokenizer: what to split them with.
+        max_length: the most tokens in a sequence, ``[CLS]`` and ``[SEP]`` included.
+
+    Raises:
+        InputError: the limit leaves no room for a question and a context.
+    """
+    if form.labels != "spans":
+        numbered = form.labels == "none"
+        return tokenize(form.task, table, tokenizer, max_length, with_text_ids=numbered)
+    questions, contexts = table.sentences
+    overlap = form.window_overlap
+    found = windows_of(questions, contexts, table.answers, tokenizer, max_length, overlap)
+    rows, tokens = found.spans.rows, found.encoded.tokens
+    notes = table.notes
+    if len(rows) > len(table):
+        notes = (*notes, f"{len(rows):,} windows of {len(table):,} questions' contexts")
+    return TokenizedSplit(
+        task=form.task,
+        ids=[table.ids[row] for row in rows.tolist()],
+        columns=1,
+        tokens=tokens.astype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else tokens,
+        offsets=found.encoded.offsets,
+        # Of each window, for subsets that keep the share of those without an answer.
+        labels=None if table.labels is None else (found.spans.targets[:, 0] > 0).astype(np.float32),
+        truncated=found.encoded.truncated,
+        bad_rows=dict(table.bad_rows),
+        blank=table.blank,
+        notes=notes,
+        token_types=found.token_types,
+        spans=found.spans,
     )
 
 

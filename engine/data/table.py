@@ -19,6 +19,7 @@ from .delimited import delimited_rows
 from .dialect import DELIMITERS
 from .records import json_rows, parquet_rows
 from .rows import BadRowError, Rows, shorten
+from .squad import Span, is_nested, squad_rows
 from .task_schema import TaskSchema
 
 OnBadRow = Literal["error", "skip", "blank"]
@@ -37,11 +38,14 @@ class Table:
         ids: the id column, or the rows' numbers where the format has none.
         sentences: one list of strings for each sentence column.
         labels: float32 ``[n]``; of several labels ``[n, L]``, 0 or 1; of tagged words the tag of
-            each, ``[W]``; of retrieval ones.  None where they were not asked for.
+            each, ``[W]``; of retrieval ones; of spans 1 where there is an answer.  None where they
+            were not asked for.
         bad_rows: how many rows were skipped or blanked, by reason.
         blank: the indices of the blanked rows.
         notes: what was found out about the file, a phrase each.
         words: of each text, where its words are tagged; ``sentences`` has them joined by blanks.
+        answers: of each question its spans of the context; None of other tasks, or where they were
+            not asked for.
     """
 
     ids: list[str]
@@ -51,6 +55,7 @@ class Table:
     blank: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     words: list[list[str]] | None = None
+    answers: list[list[Span]] | None = None
 
     @property
     def strata(self) -> npt.NDArray[np.float32]:
@@ -99,9 +104,10 @@ def parse_table(
 def _rows_of(content: bytes, path: Path, format_: TaskSchema, *, labelled: bool) -> Rows:
     layout, dialect = format_.layout_of(path), format_.dialect
     columns, lists = format_.columns(labelled=labelled), format_.list_columns
+    objects = format_.object_columns
     content = decompress(content, path, dialect)
     if layout == "parquet":
-        return Rows(parquet_rows(content, path, columns, lists), [])
+        return Rows(parquet_rows(content, path, columns, lists, objects), [])
     text, notes = decode(content, path, dialect)
     if not text.strip():
         raise InputError(f"empty file, {path}; give one with rows")
@@ -112,9 +118,13 @@ def _rows_of(content: bytes, path: Path, format_: TaskSchema, *, labelled: bool)
         if format_.labels != "words":
             raise InputError(f"{path}: a column file, which has words with tags; give a table")
         rows = conll_rows(text, path, columns, dialect, universal=layout == "conllu")
+    elif layout == "json" and format_.labels == "spans" and is_nested(text):
+        rows = squad_rows(text, path, columns, dialect)
     else:
         is_array = layout == "json"
-        rows = json_rows(text, path, columns, dialect, may_be_array=is_array, lists=lists)
+        rows = json_rows(
+            text, path, columns, dialect, may_be_array=is_array, lists=lists, objects=objects
+        )
     rows.notes[:0] = notes
     return rows
 
@@ -140,6 +150,7 @@ def collect(
     sentences: tuple[list[str], ...] = tuple([] for _ in format_.sentences)
     words: list[list[str]] = []
     labels: list[list[float]] = []
+    answers: list[list[Span]] = []
     bad_rows: Counter[str] = Counter()
     blank: list[int] = []
     first_bad = ""
@@ -152,6 +163,7 @@ def collect(
             if format_.id:
                 identifier, *texts = values
             own_words, label = _check(identifier, texts, format_, labelled)
+            spans = _spans(texts, format_) if labelled and format_.labels == "spans" else []
         except BadRowError as bad:
             if on_bad_row == "error":
                 raise InputError(
@@ -162,12 +174,13 @@ def collect(
             if on_bad_row == "skip":
                 continue
             blank.append(len(ids))
-            texts, own_words, label = [""] * len(sentences), [], []
+            texts, own_words, label, spans = [""] * len(sentences), [], [], []
         ids.append(identifier)
         for column, text in zip(sentences, texts, strict=False):
             column.append(" ".join(own_words) or text)
         words.append(own_words)
-        labels.append(label)
+        labels.append([float(bool(spans))] if format_.labels == "spans" else label)
+        answers.append(spans)
 
     if len(ids) == len(blank):
         raise InputError(_no_usable_row(where, bad_rows, first_bad))
@@ -179,6 +192,7 @@ def collect(
         blank=tuple(blank),
         notes=tuple(rows.notes),
         words=words if format_.labels == "words" else None,
+        answers=answers if labelled and format_.labels == "spans" else None,
     )
 
 
@@ -201,7 +215,7 @@ def _array(labels: Sequence[Sequence[float]], format_: TaskSchema) -> npt.NDArra
         width = int(format_.high) + 1
         rows = [row or [0.0] * width for row in labels]
         return np.array(rows, dtype=np.float32).reshape(-1, width)
-    if format_.labels in ("one", "none"):
+    if format_.labels in ("one", "spans", "none"):
         return np.array([row[0] if row else 0.0 for row in labels], dtype=np.float32)
     return np.array(list(chain.from_iterable(labels)), dtype=np.float32)
 
@@ -228,7 +242,7 @@ def _check(
             words = format_.words(texts[0])
         except ValueError as error:
             raise BadRowError(str(error), f"column {format_.sentences[0]!r}") from error
-    if not labelled:
+    if not labelled or format_.labels == "spans":
         return words, []
     cells = texts[len(format_.sentences) :]
     try:
@@ -236,6 +250,16 @@ def _check(
     except ValueError as error:
         reason, _, detail = str(error).partition(": ")
         raise BadRowError(reason, _label_place(format_, cells, detail)) from error
+
+
+def _spans(texts: Sequence[str], format_: TaskSchema) -> list[Span]:
+    """Return the answers of a row, as spans of its context."""
+    _, context, cell = texts
+    try:
+        return format_.parse_spans(cell, context)
+    except ValueError as error:
+        reason, _, detail = str(error).partition(": ")
+        raise BadRowError(reason, f"{detail}, column {format_.label!r}") from error
 
 
 def _label_place(format_: TaskSchema, cells: Sequence[str], detail: str) -> str:

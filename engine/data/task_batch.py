@@ -51,8 +51,24 @@ class TextIds(NamedTuple):
     ids: Tensor
 
 
-Labels = Tensor | MaskedTokens | TaggedTokens | TextIds
-"""float32 ``[n]`` for a task, of several labels ``[n, L]``; masked or tagged tokens; text ids."""
+class AnswerSpans(NamedTuple):
+    """Labels of n windows of contexts.
+
+    Attributes:
+        first: int64 ``[n]``, the token that begins the answer, among those of the task batch;
+            [CLS] where the window has no answer.
+        last: int64 ``[n]``, the token that ends it; the same there.
+        offsets: int64 ``[n + 1]``; window i is tokens ``offsets[i]:offsets[i + 1]``.
+    """
+
+    first: Tensor
+    last: Tensor
+    offsets: Tensor
+
+
+Labels = Tensor | MaskedTokens | TaggedTokens | TextIds | AnswerSpans
+"""float32 ``[n]`` for a task, of several labels ``[n, L]``; masked or tagged tokens; text ids;
+spans of answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +135,7 @@ _MASKED_MULTIPLE = 64
 
 def pad_labels(labels: Labels | None) -> Labels | None:
     """Pad masked or tagged tokens with ones that do not count: position -1, target -100."""
-    if labels is None or isinstance(labels, Tensor | TextIds):
+    if labels is None or isinstance(labels, Tensor | TextIds | AnswerSpans):
         return labels
     padding = (0, -len(labels.positions) % _MASKED_MULTIPLE)
     return labels._replace(

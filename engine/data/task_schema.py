@@ -11,6 +11,7 @@ from ..utils.errors import InputError
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import parse_json
 from .dialect import ARCHIVES, AUTO, BUILT_IN, COMPRESSIONS, LAYOUTS, Dialect, Layout, endings
+from .squad import Span, spans_of
 from .tags import OUTSIDE, Scheme, check_tags
 
 SPLITS: Mapping[str, str] = MappingProxyType(
@@ -74,9 +75,9 @@ class TaskSchema:
     whole: bool | None = None
     """Whether labels are whole numbers, as those of classes; None: as ``kind`` says."""
 
-    labels: Literal["one", "several", "words", "none"] = "one"
-    """An example has one label, any number of ``classes``, a tag for each of its words, or none: a
-    passage that answers its anchor, as if by a column of ones."""
+    labels: Literal["one", "several", "words", "spans", "none"] = "one"
+    """An example has one label, any number of ``classes``, a tag for each of its words, spans of
+    its second sentence, or none: a passage that answers its anchor, as if by a column of ones."""
 
     label_columns: tuple[str, ...] = ()
     """With several labels, the columns of 0 and 1, one for each; empty: ``label`` lists them."""
@@ -86,6 +87,15 @@ class TaskSchema:
 
     scheme: Scheme = "none"
     """By which tags mark entities."""
+
+    unanswerable: bool = False
+    """With spans: whether a question may have no answer in its context."""
+
+    window_overlap: int = 128
+    """With spans: tokens that two windows of a context share that is too long for a sequence."""
+
+    max_answer_tokens: int = 30
+    """With spans: the most tokens of an answer that is predicted."""
 
     def __post_init__(self) -> None:
         if self.whole is None:
@@ -135,6 +145,11 @@ class TaskSchema:
             return (*self.sentences, self.label)
         return (self.label,) if self.labels == "several" else ()
 
+    @property
+    def object_columns(self) -> tuple[str, ...]:
+        """The columns whose cells are objects, which a :class:`~.rows.Row` has as JSON."""
+        return (self.label,) if self.labels == "spans" else ()
+
     def words(self, cell: str) -> list[str]:
         """Return the words of a text whose words are tagged: a list, or separated by blanks.
 
@@ -180,6 +195,10 @@ class TaskSchema:
                 self._class_number(tag)
             tags = [*check_tags(tags, self.scheme)]
         return [self._class_number(tag) for tag in tags]
+
+    def parse_spans(self, cell: str, context: str) -> list[Span]:
+        """Return the answers of an example, as spans of its context: :func:`~.squad.spans_of`."""
+        return spans_of(cell, context, unanswerable=self.unanswerable)
 
     def _class_number(self, name: str) -> float:
         try:
@@ -353,6 +372,18 @@ FORMATS = _table(
         low=-1,
         high=1,
         labels="none",
+    ),
+    TaskSchema(
+        task="spans",
+        stem="spans",
+        ending="json",
+        id="id",
+        sentences=("question", "context"),
+        label="answers",
+        kind="question_answering",
+        high=1,
+        labels="spans",
+        unanswerable=True,
     ),
 )
 """Built-in tasks.  The first four are the CS224N file set: tab-separated, with a header, whatever

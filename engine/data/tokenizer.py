@@ -249,6 +249,34 @@ class Tokenizer:
             truncated=int((lengths + 2 > max_length).sum()),
         )
 
+    def encode_with_places(
+        self, texts: Sequence[str]
+    ) -> tuple[EncodedTexts, npt.NDArray[np.int32]]:
+        """Turn texts of any length into token ids, and say where in its text each token stands.
+
+        Args:
+            texts: S texts.
+
+        Returns:
+            The texts, without ``[CLS]`` and ``[SEP]``, and int32 ``[T, 2]``, of each token its
+            first character (Unicode code point) in the text and the one behind its last.
+
+        Raises:
+            InputError: the vocabulary lacks what an unknown word becomes.
+        """
+        ids, places = list[list[int]](), [np.empty((0, 2), dtype=np.int32)]
+        for start in range(0, len(texts), _CHUNK):
+            chunk = list(texts[start : start + _CHUNK])
+            with _explained(self._where):
+                encodings = self._backend.encode_batch(chunk, add_special_tokens=False)
+            ids += [encoding.ids for encoding in encodings]
+            pairs = chain.from_iterable(encoding.offsets for encoding in encodings)
+            numbers = np.fromiter(chain.from_iterable(pairs), dtype=np.int32)
+            places.append(numbers.reshape(-1, 2))
+        offsets = np.concatenate(([0], np.cumsum([len(row) for row in ids], dtype=np.int64)))
+        tokens = np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=offsets[-1])
+        return EncodedTexts(tokens, offsets, truncated=0), np.concatenate(places)
+
     def encode_words(
         self, texts: Sequence[Sequence[str]], max_length: int
     ) -> tuple[EncodedTexts, npt.NDArray[np.int32]]:

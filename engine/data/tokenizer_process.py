@@ -36,6 +36,13 @@ class Ids(NamedTuple):
     ids: list[int]
 
 
+class IdsAndOffsets(NamedTuple):
+    """Token ids of one text, and the characters of each, as the library's encodings have them."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
 class TokenizerProcess:
     """A tokenizer in a separate process, with the methods that :class:`.Tokenizer` uses.
 
@@ -93,13 +100,35 @@ class TokenizerProcess:
         """
         found: list[Ids] = []
         for chunk in _chunks(texts):
-            lengths, ids = array.array("q"), array.array("I")
-            lengths.frombytes(self._ask("encode", [chunk, add_special_tokens]))
-            ids.frombytes(self._receive())
-            end = 0
-            for length in lengths:
-                found.append(Ids(ids[end : end + length].tolist()))
-                end += length
+            for ids, _ in self._encoded(chunk, add_special_tokens, with_offsets=False):
+                found.append(Ids(ids))
+        return found
+
+    def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[IdsAndOffsets]:
+        """Return the token ids of each text, and the first character and the one behind the last.
+
+        Raises:
+            TokenizerProcessError: the library cannot, or not within the limits.
+        """
+        found: list[IdsAndOffsets] = []
+        for chunk in _chunks(texts):
+            for ids, places in self._encoded(chunk, add_special_tokens, with_offsets=True):
+                found.append(IdsAndOffsets(ids, list(zip(places[::2], places[1::2], strict=True))))
+        return found
+
+    def _encoded(
+        self, texts: list[str], special: bool, *, with_offsets: bool
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return ids and, where asked for, offsets of a chunk; two numbers each."""
+        lengths, ids, offsets = array.array("q"), array.array("I"), array.array("q")
+        lengths.frombytes(self._ask("encode", [texts, special, with_offsets]))
+        ids.frombytes(self._receive())
+        offsets.frombytes(self._receive())
+        found, end = [], 0
+        for length in lengths:
+            stop = end + length
+            found.append((ids[end:stop].tolist(), offsets[2 * end : 2 * stop].tolist()))
+            end = stop
         return found
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
@@ -172,11 +201,18 @@ def _serve(connection: Connection, seconds: int) -> None:
                 backend.no_padding()
                 answers = [json.dumps([backend.to_str(), backend.get_vocab()]).encode()]
             elif what == "encode":
-                texts, special = argument
-                encodings = backend.encode_batch_fast(texts, add_special_tokens=special)
+                texts, special, with_offsets = argument
+                encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
+                encodings = encode(texts, add_special_tokens=special)
                 rows = [encoding.ids for encoding in encodings]
                 ids = array.array("I", (number for row in rows for number in row))
-                answers = [array.array("q", map(len, rows)).tobytes(), ids.tobytes()]
+                places = array.array("q")
+                if with_offsets:
+                    places.extend(
+                        place for each in encodings for pair in each.offsets for place in pair
+                    )
+                lengths = array.array("q", map(len, rows))
+                answers = [lengths.tobytes(), ids.tobytes(), places.tobytes()]
             else:
                 ids, skip = argument
                 answers = [json.dumps(backend.decode(ids, skip_special_tokens=skip)).encode()]

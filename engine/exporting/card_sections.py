@@ -207,6 +207,9 @@ def local_name(name: str) -> str:
 
 
 def _labels(form: TaskSchema) -> str:
+    if form.labels == "spans":
+        none = ", or none" if form.unanswerable else ""
+        return f"spans of {markdown_text(form.sentences[1])}{none}"
     if not form.classes:
         return f"{form.low:g} to {form.high:g}"
     listed = ", ".join(map(markdown_text, form.classes[:_FEW_CLASSES]))

@@ -49,7 +49,7 @@ The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSO
   relu(W [u; f; g] + b) with `TASK.joint.weight` and `TASK.joint.bias`, where f is the last output
   of the torch.nn.LSTM `TASK.lstm.forwards` over the states of the tokens behind [CLS], and g that
   of `TASK.lstm.backwards` over the same from the last to the first; `tokens`, the state of the
-  first token of each word.
+  first token of each word, or of `span` of every token.
 - `answers`: what the output layer (`TASK.output.weight`, `TASK.output.bias`) makes of them:
 {answers}
 - `low`, `high`: the range of the labels; `classes`: their names, if they have any.

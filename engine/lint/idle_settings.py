@@ -212,7 +212,11 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         **dict.fromkeys(
             (
                 f"tasks.NAME.source.{name}"
-                for name in ("kind", "text", "label", "id", "dataset", "label_separator", "scheme")
+                for name in (
+                    *("kind", "text", "label", "id", "dataset", "label_separator", "scheme"),
+                    # Of other kinds of tasks a source refuses them.
+                    *("unanswerable", "window_overlap", "max_answer_tokens"),
+                )
             ),
             ALWAYS,
         ),

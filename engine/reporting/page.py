@@ -204,6 +204,8 @@ def _drawn(answers: Answers) -> str:
     form = answers.form
     if form.labels == "none":
         return plots.ranks(answers)
+    if form.labels == "spans":
+        return plots.word_shares(answers)
     if form.labels != "several":
         return plots.confusion_matrix(answers) if form.whole else plots.scatter(answers)
     shares = label_shares(answers)

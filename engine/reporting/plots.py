@@ -179,6 +179,15 @@ def ranks(answers: Answers) -> str:
         return _svg(figure)
 
 
+def word_shares(answers: Answers) -> str:
+    """Draw how many answers have which F1 of words."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _axes(_SQUARE)
+        axes.hist(answers.predictions, bins=10, range=(0, 1))
+        axes.set(xlabel="F1 of the words of an answer", ylabel="questions", xlim=(0, 1))
+        return _svg(figure)
+
+
 def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained", dpi=120)
     return figure, figure.add_subplot()

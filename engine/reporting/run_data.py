@@ -11,6 +11,7 @@ from ..data.rows import shorten
 from ..data.task_schema import TaskSchema
 from ..metrics.log import EVALUATIONS, STEPS
 from ..metrics.read import Json, read_evaluation_lines, read_step_lines
+from ..models.heads import best_of, word_f1
 from ..runs.data_paths import origin
 from ..runs.run import Run
 from ..runs.scoring import answers, results_of, score_names, task_scores
@@ -38,8 +39,9 @@ class Answers(NamedTuple):
         metric: the name of the deciding metric, or ``mean`` of all.
         score: by that metric.
         labels: float32 ``[N]``, one of each example or tagged word; ``[n, L]`` of several labels;
-            of retrieval 1, the first rank.
-        predictions: the same of the model; of retrieval the rank of an anchor's passage.
+            of retrieval 1, the first rank; of question answering 1, the F1 of right answers.
+        predictions: the same of the model; of retrieval the rank of an anchor's passage; of
+            question answering the F1 of each answer.
         mistakes: of classes those answered wrong with most certainty (the probability that the
             model gave to its answer), of scores and ranks those farthest off (the distance).
     """
@@ -134,11 +136,14 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
         predictions, certainty = own.predictions, own.certainties
         if own.ranking is not None:
             predictions = own.ranking.of_examples.astype(np.float32)
+        if own.texts is not None:
+            shares = [best_of(word_f1, *each) for each in zip(*own.texts, strict=True)]
+            predictions, labels = np.array(shares, np.float32), np.ones(len(shares), np.float32)
         wrong = (predictions != labels).reshape(len(labels), -1).any(1)
         if not form.whole:
             certainty, wrong = np.abs(predictions - labels), np.ones(len(labels), dtype=bool)
         order = [i for i in np.argsort(-certainty, kind="stable") if wrong[i]][:limit]
-        of_answers = np.repeat(np.arange(len(split)), np.diff(own.offsets))
+        of_answers = np.repeat(np.arange(len(own.offsets) - 1), np.diff(own.offsets))
         mistakes = []
         for i in order:
             row = int(of_answers[i])
@@ -146,13 +151,23 @@ def dev_answers(run: Run, device: torch.device, limit: int) -> dict[str, Answers
             if table.words is not None:
                 word = table.words[row][i - int(own.offsets[row])]
                 sentences = (f"{word}: {sentences[0]}",)
+            if own.texts is not None:
+                sentences = (sentences[0], shorten(sentences[1], _CONTEXT))
             spell = form.spell_labels if own.ranking is None else _rank
             label, answer = (spell(x[i].ravel().tolist()) for x in (labels, predictions))
+            if own.texts is not None:
+                label = " | ".join(dict.fromkeys(own.texts.known[row])) or _NO_ANSWER
+                answer = own.texts.predicted[row] or _NO_ANSWER
             mistakes.append(Mistake(table.ids[row], sentences, label, answer, float(certainty[i])))
         _, metric = score_names(run.recipe)[task]
         value = task_scores(run.recipe, task, results_of(form, own, labels))[task]
         found[task] = Answers(form, metric, value, labels, predictions, mistakes)
     return found
+
+
+_NO_ANSWER = "no answer"
+_CONTEXT = 300
+"""Characters of a context that are shown."""
 
 
 def _rank(values: Sequence[float]) -> str:

@@ -28,7 +28,8 @@ Label = str | int
 """A class: its name, or its number where classes have none."""
 
 Example = str | Sequence[str]
-"""A sentence; the two of a pair; or, where words are tagged, a text or its words."""
+"""A sentence; the two of a pair; a question and its context; where words are tagged, a text or its
+words."""
 
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -39,15 +40,19 @@ class Prediction(NamedTuple):
     Attributes:
         prediction: the class; of a regression the value; of several labels a list of those that
             apply; of tagged words a list with the tag of each, None for one that was cut off and
-            that no tag O stands for.
+            that no tag O stands for; of question answering a part of the context, empty for none.
         probabilities: of each class or label, by its name or number; of tagged words that of each
-            word's tag, None for one that was cut off.  None of a regression.
+            word's tag, None for one that was cut off.  None of a regression and of answers that are
+            texts.
         words: that the tags are of; None of other tasks.
+        span: of question answering, the first character of the answer in its context and the one
+            behind its last; None for no answer, and of other tasks.
     """
 
     prediction: Label | float | list[Label | None]
     probabilities: dict[str, float] | list[float | None] | None
     words: list[str] | None = None
+    span: tuple[int, int] | None = None
 
 
 class Match(NamedTuple):
@@ -102,8 +107,10 @@ class Predictor:
 
         Args:
             task: one of :attr:`tasks`.
-            examples: sentences; pairs of them, for a task on pairs; for one that tags words, texts
-                (divided at blanks) or lists of words.  Too long ones lose their end.
+            examples: sentences; pairs of them, for a task on pairs; questions, each with its
+                context, where answers are parts of that; for a task that tags words, texts (divided
+                at blanks) or lists of words.  Too long ones lose their end; but contexts, which are
+                read in windows.
 
         Returns:
             A prediction for each, in their order.
@@ -282,6 +289,8 @@ def predictions(
         values = found.predictions[start:end].ravel().tolist()
         if number in blank:
             made.append(None)
+        elif form.labels == "spans":
+            made.append(_span(values, table.sentences[1][number]))
         elif form.labels == "words":
             tags = [_label(form, value) for value in values]
             own = [
@@ -302,6 +311,15 @@ def predictions(
                 assert answer is not None
                 made.append(Prediction(answer, by_name))
     return made
+
+
+def _span(values: Sequence[float], context: str) -> Prediction:
+    """Return an answer that is a span of its context, without blanks around it."""
+    first, end = map(int, values)
+    text = context[first:end]
+    first += len(text) - len(text.lstrip())
+    text = text.strip()
+    return Prediction(text, None, span=(first, first + len(text)) if text else None)
 
 
 def _label(form: TaskSchema, number: float) -> Label | None:

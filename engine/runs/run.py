@@ -24,7 +24,7 @@ from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
 from ..data.cache import load_split
 from ..data.source import Origin
-from ..data.split import TokenizedSplit, join_pairs, tokenize
+from ..data.split import TokenizedSplit, join_pairs, tokenize, tokenize_by_schema
 from ..data.table import OnBadRow, Table
 from ..data.task_batch import Examples
 from ..data.task_schema import TaskSchema
@@ -135,10 +135,9 @@ class Run(NamedTuple):
             form: the schema of a task of the run; None for sentences of none.
             table: read by it.
         """
-        task, numbered = ("", False) if form is None else (form.task, form.labels == "none")
-        return self._joined(
-            tokenize(task, table, self.tokenizer, self.max_length, with_text_ids=numbered)
-        )
+        if form is None:
+            return self._joined(tokenize("", table, self.tokenizer, self.max_length))
+        return self._joined(tokenize_by_schema(form, table, self.tokenizer, self.max_length))
 
     def _joined(self, split: TokenizedSplit) -> TokenizedSplit:
         """Return pairs in the sequences that the task's head takes."""

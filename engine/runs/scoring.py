@@ -18,8 +18,18 @@ from ..data.loader import evaluation_batches
 from ..data.split import TokenizedSplit
 from ..data.task_batch import ranges
 from ..data.task_schema import TaskSchema
+from ..data.windows import Spans
 from ..distributed.ranks import Ranks
-from ..models.heads import Metric, Ranking, Results, metrics_for, rank_passages
+from ..models.heads import (
+    AnswerTexts,
+    Head,
+    Metric,
+    Ranking,
+    Results,
+    best_spans,
+    metrics_for,
+    rank_passages,
+)
 from ..models.multitask import MultitaskModel
 from ..utils.errors import InputError
 from ..utils.files import write_text
@@ -38,16 +48,20 @@ MAX_TOKENS = 8192
 class Answers(NamedTuple):
     """A model's answers on a split of n examples: N, one for each example or each tagged word.
 
+    Of question answering n is the number of questions, whose windows are the split's examples.
+
     Attributes:
         predictions: float32 ``[N]``, class numbers, or values within the label's range; of several
             labels ``[N, L]``, 0 or 1.  -1 of a word that the model does not see, where no tag O
-            stands for it.
+            stands for it.  Of question answering ``[N, 2]``, the first character of the answer in
+            the context and the one behind its last; 0, 0 for none.
         certainties: float32 ``[N]``, the probability that the model gives to the class (1 for
             values).
         probabilities: float32 ``[N, C]`` of all classes or labels; None of values.
         offsets: int64 ``[n + 1]``; answers ``offsets[i]:offsets[i + 1]`` are of example i.
         ranking: of the split's passages, for retrieval; None where the split is not to be scored,
             or what the model computes is not finite.
+        texts: of question answering; None as with the ranking.
     """
 
     predictions: npt.NDArray[np.float32]
@@ -55,6 +69,7 @@ class Answers(NamedTuple):
     probabilities: npt.NDArray[np.float32] | None
     offsets: npt.NDArray[np.int64]
     ranking: Ranking | None = None
+    texts: AnswerTexts | None = None
 
 
 def predict(
@@ -85,9 +100,10 @@ def answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = 
     found = _answers(model, split, ranks)
     finite = np.isfinite(found.predictions).reshape(len(found.predictions), -1).all(1)
     if not finite.all():
-        of_examples = np.repeat(np.arange(len(split)), np.diff(found.offsets))
+        count = len(found.offsets) - 1
+        of_examples = np.repeat(np.arange(count), np.diff(found.offsets))
         bad = len(np.unique(of_examples[~finite]))
-        raise InputError(f"{bad} of {len(split)} examples of {split.task}: {_NOT_FINITE}")
+        raise InputError(f"{bad} of {count} examples of {split.task}: {_NOT_FINITE}")
     return found
 
 
@@ -103,6 +119,8 @@ def _answers(
     """
     head, offsets = model.head(split.task), split.answer_offsets
     scores = scores_of(model, split, ranks)
+    if split.spans is not None:
+        return _span_answers(head, scores, split, split.spans)
     if chosen_by and split.labels is not None:
         fit_thresholds(head, scores, split.labels, chosen_by, ranks or Ranks())
     finite = scores.isfinite().view(len(scores), -1).all(1)
@@ -122,6 +140,24 @@ def _answers(
         offsets,
         ranking,
     )
+
+
+def _span_answers(head: Head, scores: Tensor, split: TokenizedSplit, spans: Spans) -> Answers:
+    """Return the answers to the questions of a split of windows; NaN as in :func:`_answers`."""
+    assert head.task is not None, f"{split.task} is an objective"
+    found, certainty = best_spans(
+        scores.numpy(),
+        split.offsets,
+        spans,
+        head.task.max_answer_tokens,
+        unanswerable=head.task.unanswerable,
+    )
+    texts = None
+    if split.labels is not None and np.isfinite(found).all():
+        rows = range(spans.num_rows)
+        predicted = [spans.context(row)[slice(*found[row].astype(int))].strip() for row in rows]
+        texts = AnswerTexts(predicted, [spans.answers_to(row) for row in rows])
+    return Answers(found, certainty, None, np.arange(spans.num_rows + 1), texts=texts)
 
 
 def scores_of(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = None) -> Tensor:
@@ -246,6 +282,7 @@ def results_of(task: TaskSchema, found: Answers, labels: npt.ArrayLike) -> Resul
         offsets=found.offsets,
         classes=task.classes,
         ranking=found.ranking,
+        texts=found.texts,
     )
 
 

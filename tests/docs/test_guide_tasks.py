@@ -56,7 +56,7 @@ def test_the_guide_can_be_followed(
     capsys.readouterr()
     assert predict.main(shlex.split(piped[2])) == 0
     _, *lines = capsys.readouterr().out.splitlines()
-    _, block = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
+    *_, block = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
     exec(block)
     answers = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[1] for line in lines] == [line.split()[0] for line in answers]
@@ -66,7 +66,7 @@ def test_tags_and_several_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second recipe, on the files that it names, through every command."""
-    _, recipe, _ = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    _, recipe, *_ = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
     corpus, run = tmp_path / "demo", tmp_path / "run"
     write_demo(corpus)
     shown = re.findall(r"^    (\w+ [BIO]\S*)$", GUIDE, re.MULTILINE)
@@ -121,7 +121,7 @@ def test_retrieval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The third recipe, and passages that are found as the guide finds them."""
-    recipe = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)[-1]
+    recipe = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)[2]
     write_demo(tmp_path / "demo")
     (tmp_path / "replies.toml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_retrieval(
     header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert "    " + "      ".join(header[:2]) in GUIDE
     assert [row[:2] for row in rows] == [[str(q), str(k)] for q in range(9) for k in (1, 2, 3)]
-    block, _ = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
+    block, *_ = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
     exec(block, {"passages": passages})
     assert len(capsys.readouterr().out.splitlines()) == 3
 
@@ -157,6 +157,54 @@ def test_retrieval(
     runpy.run_path("example.py")
     (answer,) = Predictor("run", precision="fp32")("replies", [tuple(pair)])
     assert float(capsys.readouterr().out) == pytest.approx(answer.prediction, abs=1e-5)
+
+
+def test_answers_within_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fourth recipe, with windows: the sequences are shorter than the contexts."""
+    recipe = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)[3]
+    write_demo(tmp_path / "demo")
+    (tmp_path / "spans.toml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    small = [*SMALL, "max_length=20", "max_train_examples=600", "epochs=2"]
+    assert train.main(["spans.toml", "--data", "demo", "--out", "run", *small]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"spans-dev.json as \d+ windows of 500 questions' contexts", printed)
+    scores = json.loads(Path("run/metrics.json").read_text())["scores"]
+    assert [*scores] == ["answers", "answers.exact_match", "overall"]
+    assert evaluate.main(["run"]) == 0
+    assert json.loads(Path("run/metrics.json").read_text())["scores"] == scores
+
+    rows = ["--task", "answers", "--input", "demo/spans-dev.json"]
+    for name in ("out.jsonl", "out.tsv"):
+        assert predict.main(["run", *rows, "--output", name]) == 0
+    form = recipes.load("run/recipe.toml").formats["answers"]
+    table = read_table(Path("demo/spans-dev.json"), form)
+    found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [each["id"] for each in found] == table.ids
+    texts = [each["prediction"] for each in found]
+    for each, context in zip(found, table.sentences[1], strict=True):
+        start = each.get("answer_start", 0)
+        assert context[start : start + len(each["prediction"])] == each["prediction"]
+        assert ("answer_start" in each) == bool(each["prediction"])
+    _, *cells = Path("out.tsv").read_text().splitlines()
+    assert [cell.split("\t")[1] for cell in cells] == texts
+    known = [
+        {context[slice(*span)] for span in spans} or {""}
+        for context, spans in zip(table.sentences[1], table.answers, strict=True)
+    ]
+    right = np.mean([text in own for text, own in zip(texts, known, strict=True)])
+    assert right == pytest.approx(scores["answers.exact_match"])
+    capsys.readouterr()
+    exec(re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)[1])
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+    assert report.main(["run", "--out", "pages"]) == 0
+    assert "squad_f1 0." in Path("pages/run.html").read_text()
+    assert export.main(["run", "--to", "model"]) == 0
+    card = Path("model/README.md").read_text()
+    assert "question and context -> spans of context, or none" in card
 
 
 def test_the_heads_of_the_files_are_as_shown(folder: Path) -> None:

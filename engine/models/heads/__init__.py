@@ -7,6 +7,7 @@ kind, and everything that depends on the kind is a method of the head
 
 from ...data.source import FURTHER_KINDS
 from ...data.task_schema import TaskSchema
+from .answer_metrics import AnswerTexts, best_of, word_f1
 from .base import LOSSES, Head, HeadExport, HeadSettings, LinearHead, Scores
 from .binary import BinaryHead
 from .class_loss import BALANCED, PLAIN, ClassLossSettings
@@ -16,6 +17,7 @@ from .masked_lm import MaskedLmHead
 from .metrics import METRICS, Metric, Results
 from .multi_label import MultiLabelHead
 from .pair_features import CROSS, SHARED_INPUT
+from .question_answering import AnswerHead, best_spans
 from .ranking import Ranking, rank_passages
 from .regression import RegressionHead
 from .retrieval import DOT, RetrievalHead
@@ -38,6 +40,7 @@ __all__ = [
     "PLAIN",
     "SHARED_INPUT",
     "THRESHOLDS",
+    "AnswerTexts",
     "ClassLossSettings",
     "Head",
     "HeadExport",
@@ -50,11 +53,14 @@ __all__ = [
     "SentenceHead",
     "SimilaritySettings",
     "YesNoHead",
+    "best_of",
+    "best_spans",
     "build_head",
     "head_class",
     "metrics_for",
     "rank_passages",
     "register",
+    "word_f1",
 ]
 
 FEATURES = (*SENTENCE_FEATURES, DOT, TOKENS)
@@ -67,6 +73,7 @@ HEADS: dict[str, type[Head]] = {
     "score": RegressionHead,
     "tags": TagHead,
     "retrieval": RetrievalHead,
+    "question_answering": AnswerHead,
     "masked_lm": MaskedLmHead,
     "masked_lm_next": MaskedLmHead,
     "simcse": ContrastiveHead,

@@ -122,7 +122,8 @@ class Head(nn.Module, ABC):
         task: the schema of its data; None for an objective.
         features: the recipe's name for its inputs.
         uses: the shared layers that it uses, by their names in SharedLayers.
-        answers: an export's name for its outputs, a key of ``answers_code``.
+        answers: an export's name for its outputs; a key of ``answers_code``, but of a head whose
+            answers the card's example does not give.
         reads_tokens: whether it reads the tokens' states, not the sentence vectors alone.
         compares: whether its loss compares the examples of a step with each other.
         class_loss: what its loss does against classes of unequal size; None for nothing.

@@ -1,7 +1,7 @@
 """Metrics, by the names that ``tasks.NAME.metrics`` of a recipe gives them.
 
 scikit-learn, scipy and seqeval compute all but those that need no library to be imported: shares of
-right answers, reciprocal ranks, and numpy's correlation.
+right answers, words in common, reciprocal ranks, and numpy's correlation.
 """
 
 import warnings
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...data.tags import OUTSIDE
+from .answer_metrics import AnswerTexts, is_exact, mean_of, word_f1
 from .ranking import RANKING_METRICS, Ranking
 
 Values = npt.NDArray[np.float64]
@@ -32,6 +33,7 @@ class Results:
         offsets: int64 ``[n + 1]``; answers ``offsets[i]:offsets[i + 1]`` are of example i.
         classes: the names of the classes, empty where they have none.
         ranking: of the passages, for retrieval.
+        texts: of question answering, whose predictions are spans.
     """
 
     predictions: Values
@@ -40,6 +42,7 @@ class Results:
     offsets: npt.NDArray[np.int64]
     classes: tuple[str, ...] = ()
     ranking: Ranking | None = None
+    texts: AnswerTexts | None = None
 
 
 class Metric(NamedTuple):
@@ -148,6 +151,14 @@ def _of_ranks(score: Callable[[Ranking, int], float], k: int) -> Callable[[Resul
     return ranked
 
 
+def _of_texts(score: Callable[[str, str], float]) -> Callable[[Results], float]:
+    def scored(results: Results) -> float:
+        assert results.texts is not None, "the head answers by texts"
+        return mean_of(score, results.texts)
+
+    return scored
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         metric.name: metric
@@ -162,6 +173,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric("pearson", pearson),
             Metric("spearman", _spearman),
             Metric("mse", _mean_squared_error, sign=-1),
+            Metric("squad_f1", _of_texts(word_f1)),
+            Metric("exact_match", _of_texts(is_exact)),
             *(Metric(name, _of_ranks(*each)) for name, each in RANKING_METRICS.items()),
         )
     }

@@ -47,7 +47,7 @@ def no_tokenizing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(cache_module, "tokenize", refuse)
+    monkeypatch.setattr(cache_module, "tokenize_by_schema", refuse)
 
 
 def test_hit_equals_miss(
@@ -164,14 +164,14 @@ def test_processes_at_once(demo: Path, tokenizer: Tokenizer, tmp_path: Path) -> 
 def test_another_process_is_faster(
     demo: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = cache_module.tokenize
+    original = cache_module.tokenize_by_schema
 
     def overtaken(*args: object, **settings: object) -> TokenizedSplit:
-        monkeypatch.setattr(cache_module, "tokenize", original)
+        monkeypatch.setattr(cache_module, "tokenize_by_schema", original)
         load(demo, tokenizer, tmp_path)
         return original(*args, **settings)
 
-    monkeypatch.setattr(cache_module, "tokenize", overtaken)
+    monkeypatch.setattr(cache_module, "tokenize_by_schema", overtaken)
     assert len(load(demo, tokenizer, tmp_path)) == 500
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -8,7 +8,7 @@ from engine.models.heads.ranking import RANKING_METRICS
 
 from .cases import results
 
-OF_TEXTS = {"entity_f1", *RANKING_METRICS}
+OF_TEXTS = {"entity_f1", "squad_f1", "exact_match", *RANKING_METRICS}
 """Those that are not of one answer an example: test_tags.py, test_ranking.py."""
 
 
