@@ -130,8 +130,9 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
     ended = trainer.has_ended(progress)
     if trainer.stops_early(progress) and progress.phase_step < trainer.total_steps:
         name, count = f"{trainer.name}: " if trainer.name else "", progress.stale
+        without = "1 evaluation" if count == 1 else f"{count} evaluations in a row"
         console.print(
-            f"{name}stopped early after step {progress.step}: {count} evaluations in a row without "
+            f"{name}stopped early after step {progress.step}: {without} without "
             f"a better score ({recipe.best_of}); patience = {recipe.patience}",
             soft_wrap=True,
         )

@@ -113,6 +113,13 @@ STAYS = ("lr=1e-12", "eval_every=1", "patience=2")
 """Scores never change: the first is the best, and two later ones end the phase."""
 
 
+def test_a_single_evaluation_that_ends_a_run_is_not_said_to_be_several_in_a_row(tiny_run, capsys):
+    tiny_run("run", settings=(*STAYS[:2], "patience=1"))
+    assert "stopped early after step 2: 1 evaluation without a better score" in (
+        capsys.readouterr().out
+    )
+
+
 def test_without_better_scores_a_run_stops_early_and_for_good(tiny_run, monkeypatch, capsys):
     folder = tiny_run("whole", settings=STAYS)
     said = "stopped early after step 3: 2 evaluations in a row without a better score (overall)"
