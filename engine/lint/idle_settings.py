@@ -414,8 +414,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
                 lambda case: case.recipe.average_best > 1,
                 "the average of one evaluation's weights are these weights",
                 also=_of_data(
-                    lambda case: case.recipe.average_best <= case.evaluations,
-                    "the last phase has no more evaluations than {case.evaluations}",
+                    lambda case: case.evaluations > 1, "the last phase has one evaluation alone"
                 ),
             ),
         ),

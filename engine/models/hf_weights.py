@@ -54,7 +54,7 @@ def resolve(model: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"--init {model}: neither a folder nor a model that the hub gives ({reason}); "
-            "give a model's folder or a hub name"
+            "give the folder of a model or a run, or a hub name"
         ) from None
 
 
@@ -95,8 +95,15 @@ def read_entry(folder: Path, name: str) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    if not isfile(path) and isfile(folder / "adapter_config.json"):
+        raise InputError(
+            f"{folder}: holds low-rank updates without their model; merge them into it (PEFT's "
+            "merge_and_unload), and give the folder of that"
+        )
     if not isfile(path):
-        raise InputError(f"{path}: not found; give a model folder, which holds it")
+        raise InputError(
+            f"{path}: not found; give a model folder, which holds it, or the folder of a run"
+        )
     return _json_object(path)
 
 

@@ -125,7 +125,7 @@ def add_low_rank_updates(encoder: Encoder, settings: LoraSettings, first_dropout
         first_dropout_id: of their dropouts, one for each update.
 
     Raises:
-        InputError: the encoder does not name one of the projections.
+        InputError: the encoder does not name one of the projections, or none has a higher rank.
     """
     for name in settings.projections:
         if name not in encoder.projections:
@@ -144,6 +144,11 @@ def add_low_rank_updates(encoder: Encoder, settings: LoraSettings, first_dropout
                 continue
             height, width = linears[layer].weight.shape
             size = height // parts
+            if settings.rank >= min(size, width):
+                raise InputError(
+                    f"lora_rank = {settings.rank}: no lower than the rank of {name}, "
+                    f"{min(size, width)}; give a lower one"
+                )
             rows = slice(part * size, (part + 1) * size)
             update = LowRankUpdate(width, rows, settings, dropout_id)
             updates.setdefault(layer, {})[name] = update

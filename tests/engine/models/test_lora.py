@@ -18,6 +18,7 @@ from engine.models.lora import (
     LoraSettings,
     LowRankUpdate,
     LowRankUpdates,
+    add_low_rank_updates,
     layers_of_updates,
     merge_updates,
     updated_layers,
@@ -265,3 +266,12 @@ def test_encoders_without_the_projections_are_refused(monkeypatch):
     monkeypatch.setattr(BertEncoder, "projections", {})
     with pytest.raises(InputError, match="it has none that low-rank updates could be of"):
         lora_model(BERT)
+
+
+def test_a_rank_that_is_not_low_is_refused():
+    encoder = lora_model(BERT).encoder
+    merge_updates(encoder)
+    width = encoder.config.hidden_size
+    settings = LoraSettings(width, 1.0, 0.0, ("query",))
+    with pytest.raises(InputError, match=f"lora_rank = {width}: no lower than the rank of query"):
+        add_low_rank_updates(encoder, settings, 0)

@@ -11,6 +11,7 @@ from engine.config import recipe as recipes
 from engine.models.multitask import MultitaskModel
 from engine.runs.initial_weights import compare
 from engine.runs.run import begin, open_run
+from engine.utils.errors import InputError
 
 from ..cli.test_bad_input import refuse
 from ..conftest import SHORT, TINY
@@ -208,3 +209,16 @@ def test_runs_that_cannot_be_begun_from(source, tmp_path, capsys):
     assert f"{run}: no checkpoint yet; train it first" in refused()
     (run / "recipe.toml").write_text("[")
     assert "recipe.toml: not TOML" in refused()
+
+
+def test_what_is_no_run_and_no_model_is_told_so(tmp_path):
+    """A folder of a run, a folder within one, low-rank updates alone."""
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "runs").mkdir()
+    for name, message in (
+        ("lora", "holds low-rank updates without their model; merge them into it"),
+        ("runs", "config.json: not found; give a model folder, which holds it, or the folder of a"),
+    ):
+        with pytest.raises(InputError, match=message):
+            begin(recipes.load("demo", [f"init={tmp_path / name}"]), tmp_path / "run")
