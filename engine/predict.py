@@ -202,6 +202,8 @@ def _check_input(options: Namespace) -> None:
     """
     if (options.input is None) == (options.split is None):
         raise InputError("--input, --split: give one of the two, the examples to predict")
+    if options.input == options.passages == STREAM:
+        raise InputError("--passages -: --input reads standard input; give a file for one of them")
     if options.input is not None and options.data is not None:
         raise InputError("--data: has no effect on the file of --input; leave one out")
     if options.input_format != AUTO and options.input is None and options.passages is None:

@@ -123,6 +123,12 @@ def test_anchors_of_a_split(run, tmp_path, capsys) -> None:
         predict.main([str(run), *options, "--passages", told, "--output", told, "--force"])
 
 
+def test_standard_input_is_read_once(run) -> None:
+    options = ["--task", "finds", "--input", "-", "--passages", "-", "--output", "-"]
+    with pytest.raises(InputError, match="--passages -: --input reads standard input"):
+        predict.main([str(run), *options])
+
+
 def test_bad_rows_keep_their_place_among_anchors_and_are_no_passages(run, tmp_path) -> None:
     asked, told = tmp_path / "asked.jsonl", tmp_path / "told.jsonl"
     asked.write_text('{"key": "a", "question": ""}\n{"key": "b", "question": "who ?"}\n')
