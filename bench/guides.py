@@ -9,7 +9,6 @@ difference from the sum of all tasks under the same seed has a 95 % interval (St
 seeds); chance would explain a difference whose interval has 0 inside.
 """
 
-import argparse
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from scipy import stats
 
-from engine.cli.common import run_cli, terminal
+from engine.cli.common import Parser, run_cli, terminal
 from engine.config.recipe import Recipe
 from engine.metrics.read import read_step_lines
 from engine.runs.data_paths import origin
@@ -35,7 +34,7 @@ SUM = "sum"
 
 def main() -> int:
     """Score, compare, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.guides", description=__doc__)
+    parser = Parser(prog="python -m bench.guides", description=__doc__)
     parser.add_argument("sweep", type=Path, help="the folder of a sweep")
     options = harness.parse(parser)
     names = [*read_results(options.sweep)]

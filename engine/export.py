@@ -1,16 +1,19 @@
 """``python -m engine.export RUN --to DIR``: a run as a folder that other libraries load."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from .checkpoints.manifest import Progress
 from .cli.common import Parser, run_cli, terminal
 from .exporting.folder import check_free, write_model_folder
 from .exporting.onnx_folder import check_packages, write_onnx_folder
 from .exporting.task_folder import write_task_folder
+from .metrics.log import EVALUATIONS
+from .metrics.read import read_evaluation_lines
 from .runs.predictor import schema
-from .runs.run import open_run
+from .runs.run import Run, open_run
 from .runs.scoring import read_scores
 
 
@@ -44,12 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.task is not None:
         schema(run, options.task)  # before the weights are read
     model, progress = run.trained_model(torch.device("cpu"), torch.float32)
-    has_scores = (run.folder / "metrics.json").exists()
-    measured = read_scores(run.folder, run.recipe.tasks) if has_scores else None
-    of_these_weights = (
-        measured is not None and measured.split == "dev" and measured.step == progress.step
-    )
-    scores = measured.scores if measured is not None and of_these_weights else None
+    scores = _dev_scores(run, progress)
     if options.onnx:
         write_onnx_folder(run, model, options.task, progress, scores, options.to)
     elif options.task is None:
@@ -58,6 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_task_folder(run, model, options.task, progress, scores, options.to)
     terminal().print(f"wrote {options.to}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _dev_scores(run: Run, progress: Progress) -> Mapping[str, float | None] | None:
+    """Return the dev scores of exported weights by task; None where none are known.
+
+    An evaluation of another split replaces ``metrics.json``; those of the training are then left,
+    which has none of an average.
+    """
+    if (run.folder / "metrics.json").exists():
+        measured = read_scores(run.folder, run.recipe.tasks)
+        if measured.split == "dev" and measured.step == progress.step:
+            return measured.scores
+    if progress.averaged or not (run.folder / EVALUATIONS).exists():
+        return None
+    lines = {line["step"]: line["scores"] for line in read_evaluation_lines(run.folder)}
+    return lines.get(progress.step)
 
 
 if __name__ == "__main__":

@@ -98,8 +98,8 @@ def linear_head(run: Run, model: MultitaskModel, task: str) -> LinearHead:
     which = f"of this run {', '.join(others)}" if others else "this run has none"
     raise InputError(
         f"task {task!r} of {run.folder}: head = {model.head(task).features!r}, of kind "
-        f"{form.kind}, is more than a linear layer on one sequence, as transformers has it (head = "
-        f"'single', 'cross' or 'tokens'; {which}); export without --task"
+        f"{form.kind}, is none that --task writes: classes, labels and numbers by 'single' or "
+        f"'cross', tags of words by 'tokens' ({which}); export without --task"
     )
 
 

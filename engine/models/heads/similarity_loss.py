@@ -9,7 +9,7 @@ all passages of a step, of any example (Henderson et al. 2017, arXiv:1705.00652,
 
 ``symmetric`` takes the mean of it and of the loss of finding the anchor of p_i among all anchors.
 A text is no negative where it is known to be an answer: one of the same tokens as the anchor or its
-passage, and the passage of another example with the same anchor.
+passage, or as the passage of another example with the same anchor.
 
 The loss ``triplet`` compares an example's passage with its own negatives alone (Schroff et al.
 2015, arXiv:1503.03832, equation 3, of similarities in place of distances):
@@ -60,8 +60,10 @@ def in_batch_loss(vectors: Tensor, ids: Tensor, temperature: float, *, symmetric
     passages, passage_ids = vectors[:, 1:].transpose(0, 1).flatten(0, 1), ids[:, 1:].t().flatten()
     anchor_ids, positive_ids = ids[:, :1], ids[:, 1:2]
     own = torch.eye(len(ids), len(passage_ids), dtype=torch.bool, device=ids.device)
-    known = (passage_ids == positive_ids) | (passage_ids == anchor_ids)
-    known |= F.pad(anchor_ids == anchor_ids.t(), (0, len(passage_ids) - len(ids)))
+    # How many examples with an anchor have a text as their passage: counts of up to 2^24 are exact.
+    of_anchor = (anchor_ids == anchor_ids.t()).float()
+    known = of_anchor @ (positive_ids == passage_ids).float() > 0
+    known |= passage_ids == anchor_ids
     is_example = anchor_ids.squeeze(1) >= 0
     excluded = (known | (passage_ids < 0) | ~is_example[:, None]) & ~own
     logits = vectors[:, 0] @ passages.t() / temperature

@@ -336,8 +336,8 @@ def test_bad_input_is_one_line(run_of, export_of, tmp_path) -> None:
     run, to = str(run_of("bert", "mean").folder), str(tmp_path / "new")
     cases = {
         "nothing": r"task 'nothing': .* has mood, spam",
-        "near": r"task 'near' of .*: head = 'difference', of kind binary, is more than a linear "
-        r"layer on one sequence.*of this run mood, spam, same, alike, share, stars, topics, tags",
+        "near": r"task 'near' of .*: head = 'difference', of kind binary, is none that "
+        r"--task writes.*of this run mood, spam, same, alike, share, stars, topics, tags",
         "memory": r"head = 'bilstm', of kind classes",
     }
     for task, message in cases.items():

@@ -109,6 +109,7 @@ def test_rows_equal_k_backward_passes_beside_a_tied_decoder():
 
 def test_its_buckets_leave_stage_by_stage(monkeypatch):
     monkeypatch.setattr(gradient_sync.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(gradient_sync.dist, "get_world_size", lambda: 2)
     model = CASE.model(adapter_width=8)
     step = build_step(model, trained=cases.TRAINED)
     step.sync = watched = Watched(model, step.parameters)

@@ -33,16 +33,14 @@ def written_out(vectors, ids: list[list[int]], t: float, *, symmetric: bool) -> 
             power((i, 0), (j, k))
             for j in range(n)
             for k in range(1, c)
-            if (j, k) != (i, 1)
-            and ids[j][k] not in {ids[i][0], ids[i][1]}
-            and not (k == 1 and ids[j][1] in known)
+            if (j, k) != (i, 1) and ids[j][k] not in known
         ]
         loss = -log(own / (own + sum(others)))
         if symmetric:
             back = [
                 power((j, 0), (i, 1))
                 for j in range(n)
-                if j != i and ids[j][0] not in {ids[i][0], ids[i][1]} and ids[j][1] != ids[i][1]
+                if j != i and ids[i][1] not in answers_known(ids, j)
             ]
             loss = (loss - log(own / (own + sum(back)))) / 2
         losses.append(loss)
@@ -60,6 +58,7 @@ CASES = {
     "an example twice": [[0, 1], [0, 1], [3, 4]],
     "an anchor is another's passage": [[0, 1], [1, 0], [2, 3]],
     "a negative answers another": [[0, 1, 3], [2, 3, 1], [4, 5, 6]],
+    "a negative answers its anchor elsewhere": [[0, 1, 2], [0, 2, 1], [3, 4, 1]],
     "a negative is the passage": [[0, 1, 1], [2, 3, 4]],
 }
 
