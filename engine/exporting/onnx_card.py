@@ -52,9 +52,9 @@ def onnx_card(
         result = f"Sentence vectors, {run.recipe.pooling} pooling, [n, {run.config.hidden_size}]."
     else:
         assert task is not None
-        result = answers_text(run.recipe.formats[task], head).replace(
-            "the line above", "the last line"
-        )
+        result = answers_text(
+            run.recipe.formats[task], head, run.recipe.tasks[task].threshold
+        ).replace("the line above", "the last line")
     return short_card(
         run,
         progress,

@@ -2,11 +2,16 @@
 
 from ..checkpoints.manifest import Progress
 from ..data.task_schema import TaskSchema
-from ..models.heads import LinearHead
+from ..models.heads import HALF, LinearHead
 from ..models.task_model import SEQUENCES, TOKENS, TaskModel
 from ..runs.run import Run
 from ..utils.quoting import markdown_text
 from .card_sections import Scores, filled, listed, short_card
+
+_SUBTRACTED = (
+    "The threshold that was chosen on the dev data is subtracted from the logits, so that yes is "
+    "above 1/2 here."
+)
 
 _SEQUENCE_EXAMPLE = """\
 import sys
@@ -58,7 +63,7 @@ def task_card(
         what=f"The task {name} of one",
         use=_use(head, made),
         example=example(form, head, made),
-        answers=filled(answers_text(form, head)),
+        answers=filled(answers_text(form, head, run.recipe.tasks[task].threshold)),
     )
 
 
@@ -98,8 +103,9 @@ def example(form: TaskSchema, head: LinearHead, made: TaskModel) -> str:
     )
 
 
-def answers_text(form: TaskSchema, head: LinearHead) -> str:
-    """Return what the outputs are."""
+def answers_text(form: TaskSchema, head: LinearHead, threshold: str) -> str:
+    """Return what the outputs are, where the recipe has the threshold chosen so."""
+    chosen = "" if threshold == HALF else f" {_SUBTRACTED}"
     if head.reads_tokens:
         return (
             "Each token has a logit for each tag. The tag of a word is that of its first token. "
@@ -110,5 +116,6 @@ def answers_text(form: TaskSchema, head: LinearHead) -> str:
         cut = "; it is not cut to that range, which the line above does, and the engine"
         return f"{text}{'' if head.share_of else cut}."
     if head.problem_type == "multi_label_classification":
-        return "Each label has a logit; it applies where its probability, a sigmoid, is above 1/2."
-    return "Each class has a logit; softmax makes them probabilities."
+        text = "Each label has a logit; it applies where its probability, a sigmoid, is above 1/2."
+        return text + chosen
+    return f"Each class has a logit; softmax makes them probabilities.{chosen}"

@@ -163,11 +163,12 @@ class Predictor:
         """
         form = schema(self._run, task)
         schemas = anchors_of(form), passages_of(form)
-        if k < 1:
-            raise InputError(f"k = {k}: expected 1 or more")
+        if type(k) is not int or k < 1:
+            raise InputError(f"k = {k!r}: expected a whole number of 1 or more")
         for texts in (anchors, passages):
-            if isinstance(texts, str):
-                raise InputError("expected a list of texts, got one str; put it in a list")
+            if isinstance(texts, str) or not isinstance(texts, Sequence):
+                kind = type(texts).__name__
+                raise InputError(f"expected a list of texts, got one {kind}; put it in a list")
         asked, told = (
             _table(own, texts) for own, texts in zip(schemas, (anchors, passages), strict=True)
         )

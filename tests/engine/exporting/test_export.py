@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from engine import __version__, export, train
+from engine import __version__, evaluate, export, train
 from engine.data.loader import evaluation_batches
 from engine.data.table import read_table
 from engine.data.task_schema import FORMATS
@@ -254,6 +254,21 @@ def test_the_card_says_what_was_trained(exported):
         assert set(file.keys()) == {
             f"{task}.output.{kind}" for task in ("sst", "quora") for kind in ("weight", "bias")
         }
+
+
+def test_the_card_has_dev_scores_after_another_evaluation(tiny_run, tmp_path):
+    """It replaces ``metrics.json``; the training's own evaluations are still there."""
+    run = tiny_run("run", "--max-steps", "1")
+    scores = json.loads((run / "metrics.json").read_text())["scores"]
+    assert evaluate.main([str(run), "--split", "train"]) == 0
+    assert json.loads((run / "metrics.json").read_text())["split"] == "train"
+    assert export.main([str(run), "--to", str(tmp_path / "model")]) == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    for task in ("sst", "quora", "sts"):
+        assert f"{scores[task]:.4f}" in card
+    (run / "evaluations.jsonl").unlink()
+    assert export.main([str(run), "--to", str(tmp_path / "other")]) == 0
+    assert "None were measured." in (tmp_path / "other" / "README.md").read_text()
 
 
 def test_every_heads_weights_are_there(tiny_run, tmp_path):
