@@ -261,7 +261,7 @@ def test_damaged_weights_are_left_out(tiny_run, capsys):
 def test_one_evaluation_is_not_averaged(tiny_run, capsys):
     folder = tiny_run("run", "--max-steps", "1", settings=STAYS)
     shown = capsys.readouterr().out
-    assert "average_best = 3: no effect, the last phase has no more evaluations than 1" in shown
+    assert "average_best = 3: no effect, the last phase has one evaluation alone" in shown
     assert "nothing to average" in shown
     assert steps_of(folder, "average") == []
 
