@@ -114,7 +114,7 @@ def _fields(
                 yield from _fields(defs[option["$ref"].rpartition("/")[2]], defs, here)
             elif "$ref" in (below := option.get("additionalProperties") or {}):
                 table = defs[below["$ref"].rpartition("/")[2]]
-                entry = {"tasks": "own", "objectives": "lm"}[name]
+                entry = {"tasks": "own", "objectives": "lm", "of_split": "dev"}[name]
                 yield from _fields(table, defs, (*here, entry))
 
 
