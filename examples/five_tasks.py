@@ -6,7 +6,6 @@ FOLDER gets ``five.toml`` (taken from the guide), ``corpus`` with the files, and
 set of the kind that has a name on the hub.  The texts are those of the project's demo corpus.
 """
 
-import argparse
 import csv
 import json
 import re
@@ -22,6 +21,8 @@ from engine.data.demo import write_demo
 from engine.data.table import Table, read_table
 from engine.data.task_schema import FORMATS
 
+from .new_folder import new_folder
+
 GUIDE = Path(__file__).parents[1] / "docs" / "guide-tasks.md"
 _VERDICTS = ("bad", "bad", "fair", "good", "good")
 _TOPICS = {
@@ -34,13 +35,7 @@ _TOPICS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Write everything."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path, help="a new folder")
-    folder = parser.parse_args(arguments).folder
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        parser.error(f"{folder}: is there already; give a new folder")
+    folder = new_folder(arguments)
     corpus = folder / "corpus"
     corpus.mkdir()
     with tempfile.TemporaryDirectory() as name:

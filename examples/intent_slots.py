@@ -12,11 +12,12 @@ say what they ask for.  A number is an hour, a count or a rating, and some citie
 people are: tags depend on the intent, and the intent on the words that are tagged.
 """
 
-import argparse
 import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from .new_folder import new_folder
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide-multitask.md"
 
@@ -116,13 +117,7 @@ SLOTS = (*_TITLES, *_PERSONS.values(), "city", "day", "hour", "count", "rating")
 
 def main(arguments: list[str] | None = None) -> None:
     """Write everything."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path, help="a new folder")
-    folder = parser.parse_args(arguments).folder
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        parser.error(f"{folder}: is there already; give a new folder")
+    folder = new_folder(arguments)
     write_corpus(folder / "assistant")
     recipe, *_ = re.findall(r"```toml\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     (folder / "assistant.toml").write_text(recipe, encoding="utf-8")

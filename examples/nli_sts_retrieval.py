@@ -15,7 +15,6 @@ for the same concept, 0.5 for the same kind.  So a contradiction is a negative o
 similar.
 """
 
-import argparse
 import random
 import re
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.utils.json_text import dump_json
+
+from .new_folder import new_folder
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide-multitask.md"
 
@@ -98,13 +99,7 @@ _CIRCUMSTANCES = _names(
 
 def main(arguments: list[str] | None = None) -> None:
     """Write everything."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path, help="a new folder")
-    folder = parser.parse_args(arguments).folder
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        parser.error(f"{folder}: is there already; give a new folder")
+    folder = new_folder(arguments)
     write_corpus(folder / "sentences")
     _, recipe, *_ = re.findall(r"```toml\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     (folder / "sentences.toml").write_text(recipe, encoding="utf-8")

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..utils.errors import InputError
 from ..utils.untrusted_io import parse_json
@@ -54,16 +55,24 @@ def _array_rows(
     lists: Collection[str],
     objects: Collection[str],
 ) -> Iterator[Row]:
+    for number, record in enumerate(parse_whole(text, path, dialect)):
+        yield _object_row(record, columns, f"{path}, row {number}", lists=lists, objects=objects)
+
+
+def parse_whole(text: str, path: Path, dialect: Dialect) -> Any:
+    """Return what a file that is one JSON value says.
+
+    Raises:
+        InputError: it is none, or not UTF-8.
+    """
     if found := undecoded(text):
         advice = not_utf8(dialect, "convert the file to UTF-8")
         raise InputError(f"not UTF-8: {found}, {path}; {advice}")
     try:
-        records = parse_json(text, unambiguous)
+        return parse_json(text, unambiguous)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"not JSON: {reason}, {path}; correct the file") from error
-    for number, record in enumerate(records):
-        yield _object_row(record, columns, f"{path}, row {number}", lists=lists, objects=objects)
 
 
 def _line_rows(

@@ -227,7 +227,7 @@ def tokenize_by_schema(
         max_length: the most tokens in a sequence, ``[CLS]`` and ``[SEP]`` included.
 
     Raises:
-        InputError: the limit leaves no room for a question and a context.
+        InputError: the limit is too low for a question and a context.
     """
     if form.labels != "spans":
         numbered = form.labels == "none"

@@ -11,9 +11,8 @@ from typing import Any
 
 from ..utils.errors import InputError
 from ..utils.untrusted_io import parse_json
-from .decode import not_utf8, undecoded
 from .dialect import Dialect
-from .records import unambiguous
+from .records import parse_whole
 from .rows import BadRowError, Row, Rows, shorten, typed_row
 
 Span = tuple[int, int]
@@ -102,15 +101,7 @@ def squad_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) 
     Raises:
         InputError: it is no JSON, or not nested so.
     """
-    if found := undecoded(text):
-        advice = not_utf8(dialect, "convert the file to UTF-8")
-        raise InputError(f"not UTF-8: {found}, {path}; {advice}")
-    try:
-        content = parse_json(text, unambiguous)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"not JSON: {reason}, {path}; correct the file") from error
-    return Rows(_questions(content, path, columns), [])
+    return Rows(_questions(parse_whole(text, path, dialect), path, columns), [])
 
 
 def _questions(content: Any, path: Path, columns: Sequence[str]) -> Iterator[Row]:

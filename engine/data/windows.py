@@ -104,11 +104,11 @@ def windows_of(
         overlap: tokens that two neighbouring windows share, at most half of a window's.
 
     Raises:
-        InputError: the limit leaves no room for a token of each, or a context is too long.
+        InputError: the limit is too low for a token of each, or a context is too long.
     """
     separators = tokenizer.pair_separators
-    room = max_length - separators - 2
-    if room < 2:
+    free = max_length - separators - 2
+    if free < 2:
         raise InputError(
             f"max_length = {max_length}: expected {separators + 4} or more for a question and a "
             "context in a sequence"
@@ -123,9 +123,9 @@ def windows_of(
     context_of = np.array([numbers[context] for context in contexts], dtype=np.int64)
 
     asked_sizes = np.diff(asked.offsets)
-    question_sizes = np.minimum(asked_sizes, room // 2)
+    question_sizes = np.minimum(asked_sizes, free // 2)
     context_sizes = np.diff(told.offsets)[context_of]
-    widths = room - question_sizes  # of a window of the context
+    widths = free - question_sizes  # of a window of the context
     steps = widths - np.minimum(overlap, widths // 2)
     counts = 1 + np.maximum(0, -(-(context_sizes - widths) // steps))
     rows = np.repeat(np.arange(len(questions)), counts)

@@ -5,8 +5,9 @@ import torch
 
 from engine.data.split import TokenizedSplit
 from engine.data.task_schema import TaskSchema
-from engine.models.bert import BertConfig
 from engine.models.multitask import MultitaskModel
+
+from .small_models import one_layer
 
 
 def schema(task: str) -> TaskSchema:
@@ -43,17 +44,7 @@ def model_of(
 ) -> MultitaskModel:
     """One layer, a head for each task."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=90,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,
-    )
+    config = one_layer(dropout=dropout)
     return MultitaskModel(
         config,
         [schema(task) for task in tasks],

@@ -75,6 +75,21 @@ def build_step(
     )
 
 
+def one_layer(*, positions: int = 32, dropout: float = 0.0) -> BertConfig:
+    """An encoder for heads that are tried by themselves."""
+    return BertConfig(
+        vocab_size=90,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=positions,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+    )
+
+
 def random_split(task: str, examples: int, *, vocab: int, seed: int) -> TokenizedSplit:
     """Sentences of 1 to 20 tokens with labels in the task's range."""
     rng = np.random.default_rng(seed)

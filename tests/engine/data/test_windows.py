@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.data import tokenizer as tokenizers
 from engine.data.cache import load_split
@@ -20,6 +18,8 @@ from engine.data.tokenizer import Tokenizer
 from engine.data.tokenizer_process import TokenizerProcess
 from engine.data.windows import windows_of
 from engine.utils.errors import InputError
+
+from ..models.byte_pairs import byte_pairs
 
 CONTEXTS = [
     # Characters beyond 16 bits, accents that the tokenizer drops, line ends of Windows, no end.
@@ -36,16 +36,7 @@ def word_piece() -> Tokenizer:
 
 def byte_level() -> Tokenizer:
     """RoBERTa's kind: blanks are letters, a character may be several tokens."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CONTEXTS, trainer)
-    return Tokenizer(backend)
+    return Tokenizer(byte_pairs(CONTEXTS))
 
 
 def in_a_process() -> Tokenizer:

@@ -19,7 +19,6 @@ from engine.data.task_schema import TaskSchema
 from engine.data.tokenizer import Tokenizer
 from engine.data.windows import Spans
 from engine.gradients.balancing import TrainedTasks
-from engine.models.bert import BertConfig
 from engine.models.heads import best_spans, metrics_for
 from engine.models.heads.answer_loss import segment_logsumexp
 from engine.models.multitask import MultitaskModel
@@ -27,7 +26,7 @@ from engine.runs.scoring import answers, results_of, scores_of
 from engine.utils.errors import InputError
 
 from ....device_waits import RecordableOnly
-from ...small_models import build_step
+from ...small_models import build_step, one_layer
 from .cases import WIDTH, head_of, of_output, states_of, within_twice
 
 FORM = TaskSchema(
@@ -216,17 +215,7 @@ def split_of(form: TaskSchema = FORM, max_length: int = 20) -> TokenizedSplit:
 
 def model_of(dtype: torch.dtype = torch.float32) -> MultitaskModel:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=90,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,
-    )
+    config = one_layer(positions=64)
     model = MultitaskModel(config, [FORM], {"squad": "tokens"}, pooling="mean", dropout_p=0.0)
     return model.to(dtype)
 

@@ -12,12 +12,11 @@ from engine.data.split import TokenizedSplit
 from engine.data.task_batch import TaggedTokens
 from engine.data.task_schema import TaskSchema
 from engine.gradients.balancing import TrainedTasks
-from engine.models.bert import BertConfig
 from engine.models.multitask import MultitaskModel
 from engine.runs.scoring import answers, results_of
 from engine.utils.errors import InputError
 
-from ...small_models import build_step
+from ...small_models import build_step, one_layer
 from .cases import WIDTH, head_of, of_output, results, states_of, within_twice
 
 CLASSES = ("O", "B-X", "I-X")
@@ -88,17 +87,7 @@ def split_of(examples: int, seed: int = 0, *, all_pieces: bool = False) -> Token
 
 def model_of(dtype: torch.dtype = torch.float32) -> MultitaskModel:
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=90,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.2,
-    )
+    config = one_layer()
     model = MultitaskModel(config, [TAGS], {"ner": "tokens"}, pooling="mean", dropout_p=0.0)
     return model.to(dtype)
 
