@@ -105,7 +105,7 @@ def test_max_steps_ends_each_phase(tiny_run):
 def test_a_phase_that_stops_early_goes_on_to_the_next(tiny_run, monkeypatch, capsys):
     settings = ("lr=1e-12", "phases.a.eval_every=1", "phases.a.patience=1", "phases.b.epochs=1")
     whole = tiny_run("whole", settings=settings)
-    assert "a: stopped early after step 2: 1 evaluations" in capsys.readouterr().out
+    assert "a: stopped early after step 2: 1 evaluation " in capsys.readouterr().out
     assert list(evaluations(whole)) == [1, 2, 4]
     assert len(metrics(whole)) == 4
     progress = open_run(whole).checkpoints.progress()
