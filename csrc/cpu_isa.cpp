@@ -19,26 +19,25 @@ VectorUnit widest_vector_unit() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  return avx512 ? VectorUnit::kAvx512 : avx2 ? VectorUnit::kAvx2 : VectorUnit::kPlain;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  return bf16     ? VectorUnit::kAvx512Bf16
+         : avx512 ? VectorUnit::kAvx512
+         : avx2   ? VectorUnit::kAvx2
+                  : VectorUnit::kPlain;
 }
 
 std::atomic<VectorUnit> chosen_unit{widest_vector_unit()};
 
-int64_t bytes_of(VectorUnit unit) {
-  return unit == VectorUnit::kAvx512 ? 64 : unit == VectorUnit::kAvx2 ? 32 : 16;
-}
-
-int64_t limit_vector_unit(int64_t bytes) {
-  const VectorUnit wanted = bytes >= 64   ? VectorUnit::kAvx512
-                            : bytes >= 32 ? VectorUnit::kAvx2
-                                          : VectorUnit::kPlain;
+int64_t limit_vector_unit(int64_t number) {
+  const auto last = static_cast<int64_t>(VectorUnit::kAvx512Bf16);
+  const auto wanted = static_cast<VectorUnit>(std::clamp<int64_t>(number, 0, last));
   chosen_unit = std::min(wanted, widest_vector_unit());
-  return bytes_of(chosen_unit);
+  return static_cast<int64_t>(chosen_unit.load());
 }
 
 #else
 
-int64_t limit_vector_unit(int64_t) { return 16; }
+int64_t limit_vector_unit(int64_t) { return 0; }
 
 #endif
 
@@ -51,8 +50,9 @@ VectorUnit vector_unit() { return chosen_unit.load(std::memory_order_relaxed); }
 } // namespace superbert
 
 STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
-  // Use vectors of at most so many bytes from now on; returns the width that is in use then.
-  m.def("limit_vector_unit(int bytes) -> int");
+  // Use no better vector unit from now on than the one of this number (0: plain, 1: AVX2,
+  // 2: AVX-512, 3: AVX-512 with products of bfloat16); returns the number of the one in use then.
+  m.def("limit_vector_unit(int number) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(superbert, CompositeExplicitAutograd, m) {

@@ -10,15 +10,24 @@ namespace superbert {
 
 #if defined(__x86_64__)
 
-enum class VectorUnit { kPlain, kAvx2, kAvx512 };
+// The last one multiplies bfloat16, too.
+enum class VectorUnit { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
 
 // The widest one of this processor, or the narrower one that limit_vector_unit() asked for.
 VectorUnit vector_unit();
 
 template <typename T>
-const T& best_for_cpu(const T& plain, const T& avx2, const T& avx512) {
-  const VectorUnit unit = vector_unit();
-  return unit == VectorUnit::kAvx512 ? avx512 : unit == VectorUnit::kAvx2 ? avx2 : plain;
+const T& best_for_cpu(const T& plain, const T& avx2, const T& avx512, const T& avx512_bf16) {
+  switch (vector_unit()) {
+  case VectorUnit::kPlain:
+    return plain;
+  case VectorUnit::kAvx2:
+    return avx2;
+  case VectorUnit::kAvx512:
+    return avx512;
+  default:
+    return avx512_bf16;
+  }
 }
 
 // Declares the builds of `name`, an object of type `type`, and `name()` that picks one.
@@ -32,7 +41,12 @@ const T& best_for_cpu(const T& plain, const T& avx2, const T& avx512) {
   namespace avx512 {                                                                               \
   extern const type name;                                                                          \
   }                                                                                                \
-  inline const type& name() { return best_for_cpu(plain::name, avx2::name, avx512::name); }
+  namespace avx512_bf16 {                                                                          \
+  extern const type name;                                                                          \
+  }                                                                                                \
+  inline const type& name() {                                                                      \
+    return best_for_cpu(plain::name, avx2::name, avx512::name, avx512_bf16::name);                 \
+  }
 
 #else
 

@@ -9,15 +9,19 @@ import torch
 from kernels.integrations import transformers_layers
 
 
-@pytest.fixture(params=[16, 32, 64], ids=["plain", "avx2", "avx512"])
+VECTOR_UNITS = ("plain", "avx2", "avx512", "avx512_bf16")
+"""In the order of their numbers, see csrc/cpu_isa.cpp."""
+
+
+@pytest.fixture(params=range(len(VECTOR_UNITS)), ids=VECTOR_UNITS)
 def vector_unit(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs a test on each build of the CPU kernels that this machine can run."""
-    limit = torch.ops.superbert.limit_vector_unit
+    limit, best = torch.ops.superbert.limit_vector_unit, len(VECTOR_UNITS) - 1
     if limit(request.param) != request.param:
-        limit(64)
-        pytest.skip(f"this processor has no vectors of {request.param} bytes")
+        limit(best)
+        pytest.skip(f"this processor has no {VECTOR_UNITS[request.param]}")
     yield
-    limit(64)
+    limit(best)
 
 
 @pytest.fixture(autouse=True)

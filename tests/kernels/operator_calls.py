@@ -50,7 +50,7 @@ def operator_calls() -> dict[str, tuple]:
     calls |= operator_samples()
     calls |= {f"{name} alone": arguments for name, arguments in norms(by_task=False).items()}
     calls |= {name: (rows @ rows.T, *given) for name, given in SOLVERS.items()}
-    calls["limit_vector_unit"] = (64,)
+    calls["limit_vector_unit"] = (3,)
     if HAS_ONEDNN:
         calls["onednn_linear"] = tuple(x.bfloat16() for x in calls["onednn_linear"])
     return calls
