@@ -44,6 +44,7 @@ int64_t limit_vector_unit(int64_t) { return 0; }
 } // namespace
 
 #if defined(__x86_64__)
+bool multiplies_bf16() { return widest_vector_unit() == VectorUnit::kAvx512Bf16; }
 VectorUnit vector_unit() { return chosen_unit.load(std::memory_order_relaxed); }
 #endif
 

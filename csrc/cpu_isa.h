@@ -13,6 +13,9 @@ namespace superbert {
 // The last one multiplies bfloat16, too.
 enum class VectorUnit { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
 
+// Whether this processor has the last one, which nothing limits.
+bool multiplies_bf16();
+
 // The widest one of this processor, or the narrower one that limit_vector_unit() asked for.
 VectorUnit vector_unit();
 

@@ -1,0 +1,296 @@
+// Products of linear layers in bfloat16 on the CPU; kernels/linear/linear.py has their mathematics.
+//
+// Work is divided into blocks that stay in a core's second cache.  How, may depend on the number of
+// threads: every element is the sum of the same products in the same order.
+#include "linear.h"
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "tensor_torch.h"
+
+namespace superbert {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kVector = 16;       // columns of a panel's narrowest build
+constexpr int64_t kRowBlock = 128;    // rows of A that go through all panels
+constexpr int64_t kTokenBlock = 1024; // of a weight gradient's inner dimension
+constexpr int64_t kLeftPanels = 6;    // of a block of weight gradients, at most
+constexpr int64_t kRightPanels = 8;
+constexpr int64_t kItemsPerThread = 6; // that let threads end together
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t wanted_items() {
+  return kItemsPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
+// Columns of the panel that begins at column `first`; and of its words.
+int64_t panel_columns(int64_t columns, int64_t first) { return std::min(kPanel, columns - first); }
+int64_t panel_width(int64_t columns) { return ceil_div(columns, kVector) * kVector; }
+
+const LinearKernels& kernels() {
+#if defined(__x86_64__)
+  if (multiplies_bf16()) return avx512_bf16::linear_kernels;
+#endif
+  refuse("x: this processor has no bfloat16 products (AVX512_BF16); use torch's");
+}
+
+// ---- operands -----------------------------------------------------------------------------------
+
+// A matrix of bfloat16 with dense rows: the tensor's own, or a copy.
+Tensor dense_rows(const char* name, const Tensor& x, int64_t rows, int64_t columns) {
+  check_shape(name, x, {rows, columns});
+  check_dtype(name, x, ScalarType::BFloat16, "bfloat16");
+  check_data(name, x);
+  return columns <= 1 || x.stride(1) == 1 ? x : as_contiguous(x);
+}
+
+BFloat16Rows rows_of(const Tensor& x) {
+  return {static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0)};
+}
+
+// The left operand of a product: the rows as they lie, or, where they end amid a pair, a copy.
+Tensor even_rows(const Tensor& x) {
+  const int64_t rows = x.size(0), columns = x.size(1);
+  if (columns % 2 == 0) return x;
+  Tensor copy = allocate(x, {rows, columns + 1});
+  torch::stable::fill_(copy, 0);
+  Tensor part = torch::stable::narrow(copy, 1, 0, columns);
+  torch::stable::copy_(part, x);
+  return copy;
+}
+
+// B, packed.
+class Packed {
+ public:
+  Packed(int64_t inner, int64_t columns)
+      : pairs(ceil_div(inner, 2)), columns_(columns),
+        words_(new_floats(pairs * panel_width(columns))) {}
+
+  const int64_t pairs;
+
+  int64_t panels() const { return ceil_div(columns_, kPanel); }
+  int64_t columns(int64_t panel) const { return panel_columns(columns_, panel * kPanel); }
+  uint32_t* at(int64_t panel) const {
+    return static_cast<uint32_t*>(words_.data_ptr()) + panel * kPanel * pairs;
+  }
+
+ private:
+  int64_t columns_;
+  Tensor words_;
+};
+
+// ---- forward, and gradients of the input --------------------------------------------------------
+
+Tensor multiply(const Tensor& x, const Packed& b, int64_t columns, const uint16_t* bias) {
+  const int64_t rows = x.size(0);
+  Tensor out = allocate(x, {rows, columns});
+  const Tensor left = even_rows(x);
+  auto* const data = static_cast<uint16_t*>(out.data_ptr());
+  // Few rows: their panels are shared out, too.
+  const int64_t blocks = ceil_div(rows, kRowBlock);
+  const int64_t groups =
+      std::min(b.panels(), ceil_div(wanted_items(), std::max<int64_t>(1, blocks)));
+  parallel_items(blocks * groups, 0, [&](float*, int64_t item) {
+    const int64_t first = item / groups * kRowBlock, group = item % groups;
+    const BFloat16Rows a = rows_of(left).at(first, 0);
+    const int64_t last_panel = (group + 1) * b.panels() / groups;
+    for (int64_t panel = group * b.panels() / groups; panel < last_panel; ++panel) {
+      const int64_t column = panel * kPanel;
+      ProductOutput to{Storage::kBFloat16, data + first * columns + column, columns};
+      if (bias != nullptr) to.bias = bias + column;
+      kernels().multiply({a.data, a.row, 2}, std::min(kRowBlock, rows - first), b.pairs,
+                         b.at(panel), b.columns(panel), to);
+    }
+  });
+  return out;
+}
+
+Tensor linear_bf16(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  const LinearKernels& own = kernels();
+  check_dims("x", x, 2, "[rows, inputs]");
+  check_dims("weight", weight, 2, "[outputs, inputs]");
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const Tensor left = dense_rows("x", x, x.size(0), inputs);
+  const Tensor right = dense_rows("weight", weight, outputs, inputs);
+  std::optional<Tensor> added;
+  if (bias.has_value()) {
+    check_shape("bias", *bias, {outputs});
+    check_dtype("bias", *bias, ScalarType::BFloat16, "bfloat16");
+    check_data("bias", *bias);
+    added = as_contiguous(*bias);
+  }
+  const Packed packed(inputs, outputs);
+  parallel_items(packed.panels(), 0, [&](float*, int64_t panel) {
+    own.pack_transposed(rows_of(right).at(panel * kPanel, 0), inputs, packed.columns(panel),
+                        packed.at(panel));
+  });
+  return multiply(left, packed, outputs,
+                  added ? static_cast<const uint16_t*>(added->const_data_ptr()) : nullptr);
+}
+
+Tensor linear_bf16_grad_input(const Tensor& grad_output, const Tensor& weight) {
+  const LinearKernels& own = kernels();
+  check_dims("grad_output", grad_output, 2, "[rows, outputs]");
+  check_dims("weight", weight, 2, "[outputs, inputs]");
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const Tensor left = dense_rows("grad_output", grad_output, grad_output.size(0), outputs);
+  const Tensor right = dense_rows("weight", weight, outputs, inputs);
+  const Packed packed(outputs, inputs);
+  parallel_items(packed.panels(), 0, [&](float*, int64_t panel) {
+    own.pack(rows_of(right).at(0, panel * kPanel), outputs, packed.columns(panel), packed.at(panel),
+             nullptr);
+  });
+  return multiply(left, packed, inputs, nullptr);
+}
+
+// ---- gradients of weights and biases ------------------------------------------------------------
+
+// Where the gradients of a parameter are written, those of a task [outputs, inputs].
+struct GradientRows {
+  char* data = nullptr; // null: not wanted
+  Storage storage{};
+  int64_t task = 0, row = 0, bytes = 0;
+
+  GradientRows(const char* name, const Tensor& rows, std::initializer_list<int64_t> shape) {
+    if (rows.numel() == 0) return;
+    check_shape(name, rows, shape);
+    storage = storage_of(name, rows);
+    check(storage != Storage::kFloat16, name, ": expected bfloat16 or float32");
+    check(rows.size(-1) == 1 || rows.stride(-1) == 1, name, ": expected dense rows");
+    check_data(name, rows);
+    data = static_cast<char*>(rows.data_ptr());
+    bytes = storage == Storage::kFloat32 ? 4 : 2;
+    task = rows.stride(0);
+    row = rows.dim() == 3 ? rows.stride(1) : 0;
+  }
+
+  ProductOutput at(int64_t k, int64_t output, int64_t input) const {
+    return {storage, data + (k * task + output * row + input) * bytes, row};
+  }
+};
+
+struct TaskGradients {
+  const LinearKernels& own;
+  BFloat16Rows grad, x;
+  int64_t outputs, inputs;
+  GradientRows weight, bias;
+  const std::vector<int64_t>& offsets;
+  bool accumulate;
+  int64_t left_panels = kLeftPanels; // of an item
+
+  int64_t tasks() const { return static_cast<int64_t>(offsets.size()) - 1; }
+  int64_t left_blocks() const { return ceil_div(outputs, left_panels * kPanel); }
+  int64_t right_blocks() const {
+    return weight.data == nullptr ? 1
+                                  : std::max<int64_t>(1, ceil_div(inputs, kRightPanels * kPanel));
+  }
+  int64_t items() const { return tasks() * left_blocks() * right_blocks(); }
+
+  // A thread's scratch, in floats.
+  static constexpr int64_t kPacked = kPanel * kTokenBlock / 2;
+  int64_t part_row() const { return std::min(kRightPanels * kPanel, inputs); }
+  int64_t left_columns() const { return left_panels * kPanel; }
+  int64_t floats() const { return (left_panels + 1) * kPacked + left_columns() * (1 + part_row()); }
+
+  // Writes a block of one task's gradients.
+  void run(int64_t item, float* scratch) const {
+    const int64_t k = item / (left_blocks() * right_blocks());
+    const int64_t output = item / right_blocks() % left_blocks() * left_columns();
+    const int64_t input = item % right_blocks() * kRightPanels * kPanel;
+    const int64_t last_output = std::min(outputs, output + left_columns());
+    const int64_t last_input =
+        weight.data == nullptr ? input : std::min(inputs, input + kRightPanels * kPanel);
+    auto* const left = reinterpret_cast<uint32_t*>(scratch);
+    auto* const right = left + left_panels * kPacked;
+    float* const sums = scratch + (left_panels + 1) * kPacked;
+    float* const part = sums + left_columns();
+    const bool sums_columns = bias.data != nullptr && input == 0;
+    std::fill(sums, part, 0.0f);
+
+    const int64_t end = offsets[k + 1];
+    int64_t begin = offsets[k];
+    for (bool is_first = true; is_first || begin < end; is_first = false, begin += kTokenBlock) {
+      const int64_t tokens = std::min(kTokenBlock, end - begin), pairs = ceil_div(tokens, 2);
+      const bool is_last = begin + tokens == end;
+      for (int64_t i = output; i < last_output; i += kPanel) {
+        own.pack(grad.at(begin, i), tokens, panel_columns(last_output, i),
+                 left + (i - output) / kPanel * kPacked,
+                 sums_columns ? sums + i - output : nullptr);
+      }
+      for (int64_t j = input; j < last_input; j += kPanel) {
+        const int64_t columns = panel_columns(last_input, j);
+        own.pack(x.at(begin, j), tokens, columns, right, nullptr);
+        for (int64_t i = output; i < last_output; i += kPanel) {
+          const int64_t rows = panel_columns(last_output, i);
+          float* const own_part = part + (i - output) * part_row() + j - input;
+          ProductOutput out{Storage::kFloat32, own_part, part_row()};
+          if (is_last) {
+            out = weight.at(k, i, j);
+            out.rounds = weight.storage == Storage::kFloat32; // as a product of bfloat16 would
+            out.accumulates = accumulate;
+          }
+          if (!is_first) out.part = own_part, out.part_row = part_row();
+          const auto* words = reinterpret_cast<uint16_t*>(left + (i - output) / kPanel * kPacked);
+          own.multiply({words, 2, 2 * panel_width(rows)}, rows, pairs, right, columns, out);
+        }
+      }
+    }
+    for (int64_t i = output; sums_columns && i < last_output; i += kPanel) {
+      ProductOutput out = bias.at(k, 0, i);
+      out.part = sums + i - output;
+      out.accumulates = accumulate;
+      own.multiply({nullptr, 0, 0}, 1, 0, nullptr, panel_columns(last_output, i), out);
+    }
+  }
+};
+
+void linear_bf16_task_gradients_(const Tensor& grad_output, const Tensor& x, Tensor weight_rows,
+                                 Tensor bias_rows, std::vector<int64_t> offsets, bool accumulate) {
+  check_dims("grad_output", grad_output, 2, "[tokens, outputs]");
+  check_dims("x", x, 2, "[tokens, inputs]");
+  const int64_t tokens = x.size(0), outputs = grad_output.size(1), inputs = x.size(1);
+  const int64_t tasks = static_cast<int64_t>(offsets.size()) - 1;
+  check(tasks >= 0 && offsets.front() >= 0 && offsets.back() <= tokens,
+        "offsets: expected row numbers within 0 .. ", tokens);
+  check(std::is_sorted(offsets.begin(), offsets.end()), "offsets: expected to ascend");
+  const Tensor grad = dense_rows("grad_output", grad_output, tokens, outputs);
+  const Tensor stream = dense_rows("x", x, tokens, inputs);
+  TaskGradients gradients{kernels(),
+                          rows_of(grad),
+                          rows_of(stream),
+                          outputs,
+                          inputs,
+                          GradientRows("weight_rows", weight_rows, {tasks, outputs, inputs}),
+                          GradientRows("bias_rows", bias_rows, {tasks, outputs}),
+                          offsets,
+                          accumulate};
+  while (gradients.left_panels > 1 && gradients.items() < wanted_items()) --gradients.left_panels;
+  parallel_items(gradients.items(), gradients.floats(),
+                 [&](float* scratch, int64_t item) { gradients.run(item, scratch); });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
+  m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_bf16_grad_input(Tensor grad_output, Tensor weight) -> Tensor");
+  m.def("linear_bf16_task_gradients_(Tensor grad_output, Tensor x, Tensor(a!) weight_rows, "
+        "Tensor(b!) bias_rows, int[] offsets, bool accumulate) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
+  m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
+  m.impl("linear_bf16_grad_input", TORCH_BOX(&linear_bf16_grad_input));
+  m.impl("linear_bf16_task_gradients_", TORCH_BOX(&linear_bf16_task_gradients_));
+}
+
+} // namespace
+} // namespace superbert
