@@ -7,15 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from bench import batching
 from bench.baselines import HuggingFaceLoop, PaddedBatch
+from tests.bench.test_transformers import varlen_attention
 
 WAYS = [
     batching.SortedParts,
     batching.SortedRow,
     batching.SortedRowOfEachTask,
     batching.NestedRow,
+    batching.VarlenRow,
 ]
 # Of each task, of each column, the tokens of its sentences.
 LENGTHS = {
@@ -89,7 +92,10 @@ def assert_all_agree(
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_losses_and_gradients_of_the_padded_loop(lengths: list[list[list[int]]]) -> None:
+def test_losses_and_gradients_of_the_padded_loop(
+    lengths: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attention)
     assert_all_agree(WAYS, lengths)
 
 
