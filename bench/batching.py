@@ -2,7 +2,7 @@
 
 Each class takes the token ids of a step's sentences, of each task and of each of its columns, and
 is made once a batch.  Its ``embed`` runs them through an encoder and returns their means in the
-same order.  None of them uses this project; they are here to be measured and to be agreed with.
+same order.
 """
 
 import itertools
@@ -91,7 +91,10 @@ class SortedParts(Batching):
 
 
 class PackedRow(Batching):
-    """The sentences of all tasks as one row of tokens, without padding."""
+    """The sentences of all tasks as one row of tokens, without padding.
+
+    Transformers' own attention takes that for one sequence; an accelerated model does not.
+    """
 
     def __init__(self, tasks: Sequence[Columns]) -> None:
         super().__init__(tasks)
@@ -164,11 +167,11 @@ def register_equal_lengths_attention() -> str:
             for length, equal in itertools.groupby(given["cu_seq_lens_q"].diff().tolist())
         ]
         sizes = [tokens for _, tokens in lengths]
-        out = []
         split = (x[0].transpose(0, 1).split(sizes) for x in (q, k, v))
+        window = given.get("sliding_window")  # which counts a query's own place
+        out = []
         for (length, _), *own in zip(lengths, *split, strict=True):
             batch = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in own)
-            window = given.get("sliding_window")  # which counts a query's own place
             mask = None
             if window is not None and length > window:
                 places = torch.arange(length, device=q.device)
