@@ -266,17 +266,21 @@ def peers(
     return makers
 
 
-def best_peers(seconds: dict[str, list[float]]) -> dict[str, str]:
-    """Return the fastest transformers loop without this project, by its way to combine losses."""
+def best_peers(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Return name and relative time of the fastest transformers loops without this project.
+
+    Returns:
+        By the way that they combine losses; the time as a multiple of the first contestant's.
+    """
+    medians = {name: harness.median(samples) for name, samples in seconds.items()}
+    first = next(iter(medians.values()))
     best = {}
     for balance in (_BALANCES["sum"], _BALANCES["pcgrad"]):
-        medians = {
-            name: harness.median(samples)
-            for name, samples in seconds.items()
-            if re.fullmatch(f"transformers, (?!.*accelerated).*, {balance}", name)
-        }
-        if medians:
-            best[balance] = min(medians, key=medians.__getitem__)
+        pattern = f"transformers, (?!.*accelerated).*, {balance}"
+        found = [name for name in medians if re.fullmatch(pattern, name)]
+        if found:
+            name = min(found, key=medians.__getitem__)
+            best[balance] = {"name": name, "relative": medians[name] / first}
     return best
 
 
@@ -430,10 +434,10 @@ def _table(results: dict, tokens: float) -> Table:  # type: ignore[type-arg]
         table.add_row(name, *cells)
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in floor.items())
     table.add_row(f"floor ({parts})", f"{least:.3f}", "", "", f"{least / reference:.2f}", "1.00")
-    for balance, name in results["best_peers"].items():
-        peer = harness.median(samples[name])
-        cells = [f"{peer:.3f}", "", "", f"{peer / reference:.2f}", f"{peer / least:.2f}"]
-        table.add_row(f"best peer, {balance}: {name}", *cells)
+    for balance, peer in results["best_peers"].items():
+        seconds, relative = reference * peer["relative"], f"{peer['relative']:.2f}"
+        cells = [f"{seconds:.3f}", "", "", relative, f"{seconds / least:.2f}"]
+        table.add_row(f"best peer, {balance}: {peer['name']}", *cells)
     return table
 
 

@@ -30,9 +30,8 @@ def test_every_contestant_and_its_floor(monkeypatch, tmp_path):
     assert {"this engine, fp32, pcgrad", "this engine, fp32, sum"} <= names
     assert {"transformers, fp32, published PCGrad", "transformers, bf16, sum"} <= names
     assert {"transformers, fp32, packed, sum", "transformers, fp32, sorted by length, sum"} <= names
-    for balance, name in results["best_peers"].items():
-        assert name in names
-        assert name.endswith(f", {balance}")
+    assert results["best_peers"].keys() == {"sum", "published PCGrad"}
+    assert all(peer["name"] in names for peer in results["best_peers"].values())
     assert all(len(seconds) == 2 for seconds in results["seconds"].values())
     assert results["peak_bytes"].keys() == names
     assert results["floor_seconds"].keys() == {"matrix products", "surgery and update"}
@@ -49,8 +48,10 @@ def test_best_peers():
         "transformers, fp32, TorchJD PCGrad": [2.0, 2.0],
         "transformers, fp32, published PCGrad": [7.0, 7.0],
     }
-    sums, surgery = "transformers, bf16, sum", "transformers, fp32, published PCGrad"
-    assert step.best_peers(seconds) == {"sum": sums, "published PCGrad": surgery}
+    assert step.best_peers(seconds) == {
+        "sum": {"name": "transformers, bf16, sum", "relative": 3},
+        "published PCGrad": {"name": "transformers, fp32, published PCGrad", "relative": 7},
+    }
     assert step.best_peers({"this engine, bf16, sum": [1.0]}) == {}
 
 
