@@ -79,8 +79,8 @@ struct Tiles {
   int64_t columns; // floats of a row of scores: a vector more than needed, against cache conflicts
   float *queries, *keys, *keys_t, *values, *values_t, *grad_out, *rounded;
   float *paired_queries, *paired_keys, *paired_values, *paired_grad_out;
-  float *scores, *grad_scores, *factors, *out, *grad_queries, *grad_keys, *grad_values, *row_max,
-      *row_sum, *delta, *bias_sums;
+  float *scores, *grad_scores, *factors, *out, *grad_queries, *grad_keys, *grad_values, *tile_max,
+      *row_max, *row_sum, *delta, *bias_sums;
   float* scratch; // null: only count
   int64_t floats = 0;
 
@@ -111,6 +111,7 @@ struct Tiles {
     grad_queries = take(num_queries * row);
     grad_keys = take(key_gradients * row);
     grad_values = take(key_gradients * row);
+    tile_max = take(rows);
     row_max = take(rows);
     row_sum = take(rows);
     delta = take(num_queries);
@@ -257,19 +258,25 @@ void add_bias(const AttentionCall& call, const Span& span, int64_t i0, int64_t m
 
 // Folds one tile of scores [queries, keys] into the running softmax.  The tile then holds, as left
 // operand, the probabilities that multiply the values, up to the dropout's scale and the division
-// by the row's final sum.
+// by the row's final sum.  The rows' maxima come first, so that no row's exponentials wait for its
+// own.
 template <typename E>
 void softmax_tile(const Span& span, int64_t query, int64_t queries, int64_t key, int64_t keys,
                   const TileFactors& factors, const Tiles& tiles) {
   for (int64_t i = 0; i < queries; ++i) {
-    float* scores = tiles.scores + i * tiles.columns;
+    const float* scores = tiles.scores + i * tiles.columns;
     const Seen seen(span, query + i, key);
     Floats largest = splat(-kInfinity);
     for (int64_t j = 0; j < keys; j += kWidth) {
       const Floats s = seen.load(scores, j);
       largest = largest < s ? s : largest;
     }
-    const float old_max = tiles.row_max[i], tile_max = max_of_lanes(largest);
+    tiles.tile_max[i] = max_of_lanes(largest);
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    float* scores = tiles.scores + i * tiles.columns;
+    const Seen seen(span, query + i, key);
+    const float old_max = tiles.row_max[i], tile_max = tiles.tile_max[i];
     const float new_max = tile_max > old_max ? tile_max : old_max;
     if (old_max != new_max && old_max != -kInfinity) {
       const float rescale = __builtin_expf(old_max - new_max);
