@@ -6,8 +6,9 @@
 // log-sum-exp (backward; Dao et al. 2022, arXiv:2205.14135).  With a window it goes along the
 // window: tiles outside are not computed.
 //
-// All arithmetic is float32, but where the processor multiplies pairs of bfloat16 (simd_math.h),
-// the products of tensors stored in it take them as they are, and P, P f and dS rounded to it.
+// All arithmetic is float32, but for tensors stored in bfloat16 where the processor multiplies
+// pairs of such numbers (simd_math.h): products then take the tensors as they are, and P f and dS
+// rounded to bfloat16; everything else, their sums too, stays float32.
 #include "attention.h"
 
 #include "dropout_simd.h"
@@ -71,14 +72,14 @@ bool is_narrow(const AttentionCall& call) {
   return call.options.left + call.options.right + kNarrowQueryBlock <= kNarrowKeys;
 }
 
-// The tiles of one item, laid out in the thread's scratch.  Those named in the first line of tiles
-// hold words of operands, those in the second pairs of their rows, the others float32.
+// The tiles of one item, laid out in the thread's scratch.
 struct Tiles {
   int64_t row;     // floats of a row of width `width`
   int64_t packed;  // words of such a row as operand
   int64_t columns; // floats of a row of scores: a vector more than needed, against cache conflicts
-  float *queries, *keys, *keys_t, *values, *values_t, *grad_out, *rounded;
-  float *paired_queries, *paired_keys, *paired_values, *paired_grad_out;
+  // Operands; pairs of the rows of some, and dS rounded: none if operands are float32.
+  float *queries, *keys, *keys_t, *values, *values_t, *grad_out;
+  float *paired_queries, *paired_keys, *paired_values, *paired_grad_out, *rounded;
   float *scores, *grad_scores, *factors, *out, *grad_queries, *grad_keys, *grad_values, *tile_max,
       *row_max, *row_sum, *delta, *bias_sums;
   float* scratch; // null: only count
@@ -99,11 +100,11 @@ struct Tiles {
     values_t = take(columns * packed);
     grad_out = take(rows * packed);
     constexpr bool in_pairs = kInPairs<Operand<T>>;
-    rounded = take(in_pairs ? rows * columns / 2 : 0);
     paired_queries = take(in_pairs ? (rows + 1) / 2 * row : 0);
     paired_keys = take(in_pairs ? columns / 2 * row : 0);
     paired_values = take(in_pairs ? columns / 2 * row : 0);
     paired_grad_out = take(in_pairs ? (rows + 1) / 2 * row : 0);
+    rounded = take(in_pairs ? rows * columns / 2 : 0);
     scores = take(rows * columns);
     grad_scores = take(rows * columns);
     factors = take(rows * (columns + 8) + 4 * kQuads + kWidth); // whole quads, and read by vectors
@@ -230,8 +231,8 @@ struct TileFactors {
 
   const float* of(int64_t i) const { return data == nullptr ? nullptr : data + i * row; }
 
-  // v where vector j of a row of factors is not zero.  The scale of those that are kept waits until
-  // after the products.
+  // v, but zero where vector j of a row of factors is not positive, as lanes behind the last key
+  // may be anything.  The scale of what is kept waits until after the products.
   static Floats keep(const float* factor, int64_t j, Floats v) {
     return factor == nullptr ? v : load(factor + j) > 0 ? v : Floats{};
   }

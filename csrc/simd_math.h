@@ -283,8 +283,8 @@ inline void pack(const T* from, int64_t count, float* to) {
   }
 }
 
-// Packed rows [count, width] as right operand, the inner dimension counting the rows.  Pairs of
-// rows are written to `to`.
+// Packed rows [count, width] as right operand whose inner dimension counts them.  Pairs of rows are
+// written to `to`; an odd last one is beside zeros, not what lies behind it, which may be NaN.
 template <typename E>
 inline Right pair_rows(const float* rows, int64_t row, int64_t count, int64_t width, float* to,
                        int64_t to_row) {
