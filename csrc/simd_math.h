@@ -211,8 +211,8 @@ inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t
 
 // ---- matrix product -----------------------------------------------------------------------------
 //
-// Operands are float32 or, where the processor multiplies pairs of them, bfloat16; sums are
-// float32. Scratch holds operands as 32-bit words: a number, or two that are neighbours along the
+// Operands are float32 or, where the processor multiplies pairs of them, bfloat16, and sums are
+// float32.  Scratch holds operands as 32-bit words: a number, or two that are neighbours along the
 // inner dimension, the last one of an odd dimension beside a zero.
 
 // What tensors that are stored as T are multiplied as.
