@@ -143,9 +143,14 @@ class Embedding(TaskLayer):
         return kernels.linear(x, self.weight, rows=rows, segments=segments)
 
     def zero_rows(self, index: Tensor, offsets: tuple[int, ...]) -> None:
-        """Zero the task gradients that a backward pass over ``index`` wrote."""
+        """Zero the task gradients that a backward pass over ``index`` wrote; others are zero."""
         rows = None if self.rows is None else self.rows.weight
-        if rows is not None:
+        if rows is None:
+            return
+        tasks, entries, _ = rows.shape
+        if tasks * entries <= len(index):  # fewer writes, and one call
+            rows.zero_()
+        else:
             kernels.zero_rows_(rows, index, offsets)
 
 
