@@ -7,8 +7,9 @@
 On a CPU where this project multiplies bfloat16 (`kernels.linear.linear`), the first product writes
 ``a`` and ``gelu(a)`` as its sums leave the registers, and the product ``dy D`` is multiplied by
 ``gelu'(a)`` before it is rounded, so that neither is a pass over memory of its own.  Both are
-accurate to 2^-13 there, of numbers of 8 bits.  Everywhere else these are two linear layers and
-torch's GELU.
+accurate to 2^-13 there, of numbers of 8 bits; results below 2^-126 are zero.  GELU of plus infinity
+is infinity and of minus infinity zero, its limits, where torch's is NaN for both.  Everywhere else
+these are two linear layers and torch's GELU.
 """
 
 from typing import Any
@@ -17,12 +18,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..registration.backend import declare, register_fake
 from ..registration.differentiation import differentiable_once, in_forward_mode, refuse_transforms
 from ..registration.validation import check_data, check_tensor
 from ..task_rows import TaskRows, TaskSegments, rows_of
 from .linear import grad_input_of, is_ours, linear, write_task_gradients
 
 _ops = torch.ops.superbert
+
+
+def _gelu_fake(x: Tensor, weight: Tensor, _bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    out = x.new_empty(len(x), len(weight))
+    return out, torch.empty_like(out)
+
+
+def _gelu_grad_input_fake(grad_output: Tensor, _weight: Tensor, x: Tensor) -> Tensor:
+    return grad_output.new_empty(x.shape)
+
+
+register_fake("linear_bf16_gelu")(_gelu_fake)
+register_fake("linear_bf16_gelu_grad_input")(_gelu_grad_input_fake)
+for _name in ("linear_bf16_gelu", "linear_bf16_gelu_grad_input"):
+    declare(_name, cpu="cpp", cuda=None)
 
 
 class _TaskFeedForward(torch.autograd.Function):
@@ -99,10 +116,10 @@ def feed_forward(
         ValueError: rows without ``segments``, shapes of the two that disagree, or a storage that
             was freed.
     """
+    check_data(x=x, up_weight=up_weight, up_bias=up_bias, down_weight=down_weight)
     weights = (up_weight, down_weight)
     ours = x.dim() == 2 and is_ours(x, up_bias, *weights) and not torch.is_autocast_enabled("cpu")
     if ours and up_rows is not None and down_rows is not None:
-        check_data(x=x, up_weight=up_weight, up_bias=up_bias, down_weight=down_weight)
         refuse_transforms("feed_forward", x, up_weight, up_bias, down_weight)
         own = up_rows.checked(segments, up_weight, up_bias, x)
         down_rows.checked(segments, down_weight, None, x)
@@ -111,8 +128,8 @@ def feed_forward(
             *(up_rows.buffer, up_rows.starts, down_rows.buffer, down_rows.starts),
             *own,
         )
-    if ours and not (torch.is_grad_enabled() or in_forward_mode()):
-        check_data(x=x, up_weight=up_weight, up_bias=up_bias, down_weight=down_weight)
+    is_differentiated = torch.is_grad_enabled() or in_forward_mode()
+    if ours and up_rows is None and down_rows is None and not is_differentiated:
         return linear(_ops.linear_bf16_gelu(x, up_weight, up_bias)[1], down_weight)
     widened = linear(x, up_weight, up_bias, rows=up_rows, segments=segments)
     return linear(F.gelu(widened), down_weight, rows=down_rows, segments=segments)

@@ -304,7 +304,7 @@ def saved_by(forward: Callable[[], Tensor]) -> list[Tensor]:
     return saved
 
 
-OF_TORCH = ("linear", "embedding")
+OF_TORCH = ("linear", "feed_forward", "embedding")
 """Layers whose backward pass is torch's where there are no task rows."""
 
 

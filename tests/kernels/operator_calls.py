@@ -140,6 +140,17 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
             lambda x, weight: kernels.linear(x, weight, rows=table, **by_task),
             {"x": x, "weight": matrix},
         ),
+        "feed_forward": (
+            kernels.feed_forward,
+            {"x": x, "up_weight": matrix, "up_bias": weight, "down_weight": matrix.clone()},
+        ),
+        "feed_forward by task": (
+            lambda x, up_weight, down_weight: kernels.feed_forward(
+                *(x, up_weight, None, down_weight),
+                **{"up_rows": table, "down_rows": new_task_rows(2, matrix), **by_task},
+            ),
+            {"x": x, "up_weight": matrix, "down_weight": matrix.clone()},
+        ),
         "zero_rows_": (
             kernels.zero_rows_,
             {"rows": table.weight, "index": ids, "offsets": (0, 3, 6)},
