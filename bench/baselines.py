@@ -4,11 +4,9 @@ These are written plainly, as one finds them in training loops, and are here to 
 be agreed with.
 """
 
-import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +14,8 @@ from torch.nn import functional as F
 
 import kernels
 from engine.data.collate import PackedBatch
+
+from .batching import Batching, Means, PackedRow, PaddedColumns, pad
 
 TASKS = ("sst", "quora", "sts")
 _HEADS = {"sst": (1, 5), "quora": (2, 1), "cfimdb": (1, 1)}
@@ -55,8 +55,7 @@ class HuggingFaceLoop:
             instead of a minute.
         recorded: prepared for CUDA graphs of whole steps.
         config: fields of ``config.json`` when there is no folder.
-        packed: no padding: all sentences as one row of tokens, attention by torch's
-            ``varlen_attn``; on a GPU, in bf16.
+        batching: how sentences go through the encoder; with task gradients as one row of tokens.
         flash: attention by the flash-attn package, on a GPU, in bf16.
         accelerated: through :func:`kernels.accelerate`.
         tasks: those of a batch, in its order.
@@ -73,7 +72,7 @@ class HuggingFaceLoop:
         compiled_layers: bool = False,
         recorded: bool = False,
         config: dict[str, object] | None = None,
-        packed: bool = False,
+        batching: type[Batching] = PaddedColumns,
         flash: bool = False,
         accelerated: bool = False,
         tasks: Sequence[str] = TASKS,
@@ -96,8 +95,10 @@ class HuggingFaceLoop:
             else AutoModel.from_pretrained(model_folder, **pooler)
         )
         self.encoder = encoder.to(device).train()
-        if packed:
-            self.encoder.set_attn_implementation(register_varlen_attention())
+        if balance == "task gradients":
+            batching = PackedRow
+        if batching.register_attention is not None:
+            self.encoder.set_attn_implementation(batching.register_attention())
         if flash:
             self.encoder.set_attn_implementation("flash_attention_2")
         if accelerated:
@@ -118,7 +119,7 @@ class HuggingFaceLoop:
             self.parameters, lr=lr, weight_decay=0.0, fused=True, capturable=recorded
         )
         self.balance, self.autocast, self.device = balance, autocast, device
-        self.packed, self.accelerated = packed, accelerated
+        self._batching, self._batchings = batching, dict[PaddedBatch, Batching]()
         if balance == "task gradients":
             trained = nn.ModuleList([self.encoder, self.heads])
             self.task_gradients = kernels.TaskGradients(trained, len(tasks))
@@ -147,7 +148,7 @@ class HuggingFaceLoop:
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast),
             self.task_gradients.batch(sequences),
         ):
-            for task, sentences in enumerate(self._embed_packed(padded)):
+            for task, sentences in enumerate(self._embed(padded)):
                 with self.task_gradients.task(task):
                     losses.append(self._loss(self.tasks[task], sentences, padded.labels[task]))
         self.pcgrad.pc_backward(losses)
@@ -155,14 +156,7 @@ class HuggingFaceLoop:
         return torch.stack([loss.detach().float() for loss in losses])
 
     def _losses(self, padded: "PaddedBatch") -> list[Tensor]:
-        if self.packed:
-            embedded = self._embed_packed(padded)
-        else:
-            embedded = [
-                [self._embed(ids, mask) for ids, mask in sentences]
-                for sentences in padded.sentences
-            ]
-        each = zip(self.tasks, embedded, padded.labels, strict=True)
+        each = zip(self.tasks, self._embed(padded), padded.labels, strict=True)
         return [self._loss(task, sentences, labels) for task, sentences, labels in each]
 
     def _loss(self, task: str, sentences: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -176,25 +170,11 @@ class HuggingFaceLoop:
             return F.cross_entropy(logits.float(), labels.long())
         return F.binary_cross_entropy_with_logits(logits.squeeze(1).float(), labels)
 
-    def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self._encode(input_ids=ids, attention_mask=mask).last_hidden_state
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1)
-
-    def _embed_packed(self, batch: "PaddedBatch") -> list[Sequence[Tensor]]:
-        """Mean-pooled sentences of each task and column, from one row of tokens."""
-        hidden = self._encode(
-            input_ids=batch.stream[None],
-            position_ids=batch.positions[None],
-            cu_seq_lens_q=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-        ).last_hidden_state[0]
-        lengths = batch.cu_seqlens.diff()
-        sentence = torch.repeat_interleave(lengths, output_size=len(hidden))
-        sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
-        means = sums.index_add(0, sentence, hidden.float()) / lengths[:, None]
-        parts = iter(means.split(list(itertools.chain(*batch.columns))))
-        return [[next(parts) for _ in columns] for columns in batch.columns]
+    def _embed(self, padded: "PaddedBatch") -> Means:
+        """Mean-pooled sentences of each task and column; a batch is prepared on its first use."""
+        if padded not in self._batchings:
+            self._batchings[padded] = self._batching(padded.tokens)
+        return self._batchings[padded].embed(self._encode)
 
     def _pcgrad_backward(self, losses: Sequence[Tensor]) -> None:
         flat = []
@@ -223,62 +203,24 @@ class HuggingFaceLoop:
         jac_to_grad([p for p in self.parameters if p.jac is not None], PCGrad())
 
 
-def register_varlen_attention() -> str:
-    """Make torch's ``varlen_attn`` known to transformers, and return the name it has there.
-
-    The model is given one row of all tokens, with ``position_ids``, ``cu_seq_lens_q`` and
-    ``max_length_q``.  The kernel drops no probabilities.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    def attend(
-        _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: None, **given: Any
-    ) -> tuple[Tensor, None]:
-        from torch.nn.attention.varlen import varlen_attn
-
-        cu, longest, window = given["cu_seq_lens_q"], given["max_length_q"], {}
-        if given.get("sliding_window") is not None:  # which counts a query's own place
-            window["window_size"] = (given["sliding_window"] - 1,) * 2
-        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))
-        return varlen_attn(q, k, v, cu, cu, longest, longest, **window)[None], None
-
-    AttentionInterface.register("torch_varlen", attend)
-    AttentionMaskInterface.register("torch_varlen", lambda *_, **__: None)
-    return "torch_varlen"
-
-
 class PaddedBatch:
     """The examples of a packed batch, as transformers' loops take them.
 
     Attributes:
+        tokens: of each task, of each column, the token ids of its sentences.
         sentences: of each task, ids and mask of each column, ``[n, S]`` each.
         columns: of each task, the sentences of each column.
-        stream: the same sentences as one row of tokens, ``[T]``, without any padding.
-        positions: of its tokens, from 0 in every sentence.
-        cu_seqlens: int32, where its sentences begin and end.
-        max_seqlen: tokens of the longest sentence.
         labels: of each task.
     """
 
     def __init__(self, batch: PackedBatch, device: torch.device) -> None:
-        sequences = batch.input_ids.split(batch.cu_seqlens.diff().tolist())
-        own: list[Tensor] = []  # those of tasks; a batch may have more, of padding
-        self.sentences: list[list[tuple[Tensor, Tensor]]] = []
+        sequences = batch.input_ids.to(device).split(batch.cu_seqlens.diff().tolist())
+        self.tokens: list[list[Sequence[Tensor]]] = []
         for task, columns in enumerate(batch.columns):
+            # A task may have more sequences, of padding.
             start, count = batch.task_offsets[task], batch.examples[task]
-            pairs = []
-            for column in range(columns):
-                part = sequences[start + column * count : start + (column + 1) * count]
-                own.extend(part)
-                ids = nn.utils.rnn.pad_sequence(list(part), batch_first=True).to(device)
-                sizes = torch.tensor([len(s) for s in part], device=device)
-                mask = torch.arange(ids.shape[1], device=device) < sizes[:, None]
-                pairs.append((ids, mask.long()))
-            self.sentences.append(pairs)
-        self.columns = [[len(ids) for ids, _ in pairs] for pairs in self.sentences]
-        self.stream = torch.cat(own).to(device)
-        self.positions = torch.cat([torch.arange(len(s)) for s in own]).to(device)
-        ends = list(itertools.accumulate((len(s) for s in own), initial=0))
-        self.cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)
-        self.max_seqlen = max(map(len, own))
+            starts = range(start, start + columns * count, count)
+            self.tokens.append([sequences[first : first + count] for first in starts])
+        self.sentences = [[pad(sentences) for sentences in columns] for columns in self.tokens]
+        self.columns = [[len(sentences) for sentences in columns] for columns in self.tokens]
         self.labels = [label.to(device) for label in batch.labels if label is not None]

@@ -2,8 +2,10 @@
 
 The same real batches (32 examples each of SST, Quora and STS) go through this engine, packed, and
 through a plain ``transformers`` loop, padded; on a GPU as its eager code, which mostly waits for
-Python, and recorded as a CUDA graph of each batch.  This engine's recorded step runs with a side
-stream for weight gradients and without (``one stream``).  The floor is the time of the step's
+Python, and recorded as a CUDA graph of each batch; on a CPU also sorted by length, and packed, with
+SDPA for the sentences of each length (bench/batching.py).  The fastest of them without this
+project, by the way they combine losses, end the table.  This engine's recorded step runs with a
+side stream for weight gradients and without (``one stream``).  The floor is the time of the step's
 matrix products, replayed, plus the bytes of surgery and update at the copy bandwidth, measured in
 the same run.  ``--growth`` measures how this engine's step grows with tasks, shapes and examples.
 """
@@ -39,6 +41,15 @@ from engine.utils.errors import InputError
 
 from . import harness, random_encoder, step_growth
 from .baselines import TASKS, HuggingFaceLoop, PaddedBatch
+from .batching import (
+    Batching,
+    NestedRow,
+    PaddedColumns,
+    SortedParts,
+    SortedRow,
+    SortedRowOfEachTask,
+    VarlenRow,
+)
 from .step_breakdown import floor_seconds, joules_a_run, phase_seconds
 
 _LR = 1e-5
@@ -47,6 +58,23 @@ _EXECUTIONS = {
     "cuda": ("graphs", ("eager", "compiled_graphs", "compile")),
 }
 """The usual one of a device, and others to set beside it."""
+_BALANCES = {
+    "sum": "sum",
+    "pcgrad": "published PCGrad",
+    "torchjd": "TorchJD PCGrad",
+    "task gradients": "TaskGradients, PCGrad",
+}
+"""Names of transformers loops' ways to combine losses."""
+_BATCHINGS: dict[str, dict[str, type[Batching]]] = {
+    "cpu": {
+        "sorted by length": SortedParts,
+        "packed": SortedRow,
+        "packed by task": SortedRowOfEachTask,
+        "nested": NestedRow,
+    },
+    "cuda": {"packed": VarlenRow},
+}
+"""Names of their ways to take sentences, other than padded, on a device."""
 
 
 class Batches:
@@ -178,12 +206,7 @@ def peers(
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """What makes the steps of transformers loops, by name."""
     device = torch.device(options.device)
-    names = {
-        "sum": "sum",
-        "pcgrad": "published PCGrad",
-        "torchjd": "TorchJD PCGrad",
-        "task gradients": "TaskGradients, PCGrad",
-    }
+    batchings = _BATCHINGS[device.type]
 
     def maker(precision: str, balance: str, ways: tuple[str, ...]) -> Callable[..., Any]:
         def make() -> Callable[[], object]:
@@ -193,7 +216,8 @@ def peers(
                 autocast=precision == "bf16",
                 device=device,
                 config=config,
-                **{way.replace(" ", "_"): True for way in ways},
+                batching=next((batchings[way] for way in ways if way in batchings), PaddedColumns),
+                **{way.replace(" ", "_"): True for way in ways if way not in batchings},
             )
             if "recorded" in ways:
                 return RecordedLoop(loop, batches, device)
@@ -210,6 +234,16 @@ def peers(
             loops.append(("bf16", "sum", ("flash",)))
         if options.compile:
             loops.append(("bf16", "sum", ("compiled layers", "recorded")))
+    else:
+        fast = multiplies_bf16_fast(device)
+        for precision in ("bf16", "fp32") if fast else ("fp32",):
+            loops += [
+                (precision, "sum", ("packed",)),
+                (precision, "pcgrad", ("packed by task",)),
+                (precision, "sum", ("sorted by length",)),
+            ]
+        if config["model_type"] == "bert":  # nested tensors know no window
+            loops.append(("bf16" if fast else "fp32", "sum", ("nested",)))
     loops += [("fp32", "sum", ())]
     loops += [(precision, "pcgrad", ()) for precision in ("bf16", "fp32")]
     if importlib.util.find_spec("torchjd"):
@@ -225,12 +259,29 @@ def peers(
         loops += [(precision, "sum", ("compiled",)) for precision in ("bf16", "fp32")]
         if device.type == "cuda":
             loops.append(("bf16", "sum", ("packed", "compiled")))
-    return {
-        f"transformers, {precision}{''.join(f', {way}' for way in ways)}, {names[balance]}": maker(
-            precision, balance, ways
-        )
-        for precision, balance, ways in loops
-    }
+    makers = {}
+    for precision, balance, ways in loops:
+        name = ", ".join(("transformers", precision, *ways, _BALANCES[balance]))
+        makers[name] = maker(precision, balance, ways)
+    return makers
+
+
+def best_peers(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Return name and relative time of the fastest transformers loops without this project.
+
+    Returns:
+        By the way that they combine losses; the time as a multiple of the first contestant's.
+    """
+    medians = {name: harness.median(samples) for name, samples in seconds.items()}
+    first = next(iter(medians.values()))
+    best = {}
+    for balance in (_BALANCES["sum"], _BALANCES["pcgrad"]):
+        pattern = f"transformers, (?!.*accelerated).*, {balance}"
+        found = [name for name in medians if re.fullmatch(pattern, name)]
+        if found:
+            name = min(found, key=medians.__getitem__)
+            best[balance] = {"name": name, "relative": medians[name] / first}
+    return best
 
 
 def main() -> None:
@@ -313,6 +364,7 @@ def measure(options: argparse.Namespace, device: torch.device, console: Console)
     results["seconds"] = harness.interleave(
         contestants, device, rounds=options.rounds, setup=batches.select
     )
+    results["best_peers"] = best_peers(results["seconds"])
     save(results)
     recorded = {
         name: run
@@ -382,6 +434,10 @@ def _table(results: dict, tokens: float) -> Table:  # type: ignore[type-arg]
         table.add_row(name, *cells)
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in floor.items())
     table.add_row(f"floor ({parts})", f"{least:.3f}", "", "", f"{least / reference:.2f}", "1.00")
+    for balance, peer in results["best_peers"].items():
+        seconds, relative = reference * peer["relative"], f"{peer['relative']:.2f}"
+        cells = [f"{seconds:.3f}", "", "", relative, f"{seconds / least:.2f}"]
+        table.add_row(f"best peer, {balance}: {peer['name']}", *cells)
     return table
 
 

@@ -33,7 +33,7 @@ from engine.runtime.precision import multiplies_bf16_fast
 from engine.utils.errors import InputError
 
 from . import harness
-from .baselines import register_varlen_attention
+from .batching import register_varlen_attention, sorted_parts
 from .transformers_cases import (
     CASES,
     Batch,
@@ -183,9 +183,8 @@ def loops(
     if case.texts:
         makers["accelerated, packed"] = maker(stream, accelerated=True)
     if case.texts and len(batches) > 1:
-        in_order = sorted((tokens for own in batches for tokens in own), key=len)
-        size = len(batches[0])
-        parts = [in_order[start : start + size] for start in range(0, len(in_order), size)]
+        every = list(itertools.chain(*batches))
+        parts = [[every[index] for index in part] for part in sorted_parts(every, len(batches))]
         makers["transformers, sorted"] = maker(pad(parts))
     if compiled:
         makers["transformers, compiled"] = maker(rows, compiled=True)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels
 from engine.utils.errors import InputError
+
+from .batching import pad
 
 Batch = dict[str, Any]
 """Arguments of a model."""
@@ -149,12 +151,8 @@ def padded(
     batch: Sequence[Tokens], padding: int, device: torch.device, *, with_mask: bool = True
 ) -> Batch:
     """Return ``input_ids [B, S]``, padded to the longest row, and ``attention_mask``."""
-    rows = [torch.tensor(tokens) for tokens in batch]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
-    sizes = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(ids.shape[1]) < sizes[:, None]
-    arguments = {"input_ids": ids.to(device)}
-    return {**arguments, "attention_mask": mask.long().to(device)} if with_mask else arguments
+    ids, mask = pad([torch.tensor(tokens, device=device) for tokens in batch], padding)
+    return {"input_ids": ids, "attention_mask": mask} if with_mask else {"input_ids": ids}
 
 
 def packed(batch: Sequence[Tokens], device: torch.device) -> Batch:

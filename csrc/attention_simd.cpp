@@ -4,7 +4,11 @@
 // kQueryBlock x kKeyBlock floats: a sentence needs one tile, a long sequence goes tile by tile with
 // a running maximum (forward; Milakov and Gimelshein 2018, arXiv:1805.02867) or with the saved
 // log-sum-exp (backward; Dao et al. 2022, arXiv:2205.14135).  With a window it goes along the
-// window: tiles outside are not computed.  All arithmetic is float32.
+// window: tiles outside are not computed.
+//
+// All arithmetic is float32, but for tensors stored in bfloat16 where the processor multiplies
+// pairs of such numbers (simd_math.h): products then take the tensors as they are, and P f and dS
+// rounded to bfloat16; everything else, their sums too, stays float32.
 #include "attention.h"
 
 #include "dropout_simd.h"
@@ -42,7 +46,7 @@ struct Span {
     first_key = call.cu_seqlens_k[sequence];
     keys = call.cu_seqlens_k[sequence + 1] - first_key;
     blind = keys == 0 ? queries : larger(0, queries - keys - right);
-    unseen = larger(0, keys - queries - left);
+    unseen = queries == 0 ? keys : larger(0, keys - queries - left);
     query = first_query + blind;
     queries -= blind;
     key = first_key + unseen;
@@ -68,39 +72,50 @@ bool is_narrow(const AttentionCall& call) {
   return call.options.left + call.options.right + kNarrowQueryBlock <= kNarrowKeys;
 }
 
-// The float32 tiles of one item, laid out in the thread's scratch.
+// The tiles of one item, laid out in the thread's scratch.
 struct Tiles {
   int64_t row;     // floats of a row of width `width`
+  int64_t packed;  // words of such a row as operand
   int64_t columns; // floats of a row of scores: a vector more than needed, against cache conflicts
-  float *queries, *keys, *keys_t, *values, *values_t, *scores, *grad_scores, *factors;
-  float *out, *grad_out, *grad_queries, *grad_keys, *grad_values, *row_max, *row_sum, *delta,
-      *probabilities, *bias_sums;
+  // Operands; pairs of the rows of some, and dS rounded: none if operands are float32.
+  float *queries, *keys, *keys_t, *values, *values_t, *grad_out;
+  float *paired_queries, *paired_keys, *paired_values, *paired_grad_out, *rounded;
+  float *scores, *grad_scores, *factors, *out, *grad_queries, *grad_keys, *grad_values, *tile_max,
+      *row_max, *row_sum, *delta, *bias_sums;
   float* scratch; // null: only count
   int64_t floats = 0;
 
-  Tiles(const AttentionCall& call, int64_t num_queries, int64_t num_keys, float* memory)
-      : row(round_up(call.width)), scratch(memory) {
+  template <typename T>
+  Tiles(const T*, const AttentionCall& call, int64_t num_queries, int64_t num_keys, float* memory)
+      : row(round_up(call.width)), packed(round_up(words<Operand<T>>(call.width))),
+        scratch(memory) {
     const bool narrow = is_narrow(call);
     columns = round_up(smaller(narrow ? kNarrowKeys : kKeyBlock, num_keys)) + kWidth;
     const int64_t rows = smaller(kQueryBlock, num_queries);
     const int64_t key_gradients = narrow ? larger(columns, num_keys) : columns;
-    queries = take(rows * row);
-    keys = take(columns * row);
-    keys_t = take(columns * row);
-    values = take(columns * row);
-    values_t = take(columns * row);
+    queries = take(rows * packed);
+    keys = take(columns * packed);
+    keys_t = take(columns * packed);
+    values = take(columns * packed);
+    values_t = take(columns * packed);
+    grad_out = take(rows * packed);
+    constexpr bool in_pairs = kInPairs<Operand<T>>;
+    paired_queries = take(in_pairs ? (rows + 1) / 2 * row : 0);
+    paired_keys = take(in_pairs ? columns / 2 * row : 0);
+    paired_values = take(in_pairs ? columns / 2 * row : 0);
+    paired_grad_out = take(in_pairs ? (rows + 1) / 2 * row : 0);
+    rounded = take(in_pairs ? rows * columns / 2 : 0);
     scores = take(rows * columns);
     grad_scores = take(rows * columns);
     factors = take(rows * (columns + 8) + 4 * kQuads + kWidth); // whole quads, and read by vectors
     out = take(rows * row);
-    grad_out = take(rows * row);
     grad_queries = take(num_queries * row);
     grad_keys = take(key_gradients * row);
     grad_values = take(key_gradients * row);
+    tile_max = take(rows);
     row_max = take(rows);
     row_sum = take(rows);
     delta = take(num_queries);
-    probabilities = take(columns);
     bias_sums = take(call.bias.data == nullptr ? 0 : rows + columns);
   }
 
@@ -119,7 +134,11 @@ int64_t scratch_floats(const AttentionCall& call) {
     num_queries = q > num_queries ? q : num_queries;
     num_keys = k > num_keys ? k : num_keys;
   }
-  return Tiles(call, num_queries, num_keys, nullptr).floats;
+  int64_t floats = 0;
+  with_storage(call.storage, [&](const auto* type) {
+    floats = Tiles(type, call, num_queries, num_keys, nullptr).floats;
+  });
+  return floats;
 }
 
 template <typename T>
@@ -127,12 +146,12 @@ T* element(const HeadRows& rows, int64_t i, int64_t head) {
   return static_cast<T*>(rows.data) + i * rows.row + head * rows.head;
 }
 
-// Rows first .. first + count of one head, widened and scaled, to `to` [count, row].
+// Rows first .. first + count of one head, as words, to `to` [count, row].
 template <typename T>
-void widen_rows(const HeadRows& from, int64_t head, int64_t first, int64_t count, int64_t width,
-                float factor, float* to, int64_t row) {
+void pack_rows(const HeadRows& from, int64_t head, int64_t first, int64_t count, int64_t width,
+               float* to, int64_t row) {
   for (int64_t i = 0; i < count; ++i) {
-    widen(element<const T>(from, first + i, head), width, factor, to + i * row);
+    pack(element<const T>(from, first + i, head), width, to + i * row);
   }
 }
 
@@ -211,6 +230,12 @@ struct TileFactors {
   }
 
   const float* of(int64_t i) const { return data == nullptr ? nullptr : data + i * row; }
+
+  // v, but zero where vector j of a row of factors is not positive, as lanes behind the last key
+  // may be anything.  The scale of what is kept waits until after the products.
+  static Floats keep(const float* factor, int64_t j, Floats v) {
+    return factor == nullptr ? v : load(factor + j) > 0 ? v : Floats{};
+  }
 };
 
 void add_row(const float* from, int64_t count, float* to) {
@@ -232,19 +257,27 @@ void add_bias(const AttentionCall& call, const Span& span, int64_t i0, int64_t m
 
 // ---- forward ------------------------------------------------------------------------------------
 
-// Folds one tile of scores [queries, keys] into the running softmax.  The tile then holds the
-// probabilities that multiply the values, up to the division by the row's final sum.
+// Folds one tile of scores [queries, keys] into the running softmax.  The tile then holds, as left
+// operand, the probabilities that multiply the values, up to the dropout's scale and the division
+// by the row's final sum.  The rows' maxima come first, so that no row's exponentials wait for its
+// own.
+template <typename E>
 void softmax_tile(const Span& span, int64_t query, int64_t queries, int64_t key, int64_t keys,
                   const TileFactors& factors, const Tiles& tiles) {
   for (int64_t i = 0; i < queries; ++i) {
-    float* scores = tiles.scores + i * tiles.columns;
+    const float* scores = tiles.scores + i * tiles.columns;
     const Seen seen(span, query + i, key);
     Floats largest = splat(-kInfinity);
     for (int64_t j = 0; j < keys; j += kWidth) {
       const Floats s = seen.load(scores, j);
       largest = largest < s ? s : largest;
     }
-    const float old_max = tiles.row_max[i], tile_max = max_of_lanes(largest);
+    tiles.tile_max[i] = max_of_lanes(largest);
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    float* scores = tiles.scores + i * tiles.columns;
+    const Seen seen(span, query + i, key);
+    const float old_max = tiles.row_max[i], tile_max = tiles.tile_max[i];
     const float new_max = tile_max > old_max ? tile_max : old_max;
     if (old_max != new_max && old_max != -kInfinity) {
       const float rescale = __builtin_expf(old_max - new_max);
@@ -255,11 +288,12 @@ void softmax_tile(const Span& span, int64_t query, int64_t queries, int64_t key,
     tiles.row_max[i] = new_max;
     const float shift = new_max == -kInfinity ? 0.0f : new_max; // -inf: no key seen so far
     const float* factor = factors.of(i);
+    auto* probabilities = reinterpret_cast<E*>(scores); // written behind what is read
     Floats total{};
     for (int64_t j = 0; j < keys; j += kWidth) {
       const Floats p = exponential(seen.load(scores, j) - shift);
       total += p;
-      store(scores + j, factor == nullptr ? p : p * load(factor + j));
+      round_to(probabilities + j, TileFactors::keep(factor, j, p));
     }
     tiles.row_sum[i] += sum_of_lanes(total);
   }
@@ -267,36 +301,38 @@ void softmax_tile(const Span& span, int64_t query, int64_t queries, int64_t key,
 
 template <typename T>
 void forward_head(const AttentionCall& call, const Span& span, const Tiles& tiles) {
-  const int64_t width = call.width, row = tiles.row, columns = tiles.columns;
+  using E = Operand<T>;
+  const int64_t head = span.head, width = call.width;
+  const int64_t row = tiles.row, packed = tiles.packed, columns = tiles.columns;
+  Right values{};
   int64_t loaded = -1, num_loaded = 0; // first key of the block that the tiles hold, and how many
   const int64_t query_block = is_narrow(call) ? kNarrowQueryBlock : kQueryBlock;
   for (int64_t i0 = 0; i0 < span.queries; i0 += query_block) {
     const int64_t m = smaller(query_block, span.queries - i0);
-    widen_rows<T>(call.q, span.head, span.query + i0, m, width, call.options.softmax_scale,
-                  tiles.queries, row);
+    pack_rows<T>(call.q, head, span.query + i0, m, width, tiles.queries, packed);
     fill(tiles.row_max, m, -kInfinity);
     fill(tiles.row_sum, m, 0);
-    fill(tiles.out, m * row, 0);
-    const int64_t end = span.end_seen(i0 + m - 1);
-    for (int64_t j0 = span.first_seen(i0); j0 < end; j0 += kKeyBlock) {
+    const int64_t first = span.first_seen(i0), end = span.end_seen(i0 + m - 1);
+    for (int64_t j0 = first; j0 < end; j0 += kKeyBlock) {
       const int64_t n = smaller(kKeyBlock, (span.has_window() ? end : span.keys) - j0);
       if (loaded != j0 || num_loaded != n) { // one block of keys serves all queries after it
         loaded = j0, num_loaded = n;
-        widen_rows<T>(call.k, span.head, span.key + j0, n, width, 1, tiles.keys, row);
-        widen_rows<T>(call.v, span.head, span.key + j0, n, width, 1, tiles.values, row);
-        transpose(tiles.keys, row, n, width, tiles.keys_t, columns);
+        pack_rows<T>(call.k, head, span.key + j0, n, width, tiles.keys, packed);
+        pack_rows<T>(call.v, head, span.key + j0, n, width, tiles.values, packed);
+        transpose(tiles.keys, packed, n, words<E>(width), tiles.keys_t, columns);
+        values = pair_rows<E>(tiles.values, packed, n, width, tiles.paired_values, row);
       }
-      multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
-               false);
+      multiply<E>(m, n, width, {tiles.queries, packed, 1}, {tiles.keys_t, columns},
+                  {tiles.scores, columns, call.options.softmax_scale});
       add_bias(call, span, i0, m, j0, n, tiles);
       const TileFactors factors(call, span, i0, m, j0, n, tiles.factors);
-      softmax_tile(span, i0, m, j0, n, factors, tiles);
-      multiply(m, width, n, {tiles.scores, columns, 1}, tiles.values, row, tiles.out, row, true);
+      softmax_tile<E>(span, i0, m, j0, n, factors, tiles);
+      multiply<E>(m, width, n, {tiles.scores, columns, 1}, values, {tiles.out, row, 1, j0 > first});
     }
     for (int64_t i = 0; i < m; ++i) {
       const int64_t query = span.query + i0 + i;
       const float total = tiles.row_sum[i];
-      narrow(tiles.out + i * row, width, total == 0 ? 0 : 1 / total,
+      narrow(tiles.out + i * row, width, total == 0 ? 0 : call.options.dropout.scale / total,
              element<T>(call.out, query, span.head));
       call.lse[span.head * call.total_queries + query] = tiles.row_max[i] + __builtin_logf(total);
     }
@@ -308,26 +344,30 @@ void forward_head(const AttentionCall& call, const Span& span, const Tiles& tile
 void forward(const AttentionCall& call, int64_t item, float* scratch) {
   prefetch_item(call, item + kItemsAhead, nullptr);
   const Span span(call, item);
-  const Tiles tiles(call, span.queries, span.keys, scratch);
-  with_storage(call.storage, [&]<typename T>(const T*) { forward_head<T>(call, span, tiles); });
+  with_storage(call.storage, [&]<typename T>(const T* type) {
+    forward_head<T>(call, span, Tiles(type, call, span.queries, span.keys, scratch));
+  });
 }
 
 // ---- backward -----------------------------------------------------------------------------------
 
-// delta_i = sum_d dO_id O_id, for rows of keys that need several tiles.
-void row_products(const float* grad_out, const float* out, int64_t rows, int64_t row,
+// delta_i = sum_d dO_id O_id, for the queries of a head whose keys need several tiles.
+template <typename T>
+void row_products(const AttentionCall& call, const AttentionGradients& grads, const Span& span,
                   float* delta) {
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < span.queries; ++i) {
+    const T* grad_out = element<const T>(grads.out, span.query + i, span.head);
+    const T* out = element<const T>(call.out, span.query + i, span.head);
     Floats total{};
-    for (int64_t d = 0; d < row; d += kWidth) {
-      total += load(grad_out + i * row + d) * load(out + i * row + d);
-    }
+    for_row(call.width, [&](int64_t d, auto lanes) {
+      total += lanes.load(grad_out + d) * lanes.load(out + d);
+    });
     delta[i] = sum_of_lanes(total);
   }
 }
 
-// Turns the tiles S and dP = dO V^T, in place, into what multiplies dO and Q (f: dropout factor):
-//     P = exp(S - lse),   S <- P f,   dP <- P (dP f - delta)
+// Turns the tiles S and dP = dO V^T / (1 - p), in place, into what multiplies dO / (1 - p) and Q:
+//     P = exp(S - lse),   S <- P f,   dP <- P (dP f - delta)            f: 1 where kept, or 0
 // A null `delta` says that the tile holds all keys of its rows.  Then P is divided by its sum,
 // which takes away the rounding of lse, and delta_i = sum_j P_ij f_ij dP_ij, whose roundings are
 // those of dP, so that their difference loses less than with the other form.
@@ -343,10 +383,8 @@ void grad_scores_tile(const Span& span, int64_t query, int64_t queries, int64_t 
     Floats sum{}, weighted_sum{};
     for (int64_t j = 0; j < keys; j += kWidth) {
       const Floats p = exponential(seen.load(scores, j) - shift);
-      const Floats dropped = factor == nullptr ? p : p * load(factor + j);
-      const Floats weighted = dropped * load(grads + j);
-      store(tiles.probabilities + j, p);
-      store(scores + j, dropped);
+      const Floats weighted = TileFactors::keep(factor, j, p) * load(grads + j);
+      store(scores + j, p);
       store(grads + j, weighted);
       sum += p;
       weighted_sum += j + kWidth <= keys ? weighted : first_lanes(weighted, keys - j, 0);
@@ -360,21 +398,24 @@ void grad_scores_tile(const Span& span, int64_t query, int64_t queries, int64_t 
       row_delta = sum_of_lanes(weighted_sum) * norm;
     }
     for (int64_t j = 0; j < keys; j += kWidth) {
-      store(scores + j, load(scores + j) * norm);
-      store(grads + j, (load(grads + j) - load(tiles.probabilities + j) * row_delta) * norm);
+      const Floats p = load(scores + j);
+      store(grads + j, (load(grads + j) - p * row_delta) * norm);
+      store(scores + j, TileFactors::keep(factor, j, p * norm));
     }
   }
 }
 
-// Fills the tiles of n keys from j0 on.
+// Fills the tiles of n keys from j0 on.  Returns K as right operand.
 template <typename T>
-void load_keys(const AttentionCall& call, const Span& span, int64_t j0, int64_t n,
-               const Tiles& tiles) {
-  const int64_t width = call.width, row = tiles.row;
-  widen_rows<T>(call.k, span.head, span.key + j0, n, width, 1, tiles.keys, row);
-  widen_rows<T>(call.v, span.head, span.key + j0, n, width, 1, tiles.values, row);
-  transpose(tiles.keys, row, n, width, tiles.keys_t, tiles.columns);
-  transpose(tiles.values, row, n, width, tiles.values_t, tiles.columns);
+Right load_keys(const AttentionCall& call, const Span& span, int64_t j0, int64_t n,
+                const Tiles& tiles) {
+  using E = Operand<T>;
+  const int64_t width = call.width, packed = tiles.packed;
+  pack_rows<T>(call.k, span.head, span.key + j0, n, width, tiles.keys, packed);
+  pack_rows<T>(call.v, span.head, span.key + j0, n, width, tiles.values, packed);
+  transpose(tiles.keys, packed, n, words<E>(width), tiles.keys_t, tiles.columns);
+  transpose(tiles.values, packed, n, words<E>(width), tiles.values_t, tiles.columns);
+  return pair_rows<E>(tiles.keys, packed, n, width, tiles.paired_keys, tiles.row);
 }
 
 // Adds the gradients of scores, of m queries from i0 on and n keys from j0 on, to those of biases.
@@ -391,60 +432,70 @@ void add_bias_gradients(const AttentionCall& call, const AttentionGradients& gra
   add_row(tiles.bias_sums, m + n - 1, own + span.queries - 1 + j0 - span.place(i0 + m - 1));
 }
 
-// Adds what m queries from i0 on and the n loaded keys from j0 on give to the gradients, whose
-// first rows these are.  For `delta` see grad_scores_tile().
+// What m queries from i0 on and the n loaded keys from j0 on give to the gradients, up to factors
+// that are applied when these are narrowed.  For `delta` see grad_scores_tile().
 template <typename T>
 void add_gradients(const AttentionCall& call, const AttentionGradients& grads, const Span& span,
-                   int64_t i0, int64_t m, int64_t j0, int64_t n, const float* delta,
-                   float* grad_queries, float* grad_keys, float* grad_values, const Tiles& tiles) {
-  const int64_t head = span.head, width = call.width, row = tiles.row, columns = tiles.columns;
+                   int64_t i0, int64_t m, int64_t j0, int64_t n, const float* delta, Right keys,
+                   Result grad_queries, Result grad_keys, Result grad_values, const Tiles& tiles) {
+  using E = Operand<T>;
+  const int64_t head = span.head, width = call.width;
+  const int64_t row = tiles.row, packed = tiles.packed, columns = tiles.columns;
   const float* lse = call.lse + head * call.total_queries + span.query + i0;
-  widen_rows<T>(call.q, head, span.query + i0, m, width, call.options.softmax_scale, tiles.queries,
-                row);
-  widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
-  multiply(m, n, width, {tiles.queries, row, 1}, tiles.keys_t, columns, tiles.scores, columns,
-           false);
+  pack_rows<T>(call.q, head, span.query + i0, m, width, tiles.queries, packed);
+  pack_rows<T>(grads.out, head, span.query + i0, m, width, tiles.grad_out, packed);
+  multiply<E>(m, n, width, {tiles.queries, packed, 1}, {tiles.keys_t, columns},
+              {tiles.scores, columns, call.options.softmax_scale});
   add_bias(call, span, i0, m, j0, n, tiles);
-  multiply(m, n, width, {tiles.grad_out, row, 1}, tiles.values_t, columns, tiles.grad_scores,
-           columns, false);
+  multiply<E>(m, n, width, {tiles.grad_out, packed, 1}, {tiles.values_t, columns},
+              {tiles.grad_scores, columns, call.options.dropout.scale});
   const TileFactors factors(call, span, i0, m, j0, n, tiles.factors);
   grad_scores_tile(span, i0, m, j0, n, lse, delta, factors, tiles);
   add_bias_gradients(call, grads, span, i0, m, j0, n, tiles);
-  multiply(n, width, m, {tiles.scores, 1, columns}, tiles.grad_out, row, grad_values, row, true);
-  multiply(n, width, m, {tiles.grad_scores, 1, columns}, tiles.queries, row, grad_keys, row, true);
-  multiply(m, width, n, {tiles.grad_scores, columns, 1}, tiles.keys, row, grad_queries, row, true);
+  const Right queries = pair_rows<E>(tiles.queries, packed, m, width, tiles.paired_queries, row);
+  const Right grad_out = pair_rows<E>(tiles.grad_out, packed, m, width, tiles.paired_grad_out, row);
+  const Left grad_scores = round_rows<E>(tiles.grad_scores, columns, m, n, tiles.rounded);
+  multiply<E>(n, width, m, round_columns<E>(tiles.scores, columns, m, n), grad_out, grad_values);
+  multiply<E>(m, width, n, grad_scores, keys, grad_queries);
+  multiply<E>(n, width, m, round_columns<E>(tiles.grad_scores, columns, m, n), queries, grad_keys);
+}
+
+template <typename T>
+void narrow_key_gradients(const AttentionCall& call, const AttentionGradients& grads,
+                          const Span& span, int64_t j0, int64_t n, const Tiles& tiles) {
+  const AttentionOptions& options = call.options;
+  narrow_rows<T>(tiles.grad_keys, tiles.row, grads.k, span.head, span.key + j0, n, call.width,
+                 options.softmax_scale);
+  narrow_rows<T>(tiles.grad_values, tiles.row, grads.v, span.head, span.key + j0, n, call.width,
+                 options.dropout.scale);
 }
 
 template <typename T>
 void backward_head(const AttentionCall& call, const AttentionGradients& grads, const Span& span,
                    const Tiles& tiles) {
-  const int64_t head = span.head, width = call.width, row = tiles.row;
-  fill(tiles.grad_queries, span.queries * row, 0);
+  const int64_t row = tiles.row;
   const bool one_tile = span.keys <= kKeyBlock;
   const int64_t key_block = span.has_window() && !one_tile ? kQueryBlock : kKeyBlock;
-  for (int64_t i0 = 0; i0 < span.queries && !one_tile; i0 += kQueryBlock) {
-    const int64_t m = smaller(kQueryBlock, span.queries - i0);
-    widen_rows<T>(grads.out, head, span.query + i0, m, width, 1, tiles.grad_out, row);
-    widen_rows<T>(call.out, head, span.query + i0, m, width, 1, tiles.out, row);
-    row_products(tiles.grad_out, tiles.out, m, row, tiles.delta + i0);
+  if (!one_tile) {
+    row_products<T>(call, grads, span, tiles.delta);
+    fill(tiles.grad_queries, span.queries * row, 0);
   }
   for (int64_t j0 = 0; j0 < span.keys; j0 += key_block) {
     const int64_t n = smaller(key_block, span.keys - j0);
-    load_keys<T>(call, span, j0, n, tiles);
-    fill(tiles.grad_keys, n * row, 0);
-    fill(tiles.grad_values, n * row, 0);
+    const Right keys = load_keys<T>(call, span, j0, n, tiles);
     // Without a window sums are those of whole blocks of queries, whoever sees these keys.
-    const int64_t first = span.first_seeing(j0), end = span.end_seeing(j0 + n);
-    for (int64_t i0 = span.has_window() ? first : first / kQueryBlock * kQueryBlock; i0 < end;
-         i0 += kQueryBlock) {
+    const int64_t seeing = span.first_seeing(j0), end = span.end_seeing(j0 + n);
+    const int64_t first = span.has_window() ? seeing : seeing / kQueryBlock * kQueryBlock;
+    for (int64_t i0 = first; i0 < end; i0 += kQueryBlock) {
       const int64_t m = smaller(kQueryBlock, end - i0);
-      add_gradients<T>(call, grads, span, i0, m, j0, n, one_tile ? nullptr : tiles.delta + i0,
-                       tiles.grad_queries + i0 * row, tiles.grad_keys, tiles.grad_values, tiles);
+      add_gradients<T>(call, grads, span, i0, m, j0, n, one_tile ? nullptr : tiles.delta + i0, keys,
+                       {tiles.grad_queries + i0 * row, row, 1, !one_tile},
+                       {tiles.grad_keys, row, 1, i0 > first},
+                       {tiles.grad_values, row, 1, i0 > first}, tiles);
     }
-    narrow_rows<T>(tiles.grad_keys, row, grads.k, head, span.key + j0, n, width, 1);
-    narrow_rows<T>(tiles.grad_values, row, grads.v, head, span.key + j0, n, width, 1);
+    narrow_key_gradients<T>(call, grads, span, j0, n, tiles);
   }
-  narrow_rows<T>(tiles.grad_queries, row, grads.q, head, span.query, span.queries, width,
+  narrow_rows<T>(tiles.grad_queries, row, grads.q, span.head, span.query, span.queries, call.width,
                  call.options.softmax_scale);
 }
 
@@ -452,32 +503,31 @@ void backward_head(const AttentionCall& call, const AttentionGradients& grads, c
 template <typename T>
 void backward_along_window(const AttentionCall& call, const AttentionGradients& grads,
                            const Span& span, const Tiles& tiles) {
-  const int64_t head = span.head, width = call.width, row = tiles.row;
+  const int64_t row = tiles.row;
   fill(tiles.grad_keys, span.keys * row, 0);
   fill(tiles.grad_values, span.keys * row, 0);
   for (int64_t i0 = 0; i0 < span.queries; i0 += kNarrowQueryBlock) {
     const int64_t m = smaller(kNarrowQueryBlock, span.queries - i0);
     const int64_t j0 = span.first_seen(i0), n = span.end_seen(i0 + m - 1) - j0;
-    load_keys<T>(call, span, j0, n, tiles);
-    fill(tiles.grad_queries, m * row, 0);
-    add_gradients<T>(call, grads, span, i0, m, j0, n, nullptr, tiles.grad_queries,
-                     tiles.grad_keys + j0 * row, tiles.grad_values + j0 * row, tiles);
-    narrow_rows<T>(tiles.grad_queries, row, grads.q, head, span.query + i0, m, width,
+    const Right keys = load_keys<T>(call, span, j0, n, tiles);
+    add_gradients<T>(call, grads, span, i0, m, j0, n, nullptr, keys, {tiles.grad_queries, row},
+                     {tiles.grad_keys + j0 * row, row, 1, true},
+                     {tiles.grad_values + j0 * row, row, 1, true}, tiles);
+    narrow_rows<T>(tiles.grad_queries, row, grads.q, span.head, span.query + i0, m, call.width,
                    call.options.softmax_scale);
   }
-  narrow_rows<T>(tiles.grad_keys, row, grads.k, head, span.key, span.keys, width, 1);
-  narrow_rows<T>(tiles.grad_values, row, grads.v, head, span.key, span.keys, width, 1);
+  narrow_key_gradients<T>(call, grads, span, 0, span.keys, tiles);
 }
 
 void backward(const AttentionCall& call, const AttentionGradients& gradients, int64_t item,
               float* scratch) {
   prefetch_item(call, item + kItemsAhead, &gradients.out);
   const Span span(call, item);
-  const Tiles tiles(call, span.queries, span.keys, scratch);
   if (gradients.bias != nullptr) {
     fill(gradients.bias_of(call.heads, span.query, span.queries, span.head), 2 * span.queries, 0);
   }
-  with_storage(call.storage, [&]<typename T>(const T*) {
+  with_storage(call.storage, [&]<typename T>(const T* type) {
+    const Tiles tiles(type, call, span.queries, span.keys, scratch);
     if (is_narrow(call)) {
       backward_along_window<T>(call, gradients, span, tiles);
     } else {

@@ -63,12 +63,22 @@ inline V load_bits(const void* address) {
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
 
+// The forms with a mask: GCC 12 warns of an undefined value inside the plain ones.  It also
+// converts halves of a vector and joins them where one instruction widens the whole.
 inline Vec<float> load(const BFloat16* p) {
+#if defined(__AVX512F__)
+  const __m512i words =
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_slli_epi32(0xffff, words, 16));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return reinterpret_cast<Vec<float>>(_mm256_slli_epi32(words, 16));
+#else
   const Words words = __builtin_convertvector(load_bits<HalfWords>(p), Words) << 16;
   return load_bits<Vec<float>>(&words);
+#endif
 }
 
-// The forms with a mask: GCC 12 warns of an undefined value inside the plain ones.
 inline Vec<float> load(const Half* p) {
 #if defined(__AVX512F__)
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -149,15 +159,18 @@ inline Vec<double> square_root(Vec<double> v) {
 #endif
 }
 
-// Sum of the lanes, always by the same tree.
+// Sum of the lanes, always by the same tree: the upper half is added to the lower one.
 template <typename T, typename V>
 inline T sum_lanes(V v) {
-  T lanes[sizeof(V) / sizeof(T)];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int width = sizeof(V) / sizeof(T) / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    return v[0] + v[1];
+  } else {
+    using HalfVector = typename VectorOf<T, sizeof(V) / 2>::type;
+    HalfVector lower, upper;
+    std::memcpy(&lower, &v, sizeof lower);
+    std::memcpy(&upper, reinterpret_cast<const char*>(&v) + sizeof lower, sizeof upper);
+    return sum_lanes<T>(lower + upper);
   }
-  return lanes[0];
 }
 
 } // namespace superbert::SUPERBERT_ISA

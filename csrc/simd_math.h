@@ -1,5 +1,5 @@
-// For the *_simd.cpp files: rows widened to float32 scratch and back, exp, and the small matrix
-// product that attention is made of.
+// For the *_simd.cpp files: rows in scratch, exp, and the small matrix products that attention is
+// made of.
 #pragma once
 
 #include <cstdint>
@@ -43,17 +43,34 @@ inline Floats first_lanes(Floats v, int64_t count, float rest) {
 
 // ---- rows in scratch, which is padded to whole vectors ------------------------------------------
 template <typename T>
-inline void widen(const T* from, int64_t count, float factor, float* to) {
+inline void widen(const T* from, int64_t count, float* to) {
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i) * factor);
-  if (i < count) store(to + i, load_first(from + i, count - i) * factor);
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+  if (i < count) store(to + i, load_first(from + i, count - i));
 }
+
+// As store(), but bfloat16 by the processor's own rounding where it has one, which makes subnormal
+// numbers zeros.
+template <typename T>
+inline void round_to(T* to, Floats v) {
+  store(to, v);
+}
+
+#if defined(__AVX512BF16__)
+inline void round_to(BFloat16* to, Floats v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(v));
+}
+#endif
 
 template <typename T>
 inline void narrow(const float* from, int64_t count, float factor, T* to) {
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i) * factor);
-  if (i < count) store_first(to + i, load(from + i) * factor, count - i);
+  for (; i + kWidth <= count; i += kWidth) round_to(to + i, load(from + i) * factor);
+  if (i < count) {
+    T lanes[kWidth];
+    round_to(lanes, load(from + i) * factor);
+    std::memcpy(to + i, lanes, (count - i) * sizeof(T));
+  }
 }
 
 inline void fill(float* to, int64_t count, float value) {
@@ -150,7 +167,7 @@ inline Floats exponential_of(const Reduced& x, Floats rest, int32_t more) {
 // result would be subnormal.  A NaN comes back as NaN.
 inline Floats exponential(Floats x) {
   constexpr float kLowest = -87.3f;
-  const Reduced reduced = reduce_exponent(x < kLowest ? splat(kLowest) : x);
+  const Reduced reduced = reduce_exponent(x);
   return x < kLowest ? Floats{} : exponential_of(reduced, reduced.rest, 0);
 }
 
@@ -193,8 +210,35 @@ inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t
 }
 
 // ---- matrix product -----------------------------------------------------------------------------
+//
+// Operands are float32 or, where the processor multiplies pairs of them, bfloat16, and sums are
+// float32.  Scratch holds operands as 32-bit words: a number, or two that are neighbours along the
+// inner dimension, the last one of an odd dimension beside a zero.
 
-// A matrix in scratch: element (i, j) is data[i * row + j * column].
+// What tensors that are stored as T are multiplied as.
+template <typename T>
+struct OperandOf {
+  using type = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<BFloat16> {
+  using type = BFloat16;
+};
+#endif
+template <typename T>
+using Operand = typename OperandOf<T>::type;
+
+template <typename E>
+constexpr bool kInPairs = sizeof(E) < sizeof(float);
+
+// Words of `count` numbers along the inner dimension.
+template <typename E>
+constexpr int64_t words(int64_t count) {
+  return kInPairs<E> ? (count + 1) / 2 : count;
+}
+
+// A left operand: word k of row i is data[i * row + k * column].
 struct Left {
   const float* data;
   int64_t row;
@@ -203,60 +247,155 @@ struct Left {
   Left from_row(int64_t i) const { return {data + i * row, row, column}; }
 };
 
-// One register tile of C (+)= A B: kRows rows by kVectors vectors over the whole inner dimension.
-template <int kRows, int kVectors>
-inline void multiply_tile(int64_t inner, Left a, const float* b, int64_t b_row, float* c,
-                          int64_t c_row, bool accumulate) {
+// A right operand: word k of column j is data[k * row + j].
+struct Right {
+  const float* data;
+  int64_t row;
+
+  Right from_column(int64_t j) const { return {data + j, row}; }
+};
+
+// C = factor A B, or C += factor A B.
+struct Result {
+  float* data;
+  int64_t row;
+  float factor = 1;
+  bool add = false;
+
+  Result from(int64_t i, int64_t j) const { return {data + i * row + j, row, factor, add}; }
+};
+
+// Writes a row of a tensor as words: whole vectors, zeros behind the last number.
+template <typename T>
+inline void pack(const T* from, int64_t count, float* to) {
+  if constexpr (kInPairs<Operand<T>>) {
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+      std::memcpy(to + i / 2, from + i, kVectorBytes);
+    }
+    if (i < count) {
+      T last[2 * kWidth] = {};
+      std::memcpy(last, from + i, (count - i) * sizeof(T));
+      std::memcpy(to + i / 2, last, kVectorBytes);
+    }
+  } else {
+    widen(from, count, to);
+  }
+}
+
+// Packed rows [count, width] as right operand whose inner dimension counts them.  Pairs of rows are
+// written to `to`; an odd last one is beside zeros, not what lies behind it, which may be NaN.
+template <typename E>
+inline Right pair_rows(const float* rows, int64_t row, int64_t count, int64_t width, float* to,
+                       int64_t to_row) {
+  if constexpr (!kInPairs<E>) return {rows, row};
+  for (int64_t i = 0; i < count; i += 2) {
+    const auto* low = reinterpret_cast<const E*>(rows + i * row);
+    const auto* high = reinterpret_cast<const E*>(rows + (i + 1) * row);
+    for (int64_t j = 0; j < width; j += kWidth) {
+      Words pairs = __builtin_convertvector(load_bits<HalfWords>(low + j), Words);
+      if (i + 1 < count) {
+        pairs |= __builtin_convertvector(load_bits<HalfWords>(high + j), Words) << 16;
+      }
+      std::memcpy(to + i / 2 * to_row + j, &pairs, sizeof pairs);
+    }
+  }
+  return {to, to_row};
+}
+
+// A float32 tile [rows, columns] as left operand; what is rounded is written to `to`, rows half as
+// long.
+template <typename E>
+inline Left round_rows(const float* tile, int64_t row, int64_t rows, int64_t columns, float* to) {
+  if constexpr (!kInPairs<E>) return {tile, row, 1};
+  for (int64_t i = 0; i < rows; ++i) {
+    auto* numbers = reinterpret_cast<E*>(to + i * row / 2);
+    for (int64_t j = 0; j < columns; j += kWidth) round_to(numbers + j, load(tile + i * row + j));
+  }
+  return {to, row / 2, 1};
+}
+
+// The transpose of a float32 tile [rows, columns] as left operand; what is rounded is written to
+// the tile itself.
+template <typename E>
+inline Left round_columns(float* tile, int64_t row, [[maybe_unused]] int64_t rows,
+                          [[maybe_unused]] int64_t columns) {
+#if defined(__AVX512BF16__)
+  const auto in_turn = (__m512i)(lane_numbers() | (lane_numbers() + kWidth) << 16);
+  for (int64_t i = 0; kInPairs<E> && i < rows; i += 2) {
+    const float* low = tile + i * row;
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const Floats high = i + 1 < rows ? load(low + row + j) : Floats{};
+      const auto both = (__m512i)_mm512_cvtne2ps_pbh(high, load(low + j)); // low's are first
+      store(tile + i / 2 * row + j, (Floats)_mm512_permutexvar_epi16(in_turn, both));
+    }
+  }
+#endif
+  return {tile, 1, row};
+}
+
+// sum + the products of the numbers in a word and those in each lane's.
+template <typename E>
+inline Floats multiply_add(Floats sum, float left, Floats right) {
+#if defined(__AVX512BF16__)
+  if constexpr (kInPairs<E>) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(left), (__m512bh)right);
+  }
+#endif
+  return sum + left * right;
+}
+
+// One register tile: kRows rows by kVectors vectors over the whole inner dimension.
+template <typename E, int kRows, int kVectors>
+inline void multiply_tile(int64_t inner, Left a, Right b, Result c) {
   Floats sums[kRows][kVectors] = {};
-  for (int64_t k = 0; k < inner; ++k) {
+  for (int64_t k = 0; k < words<E>(inner); ++k) {
     Floats right[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * b_row + v * kWidth);
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b.data + k * b.row + v * kWidth);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const float left = a.data[i * a.row + k * a.column];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[i][v] += left * right[v];
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = multiply_add<E>(sums[i][v], left, right[v]);
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      float* to = c + i * c_row + v * kWidth;
+      float* to = c.data + i * c.row + v * kWidth;
+      const Floats sum = sums[i][v] * c.factor;
       // Added at the end, so that a long sum is one of sums and loses less to rounding.
-      store(to, accumulate ? load(to) + sums[i][v] : sums[i][v]);
+      store(to, c.add ? load(to) + sum : sum);
     }
   }
 }
 
 // All rows of a strip of columns: kRows at a time, then what is left by halves.
-template <int kRows, int kVectors>
-inline void multiply_strip(int64_t rows, int64_t inner, Left a, const float* b, int64_t b_row,
-                           float* c, int64_t c_row, bool accumulate) {
+template <typename E, int kRows, int kVectors>
+inline void multiply_strip(int64_t rows, int64_t inner, Left a, Right b, Result c) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows) {
-    multiply_tile<kRows, kVectors>(inner, a.from_row(i), b, b_row, c + i * c_row, c_row,
-                                   accumulate);
+    multiply_tile<E, kRows, kVectors>(inner, a.from_row(i), b, c.from(i, 0));
   }
   if constexpr (kRows > 1) {
     if (i < rows) {
-      multiply_strip<kRows / 2, kVectors>(rows - i, inner, a.from_row(i), b, b_row, c + i * c_row,
-                                          c_row, accumulate);
+      multiply_strip<E, kRows / 2, kVectors>(rows - i, inner, a.from_row(i), b, c.from(i, 0));
     }
   }
 }
 
-// C [rows, columns] (+)= A [rows, inner] B [inner, columns], by strips of two vectors.  Columns
+// C [rows, columns] from A [rows, inner] B [inner, columns], by strips of two vectors.  Columns
 // beyond `columns` up to a whole vector are computed too; b and c have room for them.
-inline void multiply(int64_t rows, int64_t columns, int64_t inner, Left a, const float* b,
-                     int64_t b_row, float* c, int64_t c_row, bool accumulate) {
+template <typename E>
+inline void multiply(int64_t rows, int64_t columns, int64_t inner, Left a, Right b, Result c) {
   constexpr int kRows = kWidth == 16 ? 8 : 4; // sums take 16 of 32 registers, or 8 of 16
   int64_t j = 0;
   for (; j + kWidth < columns; j += 2 * kWidth) {
-    multiply_strip<kRows, 2>(rows, inner, a, b + j, b_row, c + j, c_row, accumulate);
+    multiply_strip<E, kRows, 2>(rows, inner, a, b.from_column(j), c.from(0, j));
   }
-  if (j < columns) multiply_strip<kRows, 1>(rows, inner, a, b + j, b_row, c + j, c_row, accumulate);
+  if (j < columns) multiply_strip<E, kRows, 1>(rows, inner, a, b.from_column(j), c.from(0, j));
 }
 
 } // namespace superbert::SUPERBERT_ISA

@@ -22,9 +22,11 @@ with more queries than keys may, gives zeros and ``lse = -inf``, and so do rows 
 sequence, so a stream may be longer than its tokens.  The gradients of such a query are zero and it
 takes no part in others', whatever it holds and gets as gradient, NaN too.
 
-q, k, v are ``[T, H, D]``, float32, bfloat16 or float16, computed in float32; the log-sum-exp is
-``[H, T]`` float32.  The backward pass recomputes P from it (Dao et al., "FlashAttention", 2022,
-arXiv:2205.14135) and the dropout factors from the seed, and is deterministic.
+q, k, v are ``[T, H, D]``, float32, bfloat16 or float16, computed in float32.  But a CPU that
+multiplies pairs of bfloat16 (AVX512-BF16) multiplies those inputs as they are, and P f and dS
+rounded to bfloat16.  The log-sum-exp is ``[H, T]`` float32.  The backward pass recomputes P from it
+(Dao et al., "FlashAttention", 2022, arXiv:2205.14135) and the dropout factors from the seed, and is
+deterministic.
 
 A new option enters here:
 

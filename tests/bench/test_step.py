@@ -21,6 +21,7 @@ def run(monkeypatch, tmp_path, *arguments: str) -> dict:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_every_contestant_and_its_floor(monkeypatch, tmp_path):
     record = run(monkeypatch, tmp_path, "--batch-size", "2", "--no-compile")
     assert record["environment"]["commit"]
@@ -28,10 +29,30 @@ def test_every_contestant_and_its_floor(monkeypatch, tmp_path):
     names = results["seconds"].keys()
     assert {"this engine, fp32, pcgrad", "this engine, fp32, sum"} <= names
     assert {"transformers, fp32, published PCGrad", "transformers, bf16, sum"} <= names
+    assert {"transformers, fp32, packed, sum", "transformers, fp32, sorted by length, sum"} <= names
+    assert results["best_peers"].keys() == {"sum", "published PCGrad"}
+    assert all(peer["name"] in names for peer in results["best_peers"].values())
     assert all(len(seconds) == 2 for seconds in results["seconds"].values())
     assert results["peak_bytes"].keys() == names
     assert results["floor_seconds"].keys() == {"matrix products", "surgery and update"}
     assert all(seconds > 0 for seconds in results["phase_seconds"].values())
+
+
+def test_best_peers():
+    seconds = {
+        "this engine, bf16, sum": [1.0, 1.0],
+        "transformers, bf16, sum": [3.0, 9.0, 3.0],
+        "transformers, fp32, packed, sum": [4.0, 4.0, 1.0],
+        "transformers, bf16, accelerated, sum": [2.0, 2.0],
+        "transformers, bf16, accelerated, TaskGradients, PCGrad": [2.0, 2.0],
+        "transformers, fp32, TorchJD PCGrad": [2.0, 2.0],
+        "transformers, fp32, published PCGrad": [7.0, 7.0],
+    }
+    assert step.best_peers(seconds) == {
+        "sum": {"name": "transformers, bf16, sum", "relative": 3},
+        "published PCGrad": {"name": "transformers, fp32, published PCGrad", "relative": 7},
+    }
+    assert step.best_peers({"this engine, bf16, sum": [1.0]}) == {}
 
 
 def test_growth(monkeypatch, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import harness, plot, transformers, transformers_cases
-from bench.baselines import register_varlen_attention
+from bench.batching import register_varlen_attention
 from bench.transformers_cases import Case
 from engine.utils.errors import InputError
 from tests.kernels import tolerance

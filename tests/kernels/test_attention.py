@@ -31,8 +31,8 @@ MIXES = {
     "empty sequences": [0, 0],
     "no sequence": [],
 }
-# The BERTs' widths, and one that fills no vector.
-WIDTHS = [32, 64, 96, 128, 20]
+# The BERTs' widths, one that fills no vector, and one that leaves a number alone in its pair.
+WIDTHS = [32, 64, 96, 128, 20, 33]
 
 
 def boundaries(lengths: list[int]) -> Tensor:
@@ -377,9 +377,10 @@ def test_a_gradient_of_any_stride() -> None:
     assert torch.equal(expanded, dense)
 
 
-def test_repeats_to_the_bit_whatever_the_threads() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_to_the_bit_whatever_the_threads(dtype: torch.dtype) -> None:
     lengths = MIXES["around the tiles of 64 queries and 512 keys"]
-    qkv = qkv_stream(lengths, torch.float32)
+    qkv = qkv_stream(lengths, dtype)
 
     def kernel(qkv: Tensor) -> Tensor:
         return flash_attn_varlen_qkvpacked_func(qkv, boundaries(lengths), 513, 0.1, seed=SEED)
@@ -403,9 +404,30 @@ def test_nan_stays_within_its_sequence_and_head() -> None:
     assert out.isfinite().all()
 
 
-def test_large_scores_do_not_overflow() -> None:
+@pytest.mark.usefixtures("vector_unit")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_neighbours_in_memory_are_not_read(value: float, dtype: torch.dtype) -> None:
+    """Lengths and width are odd, so that the last of each would make pairs with what is behind."""
+    lengths = [17, 1, 31, 5]
+    clean = qkv_stream(lengths, dtype, heads=3, width=33)
+    corrupted = clean.clone()
+    corrupted[18:49, :, 1] = value
+    p, cu_seqlens = 0.1, boundaries(lengths)
+    (out, grad), (other_out, other_grad) = (
+        run(lambda x: flash_attn_varlen_qkvpacked_func(x, cu_seqlens, 31, p, seed=SEED), qkv)
+        for qkv in (clean, corrupted)
+    )
+    for one, other in ((out[:, None], other_out[:, None]), (grad, other_grad)):
+        assert not other[18:49, :, 1].isfinite().any()
+        other[18:49, :, 1] = one[18:49, :, 1]
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     lengths = [18, 30]
-    qkv = qkv_stream(lengths, torch.float16) * 40
+    qkv = qkv_stream(lengths, dtype) * 40
     out, grad = run(lambda qkv: flash_attn_varlen_qkvpacked_func(qkv, boundaries(lengths), 30), qkv)
     assert out.isfinite().all()
     assert grad.isfinite().all()

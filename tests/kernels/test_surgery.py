@@ -61,6 +61,34 @@ def test_gram(num_tasks: int, dtype: torch.dtype) -> None:
         assert torch.equal(results, results.mT)
 
 
+@pytest.mark.usefixtures("vector_unit")
+@pytest.mark.parametrize("special", [None, torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tasks", [1, 3, 4, 9])
+def test_gram_of_16_bits_has_the_bits_of_float32(
+    num_tasks: int, dtype: torch.dtype, special: float | None
+) -> None:
+    # Around a cache line (32 elements), a chain (128, 256 or 512 columns) and a block of 2048.
+    for columns in (1, 31, 32, 33, 127, 129, 257, 511, 513, 2047, 2049, 4129):
+        rows = task_rows(num_tasks, columns, dtype)
+        if special is not None:
+            rows[num_tasks // 2, columns // 2] = special
+        result, wide = gram(rows), gram(rows.float())
+        torch.testing.assert_close(result, wide, rtol=0, atol=0, equal_nan=True)
+        assert result.isfinite().all() == (special is None)
+
+
+@pytest.mark.usefixtures("vector_unit")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-25, 1e-21, 1e-20, 1e-19, 1e-18, 1.0, 5e16])
+def test_gram_of_any_magnitude(scale: float, dtype: torch.dtype) -> None:
+    # Squares of 1e-19 and less are below float32's normal numbers, though many of their sums are
+    # normal; those of 1e-25 are zero.  The sums of 5e16 are near float32's largest number.
+    rows = (50 * scale * task_rows(3, 70_001, torch.float32)).to(dtype)
+    exact = rows.double() @ rows.double().T
+    assert_within_twice(gram(rows), gram_reference(rows, [0, 70_001])[0], exact)
+
+
 def test_gram_by_segment() -> None:
     rows = task_rows(3, 5000, torch.float32)
     offsets = [7, 7, 20, 4999, 5000]
