@@ -30,7 +30,7 @@ struct ProductLeft {
   int64_t pair;
 };
 
-// What becomes of a product's sums, in this order.
+// What becomes of a product's sums, in the order of the fields behind `row`.
 struct ProductOutput {
   Storage storage; // of data: float32 or bfloat16
   void* data;      // element (i, j) at i * row + j
@@ -38,8 +38,10 @@ struct ProductOutput {
   const uint16_t* bias = nullptr; // bfloat16, [columns]: added
   const float* part = nullptr;    // (i, j) at i * part_row + j: added
   int64_t part_row = 0;
-  bool rounds = false;      // to bfloat16
-  bool accumulates = false; // to what is there
+  const uint16_t* slope_of = nullptr; // bfloat16, as data: multiplied by gelu' of these
+  bool rounds = false;                // to bfloat16
+  bool accumulates = false;           // to what is there
+  uint16_t* activated = nullptr;      // bfloat16, as data: gelu of what is written there
 };
 
 // The columns of a panel: with tiles of 8 rows their sums take 24 of 32 registers.

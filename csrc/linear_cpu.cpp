@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -91,23 +92,30 @@ class Packed {
 
 // ---- forward, and gradients of the input --------------------------------------------------------
 
-Tensor multiply(const Tensor& x, const Packed& b, int64_t columns, const uint16_t* bias) {
+uint16_t* bf16_data(const Tensor& x) { return static_cast<uint16_t*>(x.data_ptr()); }
+
+// Multiplies the rows of x by B.  `epilogue` has what else belongs to element (0, 0) of the result,
+// whose rows are as long as those of all that it points to.
+Tensor multiply(const Tensor& x, const Packed& b, int64_t columns, const ProductOutput& epilogue) {
   const int64_t rows = x.size(0);
   Tensor out = allocate(x, {rows, columns});
   const Tensor left = even_rows(x);
-  auto* const data = static_cast<uint16_t*>(out.data_ptr());
+  uint16_t* const data = bf16_data(out);
   // Few rows: their panels are shared out, too.
   const int64_t blocks = ceil_div(rows, kRowBlock);
   const int64_t groups =
       std::min(b.panels(), ceil_div(wanted_items(), std::max<int64_t>(1, blocks)));
+  const auto moved = [](auto* p, int64_t elements) { return p == nullptr ? p : p + elements; };
   parallel_items(blocks * groups, 0, [&](float*, int64_t item) {
     const int64_t first = item / groups * kRowBlock, group = item % groups;
     const BFloat16Rows a = rows_of(left).at(first, 0);
     const int64_t last_panel = (group + 1) * b.panels() / groups;
     for (int64_t panel = group * b.panels() / groups; panel < last_panel; ++panel) {
-      const int64_t column = panel * kPanel;
-      ProductOutput to{Storage::kBFloat16, data + first * columns + column, columns};
-      if (bias != nullptr) to.bias = bias + column;
+      const int64_t column = panel * kPanel, place = first * columns + column;
+      ProductOutput to{Storage::kBFloat16, data + place, columns};
+      to.bias = moved(epilogue.bias, column);
+      to.slope_of = moved(epilogue.slope_of, place);
+      to.activated = moved(epilogue.activated, place);
       kernels().multiply({a.data, a.row, 2}, std::min(kRowBlock, rows - first), b.pairs,
                          b.at(panel), b.columns(panel), to);
     }
@@ -115,42 +123,80 @@ Tensor multiply(const Tensor& x, const Packed& b, int64_t columns, const uint16_
   return out;
 }
 
-Tensor linear_bf16(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+// x W^T + b, and, where `activated` has the shape of the result, gelu of it there.
+Tensor multiply_by_weight(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                          bool activates, Tensor* activated) {
   const LinearKernels& own = kernels();
   check_dims("x", x, 2, "[rows, inputs]");
   check_dims("weight", weight, 2, "[outputs, inputs]");
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const Tensor left = dense_rows("x", x, x.size(0), inputs);
   const Tensor right = dense_rows("weight", weight, outputs, inputs);
+  ProductOutput epilogue{};
   std::optional<Tensor> added;
   if (bias.has_value()) {
     check_shape("bias", *bias, {outputs});
     check_dtype("bias", *bias, ScalarType::BFloat16, "bfloat16");
     check_data("bias", *bias);
     added = as_contiguous(*bias);
+    epilogue.bias = bf16_data(*added);
+  }
+  if (activates) {
+    *activated = allocate(left, {x.size(0), outputs});
+    epilogue.activated = bf16_data(*activated);
   }
   const Packed packed(inputs, outputs);
   parallel_items(packed.panels(), 0, [&](float*, int64_t panel) {
     own.pack_transposed(rows_of(right).at(panel * kPanel, 0), inputs, packed.columns(panel),
                         packed.at(panel));
   });
-  return multiply(left, packed, outputs,
-                  added ? static_cast<const uint16_t*>(added->const_data_ptr()) : nullptr);
+  return multiply(left, packed, outputs, epilogue);
 }
 
-Tensor linear_bf16_grad_input(const Tensor& grad_output, const Tensor& weight) {
+Tensor linear_bf16(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  return multiply_by_weight(x, weight, bias, false, nullptr);
+}
+
+std::tuple<Tensor, Tensor> linear_bf16_gelu(const Tensor& x, const Tensor& weight,
+                                            std::optional<Tensor> bias) {
+  Tensor activated = x;
+  Tensor out = multiply_by_weight(x, weight, bias, true, &activated);
+  return {out, activated};
+}
+
+// dy W, times gelu' of `slope_of` where that is given.
+Tensor multiply_by_transposed(const Tensor& grad_output, const Tensor& weight,
+                              const std::optional<Tensor>& slope_of) {
   const LinearKernels& own = kernels();
   check_dims("grad_output", grad_output, 2, "[rows, outputs]");
   check_dims("weight", weight, 2, "[outputs, inputs]");
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const Tensor left = dense_rows("grad_output", grad_output, grad_output.size(0), outputs);
   const Tensor right = dense_rows("weight", weight, outputs, inputs);
+  ProductOutput epilogue{};
+  std::optional<Tensor> slopes;
+  if (slope_of.has_value()) {
+    check_shape("x", *slope_of, {grad_output.size(0), inputs});
+    check_dtype("x", *slope_of, ScalarType::BFloat16, "bfloat16");
+    check_data("x", *slope_of);
+    slopes = as_contiguous(*slope_of);
+    epilogue.slope_of = bf16_data(*slopes);
+  }
   const Packed packed(outputs, inputs);
   parallel_items(packed.panels(), 0, [&](float*, int64_t panel) {
     own.pack(rows_of(right).at(0, panel * kPanel), outputs, packed.columns(panel), packed.at(panel),
              nullptr);
   });
-  return multiply(left, packed, inputs, nullptr);
+  return multiply(left, packed, inputs, epilogue);
+}
+
+Tensor linear_bf16_grad_input(const Tensor& grad_output, const Tensor& weight) {
+  return multiply_by_transposed(grad_output, weight, std::nullopt);
+}
+
+Tensor linear_bf16_gelu_grad_input(const Tensor& grad_output, const Tensor& weight,
+                                   const Tensor& x) {
+  return multiply_by_transposed(grad_output, weight, x);
 }
 
 // ---- gradients of weights and biases ------------------------------------------------------------
@@ -300,13 +346,18 @@ void linear_bf16_task_gradients_(const Tensor& grad_output, const Tensor& x, Ten
 STABLE_TORCH_LIBRARY_FRAGMENT(superbert, m) {
   m.def("linear_bf16(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_bf16_grad_input(Tensor grad_output, Tensor weight) -> Tensor");
+  m.def(
+      "linear_bf16_gelu(Tensor x, Tensor weight, Tensor? bias) -> (Tensor out, Tensor activated)");
+  m.def("linear_bf16_gelu_grad_input(Tensor grad_output, Tensor weight, Tensor x) -> Tensor");
   m.def("linear_bf16_task_gradients_(Tensor grad_output, Tensor x, Tensor(a!) weight_rows, "
-        "Tensor(b!) bias_rows, int[] offsets, bool accumulate) -> ()");
+        "Tensor(b!) bias_rows, SymInt[] offsets, bool accumulate) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(superbert, CPU, m) {
   m.impl("linear_bf16", TORCH_BOX(&linear_bf16));
   m.impl("linear_bf16_grad_input", TORCH_BOX(&linear_bf16_grad_input));
+  m.impl("linear_bf16_gelu", TORCH_BOX(&linear_bf16_gelu));
+  m.impl("linear_bf16_gelu_grad_input", TORCH_BOX(&linear_bf16_gelu_grad_input));
   m.impl("linear_bf16_task_gradients_", TORCH_BOX(&linear_bf16_task_gradients_));
 }
 

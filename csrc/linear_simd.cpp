@@ -95,6 +95,60 @@ void pack_transposed(const BFloat16Rows& w, int64_t inner, int64_t columns, uint
 
 // ---- products -----------------------------------------------------------------------------------
 
+using BFloat16s = HalfWords; // a vector of them
+
+// Rounds to nearest even.  Like the products, it takes numbers below 2^-126 for zero.
+BFloat16s rounded(Floats v) { return (BFloat16s)_mm512_cvtneps_pbh(v); }
+Floats widened(BFloat16s v) {
+  const Words words = __builtin_convertvector(v, Words) << 16;
+  return load_bits<Floats>(&words);
+}
+
+void store_lanes(float* p, Floats v, AllLanes) { store(p, v); }
+void store_lanes(BFloat16* p, Floats v, AllLanes) {
+  const BFloat16s values = rounded(v);
+  std::memcpy(p, &values, sizeof values);
+}
+template <typename T>
+void store_lanes(T* p, Floats v, FirstLanes lanes) {
+  T all[kWidth];
+  store_lanes(all, v, AllLanes{});
+  std::memcpy(p, all, lanes.count * sizeof(T));
+}
+
+// gelu(x) = x Phi(x) and its derivative, to 2^-13 of Phi(-|x|): bfloat16 has 8 bits.  x is one, so
+// that its square is exact.  With t = |x| and 1 / (t + 2.7) = q, Phi(-t) = exp(-t^2 / 2) q P(q).
+struct Gelu {
+  Floats tail;    // Phi(-t)
+  Floats density; // exp(-t^2 / 2)
+  Floats t;
+
+  explicit Gelu(Floats x) {
+    const Ints bits = load_bits<Ints>(&x) & 0x7fffffff;
+    t = _mm512_min_ps(splat(14.0f), load_bits<Floats>(&bits));          // of a NaN: the NaN
+    const Floats power = t * t * -0.721347520f;                         // -t^2 / 2 in base 2
+    const Floats part = _mm512_reduce_ps(power, _MM_FROUND_TO_NEG_INF); // 0 <= part < 1
+    Floats e = splat(0.0780247822f);
+    e = e * part + 0.226067126f;
+    e = e * part + 0.695833325f;
+    e = e * part + 0.999925256f;
+    density = _mm512_scalef_ps(e, power);
+    const Floats q = _mm512_rcp14_ps(t + 2.7f);
+    Floats p = splat(-12.8717165f);
+    p = p * q + 11.0358429f;
+    p = p * q + 1.53432941f;
+    p = p * q + 1.14445388f;
+    p = p * q + 0.397234857f;
+    tail = density * (p * q);
+  }
+
+  Floats value(Floats x) const { return _mm512_max_ps(Floats{}, x) - t * tail; }
+  Floats derivative(Floats x) const {
+    const Floats lower = tail - t * density * 0.398942280f; // at -t
+    return x < 0 ? lower : 1.0f - lower;
+  }
+};
+
 // Writes rows of sums from row i on, after adding what else belongs to them.
 template <typename T>
 void write(const float* sums, int64_t sums_row, int64_t i, int64_t rows, int64_t columns,
@@ -102,18 +156,25 @@ void write(const float* sums, int64_t sums_row, int64_t i, int64_t rows, int64_t
   for (int64_t r = 0; r < rows; ++r, ++i, sums += sums_row) {
     T* to = static_cast<T*>(out.data) + i * out.row;
     for_row(columns, [&](int64_t j, auto lanes) {
+      const auto bf16 = [&](const uint16_t* p) {
+        return reinterpret_cast<const BFloat16*>(p) + i * out.row + j;
+      };
       Floats sum = load(sums + j);
       if (out.bias != nullptr) {
         sum += lanes.load(reinterpret_cast<const BFloat16*>(out.bias) + j);
       }
       if (out.part != nullptr) sum += lanes.load(out.part + i * out.part_row + j);
-      if (out.rounds) {
-        BFloat16 rounded[kWidth];
-        store(rounded, sum);
-        sum = load(rounded);
+      if (out.slope_of != nullptr) {
+        const Floats x = lanes.load(bf16(out.slope_of));
+        sum *= Gelu(x).derivative(x);
       }
+      if (out.rounds) sum = widened(rounded(sum));
       if (out.accumulates) sum += lanes.load(to + j);
-      lanes.store(to + j, sum);
+      store_lanes(to + j, sum, lanes);
+      if (out.activated != nullptr) {
+        const Floats x = widened(rounded(sum));
+        store_lanes(const_cast<BFloat16*>(bf16(out.activated)), Gelu(x).value(x), lanes);
+      }
     });
   }
 }

@@ -36,6 +36,7 @@ from .layer_norm.layer_norm import (
     layer_norm,
     rms_norm,
 )
+from .linear.feed_forward import feed_forward
 from .linear.linear import linear
 from .registration.backend import backend
 from .registration.deprecation import renamed_attribute
@@ -94,6 +95,7 @@ __all__ = [
     "dropout_add_rms_norm",
     "embedding",
     "embedding_layer_norm",
+    "feed_forward",
     "flash_attn_varlen_func",
     "flash_attn_varlen_qkvpacked_func",
     "geglu",

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .._kernels import kernels
 from ..utils.errors import InputError
@@ -23,7 +22,7 @@ from .config import EncoderConfig
 from .context import Context
 from .encoder import Encoder, Projection, Stage
 from .families import FAMILIES, bert_fields, bert_tensors, name_in_family
-from .layers import Embedding, LayerNorm, Linear
+from .layers import Embedding, LayerNorm, Linear, feed_forward
 from .spec import ModelSpec, StoredWeights, Weight
 
 # Each dropout has an id, so that one seed a step gives each of them its own random numbers.
@@ -213,9 +212,8 @@ class BertLayer(nn.Module):
             rng_offset=self.first_dropout_id + 1,
             bias_of=self.attention_output,
         )
-        widened = F.gelu(self.intermediate(hidden, context))
         return self.output_norm.add(
-            self.output.product(widened, context),
+            feed_forward(self.intermediate, self.output, hidden, context),
             hidden if adapted is None else hidden + adapted,
             context,
             dropout_p=self.hidden_dropout_p,

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._kernels import kernels
 from .context import Context, RowContext
@@ -99,6 +100,19 @@ class Linear(TaskLayer):
         return out if self.lora is None else out + self.lora(x, context)
 
 
+def feed_forward(up: Linear, down: Linear, x: Tensor, context: RowContext | None = None) -> Tensor:
+    """Map ``[T, H]`` to ``gelu(up(x)) W^T [T, O]``, W of ``down``, whose bias a norm adds."""
+    if up.lora is not None or down.lora is not None:
+        return down.product(F.gelu(up(x, context)), context)
+    up_rows, segments = up._target(context)
+    down_rows, _ = down._target(context)
+    of_weight = None if down_rows is None else down_rows._replace(bias_columns=None)
+    weights = (up.weight, up.bias, down.weight)
+    return kernels.feed_forward(
+        x, *weights, up_rows=up_rows, down_rows=of_weight, segments=segments
+    )
+
+
 class Embedding(TaskLayer):
     """A table ``[N, H]`` looked up by index; entries ~ N(0, ``init_std``)."""
 
@@ -129,9 +143,14 @@ class Embedding(TaskLayer):
         return kernels.linear(x, self.weight, rows=rows, segments=segments)
 
     def zero_rows(self, index: Tensor, offsets: tuple[int, ...]) -> None:
-        """Zero the task gradients that a backward pass over ``index`` wrote."""
+        """Zero the task gradients that a backward pass over ``index`` wrote; others are zero."""
         rows = None if self.rows is None else self.rows.weight
-        if rows is not None:
+        if rows is None:
+            return
+        tasks, entries, _ = rows.shape
+        if tasks * entries <= len(index):  # fewer writes, and one call
+            rows.zero_()
+        else:
             kernels.zero_rows_(rows, index, offsets)
 
 

@@ -10,11 +10,11 @@ row of the flat gradient buffer, so nothing is copied, summed or zero-filled aft
 On a GPU one Triton kernel computes all of them, and the bias gradients, where x is in 16 bits.  In
 float32 the products are torch's, and the kernel sums for the biases; float64 is torch's.
 
-On a CPU with AVX512-BF16 this project's own kernels compute all products of bfloat16 (csrc/linear_*),
-and the bias gradients on the way.  Both operands are packed block by block; nothing is compiled for
-a number of rows, as oneDNN does.  Where there is AMX, whose tiles these kernels do not use, and for
-other dtypes, products are torch's but one: for a bfloat16 product torch first writes the bias into
-the result, and oneDNN adds it as it stores the result, at no cost.
+On a CPU with AVX512-BF16 this project's own kernels (csrc/linear_cpu.cpp) compute all products of
+bfloat16, and the bias gradients on the way.  Both operands are packed block by block, and nothing
+is compiled for a number of rows, as oneDNN does.  Where there is AMX, whose tiles these kernels do
+not use, and for other dtypes, products are torch's but one: for a bfloat16 product torch first
+writes the bias into the result, and oneDNN adds it as it stores the result, at no cost.
 """
 
 from collections.abc import Sequence
@@ -78,8 +78,8 @@ def _onednn_fake(x: Tensor, weight: Tensor, _bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-def _is_ours(*tensors: Tensor | None) -> bool:
-    """Return whether this project's kernels multiply these on a CPU."""
+def is_ours(*tensors: Tensor | None) -> bool:
+    """Return whether this project's kernels multiply tensors like these on a CPU."""
     if not MULTIPLIES_BF16 or PREFERS_ONEDNN:
         return False
     return all(x is None or (x.is_cpu and x.dtype == torch.bfloat16) for x in tensors)
@@ -87,7 +87,7 @@ def _is_ours(*tensors: Tensor | None) -> bool:
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x W^T + b``, dtype of all three the same, without a graph for autograd."""
-    if x.dim() == 2 and _is_ours(x, weight, bias):
+    if x.dim() == 2 and is_ours(x, weight, bias):
         product: Tensor = _ops.linear_bf16(x, weight, bias)
         return product
     if bias is not None and HAS_ONEDNN and x.is_cpu and x.dtype == weight.dtype == torch.bfloat16:
@@ -161,9 +161,27 @@ def _task_gradients_cpu(
     offsets: Sequence[int],
     accumulate: bool,
 ) -> None:
-    written = {rows.dtype for rows in (weight_rows, bias_rows) if rows.numel() > 0}
-    is_ours = _is_ours(grad_output, x) and written <= {torch.bfloat16, torch.float32}
-    write = _ops.linear_bf16_task_gradients_ if is_ours else linear_task_gradients_reference_
+    ours = is_ours(grad_output, x) and _may_hold_ours(weight_rows, bias_rows)
+    write = _ops.linear_bf16_task_gradients_ if ours else linear_task_gradients_reference_
+    write(grad_output, x, weight_rows, bias_rows, offsets, accumulate)
+
+
+def _may_hold_ours(*rows: Tensor) -> bool:
+    written = {own.dtype for own in rows if own.numel() > 0}
+    return written <= {torch.bfloat16, torch.float32}
+
+
+def write_task_gradients(
+    grad_output: Tensor,
+    x: Tensor,
+    weight_rows: Tensor,
+    bias_rows: Tensor,
+    offsets: Sequence[int],
+    accumulate: bool,
+) -> None:
+    """Call :func:`linear_task_gradients_`, or what it calls on a CPU, which checks the same."""
+    ours = is_ours(grad_output, x) and _may_hold_ours(weight_rows, bias_rows)
+    write = _ops.linear_bf16_task_gradients_ if ours else linear_task_gradients_
     write(grad_output, x, weight_rows, bias_rows, offsets, accumulate)
 
 
@@ -214,7 +232,7 @@ for _name in ("linear_bf16", "linear_bf16_grad_input", "linear_bf16_task_gradien
 register_fake("onednn_linear")(_onednn_fake)
 register_fake("linear_task_gradients_")(_task_gradients_fake)
 declare("onednn_linear", cpu="torch", cuda=None)
-declare("linear_task_gradients_", cpu="cpp" if _is_ours() else "torch", cuda="triton")
+declare("linear_task_gradients_", cpu="cpp" if is_ours() else "torch", cuda="triton")
 
 
 def _check_gradients(
@@ -247,9 +265,9 @@ def _check_gradients(
         check_rows_apart("weight_rows", weight_rows, bias_rows=bias_rows)
 
 
-def _multiply(grad_output: Tensor, weight: Tensor) -> Tensor:
-    """Return ``dy W``."""
-    if _is_ours(grad_output, weight):
+def grad_input_of(grad_output: Tensor, weight: Tensor) -> Tensor:
+    """Return ``dy W``, dy ``[T, O]``, W ``[O, I]``."""
+    if is_ours(grad_output, weight):
         product: Tensor = _ops.linear_bf16_grad_input(grad_output, weight)
         return product
     return grad_output.mm(weight)
@@ -286,8 +304,8 @@ class _TaskLinear(torch.autograd.Function):
             check_tensor("bias", bias, shape[:1], bias.dtype, x.device)
         buffer, starts = ctx.rows
         rows = map(rows_of, (buffer, buffer), starts, (weight, bias))
-        linear_task_gradients_(grad_output, x, *rows, *ctx.segments)
-        grad_input = _multiply(grad_output, weight) if ctx.needs_input_grad[0] else None
+        write_task_gradients(grad_output, x, *rows, *ctx.segments)
+        grad_input = grad_input_of(grad_output, weight) if ctx.needs_input_grad[0] else None
         return grad_input, None, None, None, None, None, None
 
 

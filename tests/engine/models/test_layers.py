@@ -1,4 +1,4 @@
-"""A bias that a norm adds for the linear layer before it: the same results and task gradients."""
+"""Layers and their task gradients: a bias that a norm adds for a linear layer, rows of tables."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from engine._kernels import kernels
 from engine.models.context import RowContext
-from engine.models.layers import LayerNorm, Linear
+from engine.models.layers import Embedding, LayerNorm, Linear
 
 WIDTHS, OFFSETS = (6, 8), (0, 5, 5, 12)
 
@@ -83,3 +83,18 @@ def test_ordinary_gradients(bias: bool) -> None:
         found.append([*results, *(parameter.grad for parameter in layers.parameters())])
     for plain, own in zip(*found, strict=True):
         torch.testing.assert_close(own, plain)
+
+
+# Three tasks and 14 tokens: 4 entries are few enough to zero the whole table, 5 are not.
+@pytest.mark.parametrize("entries", [1, 4, 5, 64])
+def test_rows_of_a_table_are_zero_after_a_step(entries: int) -> None:
+    torch.manual_seed(0)
+    table, start = Embedding(entries, 3), 7
+    buffer = torch.zeros(len(OFFSETS) - 1, start + 3 * entries + 2)
+    buffer[:, :start], buffer[:, -2:] = 1.0, 2.0  # of other parameters
+    table.attach_rows(buffer, {"weight": kernels.Columns(start, (entries, 3))})
+    before, index = buffer.clone(), torch.randint(0, entries, (14,))
+    table(index, RowContext(segments=kernels.TaskSegments(OFFSETS))).sum().backward()
+    assert not buffer.equal(before)
+    table.zero_rows(index, OFFSETS)
+    assert buffer.equal(before)
