@@ -17,12 +17,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..registration.backend import declare, register_fake
 from ..registration.differentiation import differentiable_once, in_forward_mode, refuse_transforms
 from ..registration.validation import check_data, check_tensor
 from ..task_rows import TaskRows, TaskSegments, rows_of
 from .linear import grad_input_of, is_ours, linear, write_task_gradients
 
 _ops = torch.ops.superbert
+
+
+@register_fake("linear_bf16_gelu")
+def _gelu_fake(x: Tensor, weight: Tensor, _bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = len(x), len(weight)
+    return x.new_empty(shape), x.new_empty(shape)
+
+
+@register_fake("linear_bf16_gelu_grad_input")
+def _gelu_grad_input_fake(grad_output: Tensor, weight: Tensor, _x: Tensor) -> Tensor:
+    return grad_output.new_empty(len(grad_output), weight.shape[1])
+
+
+declare("linear_bf16_gelu", cpu="cpp", cuda=None)
+declare("linear_bf16_gelu_grad_input", cpu="cpp", cuda=None)
 
 
 class _TaskFeedForward(torch.autograd.Function):

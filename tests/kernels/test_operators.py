@@ -135,6 +135,8 @@ def bf16_products() -> dict[str, tuple]:
     return {
         "linear_bf16": (x, weight, bias),
         "linear_bf16_grad_input": (grad, weight),
+        "linear_bf16_gelu": (x, weight, bias),
+        "linear_bf16_gelu_grad_input": (grad, weight, x),
         "linear_bf16_task_gradients_": (grad, x, rows, bias_rows, OFFSETS, True),
     }
 
