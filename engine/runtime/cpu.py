@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .._kernels import kernels
 from ..utils.errors import InputError
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, and in how many; or "max"
@@ -20,11 +21,12 @@ _TO_BEGIN = 2.0
 def token_multiple(dtype: torch.dtype) -> int:
     """Return what the tokens of a task in a batch should be a multiple of.
 
-    oneDNN, which multiplies bf16, compiles a product anew for every number of rows, in 0.4 ms, and
-    keeps the code for good.  Batches of short sentences differ in every number, and multiples of
-    32 cost less than that: 120 steps of MiniLM-L6 were 4 % faster and took 1.3 GiB less.
+    Where oneDNN multiplies bf16, it compiles a product anew for every number of rows, in 0.4 ms,
+    and keeps the code for good.  Batches of short sentences differ in every number, and multiples
+    of 32 cost less than that: 120 steps of MiniLM-L6 were 4 % faster and took 1.3 GiB less.
     """
-    return 32 if dtype == torch.bfloat16 else 1
+    by_onednn = kernels.backend("linear_task_gradients_", "cpu") == "torch"
+    return 32 if dtype == torch.bfloat16 and by_onednn else 1
 
 
 def available_cores() -> int:

@@ -27,19 +27,19 @@ from .linear import grad_input_of, is_ours, linear, write_task_gradients
 _ops = torch.ops.superbert
 
 
+@register_fake("linear_bf16_gelu")
 def _gelu_fake(x: Tensor, weight: Tensor, _bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    out = x.new_empty(len(x), len(weight))
-    return out, torch.empty_like(out)
+    shape = len(x), len(weight)
+    return x.new_empty(shape), x.new_empty(shape)
 
 
-def _gelu_grad_input_fake(grad_output: Tensor, _weight: Tensor, x: Tensor) -> Tensor:
-    return grad_output.new_empty(x.shape)
+@register_fake("linear_bf16_gelu_grad_input")
+def _gelu_grad_input_fake(grad_output: Tensor, weight: Tensor, _x: Tensor) -> Tensor:
+    return grad_output.new_empty(len(grad_output), weight.shape[1])
 
 
-register_fake("linear_bf16_gelu")(_gelu_fake)
-register_fake("linear_bf16_gelu_grad_input")(_gelu_grad_input_fake)
-for _name in ("linear_bf16_gelu", "linear_bf16_gelu_grad_input"):
-    declare(_name, cpu="cpp", cuda=None)
+declare("linear_bf16_gelu", cpu="cpp", cuda=None)
+declare("linear_bf16_gelu_grad_input", cpu="cpp", cuda=None)
 
 
 class _TaskFeedForward(torch.autograd.Function):

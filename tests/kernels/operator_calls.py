@@ -17,11 +17,11 @@ from kernels import (
     balancing,
     new_task_rows,
 )
-from kernels.linear.linear import HAS_ONEDNN
+from kernels.linear.linear import HAS_ONEDNN, MULTIPLIES_BF16
 
 from .balancing.methods import SOLVERS
 from .layer_cases import LAYERS, Stream
-from .test_operators import attention, norms, others, relative_attention
+from .test_operators import attention, bf16_products, norms, others, relative_attention
 from .test_surgery_weights import operator_samples
 
 NO_TENSOR_ARGUMENTS = {
@@ -41,9 +41,12 @@ NO_TENSOR_ARGUMENTS = {
     *("backend", "checked_values", "accelerate", "restore", "balancing", "keep_freed_memory"),
 }
 
+REFUSED = set() if MULTIPLIES_BF16 else set(bf16_products())
+"""Operators that no arguments are valid for on this processor."""
+
 
 def operator_calls() -> dict[str, tuple]:
-    """Arguments of every operator, of some twice."""
+    """Arguments of every operator that this processor runs, of some twice."""
     torch.manual_seed(0)
     rows = torch.randn(4, 5, dtype=torch.float64)
     calls = {**attention(0.2), **relative_attention(0.2), **norms(by_task=True), **others()}
@@ -51,6 +54,8 @@ def operator_calls() -> dict[str, tuple]:
     calls |= {f"{name} alone": arguments for name, arguments in norms(by_task=False).items()}
     calls |= {name: (rows @ rows.T, *given) for name, given in SOLVERS.items()}
     calls["limit_vector_unit"] = (3,)
+    if MULTIPLIES_BF16:
+        calls |= bf16_products()
     if HAS_ONEDNN:
         calls["onednn_linear"] = tuple(x.bfloat16() for x in calls["onednn_linear"])
     return calls
