@@ -308,7 +308,7 @@ def saved_by(forward: Callable[[], Tensor]) -> list[Tensor]:
     return saved
 
 
-OF_TORCH = ("linear", "feed_forward", "embedding")
+OF_TORCH = ("linear", "embedding")
 """Layers whose backward pass is torch's where there are no task rows."""
 
 

@@ -17,7 +17,7 @@ from kernels import (
     balancing,
     new_task_rows,
 )
-from kernels.linear.linear import HAS_ONEDNN, MULTIPLIES_BF16
+from kernels.linear.linear import HAS_ONEDNN, MULTIPLIES_BF16, is_ours
 
 from .balancing.methods import SOLVERS
 from .layer_cases import LAYERS, Stream
@@ -273,15 +273,25 @@ def public_calls() -> Mapping[str, Call]:
     return {**layers(torch.float32), **in_float64, **surgery(), **padding_and_modules()}
 
 
+def _feed_forward_bf16() -> Tensor:
+    x, up, bias, down = (torch.randn(shape).bfloat16() for shape in ((6, 8), (5, 8), (5,), (4, 5)))
+    rows = {"up_rows": new_task_rows(2, up, bias), "down_rows": new_task_rows(2, down)}
+    segments = TaskSegments((0, 3, 6))
+    return kernels.feed_forward(x.requires_grad_(), up, bias, down, **rows, segments=segments)
+
+
 def backward_calls() -> dict[str, Callable[[], Tensor]]:
     """Forward passes of every layer whose backward passes are this package's."""
     torch.manual_seed(0)
     stream = Stream.of(9)
+    of_torch = ("embedding", "feed_forward", "feed_forward by task")  # a lookup, and GELU
     calls: dict[str, Callable[[], Tensor]] = {
-        name: partial(layer, stream) for name, layer in LAYERS.items() if name != "embedding"
+        name: partial(layer, stream) for name, layer in LAYERS.items() if name not in of_torch
     }
     rows = torch.randn(3, 40, requires_grad=True)
     weights = torch.ones(3, requires_grad=True)
+    if is_ours():
+        calls["feed_forward by task in bfloat16"] = _feed_forward_bf16
     return calls | {
         "gram": lambda: kernels.gram(rows),
         "combine": lambda: kernels.combine(rows, weights),
