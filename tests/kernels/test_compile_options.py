@@ -17,7 +17,7 @@ import kernels
 from kernels import EmbeddingRows, TaskRows
 
 from .balancing.methods import METHODS
-from .layer_cases import HEADS, WIDTH, Stream
+from .layer_cases import HEADS, LAYERS, WIDTH, Stream
 from .operator_calls import public_calls
 
 # Inductor warns of what torch itself has deprecated.
@@ -275,6 +275,9 @@ LINEAR: dict[str, Call] = {
     "by task, of a constant": lambda s: kernels.linear(
         s.own.detach(), s.matrix, s.bias, rows=s.matrix_rows, segments=s.segments
     ),
+    "feed-forward": _of_own(kernels.feed_forward, "matrix", "bias", "table"),
+    "feed-forward, no bias": lambda s: kernels.feed_forward(s.own, s.matrix, None, s.table),
+    "feed-forward by task": LAYERS["feed_forward by task"],
     "rows": lambda s: kernels.take_rows(s.own, s.cu_seqlens[:-1].long()),
     "rows of a constant": lambda s: kernels.take_rows(s.own.detach(), s.cu_seqlens.long() - 1),
     "dropout": lambda s: kernels.dropout(s.own, 0.1, seed=s.seed),
