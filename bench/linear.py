@@ -1,8 +1,9 @@
 """``python -m bench.linear``: time the weight and bias gradients of linear layers, by task.
 
 The matrices of the layers of BERT-base, on a CPU of MiniLM, too, and three tasks, of equally many
-tokens unless ``--shares`` says otherwise.  Peers: torch's product and sum for each task, written to the same
-rows, and, as a floor that no task gradients are had for, one product and one sum over all tokens.
+tokens unless ``--shares`` says otherwise.  Peers: torch's product and sum for each task, written to
+the same rows, and, as a floor that no task gradients are had for, one product and one sum over all
+tokens.
 
 On a CPU that multiplies bf16, the forward pass and the gradient of the input are timed, too, beside
 torch's.  What oneDNN compiles for a new number of tokens is in none of its figures.

@@ -52,7 +52,7 @@ class _TaskFeedForward(torch.autograd.Function):
         down_weight: Tensor,
         up_buffer: Tensor,
         up_starts: tuple[int, int],
-        down_buffer: Tensor,
+        down_buffer: Tensor | None,
         down_starts: tuple[int, int],
         offsets: tuple[int, ...],
         accumulate: bool,
@@ -60,6 +60,7 @@ class _TaskFeedForward(torch.autograd.Function):
         widened, activated = _ops.linear_bf16_gelu(x, up_weight, up_bias)
         ctx.save_for_backward(x, up_weight, up_bias, down_weight, widened, activated)
         # Not saved tensors: each backward overwrites them, which is their purpose.
+        down_buffer = up_buffer if down_buffer is None else down_buffer
         ctx.rows = up_buffer, up_starts, down_buffer, down_starts
         ctx.segments = offsets, accumulate
         product: Tensor = _ops.linear_bf16(activated, down_weight, None)
@@ -82,8 +83,8 @@ class _TaskFeedForward(torch.autograd.Function):
         down = (rows_of(down_buffer, down_starts[0], down_weight), down_buffer.new_empty(0))
         write_task_gradients(grad_output, activated, *down, *ctx.segments)
         grad = _ops.linear_bf16_gelu_grad_input(grad_output, down_weight, widened)
-        up = map(rows_of, (up_buffer, up_buffer), up_starts, (up_weight, up_bias))
-        write_task_gradients(grad, x, *up, *ctx.segments)
+        up, of_bias = map(rows_of, (up_buffer, up_buffer), up_starts, (up_weight, up_bias))
+        write_task_gradients(grad, x, up, of_bias, *ctx.segments)
         grad_input = grad_input_of(grad, up_weight) if ctx.needs_input_grad[0] else None
         return grad_input, *(None,) * 9
 
@@ -123,9 +124,11 @@ def feed_forward(
         refuse_transforms("feed_forward", x, up_weight, up_bias, down_weight)
         own = up_rows.checked(segments, up_weight, up_bias, x)
         down_rows.checked(segments, down_weight, None, x)
+        # torch.compile takes no tensor twice, and the buffer is one, as a rule.
+        down_buffer = None if down_rows.buffer is up_rows.buffer else down_rows.buffer
         return _TaskFeedForward.apply(  # type: ignore[no-untyped-call]
             *(x, up_weight, up_bias, down_weight),
-            *(up_rows.buffer, up_rows.starts, down_rows.buffer, down_rows.starts),
+            *(up_rows.buffer, up_rows.starts, down_buffer, down_rows.starts),
             *own,
         )
     is_differentiated = torch.is_grad_enabled() or in_forward_mode()

@@ -17,7 +17,7 @@ from kernels import (
     balancing,
     new_task_rows,
 )
-from kernels.linear.linear import HAS_ONEDNN, MULTIPLIES_BF16, is_ours
+from kernels.linear.linear import HAS_ONEDNN, MULTIPLIES_BF16, PREFERS_ONEDNN
 
 from .balancing.methods import SOLVERS
 from .layer_cases import LAYERS, Stream
@@ -72,6 +72,7 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
     heads = dict(zip(("q", "k", "v"), qkv.unbind(1), strict=True))
     norm = {"weight": weight, "bias": weight.clone()}
     rows, table = new_task_rows(2, weight, weight), new_task_rows(2, matrix)
+    down = new_task_rows(2, matrix)
     wide = new_task_rows(2, torch.ones(24, dtype=dtype)).buffer
     biased = TaskRows(wide, *(Columns(start, (8,)) for start in (0, 8, 16)))
     by_task = {"segments": TaskSegments((0, 3, 6))}
@@ -151,8 +152,7 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
         ),
         "feed_forward by task": (
             lambda x, up_weight, down_weight: kernels.feed_forward(
-                *(x, up_weight, None, down_weight),
-                **{"up_rows": table, "down_rows": new_task_rows(2, matrix), **by_task},
+                *(x, up_weight, None, down_weight), up_rows=table, down_rows=down, **by_task
             ),
             {"x": x, "up_weight": matrix, "down_weight": matrix.clone()},
         ),
@@ -273,25 +273,22 @@ def public_calls() -> Mapping[str, Call]:
     return {**layers(torch.float32), **in_float64, **surgery(), **padding_and_modules()}
 
 
-def _feed_forward_bf16() -> Tensor:
-    x, up, bias, down = (torch.randn(shape).bfloat16() for shape in ((6, 8), (5, 8), (5,), (4, 5)))
-    rows = {"up_rows": new_task_rows(2, up, bias), "down_rows": new_task_rows(2, down)}
-    segments = TaskSegments((0, 3, 6))
-    return kernels.feed_forward(x.requires_grad_(), up, bias, down, **rows, segments=segments)
-
-
 def backward_calls() -> dict[str, Callable[[], Tensor]]:
     """Forward passes of every layer whose backward passes are this package's."""
     torch.manual_seed(0)
     stream = Stream.of(9)
-    of_torch = ("embedding", "feed_forward", "feed_forward by task")  # a lookup, and GELU
+    of_torch = ("embedding", "feed_forward", "feed_forward by task")
     calls: dict[str, Callable[[], Tensor]] = {
         name: partial(layer, stream) for name, layer in LAYERS.items() if name not in of_torch
     }
+    if MULTIPLIES_BF16 and not PREFERS_ONEDNN:
+        in_bf16 = stream.to("cpu", torch.bfloat16)
+        calls |= {
+            f"{name} in bf16": partial(LAYERS[name], in_bf16)
+            for name in ("linear by task", "feed_forward by task")
+        }
     rows = torch.randn(3, 40, requires_grad=True)
     weights = torch.ones(3, requires_grad=True)
-    if is_ours():
-        calls["feed_forward by task in bfloat16"] = _feed_forward_bf16
     return calls | {
         "gram": lambda: kernels.gram(rows),
         "combine": lambda: kernels.combine(rows, weights),

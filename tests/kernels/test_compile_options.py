@@ -291,13 +291,13 @@ LINEAR: dict[str, Call] = {
     "by task, of a constant": lambda s: kernels.linear(
         s.own.detach(), s.matrix, s.bias, rows=s.matrix_rows, segments=s.segments
     ),
-    "feed forward": _of_own(kernels.feed_forward, "matrix", "bias", "table"),
-    "feed forward, no bias": _of_own(kernels.feed_forward, "matrix", "", "table"),
-    "feed forward by task": _feed_forward_by_task,
-    "feed forward by task, frozen weight": partial(_feed_forward_by_task, frozen=("matrix",)),
-    "feed forward by task, frozen bias": partial(_feed_forward_by_task, frozen=("bias",)),
-    "feed forward by task, frozen second weight": partial(_feed_forward_by_task, frozen=("table",)),
-    "feed forward by task, of a constant": lambda s: _feed_forward_by_task(
+    "feed-forward": _of_own(kernels.feed_forward, "matrix", "bias", "table"),
+    "feed-forward, no bias": _of_own(kernels.feed_forward, "matrix", "", "table"),
+    "feed-forward by task": _feed_forward_by_task,
+    "feed-forward by task, frozen weight": partial(_feed_forward_by_task, frozen=("matrix",)),
+    "feed-forward by task, frozen bias": partial(_feed_forward_by_task, frozen=("bias",)),
+    "feed-forward by task, frozen second weight": partial(_feed_forward_by_task, frozen=("table",)),
+    "feed-forward by task, of a constant": lambda s: _feed_forward_by_task(
         s._replace(x=s.x.detach())
     ),
     "rows": lambda s: kernels.take_rows(s.own, s.cu_seqlens[:-1].long()),

@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
+from kernels.linear import linear as module
 from kernels.linear.linear import MULTIPLIES_BF16, PREFERS_ONEDNN, linear_task_gradients_reference_
 
 from .argument_fuzz import freed, guarded, strided
+from .layer_cases import LAYERS as LAYERS_OF_STREAMS
+from .layer_cases import Stream
 from .tolerance import assert_within_twice
 
 OPS = torch.ops.superbert
@@ -539,3 +542,36 @@ def test_task_gradients_refuse(change: dict[str, Any], message: str) -> None:
         **{"offsets": [0, 3, 6], "accumulate": False},
     }
     refused(OPS.linear_bf16_task_gradients_, given | change, message)
+
+
+# ---- layers -------------------------------------------------------------------------------------
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    "name", ["linear", "linear by task", "feed_forward", "feed_forward by task"]
+)
+def test_compiled_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, of a batch, and of one with other token counts."""
+    monkeypatch.setattr(module, "PREFERS_ONEDNN", False)
+    torch.compiler.reset()
+    layer = LAYERS_OF_STREAMS[name]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (21, 34):
+        stream = Stream.of(tokens).to("cpu", torch.bfloat16)
+        expected, found = stream.run(layer), stream.run(compiled)
+        for own, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(own, plain)
+
+
+@needs_bf16
+def test_a_layer_that_runs_under_no_grad_is_the_one_that_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PREFERS_ONEDNN", False)
+    stream = Stream.of(21).to("cpu", torch.bfloat16)
+    for name in ("linear by task", "feed_forward by task"):
+        trained = LAYERS_OF_STREAMS[name](stream)
+        with torch.no_grad():
+            alone = LAYERS_OF_STREAMS[name](stream)
+        assert same_bits(trained.detach(), alone)

@@ -214,7 +214,7 @@ def test_layers_run_on_the_device_of_their_tensors(layer_name: str) -> None:
     [
         layer_name
         for layer_name in LAYERS
-        if layer_name not in ("embedding", "feed_forward", "linear")
+        if layer_name not in ("embedding", "linear", "feed_forward")
     ],
 )
 def test_repeats_to_the_bit(layer_name: str) -> None:
