@@ -8,8 +8,8 @@ On a CPU where this project multiplies bfloat16 (`kernels.linear.linear`), the f
 ``a`` and ``gelu(a)`` as its sums leave the registers, and the product ``dy D`` is multiplied by
 ``gelu'(a)`` before it is rounded, so that neither is a pass over memory of its own.  Both are
 accurate to 2^-13 there, of numbers of 8 bits; results below 2^-126 are zero.  GELU of plus infinity
-is infinity and of minus infinity zero, its limits, where torch's is NaN for both.  Everywhere else
-these are two linear layers and torch's GELU.
+is infinity and of minus infinity zero, its limits, where torch's may be NaN.  Everywhere else these
+are two linear layers and torch's GELU.
 """
 
 from typing import Any
@@ -100,6 +100,10 @@ def feed_forward(
     segments: TaskSegments | None = None,
 ) -> Tensor:
     """Apply ``gelu(x U^T + u) D^T``; with rows, the backward pass writes weight gradients there.
+
+    On a CPU with AVX512-BF16 and without AMX, products of a bfloat16 ``[T, H]`` compute gelu and its
+    derivative on the way: with the rows of both layers, and under no_grad.  Of minus infinity gelu
+    is then zero and of infinity infinity; torch's, which is taken everywhere else, may be NaN.
 
     Args:
         x: ``[T, H]`` with rows, ``[..., H]`` without, any floating dtype.
