@@ -116,8 +116,9 @@ void store_lanes(T* p, Floats v, FirstLanes lanes) {
   std::memcpy(p, all, lanes.count * sizeof(T));
 }
 
-// gelu(x) = x Phi(x) and its derivative, to 2^-13 of Phi(-|x|): bfloat16 has 8 bits.  x is one, so
+// gelu(x) = x Phi(x) and its derivative, to 2^-12 of Phi(-|x|): bfloat16 has 8 bits.  x is one, so
 // that its square is exact.  With t = |x| and 1 / (t + 2.7) = q, Phi(-t) = exp(-t^2 / 2) q P(q).
+// The polynomials are right to 2^-13; the rest is for q, of which processors give 14 bits.
 struct Gelu {
   Floats tail;    // Phi(-t)
   Floats density; // exp(-t^2 / 2)

@@ -7,7 +7,7 @@
 On a CPU where this project multiplies bfloat16 (`kernels.linear.linear`), the first product writes
 ``a`` and ``gelu(a)`` as its sums leave the registers, and the product ``dy D`` is multiplied by
 ``gelu'(a)`` before it is rounded, so that neither is a pass over memory of its own.  Both are
-accurate to 2^-13 there, of numbers of 8 bits; results below 2^-126 are zero.  GELU of plus infinity
+accurate to 2^-12 there, of numbers of 8 bits; results below 2^-126 are zero.  GELU of plus infinity
 is infinity and of minus infinity zero, its limits, where torch's may be NaN.  Everywhere else these
 are two linear layers and torch's GELU.
 """
