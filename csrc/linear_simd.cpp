@@ -58,11 +58,19 @@ void pack_vectors(const BFloat16Rows& x, int64_t inner, int64_t column, int64_t 
 }
 
 void pack(const BFloat16Rows& x, int64_t inner, int64_t columns, uint32_t* to, float* sums) {
+  constexpr int64_t kChain = 64; // rows: sums of sums lose less than one long sum
   const int64_t width = round_up(columns);
-  if (columns == kPanel) return pack_vectors<3>(x, inner, 0, kWidth, to, width, sums);
-  for (int64_t j = 0; j < columns; j += kWidth) {
-    pack_vectors<1>(x, inner, j, smaller(kWidth, columns - j), to + j, width,
-                    sums == nullptr ? nullptr : sums + j);
+  for (int64_t k = 0; k < inner; k += kChain, to += kChain / 2 * width) {
+    const BFloat16Rows rows{x.data + k * x.row, x.row};
+    const int64_t count = smaller(kChain, inner - k);
+    if (columns == kPanel) {
+      pack_vectors<3>(rows, count, 0, kWidth, to, width, sums);
+      continue;
+    }
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      pack_vectors<1>(rows, count, j, smaller(kWidth, columns - j), to + j, width,
+                      sums == nullptr ? nullptr : sums + j);
+    }
   }
 }
 

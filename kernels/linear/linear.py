@@ -82,6 +82,8 @@ def is_ours(*tensors: Tensor | None) -> bool:
     """Return whether this project's kernels multiply tensors like these on a CPU."""
     if not MULTIPLIES_BF16 or PREFERS_ONEDNN:
         return False
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return False
     return all(x is None or (x.is_cpu and x.dtype == torch.bfloat16) for x in tensors)
 
 
