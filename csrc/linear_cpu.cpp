@@ -338,6 +338,7 @@ void linear_bf16_task_gradients_(const Tensor& grad_output, const Tensor& x, Ten
   gradients.weight.check_apart_from("weight_rows", "bias_rows", gradients.bias.memory);
   gradients.bias.check_apart_from("bias_rows", "grad_output", runs_of(grad));
   gradients.bias.check_apart_from("bias_rows", "x", runs_of(stream));
+  if (gradients.weight.data == nullptr && gradients.bias.data == nullptr) return;
   while (gradients.left_panels > 1 && gradients.items() < wanted_items()) --gradients.left_panels;
   parallel_items(gradients.items(), gradients.floats(),
                  [&](float* scratch, int64_t item) { gradients.run(item, scratch); });

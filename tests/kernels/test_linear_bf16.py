@@ -211,54 +211,6 @@ def test_products_with_gelu(shape: tuple[int, int, int]) -> None:
     assert_within_twice(found, torchs, exact)
 
 
-NUMBERS = torch.arange(-(1 << 15), 1 << 15).short().view(torch.bfloat16)
-FINITE = NUMBERS[NUMBERS.isfinite()][:, None]
-ONE = torch.ones(1, 1).bfloat16()
-TINY = 2.0**-126  # below which the products take numbers for zero
-
-
-def normal_distribution(x: Tensor) -> Tensor:
-    """Phi(x), which torch.special.ndtr rounds to multiples of 2^-53."""
-    return torch.special.erfc(-x * 0.5**0.5) / 2
-
-
-@needs_bf16
-def test_gelu_of_every_number() -> None:
-    """Rounded to 8 bits, from what is accurate to 2^-12 of Phi(-|x|), of a reciprocal to 2^-14."""
-    x = FINITE.double()
-    exact, tail = x * normal_distribution(x), normal_distribution(-x.abs())
-    found = OPS.linear_bf16_gelu(FINITE, ONE, None)[1].double()
-    allowed = exact.abs() * 2**-8 + x.abs() * tail * 2**-12 * (1 + 2**-8) + TINY
-    assert ((found - exact).abs() <= allowed).all()
-
-
-@needs_bf16
-def test_slope_of_gelu_at_every_number() -> None:
-    """Rounded to 8 bits, from two terms that are accurate to 2^-12 each."""
-    x = FINITE.double()
-    density = torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
-    exact = normal_distribution(x) + x * density
-    terms = normal_distribution(-x.abs()) + x.abs() * density
-    found = OPS.linear_bf16_gelu_grad_input(torch.ones_like(FINITE), ONE, FINITE).double()
-    allowed = exact.abs() * 2**-8 + terms * 2**-12 * (1 + 2**-8) + TINY
-    assert ((found - exact).abs() <= allowed).all()
-
-
-@needs_bf16
-def test_gelu_of_nan_and_infinity() -> None:
-    x = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [1.0]]).bfloat16()
-    out, activated = OPS.linear_bf16_gelu(x, ONE, None)
-    assert same_bits(out, x)
-    assert activated.isnan().flatten().tolist() == [True, False, False, False]
-    assert activated[1] == torch.inf
-    assert activated[2].abs() < TINY  # the limit; torch has NaN
-    ones = torch.ones_like(x)
-    slope = OPS.linear_bf16_gelu_grad_input(ones, ONE, x)
-    assert slope.isnan().flatten().tolist() == [True, False, False, False]
-    assert slope[1:3].flatten().tolist() == [1.0, 0.0]
-    assert OPS.linear_bf16_gelu_grad_input(x, ONE, ones)[0].isnan()
-
-
 # ---- gradients of weights and biases ------------------------------------------------------------
 
 # Tokens, and where tasks begin and end.
