@@ -217,11 +217,11 @@ def _task_gradients_fake(*_arguments: object) -> None:
 
 
 def _bf16_fake(x: Tensor, weight: Tensor, _bias: Tensor | None) -> Tensor:
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], len(weight))  # len(x) would compile for this number of rows
 
 
 def _bf16_grad_input_fake(grad_output: Tensor, weight: Tensor) -> Tensor:
-    return grad_output.new_empty(len(grad_output), weight.shape[1])
+    return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
 register_fake("linear_bf16")(_bf16_fake)

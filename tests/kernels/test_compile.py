@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from kernels import TaskSegments, linear, new_task_rows
+
 from .layer_cases import LAYERS, Stream
 
 
@@ -19,6 +21,35 @@ def test_one_compilation_serves_all_token_counts(layer_name: str) -> None:
         for found, expected in zip(stream.run(compiled), stream.run(layer), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_one_compilation_serves_all_row_counts_of_bfloat16() -> None:
+    """Products of bfloat16 may have an operator of their own, and it a shape for the compiler."""
+    torch._dynamo.reset()
+    counters.clear()
+    weight, bias = torch.randn(5, 4).bfloat16(), torch.randn(5).bfloat16()
+    rows = new_task_rows(2, weight.requires_grad_(), bias.requires_grad_())
+
+    def layer(x: Tensor, offsets: tuple[int, ...] | None = None) -> Tensor:
+        if offsets is None:
+            return linear(x, weight, bias)
+        return linear(x, weight, bias, rows=rows, segments=TaskSegments(offsets))
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (21, 32, 57):
+        x = torch.randn(tokens, 4).bfloat16()
+        with torch.no_grad():
+            assert compiled(x).equal(layer(x))
+    assert counters["stats"]["unique_graphs"] == 1
+    for tokens in (21, 32, 57):
+        found = []
+        for run in (compiled, layer):
+            x = torch.ones(tokens, 4).bfloat16().requires_grad_()
+            run(x, (0, tokens // 2, tokens)).sum().backward()
+            found.append((x.grad, rows.buffer.clone()))
+        for ours, expected in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 # Inductor's own imports warn of what torch itself has deprecated.
