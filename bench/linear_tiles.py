@@ -42,7 +42,7 @@ def replaced(tiles: Tiles) -> Iterator[None]:
 
 
 def _inputs(shape: tuple[int, int], tokens: int, tasks: int) -> Inputs:
-    return Inputs(shape, tokens, tasks, torch.bfloat16, torch.device("cuda"))
+    return Inputs(shape, tokens, [1] * tasks, torch.bfloat16, torch.device("cuda"))
 
 
 def compile_one(tiles: Tiles) -> str:

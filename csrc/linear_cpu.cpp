@@ -206,18 +206,31 @@ struct GradientRows {
   char* data = nullptr; // null: not wanted
   Storage storage{};
   int64_t task = 0, row = 0, bytes = 0;
+  Runs memory{};
 
   GradientRows(const char* name, const Tensor& rows, std::initializer_list<int64_t> shape) {
     if (rows.numel() == 0) return;
     check_shape(name, rows, shape);
     storage = storage_of(name, rows);
     check(storage != Storage::kFloat16, name, ": expected bfloat16 or float32");
-    check(rows.size(-1) == 1 || rows.stride(-1) == 1, name, ": expected rows that lie apart, each contiguous");
+    bool is_dense = true;
+    int64_t elements = 1; // of a task
+    for (int64_t d = rows.dim() - 1; d > 0; --d) {
+      is_dense = is_dense && (rows.size(d) == 1 || rows.stride(d) == elements);
+      elements *= rows.size(d);
+    }
+    check(is_dense && (rows.size(0) == 1 || rows.stride(0) >= elements), name,
+          ": expected rows that lie apart, each contiguous");
     check_data(name, rows);
+    memory = runs_of(rows);
     data = static_cast<char*>(rows.data_ptr());
     bytes = storage == Storage::kFloat32 ? 4 : 2;
     task = rows.stride(0);
-    row = rows.dim() == 3 ? rows.stride(1) : 0;
+    row = rows.dim() == 3 ? rows.size(2) : 0;
+  }
+
+  void check_apart_from(const char* name, const char* other_name, const Runs& other) const {
+    check_apart(name, memory, other_name, other);
   }
 
   ProductOutput at(int64_t k, int64_t output, int64_t input) const {
@@ -300,17 +313,6 @@ struct TaskGradients {
   }
 };
 
-// Refuses rows that share memory with each other, or with what they are computed from.
-void check_rows_apart(const char* name, const Tensor& rows, const Tensor& grad, const Tensor& x) {
-  if (rows.numel() == 0) return;
-  const int64_t length = rows.numel() / rows.size(0);
-  check((rows.dim() == 2 || rows.stride(1) == rows.size(2)) &&
-            (rows.size(0) == 1 || rows.stride(0) >= length),
-        name, ": expected rows that lie apart, each contiguous");
-  check_apart(name, runs_of(rows), "grad_output", runs_of(grad));
-  check_apart(name, runs_of(rows), "x", runs_of(x));
-}
-
 void linear_bf16_task_gradients_(const Tensor& grad_output, const Tensor& x, Tensor weight_rows,
                                  Tensor bias_rows, std::vector<int64_t> offsets, bool accumulate) {
   check_dims("grad_output", grad_output, 2, "[tokens, outputs]");
@@ -322,10 +324,6 @@ void linear_bf16_task_gradients_(const Tensor& grad_output, const Tensor& x, Ten
   check(std::is_sorted(offsets.begin(), offsets.end()), "offsets: expected to ascend");
   const Tensor grad = dense_rows("grad_output", grad_output, tokens, outputs);
   const Tensor stream = dense_rows("x", x, tokens, inputs);
-  check_rows_apart("weight_rows", weight_rows, grad, stream);
-  check_rows_apart("bias_rows", bias_rows, grad, stream);
-  if (weight_rows.numel() > 0)
-    check_apart("weight_rows", runs_of(weight_rows), "bias_rows", runs_of(bias_rows));
   TaskGradients gradients{kernels(),
                           rows_of(grad),
                           rows_of(stream),
@@ -335,6 +333,11 @@ void linear_bf16_task_gradients_(const Tensor& grad_output, const Tensor& x, Ten
                           GradientRows("bias_rows", bias_rows, {tasks, outputs}),
                           offsets,
                           accumulate};
+  gradients.weight.check_apart_from("weight_rows", "grad_output", runs_of(grad));
+  gradients.weight.check_apart_from("weight_rows", "x", runs_of(stream));
+  gradients.weight.check_apart_from("weight_rows", "bias_rows", gradients.bias.memory);
+  gradients.bias.check_apart_from("bias_rows", "grad_output", runs_of(grad));
+  gradients.bias.check_apart_from("bias_rows", "x", runs_of(stream));
   while (gradients.left_panels > 1 && gradients.items() < wanted_items()) --gradients.left_panels;
   parallel_items(gradients.items(), gradients.floats(),
                  [&](float* scratch, int64_t item) { gradients.run(item, scratch); });

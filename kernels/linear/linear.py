@@ -303,8 +303,8 @@ class _TaskLinear(torch.autograd.Function):
         if bias is not None:
             check_tensor("bias", bias, shape[:1], bias.dtype, x.device)
         buffer, starts = ctx.rows
-        rows = map(rows_of, (buffer, buffer), starts, (weight, bias))
-        write_task_gradients(grad_output, x, *rows, *ctx.segments)
+        weight_rows, bias_rows = map(rows_of, (buffer, buffer), starts, (weight, bias))
+        write_task_gradients(grad_output, x, weight_rows, bias_rows, *ctx.segments)
         grad_input = grad_input_of(grad_output, weight) if ctx.needs_input_grad[0] else None
         return grad_input, None, None, None, None, None, None
 

@@ -28,7 +28,10 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         **{"--device": ("gpu",), "--dtype": ("fp64",)},
     },
     "layer_norm": {"--rows": COUNTS, "--width": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
-    "linear": {"--tokens": COUNTS, "--tasks": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
+    "linear": {
+        **{"--tokens": COUNTS, "--tasks": COUNTS, "--shares": COUNTS},
+        **{"--rounds": ONE, "--device": ("gpu",)},
+    },
     "linear_tiles": {"--tokens": COUNTS, "--tasks": COUNTS, "--seconds": COUNTS},
     "attention_tiles": {"--width": COUNTS, "--seconds": COUNTS},
     "rotary": {

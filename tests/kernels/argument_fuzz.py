@@ -47,8 +47,11 @@ _numbers = count()
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def guarded(x: Tensor) -> Tensor:
-    """A contiguous copy that ends where forbidden memory begins, or begins where it ends."""
+def guarded(x: Tensor, at_end: bool | None = None) -> Tensor:
+    """A contiguous copy that ends where forbidden memory begins, or begins where it ends.
+
+    Without a choice, the calls take turns.
+    """
     if x.numel() == 0 or x.device.type == "meta":
         return x.clone(memory_format=torch.contiguous_format)
     size = x.numel() * x.element_size()
@@ -58,7 +61,8 @@ def guarded(x: Tensor) -> Tensor:
     for page in (0, pages + 1):
         place = ctypes.c_void_p(start + page * mmap.PAGESIZE)
         assert _libc.mprotect(place, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-    at_end = next(_numbers) % 2 == 0
+    if at_end is None:
+        at_end = next(_numbers) % 2 == 0
     offset = mmap.PAGESIZE * (pages + 1) - size if at_end else mmap.PAGESIZE
     copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=offset)
     return copy.view(x.shape).copy_(x).requires_grad_(x.requires_grad)

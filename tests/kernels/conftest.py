@@ -8,7 +8,6 @@ import torch
 
 from kernels.integrations import transformers_layers
 
-
 VECTOR_UNITS = ("plain", "avx2", "avx512", "avx512_bf16")
 """In the order of their numbers, see csrc/cpu_isa.cpp."""
 

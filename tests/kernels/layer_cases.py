@@ -86,9 +86,14 @@ class Stream(NamedTuple):
         """Of the lookups in the table."""
         return LookupPlan(self.planned, self.columns[4:])
 
-    def to(self, device: str) -> "Stream":
-        """The same stream on another device."""
-        parts = (part.detach().to(device) if isinstance(part, Tensor) else part for part in self)
+    def to(self, device: str, dtype: torch.dtype | None = None) -> "Stream":
+        """The same stream on another device, or of another dtype."""
+        parts = (
+            part.detach().to(device, dtype if part.is_floating_point() else None)
+            if isinstance(part, Tensor)
+            else part
+            for part in self
+        )
         stream = Stream(*parts)
         for leaf in (stream.x, stream.weight, stream.bias, stream.matrix, stream.table):
             leaf.requires_grad_()
@@ -202,5 +207,13 @@ LAYERS: dict[str, Callable[[Stream], Tensor]] = {
     "linear": lambda s: kernels.linear(s.own, s.matrix, s.bias),
     "linear by task": lambda s: kernels.linear(
         s.own, s.matrix, s.bias, rows=s.matrix_rows, segments=s.segments
+    ),
+    # Divided, so that two derivatives of its third power are near one; not x, which may be freed.
+    "feed_forward": lambda s: kernels.feed_forward(s.own, s.matrix, s.bias, s.table) / 64,
+    "feed_forward by task": lambda s: kernels.feed_forward(
+        *(s.own, s.matrix, s.bias, s.table),
+        up_rows=s.matrix_rows,
+        down_rows=s.table_rows,
+        segments=s.segments,
     ),
 }

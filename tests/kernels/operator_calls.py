@@ -17,11 +17,11 @@ from kernels import (
     balancing,
     new_task_rows,
 )
-from kernels.linear.linear import HAS_ONEDNN
+from kernels.linear.linear import HAS_ONEDNN, MULTIPLIES_BF16, PREFERS_ONEDNN
 
 from .balancing.methods import SOLVERS
 from .layer_cases import LAYERS, Stream
-from .test_operators import attention, norms, others, relative_attention
+from .test_operators import attention, bf16_products, norms, others, relative_attention
 from .test_surgery_weights import operator_samples
 
 NO_TENSOR_ARGUMENTS = {
@@ -41,9 +41,12 @@ NO_TENSOR_ARGUMENTS = {
     *("backend", "checked_values", "accelerate", "restore", "balancing", "keep_freed_memory"),
 }
 
+REFUSED = set() if MULTIPLIES_BF16 else set(bf16_products())
+"""Operators that no arguments are valid for on this processor."""
+
 
 def operator_calls() -> dict[str, tuple]:
-    """Arguments of every operator, of some twice."""
+    """Arguments of every operator that this processor runs, of some twice."""
     torch.manual_seed(0)
     rows = torch.randn(4, 5, dtype=torch.float64)
     calls = {**attention(0.2), **relative_attention(0.2), **norms(by_task=True), **others()}
@@ -51,6 +54,8 @@ def operator_calls() -> dict[str, tuple]:
     calls |= {f"{name} alone": arguments for name, arguments in norms(by_task=False).items()}
     calls |= {name: (rows @ rows.T, *given) for name, given in SOLVERS.items()}
     calls["limit_vector_unit"] = (3,)
+    if MULTIPLIES_BF16:
+        calls |= bf16_products()
     if HAS_ONEDNN:
         calls["onednn_linear"] = tuple(x.bfloat16() for x in calls["onednn_linear"])
     return calls
@@ -67,6 +72,7 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
     heads = dict(zip(("q", "k", "v"), qkv.unbind(1), strict=True))
     norm = {"weight": weight, "bias": weight.clone()}
     rows, table = new_task_rows(2, weight, weight), new_task_rows(2, matrix)
+    down = new_task_rows(2, matrix)
     wide = new_task_rows(2, torch.ones(24, dtype=dtype)).buffer
     biased = TaskRows(wide, *(Columns(start, (8,)) for start in (0, 8, 16)))
     by_task = {"segments": TaskSegments((0, 3, 6))}
@@ -139,6 +145,16 @@ def layers(dtype: torch.dtype) -> dict[str, Call]:
         "linear by task": (
             lambda x, weight: kernels.linear(x, weight, rows=table, **by_task),
             {"x": x, "weight": matrix},
+        ),
+        "feed_forward": (
+            kernels.feed_forward,
+            {"x": x, "up_weight": matrix, "up_bias": weight, "down_weight": matrix.clone()},
+        ),
+        "feed_forward by task": (
+            lambda x, up_weight, down_weight: kernels.feed_forward(
+                *(x, up_weight, None, down_weight), up_rows=table, down_rows=down, **by_task
+            ),
+            {"x": x, "up_weight": matrix, "down_weight": matrix.clone()},
         ),
         "zero_rows_": (
             kernels.zero_rows_,
@@ -261,9 +277,16 @@ def backward_calls() -> dict[str, Callable[[], Tensor]]:
     """Forward passes of every layer whose backward passes are this package's."""
     torch.manual_seed(0)
     stream = Stream.of(9)
+    of_torch = ("embedding", "feed_forward", "feed_forward by task")
     calls: dict[str, Callable[[], Tensor]] = {
-        name: partial(layer, stream) for name, layer in LAYERS.items() if name != "embedding"
+        name: partial(layer, stream) for name, layer in LAYERS.items() if name not in of_torch
     }
+    if MULTIPLIES_BF16 and not PREFERS_ONEDNN:
+        in_bf16 = stream.to("cpu", torch.bfloat16)
+        calls |= {
+            f"{name} in bf16": partial(LAYERS[name], in_bf16)
+            for name in ("linear by task", "feed_forward by task")
+        }
     rows = torch.randn(3, 40, requires_grad=True)
     weights = torch.ones(3, requires_grad=True)
     return calls | {

@@ -16,7 +16,9 @@ def test_dtypes_in_and_out(layer_name: str) -> None:
     stream = Stream.of(21)
     with torch.autocast("cpu", torch.bfloat16):
         out, *gradients_and_rows = stream.run(LAYERS[layer_name])
-    assert out.dtype == (torch.bfloat16 if layer_name.startswith("linear") else torch.float32)
+    assert out.dtype == (
+        torch.bfloat16 if layer_name.startswith(("linear", "feed_forward")) else torch.float32
+    )
     assert all(tensor.dtype == torch.float32 for tensor in gradients_and_rows)
     assert all(tensor.isfinite().all() for tensor in gradients_and_rows)
     assert any(tensor.count_nonzero() for tensor in gradients_and_rows)

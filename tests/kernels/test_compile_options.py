@@ -260,6 +260,22 @@ EMBEDDING: dict[str, Call] = {
     ),
 }
 
+
+def _feed_forward_by_task(s: Stream, frozen: tuple[str, ...] = ()) -> Tensor:
+    parameters = {name: getattr(s, name) for name in ("matrix", "bias", "table")}
+    for name in frozen:
+        parameters[name] = parameters[name].detach()
+    up, down = s.matrix_rows, s.table_rows
+    if "matrix" in frozen:
+        up = up._replace(weight_columns=None)
+    if "bias" in frozen:
+        up = up._replace(bias_columns=None)
+    if "table" in frozen:
+        down = down._replace(weight_columns=None)
+    rows = {"up_rows": up, "down_rows": down, "segments": s.segments}
+    return kernels.feed_forward(s.own, *parameters.values(), **rows)
+
+
 LINEAR: dict[str, Call] = {
     "bias": _of_own(kernels.linear, "matrix", "bias"),
     "no bias": _of_own(kernels.linear, "matrix"),
@@ -274,6 +290,15 @@ LINEAR: dict[str, Call] = {
     ),
     "by task, of a constant": lambda s: kernels.linear(
         s.own.detach(), s.matrix, s.bias, rows=s.matrix_rows, segments=s.segments
+    ),
+    "feed-forward": _of_own(kernels.feed_forward, "matrix", "bias", "table"),
+    "feed-forward, no bias": _of_own(kernels.feed_forward, "matrix", "", "table"),
+    "feed-forward by task": _feed_forward_by_task,
+    "feed-forward by task, frozen weight": partial(_feed_forward_by_task, frozen=("matrix",)),
+    "feed-forward by task, frozen bias": partial(_feed_forward_by_task, frozen=("bias",)),
+    "feed-forward by task, frozen second weight": partial(_feed_forward_by_task, frozen=("table",)),
+    "feed-forward by task, of a constant": lambda s: _feed_forward_by_task(
+        s._replace(x=s.x.detach())
     ),
     "rows": lambda s: kernels.take_rows(s.own, s.cu_seqlens[:-1].long()),
     "rows of a constant": lambda s: kernels.take_rows(s.own.detach(), s.cu_seqlens.long() - 1),

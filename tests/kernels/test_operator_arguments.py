@@ -21,7 +21,13 @@ from kernels.surgery.surgery import combine_adamw_reference_
 from .argument_fuzz import Case, cases
 from .compile_triton import triton_modules
 from .layer_cases import LAYERS
-from .operator_calls import NO_TENSOR_ARGUMENTS, layers, operator_calls, public_calls
+from .operator_calls import (
+    NO_TENSOR_ARGUMENTS,
+    REFUSED,
+    layers,
+    operator_calls,
+    public_calls,
+)
 
 RATES = (0.9, 0.999, 1e-8, 0.1)
 ROOT = Path(__file__).parents[2]
@@ -96,6 +102,10 @@ ACCEPTED: Mapping[str, str] = {
     "(embedding_)?layer_norm.rows": r"shape: dimension 1 of (959|961)",
     "lower": r"shape: dimension 0 of \d",
     "linear_task_gradients_.(weight|bias)_rows": r"dtype: torch.float64",
+    # Fewer or more rows of the result, and columns of it.
+    "linear_bf16_grad_input.grad_output": r"shape: dimension 0 of \d+",
+    "linear_bf16_grad_input.weight": r"shape: dimension 1 of \d",
+    "linear_bf16_task_gradients_.(weight|bias)_rows": r"dtype: torch.float32",
     "note_tasks_.reached": r"shape: dimension 0 of 4",  # flags of more parameters
 }
 
@@ -115,7 +125,7 @@ def accepts(one: Told) -> bool:
 def test_every_operator_is_called() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.split("::")[1] for name in names if name.startswith("superbert::")}
-    assert {name.split()[0] for name in operator_calls()} == registered, (
+    assert {name.split()[0] for name in operator_calls()} | REFUSED == registered, (
         "others() of tests/kernels/test_operators.py has an entry for each operator, its arguments"
     )
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import Columns, backend, plan_lookups
 from kernels.attention.attention_options import AttentionOptions
+from kernels.linear.linear import MULTIPLIES_BF16
 
 from .balancing.methods import SOLVERS
 from .layer_cases import LAYERS, Stream
@@ -126,6 +127,20 @@ def others() -> dict[str, tuple]:
     }
 
 
+def bf16_products() -> dict[str, tuple]:
+    """Arguments of this project's products of bfloat16, which other processors refuse."""
+    x, weight, grad = torch.randn(TOKENS, 7), torch.randn(5, 7), torch.randn(TOKENS, 5)
+    x, weight, bias, grad = (each.bfloat16() for each in (x, weight, torch.randn(5), grad))
+    rows, bias_rows = torch.zeros(2, 5, 7).bfloat16(), torch.zeros(2, 5).bfloat16()
+    return {
+        "linear_bf16": (x, weight, bias),
+        "linear_bf16_grad_input": (grad, weight),
+        "linear_bf16_gelu": (x, weight, bias),
+        "linear_bf16_gelu_grad_input": (grad, weight, x),
+        "linear_bf16_task_gradients_": (grad, x, rows, bias_rows, OFFSETS, True),
+    }
+
+
 SAMPLES: dict[str, Callable[[], dict[str, tuple]]] = {
     "attention": lambda: attention(0.0),
     "attention with dropout": lambda: attention(0.2),
@@ -135,11 +150,14 @@ SAMPLES: dict[str, Callable[[], dict[str, tuple]]] = {
     "norms": lambda: norms(by_task=False),
     "norms by task": lambda: norms(by_task=True),
     "others": others,
+    "products of bfloat16": bf16_products,
 }
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_operator_checks(kind: str) -> None:
+    if kind == "products of bfloat16" and not MULTIPLIES_BF16:
+        pytest.skip("this processor has no AVX512_BF16")
     for name, arguments in SAMPLES[kind]().items():
         torch.library.opcheck(getattr(OPS, name).default, arguments)
 

@@ -35,7 +35,7 @@ _CALLS = 20
 """Calls in a child."""
 
 
-_OF_TORCH = ("linear", "embedding")
+_OF_TORCH = ("linear", "feed_forward", "feed_forward by task", "embedding")
 """Layers with a backward pass of torch's, which looks at nothing; so are all in float64."""
 
 

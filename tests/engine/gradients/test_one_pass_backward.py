@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.gradients.flat_parameters import FlatParameters
+from kernels.linear import linear
 
 from ..small_models import TASKS
 
@@ -77,6 +78,19 @@ def test_rows_equal_k_backward_passes(make_model, make_batch, settings):
     assert rows.keys() == {name for name in reference if flat.specs[name].owner != "cfimdb"}
     for name, row in rows.items():
         assert within_twice(row, same_dtype[name], reference[name], scale), name
+
+
+@pytest.mark.parametrize("prefers_onednn", [False, True])
+def test_rows_in_bfloat16(make_model, make_batch, monkeypatch, prefers_onednn):
+    """Of products and GELU by the project's own kernels, where the processor runs them, and not."""
+    monkeypatch.setattr(linear, "PREFERS_ONEDNN", prefers_onednn)
+    model, batch = make_model().bfloat16(), make_batch()
+    rows, _, _ = one_pass_rows(model, batch)
+    same_dtype = pass_by_pass(model, batch)
+    reference = pass_by_pass(copy.deepcopy(model).double(), batch)
+    for name, row in rows.items():
+        assert row.dtype == torch.bfloat16
+        assert within_twice(row, same_dtype[name], reference[name], reference[name].norm()), name
 
 
 def test_rows_with_dropout_equal_k_backward_passes(make_model, make_batch):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine._kernels import kernels
 from engine.models.context import RowContext
-from engine.models.layers import Embedding, LayerNorm, Linear
+from engine.models.layers import Embedding, LayerNorm, Linear, feed_forward
+from engine.models.lora import LoraSettings, LowRankUpdate, LowRankUpdates
 
 WIDTHS, OFFSETS = (6, 8), (0, 5, 5, 12)
 
@@ -83,6 +85,115 @@ def test_ordinary_gradients(bias: bool) -> None:
         found.append([*results, *(parameter.grad for parameter in layers.parameters())])
     for plain, own in zip(*found, strict=True):
         torch.testing.assert_close(own, plain)
+
+
+# ---- feed-forward --------------------------------------------------------------------------------
+
+
+class FeedForward(nn.Module):
+    """Two layers as in `engine.models.bert.BertLayer`; ``plain`` computes them one by one."""
+
+    def __init__(self, *, updated: str | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = Linear(6, 10, init_std=0.5), Linear(10, 8, init_std=0.3)
+        nn.init.normal_(self.up.bias)
+        nn.init.normal_(self.down.bias)
+        if updated is not None:
+            layer: Linear = getattr(self, updated)
+            outputs, inputs = layer.weight.shape
+            update = LowRankUpdate(
+                inputs, slice(0, outputs), LoraSettings(2, 6.0, 0.0, ("all",)), 9
+            )
+            update.up.weight.data.normal_()
+            layer.lora = LowRankUpdates({"all": update}, outputs)
+
+    def attach(self, frozen: set[str]) -> dict[str, Tensor]:
+        """Give the layers rows for all but the frozen parameters; return the rows by name."""
+        layers = {
+            name: module for name, module in self.named_modules() if hasattr(module, "attach_rows")
+        }
+        own = {
+            f"{name}.{key}": parameter
+            for name, module in layers.items()
+            for key, parameter in module.named_parameters(recurse=False)
+        }
+        dtype = self.up.weight.dtype
+        slots, end = kernels.gradient_buffer.lay_out({name: p.shape for name, p in own.items()})
+        buffer = torch.full((len(OFFSETS) - 1, end), torch.nan, dtype=dtype)
+        columns: dict[str, dict[str, kernels.Columns]] = {name: {} for name in layers}
+        for slot in slots:
+            name, key = slot.name.rsplit(".", 1)
+            own[slot.name].requires_grad_(slot.name not in frozen)
+            if slot.name not in frozen:
+                columns[name][key] = slot.columns
+        for name, module in layers.items():
+            module.attach_rows(buffer, columns[name])
+        return {slot.name: slot.view(buffer) for slot in slots}
+
+    def plain(self, x: Tensor, context: RowContext) -> Tensor:
+        return self.down.product(F.gelu(self.up(x, context)), context)
+
+
+def run_feed_forward(
+    layers: FeedForward, frozen: set[str], *, by_kernel: bool
+) -> tuple[Tensor, ...]:
+    """The output, the gradient of the input, and the rows."""
+    rows = layers.attach(frozen)
+    torch.manual_seed(1)
+    dtype = layers.up.weight.dtype
+    x = torch.randn(14, 6).to(dtype).requires_grad_()
+    grad = torch.randn(14, 8).to(dtype)
+    context = RowContext(segments=kernels.TaskSegments(OFFSETS), seed=torch.tensor(5))
+    if by_kernel:
+        out = feed_forward(layers.up, layers.down, x, context)
+    else:
+        out = layers.plain(x, context)
+    out.backward(grad)
+    assert x.grad is not None
+    assert all(parameter.grad is None for parameter in layers.parameters())
+    return out.detach(), x.grad, *rows.values()
+
+
+UP_DOWN = ["up.weight", "up.bias", "down.weight"]
+
+
+@pytest.mark.parametrize("frozen", [[], *([name] for name in UP_DOWN), UP_DOWN[:2], UP_DOWN])
+def test_feed_forward_writes_the_rows_of_its_layers(frozen: list[str]) -> None:
+    """The bias of the second layer is its norm's; in float32 all is the same to the bit."""
+    found = [
+        run_feed_forward(FeedForward(), {*frozen}, by_kernel=by_kernel)
+        for by_kernel in (False, True)
+    ]
+    for plain, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_feed_forward_without_rows() -> None:
+    layers, x = FeedForward(), torch.randn(2, 7, 6)
+    torch.testing.assert_close(
+        feed_forward(layers.up, layers.down, x), layers.plain(x, RowContext()), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("updated", ["up", "down"])
+def test_layers_with_low_rank_updates_run_one_by_one(
+    updated: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(kernels, "feed_forward", refuse)
+    found = [
+        run_feed_forward(FeedForward(updated=updated).to(dtype), {*UP_DOWN}, by_kernel=by_kernel)
+        for by_kernel in (False, True)
+    ]
+    for plain, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, plain, rtol=0, atol=0, equal_nan=True)
+    assert any(own.isfinite().all() and own.any() for own in found[1][2:])
+    with pytest.raises(AssertionError):
+        run_feed_forward(FeedForward().to(dtype), set(), by_kernel=True)
 
 
 # Three tasks and 14 tokens: 4 entries are few enough to zero the whole table, 5 are not.

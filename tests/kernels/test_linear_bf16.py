@@ -1,0 +1,577 @@
+"""Products of bfloat16 by this project's kernels (csrc/linear_*), against float64.
+
+Sizes are one, odd (the kernels multiply pairs), and around those that the kernels work in: tiles of
+8 rows, vectors of 16 columns, panels of 48, blocks of 128 rows, of 1024 tokens, and, of weight
+gradients, of at most 288 outputs and 384 inputs; and those of BERT's layers.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import kernels
+from kernels.linear import linear as module
+from kernels.linear.linear import MULTIPLIES_BF16, PREFERS_ONEDNN, linear_task_gradients_reference_
+
+from .argument_fuzz import freed, guarded, strided
+from .layer_cases import LAYERS as LAYERS_OF_STREAMS
+from .layer_cases import Stream
+from .tolerance import assert_within_twice
+
+OPS = torch.ops.superbert
+DTYPES = [torch.bfloat16, torch.float32]
+needs_bf16 = pytest.mark.skipif(not MULTIPLIES_BF16, reason="this processor has no AVX512_BF16")
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int16 if x.itemsize == 2 else torch.int32)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same, NaN and the sign of zero included."""
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def assert_same_specials(result: Tensor, exact: Tensor) -> None:
+    """NaN and infinities are where they belong, and nowhere else."""
+    assert torch.equal(result.isnan(), exact.isnan())
+    assert torch.equal(result.isposinf(), exact.isposinf())
+    assert torch.equal(result.isneginf(), exact.isneginf())
+
+
+# ---- which processors ---------------------------------------------------------------------------
+
+
+def test_python_and_the_extension_agree_on_the_processor() -> None:
+    if MULTIPLIES_BF16:
+        assert OPS.limit_vector_unit(3) == 3
+        assert OPS.linear_bf16(bf16(2, 3), bf16(4, 3), None).shape == (2, 4)
+    else:
+        with pytest.raises(ValueError, match="x: this processor has no bfloat16 products"):
+            OPS.linear_bf16(bf16(2, 3), bf16(4, 3), None)
+
+
+@pytest.mark.skipif(MULTIPLIES_BF16, reason="this processor has AVX512_BF16")
+def test_other_processors_refuse() -> None:
+    none = torch.empty(0)
+    for call in (
+        lambda: OPS.linear_bf16_grad_input(bf16(2, 4), bf16(4, 3)),
+        lambda: OPS.linear_bf16_task_gradients_(
+            bf16(2, 4), bf16(2, 3), none, none.clone(), [0, 2], False
+        ),
+    ):
+        with pytest.raises(ValueError, match="this processor has no bfloat16 products"):
+            call()
+
+
+def test_the_declared_backend_is_the_one_that_runs() -> None:
+    is_ours = MULTIPLIES_BF16 and not PREFERS_ONEDNN
+    assert kernels.backend("linear_task_gradients_", "cpu") == ("cpp" if is_ours else "torch")
+
+
+# ---- forward, and gradients of the input --------------------------------------------------------
+
+# Around a tile and a block of rows, with every remainder of a tile's halves.
+ROWS = [0, 1, 3, 7, 8, 9, 15, 127, 128, 129, 257]
+# Outputs and inputs: one, around a pair, a vector, two, a panel, and two panels.
+MATRICES = [
+    *((1, 1), (1, 2), (2, 1), (15, 17), (16, 16), (17, 15), (31, 33), (33, 31)),
+    *((47, 49), (48, 48), (49, 47), (95, 97), (97, 95), (144, 3), (3, 145)),
+]
+WIDE = [
+    *((5, 768, 768), (130, 384, 1536), (129, 1536, 384), (13, 1152, 384)),
+    *((24, 3072, 768), (9, 768, 3072), (2, 31, 3071)),
+]
+
+
+@needs_bf16
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("shape", [*(((n, *m) for n, m in product(ROWS, MATRICES))), *WIDE])
+def test_forward_and_input_gradients(shape: tuple[int, int, int]) -> None:
+    rows, outputs, inputs = shape
+    x, weight, bias = bf16(rows, inputs), bf16(outputs, inputs), bf16(outputs)
+    for added in (None, bias):
+        exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+        assert_within_twice(OPS.linear_bf16(x, weight, added), F.linear(x, weight, added), exact)
+    grad = bf16(rows, outputs)
+    assert_within_twice(
+        OPS.linear_bf16_grad_input(grad, weight), grad @ weight, grad.double() @ weight.double()
+    )
+
+
+@needs_bf16
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("shape", [(0, 0, 0), (5, 0, 3), (5, 3, 0), (0, 3, 0), (5, 0, 0)])
+def test_products_without_columns_or_summands(shape: tuple[int, int, int]) -> None:
+    rows, outputs, inputs = shape
+    x, weight, bias = bf16(rows, inputs), bf16(outputs, inputs), bf16(outputs)
+    assert same_bits(OPS.linear_bf16(x, weight, bias), bias.expand(rows, outputs))
+    grad = bf16(rows, outputs)
+    assert same_bits(OPS.linear_bf16_grad_input(grad, weight), grad.new_zeros(rows, inputs))
+
+
+@needs_bf16
+@pytest.mark.parametrize("exponent", [-40, 40])
+def test_numbers_far_from_one(exponent: int) -> None:
+    x, weight = bf16(13, 129) * 2.0**exponent, bf16(31, 129) * 2.0**exponent
+    exact = x.double() @ weight.double().T
+    assert_within_twice(OPS.linear_bf16(x, weight, None), x @ weight.T, exact)
+
+
+def other_strides(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values, or those of one row or column, as callers may have them in memory."""
+    yield from strided(x)
+    if x.dim() == 2:
+        rows, columns = x.shape
+        wide = bf16(rows, columns + 8)
+        for start, step in ((3, 0), (4, 0), (3, 1)):  # odd: pairs that are not aligned
+            part = wide.as_strided(x.shape, (columns + 6 + step, 1), start)
+            yield f"rows apart, from {start}", part.copy_(x)
+        yield "one number", torch.ones((), dtype=x.dtype).expand(x.shape)
+
+
+@needs_bf16
+@pytest.mark.parametrize("inputs", [1, 12, 13])
+def test_strides_of_operands_make_no_difference(inputs: int) -> None:
+    x, weight, bias, grad = bf16(9, inputs), bf16(11, inputs), bf16(11), bf16(9, 11)
+    arguments = [("x", x), ("weight", weight), ("bias", bias)]
+    for place, (_, tensor) in enumerate(arguments):
+        for kind, view in other_strides(tensor):
+            given = [x, weight, bias]
+            given[place] = view
+            expected = OPS.linear_bf16(*(each.contiguous() for each in given))
+            assert same_bits(OPS.linear_bf16(*given), expected), (place, kind)
+    for place, tensor in enumerate((grad, weight)):
+        for kind, view in other_strides(tensor):
+            given = [grad, weight]
+            given[place] = view
+            expected = OPS.linear_bf16_grad_input(*(each.contiguous() for each in given))
+            assert same_bits(OPS.linear_bf16_grad_input(*given), expected), (place, kind)
+
+
+@needs_bf16
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("inputs", [1, 2, 7, 8, 49])  # odd: the last pair is half empty
+def test_nan_and_infinity_stay_in_what_depends_on_them(inputs: int, special: float) -> None:
+    x, weight, bias, grad = bf16(11, inputs), bf16(19, inputs), bf16(19), bf16(11, 19)
+
+    def changed(tensor: Tensor, place: int, at: int, spoiled: int) -> Tensor:
+        if place != spoiled:
+            return tensor
+        tensor = tensor.clone()
+        tensor.view(-1)[at] = special
+        return tensor
+
+    def places(tensor: Tensor) -> set[int]:
+        """Both ends of the first row, the beginning of the second, and the last element."""
+        width, last = tensor.shape[-1], tensor.numel() - 1
+        return {0, width - 1, min(width, last), last}
+
+    for spoiled, tensor in enumerate((x, weight, bias)):
+        for at in places(tensor):
+            given = [changed(each, i, at, spoiled) for i, each in enumerate((x, weight, bias))]
+            exact = F.linear(*(each.double() for each in given))
+            assert_same_specials(OPS.linear_bf16(*given), exact)
+    for spoiled, tensor in enumerate((grad, weight)):
+        for at in places(tensor):
+            given = [changed(each, i, at, spoiled) for i, each in enumerate((grad, weight))]
+            exact = given[0].double() @ given[1].double()
+            assert_same_specials(OPS.linear_bf16_grad_input(*given), exact)
+
+
+# ---- gradients of weights and biases ------------------------------------------------------------
+
+# Tokens, and where tasks begin and end.
+BATCHES = [
+    *((0, [0, 0]), (1, [0, 1]), (3, [1, 1]), (9, [2, 3])),  # no token, one, rows of nobody
+    (20, [0, 7, 7, 20]),
+    (33, [2, 2, 15, 31]),
+    *((n + 2, [1, 1 + n]) for n in (1023, 1024, 1025, 2048)),
+    (3080, [0, 1, 2049, 2049, 3074]),  # the next block begins with an odd token
+    (60, [3, 4, 4, 9, 16, 31, 32, 32, 41, 58]),
+]
+# Outputs and inputs: as MATRICES, and one more than a block, where tasks are many.
+LAYERS = [(1, 1), (1, 16), (17, 31), (48, 15), (49, 97), (289, 385)]
+BERT = [
+    (65, [0, 21, 64], (768, 768)),
+    (40, [0, 13, 14, 40], (2304, 768)),
+    (21, [0, 21], (3072, 768)),
+    (21, [0, 21], (768, 3072)),
+    (1030, [0, 1, 1030], (1152, 384)),
+    (40, [0, 27, 40], (384, 1536)),
+]
+
+Sizes = tuple[int, list[int], tuple[int, int]]
+
+
+class Layer:
+    """Streams of a batch, and two kinds of gradient rows: those to write, and torch's."""
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        dtypes: tuple[torch.dtype, torch.dtype] = (torch.bfloat16, torch.bfloat16),
+        *,
+        fill: float | None = torch.nan,
+        around: int = 3,
+    ) -> None:
+        tokens, self.offsets, (outputs, inputs) = sizes
+        self.x = bf16(tokens, inputs)
+        # Of 64ths: their sums are exact in float32, and so no luck of the order in which they add
+        # up decides between ours and torch's.
+        self.grad = (64 * torch.randn(tokens, outputs)).round().div(64).bfloat16()
+        tasks = len(self.offsets) - 1
+        self.buffers, self.rows = [], []
+        for dtype, shape in zip(dtypes, ((outputs, inputs), (outputs,)), strict=True):
+            width = torch.Size(shape).numel()
+            buffer = torch.full((tasks, width + 2 * around), torch.nan, dtype=dtype)
+            rows = buffer[:, around : around + width].unflatten(1, shape)
+            rows.copy_(torch.randn(rows.shape) if fill is None else torch.tensor(fill))
+            self.buffers.append(buffer)
+            self.rows.append(rows)
+        self.around = around
+
+    def run(self, accumulate: bool = False) -> list[Tensor]:
+        OPS.linear_bf16_task_gradients_(self.grad, self.x, *self.rows, self.offsets, accumulate)
+        return self.rows
+
+    def check(self, accumulate: bool = False) -> None:
+        """Write the rows, compare them, and see that nothing around them is written."""
+        held = [rows.clone() for rows in self.rows]
+        torchs = [rows.clone() for rows in held]
+        reference = linear_task_gradients_reference_
+        reference(self.grad, self.x, *torchs, self.offsets, accumulate)
+        pairs = list(pairwise(self.offsets))
+        dy, x = self.grad.double(), self.x.double()
+        exact = [
+            torch.stack([dy[a:b].T @ x[a:b] for a, b in pairs]),
+            torch.stack([dy[a:b].sum(0) for a, b in pairs]),
+        ]
+        for own, theirs, expected, before in zip(
+            self.run(accumulate), torchs, exact, held, strict=True
+        ):
+            assert_within_twice(own, theirs, expected + before.double() if accumulate else expected)
+        for buffer in self.buffers:
+            assert buffer[:, : self.around].isnan().all()
+            assert buffer[:, buffer.shape[1] - self.around :].isnan().all()
+
+
+@needs_bf16
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("matrix", LAYERS)
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: "-".join(map(str, batch[1])))
+def test_task_gradients(batch: Any, matrix: tuple[int, int], dtype: torch.dtype) -> None:
+    Layer((*batch, matrix), (dtype, dtype)).check()
+
+
+@needs_bf16
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("sizes", BERT)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32,) * 2])
+def test_task_gradients_of_bert(sizes: Sizes, dtypes: Any) -> None:
+    Layer(sizes, dtypes).check()
+
+
+@needs_bf16
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtypes", list(product(DTYPES, DTYPES)))
+@pytest.mark.parametrize("batch", [*BATCHES[3:6], BATCHES[-2]])
+def test_accumulated_task_gradients(batch: Any, dtypes: Any) -> None:
+    Layer((*batch, (49, 31)), dtypes, fill=None).check(accumulate=True)
+
+
+@needs_bf16
+def test_what_is_accumulated_onto_nothing_stays() -> None:
+    layer = Layer((9, [4, 4, 4], (17, 5)), (torch.bfloat16, torch.float32), fill=None)
+    before = [rows.clone() for rows in layer.rows]
+    assert all(map(same_bits, layer.run(accumulate=True), before))
+    assert not any(rows.any() for rows in layer.run())
+
+
+@needs_bf16
+@pytest.mark.parametrize("empty", [0, 1])
+@pytest.mark.parametrize("batch", [BATCHES[4], BATCHES[-2]])
+def test_gradients_of_one_parameter(batch: Any, empty: int) -> None:
+    sizes: Sizes = (*batch, (49, 31))
+    layer = Layer(sizes)
+    expected = [rows.clone() for rows in layer.run()]
+    layer.rows[empty] = torch.empty(0)
+    other = layer.rows[1 - empty].fill_(torch.nan)
+    layer.run()
+    assert same_bits(other, expected[1 - empty])
+
+
+@needs_bf16
+def test_gradients_without_tasks_or_columns_write_nothing() -> None:
+    none = torch.empty(0)
+    run = OPS.linear_bf16_task_gradients_
+    run(bf16(5, 3), bf16(5, 4), none, none.clone(), [2], False)
+    run(bf16(5, 3), bf16(5, 4), none, none.clone(), [0, 2, 5], False)
+    run(bf16(5, 0), bf16(5, 4), bf16(1, 0, 4), bf16(1, 0), [0, 5], False)
+    biases, grad = bf16(1, 3), bf16(5, 3)
+    run(grad, bf16(5, 0), bf16(1, 3, 0), biases, [0, 5], False)
+    assert_within_twice(biases, grad.sum(0)[None], grad.double().sum(0)[None])
+
+
+@needs_bf16
+@pytest.mark.parametrize("widths", [(1, 1), (12, 13), (13, 12)])
+def test_strides_of_streams_make_no_difference(widths: tuple[int, int]) -> None:
+    for name in ("x", "grad"):
+        layer = Layer((9, [1, 4, 8], widths))
+        for kind, view in other_strides(getattr(layer, name)):
+            setattr(layer, name, view)
+            own = [rows.clone() for rows in layer.run()]
+            setattr(layer, name, view.contiguous())
+            assert all(map(same_bits, own, layer.run())), (name, kind)
+
+
+@needs_bf16
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_one_buffer(dtype: torch.dtype) -> None:
+    """Weight and bias rows as they lie in the gradient buffer, other columns between them."""
+    outputs, inputs, offsets = 17, 13, [0, 3, 3, 20]
+    buffer = torch.full((3, outputs * (inputs + 1) + 9), torch.nan, dtype=dtype)
+    columns = torch.zeros(buffer.shape[1], dtype=torch.bool)
+    columns[2 : 2 + outputs * inputs] = True
+    columns[-outputs - 5 : -5] = True
+    weight_rows = buffer[:, 2 : 2 + outputs * inputs].unflatten(1, (outputs, inputs))
+    bias_rows = buffer[:, -outputs - 5 : -5]
+    layer = Layer((22, offsets, (outputs, inputs)), (dtype, dtype), around=0)
+    apart = layer.run()
+    layer.rows = [weight_rows, bias_rows]
+    assert all(map(same_bits, layer.run(), apart))
+    assert buffer[:, ~columns].isnan().all()
+
+
+@needs_bf16
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("ends", [(2, 9), (2, 1027), (2, 1028)])  # an odd token alone in a pair
+def test_nan_and_infinity_stay_in_their_task(ends: tuple[int, int], special: float) -> None:
+    offsets = [*ends, ends[1] + 6]
+    tokens = offsets[-1] + 2
+    places = [0, 1, *(end + step for end in offsets for step in (-1, 0)), tokens - 1]
+    for token, (name, column) in product(places, (("x", 0), ("x", 4), ("grad", 0), ("grad", 16))):
+        layer = Layer((tokens, offsets, (17, 5)))
+        getattr(layer, name)[token, column] = special
+        dy, x = layer.grad.double(), layer.x.double()
+        for task, (own, bias) in enumerate(zip(*layer.run(), strict=True)):
+            start, end = offsets[task : task + 2]
+            assert_same_specials(own, dy[start:end].T @ x[start:end])
+            assert_same_specials(bias, dy[start:end].sum(0))
+
+
+# ---- threads and memory -------------------------------------------------------------------------
+
+
+@needs_bf16
+@pytest.mark.parametrize("shape", [(1, 97, 129), (200, 49, 31), (5, 768, 384), (300, 300, 400)])
+def test_bits_do_not_depend_on_the_number_of_threads(shape: tuple[int, int, int]) -> None:
+    rows, outputs, inputs = shape
+    offsets = [0, rows // 3, rows // 3, rows - rows // 5, rows]
+    layer = Layer((rows, offsets, (outputs, inputs)), (torch.bfloat16, torch.float32))
+    weight, bias = bf16(outputs, inputs), bf16(outputs)
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        out = OPS.linear_bf16(layer.x, weight, bias)
+        results.append(
+            [
+                *(out, OPS.linear_bf16_grad_input(layer.grad, weight)),
+                *(rows.clone() for rows in layer.run()),
+            ]
+        )
+    for others in results[1:]:
+        assert all(map(same_bits, results[0], others))
+
+
+@needs_bf16
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (9, 17, 49), (130, 49, 16), (8, 48, 96)])
+def test_no_step_beyond_the_operands(shape: tuple[int, int, int], at_end: bool) -> None:
+    """Every operand ends where memory begins that may be neither read nor written, or begins there.
+
+    So do rows that lie apart: the last one has no gap behind it.
+    """
+    rows, outputs, inputs = shape
+
+    def placed(x: Tensor, gap: int = 0) -> Tensor:
+        size, stride = x[0].numel(), x[0].numel() + gap
+        memory = guarded(x.new_zeros((len(x) - 1) * stride + size), at_end)
+        strides = (stride, *x.stride()[1:])
+        return memory.as_strided(x.shape, strides).copy_(x)
+
+    offsets = [0, rows // 2, rows]
+    layer = Layer((rows, offsets, (outputs, inputs)), (torch.bfloat16, torch.float32), around=0)
+    weight, bias = bf16(outputs, inputs), bf16(outputs)
+    expected = [rows.clone() for rows in layer.run()]
+    out = OPS.linear_bf16(layer.x, weight, bias)
+    grad_input = OPS.linear_bf16_grad_input(layer.grad, weight)
+    for gap in (0, 1, 2):
+        x, grad, own_weight = (placed(t, gap) for t in (layer.x, layer.grad, weight))
+        own_bias = guarded(bias, at_end)
+        assert same_bits(OPS.linear_bf16(x, own_weight, own_bias), out)
+        assert same_bits(OPS.linear_bf16_grad_input(grad, own_weight), grad_input)
+        own = [placed(rows.fill_(torch.nan), gap) for rows in layer.rows]
+        OPS.linear_bf16_task_gradients_(grad, x, *own, offsets, False)
+        assert all(map(same_bits, own, expected))
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+X, WEIGHT, BIAS, GRAD = bf16(6, 4), bf16(5, 4), bf16(5), bf16(6, 5)
+FREED = "its storage holds 0 of"
+
+
+def refused(call: Callable[..., object], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(*given.values())
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": X[0]}, r"x: expected \[rows, inputs\], got \[4\]"),
+        ({"x": X[None]}, r"x: expected \[rows, inputs\], got \[1, 6, 4\]"),
+        ({"x": bf16(6, 3)}, r"x: expected the shape \[6, 4\], got \[6, 3\]"),
+        ({"x": X.float()}, "x: expected bfloat16"),
+        ({"x": freed(X)}, f"x: {FREED} 48"),
+        ({"weight": BIAS}, r"weight: expected \[outputs, inputs\], got \[5\]"),
+        ({"weight": WEIGHT.half()}, "weight: expected bfloat16"),
+        ({"weight": freed(WEIGHT)}, f"weight: {FREED} 40"),
+        ({"bias": bf16(4)}, r"bias: expected the shape \[5\], got \[4\]"),
+        ({"bias": WEIGHT}, r"bias: expected the shape \[5\], got \[5, 4\]"),
+        ({"bias": BIAS.double()}, "bias: expected bfloat16"),
+        ({"bias": freed(BIAS)}, f"bias: {FREED} 10"),
+    ],
+)
+def test_forward_refuses(change: dict[str, Any], message: str) -> None:
+    refused(OPS.linear_bf16, {"x": X, "weight": WEIGHT, "bias": BIAS} | change, message)
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad_output": BIAS}, r"grad_output: expected \[rows, outputs\], got \[5\]"),
+        ({"grad_output": X}, r"grad_output: expected the shape \[6, 5\], got \[6, 4\]"),
+        ({"grad_output": GRAD.float()}, "grad_output: expected bfloat16"),
+        ({"grad_output": freed(GRAD)}, f"grad_output: {FREED} 60"),
+        ({"weight": BIAS}, r"weight: expected \[outputs, inputs\], got \[5\]"),
+        ({"weight": WEIGHT.float()}, "weight: expected bfloat16"),
+        ({"weight": freed(WEIGHT)}, f"weight: {FREED} 40"),
+    ],
+)
+def test_input_gradients_refuse(change: dict[str, Any], message: str) -> None:
+    given = {"grad_output": GRAD, "weight": WEIGHT} | change
+    refused(OPS.linear_bf16_grad_input, given, message)
+
+
+APART = "expected rows that lie apart, each contiguous"
+OVERLAPS = "written, and so must not overlap"
+BUFFER = torch.zeros(2, 60, dtype=torch.bfloat16)
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grad_output": BIAS}, r"grad_output: expected \[tokens, outputs\], got \[5\]"),
+        ({"grad_output": GRAD[1:]}, r"grad_output: expected the shape \[6, 5\], got \[5, 5\]"),
+        ({"grad_output": GRAD.float()}, "grad_output: expected bfloat16"),
+        ({"grad_output": freed(GRAD)}, f"grad_output: {FREED} 60"),
+        ({"x": X[0]}, r"x: expected \[tokens, inputs\], got \[4\]"),
+        ({"x": X.float()}, "x: expected bfloat16"),
+        ({"x": freed(X)}, f"x: {FREED} 48"),
+        ({"weight_rows": bf16(2, 4, 5)}, r"weight_rows: expected the shape \[2, 5, 4\]"),
+        ({"weight_rows": bf16(3, 5, 4)}, r"weight_rows: expected the shape \[2, 5, 4\]"),
+        ({"weight_rows": bf16(2, 20)}, r"weight_rows: expected the shape \[2, 5, 4\]"),
+        ({"weight_rows": torch.zeros(2, 5, 4).half()}, "weight_rows: expected bfloat16 or float32"),
+        ({"weight_rows": torch.zeros(2, 5, 4).double()}, "weight_rows: expected"),
+        ({"weight_rows": freed(bf16(2, 5, 4))}, f"weight_rows: {FREED} 80"),
+        ({"weight_rows": bf16(2, 4, 5).mT}, f"weight_rows: {APART}"),
+        ({"weight_rows": bf16(5, 2, 4).transpose(0, 1)}, f"weight_rows: {APART}"),
+        ({"weight_rows": bf16(2, 5, 6)[..., :4]}, f"weight_rows: {APART}"),
+        ({"weight_rows": bf16(1, 5, 4).expand(2, 5, 4)}, f"weight_rows: {APART}"),
+        ({"weight_rows": bf16(39).as_strided((2, 5, 4), (19, 4, 1))}, f"weight_rows: {APART}"),
+        ({"bias_rows": bf16(2, 4)}, r"bias_rows: expected the shape \[2, 5\], got \[2, 4\]"),
+        ({"bias_rows": torch.zeros(2, 5).half()}, "bias_rows: expected bfloat16 or float32"),
+        ({"bias_rows": freed(bf16(2, 5))}, f"bias_rows: {FREED} 20"),
+        ({"bias_rows": bf16(5, 2).T}, f"bias_rows: {APART}"),
+        ({"bias_rows": bf16(1, 5).expand(2, 5)}, f"bias_rows: {APART}"),
+        ({"offsets": []}, "offsets: expected row numbers within 0 .. 6"),
+        ({"offsets": [0, 3, 7]}, "offsets: expected row numbers within 0 .. 6"),
+        ({"offsets": [-1, 3, 6]}, "offsets: expected row numbers within 0 .. 6"),
+        ({"offsets": [0, 7, 6]}, "offsets: expected to ascend"),
+        ({"offsets": [0, 6]}, r"weight_rows: expected the shape \[1, 5, 4\]"),
+        (
+            {"weight_rows": BUFFER[:, :20].unflatten(1, (5, 4)), "x": BUFFER.view(30, 4)[10:16]},
+            f"weight_rows: {OVERLAPS} x",
+        ),
+        (
+            {
+                "weight_rows": BUFFER[:, :20].unflatten(1, (5, 4)),
+                "grad_output": BUFFER[0, 19:49].view(6, 5),
+            },
+            f"weight_rows: {OVERLAPS} grad_output",
+        ),
+        (
+            {"weight_rows": BUFFER[:, :20].unflatten(1, (5, 4)), "bias_rows": BUFFER[:, 19:24]},
+            f"weight_rows: {OVERLAPS} bias_rows",
+        ),
+        ({"bias_rows": BUFFER[:, :5], "x": BUFFER.view(30, 4)[1:7]}, f"bias_rows: {OVERLAPS} x"),
+        (
+            {"bias_rows": BUFFER[:, :5], "grad_output": BUFFER.view(24, 5)[12:18]},
+            f"bias_rows: {OVERLAPS} grad_output",
+        ),
+    ],
+)
+def test_task_gradients_refuse(change: dict[str, Any], message: str) -> None:
+    given = {
+        **{"grad_output": GRAD, "x": X, "weight_rows": bf16(2, 5, 4), "bias_rows": bf16(2, 5)},
+        **{"offsets": [0, 3, 6], "accumulate": False},
+    }
+    refused(OPS.linear_bf16_task_gradients_, given | change, message)
+
+
+# ---- layers -------------------------------------------------------------------------------------
+
+
+@needs_bf16
+@pytest.mark.parametrize(
+    "name", ["linear", "linear by task", "feed_forward", "feed_forward by task"]
+)
+def test_compiled_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, of a batch, and of one with other token counts."""
+    monkeypatch.setattr(module, "PREFERS_ONEDNN", False)
+    torch.compiler.reset()
+    layer = LAYERS_OF_STREAMS[name]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (21, 34):
+        stream = Stream.of(tokens).to("cpu", torch.bfloat16)
+        expected, found = stream.run(layer), stream.run(compiled)
+        for own, plain in zip(found, expected, strict=True):
+            torch.testing.assert_close(own, plain)
+
+
+@needs_bf16
+def test_a_layer_that_runs_under_no_grad_is_the_one_that_trains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PREFERS_ONEDNN", False)
+    stream = Stream.of(21).to("cpu", torch.bfloat16)
+    for name in ("linear by task", "feed_forward by task"):
+        trained = LAYERS_OF_STREAMS[name](stream)
+        with torch.no_grad():
+            alone = LAYERS_OF_STREAMS[name](stream)
+        assert same_bits(trained.detach(), alone)
