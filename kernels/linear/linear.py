@@ -87,6 +87,8 @@ def is_ours(*tensors: Tensor | None) -> bool:
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x W^T + b``, dtype of all three the same, without a graph for autograd."""
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype:
+        return F.linear(x, weight, bias)  # which alone is cast
     if x.dim() == 2 and is_ours(x, weight, bias):
         product: Tensor = _ops.linear_bf16(x, weight, bias)
         return product
