@@ -29,13 +29,13 @@ _ops = torch.ops.superbert
 
 @register_fake("linear_bf16_gelu")
 def _gelu_fake(x: Tensor, weight: Tensor, _bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    shape = len(x), len(weight)
+    shape = x.shape[0], len(weight)
     return x.new_empty(shape), x.new_empty(shape)
 
 
 @register_fake("linear_bf16_gelu_grad_input")
 def _gelu_grad_input_fake(grad_output: Tensor, weight: Tensor, _x: Tensor) -> Tensor:
-    return grad_output.new_empty(len(grad_output), weight.shape[1])
+    return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
 declare("linear_bf16_gelu", cpu="cpp", cuda=None)

@@ -89,6 +89,8 @@ def is_ours(*tensors: Tensor | None) -> bool:
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x W^T + b``, dtype of all three the same, without a graph for autograd."""
+    if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != x.dtype:
+        return F.linear(x, weight, bias)  # which alone is cast
     if x.dim() == 2 and is_ours(x, weight, bias):
         product: Tensor = _ops.linear_bf16(x, weight, bias)
         return product
@@ -219,11 +221,11 @@ def _task_gradients_fake(*_arguments: object) -> None:
 
 
 def _bf16_fake(x: Tensor, weight: Tensor, _bias: Tensor | None) -> Tensor:
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], len(weight))  # len(x) would compile for this number of rows
 
 
 def _bf16_grad_input_fake(grad_output: Tensor, weight: Tensor) -> Tensor:
-    return grad_output.new_empty(len(grad_output), weight.shape[1])
+    return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
 register_fake("linear_bf16")(_bf16_fake)

@@ -53,3 +53,13 @@ def test_a_chain_of_layers_is_as_accurate_as_torchs() -> None:
         run(ours, torch.float32, True), run(torchs, torch.float32, True), exact, strict=True
     ):
         assert_within_twice(*tensors)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_linear_casts_bfloat16_too(bias: bool, grad: bool) -> None:
+    """To autocast's other dtype, whichever product serves bfloat16."""
+    x, weight = torch.randn(5, 6).bfloat16(), torch.randn(8, 6).bfloat16()
+    added = weight[:, 0] if bias else None
+    with torch.autocast("cpu", torch.float16), torch.set_grad_enabled(grad):
+        assert kernels.linear(x, weight, added).dtype == torch.float16
