@@ -259,7 +259,7 @@ struct TaskGradients {
   static constexpr int64_t kPacked = kPanel * kTokenBlock / 2;
   int64_t part_row() const { return std::min(kRightPanels * kPanel, inputs); }
   int64_t left_columns() const { return left_panels * kPanel; }
-  int64_t floats() const { return (left_panels + 1) * kPacked + left_columns() * (1 + part_row()); }
+  int64_t floats() const { return (left_panels + 1) * kPacked + left_columns() * (2 + part_row()); }
 
   // Writes a block of one task's gradients.
   void run(int64_t item, float* scratch) const {
@@ -272,20 +272,23 @@ struct TaskGradients {
     auto* const left = reinterpret_cast<uint32_t*>(scratch);
     auto* const right = left + left_panels * kPacked;
     float* const sums = scratch + (left_panels + 1) * kPacked;
-    float* const part = sums + left_columns();
+    float* const block_sums = sums + left_columns(); // of a block of tokens, added to the others'
+    float* const part = block_sums + left_columns();
     const bool sums_columns = bias.data != nullptr && input == 0;
-    std::fill(sums, part, 0.0f);
+    std::fill(sums, block_sums, 0.0f);
 
     const int64_t end = offsets[k + 1];
     int64_t begin = offsets[k];
     for (bool is_first = true; is_first || begin < end; is_first = false, begin += kTokenBlock) {
       const int64_t tokens = std::min(kTokenBlock, end - begin), pairs = ceil_div(tokens, 2);
       const bool is_last = begin + tokens == end;
+      std::fill(block_sums, part, 0.0f);
       for (int64_t i = output; i < last_output; i += kPanel) {
         own.pack(grad.at(begin, i), tokens, panel_columns(last_output, i),
                  left + (i - output) / kPanel * kPacked,
-                 sums_columns ? sums + i - output : nullptr);
+                 sums_columns ? block_sums + i - output : nullptr);
       }
+      for (int64_t i = 0; i < left_columns(); ++i) sums[i] += block_sums[i];
       for (int64_t j = input; j < last_input; j += kPanel) {
         const int64_t columns = panel_columns(last_input, j);
         own.pack(x.at(begin, j), tokens, columns, right, nullptr);
