@@ -259,7 +259,7 @@ struct TaskGradients {
   static constexpr int64_t kPacked = kPanel * kTokenBlock / 2;
   int64_t part_row() const { return std::min(kRightPanels * kPanel, inputs); }
   int64_t left_columns() const { return left_panels * kPanel; }
-  int64_t floats() const { return (left_panels + 1) * kPacked + left_columns() * (2 + part_row()); }
+  int64_t floats() const { return (left_panels + 1) * kPacked + left_columns() * (3 + part_row()); }
 
   // Writes a block of one task's gradients.
   void run(int64_t item, float* scratch) const {
@@ -271,24 +271,24 @@ struct TaskGradients {
         weight.data == nullptr ? input : std::min(inputs, input + kRightPanels * kPanel);
     auto* const left = reinterpret_cast<uint32_t*>(scratch);
     auto* const right = left + left_panels * kPacked;
-    float* const sums = scratch + (left_panels + 1) * kPacked;
-    float* const block_sums = sums + left_columns(); // of a block of tokens, added to the others'
-    float* const part = block_sums + left_columns();
+    float* const sums = scratch + (left_panels + 1) * kPacked; // of columns, in a block of tokens
+    auto* const totals = reinterpret_cast<double*>(sums + left_columns());
+    float* const part = sums + 3 * left_columns();
     const bool sums_columns = bias.data != nullptr && input == 0;
-    std::fill(sums, block_sums, 0.0f);
+    std::fill(totals, totals + left_columns(), 0.0);
 
     const int64_t end = offsets[k + 1];
     int64_t begin = offsets[k];
     for (bool is_first = true; is_first || begin < end; is_first = false, begin += kTokenBlock) {
       const int64_t tokens = std::min(kTokenBlock, end - begin), pairs = ceil_div(tokens, 2);
       const bool is_last = begin + tokens == end;
-      std::fill(block_sums, part, 0.0f);
+      std::fill(sums, sums + left_columns(), 0.0f);
       for (int64_t i = output; i < last_output; i += kPanel) {
         own.pack(grad.at(begin, i), tokens, panel_columns(last_output, i),
                  left + (i - output) / kPanel * kPacked,
-                 sums_columns ? block_sums + i - output : nullptr);
+                 sums_columns ? sums + i - output : nullptr);
       }
-      for (int64_t i = 0; i < left_columns(); ++i) sums[i] += block_sums[i];
+      for (int64_t i = 0; i < left_columns(); ++i) totals[i] += sums[i];
       for (int64_t j = input; j < last_input; j += kPanel) {
         const int64_t columns = panel_columns(last_input, j);
         own.pack(x.at(begin, j), tokens, columns, right, nullptr);
@@ -307,6 +307,7 @@ struct TaskGradients {
         }
       }
     }
+    std::copy(totals, totals + left_columns(), sums);
     for (int64_t i = output; sums_columns && i < last_output; i += kPanel) {
       ProductOutput out = bias.at(k, 0, i);
       out.part = sums + i - output;

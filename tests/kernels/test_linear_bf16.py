@@ -598,3 +598,13 @@ def test_a_layer_that_runs_under_no_grad_is_the_one_that_trains(
         with torch.no_grad():
             alone = LAYERS_OF_STREAMS[name](stream)
         assert same_bits(trained.detach(), alone)
+
+
+@needs_bf16
+def test_long_sums_of_biases() -> None:
+    """Of a task of twenty blocks of tokens, whose float32 sums would lose to one another."""
+    grad, x = bf16(20_000, 100), bf16(20_000, 1)
+    found, nothing = torch.empty(1, 100), torch.empty(0)
+    OPS.linear_bf16_task_gradients_(grad, x, nothing, found, [0, 20_000], False)
+    torchs = torch.sum(grad, 0, dtype=torch.float32)
+    assert_within_twice(found[0], torchs, grad.double().sum(0))
