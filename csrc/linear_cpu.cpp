@@ -1,7 +1,7 @@
 // Products of linear layers in bfloat16 on the CPU; kernels/linear/linear.py has their mathematics.
 //
-// Work is divided into blocks that stay in a core's second cache.  How, may depend on the number of
-// threads: every element is the sum of the same products in the same order.
+// Work is divided into blocks that stay in a core's second cache.  The blocks may depend on the
+// number of threads, since each element is the sum of the same products in the same order.
 #include "linear.h"
 
 #include <algorithm>
@@ -21,7 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kVector = 16;       // columns of a panel's narrowest build
+constexpr int64_t kVector = 16;       // columns of a vector
 constexpr int64_t kRowBlock = 128;    // rows of A that go through all panels
 constexpr int64_t kTokenBlock = 1024; // of a weight gradient's inner dimension
 constexpr int64_t kLeftPanels = 6;    // of a block of weight gradients, at most
@@ -123,9 +123,9 @@ Tensor multiply(const Tensor& x, const Packed& b, int64_t columns, const Product
   return out;
 }
 
-// x W^T + b, and, where `activated` has the shape of the result, gelu of it there.
+// x W^T + b.  Sets `activated`, unless that is null, to gelu of it.
 Tensor multiply_by_weight(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                          bool activates, Tensor* activated) {
+                          Tensor* activated) {
   const LinearKernels& own = kernels();
   check_dims("x", x, 2, "[rows, inputs]");
   check_dims("weight", weight, 2, "[outputs, inputs]");
@@ -141,7 +141,7 @@ Tensor multiply_by_weight(const Tensor& x, const Tensor& weight, const std::opti
     added = as_contiguous(*bias);
     epilogue.bias = bf16_data(*added);
   }
-  if (activates) {
+  if (activated != nullptr) {
     *activated = allocate(left, {x.size(0), outputs});
     epilogue.activated = bf16_data(*activated);
   }
@@ -154,13 +154,13 @@ Tensor multiply_by_weight(const Tensor& x, const Tensor& weight, const std::opti
 }
 
 Tensor linear_bf16(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
-  return multiply_by_weight(x, weight, bias, false, nullptr);
+  return multiply_by_weight(x, weight, bias, nullptr);
 }
 
 std::tuple<Tensor, Tensor> linear_bf16_gelu(const Tensor& x, const Tensor& weight,
                                             std::optional<Tensor> bias) {
   Tensor activated = x;
-  Tensor out = multiply_by_weight(x, weight, bias, true, &activated);
+  Tensor out = multiply_by_weight(x, weight, bias, &activated);
   return {out, activated};
 }
 
