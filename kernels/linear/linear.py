@@ -183,10 +183,13 @@ def write_task_gradients(
     offsets: Sequence[int],
     accumulate: bool,
 ) -> None:
-    """Call :func:`linear_task_gradients_`, or what it calls on a CPU, which checks the same."""
+    """As :func:`linear_task_gradients_`, without its checks where this project's kernels check."""
+    arguments = (grad_output, x, weight_rows, bias_rows, offsets, accumulate)
     ours = is_ours(grad_output, x) and _may_hold_ours(weight_rows, bias_rows)
-    write = _ops.linear_bf16_task_gradients_ if ours else linear_task_gradients_
-    write(grad_output, x, weight_rows, bias_rows, offsets, accumulate)
+    if ours and not torch.compiler.is_compiling():
+        enqueue(_ops.linear_bf16_task_gradients_, arguments)
+    else:
+        linear_task_gradients_(*arguments)
 
 
 @register_cuda("linear_task_gradients_", only_rows=True)

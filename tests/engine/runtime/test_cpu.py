@@ -110,3 +110,12 @@ def test_a_huge_number_in_the_environment_is_no_number_of_threads() -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True
     )
     assert run.stdout.split() == [b"970299.0"], run.stderr
+
+
+@pytest.mark.parametrize(("backend", "multiple"), [("torch", 32), ("cpp", 1)])
+def test_batches_are_filled_up_for_onednn_alone(
+    monkeypatch: pytest.MonkeyPatch, backend: str, multiple: int
+) -> None:
+    monkeypatch.setattr(cpu.kernels, "backend", lambda *_: backend)
+    assert cpu.token_multiple(torch.bfloat16) == multiple
+    assert cpu.token_multiple(torch.float32) == 1
