@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+import kernels
 from engine.cli.common import Parser
 from engine.cli.standard_output import exit_with
 from kernels.linear.linear import (
@@ -215,6 +216,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=harness.whole(2), default=20)
     options: argparse.Namespace = harness.parse(parser)
+    if torch.device(options.device).type == "cpu":
+        kernels.keep_freed_memory()  # as engine.train does; it serves the peers, too
     device, console = torch.device(options.device), Console(width=110)
 
     shares = options.shares or [1] * options.tasks
