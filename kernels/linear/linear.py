@@ -154,25 +154,15 @@ def linear_task_gradients_(
     """
     tensors = (grad_output, x, weight_rows, bias_rows)
     _check_gradients(*tensors, offsets)
-    enqueue(_task_gradients_cpu, (*tensors, offsets, accumulate))
-
-
-def _task_gradients_cpu(
-    grad_output: Tensor,
-    x: Tensor,
-    weight_rows: Tensor,
-    bias_rows: Tensor,
-    offsets: Sequence[int],
-    accumulate: bool,
-) -> None:
-    ours = is_ours(grad_output, x) and _may_hold_ours(weight_rows, bias_rows)
+    ours = _are_ours(*tensors)
     write = _ops.linear_bf16_task_gradients_ if ours else linear_task_gradients_reference_
-    write(grad_output, x, weight_rows, bias_rows, offsets, accumulate)
+    enqueue(write, (*tensors, offsets, accumulate))
 
 
-def _may_hold_ours(*rows: Tensor) -> bool:
+def _are_ours(grad_output: Tensor, x: Tensor, *rows: Tensor) -> bool:
+    """Return whether this project's kernels write the gradients of these."""
     written = {own.dtype for own in rows if own.numel() > 0}
-    return written <= {torch.bfloat16, torch.float32}
+    return is_ours(grad_output, x) and written <= {torch.bfloat16, torch.float32}
 
 
 def write_task_gradients(
@@ -184,12 +174,11 @@ def write_task_gradients(
     accumulate: bool,
 ) -> None:
     """As :func:`linear_task_gradients_`, without its checks where this project's kernels check."""
-    arguments = (grad_output, x, weight_rows, bias_rows, offsets, accumulate)
-    ours = is_ours(grad_output, x) and _may_hold_ours(weight_rows, bias_rows)
-    if ours and not torch.compiler.is_compiling():
-        enqueue(_ops.linear_bf16_task_gradients_, arguments)
+    tensors = (grad_output, x, weight_rows, bias_rows)
+    if _are_ours(*tensors) and not torch.compiler.is_compiling():
+        enqueue(_ops.linear_bf16_task_gradients_, (*tensors, offsets, accumulate))
     else:
-        linear_task_gradients_(*arguments)
+        linear_task_gradients_(*tensors, offsets, accumulate)
 
 
 @register_cuda("linear_task_gradients_", only_rows=True)
