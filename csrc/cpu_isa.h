@@ -10,11 +10,14 @@ namespace superbert {
 
 #if defined(__x86_64__)
 
-// The last one multiplies bfloat16, too.
-enum class VectorUnit { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
+// The fourth one multiplies bfloat16, too; the last one has the tiles of AMX besides.
+enum class VectorUnit { kPlain, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-// Whether this processor has the last one, which nothing limits.
+// Whether this processor has the fourth one, which nothing limits.
 bool multiplies_bf16();
+
+// Whether the last one is in use.  The first call asks the kernel for the tiles' registers.
+bool multiplies_in_tiles();
 
 // The widest one of this processor, or the narrower one that limit_vector_unit() asked for.
 VectorUnit vector_unit();
@@ -26,10 +29,10 @@ const T& best_for_cpu(const T& plain, const T& avx2, const T& avx512, const T& a
     return plain;
   case VectorUnit::kAvx2:
     return avx2;
-  case VectorUnit::kAvx512:
-    return avx512;
-  default:
+  case VectorUnit::kAvx512Bf16:
     return avx512_bf16;
+  default: // where there is AMX, too, whose processors multiply pairs of bfloat16 at half the rate
+    return avx512;
   }
 }
 

@@ -21,11 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kVector = 16;       // columns of a vector
-constexpr int64_t kRowBlock = 128;    // rows of A that go through all panels
-constexpr int64_t kTokenBlock = 1024; // of a weight gradient's inner dimension
-constexpr int64_t kLeftPanels = 6;    // of a block of weight gradients, at most
-constexpr int64_t kRightPanels = 8;
+constexpr int64_t kVector = 16;        // columns of a vector
 constexpr int64_t kItemsPerThread = 6; // that let threads end together
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -34,12 +30,9 @@ int64_t wanted_items() {
   return kItemsPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
 }
 
-// Columns of the panel that begins at column `first`; and of its words.
-int64_t panel_columns(int64_t columns, int64_t first) { return std::min(kPanel, columns - first); }
-int64_t panel_width(int64_t columns) { return ceil_div(columns, kVector) * kVector; }
-
 const LinearKernels& kernels() {
 #if defined(__x86_64__)
+  if (multiplies_in_tiles()) return amx::linear_kernels;
   if (multiplies_bf16()) return avx512_bf16::linear_kernels;
 #endif
   refuse("x: this processor has no bfloat16 products (AVX512_BF16); use torch's");
@@ -59,11 +52,11 @@ BFloat16Rows rows_of(const Tensor& x) {
   return {static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0)};
 }
 
-// The left operand of a product: the rows as they lie, or, where they end amid a pair, a copy.
-Tensor even_rows(const Tensor& x) {
+// The left operand of a product: the rows as they lie, or, where they end amid a step, a copy.
+Tensor whole_steps(const Tensor& x, int64_t step) {
   const int64_t rows = x.size(0), columns = x.size(1);
-  if (columns % 2 == 0) return x;
-  Tensor copy = allocate(x, {rows, columns + 1});
+  if (columns % step == 0) return x;
+  Tensor copy = allocate(x, {rows, ceil_div(columns, step) * step});
   torch::stable::fill_(copy, 0);
   Tensor part = torch::stable::narrow(copy, 1, 0, columns);
   torch::stable::copy_(part, x);
@@ -73,20 +66,23 @@ Tensor even_rows(const Tensor& x) {
 // B, packed.
 class Packed {
  public:
-  Packed(int64_t inner, int64_t columns)
-      : pairs(ceil_div(inner, 2)), columns_(columns),
-        words_(new_floats(pairs * panel_width(columns))) {}
+  Packed(const LinearKernels& own, int64_t inner, int64_t columns)
+      : panel_(own.panel), inner_(inner), pairs_(ceil_div(inner, own.step) * own.step / 2),
+        columns_(columns), words_(new_floats(pairs_ * ceil_div(columns, kVector) * kVector)) {}
 
-  const int64_t pairs;
-
-  int64_t panels() const { return ceil_div(columns_, kPanel); }
-  int64_t columns(int64_t panel) const { return panel_columns(columns_, panel * kPanel); }
+  int64_t bytes() const { return 4 * words_.numel(); }
+  int64_t panels() const { return ceil_div(columns_, panel_); }
+  int64_t first(int64_t panel) const { return std::min(columns_, panel * panel_); }
+  int64_t columns(int64_t panel) const { return first(panel + 1) - first(panel); }
   uint32_t* at(int64_t panel) const {
-    return static_cast<uint32_t*>(words_.data_ptr()) + panel * kPanel * pairs;
+    return static_cast<uint32_t*>(words_.data_ptr()) + first(panel) * pairs_;
+  }
+  ProductRight panels(int64_t begin, int64_t end) const {
+    return {at(begin), inner_, pairs_, first(end) - first(begin)};
   }
 
  private:
-  int64_t columns_;
+  int64_t panel_, inner_, pairs_, columns_;
   Tensor words_;
 };
 
@@ -96,29 +92,30 @@ uint16_t* bf16_data(const Tensor& x) { return static_cast<uint16_t*>(x.data_ptr(
 
 // Multiplies the rows of x by B.  `epilogue` has what else belongs to element (0, 0) of the result,
 // whose rows are as long as those of all that it points to.
-Tensor multiply(const Tensor& x, const Packed& b, int64_t columns, const ProductOutput& epilogue) {
+Tensor multiply(const LinearKernels& own, const Tensor& x, const Packed& b, int64_t columns,
+                const ProductOutput& epilogue) {
   const int64_t rows = x.size(0);
   Tensor out = allocate(x, {rows, columns});
-  const Tensor left = even_rows(x);
+  const Tensor left = whole_steps(x, own.step);
   uint16_t* const data = bf16_data(out);
-  // Few rows: their panels are shared out, too.
+  // Few rows: their panels are shared out, too.  So are those of a large B.
   const int64_t blocks = ceil_div(rows, kRowBlock);
-  const int64_t groups =
-      std::min(b.panels(), ceil_div(wanted_items(), std::max<int64_t>(1, blocks)));
+  const int64_t wanted = std::max(ceil_div(wanted_items(), std::max<int64_t>(1, blocks)),
+                                  ceil_div(b.bytes(), own.right_bytes));
+  const int64_t groups = std::min(b.panels(), wanted);
+  const int64_t widest = ceil_div(b.panels(), std::max<int64_t>(1, groups)) * own.panel;
   const auto moved = [](auto* p, int64_t elements) { return p == nullptr ? p : p + elements; };
-  parallel_items(blocks * groups, 0, [&](float*, int64_t item) {
-    const int64_t first = item / groups * kRowBlock, group = item % groups;
+  parallel_items(blocks * groups, own.scratch_floats(widest), [&](float* scratch, int64_t item) {
+    const int64_t first = item % blocks * kRowBlock, group = item / blocks;
+    const int64_t begin = group * b.panels() / groups, end = (group + 1) * b.panels() / groups;
+    const int64_t column = b.first(begin), place = first * columns + column;
+    ProductOutput to{Storage::kBFloat16, data + place, columns};
+    to.bias = moved(epilogue.bias, column);
+    to.slope_of = moved(epilogue.slope_of, place);
+    to.activated = moved(epilogue.activated, place);
     const BFloat16Rows a = rows_of(left).at(first, 0);
-    const int64_t last_panel = (group + 1) * b.panels() / groups;
-    for (int64_t panel = group * b.panels() / groups; panel < last_panel; ++panel) {
-      const int64_t column = panel * kPanel, place = first * columns + column;
-      ProductOutput to{Storage::kBFloat16, data + place, columns};
-      to.bias = moved(epilogue.bias, column);
-      to.slope_of = moved(epilogue.slope_of, place);
-      to.activated = moved(epilogue.activated, place);
-      kernels().multiply({a.data, a.row, 2}, std::min(kRowBlock, rows - first), b.pairs,
-                         b.at(panel), b.columns(panel), to);
-    }
+    own.multiply({a.data, a.row, 2}, std::min(kRowBlock, rows - first), b.panels(begin, end), to,
+                 scratch);
   });
   return out;
 }
@@ -145,12 +142,12 @@ Tensor multiply_by_weight(const Tensor& x, const Tensor& weight, const std::opti
     *activated = allocate(left, {x.size(0), outputs});
     epilogue.activated = bf16_data(*activated);
   }
-  const Packed packed(inputs, outputs);
+  const Packed packed(own, inputs, outputs);
   parallel_items(packed.panels(), 0, [&](float*, int64_t panel) {
-    own.pack_transposed(rows_of(right).at(panel * kPanel, 0), inputs, packed.columns(panel),
+    own.pack_transposed(rows_of(right).at(packed.first(panel), 0), inputs, packed.columns(panel),
                         packed.at(panel));
   });
-  return multiply(left, packed, outputs, epilogue);
+  return multiply(own, left, packed, outputs, epilogue);
 }
 
 Tensor linear_bf16(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
@@ -182,12 +179,12 @@ Tensor multiply_by_transposed(const Tensor& grad_output, const Tensor& weight,
     slopes = as_contiguous(*slope_of);
     epilogue.slope_of = bf16_data(*slopes);
   }
-  const Packed packed(outputs, inputs);
+  const Packed packed(own, outputs, inputs);
   parallel_items(packed.panels(), 0, [&](float*, int64_t panel) {
-    own.pack(rows_of(right).at(0, panel * kPanel), outputs, packed.columns(panel), packed.at(panel),
-             nullptr);
+    own.pack(rows_of(right).at(0, packed.first(panel)), outputs, packed.columns(panel),
+             packed.at(panel));
   });
-  return multiply(left, packed, inputs, epilogue);
+  return multiply(own, left, packed, inputs, epilogue);
 }
 
 Tensor linear_bf16_grad_input(const Tensor& grad_output, const Tensor& weight) {
@@ -245,75 +242,80 @@ struct TaskGradients {
   GradientRows weight, bias;
   const std::vector<int64_t>& offsets;
   bool accumulate;
-  int64_t left_panels = kLeftPanels; // of an item
+  int64_t left_panels = own.left_panels; // of an item
 
   int64_t tasks() const { return static_cast<int64_t>(offsets.size()) - 1; }
-  int64_t left_blocks() const { return ceil_div(outputs, left_panels * kPanel); }
+  int64_t left_columns() const { return left_panels * own.left_panel; }
+  int64_t right_columns() const { return std::min(own.right_panels * own.panel, inputs); }
+  int64_t left_blocks() const { return ceil_div(outputs, left_columns()); }
   int64_t right_blocks() const {
-    return weight.data == nullptr ? 1
-                                  : std::max<int64_t>(1, ceil_div(inputs, kRightPanels * kPanel));
+    return weight.data == nullptr || inputs == 0 ? 1 : ceil_div(inputs, right_columns());
   }
   int64_t items() const { return tasks() * left_blocks() * right_blocks(); }
 
   // A thread's scratch, in floats.
-  static constexpr int64_t kPacked = kPanel * kTokenBlock / 2;
-  int64_t part_row() const { return std::min(kRightPanels * kPanel, inputs); }
-  int64_t left_columns() const { return left_panels * kPanel; }
-  int64_t floats() const { return (left_panels + 1) * kPacked + left_columns() * (3 + part_row()); }
+  int64_t packed_columns() const { return own.right_packed * own.panel; }
+  int64_t right_words() const { return packed_columns() * kTokenBlock / 2; }
+  int64_t floats() const {
+    return left_panels * own.left_words + right_words() + left_columns() * (3 + right_columns()) +
+           own.scratch_floats(packed_columns());
+  }
 
   // Writes a block of one task's gradients.
   void run(int64_t item, float* scratch) const {
     const int64_t k = item / (left_blocks() * right_blocks());
     const int64_t output = item / right_blocks() % left_blocks() * left_columns();
-    const int64_t input = item % right_blocks() * kRightPanels * kPanel;
+    const int64_t input = item % right_blocks() * right_columns();
     const int64_t last_output = std::min(outputs, output + left_columns());
     const int64_t last_input =
-        weight.data == nullptr ? input : std::min(inputs, input + kRightPanels * kPanel);
+        weight.data == nullptr ? input : std::min(inputs, input + right_columns());
     auto* const left = reinterpret_cast<uint32_t*>(scratch);
-    auto* const right = left + left_panels * kPacked;
-    float* const sums = scratch + (left_panels + 1) * kPacked; // of columns, in a block of tokens
+    auto* const right = left + left_panels * own.left_words;
+    auto* const sums = reinterpret_cast<float*>(right + right_words()); // of columns, in a block
     auto* const totals = reinterpret_cast<double*>(sums + left_columns());
     float* const part = sums + 3 * left_columns();
+    float* const products = part + left_columns() * right_columns();
     const bool sums_columns = bias.data != nullptr && input == 0;
     std::fill(totals, totals + left_columns(), 0.0);
+    std::vector<ProductLeft> lefts(left_panels);
 
     const int64_t end = offsets[k + 1];
     int64_t begin = offsets[k];
     for (bool is_first = true; is_first || begin < end; is_first = false, begin += kTokenBlock) {
-      const int64_t tokens = std::min(kTokenBlock, end - begin), pairs = ceil_div(tokens, 2);
+      const int64_t tokens = std::min(kTokenBlock, end - begin);
+      const int64_t pairs = ceil_div(tokens, own.step) * own.step / 2;
       const bool is_last = begin + tokens == end;
       std::fill(sums, sums + left_columns(), 0.0f);
-      for (int64_t i = output; i < last_output; i += kPanel) {
-        own.pack(grad.at(begin, i), tokens, panel_columns(last_output, i),
-                 left + (i - output) / kPanel * kPacked,
-                 sums_columns ? sums + i - output : nullptr);
+      for (int64_t i = output, panel = 0; i < last_output; i += own.left_panel, ++panel) {
+        lefts[panel] = own.transpose(
+            grad.at(begin, i), tokens, std::min(own.left_panel, last_output - i),
+            left + panel * own.left_words, sums_columns ? sums + i - output : nullptr);
       }
-      for (int64_t i = 0; i < left_columns(); ++i) totals[i] += sums[i];
-      for (int64_t j = input; j < last_input; j += kPanel) {
-        const int64_t columns = panel_columns(last_input, j);
-        own.pack(x.at(begin, j), tokens, columns, right, nullptr);
-        for (int64_t i = output; i < last_output; i += kPanel) {
-          const int64_t rows = panel_columns(last_output, i);
-          float* const own_part = part + (i - output) * part_row() + j - input;
-          ProductOutput out{Storage::kFloat32, own_part, part_row()};
-          if (is_last) {
+      int64_t j = input;
+      do { // once without inputs, too, for the sums
+        const int64_t end_packed = std::min(last_input, j + packed_columns());
+        own.pack(x.at(begin, j), tokens, end_packed - j, right);
+        const ProductRight b{right, tokens, pairs, end_packed - j};
+        for (int64_t i = output, panel = 0; i < last_output; i += own.left_panel, ++panel) {
+          float* const own_part = part + (i - output) * right_columns() + j - input;
+          ProductOutput out{Storage::kFloat32, own_part, right_columns()};
+          if (is_last && weight.data != nullptr) {
             out = weight.at(k, i, j);
             out.rounds = weight.storage == Storage::kFloat32; // as a product of bfloat16 would
             out.accumulates = accumulate;
           }
-          if (!is_first) out.part = own_part, out.part_row = part_row();
-          const auto* words = reinterpret_cast<uint16_t*>(left + (i - output) / kPanel * kPacked);
-          own.multiply({words, 2, 2 * panel_width(rows)}, rows, pairs, right, columns, out);
+          if (!is_first) out.part = own_part, out.part_row = right_columns();
+          own.multiply(lefts[panel], std::min(own.left_panel, last_output - i), b, out, products);
         }
-      }
+        j = end_packed;
+      } while (j < last_input);
+      for (int64_t i = 0; i < left_columns(); ++i) totals[i] += sums[i];
     }
+    if (!sums_columns) return;
     std::copy(totals, totals + left_columns(), sums);
-    for (int64_t i = output; sums_columns && i < last_output; i += kPanel) {
-      ProductOutput out = bias.at(k, 0, i);
-      out.part = sums + i - output;
-      out.accumulates = accumulate;
-      own.multiply({nullptr, 0, 0}, 1, 0, nullptr, panel_columns(last_output, i), out);
-    }
+    ProductOutput out = bias.at(k, 0, output);
+    out.accumulates = accumulate;
+    own.write(sums, last_output - output, out);
   }
 };
 

@@ -2,20 +2,15 @@
 // bfloat16; the others are empty.
 #if defined(__AVX512BF16__)
 
-#include "linear.h"
-
-#include "simd_math.h"
+#include "linear_simd.h"
 
 namespace superbert::SUPERBERT_ISA {
 namespace {
 
 constexpr int kRows = 8; // of a tile
-
-int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
-
-const BFloat16* element(const BFloat16Rows& rows, int64_t i, int64_t j) {
-  return reinterpret_cast<const BFloat16*>(rows.data) + i * rows.row + j;
-}
+constexpr int64_t kPair = 2;
+// The columns of a panel: with tiles of 8 rows their sums take 24 of 32 registers.
+constexpr int64_t kPanel = 3 * kWidth;
 
 void store_words(uint32_t* p, Words v) { std::memcpy(p, &v, sizeof v); }
 
@@ -57,6 +52,7 @@ void pack_vectors(const BFloat16Rows& x, int64_t inner, int64_t column, int64_t 
   }
 }
 
+// Packs a panel.  With `sums`, adds up its columns there.
 void pack(const BFloat16Rows& x, int64_t inner, int64_t columns, uint32_t* to, float* sums) {
   constexpr int64_t kChain = 64; // rows: sums of sums lose less than one long sum
   const int64_t width = round_up(columns);
@@ -74,119 +70,26 @@ void pack(const BFloat16Rows& x, int64_t inner, int64_t columns, uint32_t* to, f
   }
 }
 
-// The words of up to 32 elements at p; zeros behind them.
-Floats load_pairs(const BFloat16* p, int64_t count) {
-  if (count >= 2 * kWidth) return load_bits<Floats>(p);
-  uint16_t lanes[2 * kWidth] = {};
-  std::memcpy(lanes, p, count * sizeof *p);
-  return load_bits<Floats>(lanes);
+void pack_right(const BFloat16Rows& x, int64_t inner, int64_t columns, uint32_t* to) {
+  const int64_t pairs = (inner + 1) / 2;
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    pack({x.data + j, x.row}, inner, smaller(kPanel, columns - j), to + j * pairs, nullptr);
+  }
 }
 
-void pack_transposed(const BFloat16Rows& w, int64_t inner, int64_t columns, uint32_t* to) {
-  const int64_t width = round_up(columns), pairs = (inner + 1) / 2;
-  for (int64_t j = 0; j < columns; j += kWidth) {
-    for (int64_t p = 0; p < pairs; p += kWidth) {
-      Floats square[kWidth];
-#pragma GCC unroll 16
-      for (int r = 0; r < kWidth; ++r) {
-        square[r] =
-            j + r < columns ? load_pairs(element(w, j + r, 2 * p), inner - 2 * p) : Floats{};
-      }
-      transpose_square(square);
-      const int64_t rows = smaller(kWidth, pairs - p);
-      for (int64_t r = 0; r < rows; ++r) {
-        store(reinterpret_cast<float*>(to) + (p + r) * width + j, square[r]);
-      }
-    }
-  }
+void pack_right_transposed(const BFloat16Rows& w, int64_t inner, int64_t columns, uint32_t* to) {
+  const int64_t width = round_up(columns);
+  pack_transposed<kPair>(w, inner, columns,
+                         [&](int64_t p, int64_t j) { return to + p * width + j; });
+}
+
+ProductLeft transpose(const BFloat16Rows& x, int64_t inner, int64_t columns, uint32_t* to,
+                      float* sums) {
+  pack(x, inner, columns, to, sums);
+  return {reinterpret_cast<const uint16_t*>(to), 2, 2 * round_up(columns)};
 }
 
 // ---- products -----------------------------------------------------------------------------------
-
-using BFloat16s = HalfWords; // a vector of them
-
-// Rounds to nearest even.  Like the products, it takes numbers below 2^-126 for zero.
-BFloat16s rounded(Floats v) { return (BFloat16s)_mm512_cvtneps_pbh(v); }
-Floats widened(BFloat16s v) {
-  const Words words = __builtin_convertvector(v, Words) << 16;
-  return load_bits<Floats>(&words);
-}
-
-void store_lanes(float* p, Floats v, AllLanes) { store(p, v); }
-void store_lanes(BFloat16* p, Floats v, AllLanes) {
-  const BFloat16s values = rounded(v);
-  std::memcpy(p, &values, sizeof values);
-}
-template <typename T>
-void store_lanes(T* p, Floats v, FirstLanes lanes) {
-  T all[kWidth];
-  store_lanes(all, v, AllLanes{});
-  std::memcpy(p, all, lanes.count * sizeof(T));
-}
-
-// gelu(x) = x Phi(x) and its derivative, to 2^-12 of Phi(-|x|): bfloat16 has 8 bits.  x is one, so
-// that its square is exact.  With t = |x| and 1 / (t + 2.7) = q, Phi(-t) = exp(-t^2 / 2) q P(q).
-// The polynomials are right to 2^-13; the rest is for q, of which processors give 14 bits.
-struct Gelu {
-  Floats tail;    // Phi(-t)
-  Floats density; // exp(-t^2 / 2)
-  Floats t;
-
-  explicit Gelu(Floats x) {
-    const Ints bits = load_bits<Ints>(&x) & 0x7fffffff;
-    t = _mm512_min_ps(splat(14.0f), load_bits<Floats>(&bits));          // of a NaN: the NaN
-    const Floats power = t * t * -0.721347520f;                         // -t^2 / 2 in base 2
-    const Floats part = _mm512_reduce_ps(power, _MM_FROUND_TO_NEG_INF); // 0 <= part < 1
-    Floats e = splat(0.0780247822f);
-    e = e * part + 0.226067126f;
-    e = e * part + 0.695833325f;
-    e = e * part + 0.999925256f;
-    density = _mm512_scalef_ps(e, power);
-    const Floats q = _mm512_rcp14_ps(t + 2.7f);
-    Floats p = splat(-12.8717165f);
-    p = p * q + 11.0358429f;
-    p = p * q + 1.53432941f;
-    p = p * q + 1.14445388f;
-    p = p * q + 0.397234857f;
-    tail = density * (p * q);
-  }
-
-  Floats value(Floats x) const { return _mm512_max_ps(Floats{}, x) - t * tail; }
-  Floats derivative(Floats x) const {
-    const Floats lower = tail - t * density * 0.398942280f; // at -t
-    return x < 0 ? lower : 1.0f - lower;
-  }
-};
-
-// Writes rows of sums from row i on, after adding what else belongs to them.
-template <typename T>
-void write(const float* sums, int64_t sums_row, int64_t i, int64_t rows, int64_t columns,
-           const ProductOutput& out) {
-  for (int64_t r = 0; r < rows; ++r, ++i, sums += sums_row) {
-    T* to = static_cast<T*>(out.data) + i * out.row;
-    for_row(columns, [&](int64_t j, auto lanes) {
-      const auto bf16 = [&](const uint16_t* p) {
-        return reinterpret_cast<const BFloat16*>(p) + i * out.row + j;
-      };
-      Floats sum = load(sums + j);
-      if (out.bias != nullptr) {
-        sum += lanes.load(reinterpret_cast<const BFloat16*>(out.bias) + j);
-      }
-      if (out.part != nullptr) sum += lanes.load(out.part + i * out.part_row + j);
-      if (out.slope_of != nullptr) {
-        const Floats x = lanes.load(bf16(out.slope_of));
-        sum *= Gelu(x).derivative(x);
-      }
-      if (out.rounds) sum = widened(rounded(sum));
-      if (out.accumulates) sum += lanes.load(to + j);
-      store_lanes(to + j, sum, lanes);
-      if (out.activated != nullptr) {
-        const Floats x = widened(rounded(sum));
-        store_lanes(const_cast<BFloat16*>(bf16(out.activated)), Gelu(x).value(x), lanes);
-      }
-    });
-  }
-}
 
 // The sums of a tile: kTileRows of A by kTileVectors vectors, a whole panel.
 template <int kTileRows, int kTileVectors>
@@ -215,39 +118,55 @@ void sum_tile(const ProductLeft& a, int64_t pairs, const uint32_t* panel, float*
   }
 }
 
-// All rows from row i on: kTileRows at a time, then what is left by halves.
+// All rows from row i on by the panel of columns from j on: kTileRows at a time, then what is left
+// by halves.
 template <int kTileRows, int kTileVectors>
 void multiply_rows(const ProductLeft& a, int64_t i, int64_t rows, int64_t pairs,
-                   const uint32_t* panel, int64_t columns, const ProductOutput& out) {
+                   const uint32_t* panel, int64_t j, int64_t columns, const ProductOutput& out) {
   constexpr int64_t kRow = kTileVectors * kWidth;
   alignas(kVectorBytes) float sums[kTileRows * kRow];
   for (; i + kTileRows <= rows; i += kTileRows) {
     sum_tile<kTileRows, kTileVectors>({a.data + i * a.row, a.row, a.pair}, pairs, panel, sums);
-    if (out.storage == Storage::kBFloat16) {
-      write<BFloat16>(sums, kRow, i, kTileRows, columns, out);
-    } else {
-      write<float>(sums, kRow, i, kTileRows, columns, out);
-    }
+    write(sums, kRow, i, kTileRows, j, columns, out);
   }
   if constexpr (kTileRows > 1) {
     if (i < rows) {
-      multiply_rows<kTileRows / 2, kTileVectors>(a, i, rows, pairs, panel, columns, out);
+      multiply_rows<kTileRows / 2, kTileVectors>(a, i, rows, pairs, panel, j, columns, out);
     }
   }
 }
 
-void multiply(const ProductLeft& a, int64_t rows, int64_t pairs, const uint32_t* panel,
-              int64_t columns, const ProductOutput& out) {
-  static_assert(kPanel == 3 * kWidth);
-  if (columns > 2 * kWidth) return multiply_rows<kRows, 3>(a, 0, rows, pairs, panel, columns, out);
-  if (columns > kWidth) return multiply_rows<kRows, 2>(a, 0, rows, pairs, panel, columns, out);
-  multiply_rows<kRows, 1>(a, 0, rows, pairs, panel, columns, out);
+void multiply(const ProductLeft& a, int64_t rows, const ProductRight& b, const ProductOutput& out,
+              float*) {
+  const uint32_t* panel = b.words;
+  for (int64_t j = 0; j < b.columns; j += kPanel, panel += kPanel * b.pairs) {
+    const int64_t columns = smaller(kPanel, b.columns - j);
+    const auto run = columns > 2 * kWidth ? multiply_rows<kRows, 3>
+                     : columns > kWidth   ? multiply_rows<kRows, 2>
+                                          : multiply_rows<kRows, 1>;
+    run(a, 0, rows, b.pairs, panel, j, columns, out);
+  }
 }
 
 } // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels = {pack, pack_transposed, multiply};
+const LinearKernels linear_kernels = {
+    .step = kPair,
+    .panel = kPanel,
+    .right_bytes = INT64_MAX,
+    .left_panel = kPanel,
+    .left_panels = 6,
+    .left_words = kPanel * kTokenBlock / 2,
+    .right_panels = 8,
+    .right_packed = 1,
+    .pack = pack_right,
+    .pack_transposed = pack_right_transposed,
+    .transpose = transpose,
+    .multiply = multiply,
+    .scratch_floats = [](int64_t) -> int64_t { return 0; },
+    .write = write_row,
+};
 
 } // namespace superbert::SUPERBERT_ISA
 

@@ -53,7 +53,7 @@ def assert_same_specials(result: Tensor, exact: Tensor) -> None:
 
 def test_python_and_the_extension_agree_on_the_processor() -> None:
     if MULTIPLIES_BF16:
-        assert OPS.limit_vector_unit(3) == 3
+        assert OPS.limit_vector_unit(4) >= 3
         assert OPS.linear_bf16(bf16(2, 3), bf16(4, 3), None).shape == (2, 4)
     else:
         with pytest.raises(ValueError, match="x: this processor has no bfloat16 products"):
