@@ -57,9 +57,10 @@ constexpr int64_t kRowBlock = 128;    // rows of A that go through all panels
 constexpr int64_t kTokenBlock = 1024; // of a weight gradient's inner dimension
 
 struct LinearKernels {
-  int64_t step;        // the inner dimension of a packed operand is whole steps
-  int64_t panel;       // columns of B
-  int64_t right_bytes; // of B, at most, that blocks of rows go through
+  int64_t step;             // the inner dimension of a packed operand is whole steps
+  int64_t panel;            // columns of B
+  int64_t right_bytes;      // of B, at most, that blocks of rows go through
+  int64_t items_per_thread; // at least: few pack less, many end together
   // Of a weight gradient, whose blocks are at most so large.
   int64_t left_panel;   // outputs that are multiplied together
   int64_t left_panels;  // of a block

@@ -208,6 +208,7 @@ class Ahead {
 template <bool kLower, bool kRight>
 void sum_tiles(const uint16_t* a, int64_t steps, const uint32_t* panel, bool first, float* sums,
                Ahead& ahead) {
+  __atomic_signal_fence(__ATOMIC_SEQ_CST); // no intrinsic tells the compiler what a tile reads
   constexpr int64_t kRow = kPair * sizeof(float);
   float* const lower_sums = sums + kTile * kPair;
   if (first) {
@@ -296,6 +297,7 @@ const LinearKernels linear_kernels = {
     .step = kStep,
     .panel = kPair,
     .right_bytes = 1200 << 10, // of 2 MiB that a core has
+    .items_per_thread = 2,
     .left_panel = 192,
     .left_panels = 4,
     .left_words = 0,

@@ -21,13 +21,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kVector = 16;        // columns of a vector
-constexpr int64_t kItemsPerThread = 6; // that let threads end together
+constexpr int64_t kVector = 16; // columns of a vector
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t wanted_items() {
-  return kItemsPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
+// So many let threads end together.
+int64_t wanted_items(const LinearKernels& own) {
+  return own.items_per_thread * static_cast<int64_t>(torch::stable::get_num_threads());
 }
 
 const LinearKernels& kernels() {
@@ -100,7 +100,7 @@ Tensor multiply(const LinearKernels& own, const Tensor& x, const Packed& b, int6
   uint16_t* const data = bf16_data(out);
   // Few rows: their panels are shared out, too.  So are those of a large B.
   const int64_t blocks = ceil_div(rows, kRowBlock);
-  const int64_t wanted = std::max(ceil_div(wanted_items(), std::max<int64_t>(1, blocks)),
+  const int64_t wanted = std::max(ceil_div(wanted_items(own), std::max<int64_t>(1, blocks)),
                                   ceil_div(b.bytes(), own.right_bytes));
   const int64_t groups = std::min(b.panels(), wanted);
   const int64_t widest = ceil_div(b.panels(), std::max<int64_t>(1, groups)) * own.panel;
@@ -180,9 +180,13 @@ Tensor multiply_by_transposed(const Tensor& grad_output, const Tensor& weight,
     epilogue.slope_of = bf16_data(*slopes);
   }
   const Packed packed(own, outputs, inputs);
-  parallel_items(packed.panels(), 0, [&](float*, int64_t panel) {
-    own.pack(rows_of(right).at(0, packed.first(panel)), outputs, packed.columns(panel),
-             packed.at(panel));
+  // Several panels each: the rows of a single one are short pieces far apart.
+  const int64_t groups = std::min(packed.panels(), wanted_items(own));
+  parallel_items(groups, 0, [&](float*, int64_t group) {
+    const int64_t begin = group * packed.panels() / groups;
+    const int64_t first = packed.first(begin);
+    const int64_t end = packed.first((group + 1) * packed.panels() / groups);
+    own.pack(rows_of(right).at(0, first), outputs, end - first, packed.at(begin));
   });
   return multiply(own, left, packed, inputs, epilogue);
 }
@@ -345,7 +349,8 @@ void linear_bf16_task_gradients_(const Tensor& grad_output, const Tensor& x, Ten
   gradients.bias.check_apart_from("bias_rows", "grad_output", runs_of(grad));
   gradients.bias.check_apart_from("bias_rows", "x", runs_of(stream));
   if (gradients.weight.data == nullptr && gradients.bias.data == nullptr) return;
-  while (gradients.left_panels > 1 && gradients.items() < wanted_items()) --gradients.left_panels;
+  while (gradients.left_panels > 1 && gradients.items() < wanted_items(gradients.own))
+    --gradients.left_panels;
   parallel_items(gradients.items(), gradients.floats(),
                  [&](float* scratch, int64_t item) { gradients.run(item, scratch); });
 }

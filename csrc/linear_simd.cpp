@@ -155,6 +155,7 @@ const LinearKernels linear_kernels = {
     .step = kPair,
     .panel = kPanel,
     .right_bytes = INT64_MAX,
+    .items_per_thread = 6,
     .left_panel = kPanel,
     .left_panels = 6,
     .left_words = kPanel * kTokenBlock / 2,
