@@ -34,6 +34,7 @@ CASES = {
     "empty tasks at both ends": ((31, (0, 0, 13, 31, 31)), (17, 33, 15)),
     "past a block of rows and a panel": ((131, (0, 5, 129)), (47, 97, 49)),
     "past a block of a task's tokens": ((1030, (0, 1, 1027)), (16, 31, 3)),
+    "past a chunk of every inner dimension": ((33, (0, 1, 33)), (385, 417, 49)),
     "BERT": ((37, (0, 12, 37)), (384, 1536, 384)),
 }
 PARTS = ("up_weight", "up_bias", "down_weight")
@@ -377,6 +378,40 @@ def test_the_derivative_of_gelu_at_all_numbers() -> None:
     assert (error[number] <= 2.0**-13).all()
     assert (found[number & (ALL <= -16)] == 0).all()
     assert (found[number & (ALL >= 16)] == 1).all()
+
+
+# What gelu of the negative of is about the smallest normal number, 2^-126.
+AROUND_13 = [12.5, 13.0, 13.0625, 13.125, 13.1875, 13.25, 13.3125, 13.5, 14.0, 14.5]
+EXTREMES = [0.0, 2.0**-126, 2.0**-60, 1.0, 100.0, 1e19, 3e38, torch.inf]
+
+
+@needs_bf16
+@pytest.mark.usefixtures("bf16_unit")
+@pytest.mark.parametrize("columns", [1, 17, 33])
+def test_gelu_of_products_at_its_ends(columns: int) -> None:
+    """Of sums, not of a bias; each of them beside NaN, infinity and numbers far from its own."""
+    positive = torch.tensor(AROUND_13 + EXTREMES)
+    values = torch.cat([positive, torch.tensor([torch.nan]), -positive]).bfloat16()[:, None]
+    out, activated = OPS.linear_bf16_gelu(values, torch.ones(columns, 1).bfloat16(), None)
+    assert torch.equal(out.nan_to_num(), values.nan_to_num().expand_as(out))
+    x = values.double()
+    exact = (x * torch.erfc(-x / 2**0.5) / 2).expand_as(out)
+    exact = torch.where(x.isneginf(), 0.0, exact)
+    assert torch.equal(activated.isnan(), x.isnan().expand_as(out))
+    assert torch.equal(activated.isinf(), x.isposinf().expand_as(out))
+    normal = exact.isfinite() & (exact.abs() >= SMALLEST)
+    assert not activated[exact.abs() < SMALLEST].any()
+    error = (activated.double() - exact).abs() - half_ulp(exact)
+    assert (error[normal] <= 2.0**-12 * exact.abs()[normal]).all()
+
+    ones = torch.ones(len(values), 1).bfloat16()
+    found = OPS.linear_bf16_gelu_grad_input(ones, ones[:1].expand(1, columns), out)
+    density = torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
+    slope = torch.erfc(-x / 2**0.5) / 2 + torch.where(x.isinf(), 0.0, x * density)
+    slope = slope.expand_as(out)
+    assert torch.equal(found.isnan(), x.isnan().expand_as(out))
+    number = ~found.isnan()
+    assert ((found.double() - slope).abs() - half_ulp(slope))[number].max() <= 2.0**-13
 
 
 @needs_bf16
