@@ -563,6 +563,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape: tuple[int, int, int]
     [
         *((1, 1, 1), (3, 5, 7), (9, 17, 49), (130, 49, 16), (8, 48, 96)),
         *((31, 33, 32), (33, 32, 31), (32, 31, 33), (67, 32, 64), (17, 385, 31)),
+        (64, 49, 17),  # two tasks of one whole step each, and a column beside whole eights
     ],
 )
 def test_no_step_beyond_the_operands(shape: tuple[int, int, int], at_end: bool) -> None:
