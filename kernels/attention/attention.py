@@ -23,10 +23,10 @@ sequence, so a stream may be longer than its tokens.  The gradients of such a qu
 takes no part in others', whatever it holds and gets as gradient, NaN too.
 
 q, k, v are ``[T, H, D]``, float32, bfloat16 or float16, computed in float32.  But a CPU that
-multiplies pairs of bfloat16 (AVX512-BF16) multiplies those inputs as they are, and P f and dS
-rounded to bfloat16.  The log-sum-exp is ``[H, T]`` float32.  The backward pass recomputes P from it
-(Dao et al., "FlashAttention", 2022, arXiv:2205.14135) and the dropout factors from the seed, and is
-deterministic.
+multiplies pairs of bfloat16 (AVX512-BF16) and has no AMX, beside which that is slow, multiplies
+those inputs as they are, and P f and dS rounded to bfloat16.  The log-sum-exp is ``[H, T]``
+float32.  The backward pass recomputes P from it (Dao et al., "FlashAttention", 2022,
+arXiv:2205.14135) and the dropout factors from the seed, and is deterministic.
 
 A new option enters here:
 

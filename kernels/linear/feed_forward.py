@@ -101,9 +101,9 @@ def feed_forward(
 ) -> Tensor:
     """Apply ``gelu(x U^T + u) D^T``; with rows, the backward pass writes weight gradients there.
 
-    On a CPU with AVX512-BF16 and without AMX, products of a bfloat16 ``[T, H]`` compute gelu and
-    its derivative on the way: with the rows of both layers, and under no_grad.  Of minus infinity
-    gelu is then zero and of infinity infinity; torch's, which is taken everywhere else, may be NaN.
+    On a CPU with AVX512-BF16, products of a bfloat16 ``[T, H]`` compute gelu and its derivative on
+    the way: with the rows of both layers, and under no_grad.  Of minus infinity gelu is then zero
+    and of infinity infinity; torch's, which is taken everywhere else, may be NaN.
 
     Args:
         x: ``[T, H]`` with rows, ``[..., H]`` without, any floating dtype.

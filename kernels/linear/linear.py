@@ -12,9 +12,9 @@ float32 the products are torch's, and the kernel sums for the biases; float64 is
 
 On a CPU with AVX512-BF16 this project's own kernels (csrc/linear_cpu.cpp) compute all products of
 bfloat16, and the bias gradients on the way.  Both operands are packed block by block, and nothing
-is compiled for a number of rows, as oneDNN does.  Where there is AMX, whose tiles these kernels do
-not use, and for other dtypes, products are torch's but one: for a bfloat16 product torch first
-writes the bias into the result, and oneDNN adds it as it stores the result, at no cost.
+is compiled for a number of rows, as oneDNN does.  They multiply in the tiles of AMX where there are
+any.  On other CPUs, and for other dtypes, products are torch's but one: for a bfloat16 product
+torch first writes the bias into the result, and oneDNN adds it as it stores the result, at no cost.
 """
 
 from collections.abc import Sequence
@@ -44,8 +44,6 @@ _ops = torch.ops.superbert
 
 MULTIPLIES_BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 """Whether this project's bfloat16 products run on this processor."""
-PREFERS_ONEDNN = torch.cpu.get_capabilities().get("amx_bf16", False)
-"""Whether oneDNN's are used all the same: it alone uses the tiles of AMX."""
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether oneDNN has bfloat16 products for this processor."""
 
@@ -80,7 +78,7 @@ def _onednn_fake(x: Tensor, weight: Tensor, _bias: Tensor) -> Tensor:
 
 def is_ours(*tensors: Tensor | None) -> bool:
     """Return whether this project's kernels multiply tensors like these on a CPU."""
-    if not MULTIPLIES_BF16 or PREFERS_ONEDNN:
+    if not MULTIPLIES_BF16:
         return False
     if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
@@ -228,7 +226,7 @@ for _name in ("linear_bf16", "linear_bf16_grad_input", "linear_bf16_task_gradien
 register_fake("onednn_linear")(_onednn_fake)
 register_fake("linear_task_gradients_")(_task_gradients_fake)
 declare("onednn_linear", cpu="torch", cuda=None)
-declare("linear_task_gradients_", cpu="cpp" if is_ours() else "torch", cuda="triton")
+declare("linear_task_gradients_", cpu="cpp" if MULTIPLIES_BF16 else "torch", cuda="triton")
 
 
 def _check_gradients(

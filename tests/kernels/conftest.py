@@ -8,8 +8,10 @@ import torch
 
 from kernels.integrations import transformers_layers
 
-VECTOR_UNITS = ("plain", "avx2", "avx512", "avx512_bf16")
-"""In the order of their numbers, see csrc/cpu_isa.cpp."""
+VECTOR_UNITS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
+"""In the order of their numbers, see csrc/cpu_isa.cpp; "amx" has no build but of products."""
+BF16_UNITS = VECTOR_UNITS[3:]
+"""Those with products of bfloat16."""
 
 
 @pytest.fixture(params=range(len(VECTOR_UNITS)), ids=VECTOR_UNITS)
@@ -20,6 +22,18 @@ def vector_unit(request: pytest.FixtureRequest) -> Iterator[None]:
         limit(best)
         pytest.skip(f"this processor has no {VECTOR_UNITS[request.param]}")
     yield
+    limit(best)
+
+
+@pytest.fixture(params=BF16_UNITS)
+def bf16_unit(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on each build of the products of bfloat16, and once where there is none."""
+    limit, best = torch.ops.superbert.limit_vector_unit, len(VECTOR_UNITS) - 1
+    number = VECTOR_UNITS.index(request.param)
+    if limit(number) != number and request.param != BF16_UNITS[0]:
+        limit(best)
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
     limit(best)
 
 

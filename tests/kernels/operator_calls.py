@@ -17,9 +17,10 @@ from kernels import (
     balancing,
     new_task_rows,
 )
-from kernels.linear.linear import HAS_ONEDNN, MULTIPLIES_BF16, PREFERS_ONEDNN
+from kernels.linear.linear import HAS_ONEDNN, MULTIPLIES_BF16
 
 from .balancing.methods import SOLVERS
+from .conftest import VECTOR_UNITS
 from .layer_cases import LAYERS, Stream
 from .test_operators import attention, bf16_products, norms, others, relative_attention
 from .test_surgery_weights import operator_samples
@@ -53,7 +54,7 @@ def operator_calls() -> dict[str, tuple]:
     calls |= operator_samples()
     calls |= {f"{name} alone": arguments for name, arguments in norms(by_task=False).items()}
     calls |= {name: (rows @ rows.T, *given) for name, given in SOLVERS.items()}
-    calls["limit_vector_unit"] = (3,)
+    calls["limit_vector_unit"] = (len(VECTOR_UNITS) - 1,)
     if MULTIPLIES_BF16:
         calls |= bf16_products()
     if HAS_ONEDNN:
@@ -281,7 +282,7 @@ def backward_calls() -> dict[str, Callable[[], Tensor]]:
     calls: dict[str, Callable[[], Tensor]] = {
         name: partial(layer, stream) for name, layer in LAYERS.items() if name not in of_torch
     }
-    if MULTIPLIES_BF16 and not PREFERS_ONEDNN:
+    if MULTIPLIES_BF16:
         in_bf16 = stream.to("cpu", torch.bfloat16)
         calls |= {
             f"{name} in bf16": partial(LAYERS[name], in_bf16)

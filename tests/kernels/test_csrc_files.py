@@ -26,8 +26,9 @@ def test_headers_that_include_torch_end_in_torch(header: Path) -> None:
     assert knows_torch(header) == header.stem.endswith("_torch")
 
 
-def test_loops_for_vector_units_are_free_of_torch() -> None:
-    loops = [path for path in SOURCES if path.name.endswith("_simd.cpp")]
+@pytest.mark.parametrize("ending", ["_simd.cpp", "_amx.cpp"])
+def test_loops_for_vector_units_are_free_of_torch(ending: str) -> None:
+    loops = [path for path in SOURCES if path.name.endswith(ending)]
     assert loops
     assert not [path.name for path in loops if knows_torch(path)]
 

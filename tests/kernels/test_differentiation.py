@@ -295,7 +295,7 @@ def test_weights_of_gradvac_have_no_derivative(kind: str) -> None:
 
 
 def test_a_linear_layer_without_a_graph_keeps_tangents() -> None:
-    """Where oneDNN's product runs, which knows none."""
+    """Where products run that know none: this project's, or oneDNN's."""
     x, weight, bias = (torch.randn(shape).bfloat16() for shape in ((4, 8), (8, 8), (8,)))
     found = forward_mode_without_grad(lambda x: kernels.linear(x, weight, bias), x)
     torch.testing.assert_close(found, tangent_at(x) @ weight.T)

@@ -1,7 +1,7 @@
 """The feed-forward part of a layer: two products with GELU between them, against float64.
 
 In bfloat16 on a processor with AVX512_BF16, GELU and its derivative are computed within the
-products (csrc/linear_simd.cpp); elsewhere torch computes them between two linear layers.
+products (csrc/linear_simd.h); elsewhere torch computes them between two linear layers.
 """
 
 from collections.abc import Iterator
@@ -34,15 +34,10 @@ CASES = {
     "empty tasks at both ends": ((31, (0, 0, 13, 31, 31)), (17, 33, 15)),
     "past a block of rows and a panel": ((131, (0, 5, 129)), (47, 97, 49)),
     "past a block of a task's tokens": ((1030, (0, 1, 1027)), (16, 31, 3)),
+    "past a chunk of every inner dimension": ((33, (0, 1, 33)), (385, 417, 49)),
     "BERT": ((37, (0, 12, 37)), (384, 1536, 384)),
 }
 PARTS = ("up_weight", "up_bias", "down_weight")
-
-
-@pytest.fixture
-def takes_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes this project's products where oneDNN's are preferred, too."""
-    monkeypatch.setattr(linear_module, "PREFERS_ONEDNN", False)
 
 
 class Case:
@@ -133,7 +128,7 @@ def assert_all_within_twice(
 # ---- output and gradients ------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("poisoned_memory", "takes_ours")
+@pytest.mark.usefixtures("poisoned_memory", "bf16_unit")
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
@@ -145,7 +140,7 @@ def test_output_and_task_gradients(name: str, dtype: torch.dtype, biased: bool) 
     assert_all_within_twice(found, torchs, exact)
 
 
-@pytest.mark.usefixtures("poisoned_memory", "takes_ours")
+@pytest.mark.usefixtures("poisoned_memory", "bf16_unit")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_without_rows(name: str, dtype: torch.dtype) -> None:
@@ -167,7 +162,6 @@ def test_without_rows(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(own, expected)
 
 
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_stream_of_several_dimensions(dtype: torch.dtype) -> None:
     case = Case("odd widths, a task without tokens", dtype)
@@ -179,7 +173,7 @@ def test_a_stream_of_several_dimensions(dtype: torch.dtype) -> None:
 
 
 @needs_bf16
-@pytest.mark.usefixtures("takes_ours")
+@pytest.mark.usefixtures("bf16_unit")
 @pytest.mark.parametrize("name", CASES)
 def test_accumulates(name: str) -> None:
     case = Case(name)
@@ -209,7 +203,6 @@ def test_float32_is_two_layers_and_torchs_gelu(accumulate: bool) -> None:
         assert torch.equal(found[name], expected), name
 
 
-@pytest.mark.usefixtures("takes_ours")
 def test_gradients_of_bfloat16_in_rows_of_float32() -> None:
     case = Case("odd widths, a task without tokens")
     rows = [own._replace(buffer=own.buffer.float()) for own in case.rows()]
@@ -225,7 +218,6 @@ FROZEN = [
 ]
 
 
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("frozen", FROZEN, ids="-".join)
 def test_frozen_parts_have_no_gradient(frozen: tuple[str, ...], dtype: torch.dtype) -> None:
@@ -243,7 +235,6 @@ def test_frozen_parts_have_no_gradient(frozen: tuple[str, ...], dtype: torch.dty
 
 
 @needs_bf16
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.parametrize("without", ["up_rows", "down_rows"])
 def test_rows_of_one_layer_alone(without: str) -> None:
     """Of two linear layers: the other layer's gradients are autograd's."""
@@ -262,21 +253,21 @@ def test_rows_of_one_layer_alone(without: str) -> None:
 
 
 @needs_bf16
+@pytest.mark.usefixtures("bf16_unit")
 @pytest.mark.parametrize("name", CASES)
 def test_onednns_products_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which of the two multiply is a matter of rounding, on a machine that has both."""
     case = Case(name)
     torchs, exact = case.by_autograd(), case.to(torch.float64).by_autograd()
-    for prefers in (False, True):
-        monkeypatch.setattr(linear_module, "PREFERS_ONEDNN", prefers)
-        assert is_ours(case.x) is not prefers
+    for ours in (True, False):
+        monkeypatch.setattr(linear_module, "MULTIPLIES_BF16", ours)
+        assert is_ours(case.x) is ours
         assert_all_within_twice(case.run(), torchs, exact)
         with torch.no_grad():
             assert_within_twice(kernels.feed_forward(*case.tensors), torchs["out"], exact["out"])
 
 
 @needs_bf16
-@pytest.mark.usefixtures("takes_ours")
 def test_which_operators_run(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("odd widths, a task without tokens")
 
@@ -289,12 +280,12 @@ def test_which_operators_run(monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"linear_bf16_gelu", "linear_bf16_gelu_grad_input", "linear_bf16"}
     own |= {"linear_bf16_grad_input", "linear_bf16_task_gradients_"}
     assert operators() == {f"superbert::{name}" for name in own}
-    monkeypatch.setattr(linear_module, "PREFERS_ONEDNN", True)
+    monkeypatch.setattr(linear_module, "MULTIPLIES_BF16", False)
     assert {"aten::gelu", "aten::gelu_backward"} <= operators()
 
 
 @needs_bf16
-@pytest.mark.usefixtures("takes_ours")
+@pytest.mark.usefixtures("bf16_unit")
 def test_the_number_of_threads_makes_no_difference() -> None:
     case, found = Case("BERT"), []
     for threads in (1, 2, 3):
@@ -305,7 +296,7 @@ def test_the_number_of_threads_makes_no_difference() -> None:
             assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.usefixtures("takes_ours")
+@pytest.mark.usefixtures("bf16_unit")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_strides_make_no_difference(dtype: torch.dtype) -> None:
     case = Case("odd widths, a task without tokens", dtype)
@@ -345,10 +336,11 @@ def slope_of_all() -> Tensor:
 
 
 @needs_bf16
+@pytest.mark.usefixtures("bf16_unit")
 def test_gelu_of_all_numbers() -> None:
     """By erfc, since 1 + erf has no digits where x is far below zero.
 
-    In float64 the polynomials of csrc/linear_simd.cpp are wrong by 0.94 * 2^-13 of Phi(-|x|) at
+    In float64 the polynomials of csrc/linear_simd.h are wrong by 0.94 * 2^-13 of Phi(-|x|) at
     most, and by 1.9 * 2^-13 with a reciprocal that is off by the 2^-14 that a processor may take.
     """
     found, x = gelu_of_all(), ALL.double()
@@ -361,6 +353,7 @@ def test_gelu_of_all_numbers() -> None:
 
 
 @needs_bf16
+@pytest.mark.usefixtures("bf16_unit")
 def test_gelu_at_the_ends() -> None:
     found, x = gelu_of_all(), ALL.double()
     exact = x * torch.erfc(-x / 2**0.5) / 2
@@ -372,6 +365,7 @@ def test_gelu_at_the_ends() -> None:
 
 
 @needs_bf16
+@pytest.mark.usefixtures("bf16_unit")
 def test_the_derivative_of_gelu_at_all_numbers() -> None:
     """It is about one at most, so its error is absolute; far out nothing but 0 and 1 is left."""
     found, x = slope_of_all(), ALL.double()
@@ -386,7 +380,42 @@ def test_the_derivative_of_gelu_at_all_numbers() -> None:
     assert (found[number & (ALL >= 16)] == 1).all()
 
 
+# What gelu of the negative of is about the smallest normal number, 2^-126.
+AROUND_13 = [12.5, 13.0, 13.0625, 13.125, 13.1875, 13.25, 13.3125, 13.5, 14.0, 14.5]
+EXTREMES = [0.0, 2.0**-126, 2.0**-60, 1.0, 100.0, 1e19, 3e38, torch.inf]
+
+
 @needs_bf16
+@pytest.mark.usefixtures("bf16_unit")
+@pytest.mark.parametrize("columns", [1, 17, 33])
+def test_gelu_of_products_at_its_ends(columns: int) -> None:
+    """Of sums, not of a bias; each of them beside NaN, infinity and numbers far from its own."""
+    positive = torch.tensor(AROUND_13 + EXTREMES)
+    values = torch.cat([positive, torch.tensor([torch.nan]), -positive]).bfloat16()[:, None]
+    out, activated = OPS.linear_bf16_gelu(values, torch.ones(columns, 1).bfloat16(), None)
+    assert torch.equal(out.nan_to_num(), values.nan_to_num().expand_as(out))
+    x = values.double()
+    exact = (x * torch.erfc(-x / 2**0.5) / 2).expand_as(out)
+    exact = torch.where(x.isneginf(), 0.0, exact)
+    assert torch.equal(activated.isnan(), x.isnan().expand_as(out))
+    assert torch.equal(activated.isinf(), x.isposinf().expand_as(out))
+    normal = exact.isfinite() & (exact.abs() >= SMALLEST)
+    assert not activated[exact.abs() < SMALLEST].any()
+    error = (activated.double() - exact).abs() - half_ulp(exact)
+    assert (error[normal] <= 2.0**-12 * exact.abs()[normal]).all()
+
+    ones = torch.ones(len(values), 1).bfloat16()
+    found = OPS.linear_bf16_gelu_grad_input(ones, ones[:1].expand(1, columns), out)
+    density = torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
+    slope = torch.erfc(-x / 2**0.5) / 2 + torch.where(x.isinf(), 0.0, x * density)
+    slope = slope.expand_as(out)
+    assert torch.equal(found.isnan(), x.isnan().expand_as(out))
+    number = ~found.isnan()
+    assert ((found.double() - slope).abs() - half_ulp(slope))[number].max() <= 2.0**-13
+
+
+@needs_bf16
+@pytest.mark.usefixtures("bf16_unit")
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 47, 49])  # lanes of the last vector
 def test_every_lane_has_the_same_gelu(columns: int) -> None:
     values = torch.linspace(-4, 4, columns).bfloat16()
@@ -402,7 +431,7 @@ def test_every_lane_has_the_same_gelu(columns: int) -> None:
     assert torch.equal(slopes, slope_of_all()[index].expand(9, columns))
 
 
-@pytest.mark.usefixtures("takes_ours")
+@pytest.mark.usefixtures("bf16_unit")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_nan_stays_in_its_row_and_task(dtype: torch.dtype) -> None:
     case = Case("odd widths, a task without tokens", dtype)
@@ -431,7 +460,6 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_transforms_are_refused_with_rows(kind: str) -> None:
     case = Case("odd widths, a task without tokens")
@@ -439,7 +467,6 @@ def test_transforms_are_refused_with_rows(kind: str) -> None:
         TRANSFORMS[kind](lambda x: by_task(case, x), case.x)
 
 
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's forward mode
 @pytest.mark.parametrize("graph", [True, False])
@@ -458,7 +485,6 @@ def test_transforms_without_rows(kind: str, graph: bool) -> None:
     assert_within_twice(found, torchs, exact)
 
 
-@pytest.mark.usefixtures("takes_ours")
 def test_a_second_derivative_is_refused_with_rows() -> None:
     case = Case("odd widths, a task without tokens")
     x = case.x.requires_grad_()
@@ -467,7 +493,6 @@ def test_a_second_derivative_is_refused_with_rows() -> None:
         grad.sum().backward()
 
 
-@pytest.mark.usefixtures("takes_ours")
 def test_an_operand_that_changes_before_the_backward_pass_is_refused() -> None:
     case = Case("odd widths, a task without tokens")
     out = by_task(case, case.x.requires_grad_())
@@ -476,7 +501,6 @@ def test_an_operand_that_changes_before_the_backward_pass_is_refused() -> None:
         out.sum().backward()
 
 
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.parametrize("rows", [False, True])
 def test_under_autocast(rows: bool) -> None:
     """Two linear layers of bfloat16, as of float32 operands."""
@@ -501,7 +525,6 @@ def test_under_autocast(rows: bool) -> None:
         assert down.weight.isfinite().all()
 
 
-@pytest.mark.usefixtures("takes_ours")
 def test_bfloat16_under_autocast_of_the_cpu() -> None:
     """Autocast's own casts are no reason to take another path than without it."""
     case = Case("odd widths, a task without tokens")
@@ -511,7 +534,6 @@ def test_bfloat16_under_autocast_of_the_cpu() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.parametrize("rows", [False, True])
 def test_compiled_in_one_graph_for_any_number_of_rows(rows: bool) -> None:
     torch._dynamo.reset()
@@ -553,7 +575,6 @@ def wrong_arguments(case: Case) -> Iterator[tuple[dict[str, Any], str]]:
     yield {"x": case.x[None]}, r"rows: task gradients need x \[T, I\]"
 
 
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("graph", [True, False])
 def test_what_does_not_fit_is_named(dtype: torch.dtype, graph: bool) -> None:
@@ -569,7 +590,6 @@ def test_what_does_not_fit_is_named(dtype: torch.dtype, graph: bool) -> None:
             kernels.feed_forward(**(given | change))
 
 
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("given", [("up_rows",), ("down_rows",), ("up_rows", "down_rows")])
@@ -580,7 +600,6 @@ def test_rows_need_segments(given: tuple[str, ...], graph: bool, dtype: torch.dt
         kernels.feed_forward(*case.tensors, **{name: rows[name] for name in given})
 
 
-@pytest.mark.usefixtures("takes_ours")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("graph", [True, False])
 def test_freed_operands_are_refused(graph: bool, dtype: torch.dtype) -> None:
@@ -601,7 +620,6 @@ def test_freed_operands_are_refused(graph: bool, dtype: torch.dtype) -> None:
 
 
 @needs_bf16
-@pytest.mark.usefixtures("takes_ours")
 def test_saved_tensors_that_hooks_change_are_refused() -> None:
     """Whatever a hook makes of them ends in an exception of one line."""
     case = Case("odd widths, a task without tokens")
@@ -623,7 +641,6 @@ def test_saved_tensors_that_hooks_change_are_refused() -> None:
             assert "\n" not in str(error.value), (number, kind)
 
 
-@pytest.mark.usefixtures("takes_ours")
 def test_saved_on_the_way_and_checkpointed() -> None:
     case = Case("odd widths, a task without tokens")
     expected = case.run()

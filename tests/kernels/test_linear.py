@@ -139,13 +139,7 @@ ONEDNN = {"onednn_linear"} if HAS_ONEDNN else set()
 needs_bf16 = pytest.mark.skipif(not MULTIPLIES_BF16, reason="this processor has no AVX512_BF16")
 
 
-@pytest.fixture
-def no_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PREFERS_ONEDNN", False)
-
-
 @needs_bf16
-@pytest.mark.usefixtures("no_amx")
 def test_bf16_products_are_this_projects() -> None:
     assert operators_of(lambda: train_by_task(torch.bfloat16)) == OWN
     assert operators_of(lambda: forward(torch.bfloat16)) == {"linear_bf16"}
@@ -156,7 +150,6 @@ def test_bf16_products_are_this_projects() -> None:
 
 
 @needs_bf16
-@pytest.mark.usefixtures("no_amx")
 def test_float32_rows_of_bf16_streams_are_this_projects() -> None:
     grad, x = torch.randn(13, 31).bfloat16(), torch.randn(13, 7).bfloat16()
     rows = torch.zeros(2, 31, 7), torch.zeros(2, 31)
@@ -165,7 +158,6 @@ def test_float32_rows_of_bf16_streams_are_this_projects() -> None:
     assert ran == {"linear_bf16_task_gradients_"}
 
 
-@pytest.mark.usefixtures("no_amx")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_products_of_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
     assert operators_of(lambda: train_by_task(dtype)) == set()
@@ -173,7 +165,6 @@ def test_products_of_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
 
 
 @needs_bf16
-@pytest.mark.usefixtures("no_amx")
 @pytest.mark.parametrize("wide", [torch.float16, torch.float64])
 def test_gradient_rows_of_other_dtypes_are_torchs(wide: torch.dtype) -> None:
     grad, x = torch.randn(13, 31).bfloat16(), torch.randn(13, 7).bfloat16()
@@ -184,18 +175,13 @@ def test_gradient_rows_of_other_dtypes_are_torchs(wide: torch.dtype) -> None:
     assert torch.equal(rows, expected.to(wide))
 
 
-@pytest.mark.parametrize("name", ["PREFERS_ONEDNN", "MULTIPLIES_BF16"])
-def test_products_of_other_processors_are_torchs(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """With AMX, whose tiles oneDNN uses, or without products of bfloat16."""
-    monkeypatch.setattr(module, name, name == "PREFERS_ONEDNN")
+def test_products_of_other_processors_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MULTIPLIES_BF16", False)
     assert operators_of(lambda: train_by_task(torch.bfloat16)) == ONEDNN
     assert operators_of(lambda: forward(torch.bfloat16)) == ONEDNN
 
 
 @needs_bf16
-@pytest.mark.usefixtures("no_amx")
 def test_a_stream_that_autograd_differentiates_is_torchs() -> None:
     x, weight, bias = operands((13, 31, 7), torch.bfloat16)
     weight.requires_grad_()
@@ -208,7 +194,6 @@ def test_a_stream_that_autograd_differentiates_is_torchs() -> None:
 
 
 @needs_bf16
-@pytest.mark.usefixtures("no_amx")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_same_bits_by_task_as_at_once(shape: tuple[int, int, int]) -> None:
     """A task's gradients are those of a batch that has no other task."""

@@ -1,11 +1,20 @@
 """Products of bfloat16 by this project's kernels (csrc/linear_*), against float64.
 
-Sizes are one, odd (the kernels multiply pairs), and around those that the kernels work in: tiles of
-8 rows, vectors of 16 columns, panels of 48, blocks of 128 rows, of 1024 tokens, and, of weight
-gradients, of at most 288 outputs and 384 inputs; and those of BERT's layers.
+Every test runs on vectors (AVX512_BF16) and in tiles (AMX), where the processor has both.  Sizes
+are one, odd (the kernels multiply pairs), those of BERT's layers, and around those that the kernels
+work in:
+
+- both: blocks of 128 rows, and of 1024 tokens of a task;
+- vectors: tiles of 8 rows, vectors of 16 columns, panels of 48, and, of weight gradients, blocks of
+  at most 288 outputs and 384 inputs;
+- tiles: 16 rows by 16 words, in blocks of 32 rows and panels of 32 columns; steps of 32 numbers of
+  the inner dimension, in chunks of at most 12 (384 numbers); and, of weight gradients, 192 outputs,
+  up to four times as many in a block where there are blocks enough, and 384 inputs.  Columns of the
+  left operand are transposed 8 at a time there.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 from typing import Any
 
@@ -15,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import kernels
-from kernels.linear import linear as module
-from kernels.linear.linear import MULTIPLIES_BF16, PREFERS_ONEDNN, linear_task_gradients_reference_
+from kernels.linear.linear import MULTIPLIES_BF16, linear_task_gradients_reference_
 
 from .argument_fuzz import freed, guarded, strided
+from .conftest import BF16_UNITS, VECTOR_UNITS
 from .layer_cases import LAYERS as LAYERS_OF_STREAMS
 from .layer_cases import Stream
 from .tolerance import assert_within_twice
@@ -26,6 +35,7 @@ from .tolerance import assert_within_twice
 OPS = torch.ops.superbert
 DTYPES = [torch.bfloat16, torch.float32]
 needs_bf16 = pytest.mark.skipif(not MULTIPLIES_BF16, reason="this processor has no AVX512_BF16")
+pytestmark = pytest.mark.usefixtures("bf16_unit")
 
 
 def bf16(*shape: int) -> Tensor:
@@ -53,7 +63,10 @@ def assert_same_specials(result: Tensor, exact: Tensor) -> None:
 
 def test_python_and_the_extension_agree_on_the_processor() -> None:
     if MULTIPLIES_BF16:
-        assert OPS.limit_vector_unit(4) >= 3
+        machine = torch.cpu.get_capabilities()
+        in_tiles = machine.get("amx_tile", False) and machine.get("amx_bf16", False)
+        best = OPS.limit_vector_unit(len(VECTOR_UNITS) - 1)  # which bf16_unit chooses afterwards
+        assert VECTOR_UNITS[best] == BF16_UNITS[in_tiles]
         assert OPS.linear_bf16(bf16(2, 3), bf16(4, 3), None).shape == (2, 4)
     else:
         with pytest.raises(ValueError, match="x: this processor has no bfloat16 products"):
@@ -74,22 +87,26 @@ def test_other_processors_refuse() -> None:
 
 
 def test_the_declared_backend_is_the_one_that_runs() -> None:
-    is_ours = MULTIPLIES_BF16 and not PREFERS_ONEDNN
-    assert kernels.backend("linear_task_gradients_", "cpu") == ("cpp" if is_ours else "torch")
+    backend = "cpp" if MULTIPLIES_BF16 else "torch"
+    assert kernels.backend("linear_task_gradients_", "cpu") == backend
 
 
 # ---- forward, and gradients of the input --------------------------------------------------------
 
-# Around a tile and a block of rows, with every remainder of a tile's halves.
-ROWS = [0, 1, 3, 7, 8, 9, 15, 127, 128, 129, 257]
-# Outputs and inputs: one, around a pair, a vector, two, a panel, and two panels.
+# Around a tile, two of them and a block of rows, with every remainder of a tile's halves.
+ROWS = [0, 1, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 127, 128, 129, 257]
+# Outputs and inputs: one, around a pair, a vector or tile, two, a panel, and two panels.  Each is a
+# number of columns in one product and the inner dimension in the other.
 MATRICES = [
-    *((1, 1), (1, 2), (2, 1), (15, 17), (16, 16), (17, 15), (31, 33), (33, 31)),
-    *((47, 49), (48, 48), (49, 47), (95, 97), (97, 95), (144, 3), (3, 145)),
+    *((1, 1), (1, 2), (2, 1), (15, 17), (16, 16), (17, 15), (31, 33), (32, 32), (33, 31)),
+    *((47, 49), (48, 48), (49, 47), (63, 65), (95, 97), (97, 95), (144, 3), (3, 145)),
 ]
 WIDE = [
     *((5, 768, 768), (130, 384, 1536), (129, 1536, 384), (13, 1152, 384)),
     *((24, 3072, 768), (9, 768, 3072), (2, 31, 3071)),
+    # Around one chunk of the inner dimension, and several, of unequally many steps.
+    *((17, 383, 33), (33, 33, 383), (16, 384, 16), (33, 17, 385), (15, 385, 31), (49, 800, 800)),
+    *((1, 800, 17), (32, 48, 769)),
 ]
 
 
@@ -132,7 +149,7 @@ def other_strides(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield from strided(x)
     if x.dim() == 2:
         rows, columns = x.shape
-        wide = bf16(rows, columns + 8)
+        wide = torch.full((rows, columns + 8), torch.nan, dtype=x.dtype)  # in no sum, times zero
         for start, step in ((3, 0), (4, 0), (3, 1)):  # odd: pairs that are not aligned
             part = wide.as_strided(x.shape, (columns + 6 + step, 1), start)
             yield f"rows apart, from {start}", part.copy_(x)
@@ -140,9 +157,14 @@ def other_strides(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 @needs_bf16
-@pytest.mark.parametrize("inputs", [1, 12, 13])
-def test_strides_of_operands_make_no_difference(inputs: int) -> None:
-    x, weight, bias, grad = bf16(9, inputs), bf16(11, inputs), bf16(11), bf16(9, 11)
+@pytest.mark.parametrize(
+    "shape", [(9, 11, 1), (9, 11, 12), (9, 11, 13), (17, 33, 31), (33, 31, 32), (16, 32, 33)]
+)
+def test_strides_of_operands_make_no_difference(shape: tuple[int, int, int]) -> None:
+    """Nor does what is in memory between their rows, before and behind them, though it is NaN."""
+    rows, outputs, inputs = shape
+    x, weight, bias = bf16(rows, inputs), bf16(outputs, inputs), bf16(outputs)
+    grad = bf16(rows, outputs)
     arguments = [("x", x), ("weight", weight), ("bias", bias)]
     for place, (_, tensor) in enumerate(arguments):
         for kind, view in other_strides(tensor):
@@ -160,9 +182,16 @@ def test_strides_of_operands_make_no_difference(inputs: int) -> None:
 
 @needs_bf16
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("inputs", [1, 2, 7, 8, 49])  # odd: the last pair is half empty
-def test_nan_and_infinity_stay_in_what_depends_on_them(inputs: int, special: float) -> None:
-    x, weight, bias, grad = bf16(11, inputs), bf16(19, inputs), bf16(19), bf16(11, 19)
+@pytest.mark.parametrize(
+    "widths",  # odd: the last pair is half empty
+    [(19, 1), (19, 2), (19, 7), (19, 8), (19, 49), (33, 31), (31, 32), (32, 33), (385, 65)],
+)
+def test_nan_and_infinity_stay_in_what_depends_on_them(
+    widths: tuple[int, int], special: float
+) -> None:
+    outputs, inputs = widths
+    x, weight, bias = bf16(17, inputs), bf16(outputs, inputs), bf16(outputs)
+    grad = bf16(17, outputs)
 
     def changed(tensor: Tensor, place: int, at: int, spoiled: int) -> Tensor:
         if place != spoiled:
@@ -219,11 +248,12 @@ BATCHES = [
     (20, [0, 7, 7, 20]),
     (33, [2, 2, 15, 31]),
     *((n + 2, [1, 1 + n]) for n in (1023, 1024, 1025, 2048)),
+    (99, [1, 32, 64, 97]),  # of 31, 32 and 33 tokens
     (3080, [0, 1, 2049, 2049, 3074]),  # the next block begins with an odd token
     (60, [3, 4, 4, 9, 16, 31, 32, 32, 41, 58]),
 ]
 # Outputs and inputs: as MATRICES, and one more than a block, where tasks are many.
-LAYERS = [(1, 1), (1, 16), (17, 31), (48, 15), (49, 97), (289, 385)]
+LAYERS = [(1, 1), (1, 16), (8, 32), (9, 33), (17, 31), (48, 15), (49, 97), (193, 33), (289, 385)]
 BERT = [
     (65, [0, 21, 64], (768, 768)),
     (40, [0, 13, 14, 40], (2304, 768)),
@@ -231,6 +261,10 @@ BERT = [
     (21, [0, 21], (768, 3072)),
     (1030, [0, 1, 1030], (1152, 384)),
     (40, [0, 27, 40], (384, 1536)),
+]
+# More tasks than threads can be busy with: blocks of outputs are as large as they may be.
+MANY_TASKS = [
+    (40, [*range(0, 39, 3), 40], widths) for widths in ((768, 384), (769, 33), (577, 385))
 ]
 
 Sizes = tuple[int, list[int], tuple[int, int]]
@@ -299,7 +333,7 @@ def test_task_gradients(batch: Any, matrix: tuple[int, int], dtype: torch.dtype)
 
 @needs_bf16
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("sizes", BERT)
+@pytest.mark.parametrize("sizes", [*BERT, *MANY_TASKS])
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32,) * 2])
 def test_task_gradients_of_bert(sizes: Sizes, dtypes: Any) -> None:
     Layer(sizes, dtypes).check()
@@ -347,10 +381,11 @@ def test_gradients_without_tasks_or_columns_write_nothing() -> None:
 
 
 @needs_bf16
-@pytest.mark.parametrize("widths", [(1, 1), (12, 13), (13, 12)])
+@pytest.mark.parametrize("widths", [(1, 1), (12, 13), (13, 12), (31, 33), (33, 32), (32, 31)])
 def test_strides_of_streams_make_no_difference(widths: tuple[int, int]) -> None:
+    """Nor does what is in memory around their rows, though it is NaN."""
     for name in ("x", "grad"):
-        layer = Layer((9, [1, 4, 8], widths))
+        layer = Layer((43, [1, 4, 8, 41], widths))
         for kind, view in other_strides(getattr(layer, name)):
             setattr(layer, name, view)
             own = [rows.clone() for rows in layer.run()]
@@ -378,7 +413,10 @@ def test_rows_of_one_buffer(dtype: torch.dtype) -> None:
 
 @needs_bf16
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("ends", [(2, 9), (2, 1027), (2, 1028)])  # an odd token alone in a pair
+@pytest.mark.parametrize(
+    "ends",  # an odd token is alone in a pair; a step takes 32
+    [(2, 9), (2, 33), (2, 34), (2, 35), (2, 1027), (2, 1028)],
+)
 def test_nan_and_infinity_stay_in_their_task(ends: tuple[int, int], special: float) -> None:
     offsets = [*ends, ends[1] + 6]
     tokens = offsets[-1] + 2
@@ -393,11 +431,112 @@ def test_nan_and_infinity_stay_in_their_task(ends: tuple[int, int], special: flo
             assert_same_specials(bias, dy[start:end].sum(0))
 
 
+# ---- both units, and other libraries -------------------------------------------------------------
+
+
+def whole_numbers(*shape: int) -> Tensor:
+    """Sums of their products are exact in float32, in any order."""
+    return torch.randint(-4, 5, shape).bfloat16()
+
+
+@needs_bf16
+@pytest.mark.parametrize("shape", [(17, 33, 31), (129, 385, 800), (33, 49, 385)])
+def test_exact_sums_are_rounded_once(shape: tuple[int, int, int]) -> None:
+    """So both units, and float64, give the same bits."""
+    rows, outputs, inputs = shape
+    x, weight, bias = whole_numbers(rows, inputs), whole_numbers(outputs, inputs), bf16(outputs)
+    exact = x.double() @ weight.double().T
+    assert same_bits(OPS.linear_bf16(x, weight, None), exact.bfloat16())
+    exact_with_bias = exact.float() + bias.float()  # rounded to float32 first, as in the kernels
+    assert same_bits(OPS.linear_bf16(x, weight, bias), exact_with_bias.bfloat16())
+    grad = whole_numbers(rows, outputs)
+    exact = grad.double() @ weight.double()
+    assert same_bits(OPS.linear_bf16_grad_input(grad, weight), exact.bfloat16())
+    layer = Layer((rows, [0, rows // 3, rows], (outputs, inputs)), (torch.float32, torch.float32))
+    layer.x, layer.grad = x, grad
+    weight_rows, bias_rows = layer.run()
+    for task, (a, b) in enumerate(pairwise(layer.offsets)):
+        exact = grad[a:b].double().T @ x[a:b].double()
+        assert same_bits(weight_rows[task], exact.bfloat16().float())
+        assert same_bits(bias_rows[task], grad[a:b].float().sum(0))
+
+
+@needs_bf16
+@pytest.mark.parametrize("shape", [(17, 33, 31), (129, 385, 800), (40, 768, 384)])
+def test_units_agree(shape: tuple[int, int, int], bf16_unit: str) -> None:
+    """Their sums differ in float32's last bits, so results by one rounding of the largest."""
+    if bf16_unit == BF16_UNITS[0]:
+        pytest.skip("compared to the other unit where that is taken")
+    rows, outputs, inputs = shape
+    x, weight, bias = bf16(rows, inputs), bf16(outputs, inputs), bf16(outputs)
+    grad = bf16(rows, outputs)
+    layer = Layer((rows, [0, rows // 3, rows], (outputs, inputs)))
+
+    def run() -> list[Tensor]:
+        out, activated = OPS.linear_bf16_gelu(x, weight, bias)
+        grad_input = OPS.linear_bf16_grad_input(grad, weight)
+        slopes = OPS.linear_bf16_gelu_grad_input(grad, weight, x)
+        return [out, activated, grad_input, slopes, *(own.clone() for own in layer.run())]
+
+    in_tiles = run()
+    OPS.limit_vector_unit(VECTOR_UNITS.index(BF16_UNITS[0]))
+    for own, other in zip(in_tiles, run(), strict=True):
+        difference = (own.double() - other.double()).abs().max()
+        assert difference <= torch.finfo(own.dtype).eps * other.double().abs().max()
+
+
+def operands_for_turns(rows: int, outputs: int, inputs: int) -> Iterator[Callable[[], None]]:
+    """Calls that check products of their own: this project's, and oneDNN's, in turns."""
+    x, weight = whole_numbers(rows, inputs), whole_numbers(outputs, inputs)
+    grad = whole_numbers(rows, outputs)
+    layer = Layer((rows, [0, rows // 2, rows], (outputs, inputs)), (torch.float32,) * 2)
+    layer.x, layer.grad = x, grad
+    product = (x.double() @ weight.double().T).bfloat16()
+    grad_input = (grad.double() @ weight.double()).bfloat16()
+    gradients = [
+        (grad[a:b].double().T @ x[a:b].double()).bfloat16().float()
+        for a, b in pairwise(layer.offsets)
+    ]
+
+    def check(holds: bool) -> None:
+        assert holds, (rows, outputs, inputs)
+
+    yield lambda: check(same_bits(OPS.linear_bf16(x, weight, None), product))
+    yield lambda: check(same_bits(x @ weight.T, product))
+    yield lambda: check(same_bits(OPS.linear_bf16_grad_input(grad, weight), grad_input))
+    yield lambda: check(same_bits(F.linear(x, weight), product))
+    yield lambda: check(all(map(same_bits, layer.run()[0], gradients)))
+    yield lambda: check(same_bits(grad @ weight, grad_input))
+
+
+@needs_bf16
+@pytest.mark.parametrize("callers", [1, 3])
+def test_takes_turns_with_onednn(callers: int) -> None:
+    """Whose products configure the tile registers of the same threads in other ways.
+
+    Of several Python threads, too, each of which has threads of its own that compute.
+    """
+    shapes = [(17, 33, 31), (64, 96, 385), (129, 64, 128)]
+
+    def take_turns(number: int) -> None:
+        calls = [[*operands_for_turns(*shape)] for shape in shapes[number:] + shapes[:number]]
+        for _ in range(5):
+            for turn in zip(*calls, strict=True):  # the next call has other shapes
+                for call in turn:
+                    call()
+
+    with ThreadPoolExecutor(callers) as pool:
+        for done in [pool.submit(take_turns, number) for number in range(callers)]:
+            done.result()
+
+
 # ---- threads and memory -------------------------------------------------------------------------
 
 
 @needs_bf16
-@pytest.mark.parametrize("shape", [(1, 97, 129), (200, 49, 31), (5, 768, 384), (300, 300, 400)])
+@pytest.mark.parametrize(
+    "shape", [(1, 97, 129), (200, 49, 31), (5, 768, 384), (300, 300, 400), (33, 800, 400)]
+)
 def test_bits_do_not_depend_on_the_number_of_threads(shape: tuple[int, int, int]) -> None:
     rows, outputs, inputs = shape
     offsets = [0, rows // 3, rows // 3, rows - rows // 5, rows]
@@ -419,7 +558,14 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape: tuple[int, int, int]
 
 @needs_bf16
 @pytest.mark.parametrize("at_end", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (9, 17, 49), (130, 49, 16), (8, 48, 96)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((1, 1, 1), (3, 5, 7), (9, 17, 49), (130, 49, 16), (8, 48, 96)),
+        *((31, 33, 32), (33, 32, 31), (32, 31, 33), (67, 32, 64), (17, 385, 31)),
+        (64, 49, 17),  # two tasks of one whole step each, and a column beside whole eights
+    ],
+)
 def test_no_step_beyond_the_operands(shape: tuple[int, int, int], at_end: bool) -> None:
     """Every operand ends where memory begins that may be neither read nor written, or begins there.
 
@@ -574,9 +720,8 @@ def test_task_gradients_refuse(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "name", ["linear", "linear by task", "feed_forward", "feed_forward by task"]
 )
-def test_compiled_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers(name: str) -> None:
     """In one graph, of a batch, and of one with other token counts."""
-    monkeypatch.setattr(module, "PREFERS_ONEDNN", False)
     torch.compiler.reset()
     layer = LAYERS_OF_STREAMS[name]
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -588,10 +733,7 @@ def test_compiled_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_bf16
-def test_a_layer_that_runs_under_no_grad_is_the_one_that_trains(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "PREFERS_ONEDNN", False)
+def test_a_layer_that_runs_under_no_grad_is_the_one_that_trains() -> None:
     stream = Stream.of(21).to("cpu", torch.bfloat16)
     for name in ("linear by task", "feed_forward by task"):
         trained = LAYERS_OF_STREAMS[name](stream)

@@ -80,10 +80,12 @@ def test_rows_equal_k_backward_passes(make_model, make_batch, settings):
         assert within_twice(row, same_dtype[name], reference[name], scale), name
 
 
-@pytest.mark.parametrize("prefers_onednn", [False, True])
-def test_rows_in_bfloat16(make_model, make_batch, monkeypatch, prefers_onednn):
+@pytest.mark.parametrize("multiplies_bf16", [False, True])
+def test_rows_in_bfloat16(make_model, make_batch, monkeypatch, multiplies_bf16):
     """Of products and GELU by the project's own kernels, where the processor runs them, and not."""
-    monkeypatch.setattr(linear, "PREFERS_ONEDNN", prefers_onednn)
+    if multiplies_bf16 and not linear.MULTIPLIES_BF16:
+        pytest.skip("this processor has no AVX512_BF16")
+    monkeypatch.setattr(linear, "MULTIPLIES_BF16", multiplies_bf16)
     model, batch = make_model().bfloat16(), make_batch()
     rows, _, _ = one_pass_rows(model, batch)
     same_dtype = pass_by_pass(model, batch)
