@@ -271,7 +271,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         capabilities = torch.cpu.get_capabilities()
         described["device"] = capabilities.get("cpu_name", platform.processor())
         described["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-        described["avx512_bf16"] = capabilities.get("avx512_bf16")
+        for name in ("avx512_bf16", "amx_bf16"):
+            described[name] = capabilities.get(name)
     return described
 
 

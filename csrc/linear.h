@@ -5,7 +5,7 @@
 // neighbours along the inner dimension and adds both products to a sum.  So B is packed in panels
 // of so many columns, the last one of whole vectors: word [p, j] of a panel, 32 bits, holds the
 // elements (2 p, j) and (2 p + 1, j), zero where there is none.  A may lie anywhere, if its pairs
-// are words, and is as long as the panels' pairs.
+// are words.
 #pragma once
 
 #include <cstdint>

@@ -52,11 +52,11 @@ BFloat16Rows rows_of(const Tensor& x) {
   return {static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0)};
 }
 
-// The left operand of a product: the rows as they lie, or, where they end amid a step, a copy.
-Tensor whole_steps(const Tensor& x, int64_t step) {
+// The left operand of a product: the rows as they lie, or, where they end amid a pair, a copy.
+Tensor even_rows(const Tensor& x) {
   const int64_t rows = x.size(0), columns = x.size(1);
-  if (columns % step == 0) return x;
-  Tensor copy = allocate(x, {rows, ceil_div(columns, step) * step});
+  if (columns % 2 == 0) return x;
+  Tensor copy = allocate(x, {rows, columns + 1});
   torch::stable::fill_(copy, 0);
   Tensor part = torch::stable::narrow(copy, 1, 0, columns);
   torch::stable::copy_(part, x);
@@ -96,7 +96,7 @@ Tensor multiply(const LinearKernels& own, const Tensor& x, const Packed& b, int6
                 const ProductOutput& epilogue) {
   const int64_t rows = x.size(0);
   Tensor out = allocate(x, {rows, columns});
-  const Tensor left = whole_steps(x, own.step);
+  const Tensor left = even_rows(x);
   uint16_t* const data = bf16_data(out);
   // Few rows: their panels are shared out, too.  So are those of a large B.
   const int64_t blocks = ceil_div(rows, kRowBlock);

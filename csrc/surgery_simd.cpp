@@ -47,15 +47,27 @@ inline void prefetch_next_block(const T* rows, int64_t row_stride) {
   for (int i = 0; i < kRows; ++i) __builtin_prefetch(rows + i * row_stride + kBlockColumns);
 }
 
+// What products are added up as.  Without an instruction that multiplies and adds, a product below
+// float32's normal numbers would lose digits before it is added.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+template <typename T>
+using Sum = Compute<T>;
+#else
+template <typename T>
+using Sum = double;
+#endif
+
 // Adds the tile of rows a[0..I) x b[0..J) over `count` columns.  On the diagonal a == b, j >= i.
 template <int I, int J, bool kDiagonal, typename T>
 void add_tile(const T* a, const T* b, int64_t row_stride, int64_t count, double* gram,
               int64_t gram_stride) {
   using C = Compute<T>;
-  Vec<C> totals[I][J] = {};
+  using Sums = typename VectorOf<Sum<T>, kLanes<C> * sizeof(Sum<T>)>::type;
+  const auto widened = [](Vec<C> v) { return __builtin_convertvector(v, Sums); };
+  Sums totals[I][J] = {};
   int64_t column = 0;
   while (column < count) {
-    Vec<C> chains[I][J] = {};
+    Sums chains[I][J] = {};
     const auto accumulate = [&](const auto& load_row) {
       Vec<C> x[I], y[J];
 #pragma GCC unroll 4
@@ -65,7 +77,7 @@ void add_tile(const T* a, const T* b, int64_t row_stride, int64_t count, double*
 #pragma GCC unroll 4
       for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 4
-        for (int j = kDiagonal ? i : 0; j < J; ++j) chains[i][j] += x[i] * y[j];
+        for (int j = kDiagonal ? i : 0; j < J; ++j) chains[i][j] += widened(x[i]) * widened(y[j]);
       }
     };
     const int64_t chain_end = smaller(column + kChain * kLanes<C>, count);
@@ -95,7 +107,7 @@ void add_tile(const T* a, const T* b, int64_t row_stride, int64_t count, double*
   }
   for (int i = 0; i < I; ++i) {
     for (int j = kDiagonal ? i : 0; j < J; ++j) {
-      gram[i * gram_stride + j] += sum_lanes<C>(totals[i][j]);
+      gram[i * gram_stride + j] += sum_lanes<Sum<T>>(totals[i][j]);
     }
   }
 }
