@@ -6,8 +6,9 @@ Python, and recorded as a CUDA graph of each batch; on a CPU also sorted by leng
 SDPA for the sentences of each length (bench/batching.py).  The fastest of them without this
 project, by the way they combine losses, end the table.  This engine's recorded step runs with a
 side stream for weight gradients and without (``one stream``).  The floor is the time of the step's
-matrix products, replayed, plus the bytes of surgery and update at the copy bandwidth, measured in
-the same run.  ``--growth`` measures how this engine's step grows with tasks, shapes and examples.
+matrix products, on a GPU replayed, on a CPU in turns with the contestants, plus the bytes of
+surgery and update at the copy bandwidth, measured in the same run.  ``--growth`` measures how this
+engine's step grows with tasks, shapes and examples.
 """
 
 import argparse
@@ -50,7 +51,7 @@ from .batching import (
     SortedRowOfEachTask,
     VarlenRow,
 )
-from .step_breakdown import floor_seconds, joules_a_run, phase_seconds
+from .step_breakdown import PRODUCTS, encoder_products, floor_seconds, joules_a_run, phase_seconds
 
 _LR = 1e-5
 _EXECUTIONS = {
@@ -361,9 +362,15 @@ def measure(options: argparse.Namespace, device: torch.device, console: Console)
     if not contestants:
         raise InputError(f"no contestant is left of {', '.join(makers)}")
 
+    turns = dict(contestants)
+    if device.type == "cpu":  # whose caches and memory the contestants share with the floor
+        turns[PRODUCTS] = encoder_products(trainer, batches.packed[0], device)
     results["seconds"] = harness.interleave(
-        contestants, device, rounds=options.rounds, setup=batches.select
+        turns, device, rounds=options.rounds, setup=batches.select
     )
+    if PRODUCTS in turns:
+        results["floor_samples"] = results["seconds"].pop(PRODUCTS)
+        results["floor_seconds"][PRODUCTS] = harness.median(results["floor_samples"])
     results["best_peers"] = best_peers(results["seconds"])
     save(results)
     recorded = {

@@ -35,6 +35,7 @@ def test_every_contestant_and_its_floor(monkeypatch, tmp_path):
     assert all(len(seconds) == 2 for seconds in results["seconds"].values())
     assert results["peak_bytes"].keys() == names
     assert results["floor_seconds"].keys() == {"matrix products", "surgery and update"}
+    assert len(results["floor_samples"]) == 2  # in turns with the contestants
     assert all(seconds > 0 for seconds in results["phase_seconds"].values())
 
 

@@ -102,7 +102,8 @@ def updates_of(projections: tuple[str, ...], p: float, dtype: torch.dtype) -> Li
 )
 def test_a_layer_computes_its_equation(projections, p):
     """Each update drops its input by itself; alpha / r is 3."""
-    draws, seed = torch.randn(4, 5, 7), torch.tensor(11)
+    torch.manual_seed(0)
+    draws, seed = torch.randn(64, 5, 7), torch.tensor(11)
     context = RowContext(seed=seed)
 
     def plain(dtype: torch.dtype) -> Tensor:
