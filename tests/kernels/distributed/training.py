@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 TASKS, FEATURES, VOCABULARY, STEPS = 3, 6, 11, 3
-PERMUTATIONS = 4
+PERMUTATIONS = 16
 
 
 class Examples(NamedTuple):
