@@ -26,8 +26,6 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kItemsAhead = 2; // items that are prefetched while one is computed
 constexpr float kInfinity = __builtin_inff();
 
-int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-
 int64_t round_up(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
 
 // Where one head of one sequence stands in the packed streams.  Its first `blind` queries, from

@@ -1,5 +1,6 @@
 // Plain structs, free of torch, that the operators of linear layers (linear_cpu.cpp) pass to the
-// CPU kernels (linear_simd.cpp): products of bfloat16 matrices, whose sums are float32.
+// CPU kernels (linear_simd.cpp, linear_amx.cpp): products of bfloat16 matrices, whose sums are
+// float32.
 //
 // A product is A [rows, inner] times B [inner, columns].  The processor multiplies pairs of
 // neighbours along the inner dimension and adds both products to a sum.  So B is packed in panels
@@ -47,10 +48,10 @@ struct ProductOutput {
   const uint16_t* bias = nullptr; // bfloat16, [columns]: added
   const float* part = nullptr;    // (i, j) at i * part_row + j: added
   int64_t part_row = 0;
-  const uint16_t* slope_of = nullptr; // bfloat16, as data: multiplied by gelu' of these
+  const uint16_t* slope_of = nullptr; // alone, bfloat16, as data: multiplied by gelu' of these
   bool rounds = false;                // to bfloat16
   bool accumulates = false;           // to what is there
-  uint16_t* activated = nullptr;      // bfloat16, as data: gelu of what is written there
+  uint16_t* activated = nullptr; // with a bias at most, bfloat16, as data: gelu of what is written
 };
 
 constexpr int64_t kRowBlock = 128;    // rows of A that go through all panels

@@ -22,7 +22,6 @@ constexpr int64_t kTileNumbers = kTile * kStep;
 constexpr int64_t kSums = kPair * kPair; // of four tiles
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // ---- tile registers -----------------------------------------------------------------------------
 // 0 to 3: sums, [0 1; 2 3].  4 and 5: A, its upper and lower rows.  6 and 7: B, left and right.

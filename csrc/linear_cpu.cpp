@@ -25,6 +25,11 @@ constexpr int64_t kVector = 16; // columns of a vector
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Pairs of the inner dimension of a packed operand.
+int64_t packed_pairs(const LinearKernels& own, int64_t inner) {
+  return ceil_div(inner, own.step) * own.step / 2;
+}
+
 // So many let threads end together.
 int64_t wanted_items(const LinearKernels& own) {
   return own.items_per_thread * static_cast<int64_t>(torch::stable::get_num_threads());
@@ -67,8 +72,8 @@ Tensor even_rows(const Tensor& x) {
 class Packed {
  public:
   Packed(const LinearKernels& own, int64_t inner, int64_t columns)
-      : panel_(own.panel), inner_(inner), pairs_(ceil_div(inner, own.step) * own.step / 2),
-        columns_(columns), words_(new_floats(pairs_ * ceil_div(columns, kVector) * kVector)) {}
+      : panel_(own.panel), inner_(inner), pairs_(packed_pairs(own, inner)), columns_(columns),
+        words_(new_floats(pairs_ * ceil_div(columns, kVector) * kVector)) {}
 
   int64_t bytes() const { return 4 * words_.numel(); }
   int64_t panels() const { return ceil_div(columns_, panel_); }
@@ -287,7 +292,7 @@ struct TaskGradients {
     int64_t begin = offsets[k];
     for (bool is_first = true; is_first || begin < end; is_first = false, begin += kTokenBlock) {
       const int64_t tokens = std::min(kTokenBlock, end - begin);
-      const int64_t pairs = ceil_div(tokens, own.step) * own.step / 2;
+      const int64_t pairs = packed_pairs(own, tokens);
       const bool is_last = begin + tokens == end;
       std::fill(sums, sums + left_columns(), 0.0f);
       for (int64_t i = output, panel = 0; i < last_output; i += own.left_panel, ++panel) {
@@ -310,6 +315,7 @@ struct TaskGradients {
           }
           if (!is_first) out.part = own_part, out.part_row = right_columns();
           own.multiply(lefts[panel], std::min(own.left_panel, last_output - i), b, out, products);
+          lefts[panel].sums = nullptr; // they are added up
         }
         j = end_packed;
       } while (j < last_input);

@@ -56,22 +56,21 @@ inline Floats widened(BFloat16s v) { // with a mask, as load()
   return (Floats)_mm512_maskz_slli_epi32(0xffff, words, 16);
 }
 
-inline void store_lanes(float* p, Floats v, AllLanes) { store(p, v); }
-inline void store_lanes(BFloat16* p, Floats v, AllLanes) {
-  const BFloat16s values = rounded(v);
-  std::memcpy(p, &values, sizeof values);
+template <typename T>
+void store_lanes(T* p, Floats v, AllLanes) {
+  round_to(p, v);
 }
 template <typename T>
 void store_lanes(T* p, Floats v, FirstLanes lanes) {
   T all[kWidth];
-  store_lanes(all, v, AllLanes{});
+  round_to(all, v);
   std::memcpy(p, all, lanes.count * sizeof(T));
 }
 
 // gelu(x) = x Phi(x) and its derivative, to 2^-12 of Phi(-|x|): bfloat16 has 8 bits.  x is one, so
 // that its square is exact.  With t = |x| and 1 / (t + 2.7) = q, Phi(-t) = exp(-t^2 / 2) q P(q).
 // The polynomials are right to 2^-13; the rest is for q, of which processors give 14 bits.
-// Beyond kZero gelu(-t) is less than 2^-126 and taken for zero: subnormal numbers take 100 cycles.
+// From kZero on gelu(-t) is less than 2^-126 and taken for zero: subnormal numbers take 100 cycles.
 struct Gelu {
   static constexpr float kZero = 13.2f;
   Floats density; // exp(-t^2 / 2)
@@ -80,15 +79,14 @@ struct Gelu {
 
   explicit Gelu(Floats x) {
     const Ints bits = load_bits<Ints>(&x) & 0x7fffffff;
-    t = _mm512_min_ps(splat(14.0f), load_bits<Floats>(&bits));          // of a NaN: the NaN
+    t = _mm512_min_ps(splat(kZero), load_bits<Floats>(&bits));          // of a NaN: the NaN
     const Floats power = t * t * -0.721347520f;                         // -t^2 / 2 in base 2
     const Floats part = _mm512_reduce_ps(power, _MM_FROUND_TO_NEG_INF); // 0 <= part < 1
     Floats e = splat(0.0780247822f);
     e = e * part + 0.226067126f;
     e = e * part + 0.695833325f;
     e = e * part + 0.999925256f;
-    const __mmask16 counts = _mm512_cmp_ps_mask(t, splat(kZero), _CMP_NGT_UQ); // and NaN
-    density = _mm512_maskz_scalef_ps(counts, e, power);
+    density = _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, splat(kZero), _CMP_LT_OQ), e, power);
     const Floats q = _mm512_rcp14_ps(t + 2.7f);
     Floats p = splat(-12.8717165f);
     p = p * q + 11.0358429f;

@@ -27,6 +27,7 @@ void with_storage(Storage storage, const F& f) {
 }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 inline Floats splat(float value) { return value - Floats{}; }
 
