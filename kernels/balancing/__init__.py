@@ -27,11 +27,17 @@ from ..registration.deprecation import renamed_attribute
 from .aligned_mtl import aligned_mtl
 from .cagrad import cagrad
 from .config import config
+from .db_mtl import db_mtl
 from .dual_projection import dual_projection
+from .dwa import dwa
 from .fairgrad import fairgrad
+from .famo import famo
+from .gls import gls
 from .gradnorm import gradnorm
 from .gradvac import gradvac
+from .imtl import imtl
 from .imtl_g import imtl_g
+from .imtl_l import imtl_l
 from .krum import krum
 from .main_aux import main_aux
 from .mean import mean
@@ -39,18 +45,27 @@ from .mgda import mgda
 from .nash_mtl import nash_mtl
 from .pcgrad import pcgrad_weights as pcgrad
 from .proportional import proportional
+from .rlw import rlw
+from .stch import stch
 from .sum import sum
 from .upgrad import upgrad
+from .uw import uw
 
 __all__ = [
     "aligned_mtl",
     "cagrad",
     "config",
+    "db_mtl",
     "dual_projection",
+    "dwa",
     "fairgrad",
+    "famo",
+    "gls",
     "gradnorm",
     "gradvac",
+    "imtl",
     "imtl_g",
+    "imtl_l",
     "krum",
     "main_aux",
     "mean",
@@ -58,8 +73,11 @@ __all__ = [
     "nash_mtl",
     "pcgrad",
     "proportional",
+    "rlw",
+    "stch",
     "sum",
     "upgrad",
+    "uw",
 ]
 
 _OLD_NAMES = {"auxiliary_pcgrad": "main_aux", "total": "sum"}

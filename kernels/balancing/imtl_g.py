@@ -22,10 +22,20 @@ def imtl_g(gram: Tensor) -> Tensor:
     Raises:
         ValueError: ``gram`` is not as above.
     """
+    return in_dtype(equal_projections(gram), gram.dtype)
+
+
+def equal_projections(gram: Tensor, scales: Tensor | None = None) -> Tensor:
+    """``[..., K]`` in float64: weights of equal projections, which times scales add up to 1.
+
+    Args:
+        gram: ``[..., K, K]``.
+        scales: ``[..., K]``, above 0; ones when None.
+    """
     cosines, inverse_norms = directions(gram)
     ones = (inverse_norms > 0).double()
     weights = inverse_norms * solve_least_squares(cosines, ones, rounding(gram))
-    total_weight = weights.sum(-1, keepdim=True)
-    exists = total_weight.abs() > 1e-12 * weights.abs().sum(-1, keepdim=True)
-    weights = torch.where(exists, weights / torch.where(exists, total_weight, 1.0), 0.0)
-    return in_dtype(weights, gram.dtype)
+    shares = weights if scales is None else weights * scales
+    total = shares.sum(-1, keepdim=True)
+    exists = total.abs() > 1e-12 * shares.abs().sum(-1, keepdim=True)
+    return torch.where(exists, weights / torch.where(exists, total, 1.0), 0.0)

@@ -298,6 +298,24 @@ def without_derivative(name: str, instead: str, *tensors: Tensor) -> tuple[Tenso
     return _Undifferentiable.apply(message, len(tensors), *tensors)  # type: ignore[no-untyped-call]
 
 
+def refuse_derivative_by(name: str, instead: str, result: Tensor, *arguments: Tensor) -> Tensor:
+    """Pass on what a function made of its arguments' values, and refuse its derivatives by them.
+
+    What `torch.compile` compiles is let alone: there it is a constant.
+
+    Args:
+        name: of the public function, for the message.
+        instead: what to do.
+        result: computed from the arguments, without a graph.
+        arguments: of the function.
+    """
+    if torch.compiler.is_compiling():
+        return result
+    message = f"{name}: has no derivative; use {instead}"
+    (result,) = _Undifferentiable.apply(message, 1, result, *arguments)  # type: ignore[no-untyped-call]
+    return result
+
+
 def refuse_vmap(op: str, *, name: str, instead: str) -> None:
     """Register that an operator of a backward pass cannot run within `torch.func.vmap`.
 

@@ -93,6 +93,16 @@ def check_number(name: str, value: Tensor | float | None, most: float = math.inf
     raise ValueError(f"{name}: expected a finite number of at least 0{limit}, got {value}")
 
 
+def check_positive(name: str, value: float) -> None:
+    """Refuse a setting that is not a finite number above 0.
+
+    Raises:
+        ValueError: the message names it.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
 def check_rates(betas: Sequence[float], **numbers: Tensor | float) -> None:
     """Refuse settings that an optimizer with two moments cannot have.
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import balancing, draw_order
+from kernels.balancing.losses import Step
 from kernels.balancing.pcgrad import pcgrad_weights, pcgrad_weights_reference
 
 Method = Callable[[Tensor], Tensor]
@@ -15,6 +17,41 @@ Method = Callable[[Tensor], Tensor]
 def _gradvac(gram: Tensor) -> Tensor:
     order = draw_order(len(gram), 3)
     return balancing.gradvac(gram, order, torch.zeros_like(gram)).weights
+
+
+def losses_of_steps(num_tasks: int) -> list[Tensor]:
+    """Three steps' losses of so many tasks, none of which are alike."""
+    return [
+        torch.linspace(0.5, 1.5, num_tasks),
+        torch.linspace(0.9, 0.6, num_tasks),
+        torch.linspace(0.3, 1.1, num_tasks),
+    ]
+
+
+def after_steps(method: Callable[..., Step[Any]], **settings: float) -> Method:
+    """The weights of a method with a state in its third step."""
+
+    def weigh(gram: Tensor) -> Tensor:
+        state = None
+        for losses in losses_of_steps(gram.shape[-1]):
+            weights, state = method(gram, losses, state, **settings)
+        return weights
+
+    return weigh
+
+
+OF_LOSSES: dict[str, Method] = {
+    "uw": after_steps(balancing.uw),
+    "dwa": after_steps(balancing.dwa, window=1),
+    "rlw": lambda gram: balancing.rlw(gram, 3),
+    "gls": lambda gram: balancing.gls(gram, losses_of_steps(gram.shape[-1])[0]),
+    "imtl_l": after_steps(balancing.imtl_l),
+    "imtl": after_steps(balancing.imtl),
+    "stch": after_steps(balancing.stch, warmup=2),
+    "famo": after_steps(balancing.famo),
+    "db_mtl": lambda gram: balancing.db_mtl(gram, losses_of_steps(gram.shape[-1])[0]),
+}
+"""Those that take losses, or numbers, besides the Gram matrix."""
 
 
 METHODS: dict[str, Method] = {
@@ -37,11 +74,13 @@ METHODS: dict[str, Method] = {
     "gradnorm": lambda gram: balancing.gradnorm(
         gram, torch.ones_like(gram[0]), torch.linspace(0.5, 1.5, len(gram))
     ),
+    **OF_LOSSES,
 }
 
 
 # Equal rows tie in Krum, and GradNorm's sign jumps; both depend on the order of equal things.
-SYMMETRIC = sorted(METHODS.keys() - {"proportional", "pcgrad", "gradvac", "main_aux", "gradnorm"})
+_IN_ORDER = {"proportional", "pcgrad", "gradvac", "main_aux", "gradnorm", *OF_LOSSES}
+SYMMETRIC = sorted(METHODS.keys() - _IN_ORDER)
 
 
 VARIANTS: dict[str, Method] = METHODS | {
@@ -60,6 +99,20 @@ VARIANTS: dict[str, Method] = METHODS | {
     "fairgrad of alpha 0.5": lambda matrix: balancing.fairgrad(matrix, 0.5),
     "aligned_mtl by the median": lambda matrix: balancing.aligned_mtl(matrix, scale_mode="median"),
     "aligned_mtl by rmse": lambda matrix: balancing.aligned_mtl(matrix, scale_mode="rmse"),
+    **{
+        f"{name} of {settings}": after_steps(getattr(balancing, name), **settings)
+        for name, settings in (
+            ("uw", {"lr": 3e38}),
+            ("imtl_l", {"lr": 3e38}),
+            ("imtl", {"lr": 3e38}),
+            ("dwa", {"window": 1, "temperature": 1e-300}),
+            ("dwa", {"window": 1, "temperature": 1e300}),
+            ("stch", {"warmup": 1, "mu": 1e-300}),
+            ("stch", {"warmup": 1, "mu": 1e300}),
+            ("famo", {"lr": 3e38, "gamma": 3e38}),
+            ("famo", {"lr": 0.0, "gamma": 0.0}),
+        )
+    },
     "the reference of pcgrad": lambda matrix: pcgrad_weights_reference(
         matrix, draw_order(len(matrix), 3), False, False
     ),
