@@ -1,47 +1,11 @@
 """Dynamic weight average: weights by how fast the losses fall."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..registration.validation import check_positive
-from .losses import (
-    Step,
-    in_float64,
-    log_softmax,
-    next_state,
-    read_losses,
-    read_state,
-    weights_of,
-    zeros,
-)
-
-
-class WindowAverages(NamedTuple):
-    """Mean losses of windows of steps.
-
-    Attributes:
-        present: ``[K]`` mean of the present window so far.
-        last: ``[K]`` mean of the last whole window.
-        before: ``[K]`` mean of the window before that one.
-        steps: ``[1]`` steps of the present window so far.
-        windows: ``[1]`` whole windows so far.
-    """
-
-    present: Tensor
-    last: Tensor
-    before: Tensor
-    steps: Tensor
-    windows: Tensor
-
-    @classmethod
-    def initial(
-        cls, num_tasks: int, device: torch.device | None = None, *dtypes: torch.dtype
-    ) -> "WindowAverages":
-        """Return those before the first step: float32, or what holds ``dtypes``, too."""
-        means = (zeros(num_tasks, device, *dtypes) for _ in range(3))
-        return cls(*means, *(zeros(1, device, *dtypes) for _ in range(2)))
+from .losses import log_softmax, read_losses, weights_of
+from .states import Step, WindowAverages, in_float64, next_state, read_state
 
 
 def dwa(
@@ -81,7 +45,7 @@ def dwa(
     if window < 1:
         raise ValueError(f"window: expected at least 1 step, got {window}")
     num_tasks = gram.shape[-1]
-    state = read_state(gram, state, WindowAverages.initial(num_tasks, gram.device, gram.dtype))
+    state = read_state(gram, state, WindowAverages)
     means = in_float64(state)
     falls = torch.where(means.before == 0, 1.0, means.last / means.before)
     everywhere = torch.ones_like(falls, dtype=torch.bool)

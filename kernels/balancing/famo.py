@@ -1,59 +1,22 @@
 """FAMO: weights under which the losses fall at the same rate, learned from the losses alone."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..registration.validation import check_number
 from .gram_matrix import LARGEST
-from .learned import Learned, adam
-from .losses import (
-    Step,
-    exp_in_dtype,
-    in_float64,
-    log_softmax,
-    next_state,
-    read_losses,
-    read_state,
-    weights_of,
-    zeros,
-)
-
-
-class FamoState(NamedTuple):
-    """Learned logits of the tasks, and the losses of the step before.
-
-    Attributes:
-        logits: ``[K]``, 0 at first.
-        means: ``[K]`` running means of their slopes.
-        squares: ``[K]`` running means of the slopes' squares.
-        steps: ``[1]`` number of Adam's steps so far.
-        losses: ``[K]`` of the step before; 0 at first.
-    """
-
-    logits: Tensor
-    means: Tensor
-    squares: Tensor
-    steps: Tensor
-    losses: Tensor
-
-    @classmethod
-    def initial(
-        cls, num_tasks: int, device: torch.device | None = None, *dtypes: torch.dtype
-    ) -> "FamoState":
-        """Return that before the first step: float32, or what holds ``dtypes``, too."""
-        learned = Learned.initial(num_tasks, device, *dtypes)
-        return cls(*learned, zeros(num_tasks, device, *dtypes))
+from .learned import adam
+from .losses import exp_in_dtype, log_softmax, read_losses, weights_of
+from .states import Famo, Learned, Step, in_float64, next_state, read_state
 
 
 def famo(
     gram: Tensor,
     losses: Tensor,
-    state: FamoState | None = None,
+    state: Famo | None = None,
     lr: float = 0.025,
     gamma: float = 1e-3,
-) -> Step[FamoState]:
+) -> Step[Famo]:
     """FAMO: weights under which the losses' logarithms fall equally, learned from the losses alone.
 
     Liu et al., "FAMO: Fast Adaptive Multitask Optimization", NeurIPS 2023, Algorithm 1: with logits
@@ -88,7 +51,7 @@ def famo(
     own = read_losses(gram, losses, logarithmic=True)
     check_number("lr", lr, LARGEST)
     check_number("gamma", gamma, LARGEST)
-    state = read_state(gram, state, FamoState.initial(gram.shape[-1], gram.device, gram.dtype))
+    state = read_state(gram, state, Famo)
     now = in_float64(state)
     learned = Learned(*now[:4])
     were = now.losses > 0
@@ -99,7 +62,8 @@ def famo(
     new = adam(learned, slopes, lr, gamma)
     begun = were.any(-1, keepdim=True)
     new = Learned(*(torch.where(begun, a, b) for a, b in zip(new, learned, strict=True)))
+    new = new._replace(values=new.values.clamp(-LARGEST, LARGEST))
     logarithms = log_softmax(new.values - own.logarithms, own.present)
     weights = exp_in_dtype(logarithms, own.present, gram.dtype)
     weights = weights_of("famo", weights, gram, losses, own.known)
-    return Step(weights, next_state(FamoState(*new, own.values), state, own.known))
+    return Step(weights, next_state(Famo(*new, own.values), state, own.known))

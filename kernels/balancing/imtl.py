@@ -5,8 +5,8 @@ from torch import Tensor
 from .gram_matrix import in_dtype
 from .imtl_g import equal_projections
 from .imtl_l import imtl_l
-from .learned import Learned
-from .losses import Step, in_float64, read_losses, read_state, weights_of
+from .losses import read_losses, weights_of
+from .states import Learned, Step, in_float64, read_state
 
 
 def imtl(
@@ -34,7 +34,7 @@ def imtl(
         NotImplementedError: when the weights are differentiated.
     """
     own = read_losses(gram, losses, logarithmic=False)
-    state = read_state(gram, state, Learned.initial(gram.shape[-1], gram.device, gram.dtype))
+    state = read_state(gram, state, Learned)
     # Weights w of scaled gradients exp(s) g that add up to 1 are weights exp(s) w of the gradients.
     scales = (-in_float64(state).values).exp()
     weights = in_dtype(equal_projections(gram.detach(), scales), gram.dtype)

@@ -1,42 +1,17 @@
 """Variables that a balancing method learns beside the model, each task one, by Adam."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .losses import in_float64, zeros
+from .states import Learned, in_float64
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _STEEPEST = 1e18
 """A steeper slope counts as this one, whose square float32 can hold."""
 LIMIT = 80.0
 """Bound of learned logarithms: float32 holds ``exp(80)``, but not ``exp(89)``."""
-
-
-class Learned(NamedTuple):
-    """Learned variables, all 0 at first, with Adam's moments.
-
-    Attributes:
-        values: ``[K]`` variables.
-        means: ``[K]`` running means of their slopes.
-        squares: ``[K]`` running means of the slopes' squares.
-        steps: ``[1]`` number of steps so far.
-    """
-
-    values: Tensor
-    means: Tensor
-    squares: Tensor
-    steps: Tensor
-
-    @classmethod
-    def initial(
-        cls, num_tasks: int, device: torch.device | None = None, *dtypes: torch.dtype
-    ) -> "Learned":
-        """Return the variables before the first step: float32, or what holds ``dtypes``, too."""
-        values = zeros(num_tasks, device, *dtypes)
-        return cls(values, values.clone(), values.clone(), zeros(1, device, *dtypes))
 
 
 def adam(state: Learned, slopes: Tensor, lr: float, weight_decay: float = 0.0) -> Learned:

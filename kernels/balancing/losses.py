@@ -1,17 +1,16 @@
-"""Losses of balancing methods: checks, which of them count, weights from logarithms, states.
+"""Losses of balancing methods: checks, which of them count, weights by their logarithms.
 
 As for Gram matrices (:mod:`.gram_matrix`), all is float64 on the device of G and nothing waits for
 it.  Losses are ``[K]``, one for all groups, or ``[G, K]``.
 """
 
 import math
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..registration.differentiation import refuse_derivative_by
-from ..registration.validation import check_data
 from .gram_matrix import check_gram, is_finite
 
 
@@ -77,63 +76,3 @@ def weights_of(method: str, weights: Tensor, gram: Tensor, losses: Tensor, known
     """Return weights in the dtype of G, NaN where none are ``known``; they have no derivative."""
     weights = torch.where(known, weights, torch.nan).to(gram.dtype)
     return refuse_derivative_by(method, "detached arguments", weights, gram, losses)
-
-
-# ---- states --------------------------------------------------------------------------------------
-
-State = TypeVar("State", bound=tuple[Any, ...])
-"""A NamedTuple of tensors ``[..., K]`` or ``[..., 1]``."""
-
-
-class Step(NamedTuple, Generic[State]):
-    """Result of a method with a state.
-
-    Attributes:
-        weights: ``[K]`` in the dtype of the Gram matrix.
-        state: for the next step, in the dtypes of the present one; the present one where there are
-            no weights.
-    """
-
-    weights: Tensor
-    state: State
-
-
-def zeros(num_tasks: int, device: torch.device | None, *dtypes: torch.dtype) -> Tensor:
-    """Return ``[num_tasks]`` zeros, in float32 or the dtype that holds ``dtypes``, too."""
-    dtype = torch.float32
-    for other in dtypes:
-        dtype = torch.promote_types(dtype, other)
-    return torch.zeros(num_tasks, device=device, dtype=dtype)
-
-
-def read_state(gram: Tensor, state: State | None, first: State) -> State:
-    """Check a state against the first one, which takes its place where it is None.
-
-    Raises:
-        TypeError: it is of another type.
-        ValueError: a tensor's shape is another, but for a first dimension G.
-    """
-    if state is None:
-        return first
-    if not isinstance(state, type(first)):
-        raise TypeError(f"state: expected {type(first).__name__}, got {type(state).__name__}")
-    names: tuple[str, ...] = first._fields  # type: ignore[attr-defined]
-    for name, tensor, other in zip(names, state, first, strict=True):
-        check_data(**{f"state.{name}": tensor})
-        expected = list(other.shape)
-        if list(tensor.shape) not in (expected, [*gram.shape[:-2], *expected]):
-            raise ValueError(f"state.{name}: expected {expected}, got {list(tensor.shape)}")
-    return state
-
-
-def in_float64(state: State) -> State:
-    """Return a state without graphs, in float64."""
-    return type(state)(*(tensor.detach().double() for tensor in state))
-
-
-def next_state(new: State, present: State, changes: Tensor) -> State:
-    """Return the new state where it ``changes [..., 1]``, in the dtypes of the present one."""
-    pairs = zip(new, present, strict=True)
-    return type(present)(
-        *(torch.where(changes, after.to(before.dtype), before.detach()) for after, before in pairs)
-    )

@@ -1,42 +1,13 @@
 """Smooth Tchebycheff scalarization: the gradient of a smooth maximum of the losses."""
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..registration.validation import check_positive
-from .losses import (
-    Step,
-    exp_in_dtype,
-    in_float64,
-    log_softmax,
-    next_state,
-    read_losses,
-    read_state,
-    weights_of,
-    zeros,
-)
-
-
-class Nadir(NamedTuple):
-    """Losses that others are measured by.
-
-    Attributes:
-        losses: ``[K]`` mean of the losses of the warm-up so far.
-        steps: ``[1]`` steps of the warm-up so far.
-    """
-
-    losses: Tensor
-    steps: Tensor
-
-    @classmethod
-    def initial(
-        cls, num_tasks: int, device: torch.device | None = None, *dtypes: torch.dtype
-    ) -> "Nadir":
-        """Return that before the first step: float32, or what holds ``dtypes``, too."""
-        return cls(zeros(num_tasks, device, *dtypes), zeros(1, device, *dtypes))
+from .losses import exp_in_dtype, log_softmax, read_losses, weights_of
+from .states import Nadir, Step, in_float64, next_state, read_state
 
 
 def stch(
@@ -75,7 +46,7 @@ def stch(
     if warmup < 1:
         raise ValueError(f"warmup: expected at least 1 step, got {warmup}")
     num_tasks = gram.shape[-1]
-    state = read_state(gram, state, Nadir.initial(num_tasks, gram.device, gram.dtype))
+    state = read_state(gram, state, Nadir)
     nadir = in_float64(state)
     is_measured = nadir.losses > 0
     measures = torch.where(is_measured, nadir.losses, 1.0).log()

@@ -5,16 +5,9 @@ from torch import Tensor
 
 from ..registration.validation import check_number
 from .gram_matrix import LARGEST
-from .learned import LIMIT, Learned, adam
-from .losses import (
-    Step,
-    exp_in_dtype,
-    in_float64,
-    next_state,
-    read_losses,
-    read_state,
-    weights_of,
-)
+from .learned import LIMIT, adam
+from .losses import exp_in_dtype, read_losses, weights_of
+from .states import Learned, Step, in_float64, next_state, read_state
 
 
 def uw(
@@ -50,7 +43,7 @@ def uw(
     """
     own = read_losses(gram, losses, logarithmic=False)
     check_number("lr", lr, LARGEST)
-    state = read_state(gram, state, Learned.initial(gram.shape[-1], gram.device, gram.dtype))
+    state = read_state(gram, state, Learned)
     values = in_float64(state).values.expand(gram.shape[:-1])
     everywhere = torch.ones_like(own.present)
     weights = exp_in_dtype(-values, everywhere, gram.dtype) / 2

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels import balancing, draw_order
-from kernels.balancing.losses import Step
 from kernels.balancing.pcgrad import pcgrad_weights, pcgrad_weights_reference
+from kernels.balancing.states import Step
 
 Method = Callable[[Tensor], Tensor]
 
