@@ -21,7 +21,7 @@ _UNKNOWN = "extra_forbidden"
 
 _FEW = 8
 """Known names that a message lists; of more it names the page."""
-_MOST = 3
+_MOST = 4
 """Names that are suggested at once; more are no help."""
 _KINDS = frozenset(
     (

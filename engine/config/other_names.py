@@ -1,7 +1,8 @@
-"""What other trainers call the fields of a recipe, and the options of ``engine.train``.
+"""What others call the fields of a recipe, balancing methods, and the options of ``engine.train``.
 
 Names of transformers' and sentence-transformers' arguments, of BERT's configuration files, of
-MT-DNN and of torch.  Those that :func:`.messages.close` understands by their words are left out.
+MT-DNN, LibMTL, TorchJD and of torch.  Those that :func:`.messages.close` understands by their words
+are left out.
 """
 
 from collections.abc import Mapping
@@ -82,11 +83,28 @@ _FIELDS = {
     "--seeds": "seeds num_seeds",
 }
 
+_METHODS = {
+    "db_mtl": "dual_balancing",
+    "dual_projection": "dualproj gem",
+    "dwa": "dynamic_weight_average dynamic_weight_averaging",
+    "gls": "geometric geometric_loss geometric_loss_strategy geometric_mean geometricmean",
+    "rlw": "random random_loss_weighting random_weighting",
+    "stch": "smooth_tchebycheff tchebycheff",
+    "sum": "equal_weighting ew linear_scalarization",
+    "uw": "kendall uncert uncertainty uncertainty_weighting uncertainty_weights",
+}
+"""What papers, LibMTL and TorchJD call the methods of ``balance``."""
+
 OTHER_NAMES: Mapping[str, str] = MappingProxyType(
-    {name.lower(): field for field, names in _FIELDS.items() for name in names.split()}
+    {
+        name.lower(): field
+        for table in (_FIELDS, _METHODS)
+        for field, names in table.items()
+        for name in names.split()
+    }
     | {name.lower(): field for name, field in RENAMED.items()}
 )
-"""The field or option that each name stands for; names within a table are dotted.
+"""The field, option or method that each name stands for; names within a table are dotted.
 
 Old names are among them, for where they are written otherwise or stand in another table."""
 

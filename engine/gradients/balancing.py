@@ -2,8 +2,8 @@
 
 Every method is a function of ``G = J J^T [K, K]`` (kernels/balancing); the update is always
 ``sum_k c_k g_k``.  This module gives the methods their other inputs: names and sizes of the tasks,
-losses, the random order of the step, and the state that the method returned on the step before.
-The matrices of all parameter groups are computed with at once, as ``[G, K, K]``.
+losses, the random order and seed of the step, and the state that the method returned on the step
+before.  The matrices of all parameter groups are computed with at once, as ``[G, K, K]``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +54,22 @@ class BalanceSettings(Settings):
     """gradnorm: strength of the pull towards equal training rates."""
     gradnorm_lr: PositiveReal = 0.025
     """gradnorm: step of the weights."""
+    uw_lr: PositiveReal = 0.025
+    """uw: step of the logarithms of the variances."""
+    dwa_temperature: PositiveReal = 2.0
+    """dwa: the larger, the more alike the weights."""
+    dwa_window: Positive = 100
+    """dwa: steps over which losses are averaged; the weights are 1 until there are two averages."""
+    imtl_lr: PositiveReal = 0.025
+    """imtl, imtl_l: step of the logarithms of the losses' factors."""
+    stch_mu: PositiveReal = 1.0
+    """stch: smoothness; the smaller, the more the worst-off task alone counts."""
+    stch_warmup: Positive = 100
+    """stch: first steps, over whose mean losses later ones are measured."""
+    famo_lr: PositiveReal = 0.025
+    """famo: step of the logits."""
+    famo_gamma: NonNegativeReal = 0.001
+    """famo: decay of the logits."""
     krum_byzantine: Count = 0
     """krum: how many gradients may be arbitrary."""
     krum_selected: Positive = 1
@@ -73,14 +89,16 @@ class BalancerInput(NamedTuple):
     Attributes:
         gram: ``[K, K]`` fp32, or ``[G, K, K]`` of several groups.
         order: ``[K, K]`` int64, the order of projections of this step.
-        losses: ``[K]`` fp32.
+        losses: ``[K]`` fp32, whose gradients are balanced: times the tasks' weights.
         state: that the method returned on the step before; of several groups, ``[G, ...]``.
+        seed: 0-dim int64, another one in every step, the same on all ranks.
     """
 
     gram: Tensor
     order: Tensor
     losses: Tensor
     state: Mapping[str, Tensor]
+    seed: Tensor
 
 
 class BalancerOutput(NamedTuple):
@@ -91,7 +109,7 @@ class BalancerOutput(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A balancing method, and its initial state: tensors ``[..., K]`` by name."""
+    """A balancing method, and its initial state: tensors ``[..., K]`` or ``[1]`` by name."""
 
     decide: Callable[[BalancerInput], BalancerOutput]
     initial_state: Mapping[str, Tensor] = MappingProxyType({})
@@ -193,6 +211,31 @@ def _gradnorm(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
     return Method(decide, {"weights": torch.ones(count), "first_losses": torch.zeros(count)})
 
 
+def _of_losses(weigh: Callable[[Tensor, Tensor], Tensor]) -> Builder:
+    """Build a method of the Gram matrix and the losses."""
+    method = Method(lambda inputs: BalancerOutput(weigh(inputs.gram, inputs.losses)))
+    return lambda _tasks, _settings: method
+
+
+def _with_state(method: Callable[..., Any], state: Any, **arguments: str) -> Builder:
+    """Build a method of losses with a state of the kind ``state``, one of kernels' states."""
+
+    def build(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
+        own = partial(method, **_taken(settings, arguments))
+
+        def decide(inputs: BalancerInput) -> BalancerOutput:
+            step = own(inputs.gram, inputs.losses, state(**inputs.state))
+            return BalancerOutput(step.weights, step.state._asdict())
+
+        return Method(decide, state.initial(len(tasks.names))._asdict())
+
+    return build
+
+
+def _rlw(_tasks: TrainedTasks, _settings: BalanceSettings) -> Method:
+    return Method(lambda inputs: BalancerOutput(kernels.balancing.rlw(inputs.gram, inputs.seed)))
+
+
 def _krum(tasks: TrainedTasks, settings: BalanceSettings) -> Method:
     byzantine, selected = settings.krum_byzantine, settings.krum_selected
     if len(tasks.names) < byzantine + 3 or selected > len(tasks.names):
@@ -231,6 +274,32 @@ METHODS: Mapping[str, Builder] = MappingProxyType(
         "config": _with_preferences(kernels.balancing.config, mean=False),
         "fairgrad": _gram_method(kernels.balancing.fairgrad, alpha="fairgrad_alpha"),
         "gradnorm": _gradnorm,
+        "uw": _with_state(kernels.balancing.uw, kernels.balancing.states.Learned, lr="uw_lr"),
+        "dwa": _with_state(
+            kernels.balancing.dwa,
+            kernels.balancing.states.WindowAverages,
+            temperature="dwa_temperature",
+            window="dwa_window",
+        ),
+        "rlw": _rlw,
+        "gls": _of_losses(kernels.balancing.gls),
+        "imtl_l": _with_state(
+            kernels.balancing.imtl_l, kernels.balancing.states.Learned, lr="imtl_lr"
+        ),
+        "imtl": _with_state(kernels.balancing.imtl, kernels.balancing.states.Learned, lr="imtl_lr"),
+        "stch": _with_state(
+            kernels.balancing.stch,
+            kernels.balancing.states.Nadir,
+            mu="stch_mu",
+            warmup="stch_warmup",
+        ),
+        "famo": _with_state(
+            kernels.balancing.famo,
+            kernels.balancing.states.Famo,
+            lr="famo_lr",
+            gamma="famo_gamma",
+        ),
+        "db_mtl": _of_losses(kernels.balancing.db_mtl),
         "krum": _krum,
     }
 )
@@ -322,25 +391,37 @@ class Balancer:
             for name, first in method.initial_state.items()
         }
 
-    def __call__(self, grams: Tensor, order: Tensor, losses: Tensor) -> Tensor:
+    def __call__(self, grams: Tensor, order: Tensor, losses: Tensor, seed: Tensor) -> Tensor:
         """Return the weights ``[G, K]`` of Gram matrices ``[G, K, K]``.
 
-        The state does not change if a weight or a loss is not finite: such a step is skipped.
+        The state does not change if a weight, a loss or a gradient of any group is not finite: such
+        a step is skipped.
         """
         if self._shared is None:
-            weights, state = self._decide(grams, order, losses, self.state)
-            for name, new in state.items():
-                self.state[name].copy_(new)
+            weights, state = self._decide(grams, order, losses, seed, self.state)
+            self._keep(state, weights, grams, losses)
             return weights
         tasks = torch.arange(grams.shape[-1], device=grams.device)
         alone = (tasks == self._sole_tasks[:, None]).to(grams.dtype)
         if len(self._shared) == 0:
             return alone
         present = {name: tensor[self._shared] for name, tensor in self.state.items()}
-        of_shared, state = self._decide(grams[self._shared], order, losses, present)
-        for name, new in state.items():
-            self.state[name].copy_(self._merged(new, self.state[name]))
+        of_shared, state = self._decide(grams[self._shared], order, losses, seed, present)
+        state = {name: self._merged(new, self.state[name]) for name, new in state.items()}
+        self._keep(state, of_shared, grams, losses)
         return self._merged(of_shared, alone)
+
+    def _keep(
+        self, state: Mapping[str, Tensor], weights: Tensor, grams: Tensor, losses: Tensor
+    ) -> None:
+        """Take the state of the next step, unless this one is skipped."""
+        if not state:
+            return
+        diagonals = grams.diagonal(dim1=-2, dim2=-1)
+        parts = [tensor.isfinite().all() for tensor in (weights, diagonals, losses)]
+        finite = parts[0] & parts[1] & parts[2]
+        for name, new in state.items():
+            self.state[name].copy_(torch.where(finite, new, self.state[name]))
 
     def _merged(self, of_shared: Tensor, others: Tensor) -> Tensor:
         """Return values ``[G, ...]``: of groups that tasks share, and those of all the others."""
@@ -348,20 +429,19 @@ class Balancer:
         return torch.where(is_shared, of_shared[self._places], others)
 
     def _decide(
-        self, grams: Tensor, order: Tensor, losses: Tensor, state: Mapping[str, Tensor]
+        self,
+        grams: Tensor,
+        order: Tensor,
+        losses: Tensor,
+        seed: Tensor,
+        state: Mapping[str, Tensor],
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Return the weights ``[G, K]`` of groups that tasks share, and their state."""
         new: Mapping[str, Tensor]
         if len(grams) == 1:  # a matrix alone takes fewer copies than a batch of one
             of_one = {name: tensor[0] for name, tensor in state.items()}
-            output = self._method.decide(BalancerInput(grams[0], order, losses, of_one))
+            output = self._method.decide(BalancerInput(grams[0], order, losses, of_one, seed))
             weights, new = output.weights[None], {n: t[None] for n, t in output.state.items()}
         else:
-            weights, new = self._method.decide(BalancerInput(grams, order, losses, state))
-        if new:
-            finite = torch.isfinite(losses).all() & torch.isfinite(weights).all(-1)
-            new = {
-                name: torch.where(finite.view(-1, *[1] * (tensor.dim() - 1)), tensor, state[name])
-                for name, tensor in new.items()
-            }
+            weights, new = self._method.decide(BalancerInput(grams, order, losses, state, seed))
         return weights.contiguous(), new

@@ -17,6 +17,7 @@ import torch
 from ..config.recipe import Recipe
 from ..data.rows import shorten
 from ..distributed.ranks import Ranks
+from ..gradients.balancing import BalanceSettings
 from ..optim.torch_optimizer import is_torch
 from ..runs.data_paths import reads_data_folder
 from ..runs.run import Run
@@ -144,6 +145,21 @@ def _method_reads(case: Case) -> bool:
     )
 
 
+def _first_steps(field: str, settings: BalanceSettings) -> int:
+    """Return the steps in which a method of losses has no weights of its own yet."""
+    if field.startswith("dwa_"):
+        return 2 * settings.dwa_window  # of which it compares the means
+    return settings.stch_warmup
+
+
+def _outlasts_first_steps(case: Case) -> bool:
+    """Return whether a setting, or the default in its place, leaves such steps behind."""
+    given, steps = case.recipe.balancing, case.facts.steps
+    default = BalanceSettings.model_fields[case.field].default
+    without = given.model_copy(update={case.field: default})
+    return any(steps > _first_steps(case.field, settings) for settings in (given, without))
+
+
 def _is_within_epoch(case: Case) -> bool:
     """Return whether the dev sets are scored elsewhere than at the ends of epochs."""
     every, of_epoch = case.recipe.eval_every, case.facts.epoch_steps // case.recipe.epochs
@@ -159,6 +175,23 @@ _DROPS_OUT = Effect(
 )
 _NOT_SHARED = "no two tasks train the same parameter, so it gives the sum"
 _SHARED = _of_data(_has_shared, _NOT_SHARED)
+_NOT_DWA = _of_data(
+    lambda case: (
+        case.recipe.balance != "dwa" or case.facts.steps > 2 * case.recipe.balancing.dwa_window
+    ),
+    "in its first two windows it gives the sum, and there are {case.facts.steps} steps",
+)
+_OF_METHOD = Effect(
+    _method_reads, "balance = {case.recipe.balance} does not read it here", also=_SHARED
+)
+_OF_LATER_STEPS = _OF_METHOD._replace(
+    also=_SHARED._replace(
+        also=_of_data(
+            _outlasts_first_steps,
+            "the {case.facts.steps} steps are over before the method has weights of its own",
+        )
+    )
+)
 _SEVERAL_RANKS = Effect(lambda case: case.ranks.size > 1, "one process trains")
 _OF_FILES = Effect(lambda case: bool(case.source.files), "a data set by name has no files")
 _OF_DATASET = Effect(lambda case: bool(case.source.dataset), "files are read, no data set by name")
@@ -316,10 +349,18 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             ),
         ),
         "balance": Effect(
-            _balances, "a step has one gradient, nothing to balance", off="sum", also=_SHARED
+            _balances,
+            "a step has one gradient, nothing to balance",
+            off="sum",
+            also=_SHARED._replace(also=_NOT_DWA),
         ),
-        "balancing.*": Effect(
-            _method_reads, "balance = {case.recipe.balance} does not read it here", also=_SHARED
+        "balancing.*": _OF_METHOD,
+        **dict.fromkeys(
+            (
+                f"balancing.{name}"
+                for name in ("dwa_temperature", "dwa_window", "stch_mu", "stch_warmup")
+            ),
+            _OF_LATER_STEPS,
         ),
         "balance_granularity": Effect(
             lambda case: _balances(case) and case.recipe.balance != "sum",

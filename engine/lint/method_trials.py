@@ -9,6 +9,10 @@ from ..gradients.balancing import BalancerInput, BalanceSettings, Method, Traine
 
 _TRIALS = 3
 """Calls after which a method's weights without conflict are known."""
+_SOON = {"dwa_window": 1}
+"""Settings by which a method that waits for its losses gets to weights of its own within them."""
+
+_SEED = torch.tensor(0)
 
 
 def settings_read(balance: str, tasks: Sequence[str], settings: BalanceSettings) -> set[str]:
@@ -40,7 +44,8 @@ def sums_what_is_separate(balance: str, tasks: Sequence[str], settings: BalanceS
     Raises:
         InputError: the method does not fit the tasks.
     """
-    trial, lengths = _Trial(balance, tasks, settings), torch.arange(1.0, len(tasks) + 1)
+    trial = _Trial(balance, tasks, settings.model_copy(update=_SOON))
+    lengths = torch.arange(1.0, len(tasks) + 1)
     return all(bool((trial.weights(lengths**power) == 1).all()) for power in range(_TRIALS))
 
 
@@ -55,7 +60,7 @@ class _Trial:
 
     def weights(self, lengths: torch.Tensor) -> torch.Tensor:
         """Return the weights ``[K]`` of gradients of squared ``lengths``, losses the same."""
-        inputs = BalancerInput(torch.diag(lengths), self._order, lengths, self._state)
+        inputs = BalancerInput(torch.diag(lengths), self._order, lengths, self._state, _SEED)
         output = self._method.decide(inputs)
         self._state = output.state
         return output.weights

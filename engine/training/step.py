@@ -84,6 +84,7 @@ class MultitaskStep:
         device = parameters.master.device
         factors = torch.tensor(loss_weights, device=device)
         self._loss_weights = {self.tasks: factors}
+        self._weighs_losses = any(weight != 1 for weight in loss_weights)
         self._segments = {self.tasks: groups.segments}
         if len(parameters.rows) < len(self.tasks):
             for number, task in enumerate(self.tasks):
@@ -216,7 +217,9 @@ class MultitaskStep:
         scale = None if self.loss_scale is None else self.loss_scale.scale
         grams = scaled_grams if scale is None else scaled_grams / scale.square()
         order = kernels.draw_order(len(tasks), self._seed, self._order_step)
-        weights = self.balancer(grams, order, losses)
+        # Of the losses whose gradients they are; each operation is a launch.
+        weighted = losses * self._loss_weights[tasks] if self._weighs_losses else losses
+        weights = self.balancer(grams, order, weighted, self._seed)
         summary = kernels.update_summary(
             scaled_grams,
             weights,

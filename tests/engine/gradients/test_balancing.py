@@ -11,6 +11,7 @@ from kernels import balancing
 from ..small_models import SEED, TASKS, TRAINED, build_step
 
 LR = 1e-3
+SEED_OF_STEP = torch.tensor(SEED << 32)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,14 +73,14 @@ def test_settings_of_methods_are_their_arguments(make_model, make_batch):
         )
         torch.testing.assert_close(report.weights, weigh(report.gram), msg=name)
         plain = build_method(name, TRAINED, BalanceSettings()).decide(
-            BalancerInput(report.gram, torch.zeros(3, 3), report.losses, {})
+            BalancerInput(report.gram, torch.zeros(3, 3), report.losses, {}, SEED_OF_STEP)
         )
         assert not torch.allclose(plain.weights, report.weights), name
 
 
 def test_equal_preferences_are_the_default():
     gram = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
-    inputs = BalancerInput(gram @ gram.T, torch.zeros(3, 3), torch.ones(3), {})
+    inputs = BalancerInput(gram @ gram.T, torch.zeros(3, 3), torch.ones(3), {}, SEED_OF_STEP)
     equal = BalanceSettings(preferences=dict.fromkeys(TASKS, 1.0))
     for name in ("upgrad", "dual_projection", "config", "aligned_mtl"):
         plain, same = (
@@ -115,9 +116,13 @@ def test_gradnorm_forgets_nothing_where_a_loss_has_no_ratio(make_model) -> None:
     balance = build_step(make_model().train(), balance="gradnorm").balancer
     order = torch.arange(3).repeat(3, 1)
     for losses in ([1.0, 1.0, 1.0], [0.5, 2.0, 1.0]):
-        balance(torch.eye(3)[None], order, torch.tensor(losses))
+        balance(torch.eye(3)[None], order, torch.tensor(losses), SEED_OF_STEP)
     before = balance.state["weights"].clone()
-    assert balance(torch.eye(3)[None], order, torch.tensor([-1.0, 1.0, 1.0])).isnan().all()
+    assert (
+        balance(torch.eye(3)[None], order, torch.tensor([-1.0, 1.0, 1.0]), SEED_OF_STEP)
+        .isnan()
+        .all()
+    )
     assert torch.equal(balance.state["weights"], before)
 
 
@@ -138,7 +143,7 @@ def test_a_loss_that_is_not_finite_is_not_remembered(make_model):
     balance = build_step(make_model().train(), balance="gradnorm").balancer
     gram = torch.eye(3).expand(1, 3, 3)
     for losses in ([1.0, torch.nan, 1.0], [torch.inf, 1.0, 1.0]):
-        balance(gram, torch.arange(3).expand(3, 3), torch.tensor(losses))
+        balance(gram, torch.arange(3).expand(3, 3), torch.tensor(losses), SEED_OF_STEP)
         assert torch.equal(balance.state["first_losses"], torch.zeros(1, 3))
         assert torch.equal(balance.state["weights"], torch.ones(1, 3))
 
@@ -186,6 +191,8 @@ def test_torchjd_names_that_cannot_be_used(name, reason):
         except InputError:
             assert other not in listed
             continue
-        weights = method.decide(BalancerInput(torch.eye(3), order, losses, {})).weights
+        weights = method.decide(
+            BalancerInput(torch.eye(3), order, losses, {}, SEED_OF_STEP)
+        ).weights
         assert other in listed
         assert weights.shape == (3,)

@@ -142,6 +142,7 @@ DRAWN = (
 RETRIEVAL = ("tasks.replies.head=cosine", "train=['sst','replies']")
 CONTRASTIVE = ("tasks.quora.head=cosine", "tasks.quora.loss=contrastive")
 SHARED = (*FROZEN, "tasks.quora.head=shared", "tasks.sts.head=shared")
+DWA = ("balance=sum", "balancing.dwa_window=1", "max_steps=3")
 
 EFFECTIVE = [
     ((), "tasks.sts.head=distance"),
@@ -249,6 +250,17 @@ EFFECTIVE = [
     (("balance=fairgrad",), "balancing.fairgrad_alpha=2"),
     (("balance=gradnorm",), "balancing.gradnorm_lr=0.5"),
     (("balance=krum",), "balancing.krum_selected=2"),
+    *((("balance=sum",), f"balance={name}") for name in ("uw", "rlw", "gls", "imtl_l", "imtl")),
+    *((("balance=sum",), f"balance={name}") for name in ("stch", "famo", "db_mtl")),
+    (("balance=uw",), "balancing.uw_lr=0.5"),
+    (("balance=imtl",), "balancing.imtl_lr=0.5"),
+    (("balance=famo",), "balancing.famo_lr=0.5"),
+    (("balance=famo", "max_steps=3"), "balancing.famo_gamma=9"),
+    (DWA, "balance=dwa"),
+    ((*DWA, "balance=dwa"), "balancing.dwa_temperature=0.5"),
+    (("balance=dwa", "max_steps=3"), "balancing.dwa_window=1"),
+    (("balance=stch", "balancing.stch_warmup=1"), "balancing.stch_mu=0.1"),
+    (("balance=stch", "balancing.stch_mu=0.1"), "balancing.stch_warmup=1"),
 ]
 
 WITHOUT = [
@@ -272,6 +284,15 @@ WITHOUT = [
     ((), "balancing.krum_selected=2"),
     (("balance=gradnorm",), "balancing.gradvac_beta=0.9"),
     (("balance=main_aux", *ALONE[:1]), "balancing.aux_weight=0.9"),
+    (("balance=sum",), "balance=dwa"),
+    (("balance=sum", "balancing.dwa_window=1"), "balance=dwa"),  # two steps
+    (("balance=dwa",), "balancing.dwa_window=1"),
+    (("balance=dwa", "balancing.dwa_window=1"), "balancing.dwa_temperature=0.5"),
+    (("balance=stch",), "balancing.stch_mu=0.1"),
+    (("balance=stch", "balancing.stch_warmup=2"), "balancing.stch_mu=0.1"),
+    (("balance=stch",), "balancing.stch_warmup=2"),
+    (("balance=imtl_g",), "balancing.imtl_lr=0.5"),
+    (("balance=rlw",), "balancing.uw_lr=0.5"),
     (FROZEN, "encoder.hidden_dropout_prob=0.5"),
     (FROZEN, "encoder.attention_probs_dropout_prob=0.5"),
     (FROZEN, "checkpoint_layers=true"),
