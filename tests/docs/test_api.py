@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
+import torch
 from torch import Tensor
 
 import kernels
@@ -29,6 +30,27 @@ def test_every_balancing_method_is_documented() -> None:
     page = (PAGES / "balancing.md").read_text()
     documented = re.findall(r"^::: kernels\.balancing\.(\w+)\.\w+$", page, re.M)  # file, function
     assert sorted(documented) == sorted(kernels.balancing.__all__)
+
+
+def test_a_method_of_losses_works_around_an_optimizer() -> None:
+    """The page's example, with the weights of FAMO's first two steps."""
+    (code,) = re.findall(r"```python\n(.*?)```", (PAGES / "balancing.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    x, y = torch.randn(8, 4), torch.randn(8, 3)
+    scope = {
+        **{"torch": torch, "balancing": kernels.balancing, "model": model},
+        "BalancedOptimizer": kernels.BalancedOptimizer,
+        "task_losses": lambda model: list((model(x) - y).square().mean(0)),
+    }
+    exec(compile(code, "balancing.md", "exec"), scope)
+    setup, _, step = code.partition("losses = ")
+    assert "famo = Famo()" in setup
+    exec(compile(f"losses = {step}", "balancing.md", "exec"), scope)
+    optimizer, famo = scope["optimizer"], scope["famo"]
+    assert famo.state.steps == 1
+    assert famo.state.logits.abs().max() > 0
+    torch.testing.assert_close(optimizer.weights.sum(), torch.tensor(1.0))
 
 
 def public() -> Iterator[tuple[str, Callable[..., object]]]:

@@ -64,9 +64,8 @@ def test_a_balancing_method(monkeypatch: pytest.MonkeyPatch) -> None:
     (build,) = eval(line, vars(recipe_methods)).values()
     tasks = recipe_methods.TrainedTasks(("a", "b"), (1, 1))
     gram = torch.tensor([[1.0, 0.0], [0.0, 9.0]])
-    inputs = recipe_methods.BalancerInput(
-        gram, torch.zeros(2, 2), torch.ones(2), {}, torch.tensor(0)
-    )
+    others = (torch.zeros(2, 2), torch.ones(2), {}, torch.tensor(0))
+    inputs = recipe_methods.BalancerInput(gram, *others)
     weights: Tensor = build(tasks, recipe_methods.BalanceSettings()).decide(inputs).weights
     torch.testing.assert_close(weights, torch.tensor([2.0, 2 / 3]))
 

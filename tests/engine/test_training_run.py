@@ -47,6 +47,17 @@ def test_the_same_seed_gives_the_same_bits(tiny_run):
         pytest.param(
             4, ("balance=gradvac", "balance_granularity=layer"), id="with a method that remembers"
         ),
+        *(
+            pytest.param(4, (f"balance={name}", *settings), id=f"with {name}")
+            for name, settings in (
+                ("uw", ()),
+                ("dwa", ("balancing.dwa_window=1",)),
+                ("rlw", ()),
+                ("imtl", ("balance_granularity=tensor",)),
+                ("stch", ("balancing.stch_warmup=2",)),
+                ("famo", ("balance_granularity=layer",)),
+            )
+        ),
         pytest.param(4, ("precision=fp16", "tasks.sst.weight=1e4"), id="with a loss scale"),
         pytest.param(4, ("optimizer=lamb", "lr=0.01"), id="with LAMB"),
         pytest.param(4, ("eval_every=3", "micro_batches=2"), id="past an evaluation in an epoch"),

@@ -118,15 +118,86 @@ def test_gradnorm_forgets_nothing_where_a_loss_has_no_ratio(make_model) -> None:
     for losses in ([1.0, 1.0, 1.0], [0.5, 2.0, 1.0]):
         balance(torch.eye(3)[None], order, torch.tensor(losses), SEED_OF_STEP)
     before = balance.state["weights"].clone()
-    assert (
-        balance(torch.eye(3)[None], order, torch.tensor([-1.0, 1.0, 1.0]), SEED_OF_STEP)
-        .isnan()
-        .all()
-    )
+    negative = torch.tensor([-1.0, 1.0, 1.0])
+    assert balance(torch.eye(3)[None], order, negative, SEED_OF_STEP).isnan().all()
     assert torch.equal(balance.state["weights"], before)
 
 
-@pytest.mark.parametrize("name", ["gradvac", "gradnorm"])
+OF_LOSSES = {
+    "uw": lambda *inputs: balancing.uw(*inputs, lr=0.5),
+    "dwa": lambda *inputs: balancing.dwa(*inputs, temperature=0.5, window=1),
+    "imtl_l": lambda *inputs: balancing.imtl_l(*inputs, lr=0.5),
+    "imtl": lambda *inputs: balancing.imtl(*inputs, lr=0.5),
+    "stch": lambda *inputs: balancing.stch(*inputs, mu=0.3, warmup=2),
+    "famo": lambda *inputs: balancing.famo(*inputs, lr=0.5, gamma=0.1),
+    "gls": lambda gram, losses, _: (balancing.gls(gram, losses), ()),
+    "db_mtl": lambda gram, losses, _: (balancing.db_mtl(gram, losses), ()),
+}
+OTHERWISE = BalanceSettings(
+    uw_lr=0.5,
+    dwa_temperature=0.5,
+    dwa_window=1,
+    imtl_lr=0.5,
+    stch_mu=0.3,
+    stch_warmup=2,
+    famo_lr=0.5,
+    famo_gamma=0.1,
+)
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+@pytest.mark.parametrize("name", OF_LOSSES)
+def test_methods_of_losses_get_those_whose_gradients_are_balanced(
+    make_model, make_batch, name, granularity
+):
+    """The losses times the tasks' weights; settings are the functions' arguments."""
+    factors = (1.0, 3.0, 0.25)
+    step = build_step(
+        make_model().train(),
+        balance=name,
+        settings=OTHERWISE,
+        loss_weights=factors,
+        surgery=granularity,
+    )
+    balance, seen = step.balancer, []
+
+    def watch(*inputs):
+        seen.append((inputs[0], balance(*inputs)))
+        return seen[-1][1]
+
+    step.balancer = watch
+    sole_tasks = step.groups.sole_tasks
+    states = [None] * len(sole_tasks)
+    for number in range(4):
+        losses = step(make_batch(seed=number), number, LR).losses * torch.tensor(factors)
+        grams, weights = seen[-1]
+        for group, sole in enumerate(sole_tasks):
+            if sole is None:
+                expected, states[group] = OF_LOSSES[name](grams[group], losses, states[group])
+                torch.testing.assert_close(weights[group], expected)
+    for key, tensor in balance.state.items():
+        shared = sole_tasks.index(None)
+        torch.testing.assert_close(tensor[shared], getattr(states[shared], key))
+
+
+def test_random_weights_follow_from_the_seed_and_the_step(make_model, make_batch):
+    step = build_step(make_model().train(), balance="rlw")
+    for number in (0, 1, 5):
+        report = step(make_batch(seed=number), number, LR)
+        assert torch.equal(report.weights, balancing.rlw(report.gram, (SEED << 32) + number))
+
+
+STATEFUL = sorted(
+    name for name in METHODS if build_method(name, TRAINED, BalanceSettings()).initial_state
+)
+
+
+def test_methods_with_a_state():
+    others = {"gradvac", "gradnorm", *(OF_LOSSES.keys() - {"gls", "db_mtl"})}
+    assert sorted(others) == STATEFUL
+
+
+@pytest.mark.parametrize("name", STATEFUL)
 def test_a_skipped_step_leaves_no_trace_in_what_is_remembered(make_model, make_batch, name):
     step = build_step(make_model().train(), balance=name)
     step(make_batch(seed=0), 0, LR)
@@ -136,6 +207,26 @@ def test_a_skipped_step_leaves_no_trace_in_what_is_remembered(make_model, make_b
     assert step(batch, 1, LR).skipped == 1
     for key, tensor in step.balancer.state.items():
         assert torch.equal(tensor, before[key])
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_one_groups_infinite_gradient_leaves_no_trace_in_the_others(make_model, name):
+    """The step is skipped as a whole, whether one task uses that group or all do."""
+    balance = build_step(make_model().train(), balance=name, surgery="layer").balancer
+    groups = len(next(iter(balance.state.values())))
+    order, losses = torch.arange(3).repeat(3, 1), torch.tensor([1.0, 2.0, 3.0])
+    usual = torch.eye(3).repeat(groups, 1, 1) + 0.1
+    for factor in (1.0, 0.5):
+        balance(usual, order, factor * losses, SEED_OF_STEP)
+    before = {key: tensor.clone() for key, tensor in balance.state.items()}
+    for group in range(groups):
+        grams = usual.clone()
+        grams[group, 0, 0] = torch.inf
+        balance(grams, order, 0.1 * losses, SEED_OF_STEP)
+        for key, tensor in balance.state.items():
+            assert torch.equal(tensor, before[key]), (group, key)
+    balance(usual, order, 0.1 * losses, SEED_OF_STEP)
+    assert any(not torch.equal(tensor, before[key]) for key, tensor in balance.state.items())
 
 
 def test_a_loss_that_is_not_finite_is_not_remembered(make_model):
@@ -191,8 +282,7 @@ def test_torchjd_names_that_cannot_be_used(name, reason):
         except InputError:
             assert other not in listed
             continue
-        weights = method.decide(
-            BalancerInput(torch.eye(3), order, losses, {}, SEED_OF_STEP)
-        ).weights
+        inputs = BalancerInput(torch.eye(3), order, losses, {}, SEED_OF_STEP)
+        weights = method.decide(inputs).weights
         assert other in listed
         assert weights.shape == (3,)

@@ -99,9 +99,9 @@ def test_a_gradient_that_is_not_finite_changes_no_state(name: str) -> None:
     gram = matrix()
     state = later(name, gram)
     for value in (torch.nan, torch.inf):
-        spoilt = gram.clone()
-        spoilt[1, 1] = value
-        step = METHODS[name](spoilt, torch.ones(3), state)
+        corrupted = gram.clone()
+        corrupted[1, 1] = value
+        step = METHODS[name](corrupted, torch.ones(3), state)
         assert step.weights.isnan().all()
         assert all(map(torch.equal, step.state, state))
 
