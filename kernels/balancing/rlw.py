@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..philox import WORD, philox_words
+from ..registration.validation import check_data
 from .gram_matrix import check_gram, nan_unless_finite
 
 
@@ -55,6 +56,7 @@ def standard_normal(count: int, seed: Tensor, step: Tensor) -> Tensor:
 
 def _counter(name: str, value: Tensor | int, gram: Tensor) -> Tensor:
     if isinstance(value, Tensor):
+        check_data(**{name: value})
         if value.dim() or value.dtype != torch.int64:
             raise ValueError(
                 f"{name}: expected a 0-dim int64 tensor, got {list(value.shape)} {value.dtype}"

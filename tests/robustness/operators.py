@@ -112,6 +112,8 @@ def _function_calls() -> Iterator[Call]:
         **{"config": (third,), "aligned_mtl": (third, "min"), "krum": (0, 1)},
         **{"gradvac": (order, torch.zeros(3, 3), 0.5), "gradnorm": (weights, one.expand(3))},
         "proportional": (torch.tensor([3, 4, 5]),),
+        **dict.fromkeys(("gls", "db_mtl", "uw", "dwa", "imtl_l", "imtl", "stch", "famo"), (third,)),
+        "rlw": (torch.tensor(1), torch.tensor(0)),
     }
     for name, rest in methods.items():
         yield f"balancing.{name}", getattr(balancing, name), (gram, *rest)

@@ -215,7 +215,7 @@ def test_one_groups_infinite_gradient_leaves_no_trace_in_the_others(make_model, 
     balance = build_step(make_model().train(), balance=name, surgery="layer").balancer
     groups = len(next(iter(balance.state.values())))
     order, losses = torch.arange(3).repeat(3, 1), torch.tensor([1.0, 2.0, 3.0])
-    usual = torch.eye(3).repeat(groups, 1, 1) + 0.1
+    usual = torch.diag(torch.tensor([1.0, 4.0, 9.0])).repeat(groups, 1, 1) + 0.1
     for factor in (1.0, 0.5):
         balance(usual, order, factor * losses, SEED_OF_STEP)
     before = {key: tensor.clone() for key, tensor in balance.state.items()}

@@ -26,6 +26,8 @@ SETTINGS = {
         aligned_mtl_scale_mode="median",
         nash_mtl_max_norm=0.5,
         fairgrad_alpha=2.0,
+        dwa_window=1,
+        stch_warmup=1,
     ),
 }
 VIEWS = {"view", "slice", "select", "expand", "unsqueeze", "squeeze", "squeeze_", "t", "diagonal"}
