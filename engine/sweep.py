@@ -29,6 +29,7 @@ from .runs.experiments import (
 )
 from .runs.halving import plan_halving, score_newest
 from .runs.lock import held
+from .runs.ranking import check_baseline
 from .runs.run import Run
 from .runtime.precision import pick_device
 from .train import train_run
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             renamed += lines
     print_warnings(renamed)
     plan = plan_halving(specs, options.min_steps, options.eta or _ETA) if options.halving else None
+    if options.compare_to is not None:
+        check_baseline(options.compare_to, specs)
     out = resolved(options.out)
     check_models(out, specs)
 
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with held(out), _time_limit(options.minutes) as over:
         if plan is None:
-            return train_series(out, specs, train, console, over)
+            return train_series(out, specs, train, console, over, options.compare_to)
         return halve_series(out, plan, train, lambda run: score_newest(run, device), console, over)
 
 
@@ -84,6 +87,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise InputError("--random: name what is drawn, such as --draw lr=log:1e-5:1e-3")
     if options.draw and options.random is None:
         raise InputError("--draw: give the number of draws by --random N")
+    if options.compare_to is not None and options.halving:
+        raise InputError("--compare-to: has no effect with --halving, whose table has ranks")
     if options.halving and options.min_steps is None:
         raise InputError("--halving: give the steps of the first rung by --min-steps N")
     for name in ("min_steps", "eta"):
@@ -247,6 +252,12 @@ def _parser() -> Parser:
         type=float,
         metavar="M",
         help="stop with a checkpoint after so long (default: when all is trained)",
+    )
+    add(
+        "--compare-to",
+        metavar="KEY=VALUE,…",
+        help="give the table a column of paired differences, seed by seed, from the group with "
+        "these settings, such as balance=sum (default: no such column)",
     )
     add_settings(what)
     halving = parser.add_argument_group("successive halving")

@@ -29,6 +29,7 @@ def train_series(
     train_run: Callable[[Run], Signals | None],
     console: Console,
     over: threading.Event | None = None,
+    compare_to: str | None = None,
 ) -> int:
     """Train the runs that are not done yet, and print the scores of all in the folder.
 
@@ -38,6 +39,7 @@ def train_series(
         train_run: trains a run to its end, or until a signal, which it returns.
         console: for progress and scores.
         over: no run is begun once it is set.
+        compare_to: settings of the group that the others are compared with; None for none.
 
     Returns:
         The command's exit status: that of a diverged run if one diverged, else that of bad input if
@@ -49,7 +51,7 @@ def train_series(
     check_results(folder, specs)
     ending = train_runs(folder, specs, train_run, console, over)
     results = read_results(folder)
-    print_results(console, folder, results, specs)
+    print_results(console, folder, results, specs, compare_to=compare_to)
     print_failed(console, ending.failed)
     if all(spec.name in {**results, **ending.failed} for spec in specs):
         without_memory = BAD_INPUT if ending.failed else 0

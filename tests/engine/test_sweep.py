@@ -90,3 +90,33 @@ def test_results_that_are_damaged(tmp_path):
     (tmp_path / "results.json").write_text("[")
     with pytest.raises(InputError, match="not the results of a series"):
         sweep.main(["demo", "--out", str(tmp_path), *SETTINGS])
+
+
+def test_a_sweep_compares_with_one_of_its_groups(tmp_path, capsys):
+    arguments = ["demo", "--grid", "balance=sum,pcgrad", "--seeds", "2", "--out", str(tmp_path)]
+    assert sweep.main([*arguments, "--compare-to", "balance=sum", *SETTINGS]) == 0
+    scores = scores_of(tmp_path)
+    pairs = [
+        scores[f"demo/balance=pcgrad/seed-{seed}"] - scores[f"demo/balance=sum/seed-{seed}"]
+        for seed in (0, 1)
+    ]
+    shown = capsys.readouterr().out
+    cell = f"{statistics.mean(pairs):+.3f} ± {statistics.stdev(pairs):.3f} (2 seeds)"
+    assert cell in shown
+    assert "overall against balance=sum" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare-to", "balance=mgda"], "no group has these settings; values of balance: sum"),
+        (["--compare-to", "lr=1"], "no group is told by lr"),
+        (["--compare-to", "sum"], "expected KEY=VALUE"),
+        (["--compare-to", "balance=sum", "--halving", "--min-steps", "1"], "no effect with --halv"),
+    ],
+)
+def test_a_baseline_that_is_none_is_refused_before_training(tmp_path, arguments, message):
+    given = ["demo", "--grid", "balance=sum,pcgrad", "--out", str(tmp_path / "runs"), *arguments]
+    with pytest.raises(InputError, match=f"--compare-to.*{message}"):
+        sweep.main([*given, *SETTINGS])
+    assert not any(tmp_path.iterdir())
