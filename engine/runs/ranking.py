@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..config import recipe as recipes
 from ..config.recipe import Recipe
+from ..config.renamed import with_new_name
 from ..utils.errors import InputError
 from .baseline import find_baselines, place_of
 from .experiments import (
@@ -24,7 +25,7 @@ from .experiments import (
 from .paired import Difference, paired_difference
 from .scoring import Criterion
 
-_OVERALL = Criterion("overall", "mean", 1)
+OVERALL = Criterion("overall", "mean", 1)
 
 
 def find_criterion(
@@ -58,9 +59,9 @@ def find_criterion(
     examples = {Criterion.of(recipe): group for group, recipe in found.items()}
     if len(examples) > 1:
         named = ", ".join(f"{criterion} in {group}" for criterion, group in examples.items())
-        return _OVERALL, f"ranked by overall, since best_of differs: {named}"
-    criterion = next(iter(examples), _OVERALL)
-    return criterion, f"ranked by {criterion}" if len(found) > 1 and criterion != _OVERALL else ""
+        return OVERALL, f"ranked by overall, since best_of differs: {named}"
+    criterion = next(iter(examples), OVERALL)
+    return criterion, f"ranked by {criterion}" if len(found) > 1 and criterion != OVERALL else ""
 
 
 def mean_value(criterion: Criterion, scores: Sequence[Mapping[str, float]]) -> float:
@@ -149,8 +150,14 @@ def check_baseline(compare_to: str, specs: Iterable[RunSpec], tuned: Collection[
 
 
 def without_keys(point: Iterable[str], keys: Collection[str]) -> tuple[str, ...]:
-    """Return a point without the settings of some keys."""
-    return tuple(setting for setting in point if setting.partition("=")[0].strip() not in keys)
+    """Return a point without the settings of some keys, which may be old names of fields."""
+    fields = {with_new_name(key)[0] for key in keys}
+    return tuple(setting for setting in point if key_of(setting) not in fields)
+
+
+def key_of(setting: str) -> str:
+    """Return the field that ``key=value`` sets, by its new name."""
+    return with_new_name(setting.partition("=")[0].strip())[0]
 
 
 def scores_by_seed(results: Mapping[str, Result], group: str, score: str) -> dict[int, float]:
