@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ..utils.files import explained
 from ..utils.output_files import write_output
-from . import series_plots, series_table
+from . import series_table
+from .series_conflict import conflict
+from .series_forest import differences
 from .series_groups import Study
 from .series_record import SeriesRecord, to_json
 
@@ -41,9 +43,9 @@ def write_series(
     write(out / TABLE, series_table.markdown(study, records))
     yield out / TABLE
     if has_differences(study):
-        write(out / DIFFERENCES, series_plots.differences(study))
+        write(out / DIFFERENCES, differences(study))
         yield out / DIFFERENCES
-    picture = series_plots.conflict(study)
+    picture = conflict(study)
     if picture is not None:
         write(out / CONFLICT, picture)
         yield out / CONFLICT
