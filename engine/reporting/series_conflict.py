@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -24,6 +24,17 @@ _NAME_HEIGHT, _LOWEST = 0.16, 3.0
 """Height of a name beside the points, and the least of their panel, in inches."""
 _MOST = 6
 """The most baselines whose course is drawn."""
+
+
+_CONNECTOR: Any = {
+    "arrowstyle": "-",
+    "color": "#c8c8c8",
+    "linewidth": 0.5,
+    "relpos": (0, 0.5),
+    "shrinkA": 0,
+    "shrinkB": 3,
+}
+"""From the left end of a name to its point."""
 
 
 class _Point(NamedTuple):
@@ -137,7 +148,7 @@ def _draw_points(axes: Axes, points: Sequence[_Point], gap: float) -> None:
             va="center",
             fontsize=7.5,
             color=_BASELINE if point.is_baseline else _NAME,
-            arrowprops={"arrowstyle": "-", "color": "#c8c8c8", "linewidth": 0.5, "shrinkB": 3},
+            arrowprops=_CONNECTOR,
         )
 
 

@@ -1,7 +1,7 @@
 """Draw the differences of groups from their baseline, a row a group and a panel a score."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib as mpl
@@ -72,12 +72,15 @@ def differences(study: Study) -> bytes:
             axes.set_title(label(score), fontsize=9)
         panels[0].set_yticks(range(len(rows)), [label(names[group.key]) for group in rows])
         panels[0].set_ylim(len(rows) - 0.4, -0.6)
-        figure.supxlabel(_caption(study, len(scores)), fontsize=9)
+        figure.supxlabel(_caption(study, names, len(scores)), fontsize=9)
         return png(figure)
 
 
-def _caption(study: Study, panels: int) -> str:
-    known = f"difference from {label(study.asked)} of the same seeds"
+def _caption(study: Study, names: Mapping[str, str], panels: int) -> str:
+    """Return what is drawn; of the baselines of several recipes their common settings."""
+    baselines = {names[key] for key in study.baselines.values()}
+    name = baselines.pop() if len(baselines) == 1 else study.asked
+    known = f"difference from {label(name)} of the same seeds"
     if panels == 1:
         return known
     return f"{known}; 95 % intervals of a panel hold together, blue ones exclude 0"
@@ -120,7 +123,7 @@ def _draw_far(axes: Axes, mark: _Mark, limit: float) -> None:
     axes.plot(side * limit, mark.row, ">" if side > 0 else "<", color=mark.colour, markersize=5)
     width = "" if mark.half is None else f" ± {mark.half:.3f}"
     axes.annotate(
-        f"{mark.mean:+.3f}{width}",
+        f"{mark.mean:+z.3f}{width}",
         (side * limit, mark.row),
         (-6 * side, 0),
         textcoords="offset points",

@@ -151,12 +151,17 @@ def common_criterion(criteria: Iterable[Criterion]) -> Criterion:
 def labels(groups: Sequence[Group]) -> dict[str, str]:
     """Return short names of groups by key: the settings that differ, more where that is not enough.
 
-    A setting is its value alone where the groups have no other.
+    Settings are their values alone where all groups have all of those that differ.
     """
     points = {group.key: dict(map(_split, group.family)) for group in groups}
     shown = differing_keys(points.values())
+    alone = all(key in point for point in points.values() for key in shown)
     found = {
-        group.key: [_short(points[group.key], shown) or group.recipe, group.recipe, group.series]
+        group.key: [
+            _short(points[group.key], shown, alone=alone) or group.recipe,
+            group.recipe,
+            group.series,
+        ]
         for group in groups
     }
     return {key: " ".join(reversed(parts[: _needed(key, found)])) for key, parts in found.items()}
@@ -179,11 +184,9 @@ def _split(setting: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def _short(point: Mapping[str, str], keys: Sequence[str]) -> str:
+def _short(point: Mapping[str, str], keys: Sequence[str], *, alone: bool) -> str:
     own = [(key, point[key]) for key in keys if key in point]
-    if len(keys) == 1:
-        return "".join(value for _, value in own)
-    return ", ".join(f"{key}={value}" for key, value in own)
+    return ", ".join(value if alone else f"{key}={value}" for key, value in own)
 
 
 def _needed(key: str, found: Mapping[str, Sequence[str]]) -> int:

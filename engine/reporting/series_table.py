@@ -15,7 +15,7 @@ _PERCENT = f"{LEVEL:.0%}".replace("%", " %")
 def markdown(study: Study, records: Sequence[SeriesRecord]) -> str:
     """Return the tables of a study of some series."""
     sections = [_head(study, records), _groups_table(study)]
-    if study.families:
+    if any(len(family.groups) > 1 for family in study.families):
         sections.append(_candidates(study))
     if study.asked:
         sections += [_notes(study), *_difference_tables(study)]
@@ -25,7 +25,7 @@ def markdown(study: Study, records: Sequence[SeriesRecord]) -> str:
 
 def spell_interval(interval: Interval) -> str:
     """Return ``[+0.003, +0.021]``."""
-    return f"[{interval.low:+.3f}, {interval.high:+.3f}]"
+    return f"[{interval.low:+z.3f}, {interval.high:+z.3f}]"
 
 
 def _head(study: Study, records: Sequence[SeriesRecord]) -> str:
@@ -91,12 +91,12 @@ def _difference_cell(study: Study, group: Group) -> str:
 
 def _with_interval(found: Difference, seeds: int) -> str:
     if found.deviation is None:
-        return f"{found.mean:+.3f} (1 seed)"
+        return f"{found.mean:+z.3f} (1 seed)"
     if found.simultaneous is None:
-        return f"{found.mean:+.3f} (no interval)"
+        return f"{found.mean:+z.3f} (no interval)"
     fewer = f" ({len(found.seeds)} of {seeds} seeds)" if len(found.seeds) < seeds else ""
     interval = found.simultaneous
-    text = f"{_bold(f'{found.mean:+.3f}', interval)} {spell_interval(interval)}"
+    text = f"{_bold(f'{found.mean:+z.3f}', interval)} {spell_interval(interval)}"
     return text + fewer
 
 
@@ -151,8 +151,9 @@ def _layout(comparison: Comparison) -> str:
             "No intervals together: these take two seeds of the baseline, and another group that "
             "has all of them."
         )
+    count = comparison.comparisons
     return (
-        f"{comparison.comparisons} comparisons; residuals of {len(layout.groups)} groups and "
+        f"{count} comparison{'s' if count > 1 else ''}; residuals of {len(layout.groups)} groups and "
         f"{len(layout.seeds)} seeds: standard deviation {layout.variance**0.5:.4f}, "
         f"{layout.freedom} degrees of freedom."
     )
@@ -160,24 +161,20 @@ def _layout(comparison: Comparison) -> str:
 
 def _candidates(study: Study) -> str:
     """Return the table of the values that were tried of tuned settings."""
-    tuned = [_tuned_part(group) for family in study.families for group in family.groups]
+    families = [family for family in study.families if len(family.groups) > 1]
+    tuned = [_tuned_part(group) for family in families for group in family.groups]
     values = list(dict.fromkeys(tuned))
-    chosen = [_chosen_of(family) for family in study.families]
-    names = labels(chosen)
-    rows = []
-    for family, group in zip(study.families, chosen, strict=True):
-        own = {_tuned_part(g): _decision(family, g) for g in family.groups}
-        rows.append([markdown_text(names[group.key]), *(own.get(value, "") for value in values)])
+    names, rows = labels(study.groups), []
+    for family in families:
+        own = {_tuned_part(group): _decision(family, group) for group in family.groups}
+        name = markdown_text(names[family.chosen])
+        rows.append([name, *(own.get(value, "") for value in values)])
     title = (
         f"## Candidates\n\nThe score that decides, at the first seed, by {', '.join(study.tuned)}; "
         "**bold** is the best, whose group is shown above. That seed is among those averaged, so "
         "that the choice favours the chosen, all groups alike.\n\n"
     )
     return title + _table(["group", *map(markdown_text, values)], rows)
-
-
-def _chosen_of(family: Family) -> Group:
-    return next(group for group in family.groups if group.key == family.chosen)
 
 
 def _tuned_part(group: Group) -> str:

@@ -217,5 +217,5 @@ def _spell(scores: Mapping[int, float], baseline: Mapping[int, float]) -> str:
 def spell_difference(found: Difference) -> str:
     """Return ``+0.012 ± 0.004 (3 seeds)``: mean, standard deviation, and of how many."""
     if found.deviation is None:
-        return f"{found.mean:+.3f} (1 seed)"
-    return f"{found.mean:+.3f} ± {found.deviation:.3f} ({len(found.seeds)} seeds)"
+        return f"{found.mean:+z.3f} (1 seed)"
+    return f"{found.mean:+z.3f} ± {found.deviation:.3f} ({len(found.seeds)} seeds)"
