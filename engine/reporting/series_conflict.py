@@ -88,10 +88,14 @@ def conflict(study: Study) -> bytes | None:
         for line, group in enumerate(followed, start=1):
             rate, cosine = (figure.add_subplot(grid[line, column]) for column in (0, 1))
             courses = [run.course for run in group.runs if run.course is not None]
-            title = f"{label(names[group.key])}, mean of {len(courses)} runs"
+            title = f"{label(names[group.key])}, {_runs(len(courses))}"
             _draw_rate(rate, courses, title)
             _draw_cosines(cosine, courses, title)
         return png(figure)
+
+
+def _runs(count: int) -> str:
+    return f"mean of {count} runs" if count > 1 else "1 run"
 
 
 def _point(study: Study, group: Group, name: str) -> _Point:

@@ -152,8 +152,9 @@ def _layout(comparison: Comparison) -> str:
             "has all of them."
         )
     count = comparison.comparisons
+    several = "s" if count > 1 else ""
     return (
-        f"{count} comparison{'s' if count > 1 else ''}; residuals of {len(layout.groups)} groups and "
+        f"{count} comparison{several}; residuals of {len(layout.groups)} groups and "
         f"{len(layout.seeds)} seeds: standard deviation {layout.variance**0.5:.4f}, "
         f"{layout.freedom} degrees of freedom."
     )
