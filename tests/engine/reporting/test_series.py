@@ -1,5 +1,6 @@
 """The report on a series: every figure from runs whose statistics are known, files that hold it."""
 
+import itertools
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from scipy import stats
 
 from engine import report, sweep
@@ -42,7 +44,7 @@ def run(*arguments: object) -> None:
     assert report.main(["--series", *map(str, arguments), "--device", "cpu"]) == 0
 
 
-def rows_of(text: str, title: str = "") -> list[list[str]]:
+def rows_of(text: str, title: str = "# Runs of") -> list[list[str]]:
     """The cells of the first table below a title, without its head."""
     table = text.partition(title)[2].partition("\n| ")[2].partition("\n\n")[0]
     lines = [line for line in table.splitlines()[2:] if line.startswith("|")]
@@ -183,7 +185,7 @@ def test_pairs_go_across_folders(series, tmp_path):
 
 
 def lr_series(folder: Path) -> Path:
-    """Three learning rates of two methods; the second seeds are of those that a sweep would keep."""
+    """Three learning rates of two methods; further seeds of those that a sweep would keep."""
 
     def scores(point, seed):
         if (seed > 0 and point["lr"] != "0.2") or (point["lr"], point["balance"]) == ("0.3", "sum"):
@@ -201,7 +203,7 @@ def test_of_tuned_settings_the_best_at_the_first_seed_is_shown(tmp_path):
     assert [row[1:4] for row in rows_of(text)] == [["pcgrad", "0.2", "3"], ["sum", "0.2", "3"]]
     assert rows_of(text, "## Candidates") == [
         ["sum", "0.400", "**0.600**", ""],
-        ["pcgrad", "0.500", "**0.600**".replace("6", "7"), "0.600"],
+        ["pcgrad", "0.500", "**0.700**", "0.600"],
     ]
     assert "demo/balance=sum,lr=0.3/seed-0, after 40 steps" in text
     run(folder, "--compare-to", "balance=sum,lr=0.1", "--out", tmp_path / "all")
@@ -282,7 +284,6 @@ def test_what_no_report_can_be_made_from(series, tmp_path):
         return str(error.value)
 
     assert "holds no results.json" in refused("--series", tmp_path)
-    assert "check the path" in refused("--series", tmp_path / "none") or True
     assert "no effect without --series" in refused(series, "--compare-to", "balance=sum")
     assert "no effect without --series" in refused(series, "--tuned", "lr")
     assert "either it or --papers" in refused("--series", series, "--papers")
@@ -302,13 +303,14 @@ def test_a_kept_series_grows(series, tmp_path):
     run(part, "--out", tmp_path / "kept")
     (before,) = read_records(tmp_path / "kept/series.json")
     assert (len(before.runs), len(before.unfinished)) == (6, 6)
+    shutil.copy(tmp_path / "kept/series.json", tmp_path / "before.json")
     run(tmp_path / "kept/series.json", series, "--out", tmp_path / "kept", "--force")
     (after,) = read_records(tmp_path / "kept/series.json")
     (whole,) = collect([series], pick_device("cpu"))
     assert {run.name: run for run in after.runs} == {run.name: run for run in whole.runs}
     assert after.unfinished == []
     # The other way round the old record takes nothing away.
-    run(series, tmp_path / "kept/series.json", part, "--out", tmp_path / "again")
+    run(series, tmp_path / "before.json", "--out", tmp_path / "again")
     (again,) = read_records(tmp_path / "again/series.json")
     assert (len(again.runs), again.unfinished) == (12, [])
 
@@ -415,7 +417,9 @@ def test_thirty_groups_have_names_that_do_not_overlap(tmp_path, monkeypatch):
         tmp_path / "a",
         [f"lr={values}"],
         2,
-        lambda point, seed: scores_of([0.1 if point["lr"] == "0.1" else 0.5 + seed / 1000] * 3),
+        lambda point, seed: scores_of(
+            [0.1 if point["lr"] == "0.1" else 0.5 + float(point["lr"]) / 9] * 3
+        ),
     )
     figures = []
     for module in (series_conflict, series_forest):
@@ -429,10 +433,10 @@ def test_thirty_groups_have_names_that_do_not_overlap(tmp_path, monkeypatch):
         (forest, forest.axes[0].get_yticklabels()),
     ):
         figure.draw_without_rendering()
-        boxes = [text.get_window_extent() for text in texts]
+        boxes = [Text.get_window_extent(text) for text in texts]  # without the line to a point
         assert len(boxes) >= 29
         heights = sorted((box.y0, box.y1) for box in boxes)
-        for (_, top), (bottom, _) in zip(heights, heights[1:], strict=False):
+        for (_, top), (bottom, _) in itertools.pairwise(heights):
             assert bottom > top - 2.5  # of the line's own space above and below
     (far,) = [text for text in scatter.axes[0].texts if text.get_text() == "0.1  0.100"]
     assert far is not None
