@@ -12,8 +12,8 @@ from .cli.common import Parser, print_warnings, run_cli, terminal
 from .cli.options import add_device, add_force
 from .reporting.outcomes import collect
 from .reporting.page import write_page
+from .reporting.series import left_out, write_series
 from .reporting.series import possible_files as possible_series_files
-from .reporting.series import write_series
 from .reporting.series_groups import make_study
 from .reporting.series_read import collect as collect_series
 from .reporting.systems import possible_files, without_answers, write_systems
@@ -144,6 +144,8 @@ def _report_series(
     study = make_study(records, options.compare_to or "", tuned)
     for path in write_series(records, study, out, replace=replace):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    for line in left_out(records, study):
+        console.print(line, soft_wrap=True, highlight=False)
     return 0
 
 

@@ -59,3 +59,14 @@ def has_differences(study: Study) -> bool:
         for comparison in comparisons.values()
         for found in comparison.differences.values()
     )
+
+
+def left_out(records: Sequence[SeriesRecord], study: Study) -> Iterator[str]:
+    """Yield a line for each thing that a report on some series does not have."""
+    unfinished = sum(len(record.unfinished) for record in records)
+    if unfinished:
+        yield f"runs without a result: {unfinished}, named in {TABLE}"
+    if study.asked and not has_differences(study):
+        yield f"no {DIFFERENCES}: no group shares a seed and a score with its baseline"
+    if not any(group.conflict_rates for group in study.groups):
+        yield f"no {CONFLICT}: no log has a step of two tasks"

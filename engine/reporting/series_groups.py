@@ -126,8 +126,11 @@ def make_study(
         tuned: keys of settings of which each family keeps the best value at its first seed.
 
     Raises:
-        InputError: there is no such key or baseline, or a family has no score to choose by.
+        InputError: no run has a result, there is no such key or baseline, or a family has no score
+            to choose by.
     """
+    if not any(record.runs for record in records):
+        raise InputError("--series: none of these has a run with a result; train some first")
     candidates = _groups(records, tuned)
     families = _families(candidates) if tuned else []
     chosen = {family.chosen for family in families}

@@ -270,10 +270,28 @@ def test_a_damaged_log_is_one_line(series, tmp_path, capsys, damage, said):
     assert "(4 seeds)" in rows_of(text, "### overall")[0][1]  # its scores count all the same
 
 
-def test_no_log_at_all_gives_no_picture_of_conflict(series, tmp_path):
+def test_no_log_at_all_gives_no_picture_of_conflict(series, tmp_path, capsys):
     folder = shutil.copytree(series, tmp_path / "m", ignore=shutil.ignore_patterns("*.jsonl"))
     run(folder, "--out", tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"series.json", "series.md"}
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "no conflict.png: no log has a step of two tasks"
+
+
+def test_a_baseline_that_shares_no_seed_gives_no_picture_of_differences(tmp_path, capsys):
+    def scores(point, seed):
+        return scores_of([0.5] * 3) if (point["lr"] == "0.1") == (seed == 0) else None
+
+    folder = write_series(tmp_path / "a", ["lr=0.1,0.2"], 2, scores)
+    run(folder, "--compare-to", "lr=0.1", "--out", tmp_path / "out")
+    assert not (tmp_path / "out/differences.png").exists()
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [
+        "runs without a result: 2, named in series.md",
+        "no differences.png: no group shares a seed and a score with its baseline",
+    ]
+    rows = rows_of((tmp_path / "out/series.md").read_text())
+    assert sorted(row[-3] for row in rows) == ["baseline", "no common seed"]
 
 
 def test_what_no_report_can_be_made_from(series, tmp_path):
@@ -284,6 +302,8 @@ def test_what_no_report_can_be_made_from(series, tmp_path):
         return str(error.value)
 
     assert "holds no results.json" in refused("--series", tmp_path)
+    (tmp_path / "empty.json").write_text("[]")
+    assert "none of these has a run" in refused("--series", tmp_path / "empty.json")
     assert "no effect without --series" in refused(series, "--compare-to", "balance=sum")
     assert "no effect without --series" in refused(series, "--tuned", "lr")
     assert "either it or --papers" in refused("--series", series, "--papers")
