@@ -87,20 +87,19 @@ def print_results(
     Args:
         console: to print on.
         folder: of the series.
-        results: its finished runs.
+        results: its finished runs, of the groups to show.
         specs: those whose points have columns of their own.
         compare_to: settings, ``key=value,…``, of the group from which the others' paired
             differences of the deciding score have a column; None for no such column.
-        families: the groups to show, each with its point without tuned settings, among which the
-            one to compare with is found; None for all that are finished, with their whole points.
+        families: the groups among which the one to compare with is found, each with its point
+            without tuned settings; None for those of the specs, with their whole points.
 
     Raises:
         InputError: the recipe of a run is damaged.
     """
     groups: dict[str, list[Result]] = {}
     for result in results.values():
-        if families is None or result.group in families:
-            groups.setdefault(result.group, []).append(result)
+        groups.setdefault(result.group, []).append(result)
     names, settings = differing_settings([spec for spec in specs if spec.group in groups])
     tasks = list(
         dict.fromkeys(task for own in groups.values() for one in own for task in one.scores)

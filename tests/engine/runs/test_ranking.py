@@ -190,19 +190,24 @@ def test_a_baseline_that_diverged_is_named():
     assert "no differences from demo/lr=0.1: none of its runs has a result" in shown_by(**given)
 
 
-def test_only_the_groups_of_families_are_shown():
+def test_tuned_settings_do_not_tell_the_baseline():
+    """Of each family one group is shown; another command's group has no difference."""
     results = {
         **result_of("demo/lr=0.1", 0.5, 0.56),
         **result_of("demo/lr=0.2", 0.52, 0.57),
         **result_of("demo/lr=0.3", 0.7),
     }
     families = {"demo/lr=0.1": ("balance=sum",), "demo/lr=0.2": ("balance=pcgrad",)}
-    given = {"results": results, "specs": specs_of("0.1", "0.2", "0.3"), "families": families}
-    rows = shown_by(**given, compare_to="balance=sum")
-    assert [row.split()[1] for row in rows[1:]] == ["0.2", "0.1"]
-    assert "+0.015 ± 0.007 (2 seeds)" in rows[1]
+    given = {"results": results, "specs": specs_of("0.1", "0.2"), "families": families}
+    _, other, second, first = shown_by(**given, compare_to="balance=sum")
+    assert other.split() == ["demo/lr=0.3", "1", "0.500", "0.700", "1.0"]
+    assert "+0.015 ± 0.007 (2 seeds)" in second
+    assert "baseline" in first
     (line, *_) = shown_by(**given, compare_to="balance=mgda")
     assert line.startswith("no differences yet: --compare-to balance=mgda: no group has these")
+    families["demo/lr=0.2"] = ("balance=sum",)  # not decided yet
+    (line, *_) = shown_by(**given, compare_to="balance=sum")
+    assert line.startswith("no differences yet: --compare-to balance=sum: several groups have")
 
 
 def test_the_baseline_is_checked_before_training():
