@@ -13,6 +13,7 @@ OPTION = "--compare-to"
 
 _NEXT = re.compile(r",(?=\s*[A-Za-z_][\w.-]*\s*=)")
 """The comma before a key; others are of a value, as in ``betas=[0.9,0.99]``."""
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 
 
 class Place(NamedTuple):
@@ -35,8 +36,25 @@ def place_of(group: str, point: tuple[str, ...], series: str = "") -> Place:
 
 
 def split_settings(text: str) -> tuple[str, ...]:
-    """Return the settings of ``key=value,key=value`` one by one."""
-    return tuple(part.strip() for part in _NEXT.split(text))
+    """Return the settings of ``key=value,key=value`` one by one.
+
+    A comma within brackets or quotes belongs to a value, as in ``balancing.fixed={sst=1,sts=2}``.
+    """
+    found, begun = list[str](), list[str]()
+    for part in _NEXT.split(text):
+        begun.append(part)
+        if not _is_open(",".join(begun)):
+            found.append(",".join(begun))
+            begun.clear()
+    return tuple(setting.strip() for setting in (*found, *begun))  # what never closes
+
+
+def _is_open(text: str) -> bool:
+    """Return whether brackets or quotes of a text are still to be closed."""
+    plain = _QUOTED.sub("", text)
+    return not {*"\"'"}.isdisjoint(plain) or any(
+        plain.count(one) > plain.count(other) for one, other in ("[]", "{}")
+    )
 
 
 def read_settings(settings: Iterable[str]) -> dict[str, Any]:

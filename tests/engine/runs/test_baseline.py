@@ -28,6 +28,23 @@ def test_settings_are_split_at_keys_and_read_as_values():
     }
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("balancing.fixed={sst=1,sts=2}", "lr=1"),
+        ("lr=1", "balancing.fixed={a={b=1,c=2},d=[1,2]}", "x=[{a=1},{b=2}]"),
+        ("description='[,a=1'", "lr=1"),
+        ("description='x,a=1'", "lr=1"),
+        ("description=don't", "lr=1"),
+        ("data=[odd", "lr=1", "b={x"),
+        ('train=["a","b"]', "best_of=a"),
+        ("",),
+    ],
+)
+def test_commas_within_brackets_or_quotes_belong_to_values(settings):
+    assert split_settings(",".join(settings)) == settings
+
+
 @pytest.mark.parametrize("asked", ["lr=1e-3", "lr=0.001", " lr = 1.0e-3 "])
 def test_values_are_compared_as_such(asked):
     groups = places("r/lr=1e-3", "r/lr=1e-4")
