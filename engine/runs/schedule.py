@@ -136,7 +136,7 @@ class RunsLeft:
         self._time_left.add(self._work)
         if end.outcome is Outcome.DONE:
             self.results[name] = Result(job.spec.group, end.scores, end.seconds)
-            write_results(self._folder, self.results)
+            write_results(self._folder, self._in_order())
             if self._pruned:
                 prune(job.folder)
         else:
@@ -159,6 +159,12 @@ class RunsLeft:
 
     def _runs(self) -> Sequence[RunSpec]:
         return self._wanted.runs(self.results, self.failed)
+
+    def _in_order(self) -> dict[str, Result]:
+        """Return the results in an order that does not depend on which run ended first."""
+        wanted = dict.fromkeys(spec.name for spec in self._runs())
+        others = {name: own for name, own in self.results.items() if name not in wanted}
+        return others | {name: self.results[name] for name in wanted if name in self.results}
 
     def _has_results(self) -> bool:
         return any(spec.name in self.results for spec in self._runs())
