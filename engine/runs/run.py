@@ -6,6 +6,7 @@ tokenizer.json   (and vocab.txt, tokenizer_config.json)
 metrics.jsonl    a line for every training step; evaluations.jsonl, for every evaluation
 metrics.json     the scores of the last evaluation
 checkpoints/     see engine/checkpoints/store.py
+output.log       what it printed, where several runs of a sweep were trained at once
 .superbert.lock  held by the process that trains it, see engine/runs/lock.py
 """
 
