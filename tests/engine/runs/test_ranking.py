@@ -10,9 +10,10 @@ from rich.console import Console
 from engine.cli.common import BAD_INPUT, DIVERGED
 from engine.cli.series import halve_series, train_series
 from engine.config import recipe as recipes
-from engine.runs import experiments, halving
+from engine.runs import experiments, halving, job
 from engine.runs.experiments import Result, RunSpec, read_results, seeds_of
 from engine.runs.halving import plan_halving
+from engine.runs.job import InProcess
 from engine.runs.ranking import check_baseline, print_results
 from engine.runs.run import Run
 from engine.runs.scoring import Criterion, Scores, write_scores
@@ -27,9 +28,9 @@ class Trained:
     def __init__(self, folder: Path, monkeypatch, **failing: Exception) -> None:
         self.folder, self.failing, self.calls = folder, failing, []
         for module in (halving, experiments):
-            monkeypatch.setattr(module, "resume", lambda recipe, at: Run(at, recipe, None, None))
             monkeypatch.setattr(module, "check_scores_of", lambda *_: None)
-        monkeypatch.setattr(experiments, "training_seconds", lambda _: 60.0)
+        monkeypatch.setattr(job, "resume", lambda recipe, at: Run(at, recipe, None, None))
+        monkeypatch.setattr(job, "training_seconds", lambda _: 60.0)
 
     def train(self, run: Run, steps: int | None = None) -> Signals | None:
         self.calls.append(run.folder.parent.name)
@@ -47,7 +48,7 @@ class Trained:
 
     def series(self, specs: list[RunSpec]) -> int:
         console = Console(width=200, highlight=False)
-        return train_series(self.folder, specs, self.train, console)
+        return train_series(self.folder, specs, InProcess(self.train), console)
 
 
 def specs_of(*rates: str, settings: tuple[str, ...] = (), recipe: str = "demo") -> list[RunSpec]:
@@ -119,7 +120,8 @@ def test_candidates_go_on_by_what_decides(tmp_path, monkeypatch, capsys):
     plan = plan_halving(specs_of("0.2", "0.1", "0.4", "0.3", settings=BY_ERROR), 10, 2)
     assert plan.steps == (10, 20, 40, 80, 90)
     console = Console(width=200, highlight=False)
-    assert halve_series(tmp_path, plan, trained.train, trained.score, console) == 0
+    workers = InProcess(trained.train, trained.score)
+    assert halve_series(tmp_path, plan, workers, console) == 0
     record = json.loads((tmp_path / "halving.json").read_text())
     assert record["ranked_by"] == "sts"
     first = [(place["candidate"], place["score"]) for place in record["rungs"][0]["ranking"]]
