@@ -1,13 +1,21 @@
 """``python -m engine.report RUN [RUN …] --out DIR``: what runs tell, as pages and pictures."""
 
+import argparse
 from collections.abc import Sequence
 from os.path import realpath
 from pathlib import Path
 
-from .cli.common import Parser, run_cli, terminal
+import torch
+from rich.console import Console
+
+from .cli.common import Parser, print_warnings, run_cli, terminal
 from .cli.options import add_device, add_force
 from .reporting.outcomes import collect
 from .reporting.page import write_page
+from .reporting.series import left_out, write_series
+from .reporting.series import possible_files as possible_series_files
+from .reporting.series_groups import make_study
+from .reporting.series_read import collect as collect_series
 from .reporting.systems import possible_files, without_answers, write_systems
 from .runs.run import open_run
 from .runtime.precision import pick_device
@@ -35,6 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "for each run)",
     )
     what.add_argument(
+        "--series",
+        action="store_true",
+        help="instead of pages: a table of the groups of a sweep, and pictures of differences and "
+        "of conflict (Markdown and PNG); what these are made from is kept in series.json; RUN is "
+        "the folder of a sweep, or such a file (default: a page for each run)",
+    )
+    what.add_argument(
+        "--compare-to",
+        metavar="KEY=VALUE,…",
+        help="with --series: show paired differences, seed by seed, from the group with these "
+        "settings, such as balance=sum (default: no differences)",
+    )
+    what.add_argument(
+        "--tuned",
+        metavar="KEY,…",
+        help="with --series: of the groups that differ in these settings alone, show the one that "
+        "is best at the first seed (default: show all)",
+    )
+    what.add_argument(
         "--no-texts",
         action="store_true",
         help="with --papers: name the worst examples by their ids alone, where the data are not to "
@@ -53,10 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_device(where)
     options = parser.parse_args(arguments)
 
-    if options.no_texts and not options.papers:
-        raise InputError("--no-texts: a page quotes its examples; give it with --papers")
+    _check_options(options)
     console, device = terminal(), pick_device(options.device)
     out = resolved(options.out)
+    if options.series:
+        return _report_series(options, console, device, out)
     if options.papers:
         replace = check_outputs(possible_files(out), force=options.force)
         outcomes = collect(options.runs, device, options.data)
@@ -81,6 +109,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out.mkdir(parents=True, exist_ok=True)
         write_page(run, page, device, replace=replace)
         console.print(f"wrote {page}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Check that options are given with those that they need.
+
+    Raises:
+        InputError: one would have no effect.
+    """
+    if options.no_texts and not options.papers:
+        raise InputError("--no-texts: a page quotes its examples; give it with --papers")
+    if options.series and options.papers:
+        raise InputError("--series: give either it or --papers")
+    for name in ("compare_to", "tuned"):
+        if getattr(options, name) is not None and not options.series:
+            raise InputError(f"--{name.replace('_', '-')}: has no effect without --series")
+    if options.series and options.data is not None:
+        raise InputError("--data: has no effect with --series, which reads no data")
+
+
+def _report_series(
+    options: argparse.Namespace, console: Console, device: torch.device, out: Path
+) -> int:
+    """Report on the groups of one or several series; return the exit status."""
+    replace = check_outputs(possible_series_files(out), force=options.force)
+    records = collect_series(options.runs, device)
+    print_warnings(
+        f"{record.name}: {line}; its steps and conflicts are left out"
+        for record in records
+        for line in record.without_log
+    )
+    tuned = [key.strip() for key in (options.tuned or "").split(",") if key.strip()]
+    study = make_study(records, options.compare_to or "", tuned)
+    for path in write_series(records, study, out, replace=replace):
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    for line in left_out(records, study):
+        console.print(line, soft_wrap=True, highlight=False)
     return 0
 
 

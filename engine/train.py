@@ -42,6 +42,7 @@ from .metrics.log import MetricsLog
 from .metrics.read import read_evaluation_lines
 from .runs.experiments import seeds_of
 from .runs.folder import claimed, free_folders
+from .runs.job import InProcess
 from .runs.lock import held, held_first
 from .runs.resume import resume
 from .runs.run import Run, begin
@@ -74,7 +75,8 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
 
     Returns:
         The signal (SIGINT, SIGTERM, SIGHUP) that stopped it, after a checkpoint to resume from was
-        written; None when the phase came to its end, or to ``stop_after``.
+        written; None when the last phase came to its end, or any of them without a signal, or to
+        ``stop_after``.
 
     Raises:
         DivergedError: loss, weights or outputs of the model are not finite any more.
@@ -144,7 +146,9 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
         )
     if ended:
         average_best(trainer, progress, console)
-    if ended or (progress.step == stop_after and stop.signal is None):
+    if ended:  # a signal in the last step is for the phase that would begin now
+        return None if trainer.name == [*trainer.run.recipe.in_phases][-1] else stop.signal
+    if progress.step == stop_after and stop.signal is None:
         return None
     return stop.signal or Signals.SIGTERM
 
@@ -306,7 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seeds is not None:
         specs = seeds_of("", recipe, options.seeds)
         with _claimed_folder(options, held) as out:
-            return train_series(out, specs, lambda run: train_run(run, device, console), console)
+            workers = InProcess(lambda run, _: train_run(run, device, console))
+            return train_series(out, specs, workers, console)
     with ranks.init(device, recipe.timeout):
         restarted = ranks.any(ranks.restarted)  # of several agents one may not have counted it
         resumes = options.resume or restarted

@@ -19,6 +19,8 @@ from ..utils.errors import UNPRINTABLE, DivergedError, InputError, LostRankError
 from ..utils.quoting import PlainConsole
 from .standard_output import exit_with
 
+DIED = 1
+"""A run of a series died twice, as an exception that nobody expects ends a command."""
 BAD_INPUT = 2
 DIVERGED = 3
 """Training left the finite numbers; what was good before stays."""

@@ -96,6 +96,13 @@ def train_without_output() -> None:
             stream.needed = False
 
 
+def guard_output() -> None:
+    """Let the standard streams of a process that trains for another one never fail a write."""
+    out, err = (Output(stream) for stream in _opened(sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
+    train_without_output()
+
+
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and exit with its status, or with one that tells of its output.
 

@@ -1,1 +1,1 @@
-"""Reports: a run as a page with plots, runs of the papers' systems as tables."""
+"""Reports: a run as a page with plots, systems of the papers and series of runs as tables."""

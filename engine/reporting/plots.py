@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from .labels import LITERAL, label
 from .run_data import Answers, Series, confusion, most_confused
 
-_STYLE: Any = {
+STYLE: Any = {
     **LITERAL,
     "font.size": 9,
     "axes.spines.top": False,
@@ -65,7 +65,7 @@ def curves(
         smooth: draw running means.
         zero: draw a line at zero.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _axes(_WIDE)
         if zero:
             axes.axhline(0, color="#555555", linewidth=0.8)
@@ -113,7 +113,7 @@ def heatmap(
     NaN is left empty.
     """
     height, rows, columns = 1.6 + 0.3 * len(rows), [*map(label, rows)], [*map(label, columns)]
-    with mpl.rc_context(_STYLE | {"axes.grid": False}):
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = _axes((2.6 + 0.9 * len(columns), height))
         largest = float(np.nan_to_num(np.abs(values)).max(initial=0.05)) if signed else 1.0
         low, colours = (-largest, "RdBu") if signed else (0.0, "Reds")
@@ -142,7 +142,7 @@ def confusion_matrix(answers: Answers) -> str:
     longest = max(map(len, names))
     side = 1.6 + 0.42 * len(names) + _CHARACTER * longest
     turned = len(names) > 6 or longest > _LONG_NAME // 2
-    with mpl.rc_context(_STYLE | {"axes.grid": False}):
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = _axes((max(side, _SQUARE[0]), max(side - 0.2, _SQUARE[1])))
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         if len(names) <= 12:
@@ -156,7 +156,7 @@ def confusion_matrix(answers: Answers) -> str:
 def scatter(answers: Answers) -> str:
     """Draw predictions over labels, on the line where they are equal."""
     low, high = answers.form.low, answers.form.high
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _axes(_SQUARE)
         axes.plot([low, high], [low, high], color="#555555", linewidth=0.8)
         # More points than this hide each other, and make the page heavy.
@@ -169,7 +169,7 @@ def scatter(answers: Answers) -> str:
 def ranks(answers: Answers) -> str:
     """Draw the share of anchors whose passage is among the first k, over k."""
     found, counts = np.unique(answers.predictions, return_counts=True)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _axes(_SQUARE)
         axes.step(found, np.cumsum(counts) / counts.sum(), where="post", marker=".")
         axes.set_xscale("log")
@@ -181,7 +181,7 @@ def ranks(answers: Answers) -> str:
 
 def word_shares(answers: Answers) -> str:
     """Draw how many answers have which F1 of words."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _axes(_SQUARE)
         axes.hist(answers.predictions, bins=10, range=(0, 1))
         axes.set(xlabel="F1 of the words of an answer", ylabel="questions", xlim=(0, 1))

@@ -114,7 +114,10 @@ def _whole(text: str) -> Callable[[float], int]:
 
 
 def _choice(text: str) -> Callable[[float], Any]:
-    values = _values(text)
+    try:
+        values = [_value(word) for word in split_values(text)]
+    except ValueError:
+        raise ValueError("expected choice:VALUE,VALUE,… without empty values") from None
     if len(values) < 2:
         raise ValueError("one value is no choice; give several, or this one by --set")
     return lambda u: values[int(u * len(values))]
@@ -148,23 +151,39 @@ def _bounds(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _values(text: str) -> list[Any]:
-    """Return the values of ``VALUE,VALUE,…``: those of a TOML array, or each by itself.
+def split_values(text: str) -> list[str]:
+    """Split ``VALUE,VALUE,…`` at the commas that are in no value of TOML.
+
+    A list, a table or a text in quotes is one value, and a word that is none ends at a comma.
 
     Raises:
-        ValueError: one is empty.
+        ValueError: a value is empty.
     """
+    values, words = list[str](), text.split(",")
+    while words:
+        count = _words_of_first(words)
+        values.append(",".join(words[:count]).strip())
+        del words[:count]
+    if not all(values):
+        raise ValueError("expected VALUE,VALUE,… without empty values")
+    return values
+
+
+def _words_of_first(words: Sequence[str]) -> int:
+    """Return how many of the words between commas the first value has."""
+    if words[0].lstrip().startswith(("[", "{", '"', "'")):
+        for count in range(1, len(words) + 1):
+            if _is_toml(",".join(words[:count])):
+                return count
+    return 1
+
+
+def _is_toml(text: str) -> bool:
     try:
-        found: list[Any] = parse_toml(f"value = [{text}]")["value"]
+        parse_toml(f"value = [{text}\n]")
     except ValueError:
-        pass
-    else:
-        if found and not text.rstrip().endswith(","):
-            return found
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise ValueError("expected choice:VALUE,VALUE,… without empty values")
-    return [_value(word) for word in words]
+        return False
+    return True
 
 
 def _value(text: str) -> Any:

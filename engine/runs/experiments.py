@@ -1,18 +1,15 @@
-"""Several runs below one folder, one after the other: seeds, points of a grid, recipes.
+"""Several runs below one folder: seeds, points of a grid, recipes.
 
 ``results.json`` there has the scores of the finished runs, so that a series that was cut off can be
 resumed: finished runs are not repeated, an unfinished one is resumed.
 """
 
-import re
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from os.path import isfile
 from pathlib import Path
-from signal import Signals
 from typing import NamedTuple
 
 from pydantic import FiniteFloat, TypeAdapter
@@ -20,14 +17,12 @@ from rich.console import Console
 
 from ..config.recipe import Recipe
 from ..metrics.read import read_step_lines
-from ..utils.errors import DivergedError, InputError, OutOfMemoryError
-from ..utils.files import remove_partial_files, write_text
+from ..utils.errors import InputError
+from ..utils.files import write_text
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import read_bytes
-from .folder import claimed
-from .resume import check_scores_of, resume
-from .run import Run, pretrained_encoder
-from .scoring import read_scores
+from .resume import check_scores_of
+from .run import pretrained_encoder
 
 RESULTS = "results.json"
 
@@ -55,21 +50,6 @@ class RunSpec(NamedTuple):
         return f"{self.group}/seed-{self.recipe.seed}".lstrip("/")
 
 
-class Ending(NamedTuple):
-    """End of a series.
-
-    Attributes:
-        signal: that stopped it, or None.
-        failed: why runs of it have no result, by their names.
-        diverged: whether the numbers of one of them did not stay finite; the others do not fit in
-            memory.
-    """
-
-    signal: Signals | None
-    failed: dict[str, str]
-    diverged: bool = False
-
-
 class Result(NamedTuple):
     """End of a run of the series.
 
@@ -86,25 +66,20 @@ class Result(NamedTuple):
 
 
 class TimeLeft:
-    """The time that a series needs yet, by what this session needed so far.
+    """The time that a series needs yet, by what this session needed so far."""
 
-    Args:
-        work: what is to be done, in steps or runs.
-    """
-
-    def __init__(self, work: float) -> None:
-        self._left, self._done, self._begun = work, 0.0, time.monotonic()
+    def __init__(self) -> None:
+        self._done, self._begun = 0.0, time.monotonic()
 
     def add(self, work: float) -> None:
-        """Count work that is done."""
-        self._left -= work
+        """Count work that is done, in steps or runs."""
         self._done += work
 
-    def __str__(self) -> str:
-        """``, about 0:12:30 left``; empty before anything is done."""
+    def text(self, left: float) -> str:
+        """Return ``, about 0:12:30 left`` for so much work; empty before anything is done."""
         if not self._done:
             return ""
-        seconds = (time.monotonic() - self._begun) / self._done * max(0.0, self._left)
+        seconds = (time.monotonic() - self._begun) / self._done * left
         return f", about {timedelta(seconds=round(seconds))} left"
 
 
@@ -151,62 +126,6 @@ def check_models(folder: Path, specs: Iterable[RunSpec]) -> None:
             pretrained_encoder(spec.recipe)
 
 
-def train_runs(
-    folder: Path,
-    specs: Sequence[RunSpec],
-    train_run: Callable[[Run], Signals | None],
-    console: Console,
-    over: threading.Event | None = None,
-    time_left: TimeLeft | None = None,
-    work: float = 1.0,
-) -> Ending:
-    """Train the runs of a series that are not done yet.
-
-    Args:
-        folder: of the series, held by this process.
-        specs: in the order in which they are trained.
-        train_run: trains a run to its end, or until a signal, which it returns.
-        console: to say on what is begun.
-        over: no run is begun once it is set.
-        time_left: of what is trained here and elsewhere; None for these runs alone.
-        work: of one run, as ``time_left`` counts it.
-
-    Returns:
-        How it ended.  A run whose numbers do not stay finite, or that does not fit in memory, is no
-        result and does not end the others; when the series is called again it goes on from its last
-        checkpoint.
-    """
-    remove_partial_files(folder, re.compile(re.escape(RESULTS)))
-    results, failed, diverged = read_results(folder), dict[str, str](), False
-    left = [spec for spec in specs if spec.name not in results]
-    time_left = time_left or TimeLeft(len(left))
-    for number, spec in enumerate(left, start=len(specs) - len(left) + 1):
-        if over is not None and over.is_set():
-            break
-        console.rule(spec.name)
-        console.print(f"run {number} of {len(specs)}{time_left}", highlight=False)
-        with claimed(folder / spec.name, resumes=True):
-            run = resume(spec.recipe, folder / spec.name)
-            try:
-                signal = train_run(run)
-            except (DivergedError, OutOfMemoryError) as error:
-                console.print(f"{spec.name}: {error}", soft_wrap=True, highlight=False)
-                failed[spec.name] = str(error)
-                diverged = diverged or isinstance(error, DivergedError)
-                time_left.add(work)
-                continue
-            if signal is not None:
-                return Ending(signal, failed, diverged)
-            recipe = run.recipe
-            scores = read_scores(run.folder, recipe.tasks).scores if recipe.is_scored else {}
-            seconds = training_seconds(run.folder)
-        time_left.add(work)
-        results[spec.name] = Result(spec.group, scores, seconds)
-        content = {name: result._asdict() for name, result in results.items()}
-        write_text(folder / RESULTS, dump_json(content, indent=2) + "\n")
-    return Ending(None, failed, diverged)
-
-
 def read_results(folder: Path) -> dict[str, Result]:
     """Return the results of a series so far, by the names of its runs.
 
@@ -224,6 +143,16 @@ def read_results(folder: Path) -> dict[str, Result]:
         return results
     except ValueError as error:
         raise InputError(f"{file}: not the results of a series ({error}); remove it") from None
+
+
+def write_results(folder: Path, results: Mapping[str, Result]) -> None:
+    """Write the results of a series.
+
+    Raises:
+        InputError: the system refuses it.
+    """
+    content = {name: result._asdict() for name, result in results.items()}
+    write_text(folder / RESULTS, dump_json(content, indent=2) + "\n")
 
 
 def training_seconds(folder: Path) -> float:

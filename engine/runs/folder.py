@@ -13,7 +13,12 @@ from ..utils.errors import InputError
 from ..utils.files import explained, is_partial, remove_partial_files
 from .lock import LOCK, held
 
-_BEFORE_RECIPE = re.compile(r"tokenizer(_config)?\.json|vocab\.txt|config\.json|recipe\.toml")
+OUTPUT = "output.log"
+"""Holds what the run printed, where several runs of a series are trained at once."""
+
+_BEFORE_RECIPE = re.compile(
+    rf"{re.escape(OUTPUT)}|tokenizer(_config)?\.json|vocab\.txt|config\.json|recipe\.toml"
+)
 """Files that a run writes first, the recipe last."""
 
 _FILES = re.compile(

@@ -18,8 +18,7 @@ import itertools
 import math
 import re
 import statistics
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os.path import isfile
 from pathlib import Path
 from signal import Signals
@@ -31,22 +30,16 @@ from rich.console import Console
 
 from ..config.recipe import Recipe
 from ..data.rows import shorten
-from ..utils.errors import DivergedError, InputError, OutOfMemoryError
+from ..utils.errors import InputError
 from ..utils.files import remove_partial_files, write_text
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import read_bytes
-from .experiments import (
-    Ending,
-    Result,
-    RunSpec,
-    TimeLeft,
-    read_results,
-    train_runs,
-)
-from .folder import claimed
+from .experiments import Result, RunSpec, TimeLeft, read_results
+from .job import End, Job, Outcome, Workers
 from .ranking import mean_value
-from .resume import check_scores_of, resume
+from .resume import check_scores_of
 from .run import Run
+from .schedule import WAIT, AllRuns, Ending, RunsLeft, print_begin, print_end
 from .scoring import Criterion, score_names, score_splits
 
 RECORD = "halving.json"
@@ -102,7 +95,7 @@ class Record(BaseModel):
     scores: dict[str, dict[int, dict[str, FiniteFloat]]] = {}
     """Dev scores of each run, by the steps of a rung, but the last."""
     failed: dict[str, Failure] = {}
-    """Runs whose numbers did not stay finite, or that do not fit in memory."""
+    """Runs whose numbers did not stay finite, that do not fit in memory, or that died twice."""
 
 
 class Place(NamedTuple):
@@ -184,24 +177,112 @@ def plan_halving(specs: Sequence[RunSpec], min_steps: int, eta: int) -> Plan:
     return Plan((*steps, most), eta, candidates)
 
 
+class Rungs:
+    """Schedule of the rungs of a plan; ``halving.json`` is written after every run.
+
+    Args:
+        folder: of the series, held by this process.
+        plan: the rungs.
+        console: to say on what is begun.
+        jobs: how many runs are trained at once.
+        pruned: whether finished runs lose their checkpoints.
+
+    Attributes:
+        record: of what has ended so far.
+        outcomes: how runs without a result ended in this session.
+
+    Raises:
+        InputError: the folder has a record of another plan.
+    """
+
+    def __init__(
+        self, folder: Path, plan: Plan, console: Console, *, jobs: int = 1, pruned: bool = False
+    ) -> None:
+        remove_partial_files(folder, re.compile(re.escape(RECORD)))
+        self._folder, self._plan, self._console = folder, plan, console
+        self._jobs, self._pruned, self._time_left = jobs, pruned, TimeLeft()
+        self.record = read_record(folder, plan)
+        self.outcomes = set[Outcome]()
+        self._running = set[str]()
+        self._last: RunsLeft | None = None
+        _write(folder, plan, self.record)
+
+    def next(self) -> Job | None:
+        """Return the next run of the rung at hand, and say that it is begun."""
+        plan, record = self._plan, self.record
+        rung = rungs(plan, record, {})[-1]
+        if rung.steps == plan.steps[-1]:
+            return self._last_rung(rung).next()
+        for spec in _runs_to_train(plan, record, rung):
+            if spec.name not in self._running:
+                self._running.add(spec.name)
+                left = _steps_left(plan, record, read_results(self._folder))
+                what = f"up to step {rung.steps} of {plan.steps[-1]}"
+                print_begin(self._console, spec.name, what, self._time_left.text(left), self._jobs)
+                return Job(spec, self._folder, rung.steps, self._jobs > 1, WAIT)
+        return None
+
+    def add(self, job: Job, end: End) -> None:
+        """Keep the score of a run, or the reason why there is none.
+
+        Raises:
+            InputError: the run got bad input.
+        """
+        if end.outcome is Outcome.BAD_INPUT:
+            raise InputError(end.reason)
+        name, steps = job.spec.name, self._plan.steps[-1] if job.steps is None else job.steps
+        if job.steps is None:
+            assert self._last is not None, "it was begun"
+            self._last.add(job, end)
+        else:
+            self._running.discard(name)
+            self._time_left.add(_work(self._plan, steps))
+            print_end(self._console, job, end, self._jobs)
+        if end.outcome is not Outcome.DONE:
+            self.outcomes.add(end.outcome)
+            self.record.failed[name] = Failure(steps=steps, reason=end.reason)
+        elif job.steps is not None:
+            self.record.scores.setdefault(name, {})[steps] = end.scores
+        _write(self._folder, self._plan, self.record)
+
+    def ending(self, signal: Signals | None) -> Ending:
+        """Return how the series ended."""
+        done = is_done(self._plan, rungs(self._plan, self.record, read_results(self._folder)))
+        return Ending(signal, _reasons(self.record), frozenset(self.outcomes), done)
+
+    def _last_rung(self, rung: Rung) -> RunsLeft:
+        """Return the schedule of the last rung, whose runs are trained to their end."""
+        if self._last is None:
+            self._last = RunsLeft(
+                self._folder,
+                AllRuns(list(_runs_to_train(self._plan, self.record, rung))),
+                self._console,
+                jobs=self._jobs,
+                pruned=self._pruned,
+                time_left=self._time_left,
+                work=_last_work(self._plan, self.record),
+            )
+        return self._last
+
+
 def train_halving(
     folder: Path,
     plan: Plan,
-    train_run: Callable[[Run, int | None], Signals | None],
-    score_run: Callable[[Run], Mapping[str, float]],
+    workers: Workers,
     console: Console,
-    over: threading.Event | None = None,
+    deadline: float = math.inf,
+    *,
+    pruned: bool = False,
 ) -> Ending:
     """Train what the rungs of a plan still need, and write ``halving.json``.
 
     Args:
         folder: of the series, held by this process.
         plan: the rungs.
-        train_run: trains a run up to so many steps (None: to its end), or until a signal, which it
-            returns.
-        score_run: returns the dev scores of a run's newest checkpoint.
+        workers: that train the runs.
         console: to say on what is begun.
-        over: no run is begun once it is set.
+        deadline: as of ``Workers.run``.
+        pruned: whether finished runs lose their checkpoints.
 
     Returns:
         How it ended; a run that failed has no result, and does not end the others.
@@ -210,48 +291,8 @@ def train_halving(
         InputError: the folder has a record of another plan, or a run in it has more steps already
             than the rung that it is to be ranked at.
     """
-    remove_partial_files(folder, re.compile(re.escape(RECORD)))
-    record = read_record(folder, plan)
-    _write(folder, plan, record)
-    time_left = TimeLeft(_steps_left(plan, record, read_results(folder)))
-    while (rung := rungs(plan, record, {})[-1]).steps < plan.steps[-1]:
-        spec = next(_runs_to_train(plan, record, rung))
-        if over is not None and over.is_set():
-            return Ending(None, _reasons(record))
-        console.rule(spec.name)
-        console.print(f"up to step {rung.steps} of {plan.steps[-1]}{time_left}", highlight=False)
-        with claimed(folder / spec.name, resumes=True):
-            run = resume(spec.recipe, folder / spec.name)
-            if (step := run.checkpoints.progress().step) > rung.steps:
-                raise InputError(
-                    f"{run.folder}: has {step} steps already, so that it cannot be ranked after "
-                    f"{rung.steps}; give another --out"
-                )
-            try:
-                if (signal := train_run(run, rung.steps)) is not None:
-                    return Ending(signal, _reasons(record))
-                scores = dict(score_run(run))
-                if not all(map(math.isfinite, scores.values())):
-                    raise DivergedError(f"dev scores at step {rung.steps} are not finite")
-                record.scores.setdefault(spec.name, {})[rung.steps] = scores
-            except (DivergedError, OutOfMemoryError) as error:
-                console.print(f"{spec.name}: {error}", soft_wrap=True, highlight=False)
-                record.failed[spec.name] = Failure(steps=rung.steps, reason=str(error))
-        time_left.add(_work(plan, rung.steps))
-        _write(folder, plan, record)
-    ending = train_runs(
-        folder,
-        list(_runs_to_train(plan, record, rung)),
-        lambda run: train_run(run, None),
-        console,
-        over,
-        time_left,
-        _last_work(plan, record),
-    )
-    for name, reason in ending.failed.items():
-        record.failed[name] = Failure(steps=plan.steps[-1], reason=reason)
-    _write(folder, plan, record)
-    return ending._replace(failed=_reasons(record))
+    schedule = Rungs(folder, plan, console, jobs=workers.jobs, pruned=pruned)
+    return schedule.ending(workers.run(schedule, deadline))
 
 
 def rungs(plan: Plan, record: Record, results: Mapping[str, Result]) -> list[Rung]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config.recipe import Recipe
 from ..utils.errors import InputError
+from .prune import PRUNED, is_pruned
 from .run import Run, begin, open_run
 
 _WITHOUT_EFFECT_ON_SCORES = {
@@ -37,11 +38,14 @@ def resume(recipe: Recipe, folder: Path) -> Run:
     """Open a run to go on with it, or begin it if there is none in ``folder``.
 
     Raises:
-        InputError: the run was made with other settings, or cannot write into its own folders.
+        InputError: the run was made with other settings, has lost its checkpoints since it was
+            done, or cannot write into its own folders.
     """
     if not isfile(folder / "recipe.toml"):
         return begin(recipe, folder, resumes=True)
     run = open_run(folder)
+    if is_pruned(folder) and not run.checkpoints.all("step"):
+        raise InputError(f"--resume: {folder}: {PRUNED}; give another --out")
     recipe = _with_model(recipe, run)
     for field, before, after in _differences(run.recipe, recipe, but=_FREE_TO_CHANGE):
         raise InputError(

@@ -6,6 +6,7 @@ tokenizer.json   (and vocab.txt, tokenizer_config.json)
 metrics.jsonl    a line for every training step; evaluations.jsonl, for every evaluation
 metrics.json     the scores of the last evaluation
 checkpoints/     see engine/checkpoints/store.py
+output.log       what it printed, where several runs of a sweep were trained at once
 .superbert.lock  held by the process that trains it, see engine/runs/lock.py
 """
 
@@ -46,11 +47,11 @@ from .data_paths import origin
 from .folder import check_folder
 from .initial_weights import compare, is_run
 from .objectives import build_examples, head_settings
+from .prune import PRUNED, is_pruned
 from .texts import check_texts, objective_texts, vocabulary_texts
 
 _BEST = ("average", "best", "step")
 """Kinds of checkpoints, the one with the best weights first."""
-_NO_CHECKPOINT = "no checkpoint yet; train it first"
 _INIT_TYPE = "init_model_type"
 """The entry of ``config.json`` for the type of the model that a run began from."""
 
@@ -321,7 +322,7 @@ class Run(NamedTuple):
             except InputError:
                 if os.path.lexists(checkpoint):
                     raise
-        raise InputError(f"{self.folder}: {_NO_CHECKPOINT}")
+        raise InputError(f"{self.folder}: {_without_checkpoint(self.folder)}")
 
     def with_data(self, folder: Path) -> "Run":
         """Return the same run with another data set."""
@@ -399,8 +400,16 @@ def open_trained(folder: Path) -> Run:
     """
     run = open_run(folder)
     if not any(map(run.checkpoints.all, _BEST)):
-        raise InputError(f"{run.folder}: {_NO_CHECKPOINT}")
+        raise InputError(f"{run.folder}: {_without_checkpoint(run.folder)}")
     return run
+
+
+def _without_checkpoint(folder: Path) -> str:
+    if is_pruned(folder):
+        return (
+            f"{PRUNED}; metrics.json has its scores, train it into another folder for its weights"
+        )
+    return "no checkpoint yet; train it first"
 
 
 def open_run(folder: Path) -> Run:

@@ -46,6 +46,17 @@ def available_cores() -> int:
     return max(1, cores)
 
 
+def share_cores(jobs: int) -> int:
+    """Leave this process its share of the cores, where ``jobs`` runs are trained at once.
+
+    Returns:
+        The number of threads, which ``threads = 0`` means from now on; OMP_NUM_THREADS counts.
+    """
+    count = min(torch.get_num_threads(), max(1, available_cores() // jobs))
+    torch.set_num_threads(count)
+    return count
+
+
 def set_threads(count: int, processes: int) -> int:
     """Set how many threads torch computes with.
 

@@ -253,6 +253,18 @@ def _check_division(recipe: Recipe, task_schedule: TaskSchedule, ranks: int) -> 
         )
 
 
+def check_balance(recipe: Recipe) -> None:
+    """Check that each phase's balancing method fits its tasks, before any data are read.
+
+    Raises:
+        InputError: it does not, or TorchJD has no such method.
+    """
+    for phase in recipe.in_phases.values():
+        if not has_one_gradient(phase):
+            tasks = TrainedTasks(phase.train, (1,) * len(phase.train))
+            build_method(phase.balance, tasks, phase.balancing)
+
+
 def has_one_gradient(recipe: Recipe) -> bool:
     """Return whether a step has the gradient of one task alone, so that nothing is balanced."""
     return recipe.task_schedule != "together" or len(recipe.train) == 1

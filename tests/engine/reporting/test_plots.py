@@ -30,7 +30,7 @@ def texts(picture: str) -> str:
 
 @pytest.fixture
 def drawn_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(plots._STYLE, "svg.fonttype", "none")
+    monkeypatch.setitem(plots.STYLE, "svg.fonttype", "none")
 
 
 def of_classes(classes: tuple[str, ...], labels: object, predictions: object) -> Answers:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from signal import Signals
 
 import pytest
 from rich.console import Console
@@ -12,11 +13,13 @@ from engine.cli.common import DIVERGED, STOPPED
 from engine.cli.series import halve_series
 from engine.config import recipe as recipes
 from engine.reporting.run_data import read_evaluations, read_steps
-from engine.runs import experiments, halving
+from engine.runs import experiments, halving, job
 from engine.runs.experiments import read_results, seeds_of
 from engine.runs.halving import plan_halving
+from engine.runs.job import InProcess
 from engine.runs.run import Run, open_run
 from engine.runs.scoring import Scores, write_scores
+from engine.train import train_run
 from engine.training.step import MultitaskStep
 from engine.utils.errors import DivergedError, InputError, OutOfMemoryError
 
@@ -46,7 +49,7 @@ def test_candidates_train_in_rungs_wherever_they_are_cut_off(
 ):
     folder, steps, scored = tmp_path / "runs", [], []
     arguments = ["demo", "--grid", f"lr={','.join(RATES)}", *HALVING, "--out", str(folder)]
-    train_step, score = MultitaskStep.__call__, sweep.score_newest
+    train_step, score = MultitaskStep.__call__, halving.score_newest
 
     def counted(self, batches, step, lr):
         steps.append(step)
@@ -59,8 +62,8 @@ def test_candidates_train_in_rungs_wherever_they_are_cut_off(
         return score(*given)
 
     monkeypatch.setattr(MultitaskStep, "__call__", counted)
+    monkeypatch.setattr(sweep, "workers_of", in_process(killed))
     settings = ["--set", *TINY, *PHASES]
-    monkeypatch.setattr(sweep, "score_newest", killed)
     with pytest.raises(KeyboardInterrupt):
         sweep.main([*arguments, *settings])
     assert len(record_of(folder)["scores"]) == 1
@@ -100,14 +103,25 @@ def test_candidates_train_in_rungs_wherever_they_are_cut_off(
     assert [line["step"] for line in read_evaluations(stopped)] == [2, 3]
 
 
+def in_process(score):
+    """Return what trains the runs in this process, where tests can count their steps."""
+
+    def workers(device, console, _jobs):
+        def train(run, steps):
+            return train_run(run, device, console, stop_after=steps)
+
+        return InProcess(train, lambda run: score(run, device))
+
+    return workers
+
+
 class Trained:
     """Training by hand: a score that follows from the learning rate and the seed."""
 
     def __init__(self, folder: Path, monkeypatch, **failing) -> None:
         self.folder, self.failing, self.calls = folder, failing, []
-        monkeypatch.setattr(halving, "resume", self.open)
-        monkeypatch.setattr(experiments, "resume", self.open)
-        monkeypatch.setattr(experiments, "training_seconds", lambda _: 60.0)
+        monkeypatch.setattr(job, "resume", self.open)
+        monkeypatch.setattr(job, "training_seconds", lambda _: 60.0)
         monkeypatch.setattr(halving, "check_scores_of", lambda *_: None)
         monkeypatch.setattr(experiments, "check_scores_of", lambda *_: None)
 
@@ -131,7 +145,7 @@ class Trained:
 
     def status(self, plan) -> int:
         console = Console(width=200, highlight=False)
-        return halve_series(self.folder, plan, self.train, self.score, console)
+        return halve_series(self.folder, plan, InProcess(self.train, self.score), console)
 
 
 def specs_of(*rates: str, seeds: int = 1, settings=("max_steps=90",)) -> list:
@@ -214,7 +228,7 @@ def test_seeds_rank_by_their_mean_and_ties_by_their_order(tmp_path, monkeypatch)
 
 
 def test_a_signal_stops_it_with_a_table_so_far(tmp_path, monkeypatch, capsys):
-    trained = Trained(tmp_path, monkeypatch, **{"0.3": {10: sweep.signal.SIGTERM}})
+    trained = Trained(tmp_path, monkeypatch, **{"0.3": {10: Signals.SIGTERM}})
     plan = plan_halving(specs_of("0.1", "0.2", "0.3"), 10, 3)
     assert trained.status(plan) == STOPPED + 15
     shown = capsys.readouterr().out.splitlines()

@@ -10,9 +10,11 @@ from rich.console import Console
 from engine.cli.common import BAD_INPUT, DIVERGED
 from engine.cli.series import halve_series, train_series
 from engine.config import recipe as recipes
-from engine.runs import experiments, halving
-from engine.runs.experiments import RunSpec, read_results, seeds_of
+from engine.runs import experiments, halving, job
+from engine.runs.experiments import Result, RunSpec, read_results, seeds_of
 from engine.runs.halving import plan_halving
+from engine.runs.job import InProcess
+from engine.runs.ranking import check_baseline, print_results
 from engine.runs.run import Run
 from engine.runs.scoring import Criterion, Scores, write_scores
 from engine.utils.errors import DivergedError, InputError, OutOfMemoryError
@@ -26,9 +28,9 @@ class Trained:
     def __init__(self, folder: Path, monkeypatch, **failing: Exception) -> None:
         self.folder, self.failing, self.calls = folder, failing, []
         for module in (halving, experiments):
-            monkeypatch.setattr(module, "resume", lambda recipe, at: Run(at, recipe, None, None))
             monkeypatch.setattr(module, "check_scores_of", lambda *_: None)
-        monkeypatch.setattr(experiments, "training_seconds", lambda _: 60.0)
+        monkeypatch.setattr(job, "resume", lambda recipe, at: Run(at, recipe, None, None))
+        monkeypatch.setattr(job, "training_seconds", lambda _: 60.0)
 
     def train(self, run: Run, steps: int | None = None) -> Signals | None:
         self.calls.append(run.folder.parent.name)
@@ -46,7 +48,7 @@ class Trained:
 
     def series(self, specs: list[RunSpec]) -> int:
         console = Console(width=200, highlight=False)
-        return train_series(self.folder, specs, self.train, console)
+        return train_series(self.folder, specs, InProcess(self.train), console)
 
 
 def specs_of(*rates: str, settings: tuple[str, ...] = (), recipe: str = "demo") -> list[RunSpec]:
@@ -118,7 +120,8 @@ def test_candidates_go_on_by_what_decides(tmp_path, monkeypatch, capsys):
     plan = plan_halving(specs_of("0.2", "0.1", "0.4", "0.3", settings=BY_ERROR), 10, 2)
     assert plan.steps == (10, 20, 40, 80, 90)
     console = Console(width=200, highlight=False)
-    assert halve_series(tmp_path, plan, trained.train, trained.score, console) == 0
+    workers = InProcess(trained.train, trained.score)
+    assert halve_series(tmp_path, plan, workers, console) == 0
     record = json.loads((tmp_path / "halving.json").read_text())
     assert record["ranked_by"] == "sts"
     first = [(place["candidate"], place["score"]) for place in record["rungs"][0]["ranking"]]
@@ -151,3 +154,75 @@ def test_a_run_that_does_not_fit_in_memory_is_named_and_the_others_go_on(
     trained.failing.clear()  # on a larger machine it is tried again
     assert trained.series(specs) == 0
     assert trained.calls[-2:] == ["lr=0.2", "lr=0.3"]
+
+
+def result_of(group: str, *values: float, first: int = 0) -> dict[str, Result]:
+    return {
+        f"{group}/seed-{seed}": Result(group, {"sst": 0.5, "overall": value}, 60.0)
+        for seed, value in enumerate(values, first)
+    }
+
+
+def shown_by(console_width: int = 200, **given) -> list[str]:
+    console = Console(width=console_width, highlight=False, record=True, quiet=False)
+    print_results(console, Path("none"), **given)
+    return console.export_text().splitlines()
+
+
+def test_paired_differences_have_a_column():
+    results = {
+        **result_of("demo/lr=0.1", 0.5, 0.56, 0.53),
+        **result_of("demo/lr=0.2", 0.52, 0.57, 0.56),
+        **result_of("demo/lr=0.3", 0.6, first=2),
+        **result_of("demo/lr=0.4", 0.1, first=9),
+    }
+    specs = specs_of("0.1", "0.2", "0.3", "0.4", "0.5")
+    head, *rows = shown_by(results=results, specs=specs, compare_to="lr=1e-1")
+    assert head.split("  ")[-2].strip() == "overall against lr=1e-1"
+    cells = {row.split()[1]: " ".join(row.partition("0.500")[2].split()) for row in rows}
+    assert cells["0.1"] == "± 0.000 0.530 ± 0.030 baseline 1.0"
+    assert cells["0.2"] == "± 0.000 0.550 ± 0.026 +0.020 ± 0.010 (3 seeds) 1.0"
+    assert cells["0.3"] == "0.600 +0.070 (1 seed) 1.0"
+    assert cells["0.4"] == "0.100 1.0"
+
+
+def test_a_baseline_that_diverged_is_named():
+    results = result_of("demo/lr=0.2", 0.52, 0.57)
+    given = {"results": results, "specs": specs_of("0.1", "0.2"), "compare_to": "lr=0.1"}
+    assert "no differences from demo/lr=0.1: none of its runs has a result" in shown_by(**given)
+
+
+def test_tuned_settings_do_not_tell_the_baseline():
+    """Of each family one group is shown; another command's group has no difference."""
+    results = {
+        **result_of("demo/lr=0.1", 0.5, 0.56),
+        **result_of("demo/lr=0.2", 0.52, 0.57),
+        **result_of("demo/lr=0.3", 0.7),
+    }
+    families = {"demo/lr=0.1": ("balance=sum",), "demo/lr=0.2": ("balance=pcgrad",)}
+    given = {"results": results, "specs": specs_of("0.1", "0.2"), "families": families}
+    _, other, second, first = shown_by(**given, compare_to="balance=sum")
+    assert other.split() == ["demo/lr=0.3", "1", "0.500", "0.700", "1.0"]
+    assert "+0.015 ± 0.007 (2 seeds)" in second
+    assert "baseline" in first
+    (line, *_) = shown_by(**given, compare_to="balance=mgda")
+    assert line.startswith("no differences yet: --compare-to balance=mgda: no group has these")
+    families["demo/lr=0.2"] = ("balance=sum",)  # not decided yet
+    (line, *_) = shown_by(**given, compare_to="balance=sum")
+    assert line.startswith("no differences yet: --compare-to balance=sum: several groups have")
+
+
+def test_the_baseline_is_checked_before_training():
+    specs = [
+        spec
+        for lr in ("1", "2")
+        for spec in seeds_of(
+            f"demo/balance=sum,lr={lr}", recipes.load("demo"), 1, ("balance=sum", f"lr={lr}")
+        )
+    ]
+    with pytest.raises(InputError, match="several groups have these"):
+        check_baseline("balance=sum", specs)
+    check_baseline("balance=sum", specs, ["lr"])
+    check_baseline("balance=sum,lr=2", specs)
+    with pytest.raises(InputError, match="no group is told by lr"):
+        check_baseline("lr=2", specs, ["lr"])
