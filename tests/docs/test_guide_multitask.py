@@ -16,6 +16,8 @@ from bench import guides
 from engine import evaluate, predict, sweep, train
 from examples import intent_slots, nli_sts_retrieval
 
+from ..engine.in_process import workers_in_process
+
 GUIDE = intent_slots.GUIDE.read_text(encoding="utf-8")
 _, VOICE, SCENES, _ = re.split(r"^## ", GUIDE, flags=re.MULTILINE)
 SMALL = ["encoder.hidden_size=16", "encoder.num_hidden_layers=1", "encoder.intermediate_size=16"]
@@ -37,6 +39,7 @@ def follow(
 ) -> Follow:
     """Run the commands of a section in an empty folder; return the output of each."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engine.sweep.workers_of", workers_in_process)
     monkeypatch.setattr(intent_slots, "SIZES", FEW)
     monkeypatch.setattr(nli_sts_retrieval, "SIZES", dict.fromkeys(nli_sts_retrieval.SIZES, FEW))
 

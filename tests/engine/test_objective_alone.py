@@ -14,6 +14,7 @@ from engine.train import main
 from engine.utils.errors import InputError
 
 from .conftest import TINY
+from .in_process import workers_in_process
 
 WORDS = ["film", "plot", "song", "joke", "town", "boat", "café", "road"]
 TEXTS = "".join(f"The {one} was as good as the {other}.\n" for one in WORDS for other in WORDS)
@@ -89,7 +90,8 @@ def test_several_seeds(train, tmp_path):
     assert [result["scores"] for result in results.values()] == [{}, {}]
 
 
-def test_a_sweep_lists_what_is_not_scored_last(data, tmp_path, capsys):
+def test_a_sweep_lists_what_is_not_scored_last(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine.sweep.workers_of", workers_in_process)
     grid = ["--grid", "train=['lm'],['sst']"]
     arguments = ["demo", "--out", str(tmp_path / "all"), *grid, *settings_of(data)]
     assert sweep.main(arguments) == 0

@@ -1,5 +1,8 @@
 """Recipes in several phases, and tasks that take turns: one command, resumed to the bit."""
 
+import os
+import signal
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from engine.data.task_schedule import TASK_SCHEDULES
 from engine.metrics.log import MetricsLog
 from engine.runs.run import open_run
 from engine.train import main
+from engine.training.step import MultitaskStep
 from engine.utils.errors import InputError
 
 from .conftest import TINY
@@ -133,3 +137,25 @@ def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):
             main(arguments)
     assert main([*arguments, "--resume"]) == 0
     assert_same_run(tmp_path / "cut", whole)
+
+
+@pytest.mark.parametrize(("step", "status"), [(1, 128 + signal.SIGTERM), (3, 0)])
+def test_a_signal_in_the_last_step_of_a_phase_is_not_lost(step, status, tmp_path, monkeypatch):
+    """The next phase is not begun; the last one is done all the same."""
+    usual = MultitaskStep.__call__
+
+    def interrupted(self, batches, number, lr):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual(self, batches, number, lr)
+
+    phases = ["phases.a.max_steps=2", "phases.b.max_steps=2"]
+    arguments = ["demo", "--out", str(tmp_path / "run"), "--set", *TINY, *phases]
+    with monkeypatch.context() as patch:
+        patch.setattr(MultitaskStep, "__call__", interrupted)
+        assert main(arguments) == status
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == step + 1
+    if status:
+        assert main([*arguments, "--resume"]) == 0
+        assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 4

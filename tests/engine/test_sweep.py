@@ -17,6 +17,7 @@ from engine.utils.errors import InputError
 
 from ..conftest import REPOSITORY
 from .conftest import TINY
+from .in_process import workers_in_process
 from .whole_runs import assert_same_run
 
 SETTINGS = ["--max-steps", "2", "--set", *TINY]
@@ -302,3 +303,30 @@ def test_of_tuned_points_the_chosen_are_compared(tmp_path, capfd):
     for wrong in ("lr=1e-3", "balance=mgda"):
         with pytest.raises(InputError, match=r"--compare-to.*no group"):
             sweep.main([*grid, "--out", str(tmp_path / "a"), "--compare-to", wrong, *SETTINGS])
+
+
+def test_a_halving_uses_jobs_within_its_rungs(tmp_path, monkeypatch, capfd):
+    halving = ["--halving", "--min-steps", "1", "--eta", "2", "--max-steps", "2", "--prune"]
+    grid = ["demo", "--grid", "lr=1e-3,1e-2", *halving]
+    for jobs in ("2", "1"):
+        out = ["--out", str(tmp_path / jobs), "--jobs", jobs]
+        assert sweep.main([*grid, *out, "--set", *TINY]) == 0
+        # In this process, the second time.
+        monkeypatch.setattr(sweep, "workers_of", workers_in_process)
+    for name in ("halving.json", "results.json"):
+        one, two = (json.loads((tmp_path / jobs / name).read_text()) for jobs in "12")
+        for results in (one, two):
+            for result in results.values() if name == "results.json" else ():
+                del result["seconds"]
+        assert one == two
+    shown = capfd.readouterr().out.splitlines()
+    assert shown[:2] == [f"up to step 1 of 2: demo/lr={rate}/seed-0" for rate in LRS_OF_HALVING]
+    # A candidate that was stopped may be trained on, so that it keeps its checkpoints.
+    (winner,) = json.loads((tmp_path / "2/results.json").read_text())
+    for rate in LRS_OF_HALVING:
+        run = tmp_path / f"2/demo/lr={rate}/seed-0"
+        left = [path.name for path in (run / "checkpoints").iterdir()]
+        assert (left == ["pruned.txt"]) == (winner == f"demo/lr={rate}/seed-0")
+
+
+LRS_OF_HALVING = ("1e-3", "1e-2")

@@ -16,6 +16,7 @@ from engine.utils.errors import InputError
 
 from ..cli.test_bad_input import refuse
 from ..conftest import SHORT, TINY
+from ..in_process import workers_in_process
 
 CPU = torch.device("cpu")
 RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -183,7 +184,8 @@ def test_a_run_from_scratch_is_not_resumed_with_a_model(model, tiny_run, capsys)
     assert "was begun from scratch" in refuse(capsys, train, *options, "--set", *SHORT)
 
 
-def test_a_sweep_over_rates(model, tmp_path):
+def test_a_sweep_over_rates(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.sweep.workers_of", workers_in_process)
     grid = ["--grid", "encoder.hidden_dropout_prob=0.0,0.4"]
     options = ["--init", str(model), "--out", str(tmp_path), "--max-steps", "1", *grid]
     assert sweep.main(["cgs", *options, "--set", *SHORT]) == 0

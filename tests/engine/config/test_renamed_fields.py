@@ -20,6 +20,7 @@ from engine.utils.errors import InputError
 
 from ...conftest import REPOSITORY
 from ..conftest import TINY
+from ..in_process import workers_in_process
 
 FIELDS = {
     "surgery": ("balance_granularity", "layer"),
@@ -208,7 +209,8 @@ def test_the_command_says_each_old_name_once():
     ]
 
 
-def test_a_grid_and_seeds_over_an_old_name(tmp_path, capsys):
+def test_a_grid_and_seeds_over_an_old_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine.sweep.workers_of", workers_in_process)
     small = ["--set", *TINY, "epochs=1", "max_steps=1"]
     out = tmp_path / "runs"
     grid = ["--grid", "order=together,cycle"]

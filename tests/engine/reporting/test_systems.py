@@ -16,6 +16,7 @@ from engine.reporting.run_data import Answers, Mistake
 from engine.utils.errors import InputError
 
 from ..conftest import TINY
+from ..in_process import workers_in_process
 
 
 def test_every_system_has_a_recipe_and_every_recipe_of_a_paper_a_system():
@@ -39,7 +40,9 @@ def test_no_two_recipes_are_taken_for_each_other():
 def series(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("series")
     arguments = ["cgs", "sst-linear", "demo", "--seeds", "2", "--max-steps", "2"]
-    assert sweep.main([*arguments, "--out", str(folder), "--set", *TINY]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "workers_of", workers_in_process)
+        assert sweep.main([*arguments, "--out", str(folder), "--set", *TINY]) == 0
     return folder
 
 

@@ -19,11 +19,11 @@ from engine.runs.halving import plan_halving
 from engine.runs.job import InProcess
 from engine.runs.run import Run, open_run
 from engine.runs.scoring import Scores, write_scores
-from engine.train import train_run
 from engine.training.step import MultitaskStep
 from engine.utils.errors import DivergedError, InputError, OutOfMemoryError
 
 from ..conftest import TINY, tiny_run  # noqa: F401 (a fixture)
+from ..in_process import workers_in_process
 from ..whole_runs import assert_same_run
 
 PHASES = [
@@ -62,7 +62,11 @@ def test_candidates_train_in_rungs_wherever_they_are_cut_off(
         return score(*given)
 
     monkeypatch.setattr(MultitaskStep, "__call__", counted)
-    monkeypatch.setattr(sweep, "workers_of", in_process(killed))
+    monkeypatch.setattr(
+        sweep,
+        "workers_of",
+        lambda device, *given: workers_in_process(device, *given, lambda run: killed(run, device)),
+    )
     settings = ["--set", *TINY, *PHASES]
     with pytest.raises(KeyboardInterrupt):
         sweep.main([*arguments, *settings])
@@ -101,18 +105,6 @@ def test_candidates_train_in_rungs_wherever_they_are_cut_off(
     stopped = open_run(folder / rankings[0][3] / "seed-0")  # as a report reads it
     assert [line["step"] for line in read_steps(stopped)] == [0, 1, 2]
     assert [line["step"] for line in read_evaluations(stopped)] == [2, 3]
-
-
-def in_process(score):
-    """Return what trains the runs in this process, where tests can count their steps."""
-
-    def workers(device, console, _jobs):
-        def train(run, steps):
-            return train_run(run, device, console, stop_after=steps)
-
-        return InProcess(train, lambda run: score(run, device))
-
-    return workers
 
 
 class Trained:

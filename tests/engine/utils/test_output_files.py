@@ -26,6 +26,7 @@ from engine.utils.output_files import check_outputs, write_output
 
 from ...conftest import REPOSITORY
 from ..conftest import TINY
+from ..in_process import workers_in_process
 from .test_files import everything
 
 SETTINGS = ["--max-steps", "2", "--set", *TINY]
@@ -377,7 +378,8 @@ def test_recipes_are_told_apart(tmp_path, monkeypatch):
     assert list(sweep.groups(["...toml", "..toml", ".toml"])) == ["%2E%2E", "%2E", ".toml"]
 
 
-def test_a_grid_s_values_do_not_lead_out(tmp_path):
+def test_a_grid_s_values_do_not_lead_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.sweep.workers_of", workers_in_process)
     out, data = tmp_path / "x/runs", data_folder(load("demo"))
     grid = f"data={data},{tmp_path}/../{tmp_path.name}/data"
     shutil.copytree(data, tmp_path / "data")
