@@ -55,6 +55,11 @@ class Group(NamedTuple):
         return [run.conflict_rate for run in self.runs if run.conflict_rate is not None]
 
     @property
+    def sum_cosines(self) -> list[float]:
+        """Of its runs' combined gradients with the plain sum, where known."""
+        return [run.sum_cosine for run in self.runs if run.sum_cosine is not None]
+
+    @property
     def minutes(self) -> float:
         """Of training, a run."""
         return statistics.mean(run.seconds for run in self.runs) / 60

@@ -7,6 +7,7 @@ from os.path import isfile, realpath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import recipe as recipes
@@ -98,10 +99,14 @@ def read_series(folder: Path, name: str, device: torch.device) -> SeriesRecord:
     )
 
 
-def course_of(lines: Sequence[Json]) -> Course | None:
+def course_of(lines: Sequence[Json], *, one_group: bool = True) -> Course | None:
     """Return the means over equal parts of a run's steps; None of none.
 
     Of fewer steps than parts, each part has the step that it falls into.
+
+    Args:
+        lines: of the steps.
+        one_group: whether all parameters have the same weights.
     """
     if not lines:
         return None
@@ -113,6 +118,7 @@ def course_of(lines: Sequence[Json]) -> Course | None:
         cosines=_by_name(parts, "cosines"),
         task_grad_norms=_by_name(parts, "task_grad_norms"),
         weights=_by_name(parts, "weights"),
+        sum_cosine=[means_of(map(sum_cosine, part)) if one_group else None for part in parts],
     )
 
 
@@ -127,10 +133,34 @@ def _conflict_rate(line: Json) -> float | None:
     return line["conflict_rate"] if line["cosines"] else None
 
 
+def sum_cosine(line: Json) -> float | None:
+    """Return the cosine of a step's combined gradient ``sum_k c_k g_k`` with ``sum_k g_k``.
+
+    By the Gram matrix, which the logged norms and cosines give.  None where a number is missing,
+    one of the two gradients is zero, or the step had one task.
+    """
+    norms, weights = line["task_grad_norms"], line["weights"]
+    pairs = list(itertools.combinations(weights, 2))
+    cosines = [line["cosines"].get(f"{one}/{other}") for one, other in pairs]
+    if not pairs or None in (*norms.values(), *weights.values(), *cosines):
+        return None
+    names = list(weights)
+    gram = np.diag([norms[name] ** 2 for name in names])
+    for (one, other), cosine in zip(pairs, cosines, strict=True):
+        i, j = names.index(one), names.index(other)
+        gram[i, j] = gram[j, i] = cosine * norms[one] * norms[other]
+    given = np.array([weights[name] for name in names])
+    squares = given @ gram @ given, gram.sum()
+    if not min(squares) > 0:  # rounding may leave a little less than 0 of opposed gradients
+        return None
+    return float((given @ gram).sum() / np.sqrt(squares).prod())
+
+
 def _record(
     name: str, result: Result, point: tuple[str, ...], recipe: Recipe, lines: Sequence[Json]
 ) -> RunRecord:
     criterion = Criterion.of(recipe)
+    one_group = all(phase.balance_granularity == "model" for phase in recipe.in_phases.values())
     return RunRecord(
         name=name,
         group=result.group,
@@ -146,7 +176,8 @@ def _record(
         precision=recipe.precision,
         conflict_rate=means_of(map(_conflict_rate, lines)),
         cosines=mean_tables([line["cosines"] for line in lines]),
-        course=course_of(lines),
+        sum_cosine=means_of(map(sum_cosine, lines)) if one_group else None,
+        course=course_of(lines, one_group=one_group),
     )
 
 

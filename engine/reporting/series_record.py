@@ -49,6 +49,9 @@ class Course(_Entry):
     """By task."""
     weights: dict[Name, Means]
     """After balancing, by task."""
+    sum_cosine: Means
+    """Cosine of the combined gradient with the plain sum of the task gradients; None where layers
+    or tensors have weights of their own."""
 
 
 class RunRecord(_Entry):
@@ -81,6 +84,8 @@ class RunRecord(_Entry):
     """Mean over the steps; None where no step had two tasks, or there is no log."""
     cosines: dict[Name, FiniteFloat | None]
     """Means over the steps, by pair."""
+    sum_cosine: FiniteFloat | None
+    """Mean over the steps, as in the course."""
     course: Course | None
     """None without a log."""
 

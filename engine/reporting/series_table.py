@@ -37,7 +37,8 @@ def _head(study: Study, records: Sequence[SeriesRecord]) -> str:
         f"{runs} runs of {len(study.groups)} groups, ordered by {study.criterion}. Scores: on dev, "
         "of the best epoch of each run, of the tasks that it trains; mean ± standard deviation "
         "over seeds. Conflict rate: the share of pairs of tasks whose gradients point apart "
-        "(their cosine is negative).",
+        "(their cosine is negative). Cosine with sum: of the combined gradient with the plain sum "
+        "of the task gradients; how far it is from 1 is how far the method turns the update.",
     ]
     if any(len(group.runs) == 1 for group in study.groups):
         lines += ["", "A group of one seed has no deviation and no interval."]
@@ -57,12 +58,13 @@ def _groups_table(study: Study) -> str:
             *(_mean(list(group.scores(score).values())) for score in study.scores),
             *([_difference_cell(study, group)] if study.asked else []),
             _mean(group.conflict_rates),
+            _mean(group.sum_cosines),
             f"{group.minutes:.1f}",
         ]
         for group in study.groups
     ]
     names = map(markdown_text, [*keys, "seeds", *study.scores, *head])
-    return _table(["run", *names, "conflict rate", "minutes"], rows)
+    return _table(["run", *names, "conflict rate", "cosine with sum", "minutes"], rows)
 
 
 def _recipes(groups: Sequence[Group]) -> dict[str, str]:

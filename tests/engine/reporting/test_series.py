@@ -16,7 +16,7 @@ from engine.reporting import series_conflict, series_forest
 from engine.reporting.series_conflict import near_bounds, spread_out
 from engine.reporting.series_forest import near_limit
 from engine.reporting.series_groups import labels, make_study
-from engine.reporting.series_read import collect, course_of
+from engine.reporting.series_read import collect, course_of, sum_cosine
 from engine.reporting.series_record import PARTS, read_records
 from engine.runtime.precision import pick_device
 from engine.utils.errors import InputError
@@ -62,6 +62,7 @@ def test_the_tables_have_the_statistics_of_the_runs(series, tmp_path):
     }
     table = np.array([[one["overall"] for one in scores[method]] for method in EFFECTS])
     residuals = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    (record,) = read_records(tmp_path / "series.json")
     half = stats.t.ppf(1 - 0.05 / 4, 6) * np.sqrt((residuals**2).sum() / 6 * 2 / 4)
     for row in rows:
         method = row[1]
@@ -70,6 +71,8 @@ def test_the_tables_have_the_statistics_of_the_runs(series, tmp_path):
             values = [one[score] for one in scores[method]]
             assert cell == f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
         assert row[-1] == f"{61.5 / 60:.1f}"
+        turned = [one.sum_cosine for one in record.runs if one.point == (f"balance={method}",)]
+        assert row[-2] == f"{np.mean(turned):.3f} ± {np.std(turned, ddof=1):.3f}"
         if method == "sum":
             assert row[7] == "baseline"
             continue
@@ -106,6 +109,33 @@ def test_series_json_alone_gives_the_same_report(series, tmp_path):
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes(), path.name
     assert str(series.parent) not in (first / "series.json").read_text()
+
+
+def test_the_cosine_with_the_sum_is_that_of_the_gradients():
+    rng = np.random.default_rng(5)
+    rows, given = rng.normal(size=(3, 7)) * [[1.0], [1e-4], [30.0]], np.array([0.2, 3.0, 1.0])
+    norms = np.linalg.norm(rows, axis=1)
+    pairs = itertools.combinations(enumerate(TASKS), 2)
+    line = {
+        "weights": dict(zip(TASKS, given.tolist(), strict=True)),
+        "task_grad_norms": dict(zip(TASKS, norms.tolist(), strict=True)),
+        "cosines": {
+            f"{a}/{b}": float(rows[i] @ rows[j] / norms[i] / norms[j]) for (i, a), (j, b) in pairs
+        },
+    }
+    update, plain = given @ rows, rows.sum(0)
+    expected = update @ plain / np.linalg.norm(update) / np.linalg.norm(plain)
+    assert sum_cosine(line) == pytest.approx(expected, rel=1e-12)
+    zero = dict.fromkeys(TASKS, 0.0)
+    assert sum_cosine(line | {"weights": zero}) is None
+    assert sum_cosine(line | {"task_grad_norms": zero}) is None
+    assert sum_cosine(line | {"weights": zero | {TASKS[0]: None}}) is None
+    alone = {key: {TASKS[0]: table[TASKS[0]]} for key, table in line.items() if key != "cosines"}
+    assert sum_cosine(alone | {"cosines": {}}) is None
+    assert sum_cosine(line | {"cosines": {}}) is None
+    course = course_of([line | {"step": 0, "conflict_rate": 0.5}], one_group=False)
+    assert course is not None
+    assert course.sum_cosine == [None] * PARTS
 
 
 def test_the_course_has_the_means_of_equal_parts(tmp_path):
@@ -291,7 +321,7 @@ def test_a_baseline_that_shares_no_seed_gives_no_picture_of_differences(tmp_path
         "no differences.png: no group shares a seed and a score with its baseline",
     ]
     rows = rows_of((tmp_path / "out/series.md").read_text())
-    assert sorted(row[-3] for row in rows) == ["baseline", "no common seed"]
+    assert sorted(row[-4] for row in rows) == ["baseline", "no common seed"]
 
 
 def test_what_no_report_can_be_made_from(series, tmp_path):
