@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 
 from engine.cli.common import Parser, run_cli, terminal
 from engine.config.recipe import Recipe
 from engine.metrics.read import read_step_lines
 from engine.runs.data_paths import origin
 from engine.runs.experiments import mean_and_deviation, print_rows, read_results
+from engine.runs.paired import t_quantile
 from engine.runs.run import open_run
 from engine.runs.scoring import score_splits
 from engine.utils.errors import InputError
@@ -136,8 +136,7 @@ def compare(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def half_width(values: Sequence[float]) -> float:
     """Return half of the 95 % interval of a mean by Student's t; of two values at least."""
-    quantile = float(stats.t.ppf(0.975, len(values) - 1))
-    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
