@@ -3,34 +3,47 @@
 #
 #     bash bench/balancing/compare.sh DATA MODEL OUT [JOBS]
 #
-# DATA: folder of the data files; MODEL: folder of MiniLM; OUT: where runs and report go; JOBS: runs
-# at once (2).  Some 290 runs; rerun to resume.
+# DATA: folder of the data files; MODEL: folder of MiniLM; OUT: where runs and reports go; JOBS: runs
+# at once (2).  Rerun to resume.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=$1 model=$2 out=$3 jobs=${4:-2}
 python=${PYTHON:-.venv/bin/python}
 
-methods=$("$python" -c 'from engine.gradients.balancing import METHODS; print(",".join(m for m in METHODS if m != "fixed"))')
+methods=$("$python" -c '
+from engine.gradients.balancing import METHODS
+print(",".join(method for method in METHODS if method != "fixed"))')
 "$python" -m bench.balancing.data --data "$data" --out "$out/data"
 
-# sweep RECIPE FOLDER OPTION ... : three seeds, the learning rate chosen on the first
+# sweep RECIPE FOLDER OPTION ...: three seeds; what --tune names is chosen on the first.
 sweep() {
-    local recipe=$1 folder=$2 init=() rates=5e-4,1e-3,2e-3
+    local recipe=$1 folder=$2 init=()
     shift 2
-    if [ "$recipe" = three_tasks ]; then
-        init=("init=$model") rates=5e-5,1.5e-4,4.5e-4
-    fi
+    if [ "$recipe" = three_tasks ]; then init=("init=$model"); fi
     "$python" -m engine.sweep "bench/balancing/$recipe.toml" --out "$out/$folder" \
-        --seeds 3 --jobs "$jobs" --prune --tune "lr=$rates" "$@" "data=$out/data" "${init[@]}"
+        --seeds 3 --jobs "$jobs" --prune "$@" "data=$out/data" "${init[@]}"
 }
 
-for recipe in three_tasks five_tasks; do
-    sweep "$recipe" "$recipe" --grid "balance=$methods" --set
-    sweep "$recipe" "$recipe" --grid balance=pcgrad balance_granularity=layer,tensor --set
-done
-for task in sst quora sts; do
-    sweep three_tasks "three_tasks-$task" --set "train=[\"$task\"]" "best_of=$task"
-done
-for task in sst polarity quora sts cfimdb; do
-    sweep five_tasks "five_tasks-$task" --set "train=[\"$task\"]" "best_of=$task"
-done
+# compare RECIPE RATES WEIGHTS TASK ...: methods, granularities, tuned weights, each task alone.
+compare() {
+    local recipe=$1 rates=lr=$2 weights=$3 alone=()
+    shift 3
+    sweep "$recipe" "$recipe" --tune "$rates" --grid "balance=$methods" --set
+    sweep "$recipe" "$recipe" --tune "$rates" \
+        --grid balance=pcgrad balance_granularity=layer,tensor --set
+    # At the recipe's learning rate, which is the one that the sum chose.
+    sweep "$recipe" "$recipe-weights" --tune "balancing.fixed=$weights" --set balance=fixed
+    for task in "$@"; do
+        sweep "$recipe" "$recipe-$task" --tune "$rates" \
+            --set "train=[\"$task\"]" "best_of=$task"
+        alone+=("$out/$recipe-$task")
+    done
+    "$python" -m engine.report --series "$out/$recipe" "$out/$recipe-weights" "${alone[@]}" \
+        --compare-to balance=sum --tuned lr,balancing.fixed --out "$out/report-$recipe" --force
+}
+
+compare three_tasks 7.5e-5,1.5e-4,3e-4 \
+    "{sts=0.3},{sts=0.1},{sst=3},{quora=3},{sst=3,sts=0.3},{quora=3,sts=0.3}" sst quora sts
+compare five_tasks 5e-4,1e-3,2e-3 \
+    "{sts=0.3},{sts=0.1},{quora=3},{cfimdb=3},{sst=3,polarity=3},{quora=3,sts=0.3}" \
+    sst polarity quora sts cfimdb
