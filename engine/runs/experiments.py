@@ -12,10 +12,11 @@ from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import FiniteFloat, TypeAdapter
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from rich.console import Console
 
 from ..config.recipe import Recipe
+from ..data.rows import shorten
 from ..metrics.read import read_step_lines
 from ..utils.errors import InputError
 from ..utils.files import write_text
@@ -110,7 +111,7 @@ def check_results(folder: Path, specs: Iterable[RunSpec]) -> None:
             if not isfile(folder / name / "recipe.toml"):
                 raise InputError(
                     f"{folder / name}: is missing, so that the settings of its scores in "
-                    f"{RESULTS} are unknown; give another --out"
+                    f"{RESULTS} are unknown; put it back, remove it there, or give another --out"
                 )
             check_scores_of(recipes[result.group], folder / name)
 
@@ -137,12 +138,20 @@ def read_results(folder: Path) -> dict[str, Result]:
         return {}
     try:
         results = TypeAdapter(dict[str, Result]).validate_json(read_bytes(file))
-        for name in results:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{name!r} is no folder below it")
-        return results
-    except ValueError as error:
-        raise InputError(f"{file}: not the results of a series ({error}); remove it") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = shorten("".join(f", {part}" for part in problem["loc"]))
+        raise InputError(
+            f"{file}{where}: not the results of a series ({problem['msg']}); remove it, and the "
+            "same sweep reads them from the runs again"
+        ) from None
+    for name in results:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(
+                f"{file}: not the results of a series ({name!r} is no folder below it); remove it, "
+                "and the same sweep reads them from the runs again"
+            )
+    return results
 
 
 def write_results(folder: Path, results: Mapping[str, Result]) -> None:
