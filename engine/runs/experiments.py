@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from os.path import isfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import FiniteFloat, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from rich.console import Console
 
 from ..config.recipe import Recipe
@@ -29,6 +29,11 @@ RESULTS = "results.json"
 
 MOST_RUNS = 10_000
 """Of a series, which is planned as a whole before it begins."""
+
+
+Score = Annotated[FiniteFloat, Field(ge=-1e100, le=1e100)]
+"""Of float32 predictions; the squares of scores do not overflow."""
+Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class RunSpec(NamedTuple):
@@ -62,8 +67,8 @@ class Result(NamedTuple):
     """
 
     group: str
-    scores: dict[str, FiniteFloat]
-    seconds: FiniteFloat
+    scores: dict[str, Score]
+    seconds: Seconds
 
 
 class TimeLeft:

@@ -357,6 +357,9 @@ def change(content: list, path: str, value: object) -> list:
             ("runs.0.steps", 1 << 40),
         ),
         *(("runs.1.name", "demo/balance=sum/seed-0"), ("runs.1.seed", 0), ("runs.0.seconds", None)),
+        *(("runs.0.seconds", -1.0), ("runs.0.point", ["lr"]), ("runs.0.point", [" =1"])),
+        *(("runs.0.scores", {"sst": 1e200}), ("runs.0.scores", {"sst": -1.7e308})),
+        ("runs.0.decision", 1e101),
     ],
 )
 def test_a_corrupted_series_json_is_refused_in_one_line(series, tmp_path, path, value):
