@@ -145,9 +145,9 @@ def read_results(folder: Path) -> dict[str, Result]:
         results = TypeAdapter(dict[str, Result]).validate_json(read_bytes(file))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-        where = shorten("".join(f", {part}" for part in problem["loc"]))
+        where = shorten("".join(f"{part}: " for part in problem["loc"]))
         raise InputError(
-            f"{file}{where}: not the results of a series ({problem['msg']}); remove it, and the "
+            f"{file}: not the results of a series ({where}{problem['msg']}); remove it, and the "
             "same sweep reads them from the runs again"
         ) from None
     for name in results:
