@@ -125,6 +125,8 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("compare_to", "tuned"):
         if getattr(options, name) is not None and not options.series:
             raise InputError(f"--{name.replace('_', '-')}: has no effect without --series")
+    if options.tuned is not None and not _keys(options.tuned):
+        raise InputError(f"--tuned {options.tuned}: expected KEY,…, such as lr")
     if options.series and options.data is not None:
         raise InputError("--data: has no effect with --series, which reads no data")
 
@@ -140,13 +142,26 @@ def _report_series(
         for record in records
         for line in record.without_log
     )
-    tuned = [key.strip() for key in (options.tuned or "").split(",") if key.strip()]
-    study = make_study(records, options.compare_to or "", tuned)
+    study = make_study(records, options.compare_to or "", _keys(options.tuned or ""))
+    written = set[Path]()
     for path in write_series(records, study, out, replace=replace):
+        written.add(path)
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    stale = [path for path in possible_series_files(out) if path not in written and path.exists()]
+    for path in stale:
+        console.print(
+            f"left {path}, of an earlier report: this one has none; remove it",
+            soft_wrap=True,
+            highlight=False,
+        )
     for line in left_out(records, study):
         console.print(line, soft_wrap=True, highlight=False)
     return 0
+
+
+def _keys(text: str) -> list[str]:
+    """Return the keys of ``KEY,KEY``."""
+    return [key.strip() for key in text.split(",") if key.strip()]
 
 
 def _pages(folders: Sequence[Path], out: Path) -> dict[Path, Path]:

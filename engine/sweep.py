@@ -145,6 +145,7 @@ def _points(names: Sequence[str], options: argparse.Namespace) -> tuple[list[Poi
     points = _grid_and_draws(options)
     tuned = grid_points(options.tune, "--tune", _fields(points[0]))
     keys = tuple(setting.partition("=")[0] for setting in tuned[0])
+    _check_given_once(options, (*points[0], *tuned[0]))
     _check_count("--tune", len(points) * len(tuned))
     for group, name in groups(names).items():
         for point in points:
@@ -223,6 +224,22 @@ def _axis(text: str, option: str) -> tuple[str, list[str]]:
 def _fields(point: Iterable[str]) -> list[str]:
     """Return the fields that a point gives, under their names now."""
     return [with_new_name(setting.partition("=")[0])[0] for setting in point]
+
+
+def _check_given_once(options: argparse.Namespace, point: Iterable[str]) -> None:
+    """Check that no setting of all runs is replaced at every point.
+
+    Raises:
+        InputError: one is.
+    """
+    fields = _fields(point)
+    for setting in itertools.chain.from_iterable(options.set):
+        (field,) = _fields([setting])
+        if field in fields:
+            raise InputError(
+                f"--set {setting}: --grid, --tune or --draw gives values of {field}; name each "
+                "field once"
+            )
 
 
 def _check_count(option: str, count: int) -> None:

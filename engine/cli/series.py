@@ -13,7 +13,7 @@ from ..runs.halving_table import print_rungs
 from ..runs.job import Outcome, Workers
 from ..runs.ranking import print_results, without_keys
 from ..runs.schedule import AllRuns, Ending, train_runs
-from ..runs.tuning import Tuning
+from ..runs.tuning import Tuning, check_record
 from .common import BAD_INPUT, DIED, DIVERGED, STOPPED
 
 
@@ -78,9 +78,10 @@ def tune_series(
         memory, where its point has another one.
 
     Raises:
-        InputError: as of :func:`train_series`.
+        InputError: as of :func:`train_series`, or ``tuned.json`` is damaged.
     """
     check_results(folder, tuning.specs)
+    check_record(folder)  # before hours of training
     ending = train_runs(folder, tuning, workers, console, deadline, pruned=pruned)
     results = read_results(folder)
     tuning.write(folder, results, ending.failed)

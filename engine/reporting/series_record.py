@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from ..data.rows import shorten
+from ..runs.experiments import Score, Seconds
 from ..runs.scoring import Criterion
 from ..utils.errors import InputError
 from ..utils.field_types import Count, Name
@@ -34,6 +35,10 @@ Means = Annotated[list[FiniteFloat | None], Field(min_length=PARTS, max_length=P
 
 class _Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Setting = Annotated[Name, Field(pattern=r"^[^=]*[^=\s][^=]*=")]
+"""``key=value``."""
 
 
 class Course(_Entry):
@@ -61,10 +66,10 @@ class RunRecord(_Entry):
     """Its folder, below that of the series."""
     group: Name
     """What it is a repetition of."""
-    point: tuple[Name, ...]
+    point: tuple[Setting, ...]
     """Settings that tell its group from others, ``key=value`` each."""
     seed: Count
-    scores: dict[Name, FiniteFloat]
+    scores: dict[Name, Score]
     """On dev, of the best epoch, of the tasks that it trains; ``overall`` if those are all."""
     decided_by: Name
     """The score that chose the epoch (``best_of``)."""
@@ -72,9 +77,9 @@ class RunRecord(_Entry):
     """Of that score."""
     sign: Literal[1, -1]
     """-1 where less is better."""
-    decision: FiniteFloat | None
+    decision: Score | None
     """That score, also where it is of tasks that the run does not train."""
-    seconds: FiniteFloat
+    seconds: Seconds
     """That its training steps took."""
     steps: Count
     """Trained; 0 if there is no log."""
@@ -100,7 +105,7 @@ class Unfinished(_Entry):
 
     name: Name
     group: Name
-    point: tuple[Name, ...]
+    point: tuple[Setting, ...]
     seed: Count
     steps: Count
     """In its log."""

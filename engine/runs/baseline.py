@@ -61,9 +61,15 @@ def read_settings(settings: Iterable[str]) -> dict[str, Any]:
     """Return the values of overrides by the fields' new names; ``1e-3`` is ``0.001``.
 
     Raises:
-        InputError: one is not ``key=value``.
+        InputError: one is not ``key=value``, or two are of one field.
     """
-    return dict(map(_read, settings))
+    found = dict[str, Any]()
+    for setting in settings:
+        key, value = _read(setting)
+        if key in found:
+            raise InputError(f"{OPTION} {setting}: {key} is given already; name each setting once")
+        found[key] = value
+    return found
 
 
 def find_baselines(asked: str, groups: Mapping[str, Place]) -> dict[str, str]:

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from os.path import isfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import FiniteFloat, TypeAdapter
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from rich.console import Console
 
 from ..config.recipe import Recipe
+from ..data.rows import shorten
 from ..metrics.read import read_step_lines
 from ..utils.errors import InputError
 from ..utils.files import write_text
@@ -28,6 +29,11 @@ RESULTS = "results.json"
 
 MOST_RUNS = 10_000
 """Of a series, which is planned as a whole before it begins."""
+
+
+Score = Annotated[FiniteFloat, Field(ge=-1e100, le=1e100)]
+"""Of float32 predictions; the squares of scores do not overflow."""
+Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class RunSpec(NamedTuple):
@@ -61,8 +67,8 @@ class Result(NamedTuple):
     """
 
     group: str
-    scores: dict[str, FiniteFloat]
-    seconds: FiniteFloat
+    scores: dict[str, Score]
+    seconds: Seconds
 
 
 class TimeLeft:
@@ -110,7 +116,7 @@ def check_results(folder: Path, specs: Iterable[RunSpec]) -> None:
             if not isfile(folder / name / "recipe.toml"):
                 raise InputError(
                     f"{folder / name}: is missing, so that the settings of its scores in "
-                    f"{RESULTS} are unknown; give another --out"
+                    f"{RESULTS} are unknown; put it back, remove it there, or give another --out"
                 )
             check_scores_of(recipes[result.group], folder / name)
 
@@ -137,12 +143,20 @@ def read_results(folder: Path) -> dict[str, Result]:
         return {}
     try:
         results = TypeAdapter(dict[str, Result]).validate_json(read_bytes(file))
-        for name in results:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ValueError(f"{name!r} is no folder below it")
-        return results
-    except ValueError as error:
-        raise InputError(f"{file}: not the results of a series ({error}); remove it") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = shorten("".join(f"{part}: " for part in problem["loc"]))
+        raise InputError(
+            f"{file}: not the results of a series ({where}{problem['msg']}); remove it, and the "
+            "same sweep reads them from the runs again"
+        ) from None
+    for name in results:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(
+                f"{file}: not the results of a series ({name!r} is no folder below it); remove it, "
+                "and the same sweep reads them from the runs again"
+            )
+    return results
 
 
 def write_results(folder: Path, results: Mapping[str, Result]) -> None:

@@ -16,8 +16,9 @@ from ..utils.errors import DivergedError, InputError, OutOfMemoryError
 from ..utils.files import check_own_file, explained
 from .experiments import RunSpec, training_seconds
 from .folder import OUTPUT, claimed
-from .resume import resume
-from .run import Run
+from .prune import has_scores_alone
+from .resume import check_scores_of, resume
+from .run import Run, open_run
 from .scoring import read_scores
 
 TrainRun = Callable[[Run, int | None], Signals | None]
@@ -138,13 +139,16 @@ class InProcess:
 
 
 def train_job(job: Job, train_run: TrainRun, score_run: ScoreRun | None = None) -> End:
-    """Begin or resume a run, train it, and return its scores.
+    """Begin or resume a run, train it, and return its scores; those of a pruned run are read.
 
     Raises:
         InputError: it cannot be trained; that its numbers do not stay finite, or that it does not
             fit in memory, is an end.
     """
     with claimed(job.folder, resumes=True, wait=job.wait), _logged(job):
+        if job.steps is None and has_scores_alone(job.folder):
+            check_scores_of(job.spec.recipe, job.folder)
+            return _end_of(open_run(job.folder))
         run = resume(job.spec.recipe, job.folder)
         _check_rung(job, run)
         try:

@@ -34,6 +34,11 @@ def prune(folder: Path) -> None:
         checkpoints.sweep()
 
 
+def has_scores_alone(folder: Path) -> bool:
+    """Return whether a run was pruned to the end, so that its scores are all that is left."""
+    return is_pruned(folder) and not Checkpoints(folder / "checkpoints").all("step")
+
+
 def is_pruned(folder: Path) -> bool:
     """Return whether the checkpoints of a run were removed."""
     return (folder / "checkpoints" / MARK).is_file()

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config.recipe import Recipe
 from ..utils.errors import InputError
-from .prune import PRUNED, is_pruned
+from .prune import PRUNED, has_scores_alone
 from .run import Run, begin, open_run
 
 _WITHOUT_EFFECT_ON_SCORES = {
@@ -44,7 +44,7 @@ def resume(recipe: Recipe, folder: Path) -> Run:
     if not isfile(folder / "recipe.toml"):
         return begin(recipe, folder, resumes=True)
     run = open_run(folder)
-    if is_pruned(folder) and not run.checkpoints.all("step"):
+    if has_scores_alone(folder):
         raise InputError(f"--resume: {folder}: {PRUNED}; give another --out")
     recipe = _with_model(recipe, run)
     for field, before, after in _differences(run.recipe, recipe, but=_FREE_TO_CHANGE):

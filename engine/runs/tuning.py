@@ -162,13 +162,35 @@ class Tuning:
         return (point for point in self.points if not point.is_open(results, failed))
 
 
+def check_record(folder: Path) -> None:
+    """Check that choices can be added to those in a folder.
+
+    Raises:
+        InputError: what is there is no ``tuned.json``.
+    """
+    _read(folder / RECORD)
+
+
 def _check(point: Point) -> None:
     """Check that the candidates of a point compare.
 
     Raises:
-        InputError: they have no scores, or not of the same tasks and metrics.
+        InputError: two are the same, or begin with other seeds; or they have no scores, or not of
+            the same tasks and metrics.
     """
     first, *others = (runs[0] for runs in point.candidates.values())
+    known = dict[str, str]()
+    for spec in (first, *others):
+        if spec.recipe.seed != first.recipe.seed:
+            raise InputError(
+                f"--tune: {first.group} and {spec.group} begin with other seeds, and chance is not "
+                "tuned; repeat runs by --seeds"
+            )
+        same = known.setdefault(spec.recipe.model_dump_json(), spec.group)
+        if same != spec.group:
+            raise InputError(
+                f"--tune: {same} and {spec.group} have the same settings; give each value once"
+            )
     for spec in (first, *others):
         if not spec.recipe.is_scored:
             raise InputError(

@@ -305,6 +305,41 @@ def test_of_tuned_points_the_chosen_are_compared(tmp_path, capfd):
             sweep.main([*grid, "--out", str(tmp_path / "a"), "--compare-to", wrong, *SETTINGS])
 
 
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        (["--grid", "lr=1,2"], "lr=3"),
+        (["--tune", "lr=1,2"], "lr=3"),
+        (["--random", "2", "--draw", "lr=log:1:2"], "lr=3"),
+        (["--grid", "lr=1,2", "--tune", "batch_size=8,16"], "batch_size=4"),
+        (["--grid", "balance_granularity=layer,model"], "surgery=layer"),
+    ],
+)
+def test_a_setting_that_every_point_replaces_is_refused(options, setting, tmp_path):
+    for given in (["--set", setting], ["--set", "seed=1", "--set", "epochs=2", setting]):
+        with pytest.raises(InputError, match=f"^--set {setting}: .*name each field once"):
+            sweep.main(["demo", *options, "--out", str(tmp_path / "s"), *given])
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_pruned_series_has_its_scores_again_without_results(tmp_path, monkeypatch):
+    """All advise to remove a damaged ``results.json``: nothing may be lost by that."""
+    monkeypatch.setattr(sweep, "workers_of", workers_in_process)
+    line = ["demo", "--seeds", "2", "--prune", "--out", str(tmp_path)]
+    assert sweep.main([*line, *SETTINGS]) == 0
+    results = (tmp_path / "results.json").read_bytes()
+    (tmp_path / "results.json").write_text('{"demo/seed-0": {')
+    with pytest.raises(InputError, match=r"results\.json: not the results .* remove it") as error:
+        sweep.main([*line, *SETTINGS])
+    assert "\n" not in str(error.value)
+    assert "pydantic" not in str(error.value)
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(InputError, match=r"was made with lr = .* scores are of other settings"):
+        sweep.main([*line, *SETTINGS, "lr=0.5"])
+    assert sweep.main([*line, *SETTINGS]) == 0
+    assert (tmp_path / "results.json").read_bytes() == results
+
+
 def test_a_halving_uses_jobs_within_its_rungs(tmp_path, monkeypatch, capfd):
     halving = ["--halving", "--min-steps", "1", "--eta", "2", "--max-steps", "2", "--prune"]
     grid = ["demo", "--grid", "lr=1e-3,1e-2", *halving]

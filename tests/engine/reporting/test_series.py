@@ -336,6 +336,8 @@ def test_what_no_report_can_be_made_from(series, tmp_path):
     assert "none of these has a run" in refused("--series", tmp_path / "empty.json")
     assert "no effect without --series" in refused(series, "--compare-to", "balance=sum")
     assert "no effect without --series" in refused(series, "--tuned", "lr")
+    for none in (",", " , "):
+        assert "--tuned" in refused("--series", series, "--tuned", none)
     assert "either it or --papers" in refused("--series", series, "--papers")
     assert "--data: has no effect" in refused("--series", series, "--data", tmp_path)
     assert "no group has these" in refused("--series", series, "--compare-to", "balance=mgda")
@@ -385,6 +387,9 @@ def change(content: list, path: str, value: object) -> list:
             ("runs.0.steps", 1 << 40),
         ),
         *(("runs.1.name", "demo/balance=sum/seed-0"), ("runs.1.seed", 0), ("runs.0.seconds", None)),
+        *(("runs.0.seconds", -1.0), ("runs.0.point", ["lr"]), ("runs.0.point", [" =1"])),
+        *(("runs.0.scores", {"sst": 1e200}), ("runs.0.scores", {"sst": -1.7e308})),
+        ("runs.0.decision", 1e101),
     ],
 )
 def test_a_corrupted_series_json_is_refused_in_one_line(series, tmp_path, path, value):
@@ -506,6 +511,18 @@ def test_what_is_far_from_most_does_not_set_the_scale():
     assert near_limit([]) == near_limit([0.0, 0.0]) == 1.0
     assert near_bounds([0.5, 0.51, 0.52, 0.1]) == (0.5, 0.52)
     assert near_bounds([0.5]) == (0.5, 0.5)
+
+
+def test_pictures_of_an_earlier_report_are_named(series, tmp_path, capsys):
+    """They would be taken for those of the new table."""
+    run(series, "--compare-to", "balance=sum", "--out", tmp_path)
+    before = (tmp_path / "differences.png").read_bytes()
+    assert "earlier report" not in capsys.readouterr().out
+    run(series, "--out", tmp_path, "--force")
+    shown = capsys.readouterr().out
+    assert f"left {tmp_path}/differences.png, of an earlier report" in shown
+    assert shown.count("earlier report") == 1
+    assert (tmp_path / "differences.png").read_bytes() == before
 
 
 def test_a_real_sweep(tmp_path, cache, capsys):

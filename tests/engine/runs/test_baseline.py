@@ -84,6 +84,9 @@ def test_the_nearest_counts():
         ("balance", r"balance: expected KEY=VALUE,…"),
         ("=sum", "expected KEY=VALUE"),
         ("balance=", "expected KEY=VALUE"),
+        ("balance=sum,balance=pcgrad", "balance is given already"),
+        ("balance=sum,balance=sum", "balance is given already"),
+        ("balance_granularity=layer,surgery=layer", "balance_granularity is given already"),
         ("balance=sum,", "expected KEY=VALUE|no group has these"),
     ],
 )

@@ -175,6 +175,29 @@ def test_draws_are_tuned_point_by_point(tmp_path, monkeypatch):
 
 def test_choices_that_are_damaged_are_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "tuned.json").write_text("[")
+    trained = Trained(tmp_path, monkeypatch)
     with pytest.raises(InputError, match=r"tuned\.json: not the choices of a tuning"):
-        Trained(tmp_path, monkeypatch).status(*GRID)
+        trained.status(*GRID)
     assert (tmp_path / "tuned.json").read_text() == "["
+    assert not trained.calls  # found before hours of training
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        (["lr=1e-3,0.001"], "lr=1e-3 and demo/lr=0.001 have the same settings"),
+        (["lr=1e-3,1e-4,0.0010"], "have the same settings"),
+        (["balance=sum,'sum'"], "have the same settings"),
+        (["balance=sum,pcgrad", "lr=1,1.0"], "have the same settings"),
+        (["train=['sst'],[\"sst\"]"], "have the same settings"),
+        (["seed=1,2"], "seed=1 and demo/seed=2 begin with other seeds.*--seeds"),
+        (["lr=1,2", "seed=1,2"], "begin with other seeds"),
+    ],
+)
+def test_candidates_that_are_the_same_or_differ_by_chance_are_refused(
+    axes, message, tmp_path, monkeypatch
+):
+    trained = Trained(tmp_path, monkeypatch)
+    with pytest.raises(InputError, match=f"^--tune: demo/.*{message}"):
+        trained.status("--tune", *axes)
+    assert not trained.calls
