@@ -141,7 +141,7 @@ def test_layer_norm() -> None:
 
 
 def test_the_methods_that_the_page_names_exist() -> None:
-    named = set(re.findall(r"balancing\.(\w+)", PAGE))
+    named = set(re.findall(r"balancing\.(?!md\b)(\w+)", PAGE))
     methods: list[Callable[..., Tensor]] = [getattr(balancing, name) for name in named]
     assert len(methods) >= 10
 
