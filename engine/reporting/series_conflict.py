@@ -167,7 +167,7 @@ def near_bounds(values: Sequence[float]) -> tuple[float, float]:
 def spread_out(places: Sequence[float], gap: float) -> list[float]:
     """Return places at least ``gap`` from each other, in their order, near where they were.
 
-    They lie between 0 and 1; where there is no room for so large gaps, they are smaller.
+    They lie between 0 and 1; gaps that do not fit are made smaller, all alike.
     """
     order = sorted(range(len(places)), key=lambda i: places[i])
     gap = min(gap, 1 / max(1, len(places) - 1))
