@@ -186,7 +186,7 @@ def _check(point: Point) -> None:
                 f"--tune: {first.group} and {spec.group} begin with other seeds, and chance is not "
                 "tuned; repeat runs by --seeds"
             )
-        same = known.setdefault(spec.recipe.model_dump_json(), spec.group)
+        same = known.setdefault(dump_json(spec.recipe.model_dump(mode="json")), spec.group)
         if same != spec.group:
             raise InputError(
                 f"--tune: {same} and {spec.group} have the same settings; give each value once"

@@ -36,7 +36,7 @@ def data(tmp_path_factory) -> Path:
 
 def settings_of(data: Path, *settings: str) -> list[str]:
     objective = ["objectives.lm.kind=masked_lm", 'objectives.lm.files=["texts.txt"]']
-    given = ["batch_size=4", "train=['lm']", *objective, *settings]
+    given = ["batch_size=4", *objective, *settings]
     return ["--max-steps", "2", "--data", str(data), "--set", *TINY, *given]
 
 
@@ -46,7 +46,10 @@ def train(data, tmp_path, capsys) -> Train:
 
     def run(*settings: str, options: tuple[str, ...] = (), recipe: str = "demo") -> str:
         folder = str(tmp_path / "run")
-        assert main([recipe, "--out", folder, *options, *settings_of(data, *settings)]) == 0
+        assert (
+            main([recipe, "--out", folder, *options, *settings_of(data, "train=['lm']", *settings)])
+            == 0
+        )
         return capsys.readouterr().out
 
     return run
