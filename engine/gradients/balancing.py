@@ -227,7 +227,8 @@ def _with_state(method: Callable[..., Any], state: Any, **arguments: str) -> Bui
             step = own(inputs.gram, inputs.losses, state(**inputs.state))
             return BalancerOutput(step.weights, step.state._asdict())
 
-        return Method(decide, state.initial(len(tasks.names))._asdict())
+        first = kernels.balancing.states.first_state(state, len(tasks.names))
+        return Method(decide, first._asdict())
 
     return build
 

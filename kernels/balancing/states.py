@@ -4,7 +4,6 @@ Each tensor is ``[K]`` or ``[1]``; of G groups that each have their own, ``[G, K
 Methods compute in float64 and return the dtypes that they were given, without graphs.
 """
 
-from collections.abc import Iterable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -13,6 +12,9 @@ from torch import Tensor
 from ..registration.validation import check_data
 
 State = TypeVar("State", bound=tuple[Any, ...])
+
+# Of the states' tensors these are [1].
+COUNTERS = frozenset({"steps", "windows"})
 
 
 class Step(NamedTuple, Generic[State]):
@@ -46,16 +48,6 @@ class Learned(NamedTuple):
     squares: Tensor
     steps: Tensor
 
-    @classmethod
-    def initial(
-        cls,
-        num_tasks: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "Learned":
-        """Return that before the first step."""
-        return cls(*_zeros((num_tasks, num_tasks, num_tasks, 1), device, dtype))
-
 
 class Famo(NamedTuple):
     """Learned logits of the tasks, and the losses of the step before.
@@ -73,16 +65,6 @@ class Famo(NamedTuple):
     squares: Tensor
     steps: Tensor
     losses: Tensor
-
-    @classmethod
-    def initial(
-        cls,
-        num_tasks: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "Famo":
-        """Return that before the first step."""
-        return cls(*_zeros((num_tasks, num_tasks, num_tasks, 1, num_tasks), device, dtype))
 
 
 class WindowAverages(NamedTuple):
@@ -102,16 +84,6 @@ class WindowAverages(NamedTuple):
     steps: Tensor
     windows: Tensor
 
-    @classmethod
-    def initial(
-        cls,
-        num_tasks: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "WindowAverages":
-        """Return those before the first step."""
-        return cls(*_zeros((num_tasks, num_tasks, num_tasks, 1, 1), device, dtype))
-
 
 class Nadir(NamedTuple):
     """Losses that others are measured by.
@@ -124,21 +96,22 @@ class Nadir(NamedTuple):
     losses: Tensor
     steps: Tensor
 
-    @classmethod
-    def initial(
-        cls,
-        num_tasks: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "Nadir":
-        """Return that before the first step."""
-        return cls(*_zeros((num_tasks, 1), device, dtype))
+
+def first_state(
+    kind: type[State],
+    num_tasks: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> State:
+    """Return the state before the first step: zeros."""
+    lengths = (1 if name in COUNTERS else num_tasks for name in field_names(kind))
+    return kind(*(torch.zeros(length, device=device, dtype=dtype) for length in lengths))
 
 
-def _zeros(
-    lengths: Iterable[int], device: torch.device | None, dtype: torch.dtype
-) -> Iterable[Tensor]:
-    return (torch.zeros(length, device=device, dtype=dtype) for length in lengths)
+def field_names(kind: type[tuple[Any, ...]]) -> tuple[str, ...]:
+    """Return the names of a state's tensors."""
+    names: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+    return names
 
 
 # ---- within a step -------------------------------------------------------------------------------
@@ -152,13 +125,12 @@ def read_state(gram: Tensor, state: State | None, kind: type[State]) -> State:
         ValueError: a tensor's shape is another, but for a first dimension G.
     """
     dtype = torch.promote_types(gram.dtype, torch.float32)
-    first: State = kind.initial(gram.shape[-1], gram.device, dtype)  # type: ignore[attr-defined]
+    first = first_state(kind, gram.shape[-1], gram.device, dtype)
     if state is None:
         return first
     if not isinstance(state, kind):
         raise TypeError(f"state: expected {kind.__name__}, got {type(state).__name__}")
-    names: tuple[str, ...] = first._fields  # type: ignore[attr-defined]
-    for name, tensor, other in zip(names, state, first, strict=True):
+    for name, tensor, other in zip(field_names(kind), state, first, strict=True):
         check_data(**{f"state.{name}": tensor})
         expected = list(other.shape)
         if list(tensor.shape) not in (expected, [*gram.shape[:-2], *expected]):
