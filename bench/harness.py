@@ -273,7 +273,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         described["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
         for name in ("avx512_bf16", "amx_bf16"):
             described[name] = capabilities.get(name)
+        described["huge_pages"] = _huge_pages()
     return described
+
+
+def _huge_pages() -> str:
+    """Say who gets huge pages here, and whether torch asks for them."""
+    try:
+        line = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+    except OSError:
+        return "none"
+    modes = re.findall(r"\[(\w+)\]", line)
+    asks = os.environ.get("THP_MEM_ALLOC_ENABLE", "0") != "0"
+    return f"{' '.join(modes)}, {'asked for' if asks else 'not asked for'}"
 
 
 def whole(least: int, most: int = (1 << 31) - 1) -> Callable[[str], int]:

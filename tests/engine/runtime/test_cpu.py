@@ -119,3 +119,23 @@ def test_batches_are_filled_up_for_onednn_alone(
     monkeypatch.setattr(cpu.kernels, "backend", lambda *_: backend)
     assert cpu.token_multiple(torch.bfloat16) == multiple
     assert cpu.token_multiple(torch.float32) == 1
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here"
+)
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_large_tensors_ask_for_huge_pages(asked: str | None) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+    if asked is not None:
+        environment["THP_MEM_ALLOC_ENABLE"] = asked
+    # Every command imports these before its first tensor.  "hg" is what madvise leaves.
+    code = (
+        "import engine.train, torch; x = torch.ones(32 << 20);"
+        "print(any(line.startswith('VmFlags') and 'hg' in line.split() "
+        "for line in open('/proc/self/smaps')))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True
+    )
+    assert run.stdout.split() == [str(asked is None).encode()], run.stderr
