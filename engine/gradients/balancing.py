@@ -227,7 +227,7 @@ def _with_state(method: Callable[..., Any], state: Any, **arguments: str) -> Bui
             step = own(inputs.gram, inputs.losses, state(**inputs.state))
             return BalancerOutput(step.weights, step.state._asdict())
 
-        first = kernels.balancing.states.first_state(state, len(tasks.names))
+        first = kernels.balancing.states.initial_state(state, len(tasks.names))
         return Method(decide, first._asdict())
 
     return build

@@ -97,7 +97,7 @@ class Nadir(NamedTuple):
     steps: Tensor
 
 
-def first_state(
+def initial_state(
     kind: type[State],
     num_tasks: int,
     device: torch.device | None = None,
@@ -125,7 +125,7 @@ def read_state(gram: Tensor, state: State | None, kind: type[State]) -> State:
         ValueError: a tensor's shape is another, but for a first dimension G.
     """
     dtype = torch.promote_types(gram.dtype, torch.float32)
-    first = first_state(kind, gram.shape[-1], gram.device, dtype)
+    first = initial_state(kind, gram.shape[-1], gram.device, dtype)
     if state is None:
         return first
     if not isinstance(state, kind):

@@ -5,7 +5,7 @@ import torch
 
 from kernels import balancing
 from kernels.balancing.learned import LIMIT
-from kernels.balancing.states import Learned, first_state
+from kernels.balancing.states import Learned, initial_state
 
 from .scalarizations import GRAM, derivatives, steps_of_losses
 
@@ -61,6 +61,6 @@ def test_bad_arguments() -> None:
     for bad in (-1.0, torch.nan, torch.inf, 1e39):
         with pytest.raises(ValueError, match=r"^lr: expected a finite number of at least 0"):
             balancing.uw(GRAM, torch.ones(4), lr=bad)
-    state = first_state(Learned, 3)
+    state = initial_state(Learned, 3)
     with pytest.raises(ValueError, match=r"^state.values: expected \[4\], got \[3\]"):
         balancing.uw(GRAM, torch.ones(4), state)
