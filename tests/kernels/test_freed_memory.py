@@ -36,8 +36,10 @@ print(faults({ROUNDS}) - before)
 
 def faults(*, keep: bool) -> int:
     command = [sys.executable, "-c", COUNT.replace("KEEP", str(keep))]
-    # What glibc begins with, but fixed: whether it adapts is a matter of luck.
+    # What glibc begins with, but fixed: whether it adapts is a matter of luck.  Small pages, which
+    # fault one by one.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)}
+    environment["THP_MEM_ALLOC_ENABLE"] = "0"
     run = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
     )
