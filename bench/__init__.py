@@ -1,6 +1,6 @@
 """Benchmarks: one for each kernel, one for the step.
 
-Large tensors of all contestants lie on huge pages, as the engine's do.
+Large tensors of all contestants are on huge pages, as the engine's are.
 """
 
 import engine as engine  # before the first tensor

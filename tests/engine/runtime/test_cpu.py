@@ -99,6 +99,15 @@ def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, fail: C
     assert cpu.set_threads(0, 2) == 1
 
 
+def words_printed(code: str, environment: dict[str, str]) -> list[str]:
+    """Run code in a process of its own."""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    return run.stdout.split()
+
+
 def test_a_huge_number_in_the_environment_is_no_number_of_threads() -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1000000"}
     code = (
@@ -106,10 +115,7 @@ def test_a_huge_number_in_the_environment_is_no_number_of_threads() -> None:
         "assert set_threads(0, 1) <= available_cores(); print((torch.ones(99, 99) @ "
         "torch.ones(99, 99)).sum().item())"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True
-    )
-    assert run.stdout.split() == [b"970299.0"], run.stderr
+    assert words_printed(code, environment) == ["970299.0"]
 
 
 @pytest.mark.parametrize(("backend", "multiple"), [("torch", 32), ("cpp", 1)])
@@ -135,7 +141,4 @@ def test_large_tensors_ask_for_huge_pages(asked: str | None) -> None:
         "print(any(line.startswith('VmFlags') and 'hg' in line.split() "
         "for line in open('/proc/self/smaps')))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True
-    )
-    assert run.stdout.split() == [str(asked is None).encode()], run.stderr
+    assert words_printed(code, environment) == [str(asked is None)]
