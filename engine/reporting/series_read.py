@@ -85,14 +85,13 @@ def read_series(folder: Path, name: str, device: torch.device) -> SeriesRecord:
     }
     points = _points(groups, found | others)
     without_log: list[str] = []
-    runs = []
+    runs, machine = [], Machine.of(device)
     for run, result in results.items():
         lines, reason = _step_lines(folder / run)
         without_log += [f"{run}: {reason}"] if reason else []
-        runs.append(_record(run, result, points[result.group], found[run], lines))
+        runs.append(_record(run, result, points[result.group], found[run], lines, machine))
     return SeriesRecord(
         name=name,
-        made_by=Machine.of(device),
         runs=runs,
         unfinished=[_unfinished(folder, run, groups[run], points[groups[run]]) for run in others],
         without_log=without_log,
@@ -157,7 +156,12 @@ def sum_cosine(line: Json) -> float | None:
 
 
 def _record(
-    name: str, result: Result, point: tuple[str, ...], recipe: Recipe, lines: Sequence[Json]
+    name: str,
+    result: Result,
+    point: tuple[str, ...],
+    recipe: Recipe,
+    lines: Sequence[Json],
+    machine: Machine,
 ) -> RunRecord:
     criterion = Criterion.of(recipe)
     one_group = all(phase.balance_granularity == "model" for phase in recipe.in_phases.values())
@@ -174,6 +178,7 @@ def _record(
         seconds=result.seconds,
         steps=lines[-1]["step"] + 1 if lines else 0,
         precision=recipe.precision,
+        read_with=machine,
         conflict_rate=means_of(map(_conflict_rate, lines)),
         cosines=mean_tables([line["cosines"] for line in lines]),
         sum_cosine=means_of(map(sum_cosine, lines)) if one_group else None,

@@ -85,6 +85,8 @@ class RunRecord(_Entry):
     """Trained; 0 if there is no log."""
     precision: Name
     """Of its recipe."""
+    read_with: Machine
+    """Where its folder was read."""
     conflict_rate: FiniteFloat | None
     """Mean over the steps; None where no step had two tasks, or there is no log."""
     cosines: dict[Name, FiniteFloat | None]
@@ -118,7 +120,6 @@ class SeriesRecord(_Entry):
 
     name: Name
     """The folder's, which tells it from others."""
-    made_by: Machine
     runs: list[RunRecord]
     unfinished: list[Unfinished]
     without_log: list[Name]

@@ -1,5 +1,6 @@
 """``series.md``: groups, their differences from a baseline, and tuned candidates, as tables."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ..runs.experiments import mean_and_deviation
@@ -216,9 +217,10 @@ def _without_log(records: Sequence[SeriesRecord]) -> Iterator[str]:
 def _machines(records: Sequence[SeriesRecord]) -> str:
     lines = ["## Read with", ""]
     for record in records:
-        used = ", ".join(dict.fromkeys(run.precision for run in record.runs))
-        line = f"{record.name}: {record.made_by}; precision of the runs: {used}"
-        lines.append(f"- {markdown_text(line)}")
+        counts = Counter(f"{run.read_with}; precision {run.precision}" for run in record.runs)
+        for machine, count in counts.items():
+            line = f"{record.name}, {count} run{'s' if count > 1 else ''}: {machine}"
+            lines.append(f"- {markdown_text(line)}")
     return "\n".join(lines) + "\n"
 
 

@@ -367,6 +367,24 @@ def test_a_kept_series_grows(series, tmp_path):
     assert (len(again.runs), again.unfinished) == (12, [])
 
 
+def test_runs_of_two_machines_are_told_apart(series, tmp_path):
+    run(series, "--out", tmp_path / "kept")
+    content = json.loads((tmp_path / "kept/series.json").read_text())
+    content[0]["runs"] = [one for one in content[0]["runs"] if one["seed"] == 0]
+    for one in content[0]["runs"]:
+        one["read_with"]["device"] = "Other CPU"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    run(series, tmp_path / "other.json", "--out", tmp_path / "out")
+    (joined,) = read_records(tmp_path / "out/series.json")
+    others = {one.seed for one in joined.runs if one.read_with.device == "Other CPU"}
+    own = {one.seed for one in joined.runs} - others
+    assert others == {0}
+    assert own == {1, 2, 3}
+    text = (tmp_path / "out/series.md").read_text().partition("## Read with")[2]
+    counts = re.findall(r"methods, (\d+) runs: .*?, ([^,]+), where", text)
+    assert {count: device == "Other CPU" for count, device in counts} == {"9": False, "3": True}
+
+
 def change(content: list, path: str, value: object) -> list:
     *tables, last = path.split(".")
     place = content[0]
@@ -379,7 +397,13 @@ def change(content: list, path: str, value: object) -> list:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        *(("name", "a\x1b[2J"), ("runs", {}), ("other", 1), ("made_by", {}), ("runs.0.seed", -1)),
+        *(
+            ("name", "a\x1b[2J"),
+            ("runs", {}),
+            ("other", 1),
+            ("runs.0.read_with", {}),
+            ("runs.0.seed", -1),
+        ),
         *(("runs.0.scores", {"sst": None}), ("runs.0.scores", {"sst": "x"}), ("runs.0.sign", 2)),
         *(
             ("runs.0.course.conflict_rate", [0.5]),
