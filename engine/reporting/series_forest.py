@@ -24,7 +24,7 @@ _PANEL = 2.3
 _MOST = 12
 """The most panels."""
 _FAR = 4.0
-"""How many times as far out as most a row may reach, and still be drawn to scale."""
+"""How many times as far out as most a row may reach, and still set the scale."""
 
 
 class _Mark(NamedTuple):
@@ -87,10 +87,10 @@ def _caption(study: Study, names: Mapping[str, str], panels: int) -> str:
 
 
 def _draw_panel(axes: Axes, marks: Sequence[_Mark]) -> None:
-    limit = near_limit([mark.reach for mark in marks])
+    limit = _limit(marks)
     axes.axvline(0, color=LINE, linewidth=0.9)
     for mark in marks:
-        if mark.reach > limit:
+        if abs(mark.mean) > limit:
             _draw_far(axes, mark, limit)
             continue
         face = "white" if mark.half is None else mark.colour
@@ -102,6 +102,13 @@ def _draw_panel(axes: Axes, marks: Sequence[_Mark]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(4, symmetric=True))
     axes.grid(visible=False, axis="y")
     axes.tick_params("y", length=0)
+
+
+def _limit(marks: Sequence[_Mark]) -> float:
+    """Return where the axis ends, by the differences and by the ends of the intervals."""
+    reaches = [mark.reach for mark in marks if mark.half is not None]
+    limits = [near_limit([abs(mark.mean) for mark in marks])]
+    return max(limits + ([near_limit(reaches)] if reaches else []))
 
 
 def _marks(study: Study, rows: Sequence[Group], score: str) -> Iterator[_Mark]:
@@ -118,7 +125,7 @@ def _marks(study: Study, rows: Sequence[Group], score: str) -> Iterator[_Mark]:
 
 
 def _draw_far(axes: Axes, mark: _Mark, limit: float) -> None:
-    """Draw an arrow at the edge, with the number that is beyond it."""
+    """Draw an arrow at the edge, with the difference that is beyond it."""
     side = 1 if mark.mean > 0 else -1
     axes.plot(side * limit, mark.row, ">" if side > 0 else "<", color=mark.colour, markersize=5)
     width = "" if mark.half is None else f" ± {mark.half:.3f}"

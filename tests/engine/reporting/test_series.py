@@ -521,6 +521,27 @@ def test_thirty_groups_have_names_that_do_not_overlap(tmp_path, monkeypatch):
     assert far is not None
 
 
+def test_only_what_lies_outside_is_an_arrow(tmp_path, monkeypatch):
+    """Intervals set the scale, not the many differences of one seed, which have none."""
+    methods = ["sum", "pcgrad", "cagrad", "mgda", "upgrad", "gradvac", "imtl_g", "nash_mtl", "krum"]
+
+    def of_some_seeds(point, seed):
+        number = methods.index(point["balance"])
+        if seed and number > 2:
+            return None
+        values = 0.5 + 1e-4 * number - 0.4 * (number == 8) + NOISE[number % 3 * (number < 3), seed]
+        return scores_of(values.tolist())
+
+    folder = write_series(tmp_path / "a", [f"balance={','.join(methods)}"], 4, of_some_seeds)
+    figures = []
+    monkeypatch.setattr(series_forest, "png", lambda figure: figures.append(figure) or b"")
+    series_forest.differences(make_study(collect([folder], pick_device("cpu")), "balance=sum"))
+    for axes in figures[0].axes:
+        (arrow,) = axes.texts
+        (line,) = [one for one in axes.lines if one.get_marker() == "<"]
+        assert float(arrow.get_text()) < line.get_xdata()[0] < -0.005
+
+
 def test_places_are_spread_out():
     assert spread_out([0.5], 0.1) == [0.5]
     assert spread_out([], 0.1) == []
