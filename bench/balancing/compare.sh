@@ -45,10 +45,10 @@ compare() {
     "$python" -m engine.report --series "$out/$recipe-large" --out "$out/report-$recipe-large" --force
 }
 
-# fresh RECIPE FOLDER SEED: a few choices once more, on five seeds by which nothing was chosen.
+# fresh RECIPE FOLDER SEED SEEDS: a few choices once more, on seeds by which nothing was chosen.
 fresh() {
     local recipe=$1 folder=$2 options
-    options=(--out "$out/$folder" --seeds 5 --jobs "$jobs" --prune
+    options=(--out "$out/$folder" --seeds "$4" --jobs "$jobs" --prune
         --set "seed=$3" threads=1 "data=$out/data" "init=$model")
     "$python" -m engine.sweep "$recipe" "${options[@]}" --grid balance=sum,imtl_g,pcgrad
     "$python" -m engine.sweep "$recipe" "${options[@]}" \
@@ -62,5 +62,5 @@ compare three_tasks 7.5e-5,1.5e-4,3e-4 \
 compare five_tasks 5e-4,1e-3,2e-3 \
     "{sts=0.3},{sts=0.1},{quora=3},{cfimdb=3},{sst=3,polarity=3},{quora=3,sts=0.3}" \
     sst polarity quora sts cfimdb
-fresh bench/balancing/three_tasks.toml three_tasks-fresh 3
-fresh best best 10
+fresh bench/balancing/three_tasks.toml three_tasks-fresh 3 8
+fresh best best 100 5
