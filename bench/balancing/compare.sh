@@ -41,7 +41,7 @@ compare() {
     "$python" -m engine.report --series "$out/$recipe" "$out/$recipe-weights" "${alone[@]}" \
         --compare-to balance=sum --tuned lr,balancing.fixed --out "$out/report-$recipe" --force
     # Gradients of 16 times as many examples have a quarter of the noise: do they conflict?
-    sweep "$recipe" "$recipe-large" --set batch_size=256 max_steps=60
+    sweep "$recipe" "$recipe-large" --seeds 1 --set batch_size=256 max_steps=60
     "$python" -m engine.report --series "$out/$recipe-large" --out "$out/report-$recipe-large" --force
 }
 

@@ -159,20 +159,18 @@ def common_criterion(criteria: Iterable[Criterion]) -> Criterion:
 def labels(groups: Sequence[Group]) -> dict[str, str]:
     """Return short names of groups by key: the settings that differ, more where that is not enough.
 
-    Settings are their values alone where all groups have all of those that differ.
+    A setting is its value alone where all groups with settings have it.
     """
     points = {group.key: dict(map(_split, group.family)) for group in groups}
     shown = differing_keys(points.values())
-    alone = all(key in point for point in points.values() for key in shown)
+    alone = {key for key in shown if all(key in point for point in points.values() if point)}
     found = {
-        group.key: [
-            _short(points[group.key], shown, alone=alone) or group.recipe,
-            group.recipe,
-            group.series,
-        ]
-        for group in groups
+        group.key: _candidates(group, _short(points[group.key], shown, alone)) for group in groups
     }
-    return {key: " ".join(reversed(parts[: _needed(key, found)])) for key, parts in found.items()}
+    return {
+        key: next((name for name in names if _tells(name, key, found)), names[-1])
+        for key, names in found.items()
+    }
 
 
 def differing_keys(points: Iterable[Mapping[str, str]]) -> list[str]:
@@ -192,18 +190,24 @@ def _split(setting: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def _short(point: Mapping[str, str], keys: Sequence[str], *, alone: bool) -> str:
+def _short(point: Mapping[str, str], keys: Sequence[str], alone: Collection[str]) -> str:
     own = [(key, point[key]) for key in keys if key in point]
-    return ", ".join(value if alone else f"{key}={value}" for key, value in own)
+    return ", ".join(value if key in alone else f"{key}={value}" for key, value in own)
 
 
-def _needed(key: str, found: Mapping[str, Sequence[str]]) -> int:
-    """Return how many parts of a name tell it from the others."""
-    own = found[key]
-    for count in (1, 2):
-        if not any(parts[:count] == own[:count] for other, parts in found.items() if other != key):
-            return count
-    return 3
+def _candidates(group: Group, settings: str) -> list[str]:
+    """Return what a group could be called, the shortest first."""
+    longer = [(group.recipe, settings), (group.series, settings)]
+    return [
+        settings or group.recipe,
+        *(" ".join(filter(None, parts)) for parts in longer),
+        " ".join(filter(None, (group.series, group.recipe, settings))),
+    ]
+
+
+def _tells(name: str, key: str, found: Mapping[str, Collection[str]]) -> bool:
+    """Return whether a name cannot be taken for that of another group."""
+    return not any(name in names for other, names in found.items() if other != key)
 
 
 def _groups(records: Iterable[SeriesRecord], tuned: Collection[str]) -> list[Group]:

@@ -486,7 +486,21 @@ def test_names_are_as_short_as_they_can_be(series, tmp_path):
     )
     both = make_study(collect([series, other], pick_device("cpu")))
     assert sorted(labels(both.groups).values()) == [
-        *("cagrad", "methods demo sum", "mgda", "other demo sum", "pcgrad")
+        *("cagrad", "methods sum", "mgda", "other sum", "pcgrad")
+    ]
+
+
+def test_groups_without_settings_leave_the_names_of_others_short(series, tmp_path):
+    def write(name: str, axes: list[str]) -> Path:
+        return write_series(tmp_path / name, axes, 1, lambda *_: scores_of([0.5] * 3))
+
+    layers = write("layers", ["balance=pcgrad", "balance_granularity=layer,tensor"])
+    alone = [write(name, []) for name in ("alone", "tuned")]
+    study = make_study(collect([series, layers, *alone], pick_device("cpu")))
+    assert sorted(labels(study.groups).values()) == [
+        *("alone", "cagrad", "pcgrad"),
+        *(f"pcgrad, balance_granularity={value}" for value in ("layer", "tensor")),
+        *("sum", "tuned"),
     ]
 
 
