@@ -164,9 +164,7 @@ def labels(groups: Sequence[Group]) -> dict[str, str]:
     points = {group.key: dict(map(_split, group.family)) for group in groups}
     shown = differing_keys(points.values())
     alone = {key for key in shown if all(key in point for point in points.values() if point)}
-    found = {
-        group.key: _candidates(group, _short(points[group.key], shown, alone)) for group in groups
-    }
+    found = {group.key: _names(group, _short(points[group.key], shown, alone)) for group in groups}
     return {
         key: next((name for name in names if _tells(name, key, found)), names[-1])
         for key, names in found.items()
@@ -195,14 +193,11 @@ def _short(point: Mapping[str, str], keys: Sequence[str], alone: Collection[str]
     return ", ".join(value if key in alone else f"{key}={value}" for key, value in own)
 
 
-def _candidates(group: Group, settings: str) -> list[str]:
+def _names(group: Group, settings: str) -> list[str]:
     """Return what a group could be called, the shortest first."""
-    longer = [(group.recipe, settings), (group.series, settings)]
-    return [
-        settings or group.recipe,
-        *(" ".join(filter(None, parts)) for parts in longer),
-        " ".join(filter(None, (group.series, group.recipe, settings))),
-    ]
+    of_recipe = (group.recipe, settings)
+    parts = [(settings or group.recipe,), of_recipe, (group.series, settings)]
+    return [" ".join(filter(None, own)) for own in (*parts, (group.series, *of_recipe))]
 
 
 def _tells(name: str, key: str, found: Mapping[str, Collection[str]]) -> bool:
