@@ -45,7 +45,8 @@ compare() {
     "$python" -m engine.report --series "$out/$recipe-large" --out "$out/report-$recipe-large" --force
 }
 
-# fresh RECIPE FOLDER SEED SEEDS: a few choices once more, on seeds by which nothing was chosen.
+# fresh RECIPE FOLDER SEED SEEDS: once more, on seeds by which nothing was chosen, the sum, PCGrad, and
+# what did well above: a method and the weights.
 fresh() {
     local recipe=$1 folder=$2 options
     options=(--out "$out/$folder" --seeds "$4" --jobs "$jobs" --prune
@@ -57,6 +58,8 @@ fresh() {
         --out "$out/report-$folder" --force
 }
 
+# Further seeds of a rate that is not chosen: is the sum's too high?
+sweep three_tasks three_tasks --grid balance=sum,pcgrad lr=7.5e-5 --set
 compare three_tasks 7.5e-5,1.5e-4,3e-4 \
     "{sts=0.3},{sts=0.1},{sst=3},{quora=3},{sst=3,sts=0.3},{quora=3,sts=0.3}" sst quora sts
 compare five_tasks 5e-4,1e-3,2e-3 \

@@ -106,9 +106,9 @@ def _draw_panel(axes: Axes, marks: Sequence[_Mark]) -> None:
 
 def _limit(marks: Sequence[_Mark]) -> float:
     """Return where the axis ends, by the differences and by the ends of the intervals."""
+    means = [abs(mark.mean) for mark in marks]
     reaches = [mark.reach for mark in marks if mark.half is not None]
-    limits = [near_limit([abs(mark.mean) for mark in marks])]
-    return max(limits + ([near_limit(reaches)] if reaches else []))
+    return max((near_limit(sizes) for sizes in (means, reaches) if any(sizes)), default=1.0)
 
 
 def _marks(study: Study, rows: Sequence[Group], score: str) -> Iterator[_Mark]:

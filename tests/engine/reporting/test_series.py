@@ -556,6 +556,21 @@ def test_only_what_lies_outside_is_an_arrow(tmp_path, monkeypatch):
         assert float(arrow.get_text()) < line.get_xdata()[0] < -0.005
 
 
+def test_differences_of_zero_do_not_set_the_scale(tmp_path, monkeypatch):
+    shift = 2.0**-10  # exact, so that the mean difference is 0
+
+    def scores(point, seed):
+        return scores_of([0.5 + (shift if seed else -shift) * (point["balance"] == "mgda")] * 3)
+
+    folder = write_series(tmp_path / "a", ["balance=sum,mgda"], 2, scores)
+    figures = []
+    monkeypatch.setattr(series_forest, "png", lambda figure: figures.append(figure) or b"")
+    series_forest.differences(make_study(collect([folder], pick_device("cpu")), "balance=sum"))
+    for axes in figures[0].axes:
+        (interval,) = [line for line in axes.lines if len(line.get_xdata()) == 2][1:]
+        assert interval.get_xdata()[1] <= axes.get_xlim()[1] < 2 * interval.get_xdata()[1]
+
+
 def test_places_are_spread_out():
     assert spread_out([0.5], 0.1) == [0.5]
     assert spread_out([], 0.1) == []
