@@ -1,17 +1,21 @@
 """Folders of series whose statistics are known, written without training."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from engine import report
 from engine.config import recipe as recipes
 from engine.runs.experiments import Result, seeds_of
 from engine.sweep import grid_points
 
 TASKS = ("sst", "quora", "sts")
 PAIRS = ("sst/quora", "sst/sts", "quora/sts")
+EFFECTS = {"sum": 0.0, "pcgrad": 0.05, "cagrad": 0.001}
+NOISE = np.random.default_rng(3).normal(0, 0.004, (3, 4, 3))
 
 
 def write_run(
@@ -91,3 +95,20 @@ def write_series(
                 results[spec.name] = Result(group, dict(found), 60.0 + spec.recipe.seed)._asdict()
     (folder / "results.json").write_text(json.dumps(results))
     return folder
+
+
+def of_point(point, seed) -> dict[str, float]:
+    method = list(EFFECTS).index(point["balance"])
+    values = 0.5 + EFFECTS[point["balance"]] + 0.02 * seed + NOISE[method, seed]
+    return scores_of(values.tolist())
+
+
+def run(*arguments: object) -> None:
+    assert report.main(["--series", *map(str, arguments), "--device", "cpu"]) == 0
+
+
+def rows_of(text: str, title: str = "# Runs of") -> list[list[str]]:
+    """The cells of the first table below a title, without its head."""
+    table = text.partition(title)[2].partition("\n| ")[2].partition("\n\n")[0]
+    lines = [line for line in table.splitlines()[2:] if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines]
