@@ -45,6 +45,12 @@ compare() {
     "$python" -m engine.report --series "$out/$recipe-large" --out "$out/report-$recipe-large" --force
 }
 
+# generated RECIPE RATES: a recipe on generated sentences, by the sum, PCGrad and equal shares.
+generated() {
+    "$python" -m engine.sweep "$1" --out "$out/$1" --seeds 5 --jobs "$jobs" --prune \
+        --tune "lr=$2" --grid balance=sum,imtl_g,pcgrad --set threads=1
+}
+
 # fresh RECIPE FOLDER SEED SEEDS: once more, on seeds by which nothing was chosen, the sum, PCGrad, and
 # what did well above: a method and the weights.
 fresh() {
@@ -67,3 +73,7 @@ compare five_tasks 5e-4,1e-3,2e-3 \
     sst polarity quora sts cfimdb
 fresh bench/balancing/three_tasks.toml three_tasks-fresh 3 8
 fresh best best 100 5
+generated demo 1e-3,2e-3,4e-3,8e-3
+generated demo-kinds 1e-3,2e-3,4e-3,8e-3
+"$python" -m engine.report --series "$out/demo" "$out/demo-kinds" \
+    --compare-to balance=sum --tuned lr --out "$out/report-demo" --force
