@@ -112,6 +112,8 @@ def test_examples_on_two_processes_learn_the_same_weights(example: str, tmp_path
     assert ended.returncode == 0, ended.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["weights"] == second["weights"]
+    if example == "pcgrad_ddp":  # torch hangs now and then where one is left
+        assert first["wrapped"] == second["wrapped"] == [0]
     if isinstance(first["returned"][0], dict):  # logged by a trainer, of all ranks
         losses = [entry["loss"] for entry in first["returned"]]
         assert losses == [entry["loss"] for entry in second["returned"]]
