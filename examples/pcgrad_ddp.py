@@ -9,7 +9,6 @@ batch.  Without torchrun it trains alone.
 
 import argparse
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from itertools import islice
 
@@ -30,24 +29,15 @@ def main(arguments: list[str] | None = None) -> list[float]:
     )
     options = parser.parse_args(arguments)
 
-    if "WORLD_SIZE" not in os.environ:  # which torchrun sets
-        return make_and_train(options.steps)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
-    # Nothing of it is left when it returns: torch can hang where a module of
-    # DistributedDataParallel is the last to let go of the group.
-    totals = make_and_train(options.steps, DistributedDataParallel)
-    dist.destroy_process_group()
-    return totals
-
-
-def make_and_train(
-    steps: int, wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model
-) -> list[float]:
-    """Make a model and its optimizer, and train them."""
     torch.manual_seed(0)
     model = TwoTaskBert()
     optimizer = PCGrad(torch.optim.AdamW(model.parameters(), lr=5e-4))
-    return train(wrap(model), optimizer, steps)
+    if "WORLD_SIZE" not in os.environ:  # which torchrun sets
+        return train(model, optimizer, options.steps)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=options.timeout))
+    totals = train(DistributedDataParallel(model), optimizer, options.steps)
+    dist.destroy_process_group()
+    return totals
 
 
 def train(model: torch.nn.Module, optimizer: PCGrad, steps: int) -> list[float]:

@@ -57,7 +57,7 @@ def _groups_table(study: Study) -> str:
             *(markdown_text(points[group.key].get(key, "")) for key in keys),
             str(len(group.runs)),
             *(_mean(list(group.scores(score).values())) for score in study.scores),
-            *([_difference_cell(study, group)] if study.asked else []),
+            *([difference_cell(study, group)] if study.asked else []),
             _mean(group.conflict_rates),
             _mean(group.sum_cosines),
             f"{group.minutes:.1f}",
@@ -81,7 +81,7 @@ def _recipes(groups: Sequence[Group]) -> dict[str, str]:
     }
 
 
-def _difference_cell(study: Study, group: Group) -> str:
+def difference_cell(study: Study, group: Group) -> str:
     """Return ``**+0.012** [+0.003, +0.021]``, the interval being simultaneous."""
     if study.is_baseline(group):
         return "baseline"

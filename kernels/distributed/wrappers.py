@@ -8,25 +8,37 @@ gradients are computed: it would average sums of tasks, or wait for gradients th
 import gc
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-class Wrappers(NamedTuple):
+class Wrappers:
     """The modules that wrap some parameters.
 
-    Attributes:
+    Those of DistributedDataParallel are not kept alive: torch hangs now and then where such a
+    module is the last to let go of its process group.
+
+    Args:
         ddp: those of DistributedDataParallel.
         fsdp: those of FSDP2, ``fully_shard``.
     """
 
-    ddp: tuple[DistributedDataParallel, ...] = ()
-    fsdp: tuple[Any, ...] = ()
+    def __init__(
+        self, ddp: Sequence[DistributedDataParallel] = (), fsdp: Sequence[Any] = ()
+    ) -> None:
+        self._ddp = [weakref.ref(module) for module in ddp]
+        self.fsdp = tuple(fsdp)
+
+    @property
+    def ddp(self) -> list[DistributedDataParallel]:
+        """Those of DistributedDataParallel that are still there."""
+        return [module for found in self._ddp if (module := found()) is not None]
 
     @property
     def process_group(self) -> "dist.ProcessGroup | None":
@@ -95,10 +107,10 @@ def find_wrappers(parameters: Sequence[Tensor]) -> Wrappers:
             "FullyShardedDataParallel (FSDP1) flattens the parameters of all tasks into one and "
             "reduces their summed gradient; use FSDP2, torch.distributed.fsdp.fully_shard"
         )
-    ddp = tuple(module for module in found if isinstance(module, DistributedDataParallel))
+    ddp = [module for module in found if isinstance(module, DistributedDataParallel)]
     for module in ddp:
         _check_ddp(module)
-    return Wrappers(ddp, tuple(module for module in found if isinstance(module, of_fsdp2)))
+    return Wrappers(ddp, [module for module in found if isinstance(module, of_fsdp2)])
 
 
 def _check_ddp(module: DistributedDataParallel) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from engine.reporting.series_groups import Group, Study, make_study, settings_of
 from engine.reporting.series_record import read_records
-from engine.reporting.series_table import spell_interval
+from engine.reporting.series_table import difference_cell
 from engine.runs.experiments import mean_and_deviation
 from tests.conftest import REPOSITORY
 
@@ -72,13 +72,7 @@ def cells_of(study: Study, group: Group) -> Iterator[tuple[str, str]]:
         else:
             mean = f"{statistics.mean(values):.3f}" if values else ""
             yield {"quora": "Quora"}.get(score, score.upper()), mean
-    found = study.difference(group, "overall")
-    if found is None or found.simultaneous is None:
-        yield "from the sum", ""
-    else:
-        mean = f"{found.mean:+z.3f}"
-        bold = f"**{mean}**" if found.simultaneous.excludes_zero else mean
-        yield "from the sum", f"{bold} {spell_interval(found.simultaneous)}"
+    yield "from the sum", "" if study.is_baseline(group) else difference_cell(study, group)
     cosines = group.sum_cosines
     yield "cosine", f"{statistics.mean(cosines):.2f}" if cosines else ""
 
