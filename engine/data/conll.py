@@ -6,24 +6,31 @@ of several words and words that are not in the text (numbers such as 1-2 and 1.1
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
+from .blocks import Block
 from .decode import not_utf8, undecoded
 from .dialect import AUTO, Dialect
-from .rows import BadRowError, Row, Rows
+from .rows import BadRowError, Row, Rows, as_pieces, same
 
 _DOCUMENT = "-DOCSTART-"
 
 
 def conll_rows(
-    text: str, path: Path, columns: Sequence[str], dialect: Dialect, *, universal: bool
+    blocks: Iterator[Block],
+    path: Path,
+    columns: Sequence[str],
+    dialect: Dialect,
+    *,
+    universal: bool,
 ) -> Rows:
     """Return the rows of a column file.
 
     Args:
-        text: of the file (:class:`~.decode.Text`).
+        blocks: of the file's text (:class:`~.decode.Text`).
         path: where it comes from, for error messages.
         columns: their numbers, or -1 for the last one.
         dialect: how the file is written; by default the fields of a line are separated by blanks
@@ -41,19 +48,20 @@ def conll_rows(
                 "or -1, the last"
             )
         places.append(int(name) if name == "-1" else int(name) - 1)
-    return Rows(_texts(text, path, places, dialect, universal), [])
+    rows = _texts(blocks, path, places, dialect, universal)
+    return Rows(as_pieces(rows), same, [])
 
 
 def _texts(
-    text: str, path: Path, places: Sequence[int], dialect: Dialect, universal: bool
+    blocks: Iterator[Block], path: Path, places: Sequence[int], dialect: Dialect, universal: bool
 ) -> Iterator[Row]:
     separator = "\t" if universal else None
     if dialect.delimiter not in (AUTO, " "):
         separator = dialect.delimiter
     words: list[list[str]] = []
     first, bad = 0, None
-    for number, line in enumerate([*text.split("\n"), ""], start=1):
-        line = line.removesuffix("\r")
+    lines = chain.from_iterable(block.lines for block in blocks)
+    for number, line in chain(lines, [(0, "")]):  # a text ends at an empty line
         if line.strip() and not line.startswith(_DOCUMENT):
             if universal and line.startswith("#"):
                 continue

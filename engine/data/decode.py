@@ -2,6 +2,8 @@
 
 import codecs
 import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,47 +39,106 @@ class Text(NamedTuple):
     """The text of a file.
 
     Attributes:
-        text: without a byte order mark.  A byte that is not UTF-8 stands in it as half of a
-            character (the error handler ``surrogateescape``): :func:`undecoded` finds it.
-        notes: what was found out about the file, a phrase each.
+        pieces: of it, without a byte order mark.  A byte that is not UTF-8 stands in them as half
+            of a character (the error handler ``surrogateescape``): :func:`undecoded` finds it.
+            Reading on may raise InputError.
+        notes: what was found out about the file, a phrase each; complete once it is read.
     """
 
-    text: str
-    notes: tuple[str, ...] = ()
+    pieces: Iterator[str]
+    notes: list[str]
 
 
-def decode(content: bytes, path: Path, dialect: Dialect) -> Text:
+def decode(pieces: Iterable[bytes], path: Path, dialect: Dialect) -> Text:
     """Return the text of a file.
 
     Bytes that are not UTF-8 make their row unusable; in any other encoding they are an error
     of the file, since nobody knows where the next row begins.
 
     Args:
-        content: of the file.
+        pieces: of the file's content.
         path: where it comes from, for error messages.
         dialect: its encoding.
 
     Raises:
         InputError: the encoding is another, or its order of bytes is not known.
     """
-    marked = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "")
+    pieces = iter(pieces)
+    beginning = b""
+    for piece in pieces:
+        beginning += piece
+        if len(beginning) >= _LOOKED_AT:
+            break
+    marked = next((name for mark, name in _MARKS.items() if beginning.startswith(mark)), "")
     encoding, notes = dialect.encoding, list[str]()
+    may_be_utf8 = False
     if encoding == AUTO:
-        encoding = marked or _unmarked(content, path, dialect)
+        encoding = marked or _unmarked(beginning, path, dialect)
         if encoding != "utf-8":
             notes.append(f"{encoding.upper()}, by its byte order mark")
     else:
         _check_mark(encoding, marked, path, dialect)
-        if not marked and _is_utf8_too(content, encoding):
-            notes.append(f"{encoding}, though all of it is UTF-8")
-    if _plain(encoding) == "utf-8":
-        return Text(content.decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
-    try:
-        return Text(content.decode(encoding).removeprefix("\ufeff"), tuple(notes))
-    except UnicodeError as error:
-        where = f" at byte {error.start + 1:,}" if isinstance(error, UnicodeDecodeError) else ""
-        advice = dialect.advice("encoding to its own", "convert the file to UTF-8")
-        raise InputError(f"not {encoding}{where}, {path}; {advice}") from error
+        may_be_utf8 = not marked and _plain(encoding) != "utf-8"
+    return Text(
+        _decoded(chain([beginning], pieces), encoding, path, dialect, notes, may_be_utf8), notes
+    )
+
+
+def _decoded(
+    pieces: Iterable[bytes],
+    encoding: str,
+    path: Path,
+    dialect: Dialect,
+    notes: list[str],
+    may_be_utf8: bool,
+) -> Iterator[str]:
+    is_utf8 = _plain(encoding) == "utf-8"
+    errors = "surrogateescape" if is_utf8 else "strict"
+    decoder = codecs.getincrementaldecoder("utf-8" if is_utf8 else encoding)(errors)
+    other = _Utf8Check() if may_be_utf8 else None
+    is_first, given = True, 0
+    for piece in chain(pieces, [None]):
+        if other is not None:
+            other.look_at(piece)
+        kept = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(piece or b"", final=piece is None)
+        except UnicodeError as error:
+            where = ""
+            if isinstance(error, UnicodeDecodeError):
+                where = f" at byte {given - kept + error.start + 1:,}"
+            advice = dialect.advice("encoding to its own", "convert the file to UTF-8")
+            raise InputError(f"not {encoding}{where}, {path}; {advice}") from error
+        given += len(piece or b"")
+        if is_first and text:
+            text, is_first = text.removeprefix("\ufeff"), False
+        yield text
+    if other is not None and other.found:
+        notes.insert(0, f"{encoding}, though all of it is UTF-8")
+
+
+class _Utf8Check:
+    """Whether bytes that are read by another encoding are letters beyond ASCII in UTF-8."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._can_be, self._is_ascii = True, True
+
+    def look_at(self, piece: bytes | None) -> None:
+        """Look at the next piece; None for the end."""
+        if not self._can_be:
+            return
+        self._is_ascii = self._is_ascii and (piece or b"").isascii()
+        try:
+            self._decoder.decode(piece or b"", final=piece is None)
+            self._can_be = b"\0" not in (piece or b"")
+        except UnicodeDecodeError:
+            self._can_be = False
+
+    @property
+    def found(self) -> bool:
+        """Whether they are, so far."""
+        return self._can_be and not self._is_ascii
 
 
 def undecoded(text: str) -> str:
@@ -143,17 +204,6 @@ def _is_text(beginning: bytes, encoding: str) -> bool:
     except UnicodeError:
         return False
     return "\0" not in text and any(character in text for character in "\n\t,;|:")
-
-
-def _is_utf8_too(content: bytes, encoding: str) -> bool:
-    """Return whether bytes that are read by another encoding are letters beyond ASCII in UTF-8."""
-    if _plain(encoding) == "utf-8" or content.isascii() or b"\0" in content:
-        return False
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _check_mark(encoding: str, marked: str, path: Path, dialect: Dialect) -> None:

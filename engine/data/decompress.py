@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import IO, Any, cast
 
 from ..utils.errors import InputError
 from .dialect import AUTO, COMPRESSIONS, Compression, Dialect, endings
@@ -27,11 +28,12 @@ _BEGINNINGS: dict[Compression, re.Pattern[bytes]] = {
 """First bytes of compressed files; no text begins so."""
 
 
-def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:
-    """Return the content of a file as it was before it was compressed, if it was.
+def decompressed(file: IO[bytes], size: int, path: Path, dialect: Dialect) -> Iterator[bytes]:
+    """Yield the content of a file, in pieces, as it was before it was compressed, if it was.
 
     Args:
-        content: of the file.
+        file: its bytes, from the first on.
+        size: how many these are.
         path: where it comes from; ``dialect.compression = "auto"`` goes by its ending.
         dialect: how it is compressed.
 
@@ -39,26 +41,33 @@ def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:
         InputError: it is not compressed like that, is damaged or cut off, grows out of all
             proportion, or is an archive.
     """
+    beginning = file.read(_CHUNK)
     kind = dialect.compression
     if kind == AUTO:
         kind = COMPRESSIONS.get(endings(path)[1], "none")
-        for other, beginning in _BEGINNINGS.items():
-            if kind == "none" and beginning.match(content):
+        for other, mark in _BEGINNINGS.items():
+            if kind == "none" and mark.match(beginning):
                 advice = dialect.advice(f'compression = "{other}"', "name it accordingly")
                 raise InputError(
                     f"compressed by {other}, which its ending does not say, {path}; {advice}"
                 )
     if kind == "none":
-        if content.startswith(b"PK\3\4"):
+        if beginning.startswith(b"PK\3\4"):
             raise InputError(f"a zip archive, {path}; unpack it, or save its table as .csv")
-        return content
+        yield beginning
+        yield from iter(partial(file.read, _CHUNK), b"")
+        return
+    file = cast(IO[bytes], io.BufferedReader(_Again(beginning, file)))
+    limit, total = max(MOST_TIMES * size, ALWAYS_ALLOWED), 0
     try:
-        return _join(_pieces(content, kind, path), max(MOST_TIMES * len(content), ALWAYS_ALLOWED))
-    except _TooLargeError as error:
-        raise InputError(
-            f"grows from {len(content):,} bytes to more than {error.limit >> 20:,} MiB, {path}; "
-            "decompress it yourself if that is meant"
-        ) from None
+        for piece in _pieces(file, kind, path):
+            total += len(piece)
+            if total > limit:
+                raise InputError(
+                    f"grows from {size:,} bytes to more than {limit >> 20:,} MiB, {path}; "
+                    "decompress it yourself if that is meant"
+                )
+            yield piece
     except (OSError, EOFError, ValueError, MemoryError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).strip() or type(error).__name__
         advice = "give the file whole"
@@ -67,58 +76,61 @@ def decompress(content: bytes, path: Path, dialect: Dialect) -> bytes:
         raise InputError(f"cannot decompress by {kind}: {reason}, {path}; {advice}") from error
 
 
-class _TooLargeError(Exception):
-    """There is more than ``limit`` bytes."""
+class _Again(io.RawIOBase):
+    """A file whose beginning was read already."""
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self.limit = limit
+    def __init__(self, beginning: bytes, file: IO[bytes]) -> None:
+        super().__init__()
+        self._beginning, self._file = memoryview(beginning), file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = bytes(self._beginning[: len(buffer)]) or self._file.read(len(buffer))
+        self._beginning = self._beginning[len(piece) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
 
 
-def _join(pieces: Iterable[bytes], limit: int) -> bytes:
-    kept, total = [], 0
-    for piece in pieces:
-        kept.append(piece)
-        total += len(piece)
-        if total > limit:
-            raise _TooLargeError(limit)
-    return b"".join(kept)
-
-
-def _pieces(content: bytes, kind: Compression, path: Path) -> Iterable[bytes]:
+def _pieces(file: IO[bytes], kind: Compression, path: Path) -> Iterable[bytes]:
     if kind == "gzip":
-        return iter(partial(gzip.GzipFile(fileobj=io.BytesIO(content)).read, _CHUNK), b"")
+        return iter(partial(gzip.GzipFile(fileobj=file).read, _CHUNK), b"")
     if kind == "zstd":
-        return _zstd_pieces(content, path)
-    return _pieces_of_streams(
-        content, bz2.BZ2Decompressor if kind == "bz2" else lzma.LZMADecompressor
-    )
+        return _zstd_pieces(file, path)
+    return _pieces_of_streams(file, bz2.BZ2Decompressor if kind == "bz2" else lzma.LZMADecompressor)
 
 
 def _pieces_of_streams(
-    content: bytes, new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]
+    file: IO[bytes], new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]
 ) -> Iterator[bytes]:
     """Yield what the streams hold that a file is made of.
 
     Python's own `open` takes whatever follows the first stream, damaged or not, for the end.
     """
+    given = file.read(_CHUNK)
     while True:
-        stream, given = new(), content
+        stream = new()
         while not stream.eof:
             if stream.needs_input and not given:
-                raise EOFError("it ends before the end of its last stream")
+                given = file.read(_CHUNK)
+                if not given:
+                    raise EOFError("it ends before the end of its last stream")
             yield stream.decompress(given, _CHUNK)
             given = b""
-        content = stream.unused_data.lstrip(b"\0")  # streams may be padded
-        if not content:
-            return
+        given = stream.unused_data.lstrip(b"\0")  # streams may be padded
+        while not given:
+            piece = file.read(_CHUNK)
+            if not piece:
+                return
+            given = piece.lstrip(b"\0")
 
 
-def _zstd_pieces(content: bytes, path: Path) -> Iterable[bytes]:
+def _zstd_pieces(file: IO[bytes], path: Path) -> Iterable[bytes]:
     try:
         from pyarrow import CompressedInputStream
     except ImportError:
         raise InputError(
             f"{path}: reading Zstandard needs pyarrow (pip install pyarrow); or decompress it"
         ) from None
-    return iter(partial(CompressedInputStream(io.BytesIO(content), "zstd").read, _CHUNK), b"")
+    return iter(partial(CompressedInputStream(file, "zstd").read, _CHUNK), b"")

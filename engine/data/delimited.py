@@ -10,15 +10,17 @@ fields.
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.errors import InputError
+from .blocks import Block
 from .decode import not_utf8, undecoded
 from .dialect import AUTO, Dialect
 from .first_line import advice_on, has_columns, is_of_another_dialect, split_line
-from .rows import BadRowError, Row, Rows, find_columns
+from .rows import BadRowError, Piece, Row, Rows, as_pieces, block_pieces, find_columns
 
 _NO_QUOTES = 'quoting = "none" if no quote means anything'
 
@@ -30,18 +32,75 @@ class _Record(NamedTuple):
     fields: Sequence[str] | BadRowError
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """How the rows of a file are written."""
+
+    path: Path
+    delimiter: str
+    dialect: Dialect
+
+    @property
+    def is_lines(self) -> bool:
+        """Whether a row is a line."""
+        return self.delimiter == "\t" or self.dialect.quoting == "none"
+
+    def lines(self, block: Block) -> Iterator[_Record]:
+        """Yield the records of lines."""
+        for number, line in block.lines:
+            yield self.line(number, line)
+
+    def line(self, number: int, line: str) -> _Record:
+        """Return the record of a line."""
+        place = f"{self.path}:{number}"
+        try:
+            return _Record(place, _fields(line, self.delimiter, self.dialect))
+        except BadRowError as bad:
+            return _Record(place, bad)
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The wanted columns of the records of a file; made of a block of lines, or of records."""
+
+    written: _Written
+    width: int
+    places: Sequence[int]
+    holder: str
+
+    def __call__(self, content: Block | Sequence[_Record]) -> Iterator[Row]:
+        """Yield rows."""
+        records = self.written.lines(content) if isinstance(content, Block) else content
+        for record in records:
+            yield self._picked(record)
+
+    def _picked(self, record: _Record) -> Row:
+        place, fields = record
+        if isinstance(fields, BadRowError):
+            return Row(place, fields)
+        if len(fields) != self.width:
+            advice = "correct the row"
+            # Quotes held together what is no field.
+            if any(self.written.delimiter in field for field in fields):
+                advice = self.written.dialect.advice(_NO_QUOTES, advice)
+            detail = f"{len(fields)}, {self.holder} has {self.width}"
+            return Row(place, BadRowError("number of fields", detail, advice))
+        return Row(place, [fields[at] for at in self.places])
+
+
 def delimited_rows(
-    text: str,
+    blocks: Iterator[Block],
     path: Path,
     columns: Sequence[str],
     dialect: Dialect,
     delimiter: str,
-    optional: str = "",
+    optional: str,
+    notes: list[str],
 ) -> Rows:
     """Return the rows of a delimited file.
 
     Args:
-        text: of the file (:class:`~.decode.Text`).
+        blocks: of the file's text (:class:`~.decode.Text`).
         path: where it comes from, for error messages.
         columns: those to read; they may stand in any order and further ones are ignored.
         dialect: how the file is written.
@@ -49,13 +108,14 @@ def delimited_rows(
             that has the wanted columns between tabs, and not between commas, outweighs it.
         optional: a column that may be there and is not read.  A file without a header whose rows
             are too short for it is said to be so, since its delimiter may be another.
+        notes: where notes on how the file is read go.
 
     Raises:
         InputError: a column is missing, or wanted and there twice.
     """
-    text = text.rstrip("\r\n")
-    first_line = text.partition("\n")[0].removesuffix("\r")
-    notes: list[str] = []
+    first = next(blocks)
+    blocks = chain([first], blocks)
+    _, first_line = next(first.lines)
     if dialect.delimiter != AUTO:
         delimiter = dialect.delimiter
     elif (
@@ -71,60 +131,90 @@ def delimited_rows(
     advice = advice_on(first_line, columns, dialect, delimiter)
     if is_of_another_dialect(first_line, columns, dialect, delimiter):
         find_columns([first_line], columns, f"{path}:1", holder=holder, advice=advice)
-    records = _records(text, path, delimiter, dialect, notes)
-    place, names, records = (_named if dialect.header else _numbered)(records, path)
+    written = _Written(path, delimiter, dialect)
+    below = _blocks_below if written.is_lines else _records_below
+    place, names, pieces = below(blocks, written, notes)
     places = find_columns(names, columns, place, holder=holder, advice=advice)
     if optional and not dialect.header and optional not in names:
         notes.append(f"rows of {_counted(len(names), 'field')}, without column {optional}")
-    picked = (_picked(record, len(names), places, holder, delimiter, dialect) for record in records)
-    return Rows(picked, notes)
+    return Rows(pieces, _Columns(written, len(names), places, holder), notes)
 
 
-def _named(records: Iterator[_Record], path: Path) -> tuple[str, Sequence[str], Iterator[_Record]]:
-    """Return where the header stands, the names of the columns in it and the records below."""
-    place, fields = next(records, _Record(f"{path}:1", []))
+def _blocks_below(
+    blocks: Iterator[Block], written: _Written, _notes: list[str]
+) -> tuple[str, Sequence[str], Iterator[Piece]]:
+    """Return where the names of the columns stand, these, and the blocks below the header."""
+    if written.dialect.header:
+        first = next(blocks)
+        place, names = _named(written.line(*next(first.lines)))
+        rest = first.behind_first()
+        return place, names, block_pieces(chain([] if rest is None else [rest], blocks))
+    seen: list[Block] = []
+
+    def records() -> Iterator[_Record]:
+        for block in blocks:
+            seen.append(block)
+            yield from written.lines(block)
+
+    place, names = _numbered(records())
+    return place, names, block_pieces(chain(seen, blocks))
+
+
+def _records_below(
+    blocks: Iterator[Block], written: _Written, notes: list[str]
+) -> tuple[str, Sequence[str], Iterator[Piece]]:
+    """Return where the names of the columns stand, these, and the records below the header."""
+    records = _stream(blocks, written, notes)
+    if written.dialect.header:
+        place, names = _named(next(records, _Record(f"{written.path}:1", [])))
+        return place, names, as_pieces(records)
+    seen: list[_Record] = []
+
+    def noted() -> Iterator[_Record]:
+        for record in records:
+            seen.append(record)
+            yield record
+
+    place, names = _numbered(noted())
+    return place, names, as_pieces(chain(seen, records))
+
+
+def _named(header: _Record) -> tuple[str, Sequence[str]]:
+    """Return where a header stands, and the names of the columns in it."""
+    place, fields = header
     if isinstance(fields, BadRowError):
         advice = fields.advice.replace("the row", "the header")
         raise InputError(f"header: {fields}, {place}; {advice}") from fields
-    return place, [name.strip() for name in fields], records
+    return place, [name.strip() for name in fields]
 
 
-def _numbered(
-    records: Iterator[_Record], path: Path
-) -> tuple[str, Sequence[str], Iterator[_Record]]:
-    """Return where the first readable row is, the numbers of its fields and all the records."""
-    seen = []
+def _numbered(records: Iterator[_Record]) -> tuple[str, Sequence[str]]:
+    """Return where the first readable row is, and the numbers of its fields."""
+    first = None
     for record in records:
-        seen.append(record)
         if not isinstance(record.fields, BadRowError):
-            names = [str(number) for number in range(1, len(record.fields) + 1)]
-            return record.place, names, chain(seen, records)
-    place, fields = seen[0] if seen else _Record(f"{path}:1", BadRowError("empty file", "no row"))
+            return record.place, [str(number) for number in range(1, len(record.fields) + 1)]
+        first = first or record
+    assert first is not None, "a file that is not blank has a line"
+    place, fields = first
     assert isinstance(fields, BadRowError)
     raise InputError(f"no usable row: {fields}, {place}; {fields.advice}")
 
 
-def _records(
-    text: str, path: Path, delimiter: str, dialect: Dialect, notes: list[str]
-) -> Iterator[_Record]:
-    if delimiter == "\t" or dialect.quoting == "none":
-        return _lines(text, path, delimiter, dialect)
-    return _stream(text, path, delimiter, dialect, notes)
+def _physical_lines(blocks: Iterator[Block]) -> Iterator[str]:
+    r"""Yield lines with their ends, which may be ``\r`` alone, for the csv reader."""
+    held = None
+    for block in blocks:
+        if held is not None:
+            yield from io.StringIO(held + "\n", newline="")
+        held = block.text
+    if held is not None:
+        yield from io.StringIO(held, newline="")
 
 
-def _lines(text: str, path: Path, delimiter: str, dialect: Dialect) -> Iterator[_Record]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        place = f"{path}:{number}"
-        try:
-            yield _Record(place, _fields(line.removesuffix("\r"), delimiter, dialect))
-        except BadRowError as bad:
-            yield _Record(place, bad)
-
-
-def _stream(
-    text: str, path: Path, delimiter: str, dialect: Dialect, notes: list[str]
-) -> Iterator[_Record]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _stream(blocks: Iterator[Block], written: _Written, notes: list[str]) -> Iterator[_Record]:
+    path, dialect = written.path, written.dialect
+    reader = csv.reader(_physical_lines(blocks), delimiter=written.delimiter, strict=True)
     several, longest = 0, (0, 0)  # rows of several lines, which two stray quotes make, too
     while True:
         first = reader.line_num + 1
@@ -194,24 +284,3 @@ def _fields(line: str, delimiter: str, dialect: Dialect) -> list[str]:
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def _picked(
-    record: _Record,
-    width: int,
-    places: Sequence[int],
-    holder: str,
-    delimiter: str,
-    dialect: Dialect,
-) -> Row:
-    """Return the wanted columns of a record."""
-    place, fields = record
-    if isinstance(fields, BadRowError):
-        return Row(place, fields)
-    if len(fields) != width:
-        advice = "correct the row"
-        if any(delimiter in field for field in fields):  # quotes held together what is no field
-            advice = dialect.advice(_NO_QUOTES, advice)
-        detail = f"{len(fields)}, {holder} has {width}"
-        return Row(place, BadRowError("number of fields", detail, advice))
-    return Row(place, [fields[at] for at in places])

@@ -1,17 +1,19 @@
 """Read plain text as examples: one a line, the sentences of a pair with a tab between them."""
 
+import io
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import parse_json
+from .blocks import Block, blocks_of, with_text
 from .decode import decode, undecoded
-from .decompress import decompress
+from .decompress import decompressed
 from .dialect import BUILT_IN, DELIMITERS
 from .first_line import has_columns
-from .rows import BadRowError, Row, Rows
+from .rows import BadRowError, Row, Rows, block_pieces
 from .table import OnBadRow, Table, collect
 from .task_schema import TaskSchema
 
@@ -33,13 +35,15 @@ def text_table(
         InputError: there is no line, or no usable one, or with ``on_bad_row="error"`` a line
             cannot be used.
     """
-    text, notes = decode(decompress(content, path, BUILT_IN), path, BUILT_IN)
-    text = text.rstrip("\r\n")
-    if not text.strip():
+    file = decompressed(io.BytesIO(content), len(content), path, BUILT_IN)
+    text, notes = decode(file, path, BUILT_IN)
+    found = with_text(blocks_of(text))
+    if found is None:
         raise InputError(f"empty, {path}; give a sentence a line")
+    beginning, blocks = found
     if not sure:
-        _refuse_table(text.partition("\n")[0].removesuffix("\r"), path, format_)
-    rows = Rows(_line_rows(text, path, format_), [*notes])
+        _refuse_table(beginning.partition("\n")[0].removesuffix("\r"), path, format_)
+    rows = Rows(block_pieces(blocks), _TextLines(path, format_), notes)
     numbered = replace(format_, id="")
     return collect(rows, str(path), numbered, labelled=False, on_bad_row=on_bad_row)
 
@@ -69,12 +73,20 @@ def _refuse_table(first_line: str, path: Path, format_: TaskSchema) -> None:
 _SIGNS = (*DELIMITERS.values(), ";")
 
 
-def _line_rows(text: str, path: Path, format_: TaskSchema) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            yield Row(f"{path}:{number}", _texts(line.removesuffix("\r"), format_))
-        except BadRowError as bad:
-            yield Row(f"{path}:{number}", bad)
+@dataclass(frozen=True, slots=True)
+class _TextLines:
+    """Lines that are an example each."""
+
+    path: Path
+    format: TaskSchema
+
+    def __call__(self, block: Block) -> Iterator[Row]:
+        """Yield the rows of a block."""
+        for number, line in block.lines:
+            try:
+                yield Row(f"{self.path}:{number}", _texts(line, self.format))
+            except BadRowError as bad:
+                yield Row(f"{self.path}:{number}", bad)
 
 
 def _texts(line: str, format_: TaskSchema) -> list[str]:

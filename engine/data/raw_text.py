@@ -1,5 +1,6 @@
 """Text for objectives: the training sentences of tasks, or files with a text a line."""
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from ..utils.errors import InputError
 from ..utils.untrusted_io import read_bytes
 from .decode import decode, undecoded
-from .decompress import decompress
+from .decompress import decompressed
 from .dialect import BUILT_IN
 from .sampler import stratified_subset
 from .table import Table
@@ -55,13 +56,16 @@ def lines_of(path: Path) -> Lines:
     Raises:
         InputError: it cannot be read, is not UTF-8 or holds no text.
     """
-    text, notes = decode(decompress(read_bytes(path, None), path, BUILT_IN), path, BUILT_IN)
+    content = read_bytes(path, None)
+    file = decompressed(io.BytesIO(content), len(content), path, BUILT_IN)
+    pieces, notes = decode(file, path, BUILT_IN)
+    text = "".join(pieces)
     if found := undecoded(text):
         raise InputError(f"not UTF-8: {found}, {path}; convert the file to UTF-8")
     texts = [line.strip() for line in text.splitlines() if line.strip()]
     if not texts:
         raise InputError(f"no text in it, {path}; give a file with a sentence a line")
-    return Lines(texts, notes)
+    return Lines(texts, tuple(notes))
 
 
 def sentences_of(table: Table, task: str, limit: int, seed: int) -> list[str]:

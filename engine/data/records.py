@@ -1,62 +1,81 @@
 """Rows of records whose values have types: JSON and Parquet."""
 
-import io
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..utils.errors import InputError
 from ..utils.untrusted_io import parse_json
+from .blocks import Block
 from .decode import not_utf8, undecoded
 from .dialect import Dialect
-from .rows import TWICE, BadRowError, Row, Rows, find_columns, typed_row
+from .rows import (
+    TWICE,
+    BadRowError,
+    Row,
+    Rows,
+    as_pieces,
+    block_pieces,
+    find_columns,
+    same,
+    typed_row,
+)
 
 _ARRAY = re.compile(r"\s*\[")
 _OPEN_OBJECT = re.compile(r"\s*\{\s*")
 
 
 def json_rows(
+    blocks: Iterator[Block],
+    path: Path,
+    columns: Sequence[str],
+    dialect: Dialect,
+    *,
+    lists: Collection[str] = (),
+    objects: Collection[str] = (),
+) -> Rows:
+    """Return the rows of a file with a JSON object a line.
+
+    Args:
+        blocks: of the file's text (:class:`~.decode.Text`).
+        path: where it comes from, for error messages.
+        columns: the keys to read; further ones are ignored.
+        dialect: how the file is written.
+        lists: the keys whose values may be lists.
+        objects: the keys whose values are objects.
+    """
+    read = _JsonLines(path, tuple(columns), dialect, frozenset(lists), frozenset(objects))
+    return Rows(block_pieces(blocks), read, [])
+
+
+def array_rows(
     text: str,
     path: Path,
     columns: Sequence[str],
     dialect: Dialect,
     *,
-    may_be_array: bool,
     lists: Collection[str] = (),
     objects: Collection[str] = (),
 ) -> Rows:
-    """Return the rows of a JSON file: an object a line or, where that may be, one array of objects.
-
-    Args:
-        text: of the file (:class:`~.decode.Text`).
-        path: where it comes from, for error messages.
-        columns: the keys to read; further ones are ignored.
-        dialect: how the file is written.
-        may_be_array: whether a file that begins with a bracket is one array.
-        lists: the keys whose values may be lists.
-        objects: the keys whose values are objects.
+    """Return the rows of a file that is one JSON array of objects; arguments as above.
 
     Raises:
-        InputError: an array is no JSON.
+        InputError: it is no JSON.
     """
-    if may_be_array and _ARRAY.match(text):
-        notes = ["one JSON array, not an object a line"]
-        return Rows(_array_rows(text, path, columns, dialect, lists, objects), notes)
-    return Rows(_line_rows(text.rstrip("\r\n"), path, columns, dialect, lists, objects), [])
+    records = enumerate(parse_whole(text, path, dialect))
+    rows = (
+        _object_row(record, columns, f"{path}, row {number}", lists=lists, objects=objects)
+        for number, record in records
+    )
+    return Rows(as_pieces(rows), same, ["one JSON array, not an object a line"])
 
 
-def _array_rows(
-    text: str,
-    path: Path,
-    columns: Sequence[str],
-    dialect: Dialect,
-    lists: Collection[str],
-    objects: Collection[str],
-) -> Iterator[Row]:
-    for number, record in enumerate(parse_whole(text, path, dialect)):
-        yield _object_row(record, columns, f"{path}, row {number}", lists=lists, objects=objects)
+def is_array(text: str) -> bool:
+    """Return whether a JSON file that begins so is one array."""
+    return _ARRAY.match(text) is not None
 
 
 def parse_whole(text: str, path: Path, dialect: Dialect) -> Any:
@@ -75,30 +94,35 @@ def parse_whole(text: str, path: Path, dialect: Dialect) -> Any:
         raise InputError(f"not JSON: {reason}, {path}; correct the file") from error
 
 
-def _line_rows(
-    text: str,
-    path: Path,
-    columns: Sequence[str],
-    dialect: Dialect,
-    lists: Collection[str],
-    objects: Collection[str],
-) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        place = f"{path}:{number}"
+@dataclass(frozen=True, slots=True)
+class _JsonLines:
+    """The wanted keys of lines that are an object each."""
+
+    path: Path
+    columns: Sequence[str]
+    dialect: Dialect
+    lists: Collection[str]
+    objects: Collection[str]
+
+    def __call__(self, block: Block) -> Iterator[Row]:
+        """Yield the rows of a block."""
+        for number, line in block.lines:
+            yield self._row(number, line)
+
+    def _row(self, number: int, line: str) -> Row:
+        place = f"{self.path}:{number}"
         advice = "correct the row"
         if _ARRAY.match(line):
             advice = f"end the file's name in .json if it is one array, or {advice}"
         elif _OPEN_OBJECT.fullmatch(line):
             advice = f"write an object a line, or one array of objects as .json, or {advice}"
         if found := undecoded(line):
-            yield Row(place, BadRowError("not UTF-8", found, not_utf8(dialect, advice)))
-            continue
+            return Row(place, BadRowError("not UTF-8", found, not_utf8(self.dialect, advice)))
         try:
             record = parse_json(line, unambiguous)
         except ValueError as error:
-            yield Row(place, BadRowError("not JSON", " ".join(str(error).split()), advice))
-            continue
-        yield _object_row(record, columns, place, advice, lists, objects)
+            return Row(place, BadRowError("not JSON", " ".join(str(error).split()), advice))
+        return _object_row(record, self.columns, place, advice, self.lists, self.objects)
 
 
 def _object_row(
@@ -124,33 +148,45 @@ def unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def parquet_rows(
-    content: bytes,
+    file: IO[bytes],
     path: Path,
     columns: Sequence[str],
     lists: Collection[str] = (),
     objects: Collection[str] = (),
-) -> Iterator[Row]:
-    """Yield the rows of a Parquet file.
+) -> Rows:
+    """Return the rows of a Parquet file.
 
     Args:
-        content: of the file.
+        file: its bytes, which can be read in any order.
         path: where it comes from, for error messages.
         columns: those to read; further ones are ignored.
         lists: those whose values may be lists.
         objects: those whose values are objects.
+    """
+    return Rows(as_pieces(_parquet_rows(file, path, columns, lists, objects)), same, [])
+
+
+def _parquet_rows(
+    file: IO[bytes],
+    path: Path,
+    columns: Sequence[str],
+    lists: Collection[str],
+    objects: Collection[str],
+) -> Iterator[Row]:
+    """Yield the rows.
 
     Raises:
-        InputError: it cannot be read, or a column is missing, or wanted and there twice.
+        InputError: the file cannot be read, or a column is missing, or wanted and there twice.
     """
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
         raise InputError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from None
     try:
-        file = parquet.ParquetFile(io.BytesIO(content))
-        find_columns(file.schema_arrow.names, columns, str(path))
+        opened = parquet.ParquetFile(file)
+        find_columns(opened.schema_arrow.names, columns, str(path))
         batches: Iterable[list[dict[str, object]]] = (
-            batch.to_pylist() for batch in file.iter_batches(columns=list(columns))
+            batch.to_pylist() for batch in opened.iter_batches(columns=list(columns))
         )
         records = (record for batch in batches for record in batch)
         for number, record in enumerate(records):

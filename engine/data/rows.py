@@ -1,11 +1,13 @@
 """Rows of a data file: the texts of the wanted columns, whatever the file's format."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
+from .blocks import Block
 
 _HALF = re.compile(r"[\ud800-\udfff]")
 """Halves of characters, which JSON can spell and nothing can write down."""
@@ -37,16 +39,54 @@ class Row(NamedTuple):
     values: Sequence[str] | BadRowError
 
 
+class Piece(NamedTuple):
+    """A part of a file, whose rows are made of it by itself.
+
+    Attributes:
+        first_row: the number of its first row, from 0.
+        content: what :attr:`Rows.read` makes rows of.
+    """
+
+    first_row: int
+    content: Any
+
+
 class Rows(NamedTuple):
     """The rows of a whole file.
 
     Attributes:
-        rows: in the order of the file; reading on may raise InputError.
-        notes: phrases on how the file was read; complete once the rows are read.
+        pieces: in the order of the file; reading on may raise InputError.
+        read: makes rows of a piece's content, in any process.
+        notes: phrases on how the file was read; complete once the pieces are there.
     """
 
-    rows: Iterable[Row]
+    pieces: Iterable[Piece]
+    read: Callable[[Any], Iterable[Row]]
     notes: list[str]
+
+
+_ROWS_OF_A_PIECE = 4096
+
+
+def as_pieces(items: Iterable[Any]) -> Iterator[Piece]:
+    """Yield rows, or what one row each is made of, in pieces of lists."""
+    first, items = 0, iter(items)
+    while several := list(islice(items, _ROWS_OF_A_PIECE)):
+        yield Piece(first, several)
+        first += len(several)
+
+
+def block_pieces(blocks: Iterable[Block]) -> Iterator[Piece]:
+    """Yield blocks of lines that are a row each."""
+    first = 0
+    for block in blocks:
+        yield Piece(first, block)
+        first += block.num_lines
+
+
+def same(rows: Iterable[Row]) -> Iterable[Row]:
+    """Return rows that a piece has already."""
+    return rows
 
 
 def typed_row(

@@ -21,7 +21,7 @@ from ..utils.field_types import Count, FileName, GivenName, Name, Positive, Real
 from ..utils.untrusted_io import read_bytes
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
-from .rows import Row, Rows, find_columns, typed_row
+from .rows import Row, Rows, as_pieces, find_columns, same, typed_row
 from .split_source import Column, Delimiter, Encoding, Label, Split, SplitSource, Text
 from .table import OnBadRow, Table, collect, parse_table
 from .tags import Scheme, scheme_of
@@ -443,7 +443,7 @@ class HubSplit:
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, where)
         check_columns(self._data, columns, where, format_.list_columns, format_.object_columns)
-        rows = Rows(self._rows(format_, columns, where), [])
+        rows = Rows(as_pieces(self._rows(format_, columns, where)), same, [])
         return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
     def _rows(self, format_: TaskSchema, columns: tuple[str, ...], where: str) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from ..utils.errors import InputError
 from ..utils.untrusted_io import parse_json
 from .dialect import Dialect
 from .records import parse_whole
-from .rows import BadRowError, Row, Rows, shorten, typed_row
+from .rows import BadRowError, Row, Rows, as_pieces, same, shorten, typed_row
 
 Span = tuple[int, int]
 """The first character of an answer in its context, and the one behind its last."""
@@ -93,7 +93,7 @@ def squad_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) 
     of impossible questions are no answers.
 
     Args:
-        text: of the file (:class:`~.decode.Text`).
+        text: all of the file (:class:`~.decode.Text`).
         path: where it comes from, for error messages.
         columns: those to read.
         dialect: how the file is written.
@@ -101,7 +101,8 @@ def squad_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) 
     Raises:
         InputError: it is no JSON, or not nested so.
     """
-    return Rows(_questions(parse_whole(text, path, dialect), path, columns), [])
+    rows = _questions(parse_whole(text, path, dialect), path, columns)
+    return Rows(as_pieces(rows), same, [])
 
 
 def _questions(content: Any, path: Path, columns: Sequence[str]) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 """Read sentences and labels of an untrusted file into a table."""
 
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ import numpy.typing as npt
 
 from ..utils.errors import InputError
 from ..utils.untrusted_io import read_bytes
+from .blocks import blocks_of, joined, with_text
 from .conll import conll_rows
 from .decode import decode
-from .decompress import decompress
+from .decompress import decompressed
 from .delimited import delimited_rows
 from .dialect import DELIMITERS
-from .records import json_rows, parquet_rows
+from .records import array_rows, is_array, json_rows, parquet_rows
 from .rows import BadRowError, Rows, shorten
 from .squad import Span, is_nested, squad_rows
 from .task_schema import TaskSchema
@@ -105,28 +107,30 @@ def _rows_of(content: bytes, path: Path, format_: TaskSchema, *, labelled: bool)
     layout, dialect = format_.layout_of(path), format_.dialect
     columns, lists = format_.columns(labelled=labelled), format_.list_columns
     objects = format_.object_columns
-    content = decompress(content, path, dialect)
+    pieces = decompressed(io.BytesIO(content), len(content), path, dialect)
     if layout == "parquet":
-        return Rows(parquet_rows(content, path, columns, lists, objects), [])
-    text, notes = decode(content, path, dialect)
-    if not text.strip():
+        return parquet_rows(io.BytesIO(b"".join(pieces)), path, columns, lists, objects)
+    text, notes = decode(pieces, path, dialect)
+    found = with_text(blocks_of(text))
+    if found is None:
         raise InputError(f"empty file, {path}; give one with rows")
+    beginning, blocks = found
     if layout in DELIMITERS:
         optional = "" if labelled else format_.label
-        rows = delimited_rows(text, path, columns, dialect, DELIMITERS[layout], optional)
-    elif layout in ("conll", "conllu"):
+        between = DELIMITERS[layout]
+        return delimited_rows(blocks, path, columns, dialect, between, optional, notes)
+    if layout in ("conll", "conllu"):
         if format_.labels != "words":
             raise InputError(f"{path}: a column file, which has words with tags; give a table")
-        rows = conll_rows(text, path, columns, dialect, universal=layout == "conllu")
-    elif layout == "json" and format_.labels == "spans" and is_nested(text):
-        rows = squad_rows(text, path, columns, dialect)
+        rows = conll_rows(blocks, path, columns, dialect, universal=layout == "conllu")
+    elif layout == "json" and format_.labels == "spans" and is_nested(beginning):
+        rows = squad_rows(joined(blocks), path, columns, dialect)
+    elif layout == "json" and is_array(beginning):
+        rows = array_rows(joined(blocks), path, columns, dialect, lists=lists, objects=objects)
     else:
-        is_array = layout == "json"
-        rows = json_rows(
-            text, path, columns, dialect, may_be_array=is_array, lists=lists, objects=objects
-        )
-    rows.notes[:0] = notes
-    return rows
+        rows = json_rows(blocks, path, columns, dialect, lists=lists, objects=objects)
+    notes += rows.notes
+    return rows._replace(notes=notes)
 
 
 def collect(
@@ -154,7 +158,8 @@ def collect(
     bad_rows: Counter[str] = Counter()
     blank: list[int] = []
     first_bad = ""
-    for number, (place, values) in enumerate(rows.rows):
+    read = (row for piece in rows.pieces for row in rows.read(piece.content))
+    for number, (place, values) in enumerate(read):
         identifier = "" if format_.id else str(number)
         try:
             if isinstance(values, BadRowError):

@@ -246,7 +246,7 @@ ASK = "correct the row or see --on-bad-row"
             b'[{"text": "fine", "label": 1},\n',
             "f.json",
             {},
-            "not JSON: Expecting value: line 2 column 1 (char 31), f.json; correct the file",
+            "not JSON: Expecting value: line 1 column 31 (char 30), f.json; correct the file",
         ),
         (
             b'[{"text": "caf\xe9", "label": 1}]',

@@ -1,0 +1,78 @@
+"""Blocks of whole lines: the pieces in which a text file is read."""
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import NamedTuple
+
+BLOCK = 1 << 20
+"""Characters of a block, or a line more."""
+
+
+class Block(NamedTuple):
+    r"""Neighbouring lines of a file.
+
+    Attributes:
+        first_line: the number of the first, from 1.
+        text: the lines, with ``\n`` between them.
+    """
+
+    first_line: int
+    text: str
+
+    @property
+    def lines(self) -> Iterator[tuple[int, str]]:
+        r"""The lines and their numbers, without the ``\r`` of a ``\r\n``."""
+        for number, line in enumerate(self.text.split("\n"), start=self.first_line):
+            yield number, line.removesuffix("\r")
+
+    @property
+    def num_lines(self) -> int:
+        """How many lines it has."""
+        return self.text.count("\n") + 1
+
+    def behind_first(self) -> "Block | None":
+        """Return the block without its first line; None where it has no other."""
+        _, end, rest = self.text.partition("\n")
+        return Block(self.first_line + 1, rest) if end else None
+
+
+def blocks_of(pieces: Iterable[str], size: int = BLOCK) -> Iterator[Block]:
+    """Cut a text into blocks; line ends that nothing follows are left out.
+
+    Args:
+        pieces: of the text, which are cut anywhere.
+        size: characters from which on a block ends at the next end of a line.
+    """
+    number, kept, looked_at = 1, "", 0
+    for piece in pieces:
+        kept += piece
+        if len(kept) < size:
+            continue
+        # An end of a line that other text follows, in what was not looked at.
+        end = kept.rfind("\n", looked_at, len(kept.rstrip("\r\n")))
+        if end < 0:
+            looked_at = len(kept.rstrip("\r\n"))
+            continue
+        block = Block(number, kept[:end])
+        yield block
+        number, kept, looked_at = number + block.num_lines, kept[end + 1 :], 0
+    if (rest := kept.rstrip("\r\n")) or number == 1:
+        yield Block(number, rest)
+
+
+def with_text(blocks: Iterator[Block]) -> tuple[str, Iterator[Block]] | None:
+    """Return how a text begins, up to the end of the first block that is not blank, and all blocks.
+
+    None where all of it is blank.
+    """
+    kept: list[Block] = []
+    for block in blocks:
+        kept.append(block)
+        if block.text.strip():
+            return "\n".join(block.text for block in kept), chain(kept, blocks)
+    return None
+
+
+def joined(blocks: Iterable[Block]) -> str:
+    """Return the text of all blocks."""
+    return "\n".join(block.text for block in blocks)
