@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from .._kernels import kernels
+from ..utils.arrays import Indices, ranges
 from .batch_shapes import PADDING_TOKENS, BatchShape, Shapes
-from .task_batch import (
-    Examples,
-    Indices,
-    Labels,
-    TaskBatch,
-    empty_task_batch,
-    map_labels,
-    pad_labels,
-    ranges,
-)
+from .task_batch import Examples, Labels, TaskBatch, empty_task_batch, map_labels, pad_labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,12 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
+from ..utils.arrays import Indices
 from .batch_shapes import OneShape, RoundedShapes, ShapePlan, Shapes
 from .collate import PackedBatch, pack
 from .sampler import TaskSampler
 from .split import TokenizedSplit
-from .task_batch import Examples, Indices, empty_task_batch
+from .task_batch import Examples, empty_task_batch
 from .task_schedule import ScheduledBatch
 
 _PLANNED = 512

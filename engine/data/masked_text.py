@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..utils.arrays import Indices
 from ..utils.errors import InputError
 from ..utils.rng import uniforms
 from .raw_text import NOT_KNOWN, Found, joined, split_sentences, token_ids
-from .task_batch import Indices, MaskedTokens, TaskBatch
+from .task_batch import MaskedTokens, TaskBatch
 from .tokenizer import Tokenizer
 
 _TO_MASK, _TO_RANDOM = 0.8, 0.9

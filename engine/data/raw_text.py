@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..utils.arrays import Indices
 from ..utils.errors import InputError
 from ..utils.untrusted_io import read_bytes
 from .decode import decode, undecoded
@@ -15,7 +16,6 @@ from .decompress import decompressed
 from .dialect import BUILT_IN
 from .sampler import stratified_subset
 from .table import Table
-from .task_batch import Indices
 from .tokenizer import Tokenizer
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")

@@ -10,8 +10,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from ..utils.arrays import Indices
 from ..utils.rng import permutation
-from .task_batch import Indices
 
 
 class TaskSampler:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..utils.arrays import Indices
 from .raw_text import NOT_KNOWN, Found
-from .task_batch import Indices, TaskBatch
+from .task_batch import TaskBatch
 
 
 @dataclass(frozen=True, slots=True)

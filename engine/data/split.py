@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..utils.arrays import Indices, ranges
 from ..utils.errors import InputError
 from .table import Table, strata
-from .task_batch import AnswerSpans, Indices, Labels, TaggedTokens, TaskBatch, TextIds, ranges
+from .task_batch import AnswerSpans, Labels, TaggedTokens, TaskBatch, TextIds
 from .task_schema import TaskSchema
 from .tokenizer import EncodedTexts, Tokenizer
 from .windows import Spans, windows_of

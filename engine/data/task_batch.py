@@ -9,7 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.nn import functional as F
 
-Indices = npt.NDArray[np.int64]
+from ..utils.arrays import Indices
 
 
 class MaskedTokens(NamedTuple):
@@ -150,9 +150,3 @@ def map_labels(labels: Labels | None, move: Callable[[Tensor], Tensor]) -> Label
         return None if labels is None else move(labels)
     moved = {name: move(x) for name, x in labels._asdict().items() if x is not None}
     return labels._replace(**moved)
-
-
-def ranges(starts: Indices, sizes: Indices) -> Indices:
-    """Return ``starts[i], starts[i] + 1, …`` (``sizes[i]`` numbers) for one i after the other."""
-    ends = np.cumsum(sizes)
-    return np.arange(sizes.sum()) + np.repeat(starts - ends + sizes, sizes)

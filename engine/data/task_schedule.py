@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..utils.arrays import Indices
 from ..utils.rng import uniforms
-from .task_batch import Indices
 
 TASK_SCHEDULES = ("together", "sequential", "cycle", "round_robin", "annealed")
 

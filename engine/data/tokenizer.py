@@ -18,11 +18,11 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from ..utils.arrays import ranges
 from ..utils.errors import InputError
 from ..utils.files import write_text
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import parse_json, read_bytes
-from .task_batch import ranges
 from .tokenizer_file import LARGEST_FILE, known_part, refuse_sampling
 from .tokenizer_process import TokenizerProcess
 

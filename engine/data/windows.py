@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..utils.arrays import Indices, ranges
 from ..utils.errors import InputError
 from .squad import Span
-from .task_batch import Indices, ranges
 from .tokenizer import EncodedTexts, Tokenizer
 
 _LONGEST = 1 << 24

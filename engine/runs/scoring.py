@@ -16,7 +16,6 @@ from ..checkpoints.manifest import describe_source
 from ..config.recipe import Recipe
 from ..data.loader import evaluation_batches
 from ..data.split import TokenizedSplit
-from ..data.task_batch import ranges
 from ..data.task_schema import TaskSchema
 from ..data.windows import Spans
 from ..distributed.ranks import Ranks
@@ -31,6 +30,7 @@ from ..models.heads import (
     rank_passages,
 )
 from ..models.multitask import MultitaskModel
+from ..utils.arrays import ranges
 from ..utils.errors import InputError
 from ..utils.files import write_text
 from ..utils.json_text import dump_json

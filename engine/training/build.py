@@ -9,7 +9,7 @@ from ..checkpoints.async_writer import AsyncWriter
 from ..config.recipe import Recipe, torch_arguments_of
 from ..data.sampler import TaskSampler, stratified_subset
 from ..data.split import TokenizedSplit
-from ..data.task_batch import Examples, Indices
+from ..data.task_batch import Examples
 from ..data.task_schedule import TaskSchedule
 from ..distributed.gradient_sync import build_gradient_sync
 from ..distributed.rank_check import RankCheck
@@ -31,6 +31,7 @@ from ..runs.run import Run
 from ..runtime.execution import COMPILED, RECORDED, Execution
 from ..runtime.oom import check_memory, smaller_batches
 from ..runtime.precision import pick_dtype, set_matmul_precision
+from ..utils.arrays import Indices
 from ..utils.errors import InputError
 from .precompute import precompute_hidden_states
 from .step import MultitaskStep

@@ -7,10 +7,10 @@ import torch
 
 from ..data.loader import evaluation_batches
 from ..data.split import TokenizedSplit
-from ..data.task_batch import ranges
 from ..models.context import Context
 from ..models.multitask import MultitaskModel
 from ..models.pooling import pool
+from ..utils.arrays import ranges
 
 _MAX_TOKENS = 8192  # a batch
 
