@@ -2,11 +2,11 @@
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,11 @@ from .decompress import decompressed
 from .delimited import delimited_rows
 from .dialect import DELIMITERS
 from .records import array_rows, is_array, json_rows, parquet_rows
-from .rows import BadRowError, Rows, shorten
+from .rows import BadRowError, Row, Rows, shorten
 from .squad import Span, is_nested, squad_rows
 from .task_schema import TaskSchema
+
+T = TypeVar("T")
 
 OnBadRow = Literal["error", "skip", "blank"]
 """Treatment of a row that cannot be used.
@@ -48,6 +50,7 @@ class Table:
         words: of each text, where its words are tagged; ``sentences`` has them joined by blanks.
         answers: of each question its spans of the context; None of other tasks, or where they were
             not asked for.
+        first_bad: what was wrong with the first row that was skipped or blanked.
     """
 
     ids: list[str]
@@ -58,6 +61,7 @@ class Table:
     notes: tuple[str, ...] = ()
     words: list[list[str]] | None = None
     answers: list[list[Span]] | None = None
+    first_bad: str = ""
 
     @property
     def strata(self) -> npt.NDArray[np.float32]:
@@ -150,6 +154,39 @@ def collect(
         labelled: whether the label is among the columns.
         on_bad_row: what to do with a row that cannot be used.
     """
+    tables = [
+        table_of(
+            rows.read(piece.content),
+            piece.first_row,
+            format_,
+            labelled=labelled,
+            on_bad_row=on_bad_row,
+        )
+        for piece in rows.pieces
+    ]
+    return _joined(tables, where, rows.notes)
+
+
+def table_of(
+    rows: Iterable[Row],
+    first_row: int,
+    format_: TaskSchema,
+    *,
+    labelled: bool,
+    on_bad_row: OnBadRow,
+) -> Table:
+    """Check the rows of a piece, and make a table of them, which may be empty.
+
+    Args:
+        rows: as for :func:`collect`.
+        first_row: the number of the first.
+        format_: likewise, as are those below.
+        labelled: likewise.
+        on_bad_row: likewise.
+
+    Raises:
+        InputError: with ``on_bad_row="error"``, a row cannot be used.
+    """
     ids: list[str] = []
     sentences: tuple[list[str], ...] = tuple([] for _ in format_.sentences)
     words: list[list[str]] = []
@@ -158,8 +195,7 @@ def collect(
     bad_rows: Counter[str] = Counter()
     blank: list[int] = []
     first_bad = ""
-    read = (row for piece in rows.pieces for row in rows.read(piece.content))
-    for number, (place, values) in enumerate(read):
+    for number, (place, values) in enumerate(rows, start=first_row):
         identifier = "" if format_.id else str(number)
         try:
             if isinstance(values, BadRowError):
@@ -186,18 +222,68 @@ def collect(
         words.append(own_words)
         labels.append([float(bool(spans))] if format_.labels == "spans" else label)
         answers.append(spans)
-
-    if len(ids) == len(blank):
-        raise InputError(_no_usable_row(where, bad_rows, first_bad))
     return Table(
         ids=ids,
         sentences=sentences,
         labels=_array(labels, format_) if labelled else None,
         bad_rows=dict(bad_rows),
         blank=tuple(blank),
-        notes=tuple(rows.notes),
         words=words if format_.labels == "words" else None,
         answers=answers if labelled and format_.labels == "spans" else None,
+        first_bad=first_bad,
+    )
+
+
+def check_usable(usable: int, where: str, bad_rows: Mapping[str, int], first_bad: str) -> None:
+    """Refuse a file without a usable row.
+
+    Args:
+        usable: how many it has.
+        where: what the rows come from.
+        bad_rows: how many were skipped or blanked, by reason.
+        first_bad: what was wrong with the first of these.
+
+    Raises:
+        InputError: it has none.
+    """
+    if usable:
+        return
+    if not first_bad:
+        raise InputError(f"no usable row, {where}; give a file that has some")
+    counts = ", ".join(f"{reason}: {count}" for reason, count in bad_rows.items())
+    raise InputError(f"no usable row ({counts}), {where}; the first: {first_bad}")
+
+
+def _joined(tables: Sequence[Table], where: str, notes: Sequence[str]) -> Table:
+    """Return one table of those of all pieces.
+
+    Raises:
+        InputError: no row is usable.
+    """
+    bad_rows = sum((Counter(table.bad_rows) for table in tables), Counter[str]())
+    first_bad = next((table.first_bad for table in tables if table.first_bad), "")
+    starts = accumulate(map(len, tables), initial=0)
+    blank = [
+        row + start for table, start in zip(tables, starts, strict=False) for row in table.blank
+    ]
+    check_usable(sum(map(len, tables)) - len(blank), where, bad_rows, first_bad)
+
+    def all_of(lists: Iterable[Sequence[T] | None]) -> list[T] | None:
+        found = [each for each in lists if each is not None]
+        return list(chain.from_iterable(found)) if found else None
+
+    columns = zip(*(table.sentences for table in tables), strict=True)
+    labels = [table.labels for table in tables if table.labels is not None]
+    return Table(
+        ids=[identifier for table in tables for identifier in table.ids],
+        sentences=tuple(list(chain.from_iterable(parts)) for parts in columns),
+        labels=np.concatenate(labels) if labels else None,
+        bad_rows=dict(bad_rows),
+        blank=tuple(blank),
+        notes=tuple(notes),
+        words=all_of(table.words for table in tables),
+        answers=all_of(table.answers for table in tables),
+        first_bad=first_bad,
     )
 
 
@@ -223,13 +309,6 @@ def _array(labels: Sequence[Sequence[float]], format_: TaskSchema) -> npt.NDArra
     if format_.labels in ("one", "spans", "none"):
         return np.array([row[0] if row else 0.0 for row in labels], dtype=np.float32)
     return np.array(list(chain.from_iterable(labels)), dtype=np.float32)
-
-
-def _no_usable_row(where: str, bad_rows: Counter[str], first_bad: str) -> str:
-    if not first_bad:
-        return f"no usable row, {where}; give a file that has some"
-    counts = ", ".join(f"{reason}: {count}" for reason, count in bad_rows.items())
-    return f"no usable row ({counts}), {where}; the first: {first_bad}"
 
 
 def _check(
