@@ -11,46 +11,27 @@ import errno
 import hashlib
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-import numpy as np
-
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
-from ..utils.ownership import check_private_place, is_own_folder
-from ..utils.untrusted_io import parse_json
+from ..utils.ownership import check_private_place
+from .entry import DamagedEntryError, EntryWriter, open_entry
+from .prepare import Preparation, prepared
 from .rows import lines_on
 from .source import Origin
-from .split import TokenizedSplit, tokenize_by_schema
+from .split import TokenizedSplit
 from .table import OnBadRow
 from .task_schema import TaskSchema
+from .tokenized import Joiner
 from .tokenizer import Tokenizer
-from .windows import Spans
 
-_VERSION = 8
+_VERSION = 9
 """Raise it when reading, tokenizing or the layout of an entry changes."""
-
-_INDEX, _META = "index.json", "meta.json"
-_ARRAYS = (
-    "tokens",
-    "offsets",
-    "labels",
-    "token_types",
-    "word_offsets",
-    "word_sizes",
-    "text_ids",
-)
-_SPANS = "spans."
-_FILES = {
-    *(f"{name}.npy" for name in _ARRAYS),
-    *(f"{_SPANS}{name}.npy" for name in Spans._fields),
-    _META,
-}
-
-_META_FIELDS = ("task", "ids", "columns", "truncated", "bad_rows", "blank", "notes")
 
 _OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """Errors of rename where the new folder's name is taken."""
@@ -70,7 +51,10 @@ def load_split(
     *,
     labelled: bool = True,
     on_bad_row: OnBadRow = "error",
+    joins_pairs: bool = False,
     cache: Path | None = None,
+    workers: int = 0,
+    verify: bool = False,
 ) -> TokenizedSplit:
     """Return a file's or data set's tokenized examples from the cache, or tokenize and cache them.
 
@@ -81,7 +65,10 @@ def load_split(
         max_length: the most tokens in a sentence, ``[CLS]`` and ``[SEP]`` included.
         labelled: read the labels too.
         on_bad_row: what to do with a row that cannot be used.
+        joins_pairs: make one sequence of the two sentences of an example.
         cache: the cache's folder; None for :func:`default_cache`.
+        workers: processes that tokenize a large file; 0 for as many as there are cores.
+        verify: read all of large files to tell whether they are what they were, not samples.
 
     Raises:
         InputError: the file cannot be used, or the cache not be written, or others can write it.
@@ -91,23 +78,38 @@ def load_split(
     made_from = {
         "user": os.geteuid(),
         "version": _VERSION,
-        "data": origin.digest(),
+        "data": origin.digest(verify=verify),
         "format": repr(format_),
         "tokenizer": tokenizer.to_json(),
         "max_length": max_length,
         "labelled": labelled,
         "on_bad_row": on_bad_row,
+        "joins_pairs": joins_pairs,
     }
     key = hashlib.sha256(dump_json(made_from, sort_keys=True).encode()).hexdigest()
     entry = root / key
     try:
-        return _with_name(_open_entry(entry), origin.name)
-    except _DamagedEntryError:
-        table = origin.table(format_, labelled=labelled, on_bad_row=on_bad_row)
-        split = tokenize_by_schema(format_, table, tokenizer, max_length)
+        return _with_name(open_entry(entry, verify=verify), origin.name)
+    except DamagedEntryError:
+        pass
+    rows = origin.rows(format_, labelled=labelled)
+    preparation = Preparation(
+        read=rows.read,
+        schema=format_,
+        labelled=labelled,
+        on_bad_row=on_bad_row,
+        max_length=max_length,
+        joins_pairs=joins_pairs,
+    )
     try:
-        return _with_name(_write_entry(entry, split), origin.name)
-    except (OSError, _DamagedEntryError) as error:
+        with _making(entry) as made, EntryWriter(made) as writer:
+            joiner = Joiner(writer.append)
+            for piece in prepared(rows.pieces, preparation, tokenizer, workers):
+                joiner.add(piece)
+            joiner.check_usable(origin.where)
+            writer.finish(format_.task, joiner.totals(), tuple(rows.notes))
+        return _with_name(open_entry(entry), origin.name)
+    except (OSError, DamagedEntryError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"cannot write the cache of tokenized data: {reason}, {root}; "
@@ -120,71 +122,27 @@ def _with_name(split: TokenizedSplit, name: str) -> TokenizedSplit:
     return replace(split, notes=lines_on(name, split.notes))
 
 
-class _DamagedEntryError(Exception):
-    """A missing or damaged entry."""
+@contextmanager
+def _making(entry: Path) -> Iterator[Path]:
+    """Make an empty folder, and give it the name of an entry when the body is done.
 
-
-def _open_entry(entry: Path) -> TokenizedSplit:
-    """Open an entry, memory-mapped."""
-    try:
-        if not is_own_folder(entry):
-            raise _DamagedEntryError(f"{entry.name} belongs to others, or others can write it")
-        index = parse_json((entry / _INDEX).read_bytes())
-        if not index.keys() <= _FILES:
-            raise _DamagedEntryError("the index names other files")
-        for name, digest in index.items():
-            if _file_hash(entry / name) != digest:
-                raise _DamagedEntryError(name)
-        meta = parse_json((entry / _META).read_bytes())
-        arrays = {
-            name: np.load(entry / f"{name}.npy", mmap_mode="r")
-            for name in _ARRAYS
-            if f"{name}.npy" in index
-        }
-        if f"{_SPANS}{Spans._fields[0]}.npy" in index:
-            of_spans = (
-                np.load(entry / f"{_SPANS}{name}.npy", mmap_mode="r") for name in Spans._fields
-            )
-            arrays["spans"] = Spans(*of_spans)
-        return TokenizedSplit(
-            **(meta | {name: tuple(meta[name]) for name in ("blank", "notes")}),
-            **({"labels": None} | arrays),
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _DamagedEntryError(str(error)) from error
-
-
-def _write_entry(entry: Path, split: TokenizedSplit) -> TokenizedSplit:
-    """Put a split into the cache and return it as the cache has it."""
+    Raises:
+        OSError: the system refuses it.
+    """
     entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="making-", dir=entry.parent) as workshop:
         made = Path(workshop) / "made"
         made.mkdir(mode=0o700)
-        for name in _ARRAYS:
-            if (array := getattr(split, name)) is not None:
-                np.save(made / f"{name}.npy", array)
-        for name, array in ({} if split.spans is None else split.spans._asdict()).items():
-            np.save(made / f"{_SPANS}{name}.npy", array)
-        meta = {name: getattr(split, name) for name in _META_FIELDS}
-        (made / _META).write_text(dump_json(meta), encoding="utf-8")
-        index = {path.name: _file_hash(path) for path in made.iterdir()}
-        (made / _INDEX).write_text(dump_json(index), encoding="utf-8")
-        for path in made.iterdir():
-            path.chmod(0o600)
+        yield made
         for attempt in count():
             try:
                 os.rename(made, entry)
-                break
+                return
             except OSError as error:
                 if error.errno not in _OCCUPIED:
                     raise
-            with suppress(_DamagedEntryError):
-                return _open_entry(entry)  # another process was faster
+            with suppress(DamagedEntryError):
+                open_entry(entry)
+                return  # another process was faster
             with suppress(FileNotFoundError):
                 os.rename(entry, Path(workshop) / f"damaged-{attempt}")
-    return _open_entry(entry)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

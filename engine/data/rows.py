@@ -26,6 +26,10 @@ class BadRowError(Exception):
         self.detail = detail
         self.advice = advice
 
+    def __reduce__(self) -> tuple[type["BadRowError"], tuple[str, str, str]]:
+        """Return what another process makes it of."""
+        return BadRowError, (self.reason, self.detail, self.advice)
+
 
 class Row(NamedTuple):
     """A row of a file.

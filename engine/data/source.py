@@ -1,12 +1,13 @@
 """Sources of a task's examples, as a recipe names them: files, or a data set."""
 
 import hashlib
+import io
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -18,12 +19,13 @@ from pydantic import (
 
 from ..utils.errors import InputError
 from ..utils.field_types import Count, FileName, GivenName, Name, Positive, Real, Settings
-from ..utils.untrusted_io import read_bytes
+from ..utils.fingerprint import WHOLE, digest, sample_digest
+from ..utils.untrusted_io import file_size, open_file
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
-from .rows import Row, Rows, as_pieces, find_columns, same, typed_row
+from .rows import Piece, Row, Rows, as_pieces, find_columns, same, typed_row
 from .split_source import Column, Delimiter, Encoding, Label, Split, SplitSource, Text
-from .table import OnBadRow, Table, collect, parse_table
+from .table import OnBadRow, Table, collect, file_rows
 from .tags import Scheme, scheme_of
 from .task_schema import TaskSchema
 
@@ -401,7 +403,7 @@ class TaskSource(Settings):
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of examples; it is read once."""
+    """A file of examples; a small one is read once."""
 
     path: Path
 
@@ -410,19 +412,47 @@ class DataFile:
         """The file's name."""
         return self.path.name
 
-    @cached_property
-    def _content(self) -> bytes:
-        return read_bytes(self.path, None)
+    @property
+    def where(self) -> str:
+        """What error messages call it."""
+        return str(self.path)
 
-    def digest(self) -> str:
-        """Return a hash of all that decides what is read."""
-        return f"{''.join(endings(self.path))}:{hashlib.sha256(self._content).hexdigest()}"
+    @cached_property
+    def _content(self) -> bytes | None:
+        """All of it; None where it is large."""
+        with open_file(self.path) as file:
+            return file.read() if file_size(file) <= WHOLE else None
+
+    def digest(self, *, verify: bool = False) -> str:
+        """Return a hash of all that decides what is read.
+
+        A large file is known by its name, size and time and by samples of it; with ``verify`` by
+        all of it.
+        """
+        if self._content is not None:
+            found = hashlib.sha256(self._content).hexdigest()
+        elif verify:
+            found = digest(self.path)
+        else:
+            changed = self.path.stat().st_mtime_ns
+            found = f"{self.name}:{changed}:{sample_digest(self.path)}"
+        return f"{''.join(endings(self.path))}:{found}"
+
+    def rows(self, format_: TaskSchema, *, labelled: bool) -> Rows:
+        """Return the rows: :func:`~.table.file_rows`."""
+        file = open_file(self.path) if self._content is None else io.BytesIO(self._content)
+        rows = file_rows(file, self.path, format_, labelled=labelled)
+        return rows._replace(pieces=_closing(file, rows.pieces))
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
-        """Return the examples: :func:`~.table.parse_table`."""
-        return parse_table(
-            self._content, self.path, format_, labelled=labelled, on_bad_row=on_bad_row
-        )
+        """Return the examples: :func:`~.table.collect`."""
+        rows = self.rows(format_, labelled=labelled)
+        return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
+
+
+def _closing(file: IO[bytes], pieces: Iterable[Piece]) -> Iterator[Piece]:
+    with file:
+        yield from pieces
 
 
 @dataclass(frozen=True)
@@ -433,18 +463,26 @@ class HubSplit:
     subset: str
     split: str
 
-    def digest(self) -> str:
+    @property
+    def where(self) -> str:
+        """What error messages call it."""
+        return f"data set {self.name}, split {self.split}"
+
+    def digest(self, *, verify: bool = False) -> str:  # noqa: ARG002 -- the library sees to it
         """Return the library's fingerprint of the data."""
         return str(self._data._fingerprint)
 
+    def rows(self, format_: TaskSchema, *, labelled: bool) -> Rows:
+        """Return the rows, each a record of the data set."""
+        columns = format_.columns(labelled=labelled)
+        find_columns(self._data.column_names, columns, self.where)
+        check_columns(self._data, columns, self.where, format_.list_columns, format_.object_columns)
+        return Rows(as_pieces(self._rows(format_, columns, self.where)), same, [])
+
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.table.collect`."""
-        where = f"data set {self.name}, split {self.split}"
-        columns = format_.columns(labelled=labelled)
-        find_columns(self._data.column_names, columns, where)
-        check_columns(self._data, columns, where, format_.list_columns, format_.object_columns)
-        rows = Rows(as_pieces(self._rows(format_, columns, where)), same, [])
-        return collect(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
+        rows = self.rows(format_, labelled=labelled)
+        return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
     def _rows(self, format_: TaskSchema, columns: tuple[str, ...], where: str) -> Iterator[Row]:
         data, lists = self._data.select_columns(list(columns)), format_.list_columns

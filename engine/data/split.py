@@ -1,19 +1,29 @@
 """A split of a task as token ids, for sampling and packing."""
 
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..utils.arrays import Indices, ranges
-from ..utils.errors import InputError
 from .table import Table, strata
 from .task_batch import AnswerSpans, Labels, TaggedTokens, TaskBatch, TextIds
 from .task_schema import TaskSchema
-from .tokenizer import EncodedTexts, Tokenizer
-from .windows import Spans, windows_of
+from .tokenized import (
+    SPANS,
+    TEXT_KEYS,
+    Array,
+    Joiner,
+    Totals,
+    spans_of_arrays,
+    text_ids,
+    tokenize_table,
+)
+from .tokenizer import Tokenizer
+from .windows import Spans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +32,7 @@ class TokenizedSplit:
 
     Attributes:
         task: the task's name.
-        ids: the ``id`` of each example.
+        examples: n; of question answering windows, of which several may be of one question.
         columns: sentences in an example, c: 1 or 2, of retrieval 2 or more.
         tokens: uint16 or int32 ``[T]``, all sentences one after the other; memory-mapped where
             the split comes from the cache.
@@ -40,13 +50,12 @@ class TokenizedSplit:
         word_sizes: int32 ``[W]``, their tokens; 0 of a word that was cut off.
         text_ids: int64 ``[n, c]``, of retrieval: a number for each text, the same for texts of the
             same tokens.
-        spans: of question answering, whose examples are windows; several may be of one question,
-            and have its id.
+        spans: of question answering, whose examples are windows.
         all_pieces: whether batches have the tags of all tokens of a word, not of the first alone.
     """
 
     task: str
-    ids: list[str]
+    examples: int
     columns: int
     tokens: npt.NDArray[np.uint16] | npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int64]
@@ -65,7 +74,7 @@ class TokenizedSplit:
 
     def __len__(self) -> int:
         """Return n, the number of examples."""
-        return len(self.ids)
+        return self.examples
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -177,138 +186,64 @@ class TokenizedSplit:
 
 
 def tokenize(
-    task: str, table: Table, tokenizer: Tokenizer, max_length: int, *, with_text_ids: bool = False
+    task: str,
+    table: Table,
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    schema: TaskSchema | None = None,
+    joins_pairs: bool = False,
 ) -> TokenizedSplit:
-    """Tokenize a table.
+    """Tokenize a table, in memory; :func:`~.tokenized.tokenize_table`.
 
     Args:
         task: the task's name.
         table: the rows.
         tokenizer: what to split them with.
         max_length: the most tokens in a sentence, ``[CLS]`` and ``[SEP]`` included.
-        with_text_ids: number the texts, as retrieval needs it.
+        schema: of the task, by which texts are numbered or contexts divided; None for sentences of
+            no task.
+        joins_pairs: make one sequence of the two sentences of each example.
+
+    Raises:
+        InputError: the limit is too low for what a sequence has to hold.
     """
-    word_offsets = word_sizes = None
-    if table.words is None:
-        by_example = [text for texts in zip(*table.sentences, strict=True) for text in texts]
-        encoded = tokenizer.encode(by_example, max_length)
-    else:
-        encoded, word_sizes = tokenizer.encode_words(table.words, max_length)
-        word_offsets = np.concatenate(([0], np.cumsum([len(words) for words in table.words])))
-    text_ids = None
-    if with_text_ids:
-        text_ids = _text_ids(encoded).reshape(len(table), len(table.sentences))
-    fits_16_bits = tokenizer.vocab_size <= 1 << 16
+    piece = tokenize_table(schema, table, tokenizer, max_length, joins_pairs=joins_pairs)
+    arrays = dict(piece.arrays)
+    joiner = Joiner(arrays.__setitem__)
+    joiner.add(piece)
+    return split_of(task, joiner.totals(), arrays, table.notes)
+
+
+def split_of(
+    task: str, totals: Totals, arrays: Mapping[str, Array], notes: Sequence[str]
+) -> TokenizedSplit:
+    """Return a split of the arrays that its pieces were put together to.
+
+    Args:
+        task: the task's name.
+        totals: what is counted over the pieces.
+        arrays: those of ARRAYS that it has, and of retrieval ``text_ids``, or the keys that these
+            are made of.
+        notes: what was found out about the file, a line each.
+    """
+    arrays = dict(arrays)
+    if (keys := arrays.pop(TEXT_KEYS, None)) is not None:
+        arrays["text_ids"] = text_ids(keys).reshape(totals.examples, -1)
+    spans = spans_of_arrays(arrays)
+    if spans is not None and totals.examples > totals.rows:
+        windows = f"{totals.examples:,} windows of {totals.rows:,} questions' contexts"
+        notes = [*notes, windows]
+    plain: dict[str, Any] = {"labels": None}
+    plain |= {name: array for name, array in arrays.items() if not name.startswith(SPANS)}
     return TokenizedSplit(
         task=task,
-        ids=table.ids,
-        columns=len(table.sentences),
-        tokens=encoded.tokens.astype(np.uint16) if fits_16_bits else encoded.tokens,
-        offsets=encoded.offsets,
-        labels=table.labels,
-        truncated=encoded.truncated,
-        bad_rows=dict(table.bad_rows),
-        blank=table.blank,
-        notes=table.notes,
-        word_offsets=word_offsets,
-        word_sizes=word_sizes,
-        text_ids=text_ids,
-    )
-
-
-def tokenize_by_schema(
-    form: TaskSchema, table: Table, tokenizer: Tokenizer, max_length: int
-) -> TokenizedSplit:
-    """Tokenize a table as its task needs it: numbered texts of retrieval, windows of contexts.
-
-    Args:
-        form: the task's schema.
-        table: the rows, read by it.
-        tokenizer: what to split them with.
-        max_length: the most tokens in a sequence, ``[CLS]`` and ``[SEP]`` included.
-
-    Raises:
-        InputError: the limit is too low for a question and a context.
-    """
-    if form.labels != "spans":
-        numbered = form.labels == "none"
-        return tokenize(form.task, table, tokenizer, max_length, with_text_ids=numbered)
-    questions, contexts = table.sentences
-    overlap = form.window_overlap
-    found = windows_of(questions, contexts, table.answers, tokenizer, max_length, overlap)
-    rows, tokens = found.spans.rows, found.encoded.tokens
-    notes = table.notes
-    if len(rows) > len(table):
-        notes = (*notes, f"{len(rows):,} windows of {len(table):,} questions' contexts")
-    return TokenizedSplit(
-        task=form.task,
-        ids=[table.ids[row] for row in rows.tolist()],
-        columns=1,
-        tokens=tokens.astype(np.uint16) if tokenizer.vocab_size <= 1 << 16 else tokens,
-        offsets=found.encoded.offsets,
-        # Of each window, for subsets that keep the share of those without an answer.
-        labels=None if table.labels is None else (found.spans.targets[:, 0] > 0).astype(np.float32),
-        truncated=found.encoded.truncated,
-        bad_rows=dict(table.bad_rows),
-        blank=table.blank,
-        notes=notes,
-        token_types=found.token_types,
-        spans=found.spans,
-    )
-
-
-def _text_ids(encoded: EncodedTexts) -> npt.NDArray[np.int64]:
-    """Return a number for each text, equal for equal tokens: that of the first such text."""
-    tokens, numbers = encoded.tokens.tobytes(), dict[bytes, int]()
-    bounds = (encoded.offsets * encoded.tokens.itemsize).tolist()
-    found = (
-        numbers.setdefault(tokens[start:stop], number)
-        for number, (start, stop) in enumerate(pairwise(bounds))
-    )
-    return np.fromiter(found, dtype=np.int64, count=len(bounds) - 1)
-
-
-def join_pairs(split: TokenizedSplit, tokenizer: Tokenizer, max_length: int) -> TokenizedSplit:
-    """Make one sequence, ``[CLS] A [SEP] B [SEP]``, of the two sentences of each example.
-
-    B is segment 1, behind one separator; RoBERTa has two, and no segments.  Pairs that are too long
-    lose tokens at the end of the longer sentence until both are equally long, then of both.
-
-    Args:
-        split: of c = 2 columns.
-        tokenizer: what it was split with.
-        max_length: the most tokens in a sequence.
-
-    Raises:
-        InputError: the limit leaves no room for a token of each sentence.
-    """
-    separators = tokenizer.pair_separators
-    room = max_length - separators - 2
-    if room < 2:
-        raise InputError(
-            f"max_length = {max_length}: expected {separators + 4} or more for a pair in a sequence"
-        )
-    starts = split.offsets[:-1].reshape(-1, 2)
-    own = split.lengths.reshape(-1, 2) - 2  # without [CLS] and [SEP]
-    shorter = np.minimum(own.min(axis=1), room // 2)
-    longer = np.minimum(own.max(axis=1), room - shorter)
-    kept = np.stack([shorter, longer], axis=1)
-    first_is_longer = own[:, 0] > own[:, 1]
-    kept[first_is_longer] = kept[first_is_longer, ::-1]
-
-    last = starts + own + 1  # each sentence's own [SEP]
-    first, second = [starts[:, 0], *[last[:, 0]] * separators], [starts[:, 1] + 1, last[:, 1]]
-    one = np.ones_like(own[:, 0])
-    sizes = np.stack([kept[:, 0] + 1, *[one] * separators, kept[:, 1], one], axis=1)
-    places = ranges(np.stack([*first, *second], axis=1).reshape(-1), sizes.reshape(-1))
-    segments = np.array([*[0] * len(first), *[1] * len(second)], dtype=np.uint8)
-    return replace(
-        split,
-        columns=1,
-        tokens=split.tokens[places],
-        offsets=np.concatenate(([0], np.cumsum(sizes.sum(axis=1)))),
-        token_types=(
-            np.repeat(np.tile(segments, len(split)), sizes.reshape(-1)) if separators == 1 else None
-        ),
-        truncated=int((kept < own).sum()),
+        examples=totals.examples,
+        columns=totals.columns,
+        truncated=totals.truncated,
+        bad_rows=totals.bad_rows,
+        blank=totals.blank,
+        notes=tuple(notes),
+        spans=spans,
+        **plain,
     )

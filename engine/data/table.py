@@ -6,19 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import IO, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ..utils.errors import InputError
-from ..utils.untrusted_io import read_bytes
+from ..utils.untrusted_io import file_size, open_file
 from .blocks import blocks_of, joined, with_text
 from .conll import conll_rows
 from .decode import decode
 from .decompress import decompressed
 from .delimited import delimited_rows
-from .dialect import DELIMITERS
+from .dialect import DELIMITERS, endings
 from .records import array_rows, is_array, json_rows, parquet_rows
 from .rows import BadRowError, Row, Rows, shorten
 from .squad import Span, is_nested, squad_rows
@@ -77,9 +77,10 @@ class Table:
 def read_table(
     path: Path, format_: TaskSchema, *, labelled: bool = True, on_bad_row: OnBadRow = "error"
 ) -> Table:
-    """Read one file: :func:`parse_table` of its content."""
-    content = read_bytes(path, None)
-    return parse_table(content, path, format_, labelled=labelled, on_bad_row=on_bad_row)
+    """Read one file into memory: :func:`file_rows` and :func:`collect`."""
+    with open_file(path) as file:
+        rows = file_rows(file, path, format_, labelled=labelled)
+        return collect(rows, str(path), format_, labelled=labelled, on_bad_row=on_bad_row)
 
 
 def parse_table(
@@ -90,30 +91,32 @@ def parse_table(
     labelled: bool = True,
     on_bad_row: OnBadRow = "error",
 ) -> Table:
-    """Turn the content of one file into a table.
-
-    Args:
-        content: of the file.
-        path: where it comes from, for error messages.
-        format_: how the file is written, the columns to read and the range of the label.
-        labelled: read the label column; without it, the file need not have one.
-        on_bad_row: what to do with a row that cannot be used.
-
-    Raises:
-        InputError: the file as a whole cannot be read, a column to read is missing or there twice,
-            no row is usable, or, with ``on_bad_row="error"``, a row cannot be used.
-    """
-    rows = _rows_of(content, path, format_, labelled=labelled)
+    """Turn the content of one file into a table: :func:`file_rows` and :func:`collect`."""
+    rows = file_rows(io.BytesIO(content), path, format_, labelled=labelled)
     return collect(rows, str(path), format_, labelled=labelled, on_bad_row=on_bad_row)
 
 
-def _rows_of(content: bytes, path: Path, format_: TaskSchema, *, labelled: bool) -> Rows:
+def file_rows(file: IO[bytes], path: Path, format_: TaskSchema, *, labelled: bool = True) -> Rows:
+    """Return the rows of a file, which is read as they are asked for.
+
+    Args:
+        file: its bytes.
+        path: where they come from, for error messages.
+        format_: how the file is written, and the columns to read.
+        labelled: read the label column; without it, the file need not have one.
+
+    Raises:
+        InputError: the file as a whole cannot be read, or a column to read is missing or there
+            twice; also while rows are read.
+    """
     layout, dialect = format_.layout_of(path), format_.dialect
     columns, lists = format_.columns(labelled=labelled), format_.list_columns
     objects = format_.object_columns
-    pieces = decompressed(io.BytesIO(content), len(content), path, dialect)
+    pieces = decompressed(file, file_size(file), path, dialect)
     if layout == "parquet":
-        return parquet_rows(io.BytesIO(b"".join(pieces)), path, columns, lists, objects)
+        if dialect.compression != "none" and endings(path)[1]:  # its end is read first
+            file = io.BytesIO(b"".join(pieces))
+        return parquet_rows(file, path, columns, lists, objects)
     text, notes = decode(pieces, path, dialect)
     found = with_text(blocks_of(text))
     if found is None:
@@ -145,7 +148,7 @@ def collect(
     labelled: bool,
     on_bad_row: OnBadRow,
 ) -> Table:
-    """Check rows and make a table of them; see :func:`parse_table`.
+    """Check all rows and make one table of them.
 
     Args:
         rows: the texts of ``format_.columns(labelled=labelled)``.
@@ -153,6 +156,9 @@ def collect(
         format_: the range of the label.
         labelled: whether the label is among the columns.
         on_bad_row: what to do with a row that cannot be used.
+
+    Raises:
+        InputError: no row is usable, or, with ``on_bad_row="error"``, a row cannot be used.
     """
     tables = [
         table_of(

@@ -132,6 +132,11 @@ class Tokenizer:
         raise InputError(f"no tokenizer.json or vocab.txt, {folder}; give a model's folder")
 
     @classmethod
+    def from_json(cls, content: str, special_tokens: Sequence[str]) -> "Tokenizer":
+        """Make another one of what :meth:`to_json` and ``special_tokens`` of one say."""
+        return cls(_open(content), special_tokens=special_tokens)
+
+    @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train a lower-casing WordPiece; the same texts give the same vocabulary.
 

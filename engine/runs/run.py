@@ -25,7 +25,7 @@ from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
 from ..data.cache import load_split
 from ..data.source import Origin
-from ..data.split import TokenizedSplit, join_pairs, tokenize, tokenize_by_schema
+from ..data.split import TokenizedSplit, tokenize
 from ..data.table import OnBadRow, Table
 from ..data.task_batch import Examples
 from ..data.task_schema import TaskSchema
@@ -119,15 +119,15 @@ class Run(NamedTuple):
         on_bad_row: OnBadRow | None = None,
     ) -> TokenizedSplit:
         """Return the examples of a file or data set, tokenized for this run's encoder."""
-        split = load_split(
+        return load_split(
             origin,
             form,
             self.tokenizer,
             self.max_length,
             labelled=labelled,
             on_bad_row=on_bad_row or self.recipe.on_bad_row,
+            joins_pairs=self._joins_pairs(form),
         )
-        return self._joined(split)
 
     def tokenize(self, form: TaskSchema | None, table: Table) -> TokenizedSplit:
         """Return the examples of a table, tokenized; nothing goes into the cache.
@@ -136,15 +136,18 @@ class Run(NamedTuple):
             form: the schema of a task of the run; None for sentences of none.
             table: read by it.
         """
-        if form is None:
-            return self._joined(tokenize("", table, self.tokenizer, self.max_length))
-        return self._joined(tokenize_by_schema(form, table, self.tokenizer, self.max_length))
+        return tokenize(
+            "" if form is None else form.task,
+            table,
+            self.tokenizer,
+            self.max_length,
+            schema=form,
+            joins_pairs=form is not None and self._joins_pairs(form),
+        )
 
-    def _joined(self, split: TokenizedSplit) -> TokenizedSplit:
-        """Return pairs in the sequences that the task's head takes."""
-        if split.columns == 2 and self.recipe.tasks[split.task].head == CROSS:
-            return join_pairs(split, self.tokenizer, self.max_length)
-        return split
+    def _joins_pairs(self, form: TaskSchema) -> bool:
+        """Return whether the head of a task takes pairs in one sequence."""
+        return len(form.sentences) == 2 and self.recipe.tasks[form.task].head == CROSS
 
     def objective(self, name: str) -> Examples:
         """Return what an objective of the recipe is trained on.

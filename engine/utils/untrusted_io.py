@@ -5,12 +5,13 @@ a plain ValueError for a number of five thousand digits).  Here all of it is a V
 """
 
 import json
+import os
 import stat
 import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .errors import InputError
 from .memory import machine_memory
@@ -48,6 +49,35 @@ def read_bytes(path: Path, limit: int | None = LARGEST_DOCUMENT) -> bytes:
     except MemoryError:
         reason = f"has {found.st_size:,} bytes, more than there is memory for"
     raise InputError(f"cannot read a file: {reason}, {path}; check the path")
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open an input file of any size.
+
+    Raises:
+        InputError: it cannot be read, or is a pipe or device, which may never end.
+    """
+    try:
+        # A pipe that nobody writes to would wait for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISREG(mode):
+            return os.fdopen(handle, "rb")
+        os.close(handle)
+        reason = "is a directory" if stat.S_ISDIR(mode) else "is a pipe or a device"
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    except ValueError as error:  # a name with NUL in it
+        reason = str(error)
+    raise InputError(f"cannot read a file: {reason}, {path}; check the path")
+
+
+def file_size(file: IO[bytes]) -> int:
+    """Return how many bytes an open file has, whatever was read of it."""
+    here = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(here)
+    return size
 
 
 def read_standard_input() -> bytes:

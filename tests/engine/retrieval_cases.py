@@ -27,7 +27,7 @@ def split_of(examples: int, seed: int = 0, task: str = "replies") -> TokenizedSp
         texts[copy], ids.reshape(-1)[copy] = texts[of], ids.reshape(-1)[of]
     return TokenizedSplit(
         task=task,
-        ids=[str(n) for n in range(examples)],
+        examples=examples,
         columns=3,
         tokens=np.concatenate(texts).astype(np.int32),
         offsets=np.concatenate(([0], np.cumsum([len(text) for text in texts]))),

@@ -98,7 +98,7 @@ def random_split(task: str, examples: int, *, vocab: int, seed: int) -> Tokenize
     labels = rng.uniform(0, form.high, examples)
     return TokenizedSplit(
         task=task,
-        ids=[str(i) for i in range(examples)],
+        examples=examples,
         columns=len(form.sentences),
         tokens=rng.integers(0, vocab, size=lengths.sum()).astype(np.uint16),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),

@@ -17,7 +17,7 @@ def made_split(columns: int, lengths: list[int], labelled: bool = True) -> Token
     offsets = np.concatenate(([0], np.cumsum(lengths[: n * columns])))
     return TokenizedSplit(
         task="made",
-        ids=[str(i) for i in range(n)],
+        examples=n,
         columns=columns,
         tokens=np.arange(offsets[-1], dtype=np.uint16),
         offsets=offsets,

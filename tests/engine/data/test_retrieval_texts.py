@@ -70,9 +70,13 @@ def test_texts_of_the_same_tokens_have_one_number(tmp_path: Path) -> None:
     """Case is nothing to this tokenizer; and the cache keeps the numbers."""
     path, form = written(tmp_path, "t.jsonl"), source_of("t.jsonl").format("answers")
     tokenizer = Tokenizer.train([text for row in ROWS for text in row.values()], 200)
-    split = tokenize("answers", read(path), tokenizer, 32, with_text_ids=True)
+    split = tokenize(
+        "answers", read(path), tokenizer, 32, schema=source_of(path.name).format("answers")
+    )
     assert split.text_ids.tolist() == [[0, 1, 2], [3, 4, 1], [0, 7, 8]]
-    cut = tokenize("answers", read(path), tokenizer, 3, with_text_ids=True)
+    cut = tokenize(
+        "answers", read(path), tokenizer, 3, schema=source_of(path.name).format("answers")
+    )
     assert cut.text_ids[1, 2] == cut.text_ids[0, 1], "cut to the same first token"
     labels = split.task_batch(np.array([2, 0]), 0).labels
     assert isinstance(labels, TextIds)

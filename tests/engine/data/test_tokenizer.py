@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import AutoTokenizer
 
-from engine.data.split import join_pairs, tokenize
+from engine.data.split import tokenize
 from engine.data.table import Table, read_table
 from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -57,8 +57,8 @@ def test_pairs_in_one_sequence_are_those_of_transformers(
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     expected = theirs(first, second, truncation="longest_first", max_length=max_length)
-    split = tokenize("quora", Table(["-"] * 36, (first, second), None), tokenizer, 64)
-    found = join_pairs(split, tokenizer, max_length)
+    table = Table(["-"] * 36, (first, second), None)
+    found = tokenize("quora", table, tokenizer, max_length, joins_pairs=True)
     assert found.columns == 1
     rows = [np.split(row, found.offsets[1:-1]) for row in (found.tokens, found.token_types)]
     assert [row.tolist() for row in rows[0]] == expected["input_ids"]
@@ -68,7 +68,7 @@ def test_pairs_in_one_sequence_are_those_of_transformers(
     assert batch.tokens.tolist() == [*rows[0][7], *rows[0][3]]
     assert batch.token_types.tolist() == [*rows[1][7], *rows[1][3]]
     with pytest.raises(InputError, match="max_length = 4: expected 5 or more"):
-        join_pairs(split, tokenizer, 4)
+        tokenize("quora", table, tokenizer, 4, joins_pairs=True)
 
 
 def test_training_is_repeatable(demo: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from engine.data.split import join_pairs, tokenize
+from engine.data.split import tokenize
 from engine.data.table import Table
 from engine.data.tokenizer import Tokenizer
 from engine.exporting.tokenizer_files import write_tokenizer
@@ -92,11 +92,13 @@ def test_sentences_and_pairs_are_framed_as_in_training(tmp_path, name) -> None:
     assert (written == json.loads(tokenizer.to_json())["post_processor"]) == is_kept
 
     theirs = Backend.from_file(str(tmp_path / "tokenizer.json"))
-    split = tokenize("", Table(["0"], ([TEXTS[0]], [TEXTS[1]]), None), tokenizer, 64)
+    table = Table(["0"], ([TEXTS[0]], [TEXTS[1]]), None)
+    split = tokenize("", table, tokenizer, 64)
     sentences = np.split(split.tokens, split.offsets[1:-1])
     for text, ours in zip(TEXTS, sentences, strict=True):
         assert theirs.encode(text).ids == ours.tolist()
-    pair, encoding = join_pairs(split, tokenizer, 64), theirs.encode(*TEXTS)
+    pair = tokenize("", table, tokenizer, 64, joins_pairs=True)
+    encoding = theirs.encode(*TEXTS)
     assert encoding.ids == pair.tokens.tolist()
     if pair.token_types is not None:
         assert encoding.type_ids == pair.token_types.tolist()

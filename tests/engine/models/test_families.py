@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from engine import export, train
 from engine.data.collate import PackedBatch, pack
 from engine.data.demo import write_demo
-from engine.data.split import join_pairs, tokenize
+from engine.data.split import tokenize
 from engine.data.table import Table, read_table
 from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ def test_pairs_in_one_sequence_are_those_of_transformers(folder, texts, max_leng
     theirs = hf.AutoTokenizer.from_pretrained(path)
     expected = theirs(first, second, truncation="longest_first", max_length=max_length)
     tokenizer, table = Tokenizer.load(path), Table(["-"] * 24, (first, second), None)
-    found = join_pairs(tokenize("quora", table, tokenizer, 512), tokenizer, max_length)
+    found = tokenize("quora", table, tokenizer, max_length, joins_pairs=True)
     rows = np.split(found.tokens, found.offsets[1:-1])
     assert [row.tolist() for row in rows] == expected["input_ids"]
     assert found.token_types is None

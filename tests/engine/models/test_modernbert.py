@@ -26,7 +26,7 @@ from tokenizers import Tokenizer as Backend
 
 from engine import export, train
 from engine.data.demo import write_demo
-from engine.data.split import join_pairs, tokenize
+from engine.data.split import tokenize
 from engine.data.table import Table, read_table
 from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
@@ -342,7 +342,7 @@ def test_token_ids_are_those_of_transformers(tokenizer_folder, texts):
     assert [row.tolist() for row in rows] == expected
     pairs = theirs(first, second, truncation="longest_first", max_length=limit)["input_ids"]
     table = Table(["-"] * len(first), (first, second), None)
-    joined = join_pairs(tokenize("quora", table, tokenizer, 512), tokenizer, limit)
+    joined = tokenize("quora", table, tokenizer, limit, joins_pairs=True)
     rows = np.split(joined.tokens, joined.offsets[1:-1])
     assert [row.tolist() for row in rows] == pairs
 

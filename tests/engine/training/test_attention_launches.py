@@ -98,7 +98,7 @@ def split_of(task: str, seed: int, longest: int) -> TokenizedSplit:
     lengths[0] = longest
     return TokenizedSplit(
         task=task,
-        ids=plain.ids,
+        examples=plain.examples,
         columns=len(FORMATS[task].sentences),
         tokens=np.ones(lengths.sum(), dtype=np.uint16),
         offsets=np.concatenate(([0], np.cumsum(lengths))),

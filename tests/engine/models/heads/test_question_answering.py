@@ -12,7 +12,7 @@ from engine.data.batch_shapes import RoundedShapes
 from engine.data.collate import pack
 from engine.data.loader import TrainingLoader
 from engine.data.sampler import TaskSampler
-from engine.data.split import TokenizedSplit, tokenize_by_schema
+from engine.data.split import TokenizedSplit, tokenize
 from engine.data.table import Table
 from engine.data.task_batch import AnswerSpans
 from engine.data.task_schema import TaskSchema
@@ -210,7 +210,7 @@ def split_of(form: TaskSchema = FORM, max_length: int = 20) -> TokenizedSplit:
         labels=np.ones(len(CONTEXTS), np.float32),
         answers=spans,
     )
-    return tokenize_by_schema(form, table, tokenizer, max_length)
+    return tokenize("t", table, tokenizer, max_length, schema=form)
 
 
 def model_of(dtype: torch.dtype = torch.float32) -> MultitaskModel:

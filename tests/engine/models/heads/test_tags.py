@@ -71,7 +71,7 @@ def split_of(examples: int, seed: int = 0, *, all_pieces: bool = False) -> Token
     lengths = np.add.reduceat(sizes, word_offsets[:-1]) + 2
     return TokenizedSplit(
         task="ner",
-        ids=[str(n) for n in range(examples)],
+        examples=examples,
         columns=1,
         tokens=draw.integers(1, 90, lengths.sum()).astype(np.int32),
         offsets=np.concatenate(([0], np.cumsum(lengths))),

@@ -1,0 +1,74 @@
+"""Tokenize a file piece by piece, in several processes where it is large."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from .rows import Piece, Row
+from .table import OnBadRow, table_of
+from .task_schema import TaskSchema
+from .tokenized import TokenizedPiece, tokenize_table
+from .tokenizer import Tokenizer
+from .worker_pool import WorkerPool
+
+_HERE = 8
+"""Pieces that are tokenized in this process before others are started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparation:
+    """What is done to each piece of a file.
+
+    Attributes:
+        read: makes rows of its content.
+        schema: of the task.
+        labelled: whether the labels are read.
+        on_bad_row: what to do with a row that cannot be used.
+        max_length: the most tokens in a sentence.
+        joins_pairs: whether the two sentences of an example make one sequence.
+    """
+
+    read: Callable[[Any], Iterable[Row]]
+    schema: TaskSchema
+    labelled: bool
+    on_bad_row: OnBadRow
+    max_length: int
+    joins_pairs: bool
+
+    def __call__(self, piece: Piece, tokenizer: Tokenizer) -> TokenizedPiece:
+        """Return a piece's examples."""
+        table = table_of(
+            self.read(piece.content),
+            piece.first_row,
+            self.schema,
+            labelled=self.labelled,
+            on_bad_row=self.on_bad_row,
+        )
+        return tokenize_table(
+            self.schema, table, tokenizer, self.max_length, joins_pairs=self.joins_pairs
+        )
+
+
+def prepared(
+    pieces: Iterable[Piece], preparation: Preparation, tokenizer: Tokenizer, workers: int = 0
+) -> Iterator[TokenizedPiece]:
+    """Yield the examples of each piece, in their order, whatever the number of workers.
+
+    Args:
+        pieces: of a file.
+        preparation: what is done to each.
+        tokenizer: what to split sentences with.
+        workers: processes; 0 for as many as there are cores.
+
+    Raises:
+        InputError: a row cannot be used, or a worker ends.
+    """
+    pieces, workers = iter(pieces), workers or len(os.sched_getaffinity(0))
+    few = pieces if workers == 1 else islice(pieces, _HERE)
+    for piece in few:
+        yield preparation(piece, tokenizer)
+    if (further := next(pieces, None)) is not None:
+        with WorkerPool(preparation, tokenizer, workers) as pool:
+            yield from pool.map(chain([further], pieces))
