@@ -20,6 +20,7 @@ from ._kernels import kernels
 from .checkpoints.manifest import Progress
 from .cli.common import STOPPED, print_scores, print_warnings, run_cli, terminal
 from .cli.completion import bash_script
+from .cli.data_progress import reading_of
 from .cli.dry_run import show_plan
 from .cli.help import print_fields
 from .cli.options import overrides, parser
@@ -319,7 +320,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         claim = partial(claimed, ranks=ranks, resumes=resumes, wait=wait)
         with _claimed_folder(options, claim) as out:
             with ranks.main_first():
-                run = resume(recipe, out) if resumes else begin(recipe, out)
+                reading = reading_of(options, console)
+                run = (
+                    resume(recipe, out, reading) if resumes else begin(recipe, out, reading=reading)
+                )
             if options.dry_run:
                 trainer = build_trainer(run, device, ranks)
                 print_line_on_init(console, run)

@@ -10,6 +10,7 @@ from ..runs.data_paths import reads_data_folder
 from ..runs.run import Run
 from ..utils.errors import InputError
 from .common import Parser, positive
+from .data_progress import add_reading
 
 PROGRAM = f"python -m {__package__.rpartition('.')[0]}.train"
 
@@ -140,6 +141,7 @@ def _add_place(group: argparse._ArgumentGroup) -> None:
         help="go on from the last checkpoint in --out, if any (default: begin a run)",
     )
     add_device(group)
+    add_reading(group)
 
 
 def _add_looking(group: argparse._ArgumentGroup) -> None:

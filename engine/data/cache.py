@@ -11,11 +11,12 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
@@ -43,6 +44,34 @@ def default_cache() -> Path:
     return Path(folder) if folder else Path.home() / ".cache" / "superbert"
 
 
+Show = Callable[[int, float], None]
+"""Is told how many rows of a file are done, and which share of it is read."""
+
+
+@contextmanager
+def unwatched(_name: str) -> Iterator[Show]:
+    """Show nothing of how a file is read."""
+
+    def show(_rows: int, _share: float) -> None:
+        pass
+
+    yield show
+
+
+class Reading(NamedTuple):
+    """How data are read, which changes nothing about what is read.
+
+    Attributes:
+        workers: processes that tokenize a large file; 0 for as many as there are cores.
+        verify: read all of large files to tell whether they are what they were, not samples.
+        watch: opens what shows the progress of the file that it is given the name of.
+    """
+
+    workers: int = 0
+    verify: bool = False
+    watch: Callable[[str], AbstractContextManager[Show]] = unwatched
+
+
 def load_split(
     origin: Origin,
     format_: TaskSchema,
@@ -53,8 +82,7 @@ def load_split(
     on_bad_row: OnBadRow = "error",
     joins_pairs: bool = False,
     cache: Path | None = None,
-    workers: int = 0,
-    verify: bool = False,
+    reading: Reading = Reading(),  # noqa: B008 -- immutable
 ) -> TokenizedSplit:
     """Return a file's or data set's tokenized examples from the cache, or tokenize and cache them.
 
@@ -67,8 +95,7 @@ def load_split(
         on_bad_row: what to do with a row that cannot be used.
         joins_pairs: make one sequence of the two sentences of an example.
         cache: the cache's folder; None for :func:`default_cache`.
-        workers: processes that tokenize a large file; 0 for as many as there are cores.
-        verify: read all of large files to tell whether they are what they were, not samples.
+        reading: how data are read.
 
     Raises:
         InputError: the file cannot be used, or the cache not be written, or others can write it.
@@ -78,7 +105,7 @@ def load_split(
     made_from = {
         "user": os.geteuid(),
         "version": _VERSION,
-        "data": origin.digest(verify=verify),
+        "data": origin.digest(verify=reading.verify),
         "format": repr(format_),
         "tokenizer": tokenizer.to_json(),
         "max_length": max_length,
@@ -89,7 +116,7 @@ def load_split(
     key = hashlib.sha256(dump_json(made_from, sort_keys=True).encode()).hexdigest()
     entry = root / key
     try:
-        return _with_name(open_entry(entry, verify=verify), origin.name)
+        return _with_name(open_entry(entry, verify=reading.verify), origin.name)
     except DamagedEntryError:
         pass
     rows = origin.rows(format_, labelled=labelled)
@@ -102,10 +129,12 @@ def load_split(
         joins_pairs=joins_pairs,
     )
     try:
-        with _making(entry) as made, EntryWriter(made) as writer:
+        watch = reading.watch(origin.name)
+        with _making(entry) as made, EntryWriter(made) as writer, watch as show:
             joiner = Joiner(writer.append)
-            for piece in prepared(rows.pieces, preparation, tokenizer, workers):
+            for piece in prepared(rows.pieces, preparation, tokenizer, reading.workers):
                 joiner.add(piece)
+                show(joiner.rows, rows.share())
             joiner.check_usable(origin.where)
             writer.finish(format_.task, joiner.totals(), tuple(rows.notes))
         return _with_name(open_entry(entry), origin.name)

@@ -62,11 +62,13 @@ class Rows(NamedTuple):
         pieces: in the order of the file; reading on may raise InputError.
         read: makes rows of a piece's content, in any process.
         notes: phrases on how the file was read; complete once the pieces are there.
+        share: returns how much of the file is read, from 0 to 1.
     """
 
     pieces: Iterable[Piece]
     read: Callable[[Any], Iterable[Row]]
     notes: list[str]
+    share: Callable[[], float] = float
 
 
 _ROWS_OF_A_PIECE = 4096

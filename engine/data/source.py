@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
@@ -442,12 +442,16 @@ class DataFile:
         """Return the rows: :func:`~.table.file_rows`."""
         file = open_file(self.path) if self._content is None else io.BytesIO(self._content)
         rows = file_rows(file, self.path, format_, labelled=labelled)
-        return rows._replace(pieces=_closing(file, rows.pieces))
+        return rows._replace(pieces=_closing(file, rows.pieces), share=partial(_share, file))
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.table.collect`."""
         rows = self.rows(format_, labelled=labelled)
         return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
+
+
+def _share(file: IO[bytes]) -> float:
+    return 1.0 if file.closed else file.tell() / max(1, file_size(file))
 
 
 def _closing(file: IO[bytes], pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -124,6 +124,11 @@ class Joiner:
         self._truncated += piece.truncated
         self._columns = piece.columns
 
+    @property
+    def rows(self) -> int:
+        """How many rows of the file are there so far."""
+        return self._rows
+
     def check_usable(self, where: str) -> None:
         """Refuse pieces without a usable row.
 

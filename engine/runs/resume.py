@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.recipe import Recipe
+from ..data.cache import Reading
 from ..utils.errors import InputError
 from .prune import PRUNED, has_scores_alone
 from .run import Run, begin, open_run
@@ -33,8 +34,10 @@ _FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
 _PLACES = ("data", "init")
 
+_PLAIN = Reading()
 
-def resume(recipe: Recipe, folder: Path) -> Run:
+
+def resume(recipe: Recipe, folder: Path, reading: Reading = _PLAIN) -> Run:
     """Open a run to go on with it, or begin it if there is none in ``folder``.
 
     Raises:
@@ -42,7 +45,7 @@ def resume(recipe: Recipe, folder: Path) -> Run:
             done, or cannot write into its own folders.
     """
     if not isfile(folder / "recipe.toml"):
-        return begin(recipe, folder, resumes=True)
+        return begin(recipe, folder, resumes=True, reading=reading)
     run = open_run(folder)
     if has_scores_alone(folder):
         raise InputError(f"--resume: {folder}: {PRUNED}; give another --out")
@@ -60,7 +63,7 @@ def resume(recipe: Recipe, folder: Path) -> Run:
             )
         if os.path.lexists(folder / name) and not isdir(folder / name):
             raise InputError(f"{folder / name}: is no folder; move it elsewhere")
-    return run._replace(recipe=recipe)
+    return run._replace(recipe=recipe, reading=reading)
 
 
 def check_scores_of(recipe: Recipe, folder: Path) -> None:

@@ -23,7 +23,7 @@ from ..checkpoints.store import Checkpoints, load_weights
 from ..config import recipe as recipes
 from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
-from ..data.cache import load_split
+from ..data.cache import Reading, load_split
 from ..data.source import Origin
 from ..data.split import TokenizedSplit, tokenize
 from ..data.table import OnBadRow, Table
@@ -52,6 +52,7 @@ from .texts import check_texts, objective_texts, vocabulary_texts
 
 _BEST = ("average", "best", "step")
 """Kinds of checkpoints, the one with the best weights first."""
+_PLAIN = Reading()
 _INIT_TYPE = "init_model_type"
 """The entry of ``config.json`` for the type of the model that a run began from."""
 
@@ -65,6 +66,7 @@ class Run(NamedTuple):
         config: the encoder's shape.
         tokenizer: what its sentences are split with.
         init_type: the ``model_type`` of the model that it began from; empty for none.
+        reading: how its data are read.
     """
 
     folder: Path
@@ -72,6 +74,7 @@ class Run(NamedTuple):
     config: EncoderConfig
     tokenizer: Tokenizer
     init_type: str = ""
+    reading: Reading = Reading()
 
     @property
     def max_length(self) -> int:
@@ -127,6 +130,7 @@ class Run(NamedTuple):
             labelled=labelled,
             on_bad_row=on_bad_row or self.recipe.on_bad_row,
             joins_pairs=self._joins_pairs(form),
+            reading=self.reading,
         )
 
     def tokenize(self, form: TaskSchema | None, table: Table) -> TokenizedSplit:
@@ -332,13 +336,14 @@ class Run(NamedTuple):
         return self._replace(recipe=self.recipe.model_copy(update={"data": str(folder)}))
 
 
-def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
+def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Reading = _PLAIN) -> Run:
     """Plan a run in ``folder``; nothing is written yet.
 
     Args:
         recipe: the settings.
         folder: of the run.
         resumes: whether it may hold what a run wrote before it was cut off.
+        reading: how its data are read.
 
     Raises:
         InputError: the folder holds something already, or the encoder or data cannot be used.
@@ -357,7 +362,7 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False) -> Run:
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
         config = MODELS[shape.pop("model_type")].config(**shape)
     run = _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")
-    return run._replace(init_type=init_type)
+    return run._replace(init_type=init_type, reading=reading)
 
 
 def _run_of(
