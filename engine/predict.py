@@ -5,8 +5,11 @@ In Python, :class:`Predictor` loads a run once and answers many times.
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from .cli.common import Parser, positive, run_cli, terminal
 from .cli.options import add_device, add_force, add_run_data, with_run_data
@@ -14,6 +17,7 @@ from .cli.predictions import (
     INPUT_FORMATS,
     OUTPUT_FORMATS,
     STREAM,
+    Examples,
     OutputFormat,
     as_json_lines,
     as_tsv,
@@ -25,14 +29,14 @@ from .cli.predictions import (
 )
 from .data.dialect import AUTO
 from .data.source import DataFile
-from .data.table import OnBadRow, Table
+from .data.table import OnBadRow
 from .data.task_schema import TaskSchema
 from .runs.data_paths import check_split, origin
 from .runs.predictor import Match, Prediction, Predictor, has_probabilities, predictions, schema
 from .runs.run import Run, open_run
 from .runs.search import anchors_of, passages_of
 from .utils.errors import InputError
-from .utils.output_files import check_outputs, write_output
+from .utils.output_files import check_outputs, open_output
 
 _TOP = 10
 
@@ -65,59 +69,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     # Every row is owed a line, so a skipped one keeps its place as a blank.
     on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
-    if options.passages is not None:
-        text, table, notes, truncated = _found(run, options, form_out)
-    else:
-        table, notes = _read(run, options, form, on_bad_row)
-        split, found = Predictor(run, device=options.device).answer(options.task, table)
-        truncated, shown = split.truncated, options.probabilities
-        if form_out == "tsv":
-            text = as_tsv(form, table, split, found, probabilities=shown)
-        else:
-            tagged, made = form.labels == "words", predictions(form, table, split, found)
-            text = as_json_lines(table, made, tagged=tagged, probabilities=shown)
-    if to_stdout:
-        _print(text)
-    else:
-        write_output(output, text, replace=replace)
+    made = _found if options.passages is not None else _answered
+    with nullcontext(_Printer()) if to_stdout else open_output(output, replace=replace) as file:
+        done = made(run, options, form, form_out, on_bad_row, file)
     console = terminal(stderr=to_stdout)
     where = "standard output" if to_stdout else output
-    console.print(f"wrote {len(table)} predictions to {where}", soft_wrap=True)
-    for note in notes:
+    console.print(f"wrote {done.rows} predictions to {where}", soft_wrap=True)
+    for note in done.notes:
         console.print(note, highlight=False, soft_wrap=True)
-    if truncated:
-        console.print(f"{truncated} sentences cut to the length limit")
-    for reason, count in table.bad_rows.items():
+    if done.truncated:
+        console.print(f"{done.truncated} sentences cut to the length limit")
+    for reason, count in done.bad_rows.items():
         console.print(f"{count} rows without a prediction ({reason})")
     return 0
 
 
+class _Done(NamedTuple):
+    """What was written.
+
+    Attributes:
+        rows: how many.
+        notes: on how they were read, a line each.
+        truncated: how many sentences were cut.
+        bad_rows: how many rows have no prediction, by reason.
+    """
+
+    rows: int
+    notes: tuple[str, ...]
+    truncated: int
+    bad_rows: Mapping[str, int]
+
+
 def _read(
     run: Run, options: Namespace, form: TaskSchema, on_bad_row: OnBadRow
-) -> tuple[Table, tuple[str, ...]]:
-    """Return the examples of the input, or of a split, and notes on how they were read."""
+) -> AbstractContextManager[Examples]:
+    """Open the examples of the input, or of a split."""
     if options.input is None:
         return read_split(run, form, options.split, on_bad_row)
     return read_examples(options.input, form, options.input_format, on_bad_row)
 
 
-def _found(
-    run: Run, options: Namespace, form_out: OutputFormat
-) -> tuple[str, Table, tuple[str, ...], int]:
-    """Return the passages that are found for anchors.
+def _answered(
+    run: Run,
+    options: Namespace,
+    form: TaskSchema,
+    form_out: OutputFormat,
+    on_bad_row: OnBadRow,
+    file: "IO[bytes] | _Printer",
+) -> _Done:
+    """Answer examples, and write the answers as they are there."""
+    predictor, shown = None, options.probabilities
+    rows, truncated, bad_rows = 0, 0, Counter[str]()
+    with _read(run, options, form, on_bad_row) as examples:
+        for table in examples.tables:
+            predictor = predictor or Predictor(run, device=options.device)
+            split, found = predictor.answer(options.task, table)
+            if form_out == "tsv":
+                text = as_tsv(form, table, split, found, probabilities=shown, header=not rows)
+            else:
+                tagged, made = form.labels == "words", predictions(form, table, split, found)
+                text = as_json_lines(table, made, tagged=tagged, probabilities=shown)
+            file.write(text.encode("utf-8"))
+            rows, truncated = rows + len(table), truncated + split.truncated
+            bad_rows.update(table.bad_rows)
+        return _Done(rows, examples.notes, truncated, bad_rows)
 
-    Returns:
-        The text to write, the anchors, notes on both files, and how many texts were cut.
-    """
+
+def _found(
+    run: Run,
+    options: Namespace,
+    form: TaskSchema,
+    form_out: OutputFormat,
+    _on_bad_row: OnBadRow,
+    file: "IO[bytes] | _Printer",
+) -> _Done:
+    """Find passages for anchors, and write them."""
     skips, how = options.on_bad_row == "skip", options.input_format
-    form = anchors_of(schema(run, options.task, options.split or ""))
-    anchors, notes = _read(run, options, form, "blank" if skips else "error")
+    with _read(run, options, anchors_of(form), "blank" if skips else "error") as asked:
+        anchors = asked.tables.table()
     form = passages_of(schema(run, options.task))
-    passages, further = read_examples(options.passages, form, how, "skip" if skips else "error")
+    with read_examples(options.passages, form, how, "skip" if skips else "error") as among:
+        passages = among.tables.table()
     predictor = Predictor(run, device=options.device)
     found = predictor.find(options.task, anchors, passages, options.top or _TOP)
     write = matches_as_tsv if form_out == "tsv" else matches_as_json_lines
-    return write(anchors, passages, found), anchors, (*notes, *further), found.truncated
+    file.write(write(anchors, passages, found).encode("utf-8"))
+    notes = (*asked.notes, *among.notes)
+    return _Done(len(anchors), notes, found.truncated, anchors.bad_rows)
 
 
 def _parser() -> Parser:
@@ -226,13 +264,18 @@ def _files_read(options: Namespace, run: Run) -> list[Path]:
     return [*files, found.path] if isinstance(found, DataFile) else files
 
 
-def _print(text: str) -> None:
-    """Write to standard output, as UTF-8 wherever it goes."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(encoding="utf-8", errors="backslashreplace")
-    sys.stdout.write(text)
-    sys.stdout.flush()
+class _Printer:
+    """Writes to standard output, as UTF-8 wherever it goes."""
+
+    def __init__(self) -> None:
+        reconfigure = getattr(sys.stdout, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8", errors="backslashreplace")
+
+    def write(self, text: bytes) -> None:
+        """Write UTF-8."""
+        sys.stdout.write(text.decode("utf-8"))
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

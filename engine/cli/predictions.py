@@ -3,18 +3,19 @@
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from os.path import basename
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
 from ..data.dialect import ARCHIVES, AUTO, COMPRESSIONS, LAYOUTS, endings
-from ..data.plain_text import text_table
-from ..data.rows import lines_on
+from ..data.plain_text import text_rows
+from ..data.rows import Rows, lines_on
 from ..data.split import TokenizedSplit
-from ..data.table import OnBadRow, Table, parse_table
+from ..data.table import OnBadRow, Table, TableReader, file_rows
 from ..data.task_schema import TaskSchema
 from ..runs.data_paths import origin
 from ..runs.predictor import Prediction, class_names, predictions
@@ -24,7 +25,7 @@ from ..runs.search import Found
 from ..utils.errors import InputError, escape
 from ..utils.json_text import dump_json
 from ..utils.quoting import table_cell
-from ..utils.untrusted_io import read_bytes, read_standard_input
+from ..utils.untrusted_io import open_file, read_standard_input
 
 STREAM = Path("-")
 """Stands for standard input or standard output."""
@@ -38,10 +39,28 @@ _NOT_WRITTEN = {".json", ".parquet", ".conll", ".conllu", ".xlsx", *COMPRESSIONS
 _UNSEEN = "_"  # as of TaskSchema.spell_labels
 
 
+class Examples(NamedTuple):
+    """Examples to be answered, read as they are asked for.
+
+    Attributes:
+        tables: of them, one after the other.
+        name: of what they come from.
+    """
+
+    tables: TableReader
+    name: str
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each note on how they were read; complete once they are."""
+        return lines_on(self.name, self.tables.notes)
+
+
+@contextmanager
 def read_examples(
     path: Path, format_: TaskSchema, written_as: str, on_bad_row: OnBadRow
-) -> tuple[Table, tuple[str, ...]]:
-    """Read examples of a task.
+) -> Iterator[Examples]:
+    """Open examples of a task.
 
     Args:
         path: of the file, or STREAM.
@@ -49,40 +68,43 @@ def read_examples(
         written_as: one of INPUT_FORMATS.
         on_bad_row: treatment of unusable rows.
 
-    Returns:
-        The examples, and a line for each note on how they were read.
-
     Raises:
         InputError: they cannot be read.
     """
     is_stream = path == STREAM
-    content = read_standard_input() if is_stream else read_bytes(path, None)
-    path = Path("standard input") if is_stream else path
+    with io.BytesIO(read_standard_input()) if is_stream else open_file(path) as file:
+        path = Path("standard input") if is_stream else path
+        rows, format_ = _rows_of(file, path, format_, written_as, is_stream=is_stream)
+        tables = TableReader(rows, str(path), format_, labelled=False, on_bad_row=on_bad_row)
+        yield Examples(tables, basename(path))
+
+
+def _rows_of(
+    file: IO[bytes], path: Path, format_: TaskSchema, written_as: str, *, is_stream: bool
+) -> tuple[Rows, TaskSchema]:
+    """Return the rows of an open file, and the schema by which they are to be checked."""
     if written_as == "text" or (is_stream and written_as == AUTO):
-        sure = written_as == "text"
-        table = text_table(content, path, format_, on_bad_row=on_bad_row, sure=sure)
-    else:
-        if written_as != AUTO:
-            format_ = replace(format_, layout=LAYOUTS[f".{written_as}"])
-        elif (
-            (format_.layout, format_.dialect.delimiter) == (None, AUTO)
-            and not is_stream
-            and endings(path)[0] not in (*LAYOUTS, *ARCHIVES)
-        ):
-            raise InputError(
-                f"{path}: unknown ending; name its format by --input-format (text: a sentence a "
-                "line)"
-            )
-        if is_stream and not content.strip():
-            raise InputError(f"empty, {path}; give rows")
-        table = parse_table(content, path, format_, labelled=False, on_bad_row=on_bad_row)
-    return table, lines_on(basename(path), table.notes)
+        rows = text_rows(file, path, format_, sure=written_as == "text")
+        return rows, replace(format_, id="")  # rows are numbered
+    if written_as != AUTO:
+        format_ = replace(format_, layout=LAYOUTS[f".{written_as}"])
+    elif (
+        (format_.layout, format_.dialect.delimiter) == (None, AUTO)
+        and not is_stream
+        and endings(path)[0] not in (*LAYOUTS, *ARCHIVES)
+    ):
+        raise InputError(
+            f"{path}: unknown ending; name its format by --input-format (text: a sentence a line)"
+        )
+    if is_stream and not file.read().strip():
+        raise InputError(f"empty, {path}; give rows")
+    file.seek(0)
+    return file_rows(file, path, format_, labelled=False), format_
 
 
-def read_split(
-    run: Run, form: TaskSchema, split: str, on_bad_row: OnBadRow
-) -> tuple[Table, tuple[str, ...]]:
-    """Read a split of a task as the run's recipe describes it, labels or not.
+@contextmanager
+def read_split(run: Run, form: TaskSchema, split: str, on_bad_row: OnBadRow) -> Iterator[Examples]:
+    """Open a split of a task as the run's recipe describes it, labels or not.
 
     Args:
         run: the run.
@@ -90,15 +112,13 @@ def read_split(
         split: that the task has.
         on_bad_row: treatment of unusable rows.
 
-    Returns:
-        The examples, and a line for each note on how they were read.
-
     Raises:
         InputError: they cannot be read.
     """
     found = origin(run.recipe, form.task, split)
-    table = found.table(form, labelled=False, on_bad_row=on_bad_row)
-    return table, lines_on(found.name, table.notes)
+    with found.rows(form, labelled=False) as rows:
+        tables = TableReader(rows, found.where, form, labelled=False, on_bad_row=on_bad_row)
+        yield Examples(tables, found.name)
 
 
 def output_format(path: Path, named: str) -> OutputFormat:
@@ -120,19 +140,26 @@ def output_format(path: Path, named: str) -> OutputFormat:
 
 
 def as_tsv(
-    form: TaskSchema, table: Table, split: TokenizedSplit, found: Answers, *, probabilities: bool
+    form: TaskSchema,
+    table: Table,
+    split: TokenizedSplit,
+    found: Answers,
+    *,
+    probabilities: bool,
+    header: bool,
 ) -> str:
-    """Return answers as a table: id, prediction and, where asked for, probabilities.
+    """Return answers as rows of a table: id, prediction and, where asked for, probabilities.
 
     These are a column ``probability.CLASS`` for each class or label, or a column ``probability``
-    with that of each word's tag, blanks between them.
+    with that of each word's tag, blanks between them.  ``header``: whether the names of the columns
+    come first.
     """
-    header = ["id", "prediction"]
+    columns = ["id", "prediction"]
     if probabilities and form.labels == "words":
-        header.append("probability")
+        columns.append("probability")
     elif probabilities and found.probabilities is not None:
         names = class_names(form, found.probabilities.shape[1])
-        header += [f"probability.{name}" for name in names]
+        columns += [f"probability.{name}" for name in names]
     of_rows = np.split(found.predictions, found.offsets[1:-1])
     if form.labels == "spans":
         texts = [answer and answer.prediction for answer in predictions(form, table, split, found)]
@@ -146,10 +173,11 @@ def as_tsv(
         for row, answer in zip(rows, predictions(form, table, split, found), strict=True):
             row += _share_cells(answer)
     for blank in table.blank:
-        rows[blank][1:] = [""] * (len(header) - 1)
+        rows[blank][1:] = [""] * (len(columns) - 1)
     text = io.StringIO()
     writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerows([table_cell(cell) for cell in row] for row in (header, *rows))
+    above = [columns] if header else []
+    writer.writerows([table_cell(cell) for cell in row] for row in (*above, *rows))
     return text.getvalue()
 
 

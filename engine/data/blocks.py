@@ -2,10 +2,16 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
+
+from ..utils.errors import InputError
 
 BLOCK = 1 << 20
 """Characters of a block, or a line more."""
+
+LONGEST_LINE = 64 << 20
+"""Characters of a line, whatever is on it."""
 
 
 class Block(NamedTuple):
@@ -36,12 +42,19 @@ class Block(NamedTuple):
         return Block(self.first_line + 1, rest) if end else None
 
 
-def blocks_of(pieces: Iterable[str], size: int = BLOCK) -> Iterator[Block]:
+def blocks_of(
+    pieces: Iterable[str], path: Path, *, size: int = BLOCK, longest: int = LONGEST_LINE
+) -> Iterator[Block]:
     """Cut a text into blocks; line ends that nothing follows are left out.
 
     Args:
         pieces: of the text, which are cut anywhere.
+        path: where it comes from, for error messages.
         size: characters from which on a block ends at the next end of a line.
+        longest: the most characters of a line.
+
+    Raises:
+        InputError: a line is longer.
     """
     number, kept, looked_at = 1, "", 0
     for piece in pieces:
@@ -52,6 +65,11 @@ def blocks_of(pieces: Iterable[str], size: int = BLOCK) -> Iterator[Block]:
         end = kept.rfind("\n", looked_at, len(kept.rstrip("\r\n")))
         if end < 0:
             looked_at = len(kept.rstrip("\r\n"))
+            if looked_at > longest:
+                raise InputError(
+                    f"a line of more than {longest:,} characters, {path}:{number}; give a file "
+                    "with a row a line"
+                )
             continue
         block = Block(number, kept[:end])
         yield block

@@ -119,24 +119,23 @@ def load_split(
         return _with_name(open_entry(entry, verify=reading.verify), origin.name)
     except DamagedEntryError:
         pass
-    rows = origin.rows(format_, labelled=labelled)
-    preparation = Preparation(
-        read=rows.read,
-        schema=format_,
-        labelled=labelled,
-        on_bad_row=on_bad_row,
-        max_length=max_length,
-        joins_pairs=joins_pairs,
-    )
     try:
-        watch = reading.watch(origin.name)
-        with _making(entry) as made, EntryWriter(made) as writer, watch as show:
-            joiner = Joiner(writer.append)
-            for piece in prepared(rows.pieces, preparation, tokenizer, reading.workers):
-                joiner.add(piece)
-                show(joiner.rows, rows.share())
-            joiner.check_usable(origin.where)
-            writer.finish(format_.task, joiner.totals(), tuple(rows.notes))
+        with origin.rows(format_, labelled=labelled) as rows, _making(entry) as made:
+            preparation = Preparation(
+                read=rows.read,
+                schema=format_,
+                labelled=labelled,
+                on_bad_row=on_bad_row,
+                max_length=max_length,
+                joins_pairs=joins_pairs,
+            )
+            with EntryWriter(made) as writer, reading.watch(origin.name) as show:
+                joiner = Joiner(writer.append)
+                for piece in prepared(rows.pieces, preparation, tokenizer, reading.workers):
+                    joiner.add(piece)
+                    show(joiner.rows, rows.share())
+                joiner.check_usable(origin.where)
+                writer.finish(format_.task, joiner.totals(), tuple(rows.notes))
         return _with_name(open_entry(entry), origin.name)
     except (OSError, DamagedEntryError) as error:
         reason = getattr(error, "strerror", None) or error

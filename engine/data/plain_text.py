@@ -1,51 +1,43 @@
 """Read plain text as examples: one a line, the sentences of a pair with a tab between them."""
 
-import io
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
-from ..utils.untrusted_io import parse_json
+from ..utils.untrusted_io import file_size, parse_json
 from .blocks import Block, blocks_of, with_text
 from .decode import decode, undecoded
 from .decompress import decompressed
 from .dialect import BUILT_IN, DELIMITERS
 from .first_line import has_columns
 from .rows import BadRowError, Row, Rows, block_pieces
-from .table import OnBadRow, Table, collect
 from .task_schema import TaskSchema
 
 
-def text_table(
-    content: bytes, path: Path, format_: TaskSchema, *, on_bad_row: OnBadRow, sure: bool = True
-) -> Table:
-    """Turn plain text into a table without labels, whose ids are the lines' numbers from 0.
+def text_rows(file: IO[bytes], path: Path, format_: TaskSchema, *, sure: bool = True) -> Rows:
+    """Return the lines of plain text as the rows of a table without labels and ids.
 
     Args:
-        content: UTF-8, or as its byte order mark says.
+        file: its bytes: UTF-8, or as its byte order mark says.
         path: where it comes from, for error messages; compressed as its ending says.
         format_: of the task.  A line is the sentence, or the two of a pair with a tab between
             them, or the words with blanks between them.
-        on_bad_row: what to do with a line that cannot be used, such as an empty one.
         sure: whether it is known to be text; what looks like a table is refused otherwise.
 
     Raises:
-        InputError: there is no line, or no usable one, or with ``on_bad_row="error"`` a line
-            cannot be used.
+        InputError: there is no line; also while rows are read.
     """
-    file = decompressed(io.BytesIO(content), len(content), path, BUILT_IN)
-    text, notes = decode(file, path, BUILT_IN)
-    found = with_text(blocks_of(text))
+    text, notes = decode(decompressed(file, file_size(file), path, BUILT_IN), path, BUILT_IN)
+    found = with_text(blocks_of(text, path))
     if found is None:
         raise InputError(f"empty, {path}; give a sentence a line")
     beginning, blocks = found
     if not sure:
         _refuse_table(beginning.partition("\n")[0].removesuffix("\r"), path, format_)
-    rows = Rows(block_pieces(blocks), _TextLines(path, format_), notes)
-    numbered = replace(format_, id="")
-    return collect(rows, str(path), numbered, labelled=False, on_bad_row=on_bad_row)
+    return Rows(block_pieces(blocks), _TextLines(path, format_), notes)
 
 
 def _refuse_table(first_line: str, path: Path, format_: TaskSchema) -> None:

@@ -3,11 +3,12 @@
 import hashlib
 import io
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -23,7 +24,7 @@ from ..utils.fingerprint import WHOLE, digest, sample_digest
 from ..utils.untrusted_io import file_size, open_file
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
-from .rows import Piece, Row, Rows, as_pieces, find_columns, same, typed_row
+from .rows import Row, Rows, as_pieces, find_columns, same, typed_row
 from .split_source import Column, Delimiter, Encoding, Label, Split, SplitSource, Text
 from .table import OnBadRow, Table, collect, file_rows
 from .tags import Scheme, scheme_of
@@ -438,25 +439,19 @@ class DataFile:
             found = f"{self.name}:{changed}:{sample_digest(self.path)}"
         return f"{''.join(endings(self.path))}:{found}"
 
-    def rows(self, format_: TaskSchema, *, labelled: bool) -> Rows:
-        """Return the rows: :func:`~.table.file_rows`."""
-        file = open_file(self.path) if self._content is None else io.BytesIO(self._content)
-        rows = file_rows(file, self.path, format_, labelled=labelled)
-        return rows._replace(pieces=_closing(file, rows.pieces), share=partial(_share, file))
+    @contextmanager
+    def rows(self, format_: TaskSchema, *, labelled: bool) -> Iterator[Rows]:
+        """Open the rows: :func:`~.table.file_rows`."""
+        content = self._content
+        with open_file(self.path) if content is None else io.BytesIO(content) as file:
+            rows = file_rows(file, self.path, format_, labelled=labelled)
+            size = max(1, file_size(file))
+            yield rows._replace(share=lambda: file.tell() / size)
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.table.collect`."""
-        rows = self.rows(format_, labelled=labelled)
-        return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
-
-
-def _share(file: IO[bytes]) -> float:
-    return 1.0 if file.closed else file.tell() / max(1, file_size(file))
-
-
-def _closing(file: IO[bytes], pieces: Iterable[Piece]) -> Iterator[Piece]:
-    with file:
-        yield from pieces
+        with self.rows(format_, labelled=labelled) as rows:
+            return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
 
 @dataclass(frozen=True)
@@ -476,17 +471,18 @@ class HubSplit:
         """Return the library's fingerprint of the data."""
         return str(self._data._fingerprint)
 
-    def rows(self, format_: TaskSchema, *, labelled: bool) -> Rows:
-        """Return the rows, each a record of the data set."""
+    @contextmanager
+    def rows(self, format_: TaskSchema, *, labelled: bool) -> Iterator[Rows]:
+        """Open the rows, each a record of the data set."""
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, self.where)
         check_columns(self._data, columns, self.where, format_.list_columns, format_.object_columns)
-        return Rows(as_pieces(self._rows(format_, columns, self.where)), same, [])
+        yield Rows(as_pieces(self._rows(format_, columns, self.where)), same, [])
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.table.collect`."""
-        rows = self.rows(format_, labelled=labelled)
-        return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
+        with self.rows(format_, labelled=labelled) as rows:
+            return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
 
     def _rows(self, format_: TaskSchema, columns: tuple[str, ...], where: str) -> Iterator[Row]:
         data, lists = self._data.select_columns(list(columns)), format_.list_columns

@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from pathlib import Path
@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..utils.errors import InputError
+from ..utils.memory import machine_memory
 from ..utils.untrusted_io import file_size, open_file
-from .blocks import blocks_of, joined, with_text
+from .blocks import LONGEST_LINE, blocks_of, joined, with_text
 from .conll import conll_rows
 from .decode import decode
 from .decompress import decompressed
@@ -118,7 +119,8 @@ def file_rows(file: IO[bytes], path: Path, format_: TaskSchema, *, labelled: boo
             file = io.BytesIO(b"".join(pieces))
         return parquet_rows(file, path, columns, lists, objects)
     text, notes = decode(pieces, path, dialect)
-    found = with_text(blocks_of(text))
+    longest = machine_memory() if layout == "json" else LONGEST_LINE  # which may be one array
+    found = with_text(blocks_of(text, path, longest=longest))
     if found is None:
         raise InputError(f"empty file, {path}; give one with rows")
     beginning, blocks = found
@@ -160,17 +162,62 @@ def collect(
     Raises:
         InputError: no row is usable, or, with ``on_bad_row="error"``, a row cannot be used.
     """
-    tables = [
-        table_of(
-            rows.read(piece.content),
-            piece.first_row,
-            format_,
-            labelled=labelled,
-            on_bad_row=on_bad_row,
-        )
-        for piece in rows.pieces
-    ]
-    return _joined(tables, where, rows.notes)
+    reader = TableReader(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
+    return reader.table()
+
+
+class TableReader:
+    """The rows of a file as tables, one for each piece, which are checked as they are read.
+
+    Args:
+        rows: as for :func:`collect`, as are those below.
+        where: likewise.
+        format_: likewise.
+        labelled: likewise.
+        on_bad_row: likewise.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        where: str,
+        format_: TaskSchema,
+        *,
+        labelled: bool,
+        on_bad_row: OnBadRow,
+    ) -> None:
+        self._rows, self._where, self._format = rows, where, format_
+        self._labelled, self._on_bad_row = labelled, on_bad_row
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found out about the file, a phrase each; complete once it is read."""
+        return tuple(self._rows.notes)
+
+    def __iter__(self) -> Iterator[Table]:
+        """Yield the tables.
+
+        Raises:
+            InputError: no row is usable, or, with ``on_bad_row="error"``, a row cannot be used.
+        """
+        usable, bad_rows, first_bad = 0, Counter[str](), ""
+        for piece in self._rows.pieces:
+            table = table_of(
+                self._rows.read(piece.content),
+                piece.first_row,
+                self._format,
+                labelled=self._labelled,
+                on_bad_row=self._on_bad_row,
+            )
+            usable += len(table) - len(table.blank)
+            bad_rows.update(table.bad_rows)
+            first_bad = first_bad or table.first_bad
+            yield table
+        check_usable(usable, self._where, bad_rows, first_bad)
+
+    def table(self) -> Table:
+        """Return all rows as one table."""
+        return _joined(list(self), self.notes)
 
 
 def table_of(
@@ -260,19 +307,12 @@ def check_usable(usable: int, where: str, bad_rows: Mapping[str, int], first_bad
     raise InputError(f"no usable row ({counts}), {where}; the first: {first_bad}")
 
 
-def _joined(tables: Sequence[Table], where: str, notes: Sequence[str]) -> Table:
-    """Return one table of those of all pieces.
-
-    Raises:
-        InputError: no row is usable.
-    """
-    bad_rows = sum((Counter(table.bad_rows) for table in tables), Counter[str]())
-    first_bad = next((table.first_bad for table in tables if table.first_bad), "")
+def _joined(tables: Sequence[Table], notes: tuple[str, ...]) -> Table:
+    """Return one table of those of all pieces."""
     starts = accumulate(map(len, tables), initial=0)
     blank = [
         row + start for table, start in zip(tables, starts, strict=False) for row in table.blank
     ]
-    check_usable(sum(map(len, tables)) - len(blank), where, bad_rows, first_bad)
 
     def all_of(lists: Iterable[Sequence[T] | None]) -> list[T] | None:
         found = [each for each in lists if each is not None]
@@ -284,12 +324,12 @@ def _joined(tables: Sequence[Table], where: str, notes: Sequence[str]) -> Table:
         ids=[identifier for table in tables for identifier in table.ids],
         sentences=tuple(list(chain.from_iterable(parts)) for parts in columns),
         labels=np.concatenate(labels) if labels else None,
-        bad_rows=dict(bad_rows),
+        bad_rows=dict(sum((Counter(table.bad_rows) for table in tables), Counter[str]())),
         blank=tuple(blank),
-        notes=tuple(notes),
+        notes=notes,
         words=all_of(table.words for table in tables),
         answers=all_of(table.answers for table in tables),
-        first_bad=first_bad,
+        first_bad=next((table.first_bad for table in tables if table.first_bad), ""),
     )
 
 

@@ -3,9 +3,11 @@
 import os
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from os.path import realpath
 from pathlib import Path
+from typing import IO
 
 from .errors import InputError
 from .files import explained, whole_file
@@ -58,7 +60,23 @@ def write_output(path: Path, content: str | bytes, *, replace: bool = False) -> 
     Raises:
         InputError: as of :func:`check_outputs`, or the system refuses it.
     """
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    with open_output(path, replace=replace) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def open_output(path: Path, *, replace: bool = False) -> Iterator[IO[bytes]]:
+    """Open a file that a user named, which has its name when the body is done, or is not there.
+
+    To a pipe or device the body writes as it goes.
+
+    Args:
+        path: the file.
+        replace: whether a regular file that is there is replaced.
+
+    Raises:
+        InputError: as of :func:`check_outputs`, or the system refuses it.
+    """
     if _is_there(path) and not replace:
         raise _there_already(path)
     with explained("write", path):
@@ -68,12 +86,8 @@ def write_output(path: Path, content: str | bytes, *, replace: bool = False) -> 
             number = os.dup(number)
         elif real.exists() and not real.is_file():
             number = os.open(real, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
-        if number is None:
-            with whole_file(real) as file:
-                file.write(data)
-        else:
-            with open(number, "wb") as file:
-                file.write(data)
+        with whole_file(real) if number is None else open(number, "wb") as file:
+            yield file
 
 
 def _there_already(path: Path) -> InputError:
