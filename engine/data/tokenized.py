@@ -26,6 +26,8 @@ Array = npt.NDArray[Any]
 SPANS = "spans."
 """How the names of the arrays of :class:`~.windows.Spans` begin."""
 
+_UNCUT = 1 << 30
+
 TEXT_KEYS = "text_keys"
 """uint64 ``[n * c, 2]``, of retrieval: the same for texts of the same tokens."""
 
@@ -176,9 +178,11 @@ def tokenize_table(
     if form is not None and form.labels == "spans":
         return _tokenize_windows(form, table, tokenizer, max_length)
     arrays, columns = dict[str, Array](), len(table.sentences)
+    joins = joins_pairs and columns == 2
     if table.words is None:
         by_example = [text for texts in zip(*table.sentences, strict=True) for text in texts]
-        encoded = tokenizer.encode(by_example, max_length)
+        # Of a pair the longer sentence is cut first, by its length before.
+        encoded = tokenizer.encode(by_example, _UNCUT if joins else max_length)
     else:
         encoded, arrays["word_sizes"] = tokenizer.encode_words(table.words, max_length)
         arrays["word_offsets"] = offsets_of([len(words) for words in table.words])
@@ -188,8 +192,8 @@ def tokenize_table(
         arrays["labels"] = table.labels
     truncated = encoded.truncated
     arrays["tokens"], arrays["offsets"] = encoded.tokens, encoded.offsets
-    if joins_pairs and columns == 2:
-        arrays, truncated = arrays | _pairs_joined(encoded, tokenizer, max_length), 0
+    if joins:
+        arrays |= _pairs_joined(encoded, tokenizer, max_length)
         truncated = int(arrays.pop("is_cut").sum())
         columns = 1
     return TokenizedPiece(

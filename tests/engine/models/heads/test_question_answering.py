@@ -210,7 +210,7 @@ def split_of(form: TaskSchema = FORM, max_length: int = 20) -> TokenizedSplit:
         labels=np.ones(len(CONTEXTS), np.float32),
         answers=spans,
     )
-    return tokenize("t", table, tokenizer, max_length, schema=form)
+    return tokenize(form.task, table, tokenizer, max_length, schema=form)
 
 
 def model_of(dtype: torch.dtype = torch.float32) -> MultitaskModel:
