@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
 from ..utils.ownership import check_private_place
-from .entry import DamagedEntryError, EntryWriter, open_entry
+from .entry import DamagedEntryError, EntryWriter, check_entry, open_entry, read_text, write_text
 from .prepare import Preparation, prepared
 from .rows import lines_on
 from .source import Origin
@@ -29,7 +29,7 @@ from .split import TokenizedSplit
 from .table import OnBadRow
 from .task_schema import TaskSchema
 from .tokenized import Joiner
-from .tokenizer import Tokenizer
+from .tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _VERSION = 9
 """Raise it when reading, tokenizing or the layout of an entry changes."""
@@ -100,21 +100,16 @@ def load_split(
     Raises:
         InputError: the file cannot be used, or the cache not be written, or others can write it.
     """
-    root = default_cache() if cache is None else cache
-    check_private_place(root)
-    made_from = {
-        "user": os.geteuid(),
-        "version": _VERSION,
-        "data": origin.digest(verify=reading.verify),
-        "format": repr(format_),
-        "tokenizer": tokenizer.to_json(),
-        "max_length": max_length,
-        "labelled": labelled,
-        "on_bad_row": on_bad_row,
-        "joins_pairs": joins_pairs,
-    }
-    key = hashlib.sha256(dump_json(made_from, sort_keys=True).encode()).hexdigest()
-    entry = root / key
+    entry = _place_of(
+        cache,
+        data=origin.digest(verify=reading.verify),
+        format=repr(format_),
+        tokenizer=tokenizer.to_json(),
+        max_length=max_length,
+        labelled=labelled,
+        on_bad_row=on_bad_row,
+        joins_pairs=joins_pairs,
+    )
     try:
         return _with_name(open_entry(entry, verify=reading.verify), origin.name)
     except DamagedEntryError:
@@ -139,10 +134,54 @@ def load_split(
         return _with_name(open_entry(entry), origin.name)
     except (OSError, DamagedEntryError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"cannot write the cache of tokenized data: {reason}, {root}; "
-            "set SUPERBERT_CACHE to a folder that can be written"
-        ) from error
+        raise _cannot_write(entry, reason) from error
+
+
+def load_vocabulary(
+    made_from: Sequence[str],
+    learn: Callable[[], Tokenizer],
+    *,
+    cache: Path | None = None,
+) -> Tokenizer:
+    """Return a learnt vocabulary from the cache, or learn and cache it.
+
+    Args:
+        made_from: all that decides it.
+        learn: learns it.
+        cache: as of :func:`load_split`.
+
+    Raises:
+        InputError: as of :func:`load_split`.
+    """
+    entry = _place_of(cache, vocabulary=[*made_from])
+    with suppress(DamagedEntryError):
+        return Tokenizer.from_json(read_text(entry), SPECIAL_TOKENS)
+    tokenizer = learn()
+    try:
+        with _making(entry) as made:
+            write_text(made, tokenizer.to_json())
+    except OSError as error:
+        raise _cannot_write(entry, error.strerror or error) from error
+    return tokenizer
+
+
+def _place_of(cache: Path | None, **made_from: object) -> Path:
+    """Return the folder of the entry that is made from some things.
+
+    Raises:
+        InputError: others can write the cache.
+    """
+    root = default_cache() if cache is None else cache
+    check_private_place(root)
+    whole = {"user": os.geteuid(), "version": _VERSION} | made_from
+    return root / hashlib.sha256(dump_json(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _cannot_write(entry: Path, reason: object) -> InputError:
+    return InputError(
+        f"cannot write the cache of tokenized data: {reason}, {entry.parent}; "
+        "set SUPERBERT_CACHE to a folder that can be written"
+    )
 
 
 def _with_name(split: TokenizedSplit, name: str) -> TokenizedSplit:
@@ -170,7 +209,7 @@ def _making(entry: Path) -> Iterator[Path]:
                 if error.errno not in _OCCUPIED:
                     raise
             with suppress(DamagedEntryError):
-                open_entry(entry)
+                check_entry(entry)
                 return  # another process was faster
             with suppress(FileNotFoundError):
                 os.rename(entry, Path(workshop) / f"damaged-{attempt}")

@@ -5,7 +5,8 @@ entry is opened; of large ones samples are, or all with ``verify``.
 """
 
 import io
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,8 @@ from .tokenized import ARRAYS, TEXT_KEYS, Array, Totals, text_ids
 
 _INDEX, _META, _TEXT_IDS = "index.json", "meta.json", "text_ids"
 _STORED = (*(name for name in ARRAYS if name != TEXT_KEYS), _TEXT_IDS)
-_FILES = {_META, *(f"{name}.npy" for name in _STORED)}
+_TEXT = "text"
+_FILES = {_META, _TEXT, *(f"{name}.npy" for name in _STORED)}
 
 
 class DamagedEntryError(Exception):
@@ -94,17 +96,7 @@ class EntryWriter:
             keys.unlink()
         meta = {"task": task, "totals": totals._asdict(), "notes": notes}
         (self.folder / _META).write_text(dump_json(meta), encoding="utf-8")
-        index = {
-            path.name: {
-                "bytes": path.stat().st_size,
-                "samples": sample_digest(path),
-                "sha256": digest(path),
-            }
-            for path in self.folder.iterdir()
-        }
-        (self.folder / _INDEX).write_text(dump_json(index), encoding="utf-8")
-        for path in self.folder.iterdir():
-            path.chmod(0o600)
+        _write_index(self.folder)
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -121,7 +113,43 @@ class EntryWriter:
 
 
 def open_entry(entry: Path, *, verify: bool = False) -> TokenizedSplit:
-    """Open an entry, memory-mapped.
+    """Open an entry with a split, memory-mapped; as of :func:`check_entry`."""
+    index = check_entry(entry, verify=verify)
+    try:
+        meta = parse_json((entry / _META).read_bytes())
+        arrays = {
+            name: np.load(entry / f"{name}.npy", mmap_mode="r")
+            for name in _STORED
+            if f"{name}.npy" in index
+        }
+        totals = Totals(**meta["totals"])
+        totals = totals._replace(blank=tuple(totals.blank))
+        return split_of(meta["task"], totals, arrays, meta["notes"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedEntryError(str(error)) from error
+
+
+def write_text(folder: Path, text: str) -> None:
+    """Write the one text of an entry into an empty folder.
+
+    Raises:
+        OSError: the system refuses it.
+    """
+    (folder / _TEXT).write_text(text, encoding="utf-8")
+    _write_index(folder)
+
+
+def read_text(entry: Path) -> str:
+    """Return the text of an entry that has one; as of :func:`check_entry`."""
+    check_entry(entry)
+    try:
+        return (entry / _TEXT).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DamagedEntryError(str(error)) from error
+
+
+def check_entry(entry: Path, *, verify: bool = False) -> Collection[str]:
+    """Check an entry, and return the names of its files.
 
     Args:
         entry: its folder.
@@ -138,17 +166,24 @@ def open_entry(entry: Path, *, verify: bool = False) -> TokenizedSplit:
             raise DamagedEntryError("the index names other files")
         for name, known in index.items():
             _check(entry / name, known, verify=verify)
-        meta = parse_json((entry / _META).read_bytes())
-        arrays = {
-            name: np.load(entry / f"{name}.npy", mmap_mode="r")
-            for name in _STORED
-            if f"{name}.npy" in index
-        }
-        totals = Totals(**meta["totals"])
-        totals = totals._replace(blank=tuple(totals.blank))
-        return split_of(meta["task"], totals, arrays, meta["notes"])
+        os.utime(entry)  # of its last use
+        return list(index)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedEntryError(str(error)) from error
+
+
+def _write_index(folder: Path) -> None:
+    index = {
+        path.name: {
+            "bytes": path.stat().st_size,
+            "samples": sample_digest(path),
+            "sha256": digest(path),
+        }
+        for path in sorted(folder.iterdir())
+    }
+    (folder / _INDEX).write_text(dump_json(index), encoding="utf-8")
+    for path in folder.iterdir():
+        path.chmod(0o600)
 
 
 def _check(path: Path, known: Mapping[str, object], *, verify: bool) -> None:

@@ -1,6 +1,5 @@
 """Text for objectives: the training sentences of tasks, or files with a text a line."""
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ import numpy as np
 
 from ..utils.arrays import Indices
 from ..utils.errors import InputError
-from ..utils.untrusted_io import read_bytes
+from ..utils.untrusted_io import file_size, open_file
+from .blocks import blocks_of
 from .decode import decode, undecoded
 from .decompress import decompressed
 from .dialect import BUILT_IN
@@ -48,24 +48,35 @@ class Lines(NamedTuple):
 
 
 def lines_of(path: Path) -> Lines:
-    """Read a text file.
+    """Read a text file into memory: :func:`each_line`."""
+    notes = list[str]()
+    return Lines(list(each_line(path, notes)), tuple(notes))
+
+
+def each_line(path: Path, notes: list[str]) -> Iterator[str]:
+    """Yield the lines of a text file that are not blank, without the blanks around them.
 
     Args:
         path: of the file: UTF-8, or as its byte order mark says; compressed as its ending says.
+        notes: where phrases on how it was read go.
 
     Raises:
         InputError: it cannot be read, is not UTF-8 or holds no text.
     """
-    content = read_bytes(path, None)
-    file = decompressed(io.BytesIO(content), len(content), path, BUILT_IN)
-    pieces, notes = decode(file, path, BUILT_IN)
-    text = "".join(pieces)
-    if found := undecoded(text):
-        raise InputError(f"not UTF-8: {found}, {path}; convert the file to UTF-8")
-    texts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not texts:
+    is_empty = True
+    with open_file(path) as file:
+        pieces = decompressed(file, file_size(file), path, BUILT_IN)
+        text = decode(pieces, path, BUILT_IN)
+        for block in blocks_of(text.pieces, path):
+            if found := undecoded(block.text):
+                raise InputError(f"not UTF-8: {found}, {path}; convert the file to UTF-8")
+            for line in map(str.strip, block.text.splitlines()):
+                if line:
+                    is_empty = False
+                    yield line
+        notes += text.notes
+    if is_empty:
         raise InputError(f"no text in it, {path}; give a file with a sentence a line")
-    return Lines(texts, tuple(notes))
 
 
 def sentences_of(table: Table, task: str, limit: int, seed: int) -> list[str]:

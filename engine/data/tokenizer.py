@@ -141,18 +141,22 @@ class Tokenizer:
         """Train a lower-casing WordPiece; the same texts give the same vocabulary.
 
         Args:
-            texts: the sentences; all are held in memory.
+            texts: the sentences, which are gone through twice; all are held in memory where they
+                can be gone through once only.
             vocab_size: the most tokens that the vocabulary may have; it has fewer where the
                 texts' words are all in it before.  The texts' characters are always in it.
         """
-        texts = list(texts)
+        texts = list(texts) if iter(texts) is texts else texts
         backend = _word_piece({}, {})
         normalize = backend.normalizer.normalize_str
-        normalized = [normalize(text) for text in texts]
-        characters = sorted(c for c in set().union(*normalized) if not c.isspace())
+        found, length = set[str](), 0
+        for text in map(normalize, texts):
+            found.update(text)
+            length += len(text)
+        characters = sorted(c for c in found if not c.isspace())
         # Special tokens, each character in two forms, and merges, of which a text has no more than
         # characters.  The library reserves memory for what it is told.
-        most = len(SPECIAL_TOKENS) + 2 * len(characters) + sum(map(len, normalized))
+        most = len(SPECIAL_TOKENS) + 2 * len(characters) + length
         trainer = trainers.WordPieceTrainer(
             vocab_size=min(vocab_size, most),
             # The library would number the ## forms in the order of a hash table, which differs

@@ -48,7 +48,7 @@ from .folder import check_folder
 from .initial_weights import compare, is_run
 from .objectives import build_examples, head_settings
 from .prune import PRUNED, is_pruned
-from .texts import check_texts, objective_texts, vocabulary_texts
+from .texts import check_texts, learn_vocabulary, objective_texts
 
 _BEST = ("average", "best", "step")
 """Kinds of checkpoints, the one with the best weights first."""
@@ -358,7 +358,7 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Readi
         init_type = hf_weights.read_model_type(folder_of_model)
         recipe = recipe.model_copy(update={"encoder": encoder})
     else:
-        tokenizer = Tokenizer.train(vocabulary_texts(recipe), recipe.encoder.vocab_size)
+        tokenizer = learn_vocabulary(recipe)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
         config = MODELS[shape.pop("model_type")].config(**shape)
     run = _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")

@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from os.path import exists  # unlike pathlib's it raises nothing
 from pathlib import Path
+from typing import Any
 
 from ..config.recipe import Recipe
-from ..data.raw_text import Found, evenly, lines_of, sentences_of
+from ..data.cache import load_vocabulary
+from ..data.raw_text import Found, each_line, evenly, lines_of, sentences_of
 from ..data.rows import lines_on
 from ..data.source import DataFile
-from ..data.table import Table
+from ..data.table import Table, TableReader
+from ..data.tokenizer import Tokenizer
 from ..utils.untrusted_io import read_bytes
 from .data_paths import data_folder, origin
 
@@ -44,11 +47,51 @@ def objective_texts(recipe: Recipe, name: str) -> tuple[list[str], Found]:
     return evenly(texts, settings.max_texts), found
 
 
-def vocabulary_texts(recipe: Recipe) -> Iterator[str]:
-    """Yield the texts that a vocabulary is learnt from: whatever some phase trains on, uncut.
+def learn_vocabulary(recipe: Recipe) -> Tokenizer:
+    """Return the vocabulary of what a recipe trains on, from the cache where it was learnt before.
 
-    Each task and each file counts once.
+    Raises:
+        InputError: a file of the texts cannot be read.
     """
+    tasks, files = _vocabulary_sources(recipe)
+    made_from = [str(recipe.encoder.vocab_size), recipe.on_bad_row]
+    for task in tasks:
+        form = recipe.split_schema(task, "train")
+        made_from += [repr(form), origin(recipe, task, "train").digest()]
+    made_from += [DataFile(file).digest() for file in files]
+
+    def learn() -> Tokenizer:
+        return Tokenizer.train(VocabularyTexts(recipe), recipe.encoder.vocab_size)
+
+    return load_vocabulary(made_from, learn)
+
+
+class VocabularyTexts:
+    """The texts that a vocabulary is learnt from: whatever some phase trains on, uncut.
+
+    Each task and each file counts once.  They are read anew whenever they are gone through.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the texts."""
+        recipe = self._recipe
+        tasks, files = _vocabulary_sources(recipe)
+        for task in tasks:
+            form, found = recipe.split_schema(task, "train"), origin(recipe, task, "train")
+            how: dict[str, Any] = {"labelled": True, "on_bad_row": recipe.on_bad_row}
+            with found.rows(form, labelled=True) as rows:
+                for table in TableReader(rows, found.where, form, **how):
+                    for column in table.sentences:
+                        yield from column
+        for file in files:
+            yield from each_line(file, [])
+
+
+def _vocabulary_sources(recipe: Recipe) -> tuple[list[str], list[Path]]:
+    """Return the tasks and the files whose texts decide a vocabulary."""
     tasks, files = dict[str, None](), dict[Path, None]()
     for name in recipe.trained:
         if name in recipe.tasks:
@@ -57,11 +100,7 @@ def vocabulary_texts(recipe: Recipe) -> Iterator[str]:
         if name in recipe.objectives:
             tasks |= dict.fromkeys(_tasks_of(recipe, name))
             files |= dict.fromkeys(_files_of(recipe, name))
-    for task in tasks:
-        for column in training_table(recipe, task).sentences:
-            yield from column
-    for file in files:
-        yield from lines_of(file).texts
+    return list(tasks), list(files)
 
 
 def check_texts(recipe: Recipe) -> None:

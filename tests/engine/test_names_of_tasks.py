@@ -18,7 +18,7 @@ from engine.exporting.model_card import example
 from engine.models.named_modules import NamedModules
 from engine.reporting import plots
 from engine.runs.run import open_run
-from engine.runs.texts import vocabulary_texts
+from engine.runs.texts import VocabularyTexts
 from engine.utils.errors import InputError
 
 AWKWARD = [
@@ -313,7 +313,7 @@ def test_the_vocabulary_is_learnt_from_what_some_phase_trains(data, tmp_path, tr
     if any("b" in names for names in trained):
         assert trained[-1] == ["b"]
     recipe.write_text(f'train = ["c"]\n{HEAD}{"".join(text)}')
-    found = " ".join(vocabulary_texts(recipes.load(str(recipe), [f"data={data}"])))
+    found = " ".join(VocabularyTexts(recipes.load(str(recipe), [f"data={data}"])))
     assert {word for word in ("film", "Songs") if word in found} == expected
     assert found.count("Songs") <= 1
 
