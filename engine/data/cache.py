@@ -130,7 +130,7 @@ def load_split(
                     joiner.add(piece)
                     show(joiner.rows, rows.share())
                 joiner.check_usable(origin.where)
-                writer.finish(format_.task, joiner.totals(), tuple(rows.notes))
+                writer.finish(format_.task, joiner.totals(), tuple(rows.notes), origin.name)
         return _with_name(open_entry(entry), origin.name)
     except (OSError, DamagedEntryError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -139,6 +139,7 @@ def load_split(
 
 def load_vocabulary(
     made_from: Sequence[str],
+    data: str,
     learn: Callable[[], Tokenizer],
     *,
     cache: Path | None = None,
@@ -147,6 +148,7 @@ def load_vocabulary(
 
     Args:
         made_from: all that decides it.
+        data: the names of the texts, for those who look at the cache.
         learn: learns it.
         cache: as of :func:`load_split`.
 
@@ -159,7 +161,7 @@ def load_vocabulary(
     tokenizer = learn()
     try:
         with _making(entry) as made:
-            write_text(made, tokenizer.to_json())
+            write_text(made, tokenizer.to_json(), data, f"{tokenizer.vocab_size:,} tokens")
     except OSError as error:
         raise _cannot_write(entry, error.strerror or error) from error
     return tokenizer

@@ -24,8 +24,8 @@ from .tokenized import ARRAYS, TEXT_KEYS, Array, Totals, text_ids
 
 _INDEX, _META, _TEXT_IDS = "index.json", "meta.json", "text_ids"
 _STORED = (*(name for name in ARRAYS if name != TEXT_KEYS), _TEXT_IDS)
-_TEXT = "text"
-_FILES = {_META, _TEXT, *(f"{name}.npy" for name in _STORED)}
+_TEXT, _ABOUT = "text", "about.json"
+_FILES = {_META, _TEXT, _ABOUT, *(f"{name}.npy" for name in _STORED)}
 
 
 class DamagedEntryError(Exception):
@@ -83,8 +83,15 @@ class EntryWriter:
         known.file.write(np.ascontiguousarray(array).data)
         self._growing[name] = known._replace(rows=known.rows + len(array))
 
-    def finish(self, task: str, totals: Totals, notes: tuple[str, ...]) -> None:
-        """Write what belongs to the arrays, when all rows are there."""
+    def finish(self, task: str, totals: Totals, notes: tuple[str, ...], data: str) -> None:
+        """Write what belongs to the arrays, when all rows are there.
+
+        Args:
+            task: the task's name.
+            totals: what is counted over the pieces.
+            notes: what was found out about the file, a phrase each.
+            data: the name of the file, for those who look at the cache.
+        """
         for growing in self._growing.values():
             growing.file.seek(0)
             growing.file.write(growing.header())
@@ -96,7 +103,7 @@ class EntryWriter:
             keys.unlink()
         meta = {"task": task, "totals": totals._asdict(), "notes": notes}
         (self.folder / _META).write_text(dump_json(meta), encoding="utf-8")
-        _write_index(self.folder)
+        _write_index(self.folder, data, f"tokens of {totals.rows:,} rows of {task}")
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -129,14 +136,20 @@ def open_entry(entry: Path, *, verify: bool = False) -> TokenizedSplit:
         raise DamagedEntryError(str(error)) from error
 
 
-def write_text(folder: Path, text: str) -> None:
+def write_text(folder: Path, text: str, data: str, what: str) -> None:
     """Write the one text of an entry into an empty folder.
+
+    Args:
+        folder: the folder.
+        text: the text.
+        data: the name of what it was made from, for those who look at the cache.
+        what: it is, for the same.
 
     Raises:
         OSError: the system refuses it.
     """
     (folder / _TEXT).write_text(text, encoding="utf-8")
-    _write_index(folder)
+    _write_index(folder, data, what)
 
 
 def read_text(entry: Path) -> str:
@@ -172,7 +185,22 @@ def check_entry(entry: Path, *, verify: bool = False) -> Collection[str]:
         raise DamagedEntryError(str(error)) from error
 
 
-def _write_index(folder: Path) -> None:
+def about(entry: Path) -> tuple[str, str]:
+    """Return what an entry was made from and what it is, without a check of its files.
+
+    Raises:
+        DamagedEntryError: it does not say.
+    """
+    try:
+        said = parse_json((entry / _ABOUT).read_bytes())
+        return str(said["data"]), str(said["what"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedEntryError(str(error)) from error
+
+
+def _write_index(folder: Path, data: str, what: str) -> None:
+    said = {"data": data, "what": what}
+    (folder / _ABOUT).write_text(dump_json(said), encoding="utf-8")
     index = {
         path.name: {
             "bytes": path.stat().st_size,

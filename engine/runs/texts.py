@@ -63,7 +63,8 @@ def learn_vocabulary(recipe: Recipe) -> Tokenizer:
     def learn() -> Tokenizer:
         return Tokenizer.train(VocabularyTexts(recipe), recipe.encoder.vocab_size)
 
-    return load_vocabulary(made_from, learn)
+    names = [*tasks, *(file.name for file in files)]
+    return load_vocabulary(made_from, f"vocabulary of {', '.join(names)}", learn)
 
 
 class VocabularyTexts:
