@@ -117,7 +117,6 @@ def load_split(
     try:
         with origin.rows(format_, labelled=labelled) as rows, _making(entry) as made:
             preparation = Preparation(
-                read=rows.read,
                 schema=format_,
                 labelled=labelled,
                 on_bad_row=on_bad_row,

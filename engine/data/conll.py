@@ -14,7 +14,7 @@ from ..utils.json_text import dump_json
 from .blocks import Block
 from .decode import not_utf8, undecoded
 from .dialect import AUTO, Dialect
-from .rows import BadRowError, Row, Rows, as_pieces, same
+from .rows import BadRowError, Row, Rows, as_pieces
 
 _DOCUMENT = "-DOCSTART-"
 
@@ -49,7 +49,7 @@ def conll_rows(
             )
         places.append(int(name) if name == "-1" else int(name) - 1)
     rows = _texts(blocks, path, places, dialect, universal)
-    return Rows(as_pieces(rows), same, [])
+    return Rows(as_pieces(rows), [])
 
 
 def _texts(

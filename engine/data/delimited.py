@@ -137,7 +137,8 @@ def delimited_rows(
     places = find_columns(names, columns, place, holder=holder, advice=advice)
     if optional and not dialect.header and optional not in names:
         notes.append(f"rows of {_counted(len(names), 'field')}, without column {optional}")
-    return Rows(pieces, _Columns(written, len(names), places, holder), notes)
+    columns_of = _Columns(written, len(names), places, holder)
+    return Rows((piece._replace(read=columns_of) for piece in pieces), notes)
 
 
 def _blocks_below(
@@ -148,7 +149,7 @@ def _blocks_below(
         first = next(blocks)
         place, names = _named(written.line(*next(first.lines)))
         rest = first.behind_first()
-        return place, names, block_pieces(chain([] if rest is None else [rest], blocks))
+        return place, names, block_pieces(chain([] if rest is None else [rest], blocks), _unread)
     seen: list[Block] = []
 
     def records() -> Iterator[_Record]:
@@ -157,7 +158,7 @@ def _blocks_below(
             yield from written.lines(block)
 
     place, names = _numbered(records())
-    return place, names, block_pieces(chain(seen, blocks))
+    return place, names, block_pieces(chain(seen, blocks), _unread)
 
 
 def _records_below(
@@ -177,6 +178,11 @@ def _records_below(
 
     place, names = _numbered(noted())
     return place, names, as_pieces(chain(seen, records))
+
+
+def _unread(_content: object) -> Iterator[Row]:
+    """Stand for what reads the columns, before these are known."""
+    raise NotImplementedError
 
 
 def _named(header: _Record) -> tuple[str, Sequence[str]]:

@@ -37,7 +37,7 @@ def text_rows(file: IO[bytes], path: Path, format_: TaskSchema, *, sure: bool = 
     beginning, blocks = found
     if not sure:
         _refuse_table(beginning.partition("\n")[0].removesuffix("\r"), path, format_)
-    return Rows(block_pieces(blocks), _TextLines(path, format_), notes)
+    return Rows(block_pieces(blocks, _TextLines(path, format_)), notes)
 
 
 def _refuse_table(first_line: str, path: Path, format_: TaskSchema) -> None:

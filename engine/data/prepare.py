@@ -1,12 +1,11 @@
 """Tokenize a file piece by piece, in several processes where it is large."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
 
-from .rows import Piece, Row
+from .rows import Piece
 from .table import OnBadRow, table_of
 from .task_schema import TaskSchema
 from .tokenized import TokenizedPiece, tokenize_table
@@ -22,7 +21,6 @@ class Preparation:
     """What is done to each piece of a file.
 
     Attributes:
-        read: makes rows of its content.
         schema: of the task.
         labelled: whether the labels are read.
         on_bad_row: what to do with a row that cannot be used.
@@ -30,7 +28,6 @@ class Preparation:
         joins_pairs: whether the two sentences of an example make one sequence.
     """
 
-    read: Callable[[Any], Iterable[Row]]
     schema: TaskSchema
     labelled: bool
     on_bad_row: OnBadRow
@@ -40,7 +37,7 @@ class Preparation:
     def __call__(self, piece: Piece, tokenizer: Tokenizer) -> TokenizedPiece:
         """Return a piece's examples."""
         table = table_of(
-            self.read(piece.content),
+            piece.rows,
             piece.first_row,
             self.schema,
             labelled=self.labelled,

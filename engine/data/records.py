@@ -20,7 +20,6 @@ from .rows import (
     as_pieces,
     block_pieces,
     find_columns,
-    same,
     typed_row,
 )
 
@@ -48,7 +47,7 @@ def json_rows(
         objects: the keys whose values are objects.
     """
     read = _JsonLines(path, tuple(columns), dialect, frozenset(lists), frozenset(objects))
-    return Rows(block_pieces(blocks), read, [])
+    return Rows(block_pieces(blocks, read), [])
 
 
 def array_rows(
@@ -70,7 +69,7 @@ def array_rows(
         _object_row(record, columns, f"{path}, row {number}", lists=lists, objects=objects)
         for number, record in records
     )
-    return Rows(as_pieces(rows), same, ["one JSON array, not an object a line"])
+    return Rows(as_pieces(rows), ["one JSON array, not an object a line"])
 
 
 def is_array(text: str) -> bool:
@@ -163,7 +162,7 @@ def parquet_rows(
         lists: those whose values may be lists.
         objects: those whose values are objects.
     """
-    return Rows(as_pieces(_parquet_rows(file, path, columns, lists, objects)), same, [])
+    return Rows(as_pieces(_parquet_rows(file, path, columns, lists, objects)), [])
 
 
 def _parquet_rows(

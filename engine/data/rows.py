@@ -44,15 +44,24 @@ class Row(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a file, whose rows are made of it by itself.
+    """A part of a file, whose rows are made of it by itself, in any process.
 
     Attributes:
         first_row: the number of its first row, from 0.
-        content: what :attr:`Rows.read` makes rows of.
+        num_rows: how many it has.
+        content: what rows are made of.
+        read: makes them.
     """
 
     first_row: int
+    num_rows: int
     content: Any
+    read: Callable[[Any], Iterable[Row]]
+
+    @property
+    def rows(self) -> Iterable[Row]:
+        """The rows."""
+        return self.read(self.content)
 
 
 class Rows(NamedTuple):
@@ -60,13 +69,11 @@ class Rows(NamedTuple):
 
     Attributes:
         pieces: in the order of the file; reading on may raise InputError.
-        read: makes rows of a piece's content, in any process.
         notes: phrases on how the file was read; complete once the pieces are there.
         share: returns how much of the file is read, from 0 to 1.
     """
 
     pieces: Iterable[Piece]
-    read: Callable[[Any], Iterable[Row]]
     notes: list[str]
     share: Callable[[], float] = float
 
@@ -74,25 +81,28 @@ class Rows(NamedTuple):
 _ROWS_OF_A_PIECE = 4096
 
 
-def as_pieces(items: Iterable[Any]) -> Iterator[Piece]:
+def _same(rows: Iterable[Row]) -> Iterable[Row]:
+    return rows
+
+
+def as_pieces(
+    items: Iterable[Any], read: Callable[[Any], Iterable[Row]] = _same
+) -> Iterator[Piece]:
     """Yield rows, or what one row each is made of, in pieces of lists."""
     first, items = 0, iter(items)
     while several := list(islice(items, _ROWS_OF_A_PIECE)):
-        yield Piece(first, several)
+        yield Piece(first, len(several), several, read)
         first += len(several)
 
 
-def block_pieces(blocks: Iterable[Block]) -> Iterator[Piece]:
+def block_pieces(
+    blocks: Iterable[Block], read: Callable[[Block], Iterable[Row]]
+) -> Iterator[Piece]:
     """Yield blocks of lines that are a row each."""
     first = 0
     for block in blocks:
-        yield Piece(first, block)
+        yield Piece(first, block.num_lines, block, read)
         first += block.num_lines
-
-
-def same(rows: Iterable[Row]) -> Iterable[Row]:
-    """Return rows that a piece has already."""
-    return rows
 
 
 def typed_row(

@@ -24,7 +24,7 @@ from ..utils.fingerprint import WHOLE, digest, sample_digest
 from ..utils.untrusted_io import file_size, open_file
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
-from .rows import Row, Rows, as_pieces, find_columns, same, typed_row
+from .rows import Row, Rows, as_pieces, find_columns, typed_row
 from .split_source import Column, Delimiter, Encoding, Label, Split, SplitSource, Text
 from .table import OnBadRow, Table, collect, file_rows
 from .tags import Scheme, scheme_of
@@ -477,7 +477,7 @@ class HubSplit:
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, self.where)
         check_columns(self._data, columns, self.where, format_.list_columns, format_.object_columns)
-        yield Rows(as_pieces(self._rows(format_, columns, self.where)), same, [])
+        yield Rows(as_pieces(self._rows(format_, columns, self.where)), [])
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.table.collect`."""

@@ -13,7 +13,7 @@ from ..utils.errors import InputError
 from ..utils.untrusted_io import parse_json
 from .dialect import Dialect
 from .records import parse_whole
-from .rows import BadRowError, Row, Rows, as_pieces, same, shorten, typed_row
+from .rows import BadRowError, Row, Rows, as_pieces, shorten, typed_row
 
 Span = tuple[int, int]
 """The first character of an answer in its context, and the one behind its last."""
@@ -102,7 +102,7 @@ def squad_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) 
         InputError: it is no JSON, or not nested so.
     """
     rows = _questions(parse_whole(text, path, dialect), path, columns)
-    return Rows(as_pieces(rows), same, [])
+    return Rows(as_pieces(rows), [])
 
 
 def _questions(content: Any, path: Path, columns: Sequence[str]) -> Iterator[Row]:

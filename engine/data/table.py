@@ -203,7 +203,7 @@ class TableReader:
         usable, bad_rows, first_bad = 0, Counter[str](), ""
         for piece in self._rows.pieces:
             table = table_of(
-                self._rows.read(piece.content),
+                piece.rows,
                 piece.first_row,
                 self._format,
                 labelled=self._labelled,
