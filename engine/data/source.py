@@ -24,7 +24,8 @@ from ..utils.fingerprint import WHOLE, digest, sample_digest
 from ..utils.untrusted_io import file_size, open_file
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
-from .rows import Row, Rows, as_pieces, find_columns, typed_row
+from .rows import Piece, Row, Rows, as_pieces, find_columns, typed_row
+from .shards import shards
 from .split_source import Column, Delimiter, Encoding, Label, Split, SplitSource, Text
 from .table import OnBadRow, Table, collect, file_rows
 from .tags import Scheme, scheme_of
@@ -64,6 +65,10 @@ _OF_FILES = ("layout", "delimiter", "quoting", "header", "encoding", "compressio
 def _width(label: Label) -> int:
     """Return the number of columns of several labels; 0 of one that has them all."""
     return len(label) if isinstance(label, tuple) else 0
+
+
+def _listed(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
 def _names_or_number(classes: Any) -> Any:
@@ -109,10 +114,11 @@ class TaskSource(Settings):
     range: tuple[Real, Real] = (0.0, 5.0)
     """Regression: the smallest and the largest label."""
 
-    files: dict[Split, FileName] = {}
+    files: dict[Split, FileName | tuple[FileName, ...]] = {}
     """A file for each split, relative to the data folder: .tsv, .csv, .jsonl, .json or .parquet,
-    and behind that .gz, .bz2, .xz or .zst where it is compressed.  Splits are train, dev and test,
-    and further ones, to be scored or predicted by their names."""
+    and behind that .gz, .bz2, .xz or .zst where it is compressed.  Or several files, which are read
+    one after the other: a list, a folder, or a pattern such as part-*.parquet.  Splits are train,
+    dev and test, and further ones, to be scored or predicted by their names."""
     layout: Literal["auto", Layout] = "auto"
     """Files: tabs, commas, json, json_lines, parquet, conll, conllu; auto: as the ending says."""
     delimiter: Delimiter = AUTO
@@ -220,7 +226,7 @@ class TaskSource(Settings):
     def _files_are_written_so(self) -> "TaskSource":
         fields = type(self).model_fields
         given = [name for name in _OF_FILES if getattr(self, name) != fields[name].default]
-        self._check_effect(given, self.files.values())
+        self._check_effect(given, self.file_names)
         labels = (self.label,) if isinstance(self.label, str) else self.label
         self._check_numbers(() if self.kind == _RETRIEVAL else labels)
         return self
@@ -246,7 +252,7 @@ class TaskSource(Settings):
                 )
             try:
                 source._check_texts()
-                source._check_effect(own.given, source.files.values())
+                source._check_effect(own.given, source.file_names)
                 source._check_numbers()
             except ValueError as error:
                 raise ValueError(f"of_split.{split}.{error}") from None
@@ -292,9 +298,14 @@ class TaskSource(Settings):
                 )
 
     @property
-    def known_splits(self) -> dict[str, str]:
-        """The splits there are, and the file of each or what the data set calls it."""
-        return self.splits if self.dataset else self.files
+    def file_names(self) -> list[str]:
+        """The names of all files, folders and patterns."""
+        return [name for names in self.files.values() for name in _listed(names)]
+
+    @property
+    def known_splits(self) -> Collection[str]:
+        """The splits there are."""
+        return list(self.splits if self.dataset else self.files)
 
     def of(self, split: str) -> "TaskSource":
         """Return the source of one split alone, as ``of_split`` has it."""
@@ -385,21 +396,23 @@ class TaskSource(Settings):
         Raises:
             InputError: the source does not have it.
         """
-        known = self.known_splits
-        if split not in known:
-            table, there = "splits" if self.dataset else "files", ", ".join(known)
+        if split not in self.known_splits:
+            table, there = "splits" if self.dataset else "files", ", ".join(self.known_splits)
             raise InputError(
                 f"tasks.{task}.source.{table}: no {split} split (it has {there}); name it there"
             )
         if self.dataset:
-            return HubSplit(self.dataset, self.subset, known[split])
-        path = Path(known[split])
-        if not path.is_absolute() and folder is None:
-            raise InputError(
-                f"tasks.{task}.source.files: {path} is relative to the folder of the data files; "
-                "name that with --data"
-            )
-        return DataFile(path if folder is None else folder / path)
+            return HubSplit(self.dataset, self.subset, self.splits[split])
+        names = _listed(self.files[split])
+        for name in names:
+            if not Path(name).is_absolute() and folder is None:
+                raise InputError(
+                    f"tasks.{task}.source.files: {name} is relative to the folder of the data "
+                    "files; name that with --data"
+                )
+        field = f"tasks.{task}.source.files.{split}"
+        files = [DataFile(path) for path in shards(names, folder or Path(), field)]
+        return files[0] if len(files) == 1 else DataFiles(tuple(files))
 
 
 @dataclass(frozen=True)
@@ -447,6 +460,49 @@ class DataFile:
             rows = file_rows(file, self.path, format_, labelled=labelled)
             size = max(1, file_size(file))
             yield rows._replace(share=lambda: file.tell() / size)
+
+    def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
+        """Return the examples: :func:`~.table.collect`."""
+        with self.rows(format_, labelled=labelled) as rows:
+            return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """Several files of examples, one after the other."""
+
+    files: tuple[DataFile, ...]
+
+    @property
+    def name(self) -> str:
+        """The first file's name, and how many others there are."""
+        return f"{self.files[0].name} and {len(self.files) - 1} more"
+
+    @property
+    def where(self) -> str:
+        """What error messages call them."""
+        return f"{self.files[0].where} and {len(self.files) - 1} more files"
+
+    def digest(self, *, verify: bool = False) -> str:
+        """Return a hash of all that decides what is read."""
+        return " ".join(file.digest(verify=verify) for file in self.files)
+
+    @contextmanager
+    def rows(self, format_: TaskSchema, *, labelled: bool) -> Iterator[Rows]:
+        """Open the rows, numbered through."""
+        notes, share = list[str](), [0.0]
+
+        def pieces() -> Iterator[Piece]:
+            first = 0
+            for number, file in enumerate(self.files):
+                with file.rows(format_, labelled=labelled) as rows:
+                    for piece in rows.pieces:
+                        share[0] = (number + rows.share()) / len(self.files)
+                        yield piece._replace(first_row=first)
+                        first += piece.num_rows
+                    notes.extend(f"{note} ({file.name})" for note in rows.notes)
+
+        yield Rows(pieces(), notes, lambda: share[0])
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.table.collect`."""
@@ -511,4 +567,4 @@ class HubSplit:
         return load_split(self.name, self.subset, self.split)
 
 
-Origin = DataFile | HubSplit
+Origin = DataFile | DataFiles | HubSplit

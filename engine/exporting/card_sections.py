@@ -176,8 +176,10 @@ def data_list(run: Run) -> str:
 
 def _origin(source: TaskSource) -> str:
     """Return where a task's examples come from, its training set if it has one."""
-    files = source.files
-    return local_name(source.dataset or files.get("train") or next(iter(files.values())))
+    if source.dataset:
+        return local_name(source.dataset)
+    split = "train" if "train" in source.files else next(iter(source.files))
+    return ", ".join(map(local_name, source.of(split).file_names))
 
 
 def recipe_block(recipe: Recipe) -> str:
@@ -195,7 +197,7 @@ def recipe_block(recipe: Recipe) -> str:
 def _without_paths(value: Any) -> Any:
     """Return a path, or those of a list or table, by its last name."""
     if isinstance(value, Mapping):
-        return {key: local_name(path) for key, path in value.items()}
+        return {key: _without_paths(path) for key, path in value.items()}
     return local_name(value) if isinstance(value, str) else [local_name(path) for path in value]
 
 

@@ -77,7 +77,7 @@ def reads_data_folder(recipe: Recipe) -> bool:
     for task in recipe.tasks.values():
         if task.source is None:
             return True
-        files += task.source.files.values()
+        files += task.source.file_names
     for objective in recipe.objectives.values():
         if not recipe.tasks.keys() >= set(objective.sentences_of):
             return True

@@ -16,7 +16,17 @@ def test_every_folder_is_listed() -> None:
 
 
 def test_only_commands_stand_at_the_top() -> None:
-    commands = {"train", "evaluate", "predict", "export", "report", "sweep", "fill", "glue"}
+    commands = {
+        "train",
+        "evaluate",
+        "predict",
+        "export",
+        "report",
+        "sweep",
+        "fill",
+        "glue",
+        "cache",
+    }
     assert {path.stem for path in ENGINE.glob("*.py")} == commands | {"__init__", "_kernels"}
 
 

@@ -1,0 +1,51 @@
+"""Files that a recipe names together: a list of them, a pattern, a folder."""
+
+import glob
+from collections.abc import Sequence
+from os.path import exists, isdir
+from pathlib import Path
+
+from ..utils.errors import InputError
+from ..utils.files import explained
+from .dialect import LAYOUTS, endings
+
+
+def shards(names: Sequence[str], folder: Path, field: str) -> list[Path]:
+    """Return the files that some names stand for, each once, in an order that is always the same.
+
+    Args:
+        names: of files, of folders (all files in them that tables are read from, but hidden ones),
+            or patterns with ``*``, ``?`` and ``[a-z]``, and ``**`` for folders within folders.
+        folder: that relative names start from.
+        field: of the recipe that has the names, for error messages.
+
+    Raises:
+        InputError: a pattern or folder has no file.
+    """
+    found = dict[Path, None]()
+    for name in names:
+        found |= dict.fromkeys(_files_of(folder / name, field))
+    return list(found)
+
+
+def _files_of(path: Path, field: str) -> list[Path]:
+    if isdir(path):
+        with explained("look into", path):
+            files = [
+                file
+                for file in sorted(path.iterdir())
+                if endings(file)[0] in LAYOUTS and not file.name.startswith(".")
+            ]
+        if not files:
+            raise InputError(
+                f"{field}: no file in {path} that is read, such as .csv, .tsv, .jsonl or .parquet; "
+                "name another folder"
+            )
+        return files
+    if glob.has_magic(str(path)) and not exists(path):
+        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        files = [file for file in files if not isdir(file)]
+        if not files:
+            raise InputError(f"{field}: no file is called like {path}; correct the pattern")
+        return files
+    return [path]
