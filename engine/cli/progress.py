@@ -37,13 +37,21 @@ def describe(console: Console, trainer: Trainer) -> None:
     gradients = f"{rows} task gradients, balance {recipe.balance}" if rows > 1 else "one gradient"
     console.print(
         (f"{name}: " if name else "") + f"{parameters.numel / 1e6:.1f} M parameters, {gradients}, "
-        f"{trainer.total_steps} steps of {recipe.batch_size} examples a task on {trainer.device} "
+        f"{trainer.total_steps} steps of {_examples(trainer)} on {trainer.device} "
         f"({str(parameters.compute.dtype).removeprefix('torch.')})",
         soft_wrap=True,
     )
     if trainer.ranks.size > 1:
         traffic = measure_traffic(trainer.sync, parameters, trainer.optimizer)
         console.print(f"{trainer.ranks.size} ranks, {recipe.distribute}: {traffic}", soft_wrap=True)
+
+
+def _examples(trainer: Trainer) -> str:
+    """Return ``16 examples a task``, or how many of each."""
+    sizes = {sampler.task: sampler.batch_size for sampler in trainer.samplers}
+    if len({*sizes.values()}) == 1:
+        return f"{trainer.samplers[0].batch_size} examples a task"
+    return f"{', '.join(f'{size} {task}' for task, size in sizes.items())} examples"
 
 
 def report_data(

@@ -22,6 +22,8 @@ class ObjectiveRecipe(Settings):
     files: tuple[FileName, ...] = ()
     """Text files, a sentence or a document a line, plain or compressed (.gz, .bz2, .xz, .zst);
     relative to the data folder."""
+    batch_size: Count = 0
+    """Examples of the objective in a step; 0: as the recipe's batch_size and sampling_alpha say."""
     max_per_source: Count = 0
     """Examples of each task (the label distribution is kept) or lines of each file; 0: all."""
     max_texts: Count = 0

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from ..data.task_schedule import TASK_SCHEDULES
+from ..data.task_schedule import TASK_SCHEDULES, batch_sizes
 from ..data.task_schema import FORMATS, TaskSchema
 from ..distributed.gradient_sync import MODES
 from ..gradients.balancing import METHODS, TORCHJD, BalanceSettings
@@ -52,7 +52,15 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 OF_A_PHASE = (
-    *("train", "task_schedule", "epochs", "max_steps", "max_train_examples", "batch_size"),
+    *(
+        "train",
+        "task_schedule",
+        "epochs",
+        "max_steps",
+        "max_train_examples",
+        "batch_size",
+        "sampling_alpha",
+    ),
     *("micro_batches", "checkpoint_layers", "freeze_encoder", "balance", "balancing"),
     *("balance_granularity", "optimizer", "optimizer_options", "momentum", "lr", "schedule"),
     *("schedule_power", "warmup", "betas", "eps", "weight_decay", "clip_norm", "eval_every"),
@@ -107,15 +115,19 @@ class Recipe(Settings):
     """Longest sequence in tokens; the model's own limit counts if it is lower."""
 
     batch_size: Positive = 32
-    """Examples of each task in a step."""
+    """Examples of each task in a step; ``tasks.NAME.batch_size`` is that of one task."""
+    sampling_alpha: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """How tasks share by the sizes N of their training sets, as N^sampling_alpha: the examples of a
+    step (together; they are batch_size on average), or the steps (sampled).  0: all alike; 1: as
+    large as they are (MT-DNN); 1 / T: T5's temperature T."""
     micro_batches: Annotated[int, Field(ge=1, le=256)] = 1
     """Parts in which a batch goes through the model, one after the other; they save memory."""
     checkpoint_layers: bool = False
     """Compute the inside of each layer again in the backward pass, which saves memory too."""
     task_schedule: Literal[TASK_SCHEDULES] = "together"  # type: ignore[valid-type]
     """together: a step has a batch of every task, their gradients are balanced; or the tasks take
-    turns, one a step, which leaves nothing to balance: sequential, cycle, round_robin, annealed
-    (engine/data/task_schedule.py)."""
+    turns, one a step, which leaves nothing to balance: sequential, cycle, round_robin, sampled,
+    annealed (engine/data/task_schedule.py)."""
     epochs: Positive = 10
     """Passes over the training sets: over the largest, while smaller ones start again as they run
     out (together, cycle), or over every one."""
@@ -265,10 +277,7 @@ class Recipe(Settings):
             raise ValueError(
                 "encoder.initializer_range = 0: weights that begin at zero stay there; raise it"
             )
-        if self.micro_batches > self.batch_size:
-            raise ValueError(
-                f"micro_batches = {self.micro_batches}: a batch has only {self.batch_size} examples"
-            )
+        self._check_batches()
         if self.balance not in METHODS and not self.balance.startswith(TORCHJD):
             raise ValueError(
                 f"balance = {self.balance!r}: no such method"
@@ -281,6 +290,34 @@ class Recipe(Settings):
             )
         torch_arguments_of(self)
         return self
+
+    def _check_batches(self) -> None:
+        own = {name: self._own_batch_size(name) for name in self.train}
+        smallest = min(size or self.batch_size for size in own.values())
+        if self.micro_batches > smallest:
+            raise ValueError(
+                f"micro_batches = {self.micro_batches}: a batch has only {smallest} examples"
+            )
+        if self.task_schedule == "together" and self.sampling_alpha and any(own.values()):
+            name = next(name for name in own if own[name])
+            raise ValueError(
+                f"sampling_alpha = {self.sampling_alpha:g}: decides all batches of a step, and "
+                f"{name} has a batch_size of its own; leave one of them out"
+            )
+
+    def _own_batch_size(self, name: str) -> int:
+        settings = self.tasks.get(name) or self.objectives.get(name)
+        return 0 if settings is None else settings.batch_size
+
+    def batch_sizes(self, sizes: Sequence[int]) -> list[int]:
+        """Return how many examples each trained task has in a step that trains it.
+
+        Args:
+            sizes: of their training sets.
+        """
+        if self.task_schedule == "together" and self.sampling_alpha:
+            return batch_sizes(self.batch_size, sizes, self.sampling_alpha)
+        return [self._own_batch_size(name) or self.batch_size for name in self.train]
 
     def _check_tasks(self) -> None:
         for name, task in self.tasks.items():

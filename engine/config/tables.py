@@ -106,6 +106,8 @@ class TaskRecipe(Settings):
     """Two classes, or several labels: a probability above which the answer is yes: half, 1/2; dev:
     the one that scores best on the dev data, chosen at every evaluation, by the deciding metric;
     dev_per_label: one for each of several labels (engine/models/heads/thresholds.py)."""
+    batch_size: Count = 0
+    """Examples of the task in a step; 0: as the recipe's batch_size and sampling_alpha say."""
     first_n: Count = 0
     """Train on the first so many examples of the training set; 0: on all."""
     source: TaskSource | None = None

@@ -75,7 +75,7 @@ class TrainingLoader:
 
         scheduled = schedule or every_task
         sizes = [sampler.batch_size for sampler in samplers]
-        examples = min(sizes) * len(scheduled(min(start, stop - 1)))
+        examples = sum(sizes) if len(scheduled(min(start, stop - 1))) > 1 else min(sizes)
         if examples < ranks or (micro_batches > 1 and min(sizes) < ranks * micro_batches):
             raise ValueError(
                 f"shard: {examples} examples of a step cannot be divided among {ranks} ranks and "

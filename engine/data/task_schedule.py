@@ -4,8 +4,13 @@
     sequential    one task a step: all batches of the first, then all of the second, …
     cycle         one task a step, in rotation; as often as the largest set needs, small ones cycle
     round_robin   one task a step, in rotation; a task whose set is used up drops out
-    annealed      one task a step, drawn with probability N^alpha, N the size of its set;
-                  alpha = 1 - 0.8 (e - 1) / (E - 1) in epoch e of E (Stickland and Murray 2019)
+    sampled       one task a step, drawn with probability N^alpha, N the size of its set: 1 as in
+                  MT-DNN (Liu et al. 2019), 1 / T as with T5's temperature T (Raffel et al. 2020),
+                  0 all alike
+    annealed      the same, alpha = 1 - 0.8 (e - 1) / (E - 1) in epoch e of E (Stickland and Murray
+                  2019)
+
+Where every step has a batch of every task, alpha decides their shares of it (:func:`batch_sizes`).
 
 A schedule is computed for the whole run at once, so that any step can be looked up: a run that is
 resumed needs the step's number alone.
@@ -20,7 +25,8 @@ import numpy.typing as npt
 from ..utils.arrays import Indices
 from ..utils.rng import uniforms
 
-TASK_SCHEDULES = ("together", "sequential", "cycle", "round_robin", "annealed")
+TASK_SCHEDULES = ("together", "sequential", "cycle", "round_robin", "sampled", "annealed")
+_DRAWN = ("sampled", "annealed")
 
 
 class ScheduledBatch(NamedTuple):
@@ -36,10 +42,11 @@ class TaskSchedule:
     Args:
         name: one of TASK_SCHEDULES.
         sizes: examples of each of the K tasks.
-        batch_size: examples in a batch.
+        batch_sizes: examples in a batch of each.
         epochs: passes; a pass goes once through the largest set (together, cycle), or once through
             every set (the others).
         seed: decides what is drawn.
+        alpha: of ``sampled``.
 
     Attributes:
         tasks_a_step: K, or 1 where the tasks take turns.
@@ -48,13 +55,21 @@ class TaskSchedule:
     """
 
     def __init__(
-        self, name: str, sizes: Sequence[int], batch_size: int, epochs: int, seed: int
+        self,
+        name: str,
+        sizes: Sequence[int],
+        batch_sizes: Sequence[int],
+        epochs: int,
+        seed: int,
+        alpha: float = 0.0,
     ) -> None:
-        batches = [-(-size // batch_size) for size in sizes]
+        batches = [-(-size // own) for size, own in zip(sizes, batch_sizes, strict=True)]
         together = name == "together"
         self._count = len(sizes)
         self.tasks_a_step = self._count if together else 1
-        self._tasks = None if together else _task_of_each_step(name, sizes, batches, epochs, seed)
+        self._tasks = (
+            None if together else _task_of_each_step(name, sizes, batches, epochs, seed, alpha)
+        )
         per_epoch = max(batches) if together else len(_rotation(name, batches))
         self.epoch_steps, self.total_steps = per_epoch, per_epoch * epochs
         self._batches = None if self._tasks is None else _running_count(self._tasks, self._count)
@@ -66,24 +81,54 @@ class TaskSchedule:
         return [ScheduledBatch(int(self._tasks[step]), int(self._batches[step]))]
 
 
+def batch_sizes(mean: int, sizes: Sequence[int], alpha: float) -> list[int]:
+    """Return how many examples of each task a step has, by the sizes of their sets to a power.
+
+    Args:
+        mean: examples of a task, on average.
+        sizes: of the sets.
+        alpha: the power; 0 gives all the same.
+
+    Returns:
+        One number for each, from 1 on; they add up to ``mean`` times as many as there are tasks,
+        where that gives each its one.
+    """
+    shares = _shares(sizes, alpha) * mean * len(sizes)
+    whole = np.maximum(1, np.floor(shares)).astype(np.int64)
+    missing = max(0, mean * len(sizes) - int(whole.sum()))
+    whole[np.argsort(whole - shares, kind="stable")[:missing]] += 1
+    return [int(own) for own in whole]
+
+
+def _shares(sizes: Sequence[int], alpha: float) -> npt.NDArray[np.float64]:
+    # Relative to the largest, so that no power of theirs is beyond float64.
+    powers = (np.array(sizes, dtype=np.float64) / max(sizes)) ** alpha
+    return powers / powers.sum()
+
+
 def _task_of_each_step(
-    name: str, sizes: Sequence[int], batches: Sequence[int], epochs: int, seed: int
+    name: str,
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    epochs: int,
+    seed: int,
+    alpha: float,
 ) -> npt.NDArray[np.int64]:
     """Return the task of every step, int64 ``[steps]``."""
-    if name != "annealed":
+    if name not in _DRAWN:
         return np.tile(_rotation(name, batches), epochs)
     steps = sum(batches)
     drawn = []
-    for epoch, draws in enumerate(np.split(uniforms(steps * epochs, seed, "annealed"), epochs)):
-        alpha = 1 - 0.8 * epoch / max(1, epochs - 1)
-        shares = np.array(sizes, dtype=np.float64) ** alpha
-        ends = np.cumsum(shares / shares.sum())[:-1]
+    for epoch, draws in enumerate(np.split(uniforms(steps * epochs, seed, name), epochs)):
+        if name == "annealed":
+            alpha = 1 - 0.8 * epoch / max(1, epochs - 1)
+        ends = np.cumsum(_shares(sizes, alpha))[:-1]
         drawn.append(np.searchsorted(ends, draws, side="right"))
     return np.concatenate(drawn)
 
 
 def _rotation(name: str, batches: Sequence[int]) -> Indices:
-    """Return the task of every step of one epoch; for ``annealed`` only their number counts."""
+    """Return the task of every step of one epoch; of drawn ones their number alone counts."""
     if name == "cycle":
         return np.tile(np.arange(len(batches)), max(batches))
     tasks = np.repeat(np.arange(len(batches)), batches)

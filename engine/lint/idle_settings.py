@@ -233,6 +233,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.threshold": Effect(
             _trains_tasks, "no task is trained, so nothing is scored", off="half"
         ),
+        "tasks.NAME.batch_size": Effect(_is_trained, "{case.owner} is not trained", off=0),
         "tasks.NAME.first_n": Effect(
             _is_trained,
             "{case.owner} is not trained",
@@ -265,7 +266,10 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.source.of_split.NAME.*": Effect(_differs, "the source says the same"),
         "objectives.NAME": Effect(_is_trained, "train does not name it"),
         **dict.fromkeys(
-            (f"objectives.NAME.{name}" for name in ("kind", "sentences_of", "files", "weight")),
+            (
+                f"objectives.NAME.{name}"
+                for name in ("kind", "sentences_of", "files", "weight", "batch_size")
+            ),
             ALWAYS,
         ),
         "objectives.NAME.max_per_source": _cuts_objective(
@@ -322,6 +326,15 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         **dict.fromkeys(("batch_size", "micro_batches"), ALWAYS),
         "checkpoint_layers": Effect(
             _differentiates_encoder, "nothing in the encoder is trained", off=False
+        ),
+        "sampling_alpha": Effect(
+            lambda case: len(case.recipe.train) > 1,
+            "{case.recipe.train[0]} is trained alone",
+            off=0,
+            also=Effect(
+                lambda case: case.recipe.task_schedule in ("together", "sampled"),
+                "task_schedule = {case.recipe.task_schedule} does not read it",
+            ),
         ),
         "task_schedule": Effect(
             lambda case: len(case.recipe.train) > 1,

@@ -1,6 +1,7 @@
 """Build a trainer from a recipe: data, model, flat parameters, optimizer, step."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -62,15 +63,24 @@ def build_trainer(
         )
     train_sets = [_examples(run, name) for name in recipe.train]
     subsets = [_subset(examples, recipe) for examples in train_sets]
-    samplers = [
-        TaskSampler(examples.task, len(examples), recipe.batch_size, recipe.seed, subset)
+    sizes = tuple(
+        len(examples) if subset is None else len(subset)
         for examples, subset in zip(train_sets, subsets, strict=True)
-    ]
-    sizes = tuple(len(sampler) for sampler in samplers)
-    task_schedule = TaskSchedule(
-        recipe.task_schedule, sizes, recipe.batch_size, recipe.epochs, recipe.seed
     )
-    _check_division(recipe, task_schedule, ranks.size)
+    batch_sizes = recipe.batch_sizes(sizes)
+    samplers = [
+        TaskSampler(examples.task, len(examples), own, recipe.seed, subset)
+        for examples, own, subset in zip(train_sets, batch_sizes, subsets, strict=True)
+    ]
+    task_schedule = TaskSchedule(
+        recipe.task_schedule,
+        sizes,
+        batch_sizes,
+        recipe.epochs,
+        recipe.seed,
+        recipe.sampling_alpha,
+    )
+    _check_division(recipe, batch_sizes, task_schedule.tasks_a_step, ranks.size)
     take_turns = task_schedule.tasks_a_step < len(recipe.train)
     tasks = TrainedTasks(recipe.train, sizes)
     balance = "sum" if has_one_gradient(recipe) else recipe.balance
@@ -239,17 +249,19 @@ def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:
     check_memory(wanted, smaller_batches(recipe.batch_size, recipe.micro_batches))
 
 
-def _check_division(recipe: Recipe, task_schedule: TaskSchedule, ranks: int) -> None:
+def _check_division(
+    recipe: Recipe, batch_sizes: Sequence[int], tasks_a_step: int, ranks: int
+) -> None:
     """Refuse batches with fewer examples than ranks and micro-batches need.
 
     Raises:
         InputError: the batches are too small; the message says what to raise.
     """
-    examples = recipe.batch_size * task_schedule.tasks_a_step
-    shares = ranks * recipe.micro_batches
-    if examples < ranks or (recipe.micro_batches > 1 and recipe.batch_size < shares):
+    smallest, shares = min(batch_sizes), ranks * recipe.micro_batches
+    examples = sum(batch_sizes) if tasks_a_step > 1 else smallest
+    if examples < ranks or (recipe.micro_batches > 1 and smallest < shares):
         raise InputError(
-            f"batch_size = {recipe.batch_size}: too small for {ranks} ranks with "
+            f"batch_size = {smallest}: too small for {ranks} ranks with "
             f"{recipe.micro_batches} micro_batches; raise it"
         )
 

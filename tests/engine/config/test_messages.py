@@ -145,7 +145,7 @@ OF_OTHERS = {
     "seeds": "--seeds",
     "train_steps": "max_steps",
     "weight": "objectives.NAME.weight or tasks.NAME.weight",
-    "alpha": "lora_alpha",
+    "alpha": "lora_alpha or sampling_alpha",
     "head_size": "encoder.num_attention_heads",
     # PEFT
     "lora_r": "lora_rank",
@@ -169,7 +169,7 @@ OF_OTHERS = {
     "encoder.heads": "num_attention_heads",
     "encoder.layers": "num_hidden_layers",
     "encoder.d_model": "hidden_size",
-    "encoder.batch_size": "batch_size",
+    "encoder.batch_size": "batch_size or objectives.NAME.batch_size or tasks.NAME.batch_size",
     "tasks.sst.limit": "first_n",
     "tasks.sst.source.limit": "tasks.NAME.first_n",
     "tasks.sst.lr": "lr",
