@@ -6,25 +6,38 @@ folder, and removes the oldest checkpoint.  A kill at any moment leaves either t
 the ones before.  Several machines need a shared file system.
 """
 
+import json
 import math
 import warnings
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import (
+    CUSTOM_METADATA_KEY,
+    DCP_VERSION_KEY,
+    FORMAT_KEY,
+    FORMAT_VALUE,
+    HF_DCP_VERSION,
+    SAVED_OFFSETS_KEY,
+)
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future as TorchFuture
 
 from ..distributed.ranks import Ranks
 from ..models.stored_dtypes import check_stored_dtypes
@@ -90,9 +103,9 @@ class AsyncWriter:
             cause, *_ = [cause for cause, _ in error.failures.values()]
             if isinstance(cause, InputError):
                 raise cause from error
-            if not isinstance(cause, OSError):
+            if not isinstance(cause, OSError | SafetensorError):
                 raise
-            reason = (cause.strerror or str(cause)).lower()
+            reason = (getattr(cause, "strerror", None) or str(cause)).lower()
             raise InputError(
                 f"cannot write {self._path}: {reason}; make room and go on with --resume"
             ) from error
@@ -180,6 +193,29 @@ class _Writer(HuggingFaceStorageWriter):
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy nothing: the state is a copy already."""
         return state_dict
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        """Write a rank's tensors from where they lie: torch's makes a file in memory first."""
+        if plan.items:
+            tensors = {
+                item.index.fqn: cast(Tensor, planner.resolve_data(item)).detach().cpu()
+                for item in plan.items
+            }
+            offsets = {
+                item.index.fqn: {SAVED_OFFSETS_KEY: item.tensor_data.chunk.offsets}
+                for item in plan.items
+                if item.tensor_data is not None
+            }
+            metadata = {
+                CUSTOM_METADATA_KEY: json.dumps(offsets),
+                DCP_VERSION_KEY: str(HF_DCP_VERSION),
+                FORMAT_KEY: FORMAT_VALUE,
+            }
+            name = f"shard-{plan.storage_data['shard_index']:05}-model-00001-of-00001.safetensors"
+            save_file(tensors, self._partial / name, metadata)
+        done = TorchFuture[list[WriteResult]]()
+        done.set_result([])
+        return done
 
     def finish(  # of the main rank alone, when all ranks have written
         self,
