@@ -28,7 +28,7 @@ from .cli.predictions import (
     read_split,
 )
 from .data.dialect import AUTO
-from .data.source import DataFile
+from .data.source import HubSplit
 from .data.table import OnBadRow
 from .data.task_schema import TaskSchema
 from .runs.data_paths import check_split, origin
@@ -261,7 +261,8 @@ def _files_read(options: Namespace, run: Run) -> list[Path]:
         return [*files, Path("/dev/stdin") if options.input == STREAM else options.input]
     check_split(run.recipe, options.split, [options.task])
     found = origin(run.recipe, options.task, options.split)
-    return [*files, found.path] if isinstance(found, DataFile) else files
+    read = () if isinstance(found, HubSplit) else found.files
+    return [*files, *(one.path for one in read if isinstance(one.path, Path))]
 
 
 class _Printer:

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.errors import InputError
+from .addresses import Place
 
 BLOCK = 1 << 20
 """Characters of a block, or a line more."""
@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(
-    pieces: Iterable[str], path: Path, *, size: int = BLOCK, longest: int = LONGEST_LINE
+    pieces: Iterable[str], path: Place, *, size: int = BLOCK, longest: int = LONGEST_LINE
 ) -> Iterator[Block]:
     """Cut a text into blocks; line ends that nothing follows are left out.
 

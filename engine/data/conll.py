@@ -7,10 +7,10 @@ of several words and words that are not in the text (numbers such as 1-2 and 1.1
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from pathlib import Path
 
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
+from .addresses import Place
 from .blocks import Block
 from .decode import not_utf8, undecoded
 from .dialect import AUTO, Dialect
@@ -21,7 +21,7 @@ _DOCUMENT = "-DOCSTART-"
 
 def conll_rows(
     blocks: Iterator[Block],
-    path: Path,
+    path: Place,
     columns: Sequence[str],
     dialect: Dialect,
     *,
@@ -53,7 +53,7 @@ def conll_rows(
 
 
 def _texts(
-    blocks: Iterator[Block], path: Path, places: Sequence[int], dialect: Dialect, universal: bool
+    blocks: Iterator[Block], path: Place, places: Sequence[int], dialect: Dialect, universal: bool
 ) -> Iterator[Row]:
     separator = "\t" if universal else None
     if dialect.delimiter not in (AUTO, " "):

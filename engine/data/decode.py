@@ -4,10 +4,10 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.errors import InputError
+from .addresses import Place
 from .dialect import AUTO, Dialect
 
 _MARKS = {  # that of UTF-32 begins with that of UTF-16, so it comes first
@@ -49,7 +49,7 @@ class Text(NamedTuple):
     notes: list[str]
 
 
-def decode(pieces: Iterable[bytes], path: Path, dialect: Dialect) -> Text:
+def decode(pieces: Iterable[bytes], path: Place, dialect: Dialect) -> Text:
     """Return the text of a file.
 
     Bytes that are not UTF-8 make their row unusable; in any other encoding they are an error
@@ -87,7 +87,7 @@ def decode(pieces: Iterable[bytes], path: Path, dialect: Dialect) -> Text:
 def _decoded(
     pieces: Iterable[bytes],
     encoding: str,
-    path: Path,
+    path: Place,
     dialect: Dialect,
     notes: list[str],
     may_be_utf8: bool,
@@ -182,7 +182,7 @@ def _plain(encoding: str) -> str:
     return codecs.lookup(encoding).name.removesuffix("-sig")
 
 
-def _unmarked(content: bytes, path: Path, dialect: Dialect) -> str:
+def _unmarked(content: bytes, path: Place, dialect: Dialect) -> str:
     """Return UTF-8, unless a file is clearly of UTF-16 or UTF-32."""
     looks = next((name for name in _WIDE if _is_text(content[:_LOOKED_AT], name)), "")
     if not looks:
@@ -206,7 +206,7 @@ def _is_text(beginning: bytes, encoding: str) -> bool:
     return "\0" not in text and any(character in text for character in "\n\t,;|:")
 
 
-def _check_mark(encoding: str, marked: str, path: Path, dialect: Dialect) -> None:
+def _check_mark(encoding: str, marked: str, path: Place, dialect: Dialect) -> None:
     plain = _plain(encoding)
     if not marked and plain in _LEFT_OPEN:
         advice = dialect.advice(

@@ -8,10 +8,10 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import IO, Any, cast
 
 from ..utils.errors import InputError
+from .addresses import Place
 from .dialect import AUTO, COMPRESSIONS, Compression, Dialect, endings
 
 _CHUNK = 1 << 20
@@ -28,7 +28,7 @@ _BEGINNINGS: dict[Compression, re.Pattern[bytes]] = {
 """First bytes of compressed files; no text begins so."""
 
 
-def decompressed(file: IO[bytes], size: int, path: Path, dialect: Dialect) -> Iterator[bytes]:
+def decompressed(file: IO[bytes], size: int, path: Place, dialect: Dialect) -> Iterator[bytes]:
     """Yield the content of a file, in pieces, as it was before it was compressed, if it was.
 
     Args:
@@ -93,7 +93,7 @@ class _Again(io.RawIOBase):
         return len(piece)
 
 
-def _pieces(file: IO[bytes], kind: Compression, path: Path) -> Iterable[bytes]:
+def _pieces(file: IO[bytes], kind: Compression, path: Place) -> Iterable[bytes]:
     if kind == "gzip":
         return iter(partial(gzip.GzipFile(fileobj=file).read, _CHUNK), b"")
     if kind == "zstd":
@@ -126,7 +126,7 @@ def _pieces_of_streams(
             given = piece.lstrip(b"\0")
 
 
-def _zstd_pieces(file: IO[bytes], path: Path) -> Iterable[bytes]:
+def _zstd_pieces(file: IO[bytes], path: Place) -> Iterable[bytes]:
     try:
         from pyarrow import CompressedInputStream
     except ImportError:

@@ -12,10 +12,10 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.errors import InputError
+from .addresses import Place
 from .blocks import Block
 from .decode import not_utf8, undecoded
 from .dialect import AUTO, Dialect
@@ -36,7 +36,7 @@ class _Record(NamedTuple):
 class _Written:
     """How the rows of a file are written."""
 
-    path: Path
+    path: Place
     delimiter: str
     dialect: Dialect
 
@@ -90,7 +90,7 @@ class _Columns:
 
 def delimited_rows(
     blocks: Iterator[Block],
-    path: Path,
+    path: Place,
     columns: Sequence[str],
     dialect: Dialect,
     delimiter: str,

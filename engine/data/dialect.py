@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
+
+from .addresses import Place
 
 AUTO = "auto"
 """Leaves it to the file: to its ending, its byte order mark, its header."""
@@ -73,7 +74,7 @@ BUILT_IN = Dialect()
 """That of files of which no recipe says anything."""
 
 
-def endings(path: Path) -> tuple[str, str]:
+def endings(path: Place) -> tuple[str, str]:
     """Return the ending that says a file's layout, and the one that says its compression or ''."""
     last = path.suffix.lower()
     if last not in COMPRESSIONS:

@@ -4,11 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from ..utils.errors import InputError
 from ..utils.untrusted_io import parse_json
+from .addresses import Place
 from .blocks import Block
 from .decode import not_utf8, undecoded
 from .dialect import Dialect
@@ -29,7 +29,7 @@ _OPEN_OBJECT = re.compile(r"\s*\{\s*")
 
 def json_rows(
     blocks: Iterator[Block],
-    path: Path,
+    path: Place,
     columns: Sequence[str],
     dialect: Dialect,
     *,
@@ -52,7 +52,7 @@ def json_rows(
 
 def array_rows(
     text: str,
-    path: Path,
+    path: Place,
     columns: Sequence[str],
     dialect: Dialect,
     *,
@@ -77,7 +77,7 @@ def is_array(text: str) -> bool:
     return _ARRAY.match(text) is not None
 
 
-def parse_whole(text: str, path: Path, dialect: Dialect) -> Any:
+def parse_whole(text: str, path: Place, dialect: Dialect) -> Any:
     """Return what a file that is one JSON value says.
 
     Raises:
@@ -97,7 +97,7 @@ def parse_whole(text: str, path: Path, dialect: Dialect) -> Any:
 class _JsonLines:
     """The wanted keys of lines that are an object each."""
 
-    path: Path
+    path: Place
     columns: Sequence[str]
     dialect: Dialect
     lists: Collection[str]
@@ -148,7 +148,7 @@ def unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def parquet_rows(
     file: IO[bytes],
-    path: Path,
+    path: Place,
     columns: Sequence[str],
     lists: Collection[str] = (),
     objects: Collection[str] = (),
@@ -167,7 +167,7 @@ def parquet_rows(
 
 def _parquet_rows(
     file: IO[bytes],
-    path: Path,
+    path: Place,
     columns: Sequence[str],
     lists: Collection[str],
     objects: Collection[str],

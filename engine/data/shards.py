@@ -7,25 +7,39 @@ from pathlib import Path
 
 from ..utils.errors import InputError
 from ..utils.files import explained
+from .addresses import Address, Place, is_address, matching
 from .dialect import LAYOUTS, endings
 
 
-def shards(names: Sequence[str], folder: Path, field: str) -> list[Path]:
+def shards(names: Sequence[str], folder: Path, field: str) -> list[Place]:
     """Return the files that some names stand for, each once, in an order that is always the same.
 
     Args:
         names: of files, of folders (all files in them that tables are read from, but hidden ones),
-            or patterns with ``*``, ``?`` and ``[a-z]``, and ``**`` for folders within folders.
+            or patterns with ``*``, ``?`` and ``[a-z]``, and ``**`` for folders within folders; or
+            addresses of files, and patterns of these.
         folder: that relative names start from.
         field: of the recipe that has the names, for error messages.
 
     Raises:
         InputError: a pattern or folder has no file.
     """
-    found = dict[Path, None]()
+    found = dict[Place, None]()
     for name in names:
-        found |= dict.fromkeys(_files_of(folder / name, field))
+        if is_address(name):
+            found |= dict.fromkeys(_addresses(Address(name), field))
+        else:
+            found |= dict.fromkeys(_files_of(folder / name, field))
     return list(found)
+
+
+def _addresses(address: Address, field: str) -> list[Address]:
+    if not glob.has_magic(address.url):
+        return [address]
+    found = matching(address)
+    if not found:
+        raise InputError(f"{field}: no file is called like {address}; correct the pattern")
+    return found
 
 
 def _files_of(path: Path, field: str) -> list[Path]:

@@ -4,11 +4,12 @@ import hashlib
 import io
 import re
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import exists  # unlike pathlib's it raises nothing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -22,6 +23,7 @@ from ..utils.errors import InputError
 from ..utils.field_types import Count, FileName, GivenName, Name, Positive, Real, Settings
 from ..utils.fingerprint import WHOLE, digest, sample_digest
 from ..utils.untrusted_io import file_size, open_file
+from .addresses import Address, Place, fingerprint, is_address, opened
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
 from .rows import Piece, Row, Rows, as_pieces, find_columns, typed_row
@@ -117,8 +119,9 @@ class TaskSource(Settings):
     files: dict[Split, FileName | tuple[FileName, ...]] = {}
     """A file for each split, relative to the data folder: .tsv, .csv, .jsonl, .json or .parquet,
     and behind that .gz, .bz2, .xz or .zst where it is compressed.  Or several files, which are read
-    one after the other: a list, a folder, or a pattern such as part-*.parquet.  Splits are train,
-    dev and test, and further ones, to be scored or predicted by their names."""
+    one after the other: a list, a folder, or a pattern such as part-*.parquet.  Names may be
+    addresses that fsspec opens: s3://bucket/part-*.parquet, https://….  Splits are train, dev and
+    test, and further ones, to be scored or predicted by their names."""
     layout: Literal["auto", Layout] = "auto"
     """Files: tabs, commas, json, json_lines, parquet, conll, conllu; auto: as the ending says."""
     delimiter: Delimiter = AUTO
@@ -405,7 +408,7 @@ class TaskSource(Settings):
             return HubSplit(self.dataset, self.subset, self.splits[split])
         names = _listed(self.files[split])
         for name in names:
-            if not Path(name).is_absolute() and folder is None:
+            if not (Path(name).is_absolute() or is_address(name)) and folder is None:
                 raise InputError(
                     f"tasks.{task}.source.files: {name} is relative to the folder of the data "
                     "files; name that with --data"
@@ -419,7 +422,7 @@ class TaskSource(Settings):
 class DataFile:
     """A file of examples; a small one is read once."""
 
-    path: Path
+    path: Place
 
     @property
     def name(self) -> str:
@@ -431,9 +434,21 @@ class DataFile:
         """What error messages call it."""
         return str(self.path)
 
+    @property
+    def files(self) -> "tuple[DataFile, ...]":
+        """It alone, as if it were of several."""
+        return (self,)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is known not to be there; of an address that shows when it is read."""
+        return isinstance(self.path, Path) and not exists(self.path)
+
     @cached_property
     def _content(self) -> bytes | None:
-        """All of it; None where it is large."""
+        """All of it; None where it is large, or at an address."""
+        if isinstance(self.path, Address):
+            return None
         with open_file(self.path) as file:
             return file.read() if file_size(file) <= WHOLE else None
 
@@ -441,10 +456,12 @@ class DataFile:
         """Return a hash of all that decides what is read.
 
         A large file is known by its name, size and time and by samples of it; with ``verify`` by
-        all of it.
+        all of it.  At an address it is known by what the store says of it.
         """
         if self._content is not None:
             found = hashlib.sha256(self._content).hexdigest()
+        elif isinstance(self.path, Address):
+            found = fingerprint(self.path)
         elif verify:
             found = digest(self.path)
         else:
@@ -452,11 +469,15 @@ class DataFile:
             found = f"{self.name}:{changed}:{sample_digest(self.path)}"
         return f"{''.join(endings(self.path))}:{found}"
 
+    def _opened(self) -> AbstractContextManager[IO[bytes]]:
+        if self._content is not None:
+            return io.BytesIO(self._content)
+        return opened(self.path) if isinstance(self.path, Address) else open_file(self.path)
+
     @contextmanager
     def rows(self, format_: TaskSchema, *, labelled: bool) -> Iterator[Rows]:
         """Open the rows: :func:`~.table.file_rows`."""
-        content = self._content
-        with open_file(self.path) if content is None else io.BytesIO(content) as file:
+        with self._opened() as file:
             rows = file_rows(file, self.path, format_, labelled=labelled)
             size = max(1, file_size(file))
             yield rows._replace(share=lambda: file.tell() / size)

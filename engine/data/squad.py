@@ -6,11 +6,11 @@ question, with ``answers = {"text": […], "answer_start": […]}``.  ``answer_s
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..utils.errors import InputError
 from ..utils.untrusted_io import parse_json
+from .addresses import Place
 from .dialect import Dialect
 from .records import parse_whole
 from .rows import BadRowError, Row, Rows, as_pieces, shorten, typed_row
@@ -86,7 +86,7 @@ def is_nested(text: str) -> bool:
         return True
 
 
-def squad_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) -> Rows:
+def squad_rows(text: str, path: Place, columns: Sequence[str], dialect: Dialect) -> Rows:
     """Return the rows of a file in SQuAD's nested form, v1.1 or v2.
 
     The columns are id, question, context, answers, title and is_impossible.  The plausible answers
@@ -105,7 +105,7 @@ def squad_rows(text: str, path: Path, columns: Sequence[str], dialect: Dialect) 
     return Rows(as_pieces(rows), [])
 
 
-def _questions(content: Any, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+def _questions(content: Any, path: Place, columns: Sequence[str]) -> Iterator[Row]:
     for i, article in enumerate(_listed(content, "data", str(path))):
         in_article = f"{path}, data[{i}]"
         for j, paragraph in enumerate(_listed(article, "paragraphs", in_article)):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..utils.errors import InputError
 from ..utils.memory import machine_memory
 from ..utils.untrusted_io import file_size, open_file
+from .addresses import Place
 from .blocks import LONGEST_LINE, blocks_of, joined, with_text
 from .conll import conll_rows
 from .decode import decode
@@ -86,7 +87,7 @@ def read_table(
 
 def parse_table(
     content: bytes,
-    path: Path,
+    path: Place,
     format_: TaskSchema,
     *,
     labelled: bool = True,
@@ -97,7 +98,7 @@ def parse_table(
     return collect(rows, str(path), format_, labelled=labelled, on_bad_row=on_bad_row)
 
 
-def file_rows(file: IO[bytes], path: Path, format_: TaskSchema, *, labelled: bool = True) -> Rows:
+def file_rows(file: IO[bytes], path: Place, format_: TaskSchema, *, labelled: bool = True) -> Rows:
     """Return the rows of a file, which is read as they are asked for.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Literal
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import parse_json
+from .addresses import Place
 from .dialect import ARCHIVES, AUTO, BUILT_IN, COMPRESSIONS, LAYOUTS, Dialect, Layout, endings
 from .squad import Span, spans_of
 from .tags import OUTSIDE, Scheme, check_tags
@@ -110,7 +111,7 @@ class TaskSchema:
         """Return the path of a split's file in ``folder``; ``split`` is a key of SPLITS."""
         return folder / f"{self.stem}-{SPLITS[split]}.{self.ending}"
 
-    def layout_of(self, path: Path) -> Layout:
+    def layout_of(self, path: Place) -> Layout:
         """Return the layout of a file of this task.
 
         Raises:

@@ -5,7 +5,7 @@ A submission is a file for each test file, CoLA.tsv and so on, with the columns 
 """
 
 from collections.abc import Sequence
-from os.path import exists, realpath
+from os.path import realpath
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,7 +141,7 @@ def _reason_to_leave_out(run: Run, file: GlueFile) -> str:
     if file.split not in splits_of(run.recipe, file.task):
         return f"the recipe names no {file.split} split of {file.task}"
     found = origin(run.recipe, file.task, file.split)
-    if file.may_lack and isinstance(found, DataFile) and not exists(found.path):
+    if file.may_lack and isinstance(found, DataFile) and found.is_missing:
         return f"{found.path} is not there"
     return ""
 

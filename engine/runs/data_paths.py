@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config.recipe import Recipe
 from ..data import demo
+from ..data.addresses import is_address
 from ..data.cache import default_cache
 from ..data.source import DataFile, Origin
 from ..data.task_schema import FORMATS, SPLITS
@@ -82,7 +83,7 @@ def reads_data_folder(recipe: Recipe) -> bool:
         if not recipe.tasks.keys() >= set(objective.sentences_of):
             return True
         files += objective.files
-    return not all(Path(file).is_absolute() for file in files)
+    return not all(Path(file).is_absolute() or is_address(file) for file in files)
 
 
 def _demo_folder() -> Path:

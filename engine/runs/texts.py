@@ -9,7 +9,7 @@ from ..config.recipe import Recipe
 from ..data.cache import load_vocabulary
 from ..data.raw_text import Found, each_line, evenly, lines_of, sentences_of
 from ..data.rows import lines_on
-from ..data.source import DataFile
+from ..data.source import DataFile, HubSplit
 from ..data.table import Table, TableReader
 from ..data.tokenizer import Tokenizer
 from ..utils.untrusted_io import read_bytes
@@ -120,8 +120,9 @@ def check_texts(recipe: Recipe) -> None:
         wanted += [(task, "dev") for task in recipe.tasks if phase.scored]
         for task, split in wanted:
             found = origin(recipe, task, split)
-            if isinstance(found, DataFile):
-                _check_file(found.path)
+            for one in () if isinstance(found, HubSplit) else found.files:
+                if one.is_missing:
+                    one.digest()  # which says what is wrong
 
 
 def _check_file(path: Path) -> None:

@@ -1,0 +1,129 @@
+"""Files at an address, such as ``s3://bucket/part-0.parquet``, which the library fsspec opens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from ..utils.errors import InputError
+
+_SAMPLES, _SAMPLE = 16, 64 << 10
+_TELL_CHANGES = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
+"""What object stores and servers say of a file, by which a change is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An address of a file; its name and endings are those of a path."""
+
+    url: str
+
+    @property
+    def _path(self) -> PurePosixPath:
+        parts = urlsplit(self.url)
+        return PurePosixPath(parts.netloc + parts.path)
+
+    @property
+    def name(self) -> str:
+        """The last part, without a query."""
+        return self._path.name
+
+    @property
+    def suffix(self) -> str:
+        """The last ending."""
+        return self._path.suffix
+
+    def with_suffix(self, suffix: str) -> PurePosixPath:
+        """Return a path like this, with another last ending."""
+        return self._path.with_suffix(suffix)
+
+    def __str__(self) -> str:
+        """Return the address."""
+        return self.url
+
+
+Place = Path | Address
+"""Where a file of data is."""
+
+
+def is_address(name: str) -> bool:
+    """Return whether a name is an address."""
+    return "://" in name
+
+
+@contextmanager
+def opened(address: Address) -> Iterator[IO[bytes]]:
+    """Open a file at an address.
+
+    Raises:
+        InputError: it cannot be opened, or the library for such addresses is missing.
+    """
+    with _explained(address):
+        system, path = _system(address)
+        file: IO[bytes] = system.open(path, "rb")
+    with file:
+        yield file
+
+
+def matching(address: Address) -> list[Address]:
+    """Return the files that a pattern in an address stands for, in their order.
+
+    Raises:
+        InputError: it cannot be looked for.
+    """
+    with _explained(address):
+        system, path = _system(address)
+        return [Address(system.unstrip_protocol(found)) for found in sorted(system.glob(path))]
+
+
+def fingerprint(address: Address) -> str:
+    """Return what tells a file at an address from others, and from what it was before.
+
+    Its size and what the store says of it (an ETag, its time), or, where that says nothing, some of
+    its bytes.
+
+    Raises:
+        InputError: it is not there, or cannot be looked at.
+    """
+    with _explained(address):
+        system, path = _system(address)
+        info = system.info(path)
+        size = info.get("size")
+        said = {key: str(info[key]) for key in _TELL_CHANGES if info.get(key) is not None}
+        if not said and size:
+            last = max(0, size - _SAMPLE)
+            starts = sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
+            said["bytes"] = str([system.cat_file(path, at, at + _SAMPLE) for at in starts])
+        return f"{address}:{size}:{sorted(said.items())}"
+
+
+def _system(address: Address) -> tuple[Any, str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise InputError(
+            f"{address}: reading addresses needs fsspec (pip install fsspec)"
+        ) from None
+    system, path = url_to_fs(address.url)
+    return system, path
+
+
+@contextmanager
+def _explained(address: Address) -> Iterator[None]:
+    """Turn errors of stores, which raise whatever their libraries do, into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{address}: {reason}") from None
+    except FileNotFoundError:
+        raise InputError(
+            f"cannot read a file: no such file, {address}; check the address"
+        ) from None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot read a file: {reason}, {address}; check the address") from error

@@ -1,0 +1,106 @@
+"""Files at addresses: an object store on this machine, and a server of files."""
+
+import functools
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from engine.data.addresses import Address, fingerprint
+from engine.data.cache import load_split
+from engine.data.source import DataFiles, TaskSource
+from engine.data.table import Table
+from engine.data.tokenizer import Tokenizer
+from engine.utils.errors import InputError
+
+from .written import COMPRESS, source
+
+PARTS = [f"text,label\nfilm {part},1\ndull {part},0\n".encode() for part in range(3)]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A server of the folder ``served``."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(_Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def store() -> Iterator[fsspec.AbstractFileSystem]:
+    """fsspec's store in memory."""
+    system = fsspec.filesystem("memory")
+    system.store.clear()
+    yield system
+    system.store.clear()
+
+
+def read(one: TaskSource, folder: Path | None = None) -> Table:
+    found = one.origin("t", "train", folder)
+    return found.table(one.format("t"), labelled=True, on_bad_row="error")
+
+
+def test_a_pattern_of_a_store(store, tmp_path: Path) -> None:
+    for part, content in enumerate(PARTS):
+        store.pipe(f"/data/part-{part}.csv", content)
+    one = source(files={"train": "memory://data/part-*.csv"})
+    found = one.origin("t", "train", None)
+    assert isinstance(found, DataFiles)
+    assert found.name == "part-0.csv and 2 more"
+    assert read(one).sentences == (["film 0", "dull 0", "film 1", "dull 1", "film 2", "dull 2"],)
+    words = Tokenizer.train(["film dull 0 1 2"] * 3, 60)
+    for rows in (6, 7):
+        split = load_split(found, one.format("t"), words, 16, cache=tmp_path / "cache")
+        assert len(split) == rows
+        store.pipe("/data/part-2.csv", PARTS[2] + b"new,1\n")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["f.csv", "f.csv.gz"])
+def test_a_file_of_a_server(server: str, tmp_path: Path, name: str) -> None:
+    content = COMPRESS["gzip"](PARTS[0]) if name.endswith("gz") else PARTS[0]
+    (tmp_path / "served" / name).write_bytes(content)
+    assert read(source(files={"train": f"{server}/{name}"})).sentences == (["film 0", "dull 0"],)
+
+
+def test_what_tells_that_a_file_has_changed(server: str, store, tmp_path: Path) -> None:
+    (tmp_path / "served/f.csv").write_bytes(PARTS[0])
+    store.pipe("/f.csv", PARTS[0])
+    for url in (f"{server}/f.csv", "memory://f.csv"):
+        assert fingerprint(Address(url)) == fingerprint(Address(url))
+    before = [fingerprint(Address(url)) for url in (f"{server}/f.csv", "memory://f.csv")]
+    (tmp_path / "served/f.csv").write_bytes(PARTS[0][::-1])
+    store.pipe("/f.csv", PARTS[0][::-1])
+    after = [fingerprint(Address(url)) for url in (f"{server}/f.csv", "memory://f.csv")]
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("memory://none.csv", "cannot read a file: no such file, memory://none.csv"),
+        ("memory://none-*.csv", "tasks.t.source.files.train: no file is called like memory://none"),
+        ("nosuch://a/b.csv", "Protocol not known: nosuch, nosuch://a/b.csv"),
+        ("http://127.0.0.1:9/f.csv", "cannot read a file: .*http://127.0.0.1:9/f.csv"),
+        ("memory://a.parquet", "not a readable Parquet file"),
+    ],
+)
+def test_addresses_that_stand_for_nothing(store, address: str, message: str) -> None:
+    store.pipe("/a.parquet", b"text")
+    with pytest.raises(InputError, match=message) as error:
+        read(source(files={"train": address}))
+    assert "\n" not in str(error.value)
