@@ -11,24 +11,32 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
 from ..utils.ownership import check_private_place
-from .entry import DamagedEntryError, EntryWriter, check_entry, open_entry, read_text, write_text
+from .entry import (
+    DamagedEntryError,
+    EntryWriter,
+    check_entry,
+    open_arrays,
+    open_entry,
+    read_text,
+    write_text,
+)
 from .prepare import Preparation, prepared
 from .rows import lines_on
 from .source import Origin
 from .split import TokenizedSplit
 from .table import OnBadRow
 from .task_schema import TaskSchema
-from .tokenized import Joiner
+from .tokenized import Array, Joiner
 from .tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _VERSION = 9
@@ -134,6 +142,42 @@ def load_split(
     except (OSError, DamagedEntryError) as error:
         reason = getattr(error, "strerror", None) or error
         raise _cannot_write(entry, reason) from error
+
+
+def load_arrays(
+    made_from: Sequence[str],
+    data: str,
+    what: str,
+    write: Callable[[EntryWriter], Mapping[str, Any]],
+    *,
+    cache: Path | None = None,
+    verify: bool = False,
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Return arrays from the cache, or make and cache them.
+
+    Args:
+        made_from: all that decides them.
+        data: the name of what they are made from, for those who look at the cache.
+        what: they are, for the same.
+        write: writes them; returns what is to be known of them besides.
+        cache: as of :func:`load_split`.
+        verify: read all of large files in the cache, not samples.
+
+    Returns:
+        The arrays, memory-mapped, and what ``write`` returned.
+
+    Raises:
+        InputError: as of :func:`load_split`.
+    """
+    entry = _place_of(cache, arrays=[*made_from])
+    with suppress(DamagedEntryError):
+        return open_arrays(entry, verify=verify)
+    try:
+        with _making(entry) as made, EntryWriter(made) as writer:
+            writer.finish_arrays(data, what, write(writer))
+        return open_arrays(entry)
+    except (OSError, DamagedEntryError) as error:
+        raise _cannot_write(entry, getattr(error, "strerror", None) or error) from error
 
 
 def load_vocabulary(

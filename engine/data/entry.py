@@ -23,7 +23,7 @@ from .split import TokenizedSplit, split_of
 from .tokenized import ARRAYS, TEXT_KEYS, Array, Totals, text_ids
 
 _INDEX, _META, _TEXT_IDS = "index.json", "meta.json", "text_ids"
-_STORED = (*(name for name in ARRAYS if name != TEXT_KEYS), _TEXT_IDS)
+_STORED = (*(name for name in ARRAYS if name != TEXT_KEYS), _TEXT_IDS, "texts")
 _TEXT, _ABOUT = "text", "about.json"
 _FILES = {_META, _TEXT, _ABOUT, *(f"{name}.npy" for name in _STORED)}
 
@@ -84,7 +84,7 @@ class EntryWriter:
         self._growing[name] = known._replace(rows=known.rows + len(array))
 
     def finish(self, task: str, totals: Totals, notes: tuple[str, ...], data: str) -> None:
-        """Write what belongs to the arrays, when all rows are there.
+        """Write what belongs to the arrays of a split, when all rows are there.
 
         Args:
             task: the task's name.
@@ -92,10 +92,7 @@ class EntryWriter:
             notes: what was found out about the file, a phrase each.
             data: the name of the file, for those who look at the cache.
         """
-        for growing in self._growing.values():
-            growing.file.seek(0)
-            growing.file.write(growing.header())
-        self._open.close()
+        self._complete()
         if TEXT_KEYS in self._growing:
             keys = self.folder / f"{TEXT_KEYS}.npy"
             ids = text_ids(np.load(keys, mmap_mode="r")).reshape(totals.examples, -1)
@@ -104,6 +101,24 @@ class EntryWriter:
         meta = {"task": task, "totals": totals._asdict(), "notes": notes}
         (self.folder / _META).write_text(dump_json(meta), encoding="utf-8")
         _write_index(self.folder, data, f"tokens of {totals.rows:,} rows of {task}")
+
+    def finish_arrays(self, data: str, what: str, said: Mapping[str, Any]) -> None:
+        """Write what belongs to arrays that are no split's, when all rows are there.
+
+        Args:
+            data: the name of what they were made from, for those who look at the cache.
+            what: they are, for the same.
+            said: what :func:`open_arrays` gives back with them.
+        """
+        self._complete()
+        (self.folder / _META).write_text(dump_json(dict(said)), encoding="utf-8")
+        _write_index(self.folder, data, what)
+
+    def _complete(self) -> None:
+        for growing in self._growing.values():
+            growing.file.seek(0)
+            growing.file.write(growing.header())
+        self._open.close()
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -121,18 +136,30 @@ class EntryWriter:
 
 def open_entry(entry: Path, *, verify: bool = False) -> TokenizedSplit:
     """Open an entry with a split, memory-mapped; as of :func:`check_entry`."""
+    arrays, meta = open_arrays(entry, verify=verify)
+    try:
+        totals = Totals(**meta["totals"])
+        totals = totals._replace(blank=tuple(totals.blank))
+        return split_of(meta["task"], totals, arrays, meta["notes"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedEntryError(str(error)) from error
+
+
+def open_arrays(entry: Path, *, verify: bool = False) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Open the arrays of an entry, memory-mapped, and what is said of them.
+
+    As of :func:`check_entry`.
+    """
     index = check_entry(entry, verify=verify)
     try:
-        meta = parse_json((entry / _META).read_bytes())
+        said = parse_json((entry / _META).read_bytes())
         arrays = {
             name: np.load(entry / f"{name}.npy", mmap_mode="r")
             for name in _STORED
             if f"{name}.npy" in index
         }
-        totals = Totals(**meta["totals"])
-        totals = totals._replace(blank=tuple(totals.blank))
-        return split_of(meta["task"], totals, arrays, meta["notes"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return arrays, said
+    except (OSError, ValueError, TypeError) as error:
         raise DamagedEntryError(str(error)) from error
 
 

@@ -7,9 +7,9 @@ in the others.  Masks and draws are functions of seed, step and example: each pa
 other masks, and a resumed run the same ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..utils.arrays import Indices
 from ..utils.errors import InputError
 from ..utils.rng import uniforms
 from .raw_text import NOT_KNOWN, Found, joined, split_sentences, token_ids
+from .sequences import PackedSequences
 from .task_batch import MaskedTokens, TaskBatch
 from .tokenizer import Tokenizer
 
@@ -128,43 +129,66 @@ class MaskedText:
         return candidates[picked], changed
 
 
-def single_segments(
-    texts: Sequence[str], tokenizer: Tokenizer, max_length: int, join: int, short: int
-) -> list[Segments]:
-    """Return a segment for each text, or for ``join`` together of up to ``short`` tokens each."""
-    pieces = [piece for piece in token_ids(tokenizer, texts) if len(piece)]
-    return [
-        Segments(number, piece, None)
-        for number, piece in enumerate(joined(pieces, join, max_length - 2, short))
-    ]
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedSegments(Sequence[Segments]):
+    """The text of N examples, each of c segments.
+
+    Attributes:
+        sequences: the segments, N * c; those of an example follow one another.
+        columns: c, 1 or 2.
+        texts: int64 ``[N]``, the number of the text that each is from.
+    """
+
+    sequences: PackedSequences
+    columns: int
+    texts: Indices
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, index: int) -> Segments: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Segments]: ...
+    def __getitem__(self, index: int | slice) -> Segments | Sequence[Segments]:
+        """Return an example's text, or that of several."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        first = self.sequences[number * self.columns]
+        second = self.sequences[number * 2 + 1] if self.columns == 2 else None
+        return Segments(int(self.texts[number]), first, second)
 
 
 def following_segments(
-    texts: Sequence[str], tokenizer: Tokenizer, max_length: int
-) -> list[Segments]:
-    """Return pairs of neighbouring segments out of each text, whole sentences each.
+    text: str, tokenizer: Tokenizer, max_length: int
+) -> Iterator[tuple[Indices, Indices]]:
+    """Yield pairs of neighbouring segments out of a text, whole sentences each.
 
     Args:
-        texts: documents of several sentences; those of one give nothing.
-        tokenizer: what to split them with.
+        text: a document of several sentences; of one it gives nothing.
+        tokenizer: what to split it with.
         max_length: the most tokens in a sequence; a segment takes up to half of it.
+    """
+    half = (max_length - 3) // 2
+    pieces = [piece for piece in token_ids(tokenizer, split_sentences(text)) if len(piece)]
+    halves = len(pieces) if sum(map(len, pieces)) > 2 * half else -(-len(pieces) // 2)
+    segments = list(joined(pieces, max(1, halves), half, half))
+    return zip(segments[::2], segments[1::2], strict=False)
+
+
+def check_texts_follow(texts: Indices) -> None:
+    """Check that pairs of segments are of several texts, so that one can follow another's.
+
+    Args:
+        texts: of each pair the number of its text.
 
     Raises:
         InputError: fewer than two texts have a second sentence.
     """
-    half = (max_length - 3) // 2
-    found: list[Segments] = []
-    for number, text in enumerate(texts):
-        pieces = [piece for piece in token_ids(tokenizer, split_sentences(text)) if len(piece)]
-        halves = len(pieces) if sum(map(len, pieces)) > 2 * half else -(-len(pieces) // 2)
-        segments = list(joined(pieces, max(1, halves), half, half))
-        found += [
-            Segments(number, first, second)
-            for first, second in zip(segments[::2], segments[1::2], strict=False)
-        ]
-    if len({segments.text for segments in found}) < 2:
+    if len(np.unique(texts)) < 2:
         raise InputError(
             "next sentence prediction: fewer than two texts have more than one sentence; "
             "give documents, one a line, in objectives.NAME.files"
         )
-    return found

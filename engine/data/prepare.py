@@ -1,9 +1,10 @@
 """Tokenize a file piece by piece, in several processes where it is large."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import TypeVar
 
 from .rows import Piece
 from .table import OnBadRow, table_of
@@ -11,6 +12,8 @@ from .task_schema import TaskSchema
 from .tokenized import TokenizedPiece, tokenize_table
 from .tokenizer import Tokenizer
 from .worker_pool import WorkerPool
+
+T = TypeVar("T")
 
 _HERE = 8
 """Pieces that are tokenized in this process before others are started."""
@@ -49,13 +52,16 @@ class Preparation:
 
 
 def prepared(
-    pieces: Iterable[Piece], preparation: Preparation, tokenizer: Tokenizer, workers: int = 0
-) -> Iterator[TokenizedPiece]:
-    """Yield the examples of each piece, in their order, whatever the number of workers.
+    pieces: Iterable[Piece],
+    preparation: Callable[[Piece, Tokenizer], T],
+    tokenizer: Tokenizer,
+    workers: int = 0,
+) -> Iterator[T]:
+    """Yield what is made of each piece, in their order, whatever the number of workers.
 
     Args:
         pieces: of a file.
-        preparation: what is done to each.
+        preparation: what is done to each, in any process.
         tokenizer: what to split sentences with.
         workers: processes; 0 for as many as there are cores.
 

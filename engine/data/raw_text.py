@@ -1,9 +1,9 @@
 """Text for objectives: the training sentences of tasks, or files with a text a line."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,11 +14,11 @@ from .blocks import blocks_of
 from .decode import decode, undecoded
 from .decompress import decompressed
 from .dialect import BUILT_IN
-from .sampler import stratified_subset
-from .table import Table
 from .tokenizer import Tokenizer
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+T = TypeVar("T")
+
 _WHOLE = 1 << 30  # tokens: no text is cut before its sequence is put together
 
 
@@ -79,20 +79,7 @@ def each_line(path: Path, notes: list[str]) -> Iterator[str]:
         raise InputError(f"no text in it, {path}; give a file with a sentence a line")
 
 
-def sentences_of(table: Table, task: str, limit: int, seed: int) -> list[str]:
-    """Return the sentences of a task's examples; those of a pair follow one another.
-
-    Args:
-        table: the examples, labelled.
-        task: the task's name.
-        limit: examples that are taken, keeping the distribution of the labels; 0: all.
-        seed: decides which.
-    """
-    chosen = stratified_subset(table.strata, limit or len(table), task, seed)
-    return [column[index] for index in chosen.tolist() for column in table.sentences]
-
-
-def evenly(texts: Sequence[str], count: int) -> list[str]:
+def evenly(texts: Sequence[T], count: int) -> list[T]:
     """Return ``count`` evenly spaced texts, or all if there are no more (0: all)."""
     if not 0 < count < len(texts):
         return list(texts)
@@ -116,7 +103,7 @@ def framed(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[
     return [encoded.tokens[start:end].astype(np.int64) for start, end in bounds]
 
 
-def joined(pieces: Sequence[Indices], count: int, max_tokens: int, short: int) -> Iterator[Indices]:
+def joined(pieces: Iterable[Indices], count: int, max_tokens: int, short: int) -> Iterator[Indices]:
     """Join neighbouring pieces, up to ``count`` of them, while they fit into ``max_tokens``.
 
     A piece of more than ``short`` tokens is joined with none; one that is too long by itself is

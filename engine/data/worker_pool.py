@@ -9,18 +9,18 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar, cast
 
 from ..utils.errors import InputError
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .prepare import Preparation
     from .rows import Piece
-    from .tokenized import TokenizedPiece
+
+T = TypeVar("T")
 
 _AHEAD = 4
 """Pieces a worker that may be done before one that others wait for: bounds the memory."""
@@ -32,7 +32,7 @@ class _Failure(NamedTuple):
     report: str
 
 
-class WorkerPool:
+class WorkerPool(Generic[T]):
     """Some workers; use it in a ``with`` statement, which ends them.
 
     Args:
@@ -41,7 +41,9 @@ class WorkerPool:
         count: of processes.
     """
 
-    def __init__(self, preparation: "Preparation", tokenizer: Tokenizer, count: int) -> None:
+    def __init__(
+        self, preparation: "Callable[[Piece, Tokenizer], T]", tokenizer: Tokenizer, count: int
+    ) -> None:
         self._workers = dict[Connection, subprocess.Popen[bytes]]()
         for _ in range(count):
             ours, theirs = Pipe()
@@ -58,7 +60,7 @@ class WorkerPool:
                 )
             ours.send((preparation, tokenizer.to_json(), tokenizer.special_tokens))
 
-    def map(self, pieces: "Iterable[Piece]") -> "Iterator[TokenizedPiece]":
+    def map(self, pieces: "Iterable[Piece]") -> "Iterator[T]":
         """Yield what is made of each piece, in their order.
 
         Raises:
@@ -150,7 +152,9 @@ def _serve(connection: Connection) -> None:
         return
 
 
-def _result(preparation: "Preparation", piece: "Piece", tokenizer: Tokenizer) -> Any:
+def _result(
+    preparation: "Callable[[Piece, Tokenizer], Any]", piece: "Piece", tokenizer: Tokenizer
+) -> Any:
     try:
         return preparation(piece, tokenizer)
     except InputError as error:

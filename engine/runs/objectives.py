@@ -1,14 +1,27 @@
 """Build the examples and the head of an objective from its settings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from ..config.objective import ObjectiveRecipe
-from ..data.masked_text import MaskedText, following_segments, single_segments
-from ..data.raw_text import NOT_KNOWN, Found, framed
+from ..config.recipe import Recipe
+from ..data.cache import Reading, Show, load_arrays
+from ..data.entry import EntryWriter
+from ..data.masked_text import MaskedText, PackedSegments, check_texts_follow
+from ..data.objective_sequences import SequenceSettings, write_sequences
+from ..data.raw_text import NOT_KNOWN, Found
 from ..data.sentences_twice import SentencesTwice
+from ..data.sequences import PackedSequences
+from ..data.tokenized import Array
 from ..data.tokenizer import Tokenizer
 from ..models.config import EncoderConfig
 from ..models.heads import HeadSettings
+from .texts import ObjectiveTexts
+
+_SHOWN = 4096
+"""Texts after which their number is shown."""
 
 
 def head_settings(name: str, settings: ObjectiveRecipe, config: EncoderConfig) -> HeadSettings:
@@ -18,6 +31,44 @@ def head_settings(name: str, settings: ObjectiveRecipe, config: EncoderConfig) -
     )
 
 
+def load_examples(
+    name: str, recipe: Recipe, tokenizer: Tokenizer, max_length: int, reading: Reading
+) -> MaskedText | SentencesTwice:
+    """Return what an objective draws its batches from, from the cache where it was made before.
+
+    Args:
+        name: of the objective.
+        recipe: that has it.
+        tokenizer: what to split the texts with.
+        max_length: the most tokens in a sequence.
+        reading: how data are read.
+
+    Raises:
+        InputError: a text cannot be read, or there is too little.
+    """
+    settings, texts = recipe.objectives[name], ObjectiveTexts(recipe, name)
+    sequences = _sequence_settings(settings, max_length)
+
+    def write(writer: EntryWriter) -> dict[str, Any]:
+        with reading.watch(texts.names) as show:
+            watched, append = _watched(texts, show), writer.append
+            write_sequences(watched, sequences, tokenizer, append, reading.workers)
+        return {"largest": texts.largest, "texts": texts.found, "notes": texts.notes}
+
+    made_from = [*texts.made_from, repr(sequences), tokenizer.to_json()]
+    what = f"sequences of {name} ({settings.kind})"
+    arrays, said = load_arrays(made_from, texts.names, what, write, verify=reading.verify)
+    found = Found(said["largest"], said["texts"], tuple(said["notes"]))
+    return _examples(name, settings, arrays, tokenizer, recipe.seed, found)
+
+
+def _watched(texts: ObjectiveTexts, show: Show) -> Iterator[str]:
+    for number, text in enumerate(texts, start=1):
+        if number % _SHOWN == 0:
+            show(number, 0.0)
+        yield text
+
+
 def build_examples(
     name: str,
     settings: ObjectiveRecipe,
@@ -25,9 +76,8 @@ def build_examples(
     tokenizer: Tokenizer,
     max_length: int,
     seed: int,
-    found: Found = NOT_KNOWN,
 ) -> MaskedText | SentencesTwice:
-    """Return what an objective draws its batches from.
+    """Return what an objective draws its batches from, in memory.
 
     Args:
         name: of the objective.
@@ -36,16 +86,43 @@ def build_examples(
         tokenizer: what to split them with.
         max_length: the most tokens in a sequence.
         seed: decides what is masked and drawn.
-        found: where the texts come from.
 
     Raises:
         InputError: there is too little text.
     """
-    if settings.kind == "simcse":
-        return SentencesTwice(name, framed(tokenizer, texts, max_length), found)
-    segments = (
-        following_segments(texts, tokenizer, max_length)
-        if settings.kind == "masked_lm_next"
-        else single_segments(texts, tokenizer, max_length, settings.join, settings.short)
+    pieces: dict[str, list[Array]] = {"tokens": [], "offsets": [], "texts": []}
+    write_sequences(
+        texts,
+        _sequence_settings(settings, max_length),
+        tokenizer,
+        lambda array, rows: pieces[array].append(rows),
+        workers=1,
     )
+    arrays = {array: np.concatenate(rows) for array, rows in pieces.items() if rows}
+    return _examples(name, settings, arrays, tokenizer, seed, NOT_KNOWN)
+
+
+def _sequence_settings(settings: ObjectiveRecipe, max_length: int) -> SequenceSettings:
+    return SequenceSettings(
+        kind=settings.kind, max_length=max_length, join=settings.join, short=settings.short
+    )
+
+
+def _examples(
+    name: str,
+    settings: ObjectiveRecipe,
+    arrays: Mapping[str, Array],
+    tokenizer: Tokenizer,
+    seed: int,
+    found: Found,
+) -> MaskedText | SentencesTwice:
+    texts = arrays.get("texts", np.empty(0, dtype=np.int64))
+    if settings.kind == "masked_lm_next":
+        check_texts_follow(texts)
+    tokens = arrays.get("tokens", np.empty(0, dtype=np.uint16))
+    sequences = PackedSequences(tokens, arrays["offsets"])
+    if settings.kind == "simcse":
+        return SentencesTwice(name, sequences, found)
+    columns = 2 if settings.kind == "masked_lm_next" else 1
+    segments = PackedSegments(sequences, columns, texts)
     return MaskedText(name, segments, tokenizer, settings.mask_share, seed, found)

@@ -46,9 +46,9 @@ from ..utils.json_text import dump_json
 from .data_paths import origin
 from .folder import check_folder
 from .initial_weights import compare, is_run
-from .objectives import build_examples, head_settings
+from .objectives import head_settings, load_examples
 from .prune import PRUNED, is_pruned
-from .texts import check_texts, learn_vocabulary, objective_texts
+from .texts import check_texts, learn_vocabulary
 
 _BEST = ("average", "best", "step")
 """Kinds of checkpoints, the one with the best weights first."""
@@ -159,17 +159,7 @@ class Run(NamedTuple):
         Raises:
             InputError: its text cannot be read, or there is too little of it.
         """
-        recipe = self.recipe
-        texts, found = objective_texts(recipe, name)
-        return build_examples(
-            name,
-            recipe.objectives[name],
-            texts,
-            self.tokenizer,
-            self.max_length,
-            recipe.seed,
-            found,
-        )
+        return load_examples(name, self.recipe, self.tokenizer, self.max_length, self.reading)
 
     def new_model(self) -> MultitaskModel:
         """Return the model as the run's seed initialises it, fp32, on the CPU."""

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from engine.config.objective import ObjectiveRecipe
 from engine.data.collate import pack
-from engine.data.masked_text import MaskedText, following_segments, single_segments
+from engine.data.masked_text import MaskedText
 from engine.data.raw_text import evenly, joined, lines_of, split_sentences
 from engine.data.tokenizer import Tokenizer
+from engine.runs.objectives import build_examples
 from engine.utils.errors import InputError
 
 WORDS = [f"word{number}" for number in range(50)]
@@ -21,12 +23,17 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train([*TEXTS, *DOCUMENTS], 400)
 
 
-def masked(examples, tokenizer: Tokenizer) -> MaskedText:
-    return MaskedText("mlm", examples, tokenizer, 0.15, seed=3)
+def masked(tokenizer: Tokenizer) -> MaskedText:
+    return build_examples("mlm", ObjectiveRecipe(kind="masked_lm"), TEXTS, tokenizer, 128, 3)
+
+
+def with_next(tokenizer: Tokenizer, max_length: int, texts=DOCUMENTS) -> MaskedText:
+    settings = ObjectiveRecipe(kind="masked_lm_next")
+    return build_examples("mlm", settings, texts, tokenizer, max_length, 3)
 
 
 def test_a_share_of_the_tokens_is_told_and_most_of_it_masked(tokenizer):
-    text = masked(single_segments(TEXTS, tokenizer, 128, 1, 128), tokenizer)
+    text = masked(tokenizer)
     instead, told, candidates = [], [], 0
     for step in range(40):
         batch = text.task_batch(np.arange(len(text)), step)
@@ -49,7 +56,7 @@ def test_a_share_of_the_tokens_is_told_and_most_of_it_masked(tokenizer):
 
 
 def test_masks_follow_from_step_and_example_alone(tokenizer):
-    text = masked(single_segments(TEXTS, tokenizer, 128, 1, 128), tokenizer)
+    text = masked(tokenizer)
     both, second = text.task_batch(np.array([4, 9]), 7), text.task_batch(np.array([9]), 7)
     first = both.sizes[0]
     np.testing.assert_array_equal(both.tokens[first:], second.tokens)
@@ -57,8 +64,8 @@ def test_masks_follow_from_step_and_example_alone(tokenizer):
 
 
 def test_the_second_segment_follows_in_half_of_the_examples(tokenizer):
-    pairs = following_segments(DOCUMENTS, tokenizer, 40)
-    text = masked(pairs, tokenizer)
+    text = with_next(tokenizer, 40)
+    pairs = list(text.examples)
     follows = []
     for step in range(60):
         for index in range(len(text)):
@@ -66,9 +73,13 @@ def test_the_second_segment_follows_in_half_of_the_examples(tokenizer):
             follows.append(is_next)
             own = text.examples[index]
             if is_next:
-                assert second is own.second
+                np.testing.assert_array_equal(second, own.second)
             else:
-                assert all(second is not other.second for other in pairs if other.text == own.text)
+                assert any(
+                    np.array_equal(second, other.second)
+                    for other in pairs
+                    if other.text != own.text
+                )
     deviation = 4 * 0.5 / len(follows) ** 0.5
     assert np.mean(follows) == pytest.approx(0.5, abs=deviation)
     task_batch = text.task_batch(np.arange(len(text)), 0)
@@ -81,7 +92,7 @@ def test_the_second_segment_follows_in_half_of_the_examples(tokenizer):
 
 
 def test_neighbouring_segments_come_from_one_text_in_its_order(tokenizer):
-    pairs = following_segments(DOCUMENTS, tokenizer, 64)
+    pairs = with_next(tokenizer, 64).examples
     assert len(pairs) == len(DOCUMENTS)
     for pair, text in zip(pairs, DOCUMENTS, strict=True):
         read = tokenizer.decode([*pair.first, *pair.second]).replace(" ", "")
@@ -90,7 +101,7 @@ def test_neighbouring_segments_come_from_one_text_in_its_order(tokenizer):
 
 def test_texts_of_one_sentence_have_no_next(tokenizer):
     with pytest.raises(InputError, match="fewer than two texts"):
-        following_segments(["one sentence.", "two. sentences."], tokenizer, 64)
+        with_next(tokenizer, 64, ["one sentence.", "two. sentences."])
 
 
 @pytest.mark.parametrize(
