@@ -12,6 +12,7 @@ from rich.live import Live
 
 from ..checkpoints.manifest import Progress
 from ..data.masked_text import MaskedText
+from ..data.sampler import TaskSampler
 from ..data.sentences_twice import SentencesTwice
 from ..data.split import TokenizedSplit
 from ..data.task_batch import Examples
@@ -48,10 +49,16 @@ def describe(console: Console, trainer: Trainer) -> None:
 
 def _examples(trainer: Trainer) -> str:
     """Return ``16 examples a task``, or how many of each."""
-    sizes = {sampler.task: sampler.batch_size for sampler in trainer.samplers}
-    if len({*sizes.values()}) == 1:
-        return f"{trainer.samplers[0].batch_size} examples a task"
-    return f"{', '.join(f'{size} {task}' for task, size in sizes.items())} examples"
+    sizes = {
+        sampler.task: f"{sampler.batch_size} examples"
+        if isinstance(sampler, TaskSampler)
+        else f"{sampler.tokens:,} tokens"
+        for sampler in trainer.samplers
+    }
+    (first, *others) = dict.fromkeys(sizes.values())
+    if not others:
+        return f"{first} a task"
+    return ", ".join(f"{size} of {task}" for task, size in sizes.items())
 
 
 def report_data(

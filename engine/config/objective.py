@@ -24,6 +24,9 @@ class ObjectiveRecipe(Settings):
     relative to the data folder."""
     batch_size: Count = 0
     """Examples of the objective in a step; 0: as the recipe's batch_size and sampling_alpha say."""
+    tokens_per_batch: Count = 0
+    """masked_lm, masked_lm_next: tokens of a step, on average, in as many sequences as they are;
+    0: batch_size sequences."""
     max_per_source: Count = 0
     """Examples of each task (the label distribution is kept) or lines of each file; 0: all."""
     max_texts: Count = 0
@@ -32,9 +35,40 @@ class ObjectiveRecipe(Settings):
     """masked_lm: so many short texts that follow one another become one sequence."""
     short: Positive = 96
     """join: a text of up to so many tokens is short; a longer one is a sequence by itself."""
+    divide: bool = False
+    """masked_lm: a text that is longer than a sequence becomes several; it loses its end otherwise.
+    """
+    whole_words: bool = False
+    """masked_lm, masked_lm_next: mask all tokens of a word, or none (whole word masking)."""
     mask_share: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens that are to be told."""
     temperature: PositiveReal = 0.05
     """simcse: what cosines are divided by."""
     weight: PositiveReal = 1.0
     """Multiplies the loss."""
+
+
+def check_objective(name: str, objective: ObjectiveRecipe) -> None:
+    """Check settings that objectives of some kinds alone have.
+
+    Args:
+        name: the objective's.
+        objective: its settings.
+
+    Raises:
+        ValueError: the message names the recipe's key.
+    """
+    table, kind = f"objectives.{name}", objective.kind
+    if objective.tokens_per_batch and kind == "simcse":
+        raise ValueError(
+            f"{table}.tokens_per_batch: sentences are told apart within a batch, so that their "
+            "number matters; give batch_size"
+        )
+    if objective.tokens_per_batch and objective.batch_size:
+        raise ValueError(
+            f"{table}.tokens_per_batch: batch_size is given too; leave one of them out"
+        )
+    if objective.divide and kind != "masked_lm":
+        raise ValueError(f"{table}.divide: has no effect on {kind}; leave it out")
+    if objective.whole_words and kind == "simcse":
+        raise ValueError(f"{table}.whole_words: simcse masks nothing; leave it out")

@@ -41,7 +41,7 @@ from ..utils.field_types import (
 )
 from ..utils.untrusted_io import parse_toml, read_bytes
 from .messages import FIELDS, first_problem, nearest
-from .objective import ObjectiveRecipe
+from .objective import ObjectiveRecipe, check_objective
 from .renamed import with_new_name, with_new_names
 from .tables import EncoderRecipe, TaskRecipe
 from .task_checks import check_task
@@ -266,6 +266,7 @@ class Recipe(Settings):
                 raise ValueError(f"train: {name!r} is not among tasks{nearest(name, known)}")
         for name, objective in self.objectives.items():
             _check_name(f"objectives.{name}", name)
+            check_objective(name, objective)
             if name in self.tasks:
                 raise ValueError(f"objectives.{name}: a task is called so; give another name")
             for source in objective.sentences_of:

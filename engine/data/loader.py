@@ -12,7 +12,7 @@ import numpy as np
 from ..utils.arrays import Indices
 from .batch_shapes import OneShape, RoundedShapes, ShapePlan, Shapes
 from .collate import PackedBatch, pack
-from .sampler import TaskSampler
+from .sampler import TaskSampler, TokenSampler
 from .split import TokenizedSplit
 from .task_batch import Examples, empty_task_batch
 from .task_schedule import ScheduledBatch
@@ -33,7 +33,7 @@ class TrainingLoader:
     def __init__(
         self,
         sources: Sequence[Examples],
-        samplers: Sequence[TaskSampler],
+        samplers: Sequence[TaskSampler | TokenSampler],
         start: int,
         stop: int,
         *,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..utils.arrays import Indices
@@ -23,6 +24,8 @@ from .task_batch import MaskedTokens, TaskBatch
 from .tokenizer import Tokenizer
 
 _TO_MASK, _TO_RANDOM = 0.8, 0.9
+
+Draws = npt.NDArray[np.float64]
 
 
 class Segments(NamedTuple):
@@ -44,18 +47,34 @@ class MaskedText:
         mask_share: of the tokens of a sequence that are to be told.
         seed: decides, with step and example, what is masked.
         found: where the text comes from.
+        whole_words: whether all tokens of a word are masked, or none.
+
+    Raises:
+        InputError: whole words are to be masked, and the tokenizer does not tell where they begin.
     """
 
     task: str
-    examples: Sequence[Segments]
+    examples: "PackedSegments"
     tokenizer: Tokenizer
     mask_share: float
     seed: int
     found: Found = NOT_KNOWN
+    whole_words: bool = False
+
+    def __post_init__(self) -> None:
+        if self.whole_words:
+            _ = self.tokenizer.begins_word
 
     def __len__(self) -> int:
         """Return how many examples there are."""
         return len(self.examples)
+
+    @property
+    def sizes(self) -> Indices:
+        """The tokens of each example's sequence, int64 ``[N]``."""
+        columns = self.examples.columns
+        own = np.diff(self.examples.sequences.offsets).reshape(-1, columns).sum(axis=1)
+        return own + columns + 1  # [CLS], and [SEP] behind each segment
 
     def terms(self, chosen: Indices) -> int:
         """Return how many examples are chosen."""
@@ -121,12 +140,33 @@ class MaskedText:
             3 * len(candidates), self.seed, self.task, "mask", step, index
         ).reshape(3, -1)
         count = max(1, round(self.mask_share * len(candidates)))
-        picked = np.sort(np.argsort(order, kind="stable")[:count])
+        picked = np.sort(self._drawn(sequence[candidates], order, count))
         changed = sequence[candidates[picked]]
         random_tokens = (instead[picked] * self.tokenizer.vocab_size).astype(np.int64)
         changed = np.where(action[picked] < _TO_RANDOM, random_tokens, changed)
         changed = np.where(action[picked] < _TO_MASK, self.tokenizer.mask_id, changed)
         return candidates[picked], changed
+
+    def _drawn(self, tokens: Indices, order: Draws, count: int) -> Indices:
+        """Return which tokens are drawn: ``count``, or of whole words at most so many, and one."""
+        if not self.whole_words:
+            return np.argsort(order, kind="stable")[:count]
+        begins = self.tokenizer.begins_word[tokens]
+        begins[0] = True  # of a word that another sequence has the beginning of
+        words = np.cumsum(begins) - 1
+        sizes = np.bincount(words)
+        shuffled = np.argsort(order[begins], kind="stable")
+        left, taken = count, np.zeros(len(sizes), dtype=bool)
+        for (
+            word
+        ) in shuffled.tolist():  # BERT's: a word that is too long for what is left is not drawn
+            if sizes[word] <= left:
+                taken[word] = True
+                left -= sizes[word]
+            if not left:
+                break
+        taken[shuffled[0]] |= not taken.any()
+        return np.flatnonzero(taken[words])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 from ..utils.arrays import Indices, offsets_of
 from .masked_text import following_segments
 from .prepare import prepared
-from .raw_text import framed, joined, token_ids
+from .raw_text import divided, framed, joined, token_ids
 from .rows import Piece, as_pieces
 from .sequences import token_dtype
 from .tokenized import Array
@@ -28,12 +28,14 @@ class SequenceSettings:
         max_length: the most tokens in a sequence.
         join: how many short texts become one.
         short: the most tokens of a short text.
+        divide: whether a text that is longer than a sequence becomes several.
     """
 
     kind: Literal["masked_lm", "masked_lm_next", "simcse"]
     max_length: int
     join: int
     short: int
+    divide: bool
 
     @property
     def columns(self) -> int:
@@ -86,5 +88,7 @@ def _sequences(
     found = chain.from_iterable(prepared(as_pieces(texts), settings, tokenizer, workers))
     if settings.kind != "masked_lm":
         return found
+    most = settings.max_length - 2
     pieces = (piece for _, piece in found if len(piece))
-    return enumerate(joined(pieces, settings.join, settings.max_length - 2, settings.short))
+    whole = divided(pieces, most) if settings.divide else pieces
+    return enumerate(joined(whole, settings.join, most, settings.short))

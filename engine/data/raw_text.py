@@ -103,6 +103,13 @@ def framed(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> list[
     return [encoded.tokens[start:end].astype(np.int64) for start, end in bounds]
 
 
+def divided(pieces: Iterable[Indices], max_tokens: int) -> Iterator[Indices]:
+    """Yield pieces, those of more than ``max_tokens`` in parts of so many."""
+    for piece in pieces:
+        for start in range(0, len(piece), max_tokens):
+            yield piece[start : start + max_tokens]
+
+
 def joined(pieces: Iterable[Indices], count: int, max_tokens: int, short: int) -> Iterator[Indices]:
     """Join neighbouring pieces, up to ``count`` of them, while they fit into ``max_tokens``.
 

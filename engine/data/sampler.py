@@ -55,6 +55,11 @@ class TaskSampler:
         """Return how many examples there are to draw from."""
         return int(self._pool.size)
 
+    @property
+    def batches(self) -> int:
+        """How many batches go once through all examples."""
+        return -(-len(self) // self.batch_size)
+
     def batch(self, step: int) -> Indices:
         """Return the examples of batch ``step`` (from 0), int64 ``[batch_size]``."""
         position = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
@@ -64,6 +69,80 @@ class TaskSampler:
             now = epochs == epoch
             chosen[now] = _permutation(self.seed, self.task, int(epoch), len(self))[places[now]]
         return self._pool[chosen]
+
+
+class TokenSampler:
+    """The batches of an objective that have about the same number of tokens, not of examples.
+
+    All examples in a fresh order, once and again, are one stream; batch i has those that begin
+    among its tokens ``i * tokens`` to ``(i + 1) * tokens``.
+
+    Attributes:
+        task: the objective's name.
+        tokens: of a batch, on average.
+        batch_size: examples that every batch has at least, if they are as long as the longest.
+    """
+
+    def __init__(self, task: str, sizes: Indices, tokens: int, seed: int) -> None:
+        """Describe the batches.
+
+        Args:
+            task: the objective's name.
+            sizes: tokens of each example, int64 ``[n]``.
+            tokens: of a batch; at least those of the longest example.
+            seed: the run's seed.
+
+        Raises:
+            ValueError: there is no example, or one has more tokens than a batch.
+        """
+        if not len(sizes):
+            raise ValueError(f"sizes: {task!r} has no example to draw")
+        if tokens < sizes.max():
+            raise ValueError(f"tokens: expected at least {sizes.max()}, got {tokens}")
+        self.task, self.tokens, self._sizes, self._seed = task, tokens, sizes, seed
+        self._whole = int(sizes.sum())
+        self.batch_size = max(1, tokens // int(sizes.max()))
+
+    def __len__(self) -> int:
+        """Return how many examples there are to draw from."""
+        return len(self._sizes)
+
+    @property
+    def batches(self) -> int:
+        """How many batches go once through all examples."""
+        return -(-self._whole // self.tokens)
+
+    def batch(self, step: int) -> Indices:
+        """Return the examples of batch ``step`` (from 0), int64."""
+        first, last = step * self.tokens, (step + 1) * self.tokens
+        found = []
+        for epoch in range(first // self._whole, (last - 1) // self._whole + 1):
+            order, starts = _stream(self._seed, self.task, epoch, _Sizes(self._sizes))
+            bounds = np.array([first, last]) - epoch * self._whole
+            begin, end = np.searchsorted(starts, bounds)
+            found.append(order[begin:end])
+        return np.concatenate(found)
+
+
+class _Sizes:
+    """Sizes as a key: the same where they are the same array."""
+
+    def __init__(self, sizes: Indices) -> None:
+        self.sizes = sizes
+
+    def __hash__(self) -> int:
+        return id(self.sizes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Sizes) and self.sizes is other.sizes
+
+
+@lru_cache(maxsize=4)
+def _stream(seed: int, task: str, epoch: int, sizes: _Sizes) -> tuple[Indices, Indices]:
+    """Return the order of an epoch, and the token that each example begins with there."""
+    order = _permutation(seed, task, epoch, len(sizes.sizes))
+    own = sizes.sizes[order]
+    return order, np.cumsum(own) - own
 
 
 def stratified_subset(labels: npt.NDArray[np.float32], limit: int, task: str, seed: int) -> Indices:

@@ -42,7 +42,7 @@ class TaskSchedule:
     Args:
         name: one of TASK_SCHEDULES.
         sizes: examples of each of the K tasks.
-        batch_sizes: examples in a batch of each.
+        batches: of each, that go once through its set.
         epochs: passes; a pass goes once through the largest set (together, cycle), or once through
             every set (the others).
         seed: decides what is drawn.
@@ -58,12 +58,11 @@ class TaskSchedule:
         self,
         name: str,
         sizes: Sequence[int],
-        batch_sizes: Sequence[int],
+        batches: Sequence[int],
         epochs: int,
         seed: int,
         alpha: float = 0.0,
     ) -> None:
-        batches = [-(-size // own) for size, own in zip(sizes, batch_sizes, strict=True)]
         together = name == "together"
         self._count = len(sizes)
         self.tasks_a_step = self._count if together else 1

@@ -5,7 +5,7 @@ limits the length, so that these do not depend on the settings of a model folder
 BERT's, also for models that call ``[CLS]`` ``<s>``.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -326,6 +326,30 @@ class Tokenizer:
         return EncodedTexts(tokens, offsets, truncated), kept.astype(np.int32)
 
     @cached_property
+    def begins_word(self) -> npt.NDArray[np.bool_]:
+        """Bool ``[V]``, whether a token begins a word, or is one.
+
+        Raises:
+            InputError: the tokenizer does not tell.
+        """
+        model = self._components["model"]
+        if model["type"] == "WordPiece":
+            inside = model.get("continuing_subword_prefix") or "##"
+            return self._of_tokens(lambda token: not token.startswith(inside))
+        mark = _word_mark(self._components["pre_tokenizer"])
+        if not mark:
+            raise InputError(
+                f"{self._where}: does not tell where words begin; set whole_words=false"
+            )
+        return self._of_tokens(lambda token: token.startswith(mark))
+
+    def _of_tokens(self, holds: Callable[[str], bool]) -> npt.NDArray[np.bool_]:
+        found = np.zeros(self.vocab_size, dtype=bool)
+        for token, number in self._backend.get_vocab().items():
+            found[number] = holds(token)
+        return found
+
+    @cached_property
     def _has_blanks(self) -> bool:
         """Whether a blank before a word is part of its first token."""
         first, behind_blank = self._backend.encode_batch_fast(["a", " a"], add_special_tokens=False)
@@ -347,6 +371,17 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         """Return the token of an id, or None where the vocabulary lacks it."""
         return self._backend.id_to_token(token_id)
+
+
+def _word_mark(pre_tokenizer: Mapping[str, Any] | None) -> str:
+    """Return what a token begins with that begins a word; empty where nothing does."""
+    if pre_tokenizer is None:
+        return ""
+    if pre_tokenizer["type"] == "Sequence":
+        return next(filter(None, map(_word_mark, pre_tokenizer["pretokenizers"])), "")
+    if pre_tokenizer["type"] == "ByteLevel":
+        return "\u0120"
+    return str(pre_tokenizer["replacement"]) if pre_tokenizer["type"] == "Metaspace" else ""
 
 
 @contextmanager

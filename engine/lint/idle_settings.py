@@ -268,7 +268,11 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         **dict.fromkeys(
             (
                 f"objectives.NAME.{name}"
-                for name in ("kind", "sentences_of", "files", "weight", "batch_size")
+                for name in (
+                    *("kind", "sentences_of", "files", "weight", "batch_size"),
+                    # Of other kinds a recipe refuses them.
+                    *("tokens_per_batch", "whole_words"),
+                )
             ),
             ALWAYS,
         ),
@@ -280,6 +284,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             lambda case: case.objective.max_texts < case.texts.texts,
             "{case.texts.texts} texts were found",
         ),
+        "objectives.NAME.divide": Effect(_is_trained, "train does not name it", off=False),
         "objectives.NAME.join": Effect(
             lambda case: case.objective.kind == "masked_lm",
             "kind = {case.objective.kind} joins no texts",

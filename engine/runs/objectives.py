@@ -104,7 +104,11 @@ def build_examples(
 
 def _sequence_settings(settings: ObjectiveRecipe, max_length: int) -> SequenceSettings:
     return SequenceSettings(
-        kind=settings.kind, max_length=max_length, join=settings.join, short=settings.short
+        kind=settings.kind,
+        max_length=max_length,
+        join=settings.join,
+        short=settings.short,
+        divide=settings.divide,
     )
 
 
@@ -125,4 +129,12 @@ def _examples(
         return SentencesTwice(name, sequences, found)
     columns = 2 if settings.kind == "masked_lm_next" else 1
     segments = PackedSegments(sequences, columns, texts)
-    return MaskedText(name, segments, tokenizer, settings.mask_share, seed, found)
+    return MaskedText(
+        name,
+        segments,
+        tokenizer,
+        settings.mask_share,
+        seed,
+        found,
+        whole_words=settings.whole_words,
+    )

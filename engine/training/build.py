@@ -8,7 +8,8 @@ import torch
 
 from ..checkpoints.async_writer import AsyncWriter
 from ..config.recipe import Recipe, torch_arguments_of
-from ..data.sampler import TaskSampler, stratified_subset
+from ..data.masked_text import MaskedText
+from ..data.sampler import TaskSampler, TokenSampler, stratified_subset
 from ..data.split import TokenizedSplit
 from ..data.task_batch import Examples
 from ..data.task_schedule import TaskSchedule
@@ -69,18 +70,19 @@ def build_trainer(
     )
     batch_sizes = recipe.batch_sizes(sizes)
     samplers = [
-        TaskSampler(examples.task, len(examples), own, recipe.seed, subset)
+        _sampler(recipe, examples, own, subset)
         for examples, own, subset in zip(train_sets, batch_sizes, subsets, strict=True)
     ]
     task_schedule = TaskSchedule(
         recipe.task_schedule,
         sizes,
-        batch_sizes,
+        [sampler.batches for sampler in samplers],
         recipe.epochs,
         recipe.seed,
         recipe.sampling_alpha,
     )
-    _check_division(recipe, batch_sizes, task_schedule.tasks_a_step, ranks.size)
+    smallest = [sampler.batch_size for sampler in samplers]
+    _check_division(recipe, smallest, task_schedule.tasks_a_step, ranks.size)
     take_turns = task_schedule.tasks_a_step < len(recipe.train)
     tasks = TrainedTasks(recipe.train, sizes)
     balance = "sum" if has_one_gradient(recipe) else recipe.balance
@@ -182,6 +184,27 @@ def _examples(run: Run, name: str) -> Examples:
     if name in run.recipe.objectives:
         return run.objective(name)
     return replace(run.split(name, "train"), all_pieces=run.recipe.tasks[name].tag_pieces == "all")
+
+
+def _sampler(
+    recipe: Recipe, examples: Examples, batch_size: int, subset: Indices | None
+) -> TaskSampler | TokenSampler:
+    """Return what draws the batches of a task or an objective.
+
+    Raises:
+        InputError: batches of so many tokens do not hold the longest sequence.
+    """
+    objective = recipe.objectives.get(examples.task)
+    if objective is None or not objective.tokens_per_batch:
+        return TaskSampler(examples.task, len(examples), batch_size, recipe.seed, subset)
+    assert isinstance(examples, MaskedText)
+    longest = int(examples.sizes.max(initial=0))
+    if objective.tokens_per_batch < longest:
+        raise InputError(
+            f"objectives.{examples.task}.tokens_per_batch = {objective.tokens_per_batch}: a "
+            f"sequence has {longest} tokens; raise it, or lower max_length"
+        )
+    return TokenSampler(examples.task, examples.sizes, objective.tokens_per_batch, recipe.seed)
 
 
 def _check_trainable(recipe: Recipe, phase: str, model: MultitaskModel) -> None:

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from engine.config.objective import ObjectiveRecipe
+from engine.data import prepare, rows
 from engine.data.collate import pack
 from engine.data.masked_text import MaskedText
+from engine.data.objective_sequences import SequenceSettings, write_sequences
 from engine.data.raw_text import evenly, joined, lines_of, split_sentences
 from engine.data.tokenizer import Tokenizer
 from engine.runs.objectives import build_examples
@@ -129,3 +131,71 @@ def test_a_file_without_text(tmp_path, content, reason):
         lines_of(tmp_path / "text")
     with pytest.raises(InputError, match="cannot read"):
         lines_of(tmp_path / "none")
+
+
+def words_of(tokenizer: Tokenizer, tokens: np.ndarray) -> np.ndarray:
+    """The number of the word of each token."""
+    return np.cumsum([not tokenizer.id_to_token(int(t)).startswith("##") for t in tokens])
+
+
+def test_whole_words_are_masked_or_not_at_all(tokenizer):
+    settings = ObjectiveRecipe(kind="masked_lm", whole_words=True, mask_share=0.3)
+    small = Tokenizer.train(TEXTS, 30)  # words of several tokens
+    text = build_examples("mlm", settings, TEXTS, small, 128, 3)
+    shares = []
+    for step in range(30):
+        for example in range(len(text)):
+            batch = text.task_batch(np.array([example]), step)
+            whole, _ = text._frame(text.examples[example].first, None)
+            words = words_of(small, whole)
+            told = np.zeros(len(whole), dtype=bool)
+            told[batch.labels.positions] = True
+            sizes, hidden = np.bincount(words), np.bincount(words, weights=told)
+            assert set(hidden / np.maximum(sizes, 1)) == {0.0, 1.0}
+            shares.append(told.sum() / (len(whole) - 2))
+    assert 0.25 < np.mean(shares) <= 0.3
+
+
+def test_a_word_that_is_longer_than_the_share_is_masked_where_no_other_is():
+    small = Tokenizer.train(["abcdefgh"], 16)
+    settings = ObjectiveRecipe(kind="masked_lm", whole_words=True)
+    text = build_examples("mlm", settings, ["abcdefgh"], small, 32, 3)
+    size = len(text.examples[0].first)
+    assert size > 1
+    assert len(text.task_batch(np.array([0]), 0).labels.positions) == size
+
+
+def test_long_texts_are_divided(tokenizer):
+    long = " ".join(WORDS)
+    cut = ObjectiveRecipe(kind="masked_lm")
+    ids = tokenizer.encode([long], 1 << 20).tokens[1:-1]
+    for divide in (False, True):
+        settings = cut.model_copy(update={"divide": divide})
+        text = build_examples("mlm", settings, [long, WORDS[0]], tokenizer, 12, 3)
+        own = [example.first for example in text.examples]
+        assert max(map(len, own)) == 10
+        if divide:
+            np.testing.assert_array_equal(np.concatenate(own[:-1]), ids)
+            assert len(own) == -(-len(ids) // 10) + 1
+        else:
+            assert len(own) == 2
+    np.testing.assert_array_equal(text.sizes, [len(each) + 2 for each in own])
+
+
+@pytest.mark.parametrize("kind", ["masked_lm", "masked_lm_next", "simcse"])
+def test_sequences_are_the_same_whatever_the_workers(tokenizer, monkeypatch, kind):
+    monkeypatch.setattr(rows, "_ROWS_OF_A_PIECE", 3)
+    monkeypatch.setattr(prepare, "_HERE", 1)
+    settings = SequenceSettings(kind=kind, max_length=24, join=2, short=30, divide=False)
+
+    def arrays_of(workers: int) -> dict[str, np.ndarray]:
+        found = {"tokens": [], "offsets": [], "texts": []}
+        texts = [*DOCUMENTS, *TEXTS]
+        append = lambda name, array: found[name].append(array)  # noqa: E731
+        write_sequences(texts, settings, tokenizer, append, workers)
+        return {name: np.concatenate(pieces) for name, pieces in found.items()}
+
+    one, several = arrays_of(1), arrays_of(3)
+    for name, array in one.items():
+        assert len(array) > 10
+        np.testing.assert_array_equal(array, several[name])

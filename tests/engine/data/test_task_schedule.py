@@ -5,18 +5,18 @@ import pytest
 
 from engine.data.task_schedule import TASK_SCHEDULES, ScheduledBatch, TaskSchedule, batch_sizes
 
-SIZES = (50, 20, 90)  # 5, 2 and 9 batches of 10
+SIZES, BATCHES = (50, 20, 90), (5, 2, 9)
 
 
 def scheduled_batches(
     name: str, epochs: int = 2, seed: int = 0
 ) -> tuple[TaskSchedule, list[ScheduledBatch]]:
-    order = TaskSchedule(name, SIZES, [10] * 3, epochs, seed)
+    order = TaskSchedule(name, SIZES, BATCHES, epochs, seed)
     return order, [order.batches(step)[0] for step in range(order.total_steps)]
 
 
 def test_together_has_a_batch_of_every_task():
-    order = TaskSchedule("together", SIZES, [10] * 3, 2, 0)
+    order = TaskSchedule("together", SIZES, BATCHES, 2, 0)
     assert (order.tasks_a_step, order.epoch_steps, order.total_steps) == (3, 9, 18)
     assert order.batches(17) == [
         ScheduledBatch(0, 17),
@@ -44,7 +44,7 @@ def test_round_robin_leaves_out_what_is_used_up():
 
 
 def test_annealed_draws_by_size_at_first_and_more_evenly_at_last():
-    order = TaskSchedule("annealed", (100, 900), [1, 1], 5, 0)
+    order = TaskSchedule("annealed", (100, 900), (100, 900), 5, 0)
     tasks = np.array([order.batches(step)[0].task for step in range(order.total_steps)])
     shares = tasks.reshape(5, 1000).mean(axis=1)
     expected = [9**alpha / (1 + 9**alpha) for alpha in (1, 0.8, 0.6, 0.4, 0.2)]
@@ -67,7 +67,7 @@ def test_a_tasks_batches_follow_one_another(name):
 
 @pytest.mark.parametrize("alpha", [0, 0.5, 1])
 def test_sampled_draws_by_size_to_a_power(alpha):
-    order = TaskSchedule("sampled", (100, 900), [1, 1], 5, 0, alpha)
+    order = TaskSchedule("sampled", (100, 900), (100, 900), 5, 0, alpha)
     tasks = np.array([order.batches(step)[0].task for step in range(order.total_steps)])
     # A share of 5000 draws has a standard deviation of at most 0.0071.
     np.testing.assert_allclose(tasks.mean(), 9**alpha / (1 + 9**alpha), atol=4 * 0.0071)
@@ -91,6 +91,6 @@ def test_a_step_has_examples_by_the_sizes_to_a_power(mean, sizes, alpha, expecte
 
 
 def test_sets_of_other_batch_sizes_last_as_long_as_they_do():
-    order = TaskSchedule("together", SIZES, [10, 1, 30], 1, 0)
+    order = TaskSchedule("together", SIZES, (5, 20, 3), 1, 0)
     assert order.epoch_steps == 20
-    assert TaskSchedule("sequential", SIZES, [10, 1, 30], 1, 0).epoch_steps == 5 + 20 + 3
+    assert TaskSchedule("sequential", SIZES, (5, 20, 3), 1, 0).epoch_steps == 5 + 20 + 3
