@@ -60,6 +60,8 @@ _FIELDS = {
     "encoder.initializer_range": "init_std",
     "objectives.NAME.mask_share": "mask_prob masking_ratio masked_lm_prob mlm_probability",
     "objectives.NAME.temperature": "simcse_temperature tau temp",
+    "objectives.NAME.tokens_per_batch": "max_tokens tokens_per_step",
+    "objectives.NAME.whole_words": "wwm whole_word_mask whole_word_masking",
     "objectives.NAME.max_per_source": "objectives.NAME.first objectives.NAME.first_n",
     "tasks.NAME.first_n": "first tasks.NAME.limit tasks.NAME.max_samples tasks.NAME.source.limit",
     "tasks.NAME.class_weights": "pos_weight",
