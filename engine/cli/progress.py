@@ -12,7 +12,7 @@ from rich.live import Live
 
 from ..checkpoints.manifest import Progress
 from ..data.masked_text import MaskedText
-from ..data.sampler import TaskSampler
+from ..data.sampler import TokenSampler
 from ..data.sentences_twice import SentencesTwice
 from ..data.split import TokenizedSplit
 from ..data.task_batch import Examples
@@ -50,9 +50,9 @@ def describe(console: Console, trainer: Trainer) -> None:
 def _examples(trainer: Trainer) -> str:
     """Return ``16 examples a task``, or how many of each."""
     sizes = {
-        sampler.task: f"{sampler.batch_size} examples"
-        if isinstance(sampler, TaskSampler)
-        else f"{sampler.tokens:,} tokens"
+        sampler.task: f"{sampler.tokens:,} tokens"
+        if isinstance(sampler, TokenSampler)
+        else f"{sampler.batch_size} examples"
         for sampler in trainer.samplers
     }
     (first, *others) = dict.fromkeys(sizes.values())

@@ -12,9 +12,9 @@ import numpy as np
 from ..utils.arrays import Indices
 from .batch_shapes import OneShape, RoundedShapes, ShapePlan, Shapes
 from .collate import PackedBatch, pack
-from .sampler import TaskSampler, TokenSampler
+from .sampler import Sampler
 from .split import TokenizedSplit
-from .task_batch import Examples, empty_task_batch
+from .task_batch import Examples
 from .task_schedule import ScheduledBatch
 
 _PLANNED = 512
@@ -33,7 +33,7 @@ class TrainingLoader:
     def __init__(
         self,
         sources: Sequence[Examples],
-        samplers: Sequence[TaskSampler | TokenSampler],
+        samplers: Sequence[Sampler],
         start: int,
         stop: int,
         *,
@@ -59,7 +59,7 @@ class TrainingLoader:
             token_multiple: pad every task's tokens to a multiple, where ``shapes`` is 0.
             micro_batches: how many a step's batch is split into, each with a share of every task.
             shard: (rank, ranks); the examples of a step, task after task, are dealt to the ranks
-                one by one.
+                one by one, but for those of samplers whose ranks have examples of their own.
             plan_lookups: adds to a batch the plan of its lookups; None where steps need none.
             pin_memory: put the batches in pinned memory, for copies that do not block.
             depth: the most batches that wait.
@@ -85,8 +85,11 @@ class TrainingLoader:
         def choose(number: int, rank: int = rank) -> tuple[list[Examples], list[Indices]]:
             step, micro_batch = divmod(number, micro_batches)
             of_step = scheduled(step)
-            batches = [samplers[each.task].batch(each.batch) for each in of_step]
-            shares = _deal(batches, rank, ranks)
+            drawn = [samplers[each.task] for each in of_step]
+            batches = [
+                sampler.batch(each.batch) for sampler, each in zip(drawn, of_step, strict=True)
+            ]
+            shares = _deal(batches, [sampler.by_rank for sampler in drawn], rank, ranks)
             picks = [np.array_split(share, micro_batches)[micro_batch] for share in shares]
             return [sources[each.task] for each in of_step], picks
 
@@ -182,12 +185,14 @@ class TrainingLoader:
         return True
 
 
-def _deal(batches: Sequence[Indices], rank: int, ranks: int) -> list[Indices]:
+def _deal(
+    batches: Sequence[Indices], by_rank: Sequence[bool], rank: int, ranks: int
+) -> list[Indices]:
     """Return a rank's share of each task's batch."""
     shares, dealt = [], 0
-    for batch in batches:
-        shares.append(batch[(rank - dealt) % ranks :: ranks])
-        dealt += len(batch)
+    for batch, is_own in zip(batches, by_rank, strict=True):
+        shares.append(batch[(rank if is_own else rank - dealt) % ranks :: ranks])
+        dealt += 0 if is_own else len(batch)
     return shares
 
 
@@ -201,14 +206,11 @@ class _Sizes(NamedTuple):
 
 def _measure(sources: Sequence[Examples], picks: Sequence[Indices], step: int) -> _Sizes:
     """Return the sizes of a batch."""
-    chosen = [
-        source.task_batch(pick, step) if len(pick) else empty_task_batch(source.task)
-        for source, pick in zip(sources, picks, strict=True)
-    ]
+    sizes = [source.sequence_sizes(pick, step) for source, pick in zip(sources, picks, strict=True)]
     return _Sizes(
-        tuple(batch.task for batch in chosen),
-        [len(batch.tokens) for batch in chosen],
-        max(int(batch.sizes.max(initial=1)) for batch in chosen),
+        tuple(source.task for source in sources),
+        [int(own.sum()) for own in sizes],
+        max(int(own.max(initial=1)) for own in sizes),
     )
 
 

@@ -76,6 +76,13 @@ class MaskedText:
         own = np.diff(self.examples.sequences.offsets).reshape(-1, columns).sum(axis=1)
         return own + columns + 1  # [CLS], and [SEP] behind each segment
 
+    def sequence_sizes(self, chosen: Indices, step: int, /) -> Indices:
+        """Return the tokens of each chosen example's sequence in ``step``, int64 ``[n]``."""
+        if self.examples.columns == 1:
+            offsets = self.examples.sequences.offsets
+            return offsets[chosen + 1] - offsets[chosen] + 2  # [CLS] and [SEP]
+        return self.task_batch(chosen, step).sizes  # a second segment may be another example's
+
     def terms(self, chosen: Indices) -> int:
         """Return how many examples are chosen."""
         return len(chosen)
@@ -157,9 +164,8 @@ class MaskedText:
         sizes = np.bincount(words)
         shuffled = np.argsort(order[begins], kind="stable")
         left, taken = count, np.zeros(len(sizes), dtype=bool)
-        for (
-            word
-        ) in shuffled.tolist():  # BERT's: a word that is too long for what is left is not drawn
+        # As in BERT, a word that is too long for what is left is not drawn.
+        for word in shuffled.tolist():
             if sizes[word] <= left:
                 taken[word] = True
                 left -= sizes[word]

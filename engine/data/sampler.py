@@ -5,7 +5,9 @@ Nothing here has a state.  An epoch's order is a function of (seed, task, epoch)
 can change the order.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +16,41 @@ from ..utils.arrays import Indices
 from ..utils.rng import permutation
 
 
+class Sampler(Protocol):
+    """The batches of one task or objective.
+
+    Attributes:
+        task: its name.
+        by_rank: whether the ranks have examples of their own: of R ranks, those at the places
+            r, r + R, … of a batch are of rank r.
+    """
+
+    task: str
+    by_rank: ClassVar[bool]
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in a batch, at least."""
+
+    @property
+    def batches(self) -> int:
+        """How many batches go once through all examples."""
+
+    def __len__(self) -> int:
+        """Return how many examples there are to draw from."""
+
+    def batch(self, step: int) -> Indices:
+        """Return the examples of batch ``step`` (from 0), int64."""
+
+
 class TaskSampler:
     """The batches of one task.
 
     The task goes through its examples in a fresh order every time it has used them up, in the
     middle of a batch if need be, so that every batch is full.
     """
+
+    by_rank: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -83,6 +114,8 @@ class TokenSampler:
         batch_size: examples that every batch has at least, if they are as long as the longest.
     """
 
+    by_rank: ClassVar[bool] = False
+
     def __init__(self, task: str, sizes: Indices, tokens: int, seed: int) -> None:
         """Describe the batches.
 
@@ -122,6 +155,69 @@ class TokenSampler:
             begin, end = np.searchsorted(starts, bounds)
             found.append(order[begin:end])
         return np.concatenate(found)
+
+
+class RankSampler:
+    """The batches of a task whose ranks have examples of their own.
+
+    Every rank goes through its examples in an order of its own, as :class:`TaskSampler` does; the
+    examples of rank 0 are numbered first, then those of rank 1, and so on.
+    """
+
+    by_rank: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        task: str,
+        sizes: Sequence[int],
+        batch_size: int,
+        seed: int,
+        subsets: Sequence[Indices | None] | None = None,
+    ) -> None:
+        """Describe the batches.
+
+        Args:
+            task: the task's name.
+            sizes: examples that each of R ranks has.
+            batch_size: examples in a batch of all ranks.
+            seed: the run's seed.
+            subsets: those that each rank draws from, numbered from 0; None for all.
+
+        Raises:
+            ValueError: a rank has no example, or no place in a batch.
+        """
+        ranks = len(sizes)
+        if batch_size < ranks:
+            raise ValueError(f"batch_size: expected at least {ranks}, got {batch_size}")
+        self.task, self.batch_size = task, batch_size
+        self._samplers = [
+            TaskSampler(
+                f"{task}/rank {rank}",
+                size,
+                len(range(rank, batch_size, ranks)),
+                seed,
+                None if subsets is None else subsets[rank],
+            )
+            for rank, size in enumerate(sizes)
+        ]
+        self._starts = (np.cumsum(sizes) - sizes).tolist()
+
+    def __len__(self) -> int:
+        """Return how many examples there are to draw from, of all ranks."""
+        return sum(map(len, self._samplers))
+
+    @property
+    def batches(self) -> int:
+        """How many batches have as many examples as there are."""
+        return -(-len(self) // self.batch_size)
+
+    def batch(self, step: int) -> Indices:
+        """Return the examples of batch ``step`` (from 0), int64 ``[batch_size]``."""
+        chosen = np.empty(self.batch_size, dtype=np.int64)
+        ranks = len(self._samplers)
+        for rank, (sampler, start) in enumerate(zip(self._samplers, self._starts, strict=True)):
+            chosen[rank::ranks] = sampler.batch(step) + start
+        return chosen
 
 
 class _Sizes:

@@ -28,6 +28,11 @@ class SentencesTwice:
         """Return how many sentences there are."""
         return len(self.sentences)
 
+    def sequence_sizes(self, chosen: Indices, _step: int, /) -> Indices:
+        """Return the tokens of chosen sentences, and again, int64 ``[2 n]``."""
+        once = [len(self.sentences[index]) for index in chosen.tolist()]
+        return np.array(once * 2, dtype=np.int64)
+
     def terms(self, chosen: Indices) -> int:
         """Return how many examples are chosen."""
         return len(chosen)

@@ -167,12 +167,17 @@ class TokenizedSplit:
             positions = np.where(own > 0, first, -1)
         return TaggedTokens(torch.from_numpy(positions), torch.from_numpy(tags))
 
-    def task_batch(self, chosen: Indices, _step: int, /) -> TaskBatch:
+    def sequence_sizes(self, chosen: Indices, _step: int, /) -> Indices:
+        """Return the tokens of all first sequences of chosen examples, then of all second ones."""
+        sequences = self._sequences(chosen)
+        return self.offsets[sequences + 1] - self.offsets[sequences]
+
+    def _sequences(self, chosen: Indices) -> Indices:
+        return (chosen * self.columns + np.arange(self.columns)[:, None]).reshape(-1)
+
+    def task_batch(self, chosen: Indices, step: int, /) -> TaskBatch:
         """Return chosen examples; nothing about them is random."""
-        columns = np.arange(self.columns)[:, None]
-        sequences = (chosen * self.columns + columns).reshape(-1)
-        starts = self.offsets[sequences]
-        sizes = self.offsets[sequences + 1] - starts
+        starts, sizes = self.offsets[self._sequences(chosen)], self.sequence_sizes(chosen, step)
         places, types = ranges(starts, sizes), self.token_types
         return TaskBatch(
             task=self.task,

@@ -125,6 +125,9 @@ class Examples(Protocol):
     def task_batch(self, chosen: Indices, step: int, /) -> TaskBatch:
         """Return the chosen examples; ``step`` decides what is random about them."""
 
+    def sequence_sizes(self, chosen: Indices, step: int, /) -> Indices:
+        """Return the tokens of each sequence of :meth:`task_batch`, int64 ``[n * c]``."""
+
     def terms(self, chosen: Indices, /) -> int:
         """Return how many terms the mean loss of chosen examples has."""
 

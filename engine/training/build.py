@@ -9,7 +9,7 @@ import torch
 from ..checkpoints.async_writer import AsyncWriter
 from ..config.recipe import Recipe, torch_arguments_of
 from ..data.masked_text import MaskedText
-from ..data.sampler import TaskSampler, TokenSampler, stratified_subset
+from ..data.sampler import Sampler, TaskSampler, TokenSampler, stratified_subset
 from ..data.split import TokenizedSplit
 from ..data.task_batch import Examples
 from ..data.task_schedule import TaskSchedule
@@ -188,7 +188,7 @@ def _examples(run: Run, name: str) -> Examples:
 
 def _sampler(
     recipe: Recipe, examples: Examples, batch_size: int, subset: Indices | None
-) -> TaskSampler | TokenSampler:
+) -> Sampler:
     """Return what draws the batches of a task or an objective.
 
     Raises:

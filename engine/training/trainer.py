@@ -13,7 +13,7 @@ from ..checkpoints.manifest import Manifest, Progress, read_manifest
 from ..checkpoints.training_state import TrainingState, named_weights
 from ..config.recipe import Recipe
 from ..data.loader import TrainingLoader
-from ..data.sampler import TaskSampler, TokenSampler
+from ..data.sampler import Sampler
 from ..data.split import TokenizedSplit
 from ..data.task_batch import Examples
 from ..data.task_schedule import TaskSchedule
@@ -68,7 +68,7 @@ class Trainer:
     device: torch.device
     train_sets: list[Examples]
     dev_sets: dict[str, TokenizedSplit]
-    samplers: list[TaskSampler | TokenSampler]
+    samplers: list[Sampler]
     model: MultitaskModel
     parameters: FlatParameters
     optimizer: Optimizer
