@@ -12,7 +12,8 @@ from engine.data.split import TokenizedSplit
 def test_ranks_draw_from_their_own(sizes: list[int], batch_size: int) -> None:
     sampler = RankSampler("sst", sizes, batch_size, seed=7)
     starts = np.cumsum([0, *sizes])
-    assert len(sampler) == starts[-1] and sampler.batches == -(-starts[-1] // batch_size)
+    assert len(sampler) == starts[-1]
+    assert sampler.batches == -(-starts[-1] // batch_size)
     for rank, size in enumerate(sizes):
         drawn = np.concatenate([sampler.batch(step)[rank :: len(sizes)] for step in range(40)])
         assert set(drawn) == set(range(starts[rank], starts[rank + 1]))
