@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     run = whole = open_run(options.run)
+    if not run.recipe.tasks:
+        raise InputError(f"{options.run}: has no task; objectives are not scored")
     if options.input is not None:
         _check_alone(options)
     run = with_run_data(run, options.data)
@@ -100,7 +102,7 @@ def _of_task(run: Run, task: str) -> Run:
     """
     settings = run.recipe.tasks.get(task)
     if settings is None:
-        raise InputError(f"--task {task}: {run.folder} has {', '.join(run.recipe.tasks)}")
+        raise InputError(f"--task {task}: {run.folder} has {run.task_names}")
     tasks = {task: settings.model_copy(update={"score_weight": 1.0})}
     return run._replace(recipe=run.recipe.model_copy(update={"tasks": tasks}))
 

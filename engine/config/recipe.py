@@ -83,8 +83,8 @@ class Recipe(Settings):
     """Folder or hub name of a pretrained encoder (``--init``), or a run's folder, whose encoder,
     heads and adapters are taken (engine/runs/initial_weights.py); empty to train from scratch."""
 
-    tasks: dict[str, TaskRecipe] = Field(min_length=1)
-    """The tasks that are evaluated."""
+    tasks: dict[str, TaskRecipe] = {}
+    """The tasks that are evaluated; none where a recipe trains objectives alone."""
     objectives: dict[str, ObjectiveRecipe] = {}
     """What can be trained without labels, by name (engine/config/objective.py)."""
     train: tuple[str, ...] = Field(min_length=1)
@@ -269,6 +269,8 @@ class Recipe(Settings):
             check_objective(name, objective)
             if name in self.tasks:
                 raise ValueError(f"objectives.{name}: a task is called so; give another name")
+            if not (self.tasks or objective.sentences_of or objective.files):
+                raise ValueError(f"objectives.{name}: the recipe has no task; give files")
             for source in objective.sentences_of:
                 if source not in self.tasks and source not in FORMATS:
                     raise ValueError(f"objectives.{name}.sentences_of: no such task: {source}")
@@ -323,7 +325,7 @@ class Recipe(Settings):
     def _check_tasks(self) -> None:
         for name, task in self.tasks.items():
             check_task(name, task, self.formats[name])
-        if not any(task.score_weight for task in self.tasks.values()):
+        if self.tasks and not any(task.score_weight for task in self.tasks.values()):
             raise ValueError("tasks: some score_weight has to be above 0, or none is best")
 
     def _check_lora(self) -> None:

@@ -20,7 +20,16 @@ from pydantic import (
 )
 
 from ..utils.errors import InputError
-from ..utils.field_types import Count, FileName, GivenName, Name, Positive, Real, Settings
+from ..utils.field_types import (
+    Count,
+    FileName,
+    GivenName,
+    Name,
+    OneOrSeveral,
+    Positive,
+    Real,
+    Settings,
+)
 from ..utils.fingerprint import WHOLE, digest, sample_digest
 from ..utils.untrusted_io import file_size, open_file
 from .addresses import Address, Place, fingerprint, is_address, opened
@@ -116,7 +125,7 @@ class TaskSource(Settings):
     range: tuple[Real, Real] = (0.0, 5.0)
     """Regression: the smallest and the largest label."""
 
-    files: dict[Split, FileName | tuple[FileName, ...]] = {}
+    files: dict[Split, OneOrSeveral[FileName]] = {}
     """A file for each split, relative to the data folder: .tsv, .csv, .jsonl, .json or .parquet,
     and behind that .gz, .bz2, .xz or .zst where it is compressed.  Or several files, which are read
     one after the other: a list, a folder, or a pattern such as part-*.parquet.  Names may be
@@ -148,6 +157,9 @@ class TaskSource(Settings):
     def _fits_together(self) -> "TaskSource":
         if bool(self.files) == bool(self.dataset):
             raise ValueError("give either files or dataset")
+        for split, names in self.files.items():
+            if not names:
+                raise ValueError(f"files.{split}: an empty list; name a file")
         self._check_labels()
         self._check_texts()
         has_classes = not self.has_range and self.kind not in (_RETRIEVAL, _SPANS)

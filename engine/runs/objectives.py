@@ -18,6 +18,7 @@ from ..data.tokenized import Array
 from ..data.tokenizer import Tokenizer
 from ..models.config import EncoderConfig
 from ..models.heads import HeadSettings
+from ..utils.errors import InputError
 from .texts import ObjectiveTexts
 
 _SHOWN = 4096
@@ -121,6 +122,8 @@ def _examples(
     found: Found,
 ) -> MaskedText | SentencesTwice:
     texts = arrays.get("texts", np.empty(0, dtype=np.int64))
+    if not len(texts):
+        raise InputError(f"objectives.{name}: no text of it has a token; name other texts")
     if settings.kind == "masked_lm_next":
         check_texts_follow(texts)
     tokens = arrays.get("tokens", np.empty(0, dtype=np.uint16))

@@ -82,6 +82,11 @@ class Run(NamedTuple):
         return min(self.recipe.max_length, self.config.max_position_embeddings)
 
     @property
+    def task_names(self) -> str:
+        """The names of its tasks, for error messages."""
+        return ", ".join(self.recipe.tasks) or "no task"
+
+    @property
     def masked_lm(self) -> str | None:
         """The name of its objective that predicts masked words; None without one."""
         for name, settings in self.recipe.objectives.items():
