@@ -21,7 +21,8 @@ class ObjectiveRecipe(Settings):
     """Tasks whose training sentences are the text; without these and files, all of the recipe."""
     files: tuple[FileName, ...] = ()
     """Text files, a sentence or a document a line, plain or compressed (.gz, .bz2, .xz, .zst);
-    relative to the data folder."""
+    relative to the data folder.  Folders (their .txt files), patterns and addresses, as of a
+    source."""
     batch_size: Count = 0
     """Examples of the objective in a step; 0: as the recipe's batch_size and sampling_alpha say."""
     tokens_per_batch: Count = 0

@@ -8,6 +8,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from ..utils.errors import InputError
+from ..utils.untrusted_io import open_file
 
 _SAMPLES, _SAMPLE = 16, 64 << 10
 _TELL_CHANGES = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
@@ -54,17 +55,21 @@ def is_address(name: str) -> bool:
 
 
 @contextmanager
-def opened(address: Address) -> Iterator[IO[bytes]]:
-    """Open a file at an address.
+def opened(place: Place) -> Iterator[IO[bytes]]:
+    """Open a file, by its path or at an address.
 
     Raises:
         InputError: it cannot be opened, or the library for such addresses is missing.
     """
-    with _explained(address):
-        system, path = _system(address)
-        file: IO[bytes] = system.open(path, "rb")
-    with file:
-        yield file
+    if isinstance(place, Path):
+        with open_file(place) as file:
+            yield file
+        return
+    with _explained(place):
+        system, path = _system(place)
+        remote: IO[bytes] = system.open(path, "rb")
+    with remote:
+        yield remote
 
 
 def matching(address: Address) -> list[Address]:
@@ -75,7 +80,9 @@ def matching(address: Address) -> list[Address]:
     """
     with _explained(address):
         system, path = _system(address)
-        return [Address(system.unstrip_protocol(found)) for found in sorted(system.glob(path))]
+        found = sorted(system.glob(path, detail=True).items())
+        files = [name for name, info in found if info.get("type") != "directory"]
+        return [Address(system.unstrip_protocol(name)) for name in files]
 
 
 def fingerprint(address: Address) -> str:

@@ -484,7 +484,7 @@ class DataFile:
     def _opened(self) -> AbstractContextManager[IO[bytes]]:
         if self._content is not None:
             return io.BytesIO(self._content)
-        return opened(self.path) if isinstance(self.path, Address) else open_file(self.path)
+        return opened(self.path)
 
     @contextmanager
     def rows(self, format_: TaskSchema, *, labelled: bool) -> Iterator[Rows]:

@@ -3,22 +3,25 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os.path import exists  # unlike pathlib's it raises nothing
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ..config.recipe import Recipe
+from ..data.addresses import Place
 from ..data.cache import load_vocabulary
 from ..data.raw_text import each_line, evenly
 from ..data.rows import lines_on
 from ..data.sampler import stratified_subset
+from ..data.shards import shards
 from ..data.source import DataFile, HubSplit
 from ..data.table import TableReader, strata
 from ..data.tokenizer import Tokenizer
-from ..utils.untrusted_io import read_bytes
-from .data_paths import data_folder, origin
+from .data_paths import data_folder, origin, reads_data_folder
+
+_TEXT = (".txt", ".text")
+"""Endings of the files that are read of a folder of texts, but for that of their compression."""
 
 
 class ObjectiveTexts:
@@ -169,9 +172,9 @@ class VocabularyTexts:
             yield from each_line(file, [])
 
 
-def _vocabulary_sources(recipe: Recipe) -> tuple[list[str], list[Path]]:
+def _vocabulary_sources(recipe: Recipe) -> tuple[list[str], list[Place]]:
     """Return the tasks and the files whose texts decide a vocabulary."""
-    tasks, files = dict[str, None](), dict[Path, None]()
+    tasks, files = dict[str, None](), dict[Place, None]()
     for name in recipe.trained:
         if name in recipe.tasks:
             tasks[name] = None
@@ -194,18 +197,17 @@ def check_texts(recipe: Recipe) -> None:
             tasks = _tasks_of(recipe, name) if name in recipe.objectives else (name,)
             wanted += [(task, "train") for task in tasks]
             for file in _files_of(recipe, name) if name in recipe.objectives else ():
-                _check_file(file)
+                _check_file(DataFile(file))
         wanted += [(task, "dev") for task in recipe.tasks if phase.scored]
         for task, split in wanted:
             found = origin(recipe, task, split)
             for one in () if isinstance(found, HubSplit) else found.files:
-                if one.is_missing:
-                    one.digest()  # which says what is wrong
+                _check_file(one)
 
 
-def _check_file(path: Path) -> None:
-    if not exists(path):
-        read_bytes(path, None)  # which says what is wrong
+def _check_file(file: DataFile) -> None:
+    if file.is_missing:
+        file.digest()  # which says what is wrong
 
 
 def _tasks_of(recipe: Recipe, objective: str) -> tuple[str, ...]:
@@ -214,6 +216,9 @@ def _tasks_of(recipe: Recipe, objective: str) -> tuple[str, ...]:
     return settings.sentences_of or (() if settings.files else tuple(recipe.tasks))
 
 
-def _files_of(recipe: Recipe, objective: str) -> tuple[Path, ...]:
+def _files_of(recipe: Recipe, objective: str) -> list[Place]:
     files = recipe.objectives[objective].files
-    return tuple(data_folder(recipe) / file for file in files)
+    if not files:
+        return []
+    folder = data_folder(recipe) if reads_data_folder(recipe) else Path()
+    return shards(files, folder, f"objectives.{objective}.files", _TEXT)

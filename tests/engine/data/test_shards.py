@@ -62,7 +62,7 @@ def test_the_rows_are_those_of_one_file(tmp_path: Path, how: str) -> None:
     ("name", "message"),
     [
         ("none-*.csv", "tasks.t.source.files.train: no file is called like .*none"),
-        ("empty", "tasks.t.source.files.train: no file in .* that is read"),
+        ("empty", "tasks.t.source.files.train: no file in .* ends as those"),
         ("missing.csv", "cannot read a file: no such file or directory, .*missing.csv"),
     ],
 )
