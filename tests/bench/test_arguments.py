@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "step": {
         **{"--batch-size": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
         **{"--warmup-seconds": COUNTS, "--only": ("(",)},
+        "--masked-lm": (*COUNTS, "511"),
     },
     "transformers": {
         **{"--batches": COUNTS, "--rounds": ONE, "--device": ("gpu",), "--warmup-seconds": COUNTS},
