@@ -407,7 +407,7 @@ def measure(
 
 def _table(measured: dict[str, Any]) -> Table:
     table = Table(title=f"masked language modelling, {measured['case']}")
-    for column in ("", "seconds", "tokens/s", "p20 to p80", "times as fast", "tokens"):
+    for column in ("", "seconds", "tokens/s", "p20 to p80", "against ours", "tokens"):
         table.add_column(column, justify="right" if column else "left")
     for column in ("full", "masked", "MiB"):
         table.add_column(column, justify="right")

@@ -6,8 +6,10 @@ from argparse import Namespace
 
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 
 from bench import step, step_masked_lm
+from bench.batching import pad
 from bench.step_masked_lm import CASES, Case, Collator
 from engine.utils.errors import InputError
 
@@ -61,6 +63,33 @@ def test_blocks_are_all_texts_cut(texts):
     blocks = step_masked_lm.blocks(texts, 100)
     assert [token for block in blocks for token in block] == every[: len(every) // 100 * 100]
     assert {len(block) for block in blocks} == {100}
+
+
+def test_the_same_loss_of_the_same_masks(trainer, tmp_path):
+    """Of a model without dropout; the step of transformers is given the engine's own masks."""
+    folder = tmp_path / "model"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(
+        vocab_size=trainer.run.tokenizer.vocab_size, intermediate_size=48, **sizes, **off
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    trainer.run.tokenizer.save(folder)
+    options = Namespace(device="cpu", masked_lm=512, data=None, init=folder)
+    engine = step_masked_lm.engine_trainer(options, CASES[0], "fp32")
+    (batch,) = step_masked_lm.engine_batches(engine, 1)
+    lengths, (labels,) = batch.inputs.cu_seqlens.diff().tolist(), batch.inputs.labels
+    targets = torch.full_like(batch.inputs.input_ids, -100)
+    targets[labels.positions] = labels.targets
+    ids, mask = pad(batch.inputs.input_ids.split(lengths))
+    own, _ = pad(targets.split(lengths))
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": own.where(mask > 0, -100)}
+    loop = step_masked_lm.MaskedLmLoop(folder, {}, autocast=False, device=CPU)
+    expected = loop(inputs)
+    (loss,) = engine.step(batch.inputs, 0, 1e-5).losses
+    # Sums of a few hundred terms in other orders.
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("case", [CASES[0], Case("blocks of 64", 64, joined=True)], ids=str)
