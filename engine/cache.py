@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .cli.common import Parser, run_cli, terminal
 from .data.cache import default_cache
-from .data.cached_entries import CachedEntry, entries_of, remove, unfinished
+from .data.cached_entries import CachedEntry, entries_of, remove_abandoned, remove_entry
 from .utils.errors import InputError
 
 _DAY = 24 * 60 * 60
@@ -41,11 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     removes = options.unused_for is not None or options.keep is not None
     if removes:
         for entry in doomed:
-            remove(entry.folder)
-        for folder in unfinished(root):
-            remove(folder)
+            remove_entry(entry)
         freed = decimal(sum(entry.size for entry in doomed))
-        console.print(f"removed {len(doomed)} entries, {freed}, of {root}", soft_wrap=True)
+        left = remove_abandoned(root)
+        more = f", and {decimal(left)} that killed processes left" if left else ""
+        console.print(f"removed {len(doomed)} entries, {freed}{more}, of {root}", soft_wrap=True)
         entries = [entry for entry in entries if entry not in doomed]
     _print(console, entries, root)
     return 0

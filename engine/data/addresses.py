@@ -1,10 +1,11 @@
 """Files at an address, such as ``s3://bucket/part-0.parquet``, which the library fsspec opens."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 from ..utils.errors import InputError
@@ -55,16 +56,41 @@ def is_address(name: str) -> bool:
 
 @contextmanager
 def opened(address: Address) -> Iterator[IO[bytes]]:
-    """Open a file at an address.
+    """Open a file at an address; its methods raise InputError, too.
 
     Raises:
         InputError: it cannot be opened, or the library for such addresses is missing.
     """
     with _explained(address):
         system, path = _system(address)
-        file: IO[bytes] = system.open(path, "rb")
+        file = system.open(path, "rb")
     with file:
-        yield file
+        yield cast(IO[bytes], _Remote(file, address))
+
+
+class _Remote(io.RawIOBase):
+    """An open file at an address, for which errors of its store are one line each."""
+
+    def __init__(self, file: IO[bytes], address: Address) -> None:
+        super().__init__()
+        self._file, self._address = file, address
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        with _explained(self._address):
+            return self._file.read(size)
+
+    def seek(self, place: int, whence: int = io.SEEK_SET, /) -> int:
+        with _explained(self._address):
+            return self._file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def matching(address: Address) -> list[Address]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..utils.arrays import Indices
 from ..utils.errors import InputError
+from ..utils.files import explained
 from ..utils.untrusted_io import file_size, open_file
 from .blocks import blocks_of
 from .decode import decode, undecoded
@@ -64,7 +65,7 @@ def each_line(path: Path, notes: list[str]) -> Iterator[str]:
         InputError: it cannot be read, is not UTF-8 or holds no text.
     """
     is_empty = True
-    with open_file(path) as file:
+    with open_file(path) as file, explained("read", path):
         pieces = decompressed(file, file_size(file), path, BUILT_IN)
         text = decode(pieces, path, BUILT_IN)
         for block in blocks_of(text.pieces, path):

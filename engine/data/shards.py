@@ -29,7 +29,7 @@ def shards(names: Sequence[str], folder: Path, field: str) -> list[Place]:
         if is_address(name):
             found |= dict.fromkeys(_addresses(Address(name), field))
         else:
-            found |= dict.fromkeys(_files_of(folder / name, field))
+            found |= dict.fromkeys(_files_of(folder, name, field))
     return list(found)
 
 
@@ -42,7 +42,8 @@ def _addresses(address: Address, field: str) -> list[Address]:
     return found
 
 
-def _files_of(path: Path, field: str) -> list[Path]:
+def _files_of(folder: Path, name: str, field: str) -> list[Path]:
+    path = folder / name
     if isdir(path):
         with explained("look into", path):
             files = [
@@ -50,15 +51,17 @@ def _files_of(path: Path, field: str) -> list[Path]:
                 for file in sorted(path.iterdir())
                 if endings(file)[0] in LAYOUTS and not file.name.startswith(".")
             ]
+        files = [file for file in files if not isdir(file)]
         if not files:
             raise InputError(
                 f"{field}: no file in {path} that is read, such as .csv, .tsv, .jsonl or .parquet; "
                 "name another folder"
             )
         return files
-    if glob.has_magic(str(path)) and not exists(path):
-        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        files = [file for file in files if not isdir(file)]
+    if glob.has_magic(name) and not exists(path):
+        # Of the folder's own name nothing is a pattern.
+        names = sorted(glob.glob(name, root_dir=folder, recursive=True))
+        files = [folder / found for found in names if not isdir(folder / found)]
         if not files:
             raise InputError(f"{field}: no file is called like {path}; correct the pattern")
         return files
