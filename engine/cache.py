@@ -12,6 +12,7 @@ from .cli.common import Parser, run_cli, terminal
 from .data.cache import default_cache
 from .data.cached_entries import CachedEntry, entries_of, remove_abandoned, remove_entry
 from .utils.errors import InputError
+from .utils.quoting import one_line
 
 _DAY = 24 * 60 * 60
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -68,7 +69,7 @@ def _print(console: Console, entries: Sequence[CachedEntry], root: Path) -> None
     table = Table("data", "what", "size", "last used")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        table.add_row(entry.data, entry.what, decimal(entry.size), used)
+        table.add_row(one_line(entry.data), one_line(entry.what), decimal(entry.size), used)
     if entries:
         console.print(table)
     total = decimal(sum(entry.size for entry in entries))

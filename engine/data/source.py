@@ -119,10 +119,10 @@ class TaskSource(Settings):
     files: dict[Split, FileName | tuple[FileName, ...]] = {}
     """A file for each split, relative to the data folder: .tsv, .csv, .jsonl, .json or .parquet,
     and behind that .gz, .bz2, .xz or .zst where it is compressed.  All are read piece by piece, but
-    for a .json that is one array, or SQuAD's form, which memory has to hold.  Or several files, which are read
-    one after the other: a list, a folder, or a pattern such as part-*.parquet.  Names may be
-    addresses that fsspec opens: s3://bucket/part-*.parquet, https://….  Splits are train, dev and
-    test, and further ones, to be scored or predicted by their names."""
+    for a .json that is one array, or in SQuAD's form, which memory has to hold.  Or several files,
+    which are read one after the other: a list, a folder, or a pattern such as part-*.parquet.
+    Names may be addresses that fsspec opens: s3://bucket/part-*.parquet, https://….  Splits are
+    train, dev and test, and further ones, to be scored or predicted by their names."""
     layout: Literal["auto", Layout] = "auto"
     """Files: tabs, commas, json, json_lines, parquet, conll, conllu; auto: as the ending says."""
     delimiter: Delimiter = AUTO
@@ -295,10 +295,10 @@ class TaskSource(Settings):
             return
         named = [("text", text) for text in self.text]
         named += [*(("label", label) for label in labels), ("id", self.id or "1")]
-        for field, name in named:
+        for key, name in named:
             if not _COLUMN_NUMBER.fullmatch(name):
                 raise ValueError(
-                    f"{field}: without a header columns are called 1, 2, …, not {name!r}"
+                    f"{key}: without a header columns are called 1, 2, …, not {name!r}"
                 )
 
     @property
@@ -414,8 +414,8 @@ class TaskSource(Settings):
                     f"tasks.{task}.source.files: {name} is relative to the folder of the data "
                     "files; name that with --data"
                 )
-        field = f"tasks.{task}.source.files.{split}"
-        files = [DataFile(path) for path in shards(names, folder or Path(), field)]
+        key = f"tasks.{task}.source.files.{split}"
+        files = [DataFile(path) for path in shards(names, folder or Path(), key)]
         return files[0] if len(files) == 1 else DataFiles(tuple(files))
 
 
