@@ -1,6 +1,7 @@
 """``python -m engine.cache``: show what the cache of tokenized data holds, or remove from it."""
 
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from rich.table import Table
 from .cli.common import Parser, run_cli, terminal
 from .data.cache import default_cache
 from .data.cached_entries import CachedEntry, entries_of, remove_abandoned, remove_entry
-from .utils.errors import InputError
 from .utils.quoting import one_line
 
 _DAY = 24 * 60 * 60
@@ -28,12 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="The cache is $SUPERBERT_CACHE, or ~/.cache/superbert.",
     )
     add = parser.add_argument_group("what to remove").add_argument
-    add("--unused-for", type=_days, metavar="DAYS", help="what was not used for so long")
+    add(
+        "--unused-for",
+        type=_days,
+        metavar="DAYS",
+        help="what was not used for so long (default: all stays)",
+    )
     add(
         "--keep",
         type=_bytes,
         metavar="SIZE",
-        help="the longest unused, until there is no more than this, such as 20G; 0: all",
+        help="the longest unused, until there is no more than this, such as 20G; 0: all "
+        "(default: all stays)",
     )
     options = parser.parse_args(arguments)
     root, console = default_cache(), terminal()
@@ -77,23 +83,33 @@ def _print(console: Console, entries: Sequence[CachedEntry], root: Path) -> None
 
 
 def _days(text: str) -> float:
+    """Return the days that an option was given.
+
+    Raises:
+        argparse.ArgumentTypeError: they are none.
+    """
     try:
         days = float(text)
     except ValueError:
         days = -1
     if not 0 <= days < 1e6:
-        raise InputError(f"--unused-for {text}: expected a number of days, such as 30")
+        raise ArgumentTypeError(f"{text!r}: invalid, give a number of days, such as 30")
     return days
 
 
 def _bytes(text: str) -> int:
+    """Return the size that an option was given.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
     number, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
     try:
         size = float(number) * (_UNITS[unit] if unit else 1)
     except (KeyError, ValueError):
         size = -1
     if not 0 <= size < 1 << 60:
-        raise InputError(f"--keep {text}: expected a size, such as 500M or 20G")
+        raise ArgumentTypeError(f"{text!r}: invalid, give a size, such as 500M or 20G")
     return int(size)
 
 

@@ -127,7 +127,10 @@ def load_split(
     except DamagedEntryError:
         pass
     try:
-        with origin.rows(format_, labelled=labelled) as rows, _making(entry) as made:
+        with (
+            origin.rows(format_, labelled=labelled) as rows,
+            _making(entry, verify=reading.verify) as made,
+        ):
             preparation = Preparation(
                 schema=format_,
                 labelled=labelled,
@@ -177,7 +180,7 @@ def load_arrays(
     with suppress(DamagedEntryError):
         return open_arrays(entry, verify=verify)
     try:
-        with _making(entry) as made, EntryWriter(made) as writer:
+        with _making(entry, verify=verify) as made, EntryWriter(made) as writer:
             writer.finish_arrays(data, what, write(writer))
         return open_arrays(entry)
     except (OSError, DamagedEntryError) as error:
@@ -243,8 +246,12 @@ def _with_name(split: TokenizedSplit, name: str) -> TokenizedSplit:
 
 
 @contextmanager
-def _making(entry: Path) -> Iterator[Path]:
+def _making(entry: Path, *, verify: bool = False) -> Iterator[Path]:
     """Make an empty folder, and give it the name of an entry when the body is done.
+
+    Args:
+        entry: where it goes; a damaged one may be there.
+        verify: read all of such a one to tell whether it is damaged.
 
     Raises:
         OSError: the system refuses it.
@@ -263,7 +270,7 @@ def _making(entry: Path) -> Iterator[Path]:
                 if error.errno not in _OCCUPIED:
                     raise
             with suppress(DamagedEntryError):
-                check_entry(entry)
+                check_entry(entry, verify=verify)
                 return  # another process was faster
             with suppress(FileNotFoundError):
                 os.rename(entry, made.with_name(f"damaged-{attempt}"))

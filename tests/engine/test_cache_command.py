@@ -114,10 +114,12 @@ def test_keep(root, tmp_path, capsys) -> None:
         *(("--unused-for", bad) for bad in ("-1", "x", "nan", "inf", "30d", "")),
     ],
 )
-def test_bad_numbers(root: Path, option: str, value: str) -> None:
-    with pytest.raises(InputError, match=f"{option} {value}: expected a ") as error:
+def test_bad_numbers(root: Path, capsys, option: str, value: str) -> None:
+    with pytest.raises(SystemExit) as end:
         cache.main([f"{option}={value}"])
-    assert "\n" not in str(error.value)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert line.startswith(f"error: argument {option}: {value!r}: invalid, give a ")
 
 
 @pytest.mark.parametrize(("text", "size"), [("1.5k", 1536), ("2M", 2 << 20), ("1T", 1 << 40)])
@@ -170,7 +172,7 @@ def test_a_link_to_the_cache(root, tmp_path, capsys, monkeypatch) -> None:
 
 def test_a_cache_that_is_no_folder(root: Path) -> None:
     root.write_text("")
-    with pytest.raises(InputError, match="cannot look into .*cache: not a directory"):
+    with pytest.raises(InputError, match=r"cannot look into .*cache: not a directory"):
         cache.main([])
 
 
