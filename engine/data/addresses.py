@@ -1,8 +1,8 @@
 """Files at an address, such as ``s3://bucket/part-0.parquet``, which the library fsspec opens."""
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -123,6 +123,26 @@ def fingerprint(address: Address) -> str:
             starts = sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
             said["bytes"] = str([system.cat_file(path, at, at + _SAMPLE) for at in starts])
         return f"{address}:{size}:{sorted(said.items())}"
+
+
+def forget(addresses: Sequence[Address]) -> None:
+    """Forget what stores said of files, so that :func:`fingerprint` asks them again.
+
+    Of several files in one folder they are asked at once, where they list folders.
+
+    Raises:
+        InputError: a store does not answer.
+    """
+    folders = dict[str, list[Address]]()
+    for address in addresses:
+        folders.setdefault(address.url.rpartition("/")[0], []).append(address)
+    for files in folders.values():
+        with _explained(files[0]):
+            system, path = _system(files[0])
+            system.invalidate_cache()
+        if len(files) > 1:
+            with suppress(Exception):  # servers that list nothing are asked for each file
+                system.ls(path.rpartition("/")[0], detail=True)
 
 
 def _system(address: Address) -> tuple[Any, str]:

@@ -23,7 +23,7 @@ from ..utils.field_types import Count, FileName, GivenName, Name, Positive, Real
 from ..utils.files import explained
 from ..utils.fingerprint import digest, is_large, sample_digest
 from ..utils.untrusted_io import file_size, open_file
-from .addresses import Address, Place, fingerprint, is_address, opened
+from .addresses import Address, Place, fingerprint, forget, is_address, opened
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split
 from .rows import Piece, Row, Rows, as_pieces, find_columns, typed_row
@@ -486,8 +486,7 @@ class DataFile:
         Raises:
             InputError: it has changed, so that what was read may be half of each.
         """
-        if [self._look()] != self._seen:
-            raise InputError(f"changed while it was read, {self.path}; start again when it is done")
+        _check_unchanged(self.files)
 
     def _opened(self) -> AbstractContextManager[IO[bytes]]:
         return opened(self.path) if isinstance(self.path, Address) else open_file(self.path)
@@ -546,8 +545,7 @@ class DataFiles:
 
     def check_unchanged(self) -> None:
         """Refuse files of which one changed: :meth:`DataFile.check_unchanged`."""
-        for file in self.files:
-            file.check_unchanged()
+        _check_unchanged(self.files)
 
     @contextmanager
     def rows(self, format_: TaskSchema, *, labelled: bool) -> Iterator[Rows]:
@@ -576,6 +574,13 @@ class DataFiles:
         """Return the examples: :func:`~.table.collect`."""
         with self.rows(format_, labelled=labelled) as rows:
             return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
+
+
+def _check_unchanged(files: Sequence[DataFile]) -> None:
+    forget([file.path for file in files if isinstance(file.path, Address)])
+    for file in files:
+        if [file._look()] != file._seen:
+            raise InputError(f"changed while it was read, {file.path}; start again when it is done")
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,11 @@ def test_a_bad_row_is_named_by_its_file_and_its_own_line(tmp_path: Path) -> None
 
 
 def test_the_same_of_other_formats(tmp_path: Path) -> None:
-    put(tmp_path, a_jsonl='{"text": "fine", "label": 1}\n' * 5, b_jsonl='{"text": "dull", "label": 0}\n{}\n')
+    put(
+        tmp_path,
+        a_jsonl='{"text": "fine", "label": 1}\n' * 5,
+        b_jsonl='{"text": "dull", "label": 0}\n{}\n',
+    )
     with pytest.raises(InputError, match=r"parts/b\.jsonl:2"):
         read(tmp_path, on_bad_row="error", files={"train": ("parts/a.jsonl", "parts/b.jsonl")})
     table = pa.table({"text": ["fine", None], "label": [1, 0]})
