@@ -311,7 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seeds is not None:
         specs = seeds_of("", recipe, options.seeds)
         with _claimed_folder(options, held) as out:
-            workers = InProcess(lambda run, _: train_run(run, device, console))
+            reading = reading_of(options, console)
+            workers = InProcess(lambda run, _: train_run(run, device, console), reading=reading)
             return train_series(out, specs, workers, console)
     with ranks.init(device, recipe.timeout):
         restarted = ranks.any(ranks.restarted)  # of several agents one may not have counted it

@@ -1,10 +1,11 @@
 """Files at an address, such as ``s3://bucket/part-0.parquet``, which the library fsspec opens."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 from ..utils.errors import InputError
@@ -56,20 +57,45 @@ def is_address(name: str) -> bool:
 
 @contextmanager
 def opened(place: Place) -> Iterator[IO[bytes]]:
-    """Open a file, by its path or at an address.
+    """Open a file, by its path or at an address, whose methods then raise InputError.
 
     Raises:
         InputError: it cannot be opened, or the library for such addresses is missing.
     """
     if isinstance(place, Path):
-        with open_file(place) as file:
-            yield file
+        with open_file(place) as local:
+            yield local
         return
     with _explained(place):
         system, path = _system(place)
-        remote: IO[bytes] = system.open(path, "rb")
+        remote = system.open(path, "rb")
     with remote:
-        yield remote
+        yield cast(IO[bytes], _Remote(remote, place))
+
+
+class _Remote(io.RawIOBase):
+    """An open file at an address, for which errors of its store are one line each."""
+
+    def __init__(self, file: IO[bytes], address: Address) -> None:
+        super().__init__()
+        self._file, self._address = file, address
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        with _explained(self._address):
+            return self._file.read(size)
+
+    def seek(self, place: int, whence: int = io.SEEK_SET, /) -> int:
+        with _explained(self._address):
+            return self._file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def matching(address: Address) -> list[Address]:
@@ -104,6 +130,26 @@ def fingerprint(address: Address) -> str:
             starts = sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
             said["bytes"] = str([system.cat_file(path, at, at + _SAMPLE) for at in starts])
         return f"{address}:{size}:{sorted(said.items())}"
+
+
+def forget(addresses: Sequence[Address]) -> None:
+    """Forget what stores said of files, so that :func:`fingerprint` asks them again.
+
+    Of several files in one folder they are asked at once, where they list folders.
+
+    Raises:
+        InputError: a store does not answer.
+    """
+    folders = dict[str, list[Address]]()
+    for address in addresses:
+        folders.setdefault(address.url.rpartition("/")[0], []).append(address)
+    for files in folders.values():
+        with _explained(files[0]):
+            system, path = _system(files[0])
+            system.invalidate_cache()
+        if len(files) > 1:
+            with suppress(Exception):  # servers that list nothing are asked for each file
+                system.ls(path.rpartition("/")[0], detail=True)
 
 
 def _system(address: Address) -> tuple[Any, str]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..utils.arrays import Indices
 from ..utils.errors import InputError
+from ..utils.files import explained
 from ..utils.untrusted_io import file_size
 from .addresses import Place, opened
 from .blocks import blocks_of
@@ -64,7 +65,7 @@ def each_line(path: Place, notes: list[str]) -> Iterator[str]:
         InputError: it cannot be read, is not UTF-8 or holds no text.
     """
     is_empty = True
-    with opened(path) as file:
+    with opened(path) as file, explained("read", path):
         pieces = decompressed(file, file_size(file), path, BUILT_IN)
         text = decode(pieces, path, BUILT_IN)
         for block in blocks_of(text.pieces, path):

@@ -32,7 +32,7 @@ def shards(
         if is_address(name):
             found |= dict.fromkeys(_addresses(Address(name), field))
         else:
-            found |= dict.fromkeys(_files_of(folder / name, field, suffixes))
+            found |= dict.fromkeys(_files_of(folder, name, field, suffixes))
     return list(found)
 
 
@@ -45,7 +45,8 @@ def _addresses(address: Address, field: str) -> list[Address]:
     return found
 
 
-def _files_of(path: Path, field: str, suffixes: Collection[str]) -> list[Path]:
+def _files_of(folder: Path, name: str, field: str, suffixes: Collection[str]) -> list[Path]:
+    path = folder / name
     if isdir(path):
         with explained("look into", path):
             files = [
@@ -60,9 +61,10 @@ def _files_of(path: Path, field: str, suffixes: Collection[str]) -> list[Path]:
                 "folder, or a pattern"
             )
         return files
-    if glob.has_magic(str(path)) and not exists(path):
-        files = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        files = [file for file in files if not isdir(file)]
+    if glob.has_magic(name) and not exists(path):
+        # Of the folder's own name nothing is a pattern.
+        names = sorted(glob.glob(name, root_dir=folder, recursive=True))
+        files = [folder / found for found in names if not isdir(folder / found)]
         if not files:
             raise InputError(f"{field}: no file is called like {path}; correct the pattern")
         return files

@@ -10,9 +10,10 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..utils.json_text import dump_json
 _MOST_RANKS = 1 << 16
 _GLANCE = 1e-3  # seconds between two looks at an event
 _PAUSE = 0.1  # seconds between attempts to reach the first process
+_BEAT, _SILENCE = 2.0, 30.0  # seconds between signs of life, and without any
 _GRACE = 3.0  # seconds for ranks that notice a loss a little later than this one
 
 
@@ -50,7 +52,7 @@ class Ranks:
         self.group: dist.ProcessGroup | None = None
         self.checkpoint_group: dist.ProcessGroup | None = None
         self._store: Store | None = None
-        self._broadcasts = 0
+        self._broadcasts = self._turns = 0
         self._timeout = 0.0
 
     @classmethod
@@ -111,12 +113,67 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the first process of each machine do the block before the others."""
+        """Let the first process of each machine do the block before the others.
+
+        It may take any time, as preparing large data does, as long as that process is alive.
+        """
+        if self._store is None:
+            yield
+            return
+        self._turns += 1
         if self.local_rank > 0:
+            self._await([0])
             self.barrier()
-        yield
-        if self.local_rank == 0:
-            self.barrier()
+            yield
+            return
+        with self._alive():
+            yield
+            if self.is_main:  # the others wait for it alone
+                names = {
+                    rank: self._store.get(_local_rank_of(rank)) for rank in range(1, self.size)
+                }
+                self._await(rank for rank, local in names.items() if int(local) == 0)
+        self._await([0])
+        self.barrier()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Let other ranks know that this one is at work in the block, and when it is done."""
+        store, key, done = self._store, self._work_of(self.rank), threading.Event()
+        assert store is not None, "there are other ranks"
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # the store is gone, which the main thread notices
+                while not done.wait(_BEAT):
+                    store.add(key, 1)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            with suppress(RuntimeError):
+                store.set(f"{key}/done", "")
+
+    def _await(self, ranks: Iterable[int]) -> None:
+        """Wait for ranks that are at work, or silent, which the next exchange then shows."""
+        store, seen = self._store, {rank: (0, time.monotonic()) for rank in ranks}
+        assert store is not None, "there are other ranks"
+        while True:
+            for rank, (beats, since) in list(seen.items()):
+                key, now = self._work_of(rank), time.monotonic()
+                if store.check([f"{key}/done"]) or now - since > _SILENCE:
+                    del seen[rank]
+                elif (found := store.add(key, 0)) != beats:
+                    seen[rank] = (found, now)
+            if not seen:
+                return
+            time.sleep(_PAUSE)
+
+    def _work_of(self, rank: int) -> str:
+        return f"superbert/work/{self._turns}/{rank}"
 
     @contextmanager
     def init(self, device: torch.device, timeout: float) -> Iterator[None]:
@@ -143,6 +200,7 @@ class Ranks:
             self._store = PrefixStore(f"superbert/attempt-{name}", store)
             if not all_came:
                 raise self._lost(TimeoutError("timed out"))
+            self._store.set(_local_rank_of(self.rank), str(self.local_rank))
             dist.init_process_group(
                 backend,
                 store=self._store,
@@ -261,6 +319,11 @@ class Ranks:
             return "lost the other ranks and their store"
         names = ", ".join(silent) or "one that came back"
         return f"no answer from rank {names}; it died or hangs"
+
+
+def _local_rank_of(rank: int) -> str:
+    """Return the store's name for the number of a process on its machine."""
+    return f"superbert/local-rank/{rank}"
 
 
 def _open_store(patience: timedelta) -> Store:

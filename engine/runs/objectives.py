@@ -1,13 +1,13 @@
 """Build the examples and the head of an objective from its settings."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..config.objective import ObjectiveRecipe
 from ..config.recipe import Recipe
-from ..data.cache import Reading, Show, load_arrays
+from ..data.cache import Reading, load_arrays
 from ..data.entry import EntryWriter
 from ..data.masked_text import MaskedText, PackedSegments, check_texts_follow
 from ..data.objective_sequences import SequenceSettings, write_sequences
@@ -19,10 +19,7 @@ from ..data.tokenizer import Tokenizer
 from ..models.config import EncoderConfig
 from ..models.heads import HeadSettings
 from ..utils.errors import InputError
-from .texts import ObjectiveTexts
-
-_SHOWN = 4096
-"""Texts after which their number is shown."""
+from .texts import ObjectiveTexts, watched
 
 
 def head_settings(name: str, settings: ObjectiveRecipe, config: EncoderConfig) -> HeadSettings:
@@ -52,22 +49,16 @@ def load_examples(
 
     def write(writer: EntryWriter) -> dict[str, Any]:
         with reading.watch(texts.names) as show:
-            watched, append = _watched(texts, show), writer.append
-            write_sequences(watched, sequences, tokenizer, append, reading.workers)
+            shown, append = watched(texts, show), writer.append
+            write_sequences(shown, sequences, tokenizer, append, reading.workers)
+        texts.check_unchanged()
         return {"largest": texts.largest, "texts": texts.found, "notes": texts.notes}
 
-    made_from = [*texts.made_from, repr(sequences), tokenizer.to_json()]
+    made_from = [*texts.made_from(verify=reading.verify), repr(sequences), tokenizer.to_json()]
     what = f"sequences of {name} ({settings.kind})"
     arrays, said = load_arrays(made_from, texts.names, what, write, verify=reading.verify)
     found = Found(said["largest"], said["texts"], tuple(said["notes"]))
     return _examples(name, settings, arrays, tokenizer, recipe.seed, found)
-
-
-def _watched(texts: ObjectiveTexts, show: Show) -> Iterator[str]:
-    for number, text in enumerate(texts, start=1):
-        if number % _SHOWN == 0:
-            show(number, 0.0)
-        yield text
 
 
 def build_examples(

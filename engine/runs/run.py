@@ -353,7 +353,7 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Readi
         init_type = hf_weights.read_model_type(folder_of_model)
         recipe = recipe.model_copy(update={"encoder": encoder})
     else:
-        tokenizer = learn_vocabulary(recipe)
+        tokenizer = learn_vocabulary(recipe, reading)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
         config = MODELS[shape.pop("model_type")].config(**shape)
     run = _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")

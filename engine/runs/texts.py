@@ -1,7 +1,7 @@
 """The texts that a recipe trains on: those of its tasks, and those of its objectives."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,18 +10,21 @@ import numpy.typing as npt
 
 from ..config.recipe import Recipe
 from ..data.addresses import Place
-from ..data.cache import load_vocabulary
+from ..data.cache import Reading, Show, load_vocabulary
 from ..data.raw_text import each_line, evenly
 from ..data.rows import lines_on
 from ..data.sampler import stratified_subset
 from ..data.shards import shards
-from ..data.source import DataFile, HubSplit
+from ..data.source import DataFile, HubSplit, Origin
 from ..data.table import TableReader, strata
 from ..data.tokenizer import Tokenizer
 from .data_paths import data_folder, origin, reads_data_folder
 
 _TEXT = (".txt", ".text")
 """Endings of the files that are read of a folder of texts, but for that of their compression."""
+
+_SHOWN = 4096
+"""Texts after which their number is shown."""
 
 
 class ObjectiveTexts:
@@ -41,25 +44,32 @@ class ObjectiveTexts:
     def __init__(self, recipe: Recipe, name: str) -> None:
         self._recipe, self._name = recipe, name
         self._settings = recipe.objectives[name]
+        self._sources = _Sources(recipe, _tasks_of(recipe, name), _files_of(recipe, name))
         self.largest = self.found = 0
         self.notes: list[str] = []
 
-    @property
-    def made_from(self) -> list[str]:
-        """All that decides the texts."""
+    def made_from(self, *, verify: bool = False) -> list[str]:
+        """Return all that decides the texts.
+
+        Args:
+            verify: read all of large files to tell whether they have changed.
+        """
         recipe, settings = self._recipe, self._settings
         limits = (settings.max_per_source, settings.max_texts, recipe.seed, recipe.on_bad_row)
-        made_from = list(map(str, limits))
-        for task in _tasks_of(recipe, self._name):
-            form = recipe.split_schema(task, "train")
-            made_from += [task, repr(form), origin(recipe, task, "train").digest()]
-        return made_from + [DataFile(file).digest() for file in _files_of(recipe, self._name)]
+        return [*map(str, limits), *self._sources.digests(verify=verify)]
+
+    def check_unchanged(self) -> None:
+        """Refuse files that changed since :meth:`made_from` looked at them.
+
+        Raises:
+            InputError: one has.
+        """
+        self._sources.check_unchanged()
 
     @property
     def names(self) -> str:
         """The names of what the texts are from."""
-        files = [file.name for file in _files_of(self._recipe, self._name)]
-        return ", ".join([*_tasks_of(self._recipe, self._name), *files])
+        return self._sources.names
 
     def __iter__(self) -> Iterator[str]:
         """Yield the texts."""
@@ -73,10 +83,10 @@ class ObjectiveTexts:
     def _all(self) -> Iterator[str]:
         """Yield the texts of all sources."""
         self.largest, self.found, self.notes = 0, 0, []
-        for task in _tasks_of(self._recipe, self._name):
-            yield from self._counted(self._of_task(task))
+        for task, found in self._sources.tasks.items():
+            yield from self._counted(self._of_task(task, found))
         limit = self._settings.max_per_source
-        for path in _files_of(self._recipe, self._name):
+        for path in self._sources.paths:
             notes, lines = list[str](), 0
             for lines, text in enumerate(each_line(path, notes), start=1):
                 if not limit or lines <= limit:
@@ -90,10 +100,10 @@ class ObjectiveTexts:
             self.found += 1
             yield text
 
-    def _of_task(self, task: str) -> Iterator[str]:
+    def _of_task(self, task: str, found: Origin) -> Iterator[str]:
         """Yield the sentences of a task's examples; those of a pair follow one another."""
         recipe, limit = self._recipe, self._settings.max_per_source
-        with _tables(recipe, task) as tables:
+        with _tables(recipe, task, found) as tables:
             labels, rows = list[npt.NDArray[np.float32]](), 0
             if limit:
                 for table in tables:
@@ -106,14 +116,14 @@ class ObjectiveTexts:
             chosen = np.zeros(rows, dtype=bool)
             chosen[stratified_subset(every, limit, task, recipe.seed)] = True
         start, bad_rows = 0, Counter[str]()
-        with _tables(recipe, task) as tables:
+        with _tables(recipe, task, found) as tables:
             for table in tables:
                 for number in range(len(table)):
                     if chosen is None or chosen[start + number]:
                         yield from (column[number] for column in table.sentences)
                 start += len(table)
                 bad_rows.update(table.bad_rows)
-            said = lines_on(origin(recipe, task, "train").name, tables.notes)
+            said = lines_on(found.name, tables.notes)
         self.largest = max(self.largest, start)
         self.notes += [f"{task}: {line}" for line in said]
         self.notes += [
@@ -122,54 +132,109 @@ class ObjectiveTexts:
         ]
 
 
+class _Sources:
+    """Tasks and files that texts are from, looked for once, so that they stay the same.
+
+    Args:
+        recipe: that names them.
+        tasks: of which the training examples are read.
+        paths: of files with a text a line.
+    """
+
+    def __init__(self, recipe: Recipe, tasks: Iterable[str], paths: Iterable[Place]) -> None:
+        self._recipe = recipe
+        self.tasks = {task: origin(recipe, task, "train") for task in tasks}
+        self.paths = list(paths)
+        self._files = list(map(DataFile, self.paths))
+
+    @property
+    def names(self) -> str:
+        """Their names."""
+        return ", ".join([*self.tasks, *(path.name for path in self.paths)])
+
+    def digests(self, *, verify: bool) -> list[str]:
+        """Return all that decides what is read."""
+        found = list[str]()
+        for task, source in self.tasks.items():
+            form = self._recipe.split_schema(task, "train")
+            found += [task, repr(form), source.digest(verify=verify)]
+        return found + [file.digest(verify=verify) for file in self._files]
+
+    def check_unchanged(self) -> None:
+        """Refuse files that changed since their digests were asked for."""
+        for source in (*self.tasks.values(), *self._files):
+            source.check_unchanged()
+
+
 @contextmanager
-def _tables(recipe: Recipe, task: str) -> Iterator[TableReader]:
+def _tables(recipe: Recipe, task: str, found: Origin) -> Iterator[TableReader]:
     """Open the training examples of a task of the recipe, or of a built-in one, as text."""
-    form, found = recipe.split_schema(task, "train"), origin(recipe, task, "train")
+    form = recipe.split_schema(task, "train")
     with found.rows(form, labelled=True) as rows:
         yield TableReader(rows, found.where, form, labelled=True, on_bad_row=recipe.on_bad_row)
 
 
-def learn_vocabulary(recipe: Recipe) -> Tokenizer:
+def learn_vocabulary(recipe: Recipe, reading: Reading) -> Tokenizer:
     """Return the vocabulary of what a recipe trains on, from the cache where it was learnt before.
 
     Raises:
         InputError: a file of the texts cannot be read.
     """
-    tasks, files = _vocabulary_sources(recipe)
+    texts = VocabularyTexts(recipe)
     made_from = [str(recipe.encoder.vocab_size), recipe.on_bad_row]
-    for task in tasks:
-        form = recipe.split_schema(task, "train")
-        made_from += [repr(form), origin(recipe, task, "train").digest()]
-    made_from += [DataFile(file).digest() for file in files]
+    made_from += texts.sources.digests(verify=reading.verify)
 
     def learn() -> Tokenizer:
-        return Tokenizer.train(VocabularyTexts(recipe), recipe.encoder.vocab_size)
+        with reading.watch(texts.sources.names) as texts.show:
+            tokenizer = Tokenizer.train(texts, recipe.encoder.vocab_size)
+        texts.sources.check_unchanged()
+        return tokenizer
 
-    names = [*tasks, *(file.name for file in files)]
-    return load_vocabulary(made_from, f"vocabulary of {', '.join(names)}", learn)
+    return load_vocabulary(made_from, f"vocabulary of {texts.sources.names}", learn)
 
 
 class VocabularyTexts:
     """The texts that a vocabulary is learnt from: whatever some phase trains on, uncut.
 
     Each task and each file counts once.  They are read anew whenever they are gone through.
+
+    Args:
+        recipe: of the run.
+
+    Attributes:
+        sources: of the texts.
+        show: is told now and then how many texts are read.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
+        self.sources = _Sources(recipe, *_vocabulary_sources(recipe))
+        self.show: Show = _show_nothing
 
     def __iter__(self) -> Iterator[str]:
         """Yield the texts."""
-        recipe = self._recipe
-        tasks, files = _vocabulary_sources(recipe)
-        for task in tasks:
-            with _tables(recipe, task) as tables:
+        return watched(self._all(), self.show)
+
+    def _all(self) -> Iterator[str]:
+        for task, found in self.sources.tasks.items():
+            with _tables(self._recipe, task, found) as tables:
                 for table in tables:
                     for column in table.sentences:
                         yield from column
-        for file in files:
-            yield from each_line(file, [])
+        for path in self.sources.paths:
+            yield from each_line(path, [])
+
+
+def watched(texts: Iterable[str], show: Show) -> Iterator[str]:
+    """Yield texts, and show now and then how many."""
+    for number, text in enumerate(texts, start=1):
+        if number % _SHOWN == 0:
+            show(number, 0.0)
+        yield text
+
+
+def _show_nothing(_rows: int, _share: float) -> None:
+    pass
 
 
 def _vocabulary_sources(recipe: Recipe) -> tuple[list[str], list[Place]]:
