@@ -42,6 +42,10 @@ class LiveBytes(TorchDispatchMode):
             self._count(returned, made=True)
         return result
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler, of 100 MiB, only to turn it off
+
     def __exit__(self, *error: Any) -> None:
         """Stop counting."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
