@@ -72,7 +72,7 @@ def _plan(trainer: Trainer, meter: MemoryMeter) -> Iterator[tuple[str, str]]:
 def _memory(parts: MemoryParts, device: torch.device) -> Iterator[tuple[str, str]]:
     """Yield the parts of the memory and their sums, and what the system saw of the steps."""
     mapped = _mebibytes(parts.mapped_rows)
-    yield "memory of the process before it reads data", _mebibytes(parts.process)
+    yield "the process itself, and libraries", _mebibytes(parts.process)
     yield "weights, with copies", _mebibytes(parts.weights)
     yield "gradients", _mebibytes(parts.gradients)
     yield "moments", _mebibytes(parts.moments)

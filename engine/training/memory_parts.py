@@ -1,6 +1,7 @@
 """Tell a run's peak memory in parts, and measure it.
 
-    process       interpreter, libraries and tokenizer, before data are read and the model is built
+    process       interpreter, tokenizer and the like before data are read and the model is built,
+                  and the code of libraries, also what is read on first use
     weights       fp32 masters, copies to compute with, frozen weights, averaged weights
     gradients     the buffer of K task gradients, and a rank's shard of it
     moments       all that the optimizer keeps
@@ -19,8 +20,9 @@ Weights, gradients, moments, rows and checkpoint are counted from the tensors an
 Activations and evaluation are counted where the first step of a phase and its first evaluation run:
 by each storage that is made, or by torch's allocator on a GPU.  They grow with the tokens of a
 batch, so those of the first step are scaled to the largest batch.  Not in any part: what libraries
-load on first use, workspace within an operator, Python objects such as texts of answers, batches
-that wait in the loader, and memory that was freed and not returned to the system.
+allocate for threads and generated code, workspace within an operator, Python objects such as texts
+of answers, batches that wait in the loader, and memory that was freed and not returned to the
+system.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,7 +53,7 @@ class MemoryParts:
     """Bytes of each part of a process's memory in one phase.
 
     Attributes:
-        process: before data are read.
+        process: itself.
         weights: of the model.
         gradients: of its tasks.
         moments: of the optimizer.
@@ -106,7 +108,7 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self._device, self._on_gpu = device, device.type == "cuda"
         restart_peak()
-        self.process = resident_memory()
+        self._own_at_start = resident_memory().own
         self._gpu_peaks = (0, 0)
         self._ended: list[_OfPhase] = []
         self._forget_phase()
@@ -174,25 +176,24 @@ class MemoryMeter:
             with self.evaluation():
                 _evaluate_largest(trainer)
         self._most_tokens = max(self._most_tokens, most_tokens(trainer))
-        return self._parts(trainer, read=None)
+        return self._parts(trainer, all_read=True)
 
     def end_phase(self, trainer: Trainer) -> None:
         """Count the parts of a phase that ended or stopped; not if it trained no step."""
         if "activations" in self._tensors:
-            files = rows_of(trainer).files
-            parts = self._parts(trainer, read=resident_of_files(files))
-            self._ended.append(_OfPhase(trainer.name, parts))
+            self._ended.append(_OfPhase(trainer.name, self._parts(trainer, all_read=False)))
         self._forget_phase()
 
-    def _parts(self, trainer: Trainer, read: int | None) -> MemoryParts:
+    def _parts(self, trainer: Trainer, *, all_read: bool) -> MemoryParts:
         weights, gradients, rows = weights_of(trainer), gradients_of(trainer), rows_of(trainer)
         known = weights | gradients
         moments = {at: size for at, size in moments_of(trainer).items() if at not in known}
-        mapped = rows.mapped if read is None else min(read, rows.mapped)
+        now = resident_of_files(rows.files)
+        mapped = rows.mapped if all_read else min(now, rows.mapped)
         measured = self._tensors.get("activations", 0)
         share = self._most_tokens / max(1, self._measured_tokens)
         return MemoryParts(
-            process=self.process,
+            process=self._own_at_start + max(0, resident_memory().of_files - now),
             weights=sum(weights.values()),
             gradients=sum(gradients.values()),
             moments=sum(moments.values()),
@@ -217,26 +218,32 @@ class MemoryMeter:
         found |= {f"{name}_bytes": size for name, size in asdict(parts).items()}
         resident = peak_resident_memory()
         if not self._on_gpu:
-            return found | _compared("process", parts.total, resident, self.process)
+            return found | _compared("process", parts.total, resident, parts.process)
         self._note_gpu_peaks()
         allocated, reserved = self._gpu_peaks
-        found |= _compared("process", parts.on_host, resident, self.process)
+        found |= _compared("process", parts.on_host, resident, parts.process)
         found |= _compared("gpu", parts.on_device, allocated, 0)
         return found | {"gpu_reserved_peak_bytes": reserved}
 
 
-def _compared(what: str, predicted: int, measured: int, before: int) -> dict[str, Any]:
-    """Return a sum of parts beside what the system saw, and its share in that."""
-    above = measured - before
-    return {
+def _compared(what: str, predicted: int, measured: int, process: int) -> dict[str, Any]:
+    """Return a sum of parts beside what the system saw, and its share in that.
+
+    The shares are of all, and of what is beyond the process itself, None where that is nothing.
+    """
+    found: dict[str, Any] = {
         f"{what}_predicted_peak_bytes": predicted,
         f"{what}_measured_peak_bytes": measured,
-        f"{what}_explained_share": round(predicted / measured, 4) if measured else None,
-    } | (
-        {f"{what}_explained_share_above_start": round((predicted - before) / above, 4)}
-        if before and above > 0
-        else {}
-    )
+        f"{what}_explained_share": _share(predicted, measured),
+    }
+    if process:
+        share = _share(predicted - process, measured - process)
+        found[f"{what}_explained_share_of_training"] = share
+    return found
+
+
+def _share(predicted: int, measured: int) -> float | None:
+    return round(predicted / measured, 4) if measured > 0 else None
 
 
 Storages = dict[int, int]

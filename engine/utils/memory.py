@@ -5,6 +5,7 @@ import resource
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container: bytes, or "max"
 _PROCESS = Path("/proc/self")
@@ -22,10 +23,24 @@ def machine_memory() -> int:
         return memory
 
 
-def resident_memory() -> int:
-    """Return how many bytes of this process are in memory, pages of mapped files included."""
-    pages = (_PROCESS / "statm").read_text(encoding="ascii").split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+class Resident(NamedTuple):
+    """Bytes of this process that are in memory.
+
+    Attributes:
+        own: of its own: heap, stacks, shared memory.
+        of_files: pages of files: code and mapped data.
+    """
+
+    own: int
+    of_files: int
+
+
+def resident_memory() -> Resident:
+    """Return how many bytes of this process are in memory."""
+    lines = (_PROCESS / "status").read_text(encoding="utf-8").splitlines()
+    kib = {key: value for key, _, value in (line.partition(":") for line in lines)}
+    sizes = {key: int(kib[key].split()[0]) * _KIB for key in ("RssAnon", "RssShmem", "RssFile")}
+    return Resident(sizes["RssAnon"] + sizes["RssShmem"], sizes["RssFile"])
 
 
 def peak_resident_memory() -> int:
