@@ -69,7 +69,7 @@ def test_every_evaluation_has_a_line(tiny_run):
     folder = tiny_run("run")
     evaluations = lines(folder / "evaluations.jsonl")
     assert [line["step"] for line in evaluations] == [2, 4, 6]
-    best = json.loads((folder / "metrics.json").read_text())
+    best = written_scores(folder)
     (of_best,) = [line for line in evaluations if line["step"] == best["step"]]
     assert of_best == best
 
