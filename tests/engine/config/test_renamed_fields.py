@@ -21,6 +21,7 @@ from engine.utils.errors import InputError
 from ...conftest import REPOSITORY
 from ..conftest import TINY
 from ..in_process import workers_in_process
+from ..whole_runs import written_scores
 
 FIELDS = {
     "surgery": ("balance_granularity", "layer"),

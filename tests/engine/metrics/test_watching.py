@@ -21,6 +21,7 @@ from engine.train import main
 from engine.utils.errors import InputError
 
 from ..conftest import TINY
+from ..whole_runs import written_scores
 
 PAIRS = ["/".join(pair) for pair in combinations(("sst", "quora", "sts"), 2)]
 

@@ -27,12 +27,15 @@ from engine.training.memory_parts import (
 )
 from engine.utils.memory import peak_resident_memory, resident_memory, restart_peak
 
-from ..conftest import TINY
+from ..conftest import SHORT, TINY
+from ..models.encoder_cases import write_folder
+from ..models.test_lora import BERT
 from ..test_phases import PHASES, cut_at
 from ..whole_runs import assert_same_run, written_scores
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
+LORA = ("lora_rank=3", "lora_alpha=6")
 PARTS = [f"{name}_bytes" for name in memory_parts.MemoryParts.__dataclass_fields__]
 MEASURED = [
     "process_predicted_peak_bytes",
@@ -42,9 +45,12 @@ MEASURED = [
 ]
 
 
-def new_trainer(folder: Path, *settings: str, tiny: tuple[str, ...] = tuple(TINY)):
-    run = begin(recipes.load("demo", [*tiny, *settings]), folder)
-    return build_trainer(run, CPU)
+def new_trainer(folder: Path, *settings: str):
+    if LORA[0] not in settings:
+        return build_trainer(begin(recipes.load("demo", [*TINY, *settings]), folder), CPU)
+    init = write_folder(BERT, folder.with_name("model"))
+    recipe = recipes.load("demo", [*SHORT, f"init={init}", *settings])
+    return build_trainer(begin(recipe, folder), CPU)
 
 
 def memory_of(folder: Path) -> dict:
@@ -77,10 +83,11 @@ SETTINGS = {
     "averaged": ("ema_decay=0.9", "precision=bf16"),
     "frozen": ("freeze_encoder=true", "precision=bf16"),
     "adapters": ("adapter_width=8", "freeze_encoder=true"),
-    "LoRA": ("lora_rank=3", "lora_alpha=6"),
+    "LoRA": LORA,
     "turns": ("task_schedule=cycle",),
     "LAMB": ("optimizer=lamb",),
-    "torch": ("optimizer=SGD", "optimizer_options.momentum=0.9"),
+    "torch": ("optimizer=torch.Adam",),
+    "sgd": ("optimizer=sgd", "momentum=0.9"),
 }
 
 
@@ -152,6 +159,7 @@ def test_live_bytes_are_those_that_the_forward_pass_saves(tmp_path):
         losses = trainer.step.forward_losses([batch])
         # Besides what is saved: buffers of modules, the losses.
         assert kept <= counted.live <= 1.1 * kept
+        del losses
     assert counted.peak >= counted.live
 
     meter = MemoryMeter(CPU)
@@ -324,20 +332,21 @@ def test_a_dry_run_predicts_what_the_run_finds(tmp_path, capsys, monkeypatch):
 
 def test_runs_without_scores_tell_their_memory(tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"the film number {number} is good ." for number in range(300)))
-    settings = [f"objectives.lm.files=['{text}']", "train=['lm']"]
+    words = ["film", "plot", "house", "garden", "music", "year", "river", "summer", "winter", "day"]
+    lines = [f"The {one} was as good as the {other}." for one in words for other in words]
+    text.write_text("\n".join(lines))
+    settings = ["objectives.lm.kind=masked_lm", f"objectives.lm.files=['{text}']", "train=['lm']"]
     command = ["demo", "--out", str(tmp_path / "run"), "--max-steps", "2", "--set", *TINY]
     assert main([*command, *settings]) == 0
     assert json.loads((tmp_path / "run/metrics.json").read_text()).keys() == {"memory"}
     assert memory_of(tmp_path / "run")["evaluation_bytes"] == 0
 
 
-def test_lora_keeps_few_moments(tmp_path):
-    whole = new_trainer(tmp_path / "whole")
-    lora = new_trainer(tmp_path / "lora", "lora_rank=1", "lora_alpha=2")
-    parts = [MemoryMeter(CPU).predict(trainer) for trainer in (whole, lora)]
-    assert parts[1].moments < parts[0].moments / 2
-    assert parts[1].gradients < parts[0].gradients / 2
-    assert parts[1].weights >= parts[0].weights / 2, "frozen weights count"
-
-
+def test_lora_keeps_few_moments_and_all_weights(tmp_path):
+    trainer = new_trainer(tmp_path / "lora", *LORA)
+    parts = MemoryMeter(CPU).predict(trainer)
+    trained = trainer.parameters.numel
+    assert 8 * trained <= parts.moments <= 8 * trained + 64
+    frozen = sum(tensor.nbytes for tensor in trainer.parameters.frozen.values())
+    assert frozen > parts.moments
+    assert parts.weights >= frozen + 4 * trained
