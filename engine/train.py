@@ -47,7 +47,7 @@ from .runs.job import InProcess
 from .runs.lock import held, held_first
 from .runs.resume import resume
 from .runs.run import Run, begin
-from .runs.scoring import Scores, read_scores, score_splits, write_memory, write_scores
+from .runs.scoring import METRICS, Scores, read_scores, score_splits, write_memory, write_scores
 from .runtime.cpu import set_threads
 from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.precision import pick_device
@@ -243,7 +243,9 @@ def train_run(
         set_threads(run.recipe.threads, ranks.local_size)
     meter = MemoryMeter(device)
     signal = _train_phases(run, device, console, ranks, meter, stop_after)
-    if ranks.is_main and (memory := meter.report()) is not None:
+    # A run that stopped before its first evaluation has no scores yet, which commands then say.
+    is_due = not run.recipe.is_scored or (run.folder / METRICS).exists()
+    if ranks.is_main and is_due and (memory := meter.report()) is not None:
         write_memory(run.folder, memory)
     return signal
 

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from engine import evaluate
 from engine.config import recipe as recipes
 from engine.runs.run import begin
 from engine.runtime.live_bytes import LiveBytes
-from engine.train import main
+from engine.train import main, train_run
 from engine.training import memory_parts
 from engine.training.build import build_trainer
 from engine.training.memory_parts import (
@@ -287,6 +288,14 @@ def test_a_resumed_run_tells_its_own_memory(tiny_run, monkeypatch):
     assert_same_run(resumed, whole)
     assert memory_of(resumed).keys() == memory_of(whole).keys()
     assert memory_of(resumed)["weights_bytes"] == memory_of(whole)["weights_bytes"]
+
+
+def test_a_run_that_stops_before_its_scores_has_no_metrics_yet(tmp_path):
+    run = begin(recipes.load("demo", TINY), tmp_path / "run")
+    for steps, is_there in ((1, False), (2, True)):
+        assert train_run(run, CPU, Console(quiet=True), stop_after=steps) is None
+        assert (tmp_path / "run/metrics.json").exists() == is_there
+    assert memory_of(tmp_path / "run")["activations_bytes"] > 0
 
 
 def test_other_scores_leave_the_memory(tiny_run):
