@@ -47,7 +47,7 @@ from .runs.job import InProcess
 from .runs.lock import held, held_first
 from .runs.resume import resume
 from .runs.run import Run, begin
-from .runs.scoring import Scores, read_scores, score_splits, write_scores
+from .runs.scoring import METRICS, Scores, read_scores, score_splits, write_memory, write_scores
 from .runtime.cpu import set_threads
 from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.precision import pick_device
@@ -55,6 +55,7 @@ from .training.average_best import average_best, discard_average
 from .training.build import build_trainer
 from .training.divergence import check_skipped, is_worth_saving
 from .training.drift import check_ranks, check_ranks_at_start
+from .training.memory_parts import MemoryMeter
 from .training.signals import StopRequest
 from .training.trainer import Trainer
 from .utils.errors import InputError
@@ -64,12 +65,15 @@ _LEASE = 120.0
 """Seconds after which a file server releases the locks of a lost machine."""
 
 
-def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> Signals | None:
+def train(
+    trainer: Trainer, console: Console, meter: MemoryMeter, stop_after: int | None = None
+) -> Signals | None:
     """Train one phase, from the run's newest checkpoint on.
 
     Args:
         trainer: of the phase.
         console: for progress.
+        meter: of the process's memory.
         stop_after: steps of the run after which it stops with a checkpoint, as a signal stops it;
             None for the phase's end.  What is trained before, the learning rates among it, does not
             depend on it.
@@ -100,7 +104,8 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
         for step, *micro_batches in zip(steps, *[on_device] * recipe.micro_batches, strict=False):
             lr = trainer.lr_schedule(progress.phase_step)
             warmed_up = trainer.step.execution.warmup_seconds
-            report = trainer.step(micro_batches, step, lr)
+            with meter.step(trainer, micro_batches):
+                report = trainer.step(micro_batches, step, lr)
             warmup = trainer.step.execution.warmup_seconds - warmed_up
             trainer.rank_check.add(step + 1)
             tokens = sum(each.num_tokens - each.padding for each in micro_batches)
@@ -124,6 +129,7 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
                     log,
                     bar,
                     progress,
+                    meter,
                     evaluate=evaluate,
                     due=bool(due) or trainer.ends_epoch(progress.phase_step) or stopping,
                     stopping=stopping,
@@ -160,6 +166,7 @@ def _evaluate_and_save(
     log: MetricsLog,
     bar: ProgressBar,
     progress: Progress,
+    meter: MemoryMeter,
     *,
     evaluate: bool,
     due: bool,
@@ -173,6 +180,7 @@ def _evaluate_and_save(
         log: of the steps.
         bar: what shows the scores.
         progress: after the last step.
+        meter: of the process's memory.
         evaluate: whether to score the model.
         due: whether a checkpoint is due; one is written also where scores are the best so far, or
             end the phase.
@@ -187,7 +195,7 @@ def _evaluate_and_save(
     scores = {}
     if evaluate:
         recipe = trainer.run.recipe
-        with trainer.scored_weights():
+        with meter.evaluation(), trainer.scored_weights():
             scores = score_splits(
                 trainer.model, trainer.dev_sets, recipe, trainer.ranks, choose_thresholds=True
             )
@@ -233,6 +241,24 @@ def train_run(
     if device.type == "cpu":
         kernels.keep_freed_memory()
         set_threads(run.recipe.threads, ranks.local_size)
+    meter = MemoryMeter(device)
+    signal = _train_phases(run, device, console, ranks, meter, stop_after)
+    # A run that stopped before its first evaluation has no scores yet, which commands then say.
+    is_due = not run.recipe.is_scored or (run.folder / METRICS).exists()
+    if ranks.is_main and is_due and (memory := meter.report()) is not None:
+        write_memory(run.folder, memory)
+    return signal
+
+
+def _train_phases(
+    run: Run,
+    device: torch.device,
+    console: Console,
+    ranks: Ranks,
+    meter: MemoryMeter,
+    stop_after: int | None,
+) -> Signals | None:
+    """Train the phases of a run, as :func:`train_run` does."""
     done, facts = run.checkpoints.progress(), dict[str, PhaseFacts]()
     known, idle = list[str](), list[str]()
     for phase in range(done.phase, len(run.recipe.in_phases)):
@@ -257,10 +283,12 @@ def train_run(
             closing(execution),
             memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)),
         ):
-            signal = train(trainer, console, stop_after)
+            signal = train(trainer, console, meter, stop_after)
+            meter.end_phase(trainer)
         print_warmup(console, execution)
         if signal is not None:
             return signal
+        del trainer, execution  # the next phase is built in the memory that this one took
     return None
 
 
@@ -326,11 +354,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     resume(recipe, out, reading) if resumes else begin(recipe, out, reading=reading)
                 )
             if options.dry_run:
+                meter = MemoryMeter(device)
                 trainer = build_trainer(run, device, ranks)
                 print_line_on_init(console, run)
                 report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()])
                 with closing(trainer.step.execution):
-                    show_plan(console, trainer)
+                    show_plan(console, trainer, meter)
                 print_idle_settings(console, trainer, {trainer.name: PhaseFacts.of(trainer)}, ())
                 return 0
             signal = train_run(run, device, console, ranks)

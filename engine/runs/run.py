@@ -4,7 +4,7 @@ recipe.toml      every setting, resolved
 config.json      the encoder's shape, as in a Hugging Face model folder
 tokenizer.json   (and vocab.txt, tokenizer_config.json)
 metrics.jsonl    a line for every training step; evaluations.jsonl, for every evaluation
-metrics.json     the scores of the last evaluation
+metrics.json     the scores of the last evaluation, and the memory that training took
 checkpoints/     see engine/checkpoints/store.py
 output.log       what it printed, where several runs of a sweep were trained at once
 .superbert.lock  held by the process that trains it, see engine/runs/lock.py

@@ -189,6 +189,7 @@ class Trainer:
 
     def save(self, progress: Progress) -> None:
         """Begin to write a checkpoint to resume from."""
+        self.checkpoint_writer.wait()  # the copy of the one before is freed before another is made
         state = self.state
         self.checkpoint_writer.save(
             state.tensors(), Manifest(progress=progress, places=state.places)
