@@ -99,6 +99,17 @@ def fingerprint(address: Address) -> str:
         return f"{address}:{size}:{sorted(said.items())}"
 
 
+def size_of(address: Address) -> int:
+    """Return the bytes of a file at an address; 0 where the store does not say.
+
+    Raises:
+        InputError: it is not there, or cannot be looked at.
+    """
+    with _explained(address):
+        system, path = _system(address)
+        return int(system.info(path).get("size") or 0)
+
+
 def _system(address: Address) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Self
 
 from ..data.masked_text import MaskedText
+from ..data.rank_examples import RankExamples
 from ..data.raw_text import Found
 from ..data.sentences_twice import SentencesTwice
 from ..data.split import TokenizedSplit
@@ -38,7 +39,8 @@ class PhaseFacts(NamedTuple):
         sets, parameters = trainer.train_sets, trainer.parameters
         stages = {stage.name for stage in trainer.model.encoder_stages()}
         return cls(
-            {split.task: len(split) for split in sets if isinstance(split, TokenizedSplit)},
+            {split.task: len(split) for split in sets if isinstance(split, TokenizedSplit)}
+            | {each.task: each.report.rows for each in sets if isinstance(each, RankExamples)},
             {
                 text.task: text.found
                 for text in sets

@@ -326,7 +326,14 @@ class Run(NamedTuple):
         return self._replace(recipe=self.recipe.model_copy(update={"data": str(folder)}))
 
 
-def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Reading = _PLAIN) -> Run:
+def begin(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resumes: bool = False,
+    reading: Reading = _PLAIN,
+    ranks: int = 1,
+) -> Run:
     """Plan a run in ``folder``; nothing is written yet.
 
     Args:
@@ -334,12 +341,13 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Readi
         folder: of the run.
         resumes: whether it may hold what a run wrote before it was cut off.
         reading: how its data are read.
+        ranks: processes that train it.
 
     Raises:
         InputError: the folder holds something already, or the encoder or data cannot be used.
     """
     check_folder(folder, resumes=resumes)
-    check_texts(recipe)
+    check_texts(recipe, ranks)
     init_type = ""
     if recipe.init:
         encoder, config = pretrained_encoder(recipe)

@@ -182,8 +182,15 @@ def _vocabulary_sources(recipe: Recipe) -> tuple[list[str], list[Path]]:
     return list(tasks), list(files)
 
 
-def check_texts(recipe: Recipe) -> None:
+def check_texts(recipe: Recipe, ranks: int = 1) -> None:
     """Look for the data of all phases, so that none is missed when its turn has come.
+
+    Files that are dealt to several ranks are looked for when they are dealt, since some of them may
+    be on other machines.
+
+    Args:
+        recipe: of the run.
+        ranks: processes that train it.
 
     Raises:
         InputError: the recipe does not name a split that it needs, or a file is not there.
@@ -192,7 +199,7 @@ def check_texts(recipe: Recipe) -> None:
         wanted: list[tuple[str, str]] = []
         for name in phase.train:
             tasks = _tasks_of(recipe, name) if name in recipe.objectives else (name,)
-            wanted += [(task, "train") for task in tasks]
+            wanted += [(task, "train") for task in tasks if not _is_dealt(recipe, task, ranks)]
             for file in _files_of(recipe, name) if name in recipe.objectives else ():
                 _check_file(file)
         wanted += [(task, "dev") for task in recipe.tasks if phase.scored]
@@ -201,6 +208,11 @@ def check_texts(recipe: Recipe) -> None:
             for one in () if isinstance(found, HubSplit) else found.files:
                 if one.is_missing:
                     one.digest()  # which says what is wrong
+
+
+def _is_dealt(recipe: Recipe, task: str, ranks: int) -> bool:
+    source = recipe.tasks[task].source if task in recipe.tasks else None
+    return ranks > 1 and source is not None and source.split_by_rank
 
 
 def _check_file(path: Path) -> None:
