@@ -97,7 +97,8 @@ def _notes_on(examples: Examples) -> Iterator[str]:
         yield from (f"{examples.task}: {note}" for note in examples.notes)
     elif isinstance(examples, RankExamples):
         yield f"{examples.task}: {_dealt(examples)}"
-        yield from (f"{examples.task}: {note}" for note in examples.report.notes)
+        of_task = f"{examples.task}: " if examples.report.found is None else ""
+        yield from (f"{of_task}{note}" for note in examples.report.notes)
     elif isinstance(examples, MaskedText | SentencesTwice):
         yield from examples.found.notes
 

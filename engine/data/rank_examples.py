@@ -9,6 +9,9 @@ import numpy.typing as npt
 import torch
 
 from ..utils.arrays import Indices
+from .masked_text import MaskedText
+from .raw_text import Found
+from .sentences_twice import SentencesTwice
 from .split import TokenizedSplit
 from .task_batch import TaskBatch, TextIds
 
@@ -23,6 +26,7 @@ class Report:
         truncated: how many sentences were cut to the limit on the length.
         bad_rows: how many rows were skipped or blanked, by reason.
         notes: what was found out about files, a line each.
+        found: of an objective, the texts that were found; None of a task.
     """
 
     files: int
@@ -30,6 +34,7 @@ class Report:
     truncated: int
     bad_rows: dict[str, int]
     notes: tuple[str, ...]
+    found: Found | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +44,7 @@ class RankExamples:
     Those of rank 0 are numbered first, then those of rank 1, and so on.
 
     Attributes:
-        own: the split that this rank has read.
+        own: what this rank has read: a split, or the text of an objective.
         rank: this rank.
         sizes: how many examples each rank trains on; their sum is N.
         chosen: int64 ``[sizes[rank]]``, the examples of ``own`` that are trained on; None for all.
@@ -52,7 +57,7 @@ class RankExamples:
         report: what is printed of the files.
     """
 
-    own: TokenizedSplit
+    own: TokenizedSplit | MaskedText | SentencesTwice
     rank: int
     sizes: tuple[int, ...]
     chosen: Indices | None
@@ -106,8 +111,9 @@ class RankExamples:
         Args:
             own: this rank's, where all tokens are left, or one for each sequence.
         """
-        lengths = self.lengths
-        if lengths is not None and len(own.tokens) < len(self.own.tokens):
+        lengths, before = self.lengths, self.own
+        assert isinstance(before, TokenizedSplit), "objectives train the encoder"
+        if lengths is not None and len(own.tokens) < len(before.tokens):
             lengths = np.broadcast_to(np.ones((), lengths.dtype), lengths.shape)
         return replace(self, own=own, lengths=lengths)
 

@@ -287,6 +287,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             lambda case: case.objective.max_texts < case.texts.texts,
             "{case.texts.texts} texts were found",
         ),
+        "objectives.NAME.split_by_rank": Effect(
+            _is_trained, "train does not name it", off=False, also=_SEVERAL_RANKS
+        ),
         "objectives.NAME.divide": Effect(_is_trained, "train does not name it", off=False),
         "objectives.NAME.join": Effect(
             lambda case: case.objective.kind == "masked_lm",

@@ -1,6 +1,7 @@
 """Build the examples and the head of an objective from its settings."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,12 @@ def head_settings(name: str, settings: ObjectiveRecipe, config: EncoderConfig) -
 
 
 def load_examples(
-    name: str, recipe: Recipe, tokenizer: Tokenizer, max_length: int, reading: Reading
+    name: str,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    max_length: int,
+    reading: Reading,
+    files: Sequence[Path] | None = None,
 ) -> MaskedText | SentencesTwice:
     """Return what an objective draws its batches from, from the cache where it was made before.
 
@@ -42,11 +48,12 @@ def load_examples(
         tokenizer: what to split the texts with.
         max_length: the most tokens in a sequence.
         reading: how data are read.
+        files: those that are dealt to this rank; None for all that the recipe names.
 
     Raises:
         InputError: a text cannot be read, or there is too little.
     """
-    settings, texts = recipe.objectives[name], ObjectiveTexts(recipe, name)
+    settings, texts = recipe.objectives[name], ObjectiveTexts(recipe, name, files)
     sequences = _sequence_settings(settings, max_length)
 
     def write(writer: EntryWriter) -> dict[str, Any]:

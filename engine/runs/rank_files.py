@@ -15,6 +15,7 @@ from ..utils.files import explained
 from ..utils.fingerprint import digest, sample_digest
 from .data_paths import data_folder
 from .run import Run
+from .texts import is_dealt
 
 _OUT = "or leave split_by_rank out"
 
@@ -22,15 +23,20 @@ Key = TypeVar("Key", str, tuple[str, int, str])
 
 
 class Dealt(NamedTuple):
-    """The training files of a task that are a rank's own.
+    """The training files of a task or an objective that are a rank's own.
 
     Attributes:
         own: those of this rank.
-        files: how many all ranks have.
+        of_all: how many files all ranks have.
     """
 
-    own: DataFile | DataFiles
-    files: int
+    own: tuple[DataFile, ...]
+    of_all: int
+
+    @property
+    def origin(self) -> DataFile | DataFiles:
+        """The examples of a task in them."""
+        return self.own[0] if len(self.own) == 1 else DataFiles(self.own)
 
 
 class _Seen(NamedTuple):
@@ -70,30 +76,27 @@ def deal(seen: Sequence[Mapping[Key, int]]) -> list[list[Key]]:
     return dealt
 
 
-def dealt_tasks(recipe: Recipe, ranks: Ranks) -> list[str]:
-    """Return the trained tasks whose files are dealt to several ranks."""
-    if ranks.size == 1:
-        return []
-    sources = {name: recipe.tasks[name].source for name in recipe.trained if name in recipe.tasks}
-    return [name for name, source in sources.items() if source and source.split_by_rank]
+def dealt_names(recipe: Recipe, ranks: int) -> list[str]:
+    """Return the trained tasks and objectives whose files are dealt to several ranks."""
+    return [name for name in recipe.trained if is_dealt(recipe, name, ranks)]
 
 
 def deal_files(run: Run, ranks: Ranks) -> dict[str, Dealt]:
-    """Deal the training files of all tasks whose sources say so; all ranks must call.
+    """Deal the training files of all tasks and objectives that say so; all ranks must call.
 
     Nothing of a file is read, unless ranks see files of one name and size that may be different.
 
     Returns:
-        Those of each task; none where one rank trains.
+        Those of each task and objective; none where one rank trains.
 
     Raises:
         InputError: the same on all ranks: some rank has no file, a file is on none of them, or
             they have not learnt the same vocabulary.
     """
-    tasks = dealt_tasks(run.recipe, ranks)
-    if tasks:
+    names = dealt_names(run.recipe, ranks.size)
+    if names:
         _check_vocabulary(run, ranks)
-    return {task: _deal_task(run, task, ranks) for task in tasks}
+    return {name: _deal_files_of(run, name, ranks) for name in names}
 
 
 def line_on_other_ranks(run: Run, ranks: Ranks) -> str:
@@ -101,12 +104,9 @@ def line_on_other_ranks(run: Run, ranks: Ranks) -> str:
 
     It is empty elsewhere.
     """
-    newest, recipe = run.checkpoints.find("step"), run.recipe
-    if newest is None:
-        return ""
-    before = read_manifest(newest).ranks
-    sources = [recipe.tasks[name].source for name in recipe.trained if name in recipe.tasks]
-    if before in (0, ranks.size) or not any(each and each.split_by_rank for each in sources):
+    newest = run.checkpoints.find("step")
+    before = 0 if newest is None else read_manifest(newest).ranks
+    if before in (0, ranks.size):
         return ""
     return (
         f"warning: trained by {_count(before, 'rank')} so far, now by {ranks.size}: files are "
@@ -127,10 +127,11 @@ def _check_vocabulary(run: Run, ranks: Ranks) -> None:
         )
 
 
-def _deal_task(run: Run, task: str, ranks: Ranks) -> Dealt:
-    field = f"tasks.{task}.source.files.train"
+def _deal_files_of(run: Run, name: str, ranks: Ranks) -> Dealt:
+    is_task = name in run.recipe.tasks
+    field = f"tasks.{name}.source.files.train" if is_task else f"objectives.{name}.files"
     with ranks.failing_together():
-        files, problems = _look(run.recipe, task)
+        files, problems = _look(run.recipe, name)
     of_ranks = [[_Seen(*each) for each in own] for own in ranks.gather_values([*files])]
     _check_names(ranks.gather_values(problems))
     unclear = _unclear(of_ranks)
@@ -159,27 +160,51 @@ def _deal_task(run: Run, task: str, ranks: Ranks) -> Dealt:
                 f"which are too few for the ranks that see them; give it a file of its own, {_OUT}"
             )
     named = {seen.name: file for seen, file in files.items()}
-    own_files = tuple(named[name] for name, *_ in sorted(dealt[ranks.rank]))
-    return Dealt(own_files[0] if len(own_files) == 1 else DataFiles(own_files), count)
+    return Dealt(tuple(named[file] for file, *_ in sorted(dealt[ranks.rank])), count)
 
 
-def _look(recipe: Recipe, task: str) -> tuple[dict[_Seen, DataFile], dict[str, str]]:
-    """Return the files of a task that this rank sees, and why others are not seen, by names."""
-    source = recipe.tasks[task].source
-    assert source is not None, "files are dealt of a source"
+def _look(recipe: Recipe, owner: str) -> tuple[dict[_Seen, DataFile], dict[str, str]]:
+    """Return the files of a task or an objective that this rank sees.
+
+    Returns:
+        The files, and by the names in the recipe why others are not seen.
+    """
     folder = data_folder(recipe) if recipe.data else None
-    given = source.files["train"]
     seen, problems = dict[_Seen, DataFile](), dict[str, str]()
-    for name in (given,) if isinstance(given, str) else given:
-        own = source.model_copy(update={"files": {"train": name}})
+    for name in _names_of(recipe, owner):
         try:
-            found = own.origin(task, "train", folder)
-            assert not isinstance(found, HubSplit), "the source has files"
-            for file in found.files:
+            for file in _files_called(recipe, owner, name, folder):
                 seen[_see(file, folder)] = file
         except InputError as error:
             problems[name] = str(error)
     return seen, problems
+
+
+def _names_of(recipe: Recipe, owner: str) -> tuple[str, ...]:
+    if owner in recipe.objectives:
+        return recipe.objectives[owner].files
+    source = recipe.tasks[owner].source
+    assert source is not None, "files are dealt of a source"
+    given = source.files["train"]
+    return (given,) if isinstance(given, str) else given
+
+
+def _files_called(
+    recipe: Recipe, owner: str, name: str, folder: Path | None
+) -> tuple[DataFile, ...]:
+    """Return the files that one name stands for; there may be none of them.
+
+    Raises:
+        InputError: a pattern or folder has none.
+    """
+    if owner in recipe.objectives:
+        return (DataFile(data_folder(recipe) / name),)
+    source = recipe.tasks[owner].source
+    assert source is not None, "files are dealt of a source"
+    one = source.model_copy(update={"files": {"train": name}})
+    found = one.origin(owner, "train", folder)
+    assert not isinstance(found, HubSplit), "the source has files"
+    return found.files
 
 
 def _see(file: DataFile, folder: Path | None) -> _Seen:

@@ -24,10 +24,11 @@ from ..config import recipe as recipes
 from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
 from ..data.cache import Reading, load_split
+from ..data.masked_text import MaskedText
+from ..data.sentences_twice import SentencesTwice
 from ..data.source import Origin
 from ..data.split import TokenizedSplit, tokenize
 from ..data.table import OnBadRow, Table
-from ..data.task_batch import Examples
 from ..data.task_schema import TaskSchema
 from ..data.tokenizer import Tokenizer
 from ..models import hf_weights
@@ -153,13 +154,21 @@ class Run(NamedTuple):
         """Return whether the head of a task takes pairs in one sequence."""
         return len(form.sentences) == 2 and self.recipe.tasks[form.task].head == CROSS
 
-    def objective(self, name: str) -> Examples:
+    def objective(
+        self, name: str, files: Sequence[Path] | None = None
+    ) -> MaskedText | SentencesTwice:
         """Return what an objective of the recipe is trained on.
+
+        Args:
+            name: the objective's.
+            files: those that are dealt to this rank; None for all that the recipe names.
 
         Raises:
             InputError: its text cannot be read, or there is too little of it.
         """
-        return load_examples(name, self.recipe, self.tokenizer, self.max_length, self.reading)
+        return load_examples(
+            name, self.recipe, self.tokenizer, self.max_length, self.reading, files
+        )
 
     def new_model(self) -> MultitaskModel:
         """Return the model as the run's seed initialises it, fp32, on the CPU."""

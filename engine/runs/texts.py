@@ -1,7 +1,7 @@
 """The texts that a recipe trains on: those of its tasks, and those of its objectives."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os.path import exists  # unlike pathlib's it raises nothing
 from pathlib import Path
@@ -27,6 +27,7 @@ class ObjectiveTexts:
     Args:
         recipe: that has it.
         name: of the objective.
+        files: those that are dealt to this rank; None for all that the recipe names.
 
     Attributes:
         largest: examples of the largest task, or lines of the largest file; known, as is what is
@@ -35,9 +36,10 @@ class ObjectiveTexts:
         notes: warnings about the files, a line each.
     """
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, files: Sequence[Path] | None = None) -> None:
         self._recipe, self._name = recipe, name
         self._settings = recipe.objectives[name]
+        self._files = _files_of(recipe, name) if files is None else files
         self.largest = self.found = 0
         self.notes: list[str] = []
 
@@ -50,12 +52,12 @@ class ObjectiveTexts:
         for task in _tasks_of(recipe, self._name):
             form = recipe.split_schema(task, "train")
             made_from += [task, repr(form), origin(recipe, task, "train").digest()]
-        return made_from + [DataFile(file).digest() for file in _files_of(recipe, self._name)]
+        return made_from + [DataFile(file).digest() for file in self._files]
 
     @property
     def names(self) -> str:
         """The names of what the texts are from."""
-        files = [file.name for file in _files_of(self._recipe, self._name)]
+        files = [file.name for file in self._files]
         return ", ".join([*_tasks_of(self._recipe, self._name), *files])
 
     def __iter__(self) -> Iterator[str]:
@@ -73,7 +75,7 @@ class ObjectiveTexts:
         for task in _tasks_of(self._recipe, self._name):
             yield from self._counted(self._of_task(task))
         limit = self._settings.max_per_source
-        for path in _files_of(self._recipe, self._name):
+        for path in self._files:
             notes, lines = list[str](), 0
             for lines, text in enumerate(each_line(path, notes), start=1):
                 if not limit or lines <= limit:
@@ -199,8 +201,9 @@ def check_texts(recipe: Recipe, ranks: int = 1) -> None:
         wanted: list[tuple[str, str]] = []
         for name in phase.train:
             tasks = _tasks_of(recipe, name) if name in recipe.objectives else (name,)
-            wanted += [(task, "train") for task in tasks if not _is_dealt(recipe, task, ranks)]
-            for file in _files_of(recipe, name) if name in recipe.objectives else ():
+            wanted += [(task, "train") for task in tasks if not is_dealt(recipe, task, ranks)]
+            is_objective = name in recipe.objectives and not is_dealt(recipe, name, ranks)
+            for file in _files_of(recipe, name) if is_objective else ():
                 _check_file(file)
         wanted += [(task, "dev") for task in recipe.tasks if phase.scored]
         for task, split in wanted:
@@ -210,8 +213,9 @@ def check_texts(recipe: Recipe, ranks: int = 1) -> None:
                     one.digest()  # which says what is wrong
 
 
-def _is_dealt(recipe: Recipe, task: str, ranks: int) -> bool:
-    source = recipe.tasks[task].source if task in recipe.tasks else None
+def is_dealt(recipe: Recipe, name: str, ranks: int) -> bool:
+    """Return whether the training files of a task or an objective are dealt to several ranks."""
+    source = recipe.tasks[name].source if name in recipe.tasks else recipe.objectives.get(name)
     return ranks > 1 and source is not None and source.split_by_rank
 
 

@@ -31,7 +31,7 @@ from ..optim.lr_factors import lr_factors
 from ..optim.lr_schedule import Schedule
 from ..optim.torch_optimizer import is_torch
 from ..optim.weight_average import WeightAverage
-from ..runs.rank_files import dealt_tasks
+from ..runs.rank_files import dealt_names
 from ..runs.run import Run
 from ..runtime.execution import COMPILED, RECORDED, Execution
 from ..runtime.oom import check_memory, smaller_batches
@@ -71,7 +71,7 @@ def build_trainer(
         raise InputError(
             f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
         )
-    assert dealt.keys() >= {*dealt_tasks(recipe, ranks)} & {*recipe.train}, "read_dealt comes first"
+    assert dealt.keys() >= {*dealt_names(recipe, ranks.size)}, "read_dealt comes first"
     train_sets = [dealt[name] if name in dealt else _examples(run, name) for name in recipe.train]
     subsets = [_subset(examples, recipe) for examples in train_sets]
     sizes = tuple(
@@ -212,8 +212,10 @@ def _sampler(
     """
     if isinstance(examples, RankExamples):
         if batch_size < len(examples.sizes):
+            is_task = examples.task in recipe.tasks
+            table = f"tasks.{examples.task}.source" if is_task else f"objectives.{examples.task}"
             raise InputError(
-                f"tasks.{examples.task}.source.split_by_rank: a batch of {batch_size} examples has "
+                f"{table}.split_by_rank: a batch of {batch_size} examples has "
                 f"none for some of {len(examples.sizes)} ranks; raise batch_size, or leave it out"
             )
         return RankSampler(examples.task, examples.sizes, batch_size, recipe.seed)
@@ -263,6 +265,7 @@ def runs_encoder(recipe: Recipe) -> bool:
 def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
     """Return examples with precomputed hidden states."""
     if isinstance(examples, RankExamples):
+        assert isinstance(examples.own, TokenizedSplit)
         return examples.with_states(precompute_hidden_states(model, examples.own))
     assert isinstance(examples, TokenizedSplit)
     return precompute_hidden_states(model, examples)

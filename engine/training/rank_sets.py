@@ -3,6 +3,8 @@
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,11 @@ import numpy.typing as npt
 import torch
 
 from ..config.recipe import Recipe
+from ..data.masked_text import MaskedText
 from ..data.rank_examples import RankExamples, Report, word_counts
+from ..data.raw_text import Found
 from ..data.sampler import stratified_subset
+from ..data.sentences_twice import SentencesTwice
 from ..data.split import TokenizedSplit
 from ..distributed.ranks import Ranks
 from ..runs.rank_files import Dealt
@@ -21,11 +26,13 @@ from ..utils.arrays import Indices
 from ..utils.errors import InputError
 from .build import execution_kind, labelled
 
+_Own = TokenizedSplit | MaskedText | SentencesTwice
+
 
 def read_dealt(
     run: Run, device: torch.device, ranks: Ranks, dealt: Mapping[str, Dealt], phase: int = 0
 ) -> dict[str, RankExamples]:
-    """Read the files of a phase's tasks that are dealt to ranks; all ranks must call.
+    """Read the files of a phase that are dealt to ranks; all ranks must call.
 
     All ranks read at the same time, each its own files, whatever the machine that it is on.
 
@@ -33,27 +40,37 @@ def read_dealt(
         run: the run.
         device: of the model.
         ranks: the processes that train it.
-        dealt: the files of each task.
-        phase: whose tasks.
+        dealt: the files of each task and objective.
+        phase: whose tasks and objectives.
 
     Raises:
         InputError: a rank cannot use its files; all ranks raise the same.
     """
     recipe = list(run.recipe.in_phases.values())[phase]
     run = run._replace(reading=run.reading._replace(workers=_workers(run, ranks)))
-    own = dict[str, TokenizedSplit]()
-    with ranks.failing_together():
-        for task in recipe.train:
-            if task in dealt:
-                split = run.read(run.recipe.split_schema(task, "train"), dealt[task].own)
-                own[task] = labelled(run, task, split)
-    if not own:
+    own = dict[str, _Own]()
+    names = [name for name in recipe.train if name in dealt]
+    if not names:
         return {}
+    with ranks.failing_together():
+        for name in names:
+            own[name] = _read(run, name, dealt[name], ranks.rank)
     plans_shapes = execution_kind(recipe, device, ranks) in RECORDED
     return {
-        task: _examples(recipe, split, ranks, dealt[task].files, plans_shapes=plans_shapes)
-        for task, split in own.items()
+        name: _examples(recipe, found, ranks, dealt[name].of_all, plans_shapes=plans_shapes)
+        if isinstance(found, TokenizedSplit)
+        else _texts(found, ranks, dealt[name].of_all)
+        for name, found in own.items()
     }
+
+
+def _read(run: Run, name: str, dealt: Dealt, rank: int) -> _Own:
+    """Return what this rank has of a task or an objective."""
+    if name in run.recipe.tasks:
+        return labelled(run, name, run.read(run.recipe.split_schema(name, "train"), dealt.origin))
+    texts = run.objective(name, [file.path for file in dealt.own if isinstance(file.path, Path)])
+    # Ranks that mask the same places of their texts would learn less from them.
+    return replace(texts, seed=texts.seed + rank) if isinstance(texts, MaskedText) else texts
 
 
 def _workers(run: Run, ranks: Ranks) -> int:
@@ -91,6 +108,33 @@ def _examples(
         class_counts=class_counts,
         texts=None if own.text_ids is None else own,
         report=_report(own, ranks, files, sum(rows)),
+    )
+
+
+def _texts(own: MaskedText | SentencesTwice, ranks: Ranks, files: int) -> RankExamples:
+    """Return the text of an objective with the numbers of all ranks."""
+    sizes = [count for (count,) in ranks.gather([len(own)])]
+    found = [Found(*each) for each in ranks.gather_values(own.found)]
+    notes = tuple(dict.fromkeys(note for each in found for note in each.notes))
+    return RankExamples(
+        own=own,
+        rank=ranks.rank,
+        sizes=tuple(sizes),
+        chosen=None,
+        lengths=None,
+        word_counts=None,
+        class_counts=None,
+        texts=None,
+        report=Report(
+            files=files,
+            rows=sum(sizes),
+            truncated=0,
+            bad_rows={},
+            notes=notes,
+            found=Found(
+                max(each.largest for each in found), sum(each.texts for each in found), notes
+            ),
+        ),
     )
 
 

@@ -27,7 +27,7 @@ step = MultitaskStep.__call__
 
 def watch(event: str, arguments: tuple) -> None:
     """Keep the names of data files that are opened."""
-    if event == "open" and str(arguments[0]).endswith(".csv"):
+    if event == "open" and str(arguments[0]).endswith((".csv", ".txt")):
         opened.add(Path(arguments[0]).name)
 
 

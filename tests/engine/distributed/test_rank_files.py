@@ -56,6 +56,17 @@ classes = ["a", "b"]
 split_by_rank = true
 files = { train = "tags-*.csv", dev = "tags-0.csv" }
 """
+TEXTS = """
+train = ["text", "same", "mood"]
+[objectives.text]
+kind = "masked_lm"
+split_by_rank = true
+files = ["text-0.txt", "text-1.txt", "text-2.txt"]
+[objectives.same]
+kind = "simcse"
+split_by_rank = true
+files = ["text-0.txt", "text-1.txt"]
+"""
 EXACT = ("precision=fp32", "schedule=constant", "warmup=0")
 DRAW = random.Random(1)
 
@@ -85,6 +96,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [f"{text},{own}\n" for text, own in zip(texts, tags, strict=True)]
         (folder / f"tags-{number}.csv").write_text("text,label\n" + "".join(rows))
     folder.with_name("mood.toml").write_text('train = ["mood"]\n' + SOURCE)
+    for number in range(3):
+        lines = [f"{sentence()}\n" for _ in range(9 + 10 * number)]
+        (folder / f"text-{number}.txt").write_text("".join(lines))
+    folder.with_name("texts.toml").write_text(TEXTS + SOURCE)
     folder.with_name("kinds.toml").write_text(KINDS + SOURCE)
     return folder
 
@@ -165,6 +180,7 @@ def runs(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> R
             made.arguments("limited", *batch, "max_train_examples=40", "epochs=1"),
             made.arguments("kinds", "batch_size=4", "max_steps=4", recipe="kinds"),
             made.arguments("frozen", "max_steps=2", "freeze_encoder=true", recipe="mood"),
+            made.arguments("texts", "max_steps=3", "batch_size=4", recipe="texts"),
             made.arguments("dry", options=["--dry-run"]),
             made.arguments("bad", data=str(bad)),
             made.arguments("skipped", "on_bad_row=skip", "max_steps=1", data=str(bad)),
@@ -253,6 +269,15 @@ def test_a_limit_is_shared(runs):
         assert 1 < len(set().union(*drawn)) <= most
 
 
+def test_texts_of_objectives(runs):
+    assert [runs.said("texts", rank)["ended"] for rank in range(2)] == ["status 0"] * 2
+    for rank, own in enumerate(([1, 2], [0, 1])):  # of three files, and of two
+        opened = [name for name in runs.said("texts", rank)["opened"] if name.endswith(".txt")]
+        assert opened == [f"text-{number}.txt" for number in own]
+    assert "text: 3 files dealt to 2 ranks, 57 examples" in runs.printed
+    assert "same: 2 files dealt to 2 ranks, 28 examples" in runs.printed
+
+
 @pytest.mark.parametrize("name", ["kinds", "frozen"])
 def test_other_kinds_and_frozen_encoders(runs, name):
     assert [runs.said(name, rank)["ended"] for rank in range(2)] == ["status 0"] * 2
@@ -318,6 +343,16 @@ def test_three_ranks_and_another_number_later(runs, data, model):
         (
             ["objectives.text.kind=masked_lm"],
             "objectives.text.sentences_of: no rank reads all sentences of mood",
+        ),
+        (
+            [
+                "objectives.text={kind='masked_lm',split_by_rank=true,files=['a'],max_texts=4}",
+            ],
+            "objectives.text.max_texts: split_by_rank deals files to ranks; give max_per_source",
+        ),
+        (
+            ["objectives.text={kind='simcse',split_by_rank=true,sentences_of=['sst']}"],
+            "objectives.text.split_by_rank: has no effect without files",
         ),
         (["tasks.mood.source.files={dev='dev.csv'}"], "split_by_rank: has no effect on files"),
     ],
