@@ -105,7 +105,7 @@ class RankExamples:
         """Return how many terms the mean loss of chosen examples of any ranks has."""
         return len(chosen) if self.word_counts is None else int(self.word_counts[chosen].sum())
 
-    def with_states(self, own: TokenizedSplit) -> "RankExamples":
+    def precomputed(self, own: TokenizedSplit) -> "RankExamples":
         """Return the same examples with hidden states of a frozen encoder.
 
         Args:

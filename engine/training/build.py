@@ -266,7 +266,7 @@ def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
     """Return examples with precomputed hidden states."""
     if isinstance(examples, RankExamples):
         assert isinstance(examples.own, TokenizedSplit)
-        return examples.with_states(precompute_hidden_states(model, examples.own))
+        return examples.precomputed(precompute_hidden_states(model, examples.own))
     assert isinstance(examples, TokenizedSplit)
     return precompute_hidden_states(model, examples)
 

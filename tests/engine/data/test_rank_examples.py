@@ -160,7 +160,7 @@ def test_a_text_has_one_id_on_all_ranks(words: Tokenizer) -> None:
         offsets=np.arange(len(states) + 1),
         states=states,
     )
-    there = ranks[0].with_states(frozen)
+    there = ranks[0].precomputed(frozen)
     np.testing.assert_array_equal(there.task_batch(parts[0], 0).labels.ids, ids[:4])
     np.testing.assert_array_equal(there.sequence_sizes(np.arange(11), 0), np.ones(22))
 

@@ -150,6 +150,11 @@ class Runs:
         return json.loads((self.root / f"{name}-{rank}.json").read_text())
 
 
+def without_model(arguments: list[str]) -> list[str]:
+    place = arguments.index("--init")
+    return arguments[:place] + arguments[place + 2 :]
+
+
 @pytest.fixture(scope="module")
 def runs(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Runs of two ranks."""
@@ -181,6 +186,17 @@ def runs(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> R
             made.arguments("kinds", "batch_size=4", "max_steps=4", recipe="kinds"),
             made.arguments("frozen", "max_steps=2", "freeze_encoder=true", recipe="mood"),
             made.arguments("texts", "max_steps=3", "batch_size=4", recipe="texts"),
+            made.arguments(
+                "list",
+                *batch,
+                "max_steps=1",
+                "tasks.mood.source.files.train=['part-0.csv','part-4.csv']",
+                data=str(disks / "machine-RANK"),
+            ),
+            without_model(
+                made.arguments("words", *TINY, data=str(disks / "machine-RANK"), recipe="mood")
+            ),
+            without_model(made.arguments("scratch", *TINY, "max_steps=1")),
             made.arguments("dry", options=["--dry-run"]),
             made.arguments("bad", data=str(bad)),
             made.arguments("skipped", "on_bad_row=skip", "max_steps=1", data=str(bad)),
@@ -260,6 +276,17 @@ def test_machines_without_a_common_disk(runs, data, model):
             found.update(step)
     copied = texts_of(data, model, ["part-0.csv"])
     assert [bool(copied <= found) for found in texts].count(True) == 1
+
+
+def test_a_list_of_files_that_not_every_machine_has(runs):
+    assert [runs.said("list", rank)["ended"] for rank in range(2)] == ["status 0"] * 2
+    assert "mood: 3 files dealt to 2 ranks, 82 examples" in runs.printed
+
+
+def test_a_vocabulary_is_of_the_same_files_on_all_machines(runs):
+    line = "InputError: split_by_rank: the ranks have learnt different vocabularies, since their"
+    assert [runs.said("words", rank)["ended"].startswith(line) for rank in range(2)] == [True] * 2
+    assert runs.said("scratch", 0)["ended"] == "status 0"
 
 
 def test_a_limit_is_shared(runs):
