@@ -20,6 +20,13 @@ def own(rank: int, dtype: type) -> np.ndarray:
     return np.arange(6 * rank * (rank - 1), dtype=dtype).reshape(-1, 2) + rank
 
 
+def fail(ranks: Ranks, failing: set[int]) -> None:
+    """Fail on some ranks: on all of them with the same line."""
+    with ranks.failing_together():
+        if ranks.rank in failing:
+            raise InputError("bad" + f" {ranks.rank}" * (len(failing) < 3))
+
+
 def be_a_rank() -> None:
     """Gather, and fail together."""
     module._CHUNK = 10
@@ -34,9 +41,8 @@ def be_a_rank() -> None:
         words = ["", "ä", None]
         assert ranks.gather_values(words[ranks.rank]) == words
         for failing, line in (({1, 2}, "rank 1 of 3: bad 1"), ({0, 1, 2}, "bad")):
-            with pytest.raises(InputError, match=f"^{line}$"), ranks.failing_together():
-                if ranks.rank in failing:
-                    raise InputError("bad" + f" {ranks.rank}" * (len(failing) < 3))
+            with pytest.raises(InputError, match=f"^{line}$"):
+                fail(ranks, failing)
         with ranks.failing_together():
             pass
     sys.stdout.write(f"rank {ranks.rank} is done\n")

@@ -165,7 +165,7 @@ def runs(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     for machine in range(2):
         shutil.copy(data / "dev.csv", disks / f"machine-{machine}/dev.csv")
         shutil.copy(data / "part-0.csv", disks / f"machine-{machine}/part-copy.csv")
-        same_size = f"text,label\na b c,{machine}\n"
+        same_size = f"text,label\n{'xy'[machine] * 9},{machine}\n"
         (disks / f"machine-{machine}/part-size.csv").write_text(same_size)
     bad, single = made.root / "data-bad", made.root / "data-single"
     shutil.copytree(data, bad)
