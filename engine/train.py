@@ -45,6 +45,7 @@ from .runs.experiments import seeds_of
 from .runs.folder import claimed, free_folders
 from .runs.job import InProcess
 from .runs.lock import held, held_first
+from .runs.rank_files import deal_files, line_on_other_ranks
 from .runs.resume import resume
 from .runs.run import Run, begin
 from .runs.scoring import METRICS, Scores, read_scores, score_splits, write_memory, write_scores
@@ -56,6 +57,7 @@ from .training.build import build_trainer
 from .training.divergence import check_skipped, is_worth_saving
 from .training.drift import check_ranks, check_ranks_at_start
 from .training.memory_parts import MemoryMeter
+from .training.rank_sets import read_dealt
 from .training.signals import StopRequest
 from .training.trainer import Trainer
 from .utils.errors import InputError
@@ -261,12 +263,17 @@ def _train_phases(
     """Train the phases of a run, as :func:`train_run` does."""
     done, facts = run.checkpoints.progress(), dict[str, PhaseFacts]()
     known, idle = list[str](), list[str]()
+    files = deal_files(run, ranks)
+    if line := line_on_other_ranks(run, ranks):
+        console.print(line, soft_wrap=True, highlight=False)
     for phase in range(done.phase, len(run.recipe.in_phases)):
         if stop_after is not None and run.checkpoints.progress().step >= stop_after:
             return None
+        with memory_explained(SMALLER_MODEL):
+            dealt = read_dealt(run, device, ranks, files, phase)
         # The first on each machine fills the cache of tokenized data.
         with ranks.main_first(), memory_explained(SMALLER_MODEL):
-            trainer = build_trainer(run, device, ranks, phase=phase)
+            trainer = build_trainer(run, device, ranks, phase=phase, dealt=dealt)
         if phase == done.phase:
             _check_steps(trainer, done)
         if ranks.is_main:
@@ -351,11 +358,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with ranks.main_first():
                 reading = reading_of(options, console)
                 run = (
-                    resume(recipe, out, reading) if resumes else begin(recipe, out, reading=reading)
+                    resume(recipe, out, reading, ranks.size)
+                    if resumes
+                    else begin(recipe, out, reading=reading, ranks=ranks.size)
                 )
             if options.dry_run:
                 meter = MemoryMeter(device)
-                trainer = build_trainer(run, device, ranks)
+                dealt = read_dealt(run, device, ranks, deal_files(run, ranks))
+                trainer = build_trainer(run, device, ranks, dealt=dealt)
                 print_line_on_init(console, run)
                 report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()])
                 with closing(trainer.step.execution):

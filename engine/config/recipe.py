@@ -274,6 +274,7 @@ class Recipe(Settings):
             for source in objective.sentences_of:
                 if source not in self.tasks and source not in FORMATS:
                     raise ValueError(f"objectives.{name}.sentences_of: no such task: {source}")
+            self._check_sentences(name, objective)
         if len(set(self.train)) != len(self.train):
             raise ValueError("train: a task is named twice")
         if not self.init and not self.encoder.initializer_range:
@@ -293,6 +294,17 @@ class Recipe(Settings):
             )
         torch_arguments_of(self)
         return self
+
+    def _check_sentences(self, name: str, objective: ObjectiveRecipe) -> None:
+        every = () if objective.files else tuple(self.tasks)
+        for task in objective.sentences_of or every:
+            source = self.tasks[task].source if task in self.tasks else None
+            if source is not None and source.split_by_rank:
+                raise ValueError(
+                    f"objectives.{name}.sentences_of: no rank reads all sentences of {task}, since "
+                    f"tasks.{task}.source.split_by_rank is true; give the objective files, or "
+                    "other tasks"
+                )
 
     def _check_batches(self) -> None:
         own = {name: self._own_batch_size(name) for name in self.train}

@@ -152,6 +152,17 @@ def forget(addresses: Sequence[Address]) -> None:
                 system.ls(path.rpartition("/")[0], detail=True)
 
 
+def size_of(address: Address) -> int:
+    """Return the bytes of a file at an address; 0 where the store does not say.
+
+    Raises:
+        InputError: it is not there, or cannot be looked at.
+    """
+    with _explained(address):
+        system, path = _system(address)
+        return int(system.info(path).get("size") or 0)
+
+
 def _system(address: Address) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs

@@ -132,6 +132,10 @@ class TaskSource(Settings):
     which are read one after the other: a list, a folder, or a pattern such as part-*.parquet.
     Names may be addresses that fsspec opens: s3://bucket/part-*.parquet, https://….  Splits are
     train, dev and test, and further ones, to be scored or predicted by their names."""
+    split_by_rank: bool = False
+    """With several ranks: deal the files of the train split to them, so that each reads and keeps
+    its own alone; machines without a common disk may have some each.  Batches then depend on the
+    number of ranks."""
     layout: Literal["auto", Layout] = "auto"
     """Files: tabs, commas, json, json_lines, parquet, conll, conllu; auto: as the ending says."""
     delimiter: Delimiter = AUTO
@@ -243,6 +247,9 @@ class TaskSource(Settings):
         fields = type(self).model_fields
         given = [name for name in _OF_FILES if getattr(self, name) != fields[name].default]
         self._check_effect(given, self.file_names)
+        if self.split_by_rank and "train" not in self.files:
+            what = "a data set by name" if self.dataset else "files without a train split"
+            raise ValueError(f"split_by_rank: has no effect on {what}; leave it out")
         labels = (self.label,) if isinstance(self.label, str) else self.label
         self._check_numbers(() if self.kind == _RETRIEVAL else labels)
         return self

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -29,6 +31,7 @@ _MOST_RANKS = 1 << 16
 _GLANCE = 1e-3  # seconds between two looks at an event
 _PAUSE = 0.1  # seconds between attempts to reach the first process
 _BEAT, _SILENCE = 2.0, 30.0  # seconds between signs of life, and without any
+_CHUNK = 16 << 20  # bytes that a rank sends at once, so that copies take little memory
 _GRACE = 3.0  # seconds for ranks that notice a loss a little later than this one
 
 
@@ -259,6 +262,55 @@ class Ranks:
         of_ranks = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(of_ranks, own, group=self.group)
         return [each.tolist() for each in of_ranks]
+
+    def gather_array(self, own: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Return every rank's array, of one dtype, of any length and equal further dimensions.
+
+        All must call.  Each array is sent in pieces, which are padded to the longest.
+        """
+        if self.group is None:
+            return [own]
+        own = np.ascontiguousarray(own)
+        found = [np.empty((rows, *own.shape[1:]), own.dtype) for (rows,) in self.gather([len(own)])]
+        places = [torch.from_numpy(array.reshape(-1).view(np.uint8)) for array in found]
+        sent = own.reshape(-1).view(np.uint8)
+        for start in range(0, max(map(len, places)), _CHUNK):
+            longest = max(len(place[start : start + _CHUNK]) for place in places)
+            piece = torch.zeros(longest, dtype=torch.uint8)
+            of_own = torch.tensor(sent[start : start + _CHUNK])  # a copy: it may be read-only
+            piece[: len(of_own)] = of_own
+            pieces = [torch.empty_like(piece) for _ in places]
+            dist.all_gather(pieces, piece, group=self.group)
+            for place, got in zip(places, pieces, strict=True):
+                into = place[start : start + _CHUNK]
+                into.copy_(got[: len(into)])
+        return found
+
+    def gather_values(self, value: Any) -> list[Any]:
+        """Return every rank's ``value``; all must call.  JSON must hold it."""
+        own = np.frombuffer(dump_json(value).encode(), dtype=np.uint8)
+        return [json.loads(found.tobytes()) for found in self.gather_array(own)]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let bad input of one rank within the block end all of them, with the same line.
+
+        All must enter; none may exchange anything within.
+
+        Raises:
+            InputError: of the first rank that has one.
+        """
+        problem = ""
+        try:
+            yield
+        except InputError as error:
+            if self.group is None:
+                raise
+            problem = str(error)
+        said = self.gather_values(problem)
+        rank, first = next(((rank, line) for rank, line in enumerate(said) if line), (0, ""))
+        if first:
+            raise InputError(first if len({*said}) == 1 else f"rank {rank} of {self.size}: {first}")
 
     def agree(self, number: int) -> None:
         """Check that all ranks call this with the same number; a defect if they do not."""

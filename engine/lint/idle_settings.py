@@ -260,6 +260,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.source.range": Effect(
             lambda case: case.source.has_range, "classes have no range"
         ),
+        "tasks.NAME.source.split_by_rank": Effect(
+            _is_trained, "{case.owner} is not trained", off=False, also=_SEVERAL_RANKS
+        ),
         "tasks.NAME.source.subset": _OF_DATASET,
         "tasks.NAME.source.splits": _OF_DATASET,
         "tasks.NAME.source.*": _OF_FILES,
@@ -283,6 +286,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "objectives.NAME.max_texts": _cuts_objective(
             lambda case: case.objective.max_texts < case.texts.texts,
             "{case.texts.texts} texts were found",
+        ),
+        "objectives.NAME.split_by_rank": Effect(
+            _is_trained, "train does not name it", off=False, also=_SEVERAL_RANKS
         ),
         "objectives.NAME.divide": Effect(_is_trained, "train does not name it", off=False),
         "objectives.NAME.join": Effect(

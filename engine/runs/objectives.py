@@ -7,6 +7,7 @@ import numpy as np
 
 from ..config.objective import ObjectiveRecipe
 from ..config.recipe import Recipe
+from ..data.addresses import Place
 from ..data.cache import Reading, load_arrays
 from ..data.entry import EntryWriter
 from ..data.masked_text import MaskedText, PackedSegments, check_texts_follow
@@ -30,7 +31,12 @@ def head_settings(name: str, settings: ObjectiveRecipe, config: EncoderConfig) -
 
 
 def load_examples(
-    name: str, recipe: Recipe, tokenizer: Tokenizer, max_length: int, reading: Reading
+    name: str,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    max_length: int,
+    reading: Reading,
+    files: Sequence[Place] | None = None,
 ) -> MaskedText | SentencesTwice:
     """Return what an objective draws its batches from, from the cache where it was made before.
 
@@ -40,11 +46,12 @@ def load_examples(
         tokenizer: what to split the texts with.
         max_length: the most tokens in a sequence.
         reading: how data are read.
+        files: those that are dealt to this rank; None for all that the recipe names.
 
     Raises:
         InputError: a text cannot be read, or there is too little.
     """
-    settings, texts = recipe.objectives[name], ObjectiveTexts(recipe, name)
+    settings, texts = recipe.objectives[name], ObjectiveTexts(recipe, name, files)
     sequences = _sequence_settings(settings, max_length)
 
     def write(writer: EntryWriter) -> dict[str, Any]:

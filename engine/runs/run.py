@@ -24,10 +24,11 @@ from ..config import recipe as recipes
 from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
 from ..data.cache import Reading, load_split
+from ..data.masked_text import MaskedText
+from ..data.sentences_twice import SentencesTwice
 from ..data.source import Origin
 from ..data.split import TokenizedSplit, tokenize
 from ..data.table import OnBadRow, Table
-from ..data.task_batch import Examples
 from ..data.task_schema import TaskSchema
 from ..data.tokenizer import Tokenizer
 from ..models import hf_weights
@@ -158,13 +159,21 @@ class Run(NamedTuple):
         """Return whether the head of a task takes pairs in one sequence."""
         return len(form.sentences) == 2 and self.recipe.tasks[form.task].head == CROSS
 
-    def objective(self, name: str) -> Examples:
+    def objective(
+        self, name: str, files: Sequence[Path] | None = None
+    ) -> MaskedText | SentencesTwice:
         """Return what an objective of the recipe is trained on.
+
+        Args:
+            name: the objective's.
+            files: those that are dealt to this rank; None for all that the recipe names.
 
         Raises:
             InputError: its text cannot be read, or there is too little of it.
         """
-        return load_examples(name, self.recipe, self.tokenizer, self.max_length, self.reading)
+        return load_examples(
+            name, self.recipe, self.tokenizer, self.max_length, self.reading, files
+        )
 
     def new_model(self) -> MultitaskModel:
         """Return the model as the run's seed initialises it, fp32, on the CPU."""
@@ -331,7 +340,14 @@ class Run(NamedTuple):
         return self._replace(recipe=self.recipe.model_copy(update={"data": str(folder)}))
 
 
-def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Reading = _PLAIN) -> Run:
+def begin(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resumes: bool = False,
+    reading: Reading = _PLAIN,
+    ranks: int = 1,
+) -> Run:
     """Plan a run in ``folder``; nothing is written yet.
 
     Args:
@@ -339,12 +355,13 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Readi
         folder: of the run.
         resumes: whether it may hold what a run wrote before it was cut off.
         reading: how its data are read.
+        ranks: processes that train it.
 
     Raises:
         InputError: the folder holds something already, or the encoder or data cannot be used.
     """
     check_folder(folder, resumes=resumes)
-    check_texts(recipe)
+    check_texts(recipe, ranks)
     init_type = ""
     if recipe.init:
         encoder, config = pretrained_encoder(recipe)

@@ -1,7 +1,7 @@
 """The texts that a recipe trains on: those of its tasks, and those of its objectives."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class ObjectiveTexts:
     Args:
         recipe: that has it.
         name: of the objective.
+        files: those that are dealt to this rank; None for all that the recipe names.
 
     Attributes:
         largest: examples of the largest task, or lines of the largest file; known, as is what is
@@ -41,10 +42,11 @@ class ObjectiveTexts:
         notes: warnings about the files, a line each.
     """
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, files: Sequence[Place] | None = None) -> None:
         self._recipe, self._name = recipe, name
         self._settings = recipe.objectives[name]
-        self._sources = _Sources(recipe, _tasks_of(recipe, name), _files_of(recipe, name))
+        paths = _files_of(recipe, name) if files is None else files
+        self._sources = _Sources(recipe, _tasks_of(recipe, name), paths)
         self.largest = self.found = 0
         self.notes: list[str] = []
 
@@ -250,8 +252,15 @@ def _vocabulary_sources(recipe: Recipe) -> tuple[list[str], list[Place]]:
     return list(tasks), list(files)
 
 
-def check_texts(recipe: Recipe) -> None:
+def check_texts(recipe: Recipe, ranks: int = 1) -> None:
     """Look for the data of all phases, so that none is missed when its turn has come.
+
+    Files that are dealt to several ranks are looked for when they are dealt, since some of them may
+    be on other machines.
+
+    Args:
+        recipe: of the run.
+        ranks: processes that train it.
 
     Raises:
         InputError: the recipe does not name a split that it needs, or a file is not there.
@@ -260,14 +269,21 @@ def check_texts(recipe: Recipe) -> None:
         wanted: list[tuple[str, str]] = []
         for name in phase.train:
             tasks = _tasks_of(recipe, name) if name in recipe.objectives else (name,)
-            wanted += [(task, "train") for task in tasks]
-            for file in _files_of(recipe, name) if name in recipe.objectives else ():
+            wanted += [(task, "train") for task in tasks if not is_dealt(recipe, task, ranks)]
+            is_objective = name in recipe.objectives and not is_dealt(recipe, name, ranks)
+            for file in _files_of(recipe, name) if is_objective else ():
                 _check_file(DataFile(file))
         wanted += [(task, "dev") for task in recipe.tasks if phase.scored]
         for task, split in wanted:
             found = origin(recipe, task, split)
             for one in () if isinstance(found, HubSplit) else found.files:
                 _check_file(one)
+
+
+def is_dealt(recipe: Recipe, name: str, ranks: int) -> bool:
+    """Return whether the training files of a task or an objective are dealt to several ranks."""
+    source = recipe.tasks[name].source if name in recipe.tasks else recipe.objectives.get(name)
+    return ranks > 1 and source is not None and source.split_by_rank
 
 
 def _check_file(file: DataFile) -> None:
@@ -283,7 +299,14 @@ def _tasks_of(recipe: Recipe, objective: str) -> tuple[str, ...]:
 
 def _files_of(recipe: Recipe, objective: str) -> list[Place]:
     files = recipe.objectives[objective].files
-    if not files:
-        return []
+    return text_files(recipe, objective, files) if files else []
+
+
+def text_files(recipe: Recipe, objective: str, names: Sequence[str]) -> list[Place]:
+    """Return the text files that some names of an objective stand for.
+
+    Raises:
+        InputError: a pattern or folder has none.
+    """
     folder = data_folder(recipe) if reads_data_folder(recipe) else Path()
-    return shards(files, folder, f"objectives.{objective}.files", _TEXT)
+    return shards(names, folder, f"objectives.{objective}.files", _TEXT)

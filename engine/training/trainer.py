@@ -190,10 +190,11 @@ class Trainer:
     def save(self, progress: Progress) -> None:
         """Begin to write a checkpoint to resume from."""
         self.checkpoint_writer.wait()  # the copy of the one before is freed before another is made
-        state = self.state
-        self.checkpoint_writer.save(
-            state.tensors(), Manifest(progress=progress, places=state.places)
+        state, dealt = self.state, any(sampler.by_rank for sampler in self.samplers)
+        manifest = Manifest(
+            progress=progress, places=state.places, ranks=self.ranks.size if dealt else 0
         )
+        self.checkpoint_writer.save(state.tensors(), manifest)
 
     def save_scored(self, progress: Progress) -> None:
         """Write the weights that were scored, or their moving average, where they are worth it.

@@ -100,6 +100,7 @@ OF_OTHERS = {
     "doc_stride": "tasks.NAME.source.window_overlap",
     "max_answer_length": "tasks.NAME.source.max_answer_tokens",
     "version_2_with_negative": "tasks.NAME.source.unanswerable",
+    "split_dataset_by_node": "tasks.NAME.source.split_by_rank",
     "similarity_fct": "",
     "pos_weight": "tasks.NAME.class_weights",
     "decision_threshold": "tasks.NAME.threshold",
