@@ -32,6 +32,7 @@ from .cli.progress import (
     print_line_on_init,
     print_warmup,
     report_data,
+    report_streams,
 )
 from .cli.series import train_series
 from .cli.standard_output import train_without_output
@@ -258,6 +259,7 @@ def train_run(
             memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)),
         ):
             signal = train(trainer, console, stop_after)
+        report_streams(console, trainer.train_sets)
         print_warmup(console, execution)
         if signal is not None:
             return signal

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..config.recipe import Recipe
 from ..data.cache import load_vocabulary
+from ..data.hub_stream import HubStream
 from ..data.raw_text import each_line, evenly
 from ..data.rows import lines_on
 from ..data.sampler import stratified_subset
@@ -198,7 +199,7 @@ def check_texts(recipe: Recipe) -> None:
         wanted += [(task, "dev") for task in recipe.tasks if phase.scored]
         for task, split in wanted:
             found = origin(recipe, task, split)
-            for one in () if isinstance(found, HubSplit) else found.files:
+            for one in () if isinstance(found, HubSplit | HubStream) else found.files:
                 if one.is_missing:
                     one.digest()  # which says what is wrong
 

@@ -11,6 +11,7 @@ from ..config.recipe import Recipe, torch_arguments_of
 from ..data.masked_text import MaskedText
 from ..data.sampler import Sampler, TaskSampler, TokenSampler, stratified_subset
 from ..data.split import TokenizedSplit
+from ..data.streamed import StreamedExamples, StreamSampler
 from ..data.task_batch import Examples
 from ..data.task_schedule import TaskSchedule
 from ..distributed.gradient_sync import build_gradient_sync
@@ -62,17 +63,14 @@ def build_trainer(
         raise InputError(
             f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
         )
-    train_sets = [_examples(run, name) for name in recipe.train]
+    train_sets = [_examples(run, name, ranks) for name in recipe.train]
     subsets = [_subset(examples, recipe) for examples in train_sets]
     sizes = tuple(
         len(examples) if subset is None else len(subset)
         for examples, subset in zip(train_sets, subsets, strict=True)
     )
     batch_sizes = recipe.batch_sizes(sizes)
-    samplers = [
-        _sampler(recipe, examples, own, subset)
-        for examples, own, subset in zip(train_sets, batch_sizes, subsets, strict=True)
-    ]
+    samplers = _samplers(recipe, train_sets, batch_sizes, subsets, ranks)
     task_schedule = TaskSchedule(
         recipe.task_schedule,
         sizes,
@@ -179,11 +177,47 @@ def build_trainer(
     )
 
 
-def _examples(run: Run, name: str) -> Examples:
-    """Return the training examples of a task or an objective."""
+def _examples(run: Run, name: str, ranks: Ranks) -> Examples:
+    """Return the training examples of a task or an objective.
+
+    Raises:
+        InputError: they cannot be read, or tagged words are streamed on several ranks.
+    """
     if name in run.recipe.objectives:
         return run.objective(name)
+    if name in run.recipe.streamed:
+        if ranks.size > 1 and run.recipe.formats[name].labels == "words":
+            raise InputError(
+                f"tasks.{name}.source.streaming: ranks would have to know how many words each "
+                "other's batches have; train it on one rank, or without streaming"
+            )
+        return run.stream(name, ranks.shard)
     return replace(run.split(name, "train"), all_pieces=run.recipe.tasks[name].tag_pieces == "all")
+
+
+def _samplers(
+    recipe: Recipe,
+    train_sets: Sequence[Examples],
+    batch_sizes: Sequence[int],
+    subsets: Sequence[Indices | None],
+    ranks: Ranks,
+) -> list[Sampler]:
+    """Return what draws the batches of each task or objective.
+
+    An epoch is the largest set that has an end; of streams alone, the steps of the phase.
+    """
+    found = {
+        examples.task: _sampler(recipe, examples, batch_size, subset)
+        for examples, batch_size, subset in zip(train_sets, batch_sizes, subsets, strict=True)
+        if not isinstance(examples, StreamedExamples)
+    }
+    turns = 1 if recipe.task_schedule == "together" else len(recipe.train)
+    alone = -(-recipe.max_steps // turns)
+    batches = max((sampler.batches for sampler in found.values()), default=alone)
+    return [
+        found.get(name) or StreamSampler(name, batch_size, batches, ranks.size)
+        for name, batch_size in zip(recipe.train, batch_sizes, strict=True)
+    ]
 
 
 def _sampler(
@@ -339,7 +373,9 @@ def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
         InputError: the recipe asks for a way that this run cannot use.
     """
     refused: dict[str, str] = {}
-    if is_torch(recipe.optimizer):
+    if recipe.streamed:
+        refused = dict.fromkeys(RECORDED, "the shapes of a stream's later batches are not known")
+    elif is_torch(recipe.optimizer):
         refused = dict.fromkeys(RECORDED, "torch's optimizers wait for the device")
     elif recipe.optimizer in APEX or recipe.balance.startswith(TORCHJD):
         waits = "apex's optimizers and TorchJD's weightings wait for the device"
