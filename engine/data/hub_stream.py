@@ -143,8 +143,7 @@ class HubStream:
         except Exception as error:
             raise InputError(
                 f"{self.where}, {self._stream.shards[shard]}: cannot be read on behind row {row} "
-                f"({reason_of(error)}); see that it is whole and can be reached, then go on with "
-                "--resume"
+                f"({reason_of(error)}); see that it is whole and can be reached"
             ) from error
         finally:
             log.setLevel(level)

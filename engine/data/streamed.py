@@ -105,7 +105,7 @@ class StreamedExamples:
 
     Attributes:
         task: the task's name.
-        bad_rows: rows that were skipped, by reason, since this process began.
+        bad_rows: rows that were skipped, by reason, among those that were not passed over.
         truncated: sentences that were cut to the limit on the length, likewise.
         notes: what is to be known of the stream, a line each.
 
@@ -249,6 +249,8 @@ class StreamedExamples:
     def _begin(self, index: int, place: Place) -> None:
         """Begin with a block, whose first example has a number."""
         self._pieces.clear()
+        self.bad_rows.clear()
+        self.truncated = 0
         self._joined, self._step = None, -1
         self._start = self._end = index
         self._chunks = self._read(place)
@@ -273,12 +275,12 @@ class StreamedExamples:
         self._usable += len(table)
         self._bad_of_epoch.update(table.bad_rows)
         self._first_bad = self._first_bad or table.first_bad
-        self.bad_rows.update(table.bad_rows)
         if self._end + len(table) <= first and self._order.schema.labels != "spans":
             self._drop_before(first)
             self._start = self._end = self._end + len(table)
             return
         piece = self._preparation.tokenized(table, self._tokenizer)
+        self.bad_rows.update(table.bad_rows)
         self.truncated += piece.truncated
         self._pieces.append(piece)
         self._end += piece.examples

@@ -40,6 +40,8 @@ from .precompute import precompute_hidden_states
 from .step import MultitaskStep
 from .trainer import Trainer, check_range
 
+_NOT_KNOWN = "the shapes of a stream's later batches are not known"
+
 
 def build_trainer(
     run: Run,
@@ -63,7 +65,7 @@ def build_trainer(
         raise InputError(
             f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
         )
-    train_sets = [_examples(run, name, ranks) for name in recipe.train]
+    train_sets = [_examples(run, recipe, name, device, ranks) for name in recipe.train]
     subsets = [_subset(examples, recipe) for examples in train_sets]
     sizes = tuple(
         len(examples) if subset is None else len(subset)
@@ -177,7 +179,7 @@ def build_trainer(
     )
 
 
-def _examples(run: Run, name: str, ranks: Ranks) -> Examples:
+def _examples(run: Run, recipe: Recipe, name: str, device: torch.device, ranks: Ranks) -> Examples:
     """Return the training examples of a task or an objective.
 
     Raises:
@@ -185,13 +187,16 @@ def _examples(run: Run, name: str, ranks: Ranks) -> Examples:
     """
     if name in run.recipe.objectives:
         return run.objective(name)
-    if name in run.recipe.streamed:
+    if name in recipe.streamed:
         if ranks.size > 1 and run.recipe.formats[name].labels == "words":
             raise InputError(
                 f"tasks.{name}.source.streaming: ranks would have to know how many words each "
                 "other's batches have; train it on one rank, or without streaming"
             )
-        return run.stream(name, ranks.shard)
+        examples = run.stream(name, ranks.shard)
+        if device.type == "cuda" and recipe.execution == "auto":
+            examples.notes.append(f"steps run eagerly, since {_NOT_KNOWN}")
+        return examples
     return replace(run.split(name, "train"), all_pieces=run.recipe.tasks[name].tag_pieces == "all")
 
 
@@ -374,7 +379,7 @@ def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
     """
     refused: dict[str, str] = {}
     if recipe.streamed:
-        refused = dict.fromkeys(RECORDED, "the shapes of a stream's later batches are not known")
+        refused = dict.fromkeys(RECORDED, _NOT_KNOWN)
     elif is_torch(recipe.optimizer):
         refused = dict.fromkeys(RECORDED, "torch's optimizers wait for the device")
     elif recipe.optimizer in APEX or recipe.balance.startswith(TORCHJD):
