@@ -5,6 +5,7 @@ choose their readers, some of which unpickle.  Both are checked before a file is
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -166,6 +167,8 @@ def _checked_builder(name: str, subset: str) -> Any:
     # Such a reader looks through the whole working directory before it can be asked.
     if name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None:
         raise _no_data_set(name)
+    # What these say of a file that cannot be read is raised, too.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     builder = load_dataset_builder(name, subset or None)
     _check_reader(name, builder)
     _check_files(name, builder)

@@ -5,7 +5,6 @@ buffer's rows are lost when the state of a stream is loaded, so that a resumed r
 What is drawn instead is a function of the seed: :mod:`.stream_order`.
 """
 
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,10 +133,7 @@ class HubStream:
 
     @contextmanager
     def _explained(self, shard: int, row: int) -> Iterator[None]:
-        """Turn what the library raises into one line, and keep it from logging it, too."""
-        log = logging.getLogger("datasets")
-        level = log.level
-        log.setLevel(logging.CRITICAL)
+        """Turn what the library raises into one line."""
         try:
             yield
         except Exception as error:
@@ -145,8 +141,6 @@ class HubStream:
                 f"{self.where}, {self._stream.shards[shard]}: cannot be read on behind row {row} "
                 f"({reason_of(error)}); see that it is whole and can be reached"
             ) from error
-        finally:
-            log.setLevel(level)
 
     def _spelling(self, format_: TaskSchema) -> Any:
         return spelling(self._stream.features, format_)

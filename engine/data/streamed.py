@@ -7,6 +7,7 @@ resumed begins with the last block before its batch, of which it keeps the place
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -257,9 +258,15 @@ class StreamedExamples:
         self._is_whole = False
 
     def _read(self, place: Place) -> Iterator[_Chunk]:
-        for block in self._order.blocks(place):
-            for first in range(0, max(1, len(block.rows)), _PIECE):
-                yield _Chunk(block.rows[first : first + _PIECE], None if first else block.place)
+        """Yield rows from a block on; the next block is read while those of one are used."""
+        blocks = self._order.blocks(place)
+        with ThreadPoolExecutor(1, "reading") as pool:
+            coming = pool.submit(next, blocks)
+            while True:
+                block = coming.result()
+                coming = pool.submit(next, blocks)
+                for first in range(0, max(1, len(block.rows)), _PIECE):
+                    yield _Chunk(block.rows[first : first + _PIECE], None if first else block.place)
 
     def _read_to(self, first: int, stop: int) -> None:
         """Read until examples ``first`` to ``stop`` are in memory, and those between."""
