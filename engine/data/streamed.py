@@ -187,8 +187,7 @@ class StreamedExamples:
         """
         marks = [[index, *place] for index, place in list(self._marks)]
         text = dump_json({"made_from": self._made_from, "marks": marks})
-        if folder.is_dir():  # it is on the main rank's machine alone, unless machines share it
-            write_text(self._file(folder), text)
+        write_text(self._file(folder), text)
 
     def _file(self, folder: Path) -> Path:
         return folder / f"stream-{self.task}-rank-{self._order.shard[0]}.json"

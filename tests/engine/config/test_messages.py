@@ -100,6 +100,8 @@ OF_OTHERS = {
     "doc_stride": "tasks.NAME.source.window_overlap",
     "max_answer_length": "tasks.NAME.source.max_answer_tokens",
     "version_2_with_negative": "tasks.NAME.source.unanswerable",
+    "buffer_size": "tasks.NAME.source.shuffle_buffer",
+    "shuffle_buffer_size": "tasks.NAME.source.shuffle_buffer",
     "similarity_fct": "",
     "pos_weight": "tasks.NAME.class_weights",
     "decision_threshold": "tasks.NAME.threshold",
