@@ -77,7 +77,7 @@ _FIELDS = {
     "tasks.NAME.source.files": "data_files train_file",
     "tasks.NAME.source.classes": "num_labels",
     "tasks.NAME.source.max_answer_tokens": "max_answer_length max_answer_len",
-    "tasks.NAME.source.shuffle_buffer": "buffer_size shuffle_buffer_size shuffle_size",
+    "tasks.NAME.source.shuffle_buffer": "buffer_size shuffle_size",
     "tasks.NAME.source.streaming": "streamed stream iterable_dataset",
     "tasks.NAME.source.unanswerable": "version_2_with_negative squad_v2 allow_no_answer",
     "tasks.NAME.source.window_overlap": "doc_stride document_stride window_stride",
