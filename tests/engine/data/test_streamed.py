@@ -4,12 +4,15 @@ The oracle reads the rows of :mod:`engine.data.stream_order` into one table and 
 """
 
 import json
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from engine.data import streamed
 from engine.data.cache import Reading
@@ -143,8 +146,6 @@ def test_rows_that_are_passed_over_are_not_tokenized(order, tmp_path, monkeypatc
 
 
 def test_progress_of_rows_that_are_passed_over(order) -> None:
-    from contextlib import contextmanager
-
     shown = []
 
     @contextmanager
@@ -260,9 +261,9 @@ def test_a_file_that_is_cut_short(tmp_path) -> None:
     folder = write_numbered(tmp_path / "set", [20, 20], ending=".jsonl")
     path = folder / "train-00001-of-00002.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    order = order_of(folder, 1)
+    examples = streamed_of(order_of(folder, 1))
     with pytest.raises(InputError) as error:
-        whole(order, 50)
+        examples.go_to(StreamSampler("numbers", 4, 1).batch(40))
     assert str(error.value).startswith(
         f"data set {folder}, split train, train-00001-of-00002.jsonl: cannot be read on"
     )
@@ -373,3 +374,61 @@ def test_the_task_of_a_source_is_streamed() -> None:
 def test_sources_that_cannot_be_streamed(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         TaskSource(**(SOURCE.model_dump(exclude_unset=True) | fields))
+
+
+OUT = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: ../secret.csv
+---
+"""
+
+
+def test_a_stream_reads_no_file_but_its_own(tmp_path) -> None:
+    (tmp_path / "secret.csv").write_text("sentence,label\nx,1\n")
+    write_numbered(tmp_path / "set", [3], ending=".csv")
+    (tmp_path / "set" / "README.md").write_text(OUT)
+    with pytest.raises(InputError, match=r"its README\.md names .*secret\.csv"):
+        HubStream(str(tmp_path / "set"), "", "train").digest()
+
+
+@pytest.mark.parametrize("ending", [".png", ".h5", ".pkl", ".py", ".pt", ".tar"])
+def test_what_reads_other_kinds_of_files_streams_nothing(tmp_path, ending) -> None:
+    (tmp_path / f"train{ending}").write_bytes(b"\x80\x04.")
+    with pytest.raises(InputError, match=r"would be read as|cannot load split train"):
+        HubStream(str(tmp_path), "", "train").digest()
+
+
+def test_no_file_is_opened_for_a_column_of_a_stream(tmp_path) -> None:
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    data = Dataset.from_dict(
+        {"sentence": [str(tmp_path / "secret.png")], "label": [1]},
+        features=Features(sentence=Image(), label=Value("int64")),
+    )
+    (tmp_path / "set").mkdir()
+    data.to_parquet(tmp_path / "set" / "train-00000.parquet")
+    with pytest.raises(InputError, match=r"column 'sentence' holds neither text .* but Image"):
+        streamed_of(order_of(tmp_path / "set", 5))
+
+
+def test_class_labels_are_matched_by_name(tmp_path) -> None:
+    """The data set numbers them in another order than the recipe."""
+    data = Dataset.from_dict(
+        {"sentence": ["number 1", "number 2"], "label": [0, 1]},
+        features=Features(sentence=Value("string"), label=ClassLabel(names=["b", "a"])),
+    )
+    (tmp_path / "set").mkdir()
+    data.to_parquet(tmp_path / "set" / "train-00000.parquet")
+    source = SOURCE.model_copy(update={"classes": ("a", "b")})
+    order = order_of(tmp_path / "set", 1)
+    examples = streamed_of(replace(order, schema=source.format("named")))
+    assert examples.task_batch(np.arange(2), 0).labels.tolist() == [1, 0]
+
+
+def test_a_column_that_a_later_file_lacks(tmp_path) -> None:
+    shards = [numbered(9), [{"label": 1}] * 3]
+    order = order_of(write_shards(tmp_path / "set", shards, ending=".jsonl"), 50)
+    with pytest.raises(InputError, match="no value in column 'sentence', data set"):
+        streamed_of(order)
