@@ -6,7 +6,7 @@ resumed begins with the last block before its batch, of which it keeps the place
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
@@ -35,6 +35,10 @@ _PIECE = 256
 
 _MARKS, _BETWEEN_MARKS = 64, 1000
 """Places of blocks that are kept, and the examples between two of them, at least."""
+
+
+def _digest(said: Mapping[str, object]) -> str:
+    return sha256(dump_json(dict(said), sort_keys=True).encode()).hexdigest()
 
 
 class StreamSampler:
@@ -186,8 +190,8 @@ class StreamedExamples:
             InputError: the system refuses it.
         """
         marks = [[index, *place] for index, place in list(self._marks)]
-        text = dump_json({"made_from": self._made_from, "marks": marks})
-        write_text(self._file(folder), text)
+        said = {"made_from": self._made_from, "marks": marks}
+        write_text(self._file(folder), dump_json(said | {"sha256": _digest(said)}))
 
     def _file(self, folder: Path) -> Path:
         return folder / f"stream-{self.task}-rank-{self._order.shard[0]}.json"
@@ -203,22 +207,18 @@ class StreamedExamples:
             return first
         try:
             said = parse_json(read_bytes(path))
-            if said["made_from"] != self._made_from:
-                return first
-            marks = [
-                (
-                    int(index),
-                    Place(
-                        int(epoch), int(block), int(rows), tuple((int(a), int(b)) for a, b in lanes)
-                    ),
-                )
-                for index, epoch, block, rows, lanes in said["marks"]
-            ]
-        except (ValueError, TypeError, KeyError) as error:
+            if said.pop("sha256") != _digest(said):
+                raise ValueError("of another content")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{path}: damaged; remove it, and the stream is read from its beginning"
             ) from error
-        return marks or first
+        if said["made_from"] != self._made_from:
+            return first
+        return [
+            (index, Place(epoch, block, rows, tuple((begun, row) for begun, row in lanes)))
+            for index, epoch, block, rows, lanes in said["marks"]
+        ]
 
     def _found(self, chosen: Indices, step: int) -> tuple[TokenizedSplit, Indices]:
         """Return the examples in memory, and the places of chosen ones among them."""

@@ -3,6 +3,7 @@
 The oracle reads the rows of :mod:`engine.data.stream_order` into one table and tokenizes it whole.
 """
 
+import gc
 import json
 from contextlib import contextmanager
 from dataclasses import replace
@@ -171,19 +172,14 @@ def test_places_of_other_data_are_not_used(order, tmp_path) -> None:
     assert_same(resumed.task_batch(chosen, 30), expected.task_batch(chosen, 30))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"made_from": 3}', "known", "places"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3", '{"sha256": 3}', "another place"])
 def test_a_damaged_file_of_places(order, tmp_path, content) -> None:
-    examples = streamed_of(order, folder=tmp_path)
-    examples.keep_marks(tmp_path)
+    streamed_of(order, folder=tmp_path).keep_marks(tmp_path)
     path = tmp_path / "stream-numbers-rank-0.json"
-    if content in ("known", "places"):
+    if content == "another place":
         said = json.loads(path.read_text())
-        said["marks"] = [["x"]] if content == "known" else [[0, 0, 0, 0, [[1]]]]
-        content = json.dumps(said)
+        content = json.dumps(said | {"marks": [[0, 0, 0, 0, [[1, -2]]]]})
     path.write_text(content)
-    if content == '{"made_from": 3}':
-        streamed_of(order, folder=tmp_path)
-        return
     with pytest.raises(InputError, match=r"stream-numbers-rank-0\.json: damaged; remove it"):
         streamed_of(order, folder=tmp_path)
 
@@ -257,17 +253,21 @@ def test_a_stream_without_a_column(tmp_path) -> None:
         streamed_of(order)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_a_file_that_is_cut_short(tmp_path) -> None:
     folder = write_numbered(tmp_path / "set", [20, 20], ending=".jsonl")
     path = folder / "train-00001-of-00002.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    examples = streamed_of(order_of(folder, 1))
-    with pytest.raises(InputError) as error:
-        examples.go_to(StreamSampler("numbers", 4, 1).batch(40))
-    assert str(error.value).startswith(
-        f"data set {folder}, split train, train-00001-of-00002.jsonl: cannot be read on"
+    order, said = order_of(folder, 1), ""
+    try:
+        streamed_of(order).go_to(StreamSampler("numbers", 4, 1).batch(40))
+    except InputError as error:
+        said = str(error)
+    gc.collect()  # the library leaves the file open
+    assert said.startswith(
+        f"data set {folder}, split train, train-00001-of-00002.jsonl: cannot be read on behind row"
     )
-    assert "\n" not in str(error.value)
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("sizes", [[20, 20], [13, 14, 15]])
