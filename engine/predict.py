@@ -28,6 +28,7 @@ from .cli.predictions import (
     read_split,
 )
 from .data.dialect import AUTO
+from .data.hub_stream import HubStream
 from .data.source import HubSplit
 from .data.table import OnBadRow
 from .data.task_schema import TaskSchema
@@ -264,7 +265,7 @@ def _files_read(options: Namespace, run: Run) -> list[Path]:
         return [*files, Path("/dev/stdin") if options.input == STREAM else options.input]
     check_split(run.recipe, options.split, [options.task])
     found = origin(run.recipe, options.task, options.split)
-    read = () if isinstance(found, HubSplit) else found.files
+    read = () if isinstance(found, HubSplit | HubStream) else found.files
     return [*files, *(one.path for one in read if isinstance(one.path, Path))]
 
 

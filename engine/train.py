@@ -33,6 +33,7 @@ from .cli.progress import (
     print_line_on_init,
     print_warmup,
     report_data,
+    report_streams,
 )
 from .cli.series import train_series
 from .cli.standard_output import train_without_output
@@ -293,6 +294,7 @@ def _train_phases(
         ):
             signal = train(trainer, console, meter, stop_after)
             meter.end_phase(trainer)
+        report_streams(console, trainer.train_sets)
         print_warmup(console, execution)
         if signal is not None:
             return signal

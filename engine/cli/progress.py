@@ -16,6 +16,7 @@ from ..data.rank_examples import RankExamples
 from ..data.sampler import TokenSampler
 from ..data.sentences_twice import SentencesTwice
 from ..data.split import TokenizedSplit
+from ..data.streamed import StreamedExamples
 from ..data.task_batch import Examples
 from ..distributed.bandwidth import measure_traffic
 from ..lint.idle_settings import lines_on_idle_settings
@@ -91,9 +92,20 @@ def report_data(
     return notes
 
 
+def report_streams(console: Console, splits: Iterable[Examples]) -> None:
+    """Print what was cut or skipped of the streams that were trained on."""
+    for split in splits:
+        if not isinstance(split, StreamedExamples):
+            continue
+        if split.truncated:
+            console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
+        for reason, count in split.bad_rows.items():
+            console.print(f"{split.task}: {count} rows of the stream skipped ({reason})")
+
+
 def _notes_on(examples: Examples) -> Iterator[str]:
     """Yield a line for each note on the files of a task or objective."""
-    if isinstance(examples, TokenizedSplit):
+    if isinstance(examples, TokenizedSplit | StreamedExamples):
         yield from (f"{examples.task}: {note}" for note in examples.notes)
     elif isinstance(examples, RankExamples):
         yield f"{examples.task}: {_dealt(examples)}"

@@ -43,6 +43,7 @@ from ..utils.untrusted_io import parse_toml, read_bytes
 from .messages import FIELDS, first_problem, nearest
 from .objective import ObjectiveRecipe, check_objective
 from .renamed import with_new_name, with_new_names
+from .stream_checks import check_streams
 from .tables import EncoderRecipe, TaskRecipe
 from .task_checks import check_task
 
@@ -370,6 +371,12 @@ class Recipe(Settings):
         return FORMATS[task] if source is None else source.format(task, split)
 
     @property
+    def streamed(self) -> tuple[str, ...]:
+        """The trained tasks whose examples are read as they are trained on."""
+        sources = {name: self.tasks[name].source for name in self.train if name in self.tasks}
+        return tuple(name for name, source in sources.items() if source and source.streaming)
+
+    @property
     def scored(self) -> bool:
         """Whether what is trained is scored on dev sets: some task, not objectives alone."""
         return any(name in self.tasks for name in self.train)
@@ -395,6 +402,12 @@ class Recipe(Settings):
                 "phases: the last one trains no task, so its weights are never scored and the best "
                 "are an earlier phase's; train a task in it, or put it before"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _streams_fit(self) -> "Recipe":
+        if not self.phases:  # each phase is checked by itself
+            check_streams(self)
         return self
 
     @property

@@ -4,14 +4,18 @@ A data set's ``README.md`` names its files, which may be anywhere, and the endin
 choose their readers, some of which unpickle.  Both are checked before a file is read.
 """
 
+import hashlib
+import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
-from os.path import abspath, isdir
-from typing import Any
+from os.path import abspath, basename, isdir
+from typing import Any, NamedTuple
 
 from ..utils.errors import InputError
+from .task_schema import TaskSchema
 
 _WITHOUT_PICKLES = (5, 2)
 """The version of the library since which no data set is read from pickles of pandas."""
@@ -22,6 +26,24 @@ _PLAIN = ("arrow", "cache", "csv", "json", "parquet", "text")
 
 
 _LISTS = ("List", "LargeList")
+
+
+class Stream(NamedTuple):
+    """A split that is read from its files as it is asked for, and kept nowhere.
+
+    Attributes:
+        data: a ``datasets.IterableDataset`` of Arrow tables, in the order of its files.
+        features: the kinds of its columns; None where it has no row.
+        shards: the names of what it can be divided into, files as a rule, for error messages.
+        digest: a hash of all that decides its rows.
+        promised: how many rows its README.md says there are; 0 where it does not say.
+    """
+
+    data: Any
+    features: Any
+    shards: tuple[str, ...]
+    digest: str
+    promised: int
 
 
 def load_split(name: str, subset: str, split: str) -> Any:
@@ -36,6 +58,99 @@ def load_split(name: str, subset: str, split: str) -> Any:
         InputError: the library is missing or too old, cannot load it, or would read it by other
             means or from another place than the data set's own.
     """
+    with _explained(name, split):
+        builder = _checked_builder(name, subset)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+
+def open_stream(name: str, subset: str, split: str) -> Stream:
+    """Open a split of a data set to read it from its files, without a copy on the disk.
+
+    Args:
+        name: as of :func:`load_split`, as are those below.
+        subset: likewise.
+        split: its name, or those of several with + between them.
+
+    Raises:
+        InputError: as of :func:`load_split`.
+    """
+    with _explained(name, split):
+        builder = _checked_builder(name, subset)
+        data = builder.as_streaming_dataset(split=split).with_format("arrow")
+        features = data.features
+        if features is None and (first := next(iter(data.iter(1)), None)) is not None:
+            features = _of_schema(first.schema)
+        files = builder.config.data_files or {}
+        own = [basename(str(file)) for file in files.get(split, ())]
+        if len(own) != data.num_shards:
+            own = [f"shard {number}" for number in range(data.num_shards)]
+        known = {
+            str(key): (list(map(str, value)), repr(value.origin_metadata))
+            for key, value in files.items()
+        }
+        said = (builder.config_id, builder.hash, known, split, repr(features))
+        digest = hashlib.sha256(repr(said).encode()).hexdigest()
+        promised = (builder.info.splits or {}).get(split)
+        rows = getattr(promised, "num_examples", 0) or 0
+        return Stream(data, features, tuple(own), digest, rows)
+
+
+def _of_schema(schema: Any) -> Any:
+    from datasets import Features
+
+    return Features.from_arrow_schema(schema)
+
+
+def spelling(features: Any, form: TaskSchema) -> Callable[[Any], Any]:
+    """Return what spells the labels of records.
+
+    Class labels are stored as numbers; where a task knows names, so does the data set.
+
+    Args:
+        features: the kinds of the columns.
+        form: the schema of the task.
+    """
+    feature = (features or {}).get(form.label) if form.classes else None
+    feature = getattr(feature, "feature", feature)  # of the items of a list
+    named = feature if hasattr(feature, "int2str") else None
+
+    def spelled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [spelled(item) for item in value]
+        if named is None or not isinstance(value, int):
+            return value
+        # -1 stands for a label that is held back; it spells no class.
+        return named.int2str(value) if value >= 0 else str(value)
+
+    return spelled
+
+
+@contextmanager
+def _explained(name: str, split: str) -> Iterator[None]:
+    """Turn whatever the library and its loaders raise into one line.
+
+    Raises:
+        InputError: in place of any other exception.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"dataset {name}: cannot load split {split} ({reason_of(error)}); "
+            "check dataset, subset and splits"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what an exception says."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+
+
+def _checked_builder(name: str, subset: str) -> Any:
+    """Return what reads a data set, once it is known to read plain files of its own."""
     try:
         from datasets import load_dataset_builder
 
@@ -52,24 +167,16 @@ def load_split(name: str, subset: str, split: str) -> Any:
     # Such a reader looks through the whole working directory before it can be asked.
     if name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None:
         raise _no_data_set(name)
-    try:
-        builder = load_dataset_builder(name, subset or None)
-        _check_reader(name, builder)
-        _check_files(name, builder)
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split)
-    except InputError:
-        raise
-    except Exception as error:  # the library raises whatever its loaders do
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(
-            f"dataset {name}: cannot load split {split} ({reason}); "
-            "check dataset, subset and splits"
-        ) from error
+    # What these say of a file that cannot be read is raised, too.
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    builder = load_dataset_builder(name, subset or None)
+    _check_reader(name, builder)
+    _check_files(name, builder)
+    return builder
 
 
 def check_columns(
-    data: Any,
+    features: Any,
     columns: tuple[str, ...],
     where: str,
     lists: Collection[str] = (),
@@ -78,7 +185,7 @@ def check_columns(
     """Refuse columns whose values the library opens files for, such as images.
 
     Args:
-        data: a ``datasets.Dataset``.
+        features: the kinds of the columns of a data set.
         columns: of it, to be read.
         where: it comes from, for error messages.
         lists: columns that may hold lists of text or numbers.
@@ -88,7 +195,7 @@ def check_columns(
         InputError: one holds neither text nor numbers.
     """
     for name in columns:
-        feature = data.features[name]
+        feature = features[name]
         if name in lists and type(feature).__name__ in _LISTS:
             feature = feature.feature
         kinds = _kinds(feature) if name in objects else {type(feature).__name__}

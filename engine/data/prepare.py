@@ -6,8 +6,8 @@ from itertools import chain, islice
 from typing import TypeVar
 
 from ..utils.cpus import usable_cpus
-from .rows import Piece
-from .table import OnBadRow, table_of
+from .rows import Piece, Row
+from .table import OnBadRow, Table, table_of
 from .task_schema import TaskSchema
 from .tokenized import TokenizedPiece, tokenize_table
 from .tokenizer import Tokenizer
@@ -39,13 +39,16 @@ class Preparation:
 
     def __call__(self, piece: Piece, tokenizer: Tokenizer) -> TokenizedPiece:
         """Return a piece's examples."""
-        table = table_of(
-            piece.rows,
-            piece.first_row,
-            self.schema,
-            labelled=self.labelled,
-            on_bad_row=self.on_bad_row,
+        return self.tokenized(self.table(piece.rows, piece.first_row), tokenizer)
+
+    def table(self, rows: Iterable[Row], first_row: int = 0) -> Table:
+        """Return rows that are checked, as of :func:`~.table.table_of`."""
+        return table_of(
+            rows, first_row, self.schema, labelled=self.labelled, on_bad_row=self.on_bad_row
         )
+
+    def tokenized(self, table: Table, tokenizer: Tokenizer) -> TokenizedPiece:
+        """Return the examples of rows that were checked."""
         return tokenize_table(
             self.schema, table, tokenizer, self.max_length, joins_pairs=self.joins_pairs
         )

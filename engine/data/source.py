@@ -34,7 +34,8 @@ from ..utils.fingerprint import digest, is_large, sample_digest
 from ..utils.untrusted_io import file_size, open_file
 from .addresses import Address, Place, fingerprint, forget, is_address, opened
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
-from .hf_datasets import check_columns, load_split
+from .hf_datasets import check_columns, load_split, spelling
+from .hub_stream import HubStream
 from .rows import Piece, Row, Rows, as_pieces, find_columns, typed_row
 from .shards import shards
 from .split_source import Column, Delimiter, Encoding, Label, Split, SplitSource, Text
@@ -69,6 +70,7 @@ Kind = Annotated[
 ]
 _TAGS, _RETRIEVAL, _SPANS = "token_classification", "retrieval", "question_answering"
 _OF_SPANS = ("unanswerable", "window_overlap", "max_answer_tokens")
+_SHUFFLE_BUFFER = 10_000
 _OF_FILES = ("layout", "delimiter", "quoting", "header", "encoding", "compression")
 """The fields that say how files are written."""
 
@@ -155,6 +157,12 @@ class TaskSource(Settings):
     """The data set's configuration, where it has several."""
     splits: dict[Split, GivenName] = {"train": "train", "dev": "validation"}
     """What the data set calls each split; slices such as ``train[:90%]`` are understood."""
+    streaming: bool = False
+    """Read the training examples of a data set by name as they are trained on, without a copy on
+    the disk, for data that exceed it; dev and test are read once, into the cache."""
+    shuffle_buffer: Positive = _SHUFFLE_BUFFER
+    """streaming: rows that are in memory and in random order, beside the order of the files; with
+    several ranks, of each."""
     of_split: dict[Split, SplitSource] = {}
     """Splits that are written otherwise, by name: the fields that each has of its own."""
 
@@ -252,6 +260,22 @@ class TaskSource(Settings):
             raise ValueError(f"split_by_rank: has no effect on {what}; leave it out")
         labels = (self.label,) if isinstance(self.label, str) else self.label
         self._check_numbers(() if self.kind == _RETRIEVAL else labels)
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_streamed(self) -> "TaskSource":
+        if not self.streaming and self.shuffle_buffer != _SHUFFLE_BUFFER:
+            raise ValueError("shuffle_buffer: has no effect without streaming; leave it out")
+        if not self.streaming:
+            return self
+        if not self.dataset:
+            raise ValueError("streaming: has no effect on files; name a dataset, or leave it out")
+        for split, name in self.splits.items():
+            if "[" in name:
+                raise ValueError(
+                    f"splits.{split}: {name} is a slice, which cannot be streamed; name a whole "
+                    "split"
+                )
         return self
 
     @model_validator(mode="after")
@@ -425,7 +449,8 @@ class TaskSource(Settings):
                 f"tasks.{task}.source.{table}: no {split} split (it has {there}); name it there"
             )
         if self.dataset:
-            return HubSplit(self.dataset, self.subset, self.splits[split])
+            kind = HubStream if self.streaming else HubSplit
+            return kind(self.dataset, self.subset, self.splits[split])
         names = _listed(self.files[split])
         for name in names:
             if not (Path(name).is_absolute() or is_address(name)) and folder is None:
@@ -627,7 +652,8 @@ class HubSplit:
         """Open the rows, each a record of the data set."""
         columns = format_.columns(labelled=labelled)
         find_columns(self._data.column_names, columns, self.where)
-        check_columns(self._data, columns, self.where, format_.list_columns, format_.object_columns)
+        lists, objects = format_.list_columns, format_.object_columns
+        check_columns(self._data.features, columns, self.where, lists, objects)
         yield Rows(as_pieces(self._rows(format_, columns, self.where)), [])
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
@@ -637,19 +663,7 @@ class HubSplit:
 
     def _rows(self, format_: TaskSchema, columns: tuple[str, ...], where: str) -> Iterator[Row]:
         data, lists = self._data.select_columns(list(columns)), format_.list_columns
-        # Class labels are stored as numbers; where the recipe knows names, so does the data set.
-        feature = data.features.get(format_.label) if format_.classes else None
-        feature = getattr(feature, "feature", feature)  # of the items of a list
-        named = feature if hasattr(feature, "int2str") else None
-
-        def spelled(value: Any) -> Any:
-            if isinstance(value, list):
-                return [spelled(item) for item in value]
-            if named is None or not isinstance(value, int):
-                return value
-            # -1 stands for a label that is held back; it spells no class.
-            return named.int2str(value) if value >= 0 else str(value)
-
+        spelled = spelling(data.features, format_)
         for number, record in enumerate(data):
             if format_.label in record:
                 record[format_.label] = spelled(record[format_.label])
@@ -662,4 +676,4 @@ class HubSplit:
         return load_split(self.name, self.subset, self.split)
 
 
-Origin = DataFile | DataFiles | HubSplit
+Origin = DataFile | DataFiles | HubSplit | HubStream

@@ -87,6 +87,11 @@ def _trains_tasks(case: Case) -> bool:
     return case.recipe.scored
 
 
+def _streams_alone(case: Case) -> bool:
+    """Return whether all that is trained is streamed, so that an epoch is as long as is said."""
+    return set(case.recipe.streamed) == set(case.recipe.train)
+
+
 def _reads_loss(case: Case) -> bool:
     return _is_trained(case) or case.recipe.formats[case.owner].kind == "score"
 
@@ -263,6 +268,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.source.split_by_rank": Effect(
             _is_trained, "{case.owner} is not trained", off=False, also=_SEVERAL_RANKS
         ),
+        # Of files, and of a buffer without a stream, a source refuses them.
+        "tasks.NAME.source.streaming": Effect(lambda _case: True, "", off=False),
+        "tasks.NAME.source.shuffle_buffer": Effect(_is_trained, "{case.owner} is not trained"),
         "tasks.NAME.source.subset": _OF_DATASET,
         "tasks.NAME.source.splits": _OF_DATASET,
         "tasks.NAME.source.*": _OF_FILES,
@@ -359,7 +367,7 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
             off=Recipe.model_fields["epochs"].default,
         ),
         "max_steps": _of_data(
-            lambda case: case.recipe.max_steps < case.facts.epoch_steps,
+            lambda case: case.recipe.max_steps < case.facts.epoch_steps or _streams_alone(case),
             "the epochs are over after {case.facts.epoch_steps} steps",
             off=0,
         ),

@@ -23,6 +23,7 @@ _BEFORE_RECIPE = re.compile(
 
 _FILES = re.compile(
     rf"{_BEFORE_RECIPE.pattern}|metrics\.jsonl?|evaluations\.jsonl|skipped-\d+(-rank-\d+)?\.json"
+    r"|stream-[\w-]+-rank-\d+\.json"
 )
 
 

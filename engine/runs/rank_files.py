@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 from ..checkpoints.manifest import read_manifest
 from ..config.recipe import Recipe
 from ..data.addresses import Address, size_of
-from ..data.source import DataFile, DataFiles, HubSplit
+from ..data.source import DataFile, DataFiles
 from ..distributed.ranks import Ranks
 from ..utils.errors import InputError
 from ..utils.files import explained
@@ -100,7 +100,7 @@ def deal_files(run: Run, ranks: Ranks) -> dict[str, Dealt]:
 
 
 def line_on_other_ranks(run: Run, ranks: Ranks) -> str:
-    """Return a line where a resumed run had another number of ranks, which were dealt files.
+    """Return a line where a resumed run, whose ranks read their own data, had another number.
 
     It is empty elsewhere.
     """
@@ -109,8 +109,8 @@ def line_on_other_ranks(run: Run, ranks: Ranks) -> str:
     if before in (0, ranks.size):
         return ""
     return (
-        f"warning: trained by {_count(before, 'rank')} so far, now by {ranks.size}: files are "
-        "dealt otherwise, so the batches from now on are not those that it would have had"
+        f"warning: trained by {_count(before, 'rank')} so far, now by {ranks.size}, which read "
+        "other examples each, so the batches from now on are not those that it would have had"
     )
 
 
@@ -203,7 +203,7 @@ def _files_called(
     assert source is not None, "files are dealt of a source"
     one = source.model_copy(update={"files": {"train": name}})
     found = one.origin(owner, "train", folder)
-    assert not isinstance(found, HubSplit), "the source has files"
+    assert isinstance(found, DataFile | DataFiles), "the source has files"
     return found.files
 
 

@@ -24,10 +24,14 @@ from ..config import recipe as recipes
 from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
 from ..data.cache import Reading, load_split
+from ..data.hub_stream import HubStream
 from ..data.masked_text import MaskedText
+from ..data.prepare import Preparation
 from ..data.sentences_twice import SentencesTwice
 from ..data.source import Origin
 from ..data.split import TokenizedSplit, tokenize
+from ..data.stream_order import StreamOrder
+from ..data.streamed import StreamedExamples
 from ..data.table import OnBadRow, Table
 from ..data.task_schema import TaskSchema
 from ..data.tokenizer import Tokenizer
@@ -137,6 +141,41 @@ class Run(NamedTuple):
             on_bad_row=on_bad_row or self.recipe.on_bad_row,
             joins_pairs=self._joins_pairs(form),
             reading=self.reading,
+        )
+
+    def stream(self, task: str, shard: tuple[int, int]) -> StreamedExamples:
+        """Return the training examples of a streamed task, of one rank.
+
+        Args:
+            task: the task's name.
+            shard: (rank, ranks).
+
+        Raises:
+            InputError: the data cannot be read, or have no row that can be used.
+        """
+        form, settings = self.recipe.split_schema(task, "train"), self.recipe.tasks[task]
+        found = origin(self.recipe, task, "train")
+        assert isinstance(found, HubStream)
+        assert settings.source is not None
+        return StreamedExamples(
+            StreamOrder(
+                stream=found,
+                schema=form,
+                size=settings.source.shuffle_buffer,
+                seed=self.recipe.seed,
+                shard=shard,
+            ),
+            Preparation(
+                schema=form,
+                labelled=True,
+                on_bad_row=self.recipe.on_bad_row,
+                max_length=self.max_length,
+                joins_pairs=self._joins_pairs(form),
+            ),
+            self.tokenizer,
+            self.reading,
+            all_pieces=settings.tag_pieces == "all",
+            folder=self.folder,
         )
 
     def tokenize(self, form: TaskSchema | None, table: Table) -> TokenizedSplit:

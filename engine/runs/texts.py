@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..config.recipe import Recipe
 from ..data.addresses import Place
 from ..data.cache import Reading, Show, load_vocabulary
+from ..data.hub_stream import HubStream
 from ..data.raw_text import each_line, evenly
 from ..data.rows import lines_on
 from ..data.sampler import stratified_subset
@@ -276,7 +277,7 @@ def check_texts(recipe: Recipe, ranks: int = 1) -> None:
         wanted += [(task, "dev") for task in recipe.tasks if phase.scored]
         for task, split in wanted:
             found = origin(recipe, task, split)
-            for one in () if isinstance(found, HubSplit) else found.files:
+            for one in () if isinstance(found, HubSplit | HubStream) else found.files:
                 _check_file(one)
 
 

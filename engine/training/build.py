@@ -13,6 +13,7 @@ from ..data.masked_text import MaskedText
 from ..data.rank_examples import RankExamples
 from ..data.sampler import RankSampler, Sampler, TaskSampler, TokenSampler, stratified_subset
 from ..data.split import TokenizedSplit
+from ..data.streamed import StreamedExamples, StreamSampler
 from ..data.task_batch import Examples
 from ..data.task_schedule import TaskSchedule
 from ..distributed.gradient_sync import build_gradient_sync
@@ -45,6 +46,8 @@ from .trainer import Trainer, check_range
 NOTHING_DEALT: Mapping[str, RankExamples] = MappingProxyType({})
 """The examples that are dealt to ranks where none are."""
 
+_NOT_KNOWN = "the shapes of a stream's later batches are not known"
+
 
 def build_trainer(
     run: Run,
@@ -72,17 +75,17 @@ def build_trainer(
             f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
         )
     assert dealt.keys() >= {*dealt_names(recipe, ranks.size)}, "read_dealt comes first"
-    train_sets = [dealt[name] if name in dealt else _examples(run, name) for name in recipe.train]
+    train_sets = [
+        dealt[name] if name in dealt else _examples(run, recipe, name, device, ranks)
+        for name in recipe.train
+    ]
     subsets = [_subset(examples, recipe) for examples in train_sets]
     sizes = tuple(
         len(examples) if subset is None else len(subset)
         for examples, subset in zip(train_sets, subsets, strict=True)
     )
     batch_sizes = recipe.batch_sizes(sizes)
-    samplers = [
-        _sampler(recipe, examples, own, subset)
-        for examples, own, subset in zip(train_sets, batch_sizes, subsets, strict=True)
-    ]
+    samplers = _samplers(recipe, train_sets, batch_sizes, subsets, ranks)
     task_schedule = TaskSchedule(
         recipe.task_schedule,
         sizes,
@@ -189,16 +192,55 @@ def build_trainer(
     )
 
 
-def _examples(run: Run, name: str) -> Examples:
-    """Return the training examples of a task or an objective."""
+def _examples(run: Run, recipe: Recipe, name: str, device: torch.device, ranks: Ranks) -> Examples:
+    """Return the training examples of a task or an objective.
+
+    Raises:
+        InputError: they cannot be read, or tagged words are streamed on several ranks.
+    """
     if name in run.recipe.objectives:
         return run.objective(name)
+    if name in recipe.streamed:
+        if ranks.size > 1 and run.recipe.formats[name].labels == "words":
+            raise InputError(
+                f"tasks.{name}.source.streaming: ranks would have to know how many words each "
+                "other's batches have; train it on one rank, or without streaming"
+            )
+        examples = run.stream(name, ranks.shard)
+        if device.type == "cuda" and recipe.execution == "auto":
+            examples.notes.append(f"steps run eagerly, since {_NOT_KNOWN}")
+        return examples
     return labelled(run, name, run.split(name, "train"))
 
 
 def labelled(run: Run, name: str, split: TokenizedSplit) -> TokenizedSplit:
     """Return the training split of a task with the labels that the task is trained on."""
     return replace(split, all_pieces=run.recipe.tasks[name].tag_pieces == "all")
+
+
+def _samplers(
+    recipe: Recipe,
+    train_sets: Sequence[Examples],
+    batch_sizes: Sequence[int],
+    subsets: Sequence[Indices | None],
+    ranks: Ranks,
+) -> list[Sampler]:
+    """Return what draws the batches of each task or objective.
+
+    An epoch is the largest set that has an end; of streams alone, the steps of the phase.
+    """
+    found = {
+        examples.task: _sampler(recipe, examples, batch_size, subset)
+        for examples, batch_size, subset in zip(train_sets, batch_sizes, subsets, strict=True)
+        if not isinstance(examples, StreamedExamples)
+    }
+    turns = 1 if recipe.task_schedule == "together" else len(recipe.train)
+    alone = -(-recipe.max_steps // turns)
+    batches = max((sampler.batches for sampler in found.values()), default=alone)
+    return [
+        found.get(name) or StreamSampler(name, batch_size, batches, ranks.size)
+        for name, batch_size in zip(recipe.train, batch_sizes, strict=True)
+    ]
 
 
 def _sampler(
@@ -370,7 +412,9 @@ def execution_kind(recipe: Recipe, device: torch.device, ranks: Ranks) -> str:
         InputError: the recipe asks for a way that this run cannot use.
     """
     refused: dict[str, str] = {}
-    if is_torch(recipe.optimizer):
+    if recipe.streamed:
+        refused = dict.fromkeys(RECORDED, _NOT_KNOWN)
+    elif is_torch(recipe.optimizer):
         refused = dict.fromkeys(RECORDED, "torch's optimizers wait for the device")
     elif recipe.optimizer in APEX or recipe.balance.startswith(TORCHJD):
         waits = "apex's optimizers and TorchJD's weightings wait for the device"

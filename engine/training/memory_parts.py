@@ -37,6 +37,7 @@ from torch import Tensor
 
 from ..data.collate import PackedBatch
 from ..data.loader import deal, evaluation_batches
+from ..data.streamed import StreamedExamples
 from ..runs.scoring import MAX_TOKENS
 from ..runtime.execution import COMPILED
 from ..runtime.live_bytes import LiveBytes
@@ -345,8 +346,11 @@ def _arrays(value: object, seen: set[int]) -> Iterator[np.ndarray[Any, Any]]:
 def most_tokens(trainer: Trainer) -> int:
     """Return the tokens of this rank's largest batch, of 512 steps at most, evenly spaced.
 
-    Of several micro-batches each has about its share of them.
+    Of several micro-batches each has about its share of them.  0 where a task's examples are
+    streamed: nothing of later batches is known.
     """
+    if any(isinstance(examples, StreamedExamples) for examples in trainer.train_sets):
+        return 0
     count = min(trainer.total_steps, _MOST_BATCHES)
     steps = np.unique(np.linspace(0, trainer.total_steps - 1, count).astype(int)).tolist()
     most = 0

@@ -15,6 +15,7 @@ from ..config.recipe import Recipe
 from ..data.loader import TrainingLoader
 from ..data.sampler import Sampler
 from ..data.split import TokenizedSplit
+from ..data.streamed import StreamedExamples
 from ..data.task_batch import Examples
 from ..data.task_schedule import TaskSchedule
 from ..distributed.gradient_sync import NoSync
@@ -84,6 +85,7 @@ class Trainer:
     def loader(self, start: int) -> TrainingLoader:
         """Return the batches from step ``start`` of the phase to its end."""
         on_cpu = self.device.type == "cpu"
+        self._go_to(start)
         return TrainingLoader(
             self.train_sets,
             self.samplers,
@@ -97,6 +99,16 @@ class Trainer:
             plan_lookups=None if on_cpu else self.model.with_lookup_plan,
             pin_memory=self.device.type == "cuda",
         )
+
+    def _go_to(self, start: int) -> None:
+        """Read streams on to the first batches that steps from ``start`` on have of them."""
+        steps = range(start, min(start + len(self.samplers), self.total_steps))
+        for task, examples in enumerate(self.train_sets):
+            if isinstance(examples, StreamedExamples):
+                scheduled = (each for step in steps for each in self.task_schedule.batches(step))
+                first = next((each.batch for each in scheduled if each.task == task), None)
+                if first is not None:
+                    examples.go_to(self.samplers[task].batch(first))
 
     def log(self, start: int) -> MetricsLog:
         """Return the log of the steps from ``start`` on."""
@@ -189,6 +201,9 @@ class Trainer:
 
     def save(self, progress: Progress) -> None:
         """Begin to write a checkpoint to resume from."""
+        for examples in self.train_sets:
+            if isinstance(examples, StreamedExamples):
+                examples.keep_marks(self.run.folder)
         self.checkpoint_writer.wait()  # the copy of the one before is freed before another is made
         state, dealt = self.state, any(sampler.by_rank for sampler in self.samplers)
         manifest = Manifest(

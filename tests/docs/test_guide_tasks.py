@@ -62,6 +62,15 @@ def test_the_guide_can_be_followed(
     assert [line.split("\t")[1] for line in lines] == [line.split()[0] for line in answers]
 
 
+def test_the_source_of_a_stream(tmp_path: Path) -> None:
+    """The recipe of the section, with the head and the steps that it needs besides."""
+    *_, block = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+    (tmp_path / "topics.toml").write_text(
+        f'train = ["topics"]\nmax_steps = 9\n[tasks.topics]\nhead = "single"\n{block}'
+    )
+    assert recipes.load(str(tmp_path / "topics.toml")).streamed == ("topics",)
+
+
 def test_tags_and_several_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,8 @@ OF_OTHERS = {
     "max_answer_length": "tasks.NAME.source.max_answer_tokens",
     "version_2_with_negative": "tasks.NAME.source.unanswerable",
     "split_dataset_by_node": "tasks.NAME.source.split_by_rank",
+    "buffer_size": "tasks.NAME.source.shuffle_buffer",
+    "shuffle_buffer_size": "tasks.NAME.source.shuffle_buffer",
     "similarity_fct": "",
     "pos_weight": "tasks.NAME.class_weights",
     "decision_threshold": "tasks.NAME.threshold",

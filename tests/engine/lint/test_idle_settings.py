@@ -666,6 +666,15 @@ def test_sources(source, idle):
     assert found == [f"tasks.mood.source.{name}" for name in idle]
 
 
+def test_a_buffer_of_a_stream_that_is_not_trained():
+    buffer = "tasks.mood.source.shuffle_buffer"
+    source = "{kind='regression',text=['t'],dataset='x',streaming=true,shuffle_buffer=5}"
+    settings = ("tasks.mood.head=single", f"tasks.mood.source={source}", "max_train_examples=0")
+    trained = lines_of("train=['mood']", "max_steps=5", "balance=sum", *settings)
+    assert trained == []
+    assert lines_of(*settings) == [f"{buffer} = 5: no effect, mood is not trained"]
+
+
 def write(run: Run, folder: Path) -> Path:
     run._replace(folder=folder).write()
     return folder
