@@ -33,7 +33,10 @@ Contestant = Callable[[], object]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "torchjd", "liger-kernel", "apex")
+_PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "tokenizers", "datasets"),
+    *("torchjd", "liger-kernel", "apex"),
+)
 
 
 def synchronize(device: torch.device) -> None:

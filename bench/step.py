@@ -8,7 +8,8 @@ project, by the way they combine losses, end the table.  This engine's recorded 
 side stream for weight gradients and without (``one stream``).  The floor is the time of the step's
 matrix products, on a GPU replayed, on a CPU in turns with the contestants, plus the bytes of
 surgery and update at the copy bandwidth, measured in the same run.  ``--growth`` measures how this
-engine's step grows with tasks, shapes and examples.
+engine's step grows with tasks, shapes and examples; ``--masked-lm`` its step of masked language
+modelling beside that of transformers' ``run_mlm.py`` (bench/step_masked_lm.py).
 """
 
 import argparse
@@ -40,7 +41,7 @@ from engine.training.build import build_trainer
 from engine.training.trainer import Trainer
 from engine.utils.errors import InputError
 
-from . import harness, random_encoder, step_growth
+from . import harness, random_encoder, step_growth, step_masked_lm
 from .baselines import TASKS, HuggingFaceLoop, PaddedBatch
 from .batching import (
     Batching,
@@ -292,16 +293,19 @@ def main() -> None:
     if device.type == "cpu":
         kernels.keep_freed_memory()  # as engine.train does; it serves the peers, too
     with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if options.encoder is not None:
             if options.init is None:
                 raise InputError(
                     "--encoder: needs --init, the model folder whose vocab.txt it takes"
                 )
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.encoder
+            folder = scratch / options.encoder
             random_encoder.write(folder, options.encoder, options.init / "vocab.txt")
             options.init = folder
         if options.growth:
             step_growth.measure(options, device, console)
+        elif options.masked_lm is not None:
+            step_masked_lm.measure(options, device, console, scratch / "tokenizer")
         else:
             measure(options, device, console)
 
@@ -470,7 +474,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN",
         help="only contestants whose names match",
     )
-    add("--growth", action="store_true", help="tasks, shapes and examples instead of peers")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--growth", action="store_true", help="tasks, shapes and examples instead of peers"
+    )
+    instead.add_argument(
+        "--masked-lm",
+        type=harness.whole(512),
+        metavar="TOKENS",
+        help="steps of masked language modelling of so many tokens instead, such as 4096",
+    )
     return parser
 
 

@@ -1,6 +1,7 @@
 """``python -m engine.cache``: show what the cache of tokenized data holds, or remove from it."""
 
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from rich.table import Table
 
 from .cli.common import Parser, run_cli, terminal
 from .data.cache import default_cache
-from .data.cached_entries import CachedEntry, entries_of, remove, unfinished
-from .utils.errors import InputError
+from .data.cached_entries import CachedEntry, entries_of, remove_abandoned, remove_entry
+from .utils.quoting import one_line
 
 _DAY = 24 * 60 * 60
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -27,12 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="The cache is $SUPERBERT_CACHE, or ~/.cache/superbert.",
     )
     add = parser.add_argument_group("what to remove").add_argument
-    add("--unused-for", type=_days, metavar="DAYS", help="what was not used for so long")
+    add(
+        "--unused-for",
+        type=_days,
+        metavar="DAYS",
+        help="what was not used for so long (default: all stays)",
+    )
     add(
         "--keep",
         type=_bytes,
         metavar="SIZE",
-        help="the longest unused, until there is no more than this, such as 20G; 0: all",
+        help="the longest unused, until there is no more than this, such as 20G; 0: all "
+        "(default: all stays)",
     )
     options = parser.parse_args(arguments)
     root, console = default_cache(), terminal()
@@ -41,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     removes = options.unused_for is not None or options.keep is not None
     if removes:
         for entry in doomed:
-            remove(entry.folder)
-        for folder in unfinished(root):
-            remove(folder)
+            remove_entry(entry)
         freed = decimal(sum(entry.size for entry in doomed))
-        console.print(f"removed {len(doomed)} entries, {freed}, of {root}", soft_wrap=True)
+        left = remove_abandoned(root)
+        more = f", and {decimal(left)} that killed processes left" if left else ""
+        console.print(f"removed {len(doomed)} entries, {freed}{more}, of {root}", soft_wrap=True)
         entries = [entry for entry in entries if entry not in doomed]
     _print(console, entries, root)
     return 0
@@ -68,7 +75,7 @@ def _print(console: Console, entries: Sequence[CachedEntry], root: Path) -> None
     table = Table("data", "what", "size", "last used")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        table.add_row(entry.data, entry.what, decimal(entry.size), used)
+        table.add_row(one_line(entry.data), one_line(entry.what), decimal(entry.size), used)
     if entries:
         console.print(table)
     total = decimal(sum(entry.size for entry in entries))
@@ -76,23 +83,33 @@ def _print(console: Console, entries: Sequence[CachedEntry], root: Path) -> None
 
 
 def _days(text: str) -> float:
+    """Return the days that an option was given.
+
+    Raises:
+        argparse.ArgumentTypeError: they are none.
+    """
     try:
         days = float(text)
     except ValueError:
         days = -1
     if not 0 <= days < 1e6:
-        raise InputError(f"--unused-for {text}: expected a number of days, such as 30")
+        raise ArgumentTypeError(f"{text!r}: invalid, give a number of days, such as 30")
     return days
 
 
 def _bytes(text: str) -> int:
+    """Return the size that an option was given.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
     number, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
     try:
         size = float(number) * (_UNITS[unit] if unit else 1)
     except (KeyError, ValueError):
         size = -1
     if not 0 <= size < 1 << 60:
-        raise InputError(f"--keep {text}: expected a size, such as 500M or 20G")
+        raise ArgumentTypeError(f"{text!r}: invalid, give a size, such as 500M or 20G")
     return int(size)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cli.common import Parser, print_scores, run_cli, terminal
+from .cli.data_progress import add_reading, reading_of
 from .cli.options import add_device, add_run_data, with_run_data
 from .cli.progress import report_data
 from .data.source import DataFile
@@ -44,12 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_run_data(where)
     add_device(where)
+    add_reading(where)
     options = parser.parse_args(arguments)
 
     run = whole = open_run(options.run)
+    if not run.recipe.tasks:
+        raise InputError(f"{options.run}: has no task; objectives are not scored")
     if options.input is not None:
         _check_alone(options)
-    run = with_run_data(run, options.data)
+    run = with_run_data(run, options.data)._replace(reading=reading_of(options, terminal()))
     if options.task is not None:
         run = _of_task(run, options.task)
     split = options.split or "dev"
@@ -100,7 +104,7 @@ def _of_task(run: Run, task: str) -> Run:
     """
     settings = run.recipe.tasks.get(task)
     if settings is None:
-        raise InputError(f"--task {task}: {run.folder} has {', '.join(run.recipe.tasks)}")
+        raise InputError(f"--task {task}: {run.folder} has {run.task_names}")
     tasks = {task: settings.model_copy(update={"score_weight": 1.0})}
     return run._replace(recipe=run.recipe.model_copy(update={"tasks": tasks}))
 

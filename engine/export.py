@@ -14,7 +14,7 @@ from .metrics.log import EVALUATIONS
 from .metrics.read import read_evaluation_lines
 from .runs.predictor import schema
 from .runs.run import Run, open_run
-from .runs.scoring import read_scores
+from .runs.scoring import METRICS, read_scores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def _dev_scores(run: Run, progress: Progress) -> Mapping[str, float | None] | No
     An evaluation of another split replaces ``metrics.json``; those of the training are then left,
     which has none of an average.
     """
-    if (run.folder / "metrics.json").exists():
+    if run.recipe.is_scored and (run.folder / METRICS).exists():
         measured = read_scores(run.folder, run.recipe.tasks)
         if measured.split == "dev" and measured.step == progress.step:
             return measured.scores

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from .cli.common import Parser, positive, run_cli, terminal
+from .cli.common import Parser, ended_by_sigterm, positive, run_cli, terminal
 from .cli.options import add_device, add_force, add_run_data, with_run_data
 from .cli.predictions import (
     INPUT_FORMATS,
@@ -71,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Every row is owed a line, so a skipped one keeps its place as a blank.
     on_bad_row: OnBadRow = "blank" if options.on_bad_row == "skip" else "error"
     made = _found if options.passages is not None else _answered
-    with nullcontext(_Printer()) if to_stdout else open_output(output, replace=replace) as file:
+    with (
+        ended_by_sigterm(),
+        nullcontext(_Printer()) if to_stdout else open_output(output, replace=replace) as file,
+    ):
         done = made(run, options, form, form_out, on_bad_row, file)
     console = terminal(stderr=to_stdout)
     where = "standard output" if to_stdout else output

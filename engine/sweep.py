@@ -19,11 +19,13 @@ from rich.console import Console
 
 from .cli.children import Children
 from .cli.common import Parser, positive, print_warnings, run_cli, terminal
+from .cli.data_progress import add_reading, reading_of, shown_on
 from .cli.options import add_device, add_settings, overrides
 from .cli.series import halve_series, train_series, tune_series
 from .cli.standard_output import train_without_output
 from .config import recipe as recipes
 from .config.renamed import with_new_name
+from .data.cache import Reading, unwatched
 from .runs.draws import random_points, split_values
 from .runs.experiments import (
     MOST_RUNS,
@@ -41,6 +43,7 @@ from .runtime.cpu import share_cores
 from .runtime.precision import pick_device
 from .train import train_run
 from .training.build import check_balance
+from .utils.cpus import usable_cpus
 from .utils.errors import InputError
 from .utils.file_names import as_file_name, distinct_names
 from .utils.files import explained, resolved
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_models(out, specs)
     for spec in specs:
         check_balance(spec.recipe)
-    workers = workers_of(device, console, options.jobs)
+    workers = workers_of(device, console, options.jobs, reading_of(options, console))
     minutes = math.inf if options.minutes is None else options.minutes
     deadline, pruned = time.monotonic() + 60 * minutes, options.prune
     with held(out):
@@ -94,19 +97,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
 
-def workers_of(device: torch.device, console: Console, jobs: int) -> Workers:
+def workers_of(device: torch.device, console: Console, jobs: int, reading: Reading) -> Workers:
     """Return the processes that train the runs."""
-    return Children(partial(train_one, device=device, jobs=jobs), console, jobs)
+    # Another process shows progress on a console of its own.
+    plain = reading._replace(watch=unwatched)
+    train = partial(train_one, device=device, jobs=jobs, reading=plain)
+    return Children(train, console, jobs)
 
 
-def train_one(job: Job, device: torch.device, jobs: int) -> End:
+def train_one(job: Job, device: torch.device, jobs: int, reading: Reading) -> End:
     """Train one run in this process, which shares the machine with others of ``jobs`` in all."""
     share_cores(jobs)
+    if not reading.workers:
+        reading = reading._replace(workers=max(1, usable_cpus() // jobs))
 
     def train(run: Run, steps: int | None) -> Signals | None:
         return train_run(run, device, terminal(), stop_after=steps)
 
-    return train_job(job, train, lambda run: score_newest(run, device))
+    reading = shown_on(terminal(), reading)
+    return train_job(job, train, lambda run: score_newest(run, device), reading)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -379,6 +388,7 @@ def _parser() -> Parser:
         metavar="N",
         help="train N runs at once, which share the CPU's cores, or the GPU (default: 1)",
     )
+    add_reading(where)
     where.add_argument(
         "--prune",
         action="store_true",

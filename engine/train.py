@@ -46,9 +46,10 @@ from .runs.experiments import seeds_of
 from .runs.folder import claimed, free_folders
 from .runs.job import InProcess
 from .runs.lock import held, held_first
+from .runs.rank_files import deal_files, line_on_other_ranks
 from .runs.resume import resume
 from .runs.run import Run, begin
-from .runs.scoring import Scores, read_scores, score_splits, write_scores
+from .runs.scoring import METRICS, Scores, read_scores, score_splits, write_memory, write_scores
 from .runtime.cpu import set_threads
 from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
 from .runtime.precision import pick_device
@@ -56,6 +57,8 @@ from .training.average_best import average_best, discard_average
 from .training.build import build_trainer
 from .training.divergence import check_skipped, is_worth_saving
 from .training.drift import check_ranks, check_ranks_at_start
+from .training.memory_parts import MemoryMeter
+from .training.rank_sets import read_dealt
 from .training.signals import StopRequest
 from .training.trainer import Trainer
 from .utils.errors import InputError
@@ -65,12 +68,15 @@ _LEASE = 120.0
 """Seconds after which a file server releases the locks of a lost machine."""
 
 
-def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> Signals | None:
+def train(
+    trainer: Trainer, console: Console, meter: MemoryMeter, stop_after: int | None = None
+) -> Signals | None:
     """Train one phase, from the run's newest checkpoint on.
 
     Args:
         trainer: of the phase.
         console: for progress.
+        meter: of the process's memory.
         stop_after: steps of the run after which it stops with a checkpoint, as a signal stops it;
             None for the phase's end.  What is trained before, the learning rates among it, does not
             depend on it.
@@ -101,7 +107,8 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
         for step, *micro_batches in zip(steps, *[on_device] * recipe.micro_batches, strict=False):
             lr = trainer.lr_schedule(progress.phase_step)
             warmed_up = trainer.step.execution.warmup_seconds
-            report = trainer.step(micro_batches, step, lr)
+            with meter.step(trainer, micro_batches):
+                report = trainer.step(micro_batches, step, lr)
             warmup = trainer.step.execution.warmup_seconds - warmed_up
             trainer.rank_check.add(step + 1)
             tokens = sum(each.num_tokens - each.padding for each in micro_batches)
@@ -125,6 +132,7 @@ def train(trainer: Trainer, console: Console, stop_after: int | None = None) -> 
                     log,
                     bar,
                     progress,
+                    meter,
                     evaluate=evaluate,
                     due=bool(due) or trainer.ends_epoch(progress.phase_step) or stopping,
                     stopping=stopping,
@@ -161,6 +169,7 @@ def _evaluate_and_save(
     log: MetricsLog,
     bar: ProgressBar,
     progress: Progress,
+    meter: MemoryMeter,
     *,
     evaluate: bool,
     due: bool,
@@ -174,6 +183,7 @@ def _evaluate_and_save(
         log: of the steps.
         bar: what shows the scores.
         progress: after the last step.
+        meter: of the process's memory.
         evaluate: whether to score the model.
         due: whether a checkpoint is due; one is written also where scores are the best so far, or
             end the phase.
@@ -188,7 +198,7 @@ def _evaluate_and_save(
     scores = {}
     if evaluate:
         recipe = trainer.run.recipe
-        with trainer.scored_weights():
+        with meter.evaluation(), trainer.scored_weights():
             scores = score_splits(
                 trainer.model, trainer.dev_sets, recipe, trainer.ranks, choose_thresholds=True
             )
@@ -234,14 +244,37 @@ def train_run(
     if device.type == "cpu":
         kernels.keep_freed_memory()
         set_threads(run.recipe.threads, ranks.local_size)
+    meter = MemoryMeter(device)
+    signal = _train_phases(run, device, console, ranks, meter, stop_after)
+    # A run that stopped before its first evaluation has no scores yet, which commands then say.
+    is_due = not run.recipe.is_scored or (run.folder / METRICS).exists()
+    if ranks.is_main and is_due and (memory := meter.report()) is not None:
+        write_memory(run.folder, memory)
+    return signal
+
+
+def _train_phases(
+    run: Run,
+    device: torch.device,
+    console: Console,
+    ranks: Ranks,
+    meter: MemoryMeter,
+    stop_after: int | None,
+) -> Signals | None:
+    """Train the phases of a run, as :func:`train_run` does."""
     done, facts = run.checkpoints.progress(), dict[str, PhaseFacts]()
     known, idle = list[str](), list[str]()
+    files = deal_files(run, ranks)
+    if line := line_on_other_ranks(run, ranks):
+        console.print(line, soft_wrap=True, highlight=False)
     for phase in range(done.phase, len(run.recipe.in_phases)):
         if stop_after is not None and run.checkpoints.progress().step >= stop_after:
             return None
+        with memory_explained(SMALLER_MODEL):
+            dealt = read_dealt(run, device, ranks, files, phase)
         # The first on each machine fills the cache of tokenized data.
         with ranks.main_first(), memory_explained(SMALLER_MODEL):
-            trainer = build_trainer(run, device, ranks, phase=phase)
+            trainer = build_trainer(run, device, ranks, phase=phase, dealt=dealt)
         if phase == done.phase:
             _check_steps(trainer, done)
         if ranks.is_main:
@@ -258,11 +291,13 @@ def train_run(
             closing(execution),
             memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)),
         ):
-            signal = train(trainer, console, stop_after)
+            signal = train(trainer, console, meter, stop_after)
+            meter.end_phase(trainer)
         report_streams(console, trainer.train_sets)
         print_warmup(console, execution)
         if signal is not None:
             return signal
+        del trainer, execution  # the next phase is built in the memory that this one took
     return None
 
 
@@ -313,7 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seeds is not None:
         specs = seeds_of("", recipe, options.seeds)
         with _claimed_folder(options, held) as out:
-            workers = InProcess(lambda run, _: train_run(run, device, console))
+            reading = reading_of(options, console)
+            workers = InProcess(lambda run, _: train_run(run, device, console), reading=reading)
             return train_series(out, specs, workers, console)
     with ranks.init(device, recipe.timeout):
         restarted = ranks.any(ranks.restarted)  # of several agents one may not have counted it
@@ -324,14 +360,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with ranks.main_first():
                 reading = reading_of(options, console)
                 run = (
-                    resume(recipe, out, reading) if resumes else begin(recipe, out, reading=reading)
+                    resume(recipe, out, reading, ranks.size)
+                    if resumes
+                    else begin(recipe, out, reading=reading, ranks=ranks.size)
                 )
             if options.dry_run:
-                trainer = build_trainer(run, device, ranks)
+                meter = MemoryMeter(device)
+                dealt = read_dealt(run, device, ranks, deal_files(run, ranks))
+                trainer = build_trainer(run, device, ranks, dealt=dealt)
                 print_line_on_init(console, run)
                 report_data(console, [*trainer.train_sets, *trainer.dev_sets.values()])
                 with closing(trainer.step.execution):
-                    show_plan(console, trainer)
+                    show_plan(console, trainer, meter)
                 print_idle_settings(console, trainer, {trainer.name: PhaseFacts.of(trainer)}, ())
                 return 0
             signal = train_run(run, device, console, ranks)

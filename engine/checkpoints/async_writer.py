@@ -6,7 +6,6 @@ folder, and removes the oldest checkpoint.  A kill at any moment leaves either t
 the ones before.  Several machines need a shared file system.
 """
 
-import json
 import math
 import warnings
 from concurrent.futures import Future
@@ -43,6 +42,7 @@ from ..distributed.ranks import Ranks
 from ..models.stored_dtypes import check_stored_dtypes
 from ..utils.errors import InputError
 from ..utils.files import explained, new_partial_folder, put_folder, remove_folder
+from ..utils.json_text import dump_json
 from .manifest import Manifest, Progress, seal
 from .step_weights import readable
 from .store import FILES, Checkpoints
@@ -207,7 +207,7 @@ class _Writer(HuggingFaceStorageWriter):
                 if item.tensor_data is not None
             }
             metadata = {
-                CUSTOM_METADATA_KEY: json.dumps(offsets),
+                CUSTOM_METADATA_KEY: dump_json(offsets),
                 DCP_VERSION_KEY: str(HF_DCP_VERSION),
                 FORMAT_KEY: FORMAT_VALUE,
             }

@@ -127,6 +127,8 @@ class Manifest(BaseModel):
     """Of each parameter, by name, where the weights are stored as flat vectors."""
     thresholds: dict[str, tuple[FiniteFloat, ...]] = {}
     """Logits above which tasks answer yes, by task, where they were chosen on the dev data."""
+    ranks: Count = 0
+    """Processes that trained it, of a run whose files are dealt to them; 0 of any other run."""
     files: dict[str, str] = {}
     """The SHA-256 of every file, by its name."""
     digest: str = ""
@@ -148,7 +150,10 @@ class Manifest(BaseModel):
 
     def content(self) -> dict[str, Any]:
         """Return the fields as JSON has them, without what earlier checkpoints had no field for."""
-        return self.model_dump(mode="json", exclude=None if self.thresholds else {"thresholds"})
+        later = {"thresholds": self.thresholds, "ranks": self.ranks}
+        return self.model_dump(
+            mode="json", exclude={name for name, value in later.items() if not value}
+        )
 
 
 def seal(folder: Path, manifest: Manifest) -> None:

@@ -108,6 +108,13 @@ class TrainingState:
             bool(tensor.amin() >= 0) for tensor in not_negative if tensor.numel()
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the copy that :meth:`tensors` makes, on this rank."""
+        shards = [shard for _, shard, _ in self._shards()]
+        own = [*self._optimizer.state.values(), *self._whole.values(), *self._frozen.values()]
+        return sum(tensor.nbytes for tensor in [*shards, *own])
+
     def tensors(self) -> dict[str, Tensor]:
         """Return a copy of the state, on the CPU."""
         state: dict[str, Tensor] = {}

@@ -4,7 +4,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -111,6 +113,23 @@ def _status(main: Callable[[], int]) -> int:
         print(f"error: {error}; start again with --resume", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(LOST_RANK)  # threads may wait for the lost rank, and exiting for them
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears of it
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(STOPPED + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def print_warnings(lines: Iterable[str]) -> None:

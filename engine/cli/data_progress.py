@@ -1,7 +1,7 @@
 """Show how far a large file is read: a bar on a terminal, a line now and then in a log."""
 
 import time
-from argparse import Namespace, _ActionsContainer
+from argparse import ArgumentTypeError, Namespace, _ActionsContainer
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,13 +16,15 @@ _SILENT = 2.0
 """Seconds that a file may take unmentioned."""
 _BETWEEN = 30.0
 """Seconds between lines of a log."""
+_MOST = 1024
+"""Processes that may be asked for."""
 
 
 def add_reading(group: _ActionsContainer) -> None:
     """Add ``--workers`` and ``--verify-data``."""
     group.add_argument(
         "--workers",
-        type=positive,
+        type=_workers,
         default=0,
         metavar="N",
         help="processes that tokenize a large file (default: as many as there are cores)",
@@ -35,8 +37,24 @@ def add_reading(group: _ActionsContainer) -> None:
     )
 
 
+def _workers(text: str) -> int:
+    """Return how many processes are asked for.
+
+    Raises:
+        argparse.ArgumentTypeError: none, or more than any machine needs.
+    """
+    if (count := positive(text)) > _MOST:
+        raise ArgumentTypeError(f"{text!r}: expected {_MOST:,} or less")
+    return count
+
+
 def reading_of(options: Namespace, console: Console) -> Reading:
     """Return how data are read, by the options and with progress on a console."""
+    return shown_on(console, Reading(options.workers, options.verify_data))
+
+
+def shown_on(console: Console, reading: Reading) -> Reading:
+    """Return a way to read data that shows progress on a console."""
 
     @contextmanager
     def watch(name: str) -> Iterator[Show]:
@@ -46,7 +64,7 @@ def reading_of(options: Namespace, console: Console) -> Reading:
         finally:
             progress.close()
 
-    return Reading(options.workers, options.verify_data, watch)
+    return reading._replace(watch=watch)
 
 
 class _Progress:
@@ -76,7 +94,7 @@ class _Progress:
     def _line(self, rows: int, share: float, seconds: float) -> str:
         whole, left = "", ""
         if share > 0:
-            whole = f" of about {round(rows / share, -3):,.0f}"
+            whole = f" of about {max(rows, round(rows / share, -3)):,.0f}"
             left = f", {timedelta(seconds=round(seconds * (1 - share) / share))} left"
         return f"reading {self._name}: {rows:,}{whole} rows, {rows / seconds:,.0f} rows/s{left}"
 

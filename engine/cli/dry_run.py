@@ -1,7 +1,6 @@
 """Estimate the memory and the time of a run, from its tensors and a few real steps."""
 
 import itertools
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,17 +13,25 @@ from rich.table import Table
 from torch import Tensor
 
 from ..runtime.oom import memory_explained, smaller_batches
+from ..training.memory_parts import MemoryMeter, MemoryParts
 from ..training.trainer import Trainer
+from ..utils.memory import peak_resident_memory
 
 _STEPS = 3
 _MIB = 1 << 20
 _CALLED = {"exp_avg": "first moments", "exp_avg_sq": "second moments"}
 
 
-def show_plan(console: Console, trainer: Trainer) -> None:
+def show_plan(console: Console, trainer: Trainer, meter: MemoryMeter) -> None:
     """Print the resolved recipe, and the memory and time that training needs.
 
-    The first batches are really trained on, in memory alone: nothing is written.
+    The first batches are really trained on, in memory alone: nothing is written.  The parts of the
+    memory are those of :mod:`~engine.training.memory_parts`.
+
+    Args:
+        console: to print to.
+        trainer: of the first phase.
+        meter: made before the trainer was built.
 
     Raises:
         InputError: the memory does not suffice.
@@ -35,12 +42,12 @@ def show_plan(console: Console, trainer: Trainer) -> None:
     table = Table("what", "needs")
     recipe = trainer.recipe
     with memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)):
-        for what, needs in _plan(trainer):
+        for what, needs in _plan(trainer, meter):
             table.add_row(what, needs)
     console.print(table)
 
 
-def _plan(trainer: Trainer) -> Iterator[tuple[str, str]]:
+def _plan(trainer: Trainer, meter: MemoryMeter) -> Iterator[tuple[str, str]]:
     kept = {
         "weights, fp32": trainer.parameters.own.master,
         "task gradients": trainer.parameters.rows,
@@ -53,13 +60,8 @@ def _plan(trainer: Trainer) -> Iterator[tuple[str, str]]:
         kept["weights to compute with"] = trainer.parameters.compute
     for what, tensor in kept.items():
         yield f"{what} {list(tensor.shape)}", _mebibytes(_bytes(tensor))
-    before = sum(map(_bytes, kept.values()))
-    seconds, tokens, peak = _try_steps(trainer)
-    if trainer.device.type == "cuda":
-        yield "activations and the like, at the peak", _mebibytes(max(peak - before, 0))
-        yield "GPU memory, at the peak", _mebibytes(peak)
-    else:
-        yield "the whole process, at the peak", _mebibytes(peak)
+    seconds, tokens = _try_steps(trainer, meter)
+    yield from _memory(meter.predict(trainer), trainer.device)
     yield "steps", f"{trainer.total_steps:,}, {trainer.epoch_steps:,} an epoch"
     yield "tokens a step", f"{tokens:,.0f}"
     yield "seconds a step", f"{seconds:.3g}"
@@ -67,8 +69,33 @@ def _plan(trainer: Trainer) -> Iterator[tuple[str, str]]:
     yield "time, without evaluations and warming up", str(total)
 
 
-def _try_steps(trainer: Trainer) -> tuple[float, float, int]:
-    """Train a few steps; return their median seconds, mean tokens, and peak memory in bytes."""
+def _memory(parts: MemoryParts, device: torch.device) -> Iterator[tuple[str, str]]:
+    """Yield the parts of the memory and their sums, and what the system saw of the steps."""
+    mapped = _mebibytes(parts.mapped_rows)
+    yield "the process itself, and libraries", _mebibytes(parts.process)
+    yield "weights, with copies", _mebibytes(parts.weights)
+    yield "gradients", _mebibytes(parts.gradients)
+    yield "moments", _mebibytes(parts.moments)
+    yield (
+        f"rows of the data ({mapped} from files, which the system can drop)",
+        _mebibytes(parts.rows),
+    )
+    yield "activations of the largest batch", _mebibytes(parts.activations)
+    yield "evaluation", _mebibytes(parts.evaluation)
+    yield "copy for a checkpoint", _mebibytes(parts.checkpoint)
+    peak = _mebibytes(peak_resident_memory())
+    if device.type == "cuda":
+        yield "sum on the GPU (activations or evaluation)", _mebibytes(parts.on_device)
+        yield "sum on the host", _mebibytes(parts.on_host)
+        allocated = torch.cuda.max_memory_allocated(device)
+        yield "GPU memory, at the peak of these steps", _mebibytes(allocated)
+    else:
+        yield "sum (activations or evaluation)", _mebibytes(parts.total)
+    yield "the whole process, at the peak of these steps", peak
+
+
+def _try_steps(trainer: Trainer, meter: MemoryMeter) -> tuple[float, float]:
+    """Train a few steps; return their median seconds and mean tokens."""
     on_gpu = trainer.device.type == "cuda"
     micro_batches, execution = trainer.recipe.micro_batches, trainer.step.execution
     seconds, tokens = [], []
@@ -78,18 +105,14 @@ def _try_steps(trainer: Trainer) -> tuple[float, float, int]:
         steps = zip(range(1 + _STEPS), *[batches] * micro_batches, strict=False)
         for step, *batch in itertools.islice(steps, min(1 + _STEPS, trainer.total_steps)):
             start, warmed_up = time.perf_counter(), execution.warmup_seconds
-            trainer.step(batch, step, trainer.lr_schedule(step))
+            with meter.step(trainer, batch):
+                trainer.step(batch, step, trainer.lr_schedule(step))
             if on_gpu:
                 torch.cuda.synchronize(trainer.device)
             warmup = execution.warmup_seconds - warmed_up
             seconds.append(time.perf_counter() - start - warmup)
             tokens.append(sum(each.num_tokens - each.padding for each in batch))
-    peak = (
-        torch.cuda.max_memory_allocated(trainer.device)
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return median(seconds[1:] or seconds), sum(tokens) / len(tokens), peak
+    return median(seconds[1:] or seconds), sum(tokens) / len(tokens)
 
 
 def _bytes(tensor: Tensor) -> int:

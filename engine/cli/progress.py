@@ -12,6 +12,7 @@ from rich.live import Live
 
 from ..checkpoints.manifest import Progress
 from ..data.masked_text import MaskedText
+from ..data.rank_examples import RankExamples
 from ..data.sampler import TokenSampler
 from ..data.sentences_twice import SentencesTwice
 from ..data.split import TokenizedSplit
@@ -81,11 +82,12 @@ def report_data(
             if line not in notes:
                 notes.append(line)
                 console.print(line, highlight=False, soft_wrap=True)
-        if not isinstance(split, TokenizedSplit):
+        if not isinstance(split, TokenizedSplit | RankExamples):
             continue
-        if split.truncated:
-            console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
-        for reason, count in split.bad_rows.items():
+        found = split.report if isinstance(split, RankExamples) else split
+        if found.truncated:
+            console.print(f"{split.task}: {found.truncated} sentences cut to the length limit")
+        for reason, count in found.bad_rows.items():
             console.print(f"{split.task}: {count} rows skipped ({reason})")
     return notes
 
@@ -105,8 +107,21 @@ def _notes_on(examples: Examples) -> Iterator[str]:
     """Yield a line for each note on the files of a task or objective."""
     if isinstance(examples, TokenizedSplit | StreamedExamples):
         yield from (f"{examples.task}: {note}" for note in examples.notes)
+    elif isinstance(examples, RankExamples):
+        yield f"{examples.task}: {_dealt(examples)}"
+        of_task = f"{examples.task}: " if examples.report.found is None else ""
+        yield from (f"{of_task}{note}" for note in examples.report.notes)
     elif isinstance(examples, MaskedText | SentencesTwice):
         yield from examples.found.notes
+
+
+def _dealt(examples: RankExamples) -> str:
+    """Return how many files and examples the ranks have, and what follows."""
+    report, ranks = examples.report, len(examples.sizes)
+    return (
+        f"{report.files:,} files dealt to {ranks} ranks, {report.rows:,} examples, of which this "
+        f"one reads {len(examples.own):,}; runs with another number of ranks see other batches"
+    )
 
 
 def print_idle_settings(

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from ..data.rows import shorten
+from ..utils.field_types import ONE, SEVERAL
 from .other_names import OPTIONS, OTHER_NAMES
 
 ANY_NAME = "NAME"
@@ -49,7 +50,8 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """
     problems = error.errors()
     problem = next((one for one in problems if one["type"] == _UNKNOWN), problems[0])
-    location, value = [str(part) for part in problem["loc"]], problem["input"]
+    location = [str(part) for part in problem["loc"] if part not in (ONE, SEVERAL)]
+    value = problem["input"]
     key, message = ".".join(location), problem["msg"].removeprefix("Value error, ")
     if problem["type"] == _UNKNOWN:
         return f"unknown key {key}{_nearest_key(location, model)}"

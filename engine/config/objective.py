@@ -21,7 +21,11 @@ class ObjectiveRecipe(Settings):
     """Tasks whose training sentences are the text; without these and files, all of the recipe."""
     files: tuple[FileName, ...] = ()
     """Text files, a sentence or a document a line, plain or compressed (.gz, .bz2, .xz, .zst);
-    relative to the data folder."""
+    relative to the data folder.  Folders (their .txt files), patterns and addresses, as of a
+    source."""
+    split_by_rank: bool = False
+    """With several ranks: deal the files to them, so that each reads and keeps its own alone, as of
+    a task's source."""
     batch_size: Count = 0
     """Examples of the objective in a step; 0: as the recipe's batch_size and sampling_alpha say."""
     tokens_per_batch: Count = 0
@@ -68,7 +72,26 @@ def check_objective(name: str, objective: ObjectiveRecipe) -> None:
         raise ValueError(
             f"{table}.tokens_per_batch: batch_size is given too; leave one of them out"
         )
+    if objective.split_by_rank:
+        _check_split(table, objective)
     if objective.divide and kind != "masked_lm":
         raise ValueError(f"{table}.divide: has no effect on {kind}; leave it out")
     if objective.whole_words and kind == "simcse":
         raise ValueError(f"{table}.whole_words: simcse masks nothing; leave it out")
+
+
+def _check_split(table: str, objective: ObjectiveRecipe) -> None:
+    """Check settings that files dealt to ranks cannot have.
+
+    Raises:
+        ValueError: the message names the recipe's key.
+    """
+    if not objective.files:
+        raise ValueError(f"{table}.split_by_rank: has no effect without files; leave it out")
+    for field, instead in {
+        "sentences_of": "give files alone",
+        "max_texts": "give max_per_source",
+        "tokens_per_batch": "give batch_size",
+    }.items():
+        if getattr(objective, field):
+            raise ValueError(f"{table}.{field}: split_by_rank deals files to ranks; {instead}")

@@ -79,6 +79,7 @@ _FIELDS = {
     "tasks.NAME.source.max_answer_tokens": "max_answer_length max_answer_len",
     "tasks.NAME.source.shuffle_buffer": "buffer_size shuffle_size",
     "tasks.NAME.source.streaming": "streamed stream iterable_dataset",
+    "tasks.NAME.source.split_by_rank": "split_dataset_by_node shard_by_rank shard_data",
     "tasks.NAME.source.unanswerable": "version_2_with_negative squad_v2 allow_no_answer",
     "tasks.NAME.source.window_overlap": "doc_stride document_stride window_stride",
     "--out": "out out_dir output output_dir output_folder save_dir",

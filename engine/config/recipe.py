@@ -84,8 +84,8 @@ class Recipe(Settings):
     """Folder or hub name of a pretrained encoder (``--init``), or a run's folder, whose encoder,
     heads and adapters are taken (engine/runs/initial_weights.py); empty to train from scratch."""
 
-    tasks: dict[str, TaskRecipe] = Field(min_length=1)
-    """The tasks that are evaluated."""
+    tasks: dict[str, TaskRecipe] = {}
+    """The tasks that are evaluated; none where a recipe trains objectives alone."""
     objectives: dict[str, ObjectiveRecipe] = {}
     """What can be trained without labels, by name (engine/config/objective.py)."""
     train: tuple[str, ...] = Field(min_length=1)
@@ -270,9 +270,12 @@ class Recipe(Settings):
             check_objective(name, objective)
             if name in self.tasks:
                 raise ValueError(f"objectives.{name}: a task is called so; give another name")
+            if not (self.tasks or objective.sentences_of or objective.files):
+                raise ValueError(f"objectives.{name}: the recipe has no task; give files")
             for source in objective.sentences_of:
                 if source not in self.tasks and source not in FORMATS:
                     raise ValueError(f"objectives.{name}.sentences_of: no such task: {source}")
+            self._check_sentences(name, objective)
         if len(set(self.train)) != len(self.train):
             raise ValueError("train: a task is named twice")
         if not self.init and not self.encoder.initializer_range:
@@ -292,6 +295,17 @@ class Recipe(Settings):
             )
         torch_arguments_of(self)
         return self
+
+    def _check_sentences(self, name: str, objective: ObjectiveRecipe) -> None:
+        every = () if objective.files else tuple(self.tasks)
+        for task in objective.sentences_of or every:
+            source = self.tasks[task].source if task in self.tasks else None
+            if source is not None and source.split_by_rank:
+                raise ValueError(
+                    f"objectives.{name}.sentences_of: no rank reads all sentences of {task}, since "
+                    f"tasks.{task}.source.split_by_rank is true; give the objective files, or "
+                    "other tasks"
+                )
 
     def _check_batches(self) -> None:
         own = {name: self._own_batch_size(name) for name in self.train}
@@ -324,7 +338,7 @@ class Recipe(Settings):
     def _check_tasks(self) -> None:
         for name, task in self.tasks.items():
             check_task(name, task, self.formats[name])
-        if not any(task.score_weight for task in self.tasks.values()):
+        if self.tasks and not any(task.score_weight for task in self.tasks.values()):
             raise ValueError("tasks: some score_weight has to be above 0, or none is best")
 
     def _check_lora(self) -> None:

@@ -20,6 +20,11 @@ def check_task(name: str, task: TaskRecipe, form: TaskSchema) -> None:
     table = f"tasks.{name}"
     _check_metrics(table, task, form)
     _check_threshold(table, task, form)
+    if task.first_n and task.source is not None and task.source.split_by_rank:
+        raise ValueError(
+            f"{table}.first_n: source.split_by_rank deals the files to ranks, so that no rows are "
+            "the first; give max_train_examples, or leave one of them out"
+        )
     if task.tag_pieces != "first" and form.labels != "words":
         raise ValueError(f"{table}.tag_pieces: the task has no words with tags")
     for field in ("temperature", "symmetric", "margin"):

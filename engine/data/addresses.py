@@ -1,13 +1,15 @@
 """Files at an address, such as ``s3://bucket/part-0.parquet``, which the library fsspec opens."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 from ..utils.errors import InputError
+from ..utils.untrusted_io import open_file
 
 _SAMPLES, _SAMPLE = 16, 64 << 10
 _TELL_CHANGES = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
@@ -54,17 +56,46 @@ def is_address(name: str) -> bool:
 
 
 @contextmanager
-def opened(address: Address) -> Iterator[IO[bytes]]:
-    """Open a file at an address.
+def opened(place: Place) -> Iterator[IO[bytes]]:
+    """Open a file, by its path or at an address, whose methods then raise InputError.
 
     Raises:
         InputError: it cannot be opened, or the library for such addresses is missing.
     """
-    with _explained(address):
-        system, path = _system(address)
-        file: IO[bytes] = system.open(path, "rb")
-    with file:
-        yield file
+    if isinstance(place, Path):
+        with open_file(place) as local:
+            yield local
+        return
+    with _explained(place):
+        system, path = _system(place)
+        remote = system.open(path, "rb")
+    with remote:
+        yield cast(IO[bytes], _Remote(remote, place))
+
+
+class _Remote(io.RawIOBase):
+    """An open file at an address, for which errors of its store are one line each."""
+
+    def __init__(self, file: IO[bytes], address: Address) -> None:
+        super().__init__()
+        self._file, self._address = file, address
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        with _explained(self._address):
+            return self._file.read(size)
+
+    def seek(self, place: int, whence: int = io.SEEK_SET, /) -> int:
+        with _explained(self._address):
+            return self._file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 def matching(address: Address) -> list[Address]:
@@ -75,7 +106,9 @@ def matching(address: Address) -> list[Address]:
     """
     with _explained(address):
         system, path = _system(address)
-        return [Address(system.unstrip_protocol(found)) for found in sorted(system.glob(path))]
+        found = sorted(system.glob(path, detail=True).items())
+        files = [name for name, info in found if info.get("type") != "directory"]
+        return [Address(system.unstrip_protocol(name)) for name in files]
 
 
 def fingerprint(address: Address) -> str:
@@ -97,6 +130,37 @@ def fingerprint(address: Address) -> str:
             starts = sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
             said["bytes"] = str([system.cat_file(path, at, at + _SAMPLE) for at in starts])
         return f"{address}:{size}:{sorted(said.items())}"
+
+
+def forget(addresses: Sequence[Address]) -> None:
+    """Forget what stores said of files, so that :func:`fingerprint` asks them again.
+
+    Of several files in one folder they are asked at once, where they list folders.
+
+    Raises:
+        InputError: a store does not answer.
+    """
+    folders = dict[str, list[Address]]()
+    for address in addresses:
+        folders.setdefault(address.url.rpartition("/")[0], []).append(address)
+    for files in folders.values():
+        with _explained(files[0]):
+            system, path = _system(files[0])
+            system.invalidate_cache()
+        if len(files) > 1:
+            with suppress(Exception):  # servers that list nothing are asked for each file
+                system.ls(path.rpartition("/")[0], detail=True)
+
+
+def size_of(address: Address) -> int:
+    """Return the bytes of a file at an address; 0 where the store does not say.
+
+    Raises:
+        InputError: it is not there, or cannot be looked at.
+    """
+    with _explained(address):
+        system, path = _system(address)
+        return int(system.info(path).get("size") or 0)
 
 
 def _system(address: Address) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ the entry too, an entry that is not the user's own, or that others can write, is
 import errno
 import hashlib
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
@@ -38,9 +38,12 @@ from .table import OnBadRow
 from .task_schema import TaskSchema
 from .tokenized import Array, Joiner
 from .tokenizer import SPECIAL_TOKENS, Tokenizer
+from .workshop import abandoned, workshop
 
 _VERSION = 9
 """Raise it when reading, tokenizing or the layout of an entry changes."""
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """Errors of rename where the new folder's name is taken."""
@@ -106,7 +109,8 @@ def load_split(
         reading: how data are read.
 
     Raises:
-        InputError: the file cannot be used, or the cache not be written, or others can write it.
+        InputError: the file cannot be used, or changes while it is read; or the cache cannot be
+            written, or others can write it.
     """
     entry = _place_of(
         cache,
@@ -123,7 +127,10 @@ def load_split(
     except DamagedEntryError:
         pass
     try:
-        with origin.rows(format_, labelled=labelled) as rows, _making(entry) as made:
+        with (
+            origin.rows(format_, labelled=labelled) as rows,
+            _making(entry, verify=reading.verify) as made,
+        ):
             preparation = Preparation(
                 schema=format_,
                 labelled=labelled,
@@ -137,11 +144,11 @@ def load_split(
                     joiner.add(piece)
                     show(joiner.rows, rows.share())
                 joiner.check_usable(origin.where)
+                origin.check_unchanged()
                 writer.finish(format_.task, joiner.totals(), tuple(rows.notes), origin.name)
         return _with_name(open_entry(entry), origin.name)
     except (OSError, DamagedEntryError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise _cannot_write(entry, reason) from error
+        raise _cannot_write(entry, error) from error
 
 
 def load_arrays(
@@ -173,11 +180,11 @@ def load_arrays(
     with suppress(DamagedEntryError):
         return open_arrays(entry, verify=verify)
     try:
-        with _making(entry) as made, EntryWriter(made) as writer:
+        with _making(entry, verify=verify) as made, EntryWriter(made) as writer:
             writer.finish_arrays(data, what, write(writer))
         return open_arrays(entry)
     except (OSError, DamagedEntryError) as error:
-        raise _cannot_write(entry, getattr(error, "strerror", None) or error) from error
+        raise _cannot_write(entry, error) from error
 
 
 def load_vocabulary(
@@ -206,7 +213,7 @@ def load_vocabulary(
         with _making(entry) as made:
             write_text(made, tokenizer.to_json(), data, f"{tokenizer.vocab_size:,} tokens")
     except OSError as error:
-        raise _cannot_write(entry, error.strerror or error) from error
+        raise _cannot_write(entry, error) from error
     return tokenizer
 
 
@@ -222,10 +229,14 @@ def _place_of(cache: Path | None, **made_from: object) -> Path:
     return root / hashlib.sha256(dump_json(whole, sort_keys=True).encode()).hexdigest()
 
 
-def _cannot_write(entry: Path, reason: object) -> InputError:
+def _cannot_write(entry: Path, error: Exception) -> InputError:
+    reason, advice = getattr(error, "strerror", None) or error, ""
+    place = "can be written"
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        advice, place = "free some space (see python -m engine.cache --help), or ", "has more"
     return InputError(
         f"cannot write the cache of tokenized data: {reason}, {entry.parent}; "
-        "set SUPERBERT_CACHE to a folder that can be written"
+        f"{advice}set SUPERBERT_CACHE to a folder that {place}"
     )
 
 
@@ -235,16 +246,21 @@ def _with_name(split: TokenizedSplit, name: str) -> TokenizedSplit:
 
 
 @contextmanager
-def _making(entry: Path) -> Iterator[Path]:
+def _making(entry: Path, *, verify: bool = False) -> Iterator[Path]:
     """Make an empty folder, and give it the name of an entry when the body is done.
+
+    Args:
+        entry: where it goes; a damaged one may be there.
+        verify: read all of such a one to tell whether it is damaged.
 
     Raises:
         OSError: the system refuses it.
     """
-    entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="making-", dir=entry.parent) as workshop:
-        made = Path(workshop) / "made"
-        made.mkdir(mode=0o700)
+    root = entry.parent
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in abandoned(root):
+        shutil.rmtree(folder, ignore_errors=True)
+    with workshop(root) as made:
         yield made
         for attempt in count():
             try:
@@ -254,7 +270,7 @@ def _making(entry: Path) -> Iterator[Path]:
                 if error.errno not in _OCCUPIED:
                     raise
             with suppress(DamagedEntryError):
-                check_entry(entry)
+                check_entry(entry, verify=verify)
                 return  # another process was faster
             with suppress(FileNotFoundError):
-                os.rename(entry, Path(workshop) / f"damaged-{attempt}")
+                os.rename(entry, made.with_name(f"damaged-{attempt}"))

@@ -1,20 +1,19 @@
 """The entries of the cache, to be shown and removed."""
 
+import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.files import explained
 from ..utils.ownership import check_private_place
 from .entry import DamagedEntryError, about
+from .workshop import abandoned, workshop
 
 _ENTRY = re.compile(r"[0-9a-f]{64}")
-_UNFINISHED = re.compile(r"making-\w+")
-_STALE = 24 * 60 * 60
-"""Seconds after which nobody is making an entry any more."""
 
 
 class CachedEntry(NamedTuple):
@@ -46,7 +45,9 @@ def entries_of(root: Path) -> list[CachedEntry]:
     """
     check_private_place(root)
     with explained("look into", root):
-        return sorted(_entries(root), key=lambda entry: -entry.used) if root.is_dir() else []
+        if not os.path.lexists(root):
+            return []
+        return sorted(_entries(root), key=lambda entry: -entry.used)
 
 
 def _entries(root: Path) -> Iterator[CachedEntry]:
@@ -57,26 +58,37 @@ def _entries(root: Path) -> Iterator[CachedEntry]:
             data, what = about(folder)
         except DamagedEntryError:
             data, what = "damaged", ""
-        size = sum(file.lstat().st_size for file in folder.iterdir())
-        yield CachedEntry(folder, data, what, size, folder.stat().st_mtime)
+        with suppress(FileNotFoundError):  # another process has removed it
+            size = sum(file.lstat().st_size for file in folder.iterdir())
+            yield CachedEntry(folder, data, what, size, folder.stat().st_mtime)
 
 
-def unfinished(root: Path) -> list[Path]:
-    """Return the folders of entries that a killed process did not finish."""
+def remove_entry(entry: CachedEntry) -> None:
+    """Remove an entry, so that at no moment half of it has its name.
+
+    Raises:
+        InputError: the system refuses it.
+    """
+    root = entry.folder.parent
+    with (
+        explained("remove", entry.folder),
+        workshop(root) as place,
+        suppress(FileNotFoundError),  # another process has removed it
+    ):
+        entry.folder.rename(place / entry.folder.name)
+
+
+def remove_abandoned(root: Path) -> int:
+    """Remove what killed processes left of entries that they made; return how much that was.
+
+    Raises:
+        InputError: the system refuses it.
+    """
     with explained("look into", root):
-        return [
-            folder
-            for folder in (root.iterdir() if root.is_dir() else ())
-            if _UNFINISHED.fullmatch(folder.name)
-            and not folder.is_symlink()
-            and time.time() - folder.lstat().st_mtime > _STALE
-        ]
-
-
-def remove(folder: Path) -> None:
-    """Remove an entry, so that at no moment half of it has its name."""
-    with explained("remove", folder):
-        doomed = folder
-        if _ENTRY.fullmatch(folder.name):
-            doomed = folder.rename(folder.with_name(f"making-removed-{folder.name}"))
-        shutil.rmtree(doomed)
+        folders = abandoned(root)
+    size = 0
+    for folder in folders:
+        with explained("remove", folder):
+            size += sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+            shutil.rmtree(folder)
+    return size

@@ -7,7 +7,7 @@ entry is opened; of large ones samples are, or all with ``verify``.
 import io
 import os
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
@@ -15,7 +15,8 @@ from typing import IO, Any, NamedTuple, Self
 import numpy as np
 from numpy.lib import format as npy
 
-from ..utils.fingerprint import digest, sample_digest
+from ..utils.files import sync
+from ..utils.fingerprint import digest, is_large, sample_digest
 from ..utils.json_text import dump_json
 from ..utils.ownership import is_own_folder
 from ..utils.untrusted_io import parse_json
@@ -206,7 +207,8 @@ def check_entry(entry: Path, *, verify: bool = False) -> Collection[str]:
             raise DamagedEntryError("the index names other files")
         for name, known in index.items():
             _check(entry / name, known, verify=verify)
-        os.utime(entry)  # of its last use
+        with suppress(OSError):  # a cache that is mounted read-only is as good
+            os.utime(entry)  # of its last use
         return list(index)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedEntryError(str(error)) from error
@@ -228,14 +230,16 @@ def about(entry: Path) -> tuple[str, str]:
 def _write_index(folder: Path, data: str, what: str) -> None:
     said = {"data": data, "what": what}
     (folder / _ABOUT).write_text(dump_json(said), encoding="utf-8")
-    index = {
-        path.name: {
-            "bytes": path.stat().st_size,
+    index = dict[str, dict[str, object]]()
+    for path in sorted(folder.iterdir()):
+        size = path.stat().st_size
+        index[path.name] = {
+            "bytes": size,
             "samples": sample_digest(path),
             "sha256": digest(path),
         }
-        for path in sorted(folder.iterdir())
-    }
+        if is_large(size):  # of which samples are checked, which may miss what a crash lost
+            sync(path)
     (folder / _INDEX).write_text(dump_json(index), encoding="utf-8")
     for path in folder.iterdir():
         path.chmod(0o600)

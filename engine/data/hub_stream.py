@@ -48,6 +48,15 @@ class HubStream:
         """Return a hash of the names of its files, and of their times or their commit."""
         return self._stream.digest
 
+    def check_unchanged(self) -> None:
+        """Refuse a split whose files changed since it was opened.
+
+        Raises:
+            InputError: they did.
+        """
+        if open_stream(self.name, self.subset, self.split).digest != self.digest():
+            raise InputError(f"{self.where}: changed while it was read; start again")
+
     def check(self, format_: TaskSchema, *, labelled: bool) -> None:
         """Refuse a split that lacks columns, or has other things than text and numbers in them.
 

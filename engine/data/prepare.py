@@ -1,17 +1,17 @@
 """Tokenize a file piece by piece, in several processes where it is large."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TypeVar
 
+from ..utils.cpus import usable_cpus
 from .rows import Piece, Row
 from .table import OnBadRow, Table, table_of
 from .task_schema import TaskSchema
 from .tokenized import TokenizedPiece, tokenize_table
 from .tokenizer import Tokenizer
-from .worker_pool import WorkerPool
+from .worker_pool import WorkerPool, or_error
 
 T = TypeVar("T")
 
@@ -71,10 +71,12 @@ def prepared(
     Raises:
         InputError: a row cannot be used, or a worker ends.
     """
-    pieces, workers = iter(pieces), workers or len(os.sched_getaffinity(0))
+    pieces, workers = iter(pieces), workers or usable_cpus()
     few = pieces if workers == 1 else islice(pieces, _HERE)
     for piece in few:
         yield preparation(piece, tokenizer)
-    if (further := next(pieces, None)) is not None:
-        with WorkerPool(preparation, tokenizer, workers) as pool:
-            yield from pool.map(chain([further], pieces))
+    found = or_error(pieces)
+    # No more processes than there are pieces.
+    if further := list(islice(found, workers)):
+        with WorkerPool(preparation, tokenizer, len(further)) as pool:
+            yield from pool.map(chain(further, found))

@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from ..utils.arrays import Indices
 from ..utils.errors import InputError
-from ..utils.untrusted_io import file_size, open_file
+from ..utils.files import explained
+from ..utils.untrusted_io import file_size
+from .addresses import Place, opened
 from .blocks import blocks_of
 from .decode import decode, undecoded
 from .decompress import decompressed
@@ -47,13 +48,13 @@ class Lines(NamedTuple):
     notes: tuple[str, ...]
 
 
-def lines_of(path: Path) -> Lines:
+def lines_of(path: Place) -> Lines:
     """Read a text file into memory: :func:`each_line`."""
     notes = list[str]()
     return Lines(list(each_line(path, notes)), tuple(notes))
 
 
-def each_line(path: Path, notes: list[str]) -> Iterator[str]:
+def each_line(path: Place, notes: list[str]) -> Iterator[str]:
     """Yield the lines of a text file that are not blank, without the blanks around them.
 
     Args:
@@ -64,7 +65,7 @@ def each_line(path: Path, notes: list[str]) -> Iterator[str]:
         InputError: it cannot be read, is not UTF-8 or holds no text.
     """
     is_empty = True
-    with open_file(path) as file:
+    with opened(path) as file, explained("read", path):
         pieces = decompressed(file, file_size(file), path, BUILT_IN)
         text = decode(pieces, path, BUILT_IN)
         for block in blocks_of(text.pieces, path):

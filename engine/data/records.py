@@ -61,6 +61,8 @@ def array_rows(
 ) -> Rows:
     """Return the rows of a file that is one JSON array of objects; arguments as above.
 
+    It is one value, which is parsed as a whole, and so held in memory.
+
     Raises:
         InputError: it is no JSON.
     """

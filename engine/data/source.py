@@ -1,11 +1,10 @@
 """Sources of a task's examples, as a recipe names them: files, or a data set."""
 
-import hashlib
-import io
+import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from os.path import exists  # unlike pathlib's it raises nothing
 from pathlib import Path
@@ -20,17 +19,27 @@ from pydantic import (
 )
 
 from ..utils.errors import InputError
-from ..utils.field_types import Count, FileName, GivenName, Name, Positive, Real, Settings
-from ..utils.fingerprint import WHOLE, digest, sample_digest
+from ..utils.field_types import (
+    Count,
+    FileName,
+    GivenName,
+    Name,
+    OneOrSeveral,
+    Positive,
+    Real,
+    Settings,
+)
+from ..utils.files import explained
+from ..utils.fingerprint import digest, is_large, sample_digest
 from ..utils.untrusted_io import file_size, open_file
-from .addresses import Address, Place, fingerprint, is_address, opened
+from .addresses import Address, Place, fingerprint, forget, is_address, opened
 from .dialect import AUTO, DELIMITERS, LAYOUTS, Compression, Dialect, Layout, Quoting, endings
 from .hf_datasets import check_columns, load_split, spelling
 from .hub_stream import HubStream
 from .rows import Piece, Row, Rows, as_pieces, find_columns, typed_row
 from .shards import shards
 from .split_source import Column, Delimiter, Encoding, Label, Split, SplitSource, Text
-from .table import OnBadRow, Table, collect, file_rows
+from .table import EmptyFileError, OnBadRow, Table, collect, file_rows
 from .tags import Scheme, scheme_of
 from .task_schema import TaskSchema
 
@@ -118,12 +127,17 @@ class TaskSource(Settings):
     range: tuple[Real, Real] = (0.0, 5.0)
     """Regression: the smallest and the largest label."""
 
-    files: dict[Split, FileName | tuple[FileName, ...]] = {}
+    files: dict[Split, OneOrSeveral[FileName]] = {}
     """A file for each split, relative to the data folder: .tsv, .csv, .jsonl, .json or .parquet,
-    and behind that .gz, .bz2, .xz or .zst where it is compressed.  Or several files, which are read
-    one after the other: a list, a folder, or a pattern such as part-*.parquet.  Names may be
-    addresses that fsspec opens: s3://bucket/part-*.parquet, https://….  Splits are train, dev and
-    test, and further ones, to be scored or predicted by their names."""
+    and behind that .gz, .bz2, .xz or .zst where it is compressed.  All are read piece by piece, but
+    for a .json that is one array, or in SQuAD's form, which memory has to hold.  Or several files,
+    which are read one after the other: a list, a folder, or a pattern such as part-*.parquet.
+    Names may be addresses that fsspec opens: s3://bucket/part-*.parquet, https://….  Splits are
+    train, dev and test, and further ones, to be scored or predicted by their names."""
+    split_by_rank: bool = False
+    """With several ranks: deal the files of the train split to them, so that each reads and keeps
+    its own alone; machines without a common disk may have some each.  Batches then depend on the
+    number of ranks."""
     layout: Literal["auto", Layout] = "auto"
     """Files: tabs, commas, json, json_lines, parquet, conll, conllu; auto: as the ending says."""
     delimiter: Delimiter = AUTO
@@ -156,6 +170,9 @@ class TaskSource(Settings):
     def _fits_together(self) -> "TaskSource":
         if bool(self.files) == bool(self.dataset):
             raise ValueError("give either files or dataset")
+        for split, names in self.files.items():
+            if not names:
+                raise ValueError(f"files.{split}: an empty list; name a file")
         self._check_labels()
         self._check_texts()
         has_classes = not self.has_range and self.kind not in (_RETRIEVAL, _SPANS)
@@ -238,6 +255,9 @@ class TaskSource(Settings):
         fields = type(self).model_fields
         given = [name for name in _OF_FILES if getattr(self, name) != fields[name].default]
         self._check_effect(given, self.file_names)
+        if self.split_by_rank and "train" not in self.files:
+            what = "a data set by name" if self.dataset else "files without a train split"
+            raise ValueError(f"split_by_rank: has no effect on {what}; leave it out")
         labels = (self.label,) if isinstance(self.label, str) else self.label
         self._check_numbers(() if self.kind == _RETRIEVAL else labels)
         return self
@@ -318,10 +338,10 @@ class TaskSource(Settings):
             return
         named = [("text", text) for text in self.text]
         named += [*(("label", label) for label in labels), ("id", self.id or "1")]
-        for field, name in named:
+        for key, name in named:
             if not _COLUMN_NUMBER.fullmatch(name):
                 raise ValueError(
-                    f"{field}: without a header columns are called 1, 2, …, not {name!r}"
+                    f"{key}: without a header columns are called 1, 2, …, not {name!r}"
                 )
 
     @property
@@ -438,16 +458,18 @@ class TaskSource(Settings):
                     f"tasks.{task}.source.files: {name} is relative to the folder of the data "
                     "files; name that with --data"
                 )
-        field = f"tasks.{task}.source.files.{split}"
-        files = [DataFile(path) for path in shards(names, folder or Path(), field)]
+        key = f"tasks.{task}.source.files.{split}"
+        files = [DataFile(path) for path in shards(names, folder or Path(), key)]
         return files[0] if len(files) == 1 else DataFiles(tuple(files))
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of examples; a small one is read once."""
+    """A file of examples."""
 
     path: Place
+    _seen: list[str] = field(default_factory=list, repr=False, compare=False)
+    """What it was like when its digest was asked for last."""
 
     @property
     def name(self) -> str:
@@ -469,48 +491,79 @@ class DataFile:
         """Whether it is known not to be there; of an address that shows when it is read."""
         return isinstance(self.path, Path) and not exists(self.path)
 
-    @cached_property
-    def _content(self) -> bytes | None:
-        """All of it; None where it is large, or at an address."""
+    def _look(self) -> str:
         if isinstance(self.path, Address):
-            return None
-        with open_file(self.path) as file:
-            return file.read() if file_size(file) <= WHOLE else None
+            return fingerprint(self.path)
+        try:
+            found = os.stat(self.path)
+        except (OSError, ValueError):  # reading it says why
+            return ""
+        return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
 
-    def digest(self, *, verify: bool = False) -> str:
+    def digest(self, *, verify: bool = False, together: int = 1) -> str:
         """Return a hash of all that decides what is read.
 
         A large file is known by its name, size and time and by samples of it; with ``verify`` by
         all of it.  At an address it is known by what the store says of it.
+
+        Args:
+            verify: read all of it, however large.
+            together: how many files it is one of, so that those who are large together count so.
+
+        Raises:
+            InputError: it cannot be read.
         """
-        if self._content is not None:
-            found = hashlib.sha256(self._content).hexdigest()
-        elif isinstance(self.path, Address):
-            found = fingerprint(self.path)
-        elif verify:
-            found = digest(self.path)
-        else:
-            changed = self.path.stat().st_mtime_ns
-            found = f"{self.name}:{changed}:{sample_digest(self.path)}"
+        found = self._look()
+        self._seen[:] = [found]
+        if isinstance(self.path, Path):
+            with open_file(self.path) as file, explained("read", self.path):
+                if verify or not is_large(file_size(file), together):
+                    found = digest(self.path)
+                else:
+                    changed = os.fstat(file.fileno()).st_mtime_ns
+                    found = f"{self.name}:{changed}:{sample_digest(self.path, together)}"
         return f"{''.join(endings(self.path))}:{found}"
 
+    def check_unchanged(self) -> None:
+        """Refuse a file that is no longer as it was when its digest was asked for last.
+
+        Raises:
+            InputError: it has changed, so that what was read may be half of each.
+        """
+        _check_unchanged(self.files)
+
     def _opened(self) -> AbstractContextManager[IO[bytes]]:
-        if self._content is not None:
-            return io.BytesIO(self._content)
-        return opened(self.path) if isinstance(self.path, Address) else open_file(self.path)
+        return opened(self.path)
 
     @contextmanager
     def rows(self, format_: TaskSchema, *, labelled: bool) -> Iterator[Rows]:
         """Open the rows: :func:`~.table.file_rows`."""
         with self._opened() as file:
-            rows = file_rows(file, self.path, format_, labelled=labelled)
-            size = max(1, file_size(file))
-            yield rows._replace(share=lambda: file.tell() / size)
+            with self._explained():
+                rows = file_rows(file, self.path, format_, labelled=labelled)
+                size = max(1, file_size(file))
+            yield rows._replace(
+                pieces=self._read(rows.pieces), share=lambda: min(1.0, file.tell() / size)
+            )
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained("read", self.path)
+
+    def _read(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        with self._explained():
+            yield from pieces
 
     def table(self, format_: TaskSchema, *, labelled: bool, on_bad_row: OnBadRow) -> Table:
         """Return the examples: :func:`~.table.collect`."""
         with self.rows(format_, labelled=labelled) as rows:
             return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
+
+
+_EMPTY = "files with an empty one among them"
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 @dataclass(frozen=True)
@@ -531,22 +584,33 @@ class DataFiles:
 
     def digest(self, *, verify: bool = False) -> str:
         """Return a hash of all that decides what is read."""
-        return " ".join(file.digest(verify=verify) for file in self.files)
+        together = len(self.files)
+        return " ".join(file.digest(verify=verify, together=together) for file in self.files)
+
+    def check_unchanged(self) -> None:
+        """Refuse files of which one changed: :meth:`DataFile.check_unchanged`."""
+        _check_unchanged(self.files)
 
     @contextmanager
     def rows(self, format_: TaskSchema, *, labelled: bool) -> Iterator[Rows]:
-        """Open the rows, numbered through."""
+        """Open the rows, numbered through; a file without a byte is passed over, with a note."""
         notes, share = list[str](), [0.0]
 
         def pieces() -> Iterator[Piece]:
-            first = 0
+            first, said = 0, dict[str, list[str]]()
             for number, file in enumerate(self.files):
-                with file.rows(format_, labelled=labelled) as rows:
-                    for piece in rows.pieces:
-                        share[0] = (number + rows.share()) / len(self.files)
-                        yield piece._replace(first_row=first)
-                        first += piece.num_rows
-                    notes.extend(f"{note} ({file.name})" for note in rows.notes)
+                try:
+                    with file.rows(format_, labelled=labelled) as rows:
+                        for piece in rows.pieces:
+                            share[0] = (number + rows.share()) / len(self.files)
+                            yield piece._replace(first_row=first)
+                            first += piece.num_rows
+                    found = rows.notes
+                except EmptyFileError:
+                    found = [_EMPTY]
+                for note in found:
+                    said.setdefault(note, []).append(file.name)
+            notes.extend(f"{note} ({_some(names)})" for note, names in said.items())
 
         yield Rows(pieces(), notes, lambda: share[0])
 
@@ -554,6 +618,13 @@ class DataFiles:
         """Return the examples: :func:`~.table.collect`."""
         with self.rows(format_, labelled=labelled) as rows:
             return collect(rows, self.where, format_, labelled=labelled, on_bad_row=on_bad_row)
+
+
+def _check_unchanged(files: Sequence[DataFile]) -> None:
+    forget([file.path for file in files if isinstance(file.path, Address)])
+    for file in files:
+        if [file._look()] != file._seen:
+            raise InputError(f"changed while it was read, {file.path}; start again when it is done")
 
 
 @dataclass(frozen=True)
@@ -572,6 +643,9 @@ class HubSplit:
     def digest(self, *, verify: bool = False) -> str:  # noqa: ARG002 -- the library sees to it
         """Return the library's fingerprint of the data."""
         return str(self._data._fingerprint)
+
+    def check_unchanged(self) -> None:
+        """Do nothing: what the library has loaded does not change."""
 
     @contextmanager
     def rows(self, format_: TaskSchema, *, labelled: bool) -> Iterator[Rows]:

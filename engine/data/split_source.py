@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from ..utils.field_types import Settings
+from ..utils.field_types import OneOrSeveral, Settings
 from .decode import check_encoding
 from .dialect import AUTO, Compression, Layout, Quoting
 
@@ -38,7 +38,7 @@ _MOST_TEXTS = 18
 Text = Annotated[tuple[Column, ...], Field(min_length=1, max_length=_MOST_TEXTS)]
 """The column of a sentence, those of a pair, or of retrieval."""
 
-Label = Column | tuple[Column, ...]
+Label = OneOrSeveral[Column]
 """The column of a label, or those of several labels."""
 
 Delimiter = Annotated[str, AfterValidator(_one_character)]

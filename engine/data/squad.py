@@ -87,7 +87,7 @@ def is_nested(text: str) -> bool:
 
 
 def squad_rows(text: str, path: Place, columns: Sequence[str], dialect: Dialect) -> Rows:
-    """Return the rows of a file in SQuAD's nested form, v1.1 or v2.
+    """Return the rows of a file in SQuAD's nested form, v1.1 or v2, which is held in memory.
 
     The columns are id, question, context, answers, title and is_impossible.  The plausible answers
     of impossible questions are no answers.

@@ -123,7 +123,7 @@ def file_rows(file: IO[bytes], path: Place, format_: TaskSchema, *, labelled: bo
     longest = machine_memory() if layout == "json" else LONGEST_LINE  # which may be one array
     found = with_text(blocks_of(text, path, longest=longest))
     if found is None:
-        raise InputError(f"empty file, {path}; give one with rows")
+        raise EmptyFileError(f"empty file, {path}; give one with rows")
     beginning, blocks = found
     if layout in DELIMITERS:
         optional = "" if labelled else format_.label
@@ -165,6 +165,10 @@ def collect(
     """
     reader = TableReader(rows, where, format_, labelled=labelled, on_bad_row=on_bad_row)
     return reader.table()
+
+
+class EmptyFileError(InputError):
+    """A file has nothing in it, not even a header."""
 
 
 class TableReader:

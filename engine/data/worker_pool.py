@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PROGRAM = f"from {__name__} import serve; serve()"
+
 _AHEAD = 4
 """Pieces a worker that may be done before one that others wait for: bounds the memory."""
 
@@ -45,28 +47,49 @@ class WorkerPool(Generic[T]):
         self, preparation: "Callable[[Piece, Tokenizer], T]", tokenizer: Tokenizer, count: int
     ) -> None:
         self._workers = dict[Connection, subprocess.Popen[bytes]]()
-        for _ in range(count):
+        self._told = (preparation, tokenizer.to_json(), tokenizer.special_tokens)
+        self._new = set[Connection]()
+        """Those that do not know yet what is to be done, since they may be starting still."""
+        try:
+            for _ in range(count):
+                self._start()
+        except BaseException:
+            self._end()
+            raise
+
+    def _start(self) -> None:
+        try:
             ours, theirs = Pipe()
             with theirs:
                 self._workers[ours] = subprocess.Popen(
-                    [sys.executable, "-m", __name__, str(theirs.fileno())],
+                    # Of what is imported nothing comes from elsewhere than in this process.
+                    [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno())],
                     pass_fds=[theirs.fileno()],
                     env=os.environ
                     | {
-                        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                         "TOKENIZERS_PARALLELISM": "false",  # the workers are all that run
                     },
                     stdin=subprocess.DEVNULL,
+                    start_new_session=True,  # Ctrl-C is for the one that asks
                 )
-            ours.send((preparation, tokenizer.to_json(), tokenizer.special_tokens))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise InputError(
+                f"cannot start a process that tokenizes: {reason}; give fewer --workers"
+            ) from error
+        self._new.add(ours)
 
-    def map(self, pieces: "Iterable[Piece]") -> "Iterator[T]":
+    def map(self, pieces: "Iterable[Piece | InputError]") -> "Iterator[T]":
         """Yield what is made of each piece, in their order.
+
+        Args:
+            pieces: of a file, up to an error of it (:func:`or_error`).
 
         Raises:
             InputError: a row cannot be used (the first in the file), or a process ended.
         """
-        numbered = enumerate(_or_error(pieces))
+        numbered = enumerate(or_error(pieces))
         free, at_work = list(self._workers), dict[Connection, int]()
         done, wanted = dict[int, Any](), 0
         upcoming = next(numbered, None)
@@ -98,6 +121,9 @@ class WorkerPool(Generic[T]):
 
     def _send(self, worker: Connection, piece: "Piece") -> None:
         try:
+            if worker in self._new:
+                worker.send(self._told)
+                self._new.remove(worker)
             worker.send(piece)
         except OSError:
             raise self._ended(worker) from None
@@ -127,13 +153,16 @@ class WorkerPool(Generic[T]):
         traceback: TracebackType | None,
     ) -> None:
         """End the processes."""
+        self._end()
+
+    def _end(self) -> None:
         for connection, process in self._workers.items():
             connection.close()
             process.kill()
             process.wait()
 
 
-def _or_error(pieces: "Iterable[Piece]") -> "Iterator[Piece | InputError]":
+def or_error(pieces: "Iterable[Piece | InputError]") -> "Iterator[Piece | InputError]":
     """Yield pieces, and last what is wrong with a file, which counts behind its earlier rows."""
     try:
         yield from pieces
@@ -141,8 +170,12 @@ def _or_error(pieces: "Iterable[Piece]") -> "Iterator[Piece | InputError]":
         yield error
 
 
-def _serve(connection: Connection) -> None:
-    """Do what the other side asks, until it closes."""
+def serve() -> None:
+    """Do what the other side asks, until it closes; the number of its socket is the argument."""
+    # Signals to a job's processes are for the one that asks.
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
     try:
         preparation, definition, special_tokens = connection.recv()
         tokenizer = Tokenizer.from_json(definition, special_tokens)
@@ -159,12 +192,7 @@ def _result(
         return preparation(piece, tokenizer)
     except InputError as error:
         return error
+    except MemoryError:
+        return InputError("a process that tokenizes is out of memory; give fewer --workers")
     except Exception:
         return _Failure(traceback.format_exc())
-
-
-if __name__ == "__main__":
-    # Signals to a terminal's or a job's processes are for the one that asks.
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)
-    _serve(Connection(int(sys.argv[1])))

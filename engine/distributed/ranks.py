@@ -10,12 +10,15 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -27,6 +30,8 @@ from ..utils.json_text import dump_json
 _MOST_RANKS = 1 << 16
 _GLANCE = 1e-3  # seconds between two looks at an event
 _PAUSE = 0.1  # seconds between attempts to reach the first process
+_BEAT, _SILENCE = 2.0, 30.0  # seconds between signs of life, and without any
+_CHUNK = 16 << 20  # bytes that a rank sends at once, so that copies take little memory
 _GRACE = 3.0  # seconds for ranks that notice a loss a little later than this one
 
 
@@ -50,7 +55,7 @@ class Ranks:
         self.group: dist.ProcessGroup | None = None
         self.checkpoint_group: dist.ProcessGroup | None = None
         self._store: Store | None = None
-        self._broadcasts = 0
+        self._broadcasts = self._turns = 0
         self._timeout = 0.0
 
     @classmethod
@@ -111,12 +116,67 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the first process of each machine do the block before the others."""
+        """Let the first process of each machine do the block before the others.
+
+        It may take any time, as preparing large data does, as long as that process is alive.
+        """
+        if self._store is None:
+            yield
+            return
+        self._turns += 1
         if self.local_rank > 0:
+            self._await([0])
             self.barrier()
-        yield
-        if self.local_rank == 0:
-            self.barrier()
+            yield
+            return
+        with self._alive():
+            yield
+            if self.is_main:  # the others wait for it alone
+                names = {
+                    rank: self._store.get(_local_rank_of(rank)) for rank in range(1, self.size)
+                }
+                self._await(rank for rank, local in names.items() if int(local) == 0)
+        self._await([0])
+        self.barrier()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Let other ranks know that this one is at work in the block, and when it is done."""
+        store, key, done = self._store, self._work_of(self.rank), threading.Event()
+        assert store is not None, "there are other ranks"
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # the store is gone, which the main thread notices
+                while not done.wait(_BEAT):
+                    store.add(key, 1)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            with suppress(RuntimeError):
+                store.set(f"{key}/done", "")
+
+    def _await(self, ranks: Iterable[int]) -> None:
+        """Wait for ranks that are at work, or silent, which the next exchange then shows."""
+        store, seen = self._store, {rank: (0, time.monotonic()) for rank in ranks}
+        assert store is not None, "there are other ranks"
+        while True:
+            for rank, (beats, since) in list(seen.items()):
+                key, now = self._work_of(rank), time.monotonic()
+                if store.check([f"{key}/done"]) or now - since > _SILENCE:
+                    del seen[rank]
+                elif (found := store.add(key, 0)) != beats:
+                    seen[rank] = (found, now)
+            if not seen:
+                return
+            time.sleep(_PAUSE)
+
+    def _work_of(self, rank: int) -> str:
+        return f"superbert/work/{self._turns}/{rank}"
 
     @contextmanager
     def init(self, device: torch.device, timeout: float) -> Iterator[None]:
@@ -143,6 +203,7 @@ class Ranks:
             self._store = PrefixStore(f"superbert/attempt-{name}", store)
             if not all_came:
                 raise self._lost(TimeoutError("timed out"))
+            self._store.set(_local_rank_of(self.rank), str(self.local_rank))
             dist.init_process_group(
                 backend,
                 store=self._store,
@@ -201,6 +262,55 @@ class Ranks:
         of_ranks = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(of_ranks, own, group=self.group)
         return [each.tolist() for each in of_ranks]
+
+    def gather_array(self, own: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Return every rank's array, of one dtype, of any length and equal further dimensions.
+
+        All must call.  Each array is sent in pieces, which are padded to the longest.
+        """
+        if self.group is None:
+            return [own]
+        own = np.ascontiguousarray(own)
+        found = [np.empty((rows, *own.shape[1:]), own.dtype) for (rows,) in self.gather([len(own)])]
+        places = [torch.from_numpy(array.reshape(-1).view(np.uint8)) for array in found]
+        sent = own.reshape(-1).view(np.uint8)
+        for start in range(0, max(map(len, places)), _CHUNK):
+            longest = max(len(place[start : start + _CHUNK]) for place in places)
+            piece = torch.zeros(longest, dtype=torch.uint8)
+            of_own = torch.tensor(sent[start : start + _CHUNK])  # a copy: it may be read-only
+            piece[: len(of_own)] = of_own
+            pieces = [torch.empty_like(piece) for _ in places]
+            dist.all_gather(pieces, piece, group=self.group)
+            for place, got in zip(places, pieces, strict=True):
+                into = place[start : start + _CHUNK]
+                into.copy_(got[: len(into)])
+        return found
+
+    def gather_values(self, value: Any) -> list[Any]:
+        """Return every rank's ``value``; all must call.  JSON must hold it."""
+        own = np.frombuffer(dump_json(value).encode(), dtype=np.uint8)
+        return [json.loads(found.tobytes()) for found in self.gather_array(own)]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Let bad input of one rank within the block end all of them, with the same line.
+
+        All must enter; none may exchange anything within.
+
+        Raises:
+            InputError: of the first rank that has one.
+        """
+        problem = ""
+        try:
+            yield
+        except InputError as error:
+            if self.group is None:
+                raise
+            problem = str(error)
+        said = self.gather_values(problem)
+        rank, first = next(((rank, line) for rank, line in enumerate(said) if line), (0, ""))
+        if first:
+            raise InputError(first if len({*said}) == 1 else f"rank {rank} of {self.size}: {first}")
 
     def agree(self, number: int) -> None:
         """Check that all ranks call this with the same number; a defect if they do not."""
@@ -261,6 +371,11 @@ class Ranks:
             return "lost the other ranks and their store"
         names = ", ".join(silent) or "one that came back"
         return f"no answer from rank {names}; it died or hangs"
+
+
+def _local_rank_of(rank: int) -> str:
+    """Return the store's name for the number of a process on its machine."""
+    return f"superbert/local-rank/{rank}"
 
 
 def _open_store(patience: timedelta) -> Store:

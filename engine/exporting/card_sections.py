@@ -171,6 +171,10 @@ def data_list(run: Run) -> str:
         trained = "" if name in run.recipe.trained else " (not trained)"
         columns = " and ".join(map(markdown_text, form.sentences))
         lines.append(f"- {markdown_text(name)}{trained}{origin}: {columns} -> {_labels(form)}")
+    for name, objective in run.recipe.objectives.items():
+        if name in run.recipe.trained and objective.files:
+            files = ", ".join(markdown_text(local_name(file)) for file in objective.files)
+            lines.append(f"- {markdown_text(name)}: text, from {files}")
     return "\n".join(lines)
 
 

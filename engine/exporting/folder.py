@@ -65,7 +65,8 @@ def write_model_folder(
             write_peft_adapter(folder / "lora", run, model.merged_updates, run.recipe.lora)
         _write_transformers(folder, run, model)
         _write_sentence_transformers(folder, run)
-        save_file(head_tensors(model), folder / "heads.safetensors", head_layout(model))
+        if run.recipe.tasks:
+            save_file(head_tensors(model), folder / "heads.safetensors", head_layout(model))
         card = model_card(run, progress, scores)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

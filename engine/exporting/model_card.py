@@ -27,8 +27,8 @@ tags: [{model_type}, multi-task, sentence-transformers, sentence-similarity]
 
 # {title}
 
-One {model} encoder trained on {tasks}{together}, with a head for
-each task.  Trained with superbert-engine {version}; the weights are those of {source}.
+One {model} encoder trained on {tasks}{together}{with_heads}.
+Trained with superbert-engine {version}; the weights are those of {source}.
 
 ## Use
 
@@ -38,7 +38,27 @@ each task.  Trained with superbert-engine {version}; the weights are those of {s
     model = sentence_transformers.SentenceTransformer(folder)
 
 {other_heads}
+{heads}
+## Scores
 
+{scores}
+
+## Data
+
+{data}
+
+## Recipe
+
+Files and folders are named without their paths.
+
+{recipe}
+
+## Versions
+
+{versions}
+"""
+
+_HEADS = """
 The task heads lie in `heads.safetensors`.  Its metadata has for each task a JSON object:
 
 - `features`: what is read off the sentence vectors, u (and v of a pair): `single` u, `mean`
@@ -60,24 +80,6 @@ What a task answers, for all features but `bilstm` and `tokens`:
 
 ```python
 {example}```
-
-## Scores
-
-{scores}
-
-## Data
-
-{data}
-
-## Recipe
-
-Files and folders are named without their paths.
-
-{recipe}
-
-## Versions
-
-{versions}
 """
 
 _EXAMPLE = """\
@@ -136,6 +138,7 @@ def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
         progress: of the exported checkpoint.
         scores: its dev scores by task, or None where they are not known.
     """
+    heads = _HEADS.format(answers=_answers(), example=example()) if run.recipe.tasks else ""
     return _CARD.format(
         title=markdown_text(run.folder.resolve().name),
         tasks=listed(run.recipe.trained),
@@ -146,8 +149,8 @@ def model_card(run: Run, progress: Progress, scores: Scores | None) -> str:
         model=spec_of(run.config).name,
         libraries=_libraries(run),
         other_heads=_other_heads(run),
-        answers=_answers(),
-        example=example(),
+        with_heads=", with a head for each task" if heads else "",
+        heads=heads,
         scores=scores_table(run, scores),
         data=data_list(run),
         recipe=recipe_block(run.recipe),

@@ -268,6 +268,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         # Of files, and of a buffer without a stream, a source refuses them.
         "tasks.NAME.source.streaming": Effect(lambda _case: True, "", off=False),
         "tasks.NAME.source.shuffle_buffer": Effect(_is_trained, "{case.owner} is not trained"),
+        "tasks.NAME.source.split_by_rank": Effect(
+            _is_trained, "{case.owner} is not trained", off=False, also=_SEVERAL_RANKS
+        ),
         "tasks.NAME.source.subset": _OF_DATASET,
         "tasks.NAME.source.splits": _OF_DATASET,
         "tasks.NAME.source.*": _OF_FILES,
@@ -291,6 +294,9 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "objectives.NAME.max_texts": _cuts_objective(
             lambda case: case.objective.max_texts < case.texts.texts,
             "{case.texts.texts} texts were found",
+        ),
+        "objectives.NAME.split_by_rank": Effect(
+            _is_trained, "train does not name it", off=False, also=_SEVERAL_RANKS
         ),
         "objectives.NAME.divide": Effect(_is_trained, "train does not name it", off=False),
         "objectives.NAME.join": Effect(

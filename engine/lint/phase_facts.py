@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Self
 
 from ..data.masked_text import MaskedText
+from ..data.rank_examples import RankExamples
 from ..data.raw_text import Found
 from ..data.sentences_twice import SentencesTwice
 from ..data.split import TokenizedSplit
@@ -36,14 +37,17 @@ class PhaseFacts(NamedTuple):
     def of(cls, trainer: Trainer) -> Self:
         """Return the facts about a phase that is about to be trained."""
         sets, parameters = trainer.train_sets, trainer.parameters
+        dealt = [each for each in sets if isinstance(each, RankExamples)]
         stages = {stage.name for stage in trainer.model.encoder_stages()}
         return cls(
-            {split.task: len(split) for split in sets if isinstance(split, TokenizedSplit)},
+            {split.task: len(split) for split in sets if isinstance(split, TokenizedSplit)}
+            | {each.task: each.report.rows for each in dealt if each.report.found is None},
             {
                 text.task: text.found
                 for text in sets
                 if isinstance(text, MaskedText | SentencesTwice)
-            },
+            }
+            | {each.task: found for each in dealt if (found := each.report.found) is not None},
             trainer.lr_schedule,
             trainer.task_schedule.total_steps,
             frozenset(

@@ -12,6 +12,7 @@ from pathlib import Path
 from signal import Signals
 from typing import NamedTuple, Protocol
 
+from ..data.cache import Reading
 from ..utils.errors import DivergedError, InputError, OutOfMemoryError
 from ..utils.files import check_own_file, explained
 from .experiments import RunSpec, training_seconds
@@ -20,6 +21,8 @@ from .prune import has_scores_alone
 from .resume import check_scores_of, resume
 from .run import Run, open_run
 from .scoring import read_scores
+
+_PLAIN = Reading()
 
 TrainRun = Callable[[Run, int | None], Signals | None]
 """Trains a run up to so many steps (None: to its end), or until a signal, which it returns."""
@@ -121,24 +124,30 @@ class InProcess:
     Args:
         train_run: trains one.
         score_run: scores one that stops early.
+        reading: how their data are read.
     """
 
-    def __init__(self, train_run: TrainRun, score_run: ScoreRun | None = None) -> None:
-        self._train_run, self._score_run = train_run, score_run
+    def __init__(
+        self,
+        train_run: TrainRun,
+        score_run: ScoreRun | None = None,
+        reading: Reading = _PLAIN,
+    ) -> None:
+        self._train_run, self._score_run, self._reading = train_run, score_run, reading
         self.jobs = 1
         self.tried_again = dict[str, str]()
 
     def run(self, schedule: Schedule, deadline: float = math.inf) -> Signals | None:
         """Train what a schedule holds; what a run raises ends it."""
         while time.monotonic() < deadline and (job := schedule.next()) is not None:
-            end = train_job(job, self._train_run, self._score_run)
+            end = train_job(job, self._train_run, self._score_run, self._reading)
             if end.outcome is Outcome.STOPPED:
                 return end.signal
             schedule.add(job, end)
         return None
 
 
-def train_job(job: Job, train_run: TrainRun, score_run: ScoreRun | None = None) -> End:
+def train_job(job: Job, train_run: TrainRun, score_run: ScoreRun | None, reading: Reading) -> End:
     """Begin or resume a run, train it, and return its scores; those of a pruned run are read.
 
     Raises:
@@ -149,7 +158,7 @@ def train_job(job: Job, train_run: TrainRun, score_run: ScoreRun | None = None) 
         if job.steps is None and has_scores_alone(job.folder):
             check_scores_of(job.spec.recipe, job.folder)
             return _end_of(open_run(job.folder))
-        run = resume(job.spec.recipe, job.folder)
+        run = resume(job.spec.recipe, job.folder, reading)
         _check_rung(job, run)
         try:
             if (signal := train_run(run, job.steps)) is not None:

@@ -1,13 +1,14 @@
 """Build the examples and the head of an objective from its settings."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..config.objective import ObjectiveRecipe
 from ..config.recipe import Recipe
-from ..data.cache import Reading, Show, load_arrays
+from ..data.addresses import Place
+from ..data.cache import Reading, load_arrays
 from ..data.entry import EntryWriter
 from ..data.masked_text import MaskedText, PackedSegments, check_texts_follow
 from ..data.objective_sequences import SequenceSettings, write_sequences
@@ -18,10 +19,8 @@ from ..data.tokenized import Array
 from ..data.tokenizer import Tokenizer
 from ..models.config import EncoderConfig
 from ..models.heads import HeadSettings
-from .texts import ObjectiveTexts
-
-_SHOWN = 4096
-"""Texts after which their number is shown."""
+from ..utils.errors import InputError
+from .texts import ObjectiveTexts, watched
 
 
 def head_settings(name: str, settings: ObjectiveRecipe, config: EncoderConfig) -> HeadSettings:
@@ -32,7 +31,12 @@ def head_settings(name: str, settings: ObjectiveRecipe, config: EncoderConfig) -
 
 
 def load_examples(
-    name: str, recipe: Recipe, tokenizer: Tokenizer, max_length: int, reading: Reading
+    name: str,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    max_length: int,
+    reading: Reading,
+    files: Sequence[Place] | None = None,
 ) -> MaskedText | SentencesTwice:
     """Return what an objective draws its batches from, from the cache where it was made before.
 
@@ -42,31 +46,26 @@ def load_examples(
         tokenizer: what to split the texts with.
         max_length: the most tokens in a sequence.
         reading: how data are read.
+        files: those that are dealt to this rank; None for all that the recipe names.
 
     Raises:
         InputError: a text cannot be read, or there is too little.
     """
-    settings, texts = recipe.objectives[name], ObjectiveTexts(recipe, name)
+    settings, texts = recipe.objectives[name], ObjectiveTexts(recipe, name, files)
     sequences = _sequence_settings(settings, max_length)
 
     def write(writer: EntryWriter) -> dict[str, Any]:
         with reading.watch(texts.names) as show:
-            watched, append = _watched(texts, show), writer.append
-            write_sequences(watched, sequences, tokenizer, append, reading.workers)
+            shown, append = watched(texts, show), writer.append
+            write_sequences(shown, sequences, tokenizer, append, reading.workers)
+        texts.check_unchanged()
         return {"largest": texts.largest, "texts": texts.found, "notes": texts.notes}
 
-    made_from = [*texts.made_from, repr(sequences), tokenizer.to_json()]
+    made_from = [*texts.made_from(verify=reading.verify), repr(sequences), tokenizer.to_json()]
     what = f"sequences of {name} ({settings.kind})"
     arrays, said = load_arrays(made_from, texts.names, what, write, verify=reading.verify)
     found = Found(said["largest"], said["texts"], tuple(said["notes"]))
     return _examples(name, settings, arrays, tokenizer, recipe.seed, found)
-
-
-def _watched(texts: ObjectiveTexts, show: Show) -> Iterator[str]:
-    for number, text in enumerate(texts, start=1):
-        if number % _SHOWN == 0:
-            show(number, 0.0)
-        yield text
 
 
 def build_examples(
@@ -121,6 +120,8 @@ def _examples(
     found: Found,
 ) -> MaskedText | SentencesTwice:
     texts = arrays.get("texts", np.empty(0, dtype=np.int64))
+    if not len(texts):
+        raise InputError(f"objectives.{name}: no text of it has a token; name other texts")
     if settings.kind == "masked_lm_next":
         check_texts_follow(texts)
     tokens = arrays.get("tokens", np.empty(0, dtype=np.uint16))

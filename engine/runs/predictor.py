@@ -250,8 +250,7 @@ def schema(run: Run, task: str, split: str = "") -> TaskSchema:
         InputError: the run has no such task.
     """
     if task not in run.recipe.tasks:
-        known = ", ".join(run.recipe.tasks)
-        raise InputError(f"task {task!r}: {run.folder} has {known}")
+        raise InputError(f"task {task!r}: {run.folder} has {run.task_names}")
     form = run.recipe.split_schema(task, split).unchangeable
     # Negatives are for training; an answer is the similarity of an anchor and a passage.
     return replace(form, sentences=form.sentences[:2]) if form.labels == "none" else form

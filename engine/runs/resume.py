@@ -37,15 +37,17 @@ _PLACES = ("data", "init")
 _PLAIN = Reading()
 
 
-def resume(recipe: Recipe, folder: Path, reading: Reading = _PLAIN) -> Run:
+def resume(recipe: Recipe, folder: Path, reading: Reading = _PLAIN, ranks: int = 1) -> Run:
     """Open a run to go on with it, or begin it if there is none in ``folder``.
+
+    As of :func:`.run.begin`.
 
     Raises:
         InputError: the run was made with other settings, has lost its checkpoints since it was
             done, or cannot write into its own folders.
     """
     if not isfile(folder / "recipe.toml"):
-        return begin(recipe, folder, resumes=True, reading=reading)
+        return begin(recipe, folder, resumes=True, reading=reading, ranks=ranks)
     run = open_run(folder)
     if has_scores_alone(folder):
         raise InputError(f"--resume: {folder}: {PRUNED}; give another --out")

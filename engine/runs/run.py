@@ -4,7 +4,7 @@ recipe.toml      every setting, resolved
 config.json      the encoder's shape, as in a Hugging Face model folder
 tokenizer.json   (and vocab.txt, tokenizer_config.json)
 metrics.jsonl    a line for every training step; evaluations.jsonl, for every evaluation
-metrics.json     the scores of the last evaluation
+metrics.json     the scores of the last evaluation, and the memory that training took
 checkpoints/     see engine/checkpoints/store.py
 output.log       what it printed, where several runs of a sweep were trained at once
 .superbert.lock  held by the process that trains it, see engine/runs/lock.py
@@ -25,13 +25,14 @@ from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
 from ..data.cache import Reading, load_split
 from ..data.hub_stream import HubStream
+from ..data.masked_text import MaskedText
 from ..data.prepare import Preparation
+from ..data.sentences_twice import SentencesTwice
 from ..data.source import Origin
 from ..data.split import TokenizedSplit, tokenize
 from ..data.stream_order import StreamOrder
 from ..data.streamed import StreamedExamples
 from ..data.table import OnBadRow, Table
-from ..data.task_batch import Examples
 from ..data.task_schema import TaskSchema
 from ..data.tokenizer import Tokenizer
 from ..models import hf_weights
@@ -84,6 +85,11 @@ class Run(NamedTuple):
     def max_length(self) -> int:
         """The most tokens in a sentence."""
         return min(self.recipe.max_length, self.config.max_position_embeddings)
+
+    @property
+    def task_names(self) -> str:
+        """The names of its tasks, for error messages."""
+        return ", ".join(self.recipe.tasks) or "no task"
 
     @property
     def masked_lm(self) -> str | None:
@@ -192,13 +198,21 @@ class Run(NamedTuple):
         """Return whether the head of a task takes pairs in one sequence."""
         return len(form.sentences) == 2 and self.recipe.tasks[form.task].head == CROSS
 
-    def objective(self, name: str) -> Examples:
+    def objective(
+        self, name: str, files: Sequence[Path] | None = None
+    ) -> MaskedText | SentencesTwice:
         """Return what an objective of the recipe is trained on.
+
+        Args:
+            name: the objective's.
+            files: those that are dealt to this rank; None for all that the recipe names.
 
         Raises:
             InputError: its text cannot be read, or there is too little of it.
         """
-        return load_examples(name, self.recipe, self.tokenizer, self.max_length, self.reading)
+        return load_examples(
+            name, self.recipe, self.tokenizer, self.max_length, self.reading, files
+        )
 
     def new_model(self) -> MultitaskModel:
         """Return the model as the run's seed initialises it, fp32, on the CPU."""
@@ -365,7 +379,14 @@ class Run(NamedTuple):
         return self._replace(recipe=self.recipe.model_copy(update={"data": str(folder)}))
 
 
-def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Reading = _PLAIN) -> Run:
+def begin(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resumes: bool = False,
+    reading: Reading = _PLAIN,
+    ranks: int = 1,
+) -> Run:
     """Plan a run in ``folder``; nothing is written yet.
 
     Args:
@@ -373,12 +394,13 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Readi
         folder: of the run.
         resumes: whether it may hold what a run wrote before it was cut off.
         reading: how its data are read.
+        ranks: processes that train it.
 
     Raises:
         InputError: the folder holds something already, or the encoder or data cannot be used.
     """
     check_folder(folder, resumes=resumes)
-    check_texts(recipe)
+    check_texts(recipe, ranks)
     init_type = ""
     if recipe.init:
         encoder, config = pretrained_encoder(recipe)
@@ -387,7 +409,7 @@ def begin(recipe: Recipe, folder: Path, *, resumes: bool = False, reading: Readi
         init_type = hf_weights.read_model_type(folder_of_model)
         recipe = recipe.model_copy(update={"encoder": encoder})
     else:
-        tokenizer = learn_vocabulary(recipe)
+        tokenizer = learn_vocabulary(recipe, reading)
         shape = recipe.encoder.model_dump() | {"vocab_size": tokenizer.vocab_size}
         config = MODELS[shape.pop("model_type")].config(**shape)
     run = _run_of(folder, recipe, config, tokenizer, f"--init {recipe.init}")

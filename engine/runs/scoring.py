@@ -3,8 +3,9 @@
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,7 @@ _NOT_FINITE = (
     "what the model computes is not finite; train it again with a lower lr, or with a precision of "
     "wider range (bf16, fp32)"
 )
+METRICS = "metrics.json"
 MAX_TOKENS = 8192
 """Of a batch: enough to fill a machine, few enough for any of them."""
 
@@ -326,12 +328,15 @@ class Scores(NamedTuple):
         step: of the checkpoint that was scored.
         scores: by task, and ``overall``.
         averaged: where those weights are an average, the steps that it is made of.
+        memory: of the process that trained the run last (engine/training/memory_parts.py); None of
+            a run that is being trained.
     """
 
     split: str
     step: int
     scores: dict[str, FiniteFloat]
     averaged: tuple[int, ...] = ()
+    memory: dict[str, str | int | float | None] | None = None
 
     @property
     def source(self) -> str:
@@ -340,7 +345,7 @@ class Scores(NamedTuple):
 
 
 def write_scores(folder: Path, scores: Scores) -> None:
-    """Write ``metrics.json`` into a run's folder.
+    """Write ``metrics.json`` into a run's folder; the memory that it has stays.
 
     Raises:
         InputError: a score is not finite, or the disk is full, or the like.
@@ -351,7 +356,42 @@ def write_scores(folder: Path, scores: Scores) -> None:
     content = scores._asdict()
     if not scores.averaged:
         del content["averaged"]
-    write_text(folder / "metrics.json", dump_json(content, indent=2) + "\n")
+    if scores.memory is None:
+        content = {key: value for key, value in content.items() if key != "memory"}
+        content |= _memory_of(folder)
+    _write_metrics(folder, content)
+
+
+def write_memory(folder: Path, memory: Mapping[str, Any]) -> None:
+    """Write the memory that a training took into ``metrics.json``, beside the scores if there are.
+
+    Raises:
+        InputError: the file is damaged, or the disk is full, or the like.
+    """
+    file = folder / METRICS
+    content = _json_of(file) if file.exists() else {}
+    _write_metrics(folder, content | {"memory": dict(memory)})
+
+
+def _write_metrics(folder: Path, content: Mapping[str, Any]) -> None:
+    write_text(folder / METRICS, dump_json(content, indent=2) + "\n")
+
+
+def _json_of(file: Path) -> dict[str, Any]:
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(read_bytes(file))
+    except ValueError as error:
+        raise InputError(f"{file}: no scores to read ({error}); remove it") from None
+
+
+def _memory_of(folder: Path) -> dict[str, Any]:
+    """Return the memory that is written already: other scores are of the same training."""
+    file = folder / METRICS
+    if not file.exists():
+        return {}
+    with suppress(InputError):  # damaged: these scores replace it
+        return {key: value for key, value in _json_of(file).items() if key == "memory"}
+    return {}
 
 
 def read_scores(folder: Path, tasks: Iterable[str]) -> Scores:
@@ -360,7 +400,7 @@ def read_scores(folder: Path, tasks: Iterable[str]) -> Scores:
     Raises:
         InputError: it is missing or damaged, or lacks one of their scores.
     """
-    file = folder / "metrics.json"
+    file = folder / METRICS
     try:
         found = TypeAdapter(Scores).validate_json(read_bytes(file))
     except (InputError, ValueError) as error:

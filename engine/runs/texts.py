@@ -1,25 +1,31 @@
 """The texts that a recipe trains on: those of its tasks, and those of its objectives."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from os.path import exists  # unlike pathlib's it raises nothing
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ..config.recipe import Recipe
-from ..data.cache import load_vocabulary
+from ..data.addresses import Place
+from ..data.cache import Reading, Show, load_vocabulary
 from ..data.hub_stream import HubStream
 from ..data.raw_text import each_line, evenly
 from ..data.rows import lines_on
 from ..data.sampler import stratified_subset
-from ..data.source import DataFile, HubSplit
+from ..data.shards import shards
+from ..data.source import DataFile, HubSplit, Origin
 from ..data.table import TableReader, strata
 from ..data.tokenizer import Tokenizer
-from ..utils.untrusted_io import read_bytes
-from .data_paths import data_folder, origin
+from .data_paths import data_folder, origin, reads_data_folder
+
+_TEXT = (".txt", ".text")
+"""Endings of the files that are read of a folder of texts, but for that of their compression."""
+
+_SHOWN = 4096
+"""Texts after which their number is shown."""
 
 
 class ObjectiveTexts:
@@ -28,6 +34,7 @@ class ObjectiveTexts:
     Args:
         recipe: that has it.
         name: of the objective.
+        files: those that are dealt to this rank; None for all that the recipe names.
 
     Attributes:
         largest: examples of the largest task, or lines of the largest file; known, as is what is
@@ -36,28 +43,36 @@ class ObjectiveTexts:
         notes: warnings about the files, a line each.
     """
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, files: Sequence[Place] | None = None) -> None:
         self._recipe, self._name = recipe, name
         self._settings = recipe.objectives[name]
+        paths = _files_of(recipe, name) if files is None else files
+        self._sources = _Sources(recipe, _tasks_of(recipe, name), paths)
         self.largest = self.found = 0
         self.notes: list[str] = []
 
-    @property
-    def made_from(self) -> list[str]:
-        """All that decides the texts."""
+    def made_from(self, *, verify: bool = False) -> list[str]:
+        """Return all that decides the texts.
+
+        Args:
+            verify: read all of large files to tell whether they have changed.
+        """
         recipe, settings = self._recipe, self._settings
         limits = (settings.max_per_source, settings.max_texts, recipe.seed, recipe.on_bad_row)
-        made_from = list(map(str, limits))
-        for task in _tasks_of(recipe, self._name):
-            form = recipe.split_schema(task, "train")
-            made_from += [task, repr(form), origin(recipe, task, "train").digest()]
-        return made_from + [DataFile(file).digest() for file in _files_of(recipe, self._name)]
+        return [*map(str, limits), *self._sources.digests(verify=verify)]
+
+    def check_unchanged(self) -> None:
+        """Refuse files that changed since :meth:`made_from` looked at them.
+
+        Raises:
+            InputError: one has.
+        """
+        self._sources.check_unchanged()
 
     @property
     def names(self) -> str:
         """The names of what the texts are from."""
-        files = [file.name for file in _files_of(self._recipe, self._name)]
-        return ", ".join([*_tasks_of(self._recipe, self._name), *files])
+        return self._sources.names
 
     def __iter__(self) -> Iterator[str]:
         """Yield the texts."""
@@ -71,10 +86,10 @@ class ObjectiveTexts:
     def _all(self) -> Iterator[str]:
         """Yield the texts of all sources."""
         self.largest, self.found, self.notes = 0, 0, []
-        for task in _tasks_of(self._recipe, self._name):
-            yield from self._counted(self._of_task(task))
+        for task, found in self._sources.tasks.items():
+            yield from self._counted(self._of_task(task, found))
         limit = self._settings.max_per_source
-        for path in _files_of(self._recipe, self._name):
+        for path in self._sources.paths:
             notes, lines = list[str](), 0
             for lines, text in enumerate(each_line(path, notes), start=1):
                 if not limit or lines <= limit:
@@ -88,10 +103,10 @@ class ObjectiveTexts:
             self.found += 1
             yield text
 
-    def _of_task(self, task: str) -> Iterator[str]:
+    def _of_task(self, task: str, found: Origin) -> Iterator[str]:
         """Yield the sentences of a task's examples; those of a pair follow one another."""
         recipe, limit = self._recipe, self._settings.max_per_source
-        with _tables(recipe, task) as tables:
+        with _tables(recipe, task, found) as tables:
             labels, rows = list[npt.NDArray[np.float32]](), 0
             if limit:
                 for table in tables:
@@ -104,14 +119,14 @@ class ObjectiveTexts:
             chosen = np.zeros(rows, dtype=bool)
             chosen[stratified_subset(every, limit, task, recipe.seed)] = True
         start, bad_rows = 0, Counter[str]()
-        with _tables(recipe, task) as tables:
+        with _tables(recipe, task, found) as tables:
             for table in tables:
                 for number in range(len(table)):
                     if chosen is None or chosen[start + number]:
                         yield from (column[number] for column in table.sentences)
                 start += len(table)
                 bad_rows.update(table.bad_rows)
-            said = lines_on(origin(recipe, task, "train").name, tables.notes)
+            said = lines_on(found.name, tables.notes)
         self.largest = max(self.largest, start)
         self.notes += [f"{task}: {line}" for line in said]
         self.notes += [
@@ -120,59 +135,114 @@ class ObjectiveTexts:
         ]
 
 
+class _Sources:
+    """Tasks and files that texts are from, looked for once, so that they stay the same.
+
+    Args:
+        recipe: that names them.
+        tasks: of which the training examples are read.
+        paths: of files with a text a line.
+    """
+
+    def __init__(self, recipe: Recipe, tasks: Iterable[str], paths: Iterable[Place]) -> None:
+        self._recipe = recipe
+        self.tasks = {task: origin(recipe, task, "train") for task in tasks}
+        self.paths = list(paths)
+        self._files = list(map(DataFile, self.paths))
+
+    @property
+    def names(self) -> str:
+        """Their names."""
+        return ", ".join([*self.tasks, *(path.name for path in self.paths)])
+
+    def digests(self, *, verify: bool) -> list[str]:
+        """Return all that decides what is read."""
+        found = list[str]()
+        for task, source in self.tasks.items():
+            form = self._recipe.split_schema(task, "train")
+            found += [task, repr(form), source.digest(verify=verify)]
+        return found + [file.digest(verify=verify) for file in self._files]
+
+    def check_unchanged(self) -> None:
+        """Refuse files that changed since their digests were asked for."""
+        for source in (*self.tasks.values(), *self._files):
+            source.check_unchanged()
+
+
 @contextmanager
-def _tables(recipe: Recipe, task: str) -> Iterator[TableReader]:
+def _tables(recipe: Recipe, task: str, found: Origin) -> Iterator[TableReader]:
     """Open the training examples of a task of the recipe, or of a built-in one, as text."""
-    form, found = recipe.split_schema(task, "train"), origin(recipe, task, "train")
+    form = recipe.split_schema(task, "train")
     with found.rows(form, labelled=True) as rows:
         yield TableReader(rows, found.where, form, labelled=True, on_bad_row=recipe.on_bad_row)
 
 
-def learn_vocabulary(recipe: Recipe) -> Tokenizer:
+def learn_vocabulary(recipe: Recipe, reading: Reading) -> Tokenizer:
     """Return the vocabulary of what a recipe trains on, from the cache where it was learnt before.
 
     Raises:
         InputError: a file of the texts cannot be read.
     """
-    tasks, files = _vocabulary_sources(recipe)
+    texts = VocabularyTexts(recipe)
     made_from = [str(recipe.encoder.vocab_size), recipe.on_bad_row]
-    for task in tasks:
-        form = recipe.split_schema(task, "train")
-        made_from += [repr(form), origin(recipe, task, "train").digest()]
-    made_from += [DataFile(file).digest() for file in files]
+    made_from += texts.sources.digests(verify=reading.verify)
 
     def learn() -> Tokenizer:
-        return Tokenizer.train(VocabularyTexts(recipe), recipe.encoder.vocab_size)
+        with reading.watch(texts.sources.names) as texts.show:
+            tokenizer = Tokenizer.train(texts, recipe.encoder.vocab_size)
+        texts.sources.check_unchanged()
+        return tokenizer
 
-    names = [*tasks, *(file.name for file in files)]
-    return load_vocabulary(made_from, f"vocabulary of {', '.join(names)}", learn)
+    return load_vocabulary(made_from, f"vocabulary of {texts.sources.names}", learn)
 
 
 class VocabularyTexts:
     """The texts that a vocabulary is learnt from: whatever some phase trains on, uncut.
 
     Each task and each file counts once.  They are read anew whenever they are gone through.
+
+    Args:
+        recipe: of the run.
+
+    Attributes:
+        sources: of the texts.
+        show: is told now and then how many texts are read.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
+        self.sources = _Sources(recipe, *_vocabulary_sources(recipe))
+        self.show: Show = _show_nothing
 
     def __iter__(self) -> Iterator[str]:
         """Yield the texts."""
-        recipe = self._recipe
-        tasks, files = _vocabulary_sources(recipe)
-        for task in tasks:
-            with _tables(recipe, task) as tables:
+        return watched(self._all(), self.show)
+
+    def _all(self) -> Iterator[str]:
+        for task, found in self.sources.tasks.items():
+            with _tables(self._recipe, task, found) as tables:
                 for table in tables:
                     for column in table.sentences:
                         yield from column
-        for file in files:
-            yield from each_line(file, [])
+        for path in self.sources.paths:
+            yield from each_line(path, [])
 
 
-def _vocabulary_sources(recipe: Recipe) -> tuple[list[str], list[Path]]:
+def watched(texts: Iterable[str], show: Show) -> Iterator[str]:
+    """Yield texts, and show now and then how many."""
+    for number, text in enumerate(texts, start=1):
+        if number % _SHOWN == 0:
+            show(number, 0.0)
+        yield text
+
+
+def _show_nothing(_rows: int, _share: float) -> None:
+    pass
+
+
+def _vocabulary_sources(recipe: Recipe) -> tuple[list[str], list[Place]]:
     """Return the tasks and the files whose texts decide a vocabulary."""
-    tasks, files = dict[str, None](), dict[Path, None]()
+    tasks, files = dict[str, None](), dict[Place, None]()
     for name in recipe.trained:
         if name in recipe.tasks:
             tasks[name] = None
@@ -183,8 +253,15 @@ def _vocabulary_sources(recipe: Recipe) -> tuple[list[str], list[Path]]:
     return list(tasks), list(files)
 
 
-def check_texts(recipe: Recipe) -> None:
+def check_texts(recipe: Recipe, ranks: int = 1) -> None:
     """Look for the data of all phases, so that none is missed when its turn has come.
+
+    Files that are dealt to several ranks are looked for when they are dealt, since some of them may
+    be on other machines.
+
+    Args:
+        recipe: of the run.
+        ranks: processes that train it.
 
     Raises:
         InputError: the recipe does not name a split that it needs, or a file is not there.
@@ -193,20 +270,26 @@ def check_texts(recipe: Recipe) -> None:
         wanted: list[tuple[str, str]] = []
         for name in phase.train:
             tasks = _tasks_of(recipe, name) if name in recipe.objectives else (name,)
-            wanted += [(task, "train") for task in tasks]
-            for file in _files_of(recipe, name) if name in recipe.objectives else ():
-                _check_file(file)
+            wanted += [(task, "train") for task in tasks if not is_dealt(recipe, task, ranks)]
+            is_objective = name in recipe.objectives and not is_dealt(recipe, name, ranks)
+            for file in _files_of(recipe, name) if is_objective else ():
+                _check_file(DataFile(file))
         wanted += [(task, "dev") for task in recipe.tasks if phase.scored]
         for task, split in wanted:
             found = origin(recipe, task, split)
             for one in () if isinstance(found, HubSplit | HubStream) else found.files:
-                if one.is_missing:
-                    one.digest()  # which says what is wrong
+                _check_file(one)
 
 
-def _check_file(path: Path) -> None:
-    if not exists(path):
-        read_bytes(path, None)  # which says what is wrong
+def is_dealt(recipe: Recipe, name: str, ranks: int) -> bool:
+    """Return whether the training files of a task or an objective are dealt to several ranks."""
+    source = recipe.tasks[name].source if name in recipe.tasks else recipe.objectives.get(name)
+    return ranks > 1 and source is not None and source.split_by_rank
+
+
+def _check_file(file: DataFile) -> None:
+    if file.is_missing:
+        file.digest()  # which says what is wrong
 
 
 def _tasks_of(recipe: Recipe, objective: str) -> tuple[str, ...]:
@@ -215,6 +298,16 @@ def _tasks_of(recipe: Recipe, objective: str) -> tuple[str, ...]:
     return settings.sentences_of or (() if settings.files else tuple(recipe.tasks))
 
 
-def _files_of(recipe: Recipe, objective: str) -> tuple[Path, ...]:
+def _files_of(recipe: Recipe, objective: str) -> list[Place]:
     files = recipe.objectives[objective].files
-    return tuple(data_folder(recipe) / file for file in files)
+    return text_files(recipe, objective, files) if files else []
+
+
+def text_files(recipe: Recipe, objective: str, names: Sequence[str]) -> list[Place]:
+    """Return the text files that some names of an objective stand for.
+
+    Raises:
+        InputError: a pattern or folder has none.
+    """
+    folder = data_folder(recipe) if reads_data_folder(recipe) else Path()
+    return shards(names, folder, f"objectives.{objective}.files", _TEXT)

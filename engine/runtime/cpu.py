@@ -3,14 +3,12 @@
 import _thread
 import os
 import threading
-from pathlib import Path
 
 import torch
 
 from .._kernels import kernels
+from ..utils.cpus import quota
 from ..utils.errors import InputError
-
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds, and in how many; or "max"
 
 _OTHER_THREADS = 8
 """Those that a run starts besides torch's: they load batches, write checkpoints, draw."""
@@ -38,12 +36,8 @@ def available_cores() -> int:
     machine = torch.cpu.get_capabilities()
     physical, logical = machine["num_physical_cores"], machine["num_logical_cores"]
     cores: int = len(os.sched_getaffinity(0)) * physical // logical
-    try:
-        quota, period = _QUOTA.read_text(encoding="ascii").split()
-        cores = min(cores, int(quota) // int(period))
-    except (OSError, ValueError):
-        pass  # no quota
-    return max(1, cores)
+    limit = quota()
+    return max(1, cores if limit is None else min(cores, limit))
 
 
 def share_cores(jobs: int) -> int:

@@ -1,15 +1,17 @@
 """Build a trainer from a recipe: data, model, flat parameters, optimizer, step."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
 from ..checkpoints.async_writer import AsyncWriter
 from ..config.recipe import Recipe, torch_arguments_of
 from ..data.masked_text import MaskedText
-from ..data.sampler import Sampler, TaskSampler, TokenSampler, stratified_subset
+from ..data.rank_examples import RankExamples
+from ..data.sampler import RankSampler, Sampler, TaskSampler, TokenSampler, stratified_subset
 from ..data.split import TokenizedSplit
 from ..data.streamed import StreamedExamples, StreamSampler
 from ..data.task_batch import Examples
@@ -30,6 +32,7 @@ from ..optim.lr_factors import lr_factors
 from ..optim.lr_schedule import Schedule
 from ..optim.torch_optimizer import is_torch
 from ..optim.weight_average import WeightAverage
+from ..runs.rank_files import dealt_names
 from ..runs.run import Run
 from ..runtime.execution import COMPILED, RECORDED, Execution
 from ..runtime.oom import check_memory, smaller_batches
@@ -42,6 +45,9 @@ from .trainer import Trainer, check_range
 
 _NOT_KNOWN = "the shapes of a stream's later batches are not known"
 
+NOTHING_DEALT: Mapping[str, RankExamples] = MappingProxyType({})
+"""The examples that are dealt to ranks where none are."""
+
 
 def build_trainer(
     run: Run,
@@ -50,10 +56,13 @@ def build_trainer(
     *,
     phase: int = 0,
     side_stream: bool = True,
+    dealt: Mapping[str, RankExamples] = NOTHING_DEALT,
 ) -> Trainer:
     """Build the trainer of one phase of the recipe: read the data, build model, optimizer and step.
 
-    ``side_stream`` is that of :class:`~engine.runtime.execution.Execution`, for benchmarks.
+    ``side_stream`` is that of :class:`~engine.runtime.execution.Execution`, for benchmarks;
+    ``dealt`` has the examples of the tasks whose files are dealt to ranks
+    (:func:`~engine.training.rank_sets.read_dealt`).
 
     Raises:
         InputError: data or weights cannot be used.
@@ -65,7 +74,11 @@ def build_trainer(
         raise InputError(
             f"optimizer = {recipe.optimizer}: needs whole tensors; set distribute=replicated"
         )
-    train_sets = [_examples(run, recipe, name, device, ranks) for name in recipe.train]
+    assert dealt.keys() >= {*dealt_names(recipe, ranks.size)}, "read_dealt comes first"
+    train_sets = [
+        dealt[name] if name in dealt else _examples(run, recipe, name, device, ranks)
+        for name in recipe.train
+    ]
     subsets = [_subset(examples, recipe) for examples in train_sets]
     sizes = tuple(
         len(examples) if subset is None else len(subset)
@@ -197,7 +210,12 @@ def _examples(run: Run, recipe: Recipe, name: str, device: torch.device, ranks: 
         if device.type == "cuda" and recipe.execution == "auto":
             examples.notes.append(f"steps run eagerly, since {_NOT_KNOWN}")
         return examples
-    return replace(run.split(name, "train"), all_pieces=run.recipe.tasks[name].tag_pieces == "all")
+    return labelled(run, name, run.split(name, "train"))
+
+
+def labelled(run: Run, name: str, split: TokenizedSplit) -> TokenizedSplit:
+    """Return the training split of a task with the labels that the task is trained on."""
+    return replace(split, all_pieces=run.recipe.tasks[name].tag_pieces == "all")
 
 
 def _samplers(
@@ -231,8 +249,18 @@ def _sampler(
     """Return what draws the batches of a task or an objective.
 
     Raises:
-        InputError: batches of so many tokens do not hold the longest sequence.
+        InputError: batches of so many tokens do not hold the longest sequence, or batches have no
+            example for each of the ranks that have their own.
     """
+    if isinstance(examples, RankExamples):
+        if batch_size < len(examples.sizes):
+            is_task = examples.task in recipe.tasks
+            table = f"tasks.{examples.task}.source" if is_task else f"objectives.{examples.task}"
+            raise InputError(
+                f"{table}.split_by_rank: a batch of {batch_size} examples has "
+                f"none for some of {len(examples.sizes)} ranks; raise batch_size, or leave it out"
+            )
+        return RankSampler(examples.task, examples.sizes, batch_size, recipe.seed)
     objective = recipe.objectives.get(examples.task)
     if objective is None or not objective.tokens_per_batch:
         return TaskSampler(examples.task, len(examples), batch_size, recipe.seed, subset)
@@ -278,6 +306,9 @@ def runs_encoder(recipe: Recipe) -> bool:
 
 def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
     """Return examples with precomputed hidden states."""
+    if isinstance(examples, RankExamples):
+        assert isinstance(examples.own, TokenizedSplit)
+        return examples.precomputed(precompute_hidden_states(model, examples.own))
     assert isinstance(examples, TokenizedSplit)
     return precompute_hidden_states(model, examples)
 
@@ -295,6 +326,9 @@ def _subset(examples: Examples, recipe: Recipe) -> Indices | None:
 def _weigh_classes(model: MultitaskModel, examples: Examples, subset: Indices | None) -> None:
     """Let a head weigh classes by their shares of the examples that are trained on."""
     loss = model.head(examples.task).class_loss
+    if loss is not None and isinstance(examples, RankExamples):
+        assert examples.class_counts is not None, "counted where classes are weighed"
+        loss.weigh(examples.class_counts)
     if loss is not None and isinstance(examples, TokenizedSplit) and subset is not None:
         loss.weigh(examples.label_counts(subset, int(loss.task.high) + 1))
 

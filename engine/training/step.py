@@ -139,6 +139,15 @@ class MultitaskStep:
         self._seed.fill_(self._first_seed + step)
         return self._run((batch,) if isinstance(batch, PackedBatch) else batch)
 
+    def forward_losses(self, micro_batches: Sequence[PackedBatch]) -> Tensor:
+        """Return the first micro-batch's losses ``[K]``, computed eagerly, without a backward pass.
+
+        Nothing of the training changes: masks are those that the seed gives the last step.
+        """
+        batch = micro_batches[0]
+        totals = batch.step_terms or batch.terms
+        return self._losses(batch, totals, self._seed_of(0), False, _NO_SCORES)
+
     def _on_device(self, micro_batches: Sequence[PackedBatch]) -> StepReport:
         """Run the step; all other inputs than the batches are tensors that stay in place."""
         losses = self._task_gradients(micro_batches)

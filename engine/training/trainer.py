@@ -204,10 +204,12 @@ class Trainer:
         for examples in self.train_sets:
             if isinstance(examples, StreamedExamples):
                 examples.keep_marks(self.run.folder)
-        state = self.state
-        self.checkpoint_writer.save(
-            state.tensors(), Manifest(progress=progress, places=state.places)
+        self.checkpoint_writer.wait()  # the copy of the one before is freed before another is made
+        state, dealt = self.state, any(sampler.by_rank for sampler in self.samplers)
+        manifest = Manifest(
+            progress=progress, places=state.places, ranks=self.ranks.size if dealt else 0
         )
+        self.checkpoint_writer.save(state.tensors(), manifest)
 
     def save_scored(self, progress: Progress) -> None:
         """Write the weights that were scored, or their moving average, where they are worth it.

@@ -5,10 +5,10 @@ Names of files and data sets may come from a recipe that somebody else wrote.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from .errors import UNPRINTABLE
 
@@ -55,6 +55,21 @@ GivenName = Annotated[Name, AfterValidator(_given)]
 
 FileName = Annotated[GivenName, AfterValidator(_leads_down)]
 """A file below the data folder, or anywhere by its absolute name."""
+
+
+T = TypeVar("T")
+ONE, SEVERAL = "[one]", "[several]"
+"""What pydantic calls the two forms of a value in the place of an error."""
+
+
+def _form(value: Any) -> str:
+    return SEVERAL if isinstance(value, list | tuple) else ONE
+
+
+OneOrSeveral = Annotated[
+    Annotated[T, Tag(ONE)] | Annotated[tuple[T, ...], Tag(SEVERAL)], Discriminator(_form)
+]
+"""A value, or a list of such values."""
 
 
 class Settings(BaseModel):

@@ -23,8 +23,12 @@ _PARTIAL = re.compile(r"\.(.+)-[0-9a-f]{8}\.partial", re.DOTALL)
 
 
 @contextmanager
-def explained(doing: str, path: Path) -> Iterator[None]:
+def explained(doing: str, path: object) -> Iterator[None]:
     """Turn errors of the system (disk full, no permission) into one clear line.
+
+    Args:
+        doing: what, such as "read".
+        path: to what; a path, or an address.
 
     Raises:
         InputError: in place of an OSError from the body, or of what safetensors makes of one.

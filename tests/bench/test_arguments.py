@@ -27,6 +27,10 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         **{"--rows": COUNTS, "--width": COUNTS, "--rounds": ONE},
         **{"--device": ("gpu",), "--dtype": ("fp64",)},
     },
+    "large_data": {
+        **{"--rows": COUNTS, "--repeats": COUNTS, "--workers": COUNTS, "--seed": COUNTS[1:]},
+        **{"--device": ("gpu",), "--encoder": ("",)},
+    },
     "layer_norm": {"--rows": COUNTS, "--width": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
     "linear": {
         **{"--tokens": COUNTS, "--tasks": COUNTS, "--shares": COUNTS},
@@ -47,6 +51,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "step": {
         **{"--batch-size": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
         **{"--warmup-seconds": COUNTS, "--only": ("(",)},
+        "--masked-lm": (*COUNTS, "511"),
     },
     "transformers": {
         **{"--batches": COUNTS, "--rounds": ONE, "--device": ("gpu",), "--warmup-seconds": COUNTS},

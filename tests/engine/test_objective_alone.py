@@ -15,6 +15,7 @@ from engine.utils.errors import InputError
 
 from .conftest import TINY
 from .in_process import workers_in_process
+from .whole_runs import written_scores
 
 WORDS = ["film", "plot", "song", "joke", "town", "boat", "café", "road"]
 TEXTS = "".join(f"The {one} was as good as the {other}.\n" for one in WORDS for other in WORDS)
@@ -68,7 +69,7 @@ def test_a_run_ends_well_and_says_that_it_is_not_scored(train, tmp_path, setting
     for options in ((), ("--resume",)):
         *_, said, wrote = train(*settings, options=options).splitlines()
         assert (said, wrote) == (NOT_SCORED, f"wrote {tmp_path / 'run'}")
-    assert not (tmp_path / "run/metrics.json").exists()
+    assert not written_scores(tmp_path / "run")
 
 
 def test_what_works_on_a_run_works_on_one_without_scores(train, tmp_path, capsys):

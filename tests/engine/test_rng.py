@@ -12,7 +12,7 @@ def test_the_numbers_stay_the_same_for_ever():
     found = [number.hex() for number in uniforms(3, 7, "lm", "mask", 2, 5)]
     assert found == ["0x1.8a3b719d7de60p-3", "0x1.b1bc1b6e11bf0p-5", "0x1.aeb25dd42f558p-2"]
     assert permutation(8, 7, "sst", 2).tolist() == [5, 1, 3, 4, 2, 7, 6, 0]
-    drawn = TaskSchedule("annealed", (100, 900, 50), 50, 2, 3)
+    drawn = TaskSchedule("annealed", (100, 900, 50), (2, 18, 1), 2, 3)
     assert [drawn.batches(step)[0].task for step in range(12)] == ANNEALED
 
 

@@ -14,7 +14,14 @@ from engine.train import main
 from engine.utils.errors import InputError
 
 from .conftest import TINY
-from .whole_runs import assert_same_run, evaluations, last_checkpoint, metrics, trained_weights
+from .whole_runs import (
+    assert_same_run,
+    evaluations,
+    last_checkpoint,
+    metrics,
+    trained_weights,
+    written_scores,
+)
 
 
 def test_a_run_leaves_what_its_folder_promises(tiny_run):
@@ -224,10 +231,10 @@ def test_evaluate_gives_the_scores_of_the_best_epoch_again(tiny_run, precision):
     # Weights of classes are of the training examples alone, which an evaluation does not read.
     settings = (f"precision={precision}", "tasks.sst.class_weights=balanced")
     folder = tiny_run("run", settings=settings)
-    at_the_end = json.loads((folder / "metrics.json").read_text())
+    at_the_end = written_scores(folder)
     (folder / "metrics.json").unlink()
     assert evaluate.main([str(folder), "--split", "dev"]) == 0
-    assert json.loads((folder / "metrics.json").read_text()) == at_the_end
+    assert written_scores(folder) == at_the_end
 
 
 def test_evaluate_scores_one_task_or_a_file_with_labels(tiny_run, capsys):

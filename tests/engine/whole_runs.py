@@ -37,6 +37,13 @@ def evaluations(folder: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: line["scores"] for line in lines}
 
 
+def written_scores(folder: Path) -> dict:
+    """``metrics.json`` but for the memory, which is no run's twice."""
+    content = json.loads((folder / "metrics.json").read_text())
+    content.pop("memory", None)
+    return content
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
     assert evaluations(one) == evaluations(other)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine import evaluate, export, fill, glue, predict, report, sweep, train
+from engine import cache, evaluate, export, fill, glue, predict, report, sweep, train
 from engine.cli.common import Parser
 from engine.cli.completion import bash_script
 from engine.cli.help import recipe_fields
@@ -18,7 +18,7 @@ from engine.train import main
 
 from ..conftest import TINY
 
-PROGRAMS = (train, evaluate, predict, export, report, sweep, fill, glue)
+PROGRAMS = (train, evaluate, predict, export, report, sweep, fill, glue, cache)
 
 
 def parser_of(program, monkeypatch) -> Parser:

@@ -102,6 +102,7 @@ OF_OTHERS = {
     "version_2_with_negative": "tasks.NAME.source.unanswerable",
     "buffer_size": "tasks.NAME.source.shuffle_buffer",
     "shuffle_buffer_size": "tasks.NAME.source.shuffle_buffer",
+    "split_dataset_by_node": "tasks.NAME.source.split_by_rank",
     "similarity_fct": "",
     "pos_weight": "tasks.NAME.class_weights",
     "decision_threshold": "tasks.NAME.threshold",

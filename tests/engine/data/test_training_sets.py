@@ -70,3 +70,25 @@ def test_masked_lm_joins_the_short_sentences_of_some_examples(tmp_path, task, sh
     settings = (f"sentences_of=['{task}']", f"short={short}", "max_per_source=100")
     built = training(tmp_path, "superbert", *(f"objectives.masked_lm.{s}" for s in settings))
     assert len(built.train_sets[0]) == sequences
+
+
+@pytest.mark.parametrize("how", ["list", "folder", "pattern", "address"])
+def test_texts_of_several_files(tmp_path, how):
+    (tmp_path / "texts").mkdir()
+    lines = [f"the plot was number {number}" for number in range(6)]
+    for number in range(3):
+        text = "\n".join(lines[2 * number : 2 * number + 2])
+        (tmp_path / f"texts/{number}.txt").write_text(text)
+    (tmp_path / "texts/sub.txt").mkdir()
+    names = {
+        "list": [f"{tmp_path}/texts/{number}.txt" for number in range(3)],
+        "folder": [f"{tmp_path}/texts"],
+        "pattern": [f"{tmp_path}/texts/[01].txt", f"{tmp_path}/texts/2*"],
+        "address": [f"file://{tmp_path}/texts/*.txt"],
+    }[how]
+    if how == "address":
+        pytest.importorskip("fsspec")
+    built = training(tmp_path, "mtb-cosine-simcse", f"objectives.simcse.files={names}")
+    (sentences,) = built.train_sets
+    decode = built.run.tokenizer.decode
+    assert [decode(tokens[1:-1].tolist()) for tokens in sentences.sentences] == lines

@@ -382,7 +382,7 @@ ELSEWHERE = {
     *("keep_checkpoints", "max_graphs", "distribute", "timeout", "check_ranks_every"),
     *("threads", "ema_decay"),
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"),  # of a pretrained encoder
-    "objectives.NAME.files",
+    *("objectives.NAME.files", "objectives.NAME.split_by_rank"),
     *("tasks.NAME.metrics", "tasks.NAME.score_weight", "tasks.NAME.tag_pieces"),
     *("tasks.NAME.decided_by", "tasks.NAME.threshold"),
 }
@@ -618,6 +618,18 @@ def test_what_depends_on_where_it_is_trained(field):
     for line in (*alone, *gpu, *two):
         assert line.startswith(f"{name} = ")
     assert lines_of("max_graphs=2", "execution=eager", device="cuda") != []
+
+
+def test_files_are_dealt_to_several_ranks():
+    files = "files={train='/a.csv',dev='/b.csv'}"
+    source = f"tasks.mood.source={{kind='regression',text=['t'],split_by_rank=true,{files}}}"
+    text = "objectives.text={kind='simcse',split_by_rank=true,files=['/a.txt']}"
+    given = ("train=['mood','text']", "tasks.mood.head=single", source, text)
+    names = ("tasks.mood.source.split_by_rank", "objectives.text.split_by_rank")
+    said = [line for line in lines_of(*given) if "split_by_rank" in line]
+    assert said == [f"{name} = true: no effect, one process trains" for name in names]
+    two = lines_of(*given, ranks=Ranks(rank=0, size=2))
+    assert [line for line in two if "split_by_rank" in line] == []
 
 
 def test_a_mean_needs_two_metrics():

@@ -21,6 +21,7 @@ from engine.train import main
 from engine.utils.errors import InputError
 
 from ..conftest import TINY
+from ..whole_runs import written_scores
 
 PAIRS = ["/".join(pair) for pair in combinations(("sst", "quora", "sts"), 2)]
 
@@ -69,7 +70,7 @@ def test_every_evaluation_has_a_line(tiny_run):
     folder = tiny_run("run")
     evaluations = lines(folder / "evaluations.jsonl")
     assert [line["step"] for line in evaluations] == [2, 4, 6]
-    best = json.loads((folder / "metrics.json").read_text())
+    best = written_scores(folder)
     (of_best,) = [line for line in evaluations if line["step"] == best["step"]]
     assert of_best == best
 

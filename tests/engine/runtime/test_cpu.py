@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engine.runtime import cpu
+from engine.utils import cpus
 from engine.utils.errors import InputError
 
 from ...conftest import REPOSITORY
@@ -24,7 +25,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cores)
     monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _pid: set(range(32)))
     quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(cpu, "_QUOTA", quota)
+    monkeypatch.setattr(cpus, "QUOTA", quota)
     before = torch.get_num_threads()
     yield quota
     torch.set_num_threads(before)
