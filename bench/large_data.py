@@ -7,8 +7,9 @@ transformers does the same beside it, where both are installed (bench/large_data
 same tokenizer and as many processes.
 
 Seconds are those from the process's start until its first step is done, imports and the model's
-loading included.  Memory is the highest sum, over the process and its workers, until then: PSS,
-which counts pages of mapped files, and without those pages; and that of the main process alone.
+loading included: until the engine's metrics.jsonl has the step's line.  Memory is the highest sum,
+over the process and its workers, until then: PSS, which counts pages of mapped files, and without
+those pages; and the most resident memory of the main process alone, as the kernel counts it.
 """
 
 import argparse
@@ -242,7 +243,7 @@ def _table(results: dict[str, Any]) -> Table:
         title=f"{written['rows']:,} pairs, {written['bytes'] / 1e6:,.0f} MB, until the first step, "
         f"{results['workers']} workers, {results['encoder']}"
     )
-    for column in ("", "seconds", "all", "MiB", "without files", "main process", "processes"):
+    for column in ("", "seconds", "whole run", "MiB", "without files", "main process", "processes"):
         table.add_column(column, justify="right" if column else "left")
     for name, samples in results["starts"].items():
         cells = [

@@ -4,6 +4,7 @@ To follow a training step, read the loop in :func:`train`, then training/step.py
 backward, surgery, update), models/bert.py, kernels/ and csrc/.
 """
 
+import gc
 import itertools
 import math
 from argparse import Namespace
@@ -298,6 +299,7 @@ def _train_phases(
         if signal is not None:
             return signal
         del trainer, execution  # the next phase is built in the memory that this one took
+        gc.collect()  # they refer to each other
     return None
 
 

@@ -89,7 +89,7 @@ class TrainingLoader:
             batches = [
                 sampler.batch(each.batch) for sampler, each in zip(drawn, of_step, strict=True)
             ]
-            shares = _deal(batches, [sampler.by_rank for sampler in drawn], rank, ranks)
+            shares = deal(batches, [sampler.by_rank for sampler in drawn], rank, ranks)
             picks = [np.array_split(share, micro_batches)[micro_batch] for share in shares]
             return [sources[each.task] for each in of_step], picks
 
@@ -185,7 +185,7 @@ class TrainingLoader:
         return True
 
 
-def _deal(
+def deal(
     batches: Sequence[Indices], by_rank: Sequence[bool], rank: int, ranks: int
 ) -> list[Indices]:
     """Return a rank's share of each task's batch."""

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ..data.collate import PackedBatch
-from ..data.loader import evaluation_batches
+from ..data.loader import deal, evaluation_batches
 from ..runs.scoring import MAX_TOKENS
 from ..runtime.execution import COMPILED
 from ..runtime.live_bytes import LiveBytes
@@ -343,20 +343,27 @@ def _arrays(value: object, seen: set[int]) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def most_tokens(trainer: Trainer) -> int:
-    """Return the tokens of a process's largest batch, of 512 steps at most, evenly spaced.
+    """Return the tokens of this rank's largest batch, of 512 steps at most, evenly spaced.
 
-    Of several micro-batches and ranks, each has about its share of them.
+    Of several micro-batches each has about its share of them.
     """
     count = min(trainer.total_steps, _MOST_BATCHES)
     steps = np.unique(np.linspace(0, trainer.total_steps - 1, count).astype(int)).tolist()
     most = 0
     for step in steps:
-        tokens = 0
-        for each in trainer.task_schedule.batches(step):
-            chosen = trainer.samplers[each.task].batch(each.batch)
-            tokens += int(trainer.train_sets[each.task].task_batch(chosen, step).sizes.sum())
-        most = max(most, tokens)
-    return -(-most // (trainer.recipe.micro_batches * trainer.ranks.size))
+        scheduled = trainer.task_schedule.batches(step)
+        samplers = [trainer.samplers[each.task] for each in scheduled]
+        shares = deal(
+            [sampler.batch(each.batch) for sampler, each in zip(samplers, scheduled, strict=True)],
+            [sampler.by_rank for sampler in samplers],
+            *trainer.ranks.shard,
+        )
+        sizes = [
+            trainer.train_sets[each.task].sequence_sizes(share, step)
+            for each, share in zip(scheduled, shares, strict=True)
+        ]
+        most = max(most, sum(int(own.sum()) for own in sizes))
+    return -(-most // trainer.recipe.micro_batches)
 
 
 def _evaluate_largest(trainer: Trainer) -> None:

@@ -154,16 +154,38 @@ def test_every_start_is_in_the_record(encoder, tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_from_scratch_and_a_failure(tmp_path, monkeypatch):
-    results = run(monkeypatch, tmp_path, "--from-scratch", "--repeats", "2")["results"]
+    results = run(monkeypatch, tmp_path, "--from-scratch")["results"]
     assert list(results["starts"]) == [
         *("this engine, 1,000 rows", "this engine, first start", "this engine, second start")
     ]
-    assert all(len(samples) == 2 for samples in results["starts"].values())
     monkeypatch.setattr(large_data, "_RECIPE", "train = 3\n")
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path, "--from-scratch", "--force")
     failures = json.loads((tmp_path / "record.json").read_text())["results"]["failures"]
     assert "ended with status 2" in failures["this engine"]
+
+
+def test_repeats_take_turns_and_a_failure_stops_nothing(encoder, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    sizes = ("peak_bytes", "peak_anonymous_bytes", "main_peak_bytes", "processes", "cache_bytes")
+    begun = []
+
+    def starts(_contestant, _folder, log):
+        begun.append(log)
+        if log == "datasets, 2":
+            raise RuntimeError("ended with status 1")
+        yield "first start", {"seconds": 1.0, "whole_seconds": 2.0} | dict.fromkeys(sizes, 3)
+
+    monkeypatch.setattr(large_data, "starts", starts)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path, "--encoder", str(encoder), "--repeats", "3")
+    turns = (("this engine", "datasets", 1), ("datasets", "this engine", 2))
+    turns += (("this engine", "datasets", 3),)
+    assert begun == [f"{name}, {repeat}" for *names, repeat in turns for name in names]
+    results = json.loads((tmp_path / "record.json").read_text())["results"]
+    counts = {name: len(samples) for name, samples in results["starts"].items()}
+    assert counts == {"this engine, first start": 3, "datasets, first start": 2}
+    assert results["failures"] == {"datasets": "ended with status 1"}
 
 
 def test_options_that_do_not_go_together(tmp_path, monkeypatch):

@@ -28,10 +28,10 @@ def be_a_rank(folder: Path, local_size: int, ending: str) -> int:
     os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % local_size)
     ranks = Ranks.from_environment()
     with ranks.init(torch.device("cpu"), timeout=TIMEOUT):
-        for _ in range(2):
+        for turn in range(2):
             with ranks.main_first():
                 begun = time.monotonic()
-                if ranks.local_rank == 0:
+                if ranks.local_rank == 0 and turn:
                     # Each machine has its own time.
                     time.sleep(2.5 * TIMEOUT if ranks.is_main == (ending != "other") else 0.1)
                     if ending == "killed" and ranks.is_main:

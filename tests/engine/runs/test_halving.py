@@ -117,7 +117,7 @@ class Trained:
         monkeypatch.setattr(halving, "check_scores_of", lambda *_: None)
         monkeypatch.setattr(experiments, "check_scores_of", lambda *_: None)
 
-    def open(self, recipe, folder: Path) -> Run:
+    def open(self, recipe, folder: Path, _reading) -> Run:
         return Run(folder, recipe, None, None)
 
     def train(self, run: Run, steps: int | None):

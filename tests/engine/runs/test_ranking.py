@@ -29,7 +29,7 @@ class Trained:
         self.folder, self.failing, self.calls = folder, failing, []
         for module in (halving, experiments):
             monkeypatch.setattr(module, "check_scores_of", lambda *_: None)
-        monkeypatch.setattr(job, "resume", lambda recipe, at: Run(at, recipe, None, None))
+        monkeypatch.setattr(job, "resume", lambda recipe, at, _: Run(at, recipe, None, None))
         monkeypatch.setattr(job, "training_seconds", lambda _: 60.0)
 
     def train(self, run: Run, steps: int | None = None) -> Signals | None:

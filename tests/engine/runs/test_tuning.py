@@ -28,7 +28,7 @@ class Trained:
     def __init__(self, folder: Path, monkeypatch, **failing: Exception) -> None:
         self.folder, self.failing, self.calls = folder, failing, []
         monkeypatch.setattr(experiments, "check_scores_of", lambda *_: None)
-        monkeypatch.setattr(job, "resume", lambda recipe, at: Run(at, recipe, None, None))
+        monkeypatch.setattr(job, "resume", lambda recipe, at, _: Run(at, recipe, None, None))
         monkeypatch.setattr(job, "training_seconds", lambda _: 60.0)
 
     def train(self, run: Run, _steps: int | None) -> Signals | None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,3 +360,19 @@ def test_lora_keeps_few_moments_and_all_weights(tmp_path):
     frozen = sum(tensor.nbytes for tensor in trainer.parameters.frozen.values())
     assert frozen > parts.moments
     assert parts.weights >= frozen + 4 * trained
+
+
+def test_a_phase_is_built_when_the_one_before_is_freed(tiny_run, monkeypatch):
+    from engine import train as program
+
+    built, alive = [], []
+
+    def build(*arguments, **settings):
+        alive.extend(gradients() is not None for gradients in built)
+        trainer = build_trainer(*arguments, **settings)
+        built.append(weakref.ref(trainer.parameters.rows))
+        return trainer
+
+    monkeypatch.setattr(program, "build_trainer", build)
+    tiny_run("run", "--max-steps", "1", settings=PHASES)
+    assert alive == [False]
