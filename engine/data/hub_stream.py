@@ -49,12 +49,12 @@ class HubStream:
         return self._stream.digest
 
     def check_unchanged(self) -> None:
-        """Refuse a data set whose files are no longer those that the digest is of.
+        """Refuse a split whose files changed since it was opened.
 
         Raises:
-            InputError: they have changed, so that what was read may be half of each.
+            InputError: they did.
         """
-        if HubStream(self.name, self.subset, self.split).digest() != self.digest():
+        if open_stream(self.name, self.subset, self.split).digest != self.digest():
             raise InputError(
                 f"changed while it was read, {self.where}; start again when it is done"
             )

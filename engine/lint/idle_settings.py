@@ -265,12 +265,12 @@ EFFECTS: Mapping[str, Effect] = MappingProxyType(
         "tasks.NAME.source.range": Effect(
             lambda case: case.source.has_range, "classes have no range"
         ),
-        "tasks.NAME.source.split_by_rank": Effect(
-            _is_trained, "{case.owner} is not trained", off=False, also=_SEVERAL_RANKS
-        ),
         # Of files, and of a buffer without a stream, a source refuses them.
         "tasks.NAME.source.streaming": Effect(lambda _case: True, "", off=False),
         "tasks.NAME.source.shuffle_buffer": Effect(_is_trained, "{case.owner} is not trained"),
+        "tasks.NAME.source.split_by_rank": Effect(
+            _is_trained, "{case.owner} is not trained", off=False, also=_SEVERAL_RANKS
+        ),
         "tasks.NAME.source.subset": _OF_DATASET,
         "tasks.NAME.source.splits": _OF_DATASET,
         "tasks.NAME.source.*": _OF_FILES,

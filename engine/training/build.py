@@ -43,10 +43,10 @@ from .precompute import precompute_hidden_states
 from .step import MultitaskStep
 from .trainer import Trainer, check_range
 
+_NOT_KNOWN = "the shapes of a stream's later batches are not known"
+
 NOTHING_DEALT: Mapping[str, RankExamples] = MappingProxyType({})
 """The examples that are dealt to ranks where none are."""
-
-_NOT_KNOWN = "the shapes of a stream's later batches are not known"
 
 
 def build_trainer(

@@ -359,7 +359,7 @@ def test_three_ranks_and_another_number_later(runs, data, model):
     assert sorted(name for names in own for name in names) == [f"part-{n}.csv" for n in range(5)]
     sizes = {len(step) for step in runs.said("three", 0)["trained"]}
     assert max(sizes) == 3
-    assert "warning: trained by 2 ranks so far, now by 3: files are dealt otherwise" in printed
+    assert "warning: trained by 2 ranks so far, now by 3, which read other examples each" in printed
     assert runs.said("later-again", 2)["ended"] == "status 0"
 
 
