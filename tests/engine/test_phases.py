@@ -126,10 +126,10 @@ def test_stopped_between_phases_it_goes_on(tiny_run, tmp_path, monkeypatch):
     build = program.build_trainer
     arguments = ["demo", "--out", str(tmp_path / "cut"), "--set", *TINY, *PHASES]
 
-    def build_or_die(*arguments, phase=0):
+    def build_or_die(*arguments, phase=0, **others):
         if phase == 1:
             raise RuntimeError("power cut")
-        return build(*arguments, phase=phase)
+        return build(*arguments, phase=phase, **others)
 
     with monkeypatch.context() as patch:
         patch.setattr(program, "build_trainer", build_or_die)
