@@ -314,12 +314,16 @@ class Recipe(Settings):
             raise ValueError(
                 f"micro_batches = {self.micro_batches}: a batch has only {smallest} examples"
             )
-        if self.task_schedule == "together" and self.sampling_alpha and any(own.values()):
-            name = next(name for name in own if own[name])
-            raise ValueError(
-                f"sampling_alpha = {self.sampling_alpha:g}: decides all batches of a step, and "
-                f"{name} has a batch_size of its own; leave one of them out"
-            )
+        if self.task_schedule != "together" or not self.sampling_alpha:
+            return
+        for name in self.train:
+            by_tokens = name in self.objectives and self.objectives[name].tokens_per_batch
+            if own[name] or by_tokens:
+                field = "tokens_per_batch" if by_tokens else "batch_size"
+                raise ValueError(
+                    f"sampling_alpha = {self.sampling_alpha:g}: decides all batches of a step, and "
+                    f"{name} has a {field} of its own; leave one of them out"
+                )
 
     def _own_batch_size(self, name: str) -> int:
         settings = self.tasks.get(name) or self.objectives.get(name)
@@ -331,7 +335,8 @@ class Recipe(Settings):
         Args:
             sizes: of their training sets.
         """
-        if self.task_schedule == "together" and self.sampling_alpha:
+        # A task alone has all of them, and a stream may have no size.
+        if self.task_schedule == "together" and self.sampling_alpha and len(self.train) > 1:
             return batch_sizes(self.batch_size, sizes, self.sampling_alpha)
         return [self._own_batch_size(name) or self.batch_size for name in self.train]
 
