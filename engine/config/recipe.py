@@ -382,6 +382,14 @@ class Recipe(Settings):
         return tuple(name for name, source in sources.items() if source and source.streaming)
 
     @property
+    def divided(self) -> tuple[str, ...]:
+        """The trained tasks and objectives of which several ranks have examples of their own."""
+        sources = {name: task.source for name, task in self.tasks.items()}
+        own = {name for name, source in sources.items() if source and source.split_by_rank}
+        own |= {name for name, settings in self.objectives.items() if settings.split_by_rank}
+        return tuple(name for name in self.train if name in own or name in self.streamed)
+
+    @property
     def scored(self) -> bool:
         """Whether what is trained is scored on dev sets: some task, not objectives alone."""
         return any(name in self.tasks for name in self.train)
