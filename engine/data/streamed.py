@@ -179,7 +179,7 @@ class StreamedExamples:
             begun = self._seek(first)
             while self._end <= first:
                 self._read_chunk(first)
-                show(self._end - begun, (self._end - begun) / max(1, first - begun))
+                show(self._end - begun, min(1.0, (self._end - begun) / max(1, first - begun)))
 
     def keep_marks(self, folder: Path) -> None:
         """Write the places of the last blocks into the run's folder.
