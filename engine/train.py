@@ -298,7 +298,7 @@ def _train_phases(
         print_warmup(console, execution)
         if signal is not None:
             return signal
-        del trainer, execution  # the next phase is built in the memory that this one took
+        del trainer, execution, dealt  # the next phase is built in the memory that this one took
         gc.collect()  # they refer to each other
     return None
 

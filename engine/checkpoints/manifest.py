@@ -128,7 +128,7 @@ class Manifest(BaseModel):
     thresholds: dict[str, tuple[FiniteFloat, ...]] = {}
     """Logits above which tasks answer yes, by task, where they were chosen on the dev data."""
     ranks: Count = 0
-    """Processes that trained it, of a run in which each reads data of its own; else 0."""
+    """Processes that trained it, where several would each read data of their own; else 0."""
     files: dict[str, str] = {}
     """The SHA-256 of every file, by its name."""
     digest: str = ""

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..runtime.oom import memory_explained, smaller_batches
-from ..training.memory_parts import MemoryMeter, MemoryParts
+from ..training.memory_parts import MemoryMeter
 from ..training.trainer import Trainer
 from ..utils.memory import peak_resident_memory
 
@@ -61,7 +61,7 @@ def _plan(trainer: Trainer, meter: MemoryMeter) -> Iterator[tuple[str, str]]:
     for what, tensor in kept.items():
         yield f"{what} {list(tensor.shape)}", _mebibytes(_bytes(tensor))
     seconds, tokens = _try_steps(trainer, meter)
-    yield from _memory(meter.predict(trainer), trainer.device)
+    yield from _memory(meter, trainer)
     yield "steps", f"{trainer.total_steps:,}, {trainer.epoch_steps:,} an epoch"
     yield "tokens a step", f"{tokens:,.0f}"
     yield "seconds a step", f"{seconds:.3g}"
@@ -69,8 +69,9 @@ def _plan(trainer: Trainer, meter: MemoryMeter) -> Iterator[tuple[str, str]]:
     yield "time, without evaluations and warming up", str(total)
 
 
-def _memory(parts: MemoryParts, device: torch.device) -> Iterator[tuple[str, str]]:
+def _memory(meter: MemoryMeter, trainer: Trainer) -> Iterator[tuple[str, str]]:
     """Yield the parts of the memory and their sums, and what the system saw of the steps."""
+    parts = meter.predict(trainer)
     mapped = _mebibytes(parts.mapped_rows)
     yield "the process itself, and libraries", _mebibytes(parts.process)
     yield "weights, with copies", _mebibytes(parts.weights)
@@ -84,10 +85,10 @@ def _memory(parts: MemoryParts, device: torch.device) -> Iterator[tuple[str, str
     yield "evaluation", _mebibytes(parts.evaluation)
     yield "copy for a checkpoint", _mebibytes(parts.checkpoint)
     peak = _mebibytes(peak_resident_memory())
-    if device.type == "cuda":
+    if trainer.device.type == "cuda":
         yield "sum on the GPU (activations or evaluation)", _mebibytes(parts.on_device)
         yield "sum on the host", _mebibytes(parts.on_host)
-        allocated = torch.cuda.max_memory_allocated(device)
+        allocated, _ = meter.note_gpu_peaks()
         yield "GPU memory, at the peak of these steps", _mebibytes(allocated)
     else:
         yield "sum (activations or evaluation)", _mebibytes(parts.total)

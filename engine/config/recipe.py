@@ -314,12 +314,16 @@ class Recipe(Settings):
             raise ValueError(
                 f"micro_batches = {self.micro_batches}: a batch has only {smallest} examples"
             )
-        if self.task_schedule == "together" and self.sampling_alpha and any(own.values()):
-            name = next(name for name in own if own[name])
-            raise ValueError(
-                f"sampling_alpha = {self.sampling_alpha:g}: decides all batches of a step, and "
-                f"{name} has a batch_size of its own; leave one of them out"
-            )
+        if self.task_schedule != "together" or not self.sampling_alpha:
+            return
+        for name in self.train:
+            by_tokens = name in self.objectives and self.objectives[name].tokens_per_batch
+            if own[name] or by_tokens:
+                field = "tokens_per_batch" if by_tokens else "batch_size"
+                raise ValueError(
+                    f"sampling_alpha = {self.sampling_alpha:g}: decides all batches of a step, and "
+                    f"{name} has a {field} of its own; leave one of them out"
+                )
 
     def _own_batch_size(self, name: str) -> int:
         settings = self.tasks.get(name) or self.objectives.get(name)
@@ -331,7 +335,8 @@ class Recipe(Settings):
         Args:
             sizes: of their training sets.
         """
-        if self.task_schedule == "together" and self.sampling_alpha:
+        # A task alone has all of them, and a stream may have no size.
+        if self.task_schedule == "together" and self.sampling_alpha and len(self.train) > 1:
             return batch_sizes(self.batch_size, sizes, self.sampling_alpha)
         return [self._own_batch_size(name) or self.batch_size for name in self.train]
 
@@ -375,6 +380,14 @@ class Recipe(Settings):
         """The trained tasks whose examples are read as they are trained on."""
         sources = {name: self.tasks[name].source for name in self.train if name in self.tasks}
         return tuple(name for name, source in sources.items() if source and source.streaming)
+
+    @property
+    def divided(self) -> tuple[str, ...]:
+        """The trained tasks and objectives of which several ranks have examples of their own."""
+        sources = {name: task.source for name, task in self.tasks.items()}
+        own = {name for name, source in sources.items() if source and source.split_by_rank}
+        own |= {name for name, settings in self.objectives.items() if settings.split_by_rank}
+        return tuple(name for name in self.train if name in own or name in self.streamed)
 
     @property
     def scored(self) -> bool:

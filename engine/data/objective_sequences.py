@@ -16,8 +16,6 @@ from .sequences import token_dtype
 from .tokenized import Array
 from .tokenizer import Tokenizer
 
-_AT_ONCE = 4096
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSettings:

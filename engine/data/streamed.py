@@ -179,7 +179,7 @@ class StreamedExamples:
             begun = self._seek(first)
             while self._end <= first:
                 self._read_chunk(first)
-                show(self._end - begun, (self._end - begun) / max(1, first - begun))
+                show(self._end - begun, min(1.0, (self._end - begun) / max(1, first - begun)))
 
     def keep_marks(self, folder: Path) -> None:
         """Write the places of the last blocks into the run's folder.
@@ -305,9 +305,10 @@ class StreamedExamples:
                 check_usable(self._usable, where, self._bad_of_epoch, self._first_bad)
             self._usable, self._is_whole = 0, True
             self._bad_of_epoch, self._first_bad = Counter[str](), ""
-        last = self._marks[-1][0]
-        if self._end >= last + _BETWEEN_MARKS:
-            self._marks = [*self._marks[-_MARKS:], (self._end, place)]
+        # Those behind this one are of a phase or a run that went further.
+        before = [mark for mark in self._marks if mark[0] <= self._end]
+        if self._end >= (before[-1][0] if before else 0) + _BETWEEN_MARKS:
+            self._marks = [*before[-_MARKS:], (self._end, place)]
 
     def _drop_before(self, first: int) -> None:
         """Forget the pieces whose examples all come before one."""

@@ -104,6 +104,8 @@ def line_on_other_ranks(run: Run, ranks: Ranks) -> str:
 
     It is empty elsewhere.
     """
+    if not any(phase.divided for phase in run.recipe.in_phases.values()):
+        return ""  # without a look at the checkpoint, which takes time
     newest = run.checkpoints.find("step")
     before = 0 if newest is None else read_manifest(newest).ranks
     if before in (0, ranks.size):

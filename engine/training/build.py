@@ -94,8 +94,7 @@ def build_trainer(
         recipe.seed,
         recipe.sampling_alpha,
     )
-    smallest = [sampler.batch_size for sampler in samplers]
-    _check_division(recipe, smallest, task_schedule.tasks_a_step, ranks.size)
+    _check_division(recipe, samplers, task_schedule.tasks_a_step, ranks.size)
     take_turns = task_schedule.tasks_a_step < len(recipe.train)
     tasks = TrainedTasks(recipe.train, sizes)
     balance = "sum" if has_one_gradient(recipe) else recipe.balance
@@ -346,19 +345,25 @@ def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:
 
 
 def _check_division(
-    recipe: Recipe, batch_sizes: Sequence[int], tasks_a_step: int, ranks: int
+    recipe: Recipe, samplers: Sequence[Sampler], tasks_a_step: int, ranks: int
 ) -> None:
     """Refuse batches with fewer examples than ranks and micro-batches need.
 
     Raises:
         InputError: the batches are too small; the message says what to raise.
     """
+    batch_sizes = [sampler.batch_size for sampler in samplers]
     smallest, shares = min(batch_sizes), ranks * recipe.micro_batches
     examples = sum(batch_sizes) if tasks_a_step > 1 else smallest
     if examples < ranks or (recipe.micro_batches > 1 and smallest < shares):
+        sampler = samplers[batch_sizes.index(smallest)]
+        setting = f"batch_size = {smallest}"
+        if isinstance(sampler, TokenSampler):
+            field = f"objectives.{sampler.task}.tokens_per_batch"
+            setting = f"{field} = {sampler.tokens}, {smallest} of the longest sequences"
         raise InputError(
-            f"batch_size = {smallest}: too small for {ranks} ranks with "
-            f"{recipe.micro_batches} micro_batches; raise it"
+            f"{setting}: too small for {ranks} ranks with {recipe.micro_batches} micro_batches; "
+            "raise it"
         )
 
 

@@ -109,6 +109,8 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self._device, self._on_gpu = device, device.type == "cuda"
         restart_peak()
+        if self._on_gpu and torch.cuda.is_initialized():  # by an earlier run of this process
+            torch.cuda.reset_peak_memory_stats(device)
         self._own_at_start = resident_memory().own
         self._gpu_peaks = (0, 0)
         self._ended: list[_OfPhase] = []
@@ -155,18 +157,23 @@ class MemoryMeter:
                 yield
             self._tensors[part] = counted.peak
             return
-        self._note_gpu_peaks()
+        self.note_gpu_peaks()
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         yield
         self._tensors[part] = torch.cuda.max_memory_allocated(self._device) - before
 
-    def _note_gpu_peaks(self) -> None:
+    def note_gpu_peaks(self) -> tuple[int, int]:
+        """Return the most bytes so far that tensors had on the GPU, and that torch took for them.
+
+        Torch's own peaks begin anew with each part that is measured.
+        """
         allocated, reserved = self._gpu_peaks
         self._gpu_peaks = (
             max(allocated, torch.cuda.max_memory_allocated(self._device)),
             max(reserved, torch.cuda.max_memory_reserved(self._device)),
         )
+        return self._gpu_peaks
 
     def predict(self, trainer: Trainer) -> MemoryParts:
         """Return the parts of a phase of which a few steps ran, as its end will find them.
@@ -220,8 +227,7 @@ class MemoryMeter:
         resident = peak_resident_memory()
         if not self._on_gpu:
             return found | _compared("process", parts.total, resident, parts.process)
-        self._note_gpu_peaks()
-        allocated, reserved = self._gpu_peaks
+        allocated, reserved = self.note_gpu_peaks()
         found |= _compared("process", parts.on_host, resident, parts.process)
         found |= _compared("gpu", parts.on_device, allocated, 0)
         return found | {"gpu_reserved_peak_bytes": reserved}

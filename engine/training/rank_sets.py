@@ -1,6 +1,5 @@
 """Read the training files that are dealt to a rank, and tell all ranks the sizes of what it has."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from ..runs.rank_files import Dealt
 from ..runs.run import Run
 from ..runtime.execution import RECORDED
 from ..utils.arrays import Indices
+from ..utils.cpus import usable_cpus
 from ..utils.errors import InputError
 from .build import execution_kind, labelled
 
@@ -75,7 +75,7 @@ def _read(run: Run, name: str, dealt: Dealt, rank: int) -> _Own:
 
 def _workers(run: Run, ranks: Ranks) -> int:
     """Return the processes that tokenize for this rank: its share of its machine's cores."""
-    return run.reading.workers or max(1, len(os.sched_getaffinity(0)) // ranks.local_size)
+    return run.reading.workers or max(1, usable_cpus() // ranks.local_size)
 
 
 def _examples(

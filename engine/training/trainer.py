@@ -205,10 +205,8 @@ class Trainer:
             if isinstance(examples, StreamedExamples):
                 examples.keep_marks(self.run.folder)
         self.checkpoint_writer.wait()  # the copy of the one before is freed before another is made
-        state, dealt = self.state, any(sampler.by_rank for sampler in self.samplers)
-        manifest = Manifest(
-            progress=progress, places=state.places, ranks=self.ranks.size if dealt else 0
-        )
+        state, ranks = self.state, self.ranks.size if self.recipe.divided else 0
+        manifest = Manifest(progress=progress, places=state.places, ranks=ranks)
         self.checkpoint_writer.save(state.tensors(), manifest)
 
     def save_scored(self, progress: Progress) -> None:

@@ -74,3 +74,14 @@ def test_without_a_text(folder: Path) -> None:
     arguments = [str(folder / "mine.toml"), "--data", str(folder), "--out", str(folder / "other")]
     with pytest.raises(InputError, match=r"objectives\.words: no text of it has a token"):
         train.main([*arguments, "--set", "objectives.words.files=['blank.txt']"])
+
+
+def test_few_tokens_for_micro_batches(folder: Path) -> None:
+    arguments = [str(folder / "mine.toml"), "--data", str(folder), "--out", str(folder / "few")]
+    settings = ["micro_batches=4", "objectives.words.tokens_per_batch=20"]
+    message = (
+        r"objectives\.words\.tokens_per_batch = 20, 1 of the longest sequences: too small for 1 "
+        "ranks with 4 micro_batches; raise it"
+    )
+    with pytest.raises(InputError, match=message):
+        train.main([*arguments, "--set", *settings])

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from engine.config import recipe as recipes
 from engine.data import streamed
+from engine.distributed.ranks import Ranks
 from engine.evaluate import main as evaluate
+from engine.runs.rank_files import line_on_other_ranks
 from engine.runs.resume import resume
 from engine.runs.run import begin, open_run
 from engine.train import main, train_run
@@ -140,6 +142,20 @@ def test_dev_is_read_anew_when_it_has_changed(recipe, tmp_path, capsys) -> None:
     write_shards(tmp_path / "set", [bad], "validation")
     with pytest.raises(InputError, match="label is outside 0 to 1: '3'"):
         evaluate([str(tmp_path / "run"), "--device", "cpu"])
+
+
+def test_another_number_of_ranks_is_said_on_resuming(recipe, tmp_path) -> None:
+    settings = ("max_steps=8", "phases={one={}}")
+    train(recipe, tmp_path / "run", *settings)
+    run = open_run(tmp_path / "run")
+    assert line_on_other_ranks(run, Ranks()) == ""
+    line = line_on_other_ranks(run, Ranks(0, 2))
+    assert line.startswith("warning: trained by 1 rank so far, now by 2, which read other examples")
+
+
+def test_a_stream_alone_has_the_whole_batch(recipe) -> None:
+    loaded = recipes.load(str(recipe), ["sampling_alpha=0.5"])
+    assert loaded.batch_sizes([0]) == [6]  # its rows are not counted
 
 
 def test_dry_run_reads_the_first_rows(recipe, tmp_path, capsys) -> None:

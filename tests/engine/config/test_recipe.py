@@ -4,6 +4,7 @@ import pytest
 
 from engine.config import recipe as recipes
 from engine.train import main
+from engine.utils.errors import InputError
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -190,3 +191,19 @@ def test_list_shows_every_recipe(capsys):
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == recipes.names()
+
+
+@pytest.mark.parametrize(
+    ("setting", "field"),
+    [
+        ("tasks.sst.batch_size=4", "sst has a batch_size"),
+        ("objectives.text={kind='masked_lm',tokens_per_batch=200}", "text has a tokens_per_batch"),
+    ],
+)
+def test_a_power_of_the_sizes_decides_all_batches(setting, field):
+    given = ["objectives.text.kind=masked_lm", "train=['text','sst']", setting]
+    recipes.load("demo", given)
+    message = f"sampling_alpha = 0.5: decides all batches of a step, and {field} of its own; leave"
+    with pytest.raises(InputError, match=message):
+        recipes.load("demo", [*given, "sampling_alpha=0.5"])
+    recipes.load("demo", [*given, "sampling_alpha=0.5", "task_schedule=sampled"])

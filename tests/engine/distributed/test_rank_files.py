@@ -363,6 +363,13 @@ def test_three_ranks_and_another_number_later(runs, data, model):
     assert runs.said("later-again", 2)["ended"] == "status 0"
 
 
+def test_checkpoints_of_dealt_files_note_their_ranks(data):
+    """Of one rank too, which reads all files: two would go on with other batches."""
+    recipe = str(data.with_name("mood.toml"))
+    assert load(recipe).divided == ("mood",)
+    assert load(recipe, ["tasks.mood.source.split_by_rank=false"]).divided == ()
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

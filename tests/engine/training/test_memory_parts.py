@@ -225,6 +225,31 @@ def test_most_tokens_are_those_of_the_largest_step(tmp_path):
     assert most_tokens(trainer) == max(tokens)
 
 
+def test_the_peak_on_a_gpu_is_of_all_parts_of_one_run(monkeypatch):
+    """Torch's counter, which another run left high, begins anew with each part."""
+    now, peak = 10, 900
+
+    def reset(_device) -> None:
+        nonlocal peak
+        peak = now
+
+    for name, function in {
+        "is_initialized": lambda: True,
+        "memory_allocated": lambda _device: now,
+        "max_memory_allocated": lambda _device: peak,
+        "max_memory_reserved": lambda _device: peak,
+        "reset_peak_memory_stats": reset,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    meter = MemoryMeter(torch.device("cuda"))
+    with meter._measured("activations"):
+        peak = 70
+    with meter.evaluation():
+        peak = 30
+    assert meter._tensors == {"activations": 60, "evaluation": 20}
+    assert meter.note_gpu_peaks() == (70, 70)
+
+
 def test_mapped_rows_are_told_apart(tmp_path):
     trainer = new_trainer(tmp_path / "run")
     rows = rows_of(trainer)
