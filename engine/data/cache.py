@@ -116,7 +116,7 @@ def load_split(
         cache,
         data=origin.digest(verify=reading.verify),
         format=repr(format_),
-        tokenizer=tokenizer.to_json(),
+        tokenizer=tokenizer.definition,
         max_length=max_length,
         labelled=labelled,
         on_bad_row=on_bad_row,

@@ -136,6 +136,11 @@ class Tokenizer:
         """Make another one of what :meth:`to_json` and ``special_tokens`` of one say."""
         return cls(_open(content), special_tokens=special_tokens)
 
+    @property
+    def definition(self) -> tuple[str, tuple[str, ...]]:
+        """All that decides what it makes of a text: what :meth:`from_json` makes another one of."""
+        return self.to_json(), tuple(self.special_tokens)
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train a lower-casing WordPiece; the same texts give the same vocabulary.

@@ -47,7 +47,7 @@ class WorkerPool(Generic[T]):
         self, preparation: "Callable[[Piece, Tokenizer], T]", tokenizer: Tokenizer, count: int
     ) -> None:
         self._workers = dict[Connection, subprocess.Popen[bytes]]()
-        self._told = (preparation, tokenizer.to_json(), tokenizer.special_tokens)
+        self._told = (preparation, *tokenizer.definition)
         self._new = set[Connection]()
         """Those that do not know yet what is to be done, since they may be starting still."""
         try:

@@ -79,6 +79,17 @@ def test_whatever_decides_the_content_makes_another_entry(
     assert len([path for path in tmp_path.iterdir() if len(path.name) == 64]) == 6
 
 
+def test_the_cache_tells_special_tokens_apart(
+    demo: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    content = tokenizer.to_json().replace("[CLS]", "<one>")
+    spelled = ["[PAD]", "[UNK]", "<one>", "[SEP]", "[MASK]"]
+    for end in ("[SEP]", "<one>"):  # as tokenizer_config.json may say of one tokenizer.json
+        spelled[3] = end
+        words = Tokenizer.from_json(content, spelled)
+        assert load(demo, words, tmp_path).tokens[-1] == words.sep_id
+
+
 def test_bad_rows_are_kept_count_of(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "f.tsv"
     file.write_text("id\tsentence1\tsentence2\na\tone\ttwo\nb\t\ttwo\nc\tone\t\n")
