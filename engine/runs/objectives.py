@@ -61,7 +61,11 @@ def load_examples(
         texts.check_unchanged()
         return {"largest": texts.largest, "texts": texts.found, "notes": texts.notes}
 
-    made_from = [*texts.made_from(verify=reading.verify), repr(sequences), tokenizer.to_json()]
+    made_from = [
+        *texts.made_from(verify=reading.verify),
+        repr(sequences),
+        repr(tokenizer.definition),
+    ]
     what = f"sequences of {name} ({settings.kind})"
     arrays, said = load_arrays(made_from, texts.names, what, write, verify=reading.verify)
     found = Found(said["largest"], said["texts"], tuple(said["notes"]))

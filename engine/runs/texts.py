@@ -58,7 +58,10 @@ class ObjectiveTexts:
             verify: read all of large files to tell whether they have changed.
         """
         recipe, settings = self._recipe, self._settings
-        limits = (settings.max_per_source, settings.max_texts, recipe.seed, recipe.on_bad_row)
+        # The seed draws the examples of tasks, where not all are taken; runs that differ in
+        # nothing else share an entry.  The name stands in the notes.
+        seed = recipe.seed if settings.max_per_source and self._sources.tasks else ""
+        limits = (settings.max_per_source, settings.max_texts, seed, recipe.on_bad_row, self._name)
         return [*map(str, limits), *self._sources.digests(verify=verify)]
 
     def check_unchanged(self) -> None:

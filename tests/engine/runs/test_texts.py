@@ -157,6 +157,19 @@ def test_large_texts_are_known_by_samples_or_verified(
         assert len(written) == times
 
 
+def test_the_seed_makes_other_sequences_where_it_draws_texts(recipe, tmp_path: Path) -> None:
+    words = learn_vocabulary(recipe(), Reading())
+    for settings in ((), ("objectives.words.max_per_source=9",)):  # the first lines
+        before = len(list((tmp_path / "cache").iterdir()))
+        for seed in (1, 2):
+            load_examples("words", recipe(f"seed={seed}", *settings), words, 16, Reading())
+        assert len(list((tmp_path / "cache").iterdir())) == before + 1
+    tasks = ("objectives.words.files=[]", "objectives.words.max_per_source=9")
+    for seed in (1, 2):
+        load_examples("words", recipe(f"seed={seed}", *tasks), words, 16, Reading())
+    assert len(list((tmp_path / "cache").iterdir())) == before + 3
+
+
 @pytest.mark.parametrize("file", ["rows.tsv", "lines.txt"])
 def test_a_text_that_changes_while_a_vocabulary_is_learnt(
     recipe, tmp_path: Path, monkeypatch, file: str
