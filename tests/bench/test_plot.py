@@ -44,7 +44,7 @@ RECORDS = [
     path
     for path in sorted((Path(plot.__file__).parent / "results").glob("*/*.json"))
     if not path.name.startswith(("faults", "new_user", "papers"))
-    and path.parent.name not in ("guides", "balancing")
+    and path.parent.name not in ("guides", "balancing", "large_data")
 ]
 
 
