@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         freed = decimal(sum(entry.size for entry in doomed))
         left = remove_abandoned(root)
         more = f", and {decimal(left)} that killed processes left" if left else ""
-        console.print(f"removed {len(doomed)} entries, {freed}{more}, of {root}", soft_wrap=True)
+        console.print(f"removed {_count(len(doomed))}, {freed}{more}, of {root}", soft_wrap=True)
         entries = [entry for entry in entries if entry not in doomed]
     _print(console, entries, root)
     return 0
@@ -79,7 +79,11 @@ def _print(console: Console, entries: Sequence[CachedEntry], root: Path) -> None
     if entries:
         console.print(table)
     total = decimal(sum(entry.size for entry in entries))
-    console.print(f"{len(entries)} entries, {total}, in {root}", soft_wrap=True)
+    console.print(f"{_count(len(entries))}, {total}, in {root}", soft_wrap=True)
+
+
+def _count(entries: int) -> str:
+    return "1 entry" if entries == 1 else f"{entries} entries"
 
 
 def _days(text: str) -> float:

@@ -136,7 +136,7 @@ class StreamedExamples:
         ]
         self._order, self._preparation, self._tokenizer = order, preparation, tokenizer
         self._reading, self._all_pieces = reading, all_pieces
-        said = (*order.made_from, preparation, tokenizer.to_json())
+        said = (*order.made_from, preparation, tokenizer.definition)
         self._made_from = sha256(repr(said).encode()).hexdigest()
         order.stream.check(order.schema, labelled=True)
         self._marks = [(0, Place())] if folder is None else self._kept_marks(folder)

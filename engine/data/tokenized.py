@@ -263,18 +263,18 @@ def _pairs_joined(encoded: EncodedTexts, tokenizer: Tokenizer, max_length: int) 
     lose tokens at the end of the longer sentence until both are equally long, then of both.
 
     Raises:
-        InputError: the limit leaves no room for a token of each sentence.
+        InputError: the limit is too low for a token of each sentence.
     """
     separators = tokenizer.pair_separators
-    room = max_length - separators - 2
-    if room < 2:
+    most = max_length - separators - 2
+    if most < 2:
         raise InputError(
             f"max_length = {max_length}: expected {separators + 4} or more for a pair in a sequence"
         )
     starts = encoded.offsets[:-1].reshape(-1, 2)
     own = np.diff(encoded.offsets).reshape(-1, 2) - 2  # without [CLS] and [SEP]
-    shorter = np.minimum(own.min(axis=1, initial=max_length), room // 2)
-    longer = np.minimum(own.max(axis=1, initial=0), room - shorter)
+    shorter = np.minimum(own.min(axis=1, initial=max_length), most // 2)
+    longer = np.minimum(own.max(axis=1, initial=0), most - shorter)
     kept = np.stack([shorter, longer], axis=1)
     first_is_longer = own[:, 0] > own[:, 1]
     kept[first_is_longer] = kept[first_is_longer, ::-1]

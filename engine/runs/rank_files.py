@@ -121,7 +121,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _check_vocabulary(run: Run, ranks: Ranks) -> None:
-    own = hashlib.sha256(run.tokenizer.to_json().encode()).hexdigest()
+    own = hashlib.sha256(repr(run.tokenizer.definition).encode()).hexdigest()
     if len(set(ranks.gather_values(own))) > 1:
         raise InputError(
             "split_by_rank: the ranks have learnt different vocabularies, since their machines see "

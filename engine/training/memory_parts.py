@@ -377,7 +377,7 @@ def most_tokens(trainer: Trainer) -> int:
 
 
 def _evaluate_largest(trainer: Trainer) -> None:
-    """Compute the scores of the largest evaluation batch of each dev split, and room for all."""
+    """Compute the scores of the largest evaluation batch of each dev split, and memory for all."""
     model = trainer.model
     was_training = model.training
     model.eval()

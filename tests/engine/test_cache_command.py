@@ -89,11 +89,11 @@ def test_a_use_counts(root, tmp_path, capsys) -> None:
 
 def test_unused_for(root, tmp_path, capsys) -> None:
     old, new = make(tmp_path, "old.csv", days=31), make(tmp_path, "new.csv", days=29)
-    assert "removed 1 entries" in printed(capsys, "--unused-for", "30")
+    assert "removed 1 entry," in printed(capsys, "--unused-for", "30")
     assert entries(root) == {new}
     assert not old.exists()
     assert "removed 0 entries" in printed(capsys, "--unused-for", "29.5")
-    assert "removed 1 entries" in printed(capsys, "--unused-for", "0")
+    assert "removed 1 entry," in printed(capsys, "--unused-for", "0")
     assert entries(root) == set()
 
 
@@ -101,7 +101,7 @@ def test_keep(root, tmp_path, capsys) -> None:
     made = [make(tmp_path, f"{days}.csv", days) for days in (3, 2, 1)]
     size = sum(map(size_of, made))
     assert "removed 0 entries" in printed(capsys, "--keep", str(size))
-    assert "removed 1 entries" in printed(capsys, "--keep", str(size - 1))
+    assert "removed 1 entry," in printed(capsys, "--keep", str(size - 1))
     assert entries(root) == set(made[1:])
     assert "removed 2 entries" in printed(capsys, "--keep", "0")
     assert entries(root) == set()
@@ -155,7 +155,7 @@ def test_what_is_not_an_entry_stays(root, tmp_path, capsys) -> None:
     kept -= {entry.name for entry in entries(root) if (entry / "index.json").exists()}
     old = time.time() - 40 * DAY
     os.utime(root / "making it", (old, old))
-    assert "removed 1 entries" in printed(capsys, "--keep", "0", "--unused-for", "0")
+    assert "removed 1 entry," in printed(capsys, "--keep", "0", "--unused-for", "0")
     assert {path.name for path in entries(root)} == kept
     assert (outside / "file").read_text() == "precious"
 
@@ -166,7 +166,7 @@ def test_a_link_to_the_cache(root, tmp_path, capsys, monkeypatch) -> None:
     link.symlink_to(root)
     monkeypatch.setenv("SUPERBERT_CACHE", str(link))
     assert "f.csv" in printed(capsys)
-    assert "removed 1 entries" in printed(capsys, "--keep", "0")
+    assert "removed 1 entry," in printed(capsys, "--keep", "0")
     assert not entry.exists()
 
 
@@ -268,7 +268,7 @@ def test_two_that_remove_at_once(root, tmp_path, capsys, monkeypatch) -> None:
     cache.remove_entry(found[0])
     monkeypatch.setattr(cache, "entries_of", lambda _: found)
     assert not entry.exists()
-    assert "removed 1 entries" in printed(capsys, "--keep", "0")
+    assert "removed 1 entry," in printed(capsys, "--keep", "0")
     assert entries(root) == set()
 
 
