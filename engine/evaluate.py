@@ -9,7 +9,7 @@ from .cli.common import Parser, print_scores, run_cli, terminal
 from .cli.data_progress import add_reading, reading_of
 from .cli.options import add_device, add_run_data, with_run_data
 from .cli.progress import report_data
-from .data.source import DataFile
+from .data.origins import DataFile
 from .data.split import TokenizedSplit
 from .runs.data_paths import check_split, origin
 from .runs.run import Run, open_run

@@ -29,7 +29,7 @@ from .cli.predictions import (
 )
 from .data.dialect import AUTO
 from .data.hub_stream import HubStream
-from .data.source import HubSplit
+from .data.origins import HubSplit
 from .data.table import OnBadRow
 from .data.task_schema import TaskSchema
 from .runs.data_paths import check_split, origin

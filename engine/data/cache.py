@@ -30,9 +30,9 @@ from .entry import (
     read_text,
     write_text,
 )
+from .origins import Origin
 from .prepare import Preparation, prepared
 from .rows import lines_on
-from .source import Origin
 from .split import TokenizedSplit
 from .table import OnBadRow
 from .task_schema import TaskSchema

@@ -9,8 +9,8 @@ from os.path import realpath
 from pathlib import Path
 from typing import NamedTuple
 
+from ..data.origins import DataFile
 from ..data.rows import lines_on
-from ..data.source import DataFile
 from ..data.table import OnBadRow, Table
 from ..data.task_schema import TaskSchema
 from ..runs.data_paths import origin, splits_of

@@ -9,7 +9,7 @@ from ..config.recipe import Recipe
 from ..data import demo
 from ..data.addresses import is_address
 from ..data.cache import default_cache
-from ..data.source import DataFile, Origin
+from ..data.origins import DataFile, Origin
 from ..data.task_schema import FORMATS, SPLITS
 from ..utils.errors import InputError
 from ..utils.files import explained, whole_folder

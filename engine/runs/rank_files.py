@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 from ..checkpoints.manifest import read_manifest
 from ..config.recipe import Recipe
 from ..data.addresses import Address, size_of
-from ..data.source import DataFile, DataFiles
+from ..data.origins import DataFile, DataFiles
 from ..distributed.ranks import Ranks
 from ..utils.errors import InputError
 from ..utils.files import explained

@@ -26,9 +26,9 @@ from ..config.tables import EncoderRecipe
 from ..data.cache import Reading, load_split
 from ..data.hub_stream import HubStream
 from ..data.masked_text import MaskedText
+from ..data.origins import Origin
 from ..data.prepare import Preparation
 from ..data.sentences_twice import SentencesTwice
-from ..data.source import Origin
 from ..data.split import TokenizedSplit, tokenize
 from ..data.stream_order import StreamOrder
 from ..data.streamed import StreamedExamples

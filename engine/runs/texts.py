@@ -12,11 +12,11 @@ from ..config.recipe import Recipe
 from ..data.addresses import Place
 from ..data.cache import Reading, Show, load_vocabulary
 from ..data.hub_stream import HubStream
+from ..data.origins import DataFile, HubSplit, Origin
 from ..data.raw_text import each_line, evenly
 from ..data.rows import lines_on
 from ..data.sampler import stratified_subset
 from ..data.shards import shards
-from ..data.source import DataFile, HubSplit, Origin
 from ..data.table import TableReader, strata
 from ..data.tokenizer import Tokenizer
 from .data_paths import data_folder, origin, reads_data_folder

@@ -14,7 +14,7 @@ import pytest
 
 from engine import cache
 from engine.data.cache import load_split
-from engine.data.source import DataFile
+from engine.data.origins import DataFile
 from engine.data.tokenizer import Tokenizer
 from engine.utils.errors import InputError
 

@@ -11,7 +11,8 @@ import pytest
 
 from engine.data.addresses import Address, fingerprint
 from engine.data.cache import load_split
-from engine.data.source import DataFiles, TaskSource
+from engine.data.origins import DataFiles
+from engine.data.source import TaskSource
 from engine.data.table import Table
 from engine.data.tokenizer import Tokenizer
 from engine.utils.errors import InputError

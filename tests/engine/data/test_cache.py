@@ -14,7 +14,7 @@ from engine.config.recipe import Recipe
 from engine.data import cache as cache_module
 from engine.data import entry
 from engine.data.cache import default_cache, load_split
-from engine.data.source import DataFile
+from engine.data.origins import DataFile
 from engine.data.split import TokenizedSplit
 from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer

@@ -8,7 +8,8 @@ import pytest
 
 from engine.data import cache as cache_module
 from engine.data.cache import Reading, load_split
-from engine.data.source import DataFile, TaskSource
+from engine.data.origins import DataFile
+from engine.data.source import TaskSource
 from engine.data.split import TokenizedSplit
 from engine.data.tokenizer import Tokenizer
 from engine.utils import fingerprint

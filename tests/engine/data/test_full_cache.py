@@ -10,7 +10,7 @@ import pytest
 
 from engine.data import entry
 from engine.data.cache import Reading, load_arrays, load_split, load_vocabulary
-from engine.data.source import DataFile
+from engine.data.origins import DataFile
 from engine.data.tokenizer import Tokenizer
 from engine.train import main
 from engine.utils.errors import InputError

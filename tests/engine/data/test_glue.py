@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import recipe as recipes
-from engine.data.source import DataFile
+from engine.data.origins import DataFile
 from engine.runs.data_paths import origin, splits_of
 from engine.utils.errors import InputError
 

@@ -12,7 +12,8 @@ from engine.data import cache as cache_module
 from engine.data import prepare
 from engine.data.addresses import Address, opened
 from engine.data.cache import Reading, load_split
-from engine.data.source import DataFiles, TaskSource
+from engine.data.origins import DataFiles
+from engine.data.source import TaskSource
 from engine.data.table import Table
 from engine.data.tokenizer import Tokenizer
 from engine.train import main

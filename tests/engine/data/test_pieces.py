@@ -8,7 +8,7 @@ import pytest
 from engine.data import decompress, prepare, rows, table, worker_pool
 from engine.data.blocks import blocks_of
 from engine.data.cache import Reading, load_split
-from engine.data.source import DataFile
+from engine.data.origins import DataFile
 from engine.data.tokenizer import Tokenizer
 from engine.utils.errors import InputError
 

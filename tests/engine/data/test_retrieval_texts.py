@@ -10,7 +10,8 @@ from datasets import Dataset
 from pyarrow import parquet
 
 from engine.data.cache import load_split
-from engine.data.source import DataFile, HubSplit, TaskSource
+from engine.data.origins import DataFile, HubSplit
+from engine.data.source import TaskSource
 from engine.data.split import tokenize
 from engine.data.table import Table
 from engine.data.task_batch import TextIds

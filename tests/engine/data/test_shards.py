@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from engine.data.cache import load_split
-from engine.data.source import DataFile, DataFiles
+from engine.data.origins import DataFile, DataFiles
 from engine.data.table import Table
 from engine.data.tokenizer import Tokenizer
 from engine.utils.errors import InputError

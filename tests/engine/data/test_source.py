@@ -14,7 +14,8 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from engine.data import hf_datasets
-from engine.data.source import DataFile, HubSplit, TaskSource
+from engine.data.origins import DataFile, HubSplit
+from engine.data.source import TaskSource
 from engine.data.table import parse_table
 from engine.utils.errors import InputError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from engine.data.source import HubSplit
+from engine.data.origins import HubSplit
 from engine.data.table import Table, parse_table
 from engine.utils.errors import InputError
 

@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset
 from pyarrow import parquet
 
-from engine.data.source import DataFile, HubSplit, TaskSource
+from engine.data.origins import DataFile, HubSplit
+from engine.data.source import TaskSource
 from engine.data.table import Table
 from engine.utils.errors import InputError
 

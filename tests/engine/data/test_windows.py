@@ -9,7 +9,8 @@ import pytest
 from engine.data import tokenizer as tokenizers
 from engine.data.cache import load_split
 from engine.data.collate import pack
-from engine.data.source import DataFile, TaskSource
+from engine.data.origins import DataFile
+from engine.data.source import TaskSource
 from engine.data.split import TokenizedSplit, tokenize
 from engine.data.table import Table
 from engine.data.task_batch import AnswerSpans

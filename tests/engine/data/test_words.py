@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from engine.data.source import DataFile, TaskSource
+from engine.data.origins import DataFile
+from engine.data.source import TaskSource
 from engine.data.split import TokenizedSplit, tokenize
 from engine.data.table import Table
 from engine.data.tokenizer import Tokenizer

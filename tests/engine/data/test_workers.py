@@ -153,7 +153,8 @@ from engine.data import prepare, table
 from engine.data.blocks import blocks_of
 from functools import partial
 from engine.data.cache import Reading, load_split
-from engine.data.source import DataFile, TaskSource
+from engine.data.origins import DataFile
+from engine.data.source import TaskSource
 from engine.data.tokenizer import Tokenizer
 
 def main():
