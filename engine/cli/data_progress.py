@@ -32,8 +32,8 @@ def add_reading(group: _ActionsContainer) -> None:
     group.add_argument(
         "--verify-data",
         action="store_true",
-        help="read all of large files to tell whether they have changed (default: their time, size "
-        "and samples)",
+        help="read all of large files and of those at addresses to tell whether they have changed "
+        "(default: their time, size and samples, or what a store says of them)",
     )
 
 

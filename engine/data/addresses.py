@@ -1,5 +1,6 @@
 """Files at an address, such as ``s3://bucket/part-0.parquet``, which the library fsspec opens."""
 
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,21 +12,40 @@ from urllib.parse import urlsplit
 from ..utils.errors import InputError
 from ..utils.untrusted_io import open_file
 
-_SAMPLES, _SAMPLE = 16, 64 << 10
-_TELL_CHANGES = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
-"""What object stores and servers say of a file, by which a change is told."""
+_SAMPLES, _SAMPLE, _BLOCK = 16, 64 << 10, 1 << 20
+_TELL_CHANGES = (
+    *("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated"),
+    "CRC",
+)
+"""What object stores, servers and archives say of a file, by which a change is told."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """An address of a file; its name and endings are those of a path."""
+    """An address of a file; its name and endings are those of a path.
+
+    A chain such as ``zip://part-0.csv::s3://bucket/parts.zip`` has those of the file that is read.
+    """
 
     url: str
 
     @property
     def _path(self) -> PurePosixPath:
-        parts = urlsplit(self.url)
+        parts = urlsplit(self._links[1])
         return PurePosixPath(parts.netloc + parts.path)
+
+    @property
+    def _links(self) -> tuple[str, str, str]:
+        """The link of a chain that names the file, between those before and behind it."""
+        links = self.url.split("::")
+        place = next((place for place, link in enumerate(links) if is_address(link)), 0)
+        before, behind = links[:place], links[place + 1 :]
+        return "".join(f"{link}::" for link in before), links[place], "::".join(["", *behind])
+
+    def with_link(self, link: str) -> "Address":
+        """Return the address of another file that is reached in the same way."""
+        before, _, behind = self._links
+        return Address(before + link + behind)
 
     @property
     def name(self) -> str:
@@ -108,7 +128,7 @@ def matching(address: Address) -> list[Address]:
         system, path = _system(address)
         found = sorted(system.glob(path, detail=True).items())
         files = [name for name, info in found if info.get("type") != "directory"]
-        return [Address(system.unstrip_protocol(name)) for name in files]
+        return [address.with_link(system.unstrip_protocol(name)) for name in files]
 
 
 def fingerprint(address: Address) -> str:
@@ -130,6 +150,19 @@ def fingerprint(address: Address) -> str:
             starts = sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)})
             said["bytes"] = str([system.cat_file(path, at, at + _SAMPLE) for at in starts])
         return f"{address}:{size}:{sorted(said.items())}"
+
+
+def digest(address: Address) -> str:
+    """Return the SHA-256 of a file at an address, all of which is read.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    found = hashlib.sha256()
+    with opened(address) as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
 
 
 def forget(addresses: Sequence[Address]) -> None:

@@ -64,6 +64,21 @@ def load_split(name: str, subset: str, split: str) -> Any:
         return builder.as_dataset(split=split)
 
 
+def records_of(data: Any, name: str, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a split, a ``datasets.Dataset``.
+
+    Args:
+        data: its wanted columns.
+        name: as of :func:`load_split`, as is that below.
+        split: likewise.
+
+    Raises:
+        InputError: the library's files of it cannot be read.
+    """
+    with _explained(name, split):
+        yield from data
+
+
 def open_stream(name: str, subset: str, split: str) -> Stream:
     """Open a split of a data set to read it from its files, without a copy on the disk.
 

@@ -13,9 +13,10 @@ from ..utils.errors import InputError
 from ..utils.files import explained
 from ..utils.fingerprint import digest, is_large, sample_digest
 from ..utils.untrusted_io import file_size, open_file
-from .addresses import Address, Place, fingerprint, forget, opened
+from . import addresses
+from .addresses import Address, Place, opened
 from .dialect import endings
-from .hf_datasets import check_columns, load_split, spelling
+from .hf_datasets import check_columns, load_split, records_of, spelling
 from .hub_stream import HubStream
 from .rows import Piece, Row, Rows, as_pieces, find_columns, typed_row
 from .table import EmptyFileError, OnBadRow, Table, collect, file_rows
@@ -52,7 +53,7 @@ class DataFile:
 
     def _look(self) -> str:
         if isinstance(self.path, Address):
-            return fingerprint(self.path)
+            return addresses.fingerprint(self.path)
         try:
             found = os.stat(self.path)
         except (OSError, ValueError):  # reading it says why
@@ -62,8 +63,8 @@ class DataFile:
     def digest(self, *, verify: bool = False, together: int = 1) -> str:
         """Return a hash of all that decides what is read.
 
-        A large file is known by its name, size and time and by samples of it; with ``verify`` by
-        all of it.  At an address it is known by what the store says of it.
+        A large file is known by its name, size and time and by samples of it, and one at an address
+        by what the store says of it; with ``verify`` by all of it.
 
         Args:
             verify: read all of it, however large.
@@ -81,6 +82,8 @@ class DataFile:
                 else:
                     changed = os.fstat(file.fileno()).st_mtime_ns
                     found = f"{self.name}:{changed}:{sample_digest(self.path, together)}"
+        elif verify:
+            found = addresses.digest(self.path)
         return f"{''.join(endings(self.path))}:{found}"
 
     def check_unchanged(self) -> None:
@@ -180,7 +183,7 @@ class DataFiles:
 
 
 def _check_unchanged(files: Sequence[DataFile]) -> None:
-    forget([file.path for file in files if isinstance(file.path, Address)])
+    addresses.forget([file.path for file in files if isinstance(file.path, Address)])
     for file in files:
         if [file._look()] != file._seen:
             raise InputError(f"changed while it was read, {file.path}; start again when it is done")
@@ -223,7 +226,7 @@ class HubSplit:
     def _rows(self, format_: TaskSchema, columns: tuple[str, ...], where: str) -> Iterator[Row]:
         data, lists = self._data.select_columns(list(columns)), format_.list_columns
         spelled = spelling(data.features, format_)
-        for number, record in enumerate(data):
+        for number, record in enumerate(records_of(data, self.name, self.split)):
             if format_.label in record:
                 record[format_.label] = spelled(record[format_.label])
             yield typed_row(

@@ -5,15 +5,17 @@ Nothing here has a state.  An epoch's order is a function of (seed, task, epoch)
 can change the order.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ..utils.arrays import Indices
-from ..utils.rng import permutation
+from ..utils.rng import Numbers, compact_permutation, permutation
+
+T = TypeVar("T")
 
 
 class Sampler(Protocol):
@@ -73,18 +75,19 @@ class TaskSampler:
         Raises:
             ValueError: there is nothing to draw from, or the batch is empty.
         """
-        self._pool = np.arange(num_examples) if subset is None else subset
-        if self._pool.size == 0:
+        self._size = num_examples if subset is None else len(subset)
+        if self._size < 1:
             raise ValueError(f"num_examples: task {task!r} has no example to draw")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.task = task
         self.batch_size = batch_size
-        self.seed = seed
+        self._subset = subset
+        self._orders = _LastTwo(partial(compact_permutation, self._size, seed, task))
 
     def __len__(self) -> int:
         """Return how many examples there are to draw from."""
-        return int(self._pool.size)
+        return self._size
 
     @property
     def batches(self) -> int:
@@ -98,8 +101,8 @@ class TaskSampler:
         chosen = np.empty(self.batch_size, dtype=np.int64)
         for epoch in np.unique(epochs):
             now = epochs == epoch
-            chosen[now] = _permutation(self.seed, self.task, int(epoch), len(self))[places[now]]
-        return self._pool[chosen]
+            chosen[now] = self._orders(int(epoch))[places[now]]
+        return chosen if self._subset is None else self._subset[chosen]
 
 
 class TokenSampler:
@@ -132,13 +135,14 @@ class TokenSampler:
             raise ValueError(f"sizes: {task!r} has no example to draw")
         if tokens < sizes.max():
             raise ValueError(f"tokens: expected at least {sizes.max()}, got {tokens}")
-        self.task, self.tokens, self._sizes, self._seed = task, tokens, sizes, seed
+        self.task, self.tokens, self._size = task, tokens, len(sizes)
+        self._streams = _LastTwo(partial(_stream, sizes, seed, task))
         self._whole = int(sizes.sum())
         self.batch_size = max(1, tokens // int(sizes.max()))
 
     def __len__(self) -> int:
         """Return how many examples there are to draw from."""
-        return len(self._sizes)
+        return self._size
 
     @property
     def batches(self) -> int:
@@ -150,11 +154,11 @@ class TokenSampler:
         first, last = step * self.tokens, (step + 1) * self.tokens
         found = []
         for epoch in range(first // self._whole, (last - 1) // self._whole + 1):
-            order, starts = _stream(self._seed, self.task, epoch, _Sizes(self._sizes))
+            order, starts = self._streams(epoch)
             bounds = np.array([first, last]) - epoch * self._whole
             begin, end = np.searchsorted(starts, bounds)
             found.append(order[begin:end])
-        return np.concatenate(found)
+        return np.concatenate(found).astype(np.int64)
 
 
 class RankSampler:
@@ -220,27 +224,6 @@ class RankSampler:
         return chosen
 
 
-class _Sizes:
-    """Sizes as a key: the same where they are the same array."""
-
-    def __init__(self, sizes: Indices) -> None:
-        self.sizes = sizes
-
-    def __hash__(self) -> int:
-        return id(self.sizes)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Sizes) and self.sizes is other.sizes
-
-
-@lru_cache(maxsize=4)
-def _stream(seed: int, task: str, epoch: int, sizes: _Sizes) -> tuple[Indices, Indices]:
-    """Return the order of an epoch, and the token that each example begins with there."""
-    order = _permutation(seed, task, epoch, len(sizes.sizes))
-    own = sizes.sizes[order]
-    return order, np.cumsum(own) - own
-
-
 def stratified_subset(labels: npt.NDArray[np.float32], limit: int, task: str, seed: int) -> Indices:
     """Choose examples that keep the distribution of the labels.
 
@@ -264,16 +247,31 @@ def stratified_subset(labels: npt.NDArray[np.float32], limit: int, task: str, se
     largest = np.argsort(quotas - shares, kind="stable")[: limit - quotas.sum()]
     quotas[largest] += 1
 
-    order = _permutation(seed, f"{task}/subset", 0, len(labels))
+    order = permutation(len(labels), seed, f"{task}/subset", 0)
     by_stratum = order[np.argsort(strata[order], kind="stable")]
     starts = np.cumsum(sizes) - sizes
     rank = np.arange(len(labels)) - np.repeat(starts, sizes)
     return np.sort(by_stratum[rank < np.repeat(quotas, sizes)])
 
 
-@lru_cache(maxsize=16)  # two epochs of each of a few tasks
-def _permutation(seed: int, task: str, epoch: int, size: int) -> Indices:
-    """Return a random order of ``range(size)``; not to be written to."""
-    order = permutation(size, seed, task, epoch)
-    order.flags.writeable = False
-    return order
+class _LastTwo(Generic[T]):
+    """A function of an epoch, whose last two values are kept: a batch may be of two epochs."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self._make = make
+        self._kept: tuple[tuple[int, T], ...] = ()
+
+    def __call__(self, epoch: int) -> T:
+        for known, value in self._kept:
+            if known == epoch:
+                return value
+        value = self._make(epoch)
+        self._kept = (*self._kept[-1:], (epoch, value))
+        return value
+
+
+def _stream(sizes: Indices, seed: int, task: str, epoch: int) -> tuple[Numbers, Indices]:
+    """Return the order of an epoch, and the token that each example begins with there."""
+    order = compact_permutation(len(sizes), seed, task, epoch)
+    own = sizes[order]
+    return order, np.cumsum(own) - own

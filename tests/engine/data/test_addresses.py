@@ -2,16 +2,19 @@
 
 import functools
 import http.server
+import io
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from engine.data import addresses
 from engine.data.addresses import Address, fingerprint
 from engine.data.cache import load_split
-from engine.data.origins import DataFiles
+from engine.data.origins import DataFile, DataFiles
 from engine.data.source import TaskSource
 from engine.data.table import Table
 from engine.data.tokenizer import Tokenizer
@@ -91,8 +94,48 @@ def test_what_tells_that_a_file_has_changed(server: str, store, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    "chain",
+    [
+        "zip://in/part-{}.csv::memory://parts.zip",
+        "simplecache::zip://in/part-{}.csv::memory://parts.zip",
+        "simplecache::memory://data/part-{}.csv",
+    ],
+)
+def test_chains_of_addresses(store, tmp_path: Path, chain: str) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for part, text in enumerate(PARTS):
+            archive.writestr(f"in/part-{part}.csv", text)
+            store.pipe(f"/data/part-{part}.csv", text)
+    store.pipe("/parts.zip", content.getvalue())
+    assert read(source(files={"train": chain.format(1)})).sentences == (["film 1", "dull 1"],)
+    one = source(files={"train": chain.format("*")})
+    found = one.origin("t", "train", None)
+    assert isinstance(found, DataFiles)
+    assert found.name == "part-0.csv and 2 more"
+    assert read(one).sentences[0][::2] == ["film 0", "film 1", "film 2"]
+    assert found.digest() == one.origin("t", "train", None).digest()
+
+
+def test_all_of_a_file_is_read_where_that_is_asked_for(store, monkeypatch) -> None:
+    monkeypatch.setattr(addresses, "fingerprint", lambda _: "what a store says")
+    store.pipe("/f.csv", PARTS[0])
+    one = DataFile(Address("memory://f.csv"))
+    before = [one.digest(), one.digest(verify=True)]
+    store.pipe("/f.csv", PARTS[1])
+    assert one.digest() == before[0]
+    assert one.digest(verify=True) != before[1]
+    store.pipe("/f.csv", PARTS[0])
+    assert one.digest(verify=True) == before[1]
+    store.rm("/f.csv")
+    with pytest.raises(InputError, match=r"no such file, memory://f\.csv"):
+        one.digest(verify=True)
+
+
+@pytest.mark.parametrize(
     ("address", "message"),
     [
+        ("zip://none.csv::memory://none.zip", "no such file, zip://none.csv::memory://none.zip"),
         ("memory://none.csv", "cannot read a file: no such file, memory://none.csv"),
         ("memory://none-*.csv", "tasks.t.source.files.train: no file is called like memory://none"),
         ("nosuch://a/b.csv", "Protocol not known: nosuch, nosuch://a/b.csv"),

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.data import sampler
 from engine.data.sampler import TaskSampler, stratified_subset
+from engine.utils.rng import Numbers, compact_permutation
 
 
 @given(n=st.integers(1, 50), size=st.integers(1, 20), seed=st.integers(0, 2**63 - 1))
@@ -40,6 +42,28 @@ def test_the_order_stays_the_same_for_ever() -> None:
     # Fixed once: a change here means that old runs no longer resume into the same batches.
     order = TaskSampler("sst", 10, 10, seed=0).batch(0)
     np.testing.assert_array_equal(order, [1, 3, 4, 5, 2, 6, 0, 8, 7, 9])
+
+
+@pytest.mark.parametrize("kind", ["task", "tokens"])
+def test_the_orders_of_two_epochs_are_kept(monkeypatch, kind: str) -> None:
+    """A run of many epochs holds no more of them, and a batch across two computes none again."""
+    drawn = []
+
+    def permuted(count: int, *names: object) -> Numbers:
+        drawn.append(names[-1])
+        return compact_permutation(count, *names)
+
+    monkeypatch.setattr(sampler, "compact_permutation", permuted)
+    if kind == "task":
+        batches: sampler.Sampler = sampler.TaskSampler("t", 10, 4, seed=0)
+    else:
+        batches = sampler.TokenSampler("t", np.full(10, 3), 12, seed=0)
+    for step in range(10):
+        for _ in range(2):  # of micro-batches, or of ranks
+            batches.batch(step)
+    assert drawn == [0, 1, 2, 3]
+    batches.batch(0)
+    assert drawn[4:] == [0]  # it was not held
 
 
 def test_orders_are_uniform() -> None:

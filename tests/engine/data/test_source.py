@@ -4,6 +4,7 @@ import json
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,11 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from engine.data import hf_datasets
+from engine.data.cache import load_split
 from engine.data.origins import DataFile, HubSplit
 from engine.data.source import TaskSource
 from engine.data.table import parse_table
+from engine.data.tokenizer import Tokenizer
 from engine.utils.errors import InputError
 
 NAMES = ("weather", "music", "alarm")
@@ -126,6 +129,20 @@ def test_a_file_that_cannot_be_used(tmp_path, name, content, message) -> None:
     with pytest.raises(InputError, match=message) as error:
         file.table(SOURCE.format("intent"), labelled=True, on_bad_row="error")
     assert "\n" not in str(error.value)
+
+
+def test_a_data_set_that_cannot_be_read_on(tmp_path: Path, monkeypatch) -> None:
+    """It is not the cache that cannot be written."""
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "train-00000.parquet")
+    split = HubSplit(str(tmp_path), "", "train")
+
+    def fail(self: object) -> NoReturn:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(Dataset, "__iter__", fail)
+    words = Tokenizer.train(["a b"], 60)
+    with pytest.raises(InputError, match=r"cannot load split train \(Input/output error\)"):
+        load_split(split, SOURCE.format("intent"), words, 16, cache=tmp_path / "cache")
 
 
 def test_a_data_set_that_cannot_be_used(tmp_path: Path) -> None:
