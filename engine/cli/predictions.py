@@ -25,7 +25,7 @@ from ..runs.search import Found
 from ..utils.errors import InputError, escape
 from ..utils.json_text import dump_json
 from ..utils.quoting import table_cell
-from ..utils.untrusted_io import open_file, read_standard_input
+from ..utils.untrusted_io import is_blank, open_file, standard_input
 
 STREAM = Path("-")
 """Stands for standard input or standard output."""
@@ -72,7 +72,7 @@ def read_examples(
         InputError: they cannot be read.
     """
     is_stream = path == STREAM
-    with io.BytesIO(read_standard_input()) if is_stream else open_file(path) as file:
+    with standard_input() if is_stream else open_file(path) as file:
         path = Path("standard input") if is_stream else path
         rows, format_ = _rows_of(file, path, format_, written_as, is_stream=is_stream)
         tables = TableReader(rows, str(path), format_, labelled=False, on_bad_row=on_bad_row)
@@ -96,9 +96,8 @@ def _rows_of(
         raise InputError(
             f"{path}: unknown ending; name its format by --input-format (text: a sentence a line)"
         )
-    if is_stream and not file.read().strip():
+    if is_stream and is_blank(file):
         raise InputError(f"empty, {path}; give rows")
-    file.seek(0)
     return file_rows(file, path, format_, labelled=False), format_
 
 

@@ -6,12 +6,15 @@ a plain ValueError for a number of five thousand digits).  Here all of it is a V
 
 import json
 import os
+import shutil
 import stat
 import sys
+import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from .errors import InputError
 from .memory import machine_memory
@@ -19,7 +22,7 @@ from .memory import machine_memory
 LARGEST_DOCUMENT = 64 << 20
 """Bytes of a file that says something about a run, a model, or a series of them."""
 
-_PIECE = 1 << 20
+_PIECE, _IN_MEMORY = 1 << 20, 64 << 20
 
 
 def read_bytes(path: Path, limit: int | None = LARGEST_DOCUMENT) -> bytes:
@@ -80,24 +83,51 @@ def file_size(file: IO[bytes]) -> int:
     return size
 
 
-def read_standard_input() -> bytes:
-    """Return what a command reads from its standard input, to its end.
+def is_blank(file: IO[bytes]) -> bool:
+    """Return whether an open file, of which nothing is read yet, has nothing but white space."""
+    while piece := file.read(_PIECE):
+        if piece.strip():
+            break
+    file.seek(0)
+    return not piece
+
+
+@contextmanager
+def standard_input() -> Iterator[IO[bytes]]:
+    """Open what a command reads from its standard input, to its end.
+
+    It is kept in memory, and if it is large in a temporary file, so that it can be read in any
+    order.
 
     Raises:
-        InputError: it is closed, cannot be read, or has more bytes than the machine has memory.
+        InputError: it is closed, cannot be read or kept, or has more bytes than half of what the
+            folder of temporary files has free.
     """
-    limit, content = machine_memory(), bytearray()
-    try:
-        if sys.stdin is None:
-            raise OSError("it is closed")
-        while piece := sys.stdin.buffer.read(_PIECE):
-            content += piece
-            if len(content) > limit:
-                raise InputError(f"standard input: more than {limit:,} bytes; give less at a time")
-    except (OSError, ValueError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).lower()
-        raise InputError(f"cannot read standard input: {reason}; give a file") from None
-    return bytes(content)
+    with ExitStack() as stack:
+        try:
+            kept = stack.enter_context(tempfile.SpooledTemporaryFile(_IN_MEMORY))
+            _keep_standard_input(kept)
+            kept.seek(0)
+        except (OSError, ValueError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).lower()
+            raise InputError(f"cannot read standard input: {reason}; give a file") from None
+        yield cast(IO[bytes], kept)
+
+
+def _keep_standard_input(kept: "tempfile.SpooledTemporaryFile[bytes]") -> None:
+    if sys.stdin is None:
+        raise OSError("it is closed")
+    size, limit = 0, _IN_MEMORY
+    while piece := sys.stdin.buffer.read(_PIECE):
+        size += len(piece)
+        if size > limit == _IN_MEMORY:  # a file is needed from here on
+            limit = max(limit, shutil.disk_usage(tempfile.gettempdir()).free // 2)
+        if size > limit:
+            raise InputError(
+                f"standard input: more than {limit:,} bytes, half of what is free in "
+                f"{tempfile.gettempdir()}; give a file, or set TMPDIR to a folder that has more"
+            )
+        kept.write(piece)
 
 
 def parse_json(

@@ -1,13 +1,18 @@
 """Predictions: tables, JSON lines, plain text, probabilities, and the object loaded once."""
 
 import csv
+import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -15,6 +20,7 @@ import pytest
 from engine import predict, train
 from engine.cli.common import run_cli
 from engine.predict import Prediction, Predictor
+from engine.utils import untrusted_io
 from engine.utils.errors import UNPRINTABLE, InputError
 from engine.utils.quoting import from_table_cell
 
@@ -333,7 +339,41 @@ def test_bad_standard_input_is_refused(run, stdin, capsys, task, content, option
     assert message in refusal(capsys, run, *given)
 
 
-def test_standard_input_in_other_formats(run, predictor, tmp_path, stdin):
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("full", "standard input: more than 20 bytes, half of what is free in "),
+        ("refused", "cannot read standard input: no space left on device; give a file"),
+        ("no folder", "cannot read standard input: no usable temporary directory found"),
+        ("closed", "cannot read standard input: it is closed; give a file"),
+    ],
+)
+def test_standard_input_that_cannot_be_kept(run, stdin, capsys, monkeypatch, fault, message):
+    stdin(b"a film\n" * 4)
+    monkeypatch.setattr(untrusted_io, "_IN_MEMORY", 16)
+    monkeypatch.setattr(untrusted_io, "_PIECE", 7)
+    if fault == "full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=40))
+    elif fault == "closed":
+        monkeypatch.setattr(sys, "stdin", None)
+    else:
+        code, text = {
+            "refused": (errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            "no folder": (errno.ENOENT, "No usable temporary directory found"),
+        }[fault]
+
+        def fail(*_: object, **__: object) -> NoReturn:
+            raise OSError(code, text)
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    assert message in refusal(capsys, run, "--task", "verdict", "--input", "-", "--output", "-")
+
+
+@pytest.mark.parametrize("kept", ["in memory", "in a file"])
+def test_standard_input_in_other_formats(run, predictor, tmp_path, stdin, monkeypatch, kept):
+    if kept == "in a file":
+        monkeypatch.setattr(untrusted_io, "_IN_MEMORY", 16)
+        monkeypatch.setattr(untrusted_io, "_PIECE", 7)
     expected = [answer.prediction for answer in predictor("verdict", SENTENCES)]
     contents = {
         "jsonl": "".join(json.dumps(row) + "\n" for row in rows()),
