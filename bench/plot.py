@@ -50,7 +50,8 @@ def cases(results: Any, name: str) -> Iterator[tuple[str, Samples]]:
     if isinstance(results, list):
         for record in results:
             if isinstance(record, dict) and "case" in record:
-                yield from cases(record, f"{record['case']}, {record['precision']}")
+                known = (record[part] for part in ("case", "precision") if part in record)
+                yield from cases(record, ", ".join(known))
     if not isinstance(results, dict):
         return
     seconds = results.get("seconds")

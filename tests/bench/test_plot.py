@@ -20,6 +20,7 @@ RESULTS = {
         "growth": [{"tasks": 2, "columns": 8, "gram": {"bytes": 8, "seconds": [1.0]}}],
     },
     "long text": {"cases": [{"case": "4 x 2048", "precision": "fp32", "seconds": SAMPLES}]},
+    "step, masked lm": {"cases": [{"case": "sentences", "seconds": SAMPLES}]},
 }
 
 
@@ -29,7 +30,7 @@ def test_every_kind_of_record_is_found_and_drawn(
 ) -> None:
     results = RESULTS[name]
     cases = {"attention": "sst x 32, fp32", "step": "step", "surgery": "operators, fp32"}
-    cases["long text"] = "4 x 2048, fp32"
+    cases |= {"long text": "4 x 2048, fp32", "step, masked lm": "sentences"}
     assert list(plot.cases(results, name)) == [(cases[name], SAMPLES)]
     record = {"benchmark": name, "environment": ENVIRONMENT, "results": results}
     source = tmp_path / "record.json"
