@@ -260,7 +260,7 @@ def test_a_stream_without_a_usable_row(tmp_path) -> None:
 
 def test_a_rank_without_a_row(tmp_path) -> None:
     order = order_of(write_numbered(tmp_path / "set", [2]), 5, (2, 3))
-    with pytest.raises(InputError, match="no usable row, data set .*, for rank 2 of 3; give"):
+    with pytest.raises(InputError, match=r"no usable row, data set .*, for rank 2 of 3; give"):
         streamed_of(order)
 
 
