@@ -96,6 +96,7 @@ def train(
     first = trainer.total_steps if trainer.stops_early(progress) else progress.phase_step
     if not trainer.has_ended(progress):
         discard_average(trainer, progress)
+    trainer.go_to(first)  # which may take long, and a signal ends it
     with (
         StopRequest() as stop,
         trainer.checkpoint_writer,
@@ -122,7 +123,7 @@ def train(
             if log.is_written:
                 check_ranks(trainer)
                 bar.show(progress.phase_step, log.latest)
-                check_skipped(trainer, log, progress)
+                check_skipped(trainer, log, progress, loader)
             if log.is_written or ranks.size == 1:  # ranks wait for each other only now and then
                 stopping = ranks.any(bool(stop))
             stopping = stopping or progress.step == stop_after

@@ -106,9 +106,23 @@ def open_stream(name: str, subset: str, split: str) -> Stream:
         }
         said = (builder.config_id, builder.hash, known, split, repr(features))
         digest = hashlib.sha256(repr(said).encode()).hexdigest()
-        promised = (builder.info.splits or {}).get(split)
-        rows = getattr(promised, "num_examples", 0) or 0
-        return Stream(data, features, tuple(own), digest, rows)
+        return Stream(data, features, tuple(own), digest, _promised(builder, name, split))
+
+
+def _promised(builder: Any, name: str, split: str) -> int:
+    """Return how many rows README.md says that a split has; 0 where it does not say.
+
+    Raises:
+        InputError: it says no number.
+    """
+    promised = (builder.info.splits or {}).get(split)
+    rows = getattr(promised, "num_examples", None) or 0
+    if not isinstance(rows, int) or rows < 0:
+        raise InputError(
+            f"dataset {name}: its README.md says that split {split} has {rows!r} rows; correct "
+            "num_examples there, or leave it out"
+        )
+    return rows
 
 
 def _of_schema(schema: Any) -> Any:
@@ -160,8 +174,11 @@ def _explained(name: str, split: str) -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of what an exception says."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    """Return the first line of what an exception says, in which columns are not listed."""
+    said = str(error).strip()
+    if "because column names don't match" in said:
+        return "other columns than in the files before"
+    return said.splitlines()[0] if said else repr(error)
 
 
 def _checked_builder(name: str, subset: str) -> Any:

@@ -150,7 +150,8 @@ class HubStream:
         except Exception as error:
             raise InputError(
                 f"{self.where}, {self._stream.shards[shard]}: cannot be read on behind row {row} "
-                f"({reason_of(error)}); see that it is whole and can be reached"
+                f"({reason_of(error)}); see that it is whole, can be reached, and has the columns "
+                "of the other files"
             ) from error
 
     def _spelling(self, format_: TaskSchema) -> Any:

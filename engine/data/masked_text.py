@@ -141,8 +141,7 @@ class MaskedText:
 
     def _mask(self, sequence: Indices, index: int, step: int) -> tuple[Indices, Indices]:
         """Return the positions of the predicted tokens, and the tokens that replace them."""
-        special = (self.tokenizer.cls_id, self.tokenizer.sep_id)
-        candidates = np.flatnonzero(~np.isin(sequence, special))
+        candidates = np.flatnonzero(_are_told(sequence, self.tokenizer))
         order, action, instead = uniforms(
             3 * len(candidates), self.seed, self.task, "mask", step, index
         ).reshape(3, -1)
@@ -207,6 +206,16 @@ class PackedSegments(Sequence[Segments]):
         return Segments(int(self.texts[number]), first, second)
 
 
+def _are_told(tokens: Indices, tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
+    """Return which tokens may be masked: not [CLS] and [SEP], not even where a text spells them."""
+    return ~np.isin(tokens, (tokenizer.cls_id, tokenizer.sep_id))
+
+
+def has_words(tokens: Indices, tokenizer: Tokenizer) -> bool:
+    """Return whether there is a token that may be masked."""
+    return bool(_are_told(tokens, tokenizer).any())
+
+
 def following_segments(
     text: str, tokenizer: Tokenizer, max_length: int
 ) -> Iterator[tuple[Indices, Indices]]:
@@ -218,7 +227,8 @@ def following_segments(
         max_length: the most tokens in a sequence; a segment takes up to half of it.
     """
     half = (max_length - 3) // 2
-    pieces = [piece for piece in token_ids(tokenizer, split_sentences(text)) if len(piece)]
+    ids = token_ids(tokenizer, split_sentences(text))
+    pieces = [piece for piece in ids if has_words(piece, tokenizer)]
     halves = len(pieces) if sum(map(len, pieces)) > 2 * half else -(-len(pieces) // 2)
     segments = list(joined(pieces, max(1, halves), half, half))
     return zip(segments[::2], segments[1::2], strict=False)

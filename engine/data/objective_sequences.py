@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 
 from ..utils.arrays import Indices, offsets_of
-from .masked_text import following_segments
+from .masked_text import following_segments, has_words
 from .prepare import prepared
-from .raw_text import divided, framed, joined, token_ids
+from .raw_text import cut_off, divided, framed, joined, token_ids
 from .rows import Piece, as_pieces
 from .sequences import token_dtype
 from .tokenized import Array
@@ -87,6 +87,7 @@ def _sequences(
     if settings.kind != "masked_lm":
         return found
     most = settings.max_length - 2
-    pieces = (piece for _, piece in found if len(piece))
-    whole = divided(pieces, most) if settings.divide else pieces
+    cut = divided if settings.divide else cut_off
+    pieces = cut((piece for _, piece in found), most)
+    whole = (piece for piece in pieces if has_words(piece, tokenizer))
     return enumerate(joined(whole, settings.join, most, settings.short))

@@ -111,6 +111,12 @@ def divided(pieces: Iterable[Indices], max_tokens: int) -> Iterator[Indices]:
             yield piece[start : start + max_tokens]
 
 
+def cut_off(pieces: Iterable[Indices], max_tokens: int) -> Iterator[Indices]:
+    """Yield the first ``max_tokens`` of each piece."""
+    for piece in pieces:
+        yield piece[:max_tokens]
+
+
 def joined(pieces: Iterable[Indices], count: int, max_tokens: int, short: int) -> Iterator[Indices]:
     """Join neighbouring pieces, up to ``count`` of them, while they fit into ``max_tokens``.
 

@@ -176,7 +176,6 @@ class RankSampler:
         sizes: Sequence[int],
         batch_size: int,
         seed: int,
-        subsets: Sequence[Indices | None] | None = None,
     ) -> None:
         """Describe the batches.
 
@@ -185,7 +184,6 @@ class RankSampler:
             sizes: examples that each of R ranks has.
             batch_size: examples in a batch of all ranks.
             seed: the run's seed.
-            subsets: those that each rank draws from, numbered from 0; None for all.
 
         Raises:
             ValueError: a rank has no example, or no place in a batch.
@@ -195,13 +193,7 @@ class RankSampler:
             raise ValueError(f"batch_size: expected at least {ranks}, got {batch_size}")
         self.task, self.batch_size = task, batch_size
         self._samplers = [
-            TaskSampler(
-                f"{task}/rank {rank}",
-                size,
-                len(range(rank, batch_size, ranks)),
-                seed,
-                None if subsets is None else subsets[rank],
-            )
+            TaskSampler(f"{task}/rank {rank}", size, len(range(rank, batch_size, ranks)), seed)
             for rank, size in enumerate(sizes)
         ]
         self._starts = (np.cumsum(sizes) - sizes).tolist()

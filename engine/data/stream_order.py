@@ -78,8 +78,21 @@ class StreamOrder:
         return (self.stream.digest(), self.schema, self.size, self.seed, self.shard)
 
     @property
+    def where(self) -> str:
+        """What error messages call the rows of this rank."""
+        rank, ranks = self.shard
+        return self.stream.where + (f", for rank {rank} of {ranks}" if ranks > 1 else "")
+
+    @property
     def _deals_shards(self) -> bool:
         return self.stream.num_shards % self.shard[1] == 0
+
+    def shards(self, epoch: int) -> list[int]:
+        """Return the numbers of the shards that this rank reads in an epoch, in their order."""
+        rank, ranks = self.shard
+        names = (self.seed, f"{self.schema.task}/shards", epoch)
+        shards: list[int] = permutation(self.stream.num_shards, *names).tolist()
+        return shards[rank::ranks] if self._deals_shards else shards
 
     def blocks(self, place: Place) -> Iterator[Block]:
         """Yield the blocks from a place on, without end; the first of an epoch may be empty.
@@ -111,10 +124,7 @@ class StreamOrder:
 
     def _lanes(self, place: Place) -> list["_Lane"]:
         """Return what reads a few of the rank's shards at once."""
-        rank, ranks = self.shard
-        names = (self.seed, f"{self.schema.task}/shards", place.epoch)
-        shards = permutation(self.stream.num_shards, *names).tolist()
-        own = shards[rank::ranks] if self._deals_shards else shards
+        own = self.shards(place.epoch)
         lanes = min(_LANES, len(own))
         places = place.lanes or ((0, 0),) * lanes
         return [_Lane(self.stream, own[lane::lanes], *places[lane]) for lane in range(lanes)]

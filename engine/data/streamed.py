@@ -115,7 +115,7 @@ class StreamedExamples:
         notes: what is to be known of the stream, a line each.
 
     Raises:
-        InputError: it cannot be read, or the first epoch has no row that can be used.
+        InputError: it cannot be read, or has no row that this rank can use.
     """
 
     def __init__(
@@ -146,6 +146,7 @@ class StreamedExamples:
         self._step = -1  # that the last batch was of
         self._usable, self._is_whole = 0, False  # of the epoch, and whether it was seen begin
         self._bad_of_epoch, self._first_bad = Counter[str](), ""
+        self._barren = set[int]()  # shards of the epochs since one had a row to use
         self._begin(0, Place())
         self._read_to(0, 1)
 
@@ -255,6 +256,7 @@ class StreamedExamples:
         self._start = self._end = index
         self._chunks = self._read(place)
         self._is_whole = False
+        self._barren.clear()
 
     def _read(self, place: Place) -> Iterator[_Chunk]:
         """Yield rows from a block on; the next block is read while those of one are used."""
@@ -297,18 +299,30 @@ class StreamedExamples:
         """Take note of where a block begins.
 
         Raises:
-            InputError: it is the first of an epoch, and the epoch before had no row to use.
+            InputError: it is the first of an epoch, and no shard had a row to use.
         """
         if place.block == 0:
             if self._is_whole:
-                where = self._order.stream.where
-                check_usable(self._usable, where, self._bad_of_epoch, self._first_bad)
+                self._end_epoch(place.epoch - 1)
             self._usable, self._is_whole = 0, True
-            self._bad_of_epoch, self._first_bad = Counter[str](), ""
         # Those behind this one are of a phase or a run that went further.
         before = [mark for mark in self._marks if mark[0] <= self._end]
         if self._end >= (before[-1][0] if before else 0) + _BETWEEN_MARKS:
             self._marks = [*before[-_MARKS:], (self._end, place)]
+
+    def _end_epoch(self, epoch: int) -> None:
+        """Refuse data without a row to use, once all shards were looked through.
+
+        A rank may be dealt such shards in one epoch, and others in the next.
+
+        Raises:
+            InputError: there is none.
+        """
+        self._barren = set() if self._usable else self._barren | {*self._order.shards(epoch)}
+        if len(self._barren) == self._order.stream.num_shards:
+            check_usable(0, self._order.where, self._bad_of_epoch, self._first_bad)
+        if not self._barren:
+            self._bad_of_epoch, self._first_bad = Counter[str](), ""
 
     def _drop_before(self, first: int) -> None:
         """Forget the pieces whose examples all come before one."""

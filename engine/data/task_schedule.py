@@ -89,13 +89,14 @@ def batch_sizes(mean: int, sizes: Sequence[int], alpha: float) -> list[int]:
         alpha: the power; 0 gives all the same.
 
     Returns:
-        One number for each, from 1 on; they add up to ``mean`` times as many as there are tasks,
-        where that gives each its one.
+        One number for each, from 1 on; they add up to ``mean`` times as many as there are tasks.
     """
     shares = _shares(sizes, alpha) * mean * len(sizes)
     whole = np.maximum(1, np.floor(shares)).astype(np.int64)
-    missing = max(0, mean * len(sizes) - int(whole.sum()))
-    whole[np.argsort(whole - shares, kind="stable")[:missing]] += 1
+    missing = mean * len(sizes) - int(whole.sum())
+    whole[np.argsort(whole - shares, kind="stable")[: max(0, missing)]] += 1
+    for _ in range(-missing):  # the ones of small sets come from those with most beyond their share
+        whole[np.argmax(np.where(whole > 1, whole - shares, -np.inf))] -= 1
     return [int(own) for own in whole]
 
 

@@ -124,10 +124,10 @@ def _examples(
     found: Found,
 ) -> MaskedText | SentencesTwice:
     texts = arrays.get("texts", np.empty(0, dtype=np.int64))
-    if not len(texts):
-        raise InputError(f"objectives.{name}: no text of it has a token; name other texts")
     if settings.kind == "masked_lm_next":
         check_texts_follow(texts)
+    if not len(texts):
+        raise InputError(f"objectives.{name}: no text of it has a token; name other texts")
     tokens = arrays.get("tokens", np.empty(0, dtype=np.uint16))
     sequences = PackedSequences(tokens, arrays["offsets"])
     if settings.kind == "simcse":

@@ -23,6 +23,7 @@ from ..checkpoints.store import Checkpoints, load_weights
 from ..config import recipe as recipes
 from ..config.recipe import Recipe
 from ..config.tables import EncoderRecipe
+from ..data.addresses import Place
 from ..data.cache import Reading, load_split
 from ..data.hub_stream import HubStream
 from ..data.masked_text import MaskedText
@@ -199,7 +200,7 @@ class Run(NamedTuple):
         return len(form.sentences) == 2 and self.recipe.tasks[form.task].head == CROSS
 
     def objective(
-        self, name: str, files: Sequence[Path] | None = None
+        self, name: str, files: Sequence[Place] | None = None
     ) -> MaskedText | SentencesTwice:
         """Return what an objective of the recipe is trained on.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoints.manifest import Progress
 from ..data.collate import PackedBatch
+from ..data.loader import TrainingLoader
 from ..data.tokenizer import Tokenizer
 from ..metrics.log import MetricsLog
 from ..utils.errors import DivergedError
@@ -21,8 +22,12 @@ from ..utils.json_text import dump_json
 from .trainer import Trainer
 
 
-def check_skipped(trainer: Trainer, log: MetricsLog, progress: Progress) -> None:
+def check_skipped(
+    trainer: Trainer, log: MetricsLog, progress: Progress, loader: TrainingLoader
+) -> None:
     """Stop a run that skipped too many steps in a row; write down the batch of the first.
+
+    ``loader`` is closed then: two at once would read one stream.
 
     Raises:
         DivergedError: too many steps were skipped; the message names the file.
@@ -32,8 +37,9 @@ def check_skipped(trainer: Trainer, log: MetricsLog, progress: Progress) -> None
     step, ranks = log.skipped[0], trainer.ranks
     name = f"skipped-{step:08}" + (f"-rank-{ranks.rank}" if ranks.size > 1 else "")
     path = trainer.run.folder / f"{name}.json"
-    with closing(trainer.loader(step - progress.phase_start)) as loader:
-        batches = list(islice(loader, trainer.recipe.micro_batches))
+    loader.close()
+    with closing(trainer.loader(step - progress.phase_start)) as again:
+        batches = list(islice(again, trainer.recipe.micro_batches))
     _write_batch(path, batches, trainer.run.tokenizer, {"step": step})
     raise DivergedError(
         f"loss or gradient not finite in {len(log.skipped)} steps in a row, from step {step} "

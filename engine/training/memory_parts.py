@@ -25,6 +25,7 @@ of answers, batches that wait in the loader, and memory that was freed and not r
 system.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -338,7 +339,7 @@ def _arrays(value: object, seen: set[int]) -> Iterator[np.ndarray[Any, Any]]:
         yield value
     elif isinstance(value, Mapping):
         below = value.values()
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | deque):
         # Numbers and texts, of which there may be many, have no arrays.
         below = (each for each in value if not isinstance(each, str | bytes | int | float))
     elif type(value).__module__.partition(".")[0] == _OURS:

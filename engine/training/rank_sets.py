@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ def _read(run: Run, name: str, dealt: Dealt, rank: int) -> _Own:
     """Return what this rank has of a task or an objective."""
     if name in run.recipe.tasks:
         return labelled(run, name, run.read(run.recipe.split_schema(name, "train"), dealt.origin))
-    texts = run.objective(name, [file.path for file in dealt.own if isinstance(file.path, Path)])
+    texts = run.objective(name, [file.path for file in dealt.own])
     # Ranks that mask the same places of their texts would learn less from them.
     return replace(texts, seed=texts.seed + rank) if isinstance(texts, MaskedText) else texts
 

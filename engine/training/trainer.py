@@ -85,7 +85,6 @@ class Trainer:
     def loader(self, start: int) -> TrainingLoader:
         """Return the batches from step ``start`` of the phase to its end."""
         on_cpu = self.device.type == "cpu"
-        self._go_to(start)
         return TrainingLoader(
             self.train_sets,
             self.samplers,
@@ -100,8 +99,11 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _go_to(self, start: int) -> None:
-        """Read streams on to the first batches that steps from ``start`` on have of them."""
+    def go_to(self, start: int) -> None:
+        """Read streams on to the first batches that steps from ``start`` on have of them.
+
+        The loader would do it, too, but shows nothing, and a signal would wait for its end.
+        """
         steps = range(start, min(start + len(self.samplers), self.total_steps))
         for task, examples in enumerate(self.train_sets):
             if isinstance(examples, StreamedExamples):

@@ -1,7 +1,11 @@
 """Runs on streams: resumed to the bit, with other tasks, and faults in one line."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +21,8 @@ from engine.runs.rank_files import line_on_other_ranks
 from engine.runs.resume import resume
 from engine.runs.run import begin, open_run
 from engine.train import main, train_run
-from engine.utils.errors import InputError
+from engine.training.step import MultitaskStep
+from engine.utils.errors import DivergedError, InputError
 
 from .data.streams import numbered, write_numbered, write_shards
 from .whole_runs import assert_same_run, evaluations, metrics
@@ -200,6 +205,66 @@ def test_a_bad_row_ends_the_run_and_the_checkpoints_stay(recipe, tmp_path, monke
     with pytest.raises(InputError, match=r"train-00001-of-00002.parquet, row 130; correct the"):
         train_run(run, torch.device("cpu"), Console(quiet=True))
     assert open_run(tmp_path / "run").checkpoints.progress().step >= 8
+
+
+class InterruptedReading(streamed.StreamedExamples):
+    """A stream during which Ctrl-C is pressed once, when 20 examples are passed over."""
+
+    is_pressed = False
+
+    def _read_chunk(self, first):
+        super()._read_chunk(first)
+        if first > 20 and self._end >= 20 and not self.is_pressed:
+            self.is_pressed = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_while_rows_are_passed_over(recipe, tmp_path, monkeypatch) -> None:
+    """It ends the command at once: no step is done that would be lost."""
+    monkeypatch.setattr(streamed, "_PIECE", 8)
+    setting = "tasks.numbers.source.shuffle_buffer=8"
+    train(recipe, tmp_path / "run", setting, "max_steps=16")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.runs.run.StreamedExamples", InterruptedReading)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run", setting, further=["--resume"])
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    train(recipe, tmp_path / "run", setting, further=["--resume"])
+    train(recipe, tmp_path / "whole", setting)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+class SlowReading(streamed.StreamedExamples):
+    """A stream whose batches take long, and that one thread at a time may ask for."""
+
+    at_work = threading.Lock()
+
+    def task_batch(self, chosen, step):
+        assert self.at_work.acquire(blocking=False), "two loaders read one stream"
+        time.sleep(0.05)
+        batch = super().task_batch(chosen, step)
+        self.at_work.release()
+        return batch
+
+
+def test_a_stream_of_which_steps_are_skipped(recipe, tmp_path, monkeypatch) -> None:
+    """The batch that is written down is the first of these, read anew."""
+    seen, run = [], MultitaskStep.__call__
+
+    def without_labels(self, batch, step, lr):
+        seen.append(batch[0].input_ids[1 : batch[0].cu_seqlens[1] - 1].tolist())
+        if step >= 3:
+            batch[0].labels[0].fill_(torch.nan)
+        return run(self, batch, step, lr)
+
+    monkeypatch.setattr(MultitaskStep, "__call__", without_labels)
+    monkeypatch.setattr("engine.runs.run.StreamedExamples", SlowReading)
+    with pytest.raises(DivergedError, match="not finite in 4 steps in a row, from step 3 on"):
+        train(recipe, tmp_path / "run", "max_skipped=4", "max_steps=60", "eval_every=0")
+    saved = json.loads((tmp_path / "run" / "skipped-00000003.json").read_text())
+    assert saved["tasks"]["numbers"][0]["tokens"][0][1:-1] == seen[3]
+    assert len(saved["tasks"]["numbers"]) == 6
 
 
 def test_without_the_library(recipe, tmp_path, monkeypatch) -> None:

@@ -103,6 +103,8 @@ def test_neighbouring_segments_come_from_one_text_in_its_order(tokenizer):
 
 def test_texts_of_one_sentence_have_no_next(tokenizer):
     with pytest.raises(InputError, match="fewer than two texts"):
+        with_next(tokenizer, 40, texts=["one sentence", "another one"])
+    with pytest.raises(InputError, match="fewer than two texts"):
         with_next(tokenizer, 64, ["one sentence.", "two. sentences."])
 
 
@@ -163,6 +165,32 @@ def test_a_word_that_is_longer_than_the_share_is_masked_where_no_other_is():
     size = len(text.examples[0].first)
     assert size > 1
     assert len(text.task_batch(np.array([0]), 0).labels.positions) == size
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "masked_lm"},
+        {"kind": "masked_lm", "divide": True},
+        {"kind": "masked_lm", "join": 8},
+        {"kind": "masked_lm_next"},
+    ],
+)
+def test_texts_that_spell_special_tokens(tokenizer, settings, whole_words):
+    """They have nothing to tell, and what is told is none of them."""
+    special = ["[SEP]", "[CLS] [SEP]", "[SEP]" * 30, "[SEP] " * 20 + "word1", "[SEP]. [CLS]. [SEP]"]
+    texts = [*special, *DOCUMENTS, "[SEP]. [SEP]! word1 [SEP] one. [CLS]! word2 two."]
+    objective = ObjectiveRecipe(whole_words=whole_words, **settings)
+    text = build_examples("mlm", objective, texts, tokenizer, 18, 3)
+    ends = (tokenizer.cls_id, tokenizer.sep_id)
+    for step in range(4):
+        for number in range(len(text)):
+            targets = text.task_batch(np.array([number]), step).labels.targets.numpy()
+            assert len(targets)
+            assert not np.isin(targets, ends).any()
+    with pytest.raises(InputError, match=r"no text of it has a token|fewer than two texts"):
+        build_examples("mlm", objective, special[:3], tokenizer, 18, 3)
 
 
 def test_long_texts_are_divided(tokenizer):

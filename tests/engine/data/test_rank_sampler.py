@@ -21,12 +21,6 @@ def test_ranks_draw_from_their_own(sizes: list[int], batch_size: int) -> None:
         assert all(len(set(epoch)) == size for epoch in first)
 
 
-def test_subsets_of_ranks() -> None:
-    sampler = RankSampler("sst", [4, 6], 4, 7, [np.array([1, 3]), None])
-    assert len(sampler) == 8
-    assert set(np.concatenate([sampler.batch(step)[::2] for step in range(9)])) == {1, 3}
-
-
 def test_a_rank_without_a_place_or_an_example() -> None:
     with pytest.raises(ValueError, match="batch_size: expected at least 3"):
         RankSampler("sst", [5, 5, 5], 2, 7)

@@ -129,6 +129,15 @@ def test_a_stream_that_ends_early(tmp_path: Path, shard, ends_early) -> None:
         epoch_of(order_of(folder, 5, shard))
 
 
+@pytest.mark.parametrize("promised", [-10, "many", 1.5, "[3]"])
+def test_a_promise_that_is_no_number_of_rows(tmp_path: Path, promised) -> None:
+    folder = write_numbered(tmp_path / "set", [9])
+    (folder / "README.md").write_text(PROMISE.format(promised))
+    message = r"its README\.md says that split train has .* rows; correct num_examples there"
+    with pytest.raises(InputError, match=message):
+        _ = order_of(folder, 5).stream.promised
+
+
 def test_an_epoch_without_a_row_is_an_empty_block(tmp_path: Path) -> None:
     """A rank that no row is dealt to."""
     order = order_of(write_numbered(tmp_path / "set", [2]), 5, (2, 3))

@@ -260,8 +260,64 @@ def test_a_stream_without_a_usable_row(tmp_path) -> None:
 
 def test_a_rank_without_a_row(tmp_path) -> None:
     order = order_of(write_numbered(tmp_path / "set", [2]), 5, (2, 3))
-    with pytest.raises(InputError, match="no usable row, data set"):
+    with pytest.raises(InputError, match=r"no usable row, data set .*, for rank 2 of 3; give"):
         streamed_of(order)
+
+
+USELESS = {
+    "empty": [],
+    "bad": [row | {"label": 5} for row in numbered(20, 100)],
+    "blank": [{"sentence": " ", "label": 0}] * 4,
+}
+
+
+@pytest.mark.parametrize("kind", USELESS)
+@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_rank_passes_over_epochs_without_a_row(tmp_path, kind, shards, kept) -> None:
+    """Half of the files have none, so that in some epochs a rank has nothing but these."""
+    half = shards // 2
+    written = [numbered(6, 10 * number) for number in range(half)] + [USELESS[kind]] * half
+    folder, sampler = (
+        write_shards(tmp_path / "set", written, ending=".jsonl"),
+        StreamSampler("numbers", 4, 1, 2),
+    )
+    for rank in range(2):
+        order = order_of(folder, 8, (rank, 2))
+        expected = whole(order, 60, "skip")
+        examples = streamed_of(order, "skip", folder=tmp_path)
+        start = 0
+        if kept:
+            examples.task_batch(sampler.batch(18)[rank::2], 18)
+            examples.keep_marks(tmp_path)
+            examples, start = streamed_of(order, "skip", folder=tmp_path), 15
+        examples.go_to(sampler.batch(start))
+        assert len(expected) >= 2 * 24
+        for step in range(start, 24):
+            own = np.arange(2 * step, 2 * step + 2)
+            found = examples.task_batch(sampler.batch(step)[rank::2], step)
+            assert_same(found, expected.task_batch(own, step))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("kind", USELESS)
+def test_no_shard_has_a_row(tmp_path, kind, ranks) -> None:
+    """Each rank says so, whether it is dealt shards or rows, and does not look for ever."""
+    shards = [USELESS[kind] or USELESS["blank"]] * 4
+    order = order_of(write_shards(tmp_path / "set", shards, ending=".jsonl"), 8, (0, ranks))
+    of_rank = f", for rank 0 of {ranks}" if ranks > 1 else ""
+    with pytest.raises(InputError, match=rf"no usable row \(.*split train{of_rank}; the first"):
+        streamed_of(order, "skip")
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl"])
+def test_a_file_with_other_columns(tmp_path, ending) -> None:
+    """The library takes no file with more columns than the first, whatever they are."""
+    shards = [numbered(9), [row | {"z": 1} for row in numbered(9, 9)]]
+    order = order_of(write_shards(tmp_path / "set", shards, ending=ending), 1)
+    message = r"\(other columns than in the files before\); see that it .* has the columns of the"
+    with pytest.raises(InputError, match=message):
+        streamed_of(order).go_to(StreamSampler("numbers", 4, 1).batch(5))
 
 
 def test_a_stream_without_a_column(tmp_path) -> None:

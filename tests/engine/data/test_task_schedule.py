@@ -82,12 +82,17 @@ def test_sampled_draws_by_size_to_a_power(alpha):
         (10, (100, 200, 400), 1, [4, 9, 17]),
         (4, (1, 10**9), 1, [1, 7]),  # each has its one
         (1, (1, 10**6, 10**6), 1, [1, 1, 1]),
+        (1, (1, 10, 10**6), 0.3, [1, 1, 1]),
+        (8, (1, 10, 10**6), 1, [1, 1, 22]),
+        (2, (1,) * 9 + (10**12,), 10, [1] * 9 + [11]),
+        (100, (1, 10**12), 10, [1, 199]),
         (8, (7,), 1, [8]),
         (8, (2**40, 2**40), 10, [8, 8]),
     ],
 )
 def test_a_step_has_examples_by_the_sizes_to_a_power(mean, sizes, alpha, expected):
     assert batch_sizes(mean, sizes, alpha) == expected
+    assert sum(expected) == mean * len(sizes)
 
 
 def test_sets_of_other_batch_sizes_last_as_long_as_they_do():

@@ -187,6 +187,13 @@ def runs(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> R
             made.arguments("frozen", "max_steps=2", "freeze_encoder=true", recipe="mood"),
             made.arguments("texts", "max_steps=3", "batch_size=4", recipe="texts"),
             made.arguments(
+                "addresses",
+                "max_steps=3",
+                f"objectives.text.files=['text-0.txt','file://{data}/text-[12].txt']",
+                f"objectives.same.files=['file://{data}/text-0.txt','file://{data}/text-1.txt']",
+                recipe="texts",
+            ),
+            made.arguments(
                 "list",
                 *batch,
                 "max_steps=1",
@@ -301,8 +308,15 @@ def test_texts_of_objectives(runs):
     for rank, own in enumerate(([1, 2], [0, 1])):  # of three files, and of two
         opened = [name for name in runs.said("texts", rank)["opened"] if name.endswith(".txt")]
         assert opened == [f"text-{number}.txt" for number in own]
-    assert "text: 3 files dealt to 2 ranks, 57 examples" in runs.printed
-    assert "same: 2 files dealt to 2 ranks, 28 examples" in runs.printed
+
+
+@pytest.mark.parametrize("name", ["texts", "addresses"])
+def test_all_texts_of_objectives_are_read(runs, name):
+    """Those at addresses, too."""
+    assert [runs.said(name, rank)["ended"] for rank in range(2)] == ["status 0"] * 2
+    # Both runs say so.
+    assert runs.printed.count("text: 3 files dealt to 2 ranks, 57 examples") == 2
+    assert runs.printed.count("same: 2 files dealt to 2 ranks, 28 examples") == 2
 
 
 @pytest.mark.parametrize("name", ["kinds", "frozen"])

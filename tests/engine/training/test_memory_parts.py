@@ -4,6 +4,7 @@ import json
 import mmap
 import re
 import weakref
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,6 +270,15 @@ def test_mapped_rows_are_told_apart(tmp_path):
     frozen = new_trainer(tmp_path / "frozen", "freeze_encoder=true")
     states = [each.states for each in [*frozen.train_sets, *frozen.dev_sets.values()]]
     assert rows_of(frozen).own >= sum(array.nbytes for array in states)
+
+
+@pytest.mark.parametrize(
+    "kept", [list, tuple, deque, lambda arrays: dict(enumerate(arrays)), lambda arrays: [[*arrays]]]
+)
+def test_rows_are_counted_in_any_container(kept):
+    arrays = [np.zeros(3), np.zeros(4)]
+    held = SimpleNamespace(train_sets=kept(arrays), dev_sets={}, samplers=[arrays[0][1:]])
+    assert rows_of(held).own == 7 * 8
 
 
 def test_the_system_tells_pages_of_files_and_the_peak(tmp_path):
