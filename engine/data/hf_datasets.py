@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from os.path import abspath, basename, isdir
 from typing import Any, NamedTuple
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, first_line
 from .task_schema import TaskSchema
 
 _WITHOUT_PICKLES = (5, 2)
@@ -154,14 +154,9 @@ def _explained(name: str, split: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(
-            f"dataset {name}: cannot load split {split} ({reason_of(error)}); "
+            f"dataset {name}: cannot load split {split} ({first_line(error)}); "
             "check dataset, subset and splits"
         ) from error
-
-
-def reason_of(error: Exception) -> str:
-    """Return the first line of what an exception says."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
 
 
 def _checked_builder(name: str, subset: str) -> Any:

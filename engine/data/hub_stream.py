@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..utils.errors import InputError
-from .hf_datasets import Stream, check_columns, open_stream, reason_of, spelling
+from ..utils.errors import InputError, first_line
+from .hf_datasets import Stream, check_columns, open_stream, spelling
 from .rows import Row, Rows, as_pieces, find_columns, typed_row
 from .table import OnBadRow, Table, collect
 from .task_schema import TaskSchema
@@ -150,7 +150,7 @@ class HubStream:
         except Exception as error:
             raise InputError(
                 f"{self.where}, {self._stream.shards[shard]}: cannot be read on behind row {row} "
-                f"({reason_of(error)}); see that it is whole and can be reached"
+                f"({first_line(error)}); see that it is whole and can be reached"
             ) from error
 
     def _spelling(self, format_: TaskSchema) -> Any:

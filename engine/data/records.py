@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, first_line
 from ..utils.untrusted_io import parse_json
 from .addresses import Place
 from .blocks import Block
@@ -192,6 +192,6 @@ def _parquet_rows(
         records = (record for batch in batches for record in batch)
         for number, record in enumerate(records):
             yield typed_row(record, columns, f"{path}, row {number}", lists, objects)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable Parquet file ({reason})") from error
+    # A date may be beyond those of Python; what is no text may say that it is.
+    except (ArrowException, OSError, OverflowError, ValueError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
