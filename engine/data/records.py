@@ -23,6 +23,9 @@ from .rows import (
     typed_row,
 )
 
+_BUFFER, _BATCH = 1 << 20, 1024
+"""Bytes of a column of Parquet that are read at a time, and rows that are made of them."""
+
 _ARRAY = re.compile(r"\s*\[")
 _OPEN_OBJECT = re.compile(r"\s*\{\s*")
 
@@ -184,10 +187,10 @@ def _parquet_rows(
     except ImportError:
         raise InputError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from None
     try:
-        opened = parquet.ParquetFile(file)
+        opened = parquet.ParquetFile(file, buffer_size=_BUFFER)
         find_columns(opened.schema_arrow.names, columns, str(path))
         batches: Iterable[list[dict[str, object]]] = (
-            batch.to_pylist() for batch in opened.iter_batches(columns=list(columns))
+            batch.to_pylist() for batch in opened.iter_batches(_BATCH, columns=list(columns))
         )
         records = (record for batch in batches for record in batch)
         for number, record in enumerate(records):
