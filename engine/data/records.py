@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from ..utils.errors import InputError, first_line
 from ..utils.untrusted_io import parse_json
-from .addresses import Place
+from .addresses import Address, Place
 from .blocks import Block
 from .decode import not_utf8, undecoded
 from .dialect import Dialect
@@ -24,7 +24,7 @@ from .rows import (
 )
 
 _BUFFER, _BATCH = 1 << 20, 1024
-"""Bytes of a column of Parquet that are read at a time, and rows that are made of them."""
+"""Bytes of a column of a Parquet file that are read at a time, and rows that are made of them."""
 
 _ARRAY = re.compile(r"\s*\[")
 _OPEN_OBJECT = re.compile(r"\s*\{\s*")
@@ -187,7 +187,9 @@ def _parquet_rows(
     except ImportError:
         raise InputError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from None
     try:
-        opened = parquet.ParquetFile(file, buffer_size=_BUFFER)
+        # Stores answer few large questions sooner: of them a row group is held in memory.
+        is_far = isinstance(path, Address)
+        opened = parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=is_far)
         find_columns(opened.schema_arrow.names, columns, str(path))
         batches: Iterable[list[dict[str, object]]] = (
             batch.to_pylist() for batch in opened.iter_batches(_BATCH, columns=list(columns))

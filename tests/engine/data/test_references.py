@@ -14,10 +14,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from engine.data import prepare
+from engine.data import prepare, records
 from engine.data.cache import Reading, load_split
 from engine.data.origins import DataFile
-from engine.data.table import Table
+from engine.data.table import Table, file_rows
 from engine.data.tokenizer import Tokenizer
 from engine.utils.errors import InputError
 
@@ -108,6 +108,31 @@ def test_parquet(tmp_path: Path, monkeypatch, text: str, label: str, rows: int) 
             known = read(path)
         assert known.sentences == (found,)
         assert known.labels.tolist() == [0.0, 1.0] * 30
+
+
+class Watched(io.BytesIO):
+    """A file that knows the largest piece that was read of it."""
+
+    largest = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self.largest = max(self.largest, len(found))
+        return found
+
+
+def test_no_row_group_is_held_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [f"{number} fine film " * 20 for number in range(40_000)]
+    table = pa.table({"text": found, "label": [0, 1] * 20_000})
+    file, form = Watched(), source("f.parquet").format("t")
+    parquet.write_table(table, file, compression="none", use_dictionary=False)
+    assert parquet.ParquetFile(file).num_row_groups == 1
+    file.largest, size = 0, len(file.getvalue())
+    monkeypatch.setattr(records, "_BUFFER", 1 << 16)
+    rows = file_rows(file, Path("f.parquet"), form)
+    known = [row.values[0] for piece in rows.pieces for row in piece.rows]
+    assert known == found
+    assert file.largest < size / 5
 
 
 def nowhere(values: list[int]) -> pa.Array:
