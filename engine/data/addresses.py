@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, first_line
 from ..utils.untrusted_io import open_file
 
 _SAMPLES, _SAMPLE, _BLOCK = 16, 64 << 10, 1 << 20
@@ -215,12 +215,12 @@ def _explained(address: Address) -> Iterator[None]:
     except InputError:
         raise
     except ImportError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{address}: {reason}") from None
+        raise InputError(f"{address}: {first_line(error)}") from None
     except FileNotFoundError:
         raise InputError(
             f"cannot read a file: no such file, {address}; check the address"
         ) from None
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot read a file: {reason}, {address}; check the address") from error
+        raise InputError(
+            f"cannot read a file: {first_line(error)}, {address}; check the address"
+        ) from error

@@ -57,14 +57,15 @@ def blocks_of(
         InputError: a line is longer.
     """
     number, kept, looked_at = 1, "", 0
-    for piece in pieces:
+    for piece, text in _with_text_behind(pieces):
         kept += piece
         if len(kept) < size:
             continue
         # An end of a line that other text follows, in what was not looked at.
-        end = kept.rfind("\n", looked_at, len(kept.rstrip("\r\n")))
+        followed = len(kept) - len(piece) + text
+        end = kept.rfind("\n", looked_at, followed)
         if end < 0:
-            looked_at = len(kept.rstrip("\r\n"))
+            looked_at = followed
             if looked_at > longest:
                 raise InputError(
                     f"a line of more than {longest:,} characters, {path}:{number}; give a file "
@@ -76,6 +77,22 @@ def blocks_of(
         number, kept, looked_at = number + block.num_lines, kept[end + 1 :], 0
     if (rest := kept.rstrip("\r\n")) or number == 1:
         yield Block(number, rest)
+
+
+def _with_text_behind(pieces: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yield pieces of a text up to the last that is more than line ends.
+
+    With each comes where the line ends begin in it that no text may follow.  Those of a file that
+    ends in many are waited with, not looked at again and again.
+    """
+    waiting: list[str] = []
+    for piece in pieces:
+        if text := len(piece.rstrip("\r\n")):
+            yield from ((ends, len(ends)) for ends in waiting)
+            yield piece, text
+            waiting = []
+        else:
+            waiting.append(piece)
 
 
 def with_text(blocks: Iterator[Block]) -> tuple[str, Iterator[Block]] | None:

@@ -40,7 +40,7 @@ from .tokenized import Array, Joiner
 from .tokenizer import SPECIAL_TOKENS, Tokenizer
 from .workshop import abandoned, workshop
 
-_VERSION = 9
+_VERSION = 10
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

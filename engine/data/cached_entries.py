@@ -88,7 +88,10 @@ def remove_abandoned(root: Path) -> int:
         folders = abandoned(root)
     size = 0
     for folder in folders:
-        with explained("remove", folder):
+        # Another process may remove it, too.
+        with explained("remove", folder), suppress(FileNotFoundError):
             size += sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            if os.path.lexists(folder):
+                shutil.rmtree(folder)  # which says why it stays
     return size

@@ -66,7 +66,7 @@ def _texts(
             if universal and line.startswith("#"):
                 continue
             first = first or number
-            fields = line.split(separator)
+            fields = _fields(line, separator)
             if universal and not fields[0].isdecimal():
                 continue
             try:
@@ -81,6 +81,16 @@ def _texts(
                 f"{path}:{first}", [dump_json(list(each)) for each in zip(*words, strict=True)]
             )
         words, first, bad = [], 0, None
+
+
+def _fields(line: str, separator: str | None) -> list[str]:
+    """Return the fields of a line; None separates by blanks and tabs.
+
+    Other blanks, such as those that keep 10 000 on one line, are characters of words.
+    """
+    if separator is not None:
+        return line.split(separator)
+    return [field for field in line.replace("\t", " ").split(" ") if field]
 
 
 def _picked(line: str, fields: Sequence[str], places: Sequence[int], dialect: Dialect) -> list[str]:

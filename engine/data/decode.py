@@ -30,6 +30,9 @@ _LEFT_OPEN = ("utf-16", "utf-32")
 _TRANSFORMS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape")
 """Encodings in Python that are not of text, or that no file is written in."""
 
+_HALF = re.compile(r"[\ud800-\udfff]")
+"""Halves of characters, which UTF-7 can spell and nothing can write down."""
+
 _UNDECODED = re.compile(r"[\udc80-\udcff]")
 
 _SAMPLE = "a,\t\n"
@@ -103,6 +106,8 @@ def _decoded(
         kept = len(decoder.getstate()[0])
         try:
             text = decoder.decode(piece or b"", final=piece is None)
+            if not is_utf8 and _HALF.search(text):
+                raise UnicodeError("half of a character")
         except UnicodeError as error:
             where = ""
             if isinstance(error, UnicodeDecodeError):

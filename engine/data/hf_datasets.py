@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from os.path import abspath, basename, isdir
 from typing import Any, NamedTuple
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, first_line
 from .task_schema import TaskSchema
 
 _WITHOUT_PICKLES = (5, 2)
@@ -175,10 +175,9 @@ def _explained(name: str, split: str) -> Iterator[None]:
 
 def reason_of(error: Exception) -> str:
     """Return the first line of what an exception says, in which columns are not listed."""
-    said = str(error).strip()
-    if "because column names don't match" in said:
+    if "because column names don't match" in str(error):
         return "other columns than in the files before"
-    return said.splitlines()[0] if said else repr(error)
+    return first_line(error)
 
 
 def _checked_builder(name: str, subset: str) -> Any:

@@ -11,7 +11,7 @@ from ..utils.errors import InputError
 from ..utils.files import explained
 from ..utils.untrusted_io import file_size
 from .addresses import Place, opened
-from .blocks import blocks_of
+from .blocks import Block, blocks_of
 from .decode import decode, undecoded
 from .decompress import decompressed
 from .dialect import BUILT_IN
@@ -69,8 +69,8 @@ def each_line(path: Place, notes: list[str]) -> Iterator[str]:
         pieces = decompressed(file, file_size(file), path, BUILT_IN)
         text = decode(pieces, path, BUILT_IN)
         for block in blocks_of(text.pieces, path):
-            if found := undecoded(block.text):
-                raise InputError(f"not UTF-8: {found}, {path}; convert the file to UTF-8")
+            if undecoded(block.text):
+                raise _not_utf8(block, path)
             for line in map(str.strip, block.text.splitlines()):
                 if line:
                     is_empty = False
@@ -78,6 +78,14 @@ def each_line(path: Place, notes: list[str]) -> Iterator[str]:
         notes += text.notes
     if is_empty:
         raise InputError(f"no text in it, {path}; give a file with a sentence a line")
+
+
+def _not_utf8(block: Block, path: Place) -> InputError:
+    """Return the error of a block that is not UTF-8, of its first such line."""
+    number, found = next(
+        (number, found) for number, line in block.lines if (found := undecoded(line))
+    )
+    return InputError(f"not UTF-8: {found}, {path}:{number}; convert the file to UTF-8")
 
 
 def evenly(texts: Sequence[T], count: int) -> list[T]:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, first_line
 from ..utils.untrusted_io import parse_json
-from .addresses import Place
+from .addresses import Address, Place
 from .blocks import Block
 from .decode import not_utf8, undecoded
 from .dialect import Dialect
@@ -22,6 +22,9 @@ from .rows import (
     find_columns,
     typed_row,
 )
+
+_BUFFER, _BATCH = 1 << 20, 1024
+"""Bytes of a column of a Parquet file that are read at a time, and rows that are made of them."""
 
 _ARRAY = re.compile(r"\s*\[")
 _OPEN_OBJECT = re.compile(r"\s*\{\s*")
@@ -184,14 +187,16 @@ def _parquet_rows(
     except ImportError:
         raise InputError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from None
     try:
-        opened = parquet.ParquetFile(file)
+        # Stores answer few large questions sooner: of them a row group is held in memory.
+        is_far = isinstance(path, Address)
+        opened = parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=is_far)
         find_columns(opened.schema_arrow.names, columns, str(path))
         batches: Iterable[list[dict[str, object]]] = (
-            batch.to_pylist() for batch in opened.iter_batches(columns=list(columns))
+            batch.to_pylist() for batch in opened.iter_batches(_BATCH, columns=list(columns))
         )
         records = (record for batch in batches for record in batch)
         for number, record in enumerate(records):
             yield typed_row(record, columns, f"{path}, row {number}", lists, objects)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable Parquet file ({reason})") from error
+    # A date may be beyond those of Python; what is no text may say that it is.
+    except (ArrowException, OSError, OverflowError, ValueError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({first_line(error)})") from error

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from math import isfinite
 from typing import Any, NamedTuple
 
 from ..utils.errors import InputError
@@ -180,7 +181,7 @@ def _as_json(column: str, record: Mapping[str, object]) -> str:
         return _as_text(column, record, may_be_list=False)
     try:
         text = dump_json(value)
-    except (TypeError, ValueError):  # a key that stands twice, dates of Parquet, NaN
+    except (TypeError, ValueError):  # a key that stands twice, dates of Parquet
         raise BadRowError("neither text nor number", f"in column {column!r}") from None
     if _has_half(value):
         raise BadRowError("not Unicode", f"half of a character in column {column!r}")
@@ -213,16 +214,26 @@ def _as_text(column: str, record: Mapping[str, object], may_be_list: bool) -> st
         return value
     if isinstance(value, list) and may_be_list:
         for item in value:
-            if not isinstance(item, str | int | float):  # booleans are ints
-                what = "no value" if item is None else type(item).__name__
-                raise BadRowError("neither text nor number", f"{what} in a list, column {column!r}")
+            if not _is_plain(item):
+                where = f"{_named(item)} in a list, column {column!r}"
+                raise BadRowError("neither text nor number", where)
         text = dump_json(value)
         if _HALF.search("".join(item for item in value if isinstance(item, str))):
             raise BadRowError("not Unicode", f"half of a character in column {column!r}")
         return text
     if isinstance(value, bool):
         return str(value).lower()  # as JSON spells it
-    if isinstance(value, int | float):
+    if _is_plain(value):
         return repr(value)
-    what = "no value" if value is None else type(value).__name__
-    raise BadRowError("neither text nor number", f"{what} in column {column!r}")
+    raise BadRowError("neither text nor number", f"{_named(value)} in column {column!r}")
+
+
+def _is_plain(value: object) -> bool:
+    """Return whether a value is text or a number; NaN, which stands for no value, is neither."""
+    return isinstance(value, str | int) or (isinstance(value, float) and isfinite(value))
+
+
+def _named(value: object) -> str:
+    if value is None:
+        return "no value"
+    return repr(value) if isinstance(value, float) else type(value).__name__

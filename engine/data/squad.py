@@ -75,13 +75,19 @@ def _span(text: Any, start: Any, context: str) -> Span:
     return start, start + len(text)
 
 
-def is_nested(text: str) -> bool:
-    """Return whether a JSON file is one object with SQuAD's ``data``, not an object a line."""
+def is_nested(text: str, columns: Sequence[str]) -> bool:
+    """Return whether a JSON file is one object with SQuAD's ``data``, not an object a line.
+
+    Args:
+        text: of the file, its first line that is not blank at least.
+        columns: those to read.
+    """
     if not text.lstrip().startswith("{"):
         return False
     try:
-        # An object of a line by itself is a row.
-        return "data" in parse_json(text.lstrip().partition("\n")[0])
+        # An object of a line by itself is a row, which may have a column of that name.
+        first = parse_json(text.lstrip().partition("\n")[0])
+        return "data" in first and not set(columns) <= first.keys()
     except ValueError:
         return True
 

@@ -133,7 +133,7 @@ def file_rows(file: IO[bytes], path: Place, format_: TaskSchema, *, labelled: bo
         if format_.labels != "words":
             raise InputError(f"{path}: a column file, which has words with tags; give a table")
         rows = conll_rows(blocks, path, columns, dialect, universal=layout == "conllu")
-    elif layout == "json" and format_.labels == "spans" and is_nested(beginning):
+    elif layout == "json" and format_.labels == "spans" and is_nested(beginning, columns):
         rows = squad_rows(joined(blocks), path, columns, dialect)
     elif layout == "json" and is_array(beginning):
         rows = array_rows(joined(blocks), path, columns, dialect, lists=lists, objects=objects)
@@ -376,7 +376,9 @@ def _check(
         try:
             words = format_.words(texts[0])
         except ValueError as error:
-            raise BadRowError(str(error), f"column {format_.sentences[0]!r}") from error
+            reason, _, detail = str(error).partition(": ")
+            where = f"column {format_.sentences[0]!r}"
+            raise BadRowError(reason, f"{detail}, {where}" if detail else where) from error
     if not labelled or format_.labels == "spans":
         return words, []
     cells = texts[len(format_.sentences) :]

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, first_line
 from ..utils.finite import all_finite
 from ..utils.untrusted_io import parse_json, read_bytes
 from .config import EncoderConfig
@@ -51,7 +51,7 @@ def resolve(model: str) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"--init {model}: neither a folder nor a model that the hub gives ({reason}); "
             "give the folder of a model or a run, or a hub name"

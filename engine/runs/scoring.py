@@ -100,7 +100,7 @@ def answers(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None = 
         InputError: what the model computes for some examples is not finite.
     """
     found = _answers(model, split, ranks)
-    finite = np.isfinite(found.predictions).reshape(len(found.predictions), -1).all(1)
+    finite = _of_answers(torch.from_numpy(np.isfinite(found.predictions))).numpy()
     if not finite.all():
         count = len(found.offsets) - 1
         of_examples = np.repeat(np.arange(count), np.diff(found.offsets))
@@ -125,7 +125,7 @@ def _answers(
         return _span_answers(head, scores, split, split.spans)
     if chosen_by and split.labels is not None:
         fit_thresholds(head, scores, split.labels, chosen_by, ranks or Ranks())
-    finite = scores.isfinite().view(len(scores), -1).all(1)
+    finite = _of_answers(scores.isfinite())
     assert head.task is not None, f"{split.task} is an objective"
     predictions = head.predict(scores).float().numpy().copy()
     predictions[split.unseen] = head.task.outside
@@ -142,6 +142,11 @@ def _answers(
         offsets,
         ranking,
     )
+
+
+def _of_answers(finite: Tensor) -> Tensor:
+    """Return for each of N answers, which may be none, whether all of ``[N, …]`` holds."""
+    return finite.view(len(finite), math.prod(finite.shape[1:])).all(1)
 
 
 def _span_answers(head: Head, scores: Tensor, split: TokenizedSplit, spans: Spans) -> Answers:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..utils.errors import InputError
+from ..utils.errors import InputError, first_line
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -17,8 +17,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: {reason}; give cpu or cuda") from None
+        raise InputError(f"--device {name}: {first_line(error)}; give cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: not supported; give cpu or cuda")
     return device

@@ -25,6 +25,11 @@ def escape(text: str, form: str = "", keep: str = "") -> str:
     return UNPRINTABLE.sub(spelt, text)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class InputError(Exception):
     """Bad input: a file, a recipe, a folder or an option.
 

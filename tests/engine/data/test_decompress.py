@@ -3,13 +3,15 @@
 import io
 import itertools
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from engine.data import decompress
+from engine.data import decompress, raw_text
+from engine.data.blocks import blocks_of
 from engine.data.raw_text import lines_of
 from engine.utils.errors import InputError
 
@@ -76,14 +78,17 @@ def test_without_pyarrow_zstandard_names_what_to_install(monkeypatch) -> None:
     )
 
 
-def test_text_of_objectives(tmp_path: Path) -> None:
+def test_text_of_objectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = "fine café\n\ndull\n"
     for encoding, kind in itertools.product(FOUND_OUT, COMPRESS):
         path = tmp_path / f"f.txt{ENDINGS[kind]}"
         path.write_bytes(COMPRESS[kind](lines.encode(encoding)))
         assert lines_of(path).texts == ["fine café", "dull"]
     path = tmp_path / "f.txt"
-    path.write_bytes(lines.encode("latin-1"))
-    with pytest.raises(InputError) as error:
-        lines_of(path)
-    assert str(error.value) == f"not UTF-8: byte 0xe9 at 9, {path}; convert the file to UTF-8"
+    path.write_bytes(("dull\r\n" * 5 + lines * 2).encode("latin-1"))
+    for size in (1, 20, 1 << 20):
+        monkeypatch.setattr(raw_text, "blocks_of", partial(blocks_of, size=size))
+        with pytest.raises(InputError) as error:
+            lines_of(path)
+        reason = f"not UTF-8: byte 0xe9 at 9, {path}:6; convert the file to UTF-8"
+        assert str(error.value) == reason

@@ -132,3 +132,29 @@ def test_a_killed_worker_is_one_line(tmp_path, monkeypatch) -> None:
     )
     with pytest.raises(InputError, match=r"a process that tokenizes ended \(SIGKILL\)"):
         entry_of(path, tmp_path / "cache", 2)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\r\n", "\r"])
+def test_line_ends_at_the_end_are_looked_at_once(monkeypatch, end: str) -> None:
+    """However many: their pieces are waited with."""
+    looked_at = 0
+
+    class Watched(str):
+        def rstrip(self, *signs: str) -> str:
+            nonlocal looked_at
+            looked_at += len(self)
+            return super().rstrip(*signs)
+
+    many = 3000
+    pieces = [Watched("a\nb"), *[Watched(end * 10)] * many]
+    (block,) = blocks_of(pieces, Path("f"), size=8)
+    assert block.text == "a\nb"
+    assert looked_at < 2 * 10 * many * len(end)
+    several = list(blocks_of([*pieces, Watched("c")], Path("f"), size=8))
+    assert "\n".join(block.text for block in several) == "".join(pieces) + "c"
+    if end != "\r":
+        assert max(len(block.text) for block in several) < 100
+    first = 1
+    for block in several:
+        assert block.first_line == first
+        first += block.num_lines

@@ -260,3 +260,17 @@ def test_objects_are_refused_where_they_are_no_answers(tmp_path: Path) -> None:
 def test_fields_that_do_not_go_together(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source_of("t.json", **fields)
+
+
+@pytest.mark.parametrize("data", ["x", ["x"], None, [{"paragraphs": []}]])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_rows_may_have_a_column_that_is_called_data(tmp_path: Path, name: str, data: Any) -> None:
+    path = tmp_path / name
+    path.write_text("\n" * name.endswith(".json") + lines_with(data))
+    table = read(path, on_bad_row="skip")
+    assert table.ids == [row["id"] for row in ROWS]
+    assert table.answers == SPANS
+
+
+def lines_with(data: Any) -> str:
+    return "".join(json.dumps({"data": data} | row) + "\n" for row in ROWS)

@@ -103,6 +103,7 @@ BAD = {
     "no words": {"tokens": [], "tags": []},
     "an empty word": {"tokens": ["a", " "], "tags": ["O", "O"]},
     "neither text nor number: no value in a list": {"tokens": ["a", None], "tags": ["O", "O"]},
+    "neither text nor number: nan in a list": {"tokens": ["a", float("nan")], "tags": ["O", "O"]},
     "neither text nor number: dict": {"tokens": {"a": 1}, "tags": ["O"]},
     "neither text nor number: list in a list": {"tokens": [["a"]], "tags": ["O"]},
     "not Unicode": {"tokens": ["\ud800"], "tags": ["O"]},
@@ -135,6 +136,28 @@ def test_a_line_of_a_column_file_that_is_too_short_costs_its_text_alone(tmp_path
     assert read(path, text=[1], label=3, on_bad_row="skip").words == WORDS
     with pytest.raises(InputError, match=r"no column 'tokens', .*called 1, 2, … or -1"):
         read(path)
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u3000", "\u2009", "\x85", "\u2028", "\x0c"])
+@pytest.mark.parametrize("sign", [" ", "\t", " \t "])
+def test_only_blanks_and_tabs_separate_fields(tmp_path: Path, blank: str, sign: str) -> None:
+    path, number = tmp_path / "t.conll", f"10{blank}000"
+    lines = [[number, "CD", "O"], ["Ann", "NNP", "B-PER"]]
+    path.write_bytes("\n".join(map(sign.join, lines)).encode())
+    for label in (3, -1):
+        table = read(path, text=[1], label=label)
+        assert (table.words, table.labels.tolist()) == ([[number, "Ann"]], [0, 1])
+    path.write_bytes(f"Ann{sign}O\n{blank}{sign}O\n".encode())
+    with pytest.raises(InputError, match=r"an empty word: column '1'"):
+        read(path, text=[1], label=-1)
+
+
+def test_reasons_are_counted_whatever_the_words_are(tmp_path: Path) -> None:
+    path = tmp_path / "t.tsv"
+    rows = "".join(f"[{word}]\tO\n" for word in ("null", "[]", "{}", "[1]"))
+    path.write_text(f"tokens\ttags\n{rows}a\tO\n")
+    table = read(path, on_bad_row="skip")
+    assert table.bad_rows == {"a list with neither text nor numbers": 4}
 
 
 def test_labels_of_several_as_lists_and_as_columns(tmp_path: Path) -> None:
