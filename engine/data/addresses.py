@@ -217,10 +217,25 @@ def _explained(address: Address) -> Iterator[None]:
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{address}: {reason}") from None
-    except FileNotFoundError:
-        raise InputError(
-            f"cannot read a file: no such file, {address}; check the address"
-        ) from None
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot read a file: {reason}, {address}; check the address") from error
+        reason, advice = _reason(error), "check the address"
+        if "range requests" in reason:  # of fsspec, for servers
+            reason = "its server sends no parts of files, as Parquet and archives are read"
+            advice = "copy it to a disk, or to a server that answers range requests"
+        raise InputError(f"cannot read a file: {reason}, {address}; {advice}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error of a store says, in one line."""
+    if isinstance(error, FileNotFoundError):
+        # To fsspec a server that does not answer, or refuses to, has no such file either.
+        cause = error.__cause__
+        is_other = isinstance(cause, Exception) and not isinstance(cause, FileNotFoundError)
+        if not is_other or getattr(cause, "status", 0) in (404, 410):
+            return "no such file"
+        return _said(cause)
+    return _said(error)
+
+
+def _said(error: BaseException | None) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
