@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from .cli.common import Parser, ended_by_sigterm, one_file, positive, run_cli, terminal
+from .cli.data_progress import shown_on
 from .cli.options import add_device, add_force, add_run_data, with_run_data
 from .cli.predictions import (
     INPUT_FORMATS,
@@ -27,6 +28,7 @@ from .cli.predictions import (
     read_examples,
     read_split,
 )
+from .data.cache import Reading
 from .data.dialect import AUTO
 from .data.hub_stream import HubStream
 from .data.origins import HubSplit
@@ -124,7 +126,8 @@ def _answered(
     """Answer examples, and write the answers as they are there."""
     predictor, shown = None, options.probabilities
     rows, truncated, bad_rows = 0, 0, Counter[str]()
-    with _read(run, options, form, on_bad_row) as examples:
+    reading = shown_on(terminal(stderr=options.output == STREAM), Reading())
+    with _read(run, options, form, on_bad_row) as examples, reading.watch(examples.name) as show:
         for table in examples.tables:
             predictor = predictor or Predictor(run, device=options.device)
             split, found = predictor.answer(options.task, table)
@@ -136,6 +139,7 @@ def _answered(
             file.write(text.encode("utf-8"))
             rows, truncated = rows + len(table), truncated + split.truncated
             bad_rows.update(table.bad_rows)
+            show(rows, examples.tables.share)
         return _Done(rows, examples.notes, truncated, bad_rows)
 
 

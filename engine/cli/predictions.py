@@ -26,7 +26,7 @@ from ..runs.search import Found
 from ..utils.errors import InputError, escape
 from ..utils.json_text import dump_json
 from ..utils.quoting import table_cell
-from ..utils.untrusted_io import read_standard_input
+from ..utils.untrusted_io import file_size, read_standard_input
 
 STREAM = Path("-")
 """Stands for standard input or standard output."""
@@ -76,6 +76,8 @@ def read_examples(
     with io.BytesIO(read_standard_input()) if is_stream else opened(path) as file:
         path = Path("standard input") if is_stream else path
         rows, format_ = _rows_of(file, path, format_, written_as, is_stream=is_stream)
+        size = max(1, file_size(file))
+        rows = rows._replace(share=lambda: min(1.0, file.tell() / size))
         tables = TableReader(rows, str(path), format_, labelled=False, on_bad_row=on_bad_row)
         yield Examples(tables, basename(str(path)))
 

@@ -1,6 +1,7 @@
 """Predictions of large files: written as they are made, whole or not at all."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine import evaluate, predict, train
+from engine.cli import data_progress
 from engine.utils.errors import InputError
 
 from ..conftest import REPOSITORY
@@ -197,3 +199,17 @@ def test_several_files(of, name: str, run: Path, tmp_path: Path, capsys) -> None
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "not one file; give one, or name a folder or pattern as a split" in said
+
+
+def test_it_says_how_far_it_is(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(data_progress, "_SILENT", 0.0)
+    monkeypatch.setattr(data_progress, "_BETWEEN", 0.0)
+    cut(monkeypatch, 100)
+    (tmp_path / "in.csv").write_text(HEADER + rows(500))
+    assert predict.main(command(run, tmp_path / "in.csv", tmp_path / "out.tsv")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading")]
+    assert len(lines) > 2
+    assert re.fullmatch(r"reading in\.csv: \d+ of about [\d,]+ rows, .* left", lines[1])
+    assert lines[-1].startswith("reading in.csv: 500 of about 500 rows, ")
+    assert predict.main(command(run, tmp_path / "in.csv", "-")) == 0
+    assert "reading" not in capsys.readouterr().out
