@@ -5,10 +5,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cli.common import Parser, print_scores, run_cli, terminal
+from .cli.common import Parser, one_file, print_scores, run_cli, terminal
 from .cli.data_progress import add_reading, reading_of
 from .cli.options import add_device, add_run_data, with_run_data
 from .cli.progress import report_data
+from .data.addresses import Place
 from .data.origins import DataFile
 from .data.split import TokenizedSplit
 from .runs.data_paths import check_split, origin
@@ -38,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--task", metavar="NAME", help="on this task alone (default: on all)")
     what.add_argument(
         "--input",
-        type=Path,
+        type=one_file,
         metavar="FILE",
-        help="on the examples of this file, with their labels, as in the data files; --task says "
-        "whose they are (default: on a split)",
+        help="on the examples of this file, or of that at this address, with their labels, as in "
+        "the data files; --task says whose they are (default: on a split)",
     )
     add_run_data(where)
     add_device(where)
@@ -109,7 +110,7 @@ def _of_task(run: Run, task: str) -> Run:
     return run._replace(recipe=run.recipe.model_copy(update={"tasks": tasks}))
 
 
-def _labelled(run: Run, task: str, split: str, file: Path | None) -> TokenizedSplit:
+def _labelled(run: Run, task: str, split: str, file: Place | None) -> TokenizedSplit:
     """Return the examples to score a task on: those of a file, or of a split.
 
     Raises:

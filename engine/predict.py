@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from .cli.common import Parser, ended_by_sigterm, positive, run_cli, terminal
+from .cli.common import Parser, ended_by_sigterm, one_file, positive, run_cli, terminal
+from .cli.data_progress import shown_on
 from .cli.options import add_device, add_force, add_run_data, with_run_data
 from .cli.predictions import (
     INPUT_FORMATS,
@@ -27,6 +28,7 @@ from .cli.predictions import (
     read_examples,
     read_split,
 )
+from .data.cache import Reading
 from .data.dialect import AUTO
 from .data.hub_stream import HubStream
 from .data.origins import HubSplit
@@ -124,7 +126,8 @@ def _answered(
     """Answer examples, and write the answers as they are there."""
     predictor, shown = None, options.probabilities
     rows, truncated, bad_rows = 0, 0, Counter[str]()
-    with _read(run, options, form, on_bad_row) as examples:
+    reading = shown_on(terminal(stderr=options.output == STREAM), Reading())
+    with _read(run, options, form, on_bad_row) as examples, reading.watch(examples.name) as show:
         for table in examples.tables:
             predictor = predictor or Predictor(run, device=options.device)
             split, found = predictor.answer(options.task, table)
@@ -136,6 +139,7 @@ def _answered(
             file.write(text.encode("utf-8"))
             rows, truncated = rows + len(table), truncated + split.truncated
             bad_rows.update(table.bad_rows)
+            show(rows, examples.tables.share)
         return _Done(rows, examples.notes, truncated, bad_rows)
 
 
@@ -173,10 +177,10 @@ def _parser() -> Parser:
     what.add_argument("--task", required=True, metavar="NAME", help="a task of the run; needed")
     what.add_argument(
         "--input",
-        type=Path,
+        type=one_file,
         metavar="FILE",
-        help="its examples, as in the data files, labels or not; - for standard input (default: "
-        "those of --split)",
+        help="its examples, as in the data files, labels or not: a file, its address (https://…), "
+        "or - for standard input (default: those of --split)",
     )
     what.add_argument(
         "--split",
@@ -193,7 +197,7 @@ def _parser() -> Parser:
     )
     what.add_argument(
         "--passages",
-        type=Path,
+        type=one_file,
         metavar="FILE",
         help="for a retrieval task: find for each row of the input, an anchor, the most similar "
         "passages of this file (default: the similarity of the anchor and passage of a row)",
@@ -260,9 +264,10 @@ def _files_read(options: Namespace, run: Run) -> list[Path]:
     Raises:
         InputError: the task has no such split, or its file is in no folder that is known.
     """
-    files = [] if options.passages is None else [options.passages]
+    given = [Path("/dev/stdin") if one == STREAM else one for one in (options.input,) if one]
+    files = [one for one in (options.passages, *given) if isinstance(one, Path)]
     if options.input is not None:
-        return [*files, Path("/dev/stdin") if options.input == STREAM else options.input]
+        return files
     check_split(run.recipe, options.split, [options.task])
     found = origin(run.recipe, options.task, options.split)
     read = () if isinstance(found, HubSplit | HubStream) else found.files

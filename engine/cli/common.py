@@ -1,12 +1,14 @@
 """Report bad input and print scores, for all commands."""
 
 import argparse
+import glob
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import exists, isdir
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,6 +17,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..config.recipe import Recipe
+from ..data.addresses import Address, Place, is_address
 from ..runs.scoring import score_names
 from ..runtime.oom import is_out_of_memory
 from ..utils.errors import UNPRINTABLE, DivergedError, InputError, LostRankError
@@ -85,6 +88,22 @@ def _given(text: str) -> str:
 
 def _given_path(text: str) -> Path:
     return Path(_given(text))
+
+
+def one_file(text: str) -> Place:
+    """Return the file that an option was given, by its path or address.
+
+    Raises:
+        argparse.ArgumentTypeError: it is a folder, or a pattern for several files.
+    """
+    if is_address(text):
+        return Address(text)
+    if isdir(_given(text)) or (glob.has_magic(text) and not exists(text)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: not one file; give one, or name a folder or pattern as a split of the task "
+            "in the recipe, for --split"
+        )
+    return Path(text)
 
 
 def run_cli(main: Callable[[], int]) -> NoReturn:

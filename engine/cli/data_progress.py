@@ -57,8 +57,8 @@ def shown_on(console: Console, reading: Reading) -> Reading:
     """Return a way to read data that shows progress on a console."""
 
     @contextmanager
-    def watch(name: str) -> Iterator[Show]:
-        progress = _Progress(console, name)
+    def watch(name: str, counted: str = "rows") -> Iterator[Show]:
+        progress = _Progress(console, name, counted)
         try:
             yield progress.show
         finally:
@@ -70,8 +70,8 @@ def shown_on(console: Console, reading: Reading) -> Reading:
 class _Progress:
     """What is shown of one file."""
 
-    def __init__(self, console: Console, name: str) -> None:
-        self._console, self._name = console, name
+    def __init__(self, console: Console, name: str, counted: str) -> None:
+        self._console, self._name, self._counted = console, name, counted
         self._begin = time.monotonic()
         self._next = self._begin + _SILENT
         self._status: Status | None = None
@@ -96,7 +96,8 @@ class _Progress:
         if share > 0:
             whole = f" of about {max(rows, round(rows / share, -3)):,.0f}"
             left = f", {timedelta(seconds=round(seconds * (1 - share) / share))} left"
-        return f"reading {self._name}: {rows:,}{whole} rows, {rows / seconds:,.0f} rows/s{left}"
+        what, speed = self._counted, rows / seconds
+        return f"reading {self._name}: {rows:,}{whole} {what}, {speed:,.0f} {what}/s{left}"
 
     def close(self) -> None:
         """Remove what is shown on a terminal."""

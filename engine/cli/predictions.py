@@ -11,6 +11,7 @@ from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
+from ..data.addresses import Place, opened
 from ..data.dialect import ARCHIVES, AUTO, COMPRESSIONS, LAYOUTS, endings
 from ..data.plain_text import text_rows
 from ..data.rows import Rows, lines_on
@@ -25,7 +26,7 @@ from ..runs.search import Found
 from ..utils.errors import InputError, escape
 from ..utils.json_text import dump_json
 from ..utils.quoting import table_cell
-from ..utils.untrusted_io import is_blank, open_file, standard_input
+from ..utils.untrusted_io import file_size, is_blank, standard_input
 
 STREAM = Path("-")
 """Stands for standard input or standard output."""
@@ -58,12 +59,12 @@ class Examples(NamedTuple):
 
 @contextmanager
 def read_examples(
-    path: Path, format_: TaskSchema, written_as: str, on_bad_row: OnBadRow
+    path: Place, format_: TaskSchema, written_as: str, on_bad_row: OnBadRow
 ) -> Iterator[Examples]:
     """Open examples of a task.
 
     Args:
-        path: of the file, or STREAM.
+        path: of the file, its address, or STREAM.
         format_: the task's schema.
         written_as: one of INPUT_FORMATS.
         on_bad_row: treatment of unusable rows.
@@ -72,15 +73,17 @@ def read_examples(
         InputError: they cannot be read.
     """
     is_stream = path == STREAM
-    with standard_input() if is_stream else open_file(path) as file:
+    with standard_input() if is_stream else opened(path) as file:
         path = Path("standard input") if is_stream else path
         rows, format_ = _rows_of(file, path, format_, written_as, is_stream=is_stream)
+        size = max(1, file_size(file))
+        rows = rows._replace(share=lambda: min(1.0, file.tell() / size))
         tables = TableReader(rows, str(path), format_, labelled=False, on_bad_row=on_bad_row)
-        yield Examples(tables, basename(path))
+        yield Examples(tables, basename(str(path)))
 
 
 def _rows_of(
-    file: IO[bytes], path: Path, format_: TaskSchema, written_as: str, *, is_stream: bool
+    file: IO[bytes], path: Place, format_: TaskSchema, written_as: str, *, is_stream: bool
 ) -> tuple[Rows, TaskSchema]:
     """Return the rows of an open file, and the schema by which they are to be checked."""
     if written_as == "text" or (is_stream and written_as == AUTO):

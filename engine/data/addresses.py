@@ -216,11 +216,21 @@ def _explained(address: Address) -> Iterator[None]:
         raise
     except ImportError as error:
         raise InputError(f"{address}: {first_line(error)}") from None
-    except FileNotFoundError:
-        raise InputError(
-            f"cannot read a file: no such file, {address}; check the address"
-        ) from None
     except Exception as error:
-        raise InputError(
-            f"cannot read a file: {first_line(error)}, {address}; check the address"
-        ) from error
+        reason, advice = _reason(error), "check the address"
+        if "range requests" in reason:  # of fsspec, for servers
+            reason = "its server sends no parts of files, as Parquet and archives are read"
+            advice = "copy it to a disk, or to a server that answers range requests"
+        raise InputError(f"cannot read a file: {reason}, {address}; {advice}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error of a store says, in one line."""
+    if isinstance(error, FileNotFoundError):
+        # To fsspec a server that does not answer, or refuses to, has no such file either.
+        cause = error.__cause__ or error
+        is_missing = isinstance(cause, FileNotFoundError)
+        if is_missing or getattr(cause, "status", 0) in (404, 410):
+            return "no such file"
+        return first_line(cause)
+    return first_line(error)

@@ -60,7 +60,7 @@ Show = Callable[[int, float], None]
 
 
 @contextmanager
-def unwatched(_name: str) -> Iterator[Show]:
+def unwatched(_name: str, _counted: str = "rows") -> Iterator[Show]:
     """Show nothing of how a file is read."""
 
     def show(_rows: int, _share: float) -> None:
@@ -75,12 +75,13 @@ class Reading(NamedTuple):
     Attributes:
         workers: processes that tokenize a large file; 0 for as many as there are cores.
         verify: read all of large files to tell whether they are what they were, not samples.
-        watch: opens what shows the progress of the file that it is given the name of.
+        watch: opens what shows the progress of the file that it is given the name of, and, unless
+            it is rows, of what is counted.
     """
 
     workers: int = 0
     verify: bool = False
-    watch: Callable[[str], AbstractContextManager[Show]] = unwatched
+    watch: Callable[..., AbstractContextManager[Show]] = unwatched
 
 
 def load_split(

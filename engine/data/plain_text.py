@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
 from ..utils.untrusted_io import file_size, parse_json
+from .addresses import Place
 from .blocks import Block, blocks_of, with_text
 from .decode import decode, undecoded
 from .decompress import decompressed
@@ -17,7 +17,7 @@ from .rows import BadRowError, Row, Rows, block_pieces
 from .task_schema import TaskSchema
 
 
-def text_rows(file: IO[bytes], path: Path, format_: TaskSchema, *, sure: bool = True) -> Rows:
+def text_rows(file: IO[bytes], path: Place, format_: TaskSchema, *, sure: bool = True) -> Rows:
     """Return the lines of plain text as the rows of a table without labels and ids.
 
     Args:
@@ -40,7 +40,7 @@ def text_rows(file: IO[bytes], path: Path, format_: TaskSchema, *, sure: bool = 
     return Rows(block_pieces(blocks, _TextLines(path, format_)), notes)
 
 
-def _refuse_table(first_line: str, path: Path, format_: TaskSchema) -> None:
+def _refuse_table(first_line: str, path: Place, format_: TaskSchema) -> None:
     """Refuse a first line that is a header, or a JSON object.
 
     Raises:
@@ -69,7 +69,7 @@ _SIGNS = (*DELIMITERS.values(), ";")
 class _TextLines:
     """Lines that are an example each."""
 
-    path: Path
+    path: Place
     format: TaskSchema
 
     def __call__(self, block: Block) -> Iterator[Row]:

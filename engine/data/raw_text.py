@@ -1,7 +1,7 @@
 """Text for objectives: the training sentences of tasks, or files with a text a line."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -54,19 +54,27 @@ def lines_of(path: Place) -> Lines:
     return Lines(list(each_line(path, notes)), tuple(notes))
 
 
-def each_line(path: Place, notes: list[str]) -> Iterator[str]:
+def _unsaid(_share: float) -> None:
+    pass
+
+
+def each_line(
+    path: Place, notes: list[str], say: Callable[[float], None] = _unsaid
+) -> Iterator[str]:
     """Yield the lines of a text file that are not blank, without the blanks around them.
 
     Args:
         path: of the file: UTF-8, or as its byte order mark says; compressed as its ending says.
         notes: where phrases on how it was read go.
+        say: is told now and then how much of the file is read, from 0 to 1.
 
     Raises:
         InputError: it cannot be read, is not UTF-8 or holds no text.
     """
     is_empty = True
     with opened(path) as file, explained("read", path):
-        pieces = decompressed(file, file_size(file), path, BUILT_IN)
+        size = file_size(file)
+        pieces = decompressed(file, size, path, BUILT_IN)
         text = decode(pieces, path, BUILT_IN)
         for block in blocks_of(text.pieces, path):
             if undecoded(block.text):
@@ -75,6 +83,7 @@ def each_line(path: Place, notes: list[str]) -> Iterator[str]:
                 if line:
                     is_empty = False
                     yield line
+            say(min(1.0, file.tell() / max(1, size)))
         notes += text.notes
     if is_empty:
         raise InputError(f"no text in it, {path}; give a file with a sentence a line")

@@ -199,6 +199,11 @@ class TableReader:
         """What was found out about the file, a phrase each; complete once it is read."""
         return tuple(self._rows.notes)
 
+    @property
+    def share(self) -> float:
+        """How much of the file is read, from 0 to 1."""
+        return self._rows.share()
+
     def __iter__(self) -> Iterator[Table]:
         """Yield the tables.
 

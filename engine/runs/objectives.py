@@ -55,8 +55,9 @@ def load_examples(
     sequences = _sequence_settings(settings, max_length)
 
     def write(writer: EntryWriter) -> dict[str, Any]:
-        with reading.watch(texts.names) as show:
-            shown, append = watched(texts, show), writer.append
+        with reading.watch(texts.names, "texts") as show:
+            shown = watched(texts, lambda count: show(count, texts.share))
+            append = writer.append
             write_sequences(shown, sequences, tokenizer, append, reading.workers)
         texts.check_unchanged()
         return {"largest": texts.largest, "texts": texts.found, "notes": texts.notes}

@@ -1,8 +1,9 @@
 """The texts that a recipe trains on: those of its tasks, and those of its objectives."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from .data_paths import data_folder, origin, reads_data_folder
 
 _TEXT = (".txt", ".text")
 """Endings of the files that are read of a folder of texts, but for that of their compression."""
+
+_TIMES = 2
+"""A vocabulary is learnt by going through the texts so often."""
 
 _SHOWN = 4096
 """Texts after which their number is shown."""
@@ -77,6 +81,11 @@ class ObjectiveTexts:
         """The names of what the texts are from."""
         return self._sources.names
 
+    @property
+    def share(self) -> float:
+        """How much is read, from 0 to 1."""
+        return self._sources.share
+
     def __iter__(self) -> Iterator[str]:
         """Yield the texts."""
         most = self._settings.max_texts
@@ -89,12 +98,13 @@ class ObjectiveTexts:
     def _all(self) -> Iterator[str]:
         """Yield the texts of all sources."""
         self.largest, self.found, self.notes = 0, 0, []
-        for task, found in self._sources.tasks.items():
-            yield from self._counted(self._of_task(task, found))
+        self._sources.share = 0.0
+        for number, (task, found) in enumerate(self._sources.tasks.items()):
+            yield from self._counted(self._of_task(number, task, found))
         limit = self._settings.max_per_source
-        for path in self._sources.paths:
-            notes, lines = list[str](), 0
-            for lines, text in enumerate(each_line(path, notes), start=1):
+        for number, path in enumerate(self._sources.paths, start=len(self._sources.tasks)):
+            notes, lines, say = list[str](), 0, partial(self._sources.say, number)
+            for lines, text in enumerate(each_line(path, notes, say), start=1):
                 if not limit or lines <= limit:
                     self.found += 1
                     yield text
@@ -106,7 +116,7 @@ class ObjectiveTexts:
             self.found += 1
             yield text
 
-    def _of_task(self, task: str, found: Origin) -> Iterator[str]:
+    def _of_task(self, number: int, task: str, found: Origin) -> Iterator[str]:
         """Yield the sentences of a task's examples; those of a pair follow one another."""
         recipe, limit = self._recipe, self._settings.max_per_source
         with _tables(recipe, task, found) as tables:
@@ -124,9 +134,10 @@ class ObjectiveTexts:
         start, bad_rows = 0, Counter[str]()
         with _tables(recipe, task, found) as tables:
             for table in tables:
-                for number in range(len(table)):
-                    if chosen is None or chosen[start + number]:
-                        yield from (column[number] for column in table.sentences)
+                for row in range(len(table)):
+                    if chosen is None or chosen[start + row]:
+                        yield from (column[row] for column in table.sentences)
+                self._sources.say(number, tables.share)
                 start += len(table)
                 bad_rows.update(table.bad_rows)
             said = lines_on(found.name, tables.notes)
@@ -145,13 +156,21 @@ class _Sources:
         recipe: that names them.
         tasks: of which the training examples are read.
         paths: of files with a text a line.
+
+    Attributes:
+        share: how much of them is read, from 0 to 1.
     """
 
     def __init__(self, recipe: Recipe, tasks: Iterable[str], paths: Iterable[Place]) -> None:
         self._recipe = recipe
         self.tasks = {task: origin(recipe, task, "train") for task in tasks}
         self.paths = list(paths)
+        self.share = 0.0
         self._files = list(map(DataFile, self.paths))
+
+    def say(self, number: int, share: float) -> None:
+        """Note how much is read of a source, by its number, when those before it are read."""
+        self.share = (number + share) / (len(self.tasks) + len(self.paths))
 
     @property
     def names(self) -> str:
@@ -191,7 +210,8 @@ def learn_vocabulary(recipe: Recipe, reading: Reading) -> Tokenizer:
     made_from += texts.sources.digests(verify=reading.verify)
 
     def learn() -> Tokenizer:
-        with reading.watch(texts.sources.names) as texts.show:
+        name = f"{texts.sources.names} twice, for a vocabulary"
+        with reading.watch(name, "texts") as texts.show:
             tokenizer = Tokenizer.train(texts, recipe.encoder.vocab_size)
         texts.sources.check_unchanged()
         return tokenizer
@@ -216,26 +236,34 @@ class VocabularyTexts:
         self._recipe = recipe
         self.sources = _Sources(recipe, *_vocabulary_sources(recipe))
         self.show: Show = _show_nothing
+        self._times = self._read = 0
 
     def __iter__(self) -> Iterator[str]:
         """Yield the texts."""
-        return watched(self._all(), self.show)
+        self.sources.share = 0.0
+        for text in self._all():
+            self._read += 1
+            if self._read % _SHOWN == 0:
+                self.show(self._read, min(1.0, (self._times + self.sources.share) / _TIMES))
+            yield text
+        self._times += 1
 
     def _all(self) -> Iterator[str]:
-        for task, found in self.sources.tasks.items():
+        for number, (task, found) in enumerate(self.sources.tasks.items()):
             with _tables(self._recipe, task, found) as tables:
                 for table in tables:
                     for column in table.sentences:
                         yield from column
-        for path in self.sources.paths:
-            yield from each_line(path, [])
+                    self.sources.say(number, tables.share)
+        for number, path in enumerate(self.sources.paths, start=len(self.sources.tasks)):
+            yield from each_line(path, [], partial(self.sources.say, number))
 
 
-def watched(texts: Iterable[str], show: Show) -> Iterator[str]:
+def watched(texts: Iterable[str], show: Callable[[int], None]) -> Iterator[str]:
     """Yield texts, and show now and then how many."""
     for number, text in enumerate(texts, start=1):
         if number % _SHOWN == 0:
-            show(number, 0.0)
+            show(number)
         yield text
 
 

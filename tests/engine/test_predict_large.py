@@ -1,6 +1,7 @@
 """Predictions of large files: written as they are made, whole or not at all."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import predict, train
+from engine import evaluate, predict, train
+from engine.cli import data_progress
 from engine.utils.errors import InputError
 
 from ..conftest import REPOSITORY
@@ -166,3 +168,48 @@ def test_memory_does_not_grow_with_the_file(run: Path, tmp_path: Path) -> None:
         with out.open() as file:
             assert sum(1 for _ in file) == count + 1
     assert peaks[1] - peaks[0] < 40_000, peaks  # KiB
+
+
+def test_a_file_at_an_address(run: Path, tmp_path: Path, capsys) -> None:
+    source = tmp_path / "rows.csv"
+    source.write_text(HEADER + rows(30))
+    assert predict.main(command(run, source, tmp_path / "by-path.tsv")) == 0
+    assert predict.main(command(run, source.as_uri(), tmp_path / "by-address.tsv")) == 0
+    assert (tmp_path / "by-address.tsv").read_bytes() == (tmp_path / "by-path.tsv").read_bytes()
+    labelled = tmp_path / "labelled.csv"
+    labelled.write_text(source.read_text().replace(",0\n", ",no\n").replace(",1\n", ",yes\n"))
+    scores = []
+    for one in (str(labelled), labelled.as_uri()):
+        capsys.readouterr()
+        assert evaluate.main([str(run), "--task", "t", "--input", one]) == 0
+        scores.append(capsys.readouterr().out.replace(one, ""))
+    assert scores[0].splitlines()[-3:] == scores[1].splitlines()[-3:]
+    with pytest.raises(InputError, match="no such file, file:///nowhere"):
+        predict.main(command(run, "file:///nowhere.csv", tmp_path / "out.tsv"))
+
+
+@pytest.mark.parametrize("name", [".", "part-*.csv"])
+@pytest.mark.parametrize("of", [predict, evaluate])
+def test_several_files(of, name: str, run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "part-0.csv").write_text(HEADER + rows(3))
+    arguments = command(run, tmp_path / name, tmp_path / "out.tsv")
+    with pytest.raises(SystemExit) as ended:
+        of.main(arguments if of is predict else arguments[:5])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "not one file; give one, or name a folder or pattern as a split" in said
+
+
+def test_it_says_how_far_it_is(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(data_progress, "_SILENT", 0.0)
+    monkeypatch.setattr(data_progress, "_BETWEEN", 0.0)
+    cut(monkeypatch, 100)
+    (tmp_path / "in.csv").write_text(HEADER + rows(500))
+    assert predict.main(command(run, tmp_path / "in.csv", tmp_path / "out.tsv")) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("reading")]
+    assert len(lines) > 2
+    assert re.fullmatch(r"reading in\.csv: \d+ of about [\d,]+ rows, .* left", lines[1])
+    assert lines[-1].startswith("reading in.csv: 500 of about 500 rows, ")
+    assert predict.main(command(run, tmp_path / "in.csv", "-")) == 0
+    assert "reading" not in capsys.readouterr().out

@@ -148,3 +148,30 @@ def test_addresses_that_stand_for_nothing(store, address: str, message: str) -> 
     with pytest.raises(InputError, match=message) as error:
         read(source(files={"train": address}))
     assert "\n" not in str(error.value)
+
+
+def test_what_a_server_says(server: str, tmp_path: Path) -> None:
+    """Whoever is refused, or reaches nobody, does not look for a missing file."""
+    with pytest.raises(InputError, match=r"no such file, http.*; check the address"):
+        read(source(files={"train": f"{server}/nowhere.csv"}))
+    with pytest.raises(InputError, match=r"[Cc]annot connect .*; check the address") as found:
+        read(source(files={"train": "http://127.0.0.1:1/part.csv"}))
+    assert "no such file" not in str(found.value)
+    with zipfile.ZipFile(tmp_path / "served" / "parts.zip", "w") as archive:
+        archive.writestr("part.csv", PARTS[0] * 100_000)
+    with pytest.raises(InputError, match=r"no parts of files, .*zip; copy it to a disk, or to a"):
+        read(source(files={"train": f"zip://part.csv::{server}/parts.zip"}))
+
+
+def test_a_server_that_refuses(tmp_path: Path) -> None:
+    class Refusing(_Quiet):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+        do_HEAD = do_GET  # noqa: N815
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        with pytest.raises(InputError, match=r"403.*; check the address"):
+            read(source(files={"train": f"http://127.0.0.1:{running.server_port}/part.csv"}))
+        running.shutdown()

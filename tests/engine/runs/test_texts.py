@@ -1,7 +1,8 @@
 """The cached vocabulary, and the texts of objectives: what makes them anew."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -210,8 +211,8 @@ def test_what_is_shown_of_it(recipe, monkeypatch) -> None:
     shown: list[object] = []
 
     class Watch:
-        def __init__(self, name: str) -> None:
-            shown.append(name)
+        def __init__(self, name: str, counted: str) -> None:
+            shown.append((name, counted))
 
         def __enter__(self) -> object:
             return lambda *found: shown.append(found)
@@ -220,4 +221,24 @@ def test_what_is_shown_of_it(recipe, monkeypatch) -> None:
             pass
 
     learn_vocabulary(recipe(), Reading(watch=Watch))
-    assert shown == ["t, lines.txt", *[(150, 0.0), (300, 0.0)] * 2]  # it goes through them twice
+    name, *found = shown
+    assert name == ("t, lines.txt twice, for a vocabulary", "texts")
+    # A share is known when a piece is read, and each of these small files is one.
+    assert found == [(150, 0.0), (300, 0.25), (450, 0.5), (600, 0.5), (750, 0.75)]
+
+
+def test_what_is_shown_of_an_objective(recipe, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(texts, "_SHOWN", 2000)
+    lines = "".join(f"line {n} of a text, {'long ' * 20}\n" for n in range(20_000))
+    (tmp_path / "lines.txt").write_text(lines)
+    words, shown = learn_vocabulary(recipe(), Reading()), list[tuple[int, float]]()
+
+    @contextmanager
+    def watch(*_what: str) -> Iterator[object]:
+        yield lambda *found: shown.append(found)
+
+    load_examples("words", recipe(), words, 16, Reading(1, watch=watch))
+    counts, shares = zip(*shown, strict=True)
+    assert counts == tuple(range(2000, 20_001, 2000))
+    assert list(shares) == sorted(shares)
+    assert 0.3 < shares[4] < 0.7
