@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os.path import exists, isdir
 from pathlib import Path
 from typing import NoReturn
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -119,7 +120,7 @@ def _status(main: Callable[[], int]) -> int:
         return main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return DIVERGED if isinstance(error, DivergedError) else BAD_INPUT
+        return _end_rank(DIVERGED if isinstance(error, DivergedError) else BAD_INPUT)
     except KeyboardInterrupt:
         return STOPPED + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
@@ -132,6 +133,20 @@ def _status(main: Callable[[], int]) -> int:
         print(f"error: {error}; start again with --resume", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(LOST_RANK)  # threads may wait for the lost rank, and exiting for them
+
+
+def _end_rank(status: int) -> int:
+    """End a rank that is still connected to others at once, or return the status.
+
+    Gloo's threads may abort a process that exits without leaving its groups, which would wait for
+    ranks that are lost.
+    """
+    if dist.is_available() and dist.is_initialized():
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+            sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Files at an address, such as ``s3://bucket/part-0.parquet``, which the library fsspec opens."""
 
+import glob
 import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from os.path import isabs
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 from urllib.parse import urlsplit
@@ -46,6 +48,19 @@ class Address:
         """Return the address of another file that is reached in the same way."""
         before, _, behind = self._links
         return Address(before + link + behind)
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether it may stand for several files; in a server's address ``?`` begins a query."""
+        _, link, _ = self._links
+        is_server = link.startswith(("http://", "https://"))
+        return glob.has_magic(link.partition("?")[0] if is_server else link)
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether a chain ends in a path that the working folder decides on."""
+        last = self.url.rpartition("::")[2]
+        return not (is_address(last) or isabs(last))
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
@@ -44,6 +44,10 @@ _VERSION = 10
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_TIMES_MADE = 3
+
+T = TypeVar("T")
 
 _OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """Errors of rename where the new folder's name is taken."""
@@ -123,11 +127,8 @@ def load_split(
         on_bad_row=on_bad_row,
         joins_pairs=joins_pairs,
     )
-    try:
-        return _with_name(open_entry(entry, verify=reading.verify), origin.name)
-    except DamagedEntryError:
-        pass
-    try:
+
+    def make() -> None:
         with (
             origin.rows(format_, labelled=labelled) as rows,
             _making(entry, verify=reading.verify) as made,
@@ -147,9 +148,11 @@ def load_split(
                 joiner.check_usable(origin.where)
                 origin.check_unchanged()
                 writer.finish(format_.task, joiner.totals(), tuple(rows.notes), origin.name)
-        return _with_name(open_entry(entry), origin.name)
-    except (OSError, DamagedEntryError) as error:
-        raise _cannot_write(entry, error) from error
+
+    split = _opened(
+        entry, lambda verify: open_entry(entry, verify=verify), make, verify=reading.verify
+    )
+    return replace(split, notes=lines_on(origin.name, split.notes))  # of any name it may have
 
 
 def load_arrays(
@@ -178,14 +181,12 @@ def load_arrays(
         InputError: as of :func:`load_split`.
     """
     entry = _place_of(cache, arrays=[*made_from])
-    with suppress(DamagedEntryError):
-        return open_arrays(entry, verify=verify)
-    try:
+
+    def make() -> None:
         with _making(entry, verify=verify) as made, EntryWriter(made) as writer:
             writer.finish_arrays(data, what, write(writer))
-        return open_arrays(entry)
-    except (OSError, DamagedEntryError) as error:
-        raise _cannot_write(entry, error) from error
+
+    return _opened(entry, lambda verify: open_arrays(entry, verify=verify), make, verify=verify)
 
 
 def load_vocabulary(
@@ -241,9 +242,35 @@ def _cannot_write(entry: Path, error: Exception) -> InputError:
     )
 
 
-def _with_name(split: TokenizedSplit, name: str) -> TokenizedSplit:
-    """Name the file in the notes: the same content has the same entry under any name."""
-    return replace(split, notes=lines_on(name, split.notes))
+def _opened(
+    entry: Path, open_: Callable[[bool], T], make: Callable[[], None], *, verify: bool
+) -> T:
+    """Open an entry, which is made if it is not there, or damaged.
+
+    If another process removes it before it is open, it is made again, a few times.
+
+    Args:
+        entry: its folder.
+        open_: opens it; takes whether all of large files is read.
+        make: makes it.
+        verify: read all of large files if it is there already.
+
+    Raises:
+        InputError: it cannot be written, or is removed each time.
+    """
+    with suppress(DamagedEntryError):
+        return open_(verify)
+    times = 0
+    while True:
+        times += 1
+        try:
+            make()
+            return open_(False)
+        except OSError as error:
+            raise _cannot_write(entry, error) from error
+        except DamagedEntryError as error:
+            if times == _TIMES_MADE or entry.exists():
+                raise _cannot_write(entry, error) from error
 
 
 @contextmanager

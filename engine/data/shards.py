@@ -25,7 +25,7 @@ def shards(
         suffixes: of the files of a folder that are read, but for that of their compression.
 
     Raises:
-        InputError: a pattern or folder has no file.
+        InputError: a pattern or folder has no file, or a chain of addresses has a relative end.
     """
     found = dict[Place, None]()
     for name in names:
@@ -37,7 +37,9 @@ def shards(
 
 
 def _addresses(address: Address, field: str) -> list[Address]:
-    if not glob.has_magic(address.url):
+    if address.is_relative:
+        raise InputError(f"{field}: {address} ends in a relative path; write all of it, file:///…")
+    if not address.is_pattern:
         return [address]
     found = matching(address)
     if not found:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
+import numpy as np
 import torch
 
 from ..checkpoints.async_writer import AsyncWriter
@@ -105,7 +106,7 @@ def build_trainer(
         _check_trainable(run.recipe, later, model)
     for examples, subset in zip(train_sets, subsets, strict=True):
         _weigh_classes(model, examples, subset)
-    _check_batches(recipe, run.config.hidden_size, device)
+    _check_batches(recipe, samplers, task_schedule.tasks_a_step, run.config.hidden_size, device)
     model.encoder.checkpoint_layers = recipe.checkpoint_layers
     set_matmul_precision(recipe.precision, device)
     dtype = pick_dtype(recipe.precision, device)
@@ -313,13 +314,14 @@ def _frozen(model: MultitaskModel, examples: Examples) -> Examples:
 
 
 def _subset(examples: Examples, recipe: Recipe) -> Indices | None:
-    """Return the examples of a task that the recipe trains on; None for an objective's, all."""
+    """Return the examples of a task that the recipe trains on; None for all."""
     if not isinstance(examples, TokenizedSplit):
         return None
-    labels = examples.strata[: recipe.tasks[examples.task].first_n or None]
-    return stratified_subset(
-        labels, recipe.max_train_examples or len(labels), examples.task, recipe.seed
-    )
+    first, limit = recipe.tasks[examples.task].first_n, recipe.max_train_examples
+    if min(first or len(examples), limit or len(examples)) >= len(examples):
+        return None
+    labels = examples.strata[: first or None]
+    return stratified_subset(labels, limit or len(labels), examples.task, recipe.seed)
 
 
 def _weigh_classes(model: MultitaskModel, examples: Examples, subset: Indices | None) -> None:
@@ -328,20 +330,40 @@ def _weigh_classes(model: MultitaskModel, examples: Examples, subset: Indices | 
     if loss is not None and isinstance(examples, RankExamples):
         assert examples.class_counts is not None, "counted where classes are weighed"
         loss.weigh(examples.class_counts)
-    if loss is not None and isinstance(examples, TokenizedSplit) and subset is not None:
-        loss.weigh(examples.label_counts(subset, int(loss.task.high) + 1))
+    if loss is not None and isinstance(examples, TokenizedSplit):
+        chosen = np.arange(len(examples)) if subset is None else subset
+        loss.weigh(examples.label_counts(chosen, int(loss.task.high) + 1))
 
 
-def _check_batches(recipe: Recipe, width: int, device: torch.device) -> None:
+def _check_batches(
+    recipe: Recipe, samplers: Sequence[Sampler], tasks_a_step: int, width: int, device: torch.device
+) -> None:
     """Refuse batches whose tokens alone do not fit into memory, at three tokens a sentence.
 
     Raises:
         InputError: they do not fit.
     """
-    tokens = 3 * recipe.batch_size
+    sizes = [
+        sampler.tokens if isinstance(sampler, TokenSampler) else 3 * sampler.batch_size
+        for sampler in samplers
+    ]
+    tokens = sum(sizes) if tasks_a_step > 1 else max(sizes)
     states = torch.float32.itemsize * width * tokens // recipe.micro_batches
     wanted = torch.int64.itemsize * tokens + (states if device.type == "cpu" else 0)
-    check_memory(wanted, smaller_batches(recipe.batch_size, recipe.micro_batches))
+    largest = samplers[sizes.index(max(sizes))]
+    if isinstance(largest, TokenSampler):
+        field, size = f"objectives.{largest.task}.tokens_per_batch", largest.tokens
+    else:
+        field, size = _batch_size_field(recipe, largest.task), largest.batch_size
+    check_memory(wanted, smaller_batches(size, recipe.micro_batches, field))
+
+
+def _batch_size_field(recipe: Recipe, name: str) -> str:
+    """Return the field that decides how many examples of a task or an objective a step has."""
+    for table, settings in (("tasks", recipe.tasks), ("objectives", recipe.objectives)):
+        if name in settings and settings[name].batch_size:
+            return f"{table}.{name}.batch_size"
+    return "batch_size"
 
 
 def _check_division(

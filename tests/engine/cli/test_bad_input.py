@@ -30,6 +30,7 @@ def refuse(capsys, program, *arguments: str) -> str:
     return lines[0]
 
 
+MASKED = ["--set", "train=['sst','lm']", "--set", "objectives.lm.kind=masked_lm"]
 NAMED = "kind='classification',text=['x'],files={train='x.csv'}"
 SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
 
@@ -106,6 +107,18 @@ SOURCE = "tasks.sst.source={kind='classification',text=['x'],classes=2,%s}"
         (["demo", "--set", "threads=1000000"], "threads = 1000000: this machine has"),
         (["demo", "--set", "encoder.num_hidden_layers=1000000"], "less than or equal to 1024"),
         (["demo", "--set", "batch_size=2147483647"], "; lower batch_size (now 2147483647)"),
+        (
+            ["demo", "--set", "tasks.sst.batch_size=2147483647"],
+            "; lower tasks.sst.batch_size (now 2147483647)",
+        ),
+        (
+            ["demo", *MASKED, "--set", "objectives.lm.batch_size=2147483647"],
+            "; lower objectives.lm.batch_size (now 2147483647)",
+        ),
+        (
+            ["demo", *MASKED, "--set", "objectives.lm.tokens_per_batch=2147483647"],
+            "; lower objectives.lm.tokens_per_batch (now 2147483647)",
+        ),
         (["demo", "--set", "encoder.intermediate_size=2147483647"], "GiB are needed, the machine"),
         (["demo", "--set", "encoder.max_position_embeddings=2147483647"], "GiB are needed"),
         (["demo", "--set", "adapter_width=100000000"], "GiB are needed, the machine has"),

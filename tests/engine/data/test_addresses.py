@@ -73,10 +73,10 @@ def test_a_pattern_of_a_store(store, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["f.csv", "f.csv.gz"])
+@pytest.mark.parametrize("name", ["f.csv", "f.csv.gz", "f.csv?download=1&of=[a]*"])
 def test_a_file_of_a_server(server: str, tmp_path: Path, name: str) -> None:
     content = COMPRESS["gzip"](PARTS[0]) if name.endswith("gz") else PARTS[0]
-    (tmp_path / "served" / name).write_bytes(content)
+    (tmp_path / "served" / name.partition("?")[0]).write_bytes(content)
     assert read(source(files={"train": f"{server}/{name}"})).sentences == (["film 0", "dull 0"],)
 
 
@@ -136,6 +136,7 @@ def test_all_of_a_file_is_read_where_that_is_asked_for(store, monkeypatch) -> No
     ("address", "message"),
     [
         ("zip://none.csv::memory://none.zip", "no such file, zip://none.csv::memory://none.zip"),
+        ("zip://a.csv::parts.zip", r"train: zip://a\.csv::parts\.zip ends in a relative path"),
         ("memory://none.csv", "cannot read a file: no such file, memory://none.csv"),
         ("memory://none-*.csv", "tasks.t.source.files.train: no file is called like memory://none"),
         ("nosuch://a/b.csv", "Protocol not known: nosuch, nosuch://a/b.csv"),

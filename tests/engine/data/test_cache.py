@@ -13,7 +13,7 @@ import pytest
 from engine.config.recipe import Recipe
 from engine.data import cache as cache_module
 from engine.data import entry
-from engine.data.cache import default_cache, load_split
+from engine.data.cache import default_cache, load_arrays, load_split
 from engine.data.origins import DataFile
 from engine.data.split import TokenizedSplit
 from engine.data.task_schema import FORMATS
@@ -186,6 +186,41 @@ def test_another_process_is_faster(
     monkeypatch.setattr(cache_module, "prepared", overtaken)
     assert len(load(demo, tokenizer, tmp_path)) == 500
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["split", "arrays"])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_an_entry_that_is_removed_before_it_is_open(
+    demo: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch, kind: str, times: int
+) -> None:
+    """As ``python -m engine.cache --keep 0`` may."""
+    removed, rename = [], os.rename
+
+    def and_remove(made: Path, entry: Path) -> None:
+        rename(made, entry)
+        if Path(made).name == "made" and len(removed) < times:
+            removed.append(entry)
+            shutil.rmtree(entry)
+
+    monkeypatch.setattr(cache_module.os, "rename", and_remove)
+
+    def loaded() -> int:
+        if kind == "split":
+            return len(load(demo, tokenizer, tmp_path / "cache"))
+
+        def write(writer: entry.EntryWriter) -> dict[str, int]:
+            writer.append("tokens", np.arange(5))
+            return {}
+
+        arrays, _ = load_arrays(["x"], "x", "x", write, cache=tmp_path / "cache")
+        return len(arrays["tokens"])
+
+    if times < 3:
+        assert loaded() > 0
+    else:
+        with pytest.raises(InputError, match="cannot write the cache of tokenized data"):
+            loaded()
+    assert len(removed) == times
 
 
 def test_cache_that_cannot_be_written(demo: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -295,6 +295,14 @@ def test_the_system_tells_pages_of_files_and_the_peak(tmp_path):
         assert peak_resident_memory() > start + 60 * MIB
 
 
+def test_of_all_examples_there_is_no_list(tmp_path):
+    """An order takes 4 bytes for each, and nothing else of a table grows with its rows."""
+    trainer = new_trainer(tmp_path / "run", "max_train_examples=0")
+    assert rows_of(trainer).own == 0
+    trainer.samplers[0].batch(0)
+    assert rows_of(trainer).own == 4 * len(trainer.train_sets[0])
+
+
 KINDS = {
     "plain": (),
     "frozen encoder": ("freeze_encoder=true",),
