@@ -59,8 +59,8 @@ label = "is_duplicate"
 classes = 2
 files = {{ train = "{_TRAIN}", dev = "{_DEV}" }}
 """
-_DURATION = """With 3,000,000 rows and two cores a repeat of this engine's starts takes 1.5 minutes, with
-those of datasets 4; the folder takes up to 3 GB."""
+_DURATION = """With 3,000,000 rows and two cores a repeat of this engine's starts takes 1.5 minutes,
+with those of datasets 4; the folder takes up to 3 GB."""
 
 
 class Contestant(NamedTuple):
