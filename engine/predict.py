@@ -264,8 +264,8 @@ def _files_read(options: Namespace, run: Run) -> list[Path]:
     Raises:
         InputError: the task has no such split, or its file is in no folder that is known.
     """
-    given = [Path("/dev/stdin") if one == STREAM else one for one in (options.input,) if one]
-    files = [one for one in (options.passages, *given) if isinstance(one, Path)]
+    given = [one for one in (options.passages, options.input) if isinstance(one, Path)]
+    files = [Path("/dev/stdin") if one == STREAM else one for one in given]
     if options.input is not None:
         return files
     check_split(run.recipe, options.split, [options.task])
