@@ -52,9 +52,10 @@ from .runs.resume import resume
 from .runs.run import Run, begin
 from .runs.scoring import METRICS, Scores, read_scores, score_splits, write_memory, write_scores
 from .runtime.cpu import set_threads
-from .runtime.oom import SMALLER_MODEL, memory_explained, smaller_batches
+from .runtime.oom import SMALLER_MODEL, memory_explained
 from .runtime.precision import pick_device
 from .training.average_best import average_best, discard_average
+from .training.batch_sizes import smaller_batches
 from .training.build import build_trainer
 from .training.divergence import check_skipped, is_worth_saving
 from .training.drift import check_ranks, check_ranks_at_start
@@ -291,7 +292,7 @@ def _train_phases(
         recipe, execution = trainer.recipe, trainer.step.execution
         with (
             closing(execution),
-            memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)),
+            memory_explained(smaller_batches(recipe, trainer.samplers)),
         ):
             signal = train(trainer, console, meter, stop_after)
             meter.end_phase(trainer)

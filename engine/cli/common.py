@@ -112,7 +112,7 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
 
     What happens where nothing can be printed any more says :mod:`engine.cli.standard_output`.
     """
-    exit_with(lambda: _status(main))
+    exit_with(lambda: _end_rank(_status(main)))
 
 
 def _status(main: Callable[[], int]) -> int:
@@ -120,7 +120,7 @@ def _status(main: Callable[[], int]) -> int:
         return main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return _end_rank(DIVERGED if isinstance(error, DivergedError) else BAD_INPUT)
+        return DIVERGED if isinstance(error, DivergedError) else BAD_INPUT
     except KeyboardInterrupt:
         return STOPPED + signal.SIGINT
     except (MemoryError, RuntimeError) as error:

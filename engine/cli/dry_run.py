@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..runtime.oom import memory_explained, smaller_batches
+from ..runtime.oom import memory_explained
+from ..training.batch_sizes import smaller_batches
 from ..training.memory_parts import MemoryMeter
 from ..training.trainer import Trainer
 from ..utils.memory import peak_resident_memory
@@ -40,8 +41,7 @@ def show_plan(console: Console, trainer: Trainer, meter: MemoryMeter) -> None:
     if len(trainer.run.recipe.in_phases) > 1:
         console.print("Of the first phase; the others begin with its weights.")
     table = Table("what", "needs")
-    recipe = trainer.recipe
-    with memory_explained(smaller_batches(recipe.batch_size, recipe.micro_batches)):
+    with memory_explained(smaller_batches(trainer.recipe, trainer.samplers)):
         for what, needs in _plan(trainer, meter):
             table.add_row(what, needs)
     console.print(table)

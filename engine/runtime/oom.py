@@ -22,20 +22,6 @@ _SHORTAGES = (
 """Messages of the CPU's allocator, oneDNN and threads, which have no exception of their own."""
 
 
-def smaller_batches(size: int, micro_batches: int, field: str = "batch_size") -> str:
-    """Return what to do where there is no room for a step's activations.
-
-    Args:
-        size: of a batch, as ``field`` has it.
-        micro_batches: of a step.
-        field: of the recipe that decides the size.
-    """
-    return (
-        f"lower {field} (now {size}), raise micro_batches (now {micro_batches}), or set "
-        "checkpoint_layers=true"
-    )
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory did not suffice."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

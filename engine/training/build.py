@@ -36,10 +36,10 @@ from ..optim.weight_average import WeightAverage
 from ..runs.rank_files import dealt_names
 from ..runs.run import Run
 from ..runtime.execution import COMPILED, RECORDED, Execution
-from ..runtime.oom import check_memory, smaller_batches
 from ..runtime.precision import pick_dtype, set_matmul_precision
 from ..utils.arrays import Indices
 from ..utils.errors import InputError
+from .batch_sizes import check_batches_fit, check_division
 from .precompute import precompute_hidden_states
 from .step import MultitaskStep
 from .trainer import Trainer, check_range
@@ -95,7 +95,7 @@ def build_trainer(
         recipe.seed,
         recipe.sampling_alpha,
     )
-    _check_division(recipe, samplers, task_schedule.tasks_a_step, ranks.size)
+    check_division(recipe, samplers, task_schedule.tasks_a_step, ranks.size)
     take_turns = task_schedule.tasks_a_step < len(recipe.train)
     tasks = TrainedTasks(recipe.train, sizes)
     balance = "sum" if has_one_gradient(recipe) else recipe.balance
@@ -106,7 +106,14 @@ def build_trainer(
         _check_trainable(run.recipe, later, model)
     for examples, subset in zip(train_sets, subsets, strict=True):
         _weigh_classes(model, examples, subset)
-    _check_batches(recipe, samplers, task_schedule.tasks_a_step, run.config.hidden_size, device)
+    check_batches_fit(
+        recipe,
+        samplers,
+        task_schedule.tasks_a_step,
+        width=run.config.hidden_size,
+        device=device,
+        ranks=ranks.size,
+    )
     model.encoder.checkpoint_layers = recipe.checkpoint_layers
     set_matmul_precision(recipe.precision, device)
     dtype = pick_dtype(recipe.precision, device)
@@ -333,60 +340,6 @@ def _weigh_classes(model: MultitaskModel, examples: Examples, subset: Indices | 
     if loss is not None and isinstance(examples, TokenizedSplit):
         chosen = np.arange(len(examples)) if subset is None else subset
         loss.weigh(examples.label_counts(chosen, int(loss.task.high) + 1))
-
-
-def _check_batches(
-    recipe: Recipe, samplers: Sequence[Sampler], tasks_a_step: int, width: int, device: torch.device
-) -> None:
-    """Refuse batches whose tokens alone do not fit into memory, at three tokens a sentence.
-
-    Raises:
-        InputError: they do not fit.
-    """
-    sizes = [
-        sampler.tokens if isinstance(sampler, TokenSampler) else 3 * sampler.batch_size
-        for sampler in samplers
-    ]
-    tokens = sum(sizes) if tasks_a_step > 1 else max(sizes)
-    states = torch.float32.itemsize * width * tokens // recipe.micro_batches
-    wanted = torch.int64.itemsize * tokens + (states if device.type == "cpu" else 0)
-    largest = samplers[sizes.index(max(sizes))]
-    if isinstance(largest, TokenSampler):
-        field, size = f"objectives.{largest.task}.tokens_per_batch", largest.tokens
-    else:
-        field, size = _batch_size_field(recipe, largest.task), largest.batch_size
-    check_memory(wanted, smaller_batches(size, recipe.micro_batches, field))
-
-
-def _batch_size_field(recipe: Recipe, name: str) -> str:
-    """Return the field that decides how many examples of a task or an objective a step has."""
-    for table, settings in (("tasks", recipe.tasks), ("objectives", recipe.objectives)):
-        if name in settings and settings[name].batch_size:
-            return f"{table}.{name}.batch_size"
-    return "batch_size"
-
-
-def _check_division(
-    recipe: Recipe, samplers: Sequence[Sampler], tasks_a_step: int, ranks: int
-) -> None:
-    """Refuse batches with fewer examples than ranks and micro-batches need.
-
-    Raises:
-        InputError: the batches are too small; the message says what to raise.
-    """
-    batch_sizes = [sampler.batch_size for sampler in samplers]
-    smallest, shares = min(batch_sizes), ranks * recipe.micro_batches
-    examples = sum(batch_sizes) if tasks_a_step > 1 else smallest
-    if examples < ranks or (recipe.micro_batches > 1 and smallest < shares):
-        sampler = samplers[batch_sizes.index(smallest)]
-        setting = f"batch_size = {smallest}"
-        if isinstance(sampler, TokenSampler):
-            field = f"objectives.{sampler.task}.tokens_per_batch"
-            setting = f"{field} = {sampler.tokens}, {smallest} of the longest sequences"
-        raise InputError(
-            f"{setting}: too small for {ranks} ranks with {recipe.micro_batches} micro_batches; "
-            "raise it"
-        )
 
 
 def check_balance(recipe: Recipe) -> None:

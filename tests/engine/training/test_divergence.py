@@ -219,6 +219,9 @@ def test_memory_that_does_not_suffice(tiny_run, monkeypatch, error):  # noqa: F8
     monkeypatch.setattr(MultitaskStep, "__call__", fail)
     with pytest.raises(InputError, match=r"out of memory: lower batch_size \(now 32\)"):
         tiny_run("run")
+    own = r"out of memory: lower tasks\.sts\.batch_size \(now 40\)"
+    with pytest.raises(InputError, match=own):
+        tiny_run("own", settings=("tasks.sts.batch_size=40",))
 
 
 def test_a_model_that_memory_does_not_suffice_for(tiny_run):  # noqa: F811
