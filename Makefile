@@ -21,10 +21,10 @@ train: setup
 	$(BIN)/python -m engine.train demo
 
 # A process for each core, whole files at a time, the long ones first.  Idle threads wait instead of
-# spinning on the other processes' cores.
+# spinning on the other processes' cores.  A test that hangs fails; the longest takes two minutes.
 test: setup-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile \
-		--no-loadscope-reorder --durations=10
+		--no-loadscope-reorder --timeout=900 --durations=10
 
 check: setup-dev
 	$(BIN)/ruff format --check .

@@ -6,8 +6,7 @@ resumed begins with the last block before its batch, of which it keeps the place
 """
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,9 +21,10 @@ from ..utils.json_text import dump_json
 from ..utils.untrusted_io import parse_json, read_bytes
 from .cache import Reading
 from .prepare import Preparation
+from .read_ahead import ReadAhead
 from .rows import Row
 from .split import TokenizedSplit, split_of
-from .stream_order import Place, StreamOrder
+from .stream_order import Block, Place, StreamOrder
 from .table import check_usable
 from .task_batch import TaskBatch
 from .tokenized import TEXT_KEYS, Array, Joiner, TokenizedPiece
@@ -97,6 +97,13 @@ class _Chunk(NamedTuple):
     place: Place | None
 
 
+def _chunks(blocks: Iterable[Block]) -> Iterator[_Chunk]:
+    """Yield the rows of blocks in chunks."""
+    for block in blocks:
+        for first in range(0, max(1, len(block.rows)), _PIECE):
+            yield _Chunk(block.rows[first : first + _PIECE], None if first else block.place)
+
+
 class StreamedExamples:
     """The training examples of a task, from a stream, on one rank.
 
@@ -147,6 +154,7 @@ class StreamedExamples:
         self._usable, self._is_whole = 0, False  # of the epoch, and whether it was seen begin
         self._bad_of_epoch, self._first_bad = Counter[str](), ""
         self._barren = set[int]()  # shards of the epochs since one had a row to use
+        self._blocks: ReadAhead[Block] | None = None
         self._begin(0, Place())
         self._read_to(0, 1)
 
@@ -254,20 +262,12 @@ class StreamedExamples:
         self.truncated = 0
         self._joined, self._step = None, -1
         self._start = self._end = index
-        self._chunks = self._read(place)
+        if self._blocks is not None:
+            self._blocks.close()  # two threads would read the same files
+        self._blocks = ReadAhead(self._order.blocks(place))
+        self._chunks = _chunks(self._blocks)
         self._is_whole = False
         self._barren.clear()
-
-    def _read(self, place: Place) -> Iterator[_Chunk]:
-        """Yield rows from a block on; the next block is read while those of one are used."""
-        blocks = self._order.blocks(place)
-        with ThreadPoolExecutor(1, "reading") as pool:
-            coming = pool.submit(next, blocks)
-            while True:
-                block = coming.result()
-                coming = pool.submit(next, blocks)
-                for first in range(0, max(1, len(block.rows)), _PIECE):
-                    yield _Chunk(block.rows[first : first + _PIECE], None if first else block.place)
 
     def _read_to(self, first: int, stop: int) -> None:
         """Read until examples ``first`` to ``stop`` are in memory, and those between."""

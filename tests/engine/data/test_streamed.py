@@ -5,6 +5,9 @@ The oracle reads the rows of :mod:`engine.data.stream_order` into one table and 
 
 import gc
 import json
+import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -21,7 +24,7 @@ from engine.data.hub_stream import HubStream
 from engine.data.prepare import Preparation
 from engine.data.source import TaskSource
 from engine.data.split import TokenizedSplit, tokenize
-from engine.data.stream_order import Place, StreamOrder
+from engine.data.stream_order import Block, Place, StreamOrder
 from engine.data.streamed import StreamedExamples, StreamSampler
 from engine.data.table import table_of
 from engine.data.task_batch import TaskBatch
@@ -200,6 +203,44 @@ def test_a_damaged_file_of_places(order, tmp_path, content) -> None:
     path.write_text(content)
     with pytest.raises(InputError, match=r"stream-numbers-rank-0\.json: damaged; remove it"):
         streamed_of(order, folder=tmp_path)
+
+
+def readers() -> set[threading.Thread]:
+    """The threads that read streams, but for those that were forgotten."""
+    gc.collect()
+    return {thread for thread in threading.enumerate() if thread.name.startswith("reading")}
+
+
+def test_forgotten_examples_are_not_waited_for(order, monkeypatch) -> None:
+    goes_on, blocks = threading.Event(), StreamOrder.blocks
+
+    def slow(self: StreamOrder, place: Place) -> Iterator[Block]:
+        for number, block in enumerate(blocks(self, place)):
+            if number:
+                goes_on.wait(30)
+            yield block
+
+    monkeypatch.setattr(StreamOrder, "blocks", slow)
+    before = readers()
+    examples = streamed_of(order)
+    (reader,) = readers() - before
+    begun = time.monotonic()
+    del examples
+    gc.collect()
+    assert time.monotonic() - begun < 20
+    assert reader.is_alive()
+    goes_on.set()
+    reader.join(30)
+    assert not reader.is_alive()
+
+
+def test_one_thread_reads_at_once(order) -> None:
+    """Going back begins with a block anew, once the thread before has ended."""
+    before = readers()
+    examples, sampler = streamed_of(order), StreamSampler("numbers", 4, 1)
+    for step in (0, 20, 1, 30):
+        examples.task_batch(sampler.batch(step), step)
+        assert len(readers() - before) == 1
 
 
 def test_a_batch_before_is_read_again(order) -> None:
