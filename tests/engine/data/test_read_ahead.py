@@ -10,17 +10,7 @@ import pytest
 
 from engine.data.read_ahead import ReadAhead
 
-
-def readers() -> list[threading.Thread]:
-    gc.collect()
-    return [thread for thread in threading.enumerate() if thread.name.startswith("reading")]
-
-
-def await_no_reader(before: int) -> None:
-    end = time.monotonic() + 30
-    while len(readers()) > before:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+from .streams import readers
 
 
 def test_items_come_in_order_one_ahead() -> None:
@@ -62,25 +52,26 @@ def test_closing_waits_for_the_item_that_is_made() -> None:
         ended.append(True)
         yield 1
 
-    before, ahead = len(readers()), ReadAhead(items())
+    before, ahead = readers(), ReadAhead(items())
     assert next(ahead) == 0
     assert begun.wait(30)
     ahead.close()
     assert ended == [True]
-    assert len(readers()) == before
+    assert not readers() - before
     ahead.close()
 
 
 @pytest.mark.parametrize("is_in_a_cycle", [False, True])
 def test_the_thread_of_a_forgotten_one_ends(is_in_a_cycle) -> None:
-    before, ahead = len(readers()), ReadAhead(count())
+    before, ahead = readers(), ReadAhead(count())
     next(ahead)
-    assert len(readers()) == before + 1
+    (reader,) = readers() - before
     if is_in_a_cycle:
         ahead.itself = ahead
     del ahead
     gc.collect()
-    await_no_reader(before)
+    reader.join(30)
+    assert not reader.is_alive()
 
 
 def test_forgetting_one_does_not_wait() -> None:
@@ -92,13 +83,15 @@ def test_forgetting_one_does_not_wait() -> None:
         goes_on.wait(30)
         yield 1
 
-    before, ahead = len(readers()), ReadAhead(items())
+    before, ahead = readers(), ReadAhead(items())
     assert next(ahead) == 0
+    (reader,) = readers() - before
     begun = time.monotonic()
     ahead.itself = ahead
     del ahead
     gc.collect()
     assert time.monotonic() - begun < 20
-    assert len(readers()) == before + 1
+    assert reader.is_alive()
     goes_on.set()
-    await_no_reader(before)
+    reader.join(30)
+    assert not reader.is_alive()

@@ -31,7 +31,7 @@ from engine.data.task_batch import TaskBatch
 from engine.data.tokenizer import Tokenizer
 from engine.utils.errors import InputError
 
-from .streams import SOURCE, numbered, order_of, write_numbered, write_shards
+from .streams import SOURCE, numbered, order_of, readers, write_numbered, write_shards
 
 WORDS = Tokenizer.train(["number 0 1 2 3 4 5 6 7 8 9 is it who the one"] * 3, 60)
 
@@ -203,12 +203,6 @@ def test_a_damaged_file_of_places(order, tmp_path, content) -> None:
     path.write_text(content)
     with pytest.raises(InputError, match=r"stream-numbers-rank-0\.json: damaged; remove it"):
         streamed_of(order, folder=tmp_path)
-
-
-def readers() -> set[threading.Thread]:
-    """The threads that read streams, but for those that were forgotten."""
-    gc.collect()
-    return {thread for thread in threading.enumerate() if thread.name.startswith("reading")}
 
 
 def test_forgotten_examples_are_not_waited_for(order, monkeypatch) -> None:
