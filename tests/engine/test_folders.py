@@ -1,4 +1,4 @@
-"""A folder of ``engine/`` imports only folders that the README lists below it."""
+"""A folder of ``engine/`` imports only folders that docs/how-it-works.md lists below it."""
 
 import pytest
 
