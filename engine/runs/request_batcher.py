@@ -27,7 +27,7 @@ class RequestBatcher:
 
     An idle predictor answers a request at once.  Those that come while it computes wait, and then
     all that are of one task go through the model as one batch without padding, up to ``most``
-    examples.  So a single client waits for nobody, and many cost little more than one.
+    examples.  So a single client waits for nobody, and many share a pass.
 
     Answers are those of the predictor within the rounding of other batches.  A request with an
     example that the predictor refuses fails alone.

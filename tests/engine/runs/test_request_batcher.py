@@ -49,7 +49,7 @@ def batcher_of(predictor: Recorded, **settings: int) -> RequestBatcher:
 async def asked_while_busy(
     predictor: Recorded, batcher: RequestBatcher, requests: Sequence[tuple[str | None, list[str]]]
 ) -> list[Any]:
-    """Ask for a first example, and for all requests while that is computed; return their answers."""
+    """Ask for all requests while a first one is computed; return their answers."""
     predictor.may.clear()
     first = asyncio.create_task(batcher.predict("first", ["example"]))
     await predictor.is_asked()
