@@ -1,6 +1,7 @@
-"""Tell the noise of task gradients from conflict, at fixed weights, while a recipe trains.
+r"""Tell the noise of task gradients from conflict, at fixed weights, while a recipe trains.
 
-    python -m bench.balancing.noise --data DIR --init MODEL --json bench/results/balancing/noise.json
+    python -m bench.balancing.noise --data DIR --init MODEL \
+        --json bench/results/balancing/noise.json
 
 At some steps of ``bench/balancing/three_tasks.toml`` the weights are held, and several batches that
 were not trained on give the gradients of all tasks.  Two batches of one task show how much of a
@@ -46,7 +47,7 @@ def main() -> int:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     options = harness.parse(parser)
     places = sorted({*options.steps})
-    trainer = _trainer(options.data, options.init, options.set, places[-1] + options.batches)
+    trainer = trainer_for(options.data, options.init, options.set, places[-1] + options.batches)
     results = {"settings": options.set, "batch_size": trainer.samplers[0].batch_size}
     record = harness.Record(options, "balancing.noise", torch.device("cpu"))
     results["places"] = found = []
@@ -57,10 +58,18 @@ def main() -> int:
     return 0
 
 
-def _trainer(data: Path, init: Path | None, settings: Sequence[str], steps: int) -> Trainer:
-    own = [recipes.override("data", str(data.absolute())), f"max_steps={steps}", "balance=sum"]
-    if init is not None:
-        own.append(recipes.override("init", str(init.absolute())))
+def trainer_for(
+    data: Path | None, init: Path | None, settings: Sequence[str], steps: int
+) -> Trainer:
+    """Return the trainer of so many steps of the recipe, by the plain sum.
+
+    Raises:
+        InputError: settings or data cannot be used, or give fewer steps.
+    """
+    own = [f"max_steps={steps}", "balance=sum"]
+    for key, folder in (("data", data), ("init", init)):
+        if folder is not None:
+            own.append(recipes.override(key, str(folder.absolute())))
     recipe = recipes.load(str(RECIPE), [*settings, *own])
     set_threads(recipe.threads, 1)
     trainer = build_trainer(begin(recipe, Path("not-written")), torch.device("cpu"))
@@ -109,34 +118,55 @@ def describe(tasks: Sequence[str], grams: Tensor) -> dict[str, Any]:
 
     Returns:
         ``norms`` of the gradient of a batch (the root of their mean square); ``noise``, the share
-        of its square that is not of the mean gradient; ``true_cosines`` of the mean gradients;
-        and for means of 1, 2, 4, … batches ``same_task`` and ``tasks``: mean and deviation of the
-        cosines of two batches, of one task and of a pair of tasks.
+        of its square that is not of the mean gradient; ``true_cosines`` of the mean gradients, each
+        with its standard error (by leaving out a batch at a time; both None where there is more
+        noise than can be taken off); and for means of 1, 2, 4, … batches ``same_task`` and
+        ``tasks``: mean and deviation of the cosines of two batches, of one task and of a pair of
+        tasks.
     """
     count = len(grams)
-    of_batch = grams.diagonal(dim1=0, dim2=2).mean(-1)  # [K, K]
-    others = (grams.sum((0, 2)) - count * of_batch) / (count * (count - 1))
-    squares, true_squares = of_batch.diagonal(), others.diagonal().clamp(min=0)
+    squares = grams.diagonal(dim1=0, dim2=2).mean(-1).diagonal()
+    true_squares = _without_noise(grams).diagonal().clamp(min=0)
     pairs = [*itertools.combinations(range(len(tasks)), 2)]
+    names = [f"{tasks[i]}/{tasks[j]}" for i, j in pairs]
     by_size = {}
     for size in (2**power for power in range(int(math.log2(count)))):
         own = _means(grams, size)
         within = {tasks[k]: _spread(_same(own, k)) for k in range(len(tasks))}
-        across = {f"{tasks[i]}/{tasks[j]}": _spread(_pair(own, i, j)) for i, j in pairs}
-        by_size[size] = {"same_task": within, "tasks": across}
+        across = [_spread(_pair(own, i, j)) for i, j in pairs]
+        by_size[size] = {"same_task": within, "tasks": dict(zip(names, across, strict=True))}
+    true = [true_cosine(grams, i, j) for i, j in pairs]
     return {
         "norms": dict(zip(tasks, squares.sqrt().tolist(), strict=True)),
         "noise": dict(zip(tasks, (1 - true_squares / squares).tolist(), strict=True)),
-        "true_cosines": {
-            f"{tasks[i]}/{tasks[j]}": _cosine(others, i, j, true_squares) for i, j in pairs
-        },
+        "true_cosines": dict(zip(names, true, strict=True)),
         "by_batches": by_size,
     }
 
 
-def _cosine(others: Tensor, i: int, j: int, squares: Tensor) -> float | None:
-    product = (squares[i] * squares[j]).sqrt().item()
-    return others[i, j].item() / product if product > 0 else None
+def true_cosine(grams: Tensor, one: int, other: int) -> dict[str, float | None]:
+    """Return the cosine of two tasks' mean gradients, and its jackknife ``error``."""
+    count = len(grams)
+    keep = ~torch.eye(count, dtype=torch.bool)
+    left = [_cosine(_without_noise(grams[rest][:, :, rest]), one, other) for rest in keep]
+    values = torch.tensor([value for value in left if value is not None], dtype=torch.float64)
+    mean = _cosine(_without_noise(grams), one, other)
+    if mean is None or len(values) < count:
+        return {"mean": None, "error": None}
+    error = ((count - 1) / count * (values - values.mean()).square().sum()).sqrt().item()
+    return {"mean": mean, "error": error}
+
+
+def _without_noise(grams: Tensor) -> Tensor:
+    """Return the mean ``[K, K]`` of the dot products of different batches."""
+    count = len(grams)
+    same = grams.diagonal(dim1=0, dim2=2).sum(-1)
+    return (grams.sum((0, 2)) - same) / (count * (count - 1))
+
+
+def _cosine(gram: Tensor, one: int, other: int) -> float | None:
+    squares = gram[one, one].item(), gram[other, other].item()
+    return None if min(squares) <= 0 else gram[one, other].item() / math.sqrt(math.prod(squares))
 
 
 def _means(grams: Tensor, size: int) -> Tensor:
@@ -151,8 +181,7 @@ def _means(grams: Tensor, size: int) -> Tensor:
 
 def _same(cosines: Tensor, task: int) -> Tensor:
     own = cosines[:, task, :, task]
-    first, second = torch.triu_indices(*own.shape, 1)
-    return own[first, second]
+    return own[torch.ones_like(own).triu(1).bool()]
 
 
 def _pair(cosines: Tensor, one: int, other: int) -> Tensor:
