@@ -49,7 +49,6 @@ def test_pure_noise_has_no_cosine() -> None:
 def test_a_measured_run_trains_as_one_that_is_not(tmp_path, monkeypatch) -> None:
     """The gradients are of the weights of that step, and nothing is updated by measuring."""
     small = [
-        "init=",
         "threads=1",
         "max_train_examples=64",
         "batch_size=4",
@@ -71,5 +70,5 @@ def test_a_measured_run_trains_as_one_that_is_not(tmp_path, monkeypatch) -> None
     assert torch.equal(plain.parameters.master, measured.parameters.master)
     for _, grams in found:
         flat = grams.reshape(9, 9)
-        torch.testing.assert_close(flat, flat.T)
+        torch.testing.assert_close(flat, flat.T, rtol=1e-4, atol=1e-5 * float(flat.max()))
         assert torch.linalg.eigvalsh(flat).min() > -1e-6 * flat.diagonal().max()
