@@ -1,8 +1,8 @@
 """A hook of mkdocs: tables of a recipe's fields, made from the fields themselves.
 
 ``<!-- fields: lr schedule* -->`` on a page becomes a table of the fields that are named, a row each
-with the field's name as its anchor; ``*`` stands for what is left of a part of a name.  ``<!-- phase
-fields -->`` becomes links to the fields that a phase may set.
+with the field's name as its anchor; ``*`` stands for what is left of a part of a name.
+``<!-- phase fields -->`` becomes links to the fields that a phase may set.
 """
 
 import html

@@ -1,7 +1,7 @@
 """A hook of mkdocs: the link to the repository, and its own Markdown files as pages.
 
-README, CONTRIBUTING, SECURITY and CHANGELOG stand at the repository's root, where people and hosts look
-for them; pages of the site are made from them, with links that lead to pages again.
+README, CONTRIBUTING, SECURITY and CHANGELOG stand at the repository's root, where people look for
+them; pages of the site are made from them, with links that lead to pages again.
 """
 
 import re

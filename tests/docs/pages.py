@@ -15,6 +15,12 @@ DOCS = REPOSITORY / "docs"
 _PROGRAM = (
     r"(?:python -m (?:engine|bench|examples|tests)\b|superbert |torchrun |accelerate launch )"
 )
+_SHOWN = re.compile(
+    r"(?:torchrun .*?|accelerate launch .*?|python3? )-m (?:superbert\.)?"
+    r"(?:engine|bench|examples|tests)\.[a-z][^`]*"
+    r"|(?<![\w/.-])superbert [a-z]+(?: [^`]*|$)"
+)
+_BLOCK = re.DOTALL | re.MULTILINE
 
 
 class Page:
@@ -67,6 +73,29 @@ class Page:
         text = text.replace("\\\n", " ")
         lines = re.findall(rf"^(?: {{4,}}|\$ )?(?:\$ )?({_PROGRAM}.*)$", text, re.MULTILINE)
         return [re.sub(r"\s+", " ", re.sub(r"\s+# .*", "", line)).strip() for line in lines]
+
+    def shown_commands(self) -> list[str]:
+        """Return every command of this project, from ``python`` or ``torchrun`` on.
+
+        Those within a line, such as behind a pipe, and those in the text are among them.
+        """
+        code = re.findall(r"^ *```(?:bash|sh|console|text)?\n(.*?)^ *```", self.text, _BLOCK)
+        rest = re.sub(r"^( *)```.*?^\1```", "", self.text, flags=_BLOCK)
+        indented = re.findall(r"^ {4}((?:.*\\\n)*.*)$", rest, re.MULTILINE)
+        code += [re.sub(r"^ {4}", "", text, flags=re.MULTILINE) for text in indented]
+        code += re.findall(r"(?<!`)`([^`]+)`(?!`)", rest)
+        joined = [text.replace("\\\n", "") for text in code]
+        # Code in the text may break where a line ends, shown lines may not.
+        lines = [line for text in joined for line in text.splitlines()]
+        lines += [" ".join(text.split()) for text in joined if text.count("\n") == 1]
+        found = [match[0].strip() for line in lines for match in _SHOWN.finditer(line)]
+        return list(dict.fromkeys(re.sub(r"\s+#(?: .*)?$", "", one) for one in found))
+
+
+def all_pages() -> list[str]:
+    """Return the names of all pages: those of ``docs/``, README, CONTRIBUTING and SECURITY."""
+    below = sorted(path.relative_to(REPOSITORY).as_posix() for path in DOCS.rglob("*.md"))
+    return [*below, "README", "CONTRIBUTING", "SECURITY"]
 
 
 def _without_headings(block: re.Match[str]) -> str:
