@@ -31,14 +31,22 @@ _STYLE = "friendly"
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Link to the repository that this clone came from, if it has a public address."""
-    command = ["git", "remote", "get-url", "origin"]
-    asked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    config.repo_url = web_address(asked.stdout.strip())
+    config.repo_url = web_address(_remote())
     if config.repo_url is not None:
         host = urlsplit(config.repo_url).hostname or ""
         config.repo_name = _HOSTS.get(host, host)
     config.edit_uri = None
     return config
+
+
+def _remote() -> str:
+    """Return the address that git calls ``origin``; nothing where there is no git, no clone or no remote."""
+    command = ["git", "config", "--get", "remote.origin.url"]
+    try:
+        asked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return asked.stdout.strip()
 
 
 def web_address(remote: str) -> str | None:

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import queue
 import re
 import shutil
@@ -65,7 +66,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    names = ("COUNT", "KEY_0", "VALUE_0")
+    remote = ("1", "remote.origin.url", "git@git.example.org:them/superbert.git")
+    environment = {
+        **os.environ,
+        **{f"GIT_CONFIG_{name}": value for name, value in zip(names, remote, strict=True)},
+    }
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -93,6 +102,14 @@ def test_nothing_is_loaded_from_another_host(site: Path) -> None:
         code = re.sub(r"/\*.*?\*/|(?<![:'\"])//[^\n]*", "", path.read_text(), flags=re.DOTALL)
         quoted = re.findall(r"['\"`]((?:https?:)?//[\w.-]+[^'\"`]*)['\"`]", code)
         assert not [text for text in quoted if "www.w3.org" not in text], path  # names of XML
+
+
+def test_pages_link_to_the_repository(site: Path) -> None:
+    """To that of the remote that the fixture gives to git; without one there is no link."""
+    for page in pages(site):
+        text = (site / page).read_text(encoding="utf-8")
+        links = re.findall(r'<a href="https://git\.example\.org/them/superbert"[^>]*>([^<]*)', text)
+        assert [link.strip() for link in links] == ["git.example.org"], page
 
 
 def test_ids_are_unique(site: Path) -> None:
