@@ -40,7 +40,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def _remote() -> str:
-    """Return the address that git calls ``origin``; nothing where there is no git, no clone or no remote."""
+    """Return the address of the remote that this clone came from; nothing where there is none."""
     command = ["git", "config", "--get", "remote.origin.url"]
     try:
         asked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ _PROGRAM = (
 _SHOWN = re.compile(
     r"(?:torchrun .*?|accelerate launch .*?|python3? )-m (?:superbert\.)?"
     r"(?:engine|bench|examples|tests)\.[a-z][^`]*"
-    r"|(?<![\w/.-])superbert [a-z]+(?: [^`]*|$)"
+    r"|(?<![\w/.-])superbert (?!python|make\b|bash\b)[a-z]+(?: [^`]*|$)"
 )
 _BLOCK = re.DOTALL | re.MULTILINE
 

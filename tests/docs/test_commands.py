@@ -39,8 +39,9 @@ class Parsed(Exception):  # noqa: N818
 
 def words_of(command: str) -> tuple[list[str], str, list[str]]:
     """Return what starts a module, the module, and its arguments, up to a pipe or the like."""
-    if command.count("'") % 2:  # the end of what a quoted script is in
-        command = command.rpartition("'")[0]
+    for quote in "'\"":  # the end of a script that is quoted as a whole
+        if command.count(quote) % 2:
+            command = command.rpartition(quote)[0]
     lexer = shlex.shlex(command, posix=True, punctuation_chars="|&;<>()")
     lexer.whitespace_split = True
     lexer.commenters = ""
@@ -69,9 +70,12 @@ def parse(module: str, words: list[str]) -> argparse.Namespace:
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args),
         mock.patch.object(sys, "argv", [module, *words]),
-        pytest.raises(Parsed) as parsed,
+        pytest.raises((Parsed, SystemExit)) as parsed,
     ):
         program.main()
+    if isinstance(parsed.value, SystemExit):  # --help, --version, or what it does not take
+        assert parsed.value.code == 0
+        return argparse.Namespace()
     return parsed.value.options
 
 
@@ -170,6 +174,8 @@ def test_commands_are_found_wherever_they_stand(tmp_path: Any) -> None:
         "        --input - --output -\n"
         "    superbert train demo        # a comment\n\n"
         "```bash\ntorchrun --nproc-per-node 2 -m engine.train demo && echo done\n```\n\n"
+        '    eval "$(superbert train --completion bash)"\n\n'
+        "    docker run superbert python -m engine.cache --keep 2G\n\n"
         "```python\nimport superbert  # superbert train\n```\n"
     )
     page = Page("README")
@@ -179,6 +185,8 @@ def test_commands_are_found_wherever_they_stand(tmp_path: Any) -> None:
         ("engine.train", ["demo"]),
         ("engine.predict", ["RUN", "--task", "sst", "--input", "-", "--output", "-"]),
         ("engine.train", ["demo"]),
+        ("engine.train", ["--completion", "bash"]),
+        ("engine.cache", ["--keep", "2G"]),
         ("engine.cache", []),
         ("engine.cache", ["--keep", "1G"]),
     ]
