@@ -65,7 +65,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, as ``make docs`` builds it: a warning, such as a broken link, is an error."""
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(folder)]
     names = ("COUNT", "KEY_0", "VALUE_0")
     remote = ("1", "remote.origin.url", "git@git.example.org:them/superbert.git")
     environment = {
