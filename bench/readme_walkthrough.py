@@ -1,10 +1,10 @@
-"""Run the README's commands as a newcomer would.
+"""Run the commands of the first pages as a newcomer would.
 
     python3 -m bench.readme_walkthrough --data DIR --init MODEL --json FILE
 
-Clones the repository into a fresh folder and runs the commands of the README, those and no others,
-in their order, with DIR and MODEL filled in; each gets its seconds and what it printed last.  The
-suite (``make test``) and the benchmarks are left out.  It needs nothing but Python.
+Clones the repository into a fresh folder and runs the commands of the README (those of the section
+Install first) and of the page on the course's files, those and no others, in their order, with DIR
+and MODEL filled in; each gets its seconds and what it printed last.  It needs nothing but Python.
 """
 
 import argparse
@@ -22,15 +22,24 @@ from engine.cli.standard_output import exit_with
 from engine.utils.json_text import dump_json
 
 REPOSITORY = Path(__file__).parents[1]
-_TRIED = ("make train", "make setup-dev", ". .venv", "python -m engine.", "python -m examples.")
+_TRIED = (
+    *("make train", "make setup-dev", ". .venv", "pip install"),
+    *("python -m engine.", "python -m examples.", "superbert "),
+)
 _TAIL = 12
+_PAGES = ("README.md", "docs/course-files.md")
+_INSTALL = re.compile(r"^## Install\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 _OF_THE_CALLER = ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
 """Variables of an environment or a make that this process was called from."""
 
 
-def commands(readme: str) -> Iterator[str]:
-    """Yield the commands of a README's indented blocks, continued lines joined, comments off."""
-    for line in re.sub(r" \\\n +", " ", readme).splitlines():
+def commands(page: str) -> Iterator[str]:
+    """Yield the commands of a page's indented blocks, continued lines joined, comments off.
+
+    Those of a section Install come first.
+    """
+    install = "".join(_INSTALL.findall(page))
+    for line in re.sub(r" \\\n +", " ", install + _INSTALL.sub("", page)).splitlines():
         command = line.strip().split("  #")[0].strip()
         if line.startswith("    ") and command.startswith(_TRIED):
             yield command
@@ -66,7 +75,7 @@ def main() -> int:
     parser = _Parser(prog="python3 -m bench.readme_walkthrough", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the CS224N files")
     parser.add_argument("--init", required=True, help="a BERT: folder or hub name")
-    parser.add_argument("--steps", type=_count, help="of the real run (default: the README's)")
+    parser.add_argument("--steps", type=_count, help="of the real run (default: the page's)")
     parser.add_argument("--json", type=Path, required=True, help="where the record goes")
     parser.add_argument("--force", action="store_true", help="replace a record that is there")
     options = parser.parse_args()
@@ -79,7 +88,8 @@ def main() -> int:
         subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(clone)], check=True)
         home = {"SUPERBERT_CACHE": f"{name}/cache"}
         activation = "true"
-        for command in commands((clone / "README.md").read_text(encoding="utf-8")):
+        texts = [(clone / page).read_text(encoding="utf-8") for page in _PAGES]
+        for command in (command for text in texts for command in commands(text)):
             filled = fill_in(command, options.data.resolve(), options.init, options.steps)
             if command.startswith(". "):
                 activation = command
@@ -93,7 +103,7 @@ def main() -> int:
         "dirty": bool(_git("status", "--porcelain")),
         "machine": {"cores": os.cpu_count(), "processor": _processor()},
         "python": platform.python_version(),
-        "steps_of_the_real_run": options.steps or "as the README says",
+        "steps_of_the_real_run": options.steps or "as the page says",
         "commands": records,
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +125,9 @@ def _try(line: str, command: str, folder: Path, extra: dict[str, str]) -> dict[s
         check=False,
     )
     seconds = round(time.perf_counter() - start, 1)
-    tail = process.stdout.replace(str(folder), ".").splitlines()[-_TAIL:]
+    lines = process.stdout.replace(str(folder), ".").splitlines()
+    # pip's warnings name places of the machine.
+    tail = [line for line in lines if not line.startswith("WARNING: ")][-_TAIL:]
     return {"command": command, "seconds": seconds, "status": process.returncode, "tail": tail}
 
 

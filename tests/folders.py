@@ -1,4 +1,4 @@
-"""Folders of a package in the order of the README, and the folders that a module imports."""
+"""Folders of a package as docs/how-it-works.md orders them, and those that a module imports."""
 
 import ast
 import re
@@ -12,9 +12,9 @@ _ENTRIES = re.compile(r"^ {6}((?:\w+(?:/|\.py) ?)+)")
 
 
 def listed(package: str) -> list[str]:
-    """The folders and modules of a package, by the README's list, without ``/`` and ``.py``."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    lines = readme.partition(f"\n    {package}/")[2].splitlines()[1:]
+    """The folders and modules of a package, by the page's list, without ``/`` and ``.py``."""
+    page = (REPOSITORY / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    lines = page.partition(f"\n    {package}/")[2].splitlines()[1:]
     entries = [
         found[1] for line in takewhile(_ENTRIES.match, lines) for found in _ENTRIES.finditer(line)
     ]

@@ -62,7 +62,7 @@ RETIRED = (
         r"engine[./](?:door|fields|frozen|many|names|options|order|origins|pack|part|parts|read|"
         r"reading|record|rooms|rows|sample|saver|settings|shapes|sinks|states|step_lines|stop|"
         r"traffic|watch|wording|card|pictures|huggingface|exchange|failure|formats)",
-        "the module's place now (README, Folders)",
+        "the module's place now (docs/how-it-works.md, Folders)",
     ),
     Retired(r"kernels[./](?:hf|doors|layer_norm_doors)", "kernels.integrations"),
     Retired(r"layer_norm_doors", "layer_norm_compat"),

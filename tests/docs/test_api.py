@@ -13,6 +13,7 @@ from torch import Tensor
 import kernels
 from engine.models.registry import MODELS
 from tests.conftest import REPOSITORY
+from tests.docs.pages import Page
 
 PAGES = REPOSITORY / "docs" / "api"
 TRAINERS = ("PCGradTrainer", "PCGradSentenceTransformerTrainer")
@@ -24,6 +25,15 @@ def test_every_public_kernel_is_documented(name: str) -> None:
     documented = re.findall(r"^::: kernels\.(\w+)$", (PAGES / "kernels.md").read_text(), re.M)
     assert name in documented, "docs/api/kernels.md has a line ::: kernels.NAME for each"
     assert len(getattr(kernels, name).__doc__ or "") > 20
+
+
+def test_the_surgery_that_the_kernels_page_shows() -> None:
+    torch.manual_seed(0)
+    scope = Page("docs/api/kernels.md").run_python()
+    rows, weights = scope["rows"].double(), scope["weights"].double()
+    assert weights.shape == (3,)
+    assert kernels.gram(scope["rows"]).tril(-1).min() < 0  # there is a conflict to project away
+    torch.testing.assert_close(scope["gradient"].double(), weights @ rows, rtol=1e-6, atol=1e-5)
 
 
 def test_every_balancing_method_is_documented() -> None:

@@ -1,4 +1,4 @@
-"""A folder or module of ``kernels/`` imports only those that the README lists below it."""
+"""A folder or module of ``kernels/`` imports only those listed below it in the docs."""
 
 import pytest
 
