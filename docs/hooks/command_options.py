@@ -12,11 +12,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from engine.cli.common import Parser
+from engine.cli.parser import Parser
 
 MARKER = re.compile(r"^<!-- options: (engine\.\w+) -->$", re.MULTILINE)
 _WIDTH = 88
@@ -27,20 +26,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return MARKER.sub(lambda found: _options(found[1]), markdown)
 
 
-def parser_of(module: str) -> argparse.ArgumentParser:
-    """Return the parser that a command's ``main`` makes, without running more of it."""
-    made: list[argparse.ArgumentParser] = []
-
-    def end(parser: argparse.ArgumentParser, *_: Any) -> None:
-        made.append(parser)
-        raise SystemExit
-
-    try:
-        with mock.patch.object(Parser, "parse_args", end):
-            importlib.import_module(module).main([])
-    except SystemExit:
-        pass
-    return made[0]
+def parser_of(module: str) -> Parser:
+    """Return the parser of a command."""
+    made: Parser = importlib.import_module(module).parser()
+    return made
 
 
 def _options(module: str) -> str:

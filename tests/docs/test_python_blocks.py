@@ -8,6 +8,7 @@ from .pages import Page, all_pages
 
 ELSEWHERE = {
     "docs/api/balancing.md": "tests/docs/test_api.py",
+    "docs/api/kernels.md": "tests/docs/test_api.py",
     "docs/extending.md": "tests/docs/test_extending.py",
 }
 """Pages whose Python runs in a test of another name, and the test."""
