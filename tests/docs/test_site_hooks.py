@@ -156,3 +156,10 @@ def test_the_sites_tools_are_pinned() -> None:
     pinned = (REPOSITORY / "requirements-dev.txt").read_text()
     for tool in ("mkdocs", "mkdocstrings", "pymdown-extensions", "pygments"):
         assert re.search(rf"^{tool}==", pinned, re.MULTILINE), tool
+
+
+def test_make_docs_ends_at_a_warning() -> None:
+    """Strictly: mkdocs counts warnings only where it prints them, so not under ``--quiet``."""
+    (line,) = re.findall(r"^\t.*mkdocs build.*$", (REPOSITORY / "Makefile").read_text(), re.M)
+    assert "-q" not in line
+    assert "\nstrict: true\n" in (REPOSITORY / "mkdocs.yml").read_text()
