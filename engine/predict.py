@@ -1,6 +1,7 @@
 """``python -m engine.predict RUN``: predict a file's rows with a run's best checkpoint.
 
-In Python, :class:`Predictor` loads a run once and answers many times.
+In Python, :class:`Predictor` loads a run once and answers many times, and :class:`RequestBatcher`
+packs the requests of many clients together.
 """
 
 import sys
@@ -36,6 +37,7 @@ from .data.table import OnBadRow
 from .data.task_schema import TaskSchema
 from .runs.data_paths import check_split, origin
 from .runs.predictor import Match, Prediction, Predictor, has_probabilities, predictions, schema
+from .runs.request_batcher import OverloadedError, RequestBatcher
 from .runs.run import Run, open_run
 from .runs.search import anchors_of, passages_of
 from .utils.errors import InputError
@@ -43,7 +45,7 @@ from .utils.output_files import check_outputs, open_output
 
 _TOP = 10
 
-__all__ = ["Match", "Prediction", "Predictor", "main"]
+__all__ = ["Match", "OverloadedError", "Prediction", "Predictor", "RequestBatcher", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
