@@ -15,10 +15,14 @@ DOCS = REPOSITORY / "docs"
 _PROGRAM = (
     r"(?:python -m (?:engine|bench|examples|tests)\b|superbert |torchrun |accelerate launch )"
 )
-_SHOWN = re.compile(
-    r"(?:torchrun .*?|accelerate launch .*?|python3? )-m (?:superbert\.)?"
-    r"(?:engine|bench|examples|tests)\.[a-z][^`]*"
-    r"|(?<![\w/.-])superbert (?!python|make\b|bash\b)[a-z]+(?: [^`]*|$)"
+_SHOWN = (
+    r"((?:torchrun .*?|accelerate launch .*?|python3? )-m (?:superbert\.)?"
+    r"(?:engine|bench|examples|tests)\.[a-z][^`\n]*"
+    r"|superbert (?!python|make\b|bash\b)[a-z]+(?: [^`\n]*|$))"
+)
+_AT_START = re.compile(rf"^(?:\$ )?{_SHOWN}", re.MULTILINE)
+_WITHIN = re.compile(
+    rf"(?:^(?:\$ )?|[|&;(]\s*|\b(?:do|exec|time) |\brun .*?|\b[A-Z_]+=\S+ ){_SHOWN}", re.MULTILINE
 )
 _BLOCK = re.DOTALL | re.MULTILINE
 
@@ -77,19 +81,20 @@ class Page:
     def shown_commands(self) -> list[str]:
         """Return every command of this project, from ``python`` or ``torchrun`` on.
 
-        Those within a line, such as behind a pipe, and those in the text are among them.
+        Those within a line, such as behind a pipe, and those in the text are among them, but not
+        those within what a program prints.
         """
-        code = re.findall(r"^ *```(?:bash|sh|console|text)?\n(.*?)^ *```", self.text, _BLOCK)
+        scripts = re.findall(r"^ *```(?:bash|sh|console)\n(.*?)^ *```", self.text, _BLOCK)
+        lines = re.findall(r"^ *```(?:text)?\n(.*?)^ *```", self.text, _BLOCK)
         rest = re.sub(r"^( *)```.*?^\1```", "", self.text, flags=_BLOCK)
         indented = re.findall(r"^ {4}((?:.*\\\n)*.*)$", rest, re.MULTILINE)
-        code += [re.sub(r"^ {4}", "", text, flags=re.MULTILINE) for text in indented]
-        code += re.findall(r"(?<!`)`([^`]+)`(?!`)", rest)
-        joined = [text.replace("\\\n", "") for text in code]
-        # Code in the text may break where a line ends, shown lines may not.
-        lines = [line for text in joined for line in text.splitlines()]
-        lines += [" ".join(text.split()) for text in joined if text.count("\n") == 1]
-        found = [match[0].strip() for line in lines for match in _SHOWN.finditer(line)]
-        return list(dict.fromkeys(re.sub(r"\s+#(?: .*)?$", "", one) for one in found))
+        scripts += [re.sub(r"^ {4}", "", text, flags=re.MULTILINE) for text in indented]
+        # Code in the text may break where a line ends.
+        lines += [" ".join(text.split()) for text in re.findall(r"(?<!`)`([^`]+)`(?!`)", rest)]
+        found = [_WITHIN.findall(text.replace("\\\n", "")) for text in scripts]
+        found += [_AT_START.findall(text.replace("\\\n", "")) for text in lines]
+        commands = [re.sub(r"\s+#(?: .*)?$", "", one).strip() for own in found for one in own]
+        return list(dict.fromkeys(commands))
 
 
 def all_pages() -> list[str]:

@@ -178,6 +178,8 @@ def test_commands_are_found_wherever_they_stand(tmp_path: Any) -> None:
         "```bash\ntorchrun --nproc-per-node 2 -m engine.train demo && echo done\n```\n\n"
         '    eval "$(superbert train --completion bash)"\n\n'
         "    docker run superbert python -m engine.cache --keep 2G\n\n"
+        "```text\nerror: no file; see python -m engine.train --help\n```\n\n"
+        "Not `error: see python -m engine.sweep --help`, nor `from superbert import kernels`.\n\n"
         "```python\nimport superbert  # superbert train\n```\n"
     )
     page = Page("README")
