@@ -98,6 +98,11 @@ class Predictor:
         self._model, _ = self._run.trained_model(self._device, dtype)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return next(self._model.encoder.parameters()).dtype
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """The names of the run's tasks."""
         return tuple(self._run.recipe.tasks)
