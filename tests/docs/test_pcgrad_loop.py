@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import BalancedOptimizer, PCGrad, TaskGradients, balancing
+from tests.docs.diffs import sides
 from tests.docs.pages import Page
 
 PAGE = Page("pcgrad-loop")
@@ -98,12 +99,8 @@ def assert_equal(left: nn.Module, right: nn.Module) -> None:
 
 def test_the_diff_leads_from_the_sum_to_pcgrad() -> None:
     (diff,) = PAGE.blocks("diff")
-    before, after = (
-        "".join(line[1:] + "\n" for line in diff.splitlines() if line[:1] != other)
-        for other in "+-"
-    )
     batches, models = batches_of(3), [Model(), Model()]
-    for code, model in zip((before, after), models, strict=True):
+    for code, model in zip(sides(diff), models, strict=True):
         scope = {"torch": torch, "model": model, "batches": batches}
         exec(compile(code, "pcgrad-loop.md, the diff", "exec"), scope)
 
