@@ -212,8 +212,10 @@ def test_a_scaler_skips_a_step_whose_task_gradient_overflows() -> None:
 def test_accumulation_is_the_step_of_the_joined_batch() -> None:
     model, micro_batches = Model(), batches_of(4)
     PAGE.run_python("Accumulation", model=model, micro_batches=micro_batches)
+    at_once = trained([joined(micro_batches)])
+    torch.testing.assert_close(gradients(model), gradients(at_once))
     # AdamW divides by gradients' sizes: 1e-3 is the whole first step.
-    assert_close(model, trained([joined(micro_batches)]), rtol=1e-4, atol=1e-5)
+    assert_close(model, at_once, rtol=1e-4, atol=1e-5)
 
 
 def test_what_losses_of_unequal_micro_batches_are_multiplied_by() -> None:
