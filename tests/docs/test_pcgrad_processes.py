@@ -11,6 +11,7 @@ import torch
 from tests.conftest import REPOSITORY
 from tests.docs.pages import Page
 from tests.docs.test_pcgrad_loop import Model, assert_close, batches_of, gradients, joined, trained
+from tests.launch import free_port
 
 PAGE = Page("pcgrad-processes")
 
@@ -33,32 +34,53 @@ def keep(name):
     torch.save((weights, gradients), f"{{name}}-{{rank}}.pt")
 
 model, batches = Model(), batches_of(6, (4, 4))[rank::2]
-{ddp}
-keep("ddp")
-model = Model()
-{fsdp}
+{code}
+dist.destroy_process_group()
 """
+
+END = "dist.destroy_process_group()\n"
+
+
+def scripts() -> dict[str, str]:
+    """The page's code for DDP and for FSDP2, which begins with the function of the former."""
+    ddp, fsdp = (block.removesuffix(END) for block in PAGE.blocks("python"))
+    function = ddp[: ddp.index("dist.init_process_group")]
+    codes = {"ddp": ddp, "fsdp": function + fsdp}
+    return {
+        name: ON_RANK.format(repository=str(REPOSITORY), code=f'{code}keep("{name}")')
+        for name, code in codes.items()
+    }
+
+
+def run_on_two(script: Path) -> None:
+    """Run a file on two ranks, as torchrun starts them, and wait for both."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            cwd=script.parent,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        for rank in ranks:
+            _, printed = rank.communicate(timeout=120)
+            assert rank.returncode == 0, printed[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
 
 
 def test_two_processes_do_what_one_does_with_the_examples_of_both(tmp_path: Path) -> None:
-    ddp, fsdp = PAGE.blocks("python")
-    end = "dist.destroy_process_group()\n"
-    assert fsdp.endswith(end)
-    fsdp = fsdp.removesuffix(end) + 'keep("fsdp")\n' + end
-    script = tmp_path / "on_rank.py"
-    script.write_text(ON_RANK.format(repository=str(REPOSITORY), ddp=ddp, fsdp=fsdp))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script)]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert all(block.endswith(END) for block in PAGE.blocks("python"))
+    for name, code in scripts().items():
+        (tmp_path / f"{name}.py").write_text(code)
+        run_on_two(tmp_path / f"{name}.py")
 
     batches = batches_of(6, (4, 4))
     alone = trained([joined(batches[i : i + 2]) for i in range(0, 6, 2)])
