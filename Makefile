@@ -34,7 +34,7 @@ check: setup-dev
 	$(BIN)/clang-format --dry-run --Werror $(filter-out %.md,$(wildcard csrc/*))
 
 docs: setup-dev
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) build kernels/*.so

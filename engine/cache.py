@@ -20,28 +20,7 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = Parser(
-        prog=f"python -m {__package__}.cache",
-        description="Show what the cache of tokenized data holds: a line for each file of data, "
-        "the last used first.  With an option below, remove what was not used for long, or is too "
-        "much; a run that needs it makes it again.",
-        epilog="The cache is $SUPERBERT_CACHE, or ~/.cache/superbert.",
-    )
-    add = parser.add_argument_group("what to remove").add_argument
-    add(
-        "--unused-for",
-        type=_days,
-        metavar="DAYS",
-        help="what was not used for so long (default: all stays)",
-    )
-    add(
-        "--keep",
-        type=_bytes,
-        metavar="SIZE",
-        help="the longest unused, until there is no more than this, such as 20G; 0: all "
-        "(default: all stays)",
-    )
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     root, console = default_cache(), terminal()
     entries = entries_of(root)
     doomed = _doomed(entries, options.unused_for, options.keep)
@@ -56,6 +35,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         entries = [entry for entry in entries if entry not in doomed]
     _print(console, entries, root)
     return 0
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
+        prog=f"python -m {__package__}.cache",
+        description="Show what the cache of tokenized data holds: a line for each file of data, "
+        "the last used first.  With an option below, remove what was not used for long, or is too "
+        "much; a run that needs it makes it again.",
+        epilog="The cache is $SUPERBERT_CACHE, or ~/.cache/superbert.",
+    )
+    add = made.add_argument_group("what to remove").add_argument
+    add(
+        "--unused-for",
+        type=_days,
+        metavar="DAYS",
+        help="what was not used for so long (default: all stays)",
+    )
+    add(
+        "--keep",
+        type=_bytes,
+        metavar="SIZE",
+        help="the longest unused, until there is no more than this, such as 20G; 0: all "
+        "(default: all stays)",
+    )
+    return made
 
 
 def _doomed(

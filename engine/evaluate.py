@@ -23,31 +23,7 @@ from .utils.quoting import one_line
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = Parser(
-        prog=f"python -m {__package__}.evaluate",
-        description="Score a run's best checkpoint; print a table and, of all tasks, write "
-        "metrics.json.",
-    )
-    what, where = parser.add_argument_group("what to score"), parser.add_argument_group("where")
-    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    what.add_argument(
-        "--split",
-        metavar="NAME",
-        help="on which examples: dev, train, test where the recipe names files with labels, or "
-        "another split that it names (default: dev)",
-    )
-    what.add_argument("--task", metavar="NAME", help="on this task alone (default: on all)")
-    what.add_argument(
-        "--input",
-        type=one_file,
-        metavar="FILE",
-        help="on the examples of this file, or of that at this address, with their labels, as in "
-        "the data files; --task says whose they are (default: on a split)",
-    )
-    add_run_data(where)
-    add_device(where)
-    add_reading(where)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
 
     run = whole = open_run(options.run)
     if not run.recipe.tasks:
@@ -82,6 +58,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             terminal().print(one_line(note), highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
+        prog=f"python -m {__package__}.evaluate",
+        description="Score a run's best checkpoint; print a table and, of all tasks, write "
+        "metrics.json.",
+    )
+    what, where = made.add_argument_group("what to score"), made.add_argument_group("where")
+    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    what.add_argument(
+        "--split",
+        metavar="NAME",
+        help="on which examples: dev, train, test where the recipe names files with labels, or "
+        "another split that it names (default: dev)",
+    )
+    what.add_argument("--task", metavar="NAME", help="on this task alone (default: on all)")
+    what.add_argument(
+        "--input",
+        type=one_file,
+        metavar="FILE",
+        help="on the examples of this file, or of that at this address, with their labels, as in "
+        "the data files; --task says whose they are (default: on a split)",
+    )
+    add_run_data(where)
+    add_device(where)
+    add_reading(where)
+    return made
 
 
 def _check_alone(options: Namespace) -> None:

@@ -19,26 +19,7 @@ from .runs.scoring import METRICS, read_scores
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = Parser(
-        prog=f"python -m {__package__}.export",
-        description="Write a run's best checkpoint as a folder that transformers.AutoModel and "
-        "sentence_transformers.SentenceTransformer load, with its heads and a model card; or one "
-        "task as a model that transformers' pipelines load; or either as an ONNX graph.",
-    )
-    what, where = parser.add_argument_group("what to export"), parser.add_argument_group("where")
-    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    what.add_argument(
-        "--task",
-        metavar="NAME",
-        help="this task alone, for transformers' pipelines (default: the encoder)",
-    )
-    what.add_argument(
-        "--onnx", action="store_true", help="a graph, model.onnx: sentence vectors, or the --task"
-    )
-    where.add_argument(
-        "--to", required=True, type=Path, metavar="DIR", help="a new or empty folder; needed"
-    )
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
 
     check_free(options.to)
     if options.onnx:
@@ -56,6 +37,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_task_folder(run, model, options.task, progress, scores, options.to)
     terminal().print(f"wrote {options.to}", soft_wrap=True, highlight=False)
     return 0
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
+        prog=f"python -m {__package__}.export",
+        description="Write a run's best checkpoint as a folder that transformers.AutoModel and "
+        "sentence_transformers.SentenceTransformer load, with its heads and a model card; or one "
+        "task as a model that transformers' pipelines load; or either as an ONNX graph.",
+    )
+    what, where = made.add_argument_group("what to export"), made.add_argument_group("where")
+    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    what.add_argument(
+        "--task",
+        metavar="NAME",
+        help="this task alone, for transformers' pipelines (default: the encoder)",
+    )
+    what.add_argument(
+        "--onnx", action="store_true", help="a graph, model.onnx: sentence vectors, or the --task"
+    )
+    where.add_argument(
+        "--to", required=True, type=Path, metavar="DIR", help="a new or empty folder; needed"
+    )
+    return made
 
 
 def _dev_scores(run: Run, progress: Progress) -> Mapping[str, float | None] | None:

@@ -22,25 +22,7 @@ _MASK = "[MASK]"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = Parser(
-        prog=f"python -m {__package__}.fill",
-        description="Show the likeliest words behind [MASK], by a run whose recipe has masked LM: "
-        "as the run began, and by its best checkpoint.",
-    )
-    what, where = parser.add_argument_group("what to fill"), parser.add_argument_group("where")
-    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    what.add_argument(
-        "sentences",
-        nargs="*",
-        default=["This movie was [MASK]."],
-        metavar="SENTENCE",
-        help='with one [MASK] each (default: "This movie was [MASK].")',
-    )
-    what.add_argument(
-        "--top", type=positive, default=5, metavar="N", help="words to show (default: 5)"
-    )
-    add_device(where)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
 
     run, device = open_run(options.run), pick_device(options.device)
     name = _objective(run)
@@ -54,6 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = "  ".join(f"{word} {share:.1%}" for word, share in words)
             console.print(f"  {when:6}  {found}", highlight=False, soft_wrap=True)
     return 0
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
+        prog=f"python -m {__package__}.fill",
+        description="Show the likeliest words behind [MASK], by a run whose recipe has masked LM: "
+        "as the run began, and by its best checkpoint.",
+    )
+    what, where = made.add_argument_group("what to fill"), made.add_argument_group("where")
+    what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    what.add_argument(
+        "sentences",
+        nargs="*",
+        default=["This movie was [MASK]."],
+        metavar="SENTENCE",
+        help='with one [MASK] each (default: "This movie was [MASK].")',
+    )
+    what.add_argument(
+        "--top", type=positive, default=5, metavar="N", help="words to show (default: 5)"
+    )
+    add_device(where)
+    return made
 
 
 def likeliest(

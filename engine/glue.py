@@ -12,26 +12,7 @@ from .runs.run import open_run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = Parser(
-        prog=f"python -m {__package__}.glue",
-        description="Answer GLUE's test files with a run's best checkpoint, and write the files "
-        "that its server wants: CoLA.tsv, SST-2.tsv, … (index, prediction).",
-    )
-    what, where = parser.add_argument_group("what to answer"), parser.add_argument_group("where")
-    what.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of recipe glue")
-    what.add_argument(
-        "--on-bad-row",
-        choices=["error", "skip"],
-        default="error",
-        help="what a malformed row does: end it, or be answered as empty texts, since GLUE wants "
-        "an answer to each (default: error)",
-    )
-    where.add_argument(
-        "--to", required=True, type=Path, metavar="DIR", help="a new or empty folder; needed"
-    )
-    add_run_data(where)
-    add_device(where)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
 
     check_free(options.to)
     run = with_run_data(open_run(options.run), options.data)
@@ -48,6 +29,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if truncated:
         console.print(f"{truncated:,} sentences cut to the length limit")
     return 0
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
+        prog=f"python -m {__package__}.glue",
+        description="Answer GLUE's test files with a run's best checkpoint, and write the files "
+        "that its server wants: CoLA.tsv, SST-2.tsv, … (index, prediction).",
+    )
+    what, where = made.add_argument_group("what to answer"), made.add_argument_group("where")
+    what.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of recipe glue")
+    what.add_argument(
+        "--on-bad-row",
+        choices=["error", "skip"],
+        default="error",
+        help="what a malformed row does: end it, or be answered as empty texts, since GLUE wants "
+        "an answer to each (default: error)",
+    )
+    where.add_argument(
+        "--to", required=True, type=Path, metavar="DIR", help="a new or empty folder; needed"
+    )
+    add_run_data(where)
+    add_device(where)
+    return made
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """``python -m engine.predict RUN``: predict a file's rows with a run's best checkpoint.
 
-In Python, :class:`Predictor` loads a run once and answers many times.
+In Python, :class:`Predictor` loads a run once and answers many times, and :class:`RequestBatcher`
+packs the requests of many clients together.
 """
 
 import sys
@@ -36,6 +37,7 @@ from .data.table import OnBadRow
 from .data.task_schema import TaskSchema
 from .runs.data_paths import check_split, origin
 from .runs.predictor import Match, Prediction, Predictor, has_probabilities, predictions, schema
+from .runs.request_batcher import OverloadedError, RequestBatcher
 from .runs.run import Run, open_run
 from .runs.search import anchors_of, passages_of
 from .utils.errors import InputError
@@ -43,12 +45,12 @@ from .utils.output_files import check_outputs, open_output
 
 _TOP = 10
 
-__all__ = ["Match", "Prediction", "Predictor", "main"]
+__all__ = ["Match", "OverloadedError", "Prediction", "Predictor", "RequestBatcher", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     _check_input(options)
     to_stdout = options.output == STREAM
     form_out = output_format(options.output, options.output_format)
@@ -166,13 +168,14 @@ def _found(
     return _Done(len(anchors), notes, found.truncated, anchors.bad_rows)
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
         prog=f"python -m {__package__}.predict",
         description="Predict every row of a file: a line each, in its order (id, prediction). A "
         "cell that a spreadsheet would evaluate or a terminal obey is written as ' and JSON.",
     )
-    what, where = parser.add_argument_group("what to predict"), parser.add_argument_group("where")
+    what, where = made.add_argument_group("what to predict"), made.add_argument_group("where")
     what.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     what.add_argument("--task", required=True, metavar="NAME", help="a task of the run; needed")
     what.add_argument(
@@ -237,7 +240,7 @@ def _parser() -> Parser:
     add_run_data(where)
     add_force(where)
     add_device(where)
-    return parser
+    return made
 
 
 def _check_input(options: Namespace) -> None:

@@ -27,12 +27,48 @@ from .utils.output_files import check_outputs
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = Parser(
+    options = parser().parse_args(arguments)
+
+    _check_options(options)
+    console, device = terminal(), pick_device(options.device)
+    out = resolved(options.out)
+    if options.series:
+        return _report_series(options, console, device, out)
+    if options.papers:
+        replace = check_outputs(possible_files(out), force=options.force)
+        outcomes = collect(options.runs, device, options.data)
+        if options.no_texts:
+            outcomes = [outcome.without_texts() for outcome in outcomes]
+        for path in write_systems(outcomes, out, replace=replace):
+            console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+        if missing := without_answers(outcomes):
+            console.print(
+                f"no heatmap and no mistakes, for want of a checkpoint: {', '.join(missing)}",
+                soft_wrap=True,
+                highlight=False,
+            )
+        return 0
+    pages = _pages(options.runs, out)
+    replace = check_outputs(pages, force=options.force)
+    for page, folder in pages.items():
+        run = open_run(folder)
+        if options.data is not None:
+            run = run.with_data(options.data)
+        with explained("write", out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_page(run, page, device, replace=replace)
+        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
         prog=f"python -m {__package__}.report",
         description="Write a self-contained HTML page for each run: curves, task gradients, "
         "conflict by layer, answers on the dev data, examples that went wrong.",
     )
-    what, where = parser.add_argument_group("what to report"), parser.add_argument_group("where")
+    what, where = made.add_argument_group("what to report"), made.add_argument_group("where")
     what.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     what.add_argument(
         "--papers",
@@ -78,38 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_force(where)
     add_device(where)
-    options = parser.parse_args(arguments)
-
-    _check_options(options)
-    console, device = terminal(), pick_device(options.device)
-    out = resolved(options.out)
-    if options.series:
-        return _report_series(options, console, device, out)
-    if options.papers:
-        replace = check_outputs(possible_files(out), force=options.force)
-        outcomes = collect(options.runs, device, options.data)
-        if options.no_texts:
-            outcomes = [outcome.without_texts() for outcome in outcomes]
-        for path in write_systems(outcomes, out, replace=replace):
-            console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-        if missing := without_answers(outcomes):
-            console.print(
-                f"no heatmap and no mistakes, for want of a checkpoint: {', '.join(missing)}",
-                soft_wrap=True,
-                highlight=False,
-            )
-        return 0
-    pages = _pages(options.runs, out)
-    replace = check_outputs(pages, force=options.force)
-    for page, folder in pages.items():
-        run = open_run(folder)
-        if options.data is not None:
-            run = run.with_data(options.data)
-        with explained("write", out):
-            out.mkdir(parents=True, exist_ok=True)
-        write_page(run, page, device, replace=replace)
-        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
-    return 0
+    return made
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -56,7 +56,7 @@ _ETA = 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     train_without_output()
     console, device = terminal(), pick_device(options.device)
     names = [*options.recipes, *(recipes.of_papers() if options.papers else ())]
@@ -299,12 +299,13 @@ def _from_two(text: str) -> int:
     return int(text)
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    """Return the command's parser."""
+    made = Parser(
         prog=f"python -m {__package__}.sweep",
         description="Train several runs below one folder; rerun to resume.",
     )
-    what, where = parser.add_argument_group("what to train"), parser.add_argument_group("where")
+    what, where = made.add_argument_group("what to train"), made.add_argument_group("where")
     add = what.add_argument
     add("recipes", nargs="*", metavar="RECIPE", help="built-in recipes' names or TOML files")
     add("--papers", action="store_true", help="all recipes that stand for a system of a paper")
@@ -358,7 +359,7 @@ def _parser() -> Parser:
         "these settings, such as balance=sum (default: no such column)",
     )
     add_settings(what)
-    halving = parser.add_argument_group("successive halving")
+    halving = made.add_argument_group("successive halving")
     halving.add_argument(
         "--halving",
         action="store_true",
@@ -395,7 +396,7 @@ def _parser() -> Parser:
         help="remove the checkpoints of each run that is done; its recipe, tokenizer, metrics and "
         "scores stay, and unfinished runs keep all (default: keep the checkpoints)",
     )
-    return parser
+    return made
 
 
 if __name__ == "__main__":

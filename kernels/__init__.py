@@ -39,6 +39,7 @@ from .layer_norm.layer_norm import (
 from .linear.feed_forward import feed_forward
 from .linear.linear import linear
 from .registration.backend import backend
+from .registration.backend import backends as backends
 from .registration.deprecation import renamed_attribute
 from .registration.validation import check_cu_seqlens, checked_values
 from .rotary.rotary import apply_rotary_emb, apply_rotary_emb_qkv_

@@ -11,7 +11,10 @@ import torch
 _LIBRARY = Path(__file__).with_name("libsuperbert.so")
 
 if not _LIBRARY.exists():
-    raise ImportError(f"{_LIBRARY.name} is not built: run `make setup` at the root of the project")
+    raise ImportError(
+        f"{_LIBRARY.name} is not built: run `make setup` at the root of the project",
+        name=_LIBRARY.stem,
+    )
 torch.ops.load_library(str(_LIBRARY))
 
 

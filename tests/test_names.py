@@ -13,6 +13,7 @@ import setuptools
 import torch
 
 import engine
+from engine.__main__ import COMMANDS
 
 from .conftest import REPOSITORY
 
@@ -142,23 +143,52 @@ def test_installed_beside_its_namesake_neither_hides_the_other(installed, namesa
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a fresh environment with this project and Hugging Face's ``kernels``.
+    """The Python of a fresh environment with this project.
 
-    What both depend on comes from the environment of the tests.
+    What it depends on comes from the environment of the tests.
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     paths = sysconfig.get_paths(vars={"base": str(folder), "platbase": str(folder)})
     (Path(paths["purelib"]) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = folder / "bin" / "python"
-    install = [*PIP, "--python", str(python), "install", "--no-deps"]
-    subprocess.run([*install, str(wheel)], check=True)
-    if subprocess.run([*install, "kernels==0.17.2"], check=False, capture_output=True).returncode:
-        pytest.skip("pip cannot fetch Hugging Face's kernels here")
+    subprocess.run([*PIP, "--python", str(python), "install", "--no-deps", str(wheel)], check=True)
     return python
 
 
+def test_the_console_script_runs_every_command(environment, tmp_path):
+    script = environment.with_name("superbert")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*arguments: str, status: int = 0) -> str:
+        process = subprocess.run(
+            [script, *arguments],
+            cwd=tmp_path,
+            env=clean | {"COLUMNS": "100"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == status, process.stderr
+        return process.stdout if status == 0 else process.stderr
+
+    for command in COMMANDS:
+        assert run(command, "--help").startswith(f"usage: superbert {command} ")
+    tiny = ["max_train_examples=32", "encoder.hidden_size=32", "encoder.num_hidden_layers=1"]
+    settings = ["--max-steps", "2", "--set", *tiny]
+    run("train", "demo", "--out", "run", *settings)
+    assert "overall" in run("evaluate", "run")
+    # Whose runs are trained by processes that the script's own process starts
+    run("sweep", "demo", "--grid", "lr=1e-3,1e-4", "--jobs", "2", "--out", "runs", *settings)
+    assert len([*(tmp_path / "runs").rglob("metrics.json")]) == 2
+    assert run("evaluate", "none", status=2).startswith("error: none")
+    assert run("evaluate", status=2).endswith("see superbert evaluate --help\n")
+
+
 def test_both_work_in_a_fresh_environment_that_holds_both(environment, tmp_path):
+    install = [*PIP, "--python", str(environment), "install", "--no-deps", "kernels==0.17.2"]
+    if subprocess.run(install, check=False, capture_output=True).returncode:
+        pytest.skip("pip cannot fetch Hugging Face's kernels here")
     code = (
         "import torch, kernels, superbert.kernels as ours\n"
         "from transformers import BertConfig, BertModel\n"

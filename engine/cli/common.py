@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os.path import exists, isdir
 from pathlib import Path
@@ -16,51 +16,24 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
 from ..config.recipe import Recipe
 from ..data.addresses import Address, Place, is_address
 from ..runs.scoring import score_names
 from ..runtime.oom import is_out_of_memory
-from ..utils.errors import UNPRINTABLE, DivergedError, InputError, LostRankError
+from ..utils.errors import DivergedError, InputError, LostRankError
 from ..utils.quoting import PlainConsole
+from .parser import BAD_INPUT, given
+from .parser import Parser as Parser  # where the commands and benchmarks look for it
 from .standard_output import exit_with
 
 DIED = 1
 """A run of a series died twice, as an exception that nobody expects ends a command."""
-BAD_INPUT = 2
 DIVERGED = 3
 """Training left the finite numbers; what was good before stays."""
 STOPPED = 128
 """Added to the number of the signal that stopped a run: 130 for SIGINT, 143 for SIGTERM."""
 LOST_RANK = 75
 """``EX_TEMPFAIL``: started again, the run goes on."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake with one line, and ``--version``."""
-
-    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
-        super().__init__(prog=prog, description=description, epilog=epilog)
-        # Of all options that take text or a path: an unset shell variable leaves an empty one.
-        self.register("type", None, _given)
-        self.register("type", Path, _given_path)
-        version = f"superbert-engine {__version__}"
-        self.add_argument("--version", action="version", version=version, help="show it and exit")
-
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse arguments that a terminal and a file system can take."""
-        for argument in sys.argv[1:] if args is None else args:
-            if UNPRINTABLE.search(argument):
-                self.error(f"{argument!a}: has control characters or is no text")
-            if argument.startswith("--") and argument.endswith("=--"):  # argparse makes it a list
-                self.error(f"{argument}: no value; give one")
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(BAD_INPUT, f"error: {message}; see {self.prog} --help\n")
 
 
 def positive(text: str) -> int:
@@ -74,23 +47,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _given(text: str) -> str:
-    """Return what an option was given.
-
-    Raises:
-        argparse.ArgumentTypeError: nothing, or spaces alone.
-    """
-    if not text.strip():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no value; give one (is a shell variable unset?) or leave the option out"
-        )
-    return text
-
-
-def _given_path(text: str) -> Path:
-    return Path(_given(text))
-
-
 def one_file(text: str) -> Place:
     """Return the file that an option was given, by its path or address.
 
@@ -99,7 +55,7 @@ def one_file(text: str) -> Place:
     """
     if is_address(text):
         return Address(text)
-    if isdir(_given(text)) or (glob.has_magic(text) and not exists(text)):
+    if isdir(given(text)) or (glob.has_magic(text) and not exists(text)):
         raise argparse.ArgumentTypeError(
             f"{text!r}: not one file; give one, or name a folder or pattern as a split of the task "
             "in the recipe, for --split"
@@ -112,7 +68,12 @@ def run_cli(main: Callable[[], int]) -> NoReturn:
 
     What happens where nothing can be printed any more says :mod:`engine.cli.standard_output`.
     """
-    exit_with(lambda: _end_rank(_status(main)))
+    exit_with(lambda: status_of(main))
+
+
+def status_of(main: Callable[[], int]) -> int:
+    """Run a command's main function and return its status, as :func:`run_cli` exits with."""
+    return _end_rank(_status(main))
 
 
 def _status(main: Callable[[], int]) -> int:

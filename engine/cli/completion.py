@@ -1,10 +1,11 @@
-"""Completion of ``python -m engine.train`` in bash: options, recipes, ``--set`` keys and values.
+"""Completion in bash: commands, options, and of training recipes, ``--set`` keys and values.
 
 The script has all words in itself, so that completing starts no Python; it reads the names of
 tasks, objectives and phases in the recipe that the command line names.
 """
 
-from collections.abc import Iterator
+from argparse import ArgumentParser
+from collections.abc import Iterator, Mapping
 
 from ..config import recipe as recipes
 from ..config.messages import ANY_NAME
@@ -36,8 +37,9 @@ _superbert_train() {{
     local line="${{COMP_WORDS[*]}}" current="${{COMP_WORDS[COMP_CWORD]}}"
     local before="${{COMP_WORDS[COMP_CWORD-1]}}" key="" word option="" recipe=""
     COMPREPLY=()
-    [[ $line == *" engine.train"* || $line == *" superbert.engine.train"* ]] || return
-    for word in "${{COMP_WORDS[@]:0:COMP_CWORD}}"; do
+    [[ $line == "superbert train"* || $line == *" engine.train"* ||
+        $line == *" superbert.engine.train"* ]] || return
+    for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
         [[ $word == --* ]] && option=$word
         [[ -z $recipe && $word == *.toml ]] && recipe=$word
         [[ -z $recipe && " {recipes} " == *" $word "* ]] && recipe="{folder}/$word.toml"
@@ -58,6 +60,23 @@ _superbert_train() {{
 complete -o default -F _superbert_train python python3 torchrun
 """
 
+_COMMANDS = """\
+_superbert() {{
+    local current="${{COMP_WORDS[COMP_CWORD]}}" options=""
+    COMPREPLY=()
+    if ((COMP_CWORD == 1)); then
+        COMPREPLY=($(compgen -W "{commands}" -- "$current"))
+        return
+    fi
+    case ${{COMP_WORDS[1]}} in
+        train) _superbert_train; return ;;
+{options}
+    esac
+    [[ $current != -* ]] || COMPREPLY=($(compgen -W "$options" -- "$current"))
+}}
+complete -o default -F _superbert superbert
+"""
+
 
 _VALUES = '        {}) COMPREPLY=($(compgen -W "{}" -- "$current")) ;;'
 
@@ -70,16 +89,30 @@ def bash_script() -> str:
         for field in fields
         if field.choices
     ]
-    options = [word for action in parser()._actions for word in action.option_strings]
     return _SCRIPT.format(
         values="\n".join(values),
-        options=" ".join(options),
+        options=_options(parser()),
         keys=" ".join(field.key for field in fields if ANY_NAME not in field.key),
         named_keys=" ".join(field.key for field in fields if field.key.count(ANY_NAME) == 1),
         any_name=ANY_NAME,
         recipes=" ".join(recipes.names()),
         folder=recipes.RECIPES,
     )
+
+
+def bash_script_of_all(parsers: Mapping[str, ArgumentParser]) -> str:
+    """Return the script for ``superbert COMMAND``, and for ``python -m engine.train``.
+
+    Args:
+        parsers: those of all commands.
+    """
+    options = [f'        {name}) options="{_options(made)}" ;;' for name, made in parsers.items()]
+    options = [line for line in options if not line.lstrip().startswith("train)")]
+    return bash_script() + _COMMANDS.format(commands=" ".join(parsers), options="\n".join(options))
+
+
+def _options(made: ArgumentParser) -> str:
+    return " ".join(word for action in made._actions for word in action.option_strings)
 
 
 def _fields_of_phases() -> Iterator[RecipeField]:

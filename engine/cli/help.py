@@ -15,6 +15,7 @@ from ..config.recipe import Recipe
 from ..config.tables import model_types
 from ..gradients.balancing import METHODS
 from ..optim.build import OPTIMIZERS
+from .field_words import type_in_words
 
 
 class RecipeField(NamedTuple):
@@ -25,12 +26,14 @@ class RecipeField(NamedTuple):
         default: as TOML; empty where there is none.
         choices: the values that it can have, where these are few.
         text: what it means.
+        type: what it can be, in words.
     """
 
     key: str
     default: str
     choices: tuple[str, ...]
     text: str
+    type: str
 
 
 def recipe_fields() -> Iterator[RecipeField]:
@@ -69,7 +72,8 @@ def _fields_of(model: type[BaseModel], prefix: str) -> Iterator[RecipeField]:
             yield from _fields_of(table, f"{key}.{ANY_NAME}." if named else f"{key}.")
             continue
         text = " ".join((info.description or "").split())
-        yield RecipeField(key, _default(info), _choices(info.annotation), text)
+        kind = type_in_words(info.annotation, info.metadata)
+        yield RecipeField(key, _default(info), _choices(info.annotation), text, kind)
 
 
 def _default(info: FieldInfo) -> str:

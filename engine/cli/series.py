@@ -14,7 +14,8 @@ from ..runs.job import Outcome, Workers
 from ..runs.ranking import print_results, without_keys
 from ..runs.schedule import AllRuns, Ending, train_runs
 from ..runs.tuning import Tuning, check_record
-from .common import BAD_INPUT, DIED, DIVERGED, STOPPED
+from .common import DIED, DIVERGED, STOPPED
+from .parser import BAD_INPUT
 
 
 def train_series(

@@ -5,6 +5,7 @@ limits the length, so that these do not depend on the settings of a model folder
 BERT's, also for models that call ``[CLS]`` ``<s>``.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ _BERT_SETTINGS = {
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
 """Fields of ``tokenizer_config.json``, and their names in the normalizer."""
+
+_WORD_PIECE_CLASSES = re.compile(
+    "(Bert|ConvBert|DistilBert|Electra|Funnel|LayoutLM|Lxmert|MobileBert|MPNet|RetriBert|SqueezeBert)"
+    "Tokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend"
+)
+"""Those of transformers that split texts as BERT's does."""
 
 _CHUNK = 4096
 """Sentences encoded at a time: bounds the memory of the library's result objects."""
@@ -119,7 +126,8 @@ class Tokenizer:
         BERT and RoBERTa is used in a process of its own (engine/data/tokenizer_process.py).
 
         Raises:
-            InputError: the folder has neither, or they cannot be used.
+            InputError: the folder has neither, or they cannot be used, or ``vocab.txt`` is another
+                kind of tokenizer's than WordPiece.
         """
         whole, vocabulary = folder / "tokenizer.json", folder / "vocab.txt"
         if whole.is_file():
@@ -127,6 +135,7 @@ class Tokenizer:
             return cls(backend, str(whole), _named_tokens(folder, backend))
         if vocabulary.is_file():
             settings = _read_settings(folder / "tokenizer_config.json")
+            _check_is_word_piece(settings, folder)
             backend = _word_piece(_read_vocabulary(vocabulary), settings)
             return cls(backend, str(vocabulary))
         raise InputError(f"no tokenizer.json or vocab.txt, {folder}; give a model's folder")
@@ -484,6 +493,16 @@ def _named_tokens(folder: Path, backend: Backend | TokenizerProcess) -> list[str
         if isinstance(token, str):
             named.append(token)
     return named if len(named) == len(_ROLES) else []
+
+
+def _check_is_word_piece(settings: Mapping[str, object], folder: Path) -> None:
+    """Refuse a folder whose tokenizer splits texts otherwise before it looks up ``vocab.txt``."""
+    name = settings.get("tokenizer_class")
+    if isinstance(name, str) and not _WORD_PIECE_CLASSES.fullmatch(name):
+        raise InputError(
+            f"tokenizer_class {name!a} with vocab.txt alone: its texts are not split as BERT's, "
+            f"{folder}; give a folder with tokenizer.json"
+        )
 
 
 def _read_settings(path: Path) -> Mapping[str, object]:

@@ -132,3 +132,8 @@ def backend(op: str, device: torch.device | str) -> Kind:
         known = ", ".join(sorted({name for name, _ in _declared}))
         raise ValueError(f"no operator {op!r} for device type {key[1]!r}; operators: {known}")
     return _declared[key]
+
+
+def backends() -> dict[tuple[str, str], Kind]:
+    """Return the backend of every operator on every type of device: ``{(op, "cpu"): "cpp"}``."""
+    return dict(_declared)

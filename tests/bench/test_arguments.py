@@ -48,6 +48,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "kernels_once": {"--columns": COUNTS, "--runs": COUNTS, "--case": ("sst",)},
     "scaling_check": {"--steps": ONE},
+    "balancing.noise": {"--steps": COUNTS[1:], "--batches": (*ONE, "65")},
     "step": {
         **{"--batch-size": COUNTS, "--rounds": ONE, "--device": ("gpu",)},
         **{"--warmup-seconds": COUNTS, "--only": ("(",)},

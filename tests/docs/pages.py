@@ -15,6 +15,16 @@ DOCS = REPOSITORY / "docs"
 _PROGRAM = (
     r"(?:python -m (?:engine|bench|examples|tests)\b|superbert |torchrun |accelerate launch )"
 )
+_SHOWN = (
+    r"((?:torchrun .*?|accelerate launch .*?|python3? )-m (?:superbert\.)?"
+    r"(?:engine|bench|examples|tests)\.[a-z][^`\n]*"
+    r"|superbert (?!python|make\b|bash\b)[a-z]+(?: [^`\n]*|$))"
+)
+_AT_START = re.compile(rf"^(?:\$ )?{_SHOWN}", re.MULTILINE)
+_WITHIN = re.compile(
+    rf"(?:^(?:\$ )?|[|&;(]\s*|\b(?:do|exec|time) |\brun .*?|\b[A-Z_]+=\S+ ){_SHOWN}", re.MULTILINE
+)
+_BLOCK = re.DOTALL | re.MULTILINE
 
 
 class Page:
@@ -67,6 +77,30 @@ class Page:
         text = text.replace("\\\n", " ")
         lines = re.findall(rf"^(?: {{4,}}|\$ )?(?:\$ )?({_PROGRAM}.*)$", text, re.MULTILINE)
         return [re.sub(r"\s+", " ", re.sub(r"\s+# .*", "", line)).strip() for line in lines]
+
+    def shown_commands(self) -> list[str]:
+        """Return every command of this project, from ``python`` or ``torchrun`` on.
+
+        Those within a line, such as behind a pipe, and those in the text are among them, but not
+        those within what a program prints.
+        """
+        scripts = re.findall(r"^ *```(?:bash|sh|console)\n(.*?)^ *```", self.text, _BLOCK)
+        lines = re.findall(r"^ *```(?:text)?\n(.*?)^ *```", self.text, _BLOCK)
+        rest = re.sub(r"^( *)```.*?^\1```", "", self.text, flags=_BLOCK)
+        indented = re.findall(r"^ {4}((?:.*\\\n)*.*)$", rest, re.MULTILINE)
+        scripts += [re.sub(r"^ {4}", "", text, flags=re.MULTILINE) for text in indented]
+        # Code in the text may break where a line ends.
+        lines += [" ".join(text.split()) for text in re.findall(r"(?<!`)`([^`]+)`(?!`)", rest)]
+        found = [_WITHIN.findall(text.replace("\\\n", "")) for text in scripts]
+        found += [_AT_START.findall(text.replace("\\\n", "")) for text in lines]
+        commands = [re.sub(r"\s+#(?: .*)?$", "", one).strip() for own in found for one in own]
+        return list(dict.fromkeys(commands))
+
+
+def all_pages() -> list[str]:
+    """Return the names of all pages: those of ``docs/``, README, CONTRIBUTING and SECURITY."""
+    below = sorted(path.relative_to(REPOSITORY).as_posix() for path in DOCS.rglob("*.md"))
+    return [*below, "README", "CONTRIBUTING", "SECURITY"]
 
 
 def _without_headings(block: re.Match[str]) -> str:

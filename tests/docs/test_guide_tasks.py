@@ -18,7 +18,10 @@ from engine.data.table import read_table
 from engine.predict import Predictor
 from examples import five_tasks
 
-GUIDE = five_tasks.GUIDE.read_text(encoding="utf-8")
+from .pages import Page
+
+PAGE = Page("guide-tasks")
+GUIDE = PAGE.text
 PROGRAMS = {"train": train.main, "evaluate": evaluate.main, "predict": predict.main}
 SMALL = ["--set", "encoder.hidden_size=32", "encoder.num_hidden_layers=1", "max_train_examples=64"]
 
@@ -56,7 +59,7 @@ def test_the_guide_can_be_followed(
     capsys.readouterr()
     assert predict.main(shlex.split(piped[2])) == 0
     _, *lines = capsys.readouterr().out.splitlines()
-    *_, block = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
+    *_, block = PAGE.blocks("python", "Train, score, predict")
     exec(block)
     answers = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[1] for line in lines] == [line.split()[0] for line in answers]
@@ -151,7 +154,7 @@ def test_retrieval(
     header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert "    " + "      ".join(header[:2]) in GUIDE
     assert [row[:2] for row in rows] == [[str(q), str(k)] for q in range(9) for k in (1, 2, 3)]
-    block, *_ = re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)
+    (block,) = PAGE.blocks("python", "Retrieval")
     exec(block, {"passages": passages})
     assert len(capsys.readouterr().out.splitlines()) == 3
 
@@ -206,7 +209,8 @@ def test_answers_within_a_text(
     right = np.mean([text in own for text, own in zip(texts, known, strict=True)])
     assert right == pytest.approx(scores["answers.exact_match"])
     capsys.readouterr()
-    exec(re.findall(r"^```python\n(from engine\.predict .*?)^```$", GUIDE, re.S | re.M)[1])
+    (block,) = PAGE.blocks("python", "Answers within a text")
+    exec(block)
     assert len(capsys.readouterr().out.splitlines()) == 1
 
     assert report.main(["run", "--out", "pages"]) == 0

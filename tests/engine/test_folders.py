@@ -2,6 +2,8 @@
 
 import pytest
 
+from engine.__main__ import COMMANDS
+
 from ..conftest import REPOSITORY
 from ..folders import imported_above, listed
 
@@ -16,18 +18,10 @@ def test_every_folder_is_listed() -> None:
 
 
 def test_only_commands_stand_at_the_top() -> None:
-    commands = {
-        "train",
-        "evaluate",
-        "predict",
-        "export",
-        "report",
-        "sweep",
-        "fill",
-        "glue",
-        "cache",
+    assert {path.stem for path in ENGINE.glob("*.py")} == {
+        *COMMANDS,
+        *("__init__", "__main__", "_kernels"),
     }
-    assert {path.stem for path in ENGINE.glob("*.py")} == commands | {"__init__", "_kernels"}
 
 
 @pytest.mark.parametrize("folder", listed("engine"))

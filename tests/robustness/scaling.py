@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scaling.md against steps that 2 and 4 processes really take."""
+"""The arithmetic of docs/many-gpus.md against steps that 2 and 4 processes really take."""
 
 import itertools
 import json

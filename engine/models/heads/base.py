@@ -298,8 +298,7 @@ class Head(nn.Module, ABC):
     def load_pretrained(self, _tensors: Mapping[str, Tensor]) -> bool:
         """Load the weights that a Hugging Face model has for it; return whether there were any.
 
-        Args:
-            tensors: weights of the pretraining heads, under BERT's names.
+        It is given the weights of the pretraining heads, under BERT's names.
         """
         return False
 

@@ -8,33 +8,28 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine import cache, evaluate, export, fill, glue, predict, report, sweep, train
-from engine.cli.common import Parser
-from engine.cli.completion import bash_script
+from engine import cache, env, evaluate, export, fill, glue, predict, report, sweep, train
+from engine.__main__ import COMMANDS
+from engine.__main__ import main as superbert
+from engine.cli.completion import bash_script, bash_script_of_all
 from engine.cli.help import recipe_fields
 from engine.config import recipe as recipes
 from engine.config.messages import ANY_NAME
 from engine.train import main
 
+from ...conftest import REPOSITORY
 from ..conftest import TINY
 
-PROGRAMS = (train, evaluate, predict, export, report, sweep, fill, glue, cache)
+PROGRAMS = (train, evaluate, predict, export, report, sweep, fill, glue, cache, env)
 
 
-def parser_of(program, monkeypatch) -> Parser:
-    """The parser of a command, which is not run."""
-    shown: list[Parser] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Parser, "parse_args", lambda self, _: shown.append(self) or sys.exit())
-        with pytest.raises(SystemExit):
-            program.main([])
-    (parser,) = shown
-    return parser
+def test_every_command_is_here():
+    assert [f"engine.{name}" for name in COMMANDS] == [program.__name__ for program in PROGRAMS]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-def test_every_option_stands_in_a_group_and_says_what_happens_without_it(program, monkeypatch):
-    parser = parser_of(program, monkeypatch)
+def test_every_option_stands_in_a_group_and_says_what_happens_without_it(program):
+    parser = program.parser()
     assert parser.prog == f"python -m {program.__name__}"
     for group in parser._action_groups:
         own = [a for a in group._group_actions if a.dest not in ("help", "version")]
@@ -48,9 +43,9 @@ def test_every_option_stands_in_a_group_and_says_what_happens_without_it(program
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-def test_no_option_takes_an_empty_value(program, monkeypatch, capsys):
+def test_no_option_takes_an_empty_value(program, capsys):
     """As an unset variable of the shell gives it: --init "$MODEL"."""
-    parser = parser_of(program, monkeypatch)
+    parser = program.parser()
     actions = [a for a in parser._actions if a.nargs != 0]
     places = [action for action in actions if not action.option_strings]
     for action in actions:
@@ -95,13 +90,18 @@ def test_choices_are_the_values_that_a_field_takes(field):
             recipes.load("cgs", [f"{field.key}={choice}"])
 
 
+SCRIPT_OF_ALL = bash_script_of_all({p.__name__.rpartition(".")[2]: p.parser() for p in PROGRAMS})
+
+
 def complete(*words: str) -> list[str]:
     """Return what bash offers for the last word; ``=`` is a word of its own, as bash takes it."""
+    completer = "_superbert" if words[0] == "superbert" else "_superbert_train"
     quoted = " ".join(f"'{word}'" for word in words)
     code = (
         "compopt() { :; }\n"  # exists only while bash completes
-        f"{bash_script()}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}\n"
-        "_superbert_train\nprintf '%s\\n' \"${COMPREPLY[@]}\"\n"
+        f"{SCRIPT_OF_ALL}\nCOMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}\n"
+        f"{completer}\n"
+        "printf '%s\\n' \"${COMPREPLY[@]}\"\n"
     )
     process = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
     assert process.stderr == ""
@@ -126,6 +126,13 @@ TRAIN = ("python", "-m", "engine.train")
         ((*TRAIN, "cgs", "--set", "balance_granularity", "="), ["model", "layer", "tensor"]),
         ((*TRAIN, "cgs", "--set", "balance", "=", "pc"), ["pcgrad"]),
         (("python", "-m", "http.server", "--b"), []),
+        (("superbert", "e"), ["evaluate", "export", "env"]),
+        (("superbert", "train", "cg"), ["cgs"]),
+        (("superbert", "train", "cgs", "--max"), ["--max-steps"]),
+        (("superbert", "train", "cgs", "--set", "tasks.sts.hea"), ["tasks.sts.head="]),
+        (("superbert", "train", "--set", "balance", "=", "pc"), ["pcgrad"]),
+        (("superbert", "export", "run", "--o"), ["--onnx"]),
+        (("superbert", "export", "run", "fold"), []),
     ],
 )
 def test_bash_completes(words, expected):
@@ -160,3 +167,36 @@ def test_a_dry_run_shows_what_it_needs_and_writes_nothing(capsys, tmp_path: Path
     assert float(rows) == pytest.approx(3 * int(numel) * 4 / 2**20, abs=0.05)
     assert float(re.search(r"seconds a step +│ ([\d.e-]+)", text)[1]) > 0
     assert re.search(r"time, without evaluations and warming up +│ \d+:\d\d:\d\d", text)
+
+
+def test_the_script_of_all_commands_is_printed(capsys):
+    assert superbert(["--completion", "bash"]) == 0
+    assert capsys.readouterr().out == SCRIPT_OF_ALL
+    assert superbert(["--completion", "csh"]) == 2
+    assert capsys.readouterr().err == "error: --completion 'csh': expected bash\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("trian", "'trian': no command; did you mean train?"),
+        ("--help=train", "'--help=train': no command; commands: train, evaluate, "),
+        ("\x1b[1m", "'\\x1b[1m': no command; commands: "),
+    ],
+)
+def test_an_unknown_command_is_one_line(name, said, capsys):
+    assert superbert([name]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys, engine.__main__ as script\n"
+        "for line in ([], ['--help'], ['--version'], ['train-']): script.main(line)\n"
+        "assert not {'torch', 'numpy', 'rich'} & {*sys.modules}\n"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert all(f"\n  {name:10}" in run.stdout for name in COMMANDS)

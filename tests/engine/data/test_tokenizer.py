@@ -293,3 +293,29 @@ def test_agrees_with_transformers(
     expected = theirs(texts, truncation=True, max_length=512)["input_ids"]
     assert encoded.tokens.tolist() == [token for row in expected for token in row]
     assert encoded.truncated == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "is_word_piece"),
+    [
+        *((f"{kind}Tokenizer", True) for kind in ("Bert", "DistilBert", "Electra", "MPNet")),
+        ("BertTokenizerFast", True),
+        ("PreTrainedTokenizerFast", True),
+        (None, True),
+        *(
+            (f"{kind}Tokenizer", False)
+            for kind in ("BertJapanese", "Bertweet", "Phobert", "RoFormer")
+        ),
+        ("CharacterBertTokenizer", False),
+    ],
+)
+def test_a_vocabulary_of_another_kind_of_tokenizer_is_refused(tmp_path, name, is_word_piece):
+    """Such as one whose words a morphological analysis divides."""
+    vocabulary = [*SPECIAL_TOKENS, "a", "film"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    if is_word_piece:
+        assert Tokenizer.load(tmp_path).encode(["a film"], 8).tokens.tolist() == [2, 5, 6, 3]
+        return
+    with pytest.raises(InputError, match=rf"tokenizer_class '{name}' .* with tokenizer.json"):
+        Tokenizer.load(tmp_path)

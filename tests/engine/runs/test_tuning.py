@@ -48,7 +48,7 @@ class Trained:
     def status(self, *options: str, workers=None) -> int:
         self.calls.clear()
         line = ["demo", "--max-steps", "9", "--seeds", "3", *options, "--out", str(self.folder)]
-        given = sweep._parser().parse_args(line)
+        given = sweep.parser().parse_args(line)
         points, _ = sweep._points(["demo"], given)
         console = Console(width=200, highlight=False)
         return tune_series(self.folder, Tuning(points), workers or InProcess(self.train), console)
