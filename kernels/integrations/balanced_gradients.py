@@ -77,6 +77,7 @@ class BalancedGradients:
         awaits_step: whether gradients were combined since the last step.
 
     Raises:
+        TypeError: ``collector`` is no :class:`.TaskGradients`.
         ValueError: an unknown ``granularity``, or names that are not different.
     """
 
@@ -91,6 +92,11 @@ class BalancedGradients:
         if granularity not in ("model", "group", "tensor"):
             raise ValueError(
                 f"granularity must be 'model', 'group' or 'tensor', not {granularity!r}"
+            )
+        if collector is not None and not isinstance(collector, TaskGradients):
+            raise TypeError(
+                "task_gradients: expected kernels.TaskGradients(model, num_tasks), got "
+                f"{type(collector).__name__}"
             )
         self._granularity: Granularity = granularity
         self._average, self._collector = average, collector
@@ -275,10 +281,13 @@ class BalancedGradients:
         """Yield a buffer for each kind of parameter, or the one that collects task gradients."""
         collector = self._collector
         if collector is not None:
-            if {id(entry.parameter) for entry in trained} != set(map(id, collector.parameters)):
+            own, others = {id(entry.parameter) for entry in trained}, collector.parameters
+            if own != set(map(id, others)):
                 raise ValueError(
-                    "the optimizer's parameters that require a gradient are not those of "
-                    "task_gradients"
+                    f"the {len(own)} parameters of the optimizer that require a gradient are not "
+                    f"the {len(others)} of task_gradients; make TaskGradients(module, num_tasks) "
+                    "of the module whose parameters the optimizer has, and make it and the wrapper "
+                    "anew after freezing or unfreezing some"
                 )
             yield ParameterRows.collected(trained, collector)
             return

@@ -35,7 +35,9 @@ class BalancedOptimizer(torch.optim.Optimizer):
 
     Parameter groups, state and defaults are those of the wrapped optimizer, and hooks,
     ``copy.deepcopy``, pickling, learning-rate schedulers and ``torch.amp.GradScaler`` work as with
-    any other.  A parameter that no task reaches keeps its ``grad``, usually None, so that weight
+    any other.  On several processes it works with DistributedDataParallel, with FSDP2
+    (``fully_shard``), and with a process group and no wrapper; FSDP1 and DeepSpeed ZeRO-3 are
+    refused.  A parameter that no task reaches keeps its ``grad``, usually None, so that weight
     decay does not change it.
 
     Args:
@@ -44,9 +46,10 @@ class BalancedOptimizer(torch.optim.Optimizer):
             of Gramians.
         granularity: the parameters that are balanced together: the whole ``"model"``, each
             parameter ``"group"`` of the optimizer (a layer, say), or each ``"tensor"``.
-        task_gradients: of the model whose parameters the optimizer trains; the losses then
-            come from a forward pass within its ``batch``, and ``backward`` is one backward pass.
-            Hooks of parameters' gradients (``register_hook``) are not called with it.
+        task_gradients: ``TaskGradients(model, num_tasks)`` of the module whose parameters the
+            optimizer trains; the losses then come from a forward pass within its
+            ``batch([32, 32])``, and ``backward`` is one backward pass.  Hooks of parameters'
+            gradients (``register_hook``) are not called with it.  Not with FSDP2.
         tasks: the tasks' names, for losses by name; those of the first losses when None.
         process_group: the ranks whose task gradients are averaged before they are balanced, so that
             all do the update of one process with the examples of all.  ``"auto"``: those of the
@@ -60,8 +63,8 @@ class BalancedOptimizer(torch.optim.Optimizer):
         optimizer: the wrapped one.
 
     Raises:
-        TypeError: ``optimizer`` is none, ``method`` takes more than a Gram matrix, or
-            ``process_group`` is no group.
+        TypeError: ``optimizer`` is none, ``method`` takes more than a Gram matrix,
+            ``process_group`` is no group, or ``task_gradients`` are none.
         ValueError: an unknown ``granularity``, a name twice, or a negative ``check_ranks_every``.
     """
 

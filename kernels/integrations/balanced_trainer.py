@@ -49,7 +49,8 @@ class PCGradTrainer(Trainer):
     arguments for metrics; its losses are evaluated without.
 
     Started by torchrun or ``accelerate launch``, it trains on several processes as Trainer does,
-    each with a copy of the model, and does the update of one process with the examples of all.
+    each with a copy of the model (DistributedDataParallel), and does the update of one process with
+    the examples of all.  Trainer's FSDP, of either version, and DeepSpeed are refused.
 
     For other trainers derive from both: ``class Mine(PCGradTrainer, OtherTrainer)``.
 

@@ -34,7 +34,9 @@ class PCGrad(BalancedOptimizer):
     """An optimizer with PCGrad around another; ``pc_backward`` replaces ``backward``.
 
     A parameter that no task reaches keeps its ``grad``, usually None, so that weight decay does not
-    change it, and the mean is taken over the tasks that reach a parameter.
+    change it, and the mean is taken over the tasks that reach a parameter.  Several processes, with
+    DistributedDataParallel, FSDP2 or no wrapper, average the gradient of each task before it is
+    projected, and do one step together, as :class:`.BalancedOptimizer` says.
 
     Args:
         optimizer: any torch optimizer.  The number of orders drawn so far is an entry
@@ -43,7 +45,7 @@ class PCGrad(BalancedOptimizer):
         granularity: project over the whole ``"model"`` as the paper does, within each parameter
             ``"group"`` of the optimizer, or within each ``"tensor"``.
         seed: of the random order of projections, which is a function of seed and number of the
-            draw alone, so that all ranks of a distributed run draw the same.
+            draw alone, so that all ranks draw the same.
         include_self: also project each gradient by itself at its place in the order, as the widely
             copied class does; with that class's order, the update is the same.
         task_gradients: as for :class:`.BalancedOptimizer`.  A layer that sees several tasks at once
@@ -55,7 +57,7 @@ class PCGrad(BalancedOptimizer):
         extent: the old name of ``granularity``, deprecated.
 
     Raises:
-        TypeError: ``optimizer`` or ``process_group`` is none.
+        TypeError: ``optimizer``, ``process_group`` or ``task_gradients`` is none.
         ValueError: an unknown ``reduction`` or ``granularity``, a name twice, or a negative
             ``check_ranks_every``.
     """

@@ -46,7 +46,9 @@ class TaskGradients:
     parameters' own ``grad`` does not change.  Under autocast the layers compute as usual, and the
     rows have the dtype of the parameters.  Activation checkpointing needs
     ``checkpoint(…, use_reentrant=False, context_fn=task_gradients.checkpoint_contexts)``; that of
-    transformers' models, ``gradient_checkpointing_enable()``, gets it by itself.
+    transformers' models, ``gradient_checkpointing_enable()``, gets it by itself.  On several
+    processes the model may be wrapped by DistributedDataParallel, or by nothing; sharded parameters
+    (FSDP, tensor parallelism) are refused.
 
     Args:
         model: any module.  Within :meth:`batch` its trained parameters are used by linear, layer

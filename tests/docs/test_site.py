@@ -219,7 +219,7 @@ QUERIES = {
     "GradScaler": "pcgrad-loop/ migrating/",
     "DDP": "pcgrad-processes/ migrating/",
     "DistributedDataParallel": "pcgrad-processes/ migrating/",
-    "pc_backward": "migrating/",
+    "pc_backward": "pcgrad-loop/ pcgrad-trainers/ migrating/",
     "flash_attn_varlen_func": "api/kernels/",
     "TorchJD": "migrating/",
     "CONTRIBUTING": "contributing/",

@@ -486,6 +486,12 @@ def test_nothing_waits_for_the_device(granularity: str) -> None:
             optimizer.step()
 
 
+def test_task_gradients_are_an_object_of_that_class() -> None:
+    optimizer = torch.optim.SGD(Joined().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"^task_gradients: expected .*num_tasks\), got int$"):
+        PCGrad(optimizer, task_gradients=2)  # type: ignore[arg-type]
+
+
 def test_copies_with_task_gradients_are_refused() -> None:
     model = Joined()
     optimizer = PCGrad(
