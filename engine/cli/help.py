@@ -16,7 +16,6 @@ from ..config.tables import model_types
 from ..gradients.balancing import METHODS
 from ..optim.build import OPTIMIZERS
 
-
 _DEFAULT_WIDTH = 12
 """Columns of a default in a line; few defaults are longer."""
 

@@ -2,7 +2,8 @@
 
 A recipe is a TOML file; the built-in ones lie in ``engine/config/recipes``.  What a file leaves out
 has the default below, and ``--set key=value`` replaces any field, nested ones by a dotted name
-(``tasks.sts.head=cosine``).  An unknown key is an error that names the nearest known one.
+(``tasks.sts.head=cosine``).  An unknown key is an error that names the nearest known one,
+by its letters or by what other trainers call it.
 """
 
 import re
@@ -41,6 +42,7 @@ from ..utils.field_types import (
 )
 from ..utils.untrusted_io import parse_toml, read_bytes
 from .messages import FIELDS, first_problem, nearest
+from .misplaced import misplaced, phase_by_mistake
 from .objective import ObjectiveRecipe, check_objective
 from .renamed import with_new_name, with_new_names
 from .stream_checks import check_streams
@@ -529,12 +531,16 @@ def read(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
     lines = [f"recipe {name}: {line}" for line in lines]
     init, given = fields.get("init", ""), dict[str, Any]()
     for override in overrides:
-        lines += _apply(fields, override)
         _apply(given, override)
+    if problem := phase_by_mistake(fields, given):
+        raise InputError(f"recipe {name}: {problem}")
+    for override in overrides:
+        lines += _apply(fields, override)
     try:
         recipe = Recipe.model_validate(fields)
     except ValidationError as error:
-        raise InputError(f"recipe {name}: {first_problem(error, Recipe)}") from None
+        problem = misplaced(fields, given, Recipe.model_fields, OF_A_PHASE)
+        raise InputError(f"recipe {name}: {problem or first_problem(error, Recipe)}") from None
     lines = list(dict.fromkeys(lines))
     if recipe.init in ("", init):
         return recipe, lines
