@@ -44,6 +44,7 @@ from ..utils.untrusted_io import parse_toml, read_bytes
 from .messages import FIELDS, first_problem, nearest
 from .misplaced import misplaced, phase_by_mistake
 from .objective import ObjectiveRecipe, check_objective
+from .places import with_places
 from .renamed import with_new_name, with_new_names
 from .stream_checks import check_streams
 from .tables import EncoderRecipe, TaskRecipe
@@ -81,7 +82,8 @@ class Recipe(Settings):
     """The paper whose system this is, or empty."""
 
     data: Name = ""
-    """Folder of the data files (``--data``); empty for the embedded demo corpus."""
+    """Folder of the data files (``--data``); empty: that of the recipe's file, where its own files
+    are there, or the embedded demo corpus."""
     init: Name = ""
     """Folder or hub name of a pretrained encoder (``--init``), or a run's folder, whose encoder,
     heads and adapters are taken (engine/runs/initial_weights.py); empty to train from scratch."""
@@ -506,6 +508,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def read(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
     """Read a recipe as :func:`load` does; return a line for each old name instead of warning.
 
+    Data that a file names are looked for in its folder, too: :func:`.with_places`.
+
     Args:
         name: as for :func:`load`.
         overrides: as for :func:`load`.
@@ -536,6 +540,8 @@ def read(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
         raise InputError(f"recipe {name}: {problem}")
     for override in overrides:
         lines += _apply(fields, override)
+    if is_file:
+        fields = with_places(fields, path.parent)
     try:
         recipe = Recipe.model_validate(fields)
     except ValidationError as error:

@@ -223,7 +223,11 @@ def test_a_report_has_all_tasks(run: Path, tmp_path: Path) -> None:
 
 def test_without_data_one_line_says_so(tmp_path: Path) -> None:
     for given, message in (
-        ([], "CoLA/train.tsv is relative to the folder of the data files; name that with --data"),
+        (
+            [],
+            "CoLA/train.tsv is relative to the folder of the data files, and not beside the "
+            "recipe; name that folder with --data",
+        ),
         (["--data", str(tmp_path)], "cannot read a file: .*CoLA/train.tsv"),
         (["--data", str(tmp_path / "none")], "no such folder"),
     ):

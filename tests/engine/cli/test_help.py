@@ -89,7 +89,8 @@ def test_a_pipe_gets_a_whole_line_for_each_field(monkeypatch, capsys):
     for line, field in zip(lines, recipe_fields(), strict=True):
         text = field.text.replace("``", "")
         assert line.split(maxsplit=1)[0] == field.key
-        assert field.default in line and line.endswith(text)
+        assert field.default in line
+        assert line.endswith(text)
 
 
 @pytest.mark.parametrize("width", [44, 80, 200])
