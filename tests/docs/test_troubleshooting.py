@@ -5,6 +5,7 @@ Those that a test can provoke are; the others are found in the source, or are li
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ import torch
 
 import kernels
 from engine import export, train
-from engine.config import recipe as recipes
 from engine.data.demo import write_demo
 from engine.runs.lock import held
 from engine.utils.errors import InputError
@@ -88,9 +88,9 @@ def spelled(node: ast.AST) -> str:
 def stands_in_the_source(text: str) -> bool:
     """Return whether one text of the source, or several around values, give a text of the page."""
     wanted = fragments(text)
-    if any(re.search(".*".join(map(re.escape, wanted)), own) for own in sources()):
-        return True
-    return all(any(part in own for own in sources()) for part in wanted)
+    return any(re.search(".*".join(map(re.escape, wanted)), own) for own in sources()) or all(
+        any(part in own for own in sources()) for part in wanted
+    )
 
 
 def refusal(*arguments: str, program: Any = train) -> str:
@@ -207,10 +207,44 @@ PROVOKED: list[tuple[Callable[[], None], str]] = [
 ]
 
 
+BY_COMMANDS = (
+    "unknown key",
+    "objectives.…",
+    "recipe …",
+    "execution = graphs",
+    "precision = tf32",
+    "--device",
+    "--data …",
+    "label is outside",
+    "label is not among",
+    "broken quoting",
+    "no column",
+    "cannot read a file",
+    "tasks.….source.files",
+    "dataset …: cannot load",
+    "--init …: no such folder",
+    "--init …: neither",
+    "…; give a plain encoder",
+    "--out …: holds",
+    "… another process",
+    "error: out of memory",
+    "loss or gradient not finite",
+    "…after step",
+    "… not found; weights",
+)
+"""The beginnings of texts that the tests of commands below provoke."""
+
+
 def entry(beginning: str) -> str:
     """Return the one text of the page that begins so."""
     (found,) = [text for text in TEXTS if text.startswith(beginning)]
     return found
+
+
+def check(beginning: str, said: str) -> None:
+    """Check that what a command said is the text that begins so."""
+    assert beginning in BY_COMMANDS
+    assert regex(entry(beginning)).search(said), said
 
 
 @pytest.mark.parametrize(
@@ -231,11 +265,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def spoilt(data: Path, tmp_path: Path) -> Callable[[str, str], Path]:
+def corrupted(data: Path, tmp_path: Path) -> Callable[[str, str], Path]:
     """Return a function that copies the corpus with a row added to its sentiments."""
 
     def copy(row: str, header: str = "") -> Path:
-        folder = tmp_path / "spoilt"
+        folder = tmp_path / "corrupted"
         folder.mkdir(exist_ok=True)
         for file in data.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
@@ -253,74 +287,73 @@ def test_texts_of_recipes(tmp_path: Path) -> None:
         "unknown key": [*run, "--set", "learning_rate=1"],
         "objectives.…": [*run, "--set", "objectives.sts.batch_size=8"],
         "recipe …": ["nosuch"],
-        "execution = graphs": [*run, "--set", "execution=graphs", *TINY],
-        "precision = tf32": [*run, "--set", "precision=tf32", *TINY],
+        "execution = graphs": [*run, "--set", *TINY, "execution=graphs"],
+        "precision = tf32": [*run, "--set", *TINY, "precision=tf32"],
         "--device": [*run, "--device", "nosuch"],
     }.items():
-        assert regex(entry(beginning)).search(refusal(*arguments)), beginning
+        check(beginning, refusal(*arguments))
 
 
-def test_texts_of_data(tmp_path: Path, data: Path, spoilt: Callable[..., Path]) -> None:
+def test_texts_of_data(tmp_path: Path, data: Path, corrupted: Callable[..., Path]) -> None:
     run = ["demo", "--out", str(tmp_path / "run"), "--max-steps", "1", "--set", *TINY]
 
     def says(beginning: str, *arguments: str) -> None:
-        said = refusal(*run, *arguments)
-        assert regex(entry(beginning)).search(said), said
+        check(beginning, refusal(*run, *arguments))
 
     says("--data …", "--data", str(tmp_path / "none"))
-    says("label is outside", "--data", str(spoilt("1\tx\ta fine film\t7")))
-    says("broken quoting", "--data", str(spoilt('1\tx\t"a fine film\t2')))
-    says("no column", "--data", str(spoilt("1\tx\ta film\t2", "\tid\ttext\tsentiment")))
-    (tmp_path / "spoilt" / "ids-sst-train.csv").unlink()
-    says("cannot read a file", "--data", str(tmp_path / "spoilt"))
-    said = refusal("glue", "--out", str(tmp_path / "run"))
-    assert regex(entry("tasks.….source.files")).search(said)
-    recipe = recipes.load("demo", ["train=['sst']"]).tasks["sst"]
-    assert recipe.source is None
+    says("label is outside", "--data", str(corrupted("1\tx\ta fine film\t7")))
+    says("broken quoting", "--data", str(corrupted('1\tx\t"a fine film\t2')))
+    says("no column", "--data", str(corrupted("1\tx\ta film\t2", "\tid\ttext\tsentiment")))
+    (tmp_path / "corrupted" / "ids-sst-train.csv").unlink()
+    says("cannot read a file", "--data", str(tmp_path / "corrupted"))
+    check("tasks.….source.files", refusal("glue", "--out", str(tmp_path / "run")))
     own = tmp_path / "own.toml"
     own.write_text(
         'train = ["a"]\n[tasks.a]\nhead = "single"\n[tasks.a.source]\nkind = "classification"\n'
         'text = ["t"]\nclasses = ["x", "y"]\ndataset = "no/such/set"\n'
     )
-    assert regex(entry("dataset …: cannot load")).search(refusal(str(own), *run[1:5]))
+    check("dataset …: cannot load", refusal(str(own), *run[1:5]))
     (tmp_path / "rows.csv").write_text("t,label\none,x\ntwo,z\n")
     own.write_text(
         own.read_text().replace(
             'dataset = "no/such/set"', 'files.train = "rows.csv"\nfiles.dev = "rows.csv"'
         )
     )
-    assert regex(entry("label is not among")).search(refusal(str(own), *run[1:5]))
+    check("label is not among", refusal(str(own), *run[1:5]))
 
 
 def test_texts_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ["demo", "--out", str(tmp_path / "run"), "--max-steps", "1", "--set", *TINY, "--init"]
-    said = refusal(*run, str(tmp_path / "none"))
-    assert regex(entry("--init …: no such folder")).search(said)
+    check("--init …: no such folder", refusal(*run, str(tmp_path / "none")))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert regex(entry("--init …: neither")).search(refusal(*run, "nobody/no-such-model"))
+    check("--init …: neither", refusal(*run, "nobody/no-such-model"))
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    assert regex(entry("…; give a plain encoder")).search(refusal(*run, str(folder)))
+    check("…; give a plain encoder", refusal(*run, str(folder)))
 
 
-def test_texts_of_runs(tiny_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = tiny_run("run", "--max-steps", "1")
+def test_texts_of_runs(tmp_path: Path) -> None:
+    run = tmp_path / "run"
     again = ["demo", "--out", str(run), "--max-steps", "1", "--set", *TINY]
-    assert regex(entry("--out …: holds")).search(refusal(*again))
+    assert train.main(again) == 0
+    check("--out …: holds", refusal(*again))
     with held(tmp_path / "held"):
         again[2] = str(tmp_path / "held")
-        assert regex(entry("… another process")).search(refusal(*again))
+        check("… another process", refusal(*again))
     again[2] = str(tmp_path / "other")
-    assert regex(entry("error: out of memory")).search(refusal(*again, "batch_size=900000000"))
-    said = refusal(*again, "lr=1e30", "max_skipped=2", "max_steps=40")
-    assert any(regex(entry(text)).search(said) for text in ("loss or grad", "…after step")), said
+    check("error: out of memory", refusal(*again, "batch_size=900000000"))
+    check("…after step", refusal(*again, "lr=1e30", "max_steps=4"))
+    again[2] = str(tmp_path / "skipped")
+    again.remove("--max-steps")
+    again.remove("1")
+    many = ("max_train_examples=900", "log_every=1", "max_skipped=1", "max_steps=40")
+    check("loss or gradient not finite", refusal(*again, "lr=1e30", *many))
     weights = tmp_path / "model"
     assert export.main([str(run), "--to", str(weights)]) == 0
     (weights / "model.safetensors").rename(weights / "pytorch_model.bin")
     again[2] = str(tmp_path / "third")
-    said = refusal(*again, "--init", str(weights))
-    assert regex(entry("… not found; weights")).search(said), said
+    check("… not found; weights", refusal(*again, "--init", str(weights)))
 
 
 def test_the_package_that_is_not_there(tmp_path: Path) -> None:
@@ -329,11 +362,24 @@ def test_the_package_that_is_not_there(tmp_path: Path) -> None:
     assert entry("No module named") in done.stderr
 
 
+def test_the_extension_that_is_not_built(tmp_path: Path) -> None:
+    name = "_extension.py"
+    (tmp_path / name).write_bytes((REPOSITORY / "kernels" / name).read_bytes())
+    with pytest.raises(ImportError, match=regex(entry("libsuperbert.so"))):
+        runpy.run_path(str(tmp_path / name))
+
+
 def test_all_other_texts_stand_in_the_source() -> None:
-    provoked = {entry(beginning) for _, beginning in PROVOKED} | {entry("No module named")}
+    beginnings = [
+        *BY_COMMANDS,
+        *(beginning for _, beginning in PROVOKED),
+        "No module named",
+        "libsuperbert.so",
+    ]
+    provoked = set(map(entry, beginnings))
     others = set(TEXTS) - provoked - OF_COMPILERS_AND_DRIVERS - OF_LIBRARIES.keys()
     assert [text for text in others if not stands_in_the_source(text)] == []
-    assert len(others) > 20
+    assert len(others) > 10
     for text, (library, file) in OF_LIBRARIES.items():
         spec = find_spec(library)
         assert spec is not None
