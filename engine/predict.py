@@ -33,7 +33,7 @@ from .data.cache import Reading
 from .data.dialect import AUTO
 from .data.hub_stream import HubStream
 from .data.origins import HubSplit
-from .data.table import OnBadRow
+from .data.table import OnBadRow, bad_row_lines
 from .data.task_schema import TaskSchema
 from .runs.data_paths import check_split, origin
 from .runs.predictor import Match, Prediction, Predictor, has_probabilities, predictions, schema
@@ -87,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(note, highlight=False, soft_wrap=True)
     if done.truncated:
         console.print(f"{done.truncated} sentences cut to the length limit")
-    for reason, count in done.bad_rows.items():
-        console.print(f"{count} rows without a prediction ({reason})")
+    for line in bad_row_lines(done.bad_rows, done.first_bad, "rows without a prediction"):
+        console.print(line, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -100,12 +100,14 @@ class _Done(NamedTuple):
         notes: on how they were read, a line each.
         truncated: how many sentences were cut.
         bad_rows: how many rows have no prediction, by reason.
+        first_bad: what was wrong with the first of these.
     """
 
     rows: int
     notes: tuple[str, ...]
     truncated: int
     bad_rows: Mapping[str, int]
+    first_bad: str
 
 
 def _read(
@@ -127,7 +129,7 @@ def _answered(
 ) -> _Done:
     """Answer examples, and write the answers as they are there."""
     predictor, shown = None, options.probabilities
-    rows, truncated, bad_rows = 0, 0, Counter[str]()
+    rows, truncated, bad_rows, first_bad = 0, 0, Counter[str](), ""
     reading = shown_on(terminal(stderr=options.output == STREAM), Reading())
     with _read(run, options, form, on_bad_row) as examples, reading.watch(examples.name) as show:
         for table in examples.tables:
@@ -141,8 +143,9 @@ def _answered(
             file.write(text.encode("utf-8"))
             rows, truncated = rows + len(table), truncated + split.truncated
             bad_rows.update(table.bad_rows)
+            first_bad = first_bad or table.first_bad
             show(rows, examples.tables.share)
-        return _Done(rows, examples.notes, truncated, bad_rows)
+        return _Done(rows, examples.notes, truncated, bad_rows, first_bad)
 
 
 def _found(
@@ -165,7 +168,7 @@ def _found(
     write = matches_as_tsv if form_out == "tsv" else matches_as_json_lines
     file.write(write(anchors, passages, found).encode("utf-8"))
     notes = (*asked.notes, *among.notes)
-    return _Done(len(anchors), notes, found.truncated, anchors.bad_rows)
+    return _Done(len(anchors), notes, found.truncated, anchors.bad_rows, anchors.first_bad)
 
 
 def parser() -> Parser:

@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from rich import box
 from rich.console import Console
-from rich.table import Column, Table
+from rich.padding import Padding
+from rich.text import Text
 
 from ..config.messages import ANY_NAME, table_of
 from ..config.recipe import Recipe
@@ -16,6 +16,9 @@ from ..config.tables import model_types
 from ..gradients.balancing import METHODS
 from ..optim.build import OPTIMIZERS
 from .field_words import type_in_words
+
+_DEFAULT_WIDTH = 12
+"""Columns of a default in a line; few defaults are longer."""
 
 
 class RecipeField(NamedTuple):
@@ -51,16 +54,21 @@ def recipe_fields() -> Iterator[RecipeField]:
 
 
 def print_fields(console: Console) -> None:
-    """Print a table of all fields, with their names whole however narrow the terminal is."""
-    table = Table(
-        Column("field", no_wrap=True),
-        Column("default", max_width=12, overflow="fold"),
-        Column("meaning", overflow="fold"),
-        box=box.SIMPLE_HEAD,
-    )
-    for field in recipe_fields():
-        table.add_row(field.key, field.default, field.text.replace("``", ""))
-    console.print(table)
+    """Print all fields with their whole names and texts.
+
+    A terminal gets the text below the name, wrapped at its width; a pipe or file a line for each
+    field, for ``grep``.
+    """
+    fields = [field._replace(text=field.text.replace("``", "")) for field in recipe_fields()]
+    widest = max(len(field.key) for field in fields)
+    for field in fields:
+        if console.is_terminal:
+            default = f" = {field.default}" if field.default else ""
+            console.print(field.key + default, soft_wrap=True)
+            console.print(Padding(Text(field.text), (0, 0, 0, 4)))
+        else:
+            line = f"{field.key:{widest}}  {field.default:{_DEFAULT_WIDTH}}  {field.text}"
+            console.print(line.rstrip(), soft_wrap=True, highlight=False)
 
 
 def _fields_of(model: type[BaseModel], prefix: str) -> Iterator[RecipeField]:

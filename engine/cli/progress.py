@@ -17,6 +17,7 @@ from ..data.sampler import TokenSampler
 from ..data.sentences_twice import SentencesTwice
 from ..data.split import TokenizedSplit
 from ..data.streamed import StreamedExamples
+from ..data.table import bad_row_lines
 from ..data.task_batch import Examples
 from ..distributed.bandwidth import measure_traffic
 from ..lint.idle_settings import lines_on_idle_settings
@@ -87,8 +88,8 @@ def report_data(
         found = split.report if isinstance(split, RankExamples) else split
         if found.truncated:
             console.print(f"{split.task}: {found.truncated} sentences cut to the length limit")
-        for reason, count in found.bad_rows.items():
-            console.print(f"{split.task}: {count} rows skipped ({reason})")
+        for line in bad_row_lines(found.bad_rows, found.first_bad):
+            console.print(f"{split.task}: {line}", highlight=False, soft_wrap=True)
     return notes
 
 
@@ -99,8 +100,9 @@ def report_streams(console: Console, splits: Iterable[Examples]) -> None:
             continue
         if split.truncated:
             console.print(f"{split.task}: {split.truncated} sentences cut to the length limit")
-        for reason, count in split.bad_rows.items():
-            console.print(f"{split.task}: {count} rows of the stream skipped ({reason})")
+        what = "rows of the stream skipped"
+        for line in bad_row_lines(split.bad_rows, split.first_bad, what):
+            console.print(f"{split.task}: {line}", highlight=False, soft_wrap=True)
 
 
 def _notes_on(examples: Examples) -> Iterator[str]:

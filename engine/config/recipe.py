@@ -2,7 +2,8 @@
 
 A recipe is a TOML file; the built-in ones lie in ``engine/config/recipes``.  What a file leaves out
 has the default below, and ``--set key=value`` replaces any field, nested ones by a dotted name
-(``tasks.sts.head=cosine``).  An unknown key is an error that names the nearest known one.
+(``tasks.sts.head=cosine``).  An unknown key is an error that names the nearest known one,
+by its letters or by what other trainers call it.
 """
 
 import re
@@ -41,7 +42,9 @@ from ..utils.field_types import (
 )
 from ..utils.untrusted_io import parse_toml, read_bytes
 from .messages import FIELDS, first_problem, nearest
+from .misplaced import misplaced, phase_by_mistake
 from .objective import ObjectiveRecipe, check_objective
+from .places import with_places
 from .renamed import with_new_name, with_new_names
 from .stream_checks import check_streams
 from .tables import EncoderRecipe, TaskRecipe
@@ -79,7 +82,8 @@ class Recipe(Settings):
     """The paper whose system this is, or empty."""
 
     data: Name = ""
-    """Folder of the data files (``--data``); empty for the embedded demo corpus."""
+    """Folder of the data files (``--data``); empty: that of the recipe's file, where its own files
+    are there, or the embedded demo corpus."""
     init: Name = ""
     """Folder or hub name of a pretrained encoder (``--init``), or a run's folder, whose encoder,
     heads and adapters are taken (engine/runs/initial_weights.py); empty to train from scratch."""
@@ -504,6 +508,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def read(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
     """Read a recipe as :func:`load` does; return a line for each old name instead of warning.
 
+    Data that a file names are looked for in its folder, too: :func:`.with_places`.
+
     Args:
         name: as for :func:`load`.
         overrides: as for :func:`load`.
@@ -529,12 +535,18 @@ def read(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
     lines = [f"recipe {name}: {line}" for line in lines]
     init, given = fields.get("init", ""), dict[str, Any]()
     for override in overrides:
-        lines += _apply(fields, override)
         _apply(given, override)
+    if problem := phase_by_mistake(fields, given):
+        raise InputError(f"recipe {name}: {problem}")
+    for override in overrides:
+        lines += _apply(fields, override)
+    if is_file:
+        fields = with_places(fields, path.parent)
     try:
         recipe = Recipe.model_validate(fields)
     except ValidationError as error:
-        raise InputError(f"recipe {name}: {first_problem(error, Recipe)}") from None
+        problem = misplaced(fields, given, Recipe.model_fields, OF_A_PHASE)
+        raise InputError(f"recipe {name}: {problem or first_problem(error, Recipe)}") from None
     lines = list(dict.fromkeys(lines))
     if recipe.init in ("", init):
         return recipe, lines

@@ -30,7 +30,7 @@ from .entry import (
     read_text,
     write_text,
 )
-from .origins import Origin
+from .origins import Origin, with_paths, without_paths
 from .prepare import Preparation, prepared
 from .rows import lines_on
 from .split import TokenizedSplit
@@ -40,7 +40,7 @@ from .tokenized import Array, Joiner
 from .tokenizer import SPECIAL_TOKENS, Tokenizer
 from .workshop import abandoned, workshop
 
-_VERSION = 10
+_VERSION = 11
 """Raise it when reading, tokenizing or the layout of an entry changes."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -147,12 +147,18 @@ def load_split(
                     show(joiner.rows, rows.share())
                 joiner.check_usable(origin.where)
                 origin.check_unchanged()
-                writer.finish(format_.task, joiner.totals(), tuple(rows.notes), origin.name)
+                totals = joiner.totals()
+                totals = totals._replace(first_bad=without_paths(totals.first_bad, origin))
+                writer.finish(format_.task, totals, tuple(rows.notes), origin.name)
 
     split = _opened(
         entry, lambda verify: open_entry(entry, verify=verify), make, verify=reading.verify
     )
-    return replace(split, notes=lines_on(origin.name, split.notes))  # of any name it may have
+    return replace(  # of any name that it may have
+        split,
+        notes=lines_on(origin.name, split.notes),
+        first_bad=with_paths(split.first_bad, origin),
+    )
 
 
 def load_arrays(

@@ -167,8 +167,16 @@ def _explained(name: str, split: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        looked = (
+            ""
+            if isdir(name)
+            else (
+                "taken for a name of the hub, since no folder of that name is in the working "
+                "folder, in --data or beside the recipe: "
+            )
+        )
         raise InputError(
-            f"dataset {name}: cannot load split {split} ({reason_of(error)}); "
+            f"dataset {name}: cannot load split {split} ({reason_of(error)}); {looked}"
             "check dataset, subset and splits"
         ) from error
 

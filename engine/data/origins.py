@@ -1,6 +1,7 @@
 """Where examples come from: a file, several files, or a data set's split, loaded or streamed."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -239,3 +240,32 @@ class HubSplit:
 
 
 Origin = DataFile | DataFiles | HubSplit | HubStream
+
+_PLACE = re.compile("\0([0-9]+)\0")
+
+
+def without_paths(text: str, origin: Origin) -> str:
+    """Return a text on a row with the number of its file in place of the path, for the cache.
+
+    The same content may be read from another path later.
+    """
+    files = origin.files if isinstance(origin, DataFile | DataFiles) else ()
+    for number, file in enumerate(files):
+        if f", {file.where}" in text:
+            return text.replace(f", {file.where}", f", \0{number}\0")
+    return text
+
+
+def with_names(text: str, origin: Origin) -> str:
+    """Return a text on a row with the name of its file in place of the path."""
+    for file in origin.files if isinstance(origin, DataFile | DataFiles) else ():
+        text = text.replace(f", {file.where}", f", {file.name}")
+    return text
+
+
+def with_paths(text: str, origin: Origin) -> str:
+    """Return what :func:`without_paths` was given, with the paths that files have now."""
+    files = origin.files if isinstance(origin, DataFile | DataFiles) else ()
+    return _PLACE.sub(
+        lambda found: files[int(found[1])].where if int(found[1]) < len(files) else "", text
+    )

@@ -25,6 +25,7 @@ class Report:
         rows: their examples, before the recipe cuts them.
         truncated: how many sentences were cut to the limit on the length.
         bad_rows: how many rows were skipped or blanked, by reason.
+        first_bad: what was wrong with the first of these.
         notes: what was found out about files, a line each.
         found: of an objective, the texts that were found; None of a task.
     """
@@ -33,6 +34,7 @@ class Report:
     rows: int
     truncated: int
     bad_rows: dict[str, int]
+    first_bad: str
     notes: tuple[str, ...]
     found: Found | None = None
 

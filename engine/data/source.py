@@ -118,9 +118,10 @@ class TaskSource(Settings):
     """Regression: the smallest and the largest label."""
 
     files: dict[Split, OneOrSeveral[FileName]] = {}
-    """A file for each split, relative to the data folder: .tsv, .csv, .jsonl, .json or .parquet,
-    and behind that .gz, .bz2, .xz or .zst where it is compressed.  All are read piece by piece, but
-    for a .json that is one array, or in SQuAD's form, which memory has to hold.  Or several files,
+    """A file for each split, relative to the data folder, or to that of the recipe without
+    ``--data``: .tsv, .csv, .jsonl, .json or .parquet, and behind that .gz, .bz2, .xz or .zst where
+    it is compressed.  All are read piece by piece, but for a .json that is one array, or in SQuAD's
+    form, which memory has to hold.  Or several files,
     which are read one after the other: a list, a folder, or a pattern such as part-*.parquet.
     Names may be addresses that fsspec opens: s3://bucket/part-*.parquet, https://….  Splits are
     train, dev and test, and further ones, to be scored or predicted by their names."""
@@ -142,7 +143,8 @@ class TaskSource(Settings):
     compression: Compression = "auto"
     """Files: none, gzip, bz2, xz, zstd; auto: as what stands behind the ending says."""
     dataset: Name = ""
-    """Instead of files: a name or folder that the library ``datasets`` loads."""
+    """Instead of files: a folder that the library ``datasets`` loads, relative to the working
+    folder, the data folder or that of the recipe, whichever has it first; or a name of the hub."""
     subset: Name = ""
     """The data set's configuration, where it has several."""
     splits: dict[Split, GivenName] = {"train": "train", "dev": "validation"}
@@ -446,7 +448,7 @@ class TaskSource(Settings):
             if not (Path(name).is_absolute() or is_address(name)) and folder is None:
                 raise InputError(
                     f"tasks.{task}.source.files: {name} is relative to the folder of the data "
-                    "files; name that with --data"
+                    "files, and not beside the recipe; name that folder with --data"
                 )
         key = f"tasks.{task}.source.files.{split}"
         files = [DataFile(path) for path in shards(names, folder or Path(), key)]

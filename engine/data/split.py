@@ -43,6 +43,7 @@ class TokenizedSplit:
         bad_rows: how many rows of the file were skipped or blanked, by reason.
         blank: the indices of the blanked rows.
         notes: what was found out about the file, a line each.
+        first_bad: what was wrong with the first row that was skipped or blanked, and where it is.
         token_types: uint8 ``[T]``, the segment of each token; None where all are 0.
         states: fp32 ``[T, H]``, hidden states of a frozen encoder (engine/training/precompute.py).
         word_offsets: int64 ``[n + 1]``, where words are tagged: example i has words
@@ -64,6 +65,7 @@ class TokenizedSplit:
     bad_rows: dict[str, int]
     blank: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    first_bad: str = ""
     token_types: npt.NDArray[np.uint8] | None = None
     states: npt.NDArray[np.float32] | None = None
     word_offsets: npt.NDArray[np.int64] | None = None
@@ -249,6 +251,7 @@ def split_of(
         bad_rows=totals.bad_rows,
         blank=totals.blank,
         notes=tuple(notes),
+        first_bad=totals.first_bad,
         spans=spans,
         **plain,
     )

@@ -118,6 +118,7 @@ class StreamedExamples:
     Attributes:
         task: the task's name.
         bad_rows: rows that were skipped, by reason, among those that were not passed over.
+        first_bad: what was wrong with the first of these.
         truncated: sentences that were cut to the limit on the length, likewise.
         notes: what is to be known of the stream, a line each.
 
@@ -136,7 +137,7 @@ class StreamedExamples:
         folder: Path | None = None,
     ) -> None:
         self.task = order.schema.task
-        self.bad_rows, self.truncated = Counter[str](), 0
+        self.bad_rows, self.first_bad, self.truncated = Counter[str](), "", 0
         self.notes = [
             f"streamed, shuffled in a buffer of {order.size:,} rows; another number of ranks sees "
             "other batches"
@@ -259,6 +260,7 @@ class StreamedExamples:
         """Begin with a block, whose first example has a number."""
         self._pieces.clear()
         self.bad_rows.clear()
+        self.first_bad = ""
         self.truncated = 0
         self._joined, self._step = None, -1
         self._start = self._end = index
@@ -289,6 +291,7 @@ class StreamedExamples:
             return
         piece = self._preparation.tokenized(table, self._tokenizer)
         self.bad_rows.update(table.bad_rows)
+        self.first_bad = self.first_bad or table.first_bad
         self.truncated += piece.truncated
         self._pieces.append(piece)
         self._end += piece.examples

@@ -297,6 +297,22 @@ def table_of(
     )
 
 
+def bad_row_lines(
+    bad_rows: Mapping[str, int], first_bad: str, what: str = "rows skipped"
+) -> Iterator[str]:
+    """Yield a line for each reason why rows were skipped or blanked, with the place of the first.
+
+    Args:
+        bad_rows: how many were, by reason.
+        first_bad: what was wrong with the first of all, as of :class:`Table`.
+        what: was done to them.
+    """
+    for reason, count in bad_rows.items():
+        has_first = first_bad.startswith(f"{reason}: ")
+        first = f"; the first: {first_bad.removeprefix(f'{reason}: ')}" if has_first else ""
+        yield f"{count} {what} ({reason}){first}"
+
+
 def check_usable(usable: int, where: str, bad_rows: Mapping[str, int], first_bad: str) -> None:
     """Refuse a file without a usable row.
 

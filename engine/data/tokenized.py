@@ -88,6 +88,7 @@ class Totals(NamedTuple):
     truncated: int
     bad_rows: dict[str, int]
     blank: tuple[int, ...]
+    first_bad: str
 
 
 class Joiner:
@@ -152,6 +153,7 @@ class Joiner:
             self._truncated,
             dict(self._bad_rows),
             tuple(self._blank),
+            self._first_bad,
         )
 
 

@@ -7,14 +7,10 @@ import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from os.path import expanduser, isdir
-from pathlib import Path
-from typing import Any
-
-import tomli_w
 
 from .. import __version__
 from ..checkpoints.manifest import Progress
+from ..config.local_names import file_name, local_name, toml_without_paths
 from ..config.recipe import Recipe
 from ..data.source import TaskSource
 from ..data.task_schema import TaskSchema
@@ -29,9 +25,6 @@ WIDTH = 100
 _LIBRARIES = ("torch", "tokenizers", "safetensors", "numpy")
 _FEW_CLASSES = 30
 """Names of classes that a card lists; the other files have all."""
-_PATHS = frozenset({"data", "init", "dataset", "files"})
-"""Keys of a recipe, its sources and objectives whose values may be paths of this machine."""
-
 _OPTIMISTIC = "Thresholds of {} were chosen on the same data, so that these scores are optimistic."
 
 _SHORT_CARD = """\
@@ -173,7 +166,7 @@ def data_list(run: Run) -> str:
         lines.append(f"- {markdown_text(name)}{trained}{origin}: {columns} -> {_labels(form)}")
     for name, objective in run.recipe.objectives.items():
         if name in run.recipe.trained and objective.files:
-            files = ", ".join(markdown_text(local_name(file)) for file in objective.files)
+            files = ", ".join(markdown_text(file_name(file)) for file in objective.files)
             lines.append(f"- {markdown_text(name)}: text, from {files}")
     return "\n".join(lines)
 
@@ -183,33 +176,14 @@ def _origin(source: TaskSource) -> str:
     if source.dataset:
         return local_name(source.dataset)
     split = "train" if "train" in source.files else next(iter(source.files))
-    return ", ".join(map(local_name, source.of(split).file_names))
+    return ", ".join(map(file_name, source.of(split).file_names))
 
 
 def recipe_block(recipe: Recipe) -> str:
     """Return every setting of a recipe as a block of TOML, paths by their last names."""
-    settings = recipe.model_dump(mode="json", exclude_none=True)
-    sources = [task["source"] for task in settings["tasks"].values() if "source" in task]
-    for table in (settings, *sources, *settings["objectives"].values()):
-        for key in table.keys() & _PATHS:
-            table[key] = _without_paths(table[key])
-    text = printable(tomli_w.dumps(settings))
+    text = printable(toml_without_paths(recipe))
     marks = fence(text)
     return f"{marks}toml\n{text}{marks}"
-
-
-def _without_paths(value: Any) -> Any:
-    """Return a path, or those of a list or table, by its last name."""
-    if isinstance(value, Mapping):
-        return {key: _without_paths(path) for key, path in value.items()}
-    return local_name(value) if isinstance(value, str) else [local_name(path) for path in value]
-
-
-def local_name(name: str) -> str:
-    """Return the last name of a path of this machine; the name of a hub or a file as it is."""
-    path = Path(expanduser(name))
-    is_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    return path.resolve().name or "/" if name and (is_local or isdir(path)) else name
 
 
 def _labels(form: TaskSchema) -> str:

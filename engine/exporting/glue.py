@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..data.origins import DataFile
 from ..data.rows import lines_on
-from ..data.table import OnBadRow, Table
+from ..data.table import OnBadRow, Table, bad_row_lines
 from ..data.task_schema import TaskSchema
 from ..runs.data_paths import origin, splits_of
 from ..runs.predictor import Predictor, schema
@@ -94,8 +94,9 @@ def read_tests(run: Run, on_bad_row: OnBadRow) -> Submission:
         found = origin(run.recipe, file.task, file.split)
         tables[file] = found.table(form, labelled=False, on_bad_row=on_bad_row)
         lines += lines_on(found.name, tables[file].notes)
-        for why, count in tables[file].bad_rows.items():
-            lines.append(f"{file.name}: {count} rows answered as empty texts ({why})")
+        bad, first = tables[file].bad_rows, tables[file].first_bad
+        for line in bad_row_lines(bad, first, "rows answered as empty texts"):
+            lines.append(f"{file.name}: {line}")
     if not tables:
         known = ", ".join(dict.fromkeys(file.task for file in GLUE_FILES))
         raise InputError(

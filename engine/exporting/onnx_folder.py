@@ -56,10 +56,7 @@ def check_packages() -> None:
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        raise InputError(
-            f"--onnx needs {', '.join(missing)}; pip install {' '.join(missing)} (or this project "
-            "as superbert-engine[onnx])"
-        )
+        raise InputError(f"--onnx needs {', '.join(missing)}; pip install {' '.join(missing)}")
 
 
 def write_onnx_folder(

@@ -15,12 +15,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..config.local_names import local_name
 from ..models.lora import LoraSettings, StoredUpdate
 from ..models.registry import MODELS, spec_of
 from ..runs.run import Run
 from ..utils.errors import InputError
 from ..utils.json_text import dump_json
-from .card_sections import local_name
 
 
 def write_peft_adapter(

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..config.local_names import toml_without_paths
 from ..metrics.read import Json
 from ..runs.run import Run
 from ..utils.output_files import write_output
@@ -90,7 +91,7 @@ def write_page(run: Run, path: Path, device: torch.device, *, replace: bool = Fa
         facts=dict(_facts(run, steps)),
         answers=answers,
         sections=sections,
-        recipe=run.recipe.to_toml(),
+        recipe=toml_without_paths(run.recipe),
     )
     write_output(path, html, replace=replace)
 

@@ -13,12 +13,12 @@ from ..config.recipe import Recipe
 from ..data.addresses import Place
 from ..data.cache import Reading, Show, load_vocabulary
 from ..data.hub_stream import HubStream
-from ..data.origins import DataFile, HubSplit, Origin
+from ..data.origins import DataFile, HubSplit, Origin, with_names
 from ..data.raw_text import each_line, evenly
 from ..data.rows import lines_on
 from ..data.sampler import stratified_subset
 from ..data.shards import shards
-from ..data.table import TableReader, strata
+from ..data.table import TableReader, bad_row_lines, strata
 from ..data.tokenizer import Tokenizer
 from .data_paths import data_folder, origin, reads_data_folder
 
@@ -131,7 +131,7 @@ class ObjectiveTexts:
             every = strata(np.concatenate(labels), rows)
             chosen = np.zeros(rows, dtype=bool)
             chosen[stratified_subset(every, limit, task, recipe.seed)] = True
-        start, bad_rows = 0, Counter[str]()
+        start, bad_rows, first_bad = 0, Counter[str](), ""
         with _tables(recipe, task, found) as tables:
             for table in tables:
                 for row in range(len(table)):
@@ -140,13 +140,13 @@ class ObjectiveTexts:
                 self._sources.say(number, tables.share)
                 start += len(table)
                 bad_rows.update(table.bad_rows)
+                first_bad = first_bad or table.first_bad
             said = lines_on(found.name, tables.notes)
         self.largest = max(self.largest, start)
         self.notes += [f"{task}: {line}" for line in said]
-        self.notes += [
-            f"{self._name}: {count} rows of {task} skipped ({why})"
-            for why, count in bad_rows.items()
-        ]
+        first_bad = with_names(first_bad, found)  # the cache may keep it
+        skipped = bad_row_lines(bad_rows, first_bad, f"rows of {task} skipped")
+        self.notes += [f"{self._name}: {line}" for line in skipped]
 
 
 class _Sources:

@@ -49,5 +49,8 @@ def set_matmul_precision(precision: str, device: torch.device) -> None:
     """
     has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and not has_tf32:
-        raise InputError("precision = tf32: needs a GPU of compute capability 8.0; take fp32")
+        raise InputError(
+            "precision = tf32: needs a GPU of compute capability 8.0 or higher (A100, RTX 3090, "
+            "L4, H100, …); take fp32"
+        )
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")

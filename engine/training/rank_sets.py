@@ -129,6 +129,7 @@ def _texts(own: MaskedText | SentencesTwice, ranks: Ranks, files: int) -> RankEx
             rows=sum(sizes),
             truncated=0,
             bad_rows={},
+            first_bad="",
             notes=notes,
             found=Found(
                 max(each.largest for each in found), sum(each.texts for each in found), notes
@@ -178,14 +179,15 @@ def _gathered(ranks: Ranks, own: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _report(own: TokenizedSplit, ranks: Ranks, files: int, rows: int) -> Report:
-    said = ranks.gather_values([own.truncated, own.bad_rows, own.notes])
+    said = ranks.gather_values([own.truncated, own.bad_rows, own.first_bad, own.notes])
     bad_rows = Counter[str]()
-    for _, own_bad_rows, _ in said:
+    for _, own_bad_rows, *_ in said:
         bad_rows.update(own_bad_rows)
     return Report(
         files=files,
         rows=rows,
         truncated=sum(truncated for truncated, *_ in said),
         bad_rows=dict(bad_rows),
+        first_bad=next((first for *_, first, _ in said if first), ""),
         notes=tuple(dict.fromkeys(note for *_, notes in said for note in notes)),
     )

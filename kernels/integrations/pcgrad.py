@@ -45,7 +45,8 @@ class PCGrad(BalancedOptimizer):
         granularity: project over the whole ``"model"`` as the paper does, within each parameter
             ``"group"`` of the optimizer, or within each ``"tensor"``.
         seed: of the random order of projections, which is a function of seed and number of the
-            draw alone, so that all ranks draw the same.
+            draw alone.  All ranks draw the same order, and project the task gradients that were
+            averaged over them (``process_group``).
         include_self: also project each gradient by itself at its place in the order, as the widely
             copied class does; with that class's order, the update is the same.
         task_gradients: as for :class:`.BalancedOptimizer`.  A layer that sees several tasks at once

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -63,6 +64,22 @@ def test_the_guide_can_be_followed(
     exec(block)
     answers = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[1] for line in lines] == [line.split()[0] for line in answers]
+
+
+@pytest.mark.parametrize("at", [".", "five", "elsewhere"])
+def test_all_data_are_found_from_any_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """The data set by name, too, without a setting that names its folder."""
+    above = folder.parent
+    (above / "elsewhere").mkdir()
+    monkeypatch.chdir(above / at)
+    recipe = [str(folder / "five.toml"), "--data", str(folder / "corpus")]
+    if at != "elsewhere":
+        recipe = [os.path.relpath(path) if "/" in path else path for path in recipe]
+    assert train.main([*recipe, "--out", "run", "--max-steps", "1", *SMALL]) == 0
+    monkeypatch.chdir(above)
+    assert evaluate.main([f"{at}/run"]) == 0
 
 
 def test_the_source_of_a_stream(tmp_path: Path) -> None:

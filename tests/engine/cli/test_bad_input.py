@@ -211,7 +211,9 @@ def test_bad_rows_end_the_run_or_are_skipped(capsys, tmp_path, demo_copy, row, e
 
     skipping = [*arguments, "--on-bad-row", "skip", "--max-steps", "1"]
     assert train.main([*skipping, "--set", *TINY]) == 0
-    assert "1 rows skipped" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"sst: 1 rows skipped ({expected})" in printed
+    assert f"{file}:3; " in printed.partition("the first: ")[2].splitlines()[0]
 
 
 def test_wrong_encoding_and_missing_files(capsys, tmp_path, demo_copy):

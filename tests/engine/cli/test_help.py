@@ -3,16 +3,18 @@
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import engine
 from engine import cache, env, evaluate, export, fill, glue, predict, report, sweep, train
 from engine.__main__ import COMMANDS
 from engine.__main__ import main as superbert
 from engine.cli.completion import bash_script, bash_script_of_all
-from engine.cli.help import recipe_fields
+from engine.cli.help import print_fields, recipe_fields
 from engine.config import recipe as recipes
 from engine.config.messages import ANY_NAME
 from engine.train import main
@@ -75,11 +77,29 @@ def test_every_field_has_a_meaning_and_its_default_can_be_set():
             recipes.load("cgs", [f"{field.key}={field.default}"])
 
 
-def test_the_names_of_fields_stand_whole_in_a_narrow_terminal(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_a_pipe_gets_a_whole_line_for_each_field(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
     assert main(["--fields"]) == 0
-    shown = capsys.readouterr().out
-    assert {field.key for field in recipe_fields()} <= set(shown.split())
+    lines = capsys.readouterr().out.splitlines()
+    for line, field in zip(lines, recipe_fields(), strict=True):
+        text = field.text.replace("``", "")
+        assert line.split(maxsplit=1)[0] == field.key
+        assert field.default in line
+        assert line.endswith(text)
+
+
+@pytest.mark.parametrize("width", [44, 80, 200])
+def test_a_terminal_gets_whole_names_and_texts_at_its_width(width):
+    console = Console(file=StringIO(), force_terminal=True, color_system=None, width=width)
+    print_fields(console)
+    lines = console.file.getvalue().splitlines()
+    fields = list(recipe_fields())
+    names = [line for line in lines if not line.startswith(" ")]
+    assert [name.partition(" = ")[0] for name in names] == [field.key for field in fields]
+    texts = " ".join("".join(f"{line}\n" for line in lines).split())
+    for field in fields:
+        assert " ".join(field.text.replace("``", "").split()) in texts
+    assert max(len(line) for line in lines if line.startswith(" ")) <= width
 
 
 @pytest.mark.parametrize("field", [f for f in recipe_fields() if f.choices], ids=lambda f: f.key)

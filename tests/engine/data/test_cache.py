@@ -14,8 +14,9 @@ from engine.config.recipe import Recipe
 from engine.data import cache as cache_module
 from engine.data import entry
 from engine.data.cache import default_cache, load_arrays, load_split
-from engine.data.origins import DataFile
+from engine.data.origins import DataFile, DataFiles
 from engine.data.split import TokenizedSplit
+from engine.data.table import bad_row_lines
 from engine.data.task_schema import FORMATS
 from engine.data.tokenizer import Tokenizer
 from engine.runs.data_paths import data_folder
@@ -99,6 +100,29 @@ def test_bad_rows_are_kept_count_of(tokenizer: Tokenizer, tmp_path: Path) -> Non
         )
         assert (len(split), split.blank, split.skipped) == (3, (1, 2), 2)
         np.testing.assert_array_equal(split.lengths[2:], 2)
+
+
+def test_the_first_bad_row_is_named_in_the_file_that_is_read_now(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        files = [tmp_path / folder / name for name in ("a.tsv", "b.tsv")]
+        files[0].write_text("id\tsentence1\tsentence2\na\tone\ttwo\n")
+        files[1].write_text("id\tsentence1\tsentence2\na\tone\ttwo\nb\t\ttwo\nc\t\tone\n")
+        split = load_split(
+            DataFiles(tuple(map(DataFile, files))),
+            *(STS, tokenizer, 32),
+            labelled=False,
+            on_bad_row="skip",
+            cache=tmp_path / "cache",
+        )
+        (line,) = bad_row_lines(split.bad_rows, split.first_bad)
+        assert line == (
+            "2 rows skipped (empty sentence); the first: "
+            f"column 'sentence1', {files[1]}:3; correct the row"
+        )
+    assert len([*(tmp_path / "cache").glob("*/meta.json")]) == 1
 
 
 def damage_by_truncation(entry: Path) -> None:

@@ -5,6 +5,7 @@ The oracle reads the rows of :mod:`engine.data.stream_order` into one table and 
 
 import gc
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -264,6 +265,7 @@ def test_bad_rows_are_skipped_and_counted(tmp_path, start, kept) -> None:
             examples.task_batch(sampler.batch(step), step)
         assert examples.bad_rows["empty sentence"] > 16
         assert examples.bad_rows["label is outside 0 to 1"] > 16
+        assert re.search(r", train-\S+, row \d+; correct the row$", examples.first_bad)
         examples.keep_marks(tmp_path)
         examples = streamed_of(order, "skip", folder=tmp_path)
     examples.go_to(sampler.batch(start))
