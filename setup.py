@@ -17,6 +17,14 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"superbert-engine: setuptools {setuptools.__version__} is too old: "
+        "pip install 'setuptools>=77' (docs/install.md)"
+    )
+
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -43,7 +51,9 @@ def cuda_wanted() -> bool:
     if torch.version.cuda is None:
         return False
     if find_tool("nvcc") is None:
-        print("torch has CUDA, but nvcc is not on PATH: building without CUDA code", file=sys.stderr)
+        print(
+            "torch has CUDA, but nvcc is not on PATH: building without CUDA code", file=sys.stderr
+        )
         return False
     return True
 
@@ -64,7 +74,7 @@ def needed_tools() -> tuple[str, str]:
             "`make setup` does all of it"
         )
     if not os.environ.get("CXX") and not any(map(find_tool, COMPILERS)):
-        stop("no C++ compiler on PATH: install g++ 11 or later, or name a compiler in CXX")
+        stop("no C++ compiler on PATH: install g++ 12 or later, or name a compiler in CXX")
     if not find_tool("ninja") and not find_tool("make"):
         stop("building needs ninja or make: pip install ninja")
     return cmake, str(Path(torch.origin).parent)

@@ -73,6 +73,12 @@ def test_no_torch(source: Path) -> None:
     told(last_line(build(source, hidden)).split(" (pip")[0])
 
 
+def test_the_setuptools_of_a_new_environment(source: Path) -> None:
+    """Python 3.11's own has no wheels, which ends in a traceback otherwise."""
+    line = last_line(build(source, "import setuptools as s; s.__version__ = '65.5.0'"))
+    told(line.replace("65.5.0", "65.5"))
+
+
 @pytest.mark.parametrize("system", ["win32", "darwin"])
 def test_another_system(source: Path, system: str) -> None:
     code = f"import setuptools.command.bdist_wheel; sys.platform = {system!r}"
