@@ -19,11 +19,16 @@ from typing import NoReturn
 
 import setuptools
 
+
+def stop(problem: str) -> NoReturn:
+    """End with one line that says what is missing."""
+    raise SystemExit(f"superbert-engine: {problem} (docs/install.md)")
+
+
+if sys.platform != "linux":
+    stop(f"builds on Linux, not on {sys.platform}: take WSL2 or a Linux container")
 if int(setuptools.__version__.split(".")[0]) < 77:
-    raise SystemExit(
-        f"superbert-engine: setuptools {setuptools.__version__} is too old: "
-        "pip install 'setuptools>=77' (docs/install.md)"
-    )
+    stop(f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -58,15 +63,8 @@ def cuda_wanted() -> bool:
     return True
 
 
-def stop(problem: str) -> NoReturn:
-    """End with one line that says what is missing."""
-    raise SystemExit(f"superbert-engine: {problem} (docs/install.md)")
-
-
 def needed_tools() -> tuple[str, str]:
     """Return the paths of cmake and of the torch package; end where something is missing."""
-    if sys.platform != "linux":
-        stop(f"builds on Linux, not on {sys.platform}: take WSL2 or a Linux container")
     cmake, torch = find_tool("cmake"), importlib.util.find_spec("torch")
     if cmake is None or torch is None or torch.origin is None:
         stop(

@@ -5,13 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import _extension
 from tests.conftest import REPOSITORY
 from tests.docs.pages import Page
 
@@ -37,7 +35,8 @@ def build(source: Path, code: str = "", **environment: str) -> subprocess.Comple
     path = source.parent / "bin"
     path.mkdir(exist_ok=True)
     for tool in TOOLS:
-        (path / tool).symlink_to(shutil.which(tool) or "")
+        if not (path / tool).exists():
+            (path / tool).symlink_to(shutil.which(tool) or "")
     run = f"import runpy, sys; sys.argv[1:] = ['-q', 'build_ext', '--inplace']; {code}\n"
     run += "runpy.run_path('setup.py', run_name='__main__')"
     kept = {name: os.environ[name] for name in ("HOME", "VIRTUAL_ENV") if name in os.environ}
@@ -81,17 +80,16 @@ def test_the_setuptools_of_a_new_environment(source: Path) -> None:
 
 @pytest.mark.parametrize("system", ["win32", "darwin"])
 def test_another_system(source: Path, system: str) -> None:
-    code = f"import setuptools.command.bdist_wheel; sys.platform = {system!r}"
-    line = last_line(build(source, code))
+    line = last_line(build(source, f"import setuptools; sys.platform = {system!r}"))
     assert system in line
     told(line.replace(system, "win32"))
 
 
 def test_a_compiler_that_fails_is_not_kept(source: Path) -> None:
-    for compiler in ("/bin/false", "/bin/true"):
-        ended = build(source, CXX=compiler)
-        told(last_line(ended))
-        assert compiler in ended.stderr
+    ended = build(source, CXX="/bin/false")
+    told(last_line(ended))
+    assert "/bin/false" in ended.stderr
+    assert "no C++ compiler" in build(source).stderr
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on this machine")
