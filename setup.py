@@ -36,7 +36,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 LIBRARY = "libsuperbert.so"
-COMPILERS = ("c++", "g++", "clang++")
+COMPILERS = ("c++", "g++")
 
 
 def find_tool(name: str) -> str | None:
@@ -72,7 +72,7 @@ def needed_tools() -> tuple[str, str]:
             "`make setup` does all of it"
         )
     if not os.environ.get("CXX") and not any(map(find_tool, COMPILERS)):
-        stop("no C++ compiler on PATH: install g++ 12 or later, or name a compiler in CXX")
+        stop("no C++ compiler on PATH: install g++ 12 or later, or name one in CXX")
     if not find_tool("ninja") and not find_tool("make"):
         stop("building needs ninja or make: pip install ninja")
     return cmake, str(Path(torch.origin).parent)

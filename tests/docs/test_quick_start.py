@@ -37,7 +37,9 @@ def run(command: str) -> None:
 def test_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (made,) = re.findall(r"python -m engine\.(train demo)$", (REPOSITORY / "Makefile").read_text(), re.M)
+    (made,) = re.findall(
+        r"python -m engine\.(train demo)$", (REPOSITORY / "Makefile").read_text(), re.M
+    )
     monkeypatch.chdir(tmp_path)
     assert train.main([*made.split()[1:], *SMALL]) == 0
     trained, scored, predicted, exported = PAGE.blocks("text")
