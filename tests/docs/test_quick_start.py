@@ -23,7 +23,7 @@ SMALL = ["--set", "encoder.hidden_size=32", "encoder.num_hidden_layers=1", "max_
 
 
 def shape(text: str) -> list[str]:
-    """Lines without figures and without what depends on them; those that are not shown, left out."""
+    """Lines without figures and what depends on them, without those that the page leaves out."""
     text = re.sub(r"  \(best so far\)|\((?:bfloat16|float32)\)", "", text)
     lines = re.sub(r"\d+(?:\.\d+)?", "N", text).splitlines()
     return [line.rstrip() for line in lines if not re.match("epoch|…|━+ N/N|$", line)]
