@@ -111,7 +111,9 @@ class CMakeBuild(build_ext):
         if not built.exists():  # a cache would keep the compiler that failed before
             (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
         run_cmake(configure)
-        run_cmake([cmake, "--build", str(build_dir), "--parallel"])
+        # As many processes as there are cores, which --parallel means, or as CMake's variable says.
+        parallel = [] if "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ else ["--parallel"]
+        run_cmake([cmake, "--build", str(build_dir), *parallel])
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels import _extension, backend
 from tests.conftest import REPOSITORY
 from tests.docs.pages import Page
 
@@ -130,3 +132,61 @@ def test_a_library_that_does_not_load(tmp_path: Path) -> None:
     assert f"torch {torch.__version__}" in line
     assert "libsuperbert.so" in line
     told(line.removeprefix("ImportError: ").split(torch.__version__)[0].strip())
+
+
+def test_the_variables_and_targets() -> None:
+    """Those of the table are read somewhere, and the default targets are CMake's."""
+    source = "".join(
+        (REPOSITORY / name).read_text()
+        for name in ("setup.py", "CMakeLists.txt", "engine/data/cache.py", "engine/__init__.py")
+    )
+    names = re.findall(r"^\| `(\w+)` \| (?:build|run) \|", PAGE.section("Variables"), re.M)
+    ours = [name for name in names if name.startswith("SUPERBERT_")]
+    assert ours == ["SUPERBERT_CUDA", "SUPERBERT_CUDA_ARCHITECTURES", "SUPERBERT_CACHE"]
+    assert all(name in source for name in [*ours, "THP_MEM_ALLOC_ENABLE"])
+    (default,) = re.findall(r'SUPERBERT_CUDA_ARCHITECTURES "(.*?)"', source)
+    assert f"`{default}`" in PAGE.section("Variables")
+
+
+def test_the_versions() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert project["project"]["requires-python"] == ">=3.11"
+    assert {"torch>=2.11,<2.14", "setuptools>=77"} <= set(project["build-system"]["requires"])
+    assert "pip install 'torch>=2.11,<2.14' 'setuptools>=77' cmake ninja" in PAGE.text
+    extras = project["project"]["optional-dependencies"]
+    assert all(f"`{extra}`" in PAGE.text for extra in extras if extra != "test")
+
+
+def test_what_runs_without_cuda_code() -> None:
+    """The methods that need the solvers of the CUDA code, and the operators that fall back."""
+    folder = REPOSITORY / "kernels" / "balancing"
+    needing = {
+        path.stem
+        for path in folder.glob("*.py")
+        if "from .solvers import" in path.read_text() and path.stem != "solvers"
+    }
+    (told_of,) = re.findall(r"slower\.((?: `\w+`,?| and)+)", re.sub(r"\s+", " ", PAGE.text))
+    assert set(re.findall(r"`(\w+)`", told_of)) == needing
+    if not _extension.has_kernel("gram", "CUDA"):
+        for op in ("gram", "pcgrad_weights", "combine", "combine_adamw_"):
+            assert backend(op, "cuda") == "torch"
+    for op in ("linear_task_gradients_", "attention_plan", "dropout"):
+        assert backend(op, "cuda") == "triton"
+
+
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    PAGE.run_python()
+    printed = capsys.readouterr().out.strip()
+    assert f"# {printed}" in PAGE.text or f"or {printed}" in PAGE.text
+
+
+def test_the_processors() -> None:
+    """Each unit of the table is one that the library can be limited to, in the same order."""
+    rows = re.findall(r"^\| (.*?) \|", PAGE.section("Processors"), re.M)[2:]
+    source = (REPOSITORY / "csrc" / "cpu_isa.h").read_text()
+    units = re.findall(
+        r"\bk(\w+)", re.findall(r"enum class VectorUnit.*?\{(.*?)\}", source, re.S)[0]
+    )
+    assert len(rows) == len(units) == 5
+    for row, unit in zip(rows[1:], units[1:], strict=True):
+        assert unit.lower() in re.sub(r"[- ]", "", row).lower()
