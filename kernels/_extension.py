@@ -11,13 +11,17 @@ import torch
 _LIBRARY = Path(__file__).with_name("libsuperbert.so")
 
 if not _LIBRARY.exists():
-    raise ImportError(f"{_LIBRARY.name} is not built: run `make setup` at the root of the project")
+    raise ImportError(
+        f"{_LIBRARY.name} is not built: run `make setup` at the root of the project",
+        name=_LIBRARY.stem,
+    )
 try:
     torch.ops.load_library(str(_LIBRARY))
 except OSError as _error:
     raise ImportError(
         f"{_LIBRARY.name} does not load with torch {torch.__version__}: {_error}; build it on this "
-        "machine with this torch, from 2.11 on (docs/install.md)"
+        "machine with this torch, from 2.11 on (docs/install.md)",
+        name=_LIBRARY.stem,
     ) from None
 
 
