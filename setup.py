@@ -15,6 +15,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+import setuptools
+
+
+def stop(problem: str) -> NoReturn:
+    """End with one line that says what is missing."""
+    raise SystemExit(f"superbert-engine: {problem} (docs/install.md)")
+
+
+if sys.platform != "linux":
+    stop(f"builds on Linux, not on {sys.platform}: take WSL2 or a Linux container")
+if int(setuptools.__version__.split(".")[0]) < 77:
+    stop(f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77'")
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -22,6 +36,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 LIBRARY = "libsuperbert.so"
+COMPILERS = ("c++", "g++")
 
 
 def find_tool(name: str) -> str | None:
@@ -38,7 +53,35 @@ def cuda_wanted() -> bool:
         return choice == "ON"
     import torch
 
-    return torch.version.cuda is not None and find_tool("nvcc") is not None
+    if torch.version.cuda is None:
+        return False
+    if find_tool("nvcc") is None:
+        print(
+            "torch has CUDA, but nvcc is not on PATH: building without CUDA code", file=sys.stderr
+        )
+        return False
+    return True
+
+
+def needed_tools() -> tuple[str, str]:
+    """Return the paths of cmake and of the torch package; end where something is missing."""
+    cmake, torch = find_tool("cmake"), importlib.util.find_spec("torch")
+    if cmake is None or torch is None or torch.origin is None:
+        stop(
+            "building needs cmake and an installed torch (pip install --no-build-isolation); "
+            "`make setup` does all of it"
+        )
+    if not os.environ.get("CXX") and not any(map(find_tool, COMPILERS)):
+        stop("no C++ compiler on PATH: install g++ 12 or later, or name one in CXX")
+    if not find_tool("ninja") and not find_tool("make"):
+        stop("building needs ninja or make: pip install ninja")
+    return cmake, str(Path(torch.origin).parent)
+
+
+def run_cmake(arguments: list[str]) -> None:
+    """Run CMake, whose own message says what went wrong."""
+    if subprocess.run(arguments).returncode:
+        stop("the C++ extension was not built: see the first error above")
 
 
 class CMakeBuild(build_ext):
@@ -51,13 +94,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Configure and build, then copy the library to where setuptools wants it."""
-        cmake = find_tool("cmake")
-        torch = importlib.util.find_spec("torch")
-        if cmake is None or torch is None or torch.origin is None:
-            raise SystemExit(
-                "building needs cmake and an installed torch "
-                "(pip install --no-build-isolation); `make setup` does all of it"
-            )
+        cmake, torch = needed_tools()
         generator = ["-GNinja"] if find_tool("ninja") else []
         if ninja := find_tool("ninja"):
             generator.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
@@ -65,19 +102,24 @@ class CMakeBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build_dir), *generator),
-            f"-DSUPERBERT_TORCH_DIR={Path(torch.origin).parent}",
+            f"-DSUPERBERT_TORCH_DIR={torch}",
             f"-DSUPERBERT_CUDA={'ON' if cuda_wanted() else 'OFF'}",
         ]
         if targets := os.environ.get("SUPERBERT_CUDA_ARCHITECTURES"):
             configure.append(f"-DSUPERBERT_CUDA_ARCHITECTURES={targets}")
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build_dir), "--parallel"], check=True)
+        built = build_dir / LIBRARY
+        if not built.exists():  # a cache would keep the compiler that failed before
+            (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
+        run_cmake(configure)
+        # As many processes as there are cores, which --parallel means, or as CMake's variable says.
+        parallel = [] if "CMAKE_BUILD_PARALLEL_LEVEL" in os.environ else ["--parallel"]
+        run_cmake([cmake, "--build", str(build_dir), *parallel])
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # A fresh file, then a rename: a process that runs the old library keeps it whole.
         partial = target.with_suffix(".part")
-        shutil.copyfile(build_dir / LIBRARY, partial)
+        shutil.copyfile(built, partial)
         partial.replace(target)
 
 

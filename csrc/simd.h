@@ -79,6 +79,12 @@ inline Vec<float> load(const BFloat16* p) {
 #endif
 }
 
+#if defined(__aarch64__) // where GCC 12 has _Float16 in C alone
+using NativeHalf = __fp16;
+#else
+using NativeHalf = _Float16;
+#endif
+
 inline Vec<float> load(const Half* p) {
 #if defined(__AVX512F__)
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -87,7 +93,7 @@ inline Vec<float> load(const Half* p) {
 #else
   Vec<float> values;
   for (int lane = 0; lane < kLanes<float>; ++lane) {
-    values[lane] = static_cast<float>(load_bits<_Float16>(p + lane));
+    values[lane] = static_cast<float>(load_bits<NativeHalf>(p + lane));
   }
   return values;
 #endif
@@ -115,7 +121,7 @@ inline void store(Half* p, Vec<float> v) {
                    _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   for (int lane = 0; lane < kLanes<float>; ++lane) {
-    const _Float16 value = static_cast<_Float16>(v[lane]);
+    const NativeHalf value = static_cast<NativeHalf>(v[lane]);
     std::memcpy(p + lane, &value, sizeof value);
   }
 #endif

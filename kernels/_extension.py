@@ -15,7 +15,14 @@ if not _LIBRARY.exists():
         f"{_LIBRARY.name} is not built: run `make setup` at the root of the project",
         name=_LIBRARY.stem,
     )
-torch.ops.load_library(str(_LIBRARY))
+try:
+    torch.ops.load_library(str(_LIBRARY))
+except OSError as _error:
+    raise ImportError(
+        f"{_LIBRARY.name} does not load with torch {torch.__version__}: {_error}; build it on this "
+        "machine with this torch, from 2.11 on (docs/install.md)",
+        name=_LIBRARY.stem,
+    ) from None
 
 
 def has_kernel(op: str, dispatch_key: str) -> bool:

@@ -15,11 +15,11 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise InputError(f"--device {name}: not supported; give cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {first_line(error)}; give cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: not supported; give cpu or cuda")
     return device
 
 
