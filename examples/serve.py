@@ -22,7 +22,7 @@ class Texts(BaseModel):
 @asynccontextmanager
 async def lifespan(service: FastAPI) -> AsyncIterator[None]:
     """Load the run before the first request; answer those that wait before the end."""
-    service.state.batcher = RequestBatcher(Predictor(os.environ["RUN"]))
+    service.state.batcher = RequestBatcher(Predictor(os.environ.get("RUN", "runs/demo")))
     yield
     await service.state.batcher.close()
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class RequestBatcher:
     example that the predictor refuses fails alone.
 
     Args:
-        predictor: answers; it computes in a thread, so that the program's event loop goes on.
+        predictor: answers; it computes in one thread, so that the program's event loop goes on.
         most: examples of a batch, where no single request has more.
         waiting: examples that may wait at once.
 
@@ -48,6 +49,8 @@ class RequestBatcher:
         self._predictor, self._most, self._limit = predictor, most, waiting
         self._requests: deque[_Request] = deque()
         self._worker: asyncio.Task[None] | None = None
+        # OpenMP keeps a team of threads for each thread that computes, so it is always the same.
+        self._thread = ThreadPoolExecutor(max_workers=1)
         self._closed = False
 
     @property
@@ -88,6 +91,7 @@ class RequestBatcher:
         self._closed = True
         if self._worker is not None:
             await self._worker
+        self._thread.shutdown()
 
     async def _ask(self, task: str | None, examples: Sequence[Example]) -> Sequence[Any]:
         if isinstance(examples, str) or not isinstance(examples, Sequence):
@@ -125,11 +129,15 @@ class RequestBatcher:
             return
         examples = [example for request in batch for example in request.examples]
         try:
-            answers = await asyncio.to_thread(self._compute, batch[0].task, examples)
+            loop = asyncio.get_running_loop()
+            answers = await loop.run_in_executor(
+                self._thread, self._compute, batch[0].task, examples
+            )
         except Exception as error:  # of one of them, or of all
-            if len(batch) > 1:
-                for request in batch:
-                    await self._answer([request])
+            if len(batch) > 1:  # halves, so that one bad request leaves most of them packed
+                middle = len(batch) // 2
+                await self._answer(batch[:middle])
+                await self._answer(batch[middle:])
             elif not batch[0].answer.done():
                 batch[0].answer.set_exception(error)
             return

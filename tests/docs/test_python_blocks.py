@@ -10,6 +10,7 @@ ELSEWHERE = {
     "docs/api/balancing.md": "tests/docs/test_api.py",
     "docs/api/kernels.md": "tests/docs/test_api.py",
     "docs/extending.md": "tests/docs/test_extending.py",
+    "docs/models.md": "tests/docs/test_serving.py",
 }
 """Pages whose Python runs in a test of another name, and the test."""
 

@@ -150,6 +150,45 @@ def test_overload_is_503(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.json()["error"].startswith("9 examples wait")
 
 
+def test_requests_that_wait_are_answered_when_the_service_stops(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx
+
+    from examples import serve
+
+    async def ask() -> list[Any]:
+        transport = httpx.ASGITransport(serve.app)
+        async with (
+            httpx.AsyncClient(transport=transport, base_url="http://service") as client,
+            asyncio.TaskGroup() as group,
+        ):
+            async with serve.lifespan(serve.app):
+                body = {"examples": ["a superb film ."]}
+                calls = [client.post("/tasks/sst", json=body) for _ in range(20)]
+                asked = [group.create_task(call) for call in calls]
+                while serve.app.state.batcher.waiting < 10:
+                    await asyncio.sleep(0)
+            late = await client.post("/tasks/sst", json=body)
+        return [late.status_code, *(task.result().status_code for task in asked)]
+
+    monkeypatch.setenv("RUN", "runs/demo")
+    statuses = asyncio.run(ask())
+    assert statuses[0] == 503
+    # Those that had come by then were answered, and the rest turned away; none waits for ever
+    assert set(statuses[1:]) <= {200, 503}
+    assert statuses[1:].count(200) >= 10
+
+
+def test_models_page_reads_an_export(here: Path) -> None:
+    assert export.main(["runs/demo", "--to", "whole"]) == 0
+    section = "Export: `engine.export RUN --to DIR`"
+    scope = Page("models").run_python(section, DIR="whole")
+    expected = Predictor("runs/demo", device="cpu").embed(SENTENCES)
+    np.testing.assert_allclose(scope["vectors"], expected, rtol=1e-4, atol=1e-5)
+    assert scope["hidden"].shape[::2] == expected.shape
+
+
 def exported(section: str) -> None:
     (command,) = PAGE.commands(section)
     assert export.main(shlex.split(command.removeprefix("python -m engine.export "))) == 0

@@ -17,17 +17,20 @@ class Recorded:
 
     Attributes:
         batches: the task and the examples of each call.
+        threads: that computed.
         may: set while it may compute.
         asked: released by each call.
     """
 
     def __init__(self) -> None:
         self.batches: list[tuple[str | None, list[str]]] = []
+        self.threads = set[int]()
         self.may, self.asked = threading.Event(), threading.Semaphore(0)
         self.may.set()
 
     def __call__(self, task: str | None, examples: Sequence[str]) -> list[str]:
         self.batches.append((task, [*examples]))
+        self.threads.add(threading.get_ident())
         self.asked.release()
         assert self.may.wait(10)
         if "bad" in examples:
@@ -108,6 +111,30 @@ def test_a_bad_request_fails_alone() -> None:
         assert answers[::2] == [["a:1"], ["a:3"]]
         assert isinstance(answers[1], InputError)
         assert str(answers[1]) == "example 1: bad"  # by its place in its own request
+
+    asyncio.run(ask())
+
+
+def test_a_bad_request_leaves_most_others_packed() -> None:
+    async def ask() -> None:
+        predictor = Recorded()
+        requests = [("a", ["bad" if number == 20 else str(number)]) for number in range(64)]
+        answers = await asked_while_busy(predictor, batcher_of(predictor), requests)
+        assert [type(answer) for answer in answers].count(InputError) == 1
+        assert isinstance(answers[20], InputError)
+        # The batch, then two halves of each of 64, 32, 16, 8, 4 and 2 requests
+        assert len(predictor.batches[1:]) == 1 + 2 * 6
+
+    asyncio.run(ask())
+
+
+def test_one_thread_computes() -> None:
+    async def ask() -> None:
+        predictor = Recorded()
+        batcher = batcher_of(predictor, most=1)
+        for _ in range(50):
+            await asyncio.gather(*(batcher.predict("a", [text]) for text in "123"))
+        assert len(predictor.threads) == 1
 
     asyncio.run(ask())
 
