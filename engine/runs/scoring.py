@@ -173,7 +173,8 @@ def scores_of(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None 
     offsets, found = split.answer_offsets, torch.empty(0)
     device = next(model.parameters()).device
     was_training = model.training
-    model.eval()
+    if was_training:  # else each of many short calls would go through all modules
+        model.eval()
     with torch.inference_mode():
         batches = evaluation_batches(split, MAX_TOKENS)
         for indices, batch in itertools.islice(batches, ranks.rank, None, ranks.size):
@@ -183,7 +184,8 @@ def scores_of(model: MultitaskModel, split: TokenizedSplit, ranks: Ranks | None 
                 found = torch.zeros(int(offsets[-1]), *scores.shape[1:])
             places = ranges(offsets[indices], np.diff(offsets)[indices])
             found[torch.from_numpy(places)] = scores.float().cpu()
-    model.train(was_training)
+    if was_training:
+        model.train()
     # The first rank has a batch, others may have none.
     shape = ranks.broadcast(list(found.shape))
     found = found if len(found) else torch.zeros(*shape)
