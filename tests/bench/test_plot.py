@@ -40,11 +40,11 @@ def test_every_kind_of_record_is_found_and_drawn(
     assert (tmp_path / "pictures/record.png").read_bytes().startswith(b"\x89PNG")
 
 
-# Records of machines' failures, of a newcomer's minutes and of scores hold no contestants.
+# Records of failures, of a newcomer's minutes, of memory and of scores hold no contestants.
 RECORDS = [
     path
     for path in sorted((Path(plot.__file__).parent / "results").glob("*/*.json"))
-    if not path.name.startswith(("faults", "new_user", "papers"))
+    if not path.name.startswith(("faults", "papers", "readme_walkthrough", "run_memory"))
     and path.parent.name not in ("guides", "balancing", "large_data")
 ]
 
