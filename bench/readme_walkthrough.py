@@ -23,7 +23,7 @@ from engine.utils.json_text import dump_json
 
 REPOSITORY = Path(__file__).parents[1]
 _TRIED = (
-    *("make train", "make setup-dev", ". .venv", "pip install"),
+    *("make train", "make setup-dev", ". .venv", "pip install", "mkdir"),
     *("python -m engine.", "python -m examples.", "superbert "),
 )
 _TAIL = 12
@@ -45,10 +45,12 @@ def commands(page: str) -> Iterator[str]:
             yield command
 
 
-def fill_in(command: str, data: Path, init: str, steps: int | None) -> str:
+def fill_in(given: str, data: Path, init: str, steps: int | None) -> str:
     """Put a folder, a model and, if asked for, a shorter run into a command."""
-    command = re.sub(r"\bDIR\b", str(data), re.sub(r"\bMODEL\b", init, command))
-    return command if steps is None else re.sub(r"--max-steps \d+", f"--max-steps {steps}", command)
+    command = re.sub(r"\bDIR\b", str(data), re.sub(r"\bMODEL\b", init, given))
+    if steps is None or "--init MODEL" not in given:
+        return command
+    return f"{command} --max-steps {steps}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +77,7 @@ def main() -> int:
     parser = _Parser(prog="python3 -m bench.readme_walkthrough", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of the CS224N files")
     parser.add_argument("--init", required=True, help="a BERT: folder or hub name")
-    parser.add_argument("--steps", type=_count, help="of the real run (default: the page's)")
+    parser.add_argument("--steps", type=_count, help="of the real run (default: the recipe's)")
     parser.add_argument("--json", type=Path, required=True, help="where the record goes")
     parser.add_argument("--force", action="store_true", help="replace a record that is there")
     options = parser.parse_args()
