@@ -10,6 +10,7 @@ from rich.console import Console
 
 from .cli.common import Parser, print_warnings, run_cli, terminal
 from .cli.options import add_device, add_force
+from .reporting.comparison import write_comparison
 from .reporting.outcomes import collect
 from .reporting.page import write_page
 from .reporting.series import left_out, write_series
@@ -17,12 +18,15 @@ from .reporting.series import possible_files as possible_series_files
 from .reporting.series_groups import make_study
 from .reporting.series_read import collect as collect_series
 from .reporting.systems import possible_files, without_answers, write_systems
-from .runs.run import open_run
+from .runs.run import Run, open_run
 from .runtime.precision import pick_device
 from .utils.errors import InputError
 from .utils.file_names import distinct_names
 from .utils.files import explained, resolved
 from .utils.output_files import check_outputs
+
+COMPARISON = "comparison.html"
+"""The page about several runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,17 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 highlight=False,
             )
         return 0
-    pages = _pages(options.runs, out)
-    replace = check_outputs(pages, force=options.force)
-    for page, folder in pages.items():
-        run = open_run(folder)
-        if options.data is not None:
-            run = run.with_data(options.data)
-        with explained("write", out):
-            out.mkdir(parents=True, exist_ok=True)
-        write_page(run, page, device, replace=replace)
-        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
-    return 0
+    return _report_runs(options, console, device, out)
 
 
 def parser() -> Parser:
@@ -66,7 +60,8 @@ def parser() -> Parser:
     made = Parser(
         prog=f"python -m {__package__}.report",
         description="Write a self-contained HTML page for each run: curves, task gradients, "
-        "conflict by layer, answers on the dev data, examples that went wrong.",
+        "conflict by layer, answers on the dev data, examples that went wrong.  Of several runs "
+        "comparison.html has scores, differing settings and curves beside each other.",
     )
     what, where = made.add_argument_group("what to report"), made.add_argument_group("where")
     what.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
@@ -134,6 +129,31 @@ def _check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--tuned {options.tuned}: expected KEY,…, such as lr")
     if options.series and options.data is not None:
         raise InputError("--data: has no effect with --series, which reads no data")
+
+
+def _report_runs(
+    options: argparse.Namespace, console: Console, device: torch.device, out: Path
+) -> int:
+    """Write a page for each run, and one that compares them; return the exit status."""
+    pages = _pages(options.runs, out)
+    comparison, several = out / COMPARISON, len(pages) > 1
+    if several and comparison in pages:
+        raise InputError(f"{pages[comparison]}: its page would be {COMPARISON}; rename the folder")
+    replace = check_outputs([*pages, *[comparison] * several], force=options.force)
+    runs: dict[str, Run] = {}
+    for page, folder in pages.items():
+        run = open_run(folder)
+        if options.data is not None:
+            run = run.with_data(options.data)
+        with explained("write", out):
+            out.mkdir(parents=True, exist_ok=True)
+        write_page(run, page, device, replace=replace)
+        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
+        runs[page.stem] = run
+    if several:
+        write_comparison(runs, comparison, replace=replace)
+        console.print(f"wrote {comparison}", soft_wrap=True, highlight=False)
+    return 0
 
 
 def _report_series(

@@ -81,14 +81,11 @@ def write_page(run: Run, path: Path, device: torch.device, *, replace: bool = Fa
         _answers(answers),
         _speed(steps),
     ]
-    loader = PackageLoader(__package__, "")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_printable
-    )
-    html = environment.get_template("page.html").render(
+    html = rendered(
+        "page.html",
         name=path.stem,
         description=run.recipe.description,
-        facts=dict(_facts(run, steps)),
+        facts=dict(facts_of(run, steps)),
         answers=answers,
         sections=sections,
         recipe=toml_without_paths(run.recipe),
@@ -96,11 +93,21 @@ def write_page(run: Run, path: Path, device: torch.device, *, replace: bool = Fa
     write_output(path, html, replace=replace)
 
 
+def rendered(template: str, **values: Any) -> str:
+    """Return a template of this folder, filled in; texts lose what is no character."""
+    loader = PackageLoader(__package__, "")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_printable
+    )
+    return environment.get_template(template).render(values)
+
+
 def _printable(value: Any) -> Any:
     return printable(value) if type(value) is str else value
 
 
-def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
+def facts_of(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
+    """Yield what a run was and did, in words."""
     recipe = run.recipe
     _, rate = series(steps, "tokens_per_s")
     _, conflicts = series(steps, "conflict_rate")
@@ -121,7 +128,7 @@ def _facts(run: Run, steps: list[Json]) -> Iterator[tuple[str, str]]:
         yield "steps skipped", f"{skipped} (gradients not finite)"
 
 
-def _curves(title: str, named: Mapping[str, Series], quantity: str, **options: bool) -> Picture:
+def draw_curves(title: str, named: Mapping[str, Series], quantity: str, **options: bool) -> Picture:
     """Draw curves; of more than a picture holds those of the lowest and highest means."""
     means = {name: float(values.mean()) for name, (_, values) in named.items() if len(values)}
     shown = plots.extremes(means)
@@ -132,10 +139,10 @@ def _curves(title: str, named: Mapping[str, Series], quantity: str, **options: b
 
 
 def _losses(steps: list[Json], evaluations: list[Json]) -> Section:
-    shown = [_curves("Training loss", series_by_name(steps, "losses"), "loss")]
+    shown = [draw_curves("Training loss", series_by_name(steps, "losses"), "loss")]
     if evaluations:
         scores = series_by_name(evaluations, "scores")
-        shown.append(_curves("Dev scores", scores, "dev score", smooth=False))
+        shown.append(draw_curves("Dev scores", scores, "dev score", smooth=False))
     rate = plots.curves({"lr": series(steps, "lr")}, "learning rate", smooth=False)
     norm = plots.curves({"norm": series(steps, "grad_norm")}, "norm of the combined gradient")
     shown += [Picture("Learning rate", rate), Picture("Gradient norm", norm)]
@@ -154,10 +161,10 @@ def _gradients(steps: list[Json]) -> Section:
         "Task gradients",
         "Two tasks are in conflict where the cosine between their gradients is negative.",
         [
-            _curves("Cosines between task gradients", cosines, "cosine", zero=True),
+            draw_curves("Cosines between task gradients", cosines, "cosine", zero=True),
             Picture("Conflict rate", conflict),
-            _curves("Norms of the task gradients", norms, "norm"),
-            _curves("Weights after balancing", weights, "weight in the sum"),
+            draw_curves("Norms of the task gradients", norms, "norm"),
+            draw_curves("Weights after balancing", weights, "weight in the sum"),
         ],
     )
 

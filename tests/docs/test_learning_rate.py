@@ -106,7 +106,8 @@ def test_a_small_run(tmp_path: Path) -> None:
     assert max(rates) == pytest.approx(rates[-1], rel=0.9)
     assert rates[0] < rates[5]  # it warms up
     assert report.main([str(first), str(again), "--out", str(tmp_path / "pages")]) == 0
-    assert sorted(page.name for page in (tmp_path / "pages").iterdir()) == ["a.html", "b.html"]
+    written = sorted(page.name for page in (tmp_path / "pages").iterdir())
+    assert written == ["a.html", "b.html", "comparison.html"]
 
 
 def test_batch_size_counts_examples_of_each_task(tmp_path: Path) -> None:

@@ -111,18 +111,17 @@ def test_halving() -> None:
     assert (27 * 150 + 9 * 300 + 3 * 900, 27 * 1350) == (9450, 36450)
 
 
-def test_two_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs() -> None:
     for name, rate in (("a", "1e-3"), ("b", "1e-2")):
         arguments = ["demo", "--out", f"runs/{name}", *STEPS]
         assert train.main([*arguments, "--set", *TINY, f"lr={rate}"]) == 0
-    capsys.readouterr()
-    PAGE.run_python()
-    printed = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
-    assert printed.pop("lr") == "0.001 0.01"
-    assert printed.keys() <= {"sst", "quora", "sts", "overall"}
-    assert "sts" in printed
-    assert report.main(["runs/a", "runs/b", "--out", "two"]) == 0
-    assert {path.name for path in Path("two").iterdir()} == {"a.html", "b.html"}
+    (command,) = PAGE.commands("Compare two runs")
+    assert report.main(shlex.split(command)[3:]) == 0
+    pages = Path("pages")
+    assert {path.name for path in pages.iterdir()} == {"a.html", "b.html", "comparison.html"}
+    text = (pages / "comparison.html").read_text()
+    for shown in ("<td>lr</td>", "<td>0.001</td>", "<td>0.01</td>", 'alt="Conflict rate"'):
+        assert shown in text
 
 
 def test_groups(capsys: pytest.CaptureFixture[str]) -> None:
