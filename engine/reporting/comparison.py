@@ -14,7 +14,7 @@ from .page import Picture, Section, draw_curves, facts_of, rendered
 from .run_data import names, read_evaluations, read_steps, series, series_by_name
 
 
-class Cell(NamedTuple):
+class RunValue(NamedTuple):
     """A cell of a table.
 
     Attributes:
@@ -28,11 +28,11 @@ class Cell(NamedTuple):
     best: bool = False
 
 
-class Row(NamedTuple):
+class Line(NamedTuple):
     """A line of a table: a name and a cell for each run."""
 
     name: str
-    cells: list[Cell]
+    cells: list[RunValue]
 
 
 def write_comparison(runs: Mapping[str, Run], path: Path, *, replace: bool = False) -> None:
@@ -56,7 +56,7 @@ def write_comparison(runs: Mapping[str, Run], path: Path, *, replace: bool = Fal
         runs=[*runs],
         scores=score_rows([*map(_scores, runs.values())]),
         settings=differing_settings([*runs.values()]),
-        facts=[Row(name, [Cell(text or "") for text in own]) for name, own in _by_name(facts)],
+        facts=[Line(name, [RunValue(text or "") for text in own]) for name, own in _by_name(facts)],
         sections=[
             _curves("Dev scores", evaluations, "scores", "dev score", smooth=False),
             _curves("Training losses", steps, "losses", "loss"),
@@ -75,7 +75,7 @@ def _scores(run: Run) -> dict[str, float]:
     return {name: found.scores[name] for name in known if name in found.scores}
 
 
-def score_rows(scores: Sequence[Mapping[str, float]]) -> list[Row]:
+def score_rows(scores: Sequence[Mapping[str, float]]) -> list[Line]:
     """Return a line for each score, ``overall`` last.
 
     Means of other tasks are shown without a difference.
@@ -86,26 +86,26 @@ def score_rows(scores: Sequence[Mapping[str, float]]) -> list[Row]:
     if overall is None:
         return made
     comparable = len({frozenset(own) for own in scores if own}) == 1
-    plain = [Cell("" if value is None else f"{value:.3f}") for value in overall]
-    return [*made, score_row("overall", overall) if comparable else Row("overall", plain)]
+    plain = [RunValue("" if value is None else f"{value:.3f}") for value in overall]
+    return [*made, score_row("overall", overall) if comparable else Line("overall", plain)]
 
 
-def score_row(name: str, scores: Sequence[float | None]) -> Row:
+def score_row(name: str, scores: Sequence[float | None]) -> Line:
     """Return a score of each run, with its difference from the first one's."""
     known = [score for score in scores if score is not None]
     first, cells = scores[0], []
     for number, score in enumerate(scores):
         if score is None:
-            cells.append(Cell(""))
+            cells.append(RunValue(""))
             continue
         compared = number > 0 and first is not None
         difference = f"{score - first:+.3f}" if compared and first is not None else ""
         best = len(known) > 1 and f"{score:.3f}" == f"{max(known):.3f}"
-        cells.append(Cell(f"{score:.3f}", difference, best))
-    return Row(name, cells)
+        cells.append(RunValue(f"{score:.3f}", difference, best))
+    return Line(name, cells)
 
 
-def differing_settings(runs: Sequence[Run]) -> list[Row]:
+def differing_settings(runs: Sequence[Run]) -> list[Line]:
     """Return the settings in which recipes differ.
 
     Those of a task, objective or phase that not all have are left out.
@@ -114,7 +114,7 @@ def differing_settings(runs: Sequence[Run]) -> list[Row]:
     tables = [{_table_of(name) for name in own} for own in flat]
     shared = tables[0].intersection(*tables)
     return [
-        Row(name, [Cell("" if value is None else _spelled(value)) for value in values])
+        Line(name, [RunValue("" if value is None else _spelled(value)) for value in values])
         for name, values in _by_name(flat)
         if _table_of(name) in shared and any(value != values[0] for value in values)
     ]

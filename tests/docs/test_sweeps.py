@@ -116,8 +116,8 @@ def test_two_runs() -> None:
         arguments = ["demo", "--out", f"runs/{name}", *STEPS]
         assert train.main([*arguments, "--set", *TINY, f"lr={rate}"]) == 0
     (command,) = PAGE.commands("Compare two runs")
-    assert report.main(shlex.split(command)[3:]) == 0
-    pages = Path("pages")
+    pages = Path("two")
+    assert report.main(shlex.split(command.replace("--out pages", "--out two"))[3:]) == 0
     assert {path.name for path in pages.iterdir()} == {"a.html", "b.html", "comparison.html"}
     text = (pages / "comparison.html").read_text()
     for shown in ("<td>lr</td>", "<td>0.001</td>", "<td>0.01</td>", 'alt="Conflict rate"'):
