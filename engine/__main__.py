@@ -1,6 +1,6 @@
 """``superbert COMMAND``, or ``python -m engine COMMAND``: run a command by its name.
 
-Only the command itself is imported, so that help and completion need no torch.
+Only the command itself is imported, so that help needs no torch.
 """
 
 import sys
