@@ -1,10 +1,11 @@
 # The engine for CPUs, or with --build-arg DEVICE=cuda for NVIDIA GPUs:
 #
 #   docker build -t superbert .
-#   docker run --rm -v "$PWD:/work" superbert train demo --out runs/demo
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" superbert train demo --out runs/demo
 #
 #   docker build -t superbert:cuda --build-arg DEVICE=cuda .
-#   docker run --rm --gpus all -v "$PWD:/work" superbert:cuda train demo --out runs/demo
+#   docker run --rm --gpus all --user "$(id -u):$(id -g)" -v "$PWD:/work" superbert:cuda \
+#       train demo --out runs/demo
 #
 # The compilers stay in the image: torch.compile and Triton need one when they run.
 ARG DEVICE=cpu
@@ -41,7 +42,10 @@ COPY kernels kernels
 COPY csrc csrc
 RUN pip install --no-cache-dir --no-build-isolation '.[data]'
 
-RUN useradd --create-home --uid 1001 superbert && mkdir /work && chown superbert /work
+# Any user can write into the home, where the cache is: --user takes that of the mounted folder.
+RUN useradd --create-home --uid 1001 superbert && chmod 1777 /home/superbert \
+    && mkdir /work && chown superbert /work
+ENV HOME=/home/superbert
 USER superbert
 WORKDIR /work
 ENTRYPOINT ["superbert"]

@@ -43,9 +43,12 @@ def given() -> dict[str, Any]:
     }
 
 
-def after_a_step_of_the_batch() -> list[Tensor]:
+def after_a_step_of_the_batch(*, clipped: bool) -> list[Tensor]:
     names = given()
     names["optimizer"].pc_backward(names["model"](names["batch"]))
+    if clipped:
+        norm = nn.utils.clip_grad_norm_(names["model"].parameters(), 1.0)
+        assert norm > 1
     names["optimizer"].step()
     return list(names["model"].parameters())
 
@@ -61,10 +64,11 @@ def test_there_are_thirty_short_answers_that_lead_on() -> None:
 @pytest.mark.parametrize("question", ["How do I use GradScaler?", "How do I accumulate gradients?"])
 def test_scaled_and_accumulated_steps_are_those_of_the_batch(question: str) -> None:
     names = PAGE.run_python(question, **given())
+    scaled = "GradScaler" in question
     # Scales are powers of two; halves of a batch are summed in another order: a few roundings
-    tolerance = {"rtol": 0, "atol": 0} if "scaler" in question.lower() else {}
+    tolerance = {"rtol": 0, "atol": 0} if scaled else {}
     torch.testing.assert_close(
-        list(names["model"].parameters()), after_a_step_of_the_batch(), **tolerance
+        list(names["model"].parameters()), after_a_step_of_the_batch(clipped=scaled), **tolerance
     )
 
 
