@@ -41,7 +41,17 @@ def run() -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names, with the others; return its exit status."""
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ("--help",)
+    given = (sys.argv[1:] if arguments is None else arguments) or ("--help",)
+    try:
+        return _answer(*given)
+    except ImportError as error:
+        if error.name != _LIBRARY:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _answer(name: str, *rest: str) -> int:
     if name in COMMANDS:
         return _run(name, rest)
     if name in ("-h", "--help"):
@@ -59,13 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    try:
-        command = import_module(f".{name}", __package__)
-    except ImportError as error:
-        if error.name != _LIBRARY:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    command = import_module(f".{name}", __package__)
     if name == "env":  # which runs where nothing else can be imported
         return int(command.main(arguments))
     return int(

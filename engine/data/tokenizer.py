@@ -48,8 +48,8 @@ _BERT_SETTINGS = {
 """Fields of ``tokenizer_config.json``, and their names in the normalizer."""
 
 _WORD_PIECE_CLASSES = re.compile(
-    "(Bert|ConvBert|DistilBert|Electra|Funnel|LayoutLM|Lxmert|MobileBert|MPNet|RetriBert|SqueezeBert)"
-    "Tokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend"
+    "(Bert|ConvBert|DistilBert|DPRContextEncoder|DPRQuestionEncoder|DPRReader|Electra|Funnel|LayoutLM"
+    "|Lxmert|MobileBert|MPNet|RetriBert|Splinter|SqueezeBert)Tokenizer(Fast)?|PreTrainedTokenizerFast|TokenizersBackend"
 )
 """Those of transformers that split texts as BERT's does."""
 

@@ -90,7 +90,7 @@ class RequestBatcher:
         """Answer those that wait, and take no more."""
         self._closed = True
         if self._worker is not None:
-            await self._worker
+            await asyncio.wait([self._worker])  # which goes on where this is cancelled
         self._thread.shutdown()
 
     async def _ask(self, task: str | None, examples: Sequence[Example]) -> Sequence[Any]:
@@ -101,7 +101,8 @@ class RequestBatcher:
             raise OverloadedError("closed; no more requests are taken")
         if self._requests and self.waiting + len(examples) > self._limit:
             raise OverloadedError(f"{self.waiting} examples wait already; ask again later")
-        request = _Request(task, examples, asyncio.get_running_loop().create_future())
+        # A copy, since the client may change its list while others wait for the same batch.
+        request = _Request(task, tuple(examples), asyncio.get_running_loop().create_future())
         self._requests.append(request)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())

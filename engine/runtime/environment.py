@@ -60,7 +60,10 @@ def _attempted(facts: Callable[[], Facts]) -> Facts:
 
 
 def without_folders(text: str) -> str:
-    """Return a text in which each path is its last name alone."""
+    """Return a text in which each path is its last name alone, and the home folder ``~``."""
+    home = os.path.expanduser("~")  # "~" as it is where nobody knows it
+    if home.count("/") > 1:  # "/" or "/root" is nobody's
+        text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
     return re.sub(r"(?:/[^\s/:'\"]+)+/(?=[^\s/:'\"])", "…/", text)
 
 

@@ -68,6 +68,21 @@ def test_messages_lose_the_folders_of_a_path(text: str, left: str) -> None:
     assert environment.without_folders(text) == left
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("not a folder: '/home/ann smith'", "not a folder: '~'"),
+        ("/home/ann smith/lib/a.so: none", "~…/a.so: none"),
+        ("/home/ann smithson", "/home/ann smithson"),
+    ],
+)
+def test_messages_lose_the_name_of_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch, text: str, left: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann smith")
+    assert environment.without_folders(text) == left.replace("/home/", "…/")
+
+
 def test_nothing_needs_to_be_there(tmp_path: Path) -> None:
     """In a copy without the extension, without git, compilers, NVIDIA's tools."""
     shutil.copytree(REPOSITORY / "engine", tmp_path / "engine")
@@ -90,10 +105,11 @@ def test_nothing_needs_to_be_there(tmp_path: Path) -> None:
     assert "libsuperbert.so is not built: run `make setup`" in facts["kernels"]["failed"]
     assert facts["tools"]["nvcc"] == facts["gpus"]["driver"] == "not found"
     assert facts["torch"]["torch"] == torch.__version__
-    process = run("engine", "train", "demo")
-    assert (process.returncode, process.stdout) == (2, "")
-    (line,) = process.stderr.splitlines()
-    assert line.startswith("error: libsuperbert.so is not built: run `make setup`")
+    for command in (("train", "demo"), ("--completion", "bash")):
+        process = run("engine", *command)
+        assert (process.returncode, process.stdout) == (2, "")
+        (line,) = process.stderr.splitlines()
+        assert line.startswith("error: libsuperbert.so is not built: run `make setup`")
 
 
 def test_a_fact_that_fails_hides_no_other(

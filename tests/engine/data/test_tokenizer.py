@@ -299,6 +299,7 @@ def test_agrees_with_transformers(
     ("name", "is_word_piece"),
     [
         *((f"{kind}Tokenizer", True) for kind in ("Bert", "DistilBert", "Electra", "MPNet")),
+        *((f"{kind}Tokenizer", True) for kind in ("DPRContextEncoder", "DPRReader", "Splinter")),
         ("BertTokenizerFast", True),
         ("PreTrainedTokenizerFast", True),
         (None, True),

@@ -199,3 +199,38 @@ def test_limits_are_at_least_one(settings: dict[str, int]) -> None:
 def test_a_request_is_a_list(examples: Any) -> None:
     with pytest.raises(InputError, match="expected a list of them"):
         asyncio.run(batcher_of(Recorded()).predict("a", examples))
+
+
+def test_a_list_that_changes_meanwhile_shifts_no_answers() -> None:
+    changing = ["a"]
+
+    class Changing(Recorded):
+        def __call__(self, task: str | None, examples: Sequence[str]) -> list[str]:
+            if task == "t":
+                changing.append("c")
+            return super().__call__(task, examples)
+
+    async def ask() -> None:
+        predictor = Changing()
+        batcher = batcher_of(predictor)
+        answers = await asked_while_busy(predictor, batcher, [("t", changing), ("t", ["b"])])
+        assert answers == [["t:a"], ["t:b"]]
+        await batcher.close()
+
+    asyncio.run(ask())
+
+
+def test_a_close_that_is_cancelled_leaves_no_request_without_an_answer() -> None:
+    async def ask() -> None:
+        predictor = Recorded()
+        batcher = batcher_of(predictor)
+        predictor.may.clear()
+        answers = [asyncio.create_task(batcher.predict(task, ["a"])) for task in ("t", "u")]
+        await predictor.is_asked()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(batcher.close(), 0.05)
+        predictor.may.set()
+        assert await asyncio.wait_for(asyncio.gather(*answers), 5) == [["t:a"], ["u:a"]]
+        await batcher.close()
+
+    asyncio.run(ask())
