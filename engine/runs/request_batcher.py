@@ -89,7 +89,7 @@ class RequestBatcher:
     async def close(self) -> None:
         """Answer those that wait, and take no more."""
         self._closed = True
-        if self._worker is not None:
+        if self._worker is not None and not self._worker.done():
             await asyncio.wait([self._worker])  # which goes on where this is cancelled
         self._thread.shutdown()
 
