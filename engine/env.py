@@ -1,18 +1,18 @@
 """``python -m engine.env``: versions, processor, GPUs, and the implementations that run here."""
 
-import json
 from collections.abc import Iterator, Sequence
 
 from .cli.parser import Parser
 from .cli.standard_output import exit_with
 from .runtime.environment import Facts, describe_environment
+from .utils.json_text import dump_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     options = parser().parse_args(arguments)
     facts = describe_environment()
-    print(json.dumps(facts, indent=2) if options.json else "\n".join(_lines(facts)))
+    print(dump_json(facts, indent=2) if options.json else "\n".join(_lines(facts)))
     return 0
 
 

@@ -236,14 +236,17 @@ def test_pages_have_names_of_their_own(run, tmp_path, capsys):
     places = [str(tmp_path / name) for name in ("x/run", "y/run", "link", "y/../x/run")]
     out = tmp_path / "pages"
     assert report.main([*places, "--out", str(out / "new/..")]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["x-run.html", "y-run.html"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("comparison.html", "x-run.html", "y-run.html"),
+    ]
     assert "<h1>y-run</h1>" in (out / "y-run.html").read_text()
     (out / "x-run.html").write_text("mine")
     (out / "y-run.html").unlink()
+    (out / "comparison.html").unlink()
     with pytest.raises(InputError, match="is there already"):
         report.main([*places, "--out", str(out)])
     assert everything(out) == {"x-run.html": b"mine"}
-    assert capsys.readouterr().out.count("wrote") == 2
+    assert capsys.readouterr().out.count("wrote") == 3
 
 
 @pytest.mark.parametrize("name", ["papers.json", "papers.md", "mistakes.md", "cgs.png"])
