@@ -106,8 +106,11 @@ def bash_script_of_all(parsers: Mapping[str, ArgumentParser]) -> str:
     Args:
         parsers: those of all commands.
     """
-    options = [f'        {name}) options="{_options(made)}" ;;' for name, made in parsers.items()]
-    options = [line for line in options if not line.lstrip().startswith("train)")]
+    options = [
+        f'        {name}) options="{_options(made)}" ;;'
+        for name, made in parsers.items()
+        if name != "train"  # which has its own function
+    ]
     return bash_script() + _COMMANDS.format(commands=" ".join(parsers), options="\n".join(options))
 
 

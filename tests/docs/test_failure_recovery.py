@@ -1,4 +1,4 @@
-"""What the page says of failures: its exit statuses, its record's figures, and its commands."""
+"""What the page says of failures: its record's figures, and its commands."""
 
 import json
 import re
